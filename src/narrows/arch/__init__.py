@@ -1,0 +1,1 @@
+"""PURE room: what models are (configs, presets), their stages, forms and weights by slices. No torch, no prices."""

@@ -1,0 +1,117 @@
+"""Forms: alternatives of a stage that hold different weights on a rank, and how units are dealt to ranks.
+
+Forms are chosen once per deployment, because they decide what is loaded; layouts are chosen per step. Dealing is in
+whole units: attention heads, groups of key-value heads, experts, blocks of columns. Where units do not divide the
+ranks the first ranks get one more; where there are fewer units than ranks, the error proposes meshes that work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from narrows.arch.config import GQA, MLA, ModelConfig
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, Span, deal, starts
+
+__all__ = ["Forms", "check_mesh", "deal_blocks", "form_choices", "head_spans", "kv_head_spans"]
+
+_BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """Which weights a rank holds. The defaults are those of the published layouts."""
+
+    embed: str = "vocab"
+    """``vocab``: rows of the vocabulary sharded over the world, leaves an owed sum; ``replicated``: a row stage."""
+    qkv_a_proj: str = "replicated"
+    """``replicated``: a row stage; ``column``: columns sharded over the attention group, gathered after."""
+    shared_expert: str = "sharded"
+    """``sharded``: split over the world beside the experts; ``replicated``: a row stage whose output is joined."""
+    experts: str = "split"
+    """``split``: every expert's intermediate size split over the world; ``whole``: whole experts dealt to ranks."""
+
+    def __str__(self) -> str:
+        return (
+            f"embed {self.embed}, qkv_a_proj {self.qkv_a_proj}, "
+            f"shared expert {self.shared_expert}, experts {self.experts}"
+        )
+
+
+def form_choices(config: ModelConfig, mesh: Mesh) -> tuple[Forms, ...]:
+    """Every distinct set of forms of this model on this mesh, the published one first."""
+    one_rank, one_in_group = mesh.size == 1, mesh.group_size == 1
+    moe = config.moe
+    embed = ("vocab",) if one_rank else ("vocab", "replicated")
+    low_rank = isinstance(config.attention, MLA) and not one_in_group
+    qkv_a = ("replicated", "column") if low_rank else ("replicated",)
+    shared = ("sharded", "replicated") if moe and moe.n_shared_experts and not one_rank else ("sharded",)
+    experts = ("split", "whole") if moe and not one_rank and moe.n_routed_experts >= mesh.size else ("split",)
+    return tuple(
+        Forms(embed=e, qkv_a_proj=q, shared_expert=s, experts=x)
+        for e, q, s, x in product(embed, qkv_a, shared, experts)
+    )
+
+
+def deal_blocks(columns: int, parts: int) -> tuple[Span, ...]:
+    """Spans of ``columns`` for each part, in the largest blocks that do not make the largest share larger.
+
+    >>> deal_blocks(1408, 8)[0], deal_blocks(18432, 8)[7]       # in blocks of 16, and of 128
+    ((0, 176), (16128, 18432))
+    >>> deal_blocks(1536, 5)
+    ((0, 308), (308, 616), (616, 924), (924, 1232), (1232, 1536))
+    """
+    best: tuple[Span, ...] = ()
+    for block in _BLOCKS:
+        if columns % block == 0:
+            spans = starts(tuple(n * block for n in deal(columns // block, parts)))
+            if not best or spans[0][1] < best[0][1]:
+                best = spans
+    return best
+
+
+def head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:
+    """The query heads of each rank of an attention group of ``tp`` ranks.
+
+    Key-value groups stay whole on a rank while there are at least as many as ranks.
+    """
+    attention, heads = config.attention, config.num_attention_heads
+    if isinstance(attention, GQA) and attention.num_key_value_heads >= tp:
+        per_group = heads // attention.num_key_value_heads
+        return starts(tuple(n * per_group for n in deal(attention.num_key_value_heads, tp)))
+    return starts(deal(heads, tp))
+
+
+def kv_head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:
+    """The key-value heads that each rank of a group needs for its query heads; ranks may hold the same ones (GQA)."""
+    attention = config.attention
+    assert isinstance(attention, GQA)
+    per_group = config.num_attention_heads // attention.num_key_value_heads
+    return tuple((lo // per_group, -(-hi // per_group)) for lo, hi in head_spans(config, tp))
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuse a mesh that the model's whole units cannot be dealt to.
+
+    Raises:
+        ConfigError: with the numbers, and meshes of the same size that work.
+    """
+    heads, tp = config.num_attention_heads, mesh.group_size
+    if tp > heads:
+        works = [f"dp {mesh.size // t} x tp {t}" for t in range(heads, 0, -1) if mesh.size % t == 0]
+        raise ConfigError(
+            f"tp {tp} is larger than the {heads} attention heads of {config.name}, and a head is not split; "
+            f"on {mesh.size} ranks these work: {', '.join(works[:4])}"
+        )
+    sizes = {"vocab_size": config.vocab_size}
+    if config.moe is None or config.moe.first_k_dense_replace:
+        sizes["intermediate_size"] = config.intermediate_size
+    if config.moe is not None:
+        sizes["moe_intermediate_size"] = config.moe.moe_intermediate_size
+    for name, size in sizes.items():
+        if mesh.size > size:
+            raise ConfigError(
+                f"{mesh} has {mesh.size} ranks, more than {name} {size} of {config.name} can be split into; "
+                f"use at most {size} ranks"
+            )

@@ -1,0 +1,182 @@
+"""Stages, fields and work: the vocabulary in which a model is described to the planner.
+
+Knows layouts and plain numbers; not models, prices or torch. Widths and weight shapes inside ``work`` are those of the
+rank with the largest share, because a step lasts as long as its slowest rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from narrows.layout import Layout
+
+__all__ = [
+    "AttentionCore",
+    "Chain",
+    "Field",
+    "Gemm",
+    "GroupedGemm",
+    "LayerType",
+    "Norm",
+    "PriceClass",
+    "RowSet",
+    "Stage",
+    "StageKind",
+    "Stream",
+    "Work",
+]
+
+
+class PriceClass(StrEnum):
+    """What a step's time is booked under; the order is the order of printed tables."""
+
+    EMBED = "embed"
+    QKV_A_PROJ = "qkv_a_proj"
+    NORM = "norm"
+    ADD = "add"
+    ROUTER = "router"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    EXPERTS = "experts"
+    COMMUNICATION = "communication"
+    LM_HEAD = "lm_head"
+    SAMPLE = "sample"
+
+
+class RowSet(StrEnum):
+    """Which rows a field holds: all rows of the step, or only those whose logits are asked for."""
+
+    ALL = "all"
+    LOGITS = "logits"
+
+
+class StageKind(StrEnum):
+    """How a stage treats layouts."""
+
+    ROW = "row"
+    """Works on each row alone: whole rows in any layout, the same layout out."""
+    NORM = "norm"
+    """A row stage over ``hidden`` that first adds ``residual`` where that is still apart (fused), and writes both."""
+    SHARDED = "sharded"
+    """Weights split over ranks: accepts one layout, leaves another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """A named tensor of the activation: ``width`` values of ``itemsize`` bytes per row.
+
+    Fields with the same ``bundle`` are written and read together and always travel together. ``columns`` is the width
+    each rank holds where a stage leaves the field cut by columns, along the axes of that cut.
+    """
+
+    name: str
+    width: int
+    itemsize: int
+    bundle: str
+    columns: tuple[int, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """``rows x k`` times ``k x n``.
+
+    ``precision``: ``weights``, the deployment's dtype; ``activations``, that of the activations (embedding and LM head
+    are not quantised); ``float32_sums``, the router, whose reference multiplies in float32.
+    """
+
+    n: int
+    k: int
+    precision: str = "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedGemm:
+    """``rows * pairs_per_row`` rows spread over ``experts`` weight matrices of ``k x n`` held on the rank."""
+
+    experts: int
+    pairs_per_row: float
+    n: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm of ``width`` values per row in the activation's dtype.
+
+    ``fused`` with the add of the residual moves four tensors, alone two; ``streamed`` runs at the fused kernel's
+    memory efficiency although it moves two (the norms of the latents).
+    """
+
+    width: int
+    fused: bool
+    streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Element-wise work that moves this many bytes per row."""
+
+    row_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCore:
+    """Scores, softmax and values for ``heads`` heads; prefill and decode may run in different forms (MLA does).
+
+    ``prefill_dims`` and ``decode_dims`` are query-key plus value dimensions per head in each form; ``kv_row_bytes``
+    is what the cache holds per token on this rank.
+    """
+
+    heads: int
+    prefill_dims: int
+    decode_dims: int
+    kv_row_bytes: int
+
+
+Work = Gemm | GroupedGemm | Norm | Stream | AttentionCore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of the model. ``name`` is the method of the model class that computes it.
+
+    ``reads`` are fields it needs, ``writes`` those it makes anew, ``frees`` those whose last reader it is. A sharded
+    stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
+    costs when the residual was added before; ``work`` what it costs fused.
+    """
+
+    name: str
+    kind: StageKind
+    price_class: PriceClass
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    frees: tuple[str, ...] = ()
+    work: tuple[Work, ...] = ()
+    plain_work: tuple[Work, ...] = ()
+    accepts: Layout | None = None
+    leaves: Layout | None = None
+    row_set: RowSet = RowSet.ALL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerType:
+    """A kind of decoder layer (dense or MoE) and its stages in forward order."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A whole model: stages before the layers, the type of every layer, and the stages after them."""
+
+    prologue: tuple[Stage, ...]
+    layer_types: tuple[LayerType, ...]
+    layers: tuple[int, ...]
+    epilogue: tuple[Stage, ...]
+    fields: dict[str, Field]

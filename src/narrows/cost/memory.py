@@ -1,0 +1,87 @@
+"""Memory per rank: weights, KV cache per token, and the context that fits. Knows slices of weights, opens no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from narrows.arch.config import MLA, ModelConfig
+from narrows.arch.forms import Forms, kv_head_spans
+from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
+from narrows.cost.devices import Device
+from narrows.layout import Mesh
+
+__all__ = ["MemoryUse", "kv_token_bytes", "memory_use", "weight_bytes"]
+
+FP8_BLOCK = 128 * 128
+"""Values that share one float32 scale in a block-scaled FP8 checkpoint."""
+RESERVED = 0.08
+"""Share of the device's memory kept for activations, collectives' buffers and the runtime."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes on the rank that holds most. ``context_tokens`` is how many tokens of KV cache an attention group can hold
+    in what is left, 0 if the weights alone do not fit."""
+
+    weights: int
+    kv_per_token: int
+    device: float
+    context_tokens: int
+
+    @property
+    def fits(self) -> bool:
+        return self.weights <= self.device * (1 - RESERVED)
+
+
+def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: int) -> int:
+    """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with block scales, ``bf16`` all
+    in two, ``fp32`` all in four."""
+
+    def nbytes(weights: dict[str, Weight]) -> float:
+        total = 0.0
+        for weight in weights.values():
+            values = weight.num_values(mesh, rank)
+            if dtype == "fp8" and weight.quantized:
+                total += values * (1 + 4 / FP8_BLOCK)
+            else:
+                total += values * (4 if dtype == "fp32" else 2)
+        return total
+
+    moe = config.moe
+    num_dense = config.num_hidden_layers if moe is None else min(moe.first_k_dense_replace, config.num_hidden_layers)
+    num_moe = config.num_hidden_layers - num_dense
+    total = nbytes(embed_weights(config, mesh, forms))
+    head = head_weights(config, mesh)
+    if config.tie_word_embeddings:
+        del head["lm_head"]  # a slice of the embedding, which is held already
+    total += nbytes(head)
+    if num_dense:
+        total += num_dense * nbytes(layer_weights(config, mesh, forms, 0))
+    if num_moe:
+        total += num_moe * nbytes(layer_weights(config, mesh, forms, config.num_hidden_layers - 1))
+    return round(total)
+
+
+def kv_token_bytes(config: ModelConfig, mesh: Mesh, itemsize: int = 2) -> int:
+    """Bytes of KV cache per token on the largest rank of its group, all layers. MLA's latent is held by every rank."""
+    attention = config.attention
+    if isinstance(attention, MLA):
+        values = attention.latent_dim
+    else:
+        heads = max(hi - lo for lo, hi in kv_head_spans(config, mesh.group_size))
+        values = 2 * heads * attention.head_dim
+    return values * itemsize * config.num_hidden_layers
+
+
+def memory_use(config: ModelConfig, mesh: Mesh, forms: Forms, device: Device, dtype: str) -> MemoryUse:
+    """Weights and KV cache on the rank that holds most weights, and what fits beside them."""
+    itemsize = 4 if dtype == "fp32" else 2
+    weights = max(weight_bytes(config, mesh, forms, dtype, rank) for rank in range(mesh.size))
+    per_token = kv_token_bytes(config, mesh, itemsize)
+    left = device.memory_bytes * (1 - RESERVED) - weights
+    return MemoryUse(
+        weights=weights,
+        kv_per_token=per_token,
+        device=device.memory_bytes,
+        context_tokens=max(0, int(left // per_token)),
+    )

@@ -1,0 +1,171 @@
+"""Prices for stages, moves and adds: turns a stage's work and a step's row counts into picoseconds.
+
+Knows `arch` stages, row splits and the price functions of this room; not which stage follows which, and no plan.
+A stage costs its largest rank's rows. A collective on a device whose ranks need equal pieces costs the padded pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
+from narrows.cost.collectives import collective_price
+from narrows.cost.devices import Device
+from narrows.cost.gemm import gemm_price, grouped_gemm_price
+from narrows.cost.kernels import attention_price, norm_price, stream_price
+from narrows.cost.price import ZERO, Price, Source
+from narrows.errors import ConfigError
+from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit, group
+
+__all__ = ["PHASES", "Pricer", "StepPrice", "StepShape"]
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What one step of the engine computes.
+
+    ``context`` is the length of each sequence in tokens, this step's rows counted. A decode row attends to all of it.
+    Prefill rows are whole sequences of that length, or, if a group has fewer rows, the last rows of one.
+    """
+
+    rows: RowSplit
+    logits: RowSplit
+    phase: str
+    context: int
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh, group_rows: tuple[int, ...], *, phase: str, context: int, logit_rows: int | None = None
+    ) -> StepShape:
+        """The shape for rows per attention group; ``logit_rows`` in all, by default every row of a decode step and
+        one per sequence of a prefill step. They are spread over the groups in proportion to their rows.
+
+        Raises:
+            ConfigError: an unknown phase, or counts that no step can have.
+        """
+        rows = RowSplit.from_groups(mesh, group_rows)
+        if phase not in PHASES:
+            raise ConfigError(f"phase {phase!r} is not known; phases: {', '.join(PHASES)}")
+        if context < 1:
+            raise ConfigError(f"context {context} must be at least 1 token")
+        if logit_rows is None:
+            logit_rows = rows.total if phase == "decode" else sum(-(-n // context) for n in group_rows)
+        if not 0 <= logit_rows <= rows.total:
+            raise ConfigError(f"logit rows {logit_rows} must be between 0 and the {rows.total} rows of the step")
+        counts, taken, seen = [], 0, 0
+        for n in group_rows:
+            seen += n
+            upto = logit_rows * seen // rows.total if rows.total else 0
+            counts.append(upto - taken)
+            taken = upto
+        return cls(rows=rows, logits=RowSplit.from_groups(mesh, tuple(counts)), phase=phase, context=context)
+
+    def split(self, row_set: RowSet) -> RowSplit:
+        return self.rows if row_set is RowSet.ALL else self.logits
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrice:
+    """One step's predicted picoseconds, the rows of its largest rank, the bytes it moves, and where that comes from."""
+
+    ps: int
+    rows: int
+    nbytes: int
+    source: Source
+
+
+class Pricer:
+    """Prices steps of one shape on one device.
+
+    ``dtype`` is that of the GEMMs (``bf16`` or ``fp8``); activations are ``itemsize`` bytes wide. ``graph``: launched
+    from a CUDA graph rather than eagerly.
+    """
+
+    def __init__(self, device: Device, mesh: Mesh, shape: StepShape, dtype: str, *, itemsize: int, graph: bool) -> None:
+        self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
+        self.itemsize, self.graph = itemsize, graph
+        self._group = group(mesh)
+
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+        """One stage that reads its fields at ``layout``; ``fused``: a norm that adds the residual on the way."""
+        rows = self.shape.split(row_set).largest(layout)
+        work = stage.plain_work if stage.plain_work and not fused else stage.work
+        price, nbytes = ZERO, 0.0
+        for item in work:
+            item_price, item_bytes = self._work(item, rows)
+            price, nbytes = price + item_price, nbytes + item_bytes
+        return StepPrice(price.ps, rows, round(nbytes), price.source)
+
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
+        """One move of fields with ``row_bytes`` bytes per row in all; ``nbytes`` is what the collective carries."""
+        split, n = self.shape.split(row_set), move.num_ranks
+        if move.kind is MoveKind.SLICE:
+            return StepPrice(0, split.largest(move.dst), 0, Source.MEASURED)  # a view: no kernel, no bytes
+        if move.kind is MoveKind.COLUMN_GATHER:
+            rows, op = split.largest(move.src), "all_gather"
+        elif move.kind is MoveKind.ALL_REDUCE:
+            rows, op = split.largest(move.src), "all_reduce"
+        elif move.kind is MoveKind.ALL_GATHER:
+            rows, op = self._gathered(split, move.dst, move.src, n), "all_gather"
+        else:
+            rows, op = self._gathered(split, move.src, move.dst, n), "reduce_scatter"
+        nbytes = rows * row_bytes
+        price = collective_price(self.device, op, n, nbytes, graph=self.graph)
+        return StepPrice(price.ps, rows, nbytes, price.source)
+
+    def _gathered(self, split: RowSplit, outer: Layout, inner: Layout, num_ranks: int) -> int:
+        """Rows of the full tensor of a gather or scatter, padded to equal pieces where the backend needs those."""
+        if self.device.shared_memory:
+            return split.largest(outer)
+        return num_ranks * split.largest(inner)
+
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write."""
+        rows = self.shape.split(row_set).largest(layout)
+        price = stream_price(self.device, 3 * rows * row_bytes)
+        return StepPrice(price.ps, rows, 3 * rows * row_bytes, price.source)
+
+    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
+        """Copying out the rows whose logits are asked for."""
+        rows = self.shape.logits.largest(layout)
+        price = stream_price(self.device, 2 * rows * row_bytes)
+        return StepPrice(price.ps, rows, 2 * rows * row_bytes, price.source)
+
+    def _work(self, item: Work, rows: int) -> tuple[Price, float]:
+        device, size = self.device, self.itemsize
+        if isinstance(item, Gemm):
+            dtype = self._gemm_dtype(item.precision)
+            touched = (rows * item.k + item.n * item.k + rows * item.n) * size if rows else 0
+            return gemm_price(device, rows, item.n, item.k, dtype), touched
+        if isinstance(item, GroupedGemm):
+            pairs = ceil(rows * item.pairs_per_row)
+            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, self.dtype)
+            return price, pairs * (item.n + item.k) * size
+        if isinstance(item, Norm):
+            moved = rows * item.width * size * (4 if item.fused else 2)
+            return norm_price(device, moved, fused=item.fused or item.streamed), moved
+        if isinstance(item, Stream):
+            return stream_price(device, rows * item.row_bytes), rows * item.row_bytes
+        return self._attention(item, rows)
+
+    def _gemm_dtype(self, precision: str) -> str:
+        """The rate a GEMM runs at. Products of bf16 values summed in float32 (the router) are what tensor cores compute
+        at their bf16 rate; a CPU without such an instruction for float32 results casts, and multiplies in float32."""
+        if precision == "weights" or self.dtype == "fp32":
+            return self.dtype
+        return "fp32" if precision == "float32_sums" and self.device.shared_memory else "bf16"
+
+    def _attention(self, item: AttentionCore, rows: int) -> tuple[Price, float]:
+        context, size = self.shape.context, self.itemsize
+        if self.shape.phase == "decode":
+            pairs, kv_rows, dims = rows * context, rows * context, item.decode_dims
+        else:
+            attended = context / 2 if rows >= context else context - rows / 2
+            pairs, kv_rows, dims = round(rows * attended), max(rows, context) if rows else 0, item.prefill_dims
+        kv_bytes = kv_rows * item.kv_row_bytes
+        flops = 2 * pairs * item.heads * dims
+        dtype = "bf16" if size == 2 else "fp32"
+        return attention_price(self.device, flops=flops, kv_bytes=kv_bytes, dtype=dtype), kv_bytes

@@ -1,0 +1,1 @@
+"""PURE room: the planner, plans, the plan book and their explanation. No torch, directly or not."""

@@ -1,0 +1,77 @@
+"""The plan book: plans by key, so that a step at run time finds its plan by looking it up, not by searching.
+
+Knows a planner and row counts. A key is bucketed: rows in total, rows of the largest group, rows with logits, and the
+phase. The plan of a bucket is priced at the bucket's upper end and runs any step that falls into it, because a plan
+says which steps run, while the row counts of a real step come with its row split.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from narrows.cost.stage import StepShape
+from narrows.plan.plan import Plan
+from narrows.plan.planner import Planner
+
+__all__ = ["BookKey", "PlanBook", "bucket"]
+
+_BUCKETS = tuple(sorted({m * 2**e for e in range(21) for m in (2, 3)} | {0, 1}))
+
+
+def bucket(n: int) -> int:
+    """The smallest of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is at least ``n``.
+
+    >>> [bucket(n) for n in (0, 1, 5, 16, 1023)]
+    [0, 1, 6, 16, 1024]
+    """
+    return _BUCKETS[bisect_left(_BUCKETS, n)]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BookKey:
+    """What decides a plan: bucketed row counts and the phase."""
+
+    phase: str
+    rows: int
+    largest_group: int
+    logit_rows: int
+
+    @classmethod
+    def of(cls, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> BookKey:
+        return cls(phase, bucket(sum(group_rows)), bucket(max(group_rows)), bucket(logit_rows))
+
+
+class PlanBook:
+    """Plans of one deployment under one named layout, made when first asked for and kept.
+
+    ``context`` is the sequence length that attention is priced at.
+    """
+
+    def __init__(self, planner: Planner, layout: str, context: int) -> None:
+        self.planner, self.layout, self.context = planner, layout, context
+        self._plans: dict[BookKey, Plan] = {}
+
+    def plan_for(self, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> Plan:
+        """The plan for a step of these rows per group; equal keys give the same plan object."""
+        key = BookKey.of(phase, group_rows, logit_rows)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self.planner.plan(self.shape(key), self.layout)
+        return plan
+
+    def shape(self, key: BookKey) -> StepShape:
+        """The step a bucket is priced for: its largest group full, the rest of the rows spread over the others."""
+        mesh = self.planner.deployment.mesh
+        others = mesh.num_groups - 1
+        rest = max(0, key.rows - key.largest_group)
+        share, extra = divmod(rest, others) if others else (0, 0)
+        group_rows = (key.largest_group, *(share + (i < extra) for i in range(others)))
+        total = sum(group_rows)
+        return StepShape.of(
+            mesh, group_rows, phase=key.phase, context=self.context, logit_rows=min(key.logit_rows, total)
+        )
+
+    def plans(self) -> tuple[tuple[BookKey, Plan], ...]:
+        """Every plan made so far, by key."""
+        return tuple(sorted(self._plans.items(), key=lambda item: item[0]))

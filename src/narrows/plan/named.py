@@ -1,0 +1,162 @@
+"""Named layouts: the published ways through a layer, each said as the edges that the search may use.
+
+Knows stage names and layouts' titles; decides nothing by itself. A named layout is the same search over fewer edges,
+with the forms of the published code pinned. Where one cannot apply to a model or a mesh it says which condition fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from narrows.arch.config import MLA, ModelConfig
+from narrows.arch.forms import Forms
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, MoveKind
+
+__all__ = ["AUTO", "NAMED_LAYOUTS", "NamedLayout", "applicable_layouts", "inapplicable", "named_layout"]
+
+ALL_REDUCE, REDUCE_SCATTER = MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedLayout:
+    """Which edges remain. An absent entry removes nothing.
+
+    ``rows_at``: titles of the layouts a row stage may run at. ``sums_by``: the moves that may complete an owed sum
+    before a stage. ``residual``: how the residual may come in before a norm: ``fused`` with it, ``added`` to finished
+    rows, or ``joined`` to the owed sum. ``select_before``: the stage before which rows may be selected.
+    """
+
+    name: str
+    summary: str
+    forms: Forms | None = None
+    rows_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sums_by: Mapping[str, tuple[MoveKind, ...]] = field(default_factory=dict)
+    residual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    select_before: tuple[str, ...] | None = None
+
+
+AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed")
+
+_ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
+NAMED_LAYOUTS = (*_ORDER, "auto")
+
+_PINNED = Forms()
+_GROUP_LATENTS = {"qkv_a_proj": ("GROUP",), "latent_norm": ("GROUP",)}
+_SUMS_ALL_REDUCED = {name: (ALL_REDUCE,) for name in ("input_norm", "post_attn_norm", "final_norm")}
+
+
+def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
+    """The rules of the layout called ``name`` on ``mesh``.
+
+    Raises:
+        ConfigError: an unknown name, or a layout that cannot apply here, with the condition that fails.
+    """
+    if name == "auto":
+        return AUTO
+    if name not in _ORDER:
+        raise ConfigError(f"layout {name!r} is not known; layouts: {', '.join(NAMED_LAYOUTS)}")
+    reason = inapplicable(name, config, mesh)
+    if reason:
+        raise ConfigError(f"layout {name} cannot apply to {config.name} on {mesh}: {reason}")
+    several_groups = mesh.num_groups > 1
+    if name == "all-reduce":
+        return NamedLayout(
+            name=name,
+            summary="every owed sum completed at once by all-reduce; norms on all rows they meet",
+            forms=_PINNED,
+            rows_at={
+                "input_norm": ("GROUP",),
+                **_GROUP_LATENTS,
+                "post_attn_norm": ("FULL",),
+                "router": ("FULL",),
+                "final_norm": ("FULL",),
+            },
+            sums_by=_SUMS_ALL_REDUCED,
+            residual={
+                "input_norm": ("fused",),
+                "post_attn_norm": ("added", "joined") if several_groups else ("fused",),
+                "final_norm": ("fused",),
+            },
+            select_before=("lm_head",),
+        )
+    if name == "attn-tp-input-scattered":
+        return NamedLayout(
+            name=name,
+            summary="reduce-scatter into attention, norm and qkv_a_proj on scattered rows, gather the narrow latent",
+            forms=_PINNED,
+            rows_at={
+                "input_norm": ("SCATTERED",),
+                "qkv_a_proj": ("SCATTERED",),
+                "latent_norm": ("GROUP",),
+                "post_attn_norm": ("FULL",),
+                "router": ("FULL",),
+                "final_norm": ("FULL",),
+            },
+            sums_by={
+                "input_norm": (REDUCE_SCATTER,),
+                "post_attn_norm": (ALL_REDUCE,),
+                "final_norm": (ALL_REDUCE,),
+            },
+            residual={"input_norm": ("fused",), "post_attn_norm": ("joined",), "final_norm": ("fused",)},
+            select_before=("lm_head",),
+        )
+    if name == "norm-before-gather":
+        return NamedLayout(
+            name=name,
+            summary="norm on the attention group's own rows, then gather them for the experts",
+            forms=_PINNED,
+            rows_at={
+                "input_norm": ("GROUP",),
+                **_GROUP_LATENTS,
+                "post_attn_norm": ("GROUP",),
+                "router": ("FULL",),
+                "final_norm": ("GROUP",),
+            },
+            sums_by=_SUMS_ALL_REDUCED,
+            residual=dict.fromkeys(("input_norm", "post_attn_norm", "final_norm"), ("fused",)),
+            select_before=("lm_head",),
+        )
+    return NamedLayout(
+        name=name,
+        summary="every norm on scattered rows, every gather at full width (Megatron's sequence parallelism)",
+        forms=_PINNED,
+        rows_at={
+            "input_norm": ("SCATTERED",),
+            **_GROUP_LATENTS,
+            "post_attn_norm": ("SCATTERED",),
+            "router": ("FULL",),
+            "final_norm": ("SCATTERED",),
+        },
+        sums_by={name: (REDUCE_SCATTER,) for name in ("input_norm", "post_attn_norm", "final_norm")},
+        residual=dict.fromkeys(("input_norm", "post_attn_norm", "final_norm"), ("fused",)),
+        select_before=("lm_head",),
+    )
+
+
+def inapplicable(name: str, config: ModelConfig, mesh: Mesh) -> str:
+    """Why layout ``name`` cannot apply to this model and mesh; empty if it can."""
+    if name == "attn-tp-input-scattered":
+        if not isinstance(config.attention, MLA):
+            return (
+                f"q_lora_rank is null: {config.model_type} has no low-rank projection whose narrow output could be "
+                "gathered instead of hidden; sequence-parallel is the nearest layout that applies"
+            )
+        if config.attention.q_lora_rank is None:
+            return (
+                "q_lora_rank is null: queries come from hidden itself, so hidden must be gathered at full width; "
+                "sequence-parallel is the nearest layout that applies"
+            )
+        if mesh.group_size == 1:
+            return "tp is 1: attention has no ranks to scatter its input over; it needs tp > 1"
+    if name == "norm-before-gather" and mesh.num_groups == 1:
+        return "dp is 1: one attention group already holds all rows, so nothing is gathered; it needs dp > 1"
+    if name == "sequence-parallel" and mesh.size == 1:
+        return "the mesh has one rank: there is nothing to scatter rows over"
+    return ""
+
+
+def applicable_layouts(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
+    """The named layouts that apply to this model and mesh, `auto` last."""
+    return tuple(name for name in NAMED_LAYOUTS if not inapplicable(name, config, mesh))

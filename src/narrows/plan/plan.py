@@ -1,0 +1,172 @@
+"""The plan: the frozen list of steps for a whole model, each with its rows, bytes, time and where its price comes from.
+
+Knows stages and moves as values. It does not search (`search`), price (`cost`) or execute (`engine`), but it can be
+checked: :meth:`Plan.validate` walks the layout of every field and refuses a step that would read an owed sum or
+another layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from narrows.arch.stages import PriceClass, RowSet, Stage, StageKind
+from narrows.cost.price import Source
+from narrows.cost.stage import StepShape
+from narrows.errors import PlanError
+from narrows.layout import Layout, Mesh, Move
+
+__all__ = ["Plan", "Segment", "Step", "StepKind"]
+
+
+class StepKind(StrEnum):
+    """What a step is."""
+
+    STAGE = "stage"
+    MOVE = "move"
+    ADD = "add"
+    SELECT = "select_rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step on every rank.
+
+    ``reads_at`` and ``writes_at`` are the layouts of the fields in ``reads`` and ``writes``, one each. An ADD reads
+    ``hidden`` and then an addend: where ``hidden`` still owes a sum (``joins``) the addend, scattered, joins it.
+    ``boundary`` is the stage that the step prepares, or is. ``rows`` are those of the rank that has the most,
+    ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
+    predicted picoseconds: integers, so that sums do not depend on their order.
+    """
+
+    kind: StepKind
+    name: str
+    boundary: str
+    price_class: PriceClass
+    reads: tuple[str, ...]
+    reads_at: tuple[Layout, ...]
+    writes: tuple[str, ...]
+    writes_at: tuple[Layout, ...]
+    row_set: RowSet
+    rows: int
+    nbytes: int
+    ps: int
+    source: Source
+    stage: Stage | None = None
+    move: Move | None = None
+    fused: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the first field read: that of all of them, except for the addend of an ADD."""
+        return self.reads_at[0]
+
+    @property
+    def leaves(self) -> Layout:
+        """The layout of the first field written."""
+        return self.writes_at[0]
+
+    @property
+    def seconds(self) -> float:
+        return self.ps * 1e-12
+
+    @property
+    def joins(self) -> bool:
+        """Whether this is an addend that joins a sum still owed."""
+        return self.kind is StepKind.ADD and self.layout.owes_sum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The same steps for one or more consecutive layers; ``layers`` is empty before and after the decoder layers."""
+
+    name: str
+    layers: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def times(self) -> int:
+        """How often the steps run."""
+        return len(self.layers) or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Steps for a whole model on one mesh and one shape of step, under one named layout."""
+
+    layout_name: str
+    mesh: Mesh
+    shape: StepShape
+    segments: tuple[Segment, ...]
+
+    @property
+    def ps(self) -> int:
+        """Predicted picoseconds of the whole step."""
+        return sum(step.ps * segment.times for segment in self.segments for step in segment.steps)
+
+    @property
+    def seconds(self) -> float:
+        return self.ps * 1e-12
+
+    @property
+    def num_steps(self) -> int:
+        return sum(len(segment.steps) * segment.times for segment in self.segments)
+
+    def steps(self) -> Iterator[tuple[int | None, Step]]:
+        """Every step in order with its layer (None before and after the layers)."""
+        for segment in self.segments:
+            for layer in segment.layers or (None,):
+                for step in segment.steps:
+                    yield layer, step
+
+    def totals(self) -> dict[PriceClass, float]:
+        """Predicted seconds per price class, in the order of :class:`PriceClass`."""
+        totals = dict.fromkeys(PriceClass, 0)
+        for segment in self.segments:
+            for step in segment.steps:
+                totals[step.price_class] += step.ps * segment.times
+        return {price_class: ps * 1e-12 for price_class, ps in totals.items()}
+
+    def signature(self) -> tuple[object, ...]:
+        """What the plan does, without rows and prices: equal signatures run the same steps."""
+        return tuple(
+            (
+                segment.layers,
+                tuple(
+                    (s.kind, s.name, s.reads, s.reads_at, s.writes, s.writes_at, s.fused, s.row_set)
+                    for s in segment.steps
+                ),
+            )
+            for segment in self.segments
+        )
+
+    def validate(self) -> None:
+        """Walk the layout of every field through the plan.
+
+        Raises:
+            PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout.
+        """
+        state: dict[str, Layout] = {"ids": Layout.on(self.mesh, "R" * self.mesh.num_axes)}
+        for layer, step in self.steps():
+            where = f"layer {layer} {step.name}" if layer is not None else step.name
+            for name, wanted in zip(step.reads, step.reads_at, strict=True):
+                self._check(where, state, name, wanted, step)
+            if step.kind is StepKind.ADD:
+                state.pop(step.reads[1])
+            state |= zip(step.writes, step.writes_at, strict=True)
+            if step.stage is not None:
+                for name in step.stage.frees:
+                    state.pop(name, None)
+
+    def _check(self, where: str, state: dict[str, Layout], name: str, wanted: Layout, step: Step) -> None:
+        if name not in state:
+            raise PlanError(f"{where} reads {name}, which no step has left")
+        have = state[name]
+        if have != wanted:
+            owed = "its sum is still owed: it is" if have.owes_sum else "it is"
+            raise PlanError(f"{where} reads {name} at {wanted}, but {owed} at {have}")
+        if have.owes_sum and step.stage is not None:
+            raise PlanError(f"{where} reads {name} at {have}: its sum is still owed")
+        if step.stage is not None and step.stage.kind is not StageKind.SHARDED and not have.is_whole:
+            raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows")

@@ -1,0 +1,103 @@
+"""The planner: from a model, a mesh, a device and the shape of a step to plans, under any named layout.
+
+Puts `arch`, `cost` and the search together and chooses forms; prints and executes nothing. Forms decide what ranks
+load, so they are chosen once per deployment, for a stated mix of steps; layouts are chosen for every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from narrows.arch.chain import build_chain
+from narrows.arch.config import ModelConfig
+from narrows.arch.forms import Forms, check_mesh, form_choices
+from narrows.cost.devices import Device
+from narrows.cost.memory import MemoryUse, memory_use
+from narrows.cost.stage import Pricer, StepShape
+from narrows.errors import ConfigError
+from narrows.layout import Mesh
+from narrows.plan.named import named_layout
+from narrows.plan.plan import Plan
+from narrows.plan.search import Search
+
+__all__ = ["DTYPES", "Deployment", "Planner", "choose_forms"]
+
+DTYPES = ("fp8", "bf16", "fp32")
+"""Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A model on a mesh of one kind of device. ``graph``: steps are launched from a CUDA graph.
+
+    ``want_logits``: every rank needs whole rows of logits, not only the chosen token.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    device: Device
+    dtype: str = "bf16"
+    graph: bool = True
+    want_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not known; dtypes: {', '.join(DTYPES)}")
+        self.device.flops_per_s(self.dtype)  # refuses fp8 on a device without it, naming those that have it
+        check_mesh(self.config, self.mesh)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per value of the activations."""
+        return 4 if self.dtype == "fp32" else 2
+
+    def memory(self, forms: Forms) -> MemoryUse:
+        """Weights and KV cache on the fullest rank."""
+        return memory_use(self.config, self.mesh, forms, self.device, self.dtype)
+
+
+class Planner:
+    """Plans steps of one deployment whose ranks hold weights as ``forms`` say."""
+
+    def __init__(self, deployment: Deployment, forms: Forms) -> None:
+        self.deployment, self.forms = deployment, forms
+        self.chain = build_chain(
+            deployment.config,
+            deployment.mesh,
+            forms,
+            itemsize=deployment.itemsize,
+            want_logits=deployment.want_logits,
+        )
+
+    def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
+        """The cheapest plan for ``shape`` under the named layout.
+
+        Raises:
+            ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
+        """
+        d = self.deployment
+        rules = named_layout(layout, d.config, d.mesh)
+        prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
+        segments = Search(self.chain, d.mesh, rules, prices).solve()
+        return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)
+
+
+def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]]) -> Forms:
+    """The forms that fit memory and cost least over ``mix``: (shape of a step, how often it runs).
+
+    Ties go to the set nearest the published one. If nothing fits, the set that needs the least memory.
+    """
+    choices = form_choices(deployment.config, deployment.mesh)
+    uses = [deployment.memory(forms) for forms in choices]
+    fitting = [forms for forms, use in zip(choices, uses, strict=True) if use.fits]
+    if not fitting:
+        return min(zip(choices, uses, strict=True), key=lambda pair: pair[1].weights)[0]
+    if len(fitting) == 1:
+        return fitting[0]
+
+    def cost(forms: Forms) -> float:
+        planner = Planner(deployment, forms)
+        return sum(planner.plan(shape).ps * weight for shape, weight in mix)
+
+    return min(fitting, key=cost)
