@@ -1,0 +1,88 @@
+"""A step's work as plain numbers: which rows of which requests, in which attention group, and where their KV lives.
+
+Knows ints only. Ranks obey a batch; they decide nothing, so none can disagree with another. Rows are ordered by group,
+then by chunk, then by position. A token is an id, or a reference to a sample of the previous step, which stays on the
+ranks: the next step can be scheduled before the host knows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Batch", "Chunk", "sample_ref", "sample_slot"]
+
+
+def sample_ref(slot: int) -> int:
+    """The token that stands for sample ``slot`` of the previous step: a negative number, since ids are not."""
+    return -1 - slot
+
+
+def sample_slot(token: int) -> int:
+    """Which sample a reference stands for; the inverse of :func:`sample_ref`."""
+    return -1 - token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive rows of one request.
+
+    ``start`` is the position of its first row, that is, how many tokens of the request are in the cache already.
+    ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows ask for
+    logits; if any do, the last of them is sampled.
+    """
+
+    request: int
+    start: int
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    num_logits: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.tokens and 0 <= self.num_logits <= len(self.tokens), "a chunk has rows, and logits of some of them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One step of all attention groups; a group without chunks is ordinary."""
+
+    groups: tuple[tuple[Chunk, ...], ...]
+
+    @property
+    def group_rows(self) -> tuple[int, ...]:
+        """Rows of each attention group."""
+        return tuple(sum(len(chunk.tokens) for chunk in group) for group in self.groups)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.group_rows)
+
+    @property
+    def num_logit_rows(self) -> int:
+        return sum(chunk.num_logits for group in self.groups for chunk in group)
+
+    @property
+    def phase(self) -> str:
+        """``decode`` when every chunk continues a request by one row, else ``prefill`` (mixed steps too)."""
+        chunks = [chunk for group in self.groups for chunk in group]
+        return "decode" if all(len(c.tokens) == 1 and c.start > 0 for c in chunks) else "prefill"
+
+    def logit_rows(self) -> tuple[int, ...]:
+        """Which rows of the step ask for logits, ascending."""
+        rows: list[int] = []
+        at = 0
+        for group in self.groups:
+            for chunk in group:
+                at += len(chunk.tokens)
+                rows.extend(range(at - chunk.num_logits, at))
+        return tuple(rows)
+
+    def samples(self) -> tuple[tuple[int, int], ...]:
+        """(request, its slot among the step's logit rows) for every chunk that is sampled, in row order."""
+        out: list[tuple[int, int]] = []
+        slot = 0
+        for group in self.groups:
+            for chunk in group:
+                slot += chunk.num_logits
+                if chunk.num_logits:
+                    out.append((chunk.request, slot - 1))
+        return tuple(out)

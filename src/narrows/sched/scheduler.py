@@ -1,0 +1,219 @@
+"""The scheduler of all ranks: which rows of which requests run in the next step. Ints only; pure and deterministic.
+
+One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
+(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of prompts,
+first come first served. A request is admitted only when pages for its prompt and all tokens it may generate are free,
+so a running request never has to be put back. It goes to the group with the fewest tokens in pages.
+
+:meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
+A request that turns out to have ended by then has one row too many in flight; its sample is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from narrows.errors import ConfigError
+from narrows.sched.batch import Batch, Chunk, sample_ref
+from narrows.sched.pages import PagePool, num_pages_for
+
+__all__ = ["Limits", "Request", "Scheduler"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a step and the cache may hold. ``pages_per_group`` counts the null page along."""
+
+    num_groups: int = 1
+    rows_per_step: int = 2048
+    requests_per_group: int = 256
+    page_size: int = 16
+    pages_per_group: int = 512
+    max_context: int = 2048
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Tokens of KV cache that one group can hold."""
+        return (self.pages_per_group - 1) * self.page_size
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """One prompt on its way to text. ``finish_reason`` is empty until it is ``stop`` or ``length``."""
+
+    id: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    output: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    group: int = -1
+    pages: tuple[int, ...] = ()
+    num_cached: int = 0
+    """Tokens whose rows have been scheduled: prompt tokens, and samples fed back."""
+    num_sampled: int = 0
+    """Samples that have been scheduled; those not yet in ``output`` are still on the ranks."""
+    last_slot: int = -1
+    """Where its newest sample stands among the samples of the step it was scheduled in."""
+
+    @property
+    def prefilled(self) -> bool:
+        return self.num_cached >= len(self.prompt)
+
+
+class Scheduler:
+    """Continuous batching over the attention groups of one engine."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[Request] = deque()
+        self.running: list[list[Request]] = [[] for _ in range(limits.num_groups)]
+        self.pools = [PagePool(limits.pages_per_group) for _ in range(limits.num_groups)]
+        self._in_flight: deque[tuple[tuple[Request, int], ...]] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self.waiting) or any(self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ConfigError: it can never run: an empty prompt, or more tokens than the context or a group's cache holds.
+        """
+        limits = self.limits
+        if not request.prompt:
+            raise ConfigError("the prompt is empty: it needs at least one token")
+        if request.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        if len(request.prompt) >= limits.max_context:
+            raise ConfigError(
+                f"the prompt has {len(request.prompt)} tokens, but the context holds {limits.max_context} and at least "
+                f"1 must be left for the answer; shorten it to {limits.max_context - 1} tokens or raise --max-context"
+            )
+        request.max_tokens = min(request.max_tokens, limits.max_context - len(request.prompt))
+        needed = self._tokens_needed(request)
+        if needed > limits.tokens_per_group:
+            raise ConfigError(
+                f"the request needs KV cache for {needed} tokens, but a group has {limits.tokens_per_group}; "
+                f"ask for fewer tokens or raise --kv-tokens to {needed}"
+            )
+        self.waiting.append(request)
+
+    def _tokens_needed(self, request: Request) -> int:
+        """Tokens that enter the cache: the prompt and every sample but the last."""
+        return len(request.prompt) + request.max_tokens - 1
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None when no request has a row to run."""
+        self._admit()
+        budget = self.limits.rows_per_step
+        chunks: list[list[Chunk]] = [[] for _ in self.running]
+        samples: list[tuple[Request, int]] = []
+        for group, requests in enumerate(self.running):
+            for request in requests:
+                if request.prefilled and request.num_sampled < request.max_tokens and budget > 0:
+                    chunks[group].append(self._decode_chunk(request))
+                    budget -= 1
+        prefills = sorted(
+            (request for requests in self.running for request in requests if not request.prefilled), key=lambda r: r.id
+        )
+        for request in prefills:
+            if budget <= 0:
+                break
+            rows = min(budget, len(request.prompt) - request.num_cached)
+            chunks[request.group].append(self._prefill_chunk(request, rows))
+            budget -= rows
+        batch = Batch(groups=tuple(tuple(group) for group in chunks))
+        if batch.num_rows == 0:
+            return None
+        by_id = {request.id: request for requests in self.running for request in requests}
+        for request_id, slot in batch.samples():
+            request = by_id[request_id]
+            request.num_sampled += 1
+            request.last_slot = slot
+            samples.append((request, slot))
+        self._in_flight.append(tuple(samples))
+        return batch
+
+    def _admit(self) -> None:
+        while self.waiting:
+            request = self.waiting[0]
+            pages = num_pages_for(self._tokens_needed(request), self.limits.page_size)
+            able = [
+                group
+                for group, pool in enumerate(self.pools)
+                if pool.num_free >= pages and len(self.running[group]) < self.limits.requests_per_group
+            ]
+            if not able:
+                return
+            group = max(able, key=lambda g: (self.pools[g].num_free, -g))
+            self.waiting.popleft()
+            request.group, request.pages = group, self.pools[group].take(pages)
+            self.running[group].append(request)
+
+    def _decode_chunk(self, request: Request) -> Chunk:
+        known = request.num_sampled == len(request.output)
+        token = request.output[-1] if known else sample_ref(request.last_slot)
+        start = request.num_cached
+        request.num_cached += 1
+        return Chunk(
+            request=request.id, start=start, tokens=(token,), pages=self._pages(request, start + 1), num_logits=1
+        )
+
+    def _prefill_chunk(self, request: Request, rows: int) -> Chunk:
+        start = request.num_cached
+        request.num_cached += rows
+        return Chunk(
+            request=request.id,
+            start=start,
+            tokens=request.prompt[start : start + rows],
+            pages=self._pages(request, start + rows),
+            num_logits=1 if request.prefilled else 0,
+        )
+
+    def _pages(self, request: Request, num_tokens: int) -> tuple[int, ...]:
+        return request.pages[: num_pages_for(num_tokens, self.limits.page_size)]
+
+    def commit(self, sampled_ids: tuple[int, ...]) -> list[Request]:
+        """Take in the samples of the oldest step in flight; the requests that got a token, in row order.
+
+        ``sampled_ids`` holds one id per logit row of that step. Requests that end leave, and their pages are free at
+        once: ranks run steps in order, so a row still in flight writes before anything that reuses its page.
+        """
+        touched: list[Request] = []
+        for request, slot in self._in_flight.popleft():
+            if request.finish_reason:
+                continue  # it ended at the step before; this row was in flight already
+            token = sampled_ids[slot]
+            request.output.append(token)
+            touched.append(request)
+            if token in request.eos_ids:
+                self._finish(request, "stop")
+            elif len(request.output) >= request.max_tokens:
+                self._finish(request, "length")
+        return touched
+
+    def abort(self, request: Request) -> None:
+        """End a request now; what it still has in flight is dropped."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            request.finish_reason = "abort"
+        elif not request.finish_reason:
+            self._finish(request, "abort")
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        self.running[request.group].remove(request)
+        self.pools[request.group].give_back(request.pages)
+        request.pages = ()
+
+    def check_integrity(self) -> None:
+        """Every page is free or held by exactly one running request; nothing that ended holds any."""
+        for group, pool in enumerate(self.pools):
+            pool.check_integrity()
+            held = [page for request in self.running[group] for page in request.pages]
+            assert len(set(held)) == len(held), "a page is held twice"
+            assert len(held) + pool.num_free == pool.num_pages - 1, "a page is lost"
