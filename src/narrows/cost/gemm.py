@@ -1,0 +1,167 @@
+"""Prices a GEMM, and the grouped GEMM of experts: seconds by device, rows, shape and dtype. Knows no model.
+
+``out[m, n] = x[m, k] @ w[n, k].T``. The tables hold eight (n, k) of DeepSeek-V3 on some devices. For another shape
+the efficiency that its nearest shapes reach against the roofline, at the same rows, is applied to its own roofline; a
+device without a table has a roofline with a stated efficiency.
+
+What is not known: tile and wave effects of shapes that were not measured (leaving each shape out and predicting it from
+the others errs by a factor of 1.1 in bf16 and 1.3 in FP8 from 2K rows up, 1.3 and 1.5 below, and 6 at worst), how
+unevenly rows fall on experts, and fused epilogues.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from types import MappingProxyType
+
+from narrows.cost.devices import Device, device
+from narrows.cost.price import ZERO, Price, Source
+from narrows.cost.tables import Curve, read_rows
+from narrows.errors import ConfigError
+
+__all__ = ["gemm_price", "grouped_gemm_price"]
+
+_IN_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 1, "fp32": 4})
+_OUT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 2, "fp32": 4})
+_TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "fp32": ()}
+)
+_FP32_EFFICIENCY = 0.8
+_NUM_NEIGHBOURS = 3
+
+
+def gemm_price(device: Device, m: int, n: int, k: int, dtype: str) -> Price:
+    """Seconds of ``out[m, n] = x[m, k] @ w[n, k].T``, launch included.
+
+    ``dtype`` (of x and w) is ``bf16``, ``fp8`` (block-scaled where the device's table has it; out in bf16) or ``fp32``
+    (always a roofline: the router of the reference implementation). ``m == 0`` is ``ZERO``.
+
+    Raises:
+        ConfigError: another dtype, or ``fp8`` on a device that has none.
+    """
+    return _gemm_price(device, m, n, k, dtype)
+
+
+def grouped_gemm_price(device: Device, pairs: int, experts: float, n: int, k: int, dtype: str) -> Price:
+    """Seconds of one grouped GEMM: ``pairs`` rows, spread over the ``experts`` that the rank holds, each with w[n, k].
+
+    If every pair falls on any of the experts alike, the number of experts touched is
+    ``experts * (1 - (1 - 1 / experts) ** pairs)`` in expectation, and only their weights are read. Each touched expert
+    costs what a GEMM of ``pairs / touched`` rows costs less its launch, which is paid once. ``pairs == 0`` is ``ZERO``.
+    Real routing is less even: the busiest rank is the caller's to count.
+
+    Raises:
+        ConfigError: fewer than one expert on the rank, another dtype, or ``fp8`` on a device that has none.
+    """
+    return _grouped_gemm_price(device, pairs, experts, n, k, dtype)
+
+
+@lru_cache(maxsize=1 << 16)
+def _gemm_price(on: Device, m: float, n: int, k: int, dtype: str) -> Price:
+    assert m >= 0 and n >= 1 and k >= 1, f"a GEMM of m, n, k = {m}, {n}, {k}"
+    peak = on.flops_per_s(dtype)
+    if m == 0:
+        return ZERO
+    shapes = _shapes(on.gemm, dtype)
+    if not shapes:
+        compute = peak * (_FP32_EFFICIENCY if dtype == "fp32" else on.gemm_efficiency)
+        memory = on.hbm_bytes_per_s * on.gemm_memory_efficiency
+        return Price(_bound(compute, memory, m, n, k, dtype) + on.gemm_launch_s, Source.ROOFLINE)
+    assert on.gemm is not None
+    bound = _bound(peak, on.hbm_bytes_per_s, m, n, k, dtype)
+    if on.gemm == on.name and (n, k) in shapes:
+        found = _rows(shapes[n, k], m)
+        # A sweep runs one GEMM again and again: small weights come from the cache (L40S). In a model they do not.
+        return found if found.seconds >= bound else Price(bound, Source.ROOFLINE)
+    return Price(max(bound / _efficiency(on.gemm, m, n, k, dtype), _floor(on, dtype)), Source.SCALED)
+
+
+@lru_cache(maxsize=1 << 16)
+def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, dtype: str) -> Price:
+    assert pairs >= 0, f"{pairs} rows"
+    if experts < 1:
+        raise ConfigError(
+            f"{experts:g} experts on a rank: a rank holds whole experts, at least one; use fewer ranks, or split inside"
+        )
+    peak = on.flops_per_s(dtype)
+    if pairs == 0:
+        return ZERO
+    # In expectation a fraction of an expert fewer than one may come out of rounding.
+    touched = max(1.0, -experts * math.expm1(pairs * math.log1p(-1 / experts))) if experts > 1 else 1.0
+    m = pairs / touched
+    single = _gemm_price(on, m, n, k, dtype)
+    launch = _floor(on, dtype)
+    # However many experts follow each other, none beats the peak, or the bandwidth of a plain stream of weights.
+    limit = _bound(peak, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype)
+    each = min(single.seconds, max(single.seconds - launch, limit))
+    return Price(touched * each + launch, max(single.source, Source.SCALED))
+
+
+def _bound(flops_per_s: float, bytes_per_s: float, m: float, n: int, k: int, dtype: str) -> float:
+    """The roofline: the larger of compute and memory traffic, seconds."""
+    traffic = (m * k + n * k) * _IN_BYTES[dtype] + m * n * _OUT_BYTES[dtype]
+    return max(2.0 * m * n * k / flops_per_s, traffic / bytes_per_s)
+
+
+def _rows(curve: Curve, m: float) -> Price:
+    """Seconds at ``m`` rows; above the table time grows with the rows, below it (m < 1) it stays."""
+    last = curve.xs[-1]
+    return Price(curve.ys[-1] * (m / last), Source.SCALED) if m > last else curve.at(m)
+
+
+def _efficiency(table: str, m: float, n: int, k: int, dtype: str) -> float:
+    """The share of its roofline that shape (n, k) reaches at ``m`` rows on the table's own device.
+
+    A shape of the table: as measured. Another: the nearest ones, blended by the inverse of their distance in (log n,
+    log k). At most 1: more means that the sweep read its weights from the cache.
+    """
+    measured, shapes = device(table), _shapes(table, dtype)
+    peak, bandwidth = measured.flops_per_s(dtype), measured.hbm_bytes_per_s
+
+    def reached(shape: tuple[int, int]) -> float:
+        return min(1.0, _bound(peak, bandwidth, m, *shape, dtype) / _rows(shapes[shape], m).seconds)
+
+    if (n, k) in shapes:
+        return reached((n, k))
+    near = _neighbours(table, n, k, dtype)
+    return sum(weight * reached(shape) for shape, weight in near) / sum(weight for _, weight in near)
+
+
+@cache
+def _neighbours(table: str, n: int, k: int, dtype: str) -> tuple[tuple[tuple[int, int], float], ...]:
+    """The shapes of the table nearest to (n, k), which is not among them, with the inverse of their distance."""
+    distances = sorted((math.hypot(math.log(a / n), math.log(b / k)), (a, b)) for a, b in _shapes(table, dtype))
+    return tuple((shape, 1.0 / distance) for distance, shape in distances[:_NUM_NEIGHBOURS])
+
+
+def _floor(on: Device, dtype: str) -> float:
+    """What a GEMM costs however small: the shortest time in the table, or the device's launch."""
+    shapes = _shapes(on.gemm, dtype)
+    return min(min(curve.ys) for curve in shapes.values()) if shapes else on.gemm_launch_s
+
+
+@cache
+def _shapes(table: str | None, dtype: str) -> Mapping[tuple[int, int], Curve]:
+    """Seconds over rows by (n, k); empty where nothing was measured."""
+    for name in _TABLE_DTYPES[dtype]:
+        if table is not None and (found := _tables().get((table, name))):
+            return found
+    return MappingProxyType({})
+
+
+@cache
+def _tables() -> Mapping[tuple[str, str], Mapping[tuple[int, int], Curve]]:
+    """Seconds over rows, by (table, its dtype) and then by (n, k)."""
+    points: dict[tuple[str, str], dict[tuple[int, int], list[tuple[float, float]]]] = {}
+    columns = ("device", "dtype", "m", "n", "k", "us", "tflops")
+    for table, dtype, m, n, k, us, _ in read_rows("gemm.csv", columns):
+        shapes = points.setdefault((table, dtype), {})
+        shapes.setdefault((int(n), int(k)), []).append((float(m), float(us) * 1e-6))
+    return MappingProxyType(
+        {
+            key: MappingProxyType({shape: Curve.of(found) for shape, found in shapes.items()})
+            for key, shapes in points.items()
+        }
+    )
