@@ -266,6 +266,7 @@ class _Reader:
             topk_method=method,
             n_group=num_groups,
             topk_group=self.integer("topk_group", default=1) or 1,
-            norm_topk_prob=bool(self.raw.get("norm_topk_prob", False)),
+            # transformers' V2 router scales and never normalises, whatever its config says
+            norm_topk_prob=model_type != "deepseek_v2" and bool(self.raw.get("norm_topk_prob", False)),
             routed_scaling_factor=float(self.raw.get("routed_scaling_factor", 1.0)),
         )

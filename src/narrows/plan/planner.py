@@ -17,6 +17,7 @@ from narrows.cost.memory import MemoryUse, memory_use
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
+from narrows.plan.graph import Graph
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.search import Search
@@ -69,6 +70,7 @@ class Planner:
             itemsize=deployment.itemsize,
             want_logits=deployment.want_logits,
         )
+        self._graphs: dict[str, Graph] = {}
 
     def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
         """The cheapest plan for ``shape`` under the named layout.
@@ -77,9 +79,11 @@ class Planner:
             ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
         """
         d = self.deployment
-        rules = named_layout(layout, d.config, d.mesh)
+        graph = self._graphs.get(layout)
+        if graph is None:
+            graph = self._graphs[layout] = Graph(self.chain, d.mesh, named_layout(layout, d.config, d.mesh))
         prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
-        segments = Search(self.chain, d.mesh, rules, prices).solve()
+        segments = Search(graph, prices).solve()
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)
 
 

@@ -1,100 +1,76 @@
 """The search: the cheapest path through a model's chain of stages, exactly.
 
-Knows the chain, the legal moves and a source of prices; not how prices come about, nor names of devices. A node is
-(the next stage, the layout of each live field, which rows are held); an edge runs the stage, makes one move, adds an
-addend, or selects rows. Prices are integer picoseconds, so a path's cost does not depend on how it is summed.
+Knows a graph of legal steps and a source of prices; not how either comes about, nor names of devices. Prices are
+integer picoseconds, so a path's cost does not depend on how it is summed. Ties go to fewer steps, then to the edge that
+is generated first.
 
-Between two layers only few states can occur (what the last stage of a layer leaves, and where the residual is), so
-each layer type is solved once per entry state and the tables are chained: the optimum of the plain search, at the
-cost of two layers. Ties go to fewer steps, then to the edge that is generated first.
+Between two layers, and after a norm, only few states can occur (what the last stage leaves, and where the residual is),
+so the stages up to each norm are solved once per entry state and the tables are chained (min-plus): the optimum of the
+plain search, at the cost of two layers, because layers of one type share their tables.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
+from narrows.arch.stages import Stage, StageKind
 from narrows.cost.stage import StepPrice
 from narrows.errors import PlanError
-from narrows.layout import Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
-from narrows.plan.named import NamedLayout
-from narrows.plan.plan import Segment, Step, StepKind
+from narrows.plan.graph import Edge, Graph, Node, Prices, State
+from narrows.plan.plan import Segment, Step
 
-__all__ = ["Prices", "Search"]
+__all__ = ["Search"]
 
-State = tuple[int, ...]
-"""Layout index of each bundle (ABSENT if not live), then 0 for all rows or 1 once rows are selected."""
-
-ABSENT = -1
-_ADDENDS = ("shared", "residual")
-_ROW_SETS = (RowSet.ALL, RowSet.LOGITS)
+_PS = 1 << 20
+"""Weight of a picosecond, where a step weighs 1 besides its price: of two paths with equal cost the one with fewer steps
+is lighter. No plan has a million steps."""
 
 
-class Prices(Protocol):
-    """What the search asks of `cost`."""
-
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Path:
-    """A best path so far: its cost, its number of steps, its last step and the path before that."""
+    """A best path so far: its weight, what was done last (one edge, or a path of a table), and the path before that."""
 
-    ps: int
-    num_steps: int
-    step: Step | None = None
+    weight: int
     before: _Path | None = None
+    last: Edge | _Path | None = None
 
-    def then(self, step: Step) -> _Path:
-        return _Path(self.ps + step.ps, self.num_steps + 1, step, self)
-
-    def steps(self) -> tuple[Step, ...]:
-        out: list[Step] = []
+    def edges(self) -> tuple[Edge, ...]:
+        parts: list[tuple[Edge, ...]] = []
         path: _Path | None = self
-        while path is not None and path.step is not None:
-            out.append(path.step)
+        while path is not None and path.last is not None:
+            parts.append(path.last.edges() if isinstance(path.last, _Path) else (path.last,))
             path = path.before
-        return tuple(reversed(out))
+        return tuple(edge for part in reversed(parts) for edge in part)
 
 
+_ROOT = _Path(0)
 Frontier = dict[State, _Path]
 
 
-class Search:
-    """Searches one chain on one mesh under one named layout's rules and one source of prices."""
+class _Weights(dict[int, int]):
+    """Weight of each ask of a graph, priced when first needed."""
 
-    def __init__(self, chain: Chain, mesh: Mesh, rules: NamedLayout, prices: Prices) -> None:
-        self.chain, self.mesh, self.rules, self.prices = chain, mesh, rules, prices
-        self.layouts = legal_layouts(mesh)
-        self.index = {layout: i for i, layout in enumerate(self.layouts)}
-        self.full, self.scattered = self.index[full(mesh)], self.index[scattered(mesh)]
-        self.titles = {title: self.index[layout] for title, layout in _titles(mesh).items()}
-        bundles: dict[str, list[Field]] = {}
-        for field in chain.fields.values():
-            bundles.setdefault(field.bundle, []).append(field)
-        self.bundles = tuple(bundles)
-        self.slot = {bundle: i for i, bundle in enumerate(self.bundles)}
-        self.names = [tuple(f.name for f in fields) for fields in bundles.values()]
-        self.row_bytes = [sum(f.row_bytes for f in fields) for fields in bundles.values()]
-        self.moves = [[(move, self.index[move.dst]) for move in moves_from(mesh, layout)] for layout in self.layouts]
-        self._edges: dict[tuple[str, State], list[tuple[State, Step]]] = {}
-        self._steps: dict[tuple[Any, ...], Step] = {}
+    def __init__(self, graph: Graph, prices: Prices) -> None:
+        self.graph, self.prices = graph, prices
+        self.step_prices: dict[int, StepPrice] = {}
+
+    def __missing__(self, ask: int) -> int:
+        price = self.step_prices[ask] = self.graph.asks[ask](self.prices)
+        weight = self[ask] = price.ps * _PS + 1
+        return weight
+
+
+class Search:
+    """Searches one graph for one source of prices."""
+
+    def __init__(self, graph: Graph, prices: Prices) -> None:
+        self.graph, self.chain = graph, graph.chain
+        self._weights = _Weights(graph, prices)
+        self._tables: dict[tuple[tuple[str, ...], State], Frontier] = {}
 
     # -- whole models ------------------------------------------------------------------------------------------------
-
-    def start(self) -> State:
-        """Before the first stage: the token ids, everywhere."""
-        state = [ABSENT] * (len(self.bundles) + 1)
-        state[self.slot["ids"]] = self.full
-        state[-1] = 0
-        return tuple(state)
 
     def solve(self) -> tuple[Segment, ...]:
         """The cheapest plan, by one table per layer type, chained.
@@ -102,291 +78,137 @@ class Search:
         Raises:
             PlanError: the rules leave no way through; the stage that cannot be reached is named.
         """
-        frontier = self.advance({self.start(): _Path(0, 0)}, self.chain.prologue)
-        tables: dict[tuple[int, State], Frontier] = {}
-        # best[state]: total cost, total steps, and the route (type, entry, exit) of every layer so far
-        best: dict[State, tuple[int, int, _Route]] = {
-            state: (path.ps, path.num_steps, _Route(None, path.steps())) for state, path in frontier.items()
-        }
-        for type_index in self.chain.layers:
-            reached: dict[State, tuple[int, int, _Route]] = {}
-            for entry, (ps, num_steps, route) in best.items():
-                key = (type_index, entry)
-                if key not in tables:
-                    tables[key] = self.advance({entry: _Path(0, 0)}, self.chain.layer_types[type_index].stages)
-                for leave, path in tables[key].items():
-                    cost = (ps + path.ps, num_steps + path.num_steps)
-                    if leave not in reached or cost < reached[leave][:2]:
-                        reached[leave] = (*cost, _Route(route, path))
-            best = reached
-        final: tuple[int, int, _Route, _Path] | None = None
-        for entry, (ps, num_steps, route) in best.items():
-            for path in self.advance({entry: _Path(0, 0)}, self.chain.epilogue, selects=True).values():
-                total = (ps + path.ps, num_steps + path.num_steps)
-                if final is None or total < final[:2]:
-                    final = (*total, route, path)
-        assert final is not None
-        return self._segments(final[2], final[3])
+        chain = self.chain
+        layers: dict[tuple[int, State], Frontier] = {}
+
+        def layer_table(type_index: int, entry: State) -> Frontier:
+            table = layers.get((type_index, entry))
+            if table is None:
+                stages = chain.layer_types[type_index].stages
+                table = layers[type_index, entry] = self._through(entry, _blocks(stages))
+            return table
+
+        frontier = _extend({self.graph.start(): _ROOT}, lambda entry: self._through(entry, (chain.prologue,)))
+        for type_index in chain.layers:
+            frontier = _extend(frontier, lambda entry, t=type_index: layer_table(t, entry))  # type: ignore[misc]
+        frontier = _extend(frontier, lambda entry: self._through(entry, (chain.epilogue,)))
+        if not frontier:
+            self.solve_plainly()  # says which stage cannot be reached
+        return self._segments(min(frontier.values(), key=lambda path: path.weight))
 
     def solve_plainly(self) -> tuple[int, int]:
-        """Cost in picoseconds and number of steps of the optimum, by one search over all stages: for tests."""
+        """Cost in picoseconds and number of steps of the optimum, by one search over all stages.
+
+        Raises:
+            PlanError: the rules leave no way through; the stage that cannot be reached is named.
+        """
         stages = list(self.chain.prologue)
         for type_index in self.chain.layers:
             stages += self.chain.layer_types[type_index].stages
-        frontier = self.advance({self.start(): _Path(0, 0)}, stages)
-        frontier = self.advance(frontier, self.chain.epilogue, selects=True)
-        return min((path.ps, path.num_steps) for path in frontier.values())
+        frontier: Frontier = {self.graph.start(): _ROOT}
+        for stage in (*stages, *self.chain.epilogue):
+            frontier = self._advance(frontier, stage)
+            if not frontier:
+                raise PlanError(f"layout {self.graph.rules.name} leaves no way to run {stage.name} on {self.graph.mesh}")
+        return divmod(min(path.weight for path in frontier.values()), _PS)
 
-    def _segments(self, route: _Route, last: _Path) -> tuple[Segment, ...]:
-        paths: list[_Path] = []
-        while route.before is not None:
-            assert isinstance(route.part, _Path)
-            paths.append(route.part)
-            route = route.before
-        assert isinstance(route.part, tuple)
-        segments = [Segment(name="before", layers=(), steps=route.part)]
+    def _segments(self, path: _Path) -> tuple[Segment, ...]:
+        parts: list[_Path] = []
+        while path.before is not None:
+            assert isinstance(path.last, _Path)
+            parts.append(path.last)
+            path = path.before
+        last, *middle, first = parts
+        segments = [Segment(name="before", layers=(), steps=self._steps(first))]
         runs: list[tuple[_Path, list[int]]] = []
-        for layer, path in enumerate(reversed(paths)):
-            if runs and runs[-1][0] is path:
+        for layer, part in enumerate(reversed(middle)):
+            if runs and runs[-1][0] is part:
                 runs[-1][1].append(layer)
             else:
-                runs.append((path, [layer]))
-        for path, layers in runs:
+                runs.append((part, [layer]))
+        for part, layers in runs:
             name = self.chain.layer_types[self.chain.layers[layers[0]]].name
-            segments.append(Segment(name=name, layers=tuple(layers), steps=path.steps()))
-        return (*segments, Segment(name="after", layers=(), steps=last.steps()))
+            segments.append(Segment(name=name, layers=tuple(layers), steps=self._steps(part)))
+        return (*segments, Segment(name="after", layers=(), steps=self._steps(last)))
 
-    # -- one boundary, one stage -------------------------------------------------------------------------------------
+    def _steps(self, path: _Path) -> tuple[Step, ...]:
+        steps = []
+        for ask, step in path.edges():
+            price = self._weights.step_prices[ask]
+            steps.append(replace(step, rows=price.rows, nbytes=price.nbytes, ps=price.ps, source=price.source))
+        return tuple(steps)
 
-    def advance(self, frontier: Frontier, stages: Sequence[Stage], *, selects: bool = False) -> Frontier:
-        """From paths that end before ``stages[0]`` to the best path to every state after the last of them.
+    # -- tables ------------------------------------------------------------------------------------------------------
 
-        ``selects``: the rows whose logits are asked for may be selected on the way.
-
-        Raises:
-            PlanError: no path of the rules leads through; the stage that cannot be reached is named.
-        """
-        for stage in stages:
-            settled = self._settle(frontier, stage, selects)
-            frontier = {}
-            for state, path in settled.items():
-                run = self._run(state, stage)
-                if run is None:
-                    continue
-                after, step = run
-                new, old = path.then(step), frontier.get(after)
-                if old is None or (new.ps, new.num_steps) < (old.ps, old.num_steps):
-                    frontier[after] = new
-            if not frontier:
-                raise PlanError(f"layout {self.rules.name} leaves no way to run {stage.name} on {self.mesh}")
+    def _through(self, entry: State, blocks: Sequence[tuple[Stage, ...]]) -> Frontier:
+        """From one state to every state after ``blocks``; empty if the rules leave no way."""
+        frontier: Frontier = {entry: _ROOT}
+        for block in blocks:
+            names = tuple(stage.name for stage in block)
+            frontier = _extend(frontier, lambda state, b=block, n=names: self._block(b, n, state))  # type: ignore[misc]
         return frontier
 
-    def _settle(self, frontier: Frontier, stage: Stage, selects: bool) -> Frontier:
-        """Dijkstra within one boundary: every state reachable by moves, adds and selection before ``stage`` runs."""
-        done: Frontier = {}
-        heap = [(path.ps, path.num_steps, i, state, path) for i, (state, path) in enumerate(frontier.items())]
+    def _block(self, block: tuple[Stage, ...], names: tuple[str, ...], entry: State) -> Frontier:
+        table = self._tables.get((names, entry))
+        if table is None:
+            table = {entry: _ROOT}
+            for stage in block:
+                table = self._advance(table, stage)
+            self._tables[names, entry] = table
+        return table
+
+    # -- one stage ---------------------------------------------------------------------------------------------------
+
+    def _advance(self, frontier: Frontier, stage: Stage) -> Frontier:
+        """From paths that end before ``stage`` to the best path to every state after it.
+
+        Dijkstra over the states that moves, adds and selection reach before the stage runs.
+        """
+        graph, weights = self.graph, self._weights
+        reached: Frontier = {}
+        best: dict[Node, int] = {}
+        heap: list[tuple[int, int, Node, _Path, Edge | None]] = []
+        for count, (state, path) in enumerate(frontier.items()):
+            node = graph.node(stage, state)
+            best[node] = path.weight
+            heap.append((path.weight, count, node, path, None))
         heapq.heapify(heap)
         count = len(heap)
         while heap:
-            ps, num_steps, _, state, path = heapq.heappop(heap)
-            if state in done:
-                continue
-            done[state] = path
-            edges = self._edges.get((stage.name, state))
-            if edges is None:
-                edges = self._edges[stage.name, state] = list(self._boundary_edges(state, stage, selects))
-            for after, step in edges:
-                if after not in done:
-                    heapq.heappush(heap, (ps + step.ps, num_steps + 1, count, after, path.then(step)))
+            weight, _, node, before, edge = heapq.heappop(heap)
+            if weight > best[node]:
+                continue  # a lighter way was found after this one was pushed
+            path = before if edge is None else _Path(weight, before, edge)
+            if node.run is not None:
+                after_state, run = node.run
+                after_weight = weight + weights[run[0]]
+                old = reached.get(after_state)
+                if old is None or after_weight < old.weight:
+                    reached[after_state] = _Path(after_weight, path, run)
+            for after, edge in node.edges if node.edges is not None else graph.edges(stage, node):
+                after_weight = weight + weights[edge[0]]
+                known = best.get(after)
+                if known is None or after_weight < known:
+                    best[after] = after_weight
+                    heapq.heappush(heap, (after_weight, count, after, path, edge))
                     count += 1
-        return done
-
-    def _boundary_edges(self, state: State, stage: Stage, selects: bool) -> Iterator[tuple[State, Step]]:
-        if stage.kind is StageKind.NORM:
-            yield from self._adds(state, stage)
-        if selects and state[-1] == 0 and self._may_select(stage):
-            yield self._select(state, stage)
-        by_layout: dict[int, list[int]] = {}
-        for slot in range(len(self.bundles)):
-            if state[slot] != ABSENT:
-                by_layout.setdefault(state[slot], []).append(slot)
-        for layout_index, slots in by_layout.items():
-            for move, dst in self.moves[layout_index]:
-                if not self._may_move(move, stage):
-                    continue
-                packs = len(slots) if move.kind is MoveKind.ALL_GATHER else 1
-                for size in range(1, packs + 1):
-                    for chosen in combinations(slots, size):
-                        after = list(state)
-                        for slot in chosen:
-                            after[slot] = dst
-                        yield tuple(after), self._move_step(move, chosen, state[-1], stage)
-
-    def _adds(self, state: State, stage: Stage) -> Iterator[tuple[State, Step]]:
-        hidden = state[self.slot["hidden"]]
-        if hidden == ABSENT:
-            return
-        layout = self.layouts[hidden]
-        allowed = self.rules.residual.get(stage.name)
-        for name in _ADDENDS:
-            slot = self.slot[name]
-            if state[slot] == ABSENT:
-                continue
-            joins = layout.owes_sum
-            # An addend may join an owed sum only where it is sharded over the axes that owe it: else it counts twice.
-            if state[slot] != (self.scattered if joins else hidden) or layout.holds_columns:
-                continue
-            if name == "residual" and allowed is not None and ("joined" if joins else "added") not in allowed:
-                continue
-            after = list(state)
-            after[slot] = ABSENT
-            yield tuple(after), self._add_step(name, hidden, state[slot], state[-1], stage)
-
-    def _may_select(self, stage: Stage) -> bool:
-        return self.rules.select_before is None or stage.name in self.rules.select_before
-
-    def _may_move(self, move: Move, stage: Stage) -> bool:
-        if move.src.owes_sum:
-            allowed = self.rules.sums_by.get(stage.name)
-            return allowed is None or move.kind in allowed
-        return True
-
-    def _run(self, state: State, stage: Stage) -> tuple[State, Step] | None:
-        """The state after ``stage``, if it can run in ``state``."""
-        if (state[-1] == 1) is not (stage.row_set is RowSet.LOGITS) and stage.kind is not StageKind.NORM:
-            return None
-        fused = False
-        reads = {self.slot[self.chain.fields[name].bundle] for name in stage.reads}
-        if stage.kind is StageKind.NORM:
-            if state[self.slot["shared"]] != ABSENT:
-                return None
-            fused = state[self.slot["residual"]] != ABSENT
-            if not fused:
-                reads.discard(self.slot["residual"])
-            allowed = self.rules.residual.get(stage.name)
-            if fused and allowed is not None and "fused" not in allowed:
-                return None
-        held = {state[slot] for slot in reads}
-        if len(held) != 1 or ABSENT in held:
-            return None
-        (index,) = held
-        layout = self.layouts[index]
-        if stage.accepts is not None:
-            if layout != stage.accepts:
-                return None
-        elif not layout.is_whole or not self._row_stage_at(stage, index):
-            return None
-        leaves = index if stage.leaves is None else self.index[stage.leaves]
-        after = list(state)
-        for name in stage.frees:
-            after[self.slot[self.chain.fields[name].bundle]] = ABSENT
-        for name in stage.writes:
-            after[self.slot[self.chain.fields[name].bundle]] = leaves
-        return tuple(after), self._stage_step(stage, index, leaves, fused, state[-1])
-
-    def _row_stage_at(self, stage: Stage, index: int) -> bool:
-        titles = self.rules.rows_at.get(stage.name)
-        return titles is None or any(self.titles[title] == index for title in titles)
-
-    # -- steps, made once per distinct edge --------------------------------------------------------------------------
-
-    def _stage_step(self, stage: Stage, index: int, leaves: int, fused: bool, selected: int) -> Step:
-        key = ("stage", stage.name, index, fused, selected)
-        step = self._steps.get(key)
-        if step is None:
-            row_set = _ROW_SETS[selected]
-            price = self.prices.stage(stage, self.layouts[index], fused, row_set)
-            reads = stage.reads
-            if stage.kind is StageKind.NORM and not fused:
-                reads = tuple(name for name in reads if name != "residual")
-            step = self._steps[key] = Step(
-                kind=StepKind.STAGE,
-                name=stage.name,
-                boundary=stage.name,
-                price_class=stage.price_class,
-                reads=reads,
-                reads_at=(self.layouts[index],) * len(reads),
-                writes=stage.writes,
-                writes_at=(self.layouts[leaves],) * len(stage.writes),
-                row_set=row_set,
-                rows=price.rows,
-                nbytes=price.nbytes,
-                ps=price.ps,
-                source=price.source,
-                stage=stage,
-                fused=fused,
-            )
-        return step
-
-    def _move_step(self, move: Move, slots: tuple[int, ...], selected: int, stage: Stage) -> Step:
-        row_bytes = sum(self.row_bytes[slot] for slot in slots)
-        names = tuple(name for slot in slots for name in self.names[slot])
-        return self._row_step(
-            ("move", move, slots, selected, stage.name),
-            lambda: self.prices.move(move, row_bytes, _ROW_SETS[selected]),
-            kind=StepKind.MOVE,
-            name=move.kind.value,
-            boundary=stage.name,
-            price_class=PriceClass.COMMUNICATION,
-            reads=names,
-            reads_at=(move.src,) * len(names),
-            writes=names,
-            writes_at=(move.dst,) * len(names),
-            row_set=_ROW_SETS[selected],
-            move=move,
-        )
-
-    def _add_step(self, addend: str, hidden: int, at: int, selected: int, stage: Stage) -> Step:
-        row_bytes = self.row_bytes[self.slot["hidden"]]
-        return self._row_step(
-            ("add", addend, hidden, at, selected, stage.name),
-            lambda: self.prices.add(self.layouts[at], row_bytes, _ROW_SETS[selected]),
-            kind=StepKind.ADD,
-            name=f"add_{addend}",
-            boundary=stage.name,
-            price_class=PriceClass.ADD,
-            reads=("hidden", addend),
-            reads_at=(self.layouts[hidden], self.layouts[at]),
-            writes=("hidden",),
-            writes_at=(self.layouts[hidden],),
-            row_set=_ROW_SETS[selected],
-        )
-
-    def _select(self, state: State, stage: Stage) -> tuple[State, Step]:
-        slots = [self.slot[name] for name in ("hidden", *_ADDENDS) if state[self.slot[name]] != ABSENT]
-        names = tuple(self.bundles[slot] for slot in slots)
-        layouts = tuple(self.layouts[state[slot]] for slot in slots)
-        step = self._row_step(
-            ("select", names, layouts, stage.name),
-            lambda: self.prices.select(layouts[0], sum(self.row_bytes[slot] for slot in slots)),
-            kind=StepKind.SELECT,
-            name=StepKind.SELECT.value,
-            boundary=stage.name,
-            price_class=PriceClass.LM_HEAD,
-            reads=names,
-            reads_at=layouts,
-            writes=names,
-            writes_at=layouts,
-            row_set=RowSet.LOGITS,
-        )
-        return (*state[:-1], 1), step
-
-    def _row_step(self, key: tuple[Any, ...], price_of: Callable[[], StepPrice], **what: Any) -> Step:
-        step = self._steps.get(key)
-        if step is None:
-            price = price_of()
-            step = Step(rows=price.rows, nbytes=price.nbytes, ps=price.ps, source=price.source, **what)
-            self._steps[key] = step
-        return step
+        return reached
 
 
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """The layers of a chained path: the part added last, and the route before it."""
+def _extend(frontier: Frontier, table_of: Callable[[State], Frontier]) -> Frontier:
+    """The best path to every state that the tables of the states in ``frontier`` lead to."""
+    reached: Frontier = {}
+    for state, path in frontier.items():
+        for after, part in table_of(state).items():
+            weight = path.weight + part.weight
+            old = reached.get(after)
+            if old is None or weight < old.weight:
+                reached[after] = _Path(weight, path, part)
+    return reached
 
-    before: _Route | None
-    part: _Path | tuple[Step, ...]
 
-
-def _titles(mesh: Mesh) -> dict[str, Layout]:
-    return {"FULL": full(mesh), "GROUP": group(mesh), "SCATTERED": scattered(mesh)}
+def _blocks(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], ...]:
+    """``stages`` cut after each norm, where few states are possible."""
+    cuts = [i + 1 for i, stage in enumerate(stages) if stage.kind is StageKind.NORM]
+    ends = sorted({*cuts, len(stages)})
+    return tuple(stages[start:end] for start, end in zip((0, *ends), ends, strict=False))

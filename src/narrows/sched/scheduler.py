@@ -1,8 +1,8 @@
 """The scheduler of all ranks: which rows of which requests run in the next step. Ints only; pure and deterministic.
 
 One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
-(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of prompts,
-first come first served. A request is admitted only when pages for its prompt and all tokens it may generate are free,
+(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
+prompts, first come first served. A request is admitted only when pages for its prompt and all tokens it may generate are free,
 so a running request never has to be put back. It goes to the group with the fewest tokens in pages.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
@@ -108,6 +108,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, or None when no request has a row to run."""
+        assert len(self._in_flight) <= 1, "a token can refer to the previous step's samples only: commit a step first"
         self._admit()
         budget = self.limits.rows_per_step
         chunks: list[list[Chunk]] = [[] for _ in self.running]

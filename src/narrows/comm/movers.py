@@ -1,0 +1,192 @@
+"""Moves bound to a world: what a plan calls a move becomes one callable per rank, with nothing left to decide.
+
+Knows layouts, moves and row splits (plain numbers), tensors, and a world. Does not know plans, stages or prices: which
+move runs when is the runner's, why is the planner's. The ranks, the label and the method are fixed when a mover is
+made; the row counts, which change from step to step, come as a :class:`Geometry` that is computed once per step.
+
+Also the whole tensor from every rank's local one, and back, for tests and `verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from narrows.comm.sums import sum_rows
+from narrows.comm.world import World
+from narrows.errors import LayoutError
+from narrows.layout import Layout, Move, MoveKind, RowSplit, deal, scattered, starts
+
+__all__ = ["Geometry", "Mover", "assemble", "scatter"]
+
+
+class Geometry(NamedTuple):
+    """The row counts of one move in one step, seen from one rank."""
+
+    pieces: tuple[int, ...]
+    """Rows per member of the group. For a column gather, whose members hold the same rows: those, once."""
+    start: int
+    """First of this rank's own rows, counted within the rows of the whole group."""
+    stop: int
+    """One past the last of them. Addends of a reduction have ``stop - start`` rows: these."""
+
+
+class Mover:
+    """One move of a plan, on one rank.
+
+    Args:
+        columns: columns per rank of the world; only read, and then needed, for a column gather.
+
+    Raises:
+        LayoutError: the move is of another mesh than the world, or a column gather lacks its columns.
+    """
+
+    def __init__(self, world: World, move: Move, label: str, columns: tuple[int, ...] | None = None) -> None:
+        if move.mesh != world.mesh:
+            raise LayoutError(f"{move} is a move on {move.mesh}, but the world is {world.mesh}")
+        self.move = move
+        self.label = label
+        self.ranks = move.mesh.group(world.rank, move.first, move.last)
+        self.widths: tuple[int, ...] = ()
+        self._world = world
+        self._me = self.ranks.index(world.rank)
+        if move.kind is MoveKind.COLUMN_GATHER:
+            if columns is None or len(columns) != world.mesh.size:
+                raise LayoutError(f"{move} needs the columns of each of {world.mesh.size} ranks, not {columns}")
+            self.widths = tuple(columns[rank] for rank in self.ranks)
+        run: dict[MoveKind, Callable[[Sequence[Tensor], Geometry, Sequence[Tensor]], list[Tensor]]] = {
+            MoveKind.SLICE: self._slice,
+            MoveKind.ALL_GATHER: self._all_gather,
+            MoveKind.REDUCE_SCATTER: self._reduce_scatter,
+            MoveKind.ALL_REDUCE: self._all_reduce,
+            MoveKind.COLUMN_GATHER: self._column_gather,
+        }
+        self._run = run[move.kind]
+
+    def geometry(self, split: RowSplit) -> Geometry:
+        """This rank's counts under ``split``: equal for all movers of equal ``(move.src, move.dst)``."""
+        move, rank = self.move, self._world.rank
+        if move.kind is MoveKind.COLUMN_GATHER:
+            rows = split.num_rows(move.src, rank)
+            return Geometry((rows,), 0, rows)
+        outer, inner = move.src, move.dst
+        if move.kind is MoveKind.ALL_GATHER:
+            outer, inner = move.dst, move.src
+        elif move.kind is MoveKind.ALL_REDUCE:
+            inner = scattered(move.mesh)  # its source and target hold the same rows; each member sums its own
+        pieces = split.pieces(rank, outer, inner)
+        return Geometry(pieces, *starts(pieces)[self._me])
+
+    def __call__(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Makes the move; one tensor per field.
+
+        A slice is a view of its input, without a copy and without meeting anybody; every other result is the
+        caller's own memory.
+
+        Args:
+            xs: one 2-D tensor per field; a reduction and a column gather take exactly one.
+            addends: only for reductions: tensors of this rank's own rows that join its sum.
+        """
+        return self._run(xs, geometry, addends)
+
+    def _slice(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        assert not addends, f"{self.label}: a slice takes no sum that an addend could join"
+        _, start, stop = geometry
+        return [x[start:stop] for x in xs]
+
+    def _all_gather(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        assert not addends, f"{self.label}: a gather takes no sum that an addend could join"
+        return self._world.all_gather(xs, self.ranks, geometry.pieces, self.label)
+
+    def _reduce_scatter(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        (x,) = xs
+        return [self._world.reduce_scatter(x, self.ranks, geometry.pieces, self.label, addends)]
+
+    def _all_reduce(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        (x,) = xs
+        return [self._world.all_reduce(x, self.ranks, geometry.pieces, self.label, addends)]
+
+    def _column_gather(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        assert not addends, f"{self.label}: a gather takes no sum that an addend could join"
+        (x,) = xs
+        return [self._world.column_gather(x, self.ranks, self.widths, self.label)]
+
+
+def assemble(
+    layout: Layout, split: RowSplit, shards: Sequence[Tensor], columns: tuple[int, ...] | None = None
+) -> Tensor:
+    """The full tensor ``[T, W]`` from every rank's local one: what a single rank would hold.
+
+    Rows that several ranks hold are read from the first of them; an owed sum is taken in float32 in rank order and
+    rounded once; columns are laid side by side.
+
+    Args:
+        shards: ``shards[rank]``, ``[split.num_rows(layout, rank), W]`` (``columns[rank]`` wide where they are cut).
+        columns: if given, columns per rank of the world, to check against.
+
+    Raises:
+        LayoutError: a local tensor has another number of rows, or columns, than the layout says; the rank is named.
+    """
+    mesh = split.mesh
+    if len(shards) != mesh.size:
+        raise LayoutError(f"{mesh} has {mesh.size} ranks, but there are {len(shards)} local tensors")
+    for rank, shard in enumerate(shards):
+        rows = split.num_rows(layout, rank)
+        if shard.shape[0] != rows:
+            raise LayoutError(f"rank {rank} holds {shard.shape[0]} rows, but {layout} with {split.counts} says {rows}")
+        if columns is not None and layout.holds_columns and shard.shape[1] != columns[rank]:
+            raise LayoutError(f"rank {rank} holds {shard.shape[1]} columns, but its share of them is {columns[rank]}")
+    blocks = [[shards[rank] for rank in block] for block in _blocks(layout, split)]
+    if layout.owes_sum:
+        return torch.cat([sum_rows(block, 0, block[0].shape[0]) for block in blocks])
+    if layout.holds_columns:
+        return torch.cat([torch.cat(block, dim=1) for block in blocks])
+    return torch.cat([block[0] for block in blocks])
+
+
+def scatter(layout: Layout, split: RowSplit, full: Tensor, columns: tuple[int, ...] | None = None) -> list[Tensor]:
+    """Every rank's local tensor from the full one ``[T, W]``; :func:`assemble` gives it back bit for bit.
+
+    An owed sum of v is held as 2 v by one member, -v by the next, 0 by the others, in turn from element to element:
+    no member holds v, and every order and grouping of the additions is exact in every dtype (short of overflow).
+
+    Args:
+        columns: columns per rank of the world; None deals them as evenly as they go.
+
+    Raises:
+        LayoutError: the rows, or a block's columns, do not add up to those of ``full``.
+    """
+    if full.shape[0] != split.total:
+        raise LayoutError(f"the tensor has {full.shape[0]} rows, but the split says {split.total}")
+    shards: list[Tensor] = []
+    for block in _blocks(layout, split):
+        start, stop = split.span(layout, block[0])
+        rows = full[start:stop]
+        if layout.owes_sum:
+            shards += _addends(rows, len(block), start)
+        elif layout.holds_columns:
+            widths = deal(full.shape[1], len(block)) if columns is None else tuple(columns[rank] for rank in block)
+            if sum(widths) != full.shape[1]:
+                raise LayoutError(f"ranks {block} hold {widths} columns, but the tensor has {full.shape[1]}")
+            shards += [rows[:, lo:hi].clone(memory_format=torch.contiguous_format) for lo, hi in starts(widths)]
+        else:
+            shards += [rows.clone() for _ in block]
+    return shards
+
+
+def _blocks(layout: Layout, split: RowSplit) -> list[tuple[int, ...]]:
+    """The groups of ranks that hold the same rows, in rank order."""
+    mesh = split.mesh
+    blocks = [mesh.group(rank, layout.num_leading, mesh.num_axes) for rank in range(mesh.size)]
+    return list(dict.fromkeys(blocks))
+
+
+def _addends(rows: Tensor, num: int, first_row: int) -> list[Tensor]:
+    cells = torch.arange(rows.shape[0]).unsqueeze(1) + torch.arange(rows.shape[1]) + first_row
+    zero = torch.zeros_like(rows)
+    twice = [torch.where(cells % num == i, rows + rows, zero) for i in range(num)]
+    minus = [torch.where((cells + 1) % num == i, rows, zero) for i in range(num)]
+    return [a - b for a, b in zip(twice, minus, strict=True)]

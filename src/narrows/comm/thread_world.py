@@ -1,0 +1,197 @@
+"""The World among threads of one process: collectives hand references from thread to thread.
+
+Knows meetings and tensors. Does not know layouts or plans, nor how rank threads are started (`threads.py`). Members
+publish their tensors, meet, read what they need, and meet again before anyone may write its input anew; in an
+all-reduce the second meeting also carries the pieces that each member has summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrows.comm.meeting import Commons, Meeting
+from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
+from narrows.comm.sums import sum_rows
+from narrows.errors import CollectiveMismatchError
+
+__all__ = ["ThreadWorld"]
+
+
+class ThreadWorld:
+    """One rank's :class:`~narrows.comm.world.World`; `run_ranks` and `ThreadRanks` make it, in the rank's thread."""
+
+    def __init__(self, commons: Commons, rank: int) -> None:
+        self.rank = rank
+        self.mesh = commons.mesh
+        self.checked = commons.checked
+        self._commons = commons
+        self._seats: dict[tuple[int, ...], _Seat] = {}
+        self._buffers = _SendBuffers()
+
+    def all_gather(
+        self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
+    ) -> list[Tensor]:
+        if len(ranks) == 1:
+            return [self._buffers.owned(x) for x in xs]
+        seat = self._seat(ranks)
+        stamp = seat.stamp("all_gather", label)
+        if self.checked:
+            stamp = say_rows(stamp, self.rank, seat.me, xs, counts)
+        brought = self._meet(seat, stamp, xs)
+        out = [torch.cat([theirs[f] for theirs in brought]) for f in range(len(xs))]
+        self._leave(seat, stamp, xs)
+        return out
+
+    def reduce_scatter(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor] = (),
+    ) -> Tensor:
+        if len(ranks) == 1:
+            return self._joined(x, addends)
+        seat = self._seat(ranks)
+        stamp = seat.stamp("reduce_scatter", label)
+        if self.checked:
+            stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
+        brought = self._meet(seat, stamp, x)
+        piece = sum_rows(brought, sum(counts[: seat.me]), counts[seat.me], addends)
+        self._leave(seat, stamp, (x, *addends))
+        return piece
+
+    def all_reduce(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor] = (),
+    ) -> Tensor:
+        if len(ranks) == 1:
+            return self._joined(x, addends)
+        seat = self._seat(ranks)
+        stamp = seat.stamp("all_reduce", label)
+        if self.checked:
+            stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
+        brought = self._meet(seat, stamp, x)
+        piece = sum_rows(brought, sum(counts[: seat.me]), counts[seat.me], addends)
+        # The pieces are nobody's input or result, so that no third meeting is needed.
+        pieces = seat.meeting.meet(seat.me, stamp, piece)
+        self._buffers.give_back((x, *addends))
+        return torch.cat(pieces)
+
+    def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
+        if len(ranks) == 1:
+            return self._buffers.owned(x)
+        seat = self._seat(ranks)
+        stamp = seat.stamp("column_gather", label)
+        if self.checked:
+            stamp = say_columns(stamp, self.rank, seat.me, x, widths)
+        brought = self._meet(seat, stamp, x)
+        out = torch.cat(brought, dim=1)
+        self._leave(seat, stamp, (x,))
+        return out
+
+    def broadcast(self, x: Tensor, ranks: tuple[int, ...], root: int, label: str) -> Tensor:
+        place = ranks.index(root)
+        if len(ranks) == 1:
+            return self._buffers.owned(x)
+        seat = self._seat(ranks)
+        stamp = seat.stamp("broadcast", label)
+        if self.checked:
+            stamp = say_tensor(stamp, x, root)
+        brought = self._meet(seat, stamp, x)
+        out: Tensor = brought[place].clone(memory_format=torch.contiguous_format)
+        self._leave(seat, stamp, (x,))
+        return out
+
+    def barrier(self, ranks: tuple[int, ...], label: str) -> None:
+        if len(ranks) > 1:
+            seat = self._seat(ranks)
+            self._meet(seat, seat.stamp("barrier", label), None)
+
+    def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return self._buffers.lend(rows, width, dtype)
+
+    def _seat(self, ranks: tuple[int, ...]) -> _Seat:
+        seat = self._seats.get(ranks)
+        if seat is None:
+            assert self.rank in ranks and list(ranks) == sorted(set(ranks)), f"{ranks} is no group of rank {self.rank}"
+            seat = self._seats[ranks] = _Seat(self._commons.meeting(ranks), ranks, ranks.index(self.rank))
+        return seat
+
+    def _meet(self, seat: _Seat, stamp: Stamp, thing: Any) -> list[Any]:
+        """The first meeting of a collective; in checked mode nobody reads before all stamps agree."""
+        if not self.checked:
+            return seat.meeting.meet(seat.me, stamp, thing)
+        brought = seat.meeting.meet(seat.me, stamp, (stamp, thing))
+        if said := mismatch(seat.ranks, [theirs for theirs, _ in brought]):
+            raise CollectiveMismatchError(f"ranks met in different collectives: {said}")
+        return [theirs for _, theirs in brought]
+
+    def _leave(self, seat: _Seat, stamp: Stamp, inputs: Sequence[Tensor]) -> None:
+        """The second meeting: everyone has read, so the inputs may be written again."""
+        seat.meeting.meet(seat.me, stamp, None)
+        self._buffers.give_back(inputs)
+
+    def _joined(self, x: Tensor, addends: Sequence[Tensor]) -> Tensor:
+        """A sum in a group of one rank: its input, with the addends."""
+        if not addends:
+            return self._buffers.owned(x)
+        out = sum_rows([x], 0, x.shape[0], addends)
+        self._buffers.give_back((x, *addends))
+        return out
+
+
+class _Seat:
+    """This rank's place in one group, and how often it has come there."""
+
+    __slots__ = ("me", "meeting", "number", "ranks")
+
+    def __init__(self, meeting: Meeting, ranks: tuple[int, ...], me: int) -> None:
+        self.meeting = meeting
+        self.ranks = ranks
+        self.me = me
+        self.number = 0
+
+    def stamp(self, op: str, label: str) -> Stamp:
+        self.number += 1
+        return Stamp(self.number - 1, op, label, len(self.ranks))
+
+
+class _SendBuffers:
+    """Scratch memory by (width, dtype), lent until a collective has consumed it."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._lent: dict[int, tuple[tuple[int, torch.dtype], Tensor]] = {}  # by address of the storage
+
+    def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        key, size = (width, dtype), rows * width
+        free = self._free.setdefault(key, [])
+        flat = free.pop() if free else None
+        if flat is None or flat.numel() < size:
+            flat = torch.empty(max(size, 1), dtype=dtype)
+        self._lent[flat.untyped_storage().data_ptr()] = (key, flat)
+        return flat[:size].view(rows, width)
+
+    def give_back(self, tensors: Sequence[Tensor]) -> None:
+        if self._lent:
+            for x in tensors:
+                lent = self._lent.pop(x.untyped_storage().data_ptr(), None)
+                if lent is not None:
+                    self._free[lent[0]].append(lent[1])
+
+    def owned(self, x: Tensor) -> Tensor:
+        """``x`` as a result: itself, or a copy if it lies in a send buffer, which is then free again."""
+        if x.untyped_storage().data_ptr() not in self._lent:
+            return x
+        out = x.clone()
+        self.give_back((x,))
+        return out

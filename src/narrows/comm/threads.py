@@ -1,0 +1,212 @@
+"""Ranks as threads of one process: for tests, `verify` and examples; no faster than the cores they share.
+
+Knows how to start and end rank threads, hand them work in order, and bring back results or the first error. Does not
+know what the work is, nor how collectives are made (`thread_world.py`). Each rank thread runs torch with ONE thread of
+its own (several per rank on a busy core are slow) and in inference mode. ``torch.set_num_threads`` in a thread also
+becomes the default of threads started later in this process; threads that already run keep their number.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from narrows.comm.meeting import Commons
+from narrows.comm.thread_world import ThreadWorld
+from narrows.comm.world import World
+from narrows.errors import RankError
+from narrows.layout import Mesh
+
+__all__ = ["ThreadRanks", "run_ranks"]
+
+T = TypeVar("T")
+Worker = TypeVar("Worker")
+
+CLOSE_GRACE_S = 5.0
+"""How long :meth:`ThreadRanks.close` waits for a rank that is in the middle of something."""
+
+
+class _Call(Generic[T]):
+    """Something every rank does once; ``method`` None makes the worker."""
+
+    def __init__(self, size: int, method: str | None, args: tuple[Any, ...]) -> None:
+        self.method = method
+        self.args = args
+        self.results: list[Any] = [None] * size
+        self.missing = size
+        self.future: Future[list[T]] = Future()
+        self.future.set_running_or_notify_cancel()  # a rank cannot skip what the others do: no cancelling
+
+
+class _Crew:
+    """The rank threads and the calls they have to do: each rank does all calls, in the order they were made."""
+
+    def __init__(self, mesh: Mesh, make: Callable[[World], Any], *, checked: bool, timeout_s: float) -> None:
+        self.commons = Commons(mesh, checked=checked, timeout_s=timeout_s)
+        self.running = True
+        self._make = make
+        self._lock = threading.Lock()
+        self._pending: list[_Call[Any]] = []
+        self._queues: list[SimpleQueue[_Call[Any] | None]] = [SimpleQueue() for _ in range(mesh.size)]
+        self.made = self.call(None, ())
+        self._threads = [
+            threading.Thread(target=self._serve, args=(rank,), name=f"narrows rank {rank}", daemon=True)
+            for rank in range(mesh.size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def call(self, method: str | None, args: tuple[Any, ...]) -> Future[list[Any]]:
+        """Hands a call to every rank. After a failure, or after the end, the future fails at once."""
+        with self._lock:
+            call: _Call[Any] = _Call(len(self._queues), method, args)
+            if self.running and self.commons.failure is None:
+                self._pending.append(call)
+                for queue in self._queues:
+                    queue.put(call)
+                return call.future
+        call.future.set_exception(
+            self.commons.failure[1] if self.commons.failure else RankError(f"{method} was called on closed ranks")
+        )
+        return call.future
+
+    def stop(self, grace_s: float) -> list[int]:
+        """Ends the threads; calls that are not done fail. Returns the ranks that still run after ``grace_s``."""
+        with self._lock:
+            self.running = False
+            undone, self._pending = self._pending, []
+        if undone:
+            closed = RankError("the ranks were closed before they had done all calls")
+            self.commons.fail(None, closed)
+            for call in undone:
+                call.future.set_exception(closed)
+        self.dismiss()
+        end = time.monotonic() + grace_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return [rank for rank, thread in enumerate(self._threads) if thread.is_alive()]
+
+    def dismiss(self) -> None:
+        """Asks the threads to end after the calls they have."""
+        for queue in self._queues:
+            queue.put(None)
+
+    def _serve(self, rank: int) -> None:
+        """What a rank thread runs."""
+        torch.set_num_threads(1)
+        world = ThreadWorld(self.commons, rank)
+        worker: Any = None
+        with torch.inference_mode():
+            while (call := self._queues[rank].get()) is not None:
+                if call.future.done():  # it failed on another rank, or before it was begun
+                    continue
+                try:
+                    if call.method is None:
+                        result = worker = self._make(world)
+                    else:
+                        result = getattr(worker, call.method)(*call.args)
+                except BaseException as error:
+                    self._failed(call, rank, error)
+                else:
+                    self._done(call, rank, result)
+
+    def _done(self, call: _Call[Any], rank: int, result: Any) -> None:
+        with self._lock:
+            call.results[rank] = result
+            call.missing -= 1
+            if call.missing or call not in self._pending:
+                return
+            self._pending.remove(call)
+        call.future.set_result(call.results)
+
+    def _failed(self, call: _Call[Any], rank: int, error: BaseException) -> None:
+        """Fails this call and those made after it, all with the world's first error."""
+        self.commons.fail(rank, error)
+        assert self.commons.failure is not None
+        with self._lock:
+            at = self._pending.index(call) if call in self._pending else len(self._pending)
+            self._pending, undone = self._pending[:at], self._pending[at:]
+        for other in undone:
+            other.future.set_exception(self.commons.failure[1])
+
+
+def _stop_at_exit(crew: weakref.ref[_Crew]) -> None:
+    if (alive := crew()) is not None:
+        alive.stop(CLOSE_GRACE_S)
+
+
+def run_ranks(mesh: Mesh, fn: Callable[[World], T], *, checked: bool = False, timeout_s: float = 60.0) -> list[T]:
+    """Runs ``fn`` on every rank of ``mesh``, each in its own thread; the results in rank order.
+
+    Args:
+        checked: compare what each rank comes to a collective with, before any data is read.
+        timeout_s: how long a rank may keep the others waiting at a collective.
+
+    Raises:
+        the first error of any rank, itself, with a note that names the rank. The other ranks end with a RankError at
+        their next collective; all threads have ended when it is raised, except one that is stuck outside of any
+        collective for longer than ``timeout_s`` (a note names it).
+    """
+    crew = _Crew(mesh, fn, checked=checked, timeout_s=timeout_s)
+    try:
+        results: list[T] = crew.made.result()
+    except BaseException as error:
+        if stuck := crew.stop(timeout_s):
+            error.add_note(f"Still running, outside of any collective: ranks {stuck}.")
+        raise
+    crew.stop(timeout_s)
+    return results
+
+
+class ThreadRanks(Generic[Worker]):
+    """Rank threads that stay: one worker per rank, and calls that every rank does in the order they were made.
+
+    Args:
+        make: builds the worker of a rank, in that rank's thread; it may use collectives.
+        checked: compare what each rank comes to a collective with, before any data is read.
+        timeout_s: how long a rank may keep the others waiting at a collective.
+
+    Raises:
+        the first error of ``make`` on any rank.
+    """
+
+    def __init__(
+        self, mesh: Mesh, make: Callable[[World], Worker], *, checked: bool = False, timeout_s: float = 60.0
+    ) -> None:
+        self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s)
+        # For an owner who forgets to close. The finalizer may run inside any code, even of a rank that holds a lock, so
+        # it takes none; at exit a rank thread that is still inside torch would abort the process.
+        weakref.finalize(self, self._crew.dismiss).atexit = False
+        atexit.register(_stop_at_exit, weakref.ref(self._crew))
+        try:
+            self._crew.made.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, method: str, *args: Any) -> Future[list[Any]]:
+        """Every rank calls ``worker.method(*args)``; returns at once, so that the next call can be made meanwhile.
+
+        Returns:
+            a future whose ``result(timeout)`` is the list of the ranks' results, in rank order. It raises the first
+            error of any rank in this call or an earlier one; RankError if the ranks were closed before it was done.
+        """
+        return self._crew.call(method, args)
+
+    def close(self) -> None:
+        """Ends the threads; calls that are not done fail with RankError. Closing again does nothing."""
+        self._crew.stop(CLOSE_GRACE_S)
+
+    def __enter__(self) -> ThreadRanks[Worker]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,284 @@
+"""A plan bound to one rank's model and world: a flat tuple of callables, walked once per step.
+
+Knows plan steps, the model's methods and movers; decides nothing. Binding resolves every name: fields become numbered
+registers, stages bound methods, moves movers. The walk looks nothing up by name and asks for no layout; what changes
+from step to step (row counts) comes as a :class:`Frame`, computed once per step for each distinct move.
+
+An addend that joins an owed sum is not added when its step comes: it is handed to the move that completes the sum,
+where it enters in float32, and rows selected in between are selected of it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrows.arch.stages import Field, RowSet, StageKind
+from narrows.comm.movers import Geometry, Mover
+from narrows.comm.world import World
+from narrows.layout import Layout, MoveKind, RowSplit
+from narrows.models.parts import Decoder, StepInputs
+from narrows.plan.plan import Plan, Step, StepKind
+
+__all__ = ["Frame", "Operation", "Program", "Wrap", "bind"]
+
+Registers = list[Any]
+Operation = Callable[[Registers, "Frame"], None]
+Wrap = Callable[[int | None, Step, tuple[int, ...], tuple[int, ...], Operation], Operation]
+"""Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
+
+_REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
+
+
+@dataclass(slots=True)
+class Frame:
+    """What one step of the engine is on this rank: the model's inputs and the row counts of every move and selection."""
+
+    inputs: StepInputs
+    rows: RowSplit
+    logits: RowSplit
+    geometries: tuple[Geometry, ...]
+    selections: tuple[Tensor, ...]
+    """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in."""
+    out_rows: tuple[int, ...]
+    """Rows that this rank leaves in each layout that a stage writes into a send buffer."""
+
+
+class Program:
+    """A bound plan. ``outputs`` are the registers of fields that are still there at the end."""
+
+    def __init__(self, binder: _Binder) -> None:
+        self._operations = tuple(binder.operations)
+        self._moves = tuple(binder.moves)
+        self._selected = tuple(binder.selected)
+        self._out_layouts = tuple(binder.out_layouts)
+        self._num_registers = len(binder.registers)
+        self._rank = binder.world.rank
+        self.outputs = dict(binder.registers)
+
+    def frame(self, inputs: StepInputs, rows: RowSplit, logits: RowSplit, logit_rows: Sequence[int]) -> Frame:
+        """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected."""
+        splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
+        selections = []
+        for layout in self._selected:
+            start, stop = rows.span(layout, self._rank)
+            picked = [row - start for row in logit_rows if start <= row < stop]
+            selections.append(torch.tensor(picked, dtype=torch.int64))
+        return Frame(
+            inputs=inputs,
+            rows=rows,
+            logits=logits,
+            geometries=tuple(mover.geometry(splits[row_set]) for mover, row_set in self._moves),
+            selections=tuple(selections),
+            out_rows=tuple(rows.num_rows(layout, self._rank) for layout in self._out_layouts),
+        )
+
+    def run(self, frame: Frame, ids: Tensor) -> Registers:
+        """Walk the plan once; the registers hold what :attr:`outputs` names."""
+        registers: Registers = [None] * self._num_registers
+        registers[0] = ids
+        for operation in self._operations:
+            operation(registers, frame)
+        return registers
+
+
+def bind(
+    plan: Plan,
+    model: Decoder,
+    world: World,
+    fields: dict[str, Field],
+    *,
+    checked: bool = False,
+    wrap: Wrap | None = None,
+) -> Program:
+    """Bind ``plan`` to one rank's ``model`` and ``world``.
+
+    ``checked``: after every step the rows and columns of what it wrote are compared with its layout.
+
+    Raises:
+        PlanError: the plan would read a field whose sum is owed, or in another layout than it has.
+    """
+    plan.validate()
+    return Program(_Binder(plan, model, world, fields, checked, wrap))
+
+
+class _Binder:
+    def __init__(
+        self,
+        plan: Plan,
+        model: Decoder,
+        world: World,
+        fields: dict[str, Field],
+        checked: bool,
+        wrap: Wrap | None,
+    ) -> None:
+        self.plan, self.model, self.world, self.fields = plan, model, world, fields
+        self.operations: list[Operation] = []
+        self.registers: dict[str, int] = {"ids": 0}
+        self.moves: list[tuple[Mover, RowSet]] = []
+        self.selected: list[Layout] = []
+        self.out_layouts: list[Layout] = []
+        self._owed: list[tuple[int, Layout]] = []  # registers of addends that wait for a sum to be completed
+        self._geometry_of: dict[tuple[Layout, Layout, RowSet], int] = {}
+        steps = list(plan.steps())
+        for i, (layer, step) in enumerate(steps):
+            following = next((s for _, s in steps[i + 1 :] if s.kind is not StepKind.ADD or not s.joins), None)
+            operation = self._bind(layer, step, following)
+            reads = tuple(self._register(name) for name in step.reads)
+            writes = tuple(self._register(name) for name in step.writes)
+            if checked:
+                operation = self._check(layer, step, operation)
+            if wrap is not None:
+                operation = wrap(layer, step, reads, writes, operation)
+            self.operations.append(operation)
+
+    def _register(self, name: str) -> int:
+        return self.registers.setdefault(name, len(self.registers))
+
+    def _index(self, layouts: list[Layout], layout: Layout) -> int:
+        if layout not in layouts:
+            layouts.append(layout)
+        return layouts.index(layout)
+
+    def _bind(self, layer: int | None, step: Step, following: Step | None) -> Operation:
+        if step.kind is StepKind.STAGE:
+            return self._stage(layer, step, following)
+        if step.kind is StepKind.MOVE:
+            return self._move(layer, step)
+        if step.kind is StepKind.ADD:
+            return self._add(step)
+        return self._select(step)
+
+    def _stage(self, layer: int | None, step: Step, following: Step | None) -> Operation:
+        method = getattr(self.model if layer is None else self.model.layers[layer], step.name)
+        reads = [self._register(name) for name in step.reads]
+        writes = [self._register(name) for name in step.writes]
+        if len(writes) == 2:
+            first, second = writes
+
+            def write_two(regs: Registers, frame: Frame) -> None:
+                regs[first], regs[second] = method(frame.inputs, *[regs[i] for i in reads])
+
+            return write_two
+        (write,) = writes
+        if following is not None and self._feeds(step, following):
+            field = self.fields[step.writes[0]]
+            at = self._index(self.out_layouts, step.leaves)
+            lend, width, dtype = self.world.send_buffer, field.width, self.model.place.dtype
+
+            def write_out(regs: Registers, frame: Frame) -> None:
+                out = lend(frame.out_rows[at], width, dtype)
+                regs[write] = method(frame.inputs, *[regs[i] for i in reads], out=out)
+
+            return write_out
+
+        def write_one(regs: Registers, frame: Frame) -> None:
+            regs[write] = method(frame.inputs, *[regs[i] for i in reads])
+
+        return write_one
+
+    def _feeds(self, step: Step, following: Step) -> bool:
+        """Whether the next step takes the sum that this stage leaves: then it writes where that move sends from."""
+        return (
+            step.stage is not None
+            and step.stage.kind is StageKind.SHARDED
+            and step.leaves.owes_sum
+            and following.move is not None
+            and following.move.kind in _REDUCES
+            and following.reads == step.writes
+        )
+
+    def _move(self, layer: int | None, step: Step) -> Operation:
+        assert step.move is not None
+        columns = self._columns(step) if step.move.kind is MoveKind.COLUMN_GATHER else None
+        where = step.boundary if layer is None else f"layer {layer} {step.boundary}"
+        mover = Mover(self.world, step.move, f"{where}: {step.name} {'+'.join(step.reads)}", columns)
+        key = (step.move.src, step.move.dst, step.row_set)
+        if key not in self._geometry_of:
+            self._geometry_of[key] = len(self.moves)
+            self.moves.append((mover, step.row_set))
+        at = self._geometry_of[key]
+        registers = [self._register(name) for name in step.reads]
+        if step.move.kind in _REDUCES and self._owed and not step.leaves.owes_sum:
+            addends = [register for register, _ in self._owed]
+            self._owed.clear()
+            (register,) = registers
+
+            def complete_sum(regs: Registers, frame: Frame) -> None:
+                (regs[register],) = mover([regs[register]], frame.geometries[at], [regs[i] for i in addends])
+
+            return complete_sum
+
+        def move(regs: Registers, frame: Frame) -> None:
+            moved = mover([regs[i] for i in registers], frame.geometries[at])
+            for i, tensor in zip(registers, moved, strict=True):
+                regs[i] = tensor
+
+        return move
+
+    def _columns(self, step: Step) -> tuple[int, ...]:
+        """Columns per rank of the world; a cut along the last axes only repeats in every group."""
+        columns = self.fields[step.reads[0]].columns
+        return columns * (self.world.mesh.size // len(columns))
+
+    def _add(self, step: Step) -> Operation:
+        hidden, addend = (self._register(name) for name in step.reads)
+        if step.joins:
+            # The addend waits in a register of its own, since its field may be written again before the sum is taken.
+            waiting = self._register(f"{step.reads[1]} joining the sum before {step.boundary}")
+            self._owed.append((waiting, step.reads_at[1]))
+
+            def join(regs: Registers, frame: Frame) -> None:
+                regs[waiting] = regs[addend]
+
+            return join
+
+        def add(regs: Registers, frame: Frame) -> None:
+            regs[hidden] = regs[hidden] + regs[addend]
+
+        return add
+
+    def _select(self, step: Step) -> Operation:
+        chosen = [
+            (self._register(name), self._index(self.selected, layout))
+            for name, layout in zip(step.reads, step.reads_at, strict=True)
+        ]
+        chosen += [(register, self._index(self.selected, layout)) for register, layout in self._owed]
+
+        def select(regs: Registers, frame: Frame) -> None:
+            for register, at in chosen:
+                regs[register] = regs[register].index_select(0, frame.selections[at])
+
+        return select
+
+    def _check(self, layer: int | None, step: Step, operation: Operation) -> Operation:
+        rank = self.world.rank
+        where = step.name if layer is None else f"layer {layer} {step.name}"
+        expected = [
+            (self._register(name), name, layout, self._width(name, layout))
+            for name, layout in zip(step.writes, step.writes_at, strict=True)
+        ]
+        after_selection = step.row_set is RowSet.LOGITS
+
+        def checked(regs: Registers, frame: Frame) -> None:
+            operation(regs, frame)
+            split = frame.logits if after_selection else frame.rows
+            for register, name, layout, width in expected:
+                shape = tuple(regs[register].shape)
+                wanted = (split.num_rows(layout, rank), width)
+                assert shape[0] == wanted[0] and (len(shape) == 1 or shape[1] == width), (
+                    f"rank {rank}: {where} left {name} with shape {shape}, but {layout} means {wanted}"
+                )
+
+        return checked
+
+    def _width(self, name: str, layout: Layout) -> int:
+        field = self.fields[name]
+        return self._columns_of(field)[self.world.rank] if layout.holds_columns else field.width
+
+    def _columns_of(self, field: Field) -> tuple[int, ...]:
+        return field.columns * (self.world.mesh.size // len(field.columns))

@@ -1,0 +1,111 @@
+"""One rank of the engine: its model, its bound plans, and the walk of one batch. It obeys batches and plans.
+
+Knows its model and world; not requests, text or why a plan was chosen. The previous step's samples stay here, so that a
+token of the next batch may be a reference to one of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrows.arch.config import ModelConfig
+from narrows.arch.stages import Field
+from narrows.comm.world import World
+from narrows.engine.program import Program, Wrap, bind
+from narrows.layout import RowSplit, scattered
+from narrows.models.parts import Decoder, Place
+from narrows.models.registry import build_model
+from narrows.ops.paged import build_paged_rows
+from narrows.plan.plan import Plan
+from narrows.sched.batch import Batch, sample_slot
+from narrows.weights.source import WeightSource
+
+__all__ = ["StepResult", "Worker", "logit_split"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One token per logit row, and the rows' logits if they were asked for ([rows, vocab_size], else None)."""
+
+    ids: tuple[int, ...]
+    logits: Tensor | None = None
+
+
+def logit_split(rows: RowSplit, logit_rows: tuple[int, ...]) -> RowSplit:
+    """The split of the rows that ask for logits: each rank keeps those among its own scattered rows."""
+    counts = []
+    for rank in range(rows.mesh.size):
+        start, stop = rows.span(scattered(rows.mesh), rank)
+        counts.append(bisect_left(logit_rows, stop) - bisect_left(logit_rows, start))
+    return RowSplit(rows.mesh, tuple(counts))
+
+
+class Worker:
+    """Runs the steps of one rank.
+
+    Args:
+        fields: the fields of the chain that plans are made from.
+        page_size: tokens per page of the KV cache.
+        wrap: put around every bound step (profiling, verification); None for none.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        config: ModelConfig,
+        source: WeightSource,
+        place: Place,
+        fields: dict[str, Field],
+        *,
+        page_size: int,
+        wrap: Callable[[Worker], Wrap] | None = None,
+    ) -> None:
+        self.world, self.place, self.fields, self.page_size = world, place, fields, page_size
+        self.model: Decoder = build_model(config, source, place)
+        self._wrap = wrap(self) if wrap else None
+        self._programs: dict[tuple[object, ...], Program] = {}
+        self._signatures: dict[int, tuple[Plan, Program]] = {}
+        self._samples = torch.zeros(0, dtype=torch.int64)
+
+    def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
+        """Run one batch under one plan. Every rank returns the same ids."""
+        mesh, rank = self.place.mesh, self.place.rank
+        program = self._program(plan)
+        rows = RowSplit.from_groups(mesh, batch.group_rows)
+        logit_rows = batch.logit_rows()
+        group = batch.groups[mesh.group_of(rank)]
+        spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
+        inputs = self.model.begin_step(build_paged_rows(spans, self.page_size, self.place.device))
+        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows)
+        registers = program.run(frame, self._ids(batch))
+        self._samples = registers[program.outputs["next_ids"]].flatten()
+        logits = registers[program.outputs["logits"]] if keep_logits else None
+        return StepResult(ids=tuple(self._samples.tolist()), logits=logits)
+
+    def _program(self, plan: Plan) -> Program:
+        """The bound plan; plans that run the same steps share one, since row counts come with each batch."""
+        held = self._signatures.get(id(plan))
+        if held is not None and held[0] is plan:
+            return held[1]
+        signature = plan.signature()
+        program = self._programs.get(signature)
+        if program is None:
+            program = bind(plan, self.model, self.world, self.fields, checked=self.world.checked, wrap=self._wrap)
+            self._programs[signature] = program
+        self._signatures[id(plan)] = (plan, program)
+        return program
+
+    def _ids(self, batch: Batch) -> Tensor:
+        """The token ids of all rows, references to the previous step's samples filled in."""
+        tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
+        ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64)
+        at = [row for row, token in enumerate(tokens) if token < 0]
+        if at:
+            slots = torch.tensor([sample_slot(tokens[row]) for row in at])
+            ids_T[torch.tensor(at)] = self._samples.index_select(0, slots)
+        return ids_T.to(self.place.device)

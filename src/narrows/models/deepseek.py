@@ -1,0 +1,166 @@
+"""DeepSeek V2 and V3 (and Kimi-K2): multi-head latent attention and routed experts, in the order of the forward pass.
+
+Knows one rank's heads, experts and latent cache. Sources of the numbers: DeepSeek-V2 (2405.04434, section 2.1),
+DeepSeek-V3 (2412.19437), and transformers' ``DeepseekV2ForCausalLM`` and ``DeepseekV3ForCausalLM``.
+
+Letters: T rows, H hidden_size, N this rank's heads, R kv_lora_rank, P qk_rope_head_dim, C = R + P, V v_head_dim,
+E experts, K num_experts_per_tok, S cache slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from narrows.arch.config import MLA, ModelConfig
+from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
+from narrows.ops.experts import experts_mlp
+from narrows.ops.linear import linear
+from narrows.ops.mla_attention import mla_attention
+from narrows.ops.paged import write_cache
+from narrows.ops.rms_norm import rms_norm
+from narrows.ops.rope import apply_rope, mla_softmax_scale
+from narrows.ops.route import Routing, route
+from narrows.ops.silu_mul import silu_mul
+
+__all__ = ["Deepseek", "DeepseekLayer"]
+
+LATENT_EPS = 1e-6
+"""The norms of the latents keep RMSNorm's default epsilon whatever ``rms_norm_eps`` says, as the reference does."""
+
+
+class DeepseekLayer(DecoderLayer):
+    """input_norm, qkv_a_proj, latent_norm, attention, post_attn_norm, then mlp or router, shared_expert, experts."""
+
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        super().__init__(config, load, layer)
+        weights, mla = self.weights, config.attention
+        assert isinstance(mla, MLA)
+        self.mla = mla
+        self.q_rank = mla.q_lora_rank or 0
+        low_rank = ("q_a_proj", "kv_a_proj_with_mqa") if self.q_rank else ("kv_a_proj_with_mqa",)
+        self.qkv_a_CH = load.stacked(weights, *low_rank)
+        self.q_a_layernorm = load(weights["q_a_layernorm"]) if self.q_rank else None
+        self.kv_a_layernorm_R = load(weights["kv_a_layernorm"])
+        self.q_proj = load(weights["q_b_proj" if self.q_rank else "q_proj"])
+        kv_b_NXR = load(weights["kv_b_proj"]).unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
+        w_uk_NDR, w_uv_NVR = kv_b_NXR.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
+        self.w_uk_NDR, self.w_uv_NVR = w_uk_NDR.contiguous(), w_uv_NVR.contiguous()
+        self.o_proj = load(weights["o_proj"])
+        self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope_scaling)
+        place = load.place
+        self.cache_SC = torch.zeros((place.num_slots, mla.latent_dim), dtype=place.dtype, device=place.device)
+        self.moe = config.moe if config.is_moe_layer(layer) else None
+        if self.moe is not None:
+            self.gate_EH = load(weights["gate"], torch.float32)
+            bias = weights.get("gate.e_score_correction_bias")
+            self.correction_bias_E = load(bias, torch.float32) if bias else None
+            self.experts_gate_up_EF2H, self.experts_down_EHF, self.first_expert = load.experts(weights)
+            self.shared_gate_up_F2H: Tensor | None = None
+            if self.moe.n_shared_experts:
+                shared = ("shared_experts.gate_proj", "shared_experts.up_proj")
+                self.shared_gate_up_F2H = load.stacked(weights, *shared)
+                self.shared_down_HF = load(weights["shared_experts.down_proj"])
+        self.adds_shared = self.moe is not None and place.forms.shared_expert == "sharded"
+
+    # -- into attention ----------------------------------------------------------------------------------------------
+
+    def qkv_a_proj(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
+        """Queries' latent, keys' and values' latent, and the shared rotary key, side by side (this rank's columns)."""
+        return linear(hidden_TH, self.qkv_a_CH)
+
+    def latent_norm(self, step: StepInputs, latent_TC: Tensor) -> Tensor:
+        """RMSNorm of the queries' latent and of the keys' and values' latent, each alone; the rotary key as it is."""
+        normed_TC = torch.empty_like(latent_TC)
+        q, kv = self.q_rank, self.q_rank + self.mla.kv_lora_rank
+        if self.q_a_layernorm is not None:
+            rms_norm(latent_TC[:, :q], self.q_a_layernorm, LATENT_EPS, out=normed_TC[:, :q])
+        rms_norm(latent_TC[:, q:kv], self.kv_a_layernorm_R, LATENT_EPS, out=normed_TC[:, q:kv])
+        normed_TC[:, kv:] = latent_TC[:, kv:]
+        return normed_TC
+
+    def attention(self, step: StepInputs, *inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """Attention of this rank's heads over the paged latents, and the output projection: an addend.
+
+        ``inputs`` is the normed latent; without ``q_lora_rank``, hidden first and then the latent.
+        """
+        latent_TC = inputs[-1]
+        mla, q = self.mla, self.q_rank
+        query_from = latent_TC[:, :q] if q else inputs[0]
+        q_TND = linear(query_from, self.q_proj).unflatten(-1, (-1, mla.qk_head_dim))
+        q_nope_TND, q_pe_TNP = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        q_pe_TNP = apply_rope(q_pe_TNP, step.cos_TD2, step.sin_TD2, interleaved=True)
+        kv_TR, k_pe_TP = latent_TC[:, q:].split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+        k_pe_TP = apply_rope(k_pe_TP.unsqueeze(1), step.cos_TD2, step.sin_TD2, interleaved=True).squeeze(1)
+        write_cache(self.cache_SC, torch.cat((kv_TR, k_pe_TP), dim=-1), step.rows.slots_T)
+        attended = mla_attention(
+            q_nope_TND, q_pe_TNP, self.cache_SC, step.rows, self.w_uk_NDR, self.w_uv_NVR, self.scale
+        )
+        return linear(attended, self.o_proj, out=out)
+
+    # -- into the experts --------------------------------------------------------------------------------------------
+
+    def route(self, hidden_TH: Tensor, forced_ids_TK: Tensor | None = None, *, with_margin: bool = False) -> Routing:
+        """Each row's experts and their weights. The reference multiplies in float32, so this does.
+
+        ``forced_ids_TK`` replays a choice made elsewhere; the weights are still this run's.
+        """
+        moe = self.moe
+        assert moe is not None
+        return route(
+            linear(hidden_TH.float(), self.gate_EH),
+            top_k=moe.num_experts_per_tok,
+            scoring=moe.scoring_func,
+            method=moe.topk_method,
+            num_groups=moe.n_group,
+            topk_group=moe.topk_group,
+            norm_topk_prob=moe.norm_topk_prob,
+            routed_scaling_factor=moe.routed_scaling_factor,
+            correction_bias_E=self.correction_bias_E,
+            forced_ids_TK=forced_ids_TK,
+            with_margin=with_margin,
+        )
+
+    def router(self, step: StepInputs, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """(topk_ids int32, topk_weights float32), as they travel."""
+        routing = self.route(hidden_TH)
+        return routing.topk_ids_TK.to(torch.int32), routing.topk_weights_TK
+
+    def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
+        """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
+        assert self.shared_gate_up_F2H is not None
+        return linear(silu_mul(linear(hidden_TH, self.shared_gate_up_F2H)), self.shared_down_HF)
+
+    def experts(
+        self,
+        step: StepInputs,
+        hidden_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The routed experts held here, and the shared ones where they are sharded: an addend of the world's sum."""
+        routed_TH = experts_mlp(
+            hidden_TH,
+            topk_ids_TK.to(torch.int64),
+            topk_weights_TK,
+            self.experts_gate_up_EF2H,
+            self.experts_down_EHF,
+            first_expert=self.first_expert,
+            out=out,
+        )
+        if self.adds_shared and self.shared_gate_up_F2H is not None:
+            routed_TH += self.shared_expert(step, hidden_TH)
+        return routed_TH
+
+
+class Deepseek(Decoder):
+    """A DeepSeek V2 or V3 on one rank."""
+
+    def __init__(self, config: ModelConfig, load: Loader) -> None:
+        assert isinstance(config.attention, MLA)
+        # The reference rotates V2 in float32 and V3 in the model's dtype.
+        rope_dtype = torch.float32 if config.model_type == "deepseek_v2" else None
+        super().__init__(config, load, rope_dim=config.attention.qk_rope_head_dim, rope_dtype=rope_dtype)
+        self.layers = [DeepseekLayer(config, load, layer) for layer in range(config.num_hidden_layers)]

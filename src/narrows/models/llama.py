@@ -1,0 +1,69 @@
+"""Llama: grouped-query attention and a SwiGLU MLP, in the order of the forward pass.
+
+Knows one rank's heads, MLP columns and KV cache. Source of the numbers: transformers ``LlamaForCausalLM``.
+
+Letters: T rows, H hidden_size, N this rank's query heads, K its key-value heads, D head_dim, S cache slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from narrows.arch.config import GQA, ModelConfig
+from narrows.arch.forms import head_spans, kv_head_spans
+from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
+from narrows.ops.gqa_attention import gqa_attention
+from narrows.ops.linear import linear
+from narrows.ops.paged import write_cache
+from narrows.ops.rope import apply_rope
+
+__all__ = ["Llama", "LlamaLayer"]
+
+
+class LlamaLayer(DecoderLayer):
+    """input_norm, attention, post_attn_norm, mlp."""
+
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        super().__init__(config, load, layer)
+        place, gqa = load.place, config.attention
+        assert isinstance(gqa, GQA)
+        tp_index = place.rank % place.mesh.group_size
+        q_lo, q_hi = head_spans(config, place.mesh.group_size)[tp_index]
+        kv_lo, kv_hi = kv_head_spans(config, place.mesh.group_size)[tp_index]
+        per_group = config.num_attention_heads // gqa.num_key_value_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = q_hi - q_lo, kv_hi - kv_lo, gqa.head_dim
+        self.kv_index = tuple(head // per_group - kv_lo for head in range(q_lo, q_hi))
+        self.scale = gqa.head_dim**-0.5
+        self.qkv_proj = load.stacked(self.weights, "q_proj", "k_proj", "v_proj")
+        self.qkv_bias: Tensor | None = None
+        if gqa.qkv_bias:
+            self.qkv_bias = load.stacked(self.weights, "q_proj.bias", "k_proj.bias", "v_proj.bias")
+        self.o_proj = load(self.weights["o_proj"])
+        self.o_bias_H: Tensor | None = None
+        if gqa.o_bias and tp_index == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
+            self.o_bias_H = load(self.weights["o_proj.bias"])
+        cache = (place.num_slots, self.num_kv_heads, gqa.head_dim)
+        self.k_cache_SKD = torch.zeros(cache, dtype=place.dtype, device=place.device)
+        self.v_cache_SKD = torch.zeros(cache, dtype=place.dtype, device=place.device)
+
+    def attention(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""
+        num_q, num_kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
+        qkv_TND = linear(hidden_TH, self.qkv_proj, self.qkv_bias).unflatten(-1, (num_q + 2 * num_kv, dim))
+        qk_TND = apply_rope(qkv_TND[:, : num_q + num_kv], step.cos_TD2, step.sin_TD2, interleaved=False)
+        write_cache(self.k_cache_SKD, qk_TND[:, num_q:], step.rows.slots_T)
+        write_cache(self.v_cache_SKD, qkv_TND[:, num_q + num_kv :], step.rows.slots_T)
+        attended = gqa_attention(
+            qk_TND[:, :num_q], self.k_cache_SKD, self.v_cache_SKD, step.rows, self.kv_index, self.scale
+        )
+        return linear(attended, self.o_proj, self.o_bias_H, out=out)
+
+
+class Llama(Decoder):
+    """A Llama on one rank."""
+
+    def __init__(self, config: ModelConfig, load: Loader) -> None:
+        assert isinstance(config.attention, GQA)
+        super().__init__(config, load, rope_dim=config.attention.head_dim)
+        self.layers = [LlamaLayer(config, load, layer) for layer in range(config.num_hidden_layers)]

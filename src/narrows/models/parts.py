@@ -1,0 +1,197 @@
+"""What every family shares: loading a rank's slices, the step's inputs, and the stages around attention and experts.
+
+Knows one rank's weights. Not a library of modules: a family's own file reads top to bottom, and takes from here only
+what is the same in all of them (norms, MLP, embedding, LM head, greedy choice).
+
+Letters: T rows, H hidden_size, F this rank's intermediate columns, V this rank's vocabulary, W ranks of the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrows.arch.config import ModelConfig
+from narrows.arch.forms import Forms
+from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
+from narrows.layout import Mesh
+from narrows.ops.argmax import pick, shard_argmax
+from narrows.ops.embedding import embedding
+from narrows.ops.linear import linear
+from narrows.ops.paged import PagedRows
+from narrows.ops.rms_norm import add_rms_norm, rms_norm
+from narrows.ops.rope import rope_inverse_frequencies, rope_table
+from narrows.ops.silu_mul import silu_mul
+from narrows.weights.source import WeightSource
+
+__all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where and as what one rank computes: which rank of which mesh, its forms, dtype and device, its cache's slots,
+    and how many positions a sequence may have."""
+
+    mesh: Mesh
+    rank: int
+    forms: Forms
+    dtype: torch.dtype
+    device: torch.device
+    num_slots: int
+    num_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What attention needs to know of a step: how its group's rows meet the cache, and their rotary angles."""
+
+    rows: PagedRows
+    cos_TD2: Tensor
+    sin_TD2: Tensor
+
+
+class Loader:
+    """Takes one rank's slices from a source, on its device and in its dtype."""
+
+    def __init__(self, source: WeightSource, place: Place) -> None:
+        self.source, self.place = source, place
+
+    def __call__(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+        place = self.place
+        tensor = self.source.take(weight, weight.span(place.mesh, place.rank))
+        return tensor.to(device=place.device, dtype=dtype or place.dtype)
+
+    def stacked(self, weights: Mapping[str, Weight], *roles: str) -> Tensor:
+        """The rows of several tensors one after the other, so that one product computes them all."""
+        return torch.cat([self(weights[role]) for role in roles])
+
+    def experts(self, weights: Mapping[str, Weight]) -> tuple[Tensor, Tensor, int]:
+        """(gate and up [E, 2F, H], down [E, H, F], first expert) of the experts this rank holds."""
+        place = self.place
+        gate, up, down = (weights[f"experts.{name}_proj"] for name in ("gate", "up", "down"))
+        first, stop = gate.experts[place.rank]
+        span = gate.span(place.mesh, place.rank)
+        columns = gate.shape[0] if span is None else span[1] - span[0]
+        hidden = gate.shape[1]
+        gate_up_EF2H = torch.empty((stop - first, 2 * columns, hidden), dtype=place.dtype, device=place.device)
+        down_EHF = torch.empty((stop - first, hidden, columns), dtype=place.dtype, device=place.device)
+        for i in range(stop - first):
+            gate_up_EF2H[i, :columns] = self.source.take(gate, span, first + i)
+            gate_up_EF2H[i, columns:] = self.source.take(up, span, first + i)
+            down_EHF[i] = self.source.take(down, span, first + i)
+        return gate_up_EF2H, down_EHF, first
+
+
+class DecoderLayer:
+    """The stages of a layer that do not depend on its kind of attention. Families add the others in forward order."""
+
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        place = load.place
+        self.config, self.place = config, place
+        self.weights = layer_weights(config, place.mesh, place.forms, layer)
+        self.eps = config.rms_norm_eps
+        self.input_layernorm_H = load(self.weights["input_layernorm"])
+        self.post_attention_layernorm_H = load(self.weights["post_attention_layernorm"])
+        self.down_bias_H: Tensor | None = None
+        self.gate_up_bias_F2: Tensor | None = None
+        if "gate_proj" in self.weights:
+            self.gate_up_F2H = load.stacked(self.weights, "gate_proj", "up_proj")
+            self.down_HF = load(self.weights["down_proj"])
+            if config.mlp_bias:
+                self.gate_up_bias_F2 = load.stacked(self.weights, "gate_proj.bias", "up_proj.bias")
+                if place.rank == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
+                    self.down_bias_H = load(self.weights["down_proj.bias"])
+
+    def input_norm(
+        self, step: StepInputs, hidden_TH: Tensor, residual_TH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``residual += hidden; hidden = RMSNorm(residual)``; without a residual apart, hidden is the residual."""
+        return _norm(hidden_TH, residual_TH, self.input_layernorm_H, self.eps)
+
+    def post_attn_norm(
+        self, step: StepInputs, hidden_TH: Tensor, residual_TH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`input_norm`, before the MLP or the experts."""
+        return _norm(hidden_TH, residual_TH, self.post_attention_layernorm_H, self.eps)
+
+    def mlp(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """``down(silu(gate(x)) * up(x))`` over this rank's columns: an addend of the sum over the world."""
+        inner_TF = silu_mul(linear(hidden_TH, self.gate_up_F2H, self.gate_up_bias_F2))
+        return linear(inner_TF, self.down_HF, self.down_bias_H, out=out)
+
+
+def _norm(hidden_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if residual_TH is None:
+        return rms_norm(hidden_TH, weight_H, eps), hidden_TH
+    return add_rms_norm(hidden_TH, residual_TH, weight_H, eps)
+
+
+class Decoder:
+    """A decoder-only model on one rank: what comes before and after the layers, and the rotary table.
+
+    Args:
+        rope_dim: rotated columns per head. ``rope_dtype``: of the cos and sin table.
+    """
+
+    layers: list[DecoderLayer]
+
+    def __init__(
+        self, config: ModelConfig, load: Loader, *, rope_dim: int, rope_dtype: torch.dtype | None = None
+    ) -> None:
+        place = load.place
+        self.config, self.place = config, place
+        embed = embed_weights(config, place.mesh, place.forms)["embed_tokens"]
+        head = head_weights(config, place.mesh)
+        span = embed.span(place.mesh, place.rank)
+        head_span = head["lm_head"].span(place.mesh, place.rank)
+        assert head_span is not None
+        self.embed_VH = load(embed)
+        self.first_embedded = span[0] if span else 0
+        self.first_id = head_span[0]
+        if config.tie_word_embeddings:
+            offset = self.first_id - self.first_embedded
+            self.lm_head_VH = self.embed_VH[offset : offset + head_span[1] - head_span[0]]
+        else:
+            self.lm_head_VH = load(head["lm_head"])
+        self.norm_H = load(head["norm"])
+        inv_freq_D2, factor = rope_inverse_frequencies(
+            rope_dim, config.rope_theta, scaling=config.rope_scaling, max_position=config.max_position_embeddings
+        )
+        self.cos_PD2, self.sin_PD2 = (
+            table.to(place.device)
+            for table in rope_table(inv_freq_D2, factor, place.num_positions, rope_dtype or place.dtype)
+        )
+
+    def begin_step(self, rows: PagedRows) -> StepInputs:
+        """What the layers need of a step in which this rank's group has these rows."""
+        positions = rows.positions_T
+        return StepInputs(
+            rows=rows, cos_TD2=self.cos_PD2.index_select(0, positions), sin_TD2=self.sin_PD2.index_select(0, positions)
+        )
+
+    def embed(self, step: StepInputs, ids_T: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Rows of the embedding; ids outside this rank's part of the vocabulary give zeros, an addend of the sum."""
+        return embedding(ids_T, self.embed_VH, self.first_embedded, out=out)
+
+    def final_norm(self, step: StepInputs, hidden_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+        """RMSNorm of hidden plus residual, before the LM head."""
+        return _norm(hidden_TH, residual_TH, self.norm_H, self.config.rms_norm_eps)[0]
+
+    def lm_head(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
+        """Logits of this rank's part of the vocabulary."""
+        return linear(hidden_TH, self.lm_head_VH)
+
+    def shard_argmax(self, step: StepInputs, logits_TV: Tensor) -> Tensor:
+        """This rank's best token per row and its logit, as [T, 2]."""
+        return shard_argmax(logits_TV, self.first_id)
+
+    def pick(self, step: StepInputs, candidates_T2W: Tensor) -> Tensor:
+        """The best of all ranks' candidates; ties go to the lowest id."""
+        return pick(candidates_T2W)
+
+    def sample(self, step: StepInputs, logits_TV: Tensor) -> Tensor:
+        """The best token of whole rows of logits; ties go to the lowest id."""
+        return pick(shard_argmax(logits_TV, 0))

@@ -1,0 +1,39 @@
+"""Token ids to rows of a table of which this tensor holds one range.
+
+Knows the range it holds. Does not know who holds the rest: over all ranges that cover the vocabulary the results add up
+to the embedding, whoever adds them.
+
+Letters: T rows, V ids held here, H columns.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["embedding", "embedding_reference"]
+
+
+def embedding(ids_T: Tensor, weight_VH: Tensor, first_id: int, *, out: Tensor | None = None) -> Tensor:
+    """``weight[id - first_id]`` where ``first_id <= id < first_id + V``, else zeros.
+
+    Shapes: ids [T] int64, weight [V, H] -> [T, H] in the weight's dtype. V may be 0 (an uneven split leaves nothing
+    here): all zeros. An id outside every range (a dead row's -1) is a row of zeros too; nothing is read outside the
+    table.
+    """
+    num_ids = weight_VH.shape[0]
+    if num_ids == 0:
+        shape = (ids_T.shape[0], weight_VH.shape[1])
+        return weight_VH.new_zeros(shape) if out is None else out.zero_()
+    local_T = ids_T - first_id
+    elsewhere_T = (local_T < 0) | (local_T >= num_ids)
+    y_TH = torch.index_select(weight_VH, 0, local_T.clamp_(0, num_ids - 1), out=out)
+    # Not a product with 0: an infinity in the row that stands in for a foreign id would become a NaN.
+    return y_TH.masked_fill_(elsewhere_T.unsqueeze(-1), 0)
+
+
+def embedding_reference(ids_T: Tensor, weight_VH: Tensor, first_id: int, *, out: Tensor | None = None) -> Tensor:
+    """Twin of `embedding`, row by row."""
+    y_TH = weight_VH.new_zeros((ids_T.shape[0], weight_VH.shape[1]))
+    for row, token in enumerate(ids_T.tolist()):
+        if first_id <= token < first_id + weight_VH.shape[0]:
+            y_TH[row] = weight_VH[token - first_id]
+    return y_TH if out is None else out.copy_(y_TH)

@@ -1,0 +1,142 @@
+"""The routed experts' MLPs for the experts held here.
+
+Knows rows, their chosen experts and weights, and one range of experts. Does not know who holds the others: over all
+ranges the results add up to the layer's, whoever adds them.
+
+Letters: T rows, K experts chosen per row, E experts held here, F intermediate columns held here, H columns, X pairs
+(row, expert) of experts held here, sorted by expert.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from narrows.ops.silu_mul import silu_mul
+
+__all__ = ["experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
+
+
+def experts_mlp(
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    gate_up_EF2H: Tensor,
+    down_EHF: Tensor,
+    *,
+    first_expert: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``y[t] = sum_k weight[t, k] * down_e (silu(gate_e x[t]) * up_e x[t])`` over the chosen e that are held here.
+
+    Shapes: x [T, H], ids [T, K] int64 (distinct in a row; an id outside ``first_expert <= id < first_expert + E``
+    adds nothing, and so does a dead row's -1), weights [T, K] float32, gate_up [E, 2F, H] (gate first), down [E, H,
+    F] -> [T, H] in x's dtype (or ``out``'s: a float32 ``out`` receives the unrounded sum).
+
+    A row's sum is taken in float32, by rising expert id, and rounded once. The order does not depend on the other
+    rows; the products may (BLAS chooses its kernel by the number of rows: float32 rows in a segment of 1 to 3 differ
+    in the last bits from the same rows in a longer one; bf16 ones did not).
+
+    On CPU: rows sorted by expert, a loop over the experts that were chosen, never over rows; the segment lengths are
+    read on the host, which is free there. Elsewhere: `experts_mlp_grouped`. Measured on CPU the two take the same
+    time when all experts are held here (torch's grouped product is such a loop); with a share of them only the loop
+    skips the rest. Source: transformers ``DeepseekV3Experts`` and its fused weights, which rounds after each expert
+    instead.
+    """
+    if x_TH.device.type != "cpu":
+        return experts_mlp_grouped(
+            x_TH, topk_ids_TK, topk_weights_TK, gate_up_EF2H, down_EHF, first_expert=first_expert, out=out
+        )
+    num_experts, top_k = gate_up_EF2H.shape[0], topk_ids_TK.shape[1]
+    expert_X = _local_expert(topk_ids_TK, first_expert, num_experts).flatten()
+    counts = torch.bincount(expert_X, minlength=num_experts + 1)[:num_experts].tolist()
+    pair_X = expert_X.argsort(stable=True)[: sum(counts)]
+    row_X = pair_X // top_k
+    weight_X1 = topk_weights_TK.flatten().index_select(0, pair_X).unsqueeze(-1)
+    x_XH = x_TH.index_select(0, row_X)
+    wide = torch.promote_types(x_TH.dtype, torch.float32)
+    sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        segment = slice(start, start + count)
+        inner_XF = silu_mul(torch.mm(x_XH[segment], gate_up_EF2H[expert].t()))
+        y_XH = torch.mm(inner_XF, down_EHF[expert].t()).to(wide).mul_(weight_X1[segment])
+        # A row is at most once in an expert's segment: no two of these additions meet.
+        sum_TH.index_add_(0, row_X[segment], y_XH)
+        start += count
+    return _rounded(sum_TH, x_TH.dtype, out)
+
+
+def experts_mlp_grouped(
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    gate_up_EF2H: Tensor,
+    down_EHF: Tensor,
+    *,
+    first_expert: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`experts_mlp` with no shape that depends on data: all T * K pairs are laid out, foreign ones at the end.
+
+    The segments' ends stay on the device (``torch.nn.functional.grouped_mm``). Needs rows of 16-byte multiples: H and
+    F multiples of 8 in bf16, of 4 in float32. Each row's sum is by rising expert id too, as one more grouped pass:
+    the pairs of a row are gathered in that order and added one after the other in float32.
+    """
+    num_rows, top_k = topk_ids_TK.shape
+    num_experts = gate_up_EF2H.shape[0]
+    # By rising expert id within each row first, so that one order serves the products and the sums.
+    expert_TK, order_TK = _local_expert(topk_ids_TK, first_expert, num_experts).sort(dim=-1, stable=True)
+    weight_TK = topk_weights_TK.gather(1, order_TK)
+    pair_X = expert_TK.flatten().argsort(stable=True)
+    of_expert_E = torch.arange(num_experts, device=x_TH.device)
+    ends_E = torch.searchsorted(expert_TK.flatten()[pair_X], of_expert_E, right=True).to(torch.int32)
+    x_XH = x_TH.index_select(0, pair_X // top_k)
+    inner_XF = silu_mul(functional.grouped_mm(x_XH, gate_up_EF2H.transpose(1, 2), offs=ends_E))
+    y_XH = functional.grouped_mm(inner_XF, down_EHF.transpose(1, 2), offs=ends_E)
+    place_TK = (
+        torch.empty_like(pair_X)
+        .index_copy_(0, pair_X, torch.arange(pair_X.shape[0], device=x_TH.device))
+        .view(num_rows, top_k)
+    )
+    wide = torch.promote_types(x_TH.dtype, torch.float32)
+    sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
+    for choice in range(top_k):
+        y_TH = y_XH.index_select(0, place_TK[:, choice]).to(wide)
+        # What lies behind the last segment was never written: it must not reach the sum even times 0.
+        y_TH.masked_fill_((expert_TK[:, choice] == num_experts).unsqueeze(-1), 0)
+        sum_TH += y_TH.mul_(weight_TK[:, choice : choice + 1])
+    return _rounded(sum_TH, x_TH.dtype, out)
+
+
+def experts_mlp_reference(
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    gate_up_EF2H: Tensor,
+    down_EHF: Tensor,
+    *,
+    first_expert: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Twin of `experts_mlp`: every row through every expert held here, weighted by 0 where it was not chosen."""
+    wide = torch.promote_types(x_TH.dtype, torch.float32)
+    sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
+    for expert in range(gate_up_EF2H.shape[0]):
+        weight_T = torch.where(topk_ids_TK == first_expert + expert, topk_weights_TK, 0).sum(dim=-1)
+        gate_TF, up_TF = functional.linear(x_TH, gate_up_EF2H[expert]).chunk(2, dim=-1)
+        sum_TH += functional.linear(functional.silu(gate_TF) * up_TF, down_EHF[expert]).to(wide) * weight_T.unsqueeze(
+            -1
+        )
+    return _rounded(sum_TH, x_TH.dtype, out)
+
+
+def _local_expert(topk_ids_TK: Tensor, first_expert: int, num_experts: int) -> Tensor:
+    """Each choice's expert counted from the first held here; ``num_experts`` for one held elsewhere or none."""
+    local_TK = topk_ids_TK - first_expert
+    return local_TK.masked_fill_((local_TK < 0) | (local_TK >= num_experts), num_experts)
+
+
+def _rounded(sum_TH: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    return sum_TH.to(dtype) if out is None else out.copy_(sum_TH)

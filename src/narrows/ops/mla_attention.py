@@ -1,0 +1,201 @@
+"""The core of multi-head latent attention over a paged cache of latents.
+
+Knows the cache, one step's rows, and the two halves of the checkpoint's ``kv_b_proj`` for the heads held here. Does not
+know how many heads others hold; the projections, norms and rotation before, and the output projection behind, are the
+model's.
+
+Letters: T rows, B decode rows, N heads held here, D query/key columns without rotation, P rotated columns, R
+kv_lora_rank, C = R + P (a slot: latent, then the rotated key all heads share), V value columns, L tokens of a
+context, S slots.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from narrows.ops.causal_attention import causal_attention
+from narrows.ops.paged import PagedRows, PrefillSpan
+
+__all__ = ["mla_attention", "mla_attention_reference"]
+
+EXPANDED_KEYS = 1 << 24
+"""Columns of expanded keys and values held at once, over heads and tokens (64 MiB in float32)."""
+
+WIDE_PRODUCT = 4
+"""A float32 product (scores) in bf16 products (all else in a bf16 model): 108 and 476 GFLOP/s on one AVX-512 thread."""
+
+
+def mla_attention(
+    q_nope_TND: Tensor,
+    q_pe_TNP: Tensor,
+    cache_SC: Tensor,
+    rows: PagedRows,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Per head ``softmax(scale * (q_nope k^T + q_pe k_pe^T)) v`` with ``k = c w_uk^T``, ``v = c w_uv^T`` of latents c.
+
+    Shapes: q_nope [T, N, D], q_pe [T, N, P] (rotated), cache [S, R + P] (this step's rows already written), w_uk [N,
+    D, R], w_uv [N, V, R] (contiguous, or each call copies them) -> [T, N * V] in q's dtype. ``scale``: see
+    ``rope.mla_softmax_scale``. Softmax in float32 (float64 for float64).
+
+    Two forms of one product. Expanded: build k and v of the context, then attend: R (D + V) per token and head, once,
+    then D + P + V per row. Absorbed: ``q_nope w_uk`` is a query for latents, and the sum of latents goes through
+    w_uv: 2R + P per row, nothing built. Decode rows are absorbed, in `PagedRows.decode_groups`; a span takes the form
+    with fewer products, which depends on its length and its context only, never on how many heads are here (so ranks
+    that split heads agree): expanded for a whole prompt, absorbed for a few rows behind a long context. Source:
+    DeepSeek-V2 (2024), section 2.1 and appendix; transformers ``DeepseekV3Attention`` (expanded).
+    """
+    num_rows, num_heads, _ = q_nope_TND.shape
+    value_dim = w_uv_NVR.shape[1]
+    if out is None:
+        out = q_nope_TND.new_empty((num_rows, num_heads * value_dim))
+    out_TNV = out.view(num_rows, num_heads, value_dim)
+    for span in rows.prefills:
+        of_span = slice(span.row_start, span.row_stop)
+        latents_LC = cache_SC.index_select(0, span.slots_L)
+        prefill = _absorbed_span if _absorbing_is_cheaper(span, w_uk_NDR, w_uv_NVR, cache_SC) else _expanded_span
+        prefill(q_nope_TND[of_span], q_pe_TNP[of_span], latents_LC, w_uk_NDR, w_uv_NVR, scale, out_TNV[of_span])
+    if rows.decode_groups:
+        if rows.prefills:
+            at_B = rows.decode_rows_B
+            o_BNV = _decode(q_nope_TND[at_B], q_pe_TNP[at_B], cache_SC, rows, w_uk_NDR, w_uv_NVR, scale)
+            out_TNV.index_copy_(0, at_B, o_BNV)
+        else:
+            out_TNV.copy_(_decode(q_nope_TND, q_pe_TNP, cache_SC, rows, w_uk_NDR, w_uv_NVR, scale))
+    return out
+
+
+def mla_attention_reference(
+    q_nope_TND: Tensor,
+    q_pe_TNP: Tensor,
+    cache_SC: Tensor,
+    rows: PagedRows,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Twin of `mla_attention`: every row on its own, expanded, in float32, rounded at the end."""
+    wide = torch.promote_types(q_nope_TND.dtype, torch.float32)
+    rank = w_uk_NDR.shape[2]
+    y_TNV = q_nope_TND.new_zeros((*q_nope_TND.shape[:2], w_uv_NVR.shape[1]))
+    for row, slots_L in _contexts(rows):
+        c_LR, k_pe_LP = cache_SC[slots_L].to(wide).tensor_split((rank,), dim=-1)
+        k_NLD, v_NLV = c_LR @ w_uk_NDR.to(wide).transpose(1, 2), c_LR @ w_uv_NVR.to(wide).transpose(1, 2)
+        score_NL = (k_NLD @ q_nope_TND[row].to(wide).unsqueeze(-1)).squeeze(-1) + q_pe_TNP[row].to(wide) @ k_pe_LP.t()
+        y_TNV[row] = ((score_NL * scale).softmax(dim=-1).unsqueeze(1) @ v_NLV).squeeze(1)
+    y = y_TNV.flatten(1)
+    return y if out is None else out.copy_(y)
+
+
+def _contexts(rows: PagedRows) -> list[tuple[int, Tensor]]:
+    contexts = [
+        (row, span.slots_L[: span.context_len - span.row_stop + row + 1])
+        for span in rows.prefills
+        for row in range(span.row_start, span.row_stop)
+    ]
+    for b, (row, length) in enumerate(zip(rows.decode_rows_B.tolist(), rows.decode_lens_B.tolist(), strict=True)):
+        contexts.append((row, rows.decode_slots_BL[b, :length]))
+    return contexts
+
+
+def _absorbing_is_cheaper(span: PrefillSpan, w_uk_NDR: Tensor, w_uv_NVR: Tensor, cache_SC: Tensor) -> bool:
+    """Compares the products per head of both forms; a row sees on average the context less half the span."""
+    key_dim, rank = w_uk_NDR.shape[1:]
+    value_dim, slot = w_uv_NVR.shape[1], cache_SC.shape[1]
+    num_rows = span.row_stop - span.row_start
+    num_pairs = num_rows * (span.context_len - num_rows // 2)
+    of_score = 1 if w_uk_NDR.dtype.itemsize >= 4 else WIDE_PRODUCT
+    through_weights = rank * (key_dim + value_dim)
+    expanded = span.context_len * through_weights + num_pairs * ((key_dim + slot - rank) * of_score + value_dim)
+    absorbed = num_rows * through_weights + num_pairs * (slot * of_score + rank)
+    return absorbed < expanded
+
+
+def _expanded_span(
+    q_nope_TND: Tensor,
+    q_pe_TNP: Tensor,
+    latents_LC: Tensor,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    scale: float,
+    out_TNV: Tensor,
+) -> None:
+    num_heads, key_dim = q_nope_TND.shape[1:]
+    value_dim, rank = w_uv_NVR.shape[1:]
+    context_len, rope_dim = latents_LC.shape[0], q_pe_TNP.shape[2]
+    wide = torch.promote_types(q_nope_TND.dtype, torch.float32)
+    c_LR, k_pe_LP = latents_LC.tensor_split((rank,), dim=-1)
+    block = max(1, min(num_heads, EXPANDED_KEYS // (context_len * (key_dim + rope_dim + value_dim))))
+    k_buffer_NLD = torch.empty((block, context_len, key_dim + rope_dim), dtype=wide, device=latents_LC.device)
+    k_buffer_NLD[..., key_dim:] = k_pe_LP
+    for head in range(0, num_heads, block):
+        heads = slice(head, min(head + block, num_heads))
+        num = heads.stop - heads.start
+        # Keys are rounded to the model's dtype by the product, as in the reference, and widened for the scores.
+        k_LND = (c_LR @ w_uk_NDR[heads].reshape(num * key_dim, rank).t()).view(context_len, num, key_dim)
+        v_LNV = (c_LR @ w_uv_NVR[heads].reshape(num * value_dim, rank).t()).view(context_len, num, value_dim)
+        k_NLD = k_buffer_NLD[:num]
+        k_NLD[..., :key_dim] = k_LND.transpose(0, 1)
+        q_N1TD = torch.cat((q_nope_TND[:, heads], q_pe_TNP[:, heads]), dim=-1).transpose(0, 1).unsqueeze(1)
+        causal_attention(q_N1TD, k_NLD, v_LNV.transpose(0, 1), scale, out=out_TNV[:, heads].unsqueeze(2))
+
+
+def _absorbed_span(
+    q_nope_TND: Tensor,
+    q_pe_TNP: Tensor,
+    latents_LC: Tensor,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    scale: float,
+    out_TNV: Tensor,
+) -> None:
+    # Every head attends to the same keys, the slots, and the same values, the latents: one KV head for all.
+    q_1NTC = _absorbed_queries(q_nope_TND, q_pe_TNP, w_uk_NDR).transpose(0, 1).unsqueeze(0)
+    k_1LC = latents_LC.unsqueeze(0)
+    c_TNR = causal_attention(q_1NTC, k_1LC, k_1LC[..., : w_uk_NDR.shape[2]], scale).squeeze(1)
+    out_TNV.copy_(_expanded_values(c_TNR, w_uv_NVR))
+
+
+def _decode(
+    q_nope_BND: Tensor,
+    q_pe_BNP: Tensor,
+    cache_SC: Tensor,
+    rows: PagedRows,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    scale: float,
+) -> Tensor:
+    rank = w_uk_NDR.shape[2]
+    dtype = q_nope_BND.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    q_BNC = _absorbed_queries(q_nope_BND, q_pe_BNP, w_uk_NDR).to(wide).mul_(scale)
+    c_BNR = q_nope_BND.new_empty((*q_nope_BND.shape[:2], rank))
+    for group in rows.decode_groups:
+        of_group = slice(group.start, group.stop)
+        # functional.embedding, not cache[slots]: an eighth of the time on CPU.
+        latents_BLC = functional.embedding(rows.decode_slots_BL[of_group, : group.max_len], cache_SC)
+        score_BNL = torch.bmm(q_BNC[of_group], latents_BLC.to(wide).transpose(1, 2))
+        if group.stop - group.start > 1:
+            tokens_L = torch.arange(group.max_len, device=cache_SC.device)
+            past_end_BL = tokens_L >= rows.decode_lens_B[of_group].unsqueeze(-1)
+            score_BNL.masked_fill_(past_end_BL.unsqueeze(1), float("-inf"))
+        p_BNL = score_BNL.softmax(dim=-1).to(dtype)
+        torch.bmm(p_BNL, latents_BLC[..., :rank], out=c_BNR[of_group])
+    return _expanded_values(c_BNR, w_uv_NVR)
+
+
+def _absorbed_queries(q_nope_TND: Tensor, q_pe_TNP: Tensor, w_uk_NDR: Tensor) -> Tensor:
+    """Queries for slots, [T, N, C]: the part for latents, then the rotated part."""
+    q_NTR = torch.bmm(q_nope_TND.transpose(0, 1), w_uk_NDR)
+    return torch.cat((q_NTR.transpose(0, 1), q_pe_TNP), dim=-1)
+
+
+def _expanded_values(c_TNR: Tensor, w_uv_NVR: Tensor) -> Tensor:
+    """Sums of latents to sums of values: [T, N, R] -> [T, N, V]."""
+    return torch.bmm(c_TNR.transpose(0, 1), w_uv_NVR.transpose(1, 2)).transpose(0, 1)

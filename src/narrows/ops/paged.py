@@ -1,0 +1,151 @@
+"""How the rows of one step meet a paged cache: where each row is written, and what each row reads.
+
+Knows pages and positions, as integers on the host. Does not know what a slot holds, how many layers or caches there
+are, nor which requests the rows belong to.
+
+A cache is a tensor [S, ...] of slots, one token each; page p is the slots p * page_size .. (p + 1) * page_size - 1.
+Page 0 is the null page: never a request's, written by dead rows and read by padding, so it must hold finite numbers
+(zeros at first).
+
+Letters: T rows of the step, B decode rows, L tokens in a context, S slots.
+"""
+
+# Fields carry their shape as a suffix, like every tensor here.
+# ruff: noqa: N815
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["DecodeGroup", "PagedRows", "PrefillSpan", "build_paged_rows", "write_cache"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillSpan:
+    """Rows [row_start, row_stop) of the step: the last tokens of a context of ``context_len`` tokens, in order.
+
+    ``slots_L`` [context_len] int64: the slot of each token of the context, these rows' own included.
+    """
+
+    row_start: int
+    row_stop: int
+    context_len: int
+    slots_L: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeGroup:
+    """Decode rows [start, stop), counted among decode rows, that are read together: ``max_len`` slots each.
+
+    Groups keep the padding of ragged contexts, and the memory of one read, small. They are host numbers: an op may use
+    them or take all decode rows at once.
+    """
+
+    start: int
+    stop: int
+    max_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PagedRows:
+    """One step's rows against the cache. Every row is in exactly one prefill span or a decode row.
+
+    ``positions_T`` int64: each row's position in its context. ``slots_T`` int64: where the row's KV is written.
+    ``decode_rows_B`` int64: the rows that stand alone; row ``decode_rows_B[b]`` reads the first ``decode_lens_B[b]``
+    (>= 1, itself included) of ``decode_slots_BL[b]``, which is padded with slot 0.
+    """
+
+    positions_T: Tensor
+    slots_T: Tensor
+    prefills: tuple[PrefillSpan, ...]
+    decode_rows_B: Tensor
+    decode_slots_BL: Tensor
+    decode_lens_B: Tensor
+    decode_groups: tuple[DecodeGroup, ...]
+
+
+def build_paged_rows(
+    spans: Sequence[tuple[int, int, Sequence[int]]],
+    page_size: int,
+    device: torch.device | str | None = None,
+    *,
+    decode_group_slots: int = 1024,
+) -> PagedRows:
+    """The `PagedRows` of a step whose rows are these spans, one after the other.
+
+    A span is ``(start, num_rows, pages)``: ``num_rows`` tokens at positions start, start + 1, ... of a context that
+    lives in ``pages``, in order. One row makes a decode row, more a prefill span, none nothing. A dead row is ``(0,
+    1, (0,))``. ``decode_group_slots``: decode rows are grouped up to this many slots, padding counted (1024: best or
+    near it from 1 to 64 rows of 64 to 1024 tokens on one CPU thread; a longer context is a group of its own). All
+    arithmetic is on the host, then one copy per tensor to ``device``.
+    """
+    positions: list[Tensor] = []
+    slots: list[Tensor] = []
+    prefills: list[PrefillSpan] = []
+    decode_rows: list[int] = []
+    decode_lens: list[int] = []
+    decode_pages: list[Sequence[int]] = []
+    offsets = torch.arange(page_size)
+    row = 0
+    for start, num_rows, pages in spans:
+        context_len = start + num_rows
+        assert start >= 0 and num_rows >= 0
+        assert context_len <= len(pages) * page_size, f"{context_len} tokens do not fit in {len(pages)} pages"
+        if num_rows == 1:
+            decode_rows.append(row)
+            decode_lens.append(context_len)
+            decode_pages.append(pages)
+            positions.append(torch.tensor([start]))
+            slots.append(torch.tensor([pages[start // page_size] * page_size + start % page_size]))
+        elif num_rows > 1:
+            slots_L = (torch.tensor(pages)[:, None] * page_size + offsets).flatten()[:context_len]
+            prefills.append(
+                PrefillSpan(row_start=row, row_stop=row + num_rows, context_len=context_len, slots_L=slots_L.to(device))
+            )
+            positions.append(torch.arange(start, context_len))
+            slots.append(slots_L[start:])
+        row += num_rows
+    no_rows = torch.empty(0, dtype=torch.int64)
+    return PagedRows(
+        positions_T=torch.cat([no_rows, *positions]).to(device),
+        slots_T=torch.cat([no_rows, *slots]).to(device),
+        prefills=tuple(prefills),
+        decode_rows_B=torch.tensor(decode_rows, dtype=torch.int64).to(device),
+        decode_slots_BL=_decode_slots(decode_pages, decode_lens, page_size).to(device),
+        decode_lens_B=torch.tensor(decode_lens, dtype=torch.int64).to(device),
+        decode_groups=_decode_groups(decode_lens, decode_group_slots),
+    )
+
+
+def write_cache(cache_SW: Tensor, rows_TW: Tensor, slots_T: Tensor) -> None:
+    """``cache[slots[t]] = rows[t]``, in place.
+
+    Shapes: cache [S, ...], rows [T, ...] of the same trailing dims and dtype, slots [T] int64. Dead rows share slot
+    0; which of them stays there is not defined and not read.
+    """
+    cache_SW.index_copy_(0, slots_T, rows_TW)
+
+
+def _decode_slots(pages_B: list[Sequence[int]], lens_B: list[int], page_size: int) -> Tensor:
+    max_len = max(lens_B, default=0)
+    num_pages = -(-max_len // page_size)
+    padded_BP = [[*pages[:num_pages], *[0] * (num_pages - len(pages))] for pages in pages_B]
+    pages_BP = torch.tensor(padded_BP, dtype=torch.int64).view(len(pages_B), num_pages)
+    slots_BL = (pages_BP[:, :, None] * page_size + torch.arange(page_size)).flatten(1)[:, :max_len]
+    past_end_BL = torch.arange(max_len) >= torch.tensor(lens_B, dtype=torch.int64)[:, None]
+    return slots_BL.masked_fill(past_end_BL, 0)
+
+
+def _decode_groups(lens_B: list[int], group_slots: int) -> tuple[DecodeGroup, ...]:
+    groups: list[DecodeGroup] = []
+    start, max_len = 0, 0
+    for row, length in enumerate(lens_B):
+        if row > start and max(max_len, length) * (row + 1 - start) > group_slots:
+            groups.append(DecodeGroup(start=start, stop=row, max_len=max_len))
+            start, max_len = row, 0
+        max_len = max(max_len, length)
+    if lens_B:
+        groups.append(DecodeGroup(start=start, stop=len(lens_B), max_len=max_len))
+    return tuple(groups)

@@ -1,0 +1,295 @@
+"""The graph that the search walks: every legal next step from every state, for one chain, mesh and named layout.
+
+Knows which moves, adds and selections may come before a stage and at which layouts the stage may run; knows no price,
+so one graph serves every shape of step. A node is (a stage that is yet to run, the layout of each live field, which rows
+are held); its edges stay before the same stage, its run leads past it. Nodes are made when a search first asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any, Protocol
+
+from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
+from narrows.cost.price import Source
+from narrows.cost.stage import StepPrice
+from narrows.layout import Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
+from narrows.plan.named import NamedLayout
+from narrows.plan.plan import Step, StepKind
+
+__all__ = ["Graph", "Node", "Prices", "State"]
+
+State = tuple[int, ...]
+"""Layout index of each bundle (ABSENT if not live), then 0 for all rows or 1 once rows are selected."""
+
+ABSENT = -1
+_ADDENDS = ("shared", "residual")
+_ROW_SETS = (RowSet.ALL, RowSet.LOGITS)
+
+
+class Prices(Protocol):
+    """What a search asks of `cost`. A price does not depend on the stage that a move, an add or a selection prepares."""
+
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
+    def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
+
+
+Edge = tuple[int, Step]
+"""The index of its price in ``Graph.asks``, and the step, its price still blank."""
+
+
+class Node:
+    """A state before a stage. ``edges`` lead to other states before it, ``run`` to the state after it, if it can run."""
+
+    __slots__ = ("edges", "run", "state")
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.edges: tuple[tuple[Node, Edge], ...] | None = None
+        self.run: tuple[State, Edge] | None = None
+
+
+class Graph:
+    """All ways through ``chain`` on ``mesh`` that ``rules`` leave."""
+
+    def __init__(self, chain: Chain, mesh: Mesh, rules: NamedLayout) -> None:
+        self.chain, self.mesh, self.rules = chain, mesh, rules
+        self.asks: list[Callable[[Prices], StepPrice]] = []
+        self._ask_index: dict[tuple[Any, ...], int] = {}
+        self._layouts = legal_layouts(mesh)
+        self._index = {layout: i for i, layout in enumerate(self._layouts)}
+        self._scattered = self._index[scattered(mesh)]
+        self._titles = {title: self._index[layout] for title, layout in _titles(mesh).items()}
+        bundles: dict[str, list[Field]] = {}
+        for field in chain.fields.values():
+            bundles.setdefault(field.bundle, []).append(field)
+        self._bundles = tuple(bundles)
+        self._slot = {bundle: i for i, bundle in enumerate(self._bundles)}
+        self._names = [tuple(field.name for field in fields) for fields in bundles.values()]
+        self._row_bytes = [sum(field.row_bytes for field in fields) for fields in bundles.values()]
+        self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
+        self._made: dict[tuple[Any, ...], Edge] = {}
+        self._nodes: dict[tuple[str, State], Node] = {}
+
+    def start(self) -> State:
+        """Before the first stage: the token ids, everywhere."""
+        state = [ABSENT] * (len(self._bundles) + 1)
+        state[self._slot["ids"]] = self._index[full(self.mesh)]
+        state[-1] = 0
+        return tuple(state)
+
+    def node(self, stage: Stage, state: State) -> Node:
+        """The node of ``state`` before ``stage``; stages are told apart by name."""
+        node = self._nodes.get((stage.name, state))
+        if node is None:
+            node = self._nodes[stage.name, state] = Node(state)
+            node.run = self._run(state, stage)
+        return node
+
+    def edges(self, stage: Stage, node: Node) -> tuple[tuple[Node, Edge], ...]:
+        """What can be done at ``node`` before ``stage`` runs."""
+        if node.edges is None:
+            node.edges = tuple((self.node(stage, after), edge) for after, edge in self._edges(node.state, stage))
+        return node.edges
+
+    # -- which steps may come next -----------------------------------------------------------------------------------
+
+    def _edges(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
+        needed = {self._slot[self.chain.fields[name].bundle] for name in stage.reads}
+        if stage.kind is StageKind.NORM:
+            needed |= {self._slot[name] for name in _ADDENDS}
+            yield from self._adds(state, stage)
+        if stage in self.chain.epilogue and state[-1] == 0 and self._may_select(stage):
+            yield self._select(state, stage)
+        by_layout: dict[int, list[int]] = {}
+        for slot in range(len(self._bundles)):
+            if state[slot] != ABSENT:
+                by_layout.setdefault(state[slot], []).append(slot)
+        for layout_index, slots in by_layout.items():
+            if needed.isdisjoint(slots):
+                continue
+            for move, dst in self._moves[layout_index]:
+                if not self._may_move(move, stage):
+                    continue
+                packs = len(slots) if move.kind is MoveKind.ALL_GATHER else 1
+                for size in range(1, packs + 1):
+                    for chosen in combinations(slots, size):
+                        # What the stage does not read moves only along with what it does: alone it can as well wait
+                        # for the stage that reads it.
+                        if not needed.isdisjoint(chosen):
+                            after = list(state)
+                            for slot in chosen:
+                                after[slot] = dst
+                            yield tuple(after), self._move(move, dst, chosen, state, stage)
+
+    def _adds(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
+        hidden = state[self._slot["hidden"]]
+        if hidden == ABSENT:
+            return
+        layout = self._layouts[hidden]
+        allowed = self.rules.residual.get(stage.name)
+        for name in _ADDENDS:
+            slot = self._slot[name]
+            if state[slot] == ABSENT:
+                continue
+            joins = layout.owes_sum
+            # An addend may join an owed sum only where it is sharded over the axes that owe it: else it counts twice.
+            if state[slot] != (self._scattered if joins else hidden) or layout.holds_columns:
+                continue
+            if name == "residual" and allowed is not None and ("joined" if joins else "added") not in allowed:
+                continue
+            after = list(state)
+            after[slot] = ABSENT
+            yield tuple(after), self._add(name, hidden, state[slot], state[-1], stage)
+
+    def _may_select(self, stage: Stage) -> bool:
+        return self.rules.select_before is None or stage.name in self.rules.select_before
+
+    def _may_move(self, move: Move, stage: Stage) -> bool:
+        if move.src.owes_sum:
+            allowed = self.rules.sums_by.get(stage.name)
+            return allowed is None or move.kind in allowed
+        return True
+
+    def _run(self, state: State, stage: Stage) -> tuple[State, Edge] | None:
+        """The state after ``stage``, if it can run in ``state``."""
+        if (state[-1] == 1) is not (stage.row_set is RowSet.LOGITS) and stage.kind is not StageKind.NORM:
+            return None
+        fused = False
+        reads = {self._slot[self.chain.fields[name].bundle] for name in stage.reads}
+        if stage.kind is StageKind.NORM:
+            if state[self._slot["shared"]] != ABSENT:
+                return None
+            fused = state[self._slot["residual"]] != ABSENT
+            if not fused:
+                reads.discard(self._slot["residual"])
+            allowed = self.rules.residual.get(stage.name)
+            if fused and allowed is not None and "fused" not in allowed:
+                return None
+        held = {state[slot] for slot in reads}
+        if len(held) != 1 or ABSENT in held:
+            return None
+        (index,) = held
+        layout = self._layouts[index]
+        if stage.accepts is not None:
+            if layout != stage.accepts:
+                return None
+        elif not layout.is_whole or not self._row_stage_at(stage, index):
+            return None
+        leaves = index if stage.leaves is None else self._index[stage.leaves]
+        after = list(state)
+        for name in stage.frees:
+            after[self._slot[self.chain.fields[name].bundle]] = ABSENT
+        for name in stage.writes:
+            after[self._slot[self.chain.fields[name].bundle]] = leaves
+        return tuple(after), self._stage(stage, index, leaves, fused, state[-1])
+
+    def _row_stage_at(self, stage: Stage, index: int) -> bool:
+        titles = self.rules.rows_at.get(stage.name)
+        return titles is None or any(self._titles[title] == index for title in titles)
+
+    # -- the steps ---------------------------------------------------------------------------------------------------
+
+    def _stage(self, stage: Stage, index: int, leaves: int, fused: bool, selected: int) -> Edge:
+        key = ("stage", stage.name, index, fused, selected)
+        if (made := self._made.get(key)) is not None:
+            return made
+        layout, row_set = self._layouts[index], _ROW_SETS[selected]
+        reads = stage.reads
+        if stage.kind is StageKind.NORM and not fused:
+            reads = tuple(name for name in reads if name != "residual")
+        return self._edge(
+            key,
+            key,
+            lambda prices: prices.stage(stage, layout, fused, row_set),
+            kind=StepKind.STAGE,
+            name=stage.name,
+            boundary=stage.name,
+            price_class=stage.price_class,
+            reads=reads,
+            reads_at=(layout,) * len(reads),
+            writes=stage.writes,
+            writes_at=(self._layouts[leaves],) * len(stage.writes),
+            row_set=row_set,
+            stage=stage,
+            fused=fused,
+        )
+
+    def _move(self, move: Move, dst: int, slots: tuple[int, ...], state: State, stage: Stage) -> Edge:
+        src, selected = state[slots[0]], state[-1]
+        key = ("move", stage.name, slots, src, dst, selected)
+        if (made := self._made.get(key)) is not None:
+            return made
+        row_bytes, row_set = sum(self._row_bytes[slot] for slot in slots), _ROW_SETS[selected]
+        names = tuple(name for slot in slots for name in self._names[slot])
+        return self._edge(
+            key,
+            ("move", src, dst, row_bytes, selected),
+            lambda prices: prices.move(move, row_bytes, row_set),
+            kind=StepKind.MOVE,
+            name=move.kind.value,
+            boundary=stage.name,
+            price_class=PriceClass.COMMUNICATION,
+            reads=names,
+            reads_at=(move.src,) * len(names),
+            writes=names,
+            writes_at=(move.dst,) * len(names),
+            row_set=row_set,
+            move=move,
+        )
+
+    def _add(self, addend: str, hidden: int, at: int, selected: int, stage: Stage) -> Edge:
+        row_bytes, row_set, layout = self._row_bytes[self._slot["hidden"]], _ROW_SETS[selected], self._layouts[at]
+        return self._edge(
+            ("add", stage.name, addend, hidden, at, selected),
+            ("add", at, selected),
+            lambda prices: prices.add(layout, row_bytes, row_set),
+            kind=StepKind.ADD,
+            name=f"add_{addend}",
+            boundary=stage.name,
+            price_class=PriceClass.ADD,
+            reads=("hidden", addend),
+            reads_at=(self._layouts[hidden], layout),
+            writes=("hidden",),
+            writes_at=(self._layouts[hidden],),
+            row_set=row_set,
+        )
+
+    def _select(self, state: State, stage: Stage) -> tuple[State, Edge]:
+        slots = [self._slot[name] for name in ("hidden", *_ADDENDS) if state[self._slot[name]] != ABSENT]
+        names = tuple(self._bundles[slot] for slot in slots)
+        layouts = tuple(self._layouts[state[slot]] for slot in slots)
+        row_bytes = sum(self._row_bytes[slot] for slot in slots)
+        edge = self._edge(
+            ("select", stage.name, state),
+            ("select", layouts[0], row_bytes),
+            lambda prices: prices.select(layouts[0], row_bytes),
+            kind=StepKind.SELECT,
+            name=StepKind.SELECT.value,
+            boundary=stage.name,
+            price_class=PriceClass.LM_HEAD,
+            reads=names,
+            reads_at=layouts,
+            writes=names,
+            writes_at=layouts,
+            row_set=RowSet.LOGITS,
+        )
+        return (*state[:-1], 1), edge
+
+    def _edge(
+        self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Callable[[Prices], StepPrice], **what: Any
+    ) -> Edge:
+        """The edge called ``key``; those with equal ``cost`` share one ask."""
+        index = self._ask_index.get(cost)
+        if index is None:
+            index = self._ask_index[cost] = len(self.asks)
+            self.asks.append(ask)
+        edge = self._made[key] = (index, Step(rows=0, nbytes=0, ps=0, source=Source.MEASURED, **what))
+        return edge
+
+
+def _titles(mesh: Mesh) -> dict[str, Layout]:
+    return {"FULL": full(mesh), "GROUP": group(mesh), "SCATTERED": scattered(mesh)}

@@ -1,0 +1,197 @@
+"""Text to token ids and back, and chats to prompts, over a folder's ``tokenizer.json``. Knows no model and no torch.
+
+The ids are those of transformers' AutoTokenizer on the same folder when it loads ``tokenizer.json`` as it stands
+(``PreTrainedTokenizerFast``). Where transformers 5 rebuilds a tokenizer from its class's own idea instead
+(``GPT2Tokenizer`` forgets a digit splitter), the file is right and this follows the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+
+from narrows.errors import CheckpointError, ConfigError
+from narrows.text.chat import compile_template, plain
+from narrows.text.folder import TokenizerFiles, read_tokenizer_files
+
+__all__ = ["Message", "Tokenizer"]
+
+Message = Mapping[str, Any]
+"""One message of a chat: ``{"role": "user", "content": "hello"}``, and whatever else the template reads."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names for one thing; templates read the first
+
+
+class Tokenizer:
+    """The tokenizer of one model folder. Safe to share between threads: nothing changes after construction."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+        """Take over ``backend``, adding the tokens that only ``files`` know; use `from_folder`."""
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = files.split_special_tokens
+        _add_missing_tokens(backend, files)
+        self._backend = backend
+        self._files = files
+        self._named = {role: str(token.content) for role, token in files.named.items()}
+        self._silent = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        eos_id = backend.token_to_id(self._named["eos_token"]) if "eos_token" in self._named else None
+        self._eos_ids = files.eos_ids | (frozenset() if eos_id is None else {eos_id})
+        # ByteFallback turns tokens named <0x41> into bytes, and no other decoder does.
+        self._bytes_fall_back = backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A"
+        self._templates = {name: self._compile(name, source) for name, source in files.templates.items()}
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> Tokenizer:
+        """The tokenizer of a Hugging Face model folder.
+
+        Reads ``tokenizer.json``, and where they exist ``tokenizer_config.json``, ``special_tokens_map.json``,
+        ``generation_config.json``, ``config.json`` and ``chat_template.jinja``. Raises `CheckpointError` when
+        ``tokenizer.json`` is missing or one of them cannot be read.
+        """
+        files = read_tokenizer_files(Path(folder))
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(files.tokenizer_json))
+        except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+            raise CheckpointError(f"{files.tokenizer_json} cannot be read ({error}); fetch it again") from error
+        return cls(backend, files)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Ids are 0 to ``vocab_size - 1``, added tokens included. A model's logits may be wider (padded)."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a text: those of the generation config, of the model config, and the tokenizer's eos token."""
+        return self._eos_ids
+
+    @property
+    def bos_token(self) -> str | None:
+        """The begin-of-text token, or None."""
+        return self._named.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The tokenizer's own end-of-text token, or None; `eos_ids` may hold more."""
+        return self._named.get("eos_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` can work."""
+        return "default" in self._templates
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of ``text``; with ``add_special_tokens``, whatever the tokenizer's post-processor adds (often bos).
+
+        Special tokens written out in ``text`` become their ids. Raises `ConfigError` for text that is not Unicode
+        (half of a surrogate pair, as JSON can carry).
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            half = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if half is None:
+                raise
+            raise ConfigError(
+                f"the text is not valid Unicode: character {half} of {len(text)} is half of a surrogate pair "
+                f"(U+{ord(text[half]):04X}); remove it or send the whole pair"
+            ) from None
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ids the tokenizer lacks become nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def is_silent(self, token: int, *, skip_special_tokens: bool = True) -> bool:
+        """Whether `decode` leaves ``token`` out: a special token when those are skipped, or an id it lacks."""
+        return (skip_special_tokens and token in self._silent) or self._backend.id_to_token(token) is None
+
+    def is_byte(self, token: int) -> bool:
+        """Whether ``token`` stands for one raw byte (``<0xE4>``), whose text hangs on the bytes around it."""
+        if not self._bytes_fall_back:
+            return False
+        name = self._backend.id_to_token(token) or ""
+        return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the checkpoint's template makes of ``messages``.
+
+        ``tools`` are JSON schemas; ``variables`` are further names a template may read (``enable_thinking``).
+        Raises `ConfigError` when the folder has no template or the template refuses the messages.
+        """
+        template = self._templates.get("tool_use") if tools is not None else None
+        template = template or self._templates.get("default")
+        if template is None:
+            raise ConfigError(
+                f"{self._files.folder} has no chat template (tokenizer_config.json, chat_template.jinja); "
+                "give a prompt instead of messages, or a model tuned for chats"
+            )
+        if not messages:
+            raise ConfigError("a chat needs at least one message; 0 were given")
+        values = {
+            **self._named,
+            **plain(variables or {}),
+            "messages": [_prepare(message) for message in messages],
+            "tools": plain(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return template.render(values)
+        except Exception as error:  # a template is a program: it may fail in any way on messages it did not expect
+            one_line = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"the chat template of {self._files.folder} refused {len(messages)} message(s): {one_line}"
+            ) from error
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of the rendered chat. The template writes its own bos, so none is added a second time."""
+        text = self.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def _compile(self, name: str, source: str) -> jinja2.Template:
+        try:
+            return compile_template(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"{self._files.folder}: chat template {name!r} is not valid: {error}") from error
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+    """Add what the config files know and ``tokenizer.json`` does not; as transformers, the config's flags win."""
+    known = backend.get_added_tokens_decoder()
+    changed = [token for i, token in sorted(files.added.items()) if repr(known.get(i)) != repr(token)]
+    contents = {token.content for token in known.values()} | {token.content for token in changed}
+    missing = {t.content: t for t in (*files.named.values(), *files.extra) if t.content not in contents}
+    backend.add_tokens([*changed, *missing.values()])
+
+
+def _prepare(message: Message) -> dict[str, Any]:
+    """The message as templates expect it: no absent value spelled None, the reasoning under its standard names."""
+    if not isinstance(message, Mapping):
+        raise ConfigError(f"a chat message must be an object with 'role' and 'content', not {message!r}")
+    values: dict[str, Any] = plain({key: value for key, value in message.items() if value is not None})
+    reasoning = next((values[key] for key in REASONING if key in values), None)
+    if reasoning is not None:
+        values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
+    return values

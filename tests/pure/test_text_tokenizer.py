@@ -1,0 +1,257 @@
+"""Tokenizer over folders built here: files and their precedence, special tokens, chats, and errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from narrows.errors import CheckpointError, ConfigError
+from narrows.text import Tokenizer as FolderTokenizer
+
+CORPUS = ["the narrow road, the wide road", "straße 你好 привет 😀 नमस्ते", "def f(x):\n    return x + 1\n"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO = [{"role": "user", "content": "the road"}]
+
+
+def byte_level(*, bos=False):
+    """A byte-level BPE with three special tokens, trained on the corpus; with ``bos`` put first by a post-processor."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    return backend
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes a folder: the tokenizer, and JSON files by name without ending."""
+
+    def write(backend=None, template=None, **files):
+        (backend or byte_level()).save(str(tmp_path / "tokenizer.json"))
+        for name, value in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        if template is not None:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("text", ["", *CORPUS, "<|im_start|>user\nthe<|im_end|>"])
+def test_decode_undoes_encode(folder, text):
+    tokenizer = FolderTokenizer.from_folder(folder())
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+def test_special_tokens_are_ids_in_text_and_skipped_in_decode(folder):
+    tokenizer = FolderTokenizer.from_folder(folder())
+    ids = tokenizer.encode("the<|im_end|>")
+    assert ids[-1] == 2
+    assert tokenizer.decode(ids) == "the"
+    assert tokenizer.decode([*ids, 10**6]) == "the"  # padded logits may yield an id that nobody spelled
+
+
+def test_bos_is_added_once(folder):
+    tokenizer = FolderTokenizer.from_folder(folder(byte_level(bos=True), template="{{ '<|im_start|>x' }}"))
+    plain = tokenizer.encode("the", add_special_tokens=False)
+    assert tokenizer.encode("the") == [1, *plain]
+    assert tokenizer.encode_chat(HELLO).count(1) == 1
+
+
+def test_saved_truncation_and_padding_are_off(folder):
+    backend = byte_level()
+    backend.enable_truncation(max_length=2)
+    backend.enable_padding(length=50)
+    tokenizer = FolderTokenizer.from_folder(folder(backend))
+    assert tokenizer.decode(tokenizer.encode(CORPUS[1])) == CORPUS[1]
+
+
+def test_eos_ids_are_those_of_all_files(folder):
+    path = folder(
+        generation_config={"eos_token_id": [2, 7]},
+        config={"eos_token_id": 0},
+        tokenizer_config={"eos_token": {"__type": "AddedToken", "content": "<|im_start|>"}},
+    )
+    tokenizer = FolderTokenizer.from_folder(path)
+    assert tokenizer.eos_ids == {0, 1, 2, 7}
+    assert tokenizer.eos_token == "<|im_start|>"
+
+
+def test_eos_ids_of_a_nested_or_silent_config(folder):
+    tokenizer = FolderTokenizer.from_folder(folder(config={"text_config": {"eos_token_id": 5}}, generation_config={}))
+    assert tokenizer.eos_ids == {5}
+
+
+@pytest.mark.parametrize("ids", ["2", [2, None], -1, True])
+def test_eos_ids_must_be_ids(folder, ids):
+    with pytest.raises(CheckpointError, match="eos_token_id is"):
+        FolderTokenizer.from_folder(folder(config={"eos_token_id": ids}))
+
+
+def test_tokens_only_the_config_knows_are_added(folder):
+    size = byte_level().get_vocab_size()
+    path = folder(
+        tokenizer_config={
+            "bos_token": "<bos>",
+            "additional_special_tokens": ["<tool>"],
+            "added_tokens_decoder": {str(size): {"content": "<think>", "special": False}},
+        }
+    )
+    tokenizer = FolderTokenizer.from_folder(path)
+    assert tokenizer.encode("<think><bos><tool>") == [size, size + 1, size + 2]
+    assert tokenizer.decode([size, size + 1, size + 2]) == "<think>"
+    assert tokenizer.vocab_size == size + 3
+
+
+def test_special_tokens_map_counts_without_added_tokens_decoder(folder):
+    tokenizer = FolderTokenizer.from_folder(folder(special_tokens_map={"eos_token": "<|im_end|>"}))
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_ids == {2}
+
+
+def test_vocab_size_covers_the_highest_id(folder):
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
+    backend.add_tokens([AddedToken("<x>")])
+    assert FolderTokenizer.from_folder(folder(backend)).vocab_size == 10
+    assert FolderTokenizer.from_folder(folder(backend)).encode("b") == [9]
+
+
+def test_half_a_surrogate_pair_is_an_error(folder):
+    with pytest.raises(ConfigError, match=r"character 3 of 5 is half of a surrogate pair \(U\+D83D\)"):
+        FolderTokenizer.from_folder(folder()).encode("the\ud83d!")
+
+
+# -- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def test_chat_template_and_its_ids(folder):
+    tokenizer = FolderTokenizer.from_folder(folder(tokenizer_config={"chat_template": CHATML}))
+    assert tokenizer.has_chat_template
+    assert tokenizer.apply_chat_template(HELLO) == "<|im_start|>user\nthe road<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(HELLO, add_generation_prompt=False).endswith("<|im_end|>\n")
+    ids = tokenizer.encode_chat(HELLO)
+    assert ids[0] == 1 and ids.count(2) == 1
+    assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.apply_chat_template(HELLO)
+
+
+def test_template_file_wins_and_tools_pick_theirs(folder):
+    path = folder(template="file", tokenizer_config={"chat_template": CHATML})
+    assert FolderTokenizer.from_folder(path).apply_chat_template(HELLO) == "file"
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
+    tokenizer = FolderTokenizer.from_folder(path)
+    assert tokenizer.apply_chat_template(HELLO) == "file"
+    assert tokenizer.apply_chat_template(HELLO, tools=[{"name": "add"}]) == "add"
+
+
+def test_templates_listed_by_name(folder):
+    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
+    tokenizer = FolderTokenizer.from_folder(folder(tokenizer_config={"chat_template": named}))
+    assert tokenizer.apply_chat_template(HELLO) == "one"
+    assert tokenizer.apply_chat_template(HELLO, tools=[]) == "two"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}{{ eos_token }}", "<|im_start|><|im_end|>"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{{ {'b': '<ü>', 'a': none} | tojson }}", '{"b": "<ü>", "a": null}'),
+        ("{{ {'a': [1]} | tojson(indent=1, separators=(',', ':')) }}", '{\n "a":[\n  1\n ]\n}'),
+        ("{% generation %}said{% endgeneration %}", "said"),
+        ("  {% if true %}\nx\n  {% endif %}\n", "x\n"),
+        ("{% set n = namespace(k=1) %}{% set n.k = 2 %}{{ n.k }}{{ dict(a=3).a }}", "23"),
+        ("{{ strftime_now('%%') }}", "%"),
+        ("{{ messages[0].content is defined }}{{ tools is none }}{{ mood }}", "TrueTrueglad"),
+        ("{{ messages[0].tool_calls is defined }}{{ messages[0].reasoning_content }}", "Falsewhy"),
+    ],
+)
+def test_what_templates_rely_on(folder, template, text):
+    named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    tokenizer = FolderTokenizer.from_folder(folder(template=template, tokenizer_config=named))
+    message = {"role": "user", "content": "x", "tool_calls": None, "reasoning": "why"}
+    assert tokenizer.apply_chat_template([message], variables={"mood": "glad"}) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + missing }}", "'missing' is undefined"),
+        ("{{ messages[0].content + 1 }}", "concatenate"),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% set n = namespace(__init__=1) %}", "namespace"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(folder, template, problem):
+    tokenizer = FolderTokenizer.from_folder(folder(template=template))
+    with pytest.raises(ConfigError, match=problem) as caught:
+        tokenizer.apply_chat_template(HELLO)
+    assert "\n" not in str(caught.value)
+
+
+def test_chat_errors(folder):
+    tokenizer = FolderTokenizer.from_folder(folder())
+    assert not tokenizer.has_chat_template
+    with pytest.raises(ConfigError, match="no chat template"):
+        tokenizer.encode_chat(HELLO)
+    tokenizer = FolderTokenizer.from_folder(folder(template="x"))
+    with pytest.raises(ConfigError, match="at least one message"):
+        tokenizer.encode_chat([])
+    with pytest.raises(ConfigError, match="must be an object"):
+        tokenizer.encode_chat(["hello"])
+
+
+# -- folders that are wrong -------------------------------------------------------------------------------------------
+
+
+def test_folder_errors_say_what_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        FolderTokenizer.from_folder(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json; download it"):
+        FolderTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(CheckpointError, match=r"it has tokenizer.model, .*save_pretrained"):
+        FolderTokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("tokenizer.json", "{", "cannot be read"),
+        ("tokenizer_config.json", "{", "is not JSON"),
+        ("generation_config.json", "[]", "holds a list"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "a special token is 3"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "neither a text nor"),
+        ("chat_template.jinja", "{% for %}", "is not valid"),
+    ],
+)
+def test_broken_files_are_named(folder, name, content, problem):
+    path = folder()
+    (path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        FolderTokenizer.from_folder(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_room_needs_no_torch():
+    check = "import sys, narrows.text; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,313 @@
+"""What goes wrong between ranks is named, with ranks and labels, and ends within seconds. Nothing hangs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from narrows.comm import World, run_ranks
+from narrows.errors import CollectiveMismatchError, RankError
+from narrows.layout import Mesh
+
+FOUR = Mesh.of(dp=2, tp=2)
+ALL = (0, 1, 2, 3)
+SPLIT = (2, 1, 0, 2)
+
+
+def rank_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("narrows rank")]
+
+
+def errors_of(
+    mesh: Mesh, fn: Callable[[World], object], *, checked: bool = True, timeout_s: float = 5.0
+) -> tuple[BaseException, dict[int, BaseException]]:
+    """What run_ranks raises, and what each rank raised."""
+    raised: dict[int, BaseException] = {}
+
+    def rank(world: World) -> None:
+        try:
+            fn(world)
+        except BaseException as error:
+            raised[world.rank] = error
+            raise
+
+    start = time.monotonic()
+    with pytest.raises(Exception) as told:  # noqa: PT011
+        run_ranks(mesh, rank, checked=checked, timeout_s=timeout_s)
+    assert time.monotonic() - start < 4
+    assert not rank_threads()
+    return told.value, raised
+
+
+# --- a rank that raises
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_the_first_error_ends_every_rank_and_is_raised_itself(checked: bool) -> None:
+    original = ValueError("no such expert: 300")
+
+    def rank(world: World) -> None:
+        world.barrier(ALL, "start")
+        if world.rank == 1:
+            time.sleep(0.05)
+            raise original
+        for _ in range(3):  # 0 waits in a tp group, 2 and 3 are in another and go on to wait for the world
+            world.all_reduce(torch.ones(2, 1), FOUR.group(world.rank, 1, 2), (1, 1), "tp sum")
+            world.barrier(ALL, "step")
+
+    error, raised = errors_of(FOUR, rank, checked=checked)
+    assert error is original
+    assert any("rank 1" in note for note in error.__notes__)
+    for r in (0, 2, 3):
+        assert type(raised[r]) is RankError
+        assert "rank 1" in str(raised[r]) and "ValueError: no such expert: 300" in str(raised[r])
+        assert raised[r].__cause__ is original
+
+
+def test_a_rank_that_raises_before_the_others_come_ends_them_too() -> None:
+    def rank(world: World) -> None:
+        if world.rank == 3:
+            raise KeyError("gone")
+        time.sleep(0.05)
+        world.barrier(ALL, "late")
+
+    error, raised = errors_of(FOUR, rank)
+    assert isinstance(error, KeyError)
+    assert all(type(raised[r]) is RankError for r in (0, 1, 2))
+
+
+def test_only_the_first_of_several_errors_counts() -> None:
+    def rank(world: World) -> None:
+        world.barrier(ALL, "start")
+        time.sleep(0.1 * world.rank)
+        raise ValueError(f"rank {world.rank} is wrong")
+
+    error, _ = errors_of(FOUR, rank)
+    assert str(error) == "rank 0 is wrong"
+
+
+def test_a_caught_error_of_the_world_does_not_revive_it() -> None:
+    def rank(world: World) -> str:
+        if world.rank == 0:
+            raise ValueError("first")
+        for _ in range(2):
+            with pytest.raises(RankError, match="rank 0 failed first"):
+                world.barrier(ALL, "again")
+        return "ended by itself"
+
+    error, raised = errors_of(FOUR, rank)
+    assert str(error) == "first" and list(raised) == [0]
+
+
+# --- ranks in different collectives
+
+
+def say_label(world: World) -> None:
+    label = "layer 3 post_attn_norm" if world.rank == 2 else "layer 3 input_norm"
+    world.all_reduce(torch.ones(5, 64), ALL, SPLIT, label)
+
+
+def say_op(world: World) -> None:
+    if world.rank == 2:
+        world.barrier(ALL, "layer 3 input_norm")
+    else:
+        world.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
+
+
+def say_width(world: World) -> None:
+    world.all_reduce(torch.ones(5, 128 if world.rank == 2 else 64), ALL, SPLIT, "layer 3 input_norm")
+
+
+def say_dtype(world: World) -> None:
+    x = torch.ones(5, 64, dtype=torch.bfloat16 if world.rank == 2 else torch.float32)
+    world.reduce_scatter(x, ALL, SPLIT, "layer 3 input_norm")
+
+
+def say_counts(world: World) -> None:
+    split = (1, 2, 0, 2) if world.rank == 2 else SPLIT
+    world.all_gather([torch.ones(SPLIT[world.rank], 64)], ALL, split, "layer 3 input_norm")
+
+
+def say_fields(world: World) -> None:
+    rows = SPLIT[world.rank]
+    xs = [torch.ones(rows, 64), torch.ones(rows, 8, dtype=torch.int32)]
+    world.all_gather(xs[: 1 if world.rank == 2 else 2], ALL, SPLIT, "layer 3 input_norm")
+
+
+def say_rows_of_columns(world: World) -> None:
+    world.column_gather(torch.ones(4 if world.rank == 2 else 5, 2), ALL, (2, 2, 2, 2), "layer 3 input_norm")
+
+
+def say_root(world: World) -> None:
+    world.broadcast(torch.ones(5), ALL, 1 if world.rank == 2 else 0, "layer 3 input_norm")
+
+
+def say_number(world: World) -> None:
+    world.barrier(ALL, "start")
+    if world.rank == 2:  # begins a collective that cannot be, and goes on as if nothing had happened
+        with pytest.raises(CollectiveMismatchError):
+            world.all_reduce(torch.ones(4, 64), ALL, SPLIT, "layer 3 input_norm")
+    world.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
+
+
+@pytest.mark.parametrize(
+    ("fn", "odd", "others"),
+    [
+        (
+            say_label,
+            '#0 all_reduce "layer 3 post_attn_norm" [5 x 64 float32] split 2+1+0+2',
+            '#0 all_reduce "layer 3 input_norm" [5 x 64 float32] split 2+1+0+2',
+        ),
+        (say_op, '#0 barrier "layer 3 input_norm"', '#0 all_reduce "layer 3 input_norm" [5 x 64 float32]'),
+        (say_width, "[5 x 128 float32]", "[5 x 64 float32]"),
+        (say_dtype, "[5 x 64 bfloat16]", "[5 x 64 float32]"),
+        (say_counts, "split 1+2+0+2", "split 2+1+0+2"),
+        (say_fields, "[5 x 64 float32]", "[5 x 64 float32, 5 x 8 int32]"),
+        (say_rows_of_columns, "[4 x 8 float32]", "[5 x 8 float32]"),
+        (say_root, '#0 broadcast "layer 3 input_norm" [5 float32] from rank 1', "[5 float32] from rank 0"),
+        (say_number, "#2 all_reduce", "#1 all_reduce"),
+    ],
+)
+def test_a_mismatch_says_who_came_with_what(fn: Callable[[World], object], odd: str, others: str) -> None:
+    error, raised = errors_of(FOUR, fn)
+    assert type(error) is CollectiveMismatchError
+    one, rest = str(error).split(", ranks 0, 1, 3 to ")
+    assert "rank 2 came to " in one and odd in one
+    assert others in rest
+    assert set(raised) == set(ALL)
+    for seen in raised.values():
+        assert isinstance(seen, RankError) and odd in str(seen) and others in str(seen)
+
+
+def test_every_rank_that_differs_is_named() -> None:
+    def rank(world: World) -> None:
+        world.barrier(ALL, "step 1" if world.rank < 2 else f"step {world.rank}")
+
+    error, _ = errors_of(FOUR, rank)
+    assert str(error).endswith(
+        'rank 2 came to #0 barrier "step 2", rank 3 to #0 barrier "step 3", ranks 0, 1 to #0 barrier "step 1"'
+    )
+
+
+def test_nothing_is_read_before_all_have_been_compared() -> None:
+    """Rank 2's tensor would break the concatenation; what is raised is the mismatch."""
+    seen: list[str] = []
+
+    def rank(world: World) -> None:
+        width = 5 if world.rank == 2 else 4
+        try:
+            world.all_gather([torch.ones(1, width)], ALL, (1, 1, 1, 1), "rows")
+        except RankError as error:
+            seen.append(type(error).__name__)
+            raise
+
+    errors_of(FOUR, rank)
+    assert seen.count("CollectiveMismatchError") >= 1 and "RuntimeError" not in seen
+
+
+@pytest.mark.parametrize(
+    ("fn", "text"),
+    [
+        (lambda w: w.all_gather([torch.ones(3, 2)], ALL, SPLIT, "x"), r"\(3, 2\).* say 2 rows"),
+        (lambda w: w.all_gather([torch.ones(2)], ALL, SPLIT, "x"), r"\(2,\).* say 2 rows"),
+        (lambda w: w.all_gather([torch.ones(2, 2)], ALL, (2, 3), "x"), "2 counts for 4 ranks"),
+        (lambda w: w.all_reduce(torch.ones(2, 2), ALL, SPLIT, "x"), "say 5 rows"),
+        (lambda w: w.reduce_scatter(torch.ones(4, 2), ALL, SPLIT, "x"), "say 5 rows"),
+        (lambda w: w.column_gather(torch.ones(4, 3), ALL, (2, 2, 2, 2), "x"), "say 2 columns"),
+        (lambda w: w.all_reduce(torch.ones(5, 2), ALL, SPLIT, "x", [torch.ones(5, 2)]), r"addend of \(5, 2\)"),
+        (lambda w: w.all_reduce(torch.ones(5, 2, dtype=torch.int64), ALL, SPLIT, "x"), "torch.int64"),
+        (lambda w: w.all_reduce(torch.ones(5, 2, dtype=torch.float64), ALL, SPLIT, "x"), "torch.float64"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_its_counts_is_refused(fn: Callable[[World], object], text: str) -> None:
+    def rank(world: World) -> None:
+        if world.rank == 0:
+            fn(world)
+        else:
+            world.barrier(ALL, "x")
+
+    error, raised = errors_of(FOUR, rank)
+    assert type(error) is CollectiveMismatchError
+    assert str(error).startswith("rank 0 came to #0 ") and '"x"' in str(error)
+    with pytest.raises(CollectiveMismatchError, match=text):
+        raise error
+    assert all("rank 0 failed first" in str(raised[r]) for r in (1, 2, 3))
+
+
+# --- a rank that does not come
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_rank_that_never_comes_is_named_with_what_the_others_wait_at(checked: bool) -> None:
+    def rank(world: World) -> None:
+        world.barrier(ALL, "start")
+        if world.rank != 2:
+            world.all_reduce(torch.ones(5, 2), ALL, SPLIT, "layer 7 experts")
+
+    error, raised = errors_of(FOUR, rank, checked=checked, timeout_s=0.3)
+    assert type(error) is RankError
+    assert str(error).startswith("rank 2 did not come within 0.3 s")
+    for r in (0, 1, 3):
+        assert f'rank {r} waits at #1 all_reduce "layer 7 experts"' in str(error)
+        assert isinstance(raised[r], RankError) and "rank 2 did not come" in str(raised[r])
+    assert 'rank 2 last came to #0 barrier "start"' in str(error)
+
+
+def test_ranks_that_wait_for_each_other_in_different_groups_are_named() -> None:
+    """One rank idle and one not: the field's commonest deadlock."""
+
+    def rank(world: World) -> None:
+        if world.rank == 1:
+            world.barrier(ALL, "idle step")
+        else:
+            world.barrier(FOUR.group(world.rank, 1, 2), "attention sum")
+
+    error, _ = errors_of(FOUR, rank, timeout_s=0.3)
+    text = str(error)
+    assert "did not come within 0.3 s" in text
+    assert 'barrier "idle step"' in text and 'barrier "attention sum"' in text
+
+
+def test_a_rank_that_comes_to_nothing_is_said_to_have_never_come() -> None:
+    def rank(world: World) -> None:
+        if world.rank == 0:
+            world.barrier(ALL, "start")
+
+    error, _ = errors_of(FOUR, rank, timeout_s=0.2)
+    assert "ranks 1, 2, 3 did not come" in str(error) and "rank 3 never came" in str(error)
+
+
+def test_a_rank_stuck_outside_of_any_collective_is_given_up_and_named() -> None:
+    release = threading.Event()
+
+    def rank(world: World) -> None:
+        if world.rank == 1:
+            release.wait(20)
+        else:
+            world.barrier(ALL, "start")
+
+    start = time.monotonic()
+    try:
+        with pytest.raises(RankError, match="rank 1 did not come") as told:
+            run_ranks(FOUR, rank, timeout_s=0.3)
+    finally:
+        release.set()
+    assert time.monotonic() - start < 4
+    assert any("Still running" in note and "[1]" in note for note in told.value.__notes__)
+    for thread in rank_threads():
+        thread.join(5)
+
+
+def test_no_rank_may_skip_a_collective_because_it_holds_no_rows() -> None:
+    """All members come, whatever they hold; the one that skips is the one that is named."""
+
+    def rank(world: World) -> None:
+        if SPLIT[world.rank]:
+            world.all_gather([torch.ones(SPLIT[world.rank], 2)], ALL, SPLIT, "rows")
+
+    error, _ = errors_of(FOUR, rank, timeout_s=0.2)
+    assert "rank 2 did not come" in str(error)

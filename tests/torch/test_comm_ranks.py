@@ -1,0 +1,234 @@
+"""Rank threads: results, order, errors, ends."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from narrows.comm import ThreadRanks, World, run_ranks
+from narrows.errors import RankError
+from narrows.layout import Mesh
+
+TWO = Mesh.of(dp=1, tp=2)
+THREE = Mesh.of(dp=3, tp=1)
+
+
+def rank_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("narrows rank")]
+
+
+class Counter:
+    """A worker that remembers what it was told, and sums over the ranks."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.ranks = tuple(range(world.mesh.size))
+        self.told: list[int] = []
+        world.barrier(self.ranks, "built")
+
+    def tell(self, value: int, pause: float = 0.0) -> int:
+        time.sleep(pause * self.world.rank)
+        self.told.append(value)
+        return self.world.rank * 100 + value
+
+    def sum(self, value: float) -> float:
+        x = torch.full((len(self.ranks), 1), value + self.world.rank)
+        return self.world.all_reduce(x, self.ranks, (1,) * len(self.ranks), "sum")[0, 0].item()
+
+    def all_told(self) -> list[int]:
+        return list(self.told)
+
+    def fail(self, rank: int) -> None:
+        if self.world.rank == rank:
+            raise ArithmeticError("worker broke")
+        self.world.barrier(self.ranks, "after")
+
+    def wait(self, event: threading.Event) -> str:
+        event.wait(10)
+        return "done"
+
+
+def test_run_ranks_returns_results_in_rank_order_and_leaves_nothing_behind() -> None:
+    threads = torch.get_num_threads()
+
+    def rank(world: World) -> tuple[int, int, bool, bool]:
+        time.sleep(0.02 * (world.mesh.size - world.rank))
+        here = threading.current_thread() is threading.main_thread()
+        return world.rank, torch.get_num_threads(), torch.is_inference_mode_enabled(), here
+
+    assert run_ranks(THREE, rank) == [(r, 1, True, False) for r in range(3)]
+    assert run_ranks(Mesh.of(dp=1, tp=1), rank) == [(0, 1, True, False)]
+    assert not rank_threads()
+    assert torch.get_num_threads() == threads and not torch.is_inference_mode_enabled()
+
+
+def test_calls_are_done_in_the_order_they_were_made_without_waiting() -> None:
+    with ThreadRanks(THREE, Counter) as ranks:
+        futures = [ranks.submit("tell", i, 0.001) for i in range(10)]
+        last = ranks.submit("all_told")
+        assert last.result(5) == [list(range(10))] * 3
+        assert [future.result(0) for future in futures] == [[i, 100 + i, 200 + i] for i in range(10)]
+
+
+def test_a_second_call_may_be_made_before_the_first_is_done() -> None:
+    release = threading.Event()
+    with ThreadRanks(TWO, Counter) as ranks:
+        first, second = ranks.submit("wait", release), ranks.submit("sum", 1.5)
+        assert not first.done() and not second.done()
+        with pytest.raises(TimeoutError):
+            first.result(0.01)
+        release.set()
+        assert second.result(5) == [4.0, 4.0]
+        assert first.result(0) == ["done", "done"]
+        assert not first.cancel()
+
+
+def test_many_callers_give_every_rank_the_same_order() -> None:
+    with ThreadRanks(THREE, Counter, checked=True) as ranks:
+        futures: list[Future[list[int]]] = []
+        callers = [
+            threading.Thread(target=lambda k=k: futures.extend(ranks.submit("tell", 10 * k + i) for i in range(10)))
+            for k in range(4)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        told = ranks.submit("all_told").result(5)
+        assert told[0] == told[1] == told[2] and sorted(told[0]) == list(range(40))
+        assert all(future.done() for future in futures)
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_an_error_fails_its_call_and_all_later_ones_with_the_first_error(broken: int) -> None:
+    with ThreadRanks(THREE, Counter, checked=True) as ranks:
+        before = ranks.submit("sum", 1.0)
+        bad = ranks.submit("fail", broken)
+        after = ranks.submit("sum", 2.0)
+        assert before.result(5) == [6.0] * 3
+        with pytest.raises(ArithmeticError, match="worker broke") as told:
+            bad.result(5)
+        assert any(f"rank {broken}" in note for note in told.value.__notes__)
+        for future in (after, ranks.submit("sum", 3.0), ranks.submit("tell", 1)):
+            with pytest.raises(ArithmeticError, match="worker broke"):
+                future.result(5)
+    assert not rank_threads()
+
+
+def test_an_unknown_method_is_an_error_of_the_call() -> None:
+    with ThreadRanks(TWO, Counter) as ranks, pytest.raises(AttributeError, match="no_such"):
+        ranks.submit("no_such").result(5)
+
+
+def test_an_error_while_the_workers_are_built_is_raised_at_once() -> None:
+    def make(world: World) -> Counter:
+        if world.rank == 1:
+            raise FileNotFoundError("model-00002-of-00002.safetensors")
+        return Counter(world)  # waits for rank 1
+
+    with pytest.raises(FileNotFoundError, match="00002") as told:
+        ThreadRanks(TWO, make)
+    assert any("rank 1" in note for note in told.value.__notes__)
+    assert not rank_threads()
+
+
+def test_a_missing_rank_fails_the_call_in_time() -> None:
+    release = threading.Event()
+
+    class Uneven(Counter):
+        def step(self) -> None:
+            if self.world.rank == 1:
+                release.wait(10)
+            self.world.barrier(self.ranks, "decode step 12")
+
+    with ThreadRanks(TWO, Uneven, timeout_s=0.2) as ranks:
+        with pytest.raises(RankError, match=r'rank 1 did not come within 0.2 s.*"decode step 12"'):
+            ranks.submit("step").result(5)
+        release.set()
+
+
+def test_close_may_be_repeated_and_refuses_later_calls() -> None:
+    ranks = ThreadRanks(TWO, Counter)
+    assert len(rank_threads()) == 2 and all(thread.daemon for thread in rank_threads())
+    assert ranks.submit("sum", 0.0).result(5) == [1.0, 1.0]
+    ranks.close()
+    ranks.close()
+    assert not rank_threads()
+    with pytest.raises(RankError, match="closed"):
+        ranks.submit("sum", 0.0).result(5)
+
+
+def test_close_fails_the_calls_that_are_not_done() -> None:
+    class Stepper(Counter):
+        def forever(self) -> None:
+            while True:
+                self.world.barrier(self.ranks, "step")
+
+    ranks = ThreadRanks(TWO, Stepper)
+    running, queued = ranks.submit("forever"), ranks.submit("sum", 1.0)
+    time.sleep(0.05)
+    start = time.monotonic()
+    ranks.close()
+    assert time.monotonic() - start < 3
+    for future in (running, queued):
+        with pytest.raises(RankError, match="closed"):
+            future.result(0)
+    assert not rank_threads()
+
+
+def test_an_exception_in_the_with_block_ends_the_threads() -> None:
+    with pytest.raises(KeyboardInterrupt), ThreadRanks(TWO, Counter) as ranks:
+        ranks.submit("sum", 1.0)
+        raise KeyboardInterrupt
+    assert not rank_threads()
+
+
+def test_forgotten_ranks_end_by_themselves() -> None:
+    ranks = ThreadRanks(TWO, Counter)
+    ranks.submit("tell", 1).result(5)
+    threads = rank_threads()
+    assert len(threads) == 2
+    del ranks
+    gc.collect()
+    for thread in threads:
+        thread.join(5)
+    assert not rank_threads()
+
+
+def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
+    """Daemon threads inside torch would abort the interpreter (exit code 134) if they were not ended first."""
+    program = """
+        import torch
+        from narrows.comm import ThreadRanks
+        from narrows.layout import Mesh
+
+        class Worker:
+            def __init__(self, world):
+                self.world = world
+
+            def spin(self):
+                x = torch.ones(64, 64)
+                while True:
+                    x = torch.tanh(x @ x)
+                    self.world.all_reduce(x, (0, 1), (32, 32), "sum")
+
+        ranks = ThreadRanks(Mesh.of(dp=1, tp=2), Worker)
+        future = ranks.submit("spin")
+        try:
+            future.result(0.2)
+        except TimeoutError:
+            raise KeyboardInterrupt
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
+    assert ended.returncode in (1, 130, -2), (ended.returncode, ended.stderr)

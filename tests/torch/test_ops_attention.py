@@ -1,0 +1,285 @@
+"""causal, MLA and GQA attention: against their twins, against transformers, and against themselves in other steps."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+from narrows.ops import causal_attention as causal_module
+from narrows.ops import mla_attention as mla_module
+from narrows.ops.causal_attention import causal_attention, causal_attention_reference
+from narrows.ops.gqa_attention import gqa_attention, gqa_attention_reference, head_blocks
+from narrows.ops.mla_attention import mla_attention, mla_attention_reference
+from narrows.ops.paged import build_paged_rows, write_cache
+from narrows.ops.rope import mla_softmax_scale
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-12, atol=1e-12),
+    torch.float32: dict(rtol=1e-5, atol=2e-6),
+    torch.bfloat16: dict(rtol=3e-2, atol=3e-2),
+}
+PAGE = 4
+# Pages in no order; contexts of 23, 9, 12, 1, 5 and 4 tokens.
+PAGES = [(7, 3, 11, 1, 9, 14), (2, 20, 8), (5, 13, 4), (6,), (10, 12), (15,)]
+STEPS = {
+    "nothing": [],
+    "prompt": [(0, 23, PAGES[0])],
+    "one row": [(22, 1, PAGES[0])],
+    "first row": [(0, 1, PAGES[3])],
+    "chunk": [(8, 15, PAGES[0])],
+    "two prompts": [(0, 9, PAGES[1]), (0, 12, PAGES[2])],
+    "decode": [(22, 1, PAGES[0]), (0, 1, PAGES[3]), (8, 1, PAGES[1]), (4, 1, PAGES[4])],
+    "mixed": [(22, 1, PAGES[0]), (3, 6, PAGES[1]), (0, 1, PAGES[3]), (0, 12, PAGES[2]), (0, 0, ()), (3, 2, PAGES[4])],
+    "dead rows": [(0, 1, (0,)), (22, 1, PAGES[0]), (0, 1, (0,))],
+}
+STEP = pytest.mark.parametrize("step", STEPS)
+KV_INDICES = [(0, 0, 1, 1), (0, 1), (0, 0, 0), (0, 0, 0, 1), (1, 1), (0, 1, 1, 1), (1, 0, 1)]
+
+
+def num_rows(spans):
+    return sum(span[1] for span in spans)
+
+
+class Mla:
+    """Random tensors for 3 heads of 6 + 4 columns, rank 8, values of 5 columns, 96 slots."""
+
+    def __init__(self, rows, dtype, *, heads=3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.w_uk, self.w_uv = draw(heads, 6, 8) / 3, draw(heads, 5, 8) / 3
+        self.cache = draw(96, 12)
+        self.q_nope, self.q_pe = draw(rows, heads, 6), draw(rows, heads, 4)
+
+    def __call__(self, op, rows, **kwargs):
+        return op(self.q_nope, self.q_pe, self.cache, rows, self.w_uk, self.w_uv, 0.3, **kwargs)
+
+
+@STEP
+@DTYPES
+@torch.inference_mode()
+def test_mla_agrees_with_the_twin(step, dtype):
+    rows = build_paged_rows(STEPS[step], PAGE)
+    mla = Mla(num_rows(STEPS[step]), dtype)
+    expected = mla(mla_attention_reference, rows)
+    got = mla(mla_attention, rows)
+    assert got.shape == (num_rows(STEPS[step]), 15) and got.dtype == dtype
+    torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
+    wide = torch.full((num_rows(STEPS[step]), 20), 7.0, dtype=dtype)
+    out = wide[:, :15]
+    assert mla(mla_attention, rows, out=out) is out
+    assert torch.equal(out, got) and (wide[:, 15:] == 7).all()
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("step", ["prompt", "chunk", "mixed"])
+@torch.inference_mode()
+def test_both_forms_of_mla_prefill(step, absorb, monkeypatch):
+    monkeypatch.setattr(mla_module, "_absorbing_is_cheaper", lambda *_: absorb)
+    rows = build_paged_rows(STEPS[step], PAGE)
+    mla = Mla(num_rows(STEPS[step]), torch.float64)
+    torch.testing.assert_close(mla(mla_attention, rows), mla(mla_attention_reference, rows), **TOLERANCE[torch.float64])
+
+
+@torch.inference_mode()
+def test_mla_form_follows_the_span(monkeypatch):
+    def form(start, rows):
+        context = start + rows
+        built = build_paged_rows([(start, rows, range(1, 2 + context // 64))], 64)
+        w_uk, cache = torch.empty((1, 128, 512), device="meta"), torch.empty((1, 576), device="meta")
+        return mla_module._absorbing_is_cheaper(built.prefills[0], w_uk, w_uk, cache)
+
+    assert not any(form(0, rows) for rows in (2, 16, 512, 8192))  # whole prompts
+    assert form(8000, 2) and form(8000, 64) and not form(8000, 512)
+
+
+@torch.inference_mode()
+def test_mla_in_blocks_of_heads_and_rows(monkeypatch):
+    rows = build_paged_rows(STEPS["mixed"], PAGE)
+    mla = Mla(num_rows(STEPS["mixed"]), torch.float64, heads=5)
+    expected = mla(mla_attention, rows)
+    monkeypatch.setattr(mla_module, "EXPANDED_KEYS", 2 * 12 * 15)
+    monkeypatch.setattr(causal_module, "BLOCK_SCORES", 40)
+    torch.testing.assert_close(mla(mla_attention, rows), expected, **TOLERANCE[torch.float64])
+
+
+@DTYPES
+@torch.inference_mode()
+def test_mla_chunks_and_decode_are_the_prompt(dtype):
+    """One prompt at once; in chunks of 9, 2, 1 and 11 rows; one token at a time: the same rows."""
+    mla = Mla(23, dtype)
+    new = mla.cache[:23].clone()
+
+    def run(chunks):
+        mla.cache.zero_()
+        parts, start = [], 0
+        for size in chunks:
+            rows = build_paged_rows([(start, size, PAGES[0])], PAGE)
+            of_chunk = slice(start, start + size)
+            write_cache(mla.cache, new[of_chunk], rows.slots_T)
+            q_nope, q_pe = mla.q_nope[of_chunk], mla.q_pe[of_chunk]
+            parts.append(mla_attention(q_nope, q_pe, mla.cache, rows, mla.w_uk, mla.w_uv, 0.3))
+            start += size
+        return torch.cat(parts)
+
+    prompt = run([23])
+    torch.testing.assert_close(run([9, 2, 1, 11]), prompt, **TOLERANCE[dtype])
+    torch.testing.assert_close(run([1] * 23), prompt, **TOLERANCE[dtype])
+
+
+@torch.inference_mode()
+def test_mla_is_transformers_attention():
+    """The module around it rebuilt: its projections, norms and rotation, our cache and core."""
+    config = DeepseekV3Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=12,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16,
+        },
+        attn_implementation="eager",
+    )
+    module = v3.DeepseekV3Attention(config, layer_idx=0).double()
+    x = torch.randn((1, 11, 32), dtype=torch.float64)
+    cos, sin = v3.DeepseekV3RotaryEmbedding(config).double()(x, torch.arange(11)[None])
+    mask = torch.full((11, 11), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    expected, _ = module(x, (cos, sin), mask)
+
+    q = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(x))).view(11, 4, 12)
+    latent, k_pe = module.kv_a_proj_with_mqa(x)[0].split([16, 4], dim=-1)
+    q_pe, k_pe = v3.apply_rotary_pos_emb_interleave(q[None, ..., 8:].transpose(1, 2), k_pe[None, None], cos, sin)
+    rows = build_paged_rows([(0, 11, (3, 1, 2))], PAGE)
+    cache = torch.zeros((16, 20), dtype=torch.float64)
+    write_cache(cache, torch.cat((module.kv_a_layernorm(latent), k_pe[0, 0]), dim=-1), rows.slots_T)
+    kv_b = module.kv_b_proj.weight.view(4, 14, 16)
+    scale = mla_softmax_scale(12, config.rope_parameters)
+    for op in (mla_attention, mla_attention_reference):
+        core = op(q[..., :8], q_pe[0].transpose(0, 1), cache, rows, kv_b[:, :8], kv_b[:, 8:], scale)
+        torch.testing.assert_close(module.o_proj(core)[None], expected, rtol=1e-6, atol=1e-7)
+
+
+@torch.inference_mode()
+def test_heads_of_mla_are_independent():
+    """Ranks that hold some heads each leave the columns of the whole."""
+    rows = build_paged_rows(STEPS["mixed"], PAGE)
+    mla = Mla(num_rows(STEPS["mixed"]), torch.float64, heads=5)
+    parts = []
+    for heads in (slice(0, 2), slice(2, 2), slice(2, 5)):
+        args = mla.q_nope[:, heads], mla.q_pe[:, heads], mla.cache, rows, mla.w_uk[heads], mla.w_uv[heads], 0.3
+        parts.append(mla_attention(*args))
+    torch.testing.assert_close(torch.cat(parts, dim=1), mla(mla_attention, rows), **TOLERANCE[torch.float64])
+
+
+class Gqa:
+    """Random tensors for heads of 6 columns, 2 key/value heads, 96 slots."""
+
+    def __init__(self, rows, dtype, kv_index):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.k, self.v = draw(96, 2, 6), draw(96, 2, 6)
+        self.q = draw(rows, len(kv_index), 6)
+        self.kv_index = kv_index
+
+    def __call__(self, op, rows, **kwargs):
+        return op(self.q, self.k, self.v, rows, self.kv_index, 0.4, **kwargs)
+
+
+@STEP
+@DTYPES
+@pytest.mark.parametrize("kv_index", KV_INDICES, ids=str)
+@torch.inference_mode()
+def test_gqa_agrees_with_the_twin(step, dtype, kv_index):
+    rows = build_paged_rows(STEPS[step], PAGE)
+    gqa = Gqa(num_rows(STEPS[step]), dtype, kv_index)
+    expected = gqa(gqa_attention_reference, rows)
+    got = gqa(gqa_attention, rows)
+    assert got.shape == (num_rows(STEPS[step]), 6 * len(kv_index)) and got.dtype == dtype
+    torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
+    out = torch.empty_like(got)
+    assert gqa(gqa_attention, rows, out=out) is out and torch.equal(out, got)
+
+
+@DTYPES
+@torch.inference_mode()
+def test_gqa_chunks_and_decode_are_the_prompt(dtype):
+    gqa = Gqa(23, dtype, (0, 0, 1))
+    new_k, new_v = gqa.k[:23].clone(), gqa.v[:23].clone()
+
+    def run(chunks):
+        gqa.k.zero_(), gqa.v.zero_()
+        parts, start = [], 0
+        for size in chunks:
+            rows = build_paged_rows([(start, size, PAGES[0])], PAGE)
+            of_chunk = slice(start, start + size)
+            write_cache(gqa.k, new_k[of_chunk], rows.slots_T)
+            write_cache(gqa.v, new_v[of_chunk], rows.slots_T)
+            parts.append(gqa_attention(gqa.q[of_chunk], gqa.k, gqa.v, rows, gqa.kv_index, 0.4))
+            start += size
+        return torch.cat(parts)
+
+    prompt = run([23])
+    torch.testing.assert_close(run([9, 2, 1, 11]), prompt, **TOLERANCE[dtype])
+    torch.testing.assert_close(run([1] * 23), prompt, **TOLERANCE[dtype])
+    spans = build_paged_rows([(0, 23, PAGES[0])], PAGE).prefills[0].slots_L
+    k, v = (cache[spans][:, [0, 0, 1]].transpose(0, 1)[None] for cache in (gqa.k, gqa.v))
+    expected = functional.scaled_dot_product_attention(gqa.q.transpose(0, 1)[None], k, v, is_causal=True, scale=0.4)
+    torch.testing.assert_close(prompt, expected[0].transpose(0, 1).flatten(1), **TOLERANCE[dtype])
+
+
+def test_an_even_split_is_one_block():
+    assert len(head_blocks(tuple(h // 4 for h in range(32)))) == 1
+    assert len(head_blocks(tuple(range(8)))) == 1
+    assert len(head_blocks((0,) * 7)) == 1
+    for kv_index in KV_INDICES:
+        read = []
+        for block in head_blocks(kv_index):
+            group, rest = divmod(block.q_stop - block.q_start, block.kv_stop - block.kv_start)
+            assert rest == 0 and block.q_start == len(read)
+            read += [head for head in range(block.kv_start, block.kv_stop) for _ in range(group)]
+        assert tuple(read) == kv_index
+    assert head_blocks(()) == ()
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "context"), [(1, 1), (1, 9), (5, 5), (4, 9), (150, 150), (70, 200)])
+@torch.inference_mode()
+def test_causal_attention_agrees_with_the_twin(rows, context, dtype):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((2, 3, rows, 8), (2, context, 8), (2, context, 5))
+    )
+    got = causal_attention(q, k, v, 0.35)
+    assert got.shape == (rows, 2, 3, 5)
+    torch.testing.assert_close(got, causal_attention_reference(q, k, v, 0.35), **TOLERANCE[dtype])
+    mask = torch.ones((rows, context), dtype=torch.bool).tril(context - rows)
+    k, v = (kv.unsqueeze(1).expand(-1, 3, -1, -1) for kv in (k, v))
+    expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.35).permute(2, 0, 1, 3)
+    torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
+
+
+@STEP
+@torch.inference_mode()
+def test_a_rank_without_heads(step):
+    """More ranks than heads: nothing to do, and nothing breaks."""
+    rows = build_paged_rows(STEPS[step], PAGE)
+    mla, gqa = Mla(num_rows(STEPS[step]), torch.float32, heads=0), Gqa(num_rows(STEPS[step]), torch.float32, ())
+    assert mla(mla_attention, rows).shape == gqa(gqa_attention, rows).shape == (num_rows(STEPS[step]), 0)

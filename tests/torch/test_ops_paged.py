@@ -1,0 +1,64 @@
+"""paged: the host's arithmetic of pages, slots and decode groups."""
+
+import pytest
+import torch
+
+from narrows.ops.paged import DecodeGroup, build_paged_rows, write_cache
+
+
+def test_a_mixed_step():
+    rows = build_paged_rows([(5, 1, (4, 2)), (2, 3, (3, 1)), (0, 1, (5,)), (0, 0, ()), (0, 2, (6,))], page_size=4)
+    assert rows.positions_T.tolist() == [5, 2, 3, 4, 0, 0, 1]
+    assert rows.slots_T.tolist() == [9, 14, 15, 4, 20, 24, 25]
+    assert rows.positions_T.dtype == rows.slots_T.dtype == rows.decode_slots_BL.dtype == torch.int64
+    first, second = rows.prefills
+    assert (first.row_start, first.row_stop, first.context_len) == (1, 4, 5)
+    assert first.slots_L.tolist() == [12, 13, 14, 15, 4]
+    assert (second.row_start, second.row_stop, second.context_len) == (5, 7, 2)
+    assert second.slots_L.tolist() == [24, 25]
+    assert rows.decode_rows_B.tolist() == [0, 4]
+    assert rows.decode_lens_B.tolist() == [6, 1]
+    assert rows.decode_slots_BL.tolist() == [[16, 17, 18, 19, 8, 9], [20, 0, 0, 0, 0, 0]]
+    assert rows.decode_groups == (DecodeGroup(start=0, stop=2, max_len=6),)
+
+
+def test_no_rows():
+    for spans in ([], [(3, 0, (1,))]):
+        rows = build_paged_rows(spans, page_size=16)
+        assert rows.positions_T.shape == rows.slots_T.shape == rows.decode_rows_B.shape == (0,)
+        assert rows.decode_slots_BL.shape == (0, 0) and rows.prefills == rows.decode_groups == ()
+
+
+def test_pages_that_are_not_yet_full_or_not_yet_used():
+    rows = build_paged_rows([(3, 1, (7, 9, 8)), (0, 1, (5, 6))], page_size=4)
+    assert rows.decode_slots_BL.tolist() == [[28, 29, 30, 31], [20, 0, 0, 0]]
+    with pytest.raises(AssertionError, match="5 tokens do not fit in 1 pages"):
+        build_paged_rows([(3, 2, (7,))], page_size=4)
+
+
+def test_decode_groups_bound_slots_and_cover_all_rows_in_order():
+    lens = [3, 900, 5, 6, 7, 2000, 500, 500, 40, 1]
+    spans = [(length - 1, 1, tuple(range(1, 1 + -(-length // 16)))) for length in lens]
+    groups = build_paged_rows(spans, page_size=16).decode_groups
+    assert [(g.start, g.stop) for g in groups] == [(0, 1), (1, 2), (2, 5), (5, 6), (6, 8), (8, 10)]
+    for group in groups:
+        assert group.max_len == max(lens[group.start : group.stop])
+        assert group.stop - group.start == 1 or group.max_len * (group.stop - group.start) <= 1024
+
+
+def test_a_dead_row_meets_the_null_slot():
+    rows = build_paged_rows([(0, 1, (0,)), (0, 1, (1,))], page_size=4)
+    assert rows.slots_T.tolist() == [0, 4] and rows.decode_slots_BL.tolist() == [[0], [4]]
+
+
+@pytest.mark.parametrize("width", [(5,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_write_cache(width, dtype):
+    cache = torch.zeros((12, *width), dtype=dtype)
+    new = torch.randn((3, *width)).to(dtype)
+    write_cache(cache, new, torch.tensor([4, 11, 7]))
+    assert torch.equal(cache[[4, 11, 7]], new) and cache.count_nonzero() == new.count_nonzero()
+    write_cache(cache, new[:0], torch.empty(0, dtype=torch.int64))
+    write_cache(cache, new[:2], torch.tensor([0, 0]))  # two dead rows
+    assert torch.equal(cache[[4, 11, 7]], new)

@@ -1,0 +1,167 @@
+"""rope: frequencies against ROPE_INIT_FUNCTIONS with checkpoints' own numbers, rotation against the modeling files."""
+
+import math
+
+import pytest
+import torch
+from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+from transformers.models.llama import modeling_llama as llama
+
+from narrows.errors import ConfigError
+from narrows.ops.rope import (
+    apply_rope,
+    apply_rope_reference,
+    mla_softmax_scale,
+    rope_inverse_frequencies,
+    rope_table,
+)
+
+LLAMA_31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+DEEPSEEK_V3 = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+DEEPSEEK_V2_LITE = {**DEEPSEEK_V3, "mscale": 0.707, "mscale_all_dim": 0.707}
+QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+CASES = {
+    "linear": (128, 10000.0, {"rope_type": "linear", "factor": 4.0}, 8192),
+    "llama-3.1": (128, 500000.0, LLAMA_31, 131072),
+    "deepseek-v3": (64, 10000.0, DEEPSEEK_V3, 163840),
+    "deepseek-v2-lite": (64, 10000.0, DEEPSEEK_V2_LITE, 163840),
+    "mscales-differ": (64, 10000.0, {**DEEPSEEK_V3, "mscale": 1.0, "mscale_all_dim": 0.5}, 163840),
+    "qwen-yarn": (128, 1000000.0, QWEN_YARN, 131072),
+    "yarn-untruncated": (64, 150000.0, {**QWEN_YARN, "truncate": False, "beta_fast": 16.0, "beta_slow": 2.0}, 131072),
+    "yarn-factor-of-lengths": (64, 10000.0, {**DEEPSEEK_V3, "factor": None}, 163840),
+    "yarn-attention-factor": (64, 10000.0, {**DEEPSEEK_V3, "attention_factor": 1.25}, 163840),
+    "yarn-narrow-ramp": (8, 10000.0, {**QWEN_YARN, "original_max_position_embeddings": 16}, 64),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frequencies_are_transformers(name):
+    dim, theta, scaling, max_position = CASES[name]
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    config = LlamaConfig(hidden_size=4 * dim, num_attention_heads=4, max_position_embeddings=max_position)
+    config.rope_parameters = {**scaling, "rope_type": rope_type, "rope_theta": theta}
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[rope_type](config)
+    inv_freq, factor = rope_inverse_frequencies(dim, theta, scaling=scaling, max_position=max_position)
+    assert inv_freq.dtype == torch.float32 and inv_freq.shape == (dim // 2,)
+    assert torch.equal(inv_freq, expected)
+    assert factor == expected_factor
+
+
+@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default"}])
+def test_default_frequencies(scaling):
+    expected, expected_factor = llama.LlamaRotaryEmbedding.compute_default_rope_parameters(
+        LlamaConfig(hidden_size=256, num_attention_heads=4, rope_theta=5e5)
+    )
+    inv_freq, factor = rope_inverse_frequencies(64, 5e5, scaling=scaling, max_position=2048)
+    assert torch.equal(inv_freq, expected) and factor == expected_factor == 1.0
+
+
+def test_original_length_defaults_to_the_configs():
+    short = {key: value for key, value in QWEN_YARN.items() if key != "original_max_position_embeddings"}
+    got, _ = rope_inverse_frequencies(64, 1e6, scaling=short, max_position=32768)
+    assert torch.equal(got, rope_inverse_frequencies(64, 1e6, scaling=QWEN_YARN, max_position=99)[0])
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "su", None])
+def test_unknown_types_are_refused_by_name(rope_type):
+    scaling = {"rope_type": rope_type, "factor": 2.0}
+    with pytest.raises(ConfigError, match="default, linear, llama3, yarn"):
+        rope_inverse_frequencies(64, 1e4, scaling=scaling, max_position=2048)
+    with pytest.raises(ConfigError, match="default, linear, llama3, yarn"):
+        mla_softmax_scale(192, scaling)
+
+
+def test_missing_numbers_are_named():
+    with pytest.raises(ConfigError, match="'factor'"):
+        rope_inverse_frequencies(64, 1e4, scaling={"type": "linear"}, max_position=2048)
+    with pytest.raises(ConfigError, match="'low_freq_factor'"):
+        rope_inverse_frequencies(64, 1e4, scaling={"type": "llama3", "factor": 8.0}, max_position=2048)
+    with pytest.raises(ConfigError, match="'factor'"):
+        mla_softmax_scale(192, {"type": "yarn", "mscale_all_dim": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "mscale"),
+    [
+        (None, 1.0),
+        ({"rope_type": "default", "mscale_all_dim": 1.0, "factor": 40}, 1.0),
+        (QWEN_YARN, 1.0),
+        (DEEPSEEK_V3, 0.1 * math.log(40) + 1),
+        (DEEPSEEK_V2_LITE, 0.0707 * math.log(40) + 1),
+        ({**DEEPSEEK_V3, "factor": 1.0}, 1.0),
+    ],
+)
+def test_mla_scale_is_that_of_v2_and_v3(scaling, mscale):
+    parameters = {**(scaling or {}), "rope_theta": 1e4}
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    got = mla_softmax_scale(192, scaling)
+    assert got == v2.yarn_apply_mscale(parameters, 192**-0.5) == v3.yarn_apply_mscale(parameters, 192**-0.5)
+    assert got == pytest.approx(192**-0.5 * mscale**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_rotation_is_that_of_v3_and_llama(dtype):
+    config = DeepseekV3Config(rope_parameters={**DEEPSEEK_V3, "rope_type": "yarn", "rope_theta": 1e4})
+    config.max_position_embeddings = 163840
+    positions = torch.tensor([0, 1, 5, 4095, 100_000])
+    cos, sin = v3.DeepseekV3RotaryEmbedding(config)(torch.empty(0, dtype=dtype), positions[None])
+    table = rope_table(*rope_inverse_frequencies(64, 1e4, scaling=DEEPSEEK_V3, max_position=163840), 100_001, dtype)
+    cos_TD2, sin_TD2 = (half[positions] for half in table)
+    assert torch.equal(cos_TD2, cos[0, :, :32]) and torch.equal(sin_TD2, sin[0, :, :32])
+    q = torch.randn((5, 3, 64)).to(dtype)
+    for interleaved, rotate in ((True, v3.apply_rotary_pos_emb_interleave), (False, v3.apply_rotary_pos_emb)):
+        expected = rotate(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin)[0][0].transpose(0, 1)
+        assert torch.equal(apply_rope(q, cos_TD2, sin_TD2, interleaved=interleaved), expected)
+        assert torch.equal(apply_rope_reference(q, cos_TD2, sin_TD2, interleaved=interleaved), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_scores_are_those_of_v2(dtype):
+    """V2 leaves the pairs in place: another order of columns, the same numbers."""
+    config = DeepseekV2Config(rope_parameters={**DEEPSEEK_V2_LITE, "rope_type": "yarn", "rope_theta": 1e4})
+    config.max_position_embeddings = 163840
+    positions = torch.arange(7)
+    turn = v2.DeepseekV2RotaryEmbedding(config)(torch.empty(0, dtype=dtype), positions[None])
+    x = torch.randn((7, 2, 64)).to(dtype)
+    expected, _ = v2.apply_rotary_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], turn)
+    frequencies = rope_inverse_frequencies(64, 1e4, scaling=DEEPSEEK_V2_LITE, max_position=163840)
+    cos, sin = rope_table(*frequencies, 7, torch.float32)
+    got = apply_rope(x, cos, sin, interleaved=True).unflatten(-1, (2, 32)).transpose(-1, -2).flatten(-2)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got, expected[0].transpose(0, 1), rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("num_rows", [0, 1, 6])
+@torch.inference_mode()
+def test_rotation_writes_out_even_in_place(interleaved, num_rows):
+    cos, sin = rope_table(*rope_inverse_frequencies(16, 1e4, scaling=None, max_position=64), num_rows, torch.float32)
+    heads = torch.randn((num_rows, 3, 24))
+    x = heads[..., 8:]  # the rotated columns of wider heads
+    expected = apply_rope_reference(x, cos, sin, interleaved=interleaved)
+    assert torch.equal(apply_rope(x, cos, sin, interleaved=interleaved), expected)
+    kept = heads[..., :8].clone()
+    assert apply_rope(x, cos, sin, interleaved=interleaved, out=x) is x
+    assert torch.equal(heads[..., 8:], expected) and torch.equal(heads[..., :8], kept)
