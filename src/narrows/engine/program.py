@@ -36,7 +36,7 @@ _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
 
 @dataclass(slots=True)
 class Frame:
-    """What one step of the engine is on this rank: the model's inputs and the row counts of every move and selection."""
+    """One step of the engine on this rank: the model's inputs, and the row counts of every move and selection."""
 
     inputs: StepInputs
     rows: RowSplit

@@ -1,0 +1,167 @@
+"""What a user asks of an engine, and what that becomes: 'auto' values are resolved into a new object, once.
+
+Knows the model's config and the machine's limits in numbers; starts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from narrows.arch.config import ModelConfig
+from narrows.arch.forms import Forms
+from narrows.arch.presets import load_model_config
+from narrows.cost.devices import device
+from narrows.cost.stage import StepShape
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, deal
+from narrows.models.registry import check_executable
+from narrows.plan.named import named_layout
+from narrows.plan.planner import Deployment, choose_forms
+from narrows.sched.scheduler import Limits
+from narrows.weights.dummy import DummyWeights
+from narrows.weights.safetensors_folder import SafetensorsFolder
+from narrows.weights.source import WeightSource
+
+__all__ = ["LOAD_FORMATS", "EngineConfig", "Resolved", "resolve"]
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+_DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
+_DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """An engine as asked for.
+
+    ``device`` is the device that steps are priced for; ranks run as threads of this process, one torch thread each.
+    ``rows_per_step``: most rows (tokens) in one step, all groups together. ``kv_tokens``: tokens of KV cache per
+    attention group. ``checked``: collectives and shapes are compared between ranks at every step.
+    """
+
+    model: str
+    dp: int = 1
+    tp: int = 1
+    layout: str = "auto"
+    dtype: str = "auto"
+    device: str = "cpu-core"
+    load_format: str = "auto"
+    rows_per_step: int = 2048
+    max_context: int | None = None
+    kv_tokens: int | None = None
+    page_size: int = 16
+    seed: int = 0
+    checked: bool = False
+    want_logits: bool = False
+    """Every rank gets whole rows of logits, and results carry them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """An engine's decisions, all of them made."""
+
+    asked: EngineConfig
+    config: ModelConfig
+    mesh: Mesh
+    deployment: Deployment
+    forms: Forms
+    dtype: torch.dtype
+    limits: Limits
+    notes: tuple[str, ...]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of KV cache per rank, the null page's among them."""
+        return self.limits.pages_per_group * self.limits.page_size
+
+    def weights(self) -> WeightSource:
+        """The checkpoint, or random weights for ``--load-format dummy``.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or incomplete.
+        """
+        if self.asked.load_format == "dummy":
+            return DummyWeights(seed=self.asked.seed, dtype=self.dtype)
+        folder = Path(self.asked.model)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{self.asked.model} is a preset, which has no weights; give a checkpoint folder, "
+                "or --load-format dummy to run it with random weights"
+            )
+        return SafetensorsFolder(folder)
+
+
+def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
+    """Decide everything that ``asked`` leaves open; ``forms`` pins the forms.
+
+    Raises:
+        ConfigError: a model, mesh, layout, device, dtype or size that cannot be; the message says what would work.
+    """
+    config = load_model_config(asked.model)
+    check_executable(config)
+    if asked.load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load format {asked.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")
+    for name, size in (("--max-rows", asked.rows_per_step), ("page size", asked.page_size)):
+        if size < 1:
+            raise ConfigError(f"{name} is {size}; it must be at least 1")
+    mesh = Mesh.of(dp=asked.dp, tp=asked.tp)
+    notes = list(config.notes)
+    dtype, gemm_dtype = _dtype(asked, config, notes)
+    deployment = Deployment(
+        config=config,
+        mesh=mesh,
+        device=device(asked.device),
+        dtype=gemm_dtype,
+        want_logits=asked.want_logits,
+    )
+    rules = named_layout(asked.layout, config, mesh)
+    limits = _limits(asked, config, mesh)
+    if forms is None:
+        forms = rules.forms or choose_forms(deployment, _mix(mesh, limits))
+    return Resolved(
+        asked=asked,
+        config=config,
+        mesh=mesh,
+        deployment=deployment,
+        forms=forms,
+        dtype=dtype,
+        limits=limits,
+        notes=tuple(notes),
+    )
+
+
+def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:
+    name = config.dtype if asked.dtype == "auto" else asked.dtype
+    if asked.dtype == "auto" and name not in _DTYPES:
+        notes.append(f"the checkpoint's dtype {name} runs as bfloat16")
+        name = "bfloat16"
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known; dtypes: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
+    longest = config.max_position_embeddings
+    context = min(longest, _DEFAULT_CONTEXT) if asked.max_context is None else asked.max_context
+    if not 2 <= context <= longest:
+        raise ConfigError(f"--max-context {context} must be between 2 and the model's {longest} positions")
+    kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
+    if kv_tokens < 1:
+        raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
+    return Limits(
+        num_groups=mesh.num_groups,
+        rows_per_step=asked.rows_per_step,
+        page_size=asked.page_size,
+        pages_per_group=1 + -(-kv_tokens // asked.page_size),
+        max_context=context,
+    )
+
+
+def _mix(mesh: Mesh, limits: Limits) -> list[tuple[StepShape, float]]:
+    """The mix that forms are chosen for: one full prefill step to 64 decode steps of one request per group."""
+    context = min(1024, limits.max_context)
+    prefill = StepShape.of(mesh, deal(limits.rows_per_step, mesh.num_groups), phase="prefill", context=context)
+    decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)
+    return [(prefill, 1.0), (decode, 64.0)]

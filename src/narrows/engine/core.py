@@ -1,0 +1,132 @@
+"""The engine: one scheduler, one plan book, and the ranks that obey them. Token ids in, token ids out.
+
+Knows requests, batches and plans; not text. One step is always scheduled ahead: while the ranks compute step n, the
+host schedules step n + 1, whose tokens may refer to samples that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
+
+import torch
+
+from narrows.comm.threads import ThreadRanks
+from narrows.comm.world import World
+from narrows.engine.config import Resolved
+from narrows.engine.program import Wrap
+from narrows.engine.worker import StepResult, Worker
+from narrows.errors import ConfigError
+from narrows.models.parts import Place
+from narrows.plan.book import PlanBook
+from narrows.plan.planner import Planner
+from narrows.sched.batch import Batch
+from narrows.sched.scheduler import Request, Scheduler
+from narrows.weights.source import WeightSource
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Ranks as threads of this process, loaded and ready. A context manager: closing ends the threads.
+
+    Args:
+        wrap: put around every bound step of every rank, for profiling and verification.
+        source: weights, if not those that ``resolved`` names.
+
+    Raises:
+        CheckpointError, ConfigError: the weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        *,
+        wrap: Callable[[Worker], Wrap] | None = None,
+        source: WeightSource | None = None,
+    ) -> None:
+        self.resolved = resolved
+        self.planner = Planner(resolved.deployment, resolved.forms)
+        context = min(1024, resolved.limits.max_context)
+        self.book = PlanBook(self.planner, resolved.asked.layout, context)
+        self.scheduler = Scheduler(resolved.limits)
+        self._next_id = 0
+        make = partial(
+            _make_worker, resolved=resolved, source=source or resolved.weights(), planner=self.planner, wrap=wrap
+        )
+        self.ranks: ThreadRanks[Worker] = ThreadRanks(resolved.mesh, make, checked=resolved.asked.checked)
+
+    def add(self, prompt: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int] = frozenset()) -> Request:
+        """Queue a prompt.
+
+        Raises:
+            ConfigError: it can never run here (empty, or longer than the context or the cache).
+        """
+        self._check_ids(prompt)
+        request = Request(id=self._next_id, prompt=prompt, max_tokens=max_tokens, eos_ids=eos_ids)
+        self.scheduler.add(request)
+        self._next_id += 1
+        return request
+
+    def _check_ids(self, prompt: tuple[int, ...]) -> None:
+        vocab_size = self.resolved.config.vocab_size
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise ConfigError(f"token id {wrong} of the prompt is outside the model's vocabulary of {vocab_size}")
+
+    def run(self) -> Iterator[Request]:
+        """Run steps until no request has work; yields a request each time it has got a token."""
+        in_flight: Future[list[StepResult]] | None = None
+        while self.scheduler.has_work or in_flight is not None:
+            batch = self.scheduler.schedule() if self.scheduler.has_work else None
+            submitted = self.submit(batch) if batch is not None else None
+            if in_flight is not None:
+                yield from self.scheduler.commit(in_flight.result()[0].ids)
+            in_flight = submitted
+
+    def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
+        """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank."""
+        plan = self.book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        return self.ranks.submit("step", batch, plan, keep_logits)
+
+    def close(self) -> None:
+        """End the rank threads."""
+        self.ranks.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _make_worker(
+    world: World,
+    *,
+    resolved: Resolved,
+    source: WeightSource,
+    planner: Planner,
+    wrap: Callable[[Worker], Wrap] | None,
+) -> Worker:
+    place = Place(
+        mesh=resolved.mesh,
+        rank=world.rank,
+        forms=resolved.forms,
+        dtype=resolved.dtype,
+        device=torch.device("cpu"),
+        num_slots=resolved.num_slots,
+        num_positions=resolved.limits.max_context,
+    )
+    return Worker(
+        world,
+        resolved.config,
+        source,
+        place,
+        planner.chain.fields,
+        page_size=resolved.limits.page_size,
+        wrap=wrap,
+    )
