@@ -103,7 +103,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int64, torch.uint8, t
 @pytest.mark.parametrize("checked", [False, True])
 def test_a_gather_packs_fields_of_any_width_and_dtype(counts: tuple[int, ...], checked: bool) -> None:
     num = len(counts)
-    fields = [(torch.arange(sum(counts) * w).view(-1, w) % 5).to(dt) for w, dt in enumerate(DTYPES)]
+    fields = [(torch.arange(sum(counts) * w).view(sum(counts), w) % 5).to(dt) for w, dt in enumerate(DTYPES)]
 
     def rank(world: World) -> list[Tensor]:
         mine = [field.split(list(counts))[world.rank] for field in fields]

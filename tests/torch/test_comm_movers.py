@@ -112,9 +112,7 @@ def test_any_chain_of_moves_over_any_split_keeps_the_tensor(case: tuple[RowSplit
     want = value(split.total, width, torch.bfloat16)
     columns = columns_of(split.mesh, src, width)
     shards = scatter(src, split, want, columns)
-    ends = run_ranks(
-        split.mesh, lambda world: follow(world, path, split, shards[world.rank], columns), checked=True
-    )
+    ends = run_ranks(split.mesh, lambda world: follow(world, path, split, shards[world.rank], columns), checked=True)
     assert_holds(path[-1].dst, split, ends, want)
 
 
@@ -216,7 +214,7 @@ def test_a_mover_refuses_what_it_cannot_do() -> None:
     columns_move = move(mesh, Layout.on(mesh, "CC"), full(mesh))
 
     def rank(world: World) -> None:
-        with pytest.raises(LayoutError, match="dp 4 x tp 1.*dp 2 x tp 2"):
+        with pytest.raises(LayoutError, match=r"dp 4 x tp 1.*dp 2 x tp 2"):
             other = Mesh.of(dp=4, tp=1)
             Mover(world, move(other, full(other), scattered(other)), "x")
         for columns in (None, (1, 2)):
@@ -252,7 +250,34 @@ def test_assemble_undoes_scatter(mesh: Mesh, data: st.DataObject, width: int, dt
             assert [shard.shape[0] for shard in shards] == [split.num_rows(layout, r) for r in range(mesh.size)]
             got = assemble(layout, split, shards, columns)
             assert got.dtype == dtype and torch.equal(got, want)
-            for shard in shards:
-                if layout.owes_sum:  # nobody can take an addend for the value
-                    start, stop = split.span(layout, shards.index(shard) if False else 0)
-                    assert stop - start >= 0
+            if layout.owes_sum:  # nobody can take an addend for the value
+                for r, shard in enumerate(shards):
+                    start, stop = split.span(layout, r)
+                    assert not bool(((shard == want[start:stop]) & (want[start:stop] != 0)).any())
+
+
+def test_an_owed_sum_survives_every_grouping_of_its_addends() -> None:
+    mesh = Mesh.of(dp=2, tp=3)
+    want = value(5, WIDTH, torch.bfloat16)
+    shards = scatter(owed(mesh), RowSplit(mesh, (5, 0, 0, 0, 0, 0)), want)
+    for order in itertools.islice(itertools.permutations(shards), 0, None, 7):
+        a, b, c, d, e, f = order
+        assert torch.equal((a + b) + ((c + d) + (e + f)), want)
+
+
+def test_tensors_that_do_not_fit_the_layout_are_refused_by_rank() -> None:
+    mesh = Mesh.of(dp=2, tp=2)
+    split = RowSplit(mesh, (2, 1, 0, 3))
+    shards = scatter(group(mesh), split, torch.ones(6, 4))
+    with pytest.raises(LayoutError, match=r"rank 2 holds 2 rows, but \(S,R\).* says 3"):
+        assemble(group(mesh), split, [*shards[:2], shards[2][:2], shards[3]])
+    with pytest.raises(LayoutError, match="4 ranks, but there are 3"):
+        assemble(group(mesh), split, shards[:3])
+    with pytest.raises(LayoutError, match="7 rows, but the split says 6"):
+        scatter(full(mesh), split, torch.ones(7, 4))
+    columns = Layout.on(mesh, "SC")
+    with pytest.raises(LayoutError, match=r"ranks \(0, 1\) hold \(1, 2\) columns, but the tensor has 4"):
+        scatter(columns, split, torch.ones(6, 4), (1, 2, 1, 3))
+    cut = scatter(columns, split, torch.ones(6, 4), (1, 3, 2, 2))
+    with pytest.raises(LayoutError, match="rank 0 holds 1 columns, but its share of them is 3"):
+        assemble(columns, split, cut, (3, 1, 2, 2))

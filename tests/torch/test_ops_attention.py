@@ -14,6 +14,12 @@ from narrows.ops.mla_attention import mla_attention, mla_attention_reference
 from narrows.ops.paged import build_paged_rows, write_cache
 from narrows.ops.rope import mla_softmax_scale
 
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 TOLERANCE = {
     torch.float64: dict(rtol=1e-12, atol=1e-12),

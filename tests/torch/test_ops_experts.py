@@ -7,6 +7,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from narrows.ops.experts import experts_mlp, experts_mlp_grouped, experts_mlp_reference
 
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 PATHS = pytest.mark.parametrize("path", [experts_mlp, experts_mlp_grouped])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}

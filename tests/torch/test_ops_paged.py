@@ -6,6 +6,11 @@ import torch
 from narrows.ops.paged import DecodeGroup, build_paged_rows, write_cache
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def test_a_mixed_step():
     rows = build_paged_rows([(5, 1, (4, 2)), (2, 3, (3, 1)), (0, 1, (5,)), (0, 0, ()), (0, 2, (6,))], page_size=4)
     assert rows.positions_T.tolist() == [5, 2, 3, 4, 0, 0, 1]

@@ -19,6 +19,12 @@ from narrows.ops.rope import (
     rope_table,
 )
 
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 LLAMA_31 = {
     "rope_type": "llama3",
     "factor": 8.0,

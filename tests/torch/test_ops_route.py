@@ -7,7 +7,14 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from narrows.ops import route as route_module
 from narrows.ops.route import route, route_reference
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
 
 V3 = dict(
     top_k=4,
@@ -28,7 +35,13 @@ GREEDY = dict(
     routed_scaling_factor=1.0,
 )
 V2 = {**GREEDY, "method": "group_limited_greedy", "num_groups": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
-BOTH = pytest.mark.parametrize("router", [route, route_reference])
+
+
+@pytest.fixture(params=["few rows", "many rows", "reference"])
+def router(request, monkeypatch):
+    """Both ways to choose, whatever the number of rows, and the twin."""
+    monkeypatch.setattr(route_module, "SORTED_SCORES", 1 << 30 if request.param == "few rows" else 0)
+    return route_reference if request.param == "reference" else route
 
 
 def by_id(ids, weights):
@@ -42,10 +55,9 @@ def assert_same(routing, weights, ids):
     ids, weights = by_id(ids, weights)
     assert got_ids.dtype == torch.int64 and got_weights.dtype == torch.float32
     assert torch.equal(got_ids, ids)
-    torch.testing.assert_close(got_weights, weights, rtol=3e-7, atol=0)
+    torch.testing.assert_close(got_weights, weights, rtol=1e-6, atol=0)
 
 
-@BOTH
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("num_rows", [0, 1, 40])
 @torch.inference_mode()
@@ -62,7 +74,6 @@ def test_v3(router, norm, num_rows):
     assert routing.margin_T is None
 
 
-@BOTH
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
 @pytest.mark.parametrize("num_rows", [0, 1, 40])
 @torch.inference_mode()
@@ -84,7 +95,6 @@ def test_v2(router, method, num_rows):
     assert_same(router(logits, **{**V2, "method": method}), weights, ids)
 
 
-@BOTH
 @pytest.mark.parametrize("norm", [True, False])
 @torch.inference_mode()
 def test_qwen3_moe(router, norm):
@@ -98,17 +108,16 @@ def test_qwen3_moe(router, norm):
 
 @pytest.mark.parametrize("rule", [V3, V2, GREEDY], ids=["v3", "v2", "greedy"])
 @torch.inference_mode()
-def test_twins_agree_to_the_bit_with_many_ties(rule):
-    logits = torch.randint(-2, 3, (200, 16)).float() / 4
+def test_twins_agree_to_the_bit_with_many_ties(rule, router):
+    logits = torch.randint(-2, 3, (400, 16)).float() / 4
     bias = (torch.randint(-3, 3, (16,)).float() / 4) if rule is V3 else None
-    got = route(logits, **rule, correction_bias_E=bias, with_margin=True)
+    got = router(logits, **rule, correction_bias_E=bias, with_margin=True)
     expected = route_reference(logits, **rule, correction_bias_E=bias, with_margin=True)
     assert torch.equal(got.topk_ids_TK, expected.topk_ids_TK)
     assert torch.equal(got.topk_weights_TK, expected.topk_weights_TK)
     assert torch.equal(got.margin_T, expected.margin_T)
 
 
-@BOTH
 @torch.inference_mode()
 def test_ties_go_to_the_lower_id_in_falling_order(router):
     ids = router(torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0]]), **GREEDY).topk_ids_TK
@@ -122,7 +131,6 @@ def test_ties_go_to_the_lower_id_in_falling_order(router):
     assert router(torch.zeros((1, 4)), **rule, correction_bias_E=bias).topk_ids_TK.tolist() == [[0, 1, 2, 3]]
 
 
-@BOTH
 @torch.inference_mode()
 def test_forced_ids_are_weighted_by_this_runs_scores(router):
     logits = torch.randn((5, 16))
@@ -138,7 +146,6 @@ def test_forced_ids_are_weighted_by_this_runs_scores(router):
     assert torch.equal(replay.topk_weights_TK, free.topk_weights_TK)
 
 
-@BOTH
 @torch.inference_mode()
 def test_margin_is_the_distance_to_another_choice(router):
     scores = torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]])
@@ -153,7 +160,6 @@ def test_margin_is_the_distance_to_another_choice(router):
     assert routing.margin_T.item() == pytest.approx(0.05, abs=1e-6)
 
 
-@BOTH
 @torch.inference_mode()
 def test_a_group_that_is_out_stays_out_when_scores_underflow(router):
     logits = torch.full((1, 8), -200.0)

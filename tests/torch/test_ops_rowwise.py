@@ -11,6 +11,12 @@ from narrows.ops.linear import linear, linear_reference
 from narrows.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from narrows.ops.silu_mul import silu_mul
 
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -29,8 +29,17 @@ class MemoryUse:
     context_tokens: int
 
     @property
+    def usable(self) -> float:
+        """Bytes of the device that weights and KV cache may take."""
+        return self.device * (1 - RESERVED)
+
+    @property
     def fits(self) -> bool:
-        return self.weights <= self.device * (1 - RESERVED)
+        return self.weights <= self.usable
+
+    def holds(self, tokens: int) -> bool:
+        """Whether the weights fit and leave room for the KV cache of so many tokens per attention group."""
+        return self.fits and tokens <= self.context_tokens
 
 
 def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: int) -> int:

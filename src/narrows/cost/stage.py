@@ -52,7 +52,8 @@ class StepShape:
         if context < 1:
             raise ConfigError(f"context {context} must be at least 1 token")
         if logit_rows is None:
-            logit_rows = rows.total if phase == "decode" else sum(-(-n // context) for n in group_rows)
+            sampled = group_rows if phase == "decode" else tuple(-(-n // context) for n in group_rows)
+            return cls(rows=rows, logits=RowSplit.from_groups(mesh, sampled), phase=phase, context=context)
         if not 0 <= logit_rows <= rows.total:
             raise ConfigError(f"logit rows {logit_rows} must be between 0 and the {rows.total} rows of the step")
         counts, taken, seen = [], 0, 0
@@ -62,6 +63,20 @@ class StepShape:
             counts.append(upto - taken)
             taken = upto
         return cls(rows=rows, logits=RowSplit.from_groups(mesh, tuple(counts)), phase=phase, context=context)
+
+    @property
+    def group_rows(self) -> tuple[int, ...]:
+        """Rows of each attention group."""
+        size = self.rows.mesh.group_size
+        return tuple(sum(self.rows.counts[i : i + size]) for i in range(0, len(self.rows.counts), size))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that the largest attention group holds during the step."""
+        rows = max(self.group_rows)
+        if self.phase == "decode":
+            return rows * self.context
+        return max(rows, self.context) if rows else 0
 
     def split(self, row_set: RowSet) -> RowSplit:
         return self.rows if row_set is RowSet.ALL else self.logits

@@ -21,6 +21,7 @@ from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.models.parts import Place
 from narrows.plan.book import PlanBook
+from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
 from narrows.sched.scheduler import Request, Scheduler
@@ -35,6 +36,7 @@ class Engine:
     Args:
         wrap: put around every bound step of every rank, for profiling and verification.
         source: weights, if not those that ``resolved`` names.
+        validate: check every plan before it runs; only a test that plants a fault switches that off.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded.
@@ -46,15 +48,20 @@ class Engine:
         *,
         wrap: Callable[[Worker], Wrap] | None = None,
         source: WeightSource | None = None,
+        validate: bool = True,
     ) -> None:
         self.resolved = resolved
         self.planner = Planner(resolved.deployment, resolved.forms)
-        context = min(1024, resolved.limits.max_context)
-        self.book = PlanBook(self.planner, resolved.asked.layout, context)
+        self.book = self.book_of(resolved.asked.layout)
         self.scheduler = Scheduler(resolved.limits)
         self._next_id = 0
         make = partial(
-            _make_worker, resolved=resolved, source=source or resolved.weights(), planner=self.planner, wrap=wrap
+            _make_worker,
+            resolved=resolved,
+            source=source or resolved.weights(),
+            planner=self.planner,
+            wrap=wrap,
+            validate=validate,
         )
         self.ranks: ThreadRanks[Worker] = ThreadRanks(resolved.mesh, make, checked=resolved.asked.checked)
 
@@ -91,6 +98,14 @@ class Engine:
         plan = self.book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         return self.ranks.submit("step", batch, plan, keep_logits)
 
+    def book_of(self, layout: str) -> PlanBook:
+        """A book of plans under another layout, for weights held as this engine's are."""
+        return PlanBook(self.planner, layout, min(1024, self.resolved.limits.max_context))
+
+    def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
+        """Run one batch under a given plan, and wait; every rank's result, with logits."""
+        return self.ranks.submit("step", batch, plan, True).result()
+
     def close(self) -> None:
         """End the rank threads."""
         self.ranks.close()
@@ -111,6 +126,7 @@ def _make_worker(
     source: WeightSource,
     planner: Planner,
     wrap: Callable[[Worker], Wrap] | None,
+    validate: bool,
 ) -> Worker:
     place = Place(
         mesh=resolved.mesh,
@@ -129,4 +145,5 @@ def _make_worker(
         planner.chain.fields,
         page_size=resolved.limits.page_size,
         wrap=wrap,
+        validate=validate,
     )

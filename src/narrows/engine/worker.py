@@ -52,6 +52,7 @@ class Worker:
         fields: the fields of the chain that plans are made from.
         page_size: tokens per page of the KV cache.
         wrap: put around every bound step (profiling, verification); None for none.
+        validate: check every plan before it is bound; only a test that plants a fault switches that off.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Worker:
         *,
         page_size: int,
         wrap: Callable[[Worker], Wrap] | None = None,
+        validate: bool = True,
     ) -> None:
+        self._validate = validate
         self.world, self.place, self.fields, self.page_size = world, place, fields, page_size
         self.model: Decoder = build_model(config, source, place)
         self._wrap = wrap(self) if wrap else None
@@ -81,7 +84,7 @@ class Worker:
         group = batch.groups[mesh.group_of(rank)]
         spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
         inputs = self.model.begin_step(build_paged_rows(spans, self.page_size, self.place.device))
-        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows)
+        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
         registers = program.run(frame, self._ids(batch))
         self._samples = registers[program.outputs["next_ids"]].flatten()
         logits = registers[program.outputs["logits"]] if keep_logits else None
@@ -95,7 +98,15 @@ class Worker:
         signature = plan.signature()
         program = self._programs.get(signature)
         if program is None:
-            program = bind(plan, self.model, self.world, self.fields, checked=self.world.checked, wrap=self._wrap)
+            program = bind(
+                plan,
+                self.model,
+                self.world,
+                self.fields,
+                checked=self.world.checked,
+                validate=self._validate,
+                wrap=self._wrap,
+            )
             self._programs[signature] = program
         self._signatures[id(plan)] = (plan, program)
         return program

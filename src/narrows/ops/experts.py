@@ -39,8 +39,8 @@ def experts_mlp(
     On CPU: rows sorted by expert, a loop over the experts that were chosen, never over rows; the segment lengths are
     read on the host, which is free there. Elsewhere: `experts_mlp_grouped`. Measured on CPU the two take the same
     time when all experts are held here (torch's grouped product is such a loop); with a share of them only the loop
-    skips the rest. Source: transformers ``DeepseekV3Experts`` and its fused weights, which rounds after each expert
-    instead.
+    skips the rest.
+    Source: transformers ``DeepseekV3Experts`` and its fused weights, which rounds after each expert instead.
     """
     if x_TH.device.type != "cpu":
         return experts_mlp_grouped(
@@ -126,9 +126,8 @@ def experts_mlp_reference(
     for expert in range(gate_up_EF2H.shape[0]):
         weight_T = torch.where(topk_ids_TK == first_expert + expert, topk_weights_TK, 0).sum(dim=-1)
         gate_TF, up_TF = functional.linear(x_TH, gate_up_EF2H[expert]).chunk(2, dim=-1)
-        sum_TH += functional.linear(functional.silu(gate_TF) * up_TF, down_EHF[expert]).to(wide) * weight_T.unsqueeze(
-            -1
-        )
+        y_TH = functional.linear(functional.silu(gate_TF) * up_TF, down_EHF[expert])
+        sum_TH += y_TH.to(wide) * weight_T.unsqueeze(-1)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 

@@ -10,16 +10,13 @@ Page 0 is the null page: never a request's, written by dead rows and read by pad
 Letters: T rows of the step, B decode rows, L tokens in a context, S slots.
 """
 
-# Fields carry their shape as a suffix, like every tensor here.
-# ruff: noqa: N815
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeGroup", "PagedRows", "PrefillSpan", "build_paged_rows", "write_cache"]
+__all__ = ["DecodeGroup", "PagedRows", "PrefillSpan", "build_paged_rows", "row_contexts", "write_cache"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +123,16 @@ def write_cache(cache_SW: Tensor, rows_TW: Tensor, slots_T: Tensor) -> None:
     0; which of them stays there is not defined and not read.
     """
     cache_SW.index_copy_(0, slots_T, rows_TW)
+
+
+def row_contexts(rows: PagedRows) -> Iterator[tuple[int, Tensor]]:
+    """Each row with the slots that it sees, its own the last: prefill rows, then decode rows. For twins: it syncs."""
+    for span in rows.prefills:
+        for row in range(span.row_start, span.row_stop):
+            yield row, span.slots_L[: span.context_len - span.row_stop + row + 1]
+    lens = zip(rows.decode_rows_B.tolist(), rows.decode_lens_B.tolist(), strict=True)
+    for b, (row, length) in enumerate(lens):
+        yield row, rows.decode_slots_BL[b, :length]
 
 
 def _decode_slots(pages_B: list[Sequence[int]], lens_B: list[int], page_size: int) -> Tensor:

@@ -45,8 +45,8 @@ def rope_inverse_frequencies(
       ``m(s) = 0.1 s ln(factor) + 1``.
 
     Errors: `ConfigError` for any other type (``dynamic`` and ``longrope`` change with the length of the request,
-    which a table made once cannot follow) and for a missing number. Source: Su et al. (2021); Peng et al., "YaRN"
-    (2023); transformers ``ROPE_INIT_FUNCTIONS``, to the bit.
+    which a table made once cannot follow) and for a missing number.
+    Source: Su et al. (2021); Peng et al., "YaRN" (2023); transformers ``ROPE_INIT_FUNCTIONS``, to the bit.
     """
     rope_type = _rope_type(scaling)
     exponent_D2 = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim

@@ -6,9 +6,6 @@ sees a dead row: their ids are set to -1 by whoever declares them dead.
 Letters: T rows, E experts, K chosen per row, G groups of E / G experts.
 """
 
-# Fields carry their shape as a suffix, like every tensor here.
-# ruff: noqa: N815
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -15,7 +15,7 @@ from narrows.arch.stages import PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import PlanError
-from narrows.layout import Layout, Mesh, Move
+from narrows.layout import Layout, Mesh, Move, full, scattered
 
 __all__ = ["Plan", "Segment", "Step", "StepKind"]
 
@@ -145,13 +145,20 @@ class Plan:
         """Walk the layout of every field through the plan.
 
         Raises:
-            PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout.
+            PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout; an addend
+                would be counted twice, or lost. The stage that the step is, or prepares, is named.
         """
-        state: dict[str, Layout] = {"ids": Layout.on(self.mesh, "R" * self.mesh.num_axes)}
+        state: dict[str, Layout] = {"ids": full(self.mesh)}
         for layer, step in self.steps():
-            where = f"layer {layer} {step.name}" if layer is not None else step.name
+            where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
+            if layer is not None:
+                where = f"layer {layer} {where}"
             for name, wanted in zip(step.reads, step.reads_at, strict=True):
                 self._check(where, state, name, wanted, step)
+            if step.stage is not None and step.stage.kind is StageKind.NORM:
+                for addend in ("residual", "shared"):
+                    if addend in state and addend not in step.reads:
+                        raise PlanError(f"{where} would lose {addend}, which no step has added to hidden")
             if step.kind is StepKind.ADD:
                 state.pop(step.reads[1])
             state |= zip(step.writes, step.writes_at, strict=True)
@@ -166,7 +173,17 @@ class Plan:
         if have != wanted:
             owed = "its sum is still owed: it is" if have.owes_sum else "it is"
             raise PlanError(f"{where} reads {name} at {wanted}, but {owed} at {have}")
-        if have.owes_sum and step.stage is not None:
+        if step.move is not None and have != step.move.src:
+            raise PlanError(f"{where} moves {name} from {step.move.src}, but it is at {have}")
+        if step.kind is StepKind.ADD and name == step.reads[1]:
+            at = scattered(self.mesh) if step.joins else step.layout
+            if have != at:
+                raise PlanError(f"{where} reads {name} at {have}, where it would not be added once: it needs {at}")
+        if step.stage is None:
+            return
+        if have.owes_sum:
             raise PlanError(f"{where} reads {name} at {have}: its sum is still owed")
-        if step.stage is not None and step.stage.kind is not StageKind.SHARDED and not have.is_whole:
-            raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows")
+        if step.stage.accepts is not None and have != step.stage.accepts:
+            raise PlanError(f"{where} reads {name} at {have}, but accepts only {step.stage.accepts}")
+        if step.stage.accepts is None and not (have.is_whole and have == step.layout):
+            raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows in one layout")

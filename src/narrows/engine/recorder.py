@@ -1,0 +1,140 @@
+"""Keeps what every stage left on every rank, and replays one run's choice of experts in another.
+
+Knows bound steps, registers and layouts; compares nothing. Put around the steps of an engine by :meth:`Recorder.wrap`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrows.arch.stages import RowSet
+from narrows.comm.movers import assemble
+from narrows.engine.program import Frame, Operation, Registers, Wrap
+from narrows.engine.worker import Worker
+from narrows.layout import Layout, RowSplit
+from narrows.models.deepseek import DeepseekLayer
+from narrows.plan.plan import Step, StepKind
+
+__all__ = ["Flip", "Recorder", "Spot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a tensor was left: which stage of which layer (None outside the layers), and which field."""
+
+    layer: int | None
+    stage: str
+    field: str
+
+    def __str__(self) -> str:
+        where = self.stage if self.layer is None else f"layer {self.layer} {self.stage}"
+        return f"{where}: {self.field}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flip:
+    """A row whose experts this run would have chosen otherwise, and by how little its own choice was made."""
+
+    step: int
+    layer: int
+    row: int
+    margin: float
+
+
+class Recorder:
+    """One run's tensors, step by step.
+
+    Args:
+        num_ranks: ranks of the engine it is put around.
+        replay: the routing of another run: (step, layer) -> chosen experts of all rows, [rows, K].
+    """
+
+    def __init__(self, num_ranks: int, replay: dict[tuple[int, int], Tensor] | None = None) -> None:
+        self.num_ranks, self.replay = num_ranks, replay
+        self.step = 0
+        self.routing: dict[tuple[int, int], Tensor] = {}
+        self.flips: list[Flip] = []
+        self._layouts: dict[Spot, tuple[Layout, RowSet]] = {}
+        self._shards: dict[Spot, list[Tensor | None]] = {}
+
+    def begin(self, step: int) -> None:
+        """Forget the tensors of the step before; the next ones belong to ``step``."""
+        self.step = step
+        self._shards = {}
+
+    def tensors(self, rows: RowSplit) -> dict[Spot, Tensor]:
+        """What every stage of this step left, put together from all ranks, in the order of the stages.
+
+        ``rows``: the step's row split. All of its rows must have asked for logits, so that both row sets are the same.
+        """
+        out: dict[Spot, Tensor] = {}
+        for spot, shards in self._shards.items():
+            layout, _ = self._layouts[spot]
+            held = [shard for shard in shards if shard is not None]
+            out[spot] = assemble(layout, rows, [_matrix(shard) for shard in held])
+        return out
+
+    def wrap(self, worker: Worker) -> Wrap:
+        """What records, and where asked replays, every stage that ``worker`` binds."""
+        rank = worker.place.rank
+
+        def around(
+            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+        ) -> Operation:
+            if step.kind is not StepKind.STAGE:
+                return operation
+            if step.name == "router" and layer is not None:
+                operation = self._router(worker, layer, step, reads, writes, operation)
+            spots = [Spot(layer, step.name, name) for name in step.writes]
+
+            def recorded(regs: Registers, frame: Frame) -> None:
+                operation(regs, frame)
+                for spot, register, layout in zip(spots, writes, step.writes_at, strict=True):
+                    self._layouts[spot] = (layout, step.row_set)
+                    shards = self._shards.setdefault(spot, [None] * self.num_ranks)
+                    shards[rank] = regs[register].clone()  # the register may be a buffer that is used again
+
+            return recorded
+
+        return around
+
+    def _router(
+        self,
+        worker: Worker,
+        layer: int,
+        step: Step,
+        reads: tuple[int, ...],
+        writes: tuple[int, ...],
+        operation: Operation,
+    ) -> Operation:
+        routed = worker.model.layers[layer]
+        assert isinstance(routed, DeepseekLayer)
+        rank, layout = worker.place.rank, step.layout
+        ids, weights = writes
+
+        def record(regs: Registers, frame: Frame) -> None:
+            operation(regs, frame)
+            self.routing[self.step, layer] = regs[ids].clone()
+
+        def replayed(regs: Registers, frame: Frame) -> None:
+            assert self.replay is not None
+            start, stop = frame.rows.span(layout, rank)
+            forced = self.replay[self.step, layer][start:stop].to(torch.int64)
+            hidden = regs[reads[0]]
+            own = routed.route(hidden, with_margin=True)
+            chosen = routed.route(hidden, forced)
+            regs[ids], regs[weights] = forced.to(torch.int32), chosen.topk_weights_TK
+            differs = (own.topk_ids_TK.sort(-1).values != forced.sort(-1).values).any(-1)
+            assert own.margin_T is not None
+            for row in differs.nonzero().flatten().tolist():
+                self.flips.append(Flip(step=self.step, layer=layer, row=start + row, margin=float(own.margin_T[row])))
+
+        return record if self.replay is None else replayed
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Ids are one number per row; everything else has rows and columns already."""
+    return tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor

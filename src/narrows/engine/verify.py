@@ -1,0 +1,245 @@
+"""The proof that layouts agree: the same batches under every layout, against one rank, stage by stage.
+
+Knows engines, plans and tensors; not text. One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed
+with decode, decode, steps that leave groups without rows) and keeps what every stage left. Each layout then runs the
+same steps, fed the same tokens, and is compared: logits at the end, and every stage's output on the way, put together
+from all ranks by its layout. The first stage whose output differs by more than the tolerance is named.
+
+A near-tie in the choice of experts falls either way in the last bit, and then everything after it differs. So the one
+rank's choice is replayed, with the weights of this run, and rows where this run would have chosen otherwise are
+reported apart, with their margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from narrows.arch.forms import Forms
+from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.core import Engine
+from narrows.engine.recorder import Flip, Recorder, Spot
+from narrows.engine.script import Script
+from narrows.engine.worker import StepResult
+from narrows.errors import PlanError
+from narrows.layout import RowSplit
+from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
+from narrows.plan.plan import Plan
+from narrows.sched.batch import Batch
+from narrows.weights.source import WeightSource
+
+__all__ = ["TOLERANCE", "Difference", "LayoutReport", "VerifyReport", "verify"]
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+"""Largest root mean square of a stage's difference, relative to the root mean square of its output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A stage's output that differs: by ``relative`` (see TOLERANCE), by ``largest`` in one value, first in ``row``."""
+
+    step: int
+    spot: Spot
+    relative: float
+    largest: float
+    row: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.spot} differs by {self.relative:.1e} of its size "
+            f"(largest {self.largest:.1e}, first in row {self.row} of step {self.step})"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class LayoutReport:
+    """One layout against one rank. ``failure`` says in one line what is wrong, and is empty when all is well.
+
+    Differences of logits are absolute; ``kl`` is the mean KL divergence per row in nats; ``agreement`` the share of
+    rows whose greedy token is the same; ``worst`` the largest relative difference of any stage.
+    """
+
+    layout: str
+    forms: str
+    num_rows: int = 0
+    max_logit_difference: float = 0.0
+    mean_logit_difference: float = 0.0
+    kl: float = 0.0
+    agreement: float = 0.0
+    worst: float = 0.0
+    flips: list[Flip] = field(default_factory=list)
+    first_difference: Difference | None = None
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """All layouts that were run, and those that do not apply with the reason."""
+
+    resolved: Resolved
+    tolerance: float
+    num_steps: int
+    layouts: tuple[LayoutReport, ...]
+    skipped: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        return all(report.ok for report in self.layouts)
+
+
+def verify(
+    asked: EngineConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_decode: int = 8,
+    layouts: Sequence[str] = (),
+    source: WeightSource | None = None,
+    tamper: Callable[[Plan], Plan] | None = None,
+    validate: bool = True,
+) -> VerifyReport:
+    """Run ``prompts`` (token ids) under every layout that applies to ``asked``'s mesh, against one rank.
+
+    Args:
+        asked: model, mesh and dtype; its layout is not used.
+        num_decode: steps after the prompts.
+        layouts: names to run instead of all that apply.
+        source: weights, if not those of ``asked.model``.
+        tamper, validate: for tests that plant a fault: change each plan before it runs, and run it unchecked.
+
+    Raises:
+        ConfigError: a model or mesh that cannot be, or a layout that cannot apply.
+    """
+    asked = replace(asked, want_logits=True, layout="auto")
+    script = Script(prompts, num_groups=asked.dp, num_steps=num_decode, page_size=asked.page_size)
+    asked = replace(asked, max_context=script.max_context, kv_tokens=script.kv_tokens)
+    sharded = resolve(asked)
+    names = tuple(layouts) or applicable_layouts(sharded.config, sharded.mesh)
+    by_forms: dict[Forms, list[str]] = {}
+    for name in names:
+        rules = named_layout(name, sharded.config, sharded.mesh)
+        by_forms.setdefault(rules.forms or sharded.forms, []).append(name)
+
+    reference = _Reference(asked, script, source)
+    reports: dict[str, LayoutReport] = {}
+    for forms, group in by_forms.items():
+        recorder = Recorder(sharded.mesh.size, replay=reference.recorder.routing)
+        with Engine(resolve(asked, forms), source=source, wrap=recorder.wrap, validate=validate) as engine:
+            for name in group:
+                reports[name] = _run_layout(engine, name, reference, recorder, tamper, validate)
+    return VerifyReport(
+        resolved=sharded,
+        tolerance=TOLERANCE[sharded.dtype],
+        num_steps=len(reference.batches),
+        layouts=tuple(reports[name] for name in names),
+        skipped={name: why for name in NAMED_LAYOUTS if (why := inapplicable(name, sharded.config, sharded.mesh))},
+    )
+
+
+class _Reference:
+    """One rank's run of the script: the batches it made, every stage's output and the logits of each."""
+
+    def __init__(self, asked: EngineConfig, script: Script, source: WeightSource | None) -> None:
+        kv_tokens = script.kv_tokens * asked.dp
+        one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens))
+        self.recorder = Recorder(1)
+        self.batches: list[Batch] = []
+        self.tensors: list[dict[Spot, Tensor]] = []
+        self.logits: list[Tensor] = []
+        with Engine(one, source=source, wrap=self.recorder.wrap) as engine:
+            for step, batch in enumerate(script):
+                merged = script.merged(batch)
+                self.recorder.begin(step)
+                (result,) = engine.submit(merged, keep_logits=True).result()
+                assert result.logits is not None
+                script.sampled(batch, result.ids)
+                self.batches.append(batch)
+                self.tensors.append(self.recorder.tensors(RowSplit.from_groups(one.mesh, merged.group_rows)))
+                self.logits.append(result.logits)
+
+
+def _run_layout(
+    engine: Engine,
+    name: str,
+    reference: _Reference,
+    recorder: Recorder,
+    tamper: Callable[[Plan], Plan] | None,
+    validate: bool,
+) -> LayoutReport:
+    resolved, book = engine.resolved, engine.book_of(name)
+    report = LayoutReport(layout=name, forms=str(resolved.forms))
+    recorder.flips = report.flips
+    for step, batch in enumerate(reference.batches):
+        plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        plan = tamper(plan) if tamper else plan
+        if validate:
+            try:
+                plan.validate()
+            except PlanError as error:
+                report.failure = f"the plan is not valid: {error}"
+                return report
+        recorder.begin(step)
+        results = engine.run_plan(batch, plan)
+        tensors = recorder.tensors(RowSplit.from_groups(resolved.mesh, batch.group_rows))
+        _compare_stages(report, step, reference.tensors[step], tensors, resolved)
+        _compare_logits(report, reference.logits[step], results)
+    report.mean_logit_difference /= max(report.num_rows, 1)
+    report.kl /= max(report.num_rows, 1)
+    report.agreement /= max(report.num_rows, 1)
+    if report.first_difference is not None:
+        report.failure = str(report.first_difference)
+    return report
+
+
+def _compare_stages(
+    report: LayoutReport, step: int, expected: dict[Spot, Tensor], got: dict[Spot, Tensor], resolved: Resolved
+) -> None:
+    tolerance = TOLERANCE[resolved.dtype]
+    for spot, wanted in expected.items():
+        if spot not in got or spot.field == "next_ids":
+            continue  # a form may lack a stage of the other; tokens are compared by agreement
+        if spot.stage == "experts" and resolved.forms.shared_expert == "replicated":
+            continue  # here without the shared expert, which joins after: the next norm's residual has both
+        difference = (got[spot].double() - wanted.double()).abs()
+        if difference.numel() == 0:
+            continue
+        size = wanted.double().square().mean().sqrt().item()
+        relative = difference.square().mean().sqrt().item() / max(size, 1e-30)
+        relative = relative if relative == relative else float("inf")
+        report.worst = max(report.worst, relative)
+        if relative > tolerance and report.first_difference is None:
+            over = ~(difference.amax(dim=-1) <= tolerance * size)
+            report.first_difference = Difference(
+                step=step,
+                spot=spot,
+                relative=relative,
+                largest=difference.max().item(),
+                row=int(over.nonzero()[0]) if over.any() else 0,
+            )
+
+
+def _compare_logits(report: LayoutReport, expected: Tensor, results: Sequence[StepResult]) -> None:
+    """Every rank's logits count: the differences are those of the rank that is furthest off."""
+    if expected.shape[0] == 0:
+        return
+    wanted = expected.double()
+    log_p = wanted.log_softmax(-1)
+    mean, kl, agreed = 0.0, 0.0, float("inf")
+    for result in results:
+        assert result.logits is not None
+        got = result.logits.double()
+        difference = (got - wanted).abs()
+        report.max_logit_difference = max(report.max_logit_difference, difference.max().item())
+        mean = max(mean, difference.mean(-1).sum().item())
+        kl = max(kl, (log_p.exp() * (log_p - got.log_softmax(-1))).sum().item())
+        agreed = min(agreed, float((got.argmax(-1) == wanted.argmax(-1)).sum()))
+    report.num_rows += expected.shape[0]
+    report.mean_logit_difference += mean
+    report.kl += kl
+    report.agreement += agreed
