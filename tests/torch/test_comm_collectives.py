@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.comm import ThreadWorld, World, run_ranks
+from narrows.comm.sums import sum_rows
 from narrows.layout import Mesh
 
 COUNTS = [(3, 2), (0, 5), (0, 0), (1, 0), (2, 1, 3, 0), (0, 0, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0, 0, 0, 0, 0)]
@@ -94,6 +95,15 @@ def test_the_order_of_the_sum_and_the_one_rounding_are_visible_in_these_values()
     assert not torch.equal(want, rounded_first)
     singles = [part.float() for part in parts]
     assert not torch.equal(rank_order_sum(singles, counts, [[]] * 4), rank_order_sum(singles[::-1], counts, [[]] * 4))
+
+
+def test_one_piece_is_summed_as_the_whole_is() -> None:
+    parts = [rough(r, 7, 5, dtype=torch.bfloat16) for r in range(3)]
+    addends = [rough(9, 3, 5), rough(10, 3, 5, dtype=torch.bfloat16)]
+    want = rank_order_sum(parts, (2, 3, 2), ((), addends, ()))
+    assert torch.equal(sum_rows(parts, 2, 3, addends), want[2:5])
+    single = rough(0, 2, 2)
+    assert torch.equal(sum_rows([single], 0, 2), single) and sum_rows([single], 0, 2).data_ptr() != single.data_ptr()
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
@@ -197,10 +207,10 @@ def test_results_are_nobody_else_s_memory() -> None:
             expected = {name: result.clone() for name, result in results.items()}
             for name, result in results.items():
                 assert torch.equal(result, expected[name]), f"a peer wrote into the result of {name}"
-                result.fill_(-7)
+                result.fill_(-7 - me)
                 world.barrier(ranks, "all have written")
                 assert bool((whole == me + 1).all()) and bool((mine == me + 1).all()), f"{name} aliases an input"
-                assert bool((result == -7).all())
+                assert bool((result == -7 - me).all()), f"the result of {name} is shared"
                 world.barrier(ranks, "all have looked")
 
     run_ranks(line(3), rank)
@@ -256,7 +266,7 @@ def test_a_group_of_one_rank_meets_nobody_and_gets_its_input_back() -> None:
             lent = world.send_buffer(4, 5, torch.float32).fill_(3)
             result = world.all_reduce(lent, alone, (4,), "a")
             world.send_buffer(4, 5, torch.float32).fill_(9)
-            assert bool((result == 3).all()), "the result lies in a send buffer"
+            assert bool((result == 3).all()) and result.data_ptr() != lent.data_ptr(), "it lies in a send buffer"
 
     run_ranks(line(2), rank)
 

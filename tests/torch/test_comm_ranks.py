@@ -215,12 +215,12 @@ def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
                 self.world = world
 
             def spin(self):
-                x = torch.ones(64, 64)
+                x = torch.ones(200, 200)
                 while True:
                     x = torch.tanh(x @ x)
-                    self.world.all_reduce(x, (0, 1), (32, 32), "sum")
+                    self.world.all_reduce(x, (0, 1, 2, 3), (50, 50, 50, 50), "sum")
 
-        ranks = ThreadRanks(Mesh.of(dp=1, tp=2), Worker)
+        ranks = ThreadRanks(Mesh.of(dp=1, tp=4), Worker)
         future = ranks.submit("spin")
         try:
             future.result(0.2)

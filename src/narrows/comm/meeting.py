@@ -1,17 +1,19 @@
-"""Where threads of one process meet: each brings something, waits for the others, and leaves with all that was brought.
+"""Where threads of one process meet: each brings something, and the last to come does the work for all.
 
-Knows ranks, stamps, and how long others may take. Does not know what is brought, what the collective is, or how a
-rank thread is started. One wake-up per waiting thread: the last to come opens the gate of each of the others, which
-took half the time of a ``threading.Barrier`` or less where it was measured (2 cores, 8 threads).
+Knows ranks, stamps, and how long others may take. Does not know what is brought, what the work is, or how a rank thread
+is started. While the last one works nobody else runs in this group: inputs need no copy and no second meeting, and no
+thread contends for the interpreter. On 2 cores a small all-reduce of 8 threads took 870 us when each summed its own
+piece between two meetings, and takes 75 us this way; a meeting alone takes half of what a ``threading.Barrier`` does.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from narrows.comm.stamps import Stamp, rank_names
-from narrows.errors import RankError
+from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
 
 __all__ = ["Commons", "Meeting"]
@@ -51,11 +53,16 @@ class Commons:
         for meeting in meetings:
             meeting.abandon()
 
-    def rank_error(self) -> RankError:
-        """What a rank raises that did not fail itself."""
+    def rank_error(self, *, met: bool = False) -> RankError:
+        """What a rank raises that did not fail itself; a mismatch is raised as such by all who met in it."""
         assert self.failure is not None
         rank, error = self.failure
-        told = RankError(str(error) if rank is None else f"rank {rank} failed first: {type(error).__name__}: {error}")
+        if rank is None:
+            told = RankError(str(error))
+        elif met and isinstance(error, CollectiveMismatchError):
+            told = CollectiveMismatchError(str(error))
+        else:
+            told = RankError(f"rank {rank} failed first: {type(error).__name__}: {error}")
         told.__cause__ = error
         return told
 
@@ -82,11 +89,13 @@ class Commons:
 class _Round:
     """One time that a group meets. It is left behind whole, so that no later round can disturb a slow reader."""
 
-    __slots__ = ("brought", "missing")
+    __slots__ = ("brought", "missing", "results", "stamps")
 
     def __init__(self, size: int) -> None:
+        self.stamps: list[Any] = [None] * size
         self.brought: list[Any] = [None] * size
         self.missing = size
+        self.results: Sequence[Any] | None = None
 
 
 class Meeting:
@@ -97,13 +106,20 @@ class Meeting:
         self._ranks = ranks
         self._lock = threading.Lock()
         self._round = _Round(len(ranks))
-        self._waiting: list[Stamp | None] = [None] * len(ranks)
+        self._waiting = [False] * len(ranks)
         self._gates = [threading.Lock() for _ in ranks]  # locked, except from the opening until the waiter is through
         for gate in self._gates:
             gate.acquire()
 
-    def meet(self, me: int, stamp: Stamp, thing: Any) -> list[Any]:
-        """Bring ``thing`` as member ``me``; returns what every member brought, in rank order, once all have come.
+    def meet(self, me: int, stamp: Stamp, thing: Any, work: Callable[[list[Stamp], list[Any]], Sequence[Any]]) -> Any:
+        """Member ``me`` brings ``thing``, and waits until all have come.
+
+        Args:
+            work: from all stamps and all things, in rank order, makes one result per member. Only the last to come
+                calls its own; everything that was brought stays untouched meanwhile. An error in it fails the world.
+
+        Returns:
+            this member's result.
 
         Raises:
             RankError: a rank of the world failed, or a member did not come in time.
@@ -113,35 +129,51 @@ class Meeting:
                 raise self._commons.rank_error()
             self._commons.last[self._ranks[me]] = (stamp, self._ranks)
             round_ = self._round
+            round_.stamps[me] = stamp
             round_.brought[me] = thing
             round_.missing -= 1
-            if not round_.missing:
+            complete = not round_.missing
+            if complete:
                 self._round = _Round(len(self._ranks))
-                self._open()
-                return round_.brought
-            self._waiting[me] = stamp
-        if not self._gates[me].acquire(timeout=self._commons.timeout_s):
+                self._waiting = [False] * len(self._ranks)  # from here on they wait for this thread only
+            else:
+                self._waiting[me] = True
+        if complete:
+            self._work(me, round_, work)
+        elif not self._gates[me].acquire(timeout=self._commons.timeout_s):
             self._overdue(me)
-        if round_.missing:
-            raise self._commons.rank_error()
-        return round_.brought
+        if round_.results is None:
+            raise self._commons.rank_error(met=not round_.missing)
+        return round_.results[me]
 
     def abandon(self) -> None:
-        """Lets everyone who waits go, without what they came for."""
+        """Lets everyone who waits for somebody to come go, without what they came for."""
         with self._lock:
-            self._open()
+            for waiting, gate in zip(self._waiting, self._gates, strict=True):
+                if waiting:
+                    gate.release()
+            self._waiting = [False] * len(self._ranks)
 
-    def _open(self) -> None:
-        for i, stamp in enumerate(self._waiting):
-            if stamp is not None:
-                self._waiting[i] = None
-                self._gates[i].release()
+    def _work(self, me: int, round_: _Round, work: Callable[[list[Stamp], list[Any]], Sequence[Any]]) -> None:
+        try:
+            round_.results = work(round_.stamps, round_.brought)
+        except BaseException as error:
+            self._commons.fail(self._ranks[me], error)
+            raise
+        finally:
+            for i, gate in enumerate(self._gates):
+                if i != me:
+                    gate.release()
 
     def _overdue(self, me: int) -> None:
-        """Raises, unless the gate was opened just now."""
+        """Raises if members are missing; else waits for the one who works, or who has opened the gate just now."""
         with self._lock:
-            if self._waiting[me] is None:
-                self._gates[me].acquire()
-                return
-            waiting = [(rank, stamp) for rank, stamp in zip(self._ranks, self._waiting, strict=True) if stamp]
-        raise self._commons.overdue(self._ranks[me], waiting, self._ranks)
+            late = self._waiting[me]
+            waiting = [
+                (rank, stamp)
+                for rank, stamp, waits in zip(self._ranks, self._round.stamps, self._waiting, strict=True)
+                if waits
+            ]
+        if late:
+            raise self._commons.overdue(self._ranks[me], waiting, self._ranks)
+        self._gates[me].acquire()

@@ -1,13 +1,15 @@
 """The World among threads of one process: collectives hand references from thread to thread.
 
 Knows meetings and tensors. Does not know layouts or plans, nor how rank threads are started (`threads.py`). Members
-publish their tensors, meet, read what they need, and meet again before anyone may write its input anew; in an
-all-reduce the second meeting also carries the pieces that each member has summed.
+publish their tensors and meet; the last to come makes every member's result, each in memory of its own, and lets them
+go (`meeting.py` says why). That is one core's work, however many ranks there are: made for tests and `verify`, where
+tensors are small or the stages between take far longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from narrows.comm.meeting import Commons, Meeting
 from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
-from narrows.comm.sums import sum_rows
+from narrows.comm.sums import float32_sum, sum_rows
 from narrows.errors import CollectiveMismatchError
 
 __all__ = ["ThreadWorld"]
@@ -41,9 +43,8 @@ class ThreadWorld:
         stamp = seat.stamp("all_gather", label)
         if self.checked:
             stamp = say_rows(stamp, self.rank, seat.me, xs, counts)
-        brought = self._meet(seat, stamp, xs)
-        out = [torch.cat([theirs[f] for theirs in brought]) for f in range(len(xs))]
-        self._leave(seat, stamp, xs)
+        out: list[Tensor] = self._meet(seat, stamp, xs, _gathered)
+        self._buffers.give_back(xs)
         return out
 
     def reduce_scatter(
@@ -60,10 +61,9 @@ class ThreadWorld:
         stamp = seat.stamp("reduce_scatter", label)
         if self.checked:
             stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
-        brought = self._meet(seat, stamp, x)
-        piece = sum_rows(brought, sum(counts[: seat.me]), counts[seat.me], addends)
-        self._leave(seat, stamp, (x, *addends))
-        return piece
+        out: Tensor = self._meet(seat, stamp, (x, addends), partial(_summed, counts, False))
+        self._buffers.give_back((x, *addends))
+        return out
 
     def all_reduce(
         self,
@@ -79,12 +79,9 @@ class ThreadWorld:
         stamp = seat.stamp("all_reduce", label)
         if self.checked:
             stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
-        brought = self._meet(seat, stamp, x)
-        piece = sum_rows(brought, sum(counts[: seat.me]), counts[seat.me], addends)
-        # The pieces are nobody's input or result, so that no third meeting is needed.
-        pieces = seat.meeting.meet(seat.me, stamp, piece)
+        out: Tensor = self._meet(seat, stamp, (x, addends), partial(_summed, counts, True))
         self._buffers.give_back((x, *addends))
-        return torch.cat(pieces)
+        return out
 
     def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
         if len(ranks) == 1:
@@ -93,9 +90,8 @@ class ThreadWorld:
         stamp = seat.stamp("column_gather", label)
         if self.checked:
             stamp = say_columns(stamp, self.rank, seat.me, x, widths)
-        brought = self._meet(seat, stamp, x)
-        out = torch.cat(brought, dim=1)
-        self._leave(seat, stamp, (x,))
+        out: Tensor = self._meet(seat, stamp, x, _side_by_side)
+        self._buffers.give_back((x,))
         return out
 
     def broadcast(self, x: Tensor, ranks: tuple[int, ...], root: int, label: str) -> Tensor:
@@ -106,15 +102,14 @@ class ThreadWorld:
         stamp = seat.stamp("broadcast", label)
         if self.checked:
             stamp = say_tensor(stamp, x, root)
-        brought = self._meet(seat, stamp, x)
-        out: Tensor = brought[place].clone(memory_format=torch.contiguous_format)
-        self._leave(seat, stamp, (x,))
+        out: Tensor = self._meet(seat, stamp, x, partial(_copies, place))
+        self._buffers.give_back((x,))
         return out
 
     def barrier(self, ranks: tuple[int, ...], label: str) -> None:
         if len(ranks) > 1:
             seat = self._seat(ranks)
-            self._meet(seat, seat.stamp("barrier", label), None)
+            self._meet(seat, seat.stamp("barrier", label), None, _nothing)
 
     def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._buffers.lend(rows, width, dtype)
@@ -126,19 +121,15 @@ class ThreadWorld:
             seat = self._seats[ranks] = _Seat(self._commons.meeting(ranks), ranks, ranks.index(self.rank))
         return seat
 
-    def _meet(self, seat: _Seat, stamp: Stamp, thing: Any) -> list[Any]:
-        """The first meeting of a collective; in checked mode nobody reads before all stamps agree."""
-        if not self.checked:
-            return seat.meeting.meet(seat.me, stamp, thing)
-        brought = seat.meeting.meet(seat.me, stamp, (stamp, thing))
-        if said := mismatch(seat.ranks, [theirs for theirs, _ in brought]):
-            raise CollectiveMismatchError(f"ranks met in different collectives: {said}")
-        return [theirs for _, theirs in brought]
+    def _meet(self, seat: _Seat, stamp: Stamp, thing: Any, make: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        """This rank's result of what ``make`` makes; in checked mode nothing is read before all stamps agree."""
 
-    def _leave(self, seat: _Seat, stamp: Stamp, inputs: Sequence[Tensor]) -> None:
-        """The second meeting: everyone has read, so the inputs may be written again."""
-        seat.meeting.meet(seat.me, stamp, None)
-        self._buffers.give_back(inputs)
+        def work(stamps: list[Stamp], brought: list[Any]) -> Sequence[Any]:
+            if self.checked and (said := mismatch(seat.ranks, stamps)):
+                raise CollectiveMismatchError(f"ranks met in different collectives: {said}")
+            return make(brought)
+
+        return seat.meeting.meet(seat.me, stamp, thing, work)
 
     def _joined(self, x: Tensor, addends: Sequence[Tensor]) -> Tensor:
         """A sum in a group of one rank: its input, with the addends."""
@@ -163,6 +154,34 @@ class _Seat:
     def stamp(self, op: str, label: str) -> Stamp:
         self.number += 1
         return Stamp(self.number - 1, op, label, len(self.ranks))
+
+
+def _gathered(brought: list[Sequence[Tensor]]) -> list[list[Tensor]]:
+    fields = list(zip(*brought, strict=True))
+    return [[torch.cat(field) for field in fields] for _ in brought]
+
+
+def _side_by_side(brought: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(brought, dim=1) for _ in brought]
+
+
+def _summed(counts: Sequence[int], whole: bool, brought: list[tuple[Tensor, Sequence[Tensor]]]) -> list[Tensor]:
+    """As if member i summed piece i, with its addends, and kept it or (``whole``) handed it to all."""
+    dtype = brought[0][0].dtype
+    total = float32_sum([x for x, _ in brought], 0, sum(counts))
+    pieces = torch.split(total, list(counts))
+    for piece, (_, addends) in zip(pieces, brought, strict=True):
+        for addend in addends:
+            piece.add_(addend)
+    return [(total if whole else piece).to(dtype, copy=True) for piece in pieces]
+
+
+def _copies(place: int, brought: list[Tensor]) -> list[Tensor]:
+    return [brought[place].clone(memory_format=torch.contiguous_format) for _ in brought]
+
+
+def _nothing(brought: list[None]) -> list[None]:
+    return brought
 
 
 class _SendBuffers:

@@ -16,7 +16,7 @@ from narrows.cost.gemm import gemm_price, grouped_gemm_price
 from narrows.cost.kernels import attention_price, norm_price, stream_price
 from narrows.cost.price import ZERO, Price, Source
 from narrows.errors import ConfigError
-from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit, group
+from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
 
 __all__ = ["PHASES", "Pricer", "StepPrice", "StepShape"]
 
@@ -102,11 +102,11 @@ class Pricer:
     def __init__(self, device: Device, mesh: Mesh, shape: StepShape, dtype: str, *, itemsize: int, graph: bool) -> None:
         self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
         self.itemsize, self.graph = itemsize, graph
-        self._group = group(mesh)
+        self._largest: dict[tuple[RowSet, Layout], int] = {}
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
         """One stage that reads its fields at ``layout``; ``fused``: a norm that adds the residual on the way."""
-        rows = self.shape.split(row_set).largest(layout)
+        rows = self._rows(row_set, layout)
         work = stage.plain_work if stage.plain_work and not fused else stage.work
         price, nbytes = ZERO, 0.0
         for item in work:
@@ -116,36 +116,43 @@ class Pricer:
 
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         """One move of fields with ``row_bytes`` bytes per row in all; ``nbytes`` is what the collective carries."""
-        split, n = self.shape.split(row_set), move.num_ranks
+        n = move.num_ranks
         if move.kind is MoveKind.SLICE:
-            return StepPrice(0, split.largest(move.dst), 0, Source.MEASURED)  # a view: no kernel, no bytes
+            return StepPrice(0, self._rows(row_set, move.dst), 0, Source.MEASURED)  # a view: no kernel, no bytes
         if move.kind is MoveKind.COLUMN_GATHER:
-            rows, op = split.largest(move.src), "all_gather"
+            rows, op = self._rows(row_set, move.src), "all_gather"
         elif move.kind is MoveKind.ALL_REDUCE:
-            rows, op = split.largest(move.src), "all_reduce"
+            rows, op = self._rows(row_set, move.src), "all_reduce"
         elif move.kind is MoveKind.ALL_GATHER:
-            rows, op = self._gathered(split, move.dst, move.src, n), "all_gather"
+            rows, op = self._gathered(row_set, move.dst, move.src, n), "all_gather"
         else:
-            rows, op = self._gathered(split, move.src, move.dst, n), "reduce_scatter"
+            rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
         price = collective_price(self.device, op, n, nbytes, graph=self.graph)
         return StepPrice(price.ps, rows, nbytes, price.source)
 
-    def _gathered(self, split: RowSplit, outer: Layout, inner: Layout, num_ranks: int) -> int:
+    def _rows(self, row_set: RowSet, layout: Layout) -> int:
+        """Rows of the largest rank; the same few layouts are asked for again and again."""
+        rows = self._largest.get((row_set, layout))
+        if rows is None:
+            rows = self._largest[row_set, layout] = self.shape.split(row_set).largest(layout)
+        return rows
+
+    def _gathered(self, row_set: RowSet, outer: Layout, inner: Layout, num_ranks: int) -> int:
         """Rows of the full tensor of a gather or scatter, padded to equal pieces where the backend needs those."""
         if self.device.shared_memory:
-            return split.largest(outer)
-        return num_ranks * split.largest(inner)
+            return self._rows(row_set, outer)
+        return num_ranks * self._rows(row_set, inner)
 
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write."""
-        rows = self.shape.split(row_set).largest(layout)
+        rows = self._rows(row_set, layout)
         price = stream_price(self.device, 3 * rows * row_bytes)
         return StepPrice(price.ps, rows, 3 * rows * row_bytes, price.source)
 
     def select(self, layout: Layout, row_bytes: int) -> StepPrice:
         """Copying out the rows whose logits are asked for."""
-        rows = self.shape.logits.largest(layout)
+        rows = self._rows(RowSet.LOGITS, layout)
         price = stream_price(self.device, 2 * rows * row_bytes)
         return StepPrice(price.ps, rows, 2 * rows * row_bytes, price.source)
 

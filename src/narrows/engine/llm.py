@@ -18,7 +18,7 @@ from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.text import TextStream, Tokenizer
 
-__all__ = ["LLM", "Completion", "Piece"]
+__all__ = ["LLM", "Completion", "Piece", "Prompt"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text as it is, token ids, or chat messages (``{"role": ..., "content": ...}``) for the model's chat template."""

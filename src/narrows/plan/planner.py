@@ -91,14 +91,14 @@ def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]])
     """The forms that fit memory and cost least over ``mix``: (shape of a step, how often it runs).
 
     To fit is to leave room for the KV cache of each of those steps. Ties go to the set nearest the published one. If
-    nothing fits, the set that needs the least memory.
+    nothing fits it is the published set: what such a plan says is then at least about layouts.
     """
     choices = form_choices(deployment.config, deployment.mesh)
     uses = [deployment.memory(forms) for forms in choices]
     tokens = max((shape.kv_tokens for shape, _ in mix), default=0)
     fitting = [forms for forms, use in zip(choices, uses, strict=True) if use.holds(tokens)]
     if not fitting:
-        return min(zip(choices, uses, strict=True), key=lambda pair: pair[1].weights)[0]
+        return choices[0]
     if len(fitting) == 1:
         return fitting[0]
 

@@ -1,0 +1,130 @@
+"""``narrows generate``: prompts in, text out as it comes, over planned ranks. Parses, calls the engine, prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from time import perf_counter
+
+from rich import box
+from rich.table import Table
+
+from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
+from narrows.cli.console import console
+from narrows.engine.config import EngineConfig
+from narrows.engine.llm import LLM, Completion, Prompt
+from narrows.engine.profile import Profile, ProfileRow
+from narrows.errors import ConfigError
+
+__all__ = ["add_parser", "run"]
+
+_DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows generate``."""
+    add_engine_flags(parser)
+    add_prompt_flags(parser)
+    parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="tokens per prompt (default %(default)s)")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    parser.add_argument(
+        "--max-rows", type=int, default=_DEFAULT["rows_per_step"], help="rows per step (default %(default)s)"
+    )
+    parser.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
+    parser.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
+    parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
+    parser.add_argument("--quiet", action="store_true", help="print the texts alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``narrows generate``; texts go to standard output, everything else to standard error."""
+    prompts = read_prompts(args)
+    if not prompts:
+        raise ConfigError("nothing to generate from: give --prompt TEXT (repeatable) or --prompt-file FILE")
+    notes = console(stderr=True, quiet=args.quiet)
+    profile = Profile() if args.profile else None
+    options = engine_options(
+        args, layout=args.layout, rows_per_step=args.max_rows, max_context=args.max_context, kv_tokens=args.kv_tokens
+    )
+    started = perf_counter()
+    with LLM(args.model, wrap=profile.wrap if profile else None, **options) as llm:
+        resolved = llm.resolved
+        notes.print(
+            f"{resolved.config.name}: {resolved.mesh}, layout {args.layout}, "
+            f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
+        )
+        notes.print(f"forms: {resolved.forms}")
+        for note in resolved.notes:
+            notes.print(f"note: {note}")
+        inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
+        started = perf_counter()
+        done = _print_stream(llm, inputs, prompts, args)
+        seconds = perf_counter() - started
+        generated = sum(len(completion.token_ids) for completion in done)
+        given = sum(len(completion.prompt_token_ids) for completion in done)
+        notes.print(
+            f"{given} prompt tokens and {generated} generated tokens in {seconds:.2f} s "
+            f"({generated / seconds:.1f} generated tokens/s)"
+        )
+    if profile is not None:
+        for phase in ("prefill", "decode"):
+            rows = [row for row in profile.rows() if row.phase == phase]
+            if rows:
+                console().print(_profile_table(rows, phase, resolved.mesh.size))
+    return 0
+
+
+def _print_stream(llm: LLM, inputs: Sequence[Prompt], prompts: list[str], args: argparse.Namespace) -> list[Completion]:
+    """Texts as they come: the first unfinished prompt live, the others kept until their turn."""
+    kept = [""] * len(prompts)
+    done: dict[int, Completion] = {}
+    current = 0
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def title() -> str:
+        return "" if args.quiet else f"--- {prompts[current]}\n"
+
+    show(title())
+    for piece in llm.stream(inputs, max_tokens=args.max_tokens, ignore_eos=args.ignore_eos):
+        kept[piece.index] += piece.text
+        if piece.done is not None:
+            done[piece.index] = piece.done
+        if piece.index != current:
+            continue
+        show(kept[current])
+        while current in done:
+            current += 1
+            show("\n" if current == len(prompts) else f"\n{title()}{kept[current]}")
+        if current < len(prompts):
+            kept[current] = ""
+    return [done[index] for index in range(len(prompts))]
+
+
+def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
+    """The table of the published work: where the time of one phase went."""
+    total = sum(row.seconds for row in rows)
+    title = f"{phase}: {total * 1e3:.1f} ms in the walk of the plan, mean of {num_ranks} rank(s)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("class", "step", "before", "fields", "layout"):
+        table.add_column(name, no_wrap=True)
+    for name in ("calls", "rows", "MB", "ms", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.price_class,
+            row.name,
+            row.boundary,
+            "+".join(row.fields),
+            row.layouts,
+            str(row.calls),
+            str(row.rows),
+            f"{row.nbytes / 1e6:.1f}",
+            f"{row.seconds * 1e3:.1f}",
+            f"{100 * row.seconds / total:.1f}",
+        )
+    return table

@@ -1,0 +1,100 @@
+"""``narrows verify``: the same numbers under every layout, against one rank. Parses, calls the engine, prints.
+
+Exit code 0 if every layout agrees, 1 if one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from narrows.arch.presets import load_model_config
+from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
+from narrows.cli.console import console
+from narrows.engine.config import EngineConfig
+from narrows.engine.verify import LayoutReport, VerifyReport, verify
+from narrows.errors import ConfigError
+from narrows.text import Tokenizer
+
+__all__ = ["add_parser", "run"]
+
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and then it does so again, because nobody stopped it the first time.",
+    "2 + 2 =",
+    "Activations cross ranks where they are narrowest.",
+)
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows verify``."""
+    add_engine_flags(parser)
+    add_prompt_flags(parser, default=" (default: three short texts)")
+    parser.set_defaults(dtype="float32")
+    parser.add_argument("--layout", action="append", metavar="NAME", help="a layout; repeatable (default: all)")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps after the prompts (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``narrows verify``."""
+    if args.steps < 1:
+        raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
+    asked = EngineConfig(model=args.model, **engine_options(args))
+    report = verify(asked, _token_ids(args), num_decode=args.steps, layouts=args.layout or ())
+    _print(report, console())
+    return 0 if report.ok else 1
+
+
+def _token_ids(args: argparse.Namespace) -> list[list[int]]:
+    """The prompts as token ids; a model without a tokenizer is given ids made from the texts' bytes."""
+    texts = read_prompts(args) or list(_TEXTS)
+    folder = Path(args.model)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(folder)
+        if args.chat:
+            return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
+        return [tokenizer.encode(text) for text in texts]
+    vocab_size = load_model_config(args.model).vocab_size
+    return [[byte * 31 % vocab_size for byte in text.encode()] for text in texts]
+
+
+def _print(report: VerifyReport, out: Console) -> None:
+    resolved = report.resolved
+    rows = max((layout.num_rows for layout in report.layouts), default=0)
+    out.print(
+        f"{resolved.config.name}: {resolved.mesh} against one rank, {str(resolved.dtype).removeprefix('torch.')}, "
+        f"{report.num_steps} steps, {rows} rows; tolerance {report.tolerance:g} of a stage's size"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layout")
+    for name in ("logits: max", "mean", "KL (nats)", "greedy equal", "worst stage", "expert flips"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for layout in report.layouts:
+        table.add_row(
+            layout.layout,
+            f"{layout.max_logit_difference:.1e}",
+            f"{layout.mean_logit_difference:.1e}",
+            f"{max(layout.kl, 0.0):.1e}",
+            f"{100 * layout.agreement:.2f} %",
+            f"{layout.worst:.1e}",
+            _flips(layout),
+            "ok" if layout.ok else "DIFFERS",
+        )
+    out.print(table)
+    for layout in report.layouts:
+        if layout.failure:
+            out.print(f"{layout.layout}: {layout.failure}")
+    for name, why in report.skipped.items():
+        out.print(f"not run: {name}: {why}")
+    for note in resolved.notes:
+        out.print(f"note: {note}")
+
+
+def _flips(layout: LayoutReport) -> str:
+    if not layout.flips:
+        return "0"
+    return f"{len(layout.flips)} (margin <= {max(flip.margin for flip in layout.flips):.1e})"

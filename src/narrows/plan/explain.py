@@ -1,0 +1,230 @@
+"""Says in words what a plan does and where it differs from another: totals side by side, and why `auto` is what it is.
+
+Knows plans and nothing else: every word comes from the steps, their layouts, rows and prices. It has no text for any
+named layout, and it prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from narrows.arch.stages import PriceClass, StageKind
+from narrows.layout import Layout, Mesh, MoveKind
+from narrows.plan.plan import Plan, Segment, Step
+
+__all__ = ["Comparison", "compare", "describe", "layout_words", "main_segment", "move_words", "why"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Predicted seconds of plans side by side: one entry per plan, in the order of ``names``, in every tuple.
+
+    ``ratios`` are totals divided by the smallest one.
+    """
+
+    names: tuple[str, ...]
+    seconds: dict[PriceClass, tuple[float, ...]]
+    totals: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+
+def compare(plans: Sequence[Plan]) -> Comparison:
+    """The totals of ``plans`` by price class, in the order of :class:`PriceClass`."""
+    totals = [plan.totals() for plan in plans]
+    best = min(plan.ps for plan in plans)
+    return Comparison(
+        names=tuple(plan.layout_name for plan in plans),
+        seconds={price_class: tuple(total[price_class] for total in totals) for price_class in PriceClass},
+        totals=tuple(plan.seconds for plan in plans),
+        ratios=tuple(plan.ps / best if best else 1.0 for plan in plans),
+    )
+
+
+# -- words for parts of a plan -------------------------------------------------------------------------------------------
+
+
+def layout_words(mesh: Mesh, layout: Layout) -> str:
+    """FULL, GROUP or SCATTERED, or the placements of a layout that has no such title."""
+    return layout.title(mesh) or str(layout)
+
+
+def fields_words(fields: tuple[str, ...]) -> str:
+    """Names of fields as they are printed; those of the routing, which always go together, as one.
+
+    >>> fields_words(("hidden", "topk_ids", "topk_weights"))
+    'hidden, topk'
+    """
+    return ", ".join(dict.fromkeys("topk" if name.startswith("topk_") else name for name in fields))
+
+
+def move_words(step: Step) -> str:
+    """A move as a few words: what it is, over which axes if there are several, and of what if ``hidden`` is not in it."""
+    assert step.move is not None
+    words = step.move.kind.value.replace("_", "-")
+    if sum(size > 1 for size in step.move.mesh.sizes) > 1:
+        words += f" over {step.move.axes}"
+    return words if "hidden" in step.reads else f"{words} of {fields_words(step.reads)}"
+
+
+def main_segment(plan: Plan) -> Segment:
+    """The segment that runs in most layers."""
+    return max(plan.segments, key=lambda segment: len(segment.layers))
+
+
+def describe(plan: Plan) -> str:
+    """How rows travel in most layers: the moves into each stage whose weights are sharded, such as
+    ``reduce-scatter + all-gather of qkv_latent into attention; all-reduce into experts``."""
+    by_target = _moves_by_target(main_segment(plan).steps)
+    return "; ".join(f"{_moves_words(moves) or 'no move'} into {target}" for target, moves in by_target.items())
+
+
+def _moves_by_target(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """Moves that cost something by the sharded stage that they lead to: a boundary may be crossed in several steps."""
+    by_target: dict[str, list[Step]] = {}
+    moves: list[Step] = []
+    for step in steps:
+        if step.move is not None:
+            moves.append(step)
+        elif _is_target(step):
+            by_target[step.name] = [move for move in moves if not _is_free(move)]
+            moves = []
+    return by_target
+
+
+def _is_target(step: Step) -> bool:
+    return step.stage is not None and step.stage.kind is StageKind.SHARDED and not step.leaves.holds_columns
+
+
+def _is_free(step: Step) -> bool:
+    return step.move is not None and step.move.kind is MoveKind.SLICE
+
+
+def _moves_words(steps: Sequence[Step]) -> str:
+    return " + ".join(move_words(step) for step in steps)
+
+
+# -- why -----------------------------------------------------------------------------------------------------------------
+
+_WORTH_A_CLAUSE = 0.03
+"""Share of all differences, added up without their signs, below which a price class is not mentioned."""
+_WORTH_A_CAUSE = 0.1
+"""Share of the differences within a class below which a cause is not mentioned."""
+
+
+def why(auto: Plan, other: Plan) -> str:
+    """Where ``other`` costs more than ``auto`` and where less, and which stages and moves make it so.
+
+    One sentence, such as ``attn-tp-input-scattered costs 2.4 % more (+42.2 ms): router at FULL (32768 rows of the
+    largest rank) instead of SCATTERED (4096) (+44.8 ms); communication -38.0 ms (...)``. Both are plans of one step.
+    """
+    name, more = other.layout_name, other.ps - auto.ps
+    if more == 0 and auto.signature() == other.signature():
+        return f"{auto.layout_name} is {name}: the same steps at the same cost"
+    if more == 0:
+        return f"{name} costs the same as {auto.layout_name}, by other steps"
+    percent = 100 * abs(more) / auto.ps
+    head = f"{name} costs {percent:.1f} % {'more' if more > 0 else 'less'} ({_ms(more)})"
+    clauses = _clauses(auto, other)
+    return f"{head}: {'; '.join(clauses)}" if clauses else head
+
+
+def _clauses(auto: Plan, other: Plan) -> list[str]:
+    """One clause per price class that matters: those where ``other`` costs more first, the largest first."""
+    causes = _causes(auto, other)
+    totals = {price_class: sum(by_words.values()) for price_class, by_words in causes.items()}
+    everything = sum(abs(ps) for ps in totals.values())
+    clauses, told_rows = [], False
+    for price_class, total in sorted(totals.items(), key=lambda item: -item[1]):
+        if abs(total) < _WORTH_A_CLAUSE * everything or total == 0:
+            continue
+        by_words = causes[price_class]
+        size = sum(abs(ps) for ps in by_words.values())
+        told = {words: ps for words, ps in by_words.items() if abs(ps) >= _WORTH_A_CAUSE * size}
+        ordered = sorted(told.items(), key=lambda item: -abs(item[1]))
+        if len(by_words) == 1:
+            text = f"{ordered[0][0]} ({_ms(total)})"
+        else:
+            text = f"{price_class} {_ms(total)} ({', '.join(f'{words} {_ms(ps)}' for words, ps in ordered)})"
+        if not told_rows and " rows" in text:
+            text, told_rows = text.replace(" rows", " rows of the largest rank", 1), True
+        clauses.append(text)
+    return clauses
+
+
+def _causes(auto: Plan, other: Plan) -> dict[PriceClass, dict[str, int]]:
+    """Picoseconds that ``other`` costs more, by price class and by words for what differs, over all layers."""
+    ours, theirs = _by_place(auto), _by_place(other)
+    causes: dict[PriceClass, dict[str, int]] = {}
+    for place in {**theirs, **ours}:
+        mine, its = ours.get(place, []), theirs.get(place, [])
+        more = sum(step.ps for step in its) - sum(step.ps for step in mine)
+        if more:
+            _, price_class, target = place
+            words = _difference(auto.mesh, mine, its, target)
+            by_words = causes.setdefault(price_class, {})
+            by_words[words] = by_words.get(words, 0) + more
+    return causes
+
+
+Place = tuple[int | None, PriceClass, str]
+"""Layer, price class, and the stage that a step is, or that it leads to."""
+
+
+def _by_place(plan: Plan) -> dict[Place, list[Step]]:
+    places: dict[Place, list[Step]] = {}
+    for segment in plan.segments:
+        for layer in segment.layers or (None,):
+            waiting: list[Step] = []
+            for step in segment.steps:
+                if step.move is not None:
+                    waiting.append(step)
+                    continue
+                places.setdefault((layer, step.price_class, step.boundary), []).append(step)
+                if _is_target(step):
+                    places.setdefault((layer, PriceClass.COMMUNICATION, step.name), []).extend(waiting)
+                    waiting = []
+    return places
+
+
+def _difference(mesh: Mesh, mine: Sequence[Step], its: Sequence[Step], target: str) -> str:
+    """What the other plan does at a place, and what auto does instead."""
+    some = (its or mine)[0]
+    if some.stage is None:
+        there = _moves_words([step for step in mine if step.move and not _is_free(step)])
+        here = _moves_words([step for step in its if step.move and not _is_free(step)])
+        if some.move is None:
+            here, there = (_added(steps) for steps in (its, mine))
+        if not here or not there:
+            return f"{'with' if here else 'without'} {here or there} into {target}"
+        if here == there:
+            return f"{here} into {target} of {_megabytes(its)} instead of {_megabytes(mine)}"
+        return f"{here} instead of {there} into {target}"
+    if not mine or not its:
+        return f"{some.name}, which auto does not run" if its else f"no {some.name}, which auto runs"
+    its_step, my_step = its[0], mine[0]
+    if its_step.rows != my_step.rows:
+        at, instead = layout_words(mesh, its_step.layout), layout_words(mesh, my_step.layout)
+        if at == instead:
+            return f"{some.name} on {its_step.rows} rows instead of {my_step.rows}"
+        return f"{some.name} at {at} ({its_step.rows} rows) instead of {instead} ({my_step.rows})"
+    if its_step.fused != my_step.fused:
+        return f"{some.name} {'with' if its_step.fused else 'without'} the add of the residual"
+    return f"{some.name} on equal rows, its weights in another form"
+
+
+def _added(steps: Sequence[Step]) -> str:
+    return " + ".join(f"{step.name.replace('_', ' ')} on {step.rows} rows" for step in steps)
+
+
+def _megabytes(steps: Sequence[Step]) -> str:
+    return f"{sum(step.nbytes for step in steps) / 1e6:.3g} MB"
+
+
+def _ms(ps: int) -> str:
+    """A difference in milliseconds, signed, in microseconds where it is small.
+
+    >>> _ms(42_200_000_000), _ms(-950_000)
+    ('+42.2 ms', '-0.95 us')
+    """
+    return f"{ps / 1e9:+.1f} ms" if abs(ps) >= 10**9 else f"{ps / 1e6:+.3g} us"
