@@ -335,6 +335,28 @@ def test_time_is_for_coming_not_for_the_work() -> None:
     assert results == [7, 7]
 
 
+def test_an_error_in_the_work_is_known_before_anyone_is_let_go() -> None:
+    commons = Commons(Mesh.of(dp=1, tp=2), checked=False, timeout_s=5)
+    stamp = Stamp(0, "all_reduce", "broken", 2)
+    raised: list[BaseException] = []
+
+    def work(stamps: list[Stamp], brought: list[int]) -> list[int]:
+        raise ArithmeticError("nan")
+
+    def come(me: int) -> None:
+        try:
+            commons.meeting((0, 1)).meet(me, stamp, 0, work)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=come, args=(me,)) for me in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert {type(error) for error in raised} == {ArithmeticError, RankError}
+
+
 def test_no_rank_may_skip_a_collective_because_it_holds_no_rows() -> None:
     """All members come, whatever they hold; the one that skips is the one that is named."""
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from narrows.engine.config import LOAD_FORMATS, EngineConfig
 
-__all__ = ["add_engine_flags", "add_prompt_flags", "engine_options", "read_prompts"]
+__all__ = ["Subparsers", "add_engine_flags", "add_prompt_flags", "engine_options", "read_prompts"]
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Subparsers = object
 
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 

@@ -15,7 +15,7 @@ from narrows.comm.movers import assemble
 from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.worker import Worker
 from narrows.layout import Layout, RowSplit
-from narrows.models.deepseek import DeepseekLayer
+from narrows.models.moe import MoeLayer
 from narrows.plan.plan import Step, StepKind
 
 __all__ = ["Flip", "Recorder", "Spot"]
@@ -111,7 +111,7 @@ class Recorder:
         operation: Operation,
     ) -> Operation:
         routed = worker.model.layers[layer]
-        assert isinstance(routed, DeepseekLayer)
+        assert isinstance(routed, MoeLayer)
         rank, layout = worker.place.rank, step.layout
         ids, weights = writes
 

@@ -4,7 +4,7 @@ Knows one rank's heads, experts and latent cache. Sources of the numbers: DeepSe
 DeepSeek-V3 (2412.19437), and transformers' ``DeepseekV2ForCausalLM`` and ``DeepseekV3ForCausalLM``.
 
 Letters: T rows, H hidden_size, N this rank's heads, R kv_lora_rank, P qk_rope_head_dim, C = R + P, V v_head_dim,
-E experts, K num_experts_per_tok, S cache slots.
+S cache slots.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from narrows.arch.config import MLA, ModelConfig
-from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
-from narrows.ops.experts import experts_mlp
+from narrows.models.moe import MoeLayer
+from narrows.models.parts import Decoder, Loader, StepInputs
 from narrows.ops.linear import linear
 from narrows.ops.mla_attention import mla_attention
 from narrows.ops.paged import write_cache
 from narrows.ops.rms_norm import rms_norm
 from narrows.ops.rope import apply_rope, mla_softmax_scale
-from narrows.ops.route import Routing, route
-from narrows.ops.silu_mul import silu_mul
 
 __all__ = ["Deepseek", "DeepseekLayer"]
 
@@ -29,7 +27,7 @@ LATENT_EPS = 1e-6
 """The norms of the latents keep RMSNorm's default epsilon whatever ``rms_norm_eps`` says, as the reference does."""
 
 
-class DeepseekLayer(DecoderLayer):
+class DeepseekLayer(MoeLayer):
     """input_norm, qkv_a_proj, latent_norm, attention, post_attn_norm, then mlp or router, shared_expert, experts."""
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
@@ -50,20 +48,6 @@ class DeepseekLayer(DecoderLayer):
         self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope_scaling)
         place = load.place
         self.cache_SC = torch.zeros((place.num_slots, mla.latent_dim), dtype=place.dtype, device=place.device)
-        self.moe = config.moe if config.is_moe_layer(layer) else None
-        if self.moe is not None:
-            self.gate_EH = load(weights["gate"], torch.float32)
-            bias = weights.get("gate.e_score_correction_bias")
-            self.correction_bias_E = load(bias, torch.float32) if bias else None
-            self.experts_gate_up_EF2H, self.experts_down_EHF, self.first_expert = load.experts(weights)
-            self.shared_gate_up_F2H: Tensor | None = None
-            if self.moe.n_shared_experts:
-                shared = ("shared_experts.gate_proj", "shared_experts.up_proj")
-                self.shared_gate_up_F2H = load.stacked(weights, *shared)
-                self.shared_down_HF = load(weights["shared_experts.down_proj"])
-        self.adds_shared = self.moe is not None and place.forms.shared_expert == "sharded"
-
-    # -- into attention ----------------------------------------------------------------------------------------------
 
     def qkv_a_proj(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """Queries' latent, keys' and values' latent, and the shared rotary key, side by side (this rank's columns)."""
@@ -97,62 +81,6 @@ class DeepseekLayer(DecoderLayer):
             q_nope_TND, q_pe_TNP, self.cache_SC, step.rows, self.w_uk_NDR, self.w_uv_NVR, self.scale
         )
         return linear(attended, self.o_proj, out=out)
-
-    # -- into the experts --------------------------------------------------------------------------------------------
-
-    def route(self, hidden_TH: Tensor, forced_ids_TK: Tensor | None = None, *, with_margin: bool = False) -> Routing:
-        """Each row's experts and their weights. The reference multiplies in float32, so this does.
-
-        ``forced_ids_TK`` replays a choice made elsewhere; the weights are still this run's.
-        """
-        moe = self.moe
-        assert moe is not None
-        return route(
-            linear(hidden_TH.float(), self.gate_EH),
-            top_k=moe.num_experts_per_tok,
-            scoring=moe.scoring_func,
-            method=moe.topk_method,
-            num_groups=moe.n_group,
-            topk_group=moe.topk_group,
-            norm_topk_prob=moe.norm_topk_prob,
-            routed_scaling_factor=moe.routed_scaling_factor,
-            correction_bias_E=self.correction_bias_E,
-            forced_ids_TK=forced_ids_TK,
-            with_margin=with_margin,
-        )
-
-    def router(self, step: StepInputs, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """(topk_ids int32, topk_weights float32), as they travel."""
-        routing = self.route(hidden_TH)
-        return routing.topk_ids_TK.to(torch.int32), routing.topk_weights_TK
-
-    def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
-        """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
-        assert self.shared_gate_up_F2H is not None
-        return linear(silu_mul(linear(hidden_TH, self.shared_gate_up_F2H)), self.shared_down_HF)
-
-    def experts(
-        self,
-        step: StepInputs,
-        hidden_TH: Tensor,
-        topk_ids_TK: Tensor,
-        topk_weights_TK: Tensor,
-        *,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """The routed experts held here, and the shared ones where they are sharded: an addend of the world's sum."""
-        routed_TH = experts_mlp(
-            hidden_TH,
-            topk_ids_TK.to(torch.int64),
-            topk_weights_TK,
-            self.experts_gate_up_EF2H,
-            self.experts_down_EHF,
-            first_expert=self.first_expert,
-            out=out,
-        )
-        if self.adds_shared and self.shared_gate_up_F2H is not None:
-            routed_TH += self.shared_expert(step, hidden_TH)
-        return routed_TH
 
 
 class Deepseek(Decoder):

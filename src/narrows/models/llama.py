@@ -51,7 +51,8 @@ class LlamaLayer(DecoderLayer):
         """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""
         num_q, num_kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
         qkv_TND = linear(hidden_TH, self.qkv_proj, self.qkv_bias).unflatten(-1, (num_q + 2 * num_kv, dim))
-        qk_TND = apply_rope(qkv_TND[:, : num_q + num_kv], step.cos_TD2, step.sin_TD2, interleaved=False)
+        qk_TND = self.head_norm(qkv_TND[:, : num_q + num_kv])
+        qk_TND = apply_rope(qk_TND, step.cos_TD2, step.sin_TD2, interleaved=False)
         write_cache(self.k_cache_SKD, qk_TND[:, num_q:], step.rows.slots_T)
         write_cache(self.v_cache_SKD, qkv_TND[:, num_q + num_kv :], step.rows.slots_T)
         attended = gqa_attention(
@@ -59,11 +60,17 @@ class LlamaLayer(DecoderLayer):
         )
         return linear(attended, self.o_proj, self.o_bias_H, out=out)
 
+    def head_norm(self, qk_TND: Tensor) -> Tensor:
+        """What a family does to the heads of queries and keys before they are rotated; Llama nothing."""
+        return qk_TND
+
 
 class Llama(Decoder):
-    """A Llama on one rank."""
+    """A Llama on one rank; families that differ in their layers name another ``layer_class``."""
+
+    layer_class: type[LlamaLayer] = LlamaLayer
 
     def __init__(self, config: ModelConfig, load: Loader) -> None:
         assert isinstance(config.attention, GQA)
         super().__init__(config, load, rope_dim=config.attention.head_dim)
-        self.layers = [LlamaLayer(config, load, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = [self.layer_class(config, load, layer) for layer in range(config.num_hidden_layers)]

@@ -10,12 +10,20 @@ from narrows.errors import ConfigError
 from narrows.models.deepseek import Deepseek
 from narrows.models.llama import Llama
 from narrows.models.parts import Decoder, Loader, Place
+from narrows.models.qwen import Qwen2, Qwen3, Qwen3Moe
 from narrows.weights.source import WeightSource
 
 __all__ = ["EXECUTABLE", "build_model", "check_executable"]
 
 EXECUTABLE: Mapping[str, Callable[[ModelConfig, Loader], Decoder]] = MappingProxyType(
-    {"deepseek_v2": Deepseek, "deepseek_v3": Deepseek, "llama": Llama}
+    {
+        "deepseek_v2": Deepseek,
+        "deepseek_v3": Deepseek,
+        "llama": Llama,
+        "qwen2": Qwen2,
+        "qwen3": Qwen3,
+        "qwen3_moe": Qwen3Moe,
+    }
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -53,7 +54,7 @@ def row_ranges(best_at: Callable[[int], str], top: int) -> tuple[RowRange, ...]:
         split(middle, high)
 
     grid = [1 << power for power in range(top.bit_length()) if 1 << power < top] + [top]
-    for low, high in zip(grid, grid[1:], strict=False):
+    for low, high in pairwise(grid):
         split(low, high)
     ranges: list[RowRange] = []
     for first, end in zip(firsts, [*firsts[1:], top + 1], strict=True):
@@ -99,9 +100,7 @@ class Sweep:
         like = self.shape
         logit_rows = None if self.logit_rows is None else min(self.logit_rows, rows)
         groups = spread(rows, like.group_rows)
-        return StepShape.of(
-            like.rows.mesh, groups, phase=like.phase, context=like.context, logit_rows=logit_rows
-        )
+        return StepShape.of(like.rows.mesh, groups, phase=like.phase, context=like.context, logit_rows=logit_rows)
 
     def named(self, planner: Planner, names: Sequence[str]) -> tuple[RowRange, ...]:
         """Which of the layouts ``names`` is cheapest; of equals the one named first.

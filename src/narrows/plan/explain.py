@@ -11,9 +11,20 @@ from dataclasses import dataclass
 
 from narrows.arch.stages import PriceClass, StageKind
 from narrows.layout import Layout, Mesh, MoveKind
-from narrows.plan.plan import Plan, Segment, Step
+from narrows.plan.plan import Plan, Segment, Step, StepKind
 
-__all__ = ["Comparison", "compare", "describe", "layout_words", "main_segment", "move_words", "why"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "describe",
+    "fields_words",
+    "layout_words",
+    "main_segment",
+    "move_words",
+    "segment_difference",
+    "step_words",
+    "why",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +52,7 @@ def compare(plans: Sequence[Plan]) -> Comparison:
     )
 
 
-# -- words for parts of a plan -------------------------------------------------------------------------------------------
+# -- words for parts of a plan -----------------------------------------------------------------------------------------
 
 
 def layout_words(mesh: Mesh, layout: Layout) -> str:
@@ -59,7 +70,7 @@ def fields_words(fields: tuple[str, ...]) -> str:
 
 
 def move_words(step: Step) -> str:
-    """A move as a few words: what it is, over which axes if there are several, and of what if ``hidden`` is not in it."""
+    """A move in a few words: what it is, over which axes if there are several, and of what unless of ``hidden``."""
     assert step.move is not None
     words = step.move.kind.value.replace("_", "-")
     if sum(size > 1 for size in step.move.mesh.sizes) > 1:
@@ -104,12 +115,38 @@ def _moves_words(steps: Sequence[Step]) -> str:
     return " + ".join(move_words(step) for step in steps)
 
 
-# -- why -----------------------------------------------------------------------------------------------------------------
+def step_words(mesh: Mesh, step: Step) -> str:
+    """A step as a few words, for saying how one layer differs from another."""
+    if step.move is not None:
+        return f"{move_words(step)} ({fields_words(step.reads)}) to {layout_words(mesh, step.leaves)}"
+    at = layout_words(mesh, step.layout)
+    if step.kind is StepKind.STAGE:
+        return f"{step.name} of {fields_words(step.reads)} at {at}"
+    return f"{step.name} before {step.boundary} at {at}"
+
+
+def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
+    """How the steps of ``odd`` differ from those of ``usual``."""
+
+    def what(step: Step) -> tuple[object, ...]:
+        return step.kind, step.name, step.boundary, step.reads, step.reads_at, step.writes_at, step.row_set
+
+    here, there = {what(step): step for step in odd.steps}, {what(step): step for step in usual.steps}
+    changes = [f"without {step_words(mesh, there[key])}" for key in there if key not in here]
+    changes += [f"with {step_words(mesh, here[key])}" for key in here if key not in there]
+    return "; ".join(changes)
+
+
+# -- why ---------------------------------------------------------------------------------------------------------------
 
 _WORTH_A_CLAUSE = 0.03
 """Share of all differences, added up without their signs, below which a price class is not mentioned."""
+_MOST_CAUSES = 2
+"""Causes told per price class, the largest ones."""
 _WORTH_A_CAUSE = 0.1
 """Share of the differences within a class below which a cause is not mentioned."""
+_SAME = 0.05
+"""A cause this near its class's difference is told as the whole of it."""
 
 
 def why(auto: Plan, other: Plan) -> str:
@@ -141,8 +178,8 @@ def _clauses(auto: Plan, other: Plan) -> list[str]:
         by_words = causes[price_class]
         size = sum(abs(ps) for ps in by_words.values())
         told = {words: ps for words, ps in by_words.items() if abs(ps) >= _WORTH_A_CAUSE * size}
-        ordered = sorted(told.items(), key=lambda item: -abs(item[1]))
-        if len(by_words) == 1:
+        ordered = sorted(told.items(), key=lambda item: -abs(item[1]))[:_MOST_CAUSES]
+        if len(ordered) == 1 and abs(ordered[0][1] - total) <= _SAME * abs(total):
             text = f"{ordered[0][0]} ({_ms(total)})"
         else:
             text = f"{price_class} {_ms(total)} ({', '.join(f'{words} {_ms(ps)}' for words, ps in ordered)})"
@@ -193,13 +230,14 @@ def _difference(mesh: Mesh, mine: Sequence[Step], its: Sequence[Step], target: s
     if some.stage is None:
         there = _moves_words([step for step in mine if step.move and not _is_free(step)])
         here = _moves_words([step for step in its if step.move and not _is_free(step)])
+        where = f"into {target}"
         if some.move is None:
-            here, there = (_added(steps) for steps in (its, mine))
+            here, there, where = _added(its), _added(mine), f"before {target}"
         if not here or not there:
-            return f"{'with' if here else 'without'} {here or there} into {target}"
+            return f"{'with' if here else 'without'} {here or there} {where}"
         if here == there:
-            return f"{here} into {target} of {_megabytes(its)} instead of {_megabytes(mine)}"
-        return f"{here} instead of {there} into {target}"
+            return f"{here} {where}, {_megabytes(its)} instead of {_megabytes(mine)}"
+        return f"{here} instead of {there} {where}"
     if not mine or not its:
         return f"{some.name}, which auto does not run" if its else f"no {some.name}, which auto runs"
     its_step, my_step = its[0], mine[0]

@@ -1,8 +1,8 @@
 """The graph that the search walks: every legal next step from every state, for one chain, mesh and named layout.
 
 Knows which moves, adds and selections may come before a stage and at which layouts the stage may run; knows no price,
-so one graph serves every shape of step. A node is (a stage that is yet to run, the layout of each live field, which rows
-are held); its edges stay before the same stage, its run leads past it. Nodes are made when a search first asks.
+so one graph serves every shape of step. A node is (a stage that is yet to run, the layout of each live field, which
+rows are held); its edges stay before the same stage, its run leads past it. Nodes are made when a search first asks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROW_SETS = (RowSet.ALL, RowSet.LOGITS)
 
 
 class Prices(Protocol):
-    """What a search asks of `cost`. A price does not depend on the stage that a move, an add or a selection prepares."""
+    """What a search asks of `cost`. What a move, an add or a selection costs does not depend on the stage after it."""
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
@@ -42,7 +42,7 @@ Edge = tuple[int, Step]
 
 
 class Node:
-    """A state before a stage. ``edges`` lead to other states before it, ``run`` to the state after it, if it can run."""
+    """A state before a stage. ``edges`` lead to other states before it, ``run`` to the one after it, if it can run."""
 
     __slots__ = ("edges", "run", "state")
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 from narrows.arch.stages import Stage, StageKind
 from narrows.cost.stage import StepPrice
@@ -24,8 +26,8 @@ from narrows.plan.plan import Segment, Step
 __all__ = ["Search"]
 
 _PS = 1 << 20
-"""Weight of a picosecond, where a step weighs 1 besides its price: of two paths with equal cost the one with fewer steps
-is lighter. No plan has a million steps."""
+"""Weight of a picosecond, where a step weighs 1 besides its price: of two paths with equal cost the one with fewer
+steps is lighter. No plan has a million steps."""
 
 
 @dataclass(slots=True)
@@ -90,7 +92,7 @@ class Search:
 
         frontier = _extend({self.graph.start(): _ROOT}, lambda entry: self._through(entry, (chain.prologue,)))
         for type_index in chain.layers:
-            frontier = _extend(frontier, lambda entry, t=type_index: layer_table(t, entry))  # type: ignore[misc]
+            frontier = _extend(frontier, partial(layer_table, type_index))
         frontier = _extend(frontier, lambda entry: self._through(entry, (chain.epilogue,)))
         if not frontier:
             self.solve_plainly()  # says which stage cannot be reached
@@ -109,7 +111,8 @@ class Search:
         for stage in (*stages, *self.chain.epilogue):
             frontier = self._advance(frontier, stage)
             if not frontier:
-                raise PlanError(f"layout {self.graph.rules.name} leaves no way to run {stage.name} on {self.graph.mesh}")
+                rules, mesh = self.graph.rules, self.graph.mesh
+                raise PlanError(f"layout {rules.name} leaves no way to run {stage.name} on {mesh}")
         return divmod(min(path.weight for path in frontier.values()), _PS)
 
     def _segments(self, path: _Path) -> tuple[Segment, ...]:
@@ -144,11 +147,11 @@ class Search:
         """From one state to every state after ``blocks``; empty if the rules leave no way."""
         frontier: Frontier = {entry: _ROOT}
         for block in blocks:
-            names = tuple(stage.name for stage in block)
-            frontier = _extend(frontier, lambda state, b=block, n=names: self._block(b, n, state))  # type: ignore[misc]
+            frontier = _extend(frontier, partial(self._block, block))
         return frontier
 
-    def _block(self, block: tuple[Stage, ...], names: tuple[str, ...], entry: State) -> Frontier:
+    def _block(self, block: tuple[Stage, ...], entry: State) -> Frontier:
+        names = tuple(stage.name for stage in block)
         table = self._tables.get((names, entry))
         if table is None:
             table = {entry: _ROOT}
@@ -210,5 +213,4 @@ def _extend(frontier: Frontier, table_of: Callable[[State], Frontier]) -> Fronti
 def _blocks(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], ...]:
     """``stages`` cut after each norm, where few states are possible."""
     cuts = [i + 1 for i, stage in enumerate(stages) if stage.kind is StageKind.NORM]
-    ends = sorted({*cuts, len(stages)})
-    return tuple(stages[start:end] for start, end in zip((0, *ends), ends, strict=False))
+    return tuple(stages[start:end] for start, end in pairwise(sorted({0, *cuts, len(stages)})))

@@ -1,0 +1,71 @@
+"""`narrows`: finds the subcommand, runs it, and turns errors into one line and an exit code.
+
+Knows the subcommands by name only, so that `narrows --help` imports none of them and `narrows plan` never imports
+torch. A subcommand is a module with ``add_parser(parser)``, which adds its flags, and ``run(args) -> int``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from narrows.errors import ConfigError, NarrowsError
+
+__all__ = ["main"]
+
+_COMMANDS = (
+    # name, module, what it does
+    ("plan", "narrows.cli.plan_command", "price the layouts of a model on a machine, and say which is best and why"),
+    ("generate", "narrows.cli.generate_command", "generate text from prompts over planned ranks"),
+    ("verify", "narrows.cli.verify_command", "compare every layout that applies with one rank, on the real weights"),
+    ("convert", "narrows.cli.convert_command", "make a checkpoint folder from a GGUF file, or the demo model"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of the command line are ConfigErrors: one line, without the usage, which --help has."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (by default the process's) and return its exit code.
+
+    0: done. 1: the command's own verdict. 2: the user asked for something that cannot be done; one line on stderr says
+    why. 130: interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except NarrowsError as error:
+        print(f"narrows: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("narrows: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`); what Python would still flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    asked = next((arg for arg in argv if not arg.startswith("-")), None)
+    command = None
+    for name, module, summary in _COMMANDS:
+        about = f"{summary.capitalize()}."
+        subparser = subparsers.add_parser(name, help=summary, description=about, allow_abbrev=False)
+        if name == asked:
+            command = import_module(module)
+            command.add_parser(subparser)
+    args = parser.parse_args(argv)
+    assert command is not None, f"{args.command} was parsed, but its module was not looked for"
+    code: int = command.run(args)
+    return code

@@ -1,0 +1,141 @@
+"""``narrows plan``: prices the layouts of a model on a mesh of devices, no checkpoint, no GPU and no torch needed.
+
+Parses and calls; `plan.report` computes and `cli.plan_tables` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from narrows.arch.presets import load_model_config
+from narrows.cli.plan_tables import print_report
+from narrows.cost.devices import Device, device
+from narrows.cost.stage import PHASES, StepShape
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, deal
+from narrows.plan.named import NAMED_LAYOUTS
+from narrows.plan.planner import DTYPES, Deployment
+from narrows.plan.report import make_report
+
+__all__ = ["add_parser", "run"]
+
+_SCATTERED = "attn-tp-input-scattered"
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows plan``."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a preset such as deepseek-v3, a checkpoint folder, or a config.json")
+    add("--device", required=True, metavar="NAME", help="what one rank is: h20, h100, h200, b200, a100, cpu-core ...")
+    add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
+    add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
+    add("--rows", type=int, required=True, metavar="N", help="tokens of the step, over all groups")
+    add("--group-rows", metavar="A,B,...", help="tokens of each group (default: spread evenly, larger groups first)")
+    add("--logit-rows", type=int, metavar="K", help="tokens whose logits are asked for (default: one per sequence)")
+    add("--phase", choices=PHASES, default="prefill", help="what the tokens are (default prefill)")
+    add("--context", type=int, default=4096, metavar="C", help="length of each sequence in tokens (default 4096)")
+    add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
+    add(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="L",
+        help=f"a layout to compare; repeat for several (default: all that apply); one of {', '.join(NAMED_LAYOUTS)}",
+    )
+    add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
+    add("--json", action="store_true", help="print one JSON document instead of tables")
+    add(f"--enable-{_SCATTERED}", dest="scattered", action="store_true", help=f"SGLang's switch: --layout {_SCATTERED}")
+    add(
+        "--enable-dp-attention",
+        dest="dp_attention",
+        action="store_true",
+        help="SGLang's switch: --tp counts all ranks, so '--tp 8 --dp 2' is the mesh dp 2 x tp 4",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``narrows plan``.
+
+    Raises:
+        ConfigError: anything that cannot be, with the numbers and what would work.
+    """
+    notes: list[str] = []
+    layouts = _layouts(args, notes)
+    mesh = _mesh(args, notes)
+    config = load_model_config(args.model)
+    hardware = device(args.device)
+    dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
+    deployment = Deployment(config=config, mesh=mesh, device=hardware, dtype=dtype, graph=not args.eager)
+    shape = StepShape.of(
+        mesh, _group_rows(args, mesh), phase=args.phase, context=args.context, logit_rows=args.logit_rows
+    )
+    if args.context > config.max_position_embeddings:
+        notes.append(
+            f"context {args.context} is beyond the {config.max_position_embeddings} positions of {config.name}"
+        )
+    report = make_report(deployment, shape, layouts, logit_rows=args.logit_rows, notes=notes)
+    if args.json:
+        print(json.dumps(report.document(), indent=2))
+    else:
+        print_report(report)
+    return 0
+
+
+def _layouts(args: argparse.Namespace, notes: list[str]) -> tuple[str, ...]:
+    """The layouts asked for by name, none for all."""
+    if not args.scattered:
+        return tuple(args.layout)
+    notes.append(f"--enable-{_SCATTERED} is the layout {_SCATTERED} here; auto finds it where it is the cheapest")
+    return (*args.layout, _SCATTERED) if args.layout else (*NAMED_LAYOUTS,)
+
+
+def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
+    if not args.dp_attention:
+        return Mesh.of(dp=args.dp, tp=args.tp)
+    if args.dp < 1 or args.tp < 1 or args.tp % args.dp:
+        works = ", ".join(str(dp) for dp in range(1, max(args.tp, 1) + 1) if args.tp % dp == 0)
+        raise ConfigError(
+            f"with --enable-dp-attention --tp counts all ranks, and {args.tp} ranks do not divide into --dp {args.dp} "
+            f"attention groups; --dp {works} would"
+        )
+    mesh = Mesh.of(dp=args.dp, tp=args.tp // args.dp)
+    notes.append(
+        f"--enable-dp-attention: --tp {args.tp} counts all ranks, so --dp {args.dp} makes this the mesh {mesh}"
+    )
+    return mesh
+
+
+def _default_dtype(model_type: str, hardware: Device, notes: list[str]) -> str:
+    """FP8 for the models whose checkpoints are published in it (V3, R1, Kimi-K2), on a device that has it."""
+    if model_type != "deepseek_v3":
+        dtype, because = "bf16", "no --dtype was given"
+    elif hardware.tflops_fp8 is None:
+        dtype, because = "bf16", f"{hardware.name} has no fp8"
+    else:
+        dtype, because = "fp8", "as the checkpoints of this model are published"
+    notes.append(f"dtype {dtype}: {because}")
+    return dtype
+
+
+def _group_rows(args: argparse.Namespace, mesh: Mesh) -> tuple[int, ...]:
+    if args.rows < 1:
+        raise ConfigError(f"--rows {args.rows}: a step has at least 1 row")
+    if args.group_rows is None:
+        return deal(args.rows, mesh.num_groups)
+    try:
+        rows = tuple(int(part) for part in args.group_rows.split(","))
+    except ValueError:
+        raise ConfigError(f"--group-rows {args.group_rows!r}: whole numbers with commas between are needed") from None
+    even = ",".join(str(n) for n in deal(args.rows, mesh.num_groups))
+    if len(rows) != mesh.num_groups:
+        raise ConfigError(
+            f"--group-rows has {len(rows)} counts, but {mesh} has {mesh.num_groups} attention groups; "
+            f"for example --group-rows {even}"
+        )
+    if min(rows) < 0 or sum(rows) != args.rows:
+        raise ConfigError(
+            f"--group-rows {args.group_rows} adds up to {sum(rows)}, where counts >= 0 are needed whose sum is "
+            f"--rows {args.rows}; for example {even}"
+        )
+    return rows

@@ -1,0 +1,214 @@
+"""Prints a plan report as tables that are read in one look, on a terminal or in a pipe, at most 120 columns wide.
+
+Knows a report and rich; computes nothing but units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from narrows.arch.forms import Forms
+from narrows.cli.console import console
+from narrows.cost.memory import MemoryUse
+from narrows.layout import Mesh
+from narrows.plan.crossovers import RowRange
+from narrows.plan.explain import compare, fields_words, layout_words, segment_difference
+from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.report import PlanReport
+
+__all__ = ["print_report"]
+
+_WIDTH = 120
+_LEGEND = "prices: m measured, i interpolated, s scaled from another device, size or shape, r roofline"
+
+
+def print_report(report: PlanReport) -> None:
+    """Print everything that the report has to say on standard output."""
+    page = _Page(console())
+    _print_header(page, report)
+    page.put(_totals(report))
+    _print_plan(page, report.auto.plan)
+    page.bullets("Why auto (rows are those of the rank that has most)", report.why)
+    page.title("Cheapest of the named layouts, by rows of the step")
+    page.put(_ranges(report.best_named))
+    page.title("What auto does in most layers, by rows of the step")
+    page.put(_ranges(report.best_auto))
+    page.bullets("Memory per rank", _memory(report))
+    page.bullets("Layouts that do not apply", [f"{name}: {reason}" for name, reason in report.inapplicable.items()])
+    page.bullets("Notes", report.notes)
+
+
+class _Page:
+    """A console, and the few things that are put on it; nothing is wider than a page, or cut off."""
+
+    def __init__(self, on: Console) -> None:
+        self.on, self.width = on, min(on.width, _WIDTH)
+
+    def put(self, what: RenderableType) -> None:
+        self.on.print(what, width=self.width)
+
+    def title(self, title: str) -> None:
+        self.put("")
+        self.put(Text(title, "bold"))
+
+    def bullets(self, title: str, lines: Sequence[str]) -> None:
+        if not lines:
+            return
+        self.title(title)
+        grid = Table.grid(padding=(0, 1))
+        for line in lines:
+            grid.add_row("-", Text(line))
+        self.put(grid)
+
+
+def _print_header(page: _Page, report: PlanReport) -> None:
+    deployment, shape = report.deployment, report.shape
+    mesh, published = deployment.mesh, Forms()
+    groups = f" ({' + '.join(str(n) for n in shape.group_rows)})" if mesh.num_groups > 1 else ""
+    launch = "from a CUDA graph" if deployment.graph else "eagerly"
+    page.put(
+        Text(f"{deployment.config.name} on {mesh}: {mesh.size} x {deployment.device.title}, {deployment.dtype}", "bold")
+    )
+    page.put(
+        f"one {shape.phase} step of {shape.rows.total} rows{groups}, context {shape.context}, "
+        f"logits of {shape.logits.total}, launched {launch}"
+    )
+    if report.auto.forms == published:
+        page.put(f"forms: {published}")
+    else:
+        page.put(f"forms of auto, chosen for this one step: {report.auto.forms}")
+        page.put(f"forms of the named layouts, as published: {published}")
+    page.put(_LEGEND)
+    page.put("")
+
+
+def _totals(report: PlanReport) -> Table:
+    entries = report.entries if report.auto in report.entries else (*report.entries, report.auto)
+    totals = compare([entry.plan for entry in entries])
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("ms per step")
+    for name in totals.names:
+        table.add_column(name, justify="right")
+    for price_class, seconds in totals.seconds.items():
+        if any(seconds):
+            table.add_row(str(price_class), *(f"{1e3 * s:.2f}" for s in seconds))
+    table.add_row("total", *(f"{1e3 * s:.2f}" for s in totals.totals), style="bold")
+    table.add_row("against the best", *(f"x {ratio:.3f}" for ratio in totals.ratios))
+    if not all(entry.memory.fits for entry in entries):
+        table.add_row("memory", *("fits" if entry.memory.fits else "does not fit" for entry in entries))
+    return table
+
+
+# -- the plan, step by step --------------------------------------------------------------------------------------------
+
+
+def _print_plan(page: _Page, plan: Plan) -> None:
+    """Each kind of layer once, as most of its layers run it; layers that differ in a few steps in one line."""
+    page.title(f"The plan {plan.layout_name}, step by step ({plan.num_steps} steps in all)")
+    usual: dict[str, Segment] = {}
+    for segment in plan.segments:
+        if segment.name not in usual or segment.times > usual[segment.name].times:
+            usual[segment.name] = segment
+    table = _step_table(header=True)
+    for segment in plan.segments:
+        if segment is usual[segment.name]:
+            page.put(table)
+            page.put(Text(_segment_title(segment), "bold"))
+            table = _step_table(header=False)
+            for step in segment.steps:
+                table.add_row(*_step(plan.mesh, step, segment.times))
+            page.put(table)
+            table = _step_table(header=False)
+        else:
+            changes = segment_difference(plan.mesh, usual[segment.name], segment)
+            like = f"{_segment_name(segment)}: as the other {segment.name} layers, but {changes}"
+            page.put(Padding(Text(like), (0, 0, 0, 2)))
+
+
+def _segment_name(segment: Segment) -> str:
+    if not segment.layers:
+        return f"{segment.name} the layers"
+    first, last = segment.layers[0], segment.layers[-1]
+    return f"{segment.name} layer {first}" if first == last else f"{segment.name} layers {first}-{last}"
+
+
+def _segment_title(segment: Segment) -> str:
+    each = sum(step.ps for step in segment.steps) / 1e9
+    times = f"{segment.times} x " if segment.times > 1 else ""
+    return f"{_segment_name(segment)}: {times}{each:.2f} ms"
+
+
+def _step_table(*, header: bool) -> Table:
+    """Fixed widths, so that the tables of all segments line up."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=header)
+    for title, width in (("step", 25), ("before", 14), ("fields", 17), ("layout", 18)):
+        table.add_column(title, min_width=width)
+    for title, width in (("rows", 6), ("MB", 7), ("us", 8), ("ms, all", 7)):
+        table.add_column(title, min_width=width, justify="right")
+    table.add_column("", min_width=1)
+    return table
+
+
+def _step(mesh: Mesh, step: Step, times: int) -> tuple[str, ...]:
+    reads, leaves = layout_words(mesh, step.layout), layout_words(mesh, step.leaves)
+    name, before = step.name, "" if step.kind is StepKind.STAGE else step.boundary
+    if step.move is not None:
+        name = f"{name.replace('_', '-')} {step.move.axes}"
+    return (
+        f"> {name}" if before else name,
+        before,
+        fields_words(step.reads),
+        reads if reads == leaves else f"{reads} -> {leaves}",
+        str(step.rows),
+        _amount(step.nbytes / 1e6),
+        f"{step.ps / 1e6:.1f}",
+        f"{step.ps * times / 1e9:.2f}",
+        step.source.label[0],
+    )
+
+
+def _amount(value: float) -> str:
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
+
+
+# -- crossovers and memory ---------------------------------------------------------------------------------------------
+
+
+def _ranges(ranges: Sequence[RowRange]) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right")
+    grid.add_column()
+    grid.add_column(justify="right")
+    for found in ranges:
+        grid.add_row(f"  {found.first}", "to", str(found.last), Text(f" {found.best}"))
+    return grid
+
+
+def _memory(report: PlanReport) -> list[str]:
+    """One line per set of forms that the plans of the report have."""
+    lines: dict[str, str] = {}
+    auto, published = report.auto, Forms()
+    for entry in (*report.entries, auto):
+        whose = "published forms" if entry.forms == published else "forms of auto"
+        lines[whose] = f"{whose}: {_fit(entry.memory, report.shape.kv_tokens)}"
+    return list(lines.values())
+
+
+def _fit(memory: MemoryUse, step_tokens: int) -> str:
+    has = f"the device has {memory.device / 1e9:.1f} GB ({memory.usable / 1e9:.1f} GB usable)"
+    if not memory.fits:
+        return f"does not fit: needs {memory.weights / 1e9:.1f} GB for weights, {has}"
+    line = (
+        f"weights {memory.weights / 1e9:.1f} GB, KV cache {memory.kv_per_token} bytes per token; {has}, so "
+        f"{memory.context_tokens} tokens of context fit per attention group"
+    )
+    if not memory.holds(step_tokens):
+        line += f", not the {step_tokens} of this step"
+    return line

@@ -1,0 +1,94 @@
+"""The stages of a layer with routed experts, the same in every family that has them: router, shared_expert, experts.
+
+Knows one rank's experts (or its share of each) and the routing rule of the config. Not which rank sees which rows.
+
+Letters: T rows, H hidden_size, E experts, K num_experts_per_tok, F intermediate columns held here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from narrows.arch.config import ModelConfig
+from narrows.models.parts import DecoderLayer, Loader, StepInputs
+from narrows.ops.experts import experts_mlp
+from narrows.ops.linear import linear
+from narrows.ops.route import Routing, route
+from narrows.ops.silu_mul import silu_mul
+
+__all__ = ["MoeLayer"]
+
+
+class MoeLayer(DecoderLayer):
+    """A decoder layer that may have routed experts: ``first_k_dense_replace`` layers have an MLP instead."""
+
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        super().__init__(config, load, layer)
+        weights = self.weights
+        self.moe = config.moe if config.is_moe_layer(layer) else None
+        self.adds_shared = False
+        if self.moe is None:
+            return
+        self.gate_EH = load(weights["gate"], torch.float32)
+        bias = weights.get("gate.e_score_correction_bias")
+        self.correction_bias_E = load(bias, torch.float32) if bias else None
+        self.experts_gate_up_EF2H, self.experts_down_EHF, self.first_expert = load.experts(weights)
+        if self.moe.n_shared_experts:
+            shared = ("shared_experts.gate_proj", "shared_experts.up_proj")
+            self.shared_gate_up_F2H = load.stacked(weights, *shared)
+            self.shared_down_HF = load(weights["shared_experts.down_proj"])
+            self.adds_shared = load.place.forms.shared_expert == "sharded"
+
+    def route(self, hidden_TH: Tensor, forced_ids_TK: Tensor | None = None, *, with_margin: bool = False) -> Routing:
+        """Each row's experts and their weights. The reference multiplies in float32, so this does.
+
+        ``forced_ids_TK`` replays a choice made elsewhere; the weights are still this run's.
+        """
+        moe = self.moe
+        assert moe is not None
+        return route(
+            linear(hidden_TH.float(), self.gate_EH),
+            top_k=moe.num_experts_per_tok,
+            scoring=moe.scoring_func,
+            method=moe.topk_method,
+            num_groups=moe.n_group,
+            topk_group=moe.topk_group,
+            norm_topk_prob=moe.norm_topk_prob,
+            routed_scaling_factor=moe.routed_scaling_factor,
+            correction_bias_E=self.correction_bias_E,
+            forced_ids_TK=forced_ids_TK,
+            with_margin=with_margin,
+        )
+
+    def router(self, step: StepInputs, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """(topk_ids int32, topk_weights float32), as they travel."""
+        routing = self.route(hidden_TH)
+        return routing.topk_ids_TK.to(torch.int32), routing.topk_weights_TK
+
+    def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
+        """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
+        return linear(silu_mul(linear(hidden_TH, self.shared_gate_up_F2H)), self.shared_down_HF)
+
+    def experts(
+        self,
+        step: StepInputs,
+        hidden_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The routed experts held here, and the shared ones where they are sharded: an addend of the world's sum."""
+        routed_TH = experts_mlp(
+            hidden_TH,
+            topk_ids_TK.to(torch.int64),
+            topk_weights_TK,
+            self.experts_gate_up_EF2H,
+            self.experts_down_EHF,
+            first_expert=self.first_expert,
+            out=out,
+        )
+        if self.adds_shared:
+            routed_TH += self.shared_expert(step, hidden_TH)
+        return routed_TH

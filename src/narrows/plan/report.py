@@ -1,0 +1,185 @@
+"""A report on one step of a deployment: its plans under several layouts, why `auto` is what it is, and what it needs.
+
+Knows planners and their words; prints nothing. :meth:`PlanReport.document` is the same as plain data, for JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from narrows.arch.forms import Forms
+from narrows.cost.memory import MemoryUse
+from narrows.cost.stage import StepShape
+from narrows.plan.crossovers import RowRange, Sweep
+from narrows.plan.explain import why
+from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
+from narrows.plan.plan import Plan
+from narrows.plan.planner import Deployment, Planner, choose_forms
+
+__all__ = ["Entry", "PlanReport", "make_report"]
+
+_SWEEP_TOP = {"prefill": 65536, "decode": 4096}
+"""Row counts up to which the best layout is told, unless the step itself is larger."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One plan with the forms it holds weights in, and what those need."""
+
+    plan: Plan
+    forms: Forms
+    memory: MemoryUse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """``entries`` are the plans asked for, in that order; ``auto`` is there whether it was asked for or not.
+
+    ``inapplicable`` has the reason for each named layout that was not asked for by name and cannot apply.
+    ``best_named`` and ``best_auto`` say what is best at how many rows.
+    """
+
+    deployment: Deployment
+    shape: StepShape
+    entries: tuple[Entry, ...]
+    auto: Entry
+    inapplicable: Mapping[str, str]
+    why: tuple[str, ...]
+    best_named: tuple[RowRange, ...]
+    best_auto: tuple[RowRange, ...]
+    notes: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The report as one JSON-ready document; times are milliseconds and microseconds, sizes GB (1e9) and bytes."""
+        deployment, shape = self.deployment, self.shape
+        mesh = deployment.mesh
+        return {
+            "model": deployment.config.name,
+            "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
+            "device": deployment.device.name,
+            "dtype": deployment.dtype,
+            "graph": deployment.graph,
+            "shape": {
+                "phase": shape.phase,
+                "rows": shape.rows.total,
+                "group_rows": list(shape.group_rows),
+                "logit_rows": shape.logits.total,
+                "context": shape.context,
+            },
+            "layouts": [self._entry(entry) for entry in self.entries],
+            "inapplicable": dict(self.inapplicable),
+            "why": list(self.why),
+            "crossovers": {
+                "named": [asdict(found) for found in self.best_named],
+                "auto": [asdict(found) for found in self.best_auto],
+            },
+            "notes": list(self.notes),
+        }
+
+    def _entry(self, entry: Entry) -> dict[str, Any]:
+        plan, memory = entry.plan, entry.memory
+        totals = {str(price_class): _round(seconds * 1e3) for price_class, seconds in plan.totals().items()}
+        total = _round(plan.seconds * 1e3)
+        return {
+            "name": plan.layout_name,
+            "forms": asdict(entry.forms),
+            "total_ms": total,
+            "totals_ms": totals | {"total": total},
+            "memory": {
+                "weights_gb": _round(memory.weights / 1e9),
+                "device_gb": _round(memory.device / 1e9),
+                "usable_gb": _round(memory.usable / 1e9),
+                "fits": memory.fits,
+                "kv_bytes_per_token": memory.kv_per_token,
+                "context_tokens_per_group": memory.context_tokens,
+                "step_kv_tokens": self.shape.kv_tokens,
+                "holds_step": memory.holds(self.shape.kv_tokens),
+            },
+            "steps": [
+                {
+                    "segment": segment.name,
+                    "layers": list(segment.layers),
+                    "times": segment.times,
+                    "kind": str(step.kind),
+                    "name": step.name,
+                    "boundary": step.boundary,
+                    "class": str(step.price_class),
+                    "reads": list(step.reads),
+                    "reads_at": [str(layout) for layout in step.reads_at],
+                    "writes": list(step.writes),
+                    "writes_at": [str(layout) for layout in step.writes_at],
+                    "layout": step.layout.title(plan.mesh) or str(step.layout),
+                    "axes": step.move.axes if step.move is not None else "",
+                    "rows": step.rows,
+                    "bytes": step.nbytes,
+                    "us": _round(step.ps / 1e6),
+                    "source": step.source.label,
+                }
+                for segment in plan.segments
+                for step in segment.steps
+            ],
+        }
+
+
+def make_report(
+    deployment: Deployment,
+    shape: StepShape,
+    layouts: Sequence[str] = (),
+    *,
+    logit_rows: int | None = None,
+    notes: Sequence[str] = (),
+) -> PlanReport:
+    """Plan one step under ``layouts``, or under all that apply if none is named.
+
+    Named layouts hold weights in the published forms, `auto` in those that are best for this step among those that fit
+    memory. ``logit_rows`` is what ``shape`` was made with, for the steps of other sizes that it is compared with.
+
+    Raises:
+        ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
+    """
+    config, mesh = deployment.config, deployment.mesh
+    for name in layouts:
+        named_layout(name, config, mesh)
+    asked = tuple(dict.fromkeys(layouts)) or applicable_layouts(config, mesh)
+    forms = choose_forms(deployment, [(shape, 1.0)])
+    published = Planner(deployment, Forms())
+    planner = published if forms == published.forms else Planner(deployment, forms)
+
+    def entry(name: str, by: Planner) -> Entry:
+        return Entry(plan=by.plan(shape, name), forms=by.forms, memory=deployment.memory(by.forms))
+
+    auto = entry("auto", planner)
+    entries = tuple(auto if name == "auto" else entry(name, published) for name in asked)
+    named = tuple(name for name in asked if name != "auto")
+    others = [each.plan for each in entries if each is not auto]
+    if planner is not published:
+        others.append(replace(published.plan(shape), layout_name="auto with the published forms"))
+    sweep = Sweep(shape=shape, top=max(_SWEEP_TOP[shape.phase], 2 * shape.rows.total), logit_rows=logit_rows)
+    return PlanReport(
+        deployment=deployment,
+        shape=shape,
+        entries=entries,
+        auto=auto,
+        inapplicable={
+            name: reason for name in NAMED_LAYOUTS if name not in asked and (reason := inapplicable(name, config, mesh))
+        },
+        why=tuple(why(auto.plan, other) for other in others),
+        best_named=sweep.named(published, named or applicable_layouts(config, mesh)[:-1]),
+        best_auto=sweep.auto(planner),
+        notes=(*notes, *_room(auto, shape), *config.notes),
+    )
+
+
+def _room(auto: Entry, shape: StepShape) -> tuple[str, ...]:
+    if auto.memory.holds(shape.kv_tokens):
+        return ()
+    return (
+        f"no set of forms leaves room for the {shape.kv_tokens} tokens of KV cache per attention group that this step "
+        "needs, so auto has the published forms",
+    )
+
+
+def _round(value: float) -> float:
+    return round(value, 6)

@@ -1,0 +1,190 @@
+"""The scheduler against a simulated model: whatever arrives, ends early or is taken out, every output is the right one.
+
+The model's next token is a hash of all tokens before it, which it reads from a paged cache through the page tables of
+the batch, as a rank does. So a wrong page, a lost or doubled row, a reference to another sample, or a page given away
+too early gives another output than the plain loop over the prompt.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from narrows.sched.batch import Batch, sample_slot
+from narrows.sched.pages import num_pages_for
+from narrows.sched.scheduler import Limits, Request, Scheduler
+
+VOCAB = 13
+EOS = frozenset({0, 1})
+
+
+def next_token(tokens: tuple[int, ...]) -> int:
+    return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+def plain_loop(prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], str]:
+    tokens = prompt
+    for _ in range(max_tokens):
+        tokens += (next_token(tokens),)
+        if tokens[-1] in EOS:
+            return list(tokens[len(prompt) :]), "stop"
+    return list(tokens[len(prompt) :]), "length"
+
+
+class Ranks:
+    """What the ranks do, in ints: write each row's token to its slot, then read the context back by the pages."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.page_size = limits.page_size
+        self.cache: list[dict[int, int]] = [{} for _ in range(limits.num_groups)]
+        self.samples: tuple[int, ...] = ()
+
+    def run(self, batch: Batch) -> tuple[int, ...]:
+        sampled: list[int] = []
+        for cache, group in zip(self.cache, batch.groups, strict=True):
+            for chunk in group:
+                slots = [page * self.page_size + i for page in chunk.pages for i in range(self.page_size)]
+                for i, token in enumerate(chunk.tokens):
+                    cache[slots[chunk.start + i]] = self.samples[sample_slot(token)] if token < 0 else token
+                stop = chunk.start + len(chunk.tokens)
+                for end in range(stop - chunk.num_logits + 1, stop + 1):
+                    sampled.append(next_token(tuple(cache[slot] for slot in slots[:end])))
+        self.samples = tuple(sampled)
+        return self.samples
+
+
+class Serving(RuleBasedStateMachine):
+    """An engine whose host and ranks take their turns at random; at the end all requests are run out."""
+
+    @initialize(
+        num_groups=st.integers(1, 3),
+        rows_per_step=st.integers(1, 9),
+        requests_per_group=st.integers(1, 3),
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(2, 12),
+        max_context=st.integers(2, 24),
+    )
+    def begin(
+        self,
+        num_groups: int,
+        rows_per_step: int,
+        requests_per_group: int,
+        page_size: int,
+        num_pages: int,
+        max_context: int,
+    ) -> None:
+        self.limits = Limits(
+            num_groups=num_groups,
+            rows_per_step=rows_per_step,
+            requests_per_group=requests_per_group,
+            page_size=page_size,
+            pages_per_group=num_pages,
+            max_context=min(max_context, (num_pages - 1) * page_size + 1),
+        )
+        self.scheduler = Scheduler(self.limits)
+        self.ranks = Ranks(self.limits)
+        self.requests: list[Request] = []
+        self.cached: dict[int, int] = {}
+        self.admitted: list[int] = []
+        self.unrun: deque[Batch] = deque()  # scheduled; the ranks have not come to them
+        self.uncommitted: deque[tuple[int, ...]] = deque()  # run; the host has not seen the samples
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.unrun) + len(self.uncommitted)
+
+    @precondition(lambda self: self.limits.max_context > 1)
+    @rule(data=st.data(), max_tokens=st.integers(1, 12))
+    def arrive(self, data: st.DataObject, max_tokens: int) -> None:
+        length = data.draw(st.integers(1, self.limits.max_context - 1))
+        prompt = tuple(data.draw(st.lists(st.integers(2, VOCAB - 1), min_size=length, max_size=length)))
+        request = Request(id=len(self.requests), prompt=prompt, max_tokens=max_tokens, eos_ids=EOS)
+        self.scheduler.add(request)
+        self.requests.append(request)
+
+    @precondition(lambda self: self.in_flight < 2)
+    @rule()
+    def schedule(self) -> None:
+        ready = {
+            request.id
+            for group in self.scheduler.running
+            for request in group
+            if request.prefilled and request.num_sampled < request.max_tokens
+        }
+        batch = self.scheduler.schedule()
+        if batch is None:
+            assert not ready and all(not group for group in self.scheduler.running) or self.in_flight
+            return
+        self.look_at(batch, ready)
+        self.unrun.append(batch)
+
+    def look_at(self, batch: Batch, ready: set[int]) -> None:
+        chunks = [(index, chunk) for index, group in enumerate(batch.groups) for chunk in group]
+        numbers = [chunk.request for _, chunk in chunks]
+        assert 0 < batch.num_rows <= self.limits.rows_per_step
+        assert len(set(numbers)) == len(numbers), "a request twice in a step"
+        assert ready <= set(numbers), "a request that could decode got no row"
+        for index, chunk in chunks:
+            request, stop = self.requests[chunk.request], chunk.start + len(chunk.tokens)
+            assert request.group == index
+            assert chunk.start == self.cached.get(chunk.request, 0), "rows lost or doubled"
+            assert stop < self.limits.max_context
+            assert len(chunk.pages) == num_pages_for(stop, self.limits.page_size) and 0 not in chunk.pages
+            assert chunk.num_logits == (1 if stop >= len(request.prompt) else 0)
+            self.cached[chunk.request] = stop
+        self.admitted += sorted(set(numbers) - set(self.admitted))
+
+    @precondition(lambda self: self.unrun)
+    @rule()
+    def ranks_step(self) -> None:
+        self.uncommitted.append(self.ranks.run(self.unrun.popleft()))
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def commit(self) -> None:
+        if not self.uncommitted:
+            self.ranks_step()
+        before = {request.id: len(request.output) for request in self.requests}
+        touched = self.scheduler.commit(self.uncommitted.popleft())
+        grown = [request.id for request in self.requests if len(request.output) > before[request.id]]
+        assert sorted(request.id for request in touched) == grown
+        assert all(len(request.output) == before[request.id] + 1 for request in touched)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.scheduler.abort(data.draw(st.sampled_from(self.requests)))
+
+    @invariant()
+    def whole(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(2000):
+            if not (self.scheduler.has_work or self.in_flight):
+                break
+            if self.in_flight < 2:
+                self.schedule()
+            if self.in_flight:
+                self.commit()
+            self.scheduler.check_integrity()
+        assert not self.scheduler.has_work, "it never came to an end"
+        assert self.admitted == sorted(self.admitted), "not first come first served"
+        assert all(pool.num_free == self.limits.pages_per_group - 1 for pool in self.scheduler.pools)
+        for request in self.requests:
+            output, reason = plain_loop(request.prompt, request.max_tokens)
+            if request.finish_reason == "abort":
+                assert request.output == output[: len(request.output)]
+            else:
+                assert (request.output, request.finish_reason) == (output, reason)
+
+
+TestServing = Serving.TestCase
+TestServing.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
