@@ -36,7 +36,12 @@ from narrows.arch.stages import (
 )
 from narrows.layout import Layout, Mesh, deal, full, group, owed
 
-__all__ = ["build_chain"]
+__all__ = ["WHOLE_EXPERTS_IMBALANCE", "build_chain"]
+
+WHOLE_EXPERTS_IMBALANCE = 1.2
+"""How many times its even share of (row, expert) pairs the fullest rank is assumed to get when whole experts are dealt
+to ranks. An assumption, not a measurement: real routing is skewed, and a step lasts as long as its fullest rank. Split
+experts are balanced by construction."""
 
 
 def build_chain(
@@ -250,7 +255,7 @@ class _Builder:
         lo, hi = deal_blocks(moe.moe_intermediate_size, world)[0]
         columns = moe.moe_intermediate_size if whole else hi - lo
         held = deal(moe.n_routed_experts, world)[0] if whole else moe.n_routed_experts
-        pairs = top_k * held / moe.n_routed_experts
+        pairs = top_k * held / moe.n_routed_experts * (WHOLE_EXPERTS_IMBALANCE if whole else 1.0)
         router = Stage(
             name="router",
             kind=StageKind.ROW,

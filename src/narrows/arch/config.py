@@ -157,6 +157,21 @@ class _Reader:
             raise CheckpointError(f"{self.where}: {present} is {value!r}, where a whole number >= 0 is needed")
         return value
 
+    def count(self, *keys: str) -> int:
+        """An integer of at least 1."""
+        value = self.integer(*keys)
+        if value < 1:
+            raise CheckpointError(f"{self.where}: {keys[0]} is {value}; it must be at least 1")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, (int, float)):
+            raise CheckpointError(f"{self.where}: {key} is {value!r}, where a number is needed")
+        return float(value)
+
     def model(self) -> ModelConfig:
         given = self.raw.get("model_type")
         if not isinstance(given, str) or given not in _MODEL_TYPES:
@@ -177,17 +192,19 @@ class _Reader:
             else ()
         )
         is_mla = model_type.startswith("deepseek")
+        moe = self.moe(model_type)
+        all_moe = moe is not None and moe.first_k_dense_replace == 0
         return ModelConfig(
             name=self.name,
             model_type=model_type,
-            hidden_size=self.integer("hidden_size"),
-            num_hidden_layers=self.integer("num_hidden_layers"),
-            num_attention_heads=self.integer("num_attention_heads"),
-            intermediate_size=self.integer("intermediate_size", default=0),
-            vocab_size=self.integer("vocab_size"),
+            hidden_size=self.count("hidden_size"),
+            num_hidden_layers=self.count("num_hidden_layers"),
+            num_attention_heads=self.count("num_attention_heads"),
+            intermediate_size=self.integer("intermediate_size", default=0 if all_moe else None),
+            vocab_size=self.count("vocab_size"),
             attention=self.mla() if is_mla else self.gqa(model_type),
-            moe=self.moe(model_type),
-            rms_norm_eps=float(self.raw.get("rms_norm_eps", 1e-6)),
+            moe=moe,
+            rms_norm_eps=self.number("rms_norm_eps", 1e-6),
             max_position_embeddings=self.integer("max_position_embeddings", default=2048),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -211,26 +228,29 @@ class _Reader:
     def mla(self) -> MLA:
         if self.raw.get("attention_bias"):
             raise ConfigError(f"{self.where}: attention_bias is set, which narrows does not support for MLA models")
-        q_lora_rank = self.raw.get("q_lora_rank")
         return MLA(
-            q_lora_rank=int(q_lora_rank) if q_lora_rank is not None else None,
-            kv_lora_rank=self.integer("kv_lora_rank"),
-            qk_nope_head_dim=self.integer("qk_nope_head_dim"),
-            qk_rope_head_dim=self.integer("qk_rope_head_dim"),
-            v_head_dim=self.integer("v_head_dim"),
+            q_lora_rank=self.count("q_lora_rank") if self.raw.get("q_lora_rank") is not None else None,
+            kv_lora_rank=self.count("kv_lora_rank"),
+            qk_nope_head_dim=self.count("qk_nope_head_dim"),
+            qk_rope_head_dim=self.count("qk_rope_head_dim"),
+            v_head_dim=self.count("v_head_dim"),
         )
 
     def gqa(self, model_type: str) -> GQA:
-        heads = self.integer("num_attention_heads")
+        heads, kv_heads = self.integer("num_attention_heads"), self.integer("num_key_value_heads", default=0)
+        if kv_heads and heads % kv_heads:
+            raise CheckpointError(
+                f"{self.where}: {heads} attention heads do not divide into groups for {kv_heads} key-value heads"
+            )
         bias = bool(self.raw.get("attention_bias", False))
         partial = self.raw.get("partial_rotary_factor") or (self.raw.get("rope_parameters") or {}).get(
             "partial_rotary_factor", 1.0
         )
         return GQA(
-            num_key_value_heads=self.integer("num_key_value_heads", default=heads),
+            num_key_value_heads=kv_heads or heads,
             head_dim=self.integer("head_dim", default=self.integer("hidden_size") // max(heads, 1)),
             qkv_bias=bias or model_type == "qwen2",
-            o_bias=bias and model_type == "llama",
+            o_bias=bias and model_type in ("llama", "qwen3", "qwen3_moe"),
             qk_norm=model_type in ("qwen3", "qwen3_moe") or bool(self.raw.get("use_qk_norm", False)),
             partial_rotary_factor=float(partial),
         )
@@ -268,5 +288,5 @@ class _Reader:
             topk_group=self.integer("topk_group", default=1) or 1,
             # transformers' V2 router scales and never normalises, whatever its config says
             norm_topk_prob=model_type != "deepseek_v2" and bool(self.raw.get("norm_topk_prob", False)),
-            routed_scaling_factor=float(self.raw.get("routed_scaling_factor", 1.0)),
+            routed_scaling_factor=self.number("routed_scaling_factor", 1.0),
         )

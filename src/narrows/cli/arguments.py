@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from narrows.engine.config import LOAD_FORMATS, EngineConfig
 
-__all__ = ["Subparsers", "add_engine_flags", "add_prompt_flags", "engine_options", "read_prompts"]
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-else:
-    Subparsers = object
+__all__ = ["add_engine_flags", "add_prompt_flags", "engine_options", "read_prompts"]
 
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 

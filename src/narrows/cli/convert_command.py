@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from narrows.cli.arguments import Subparsers
 from narrows.convert.demo_model import demo_model
 from narrows.convert.gguf_to_hf import convert_gguf
 from narrows.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
 
-SUMMARY = "a GGUF file, or the demo model, into a Hugging Face folder"
 
-
-def add_parser(subparsers: Subparsers) -> None:
-    """Register ``narrows convert`` and its flags."""
-    parser = subparsers.add_parser("convert", help=SUMMARY, description=SUMMARY + ".")
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows convert``."""
     parser.add_argument("source", metavar="SOURCE", help="a .gguf file, or 'demo' for the demo chat model")
     parser.add_argument("target", metavar="FOLDER", nargs="?", help="where to (not for 'demo': the user's cache)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default %(default)s)")

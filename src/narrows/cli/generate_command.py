@@ -10,7 +10,7 @@ from time import perf_counter
 from rich import box
 from rich.table import Table
 
-from narrows.cli.arguments import Subparsers, add_engine_flags, add_prompt_flags, engine_options, read_prompts
+from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM, Completion, Prompt
@@ -19,14 +19,11 @@ from narrows.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
 
-SUMMARY = "text from a model over planned ranks"
-
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Register ``narrows generate`` and its flags."""
-    parser = subparsers.add_parser("generate", help=SUMMARY, description=SUMMARY + ".")
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows generate``."""
     add_engine_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 
+from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
 from narrows.cost.devices import Device, device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
-from narrows.plan.named import NAMED_LAYOUTS
+from narrows.plan.named import NAMED_LAYOUTS, named_layout
 from narrows.plan.planner import DTYPES, Deployment
 from narrows.plan.report import make_report
 
@@ -61,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: anything that cannot be, with the numbers and what would work.
     """
     notes: list[str] = []
-    layouts = _layouts(args, notes)
     mesh = _mesh(args, notes)
     config = load_model_config(args.model)
+    layouts = _layouts(args, config, mesh, notes)
     hardware = device(args.device)
     dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
     deployment = Deployment(config=config, mesh=mesh, device=hardware, dtype=dtype, graph=not args.eager)
@@ -76,18 +77,19 @@ def run(args: argparse.Namespace) -> int:
         )
     report = make_report(deployment, shape, layouts, logit_rows=args.logit_rows, notes=notes)
     if args.json:
-        print(json.dumps(report.document(), indent=2))
+        print(json.dumps(report.document()))
     else:
         print_report(report)
     return 0
 
 
-def _layouts(args: argparse.Namespace, notes: list[str]) -> tuple[str, ...]:
-    """The layouts asked for by name, none for all."""
+def _layouts(args: argparse.Namespace, config: ModelConfig, mesh: Mesh, notes: list[str]) -> tuple[str, ...]:
+    """The layouts asked for by name; none means all that apply."""
     if not args.scattered:
         return tuple(args.layout)
+    named_layout(_SCATTERED, config, mesh)  # refused if it cannot apply, even where all that apply are compared
     notes.append(f"--enable-{_SCATTERED} is the layout {_SCATTERED} here; auto finds it where it is the cheapest")
-    return (*args.layout, _SCATTERED) if args.layout else (*NAMED_LAYOUTS,)
+    return (*args.layout, _SCATTERED) if args.layout else ()
 
 
 def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:

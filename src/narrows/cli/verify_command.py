@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from narrows.arch.presets import load_model_config
-from narrows.cli.arguments import Subparsers, add_engine_flags, add_prompt_flags, engine_options, read_prompts
+from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
@@ -22,8 +22,6 @@ from narrows.text import Tokenizer
 
 __all__ = ["add_parser", "run"]
 
-SUMMARY = "the numbers of every layout against those of one rank"
-
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then it does so again, because nobody stopped it the first time.",
     "2 + 2 =",
@@ -31,9 +29,8 @@ _TEXTS = (
 )
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Register ``narrows verify`` and its flags."""
-    parser = subparsers.add_parser("verify", help=SUMMARY, description=SUMMARY + ".")
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows verify``."""
     add_engine_flags(parser)
     add_prompt_flags(parser, default=" (default: three short texts)")
     parser.set_defaults(dtype="float32")

@@ -152,8 +152,8 @@ def run_ranks(mesh: Mesh, fn: Callable[[World], T], *, checked: bool = False, ti
 
     Raises:
         the first error of any rank, itself, with a note that names the rank. The other ranks end with a RankError at
-        their next collective; all threads have ended when it is raised, except one that is stuck outside of any
-        collective for longer than ``timeout_s`` (a note names it).
+        their next collective; one that has not begun does not begin. All threads have ended when it is raised, except
+        one that is stuck outside of any collective for longer than ``timeout_s`` (a note names it).
     """
     crew = _Crew(mesh, fn, checked=checked, timeout_s=timeout_s)
     try:

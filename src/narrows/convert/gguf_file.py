@@ -1,52 +1,80 @@
-"""Opens a GGUF file and answers for its metadata with clear errors. Knows the container, no architecture.
+"""The values of a GGUF file's tensors, mapped into memory and dequantised a piece at a time. Knows no architecture.
 
-Layout of GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Only the rows, and of a row only the blocks, that a caller asks for are read; the arithmetic is the gguf package's.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from math import prod
 
-import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from narrows.errors import CheckpointError, ConfigError
+from narrows.convert.gguf_header import GgufHeader, TensorInfo
+from narrows.errors import ConfigError
 
 __all__ = ["GgufFile"]
 
+PIECE = 1 << 18  # values dequantised at once: 1 MiB in float32, which stays in a core's cache
+
 
 class GgufFile:
-    """A GGUF file, mapped into memory: its metadata by key, its tensors by name."""
+    """The tensors of the file that ``header`` describes. Only read, so threads may share it."""
 
-    def __init__(self, path: Path) -> None:
-        """Map ``path`` and read its index. Raises `CheckpointError` when it is no GGUF file or is cut off."""
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a file; give the path of a .gguf file")
-        self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise CheckpointError(
-                f"{path} ({size} bytes) is not complete GGUF, cut off or of an unknown version: {error}; fetch it again"
-            ) from error
-        self._fields = reader.fields
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        if (num_parts := self.get("split.count", 1)) > 1:
-            raise ConfigError(f"{path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
+    def __init__(self, header: GgufHeader) -> None:
+        """Map the file.
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of ``key`` as plain Python, or ``default``."""
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
+        Raises:
+            CheckpointError: it is cut off.
+            ConfigError: an encoding that the gguf package cannot decode.
+        """
+        self.header = header
+        self._kinds = {name: _kind(header, info) for name, info in header.tensors.items()}
+        mapped = np.memmap(header.path, np.uint8, "r")
+        self._rows = {name: self._raw_rows(mapped, info) for name, info in header.tensors.items()}
 
-    def need(self, key: str) -> Any:
-        """The value of ``key``; `CheckpointError` when the file lacks it."""
-        value = self.get(key)
-        if value is None:
-            raise CheckpointError(f"{self.path} has no {key}, which a conversion needs; fetch a complete file")
-        return value
+    def _raw_rows(self, mapped: np.ndarray, info: TensorInfo) -> np.ndarray:
+        """The tensor's bytes as [rows, bytes of a row]; a vector is one row."""
+        block, block_bytes = GGML_QUANT_SIZES[self._kinds[info.name]]
+        num_columns = info.shape[-1] if info.shape else 1
+        num_rows = prod(info.shape[:-1])
+        if num_columns % block:
+            raise self.header.incomplete(f"{info.name} has rows of {num_columns} values in blocks of {block}")
+        row_bytes = num_columns // block * block_bytes
+        stop = info.offset + num_rows * row_bytes
+        if stop > self.header.size:
+            raise self.header.incomplete(f"{info.name} ends at byte {stop}")
+        return mapped[info.offset : stop].reshape(num_rows, row_bytes)
+
+    def pieces(self, name: str, rows: np.ndarray, columns: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Float32 values [some rows, columns] of tensor ``name``: the rows with these numbers, in their order.
+
+        Reads the blocks that cover ``columns`` of these rows, and nothing else. A vector is one row.
+        """
+        kind, raw = self._kinds[name], self._rows[name]
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        lo, hi = columns
+        first, stop = lo // block, -(-hi // block)
+        if lo >= hi:
+            return
+        step = max(1, PIECE // ((stop - first) * block))
+        for start in range(0, len(rows), step):
+            part = raw[rows[start : start + step], first * block_bytes : stop * block_bytes]
+            # As one long row: the package decodes 16 rows at a time, however short they are.
+            values = quants.dequantize(np.ascontiguousarray(part).reshape(1, -1), kind).reshape(len(part), -1)
+            yield values[:, lo - first * block : hi - first * block]
+
+
+def _kind(header: GgufHeader, info: TensorInfo) -> GGMLQuantizationType:
+    try:
+        kind = GGMLQuantizationType(info.encoding)
+        quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except (ValueError, NotImplementedError):
+        names = [known.name for known in GGMLQuantizationType if known.value == info.encoding]
+        encoding = names[0] if names else f"encoding number {info.encoding}"
+        raise ConfigError(
+            f"{header.path}: {info.name} is encoded as {encoding}, which gguf cannot decode; tested: F32, F16, BF16, "
+            "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
+        ) from None
+    return kind

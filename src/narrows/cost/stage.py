@@ -21,6 +21,7 @@ from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
 __all__ = ["PHASES", "Pricer", "StepPrice", "StepShape"]
 
 PHASES = ("prefill", "decode")
+_WEIGHT_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +161,13 @@ class Pricer:
         device, size = self.device, self.itemsize
         if isinstance(item, Gemm):
             dtype = self._gemm_dtype(item.precision)
-            touched = (rows * item.k + item.n * item.k + rows * item.n) * size if rows else 0
-            return gemm_price(device, rows, item.n, item.k, dtype), touched
+            touched = rows * (item.k + item.n) * size + item.n * item.k * _WEIGHT_BYTES[dtype]
+            return gemm_price(device, rows, item.n, item.k, dtype), touched if rows else 0
         if isinstance(item, GroupedGemm):
             pairs = ceil(rows * item.pairs_per_row)
             price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, self.dtype)
-            return price, pairs * (item.n + item.k) * size
+            weights = min(item.experts, pairs) * item.n * item.k * _WEIGHT_BYTES[self.dtype]
+            return price, pairs * (item.n + item.k) * size + weights
         if isinstance(item, Norm):
             moved = rows * item.width * size * (4 if item.fused else 2)
             return norm_price(device, moved, fused=item.fused or item.streamed), moved

@@ -6,7 +6,8 @@ named layout, and it prints nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from narrows.arch.stages import PriceClass, StageKind
@@ -71,11 +72,15 @@ def fields_words(fields: tuple[str, ...]) -> str:
 
 def move_words(step: Step) -> str:
     """A move in a few words: what it is, over which axes if there are several, and of what unless of ``hidden``."""
+    words = _kind_words(step)
+    return words if "hidden" in step.reads else f"{words} of {fields_words(step.reads)}"
+
+
+def _kind_words(step: Step) -> str:
     assert step.move is not None
     words = step.move.kind.value.replace("_", "-")
-    if sum(size > 1 for size in step.move.mesh.sizes) > 1:
-        words += f" over {step.move.axes}"
-    return words if "hidden" in step.reads else f"{words} of {fields_words(step.reads)}"
+    several_axes = sum(size > 1 for size in step.move.mesh.sizes) > 1
+    return f"{words} over {step.move.axes}" if several_axes else words
 
 
 def main_segment(plan: Plan) -> Segment:
@@ -118,7 +123,7 @@ def _moves_words(steps: Sequence[Step]) -> str:
 def step_words(mesh: Mesh, step: Step) -> str:
     """A step as a few words, for saying how one layer differs from another."""
     if step.move is not None:
-        return f"{move_words(step)} ({fields_words(step.reads)}) to {layout_words(mesh, step.leaves)}"
+        return f"{_kind_words(step)} of {fields_words(step.reads)} to {layout_words(mesh, step.leaves)}"
     at = layout_words(mesh, step.layout)
     if step.kind is StepKind.STAGE:
         return f"{step.name} of {fields_words(step.reads)} at {at}"
@@ -191,36 +196,43 @@ def _clauses(auto: Plan, other: Plan) -> list[str]:
 
 def _causes(auto: Plan, other: Plan) -> dict[PriceClass, dict[str, int]]:
     """Picoseconds that ``other`` costs more, by price class and by words for what differs, over all layers."""
-    ours, theirs = _by_place(auto), _by_place(other)
     causes: dict[PriceClass, dict[str, int]] = {}
-    for place in {**theirs, **ours}:
-        mine, its = ours.get(place, []), theirs.get(place, [])
-        more = sum(step.ps for step in its) - sum(step.ps for step in mine)
-        if more:
-            _, price_class, target = place
-            words = _difference(auto.mesh, mine, its, target)
-            by_words = causes.setdefault(price_class, {})
-            by_words[words] = by_words.get(words, 0) + more
+    places = {id(segment): _by_place(segment) for plan in (auto, other) for segment in plan.segments}
+    # Few pairs of segments meet in 61 layers: each pair is compared once, and counted as often as it occurs.
+    pairs = Counter((id(a), id(b)) for a, b in zip(_per_layer(auto), _per_layer(other), strict=True))
+    for (mine_id, its_id), times in pairs.items():
+        ours, theirs = places[mine_id], places[its_id]
+        for place in {**theirs, **ours}:
+            mine, its = ours.get(place, []), theirs.get(place, [])
+            more = sum(step.ps for step in its) - sum(step.ps for step in mine)
+            if more:
+                price_class, target = place
+                words = _difference(auto.mesh, mine, its, target)
+                by_words = causes.setdefault(price_class, {})
+                by_words[words] = by_words.get(words, 0) + more * times
     return causes
 
 
-Place = tuple[int | None, PriceClass, str]
-"""Layer, price class, and the stage that a step is, or that it leads to."""
-
-
-def _by_place(plan: Plan) -> dict[Place, list[Step]]:
-    places: dict[Place, list[Step]] = {}
+def _per_layer(plan: Plan) -> Iterator[Segment]:
     for segment in plan.segments:
-        for layer in segment.layers or (None,):
-            waiting: list[Step] = []
-            for step in segment.steps:
-                if step.move is not None:
-                    waiting.append(step)
-                    continue
-                places.setdefault((layer, step.price_class, step.boundary), []).append(step)
-                if _is_target(step):
-                    places.setdefault((layer, PriceClass.COMMUNICATION, step.name), []).extend(waiting)
-                    waiting = []
+        yield from [segment] * segment.times
+
+
+Place = tuple[PriceClass, str]
+"""A price class, and the stage that a step is, or that it leads to."""
+
+
+def _by_place(segment: Segment) -> dict[Place, list[Step]]:
+    places: dict[Place, list[Step]] = {}
+    waiting: list[Step] = []
+    for step in segment.steps:
+        if step.move is not None:
+            waiting.append(step)
+            continue
+        places.setdefault((step.price_class, step.boundary), []).append(step)
+        if _is_target(step):
+            places.setdefault((PriceClass.COMMUNICATION, step.name), []).extend(waiting)
+            waiting = []
     return places
 
 
