@@ -14,7 +14,7 @@ from typing import Any
 
 from narrows.errors import CheckpointError, ConfigError
 
-__all__ = ["GQA", "MLA", "MoE", "ModelConfig", "read_config"]
+__all__ = ["GQA", "MLA", "MoE", "ModelConfig", "Quantization", "read_config"]
 
 _MODEL_TYPES = {
     "deepseek_v2": "deepseek_v2",
@@ -87,6 +87,17 @@ class MoE:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the checkpoint stores its linear weights, from ``quantization_config``.
+
+    ``weight_block_size``: rows and columns of the blocks that share one scale; None where scales are laid otherwise.
+    """
+
+    quant_method: str
+    weight_block_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder-only model. ``notes`` says in words what of the checkpoint is not used, such as the MTP layer."""
 
@@ -108,6 +119,7 @@ class ModelConfig:
     eos_token_id: tuple[int, ...] = ()
     bos_token_id: int | None = None
     mlp_bias: bool = False
+    quantization: Quantization | None = None
     notes: tuple[str, ...] = ()
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -185,12 +197,7 @@ class _Reader:
             raise ConfigError(f"{self.where}: use_sliding_window is set; narrows attends to the whole context only")
         theta, scaling = self.rope()
         eos = self.raw.get("eos_token_id")
-        num_mtp = self.integer("num_nextn_predict_layers", default=0)
-        notes = (
-            (f"{num_mtp} multi-token-prediction layer(s) of the checkpoint are skipped: narrows predicts one token",)
-            if num_mtp
-            else ()
-        )
+        quantization = self.quantization()
         is_mla = model_type.startswith("deepseek")
         moe = self.moe(model_type)
         all_moe = moe is not None and moe.first_k_dense_replace == 0
@@ -213,8 +220,23 @@ class _Reader:
             eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else (),
             bos_token_id=self.raw.get("bos_token_id"),
             mlp_bias=bool(self.raw.get("mlp_bias", False)),
-            notes=notes,
+            quantization=quantization,
+            notes=self.notes(quantization),
         )
+
+    def notes(self, quantization: Quantization | None) -> tuple[str, ...]:
+        num_mtp = self.integer("num_nextn_predict_layers", default=0)
+        notes: tuple[str, ...] = ()
+        if num_mtp:
+            notes += (
+                f"{num_mtp} multi-token-prediction layer(s) of the checkpoint are skipped: narrows predicts one token",
+            )
+        if quantization is not None:
+            notes += (
+                f"the checkpoint's weights are quantised ({quantization.quant_method}), narrows computes with "
+                "dequantised ones: plans, prices and memory are those of the dtype that runs",
+            )
+        return notes
 
     def rope(self) -> tuple[float, Mapping[str, Any] | None]:
         """Transformers 5 writes ``rope_parameters``; 4 wrote ``rope_theta`` beside ``rope_scaling``."""
@@ -224,6 +246,22 @@ class _Reader:
         if scaling is not None and str(scaling.get("rope_type", scaling.get("type", "default"))) == "default":
             scaling = None
         return theta, scaling
+
+    def quantization(self) -> Quantization | None:
+        """What ``quantization_config`` says. Whether such weights can be loaded is for who opens them to say."""
+        raw = self.raw.get("quantization_config")
+        if raw is None:
+            return None
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("quant_method"), str):
+            raise CheckpointError(f"{self.where}: quantization_config is {raw!r}, which names no quant_method")
+        block = raw.get("weight_block_size")
+        if block is None:
+            return Quantization(quant_method=raw["quant_method"])
+        if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+            raise CheckpointError(
+                f"{self.where}: weight_block_size is {block!r}, where two whole numbers (rows, columns) are needed"
+            )
+        return Quantization(quant_method=raw["quant_method"], weight_block_size=(block[0], block[1]))
 
     def mla(self) -> MLA:
         if self.raw.get("attention_bias"):

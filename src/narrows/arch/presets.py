@@ -11,6 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from narrows.arch.config import ModelConfig, read_config
+from narrows.convert.gguf_config import gguf_config, is_gguf
+from narrows.convert.gguf_header import GgufHeader
 from narrows.errors import ConfigError
 
 __all__ = ["PRESETS", "load_model_config", "preset"]
@@ -179,14 +181,17 @@ def preset(name: str) -> ModelConfig:
     raw = PRESETS.get(name.lower())
     if raw is None:
         raise ConfigError(
-            f"{name!r} is neither a folder with a config.json nor a preset; presets: {', '.join(PRESETS)}"
+            f"{name!r} is neither a folder with a config.json, nor a .gguf file, nor a preset; "
+            f"presets: {', '.join(PRESETS)}"
         )
     return read_config(raw, name.lower())
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """The model named on a command line: a checkpoint folder, a ``config.json``, or a preset name."""
+    """The model named on a command line: a checkpoint folder, a ``config.json``, a ``.gguf`` file, or a preset name."""
     path = Path(model)
+    if is_gguf(path):
+        return read_config(gguf_config(GgufHeader(path)), path.stem)
     if path.exists() or "/" in model or model.endswith(".json"):
         return read_config(path)
     return preset(model)

@@ -16,6 +16,7 @@ from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM, Completion, Prompt
 from narrows.engine.profile import Profile, ProfileRow
 from narrows.errors import ConfigError
+from narrows.sched.sampling import SamplingParams
 
 __all__ = ["add_parser", "run"]
 
@@ -34,8 +35,18 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
     parser.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
+    _add_sampling_flags(parser)
     parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
     parser.add_argument("--quiet", action="store_true", help="print the texts alone")
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (default: greedy)")
+    for name, field in SamplingParams.__dataclass_fields__.items():
+        kind = float if isinstance(field.default, float) else int
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, metavar="X")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text here; repeatable")
+    group.add_argument("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="repeatable")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     if not prompts:
         raise ConfigError("nothing to generate from: give --prompt TEXT (repeatable) or --prompt-file FILE")
+    sampling = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
     notes = console(stderr=True, quiet=args.quiet)
     profile = Profile() if args.profile else None
     options = engine_options(
@@ -60,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             notes.print(f"note: {note}")
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
         started = perf_counter()
-        done = _print_stream(llm, inputs, prompts, args)
+        done = _print_stream(llm, inputs, prompts, sampling, args)
         seconds = perf_counter() - started
         generated = sum(len(completion.token_ids) for completion in done)
         given = sum(len(completion.prompt_token_ids) for completion in done)
@@ -68,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             f"{given} prompt tokens and {generated} generated tokens in {seconds:.2f} s "
             f"({generated / seconds:.1f} generated tokens/s)"
         )
+        if args.logprobs is not None:
+            _print_logprobs(llm, done)
     if profile is not None:
         for phase in ("prefill", "decode"):
             rows = [row for row in profile.rows() if row.phase == phase]
@@ -76,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_stream(llm: LLM, inputs: Sequence[Prompt], prompts: list[str], args: argparse.Namespace) -> list[Completion]:
+def _print_stream(
+    llm: LLM, inputs: Sequence[Prompt], prompts: list[str], sampling: SamplingParams, args: argparse.Namespace
+) -> list[Completion]:
     """Texts as they come: the first unfinished prompt live, the others kept until their turn."""
     kept = [""] * len(prompts)
     done: dict[int, Completion] = {}
@@ -90,7 +106,15 @@ def _print_stream(llm: LLM, inputs: Sequence[Prompt], prompts: list[str], args: 
         return "" if args.quiet else f"--- {prompts[current]}\n"
 
     show(title())
-    for piece in llm.stream(inputs, max_tokens=args.max_tokens, ignore_eos=args.ignore_eos):
+    pieces = llm.stream(
+        inputs,
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        stop_token_ids=args.stop_token_id,
+        ignore_eos=args.ignore_eos,
+    )
+    for piece in pieces:
         kept[piece.index] += piece.text
         if piece.done is not None:
             done[piece.index] = piece.done
@@ -103,6 +127,20 @@ def _print_stream(llm: LLM, inputs: Sequence[Prompt], prompts: list[str], args: 
         if current < len(prompts):
             kept[current] = ""
     return [done[index] for index in range(len(prompts))]
+
+
+def _print_logprobs(llm: LLM, done: list[Completion]) -> None:
+    """One line per token: its log-probability, and the best ones beside it."""
+    out = console()
+
+    def shown(token: int) -> str:
+        return repr(llm.tokenizer.decode([token], skip_special_tokens=False)) if llm.tokenizer else str(token)
+
+    for completion in done:
+        out.print()
+        for token, (logprob, best) in zip(completion.token_ids, completion.logprobs, strict=True):
+            others = "  ".join(f"{shown(other)} {value:.3f}" for other, value in best)
+            out.print(f"{logprob:8.3f}  {shown(token):<16} {others}", markup=False)
 
 
 def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:

@@ -6,8 +6,10 @@ host schedules step n + 1, whose tokens may refer to samples that it has not see
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -24,6 +26,7 @@ from narrows.plan.book import PlanBook
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
+from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
 from narrows.weights.source import WeightSource
 
@@ -53,6 +56,8 @@ class Engine:
         self.resolved = resolved
         self.planner = Planner(resolved.deployment, resolved.forms)
         self.book = self.book_of(resolved.asked.layout)
+        with_logits = Planner(replace(resolved.deployment, want_logits=True), resolved.forms)
+        self._logits_book = PlanBook(with_logits, resolved.asked.layout, self.book.context)
         self.scheduler = Scheduler(resolved.limits)
         self._next_id = 0
         make = partial(
@@ -65,14 +70,22 @@ class Engine:
         )
         self.ranks: ThreadRanks[Worker] = ThreadRanks(resolved.mesh, make, checked=resolved.asked.checked)
 
-    def add(self, prompt: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int] = frozenset()) -> Request:
-        """Queue a prompt.
+    def add(
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        eos_ids: frozenset[int] = frozenset(),
+        sampling: SamplingParams | None = None,
+    ) -> Request:
+        """Queue a prompt. Without a seed of its own, a request that draws gets one.
 
         Raises:
             ConfigError: it can never run here (empty, or longer than the context or the cache).
         """
         self._check_ids(prompt)
-        request = Request(id=self._next_id, prompt=prompt, max_tokens=max_tokens, eos_ids=eos_ids)
+        if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        request = Request(id=self._next_id, prompt=prompt, max_tokens=max_tokens, eos_ids=eos_ids, sampling=sampling)
         self.scheduler.add(request)
         self._next_id += 1
         return request
@@ -90,12 +103,14 @@ class Engine:
             batch = self.scheduler.schedule() if self.scheduler.has_work else None
             submitted = self.submit(batch) if batch is not None else None
             if in_flight is not None:
-                yield from self.scheduler.commit(in_flight.result()[0].ids)
+                result = in_flight.result()[0]
+                yield from self.scheduler.commit(result.ids, result.logprobs)
             in_flight = submitted
 
     def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank."""
-        plan = self.book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        book = self._logits_book if batch.needs_logits else self.book
+        plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         return self.ranks.submit("step", batch, plan, keep_logits)
 
     def book_of(self, layout: str) -> PlanBook:

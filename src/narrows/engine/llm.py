@@ -16,7 +16,10 @@ from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
+from narrows.sched.sampling import Logprobs, SamplingParams
+from narrows.sched.scheduler import Request
 from narrows.text import TextStream, Tokenizer
+from narrows.text.stop import StopStrings
 
 __all__ = ["LLM", "Completion", "Piece", "Prompt"]
 
@@ -26,12 +29,17 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What a prompt got. ``finish_reason``: ``stop`` at an end-of-sequence token, ``length`` at the token limit."""
+    """What a prompt got.
+
+    ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, ``length`` at the token limit. ``logprobs``
+    has one entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
+    """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,46 +74,66 @@ class LLM:
         self.tokenizer: Tokenizer | None = Tokenizer.from_folder(folder) if has_text else None
         self.engine = Engine(self.resolved, wrap=wrap)
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, max_tokens: int = 128, ignore_eos: bool = False
-    ) -> list[Completion]:
-        """Greedy completions of all prompts, in their order."""
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
+        """Completions of all prompts, in their order; ``options`` as in :meth:`stream`."""
         done: dict[int, Completion] = {}
-        for piece in self.stream(prompts, max_tokens=max_tokens, ignore_eos=ignore_eos):
+        for piece in self.stream(prompts, **options):
             if piece.done is not None:
                 done[piece.index] = piece.done
         return [done[index] for index in range(len(prompts))]
 
-    def stream(self, prompts: Sequence[Prompt], *, max_tokens: int = 128, ignore_eos: bool = False) -> Iterator[Piece]:
-        """The same, piece by piece as text comes; pieces of different prompts are mixed."""
-        tokenizer = self.tokenizer
-        eos_ids = frozenset(self.resolved.config.eos_token_id) | (tokenizer.eos_ids if tokenizer else frozenset())
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = 128,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Piece]:
+        """Text piece by piece as it comes; pieces of different prompts are mixed.
+
+        Args:
+            sampling: how tokens are chosen; None: greedy.
+            stop: strings that end a text and are not part of it.
+            stop_token_ids: ids that end a text as the end-of-sequence token does.
+            ignore_eos: go on past the end-of-sequence token.
+
+        Raises:
+            ConfigError: a prompt that cannot run, stop strings without a tokenizer.
+        """
+        if stop and self.tokenizer is None:
+            raise ConfigError(f"{self.resolved.config.name} has no tokenizer.json, so stop strings cannot be seen")
+        end_ids = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.eos_ids)
+        texts = [_Text(self.tokenizer, tuple(stop), end_ids) for _ in prompts]
         encoded = [self.encode(prompt) for prompt in prompts]
-        requests = [self.engine.add(ids, max_tokens, frozenset() if ignore_eos else eos_ids) for ids in encoded]
-        index_of = {request.id: index for index, request in enumerate(requests)}
-        streams = [TextStream(tokenizer) if tokenizer else None for _ in requests]
+        requests: list[Request] = []
         try:
+            for ids in encoded:
+                requests.append(self.engine.add(ids, max_tokens, end_ids, sampling))
+            index_of = {request.id: index for index, request in enumerate(requests)}
             for request in self.engine.run():
                 index = index_of[request.id]
-                stream, last = streams[index], request.output[-1]
-                text = stream.push(last) if stream and last not in request.eos_ids else ""
+                new = texts[index].push(request.output[-1])
+                if texts[index].stopped and not request.finish_reason:
+                    self.engine.scheduler.abort(request, "stop")
                 if not request.finish_reason:
-                    yield Piece(index=index, text=text)
+                    yield Piece(index=index, text=new)
                     continue
-                text += stream.finish() if stream else ""
-                token_ids = tuple(request.output)
-                shown = [token for token in token_ids if token not in request.eos_ids]
-                completion = Completion(
-                    text=tokenizer.decode(shown) if tokenizer else "",
-                    token_ids=token_ids,
-                    prompt_token_ids=request.prompt,
-                    finish_reason=request.finish_reason,
-                )
-                yield Piece(index=index, text=text, done=completion)
+                new += texts[index].finish()
+                yield Piece(index=index, text=new, done=_completion(request, texts[index]))
         finally:
             for request in requests:
                 if not request.finish_reason:
                     self.engine.scheduler.abort(request)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text, as the checkpoint says."""
+        return frozenset(self.resolved.config.eos_token_id) | (
+            self.tokenizer.eos_ids if self.tokenizer else frozenset()
+        )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt.
@@ -132,3 +160,41 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Text:
+    """One prompt's text so far: tokens to characters, held back while a stop string may be beginning."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...], end_ids: frozenset[int]) -> None:
+        self._stream = TextStream(tokenizer) if tokenizer else None
+        self._stop = StopStrings(stop)
+        self._end_ids = end_ids
+        self.text = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.found
+
+    def push(self, token: int) -> str:
+        if self._stream is None or token in self._end_ids:
+            return ""
+        new = self._stop.push(self._stream.push(token))
+        self.text += new
+        return new
+
+    def finish(self) -> str:
+        if self._stream is None:
+            return ""
+        new = self._stop.push(self._stream.finish()) + self._stop.finish()
+        self.text += new
+        return new
+
+
+def _completion(request: Request, text: _Text) -> Completion:
+    return Completion(
+        text=text.text,
+        token_ids=tuple(request.output),
+        prompt_token_ids=request.prompt,
+        finish_reason=request.finish_reason,
+        logprobs=tuple(request.logprobs),
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.program import Program, Wrap, bind
+from narrows.engine.sampler import Sampler
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
 from narrows.ops.paged import build_paged_rows
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch, sample_slot
+from narrows.sched.sampling import Logprobs
 from narrows.weights.source import WeightSource
 
 __all__ = ["StepResult", "Worker", "logit_split"]
@@ -30,10 +32,14 @@ __all__ = ["StepResult", "Worker", "logit_split"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One token per logit row, and the rows' logits if they were asked for ([rows, vocab_size], else None)."""
+    """One token per logit row, and the rows' logits if they were asked for ([rows, vocab_size], else None).
+
+    ``logprobs`` by logit row, for the rows whose request asked; on rank 0 only, since all ranks have the same.
+    """
 
     ids: tuple[int, ...]
     logits: Tensor | None = None
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
 
 
 def logit_split(rows: RowSplit, logit_rows: tuple[int, ...]) -> RowSplit:
@@ -74,6 +80,7 @@ class Worker:
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
         self._samples = torch.zeros(0, dtype=torch.int64)
+        self._sampler = Sampler(config.vocab_size, place.device)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         """Run one batch under one plan. Every rank returns the same ids."""
@@ -83,12 +90,15 @@ class Worker:
         logit_rows = batch.logit_rows()
         group = batch.groups[mesh.group_of(rank)]
         spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
-        inputs = self.model.begin_step(build_paged_rows(spans, self.page_size, self.place.device))
+        ids_T = self._ids(batch)
+        sampler = self._sampler.begin(batch, ids_T)
+        inputs = self.model.begin_step(build_paged_rows(spans, self.page_size, self.place.device), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
-        registers = program.run(frame, self._ids(batch))
+        registers = program.run(frame, ids_T)
         self._samples = registers[program.outputs["next_ids"]].flatten()
         logits = registers[program.outputs["logits"]] if keep_logits else None
-        return StepResult(ids=tuple(self._samples.tolist()), logits=logits)
+        logprobs = sampler.logprobs if sampler is not None and rank == 0 else {}
+        return StepResult(ids=tuple(self._samples.tolist()), logits=logits, logprobs=logprobs)
 
     def _program(self, plan: Plan) -> Program:
         """The bound plan; plans that run the same steps share one, since row counts come with each batch."""

@@ -8,7 +8,7 @@ Letters: T rows, H hidden_size, F this rank's intermediate columns, V this rank'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +46,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """What attention needs to know of a step: how its group's rows meet the cache, and their rotary angles."""
+    """What stages need to know of a step: how its group's rows meet the cache, their rotary angles, and how to sample
+    (None: the best token)."""
 
     rows: PagedRows
     cos_TD2: Tensor
     sin_TD2: Tensor
+    sampler: Callable[[Tensor], Tensor] | None = None
 
 
 class Loader:
@@ -165,11 +167,14 @@ class Decoder:
             for table in rope_table(inv_freq_D2, factor, place.num_positions, rope_dtype or place.dtype)
         )
 
-    def begin_step(self, rows: PagedRows) -> StepInputs:
-        """What the layers need of a step in which this rank's group has these rows."""
+    def begin_step(self, rows: PagedRows, sampler: Callable[[Tensor], Tensor] | None = None) -> StepInputs:
+        """What the stages need of a step in which this rank's group has these rows."""
         positions = rows.positions_T
         return StepInputs(
-            rows=rows, cos_TD2=self.cos_PD2.index_select(0, positions), sin_TD2=self.sin_PD2.index_select(0, positions)
+            rows=rows,
+            cos_TD2=self.cos_PD2.index_select(0, positions),
+            sin_TD2=self.sin_PD2.index_select(0, positions),
+            sampler=sampler,
         )
 
     def embed(self, step: StepInputs, ids_T: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -193,5 +198,7 @@ class Decoder:
         return pick(candidates_T2W)
 
     def sample(self, step: StepInputs, logits_TV: Tensor) -> Tensor:
-        """The best token of whole rows of logits; ties go to the lowest id."""
+        """A token for each whole row of logits: the step's sampler chooses, or the best does, ties to the lowest id."""
+        if step.sampler is not None:
+            return step.sampler(logits_TV)
         return pick(shard_argmax(logits_TV, 0))

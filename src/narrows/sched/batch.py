@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from narrows.sched.sampling import SamplingParams
+
 __all__ = ["Batch", "Chunk", "sample_ref", "sample_slot"]
 
 
@@ -28,7 +30,8 @@ class Chunk:
 
     ``start`` is the position of its first row, that is, how many tokens of the request are in the cache already.
     ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows ask for
-    logits; if any do, the last of them is sampled.
+    logits; if any do, the last of them is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
+    tokens of the request's prompt: rows from there on are its own output.
     """
 
     request: int
@@ -36,6 +39,8 @@ class Chunk:
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     num_logits: int = 0
+    sampling: SamplingParams | None = None
+    num_prompt: int = 0
 
     def __post_init__(self) -> None:
         assert self.tokens and 0 <= self.num_logits <= len(self.tokens), "a chunk has rows, and logits of some of them"
@@ -43,9 +48,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One step of all attention groups; a group without chunks is ordinary."""
+    """One step of all attention groups; a group without chunks is ordinary.
+
+    ``ended`` are requests that will not come again: what ranks keep of them can go.
+    """
 
     groups: tuple[tuple[Chunk, ...], ...]
+    ended: tuple[int, ...] = ()
 
     @property
     def group_rows(self) -> tuple[int, ...]:
@@ -65,6 +74,15 @@ class Batch:
         """``decode`` when every chunk continues a request by one row, else ``prefill`` (mixed steps too)."""
         chunks = [chunk for group in self.groups for chunk in group]
         return "decode" if all(len(c.tokens) == 1 and c.start > 0 for c in chunks) else "prefill"
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether any sampled row needs whole rows of logits, not only the best token."""
+        return any(
+            chunk.num_logits and chunk.sampling is not None and chunk.sampling.needs_logits
+            for group in self.groups
+            for chunk in group
+        )
 
     def logit_rows(self) -> tuple[int, ...]:
         """Which rows of the step ask for logits, ascending."""

@@ -2,8 +2,8 @@
 
 One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
 (its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
-prompts, first come first served. A request is admitted only when pages for its prompt and all tokens it may generate are free,
-so a running request never has to be put back. It goes to the group with the fewest tokens in pages.
+prompts, first come first served. A request is admitted only when pages for its prompt and all tokens it may generate
+are free, so a running request never has to be put back. It goes to the group with the fewest tokens in pages.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
 A request that turns out to have ended by then has one row too many in flight; its sample is dropped.
@@ -12,11 +12,13 @@ A request that turns out to have ended by then has one row too many in flight; i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from narrows.errors import ConfigError
 from narrows.sched.batch import Batch, Chunk, sample_ref
 from narrows.sched.pages import PagePool, num_pages_for
+from narrows.sched.sampling import Logprobs, SamplingParams
 
 __all__ = ["Limits", "Request", "Scheduler"]
 
@@ -46,7 +48,10 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     eos_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams | None = None
     output: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """One per token of ``output``, if ``sampling`` asks for them."""
     finish_reason: str = ""
     group: int = -1
     pages: tuple[int, ...] = ()
@@ -70,6 +75,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[list[Request]] = [[] for _ in range(limits.num_groups)]
         self.pools = [PagePool(limits.pages_per_group) for _ in range(limits.num_groups)]
+        self._ended: list[int] = []
         self._in_flight: deque[tuple[tuple[Request, int], ...]] = deque()
 
     @property
@@ -127,9 +133,10 @@ class Scheduler:
             rows = min(budget, len(request.prompt) - request.num_cached)
             chunks[request.group].append(self._prefill_chunk(request, rows))
             budget -= rows
-        batch = Batch(groups=tuple(tuple(group) for group in chunks))
+        batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
         if batch.num_rows == 0:
             return None
+        self._ended.clear()
         by_id = {request.id: request for requests in self.running for request in requests}
         for request_id, slot in batch.samples():
             request = by_id[request_id]
@@ -161,7 +168,13 @@ class Scheduler:
         start = request.num_cached
         request.num_cached += 1
         return Chunk(
-            request=request.id, start=start, tokens=(token,), pages=self._pages(request, start + 1), num_logits=1
+            request=request.id,
+            start=start,
+            tokens=(token,),
+            pages=self._pages(request, start + 1),
+            num_logits=1,
+            sampling=request.sampling,
+            num_prompt=len(request.prompt),
         )
 
     def _prefill_chunk(self, request: Request, rows: int) -> Chunk:
@@ -173,16 +186,19 @@ class Scheduler:
             tokens=request.prompt[start : start + rows],
             pages=self._pages(request, start + rows),
             num_logits=1 if request.prefilled else 0,
+            sampling=request.sampling,
+            num_prompt=len(request.prompt),
         )
 
     def _pages(self, request: Request, num_tokens: int) -> tuple[int, ...]:
         return request.pages[: num_pages_for(num_tokens, self.limits.page_size)]
 
-    def commit(self, sampled_ids: tuple[int, ...]) -> list[Request]:
+    def commit(self, sampled_ids: tuple[int, ...], logprobs: Mapping[int, Logprobs] | None = None) -> list[Request]:
         """Take in the samples of the oldest step in flight; the requests that got a token, in row order.
 
-        ``sampled_ids`` holds one id per logit row of that step. Requests that end leave, and their pages are free at
-        once: ranks run steps in order, so a row still in flight writes before anything that reuses its page.
+        ``sampled_ids`` holds one id per logit row of that step, ``logprobs`` what rows asked for. Requests that end
+        leave, and their pages are free at once: ranks run steps in order, so a row still in flight writes before
+        anything that reuses its page.
         """
         touched: list[Request] = []
         for request, slot in self._in_flight.popleft():
@@ -190,6 +206,8 @@ class Scheduler:
                 continue  # it ended at the step before; this row was in flight already
             token = sampled_ids[slot]
             request.output.append(token)
+            if logprobs is not None and slot in logprobs:
+                request.logprobs.append(logprobs[slot])
             touched.append(request)
             if token in request.eos_ids:
                 self._finish(request, "stop")
@@ -197,17 +215,18 @@ class Scheduler:
                 self._finish(request, "length")
         return touched
 
-    def abort(self, request: Request) -> None:
-        """End a request now; what it still has in flight is dropped."""
+    def abort(self, request: Request, reason: str = "abort") -> None:
+        """End a request now, for ``reason``; what it still has in flight is dropped."""
         if request in self.waiting:
             self.waiting.remove(request)
-            request.finish_reason = "abort"
+            request.finish_reason = reason
         elif not request.finish_reason:
-            self._finish(request, "abort")
+            self._finish(request, reason)
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         self.running[request.group].remove(request)
+        self._ended.append(request.id)
         self.pools[request.group].give_back(request.pages)
         request.pages = ()
 

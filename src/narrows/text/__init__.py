@@ -3,7 +3,8 @@
 It imports `errors` only, and no torch, so that a server or a benchmark client can use it without the engine.
 """
 
+from narrows.text.generation_config import GenerationConfig
 from narrows.text.stream import TextStream
 from narrows.text.tokenizer import Message, Tokenizer
 
-__all__ = ["Message", "TextStream", "Tokenizer"]
+__all__ = ["GenerationConfig", "Message", "TextStream", "Tokenizer"]

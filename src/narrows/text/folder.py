@@ -9,7 +9,6 @@ The same facts may stand in several files; what wins over what is Hugging Face's
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from narrows.errors import CheckpointError
+from narrows.text.generation_config import read_generation_config, read_json_object
 
 __all__ = ["TokenizerFiles", "read_tokenizer_files"]
 
@@ -54,9 +54,9 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(_missing(folder))
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json")
     added = {int(i): _token(folder, token) for i, token in config.get("added_tokens_decoder", {}).items()}
-    tokens = config if added else {**config, **_read_json(folder / "special_tokens_map.json")}
+    tokens = config if added else {**config, **read_json_object(folder / "special_tokens_map.json")}
     extra = tokens.get("extra_special_tokens") or tokens.get("additional_special_tokens") or []
     # Model-specific roles (`image_token`, and the values of a mapping) are special tokens like the named ones.
     own_roles = [v for k, v in tokens.items() if k.endswith("_token") and k not in NAMED_TOKENS and isinstance(v, str)]
@@ -67,7 +67,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         added=added,
         extra=tuple(_token(folder, token) for token in extra),
         templates=_templates(folder, config.get("chat_template")),
-        eos_ids=_eos_ids(folder / "generation_config.json") | _eos_ids(folder / "config.json"),
+        eos_ids=frozenset(read_generation_config(folder).eos_token_id),
         split_special_tokens=bool(config.get("split_special_tokens", False)),
     )
 
@@ -86,18 +86,6 @@ def _missing(folder: Path) -> str:
     return f"{folder} has no tokenizer.json; {way_out}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; fetch it again")
-    return value
-
-
 def _token(folder: Path, value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
@@ -105,17 +93,6 @@ def _token(folder: Path, value: Any) -> AddedToken:
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         return AddedToken(value["content"], **{"special": True, **{k: value[k] for k in flags if k in value}})
     raise CheckpointError(f"{folder}: a special token is {value!r}, neither a text nor an object with 'content'")
-
-
-def _eos_ids(path: Path) -> frozenset[int]:
-    config = _read_json(path)
-    ids = config.get("eos_token_id")
-    if ids is None and isinstance(config.get("text_config"), dict):
-        ids = config["text_config"].get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if any(type(i) is not int or i < 0 for i in ids):
-        raise CheckpointError(f"{path}: eos_token_id is {ids}; it must be a token id or a list of them")
-    return frozenset(ids)
 
 
 def _templates(folder: Path, in_config: Any) -> dict[str, str]:

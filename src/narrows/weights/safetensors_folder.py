@@ -1,6 +1,7 @@
 """Hugging Face safetensors folders: memory mapped, one file or several with an index; only what is asked for is read.
 
-Knows files and tensor names; not which rank asks or why. Errors say which file or tensor is wrong, with the numbers.
+Knows files, tensor names and how they are stored (plain, or FP8 with scales by block); not which rank asks or why.
+Errors say which file or tensor is wrong, with the numbers.
 """
 
 from __future__ import annotations
@@ -9,30 +10,57 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from narrows.arch.config import Quantization
 from narrows.arch.weights import Weight
 from narrows.errors import CheckpointError, ConfigError
+from narrows.weights.fp8 import covering_blocks, dequantize_blocks, scale_shape
 
-__all__ = ["SafetensorsFolder"]
+__all__ = ["SafetensorsFolder", "check_loadable"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
+_SCALE = "_scale_inv"  # behind the name of the tensor that it scales
+
+
+def check_loadable(quantization: Quantization | None, name: str) -> None:
+    """Refuse a quantisation that is not read here; ``name`` is the model's.
+
+    Raises:
+        ConfigError: naming the one that is.
+    """
+    if quantization is None or (quantization.quant_method == "fp8" and quantization.weight_block_size is not None):
+        return
+    method = repr(quantization.quant_method)
+    if quantization.quant_method == "fp8":
+        method += " without weight_block_size (one scale per tensor or channel)"
+    raise ConfigError(
+        f"{name}: its weights are quantised by {method}; supported: none, or 'fp8' with a weight_block_size such as "
+        "[128, 128] (DeepSeek's); take the unquantised checkpoint, or a GGUF file of a Llama or Qwen2 model"
+    )
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint folder. Safe to share between threads: opened files are only read."""
+    """The tensors of a checkpoint folder. Safe to share between threads: opened files are only read.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        quantization: what ``config.json`` says of how weights are stored.
+        dtype: of weights that are dequantised; others keep the checkpoint's.
+    """
+
+    def __init__(
+        self, folder: Path, *, quantization: Quantization | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        check_loadable(quantization, str(folder))
+        self.folder, self.dtype = folder, dtype
+        self._block = quantization.weight_block_size if quantization else None
         self._files = {path: _open(path) for path in self._paths()}
         self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
-        if any(name.endswith("weight_scale_inv") for name in self._where):
-            raise ConfigError(
-                f"{folder}: an FP8 block-scaled checkpoint (weight_scale_inv); narrows does not load those yet, "
-                "convert it to bfloat16 first"
-            )
 
     def _paths(self) -> list[Path]:
         index = self.folder / _INDEX
@@ -67,10 +95,59 @@ class SafetensorsFolder:
         shape = tuple(view.get_shape())
         if shape != weight.shape:
             raise CheckpointError(f"{path.name}: {name} has shape {shape}, but config.json implies {weight.shape}")
+        stored = view.get_dtype()
+        if stored == _FP8:
+            return self._dequantized(name, weight, span)
+        if stored not in _PLAIN:
+            raise CheckpointError(
+                f"{path.name}: {name} is stored as {stored}; supported: {', '.join(_PLAIN)}, and {_FP8} with scales "
+                "by block"
+            )
         if span is None:
             return self._files[path].get_tensor(name)
         lo, hi = span
         return view[lo:hi] if weight.dim == 0 else view[:, lo:hi].contiguous()
+
+    def _dequantized(self, name: str, weight: Weight, span: tuple[int, int] | None) -> Tensor:
+        """The span of an FP8 tensor times its scales; only the blocks that cover it are read."""
+        block = self._block
+        if block is None or len(weight.shape) != 2:
+            raise CheckpointError(
+                f"{self._where[name].name}: {name} {weight.shape} is stored as {_FP8}, which takes a matrix and a "
+                "quantization_config with weight_block_size in config.json"
+            )
+        scales = self._scales(name, scale_shape((weight.shape[0], weight.shape[1]), block), block)
+        rows, columns = [
+            span if span is not None and dim == (weight.dim or 0) else (0, weight.shape[dim]) for dim in (0, 1)
+        ]
+        (b_lo, b_hi), (c_lo, c_hi) = covering_blocks(rows, block[0]), covering_blocks(columns, block[1])
+        return dequantize_blocks(
+            self._files[self._where[name]].get_slice(name)[rows[0] : rows[1], columns[0] : columns[1]],
+            scales[b_lo:b_hi, c_lo:c_hi],
+            block,
+            (rows[0] - b_lo * block[0], columns[0] - c_lo * block[1]),
+            self.dtype,
+        )
+
+    def _scales(self, name: str, shape: tuple[int, int], block: tuple[int, int]) -> Any:
+        """The tensor of scales, unread, after its shape and dtype were checked."""
+        path = self._where.get(name + _SCALE)
+        if path is None:
+            raise CheckpointError(
+                f"{self.folder}: {name} is stored as {_FP8}, but its scales {name + _SCALE} {shape} are missing; "
+                "download the checkpoint again"
+            )
+        view = self._files[path].get_slice(name + _SCALE)
+        found = tuple(view.get_shape())
+        if found != shape:
+            raise CheckpointError(
+                f"{path.name}: {name + _SCALE} has shape {found}, but blocks of {block[0]} x {block[1]} make it {shape}"
+            )
+        if view.get_dtype() not in _PLAIN:
+            raise CheckpointError(
+                f"{path.name}: {name + _SCALE} is stored as {view.get_dtype()}; supported: {', '.join(_PLAIN)}"
+            )
+        return view
 
 
 def _open(path: Path) -> Any:

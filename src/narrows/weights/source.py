@@ -15,9 +15,11 @@ class WeightSource(Protocol):
     """Hands out slices of the tensors of one checkpoint."""
 
     def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
-        """The rows or columns ``span`` along ``weight.dim`` (all of it when None), in the checkpoint's dtype.
+        """The rows or columns ``span`` along ``weight.dim`` (all of it when None).
 
-        ``expert`` fills in the name of a tensor of which there is one per expert. The tensor is the caller's own.
+        In the checkpoint's dtype, or, where the checkpoint's values are quantised, in the source's. ``expert`` fills in
+        the name of a tensor of which there is one per expert. The tensor may be a view of a mapped file that others
+        see too: it is not to be written to.
 
         Raises:
             CheckpointError: the tensor is missing, or has another shape than the model's config implies.

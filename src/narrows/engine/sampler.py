@@ -1,0 +1,107 @@
+"""Sampling on a rank: the requests' parameters and their tokens so far, put to rows of logits.
+
+Every rank holds the same logits and the same history, so every rank chooses the same token; nothing is sent. History is
+kept only for requests whose parameters look at it, from the moment their prompt is first seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrows.ops.sample import penalize, sample, top_logprobs
+from narrows.sched.batch import Batch, Chunk
+from narrows.sched.sampling import GREEDY, Logprobs, SamplingParams, uniform
+
+__all__ = ["RowSampler", "Sampler"]
+
+
+@dataclass(slots=True)
+class _History:
+    seen_V: Tensor
+    counts_V: Tensor
+
+
+class Sampler:
+    """One rank's sampling state over the life of an engine."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size, self.device = vocab_size, device
+        self._histories: dict[int, _History] = {}
+
+    def begin(self, batch: Batch, ids_T: Tensor) -> RowSampler | None:
+        """What samples this batch's rows, whose token ids are ``ids_T``; None when every row is greedy."""
+        for request in batch.ended:
+            self._histories.pop(request, None)
+        row = 0
+        for group in batch.groups:
+            for chunk in group:
+                stop = row + len(chunk.tokens)
+                if chunk.sampling is not None and chunk.sampling.penalizes:
+                    self._see(chunk, ids_T[row:stop])
+                row = stop
+        return RowSampler(self, batch) if batch.needs_logits else None
+
+    def _see(self, chunk: Chunk, ids_T: Tensor) -> None:
+        history = self._histories.get(chunk.request)
+        if history is None:
+            history = self._histories[chunk.request] = _History(
+                torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device),
+                torch.zeros(self.vocab_size, dtype=torch.int64, device=self.device),
+            )
+        history.seen_V[ids_T] = True
+        if chunk.start >= chunk.num_prompt:
+            history.counts_V.scatter_add_(0, ids_T, torch.ones_like(ids_T))
+
+    def history(self, request: int) -> _History:
+        return self._histories[request]
+
+
+class RowSampler:
+    """Samples the logit rows of one batch; afterwards ``logprobs`` has an entry for each row that asked."""
+
+    def __init__(self, sampler: Sampler, batch: Batch) -> None:
+        self._sampler = sampler
+        self._rows: list[tuple[Chunk | None, SamplingParams, float]] = []
+        for group in batch.groups:
+            for chunk in group:
+                params = chunk.sampling or GREEDY
+                self._rows += [(None, GREEDY, 0.0)] * (chunk.num_logits - 1)
+                if chunk.num_logits:
+                    position = chunk.start + len(chunk.tokens)
+                    draw = uniform(params.seed, position) if params.temperature and params.seed is not None else 0.0
+                    self._rows.append((chunk, params, draw))
+        self.logprobs: dict[int, Logprobs] = {}
+
+    def __call__(self, logits_TV: Tensor) -> Tensor:
+        """ids [T] int64 from logits [T, V]."""
+        wide_TV = logits_TV.float()
+        changed = list(wide_TV.unbind(0))
+        for row, (chunk, params, _) in enumerate(self._rows):
+            if chunk is not None and params.penalizes:
+                history = self._sampler.history(chunk.request)
+                changed[row] = penalize(
+                    changed[row],
+                    history.seen_V,
+                    history.counts_V,
+                    repetition_penalty=params.repetition_penalty,
+                    presence_penalty=params.presence_penalty,
+                    frequency_penalty=params.frequency_penalty,
+                )
+        ids_T = sample(
+            torch.stack(changed) if changed else wide_TV,
+            self._column([draw for _, _, draw in self._rows]),
+            temperature_T=self._column([params.temperature for _, params, _ in self._rows]),
+            top_k_T=torch.tensor([params.top_k for _, params, _ in self._rows], device=logits_TV.device),
+            top_p_T=self._column([params.top_p for _, params, _ in self._rows]),
+            min_p_T=self._column([params.min_p for _, params, _ in self._rows]),
+        )
+        for row, (_, params, _) in enumerate(self._rows):
+            if params.logprobs is not None:
+                self.logprobs[row] = top_logprobs(wide_TV[row], int(ids_T[row]), params.logprobs)
+        return ids_T
+
+    def _column(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._sampler.device)

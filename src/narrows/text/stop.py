@@ -1,0 +1,57 @@
+"""Stop strings over text that comes in pieces. Knows text only.
+
+A piece may end in what could become a stop string, so that much is held back until more text decides.
+
+>>> stop = StopStrings(("END",))
+>>> stop.push("one E"), stop.push("N"), stop.push("TER END two"), stop.found
+('one ', '', 'ENTER ', True)
+"""
+
+from __future__ import annotations
+
+from narrows.errors import ConfigError
+
+__all__ = ["StopStrings"]
+
+
+class StopStrings:
+    """Passes text on until the first of ``stops`` appears in it; the stop string itself is not passed on.
+
+    Raises:
+        ConfigError: an empty stop string, which would stop everywhere.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        if any(not stop for stop in stops):
+            raise ConfigError("a stop string is empty: it would stop before the first token")
+        self.stops = stops
+        self.found = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is now known to come before any stop string."""
+        if self.found:
+            return ""
+        self._held += text
+        at = min((i for stop in self.stops if (i := self._held.find(stop)) >= 0), default=-1)
+        if at >= 0:
+            self.found = True
+            out, self._held = self._held[:at], ""
+            return out
+        keep = self._possible_start()
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+    def finish(self) -> str:
+        """What was held back, once no more text comes."""
+        out, self._held = self._held, ""
+        return "" if self.found else out
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the text that a stop string could begin with."""
+        longest = max((len(stop) for stop in self.stops), default=0)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self.stops):
+                return length
+        return 0
