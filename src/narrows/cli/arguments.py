@@ -14,7 +14,9 @@ _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fiel
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """MODEL, the mesh, and what an engine holds."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json), or a .gguf file"
+    )
     mesh = parser.add_argument_group("mesh: world = dp x tp ranks, one thread each")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
     mesh.add_argument("--tp", type=int, default=_DEFAULT["tp"], help="ranks per group (default %(default)s)")

@@ -6,7 +6,6 @@ Exit code 0 if every layout agrees, 1 if one does not.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -16,9 +15,9 @@ from narrows.arch.presets import load_model_config
 from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig
+from narrows.engine.model_text import load_model_text
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
 from narrows.errors import ConfigError
-from narrows.text import Tokenizer
 
 __all__ = ["add_parser", "run"]
 
@@ -51,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
 def _token_ids(args: argparse.Namespace) -> list[list[int]]:
     """The prompts as token ids; a model without a tokenizer is given ids made from the texts' bytes."""
     texts = read_prompts(args) or list(_TEXTS)
-    folder = Path(args.model)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = load_model_text(args.model).tokenizer
+    if tokenizer is not None:
         if args.chat:
             return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
         return [tokenizer.encode(text) for text in texts]

@@ -13,6 +13,7 @@ import torch
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
+from narrows.convert.gguf_config import is_gguf
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -22,12 +23,13 @@ from narrows.plan.named import named_layout
 from narrows.plan.planner import Deployment, choose_forms
 from narrows.sched.scheduler import Limits
 from narrows.weights.dummy import DummyWeights
+from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
 __all__ = ["LOAD_FORMATS", "EngineConfig", "Resolved", "resolve"]
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 _DEFAULT_CONTEXT = 8192
 
@@ -84,13 +86,15 @@ class Resolved:
         """
         if self.asked.load_format == "dummy":
             return DummyWeights(seed=self.asked.seed, dtype=self.dtype)
-        folder = Path(self.asked.model)
-        if not folder.is_dir():
+        path = Path(self.asked.model)
+        if is_gguf(path):
+            return GgufWeights(path, dtype=self.dtype)
+        if not path.is_dir():
             raise ConfigError(
-                f"{self.asked.model} is a preset, which has no weights; give a checkpoint folder, "
+                f"{self.asked.model} is a preset, which has no weights; give a checkpoint folder or a .gguf file, "
                 "or --load-format dummy to run it with random weights"
             )
-        return SafetensorsFolder(folder)
+        return SafetensorsFolder(path, quantization=self.config.quantization, dtype=self.dtype)
 
 
 def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
@@ -103,6 +107,12 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     check_executable(config)
     if asked.load_format not in LOAD_FORMATS:
         raise ConfigError(f"load format {asked.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")
+    is_file = is_gguf(Path(asked.model))
+    if asked.load_format == ("safetensors" if is_file else "gguf"):
+        raise ConfigError(
+            f"load format {asked.load_format!r}, but {asked.model} is {'' if is_file else 'not '}a .gguf file; "
+            "leave --load-format out, and the path decides"
+        )
     for name, size in (("--max-rows", asked.rows_per_step), ("page size", asked.page_size)):
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")

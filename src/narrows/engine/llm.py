@@ -13,12 +13,13 @@ from typing import Any
 
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
+from narrows.engine.model_text import load_model_text
 from narrows.engine.program import Wrap
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.sched.sampling import Logprobs, SamplingParams
 from narrows.sched.scheduler import Request
-from narrows.text import TextStream, Tokenizer
+from narrows.text import GenerationConfig, TextStream, Tokenizer
 from narrows.text.stop import StopStrings
 
 __all__ = ["LLM", "Completion", "Piece", "Prompt"]
@@ -55,7 +56,7 @@ class LLM:
     """A model loaded on ``dp x tp`` ranks of this process.
 
     Args:
-        model: a checkpoint folder.
+        model: a checkpoint folder, or a ``.gguf`` file.
         options: the other fields of :class:`EngineConfig` (``dp``, ``tp``, ``layout``, ``dtype``, ...).
         wrap: put around every bound step of every rank (profiling).
 
@@ -69,9 +70,9 @@ class LLM:
             known = ", ".join(sorted(set(EngineConfig.__dataclass_fields__) - {"model"}))
             raise ConfigError(f"LLM does not know the option {unknown[0]!r}; options: {known}")
         self.resolved: Resolved = resolve(EngineConfig(model=str(model), **options))
-        folder = Path(model)
-        has_text = folder.is_dir() and (folder / "tokenizer.json").is_file()
-        self.tokenizer: Tokenizer | None = Tokenizer.from_folder(folder) if has_text else None
+        text = load_model_text(model)
+        self.tokenizer: Tokenizer | None = text.tokenizer
+        self.generation: GenerationConfig = text.generation
         self.engine = Engine(self.resolved, wrap=wrap)
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
@@ -131,9 +132,8 @@ class LLM:
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a text, as the checkpoint says."""
-        return frozenset(self.resolved.config.eos_token_id) | (
-            self.tokenizer.eos_ids if self.tokenizer else frozenset()
-        )
+        more = self.tokenizer.eos_ids if self.tokenizer else frozenset()
+        return more | {*self.resolved.config.eos_token_id, *self.generation.eos_token_id}
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt.

@@ -24,8 +24,8 @@ __all__ = ["ModelText", "load_model_text"]
 class ModelText:
     """``tokenizer`` is None where the model has none (a preset, a folder without ``tokenizer.json``)."""
 
-    tokenizer: Tokenizer | None = None
-    generation: GenerationConfig = GenerationConfig()
+    tokenizer: Tokenizer | None
+    generation: GenerationConfig
 
 
 def load_model_text(model: str | Path) -> ModelText:
@@ -39,7 +39,7 @@ def load_model_text(model: str | Path) -> ModelText:
     if is_gguf(path):
         return _of_gguf(GgufHeader(path))
     if not path.is_dir():
-        return ModelText()
+        return ModelText(tokenizer=None, generation=GenerationConfig())
     has_tokenizer = (path / "tokenizer.json").is_file()
     return ModelText(
         tokenizer=Tokenizer.from_folder(path) if has_tokenizer else None, generation=read_generation_config(path)
