@@ -45,7 +45,9 @@ def test_a_deepseek_chain_reads_in_forward_order() -> None:
 
 def test_chains_of_the_other_families() -> None:
     llama = build_chain(preset("llama-3.1-8b"), MESH)
-    assert [names(layer.stages) for layer in llama.layer_types] == [["input_norm", "attention", "post_attn_norm", "mlp"]]
+    assert [names(layer.stages) for layer in llama.layer_types] == [
+        ["input_norm", "attention", "post_attn_norm", "mlp"]
+    ]
     assert llama.layers == (0,) * 32
     assert stage_of(llama, "attention").reads == ("hidden",)
     qwen = build_chain(preset("qwen3-30b-a3b"), MESH)
@@ -104,7 +106,13 @@ def test_shapes_of_the_largest_rank() -> None:
 
 
 # Parameters that a token meets, less the embedding it looks up: 37 B for DeepSeek-V3 in the model's own report.
-ACTIVE = {"deepseek-v3": 36.6e9, "deepseek-v2": 20.9e9, "kimi-k2": 31.7e9, "qwen3-30b-a3b": 3.04e9, "llama-3.1-8b": 7.5e9}
+ACTIVE = {
+    "deepseek-v3": 36.6e9,
+    "deepseek-v2": 20.9e9,
+    "kimi-k2": 31.7e9,
+    "qwen3-30b-a3b": 3.04e9,
+    "llama-3.1-8b": 7.5e9,
+}
 
 
 @pytest.mark.parametrize("name", ACTIVE)

@@ -172,7 +172,12 @@ def test_defaults_of_fields_that_may_be_missing() -> None:
         del raw[name]
     config = read_config(raw | {"rms_norm_eps": None, "tie_word_embeddings": False})
     assert config.attention == GQA(num_key_value_heads=16, head_dim=64)
-    assert (config.rope_theta, config.rope_scaling, config.dtype, config.eos_token_id) == (10000.0, None, "bfloat16", ())
+    assert (config.rope_theta, config.rope_scaling, config.dtype, config.eos_token_id) == (
+        10000.0,
+        None,
+        "bfloat16",
+        (),
+    )
     assert config.rms_norm_eps == 1e-6
     assert read_config(raw_config("llama", eos_token_id=[7, 8])).eos_token_id == (7, 8)
 
@@ -285,7 +290,7 @@ def test_presets_are_the_rows_of_the_table() -> None:
 def test_preset_names_ignore_case_and_an_unknown_one_lists_the_others() -> None:
     assert preset("DeepSeek-V3") == preset("deepseek-v3")
     assert load_model_config("deepseek-v3") == preset("deepseek-v3")
-    with pytest.raises(ConfigError, match="'gpt-5' is neither a folder with a config.json.* presets: deep"):
+    with pytest.raises(ConfigError, match=r"'gpt-5' is neither a folder with a config\.json.* presets: deep"):
         load_model_config("gpt-5")
     with pytest.raises(CheckpointError, match="no such file"):
         load_model_config("no/such/folder")

@@ -62,9 +62,7 @@ def test_phase(groups: tuple[tuple[Chunk, ...], ...], phase: str) -> None:
 @given(st.lists(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), max_size=4), min_size=1, max_size=3))
 def test_logit_rows_and_samples_agree_with_counting_row_by_row(plan: list[list[tuple[int, int]]]) -> None:
     number = iter(range(100))
-    groups = tuple(
-        tuple(chunk(next(number), 1, rows, min(logits, rows)) for rows, logits in group) for group in plan
-    )
+    groups = tuple(tuple(chunk(next(number), 1, rows, min(logits, rows)) for rows, logits in group) for group in plan)
     batch = Batch(groups=groups)
     rows: list[tuple[int, bool, bool]] = []  # request, asks for logits, is sampled
     for group in groups:

@@ -117,7 +117,7 @@ class Serving(RuleBasedStateMachine):
         }
         batch = self.scheduler.schedule()
         if batch is None:
-            assert not ready and all(not group for group in self.scheduler.running) or self.in_flight
+            assert self.in_flight or (not ready and not any(self.scheduler.running))
             return
         self.look_at(batch, ready)
         self.unrun.append(batch)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from narrows.engine.config import LOAD_FORMATS, EngineConfig
+from narrows.errors import ConfigError
 
 __all__ = ["add_engine_flags", "add_prompt_flags", "engine_options", "read_prompts"]
 
@@ -49,6 +51,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts that were given, in order; empty if none were."""
     prompts = list(args.prompt or [])
     if args.prompt_file:
-        with open(args.prompt_file, encoding="utf-8") as file:
-            prompts += [line.rstrip("\n") for line in file if line.strip()]
+        try:
+            lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from None
+        prompts += [line for line in lines if line.strip()]
     return prompts

@@ -52,6 +52,8 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows generate``; texts go to standard output, everything else to standard error."""
     prompts = read_prompts(args)
+    if args.max_tokens < 1:
+        raise ConfigError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
     if not prompts:
         raise ConfigError("nothing to generate from: give --prompt TEXT (repeatable) or --prompt-file FILE")
     sampling = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
@@ -105,7 +107,6 @@ def _print_stream(
     def title() -> str:
         return "" if args.quiet else f"--- {prompts[current]}\n"
 
-    show(title())
     pieces = llm.stream(
         inputs,
         max_tokens=args.max_tokens,
@@ -114,7 +115,11 @@ def _print_stream(
         stop_token_ids=args.stop_token_id,
         ignore_eos=args.ignore_eos,
     )
+    shown_title = False
     for piece in pieces:
+        if not shown_title:  # only now is it known that every prompt can run
+            show(title())
+            shown_title = True
         kept[piece.index] += piece.text
         if piece.done is not None:
             done[piece.index] = piece.done

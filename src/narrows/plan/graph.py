@@ -98,9 +98,7 @@ class Graph:
     # -- which steps may come next -----------------------------------------------------------------------------------
 
     def _edges(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
-        needed = {self._slot[self.chain.fields[name].bundle] for name in stage.reads}
         if stage.kind is StageKind.NORM:
-            needed |= {self._slot[name] for name in _ADDENDS}
             yield from self._adds(state, stage)
         if stage in self.chain.epilogue and state[-1] == 0 and self._may_select(stage):
             yield self._select(state, stage)
@@ -109,21 +107,16 @@ class Graph:
             if state[slot] != ABSENT:
                 by_layout.setdefault(state[slot], []).append(slot)
         for layout_index, slots in by_layout.items():
-            if needed.isdisjoint(slots):
-                continue
             for move, dst in self._moves[layout_index]:
                 if not self._may_move(move, stage):
                     continue
                 packs = len(slots) if move.kind is MoveKind.ALL_GATHER else 1
                 for size in range(1, packs + 1):
                     for chosen in combinations(slots, size):
-                        # What the stage does not read moves only along with what it does: alone it can as well wait
-                        # for the stage that reads it.
-                        if not needed.isdisjoint(chosen):
-                            after = list(state)
-                            for slot in chosen:
-                                after[slot] = dst
-                            yield tuple(after), self._move(move, dst, chosen, state, stage)
+                        after = list(state)
+                        for slot in chosen:
+                            after[slot] = dst
+                        yield tuple(after), self._move(move, dst, chosen, state, stage)
 
     def _adds(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
         hidden = state[self._slot["hidden"]]

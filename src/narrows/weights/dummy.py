@@ -24,7 +24,8 @@ class DummyWeights:
 
     def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
         name = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
+        # torch's CPU generator looks at the low 32 bits of its seed only, so both numbers go into those.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), self.seed))
         values = torch.randn(weight.shape, generator=generator)
         if name.endswith("e_score_correction_bias"):
             values *= 0.1

@@ -71,10 +71,7 @@ class SafetensorsFolder:
                 f"{self.folder}: holds neither {_SINGLE} nor {_INDEX}; put the weights there, "
                 "or use --load-format dummy to run with random ones"
             )
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise CheckpointError(f"{index}: not a safetensors index (no 'weight_map' object)") from None
+        names = _shard_names(index)
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -148,6 +145,17 @@ class SafetensorsFolder:
                 f"{path.name}: {name + _SCALE} is stored as {view.get_dtype()}; supported: {', '.join(_PLAIN)}"
             )
         return view
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError:
+        raw = None
+    where = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise CheckpointError(f"{index}: not a safetensors index (no 'weight_map' object from tensors to files)")
+    return sorted(set(where.values()))
 
 
 def _open(path: Path) -> Any:

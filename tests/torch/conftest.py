@@ -1,0 +1,102 @@
+"""Tiny models for the tests of this folder: a config.json and seeded weights, written once per session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from narrows.arch.config import ModelConfig, read_config
+from narrows.arch.forms import Forms
+from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
+from narrows.layout import Mesh
+from narrows.weights.dummy import DummyWeights
+
+_COMMON = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+    "dtype": "float32",
+}
+_DEEPSEEK = _COMMON | {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "v3": _DEEPSEEK
+    | {"model_type": "deepseek_v3", "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.0},
+    "v2": _DEEPSEEK
+    | {"model_type": "deepseek_v2", "n_shared_experts": 2, "topk_method": "group_limited_greedy"},
+    "v2-lite": _DEEPSEEK
+    | {"model_type": "deepseek_v2", "n_shared_experts": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "llama": _COMMON | {"model_type": "llama", "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True},
+    # heads that divide nothing, and every bias
+    "llama-9": _COMMON
+    | {
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+}  # fmt: skip
+
+TinyModel = Callable[..., Path]
+
+
+def all_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> list[Weight]:
+    """Every tensor of a checkpoint, with the slices that the ranks of ``mesh`` take of it."""
+    weights = [*embed_weights(config, mesh, forms).values(), *head_weights(config, mesh).values()]
+    for layer in range(config.num_hidden_layers):
+        weights += layer_weights(config, mesh, forms, layer).values()
+    return weights
+
+
+def seeded_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint by name: those of DummyWeights, an expert at a time."""
+    source = DummyWeights(seed=seed, dtype=torch.float32)
+    tensors: dict[str, torch.Tensor] = {}
+    for weight in all_weights(config, Mesh.of(dp=1, tp=1), Forms()):
+        for expert in range(*weight.experts[0]) if weight.experts else (None,):
+            name = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
+            tensors[name] = source.take(weight, None, expert)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """``tiny_model(kind, **changes)``: the folder of a tiny model, its config.json changed where asked.
+
+    Kinds: those of CONFIGS. Weights are float32; do not write into the folder, other tests read it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(kind: str, **changes: Any) -> Path:
+        raw = CONFIGS[kind] | changes
+        key = json.dumps([kind, raw], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+            save_file(seeded_tensors(read_config(folder)), folder / "model.safetensors")
+            made[key] = folder
+        return made[key]
+
+    return make
