@@ -50,7 +50,7 @@ def trail(found: Plan) -> list[str]:
     return [words(step) for step in moe_layer(found).steps]
 
 
-# -- publication A: tensor-parallel attention, dp 1 x tp 8 -----------------------------------------------------------------
+# -- publication A: tensor-parallel attention, dp 1 x tp 8 -------------------------------------------------------------
 
 
 def test_counts_of_collectives_before_and_after_publication_a() -> None:
@@ -109,7 +109,7 @@ def test_the_published_profile_within_5_percent(layout: str) -> None:
     assert found == pytest.approx(PUBLISHED[layout], rel=0.05)
 
 
-# -- publication B: data-parallel attention --------------------------------------------------------------------------------
+# -- publication B: data-parallel attention ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mesh", "groups"), [(DP8, 8), (DP2, 2)], ids=str)
@@ -131,8 +131,8 @@ def test_publication_b_norms_a_groups_own_rows_and_then_gathers(mesh: Mesh, grou
 
 def test_the_steps_of_a_layer_before_and_after_publication_b() -> None:
     assert trail(plan("all-reduce", DP8)) == [
-        "all_reduce (P,-)>FULL",
         "slice FULL>GROUP",
+        "all_reduce (P,-)>FULL",
         "slice FULL>GROUP",
         "input_norm GROUP",
         "qkv_a_proj GROUP",
@@ -169,7 +169,7 @@ def test_sequence_parallel_gathers_hidden_at_full_width_into_every_sharded_stage
         assert {step.rows for step in norms} == {32768 // 8}
 
 
-# -- all of them -----------------------------------------------------------------------------------------------------------
+# -- all of them -------------------------------------------------------------------------------------------------------
 
 
 def test_named_layouts_take_the_logit_rows_only_before_the_head() -> None:

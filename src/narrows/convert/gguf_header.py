@@ -113,12 +113,11 @@ class GgufHeader:
         if info.encoding != F32:
             raise ConfigError(f"{self.path}: {name} has encoding number {info.encoding}; supported for it: 0 (F32)")
         count = prod(info.shape)
+        if info.offset + 4 * count > self.size:
+            raise self.incomplete(f"{name} ends at byte {info.offset + 4 * count}")
         with self.path.open("rb") as file:
             file.seek(info.offset)
-            data = file.read(4 * count)
-        if len(data) < 4 * count:
-            raise self.incomplete(f"{name} ends at byte {info.offset + 4 * count}")
-        return struct.unpack(f"<{count}f", data)
+            return struct.unpack(f"<{count}f", file.read(4 * count))
 
 
 class _Cursor:
@@ -160,9 +159,7 @@ class _Cursor:
         if count > self.size - self.at:  # an element has at least a byte
             raise ValueError(f"an array of {count} values begins at byte {self.at}")
         if kind == TEXT:
-            return self.texts(count)
-        if kind == ARRAY:
-            return [self.array() for _ in range(count)]
+            return self.texts(count)  # arrays of arrays: ggml refuses them, and so does `letter`
         form = f"<{count}{self.letter(kind)}"
         values = struct.unpack_from(form, self.data, self.at)
         self.at += struct.calcsize(form)

@@ -69,7 +69,7 @@ def row_ranges(best_at: Callable[[int], str], top: int) -> tuple[RowRange, ...]:
 def spread(rows: int, like: tuple[int, ...]) -> tuple[int, ...]:
     """``rows`` over attention groups, in the proportions of ``like``, which itself comes out unchanged.
 
-    >>> spread(9, (5, 4)), spread(10, (300, 100)), spread(7, (1, 0))
+    >>> spread(9, (5, 4)), spread(10, (300, 100)), spread(7, (2, 0))
     ((5, 4), (7, 3), (7, 0))
     """
     total = sum(like)

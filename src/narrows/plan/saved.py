@@ -1,0 +1,175 @@
+"""Plans kept in a file and read back: what was printed, run again. Knows plans as data and the chain they belong to.
+
+The file is JSON. It names the model's dimensions, the mesh and the forms it was made for; reading it for others is an
+error that says what differs, because a plan's steps mean nothing without them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from narrows.arch.chain import build_chain
+from narrows.arch.config import ModelConfig
+from narrows.arch.forms import Forms
+from narrows.arch.stages import Chain, PriceClass, RowSet, Stage
+from narrows.cost.price import Source
+from narrows.cost.stage import StepShape
+from narrows.errors import ConfigError, PlanError
+from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
+from narrows.plan.plan import Plan, Segment, Step, StepKind
+
+__all__ = ["SavedPlan", "read_plan", "write_plan"]
+
+VERSION = 1
+
+SavedPlan = tuple[Plan, Forms]
+"""A plan, and the forms that ranks hold weights in under it."""
+
+
+def write_plan(path: Path, plan: Plan, config: ModelConfig, forms: Forms) -> None:
+    """Write ``plan`` to ``path``.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    document = {
+        "narrows_plan": VERSION,
+        "model": _model_key(config),
+        "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
+        "forms": asdict(forms),
+        "layout": plan.layout_name,
+        "shape": {
+            "phase": plan.shape.phase,
+            "context": plan.shape.context,
+            "rows": list(plan.shape.rows.counts),
+            "logit_rows": list(plan.shape.logits.counts),
+        },
+        "segments": [
+            {"name": s.name, "layers": list(s.layers), "steps": [_step_document(step) for step in s.steps]}
+            for s in plan.segments
+        ],
+    }
+    try:
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the plan cannot be written to {path}: {error.strerror}") from None
+
+
+def read_plan(path: Path, config: ModelConfig, mesh: Mesh) -> SavedPlan:
+    """The plan in ``path``, checked against the model and mesh it is to run on.
+
+    Raises:
+        ConfigError: not a plan file, made for another model or mesh, or not a valid plan.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document["narrows_plan"]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is not a plan file; make one with: narrows plan ... --save {path}") from None
+    if version != VERSION:
+        raise ConfigError(f"{path} is a plan file of version {version}; this narrows reads version {VERSION}")
+    try:
+        made_for = Mesh(tuple(document["mesh"]), tuple(document["mesh"].values()))
+        if made_for != mesh:
+            raise ConfigError(f"{path} is a plan for {made_for}, but the mesh is {mesh}")
+        for name, value in _model_key(config).items():
+            if document["model"].get(name) != value:
+                was = document["model"].get(name)
+                raise ConfigError(f"{path} is a plan for a model with {name} {was}, but here it is {value}")
+        forms = Forms(**document["forms"])
+        plan = _plan(
+            document, mesh, build_chain(config, mesh, forms), build_chain(config, mesh, forms, want_logits=True)
+        )
+        plan.validate()
+    except (KeyError, TypeError, ValueError, IndexError, PlanError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not a whole and valid plan: {error}") from None
+    return plan, forms
+
+
+def _model_key(config: ModelConfig) -> dict[str, Any]:
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    return {name: getattr(config, name) for name in names}
+
+
+def _step_document(step: Step) -> dict[str, Any]:
+    move = step.move
+    return {
+        "kind": step.kind.value,
+        "name": step.name,
+        "boundary": step.boundary,
+        "class": step.price_class.value,
+        "reads": [[name, at.placements] for name, at in zip(step.reads, step.reads_at, strict=True)],
+        "writes": [[name, at.placements] for name, at in zip(step.writes, step.writes_at, strict=True)],
+        "row_set": step.row_set.value,
+        "rows": step.rows,
+        "nbytes": step.nbytes,
+        "ps": step.ps,
+        "source": step.source.label,
+        "fused": step.fused,
+        "move": None
+        if move is None
+        else {
+            "kind": move.kind.value,
+            "src": move.src.placements,
+            "dst": move.dst.placements,
+            "axes": [move.first, move.last],
+        },
+    }
+
+
+def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain) -> Plan:
+    stages: dict[str, Stage] = {}
+    for each in (chain, with_logits):
+        for group in (each.prologue, each.epilogue, *(kind.stages for kind in each.layer_types)):
+            stages.update({stage.name: stage for stage in group})
+    shape = document["shape"]
+    return Plan(
+        layout_name=document["layout"],
+        mesh=mesh,
+        shape=StepShape(
+            rows=RowSplit(mesh, tuple(shape["rows"])),
+            logits=RowSplit(mesh, tuple(shape["logit_rows"])),
+            phase=shape["phase"],
+            context=shape["context"],
+        ),
+        segments=tuple(
+            Segment(
+                name=segment["name"],
+                layers=tuple(segment["layers"]),
+                steps=tuple(_step(raw, mesh, stages) for raw in segment["steps"]),
+            )
+            for segment in document["segments"]
+        ),
+    )
+
+
+def _step(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Step:
+    kind, move = StepKind(raw["kind"]), raw["move"]
+    sources = {source.label: source for source in Source}
+    return Step(
+        kind=kind,
+        name=raw["name"],
+        boundary=raw["boundary"],
+        price_class=PriceClass(raw["class"]),
+        reads=tuple(name for name, _ in raw["reads"]),
+        reads_at=tuple(Layout(at) for _, at in raw["reads"]),
+        writes=tuple(name for name, _ in raw["writes"]),
+        writes_at=tuple(Layout(at) for _, at in raw["writes"]),
+        row_set=RowSet(raw["row_set"]),
+        rows=raw["rows"],
+        nbytes=raw["nbytes"],
+        ps=raw["ps"],
+        source=sources[raw["source"]],
+        stage=stages[raw["name"]] if kind is StepKind.STAGE else None,
+        move=None
+        if move is None
+        else Move(mesh, MoveKind(move["kind"]), Layout(move["src"]), Layout(move["dst"]), *move["axes"]),
+        fused=raw["fused"],
+    )

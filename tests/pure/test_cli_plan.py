@@ -1,0 +1,326 @@
+"""`narrows plan` as it is used: JSON and tables, the published switches, wrong input, no torch, under a second."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from narrows.cli.main import main
+
+PUBLISHED = "plan deepseek-v3 --device h20 --dp 1 --tp 8 --rows 32768 --dtype fp8"
+SMALL = "plan deepseek-v2-lite --device h100 --dp 2 --tp 2 --rows 1024"
+
+
+def run(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """What the command prints; it must succeed and write nothing else."""
+    code = main(line.split())
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+def document(capsys: pytest.CaptureFixture[str], line: str) -> dict[str, Any]:
+    found = json.loads(run(capsys, f"{line} --json"))
+    assert isinstance(found, dict)
+    return found
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_six_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, f"{PUBLISHED} --layout all-reduce --layout attn-tp-input-scattered")
+    before, after = found["layouts"]
+    assert (before["name"], after["name"]) == ("all-reduce", "attn-tp-input-scattered")
+    published = {"qkv_a_proj": (205.1, 26.14), "communication": (267.1, 249.63), "norm": (82.303, 43.398)}
+    for price_class, (was, became) in published.items():
+        assert before["totals_ms"][price_class] == pytest.approx(was, rel=0.05)
+        assert after["totals_ms"][price_class] == pytest.approx(became, rel=0.05)
+    for layout in (before, after):
+        parts = {name: ms for name, ms in layout["totals_ms"].items() if name != "total"}
+        assert layout["total_ms"] == layout["totals_ms"]["total"] == pytest.approx(sum(parts.values()), rel=1e-6)
+
+
+def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, SMALL)
+    assert set(found) == {
+        *("model", "mesh", "device", "dtype", "graph", "shape"),
+        *("layouts", "inapplicable", "why", "crossovers", "notes"),
+    }
+    assert (found["model"], found["mesh"], found["device"]) == ("deepseek-v2-lite", {"dp": 2, "tp": 2}, "h100")
+    assert found["shape"] == {
+        "phase": "prefill",
+        "rows": 1024,
+        "group_rows": [512, 512],
+        "logit_rows": 2,
+        "context": 4096,
+    }
+    names = [layout["name"] for layout in found["layouts"]]
+    assert names == ["all-reduce", "norm-before-gather", "sequence-parallel", "auto"]
+    assert found["inapplicable"] == {"attn-tp-input-scattered": found["inapplicable"]["attn-tp-input-scattered"]}
+    assert "q_lora_rank is null" in found["inapplicable"]["attn-tp-input-scattered"]
+    for layout in found["layouts"]:
+        steps = layout["steps"]
+        assert sum(step["us"] * step["times"] for step in steps) / 1e3 == pytest.approx(layout["total_ms"], rel=1e-6)
+        assert {step["source"] for step in steps} <= {"measured", "interpolated", "scaled", "roofline"}
+        assert sum(len(step["layers"]) for step in steps if step["name"] == "attention") == 27
+        assert layout["memory"]["fits"] and layout["memory"]["weights_gb"] > 5
+        assert set(layout["forms"]) == {"embed", "qkv_a_proj", "shared_expert", "experts"}
+    assert {"experts": "split", "embed": "vocab"}.items() <= found["layouts"][0]["forms"].items()
+    for ranges in found["crossovers"].values():
+        assert ranges[0]["first"] == 1 and ranges[-1]["last"] == 65536
+        assert all(a["last"] + 1 == b["first"] for a, b in itertools.pairwise(ranges))
+    assert all(" costs " in text or " is " in text for text in found["why"])
+
+
+def test_layouts_are_exactly_those_asked_for_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    def names(line: str) -> list[str]:
+        return [layout["name"] for layout in document(capsys, line)["layouts"]]
+
+    assert names(f"{SMALL} --layout sequence-parallel --layout all-reduce") == ["sequence-parallel", "all-reduce"]
+    assert names(f"{SMALL} --layout auto --layout all-reduce") == ["auto", "all-reduce"]
+    assert names(f"{SMALL} --layout auto --layout auto") == ["auto"]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(8, 1), (2, 4)])
+def test_publication_b(capsys: pytest.CaptureFixture[str], dp: int, tp: int) -> None:
+    line = f"plan deepseek-v3 --device h20 --dp {dp} --tp {tp} --rows 16384"
+    layouts = document(capsys, f"{line} --layout all-reduce --layout norm-before-gather")["layouts"]
+
+    def norm_and_gather(layout: dict[str, Any]) -> tuple[int, bool]:
+        steps = [step for step in layout["steps"] if step["times"] > 50]
+        (norm,) = [i for i, step in enumerate(steps) if step["name"] == "post_attn_norm"]
+        (gather,) = [i for i, step in enumerate(steps) if step["name"] == "all_gather"]
+        assert steps[gather]["rows"] == 16384
+        return steps[norm]["rows"], norm < gather
+
+    assert [norm_and_gather(layout) for layout in layouts] == [(16384, False), (16384 // dp, True)]
+    assert layouts[1]["totals_ms"]["norm"] < layouts[0]["totals_ms"]["norm"]
+
+
+def test_flags_reach_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "plan qwen3-30b-a3b --device a100 --dp 2 --tp 2 --rows 100 --layout auto"
+    found = document(capsys, f"{line} --phase decode --context 777 --group-rows 70,30 --logit-rows 10")
+    assert found["shape"] == {"phase": "decode", "rows": 100, "group_rows": [70, 30], "logit_rows": 10, "context": 777}
+    assert found["dtype"] == "bf16" and found["notes"] == ["dtype bf16: no --dtype was given"]
+    uneven = document(capsys, f"{line[:-14]} --rows 101")
+    assert uneven["shape"]["group_rows"] == [51, 50]
+    eager, graph = (document(capsys, f"{line} --phase decode{flag}") for flag in (" --eager", ""))
+    assert (eager["graph"], graph["graph"]) == (False, True)
+    assert eager["layouts"][0]["total_ms"] > graph["layouts"][0]["total_ms"]
+
+
+@pytest.mark.parametrize(
+    ("line", "dtype", "because"),
+    [
+        ("plan deepseek-v3 --device h200 --tp 8 --rows 8", "fp8", "as the checkpoints of this model are published"),
+        ("plan deepseek-v3 --device a100 --tp 8 --rows 8", "bf16", "a100 has no fp8"),
+        ("plan llama-3.1-8b --device h200 --rows 8", "bf16", "no --dtype was given"),
+    ],
+)
+def test_the_dtype_that_was_chosen_is_said(
+    capsys: pytest.CaptureFixture[str], line: str, dtype: str, because: str
+) -> None:
+    found = document(capsys, line)
+    assert found["dtype"] == dtype and f"dtype {dtype}: {because}" in found["notes"]
+    assert not any(note.startswith("dtype") for note in document(capsys, f"{line} --dtype bf16")["notes"])
+
+
+# -- the published switches --------------------------------------------------------------------------------------------
+
+
+def test_dp_attention_counts_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(
+        capsys, "plan deepseek-v3 --device h20 --tp 8 --dp 2 --enable-dp-attention --rows 64 --layout auto"
+    )
+    assert found["mesh"] == {"dp": 2, "tp": 4}
+    assert "--enable-dp-attention: --tp 8 counts all ranks, so --dp 2 makes this the mesh dp 2 x tp 4" in found["notes"]
+
+
+def test_input_scattered_is_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    switch = "--enable-attn-tp-input-scattered"
+    found = document(capsys, f"{PUBLISHED} {switch} --layout all-reduce")
+    assert [layout["name"] for layout in found["layouts"]] == ["all-reduce", "attn-tp-input-scattered"]
+    found = document(capsys, f"{PUBLISHED} {switch}")
+    assert "attn-tp-input-scattered" in [layout["name"] for layout in found["layouts"]]
+    assert "norm-before-gather" in found["inapplicable"]
+    assert any(note.startswith(f"{switch} is the layout attn-tp-input-scattered here") for note in found["notes"])
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "plan deepseek-v3 --device h100 --dp 2 --tp 4 --rows 16384 --dtype fp8")
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert max(map(len, lines)) <= 120
+    assert "\x1b" not in out and "\u2026" not in out and out.isascii()
+    assert lines[0] == "deepseek-v3 on dp 2 x tp 4: 8 x NVIDIA H100 SXM 80 GB, fp8"
+    assert lines[1].startswith("one prefill step of 16384 rows (8192 + 8192), context 4096, logits of 4")
+    for title in (
+        "ms per step         all-reduce  attn-tp-input-scattered  norm-before-gather  sequence-parallel          auto",
+        "Why auto (rows are those of the rank that has most)",
+        "Cheapest of the named layouts, by rows of the step",
+        "What auto does in most layers, by rows of the step",
+        "Memory per rank",
+        "Notes",
+    ):
+        assert title in lines, title
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert rows["against"][-2:] == ["x", "1.000"]
+    assert rows["memory"].count("does") == 5
+    assert "does not fit: needs 86.5 GB for weights, the device has 80.0 GB (73.6 GB usable)" in out
+    for name in ("input_norm", "qkv_a_proj", "attention", "router", "experts", "lm_head", "> all-gather dp x tp"):
+        assert any(line.startswith(name) for line in lines), name
+    assert "multi-token-prediction layer(s) of the checkpoint are skipped" in out
+
+
+def test_the_tables_say_what_does_not_apply_and_what_forms_were_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "plan deepseek-v3 --device h200 --tp 8 --rows 4096 --layout all-reduce")
+    assert "forms of auto, chosen for this one step: " in out
+    assert "forms of the named layouts, as published: embed vocab, qkv_a_proj replicated" in out
+    header = next(line for line in out.splitlines() if line.startswith("ms per step"))
+    assert header.split() == ["ms", "per", "step", "all-reduce", "auto"]  # auto is shown beside what was asked for
+    assert "- norm-before-gather: dp is 1" in out
+    assert "KV cache 70272 bytes per token" in out
+    decode = run(capsys, "plan deepseek-v3 --device h20 --tp 8 --rows 128 --phase decode")
+    assert "no set of forms leaves room for the 524288 tokens" in " ".join(decode.split())
+    assert "not the 524288 of this step" in " ".join(decode.split())
+
+
+def test_help_imports_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "plan" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "--enable-attn-tp-input-scattered" in capsys.readouterr().out
+
+
+# -- wrong input -------------------------------------------------------------------------------------------------------
+
+V3 = "plan deepseek-v3 --device h20"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("plan deepseek-v3 --device h21 --rows 8", "unknown device 'h21'; known devices: h20, h20-3e, h100"),
+        (f"{V3} --rows 8 --layout ring", "layout 'ring' is not known; layouts: all-reduce, attn-tp-input-scattered"),
+        (f"{V3} --rows 8 --layout norm-before-gather", "layout norm-before-gather cannot apply to deepseek-v3 on dp 1"),
+        (f"{V3} --rows 8 --enable-attn-tp-input-scattered", "tp is 1: attention has no ranks to scatter its input"),
+        ("plan gpt-5 --device h20 --rows 8", "presets: deepseek-v2, deepseek-v2-lite, deepseek-v3"),
+        ("plan no/such/model --device h20 --rows 8", "no such file; a model is a folder with config.json"),
+        ("plan llama-3.1-8b --device h20 --tp 64 --rows 8", "on 64 ranks these work: dp 2 x tp 32, dp 4 x tp 16"),
+        (f"{V3} --rows 0", "--rows 0: a step has at least 1 row"),
+        (f"{V3} --rows -3", "--rows -3: a step has at least 1 row"),
+        (f"{V3} --rows many", "argument --rows: invalid int value: 'many'"),
+        (f"{V3} --dp 2 --rows 8 --group-rows 8", "--group-rows has 1 counts, but dp 2 x tp 1 has 2 attention groups"),
+        (f"{V3} --dp 2 --rows 8 --group-rows 8,1", "--group-rows 8,1 adds up to 9, where counts >= 0 are needed"),
+        (f"{V3} --dp 2 --rows 8 --group-rows 9,-1", "for example 4,4"),
+        (f"{V3} --dp 2 --rows 8 --group-rows 4;4", "--group-rows '4;4': whole numbers with commas between are needed"),
+        ("plan deepseek-v3 --device a100 --tp 8 --rows 8 --dtype fp8", "a100 (NVIDIA A100 SXM 80 GB) has no fp8"),
+        (f"{V3} --rows 8 --dtype int4", "argument --dtype: invalid choice: 'int4'"),
+        (f"{V3} --rows 8 --logit-rows 9", "logit rows 9 must be between 0 and the 8 rows of the step"),
+        (f"{V3} --rows 8 --logit-rows -1", "logit rows -1 must be between 0 and the 8 rows"),
+        (f"{V3} --rows 8 --context 0", "context 0 must be at least 1 token"),
+        (f"{V3} --rows 8 --tp 0", "mesh axis tp has size 0; every axis needs at least 1 rank"),
+        (f"{V3} --rows 8 --tp 8 --dp 3 --enable-dp-attention", "8 ranks do not divide into --dp 3 attention groups"),
+        (f"{V3} --rows 8 --frobnicate", "unrecognized arguments: --frobnicate"),
+        (f"{V3} --rows 8 --lay auto", "unrecognized arguments: --lay auto"),
+        (V3, "the following arguments are required: --rows"),
+        ("plan deepseek-v3 --rows 8", "the following arguments are required: --device"),
+        ("plot deepseek-v3", "invalid choice: 'plot'"),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], line: str, words: str) -> None:
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.startswith("narrows: error: ") and err.count("\n") == 1
+
+
+def test_a_broken_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for content, words in (("{", "not valid JSON"), ('{"model_type": "mamba"}', "architecture 'mamba' is not known")):
+        file.write_text(content, encoding="utf-8")
+        assert main(["plan", str(tmp_path), "--device", "h20", "--rows", "8"]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def test_an_interrupt_ends_quietly(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("narrows.cli.plan_command.run", interrupt)
+    assert main(SMALL.split()) == 130
+    assert capsys.readouterr().err == "narrows: interrupted\n"
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", "from narrows.cli.main import main; raise SystemExit(main())", *args]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_whole_command_takes_less_than_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = command(*PUBLISHED.split(), "--json")
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0 and done.stderr == ""
+        assert [layout["name"] for layout in json.loads(done.stdout)["layouts"]][-1] == "auto"
+    assert min(seconds) < 1.0
+
+
+def test_errors_of_the_process() -> None:
+    done = command("plan", "deepseek-v3", "--device", "h21", "--rows", "8")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("narrows: error: unknown device 'h21'") and "Traceback" not in done.stderr
+
+
+def test_a_plan_never_imports_torch() -> None:
+    code = (
+        "import sys; import narrows.cli.plan_command; from narrows.cli.main import main; "
+        f"code = main({SMALL.split()!r}); assert code == 0; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'safetensors'}), "
+        "file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_is_instant() -> None:
+    code = (
+        "import sys\nfrom narrows.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted(n for n in sys.modules if n.startswith('narrows.') or n in ('rich', 'torch')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "['narrows.cli', 'narrows.cli.main', 'narrows.errors']"
+
+
+def test_output_into_a_closed_pipe_is_no_error() -> None:
+    line = [sys.executable, "-c", "from narrows.cli.main import main; raise SystemExit(main())", *SMALL.split()]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(write)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
