@@ -174,7 +174,6 @@ class FakeWorld:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.mesh = rank, MESH
-        self.lent: list[Tensor] = []
 
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
@@ -206,8 +205,8 @@ class FakeWorld:
     def barrier(self, ranks: tuple[int, ...], label: str) -> None:
         pass
 
-    def send_buffer(self, rows: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        return torch.empty((rows, width), dtype=dtype, device=device)
+    def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows, width), dtype=dtype, device=CUDA)
 
     def _fresh(self, x: Tensor, expected: tuple[int, ...], shape: tuple[int, ...], label: str) -> Tensor:
         assert x.device == CUDA, f"{label}: a tensor on {x.device}"

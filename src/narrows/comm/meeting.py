@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from narrows.comm.stamps import Stamp, rank_names
+from narrows.comm.stamps import Stamp, absence, rank_names
 from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
 
@@ -73,14 +73,8 @@ class Commons:
         """
         present = [other for other, _ in waiting]
         missing = [other for other in ranks if other not in present]
-        told = [f"{rank_names(missing)} did not come within {self.timeout_s:g} s"]
-        told += [f"rank {other} waits at {stamp}" for other, stamp in waiting]
-        for other in missing:
-            last = self.last[other]
-            told.append(
-                f"rank {other} last came to {last[0]} of {rank_names(last[1])}" if last else f"rank {other} never came"
-            )
-        error = RankError("; ".join(told))
+        said = absence(waiting, {other: self.last[other] for other in missing})
+        error = RankError(f"{rank_names(missing)} did not come within {self.timeout_s:g} s; {said}")
         self.fail(rank, error)
         assert self.failure is not None
         return error if self.failure[1] is error else self.rank_error()

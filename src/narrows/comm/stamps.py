@@ -7,7 +7,7 @@ shapes to a stamp, and refuse a tensor that does not fit the counts it came with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from narrows.errors import CollectiveMismatchError
 
-__all__ = ["Stamp", "mismatch", "rank_names", "say_columns", "say_rows", "say_sum", "say_tensor"]
+__all__ = ["Stamp", "absence", "mismatch", "rank_names", "say_columns", "say_rows", "say_sum", "say_tensor"]
 
 
 class Stamp(NamedTuple):
@@ -75,6 +75,22 @@ def mismatch(ranks: Sequence[int], stamps: Sequence[Stamp]) -> str:
     )
 
 
+def absence(
+    waiting: Sequence[tuple[int, Stamp]], missing: Mapping[int, tuple[Stamp, tuple[int, ...]] | None]
+) -> str:
+    """Who waits at what, and where those who are missing came last, with the group that they met there.
+
+    >>> start, step = Stamp(0, "barrier", "start", 2), Stamp(1, "barrier", "step 1", 2)
+    >>> absence([(0, step)], {1: (start, (0, 1))})
+    'rank 0 waits at #1 barrier "step 1"; rank 1 last came to #0 barrier "start" of ranks 0, 1'
+    """
+    told = [f"rank {rank} waits at {stamp}" for rank, stamp in waiting]
+    for rank, last in missing.items():
+        where = f"last came to {last[0]} of {rank_names(last[1])}" if last else "never came"
+        told.append(f"rank {rank} {where}")
+    return "; ".join(told)
+
+
 def say_rows(stamp: Stamp, rank: int, me: int, xs: Sequence[Tensor], counts: Sequence[int]) -> Stamp:
     """For a gather: each of ``xs`` is ``[counts[me], W_f]``.
 
@@ -91,7 +107,10 @@ def say_rows(stamp: Stamp, rank: int, me: int, xs: Sequence[Tensor], counts: Seq
 def say_sum(
     stamp: Stamp, rank: int, me: int, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor] = ()
 ) -> Stamp:
-    """For a reduction: ``x`` is ``[sum(counts), W]``, each addend ``[counts[me], W]``, all of at most 32 bits."""
+    """For a reduction: ``x`` is ``[sum(counts), W]``, each addend ``[counts[me], W]``, all of at most 32 bits.
+
+    The members' addends of one kind are a field like ``x``: every rank joins as many, of the same dtypes.
+    """
     _check_counts(stamp, rank, counts)
     _check(stamp, rank, x, 0, sum(counts), counts)
     piece = (counts[me], x.shape[1])
@@ -101,7 +120,8 @@ def say_sum(
     for dtype in (x.dtype, *(addend.dtype for addend in addends)):
         if not dtype.is_floating_point or dtype.itemsize > 4:
             raise _misfit(stamp, rank, f"{dtype}, which a float32 sum does not hold")
-    return stamp._replace(shapes=((tuple(x.shape), x.dtype),), split=tuple(counts))
+    fields = (x.dtype, *(addend.dtype for addend in addends))
+    return stamp._replace(shapes=tuple((tuple(x.shape), dtype) for dtype in fields), split=tuple(counts))
 
 
 def say_columns(stamp: Stamp, rank: int, me: int, x: Tensor, widths: Sequence[int]) -> Stamp:

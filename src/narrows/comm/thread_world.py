@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrows.comm.buffers import Buffers
 from narrows.comm.meeting import Commons, Meeting
 from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.sums import float32_sum, sum_rows
@@ -32,7 +33,7 @@ class ThreadWorld:
         self.checked = commons.checked
         self._commons = commons
         self._seats: dict[tuple[int, ...], _Seat] = {}
-        self._buffers = _SendBuffers()
+        self._buffers = Buffers()
 
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
@@ -182,35 +183,3 @@ def _copies(place: int, brought: list[Tensor]) -> list[Tensor]:
 
 def _nothing(brought: list[None]) -> list[None]:
     return brought
-
-
-class _SendBuffers:
-    """Scratch memory by (width, dtype), lent until a collective has consumed it."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        self._lent: dict[int, tuple[tuple[int, torch.dtype], Tensor]] = {}  # by address of the storage
-
-    def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        key, size = (width, dtype), rows * width
-        free = self._free.setdefault(key, [])
-        flat = free.pop() if free else None
-        if flat is None or flat.numel() < size:
-            flat = torch.empty(max(size, 1), dtype=dtype)
-        self._lent[flat.untyped_storage().data_ptr()] = (key, flat)
-        return flat[:size].view(rows, width)
-
-    def give_back(self, tensors: Sequence[Tensor]) -> None:
-        if self._lent:
-            for x in tensors:
-                lent = self._lent.pop(x.untyped_storage().data_ptr(), None)
-                if lent is not None:
-                    self._free[lent[0]].append(lent[1])
-
-    def owned(self, x: Tensor) -> Tensor:
-        """``x`` as a result: itself, or a copy if it lies in a send buffer, which is then free again."""
-        if x.untyped_storage().data_ptr() not in self._lent:
-            return x
-        out = x.clone()
-        self.give_back((x,))
-        return out

@@ -26,7 +26,7 @@ class World(Protocol):
     The rules that hold for every method and every implementation:
 
     - Every member of ``ranks`` (world ranks, in rank order, this one among them) makes the same call with the same
-      ``ranks``, ``counts`` and ``label``. Nobody skips it: 0 rows for a member or for all of them, 1 row on 8 ranks
+      ``ranks``, ``counts`` and ``label``, and as many addends. Nobody skips it: 0 rows for a member or for all of them, 1 row on 8 ranks
       and width 0 are ordinary.
     - A result is the caller's own: never a peer's memory, never a send buffer, never the input, except that a group
       of one rank gets its input back (if that is not a send buffer) and meets nobody.
@@ -114,7 +114,7 @@ class World(Protocol):
         ...
 
     def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised ``[rows, width]`` memory that this world sends from without a copy.
+        """Uninitialised ``[rows, width]`` memory on the ranks' device that this world sends from without a copy.
 
         Valid until the collective that it is handed to (as ``x``, as one of ``xs``, or as an addend) returns. Two
         buffers asked for before that are two different pieces of memory, whatever their shapes. A buffer that is

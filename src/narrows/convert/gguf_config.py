@@ -99,7 +99,7 @@ def is_gguf(path: Path) -> bool:
 
 def gguf_family(file: GgufHeader) -> Family:
     """The architecture; `ConfigError` names those that are known."""
-    name = file.need("general.architecture")
+    name = file.need("general.architecture", str)
     if name not in FAMILIES:
         raise ConfigError(f"{file.path} is of the architecture {name!r}; supported: {', '.join(map(repr, FAMILIES))}")
     return FAMILIES[name]
@@ -107,22 +107,22 @@ def gguf_family(file: GgufHeader) -> Family:
 
 def gguf_sizes(file: GgufHeader) -> Sizes:
     """The sizes, from metadata and the embedding's rows; refuses what the families here do not have."""
-    prefix = file.need("general.architecture")
-    hidden, heads = _count(file, f"{prefix}.embedding_length"), file.need(f"{prefix}.attention.head_count")
-    kv_heads = file.get(f"{prefix}.attention.head_count_kv", heads)
+    prefix = file.need("general.architecture", str)
+    hidden, heads = _count(file, f"{prefix}.embedding_length"), file.need(f"{prefix}.attention.head_count", object)
+    kv_heads = file.get(f"{prefix}.attention.head_count_kv", object, heads)
     if not all(isinstance(count, int) and count > 0 for count in (heads, kv_heads)) or heads % kv_heads:
         raise ConfigError(
             f"{file.path} has {heads} attention heads and {kv_heads} key-value heads; "
             "supported: one number for all layers, the first a multiple of the second"
         )
-    head_dim = file.get(f"{prefix}.attention.key_length", hidden // heads)
+    head_dim = file.get(f"{prefix}.attention.key_length", int, hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := file.get(f"{prefix}.{key}", head_dim)) != head_dim:
+        if (found := file.get(f"{prefix}.{key}", int, head_dim)) != head_dim:
             raise ConfigError(f"{file.path} has {prefix}.{key} {found} but heads of {head_dim}; supported: equal ones")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path} has no tensor token_embd.weight; fetch a complete file")
     vocab = file.tensors["token_embd.weight"].shape[0]
-    if (num_tokens := len(file.need("tokenizer.ggml.tokens"))) > vocab:
+    if (num_tokens := len(file.need("tokenizer.ggml.tokens", list[str]))) > vocab:
         raise CheckpointError(f"{file.path} has {num_tokens} tokens but embeddings for {vocab}")
     return Sizes(
         vocab=vocab,
@@ -143,9 +143,9 @@ def gguf_config(file: GgufHeader, *, dtype: str = "bfloat16") -> dict[str, Any]:
         CheckpointError: metadata that is missing or contradicts itself.
     """
     family, sizes = gguf_family(file), gguf_sizes(file)
-    prefix = file.need("general.architecture")
+    prefix = file.need("general.architecture", str)
     ids = special_token_ids(file)
-    theta = _shortest(file.get(f"{prefix}.rope.freq_base", 10000.0))
+    theta = _shortest(file.get(f"{prefix}.rope.freq_base", float, 10000.0))
     return {
         "architectures": [family.hf_class],
         "model_type": prefix,
@@ -158,7 +158,7 @@ def gguf_config(file: GgufHeader, *, dtype: str = "bfloat16") -> dict[str, Any]:
         "head_dim": sizes.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": _count(file, f"{prefix}.context_length"),
-        "rms_norm_eps": _shortest(file.need(f"{prefix}.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _shortest(file.need(f"{prefix}.attention.layer_norm_rms_epsilon", float)),
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(file, prefix, theta, sizes.head_dim),
         "attention_dropout": 0.0,
@@ -177,20 +177,20 @@ def gguf_generation_config(file: GgufHeader) -> dict[str, Any]:
     A chat's end of turn, where the file names one, ends a text as eos does.
     """
     ids: dict[str, Any] = dict(special_token_ids(file))
-    ends = [ids.get("eos"), file.get("tokenizer.ggml.eot_token_id")]
+    ends = [ids.get("eos"), file.get("tokenizer.ggml.eot_token_id", int)]
     ends = list(dict.fromkeys(token for token in ends if token is not None))
     if len(ends) > 1:
         ids["eos"] = ends
     config = {f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids}
-    sampling = {field: file.get(key) for field, key in SAMPLING.items()}
+    sampling = {field: file.get(key, int if field == "top_k" else float) for field, key in SAMPLING.items()}
     sampling = {k: _shortest(v) if isinstance(v, float) else v for k, v in sampling.items() if v is not None}
     return {**config, **({"do_sample": True} if sampling else {}), **sampling}
 
 
 def special_token_ids(file: GgufHeader) -> dict[str, int]:
     """Ids of the roles that the file names, of ``bos``, ``eos``, ``unk`` and ``pad``."""
-    found = {role: file.get(f"tokenizer.ggml.{word}_token_id") for role, word in ROLES.items()}
-    num_tokens = len(file.need("tokenizer.ggml.tokens"))
+    found = {role: file.get(f"tokenizer.ggml.{word}_token_id", int) for role, word in ROLES.items()}
+    num_tokens = len(file.need("tokenizer.ggml.tokens", list[str]))
     for role, token in found.items():
         if token is not None and not 0 <= token < num_tokens:
             raise CheckpointError(f"{file.path}: {role} token id {token} is outside the {num_tokens} tokens")
@@ -198,15 +198,15 @@ def special_token_ids(file: GgufHeader) -> dict[str, int]:
 
 
 def _count(file: GgufHeader, key: str) -> int:
-    value = file.need(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{file.path}: {key} is {value!r}, where a whole number of at least 1 is needed")
+    value: int = file.need(key, int)
+    if value < 1:
+        raise CheckpointError(f"{file.path}: {key} is {value}; it must be at least 1")
     return value
 
 
 def _rope_scaling(file: GgufHeader, prefix: str, theta: float, head_dim: int) -> dict[str, Any] | None:
-    kind = file.get(f"{prefix}.rope.scaling.type", "none")
-    if kind != "none" or file.get(f"{prefix}.rope.scale_linear") is not None:
+    kind = file.get(f"{prefix}.rope.scaling.type", str, "none")
+    if kind != "none" or file.get(f"{prefix}.rope.scale_linear", object) is not None:
         raise ConfigError(
             f"{file.path} scales its rotary positions ({kind!r}); supported: no scaling, or Llama 3's by tensor"
         )

@@ -62,7 +62,7 @@ class GgufHeader:
                     if isinstance(error, ConfigError):
                         raise
                     raise self.incomplete(str(error)) from error
-        if (num_parts := self.get("split.count", 1)) > 1:
+        if (num_parts := self.get("split.count", int, 1)) > 1:
             raise ConfigError(f"{path} is one of {num_parts} parts; join them with llama.cpp's gguf-split --merge")
 
     def _read(self, cursor: _Cursor) -> None:
@@ -81,8 +81,8 @@ class GgufHeader:
             name, num_dims = cursor.text(), cursor.number("I")
             shape = tuple(cursor.number("Q") for _ in range(num_dims))[::-1]
             infos.append(TensorInfo(name=name, shape=shape, encoding=cursor.number("I"), offset=cursor.number("Q")))
-        alignment = self.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        alignment = self.get("general.alignment", int, 32)
+        if alignment < 1:
             raise ValueError(f"its alignment is {alignment!r}")
         base = -(-cursor.at // alignment) * alignment
         self.tensors: dict[str, TensorInfo] = {
@@ -96,13 +96,25 @@ class GgufHeader:
         """The error of a file that ends too early or makes no sense."""
         return CheckpointError(f"{self.path} ({self.size} bytes) is not complete GGUF, cut off or broken: {why}")
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of ``key`` as plain Python, or ``default``."""
-        return self._metadata.get(key, default)
+    def get(self, key: str, kind: Any, default: Any = None) -> Any:
+        """The value of ``key`` as plain Python, or ``default``; `CheckpointError` when it is not of ``kind``.
 
-    def need(self, key: str) -> Any:
-        """The value of ``key``; `CheckpointError` when the file lacks it."""
-        value = self.get(key)
+        ``kind``: bool, int, float (an int will do), str, a list of one of them (``list[str]``), or object for any.
+        """
+        value = self._metadata.get(key, default)
+        if value is default or kind is object:
+            return value
+        values = value if isinstance(value, list) else [value]
+        of = kind.__args__[0] if hasattr(kind, "__args__") else kind
+        kinds = (float, int) if of is float else (of,)
+        if isinstance(value, list) != (of is not kind) or any(type(v) not in kinds for v in values):
+            named = f"a list of {of.__name__}" if of is not kind else f"one {of.__name__}"
+            raise CheckpointError(f"{self.path}: {key} is {repr(value)[:60]}, where {named} is needed")
+        return value
+
+    def need(self, key: str, kind: Any) -> Any:
+        """The value of ``key`` as in `get`; `CheckpointError` when the file lacks it."""
+        value = self.get(key, kind)
         if value is None:
             raise CheckpointError(f"{self.path} has no {key}, which is needed; fetch a complete file")
         return value

@@ -87,7 +87,7 @@ def tokenizer_backend(source: GgufHeader) -> Tokenizer:
     Raises `ConfigError` for a kind of tokenizer or a pre-tokenizer that is not known here, and `CheckpointError` when
     the vocabulary contradicts itself.
     """
-    kind, pre = source.get("tokenizer.ggml.model"), source.get("tokenizer.ggml.pre")
+    kind, pre = source.get("tokenizer.ggml.model", str), source.get("tokenizer.ggml.pre", str)
     if kind != "gpt2":
         raise ConfigError(
             f"{source.path} has a tokenizer of kind {kind!r}; supported: 'gpt2' (byte-level BPE). "
@@ -97,11 +97,11 @@ def tokenizer_backend(source: GgufHeader) -> Tokenizer:
         raise ConfigError(
             f"{source.path} cuts text by the pre-tokenizer {pre!r}; supported: {', '.join(map(repr, PRE_TOKENIZERS))}"
         )
-    tokens = source.need("tokenizer.ggml.tokens")
+    tokens = source.need("tokenizer.ggml.tokens", list[str])
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{source.path}: {len(tokens) - len(vocab)} of {len(tokens)} tokens are repeated")
-    merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges", list[str])]
     try:
         bpe = models.BPE(
             vocab=vocab,
@@ -115,7 +115,7 @@ def tokenizer_backend(source: GgufHeader) -> Tokenizer:
     backend = Tokenizer(bpe)
     PRE_TOKENIZERS[pre].cut(backend)
     backend.decoder = decoders.ByteLevel()
-    types = source.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = source.get("tokenizer.ggml.token_type", list[int]) or [1] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(f"{source.path}: {len(tokens)} tokens but {len(types)} in tokenizer.ggml.token_type")
     kinds = {CONTROL: True, USER_DEFINED: False}
@@ -128,15 +128,15 @@ def tokenizer_backend(source: GgufHeader) -> Tokenizer:
 
 def chat_templates(source: GgufHeader) -> dict[str, str]:
     """The file's chat templates by name; ``default`` is the one without a name."""
-    keys = {name: f"tokenizer.chat_template.{name}" for name in source.get("tokenizer.chat_templates", ())}
-    found = {name: source.get(key) for name, key in {"default": "tokenizer.chat_template", **keys}.items()}
+    keys = {name: f"tokenizer.chat_template.{name}" for name in source.get("tokenizer.chat_templates", list[str], ())}
+    found = {name: source.get(key, str) for name, key in {"default": "tokenizer.chat_template", **keys}.items()}
     return {name: template for name, template in found.items() if template is not None}
 
 
 def write_tokenizer(source: GgufHeader, folder: Path, *, max_length: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``."""
     tokenizer_backend(source).save(str(folder / "tokenizer.json"))
-    tokens = source.need("tokenizer.ggml.tokens")
+    tokens = source.need("tokenizer.ggml.tokens", list[str])
     config: dict[str, Any] = {
         # Not "GPT2Tokenizer": transformers 5 would put that class's own pre-tokenizer in place of the file's.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -155,9 +155,9 @@ def write_tokenizer(source: GgufHeader, folder: Path, *, max_length: int) -> Non
 def _add_ends(backend: Tokenizer, source: GgufHeader, tokens: list[str]) -> None:
     """A post-processor, when the file asks that bos or eos be added to every text."""
     ids = special_token_ids(source)
-    wanted = {role: bool(source.get(f"tokenizer.ggml.add_{role}_token", False)) for role in ("bos", "eos")}
-    if source.get("tokenizer.ggml.add_bos_token") is None:
-        wanted["bos"] = PRE_TOKENIZERS[source.need("tokenizer.ggml.pre")].adds_bos and "bos" in ids
+    wanted = {role: source.get(f"tokenizer.ggml.add_{role}_token", bool, False) for role in ("bos", "eos")}
+    if source.get("tokenizer.ggml.add_bos_token", bool) is None:
+        wanted["bos"] = PRE_TOKENIZERS[source.need("tokenizer.ggml.pre", str)].adds_bos and "bos" in ids
     for role, added in wanted.items():
         if added and role not in ids:
             raise CheckpointError(f"{source.path} asks to add a {role} token to every text but names none")

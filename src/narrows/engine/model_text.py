@@ -49,7 +49,7 @@ def load_model_text(model: str | Path) -> ModelText:
 def _of_gguf(header: GgufHeader) -> ModelText:
     """As of the folder that the file would be converted to."""
     generation = parse_generation_config(gguf_generation_config(header), str(header.path))
-    tokens = header.need("tokenizer.ggml.tokens")
+    tokens = header.need("tokenizer.ggml.tokens", list[str])
     files = TokenizerFiles(
         folder=header.path,
         named={

@@ -59,7 +59,7 @@ class Program:
         self._selected = tuple(binder.selected)
         self._out_layouts = tuple(binder.out_layouts)
         self._num_registers = len(binder.registers)
-        self._rank = binder.world.rank
+        self._rank, self._device = binder.world.rank, binder.model.place.device
         self.outputs = dict(binder.registers)
 
     def frame(
@@ -71,7 +71,7 @@ class Program:
         for layout in self._selected:
             start, stop = rows.span(layout, self._rank)
             picked = [row - start for row in logit_rows if start <= row < stop]
-            selections.append(torch.tensor(picked, dtype=torch.int64))
+            selections.append(torch.tensor(picked, dtype=torch.int64, device=self._device))
         return Frame(
             inputs=inputs,
             rows=rows,

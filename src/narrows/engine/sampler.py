@@ -60,7 +60,7 @@ class Sampler:
 
 
 class RowSampler:
-    """Samples the logit rows of one batch; afterwards ``logprobs`` has an entry for each row that asked."""
+    """Samples the logit rows of one batch. Its parameters are on the device before the rows are there."""
 
     def __init__(self, sampler: Sampler, batch: Batch) -> None:
         self._sampler = sampler
@@ -73,7 +73,13 @@ class RowSampler:
                     position = chunk.start + len(chunk.tokens)
                     draw = uniform(params.seed, position) if params.temperature and params.seed is not None else 0.0
                     self._rows.append((chunk, params, draw))
-        self.logprobs: dict[int, Logprobs] = {}
+        params_of = [params for _, params, _ in self._rows]
+        self._uniform_T = self._column([draw for _, _, draw in self._rows])
+        self._temperature_T = self._column([params.temperature for params in params_of])
+        self._top_k_T = torch.tensor([params.top_k for params in params_of], dtype=torch.int64, device=sampler.device)
+        self._top_p_T = self._column([params.top_p for params in params_of])
+        self._min_p_T = self._column([params.min_p for params in params_of])
+        self._sampled: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, logits_TV: Tensor) -> Tensor:
         """ids [T] int64 from logits [T, V]."""
@@ -92,16 +98,25 @@ class RowSampler:
                 )
         ids_T = sample(
             torch.stack(changed) if changed else wide_TV,
-            self._column([draw for _, _, draw in self._rows]),
-            temperature_T=self._column([params.temperature for _, params, _ in self._rows]),
-            top_k_T=torch.tensor([params.top_k for _, params, _ in self._rows], device=logits_TV.device),
-            top_p_T=self._column([params.top_p for _, params, _ in self._rows]),
-            min_p_T=self._column([params.min_p for _, params, _ in self._rows]),
+            self._uniform_T,
+            temperature_T=self._temperature_T,
+            top_k_T=self._top_k_T,
+            top_p_T=self._top_p_T,
+            min_p_T=self._min_p_T,
         )
-        for row, (_, params, _) in enumerate(self._rows):
-            if params.logprobs is not None:
-                self.logprobs[row] = top_logprobs(wide_TV[row], int(ids_T[row]), params.logprobs)
+        self._sampled = (wide_TV, ids_T)
         return ids_T
+
+    def logprobs(self) -> dict[int, Logprobs]:
+        """By row, for the rows that asked, once they are sampled. The host waits for the device."""
+        if self._sampled is None:
+            return {}
+        logits_TV, ids_T = self._sampled
+        return {
+            row: top_logprobs(logits_TV[row], int(ids_T[row]), params.logprobs)
+            for row, (_, params, _) in enumerate(self._rows)
+            if params.logprobs is not None
+        }
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self._sampler.device)

@@ -17,7 +17,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.program import Program, Wrap, bind
-from narrows.engine.sampler import Sampler
+from narrows.engine.sampler import RowSampler, Sampler
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
@@ -79,11 +79,15 @@ class Worker:
         self._wrap = wrap(self) if wrap else None
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
-        self._samples = torch.zeros(0, dtype=torch.int64)
+        self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
         self._sampler = Sampler(config.vocab_size, place.device)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
-        """Run one batch under one plan. Every rank returns the same ids."""
+        """Run one batch under one plan. Every rank returns the same ids.
+
+        Before the walk the host copies numbers to the device, during it neither waits for the other, after it the host
+        reads the result.
+        """
         mesh, rank = self.place.mesh, self.place.rank
         program = self._program(plan)
         rows = RowSplit.from_groups(mesh, batch.group_rows)
@@ -97,7 +101,11 @@ class Worker:
         registers = program.run(frame, ids_T)
         self._samples = registers[program.outputs["next_ids"]].flatten()
         logits = registers[program.outputs["logits"]] if keep_logits else None
-        logprobs = sampler.logprobs if sampler is not None and rank == 0 else {}
+        return self._read(logits, sampler)
+
+    def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
+        """What the walk has left, as numbers: here, and only here, the host waits for the device."""
+        logprobs = sampler.logprobs() if sampler is not None and self.place.rank == 0 else {}
         return StepResult(ids=tuple(self._samples.tolist()), logits=logits, logprobs=logprobs)
 
     def _program(self, plan: Plan) -> Program:
@@ -124,9 +132,10 @@ class Worker:
     def _ids(self, batch: Batch) -> Tensor:
         """The token ids of all rows, references to the previous step's samples filled in."""
         tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
-        ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64)
+        device = self.place.device
+        ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64, device=device)
         at = [row for row, token in enumerate(tokens) if token < 0]
         if at:
-            slots = torch.tensor([sample_slot(tokens[row]) for row in at])
-            ids_T[torch.tensor(at)] = self._samples.index_select(0, slots)
-        return ids_T.to(self.place.device)
+            slots = torch.tensor([sample_slot(tokens[row]) for row in at], device=device)
+            ids_T.index_copy_(0, torch.tensor(at, device=device), self._samples.index_select(0, slots))
+        return ids_T

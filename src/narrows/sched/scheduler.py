@@ -2,7 +2,7 @@
 
 One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
 (its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
-prompts, first come first served. A request is admitted only when pages for its prompt and all tokens it may generate
+prompts, first come first served: cut where the budget ends, or only at fixed places. A request is admitted only when pages for its prompt and all tokens it may generate
 are free, so a running request never has to be put back. It goes to the group with the fewest tokens in pages.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
@@ -25,7 +25,13 @@ __all__ = ["Limits", "Request", "Scheduler"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a step and the cache may hold. ``pages_per_group`` counts the null page along."""
+    """What a step and the cache may hold. ``pages_per_group`` counts the null page along.
+
+    ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step.
+
+    Raises:
+        ConfigError: a step that cannot hold one such chunk.
+    """
 
     num_groups: int = 1
     rows_per_step: int = 2048
@@ -33,6 +39,14 @@ class Limits:
     page_size: int = 16
     pages_per_group: int = 512
     max_context: int = 2048
+    prefill_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows_per_step < self.prefill_chunk:
+            raise ConfigError(
+                f"prompts are cut into chunks of {self.prefill_chunk} rows, but a step may hold {self.rows_per_step}; "
+                f"raise --max-rows to at least {self.prefill_chunk}"
+            )
 
     @property
     def tokens_per_group(self) -> int:
@@ -128,11 +142,11 @@ class Scheduler:
             (request for requests in self.running for request in requests if not request.prefilled), key=lambda r: r.id
         )
         for request in prefills:
-            if budget <= 0:
-                break
-            rows = min(budget, len(request.prompt) - request.num_cached)
-            chunks[request.group].append(self._prefill_chunk(request, rows))
-            budget -= rows
+            while not request.prefilled and (rows := self._prefill_rows(request, budget)):
+                chunks[request.group].append(self._prefill_chunk(request, rows))
+                budget -= rows
+            if not request.prefilled:
+                break  # the step is full, or its room too small for a chunk that may not be cut: first come first served
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
         if batch.num_rows == 0:
             return None
@@ -176,6 +190,15 @@ class Scheduler:
             sampling=request.sampling,
             num_prompt=len(request.prompt),
         )
+
+    def _prefill_rows(self, request: Request, budget: int) -> int:
+        """Rows of a prompt's next chunk in a step that has room for ``budget``; 0: none now."""
+        rows = len(request.prompt) - request.num_cached
+        size = self.limits.prefill_chunk
+        if not size:
+            return min(rows, budget)
+        rows = min(rows, size)  # chunks begin at multiples of the size, since all before were whole
+        return rows if rows <= budget else 0
 
     def _prefill_chunk(self, request: Request, rows: int) -> Chunk:
         start = request.num_cached

@@ -15,7 +15,10 @@ __all__ = ["StopStrings"]
 
 
 class StopStrings:
-    """Passes text on until the first of ``stops`` appears in it; the stop string itself is not passed on.
+    """Passes text on until one of ``stops`` is complete in it; the stop string itself is not passed on.
+
+    The one that ends first counts; of those that end together, the one that begins first. So the result does not
+    depend on where the text was cut into pieces.
 
     Raises:
         ConfigError: an empty stop string, which would stop everywhere.
@@ -33,10 +36,10 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        at = min((i for stop in self.stops if (i := self._held.find(stop)) >= 0), default=-1)
-        if at >= 0:
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        if ends:
             self.found = True
-            out, self._held = self._held[:at], ""
+            out, self._held = self._held[: min(ends)[1]], ""
             return out
         keep = self._possible_start()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

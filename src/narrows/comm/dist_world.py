@@ -1,0 +1,260 @@
+"""The World among processes, of one host or of several: pieces travel by gloo on CPU, and by NCCL on GPUs.
+
+Knows tensors, stamps, and the wires of its groups (`wire.py`). Does not know layouts or plans, nor who started the
+processes and watches them (`rank_process.py`, `processes.py`): a rank that does not come is named by whoever watches,
+from :attr:`DistWorld.where`, which says at any moment what this rank waits at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from time import monotonic
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from narrows.comm.buffers import Buffers
+from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
+from narrows.comm.sums import sum_rows
+from narrows.comm.wire import GlooWire, Wire, open_wires
+from narrows.errors import CollectiveMismatchError
+from narrows.layout import Mesh
+
+__all__ = ["DistWorld", "Where", "connect"]
+
+T = TypeVar("T")
+
+_DIGEST = 16
+"""Bytes of a stamp that travel when all stamps are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The collective that a rank came to last: since when it is there, or that it has left (``since`` None)."""
+
+    stamp: Stamp
+    ranks: tuple[int, ...]
+    since: float | None
+
+
+def connect(
+    mesh: Mesh,
+    rank: int,
+    store: Any,
+    *,
+    checked: bool = False,
+    device: torch.device | None = None,
+    address: str = "127.0.0.1",
+) -> DistWorld:
+    """Meets the other ranks of ``mesh`` and opens a wire to every group along consecutive axes that ``rank`` is in.
+
+    Args:
+        store: a ``torch.distributed`` store that all ranks have, and that nobody else uses.
+        address: this host's address that the others can reach.
+
+    Raises:
+        PeersLostError: the ranks did not find each other.
+    """
+    device = device or torch.device("cpu")
+    spans = [(first, last) for first in range(mesh.num_axes) for last in range(first + 1, mesh.num_axes + 1)]
+    groups = dict.fromkeys(mesh.group(rank, first, last) for first, last in spans)  # in the same order on every rank
+    wires = {ranks: open_wires(store, ranks, rank, device, address) for ranks in groups if len(ranks) > 1}
+    return DistWorld(mesh, rank, wires, checked=checked, device=device)
+
+
+class DistWorld:
+    """One rank's :class:`~narrows.comm.world.World` among processes; :func:`connect` makes it.
+
+    Groups other than those of the mesh's consecutive axes have no wire: to ask for one is an error in the plan.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int,
+        wires: dict[tuple[int, ...], tuple[GlooWire, Wire]],
+        *,
+        checked: bool,
+        device: torch.device,
+    ) -> None:
+        self.rank = rank
+        self.mesh = mesh
+        self.checked = checked
+        self.where: Where | None = None
+        self._seats = {ranks: _Seat(ranks, *both) for ranks, both in wires.items()}
+        self._buffers = Buffers(device)
+
+    @property
+    def came(self) -> dict[tuple[int, ...], int]:
+        """How often this rank has come to a collective of each group."""
+        return {ranks: seat.number for ranks, seat in self._seats.items()}
+
+    def all_gather(
+        self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
+    ) -> list[Tensor]:
+        if len(ranks) == 1:
+            return [self._buffers.owned(x) for x in xs]
+        seat = self._seat(ranks)
+        stamp = seat.stamp("all_gather", label)
+        if self.checked:
+            stamp = say_rows(stamp, self.rank, seat.me, xs, counts)
+        out = self._meet(seat, stamp, lambda: _gather_packed(seat.wire, xs, counts))
+        self._buffers.give_back(xs)
+        return out
+
+    def reduce_scatter(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor] = (),
+    ) -> Tensor:
+        return self._reduce("reduce_scatter", x, ranks, counts, label, addends)
+
+    def all_reduce(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor] = (),
+    ) -> Tensor:
+        return self._reduce("all_reduce", x, ranks, counts, label, addends)
+
+    def _reduce(
+        self,
+        op: str,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor],
+    ) -> Tensor:
+        if len(ranks) == 1:
+            out = sum_rows([x], 0, x.shape[0], addends) if addends else self._buffers.owned(x)
+        else:
+            seat = self._seat(ranks)
+            stamp = seat.stamp(op, label)
+            if self.checked:
+                stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
+            out = self._meet(seat, stamp, lambda: seat.wire.reduce(x, counts, addends, whole=op == "all_reduce"))
+        self._buffers.give_back((x, *addends))
+        return out
+
+    def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
+        if len(ranks) == 1:
+            return self._buffers.owned(x)
+        seat = self._seat(ranks)
+        stamp = seat.stamp("column_gather", label)
+        if self.checked:
+            stamp = say_columns(stamp, self.rank, seat.me, x, widths)
+        out = self._meet(seat, stamp, lambda: _gather_columns(seat.wire, x, widths))
+        self._buffers.give_back((x,))
+        return out
+
+    def broadcast(self, x: Tensor, ranks: tuple[int, ...], root: int, label: str) -> Tensor:
+        place = ranks.index(root)
+        if len(ranks) == 1:
+            return self._buffers.owned(x)
+        seat = self._seat(ranks)
+        stamp = seat.stamp("broadcast", label)
+        if self.checked:
+            stamp = say_tensor(stamp, x, root)
+        counts = [x.numel() if i == place else 0 for i in range(len(ranks))]
+        mine = x.reshape(-1) if seat.me == place else x.new_empty(0)
+        out = self._meet(seat, stamp, lambda: seat.wire.gather(mine, counts).view(x.shape))
+        self._buffers.give_back((x,))
+        return out
+
+    def barrier(self, ranks: tuple[int, ...], label: str) -> None:
+        if len(ranks) > 1:
+            seat = self._seat(ranks)
+            self._meet(seat, seat.stamp("barrier", label), lambda: seat.gloo.gather(seat.byte, seat.ones))
+
+    def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return self._buffers.lend(rows, width, dtype)
+
+    def _seat(self, ranks: tuple[int, ...]) -> _Seat:
+        seat = self._seats.get(ranks)
+        assert seat is not None, f"{ranks} is no group of rank {self.rank} along consecutive axes of {self.mesh}"
+        return seat
+
+    def _meet(self, seat: _Seat, stamp: Stamp, work: Callable[[], T]) -> T:
+        """What ``work`` brings; in checked mode nothing is sent before all stamps agree."""
+        self.where = Where(stamp, seat.ranks, monotonic())
+        if self.checked:
+            seat.compare(stamp)
+        out = work()
+        self.where = Where(stamp, seat.ranks, None)
+        return out
+
+
+class _Seat:
+    """This rank's place in one group: its wires, and how often it has come there."""
+
+    def __init__(self, ranks: tuple[int, ...], gloo: GlooWire, wire: Wire) -> None:
+        self.ranks, self.gloo, self.wire = ranks, gloo, wire
+        self.me = wire.me
+        self.number = 0
+        self.byte = torch.zeros(1, dtype=torch.uint8)
+        self.ones = (1,) * len(ranks)
+
+    def stamp(self, op: str, label: str) -> Stamp:
+        self.number += 1
+        return Stamp(self.number - 1, op, label, len(self.ranks))
+
+    def compare(self, stamp: Stamp) -> None:
+        """Raises if the members' stamps differ: first their digests travel, and only if those differ the stamps."""
+        said = _encoded(stamp)
+        num = len(self.ranks)
+        digests = self.gloo.gather(_tensor(blake2b(said, digest_size=_DIGEST).digest()), (_DIGEST,) * num)
+        if len(set(digests.split(_DIGEST, 0)[i].numpy().tobytes() for i in range(num))) == 1:
+            return
+        size = torch.tensor([len(said)])
+        sizes = self.gloo.gather(size, self.ones).tolist()
+        texts = self.gloo.gather(_tensor(said), sizes).split(sizes)
+        stamps = [_decoded(text.numpy().tobytes()) for text in texts]
+        raise CollectiveMismatchError(f"ranks met in different collectives: {mismatch(self.ranks, stamps)}")
+
+
+def _gather_packed(wire: Wire, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Several fields travel as one matrix of bytes: row by row, the fields side by side."""
+    if len(xs) == 1:
+        return [wire.gather(xs[0], counts)]
+    rows = [x.contiguous().view(torch.uint8) for x in xs]
+    packed = wire.gather(torch.cat(rows, dim=1), counts)
+    parts = packed.split([part.shape[1] for part in rows], dim=1)
+    return [_owned(part).view(x.dtype) for part, x in zip(parts, xs, strict=True)]
+
+
+def _gather_columns(wire: Wire, x: Tensor, widths: Sequence[int]) -> Tensor:
+    rows = x.shape[0]
+    sizes = [rows * width for width in widths]
+    pieces = wire.gather(x.reshape(-1), sizes).split(sizes)
+    return torch.cat([piece.view(rows, width) for piece, width in zip(pieces, widths, strict=True)], dim=1)
+
+
+def _owned(part: Tensor) -> Tensor:
+    """A copy, also where ``contiguous`` would make none."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _encoded(stamp: Stamp) -> bytes:
+    shapes = [[dims, str(dtype).removeprefix("torch.")] for dims, dtype in stamp.shapes]
+    return json.dumps([*stamp._replace(shapes=())[:4], shapes, stamp.split, stamp.root]).encode()
+
+
+def _decoded(data: bytes) -> Stamp:
+    """A stamp from a peer: plain values, nothing that could run."""
+    number, op, label, num_ranks, shapes, split, root = json.loads(data)
+    fields = tuple((tuple(dims), getattr(torch, name)) for dims, name in shapes)
+    return Stamp(number, op, label, num_ranks, fields, tuple(split), root)
