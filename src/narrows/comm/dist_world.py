@@ -213,10 +213,10 @@ class _Seat:
         said = _encoded(stamp)
         num = len(self.ranks)
         digests = self.gloo.gather(_tensor(blake2b(said, digest_size=_DIGEST).digest()), (_DIGEST,) * num)
-        if len(set(digests.split(_DIGEST, 0)[i].numpy().tobytes() for i in range(num))) == 1:
+        data = digests.numpy().tobytes()
+        if data == data[:_DIGEST] * num:
             return
-        size = torch.tensor([len(said)])
-        sizes = self.gloo.gather(size, self.ones).tolist()
+        sizes = self.gloo.gather(torch.tensor([len(said)]), self.ones).tolist()
         texts = self.gloo.gather(_tensor(said), sizes).split(sizes)
         stamps = [_decoded(text.numpy().tobytes()) for text in texts]
         raise CollectiveMismatchError(f"ranks met in different collectives: {mismatch(self.ranks, stamps)}")

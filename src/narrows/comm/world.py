@@ -26,8 +26,8 @@ class World(Protocol):
     The rules that hold for every method and every implementation:
 
     - Every member of ``ranks`` (world ranks, in rank order, this one among them) makes the same call with the same
-      ``ranks``, ``counts`` and ``label``, and as many addends. Nobody skips it: 0 rows for a member or for all of them, 1 row on 8 ranks
-      and width 0 are ordinary.
+      ``ranks``, ``counts`` and ``label``, and as many addends. Nobody skips it: 0 rows for a member or for all of
+      them, 1 row on 8 ranks and width 0 are ordinary.
     - A result is the caller's own: never a peer's memory, never a send buffer, never the input, except that a group
       of one rank gets its input back (if that is not a send buffer) and meets nobody.
     - An input may be written again as soon as the call has returned.

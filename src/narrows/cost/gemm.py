@@ -29,6 +29,7 @@ _TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "fp32": ()}
 )
 _FP32_EFFICIENCY = 0.8
+_TILE_ROWS = 64
 _NUM_NEIGHBOURS = 3
 
 
@@ -48,8 +49,9 @@ def grouped_gemm_price(device: Device, pairs: int, experts: float, n: int, k: in
     """Seconds of one grouped GEMM: ``pairs`` rows, spread over the ``experts`` that the rank holds, each with w[n, k].
 
     If every pair falls on any of the experts alike, the number of experts touched is
-    ``experts * (1 - (1 - 1 / experts) ** pairs)`` in expectation, and only their weights are read. Each touched expert
-    costs what a GEMM of ``pairs / touched`` rows costs less its launch, which is paid once. ``pairs == 0`` is ``ZERO``.
+    ``experts * (1 - (1 - 1 / experts) ** pairs)`` in expectation, and only their weights are read. The price is the
+    lower of two: one GEMM of ``pairs / touched`` rows after the other, the launch paid once; or one GEMM of all rows,
+    each expert's rounded up to 64-row tiles, but not less than the reading of the weights. ``pairs == 0`` is ``ZERO``.
     Real routing is less even: the busiest rank is the caller's to count.
 
     Raises:
@@ -96,7 +98,12 @@ def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, 
     # However many experts follow each other, none beats the peak, or the bandwidth of a plain stream of weights.
     limit = _bound(peak, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype)
     each = min(single.seconds, max(single.seconds - launch, limit))
-    return Price(touched * each + launch, max(single.source, Source.SCALED))
+    # A grouped kernel also fills the device with other experts' tiles where one expert's would leave it idle: then it
+    # is one GEMM of all rows, each expert's rounded up to tiles, or the reading of all weights.
+    dense = _gemm_price(on, touched * math.ceil(m / _TILE_ROWS) * _TILE_ROWS, n, k, dtype)
+    read = touched * _bound(math.inf, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype)
+    together = max(dense.seconds, read + launch)
+    return Price(min(touched * each + launch, together), max(single.source, Source.SCALED))
 
 
 def _bound(flops_per_s: float, bytes_per_s: float, m: float, n: int, k: int, dtype: str) -> float:

@@ -26,8 +26,8 @@ def shard_argmax(logits_TV: Tensor, first_id: int, *, out: Tensor | None = None)
     if out is None:
         out = torch.empty((num_rows, 2), dtype=torch.float64, device=logits_TV.device)
     if num_columns == 0:
-        out[:, 0] = float("-inf")
-        out[:, 1] = NO_ID
+        out[:, 0].fill_(float("-inf"))
+        out[:, 1].fill_(NO_ID)
         return out
     best_T, column_T = logits_TV.max(dim=-1)
     out[:, 0] = best_T

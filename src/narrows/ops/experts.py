@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from narrows.ops.linear import linear
 from narrows.ops.silu_mul import silu_mul
 
 __all__ = ["experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
@@ -25,6 +26,7 @@ def experts_mlp(
     *,
     first_expert: int,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``y[t] = sum_k weight[t, k] * down_e (silu(gate_e x[t]) * up_e x[t])`` over the chosen e that are held here.
 
@@ -33,8 +35,7 @@ def experts_mlp(
     F] -> [T, H] in x's dtype (or ``out``'s: a float32 ``out`` receives the unrounded sum).
 
     A row's sum is taken in float32, by rising expert id, and rounded once. The order does not depend on the other
-    rows; the products may (BLAS chooses its kernel by the number of rows: float32 rows in a segment of 1 to 3 differ
-    in the last bits from the same rows in a longer one; bf16 ones did not).
+    rows; the products may, unless ``batch_invariant`` asks for `linear`'s remedy (on CPU; elsewhere it does nothing).
 
     On CPU: rows sorted by expert, a loop over the experts that were chosen, never over rows; the segment lengths are
     read on the host, which is free there. Elsewhere: `experts_mlp_grouped`. Measured on CPU the two take the same
@@ -60,8 +61,8 @@ def experts_mlp(
         if count == 0:
             continue
         segment = slice(start, start + count)
-        inner_XF = silu_mul(torch.mm(x_XH[segment], gate_up_EF2H[expert].t()))
-        y_XH = torch.mm(inner_XF, down_EHF[expert].t()).to(wide).mul_(weight_X1[segment])
+        inner_XF = silu_mul(linear(x_XH[segment], gate_up_EF2H[expert], batch_invariant=batch_invariant))
+        y_XH = linear(inner_XF, down_EHF[expert], batch_invariant=batch_invariant).to(wide).mul_(weight_X1[segment])
         # A row is at most once in an expert's segment: no two of these additions meet.
         sum_TH.index_add_(0, row_X[segment], y_XH)
         start += count
@@ -77,6 +78,7 @@ def experts_mlp_grouped(
     *,
     first_expert: int,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`experts_mlp` with no shape that depends on data: all T * K pairs are laid out, foreign ones at the end.
 
@@ -119,6 +121,7 @@ def experts_mlp_reference(
     *,
     first_expert: int,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `experts_mlp`: every row through every expert held here, weighted by 0 where it was not chosen."""
     wide = torch.promote_types(x_TH.dtype, torch.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.causal_attention import causal_attention
+from narrows.ops.linear import padded_rows
 from narrows.ops.paged import PagedRows, PrefillSpan, row_contexts
 
 __all__ = ["mla_attention", "mla_attention_reference"]
@@ -35,6 +36,7 @@ def mla_attention(
     scale: float,
     *,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Per head ``softmax(scale * (q_nope k^T + q_pe k_pe^T)) v`` with ``k = c w_uk^T``, ``v = c w_uv^T`` of latents c.
 
@@ -48,6 +50,9 @@ def mla_attention(
     the cheaper form: expanded for a whole prompt, absorbed for few rows behind a long context (16 heads, bf16, 2 rows
     behind 2046 tokens: 1.7 ms against 27). The choice depends on the span and the dtype, never on how many heads are
     here, so ranks that split the heads choose alike.
+
+    ``batch_invariant``: the bits of a decode row do not depend on the other decode rows, if each is a
+    `PagedRows.decode_groups` of its own (see `linear`). Those of a span depend on its own context and rows anyway.
     Source: DeepSeek-V2 (2024), section 2.1 and appendix; transformers ``DeepseekV3Attention`` (expanded).
     """
     num_rows, num_heads, _ = q_nope_TND.shape
@@ -80,6 +85,7 @@ def mla_attention_reference(
     scale: float,
     *,
     out: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `mla_attention`: every row on its own, expanded, in float32, rounded at the end."""
     wide = torch.promote_types(q_nope_TND.dtype, torch.float32)

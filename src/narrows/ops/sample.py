@@ -175,7 +175,7 @@ def _kept(
     total_T1 = torch.where(top_k_T1 > 0, weights_TC.sum(dim=-1, keepdim=True), total_T1)
     before_TC = weights_TC.cumsum(dim=-1) - weights_TC
     out_TC = ((top_p_T1 < 1) & (before_TC >= top_p_T1 * total_T1)) | (weights_TC < min_p_T1)
-    out_TC[:, 0] = False
+    out_TC[:, 0].fill_(False)
     return weights_TC.masked_fill_(out_TC, 0.0)
 
 

@@ -2,8 +2,9 @@
 
 One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
 (its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
-prompts, first come first served: cut where the budget ends, or only at fixed places. A request is admitted only when pages for its prompt and all tokens it may generate
-are free, so a running request never has to be put back. It goes to the group with the fewest tokens in pages.
+prompts, first come first served; they are cut where the budget ends, or only at fixed places. A request is admitted
+only when pages for its prompt and all tokens it may generate are free, so a running request never has to be put back.
+It goes to the group with the fewest tokens in pages.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
 A request that turns out to have ended by then has one row too many in flight; its sample is dropped.
@@ -146,7 +147,7 @@ class Scheduler:
                 chunks[request.group].append(self._prefill_chunk(request, rows))
                 budget -= rows
             if not request.prefilled:
-                break  # the step is full, or its room too small for a chunk that may not be cut: first come first served
+                break  # no room, or too little for a chunk that may not be cut: first come first served
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
         if batch.num_rows == 0:
             return None

@@ -1,0 +1,189 @@
+"""Messages between two processes over one TCP connection, both of which have proved that they hold the same key.
+
+Knows sockets and bytes; not what a message means. What arrives may be unpickled by the reader, so nothing is read from
+a peer before the key is proved; what is sent is not encrypted.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import select
+import socket
+import struct
+import threading
+from time import monotonic
+
+__all__ = ["Channel", "listen", "resolve"]
+
+_HEADER = struct.Struct("!cQ")  # kind, bytes that follow
+_NONCE = 32
+_MAC = 32
+_HANDSHAKE_S = 10.0
+_CHUNK = 1 << 20
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """The address of ``host``, IPv4 first.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, (str(address[0]), port)
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A socket that listens on this address of this host alone; port 0 lets the system choose one that is free."""
+    family, address = resolve(host, port)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Channel:
+    """One end. Any thread may send; one thread receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._sending = threading.Lock()
+        self._received = bytearray()
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable.register(sock, select.POLLOUT)
+
+    @classmethod
+    def connect(cls, host: str, port: int, key: bytes) -> Channel:
+        """Connects to a process that listens, and proves the key.
+
+        Raises:
+            OSError: nobody listens there. EOFError: it holds another key.
+        """
+        family, address = resolve(host, port)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_HANDSHAKE_S)
+            sock.connect(address)
+            theirs, mine = _read(sock, _NONCE), os.urandom(_NONCE)
+            sock.sendall(mine + _mac(key, b"connects", theirs, mine))
+            if not hmac.compare_digest(_read(sock, _MAC), _mac(key, b"listens", theirs, mine)):
+                raise EOFError("the process that listens there holds another key")
+            return cls(sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    @classmethod
+    def accept(cls, sock: socket.socket, key: bytes) -> Channel:
+        """The other end, of a connection that was just accepted.
+
+        Raises:
+            OSError, EOFError: it went away, said nothing for some seconds, or holds another key.
+        """
+        try:
+            sock.settimeout(_HANDSHAKE_S)
+            mine = os.urandom(_NONCE)
+            sock.sendall(mine)
+            theirs = _read(sock, _NONCE)
+            if not hmac.compare_digest(_read(sock, _MAC), _mac(key, b"connects", mine, theirs)):
+                raise EOFError("a process with another key connected")
+            sock.sendall(_mac(key, b"listens", mine, theirs))
+            return cls(sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        """This host's address on this connection: one that the other end can reach."""
+        return str(self._sock.getsockname()[0])
+
+    def send(self, kind: bytes, data: bytes = b"") -> None:
+        """Sends one message whole; waits while the other end does not read.
+
+        Raises:
+            OSError: the connection is gone.
+        """
+        with self._sending:
+            if len(data) < _CHUNK:
+                self._sock.sendall(_HEADER.pack(kind, len(data)) + data)
+            else:
+                self._sock.sendall(_HEADER.pack(kind, len(data)))
+                self._sock.sendall(data)
+
+    def try_send(self, kind: bytes, data: bytes = b"") -> None:
+        """Sends a short message if that needs no waiting; says nothing if it cannot."""
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            if self._writable.poll(0):
+                self._sock.sendall(_HEADER.pack(kind, len(data)) + data)
+        except OSError:
+            pass  # whoever receives learns of it
+        finally:
+            self._sending.release()
+
+    def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
+        """The next message, as (kind, data); None if it is not whole yet when the time is over.
+
+        Raises:
+            EOFError: the other end is gone.
+        """
+        end = monotonic() + timeout_s
+        while (message := self._take()) is None:
+            if not self._readable.poll(max(0.0, end - monotonic()) * 1e3):
+                return None
+            try:
+                chunk = self._sock.recv(_CHUNK)
+            except OSError as error:
+                raise EOFError(str(error)) from None
+            if not chunk:
+                raise EOFError("the connection was closed")
+            self._received += chunk
+        return message
+
+    def _take(self) -> tuple[bytes, bytes] | None:
+        if len(self._received) < _HEADER.size:
+            return None
+        kind, size = _HEADER.unpack_from(self._received)
+        stop = _HEADER.size + size
+        if len(self._received) < stop:
+            return None
+        data = bytes(memoryview(self._received)[_HEADER.size : stop])
+        del self._received[:stop]
+        return kind, data
+
+    def shut(self) -> None:
+        """Ends the connection; who waits in :meth:`send` or :meth:`receive`, here or there, is woken by it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
+
+    def close(self) -> None:
+        """Ends the connection and gives the socket back; only for when no thread uses it any more."""
+        self.shut()
+        self._sock.close()
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = sock.recv(size - len(data))
+        if not chunk:
+            raise EOFError("the other end closed the connection during the handshake")
+        data += chunk
+    return data
+
+
+def _mac(key: bytes, role: bytes, listener: bytes, connector: bytes) -> bytes:
+    return hmac.digest(key, role + listener + connector, "sha256")

@@ -1,0 +1,101 @@
+"""Who will not come: from what every rank says of itself, twice a second, the ranks that keep the others waiting.
+
+Knows stamps and clocks, as plain values; no process, no socket, no tensor. Two rules:
+
+- *overdue*: a rank has waited ``timeout_s`` at a collective that others of its group have not come to;
+- *stuck*: nobody can move. A rank is idle if it has done all its calls; it waits in vain if one that it waits for
+  is idle or waits in vain. When that has been so for ``STUCK_S``, waiting longer brings nothing, however long
+  ``timeout_s`` is: it is how "one rank idle and one not" ends.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from narrows.comm.stamps import Stamp, absence, rank_names
+
+__all__ = ["STUCK_S", "Report", "Watch"]
+
+STUCK_S = 3.0
+
+
+class Report(NamedTuple):
+    """What a rank says of itself."""
+
+    done: int = 0
+    """Calls it has done."""
+    came: tuple[tuple[tuple[int, ...], int], ...] = ()
+    """How often it has come to a collective of each group."""
+    last: tuple[Stamp, tuple[int, ...]] | None = None
+    """The collective it came to last, and the group that meets there."""
+    waits: bool = False
+    """It is still there."""
+    age_s: float = 0.0
+    """For how long, if it is."""
+
+
+class Watch:
+    """The ranks of one world, seen from whoever hears all of them. Times are any clock's, the same in every call."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._reports = [Report()] * size
+        self._since = [float("inf")] * size  # when a report last said something new
+
+    def hear(self, rank: int, report: Report, now: float) -> None:
+        """Takes in what ``rank`` says."""
+        if self._since[rank] == float("inf") or report._replace(age_s=0.0) != self._reports[rank]._replace(age_s=0.0):
+            self._since[rank] = now
+        self._reports[rank] = report
+
+    def verdict(self, num_calls: int, now: float) -> tuple[list[int], str] | None:
+        """The ranks that keep the others waiting, and the sentence that says so; None while all may be well.
+
+        ``num_calls``: calls that every rank was given so far.
+        """
+        return self._overdue() or self._stuck(num_calls, now)
+
+    def missing(self, rank: int) -> list[int]:
+        """The ranks that ``rank`` waits for: they have not come to the collective that it is in."""
+        report = self._reports[rank]
+        if report.last is None or not report.waits:
+            return []
+        stamp, ranks = report.last
+        return [other for other in ranks if dict(self._reports[other].came).get(ranks, 0) <= stamp.number]
+
+    def _overdue(self) -> tuple[list[int], str] | None:
+        for rank, report in enumerate(self._reports):
+            if report.waits and report.age_s >= self.timeout_s and (missing := self.missing(rank)):
+                return missing, f"did not come within {self.timeout_s:g} s; {self._told(rank, missing)}"
+        return None
+
+    def _stuck(self, num_calls: int, now: float) -> tuple[list[int], str] | None:
+        stuck = {
+            rank
+            for rank, (report, since) in enumerate(zip(self._reports, self._since, strict=True))
+            if now - since >= STUCK_S and (report.waits or report.done >= num_calls)
+        }
+        while free := {
+            rank for rank in stuck if self._reports[rank].waits and not stuck.intersection(self.missing(rank))
+        }:
+            stuck -= free
+        for rank in sorted(stuck):
+            if self._reports[rank].waits:
+                missing = [other for other in self.missing(rank) if other in stuck]
+                return missing, f"will not come; {self._told(rank, missing)}"
+        return None
+
+    def _told(self, rank: int, missing: list[int]) -> str:
+        """Everyone who waits where ``rank`` waits, and where the missing ones were last."""
+        last = self._reports[rank].last
+        assert last is not None
+        stamp, ranks = last
+        there = [r for r in ranks if self._reports[r].waits and self._reports[r].last == last]
+        said = absence([(r, stamp) for r in there], {r: self._reports[r].last for r in missing})
+        idle = [r for r in missing if not self._reports[r].waits and now_idle(self._reports[r], self._reports[rank])]
+        return f"{said}; {rank_names(idle)} had nothing left to do" if idle else said
+
+
+def now_idle(report: Report, other: Report) -> bool:
+    """Whether this rank has done the call that the other one is still in."""
+    return report.done > other.done
