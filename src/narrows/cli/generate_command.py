@@ -28,6 +28,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
+    parser.add_argument("--plan", dest="plan_file", default="", metavar="FILE", help="run a plan kept by plan --save")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens per prompt (default %(default)s)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
     parser.add_argument(
@@ -35,6 +36,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
     parser.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="no text depends on what else runs (docs/batch-invariance.md)"
+    )
     _add_sampling_flags(parser)
     parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
     parser.add_argument("--quiet", action="store_true", help="print the texts alone")
@@ -60,13 +64,20 @@ def run(args: argparse.Namespace) -> int:
     notes = console(stderr=True, quiet=args.quiet)
     profile = Profile() if args.profile else None
     options = engine_options(
-        args, layout=args.layout, rows_per_step=args.max_rows, max_context=args.max_context, kv_tokens=args.kv_tokens
+        args,
+        layout=args.layout,
+        plan_file=args.plan_file,
+        rows_per_step=args.max_rows,
+        max_context=args.max_context,
+        kv_tokens=args.kv_tokens,
+        batch_invariant=args.batch_invariant,
     )
     started = perf_counter()
     with LLM(args.model, wrap=profile.wrap if profile else None, **options) as llm:
         resolved = llm.resolved
+        layout = resolved.plan.layout_name if resolved.plan else args.layout
         notes.print(
-            f"{resolved.config.name}: {resolved.mesh}, layout {args.layout}, "
+            f"{resolved.config.name}: {resolved.mesh}, layout {layout}, "
             f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
         )
         notes.print(f"forms: {resolved.forms}")

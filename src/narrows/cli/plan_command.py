@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
@@ -15,9 +16,11 @@ from narrows.cost.devices import Device, device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
+from narrows.plan.code import plan_code
 from narrows.plan.named import NAMED_LAYOUTS, named_layout
 from narrows.plan.planner import DTYPES, Deployment
 from narrows.plan.report import make_report
+from narrows.plan.saved import write_plan
 
 __all__ = ["add_parser", "run"]
 
@@ -46,6 +49,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
     add("--json", action="store_true", help="print one JSON document instead of tables")
+    add("--html", metavar="FILE", help="write a page that draws each layout's layer as a timeline")
+    add("--code", action="store_true", help="print the plan as a straight-line program instead of tables")
+    add("--save", metavar="FILE", help="keep the plan, to be run with: narrows generate --plan FILE")
     add(f"--enable-{_SCATTERED}", dest="scattered", action="store_true", help=f"SGLang's switch: --layout {_SCATTERED}")
     add(
         "--enable-dp-attention",
@@ -56,7 +62,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``narrows plan``.
+    """Run ``narrows plan``. ``--save`` and ``--code`` are of the one layout that was asked for, else of `auto`.
 
     Raises:
         ConfigError: anything that cannot be, with the numbers and what would work.
@@ -76,11 +82,27 @@ def run(args: argparse.Namespace) -> int:
             f"context {args.context} is beyond the {config.max_position_embeddings} positions of {config.name}"
         )
     report = make_report(deployment, shape, layouts, logit_rows=args.logit_rows, notes=notes)
-    if args.json:
+    one = report.entries[0] if len(report.entries) == 1 else report.auto
+    if args.html:
+        from narrows.cli.plan_html import report_page  # noqa: PLC0415 - the page's template engine is not needed else
+
+        _write(args.html, report_page(report))
+    if args.save:
+        write_plan(Path(args.save), one.plan, config, one.forms)
+    if args.code:
+        print(plan_code(one.plan), end="")
+    elif args.json:
         print(json.dumps(report.document()))
     else:
         print_report(report)
     return 0
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from None
 
 
 def _layouts(args: argparse.Namespace, config: ModelConfig, mesh: Mesh, notes: list[str]) -> tuple[str, ...]:

@@ -90,12 +90,11 @@ class Watch:
         last = self._reports[rank].last
         assert last is not None
         stamp, ranks = last
-        there = [r for r in ranks if self._reports[r].waits and self._reports[r].last == last]
-        said = absence([(r, stamp) for r in there], {r: self._reports[r].last for r in missing})
-        idle = [r for r in missing if not self._reports[r].waits and now_idle(self._reports[r], self._reports[rank])]
-        return f"{said}; {rank_names(idle)} had nothing left to do" if idle else said
-
-
-def now_idle(report: Report, other: Report) -> bool:
-    """Whether this rank has done the call that the other one is still in."""
-    return report.done > other.done
+        there = []
+        for other in ranks:
+            at = self._reports[other].last
+            if self._reports[other].waits and at is not None and (at[0].number, at[1]) == (stamp.number, ranks):
+                there.append((other, at[0]))
+        said = absence(there, {other: self._reports[other].last for other in missing})
+        past = [other for other in missing if self._reports[other].done > self._reports[rank].done]
+        return f"{said}; {rank_names(past)} had ended that call" if past else said

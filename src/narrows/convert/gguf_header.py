@@ -96,6 +96,10 @@ class GgufHeader:
         """The error of a file that ends too early or makes no sense."""
         return CheckpointError(f"{self.path} ({self.size} bytes) is not complete GGUF, cut off or broken: {why}")
 
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all metadata, in the file's order."""
+        return tuple(self._metadata)
+
     def get(self, key: str, kind: Any, default: Any = None) -> Any:
         """The value of ``key`` as plain Python, or ``default``; `CheckpointError` when it is not of ``kind``.
 

@@ -102,6 +102,8 @@ def tokenizer_backend(source: GgufHeader) -> Tokenizer:
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{source.path}: {len(tokens) - len(vocab)} of {len(tokens)} tokens are repeated")
     merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges", list[str])]
+    if wrong := next((merge for merge in merges if len(merge) != 2), None):
+        raise CheckpointError(f"{source.path}: a merge is {' '.join(wrong)!r}, where two tokens are needed")
     try:
         bpe = models.BPE(
             vocab=vocab,

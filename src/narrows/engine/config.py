@@ -5,7 +5,7 @@ Knows the model's config and the machine's limits in numbers; starts nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.models.registry import check_executable
 from narrows.plan.named import named_layout
-from narrows.plan.planner import Deployment, choose_forms
+from narrows.plan.plan import Plan
+from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.saved import read_plan
 from narrows.sched.scheduler import Limits
 from narrows.weights.dummy import DummyWeights
 from narrows.weights.gguf_source import GgufWeights
@@ -32,6 +34,9 @@ __all__ = ["LOAD_FORMATS", "EngineConfig", "Resolved", "resolve"]
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 _DEFAULT_CONTEXT = 8192
+
+INVARIANT_CHUNK = 256
+"""Rows after which ``batch_invariant`` cuts prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,8 @@ class EngineConfig:
     dp: int = 1
     tp: int = 1
     layout: str = "auto"
+    plan_file: str = ""
+    """A plan saved by ``narrows plan --save``, run at every step in place of the planner's."""
     dtype: str = "auto"
     device: str = "cpu-core"
     load_format: str = "auto"
@@ -56,6 +63,8 @@ class EngineConfig:
     page_size: int = 16
     seed: int = 0
     checked: bool = False
+    batch_invariant: bool = False
+    """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
     want_logits: bool = False
     """Every rank gets whole rows of logits, and results carry them."""
 
@@ -69,6 +78,8 @@ class Resolved:
     mesh: Mesh
     deployment: Deployment
     forms: Forms
+    plan: Plan | None
+    """The one plan that runs at every step: a saved one, or a pinned one for ``batch_invariant``; None: the book's."""
     dtype: torch.dtype
     limits: Limits
     notes: tuple[str, ...]
@@ -128,14 +139,21 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     )
     rules = named_layout(asked.layout, config, mesh)
     limits = _limits(asked, config, mesh)
-    if forms is None:
+    plan = None
+    if asked.plan_file:
+        plan, forms = read_plan(Path(asked.plan_file), config, mesh)
+        notes.append(f"the plan in {asked.plan_file} (layout {plan.layout_name}) runs at every step")
+    elif forms is None:
         forms = rules.forms or choose_forms(deployment, _mix(mesh, limits))
+    if asked.batch_invariant and plan is None:
+        plan = _pinned_plan(deployment, forms, asked.layout, limits)
     return Resolved(
         asked=asked,
         config=config,
         mesh=mesh,
         deployment=deployment,
         forms=forms,
+        plan=plan,
         dtype=dtype,
         limits=limits,
         notes=tuple(notes),
@@ -166,7 +184,20 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
         page_size=asked.page_size,
         pages_per_group=1 + -(-kv_tokens // asked.page_size),
         max_context=context,
+        prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,
     )
+
+
+def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limits) -> Plan:
+    """The plan of ``batch_invariant``: of a step with one chunk of a prompt in every group, one of its rows sampled.
+
+    It gives whole rows of logits, since any request of any step may need them.
+    """
+    mesh = deployment.mesh
+    rows = (INVARIANT_CHUNK,) * mesh.num_groups
+    context = min(1024, limits.max_context)
+    shape = StepShape.of(mesh, rows, phase="prefill", context=context, logit_rows=mesh.num_groups)
+    return Planner(replace(deployment, want_logits=True), forms).plan(shape, layout)
 
 
 def _mix(mesh: Mesh, limits: Limits) -> list[tuple[StepShape, float]]:

@@ -22,7 +22,7 @@ from narrows.engine.program import Wrap
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.models.parts import Place
-from narrows.plan.book import PlanBook
+from narrows.plan.book import PinnedBook, PlanBook
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
@@ -109,9 +109,19 @@ class Engine:
 
     def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank."""
-        book = self._logits_book if batch.needs_logits else self.book
-        plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        plan = self._book_for(batch).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         return self.ranks.submit("step", batch, plan, keep_logits)
+
+    def _book_for(self, batch: Batch) -> PlanBook | PinnedBook:
+        saved = self.resolved.plan
+        if saved is None:
+            return self._logits_book if batch.needs_logits else self.book
+        if batch.needs_logits and not any(step.name == "sample" for _, step in saved.steps()):
+            raise ConfigError(
+                "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
+                "log-probabilities; run greedily, or leave --plan out"
+            )
+        return PinnedBook(saved)
 
     def book_of(self, layout: str) -> PlanBook:
         """A book of plans under another layout, for weights held as this engine's are."""
@@ -151,6 +161,7 @@ def _make_worker(
         device=torch.device("cpu"),
         num_slots=resolved.num_slots,
         num_positions=resolved.limits.max_context,
+        batch_invariant=resolved.asked.batch_invariant,
     )
     return Worker(
         world,

@@ -21,7 +21,7 @@ from narrows.engine.sampler import RowSampler, Sampler
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
-from narrows.ops.paged import build_paged_rows
+from narrows.ops.paged import PagedRows, build_paged_rows
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch, sample_slot
 from narrows.sched.sampling import Logprobs
@@ -96,7 +96,7 @@ class Worker:
         spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
         ids_T = self._ids(batch)
         sampler = self._sampler.begin(batch, ids_T)
-        inputs = self.model.begin_step(build_paged_rows(spans, self.page_size, self.place.device), sampler)
+        inputs = self.model.begin_step(self._paged_rows(spans), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
         registers = program.run(frame, ids_T)
         self._samples = registers[program.outputs["next_ids"]].flatten()
@@ -107,6 +107,11 @@ class Worker:
         """What the walk has left, as numbers: here, and only here, the host waits for the device."""
         logprobs = sampler.logprobs() if sampler is not None and self.place.rank == 0 else {}
         return StepResult(ids=tuple(self._samples.tolist()), logits=logits, logprobs=logprobs)
+
+    def _paged_rows(self, spans: list[tuple[int, int, tuple[int, ...]]]) -> PagedRows:
+        if self.place.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
+            return build_paged_rows(spans, self.page_size, self.place.device, decode_group_slots=1)
+        return build_paged_rows(spans, self.page_size, self.place.device)
 
     def _program(self, plan: Plan) -> Program:
         """The bound plan; plans that run the same steps share one, since row counts come with each batch."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from narrows.arch.config import MLA, ModelConfig
 from narrows.models.moe import MoeLayer
 from narrows.models.parts import Decoder, Loader, StepInputs
-from narrows.ops.linear import linear
 from narrows.ops.mla_attention import mla_attention
 from narrows.ops.paged import write_cache
 from narrows.ops.rms_norm import rms_norm
@@ -51,7 +50,7 @@ class DeepseekLayer(MoeLayer):
 
     def qkv_a_proj(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """Queries' latent, keys' and values' latent, and the shared rotary key, side by side (this rank's columns)."""
-        return linear(hidden_TH, self.qkv_a_CH)
+        return self.linear(hidden_TH, self.qkv_a_CH)
 
     def latent_norm(self, step: StepInputs, latent_TC: Tensor) -> Tensor:
         """RMSNorm of the queries' latent and of the keys' and values' latent, each alone; the rotary key as it is."""
@@ -71,16 +70,23 @@ class DeepseekLayer(MoeLayer):
         latent_TC = inputs[-1]
         mla, q = self.mla, self.q_rank
         query_from = latent_TC[:, :q] if q else inputs[0]
-        q_TND = linear(query_from, self.q_proj).unflatten(-1, (-1, mla.qk_head_dim))
+        q_TND = self.linear(query_from, self.q_proj).unflatten(-1, (-1, mla.qk_head_dim))
         q_nope_TND, q_pe_TNP = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         q_pe_TNP = apply_rope(q_pe_TNP, step.cos_TD2, step.sin_TD2, interleaved=True)
         kv_TR, k_pe_TP = latent_TC[:, q:].split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
         k_pe_TP = apply_rope(k_pe_TP.unsqueeze(1), step.cos_TD2, step.sin_TD2, interleaved=True).squeeze(1)
         write_cache(self.cache_SC, torch.cat((kv_TR, k_pe_TP), dim=-1), step.rows.slots_T)
         attended = mla_attention(
-            q_nope_TND, q_pe_TNP, self.cache_SC, step.rows, self.w_uk_NDR, self.w_uv_NVR, self.scale
+            q_nope_TND,
+            q_pe_TNP,
+            self.cache_SC,
+            step.rows,
+            self.w_uk_NDR,
+            self.w_uv_NVR,
+            self.scale,
+            batch_invariant=self.place.batch_invariant,
         )
-        return linear(attended, self.o_proj, out=out)
+        return self.linear(attended, self.o_proj, out=out)
 
 
 class Deepseek(Decoder):

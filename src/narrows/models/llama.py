@@ -14,7 +14,6 @@ from narrows.arch.config import GQA, ModelConfig
 from narrows.arch.forms import head_spans, kv_head_spans
 from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
 from narrows.ops.gqa_attention import gqa_attention
-from narrows.ops.linear import linear
 from narrows.ops.paged import write_cache
 from narrows.ops.rope import apply_rope
 
@@ -50,7 +49,7 @@ class LlamaLayer(DecoderLayer):
     def attention(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""
         num_q, num_kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv_TND = linear(hidden_TH, self.qkv_proj, self.qkv_bias).unflatten(-1, (num_q + 2 * num_kv, dim))
+        qkv_TND = self.linear(hidden_TH, self.qkv_proj, self.qkv_bias).unflatten(-1, (num_q + 2 * num_kv, dim))
         qk_TND = self.head_norm(qkv_TND[:, : num_q + num_kv])
         qk_TND = apply_rope(qk_TND, step.cos_TD2, step.sin_TD2, interleaved=False)
         write_cache(self.k_cache_SKD, qk_TND[:, num_q:], step.rows.slots_T)
@@ -58,7 +57,7 @@ class LlamaLayer(DecoderLayer):
         attended = gqa_attention(
             qk_TND[:, :num_q], self.k_cache_SKD, self.v_cache_SKD, step.rows, self.kv_index, self.scale
         )
-        return linear(attended, self.o_proj, self.o_bias_H, out=out)
+        return self.linear(attended, self.o_proj, self.o_bias_H, out=out)
 
     def head_norm(self, qk_TND: Tensor) -> Tensor:
         """What a family does to the heads of queries and keys before they are rotated; Llama nothing."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.models.parts import DecoderLayer, Loader, StepInputs
 from narrows.ops.experts import experts_mlp
-from narrows.ops.linear import linear
 from narrows.ops.route import Routing, route
 from narrows.ops.silu_mul import silu_mul
 
@@ -48,7 +47,7 @@ class MoeLayer(DecoderLayer):
         moe = self.moe
         assert moe is not None
         return route(
-            linear(hidden_TH.float(), self.gate_EH),
+            self.linear(hidden_TH.float(), self.gate_EH),
             top_k=moe.num_experts_per_tok,
             scoring=moe.scoring_func,
             method=moe.topk_method,
@@ -68,7 +67,7 @@ class MoeLayer(DecoderLayer):
 
     def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
-        return linear(silu_mul(linear(hidden_TH, self.shared_gate_up_F2H)), self.shared_down_HF)
+        return self.linear(silu_mul(self.linear(hidden_TH, self.shared_gate_up_F2H)), self.shared_down_HF)
 
     def experts(
         self,
@@ -88,6 +87,7 @@ class MoeLayer(DecoderLayer):
             self.experts_down_EHF,
             first_expert=self.first_expert,
             out=out,
+            batch_invariant=self.place.batch_invariant,
         )
         if self.adds_shared:
             routed_TH += self.shared_expert(step, hidden_TH)

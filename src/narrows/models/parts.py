@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ __all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where and as what one rank computes: which rank of which mesh, its forms, dtype and device, its cache's slots,
-    and how many positions a sequence may have."""
+    and how many positions a sequence may have. ``batch_invariant``: no row's bits depend on which others there are."""
 
     mesh: Mesh
     rank: int
@@ -42,6 +43,7 @@ class Place:
     device: torch.device
     num_slots: int
     num_positions: int
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,7 @@ class DecoderLayer:
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         place = load.place
         self.config, self.place = config, place
+        self.linear = partial(linear, batch_invariant=place.batch_invariant)
         self.weights = layer_weights(config, place.mesh, place.forms, layer)
         self.eps = config.rms_norm_eps
         self.input_layernorm_H = load(self.weights["input_layernorm"])
@@ -121,8 +124,8 @@ class DecoderLayer:
 
     def mlp(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
         """``down(silu(gate(x)) * up(x))`` over this rank's columns: an addend of the sum over the world."""
-        inner_TF = silu_mul(linear(hidden_TH, self.gate_up_F2H, self.gate_up_bias_F2))
-        return linear(inner_TF, self.down_HF, self.down_bias_H, out=out)
+        inner_TF = silu_mul(self.linear(hidden_TH, self.gate_up_F2H, self.gate_up_bias_F2))
+        return self.linear(inner_TF, self.down_HF, self.down_bias_H, out=out)
 
 
 def _norm(hidden_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -145,6 +148,7 @@ class Decoder:
     ) -> None:
         place = load.place
         self.config, self.place = config, place
+        self.linear = partial(linear, batch_invariant=place.batch_invariant)
         embed = embed_weights(config, place.mesh, place.forms)["embed_tokens"]
         head = head_weights(config, place.mesh)
         span = embed.span(place.mesh, place.rank)
@@ -187,7 +191,7 @@ class Decoder:
 
     def lm_head(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary."""
-        return linear(hidden_TH, self.lm_head_VH)
+        return self.linear(hidden_TH, self.lm_head_VH)
 
     def shard_argmax(self, step: StepInputs, logits_TV: Tensor) -> Tensor:
         """This rank's best token per row and its logit, as [T, 2]."""

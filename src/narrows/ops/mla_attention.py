@@ -68,10 +68,12 @@ def mla_attention(
     if rows.decode_groups:
         if rows.prefills:
             at_B = rows.decode_rows_B
-            o_BNV = _decode(q_nope_TND[at_B], q_pe_TNP[at_B], cache_SC, rows, w_uk_NDR, w_uv_NVR, scale)
+            o_BNV = _decode(
+                q_nope_TND[at_B], q_pe_TNP[at_B], cache_SC, rows, w_uk_NDR, w_uv_NVR, scale, batch_invariant
+            )
             out_TNV.index_copy_(0, at_B, o_BNV)
         else:
-            out_TNV.copy_(_decode(q_nope_TND, q_pe_TNP, cache_SC, rows, w_uk_NDR, w_uv_NVR, scale))
+            out_TNV.copy_(_decode(q_nope_TND, q_pe_TNP, cache_SC, rows, w_uk_NDR, w_uv_NVR, scale, batch_invariant))
     return out
 
 
@@ -166,11 +168,12 @@ def _decode(
     w_uk_NDR: Tensor,
     w_uv_NVR: Tensor,
     scale: float,
+    batch_invariant: bool,
 ) -> Tensor:
     rank = w_uk_NDR.shape[2]
     dtype = q_nope_BND.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    q_BNC = _absorbed_queries(q_nope_BND, q_pe_BNP, w_uk_NDR).to(wide).mul_(scale)
+    q_BNC = _absorbed_queries(q_nope_BND, q_pe_BNP, w_uk_NDR, batch_invariant).to(wide).mul_(scale)
     c_BNR = q_nope_BND.new_empty((*q_nope_BND.shape[:2], rank))
     for group in rows.decode_groups:
         of_group = slice(group.start, group.stop)
@@ -183,15 +186,22 @@ def _decode(
             score_BNL.masked_fill_(past_end_BL.unsqueeze(1), float("-inf"))
         p_BNL = score_BNL.softmax(dim=-1).to(dtype)
         torch.bmm(p_BNL, latents_BLC[..., :rank], out=c_BNR[of_group])
-    return _expanded_values(c_BNR, w_uv_NVR)
+    return _expanded_values(c_BNR, w_uv_NVR, batch_invariant)
 
 
-def _absorbed_queries(q_nope_TND: Tensor, q_pe_TNP: Tensor, w_uk_NDR: Tensor) -> Tensor:
+def _absorbed_queries(q_nope_TND: Tensor, q_pe_TNP: Tensor, w_uk_NDR: Tensor, batch_invariant: bool = False) -> Tensor:
     """Queries for slots, [T, N, C]: the part for latents, then the rotated part."""
-    q_NTR = torch.bmm(q_nope_TND.transpose(0, 1), w_uk_NDR)
-    return torch.cat((q_NTR.transpose(0, 1), q_pe_TNP), dim=-1)
+    return torch.cat((_per_head(q_nope_TND, w_uk_NDR, batch_invariant), q_pe_TNP), dim=-1)
 
 
-def _expanded_values(c_TNR: Tensor, w_uv_NVR: Tensor) -> Tensor:
+def _expanded_values(c_TNR: Tensor, w_uv_NVR: Tensor, batch_invariant: bool = False) -> Tensor:
     """Sums of latents to sums of values: [T, N, R] -> [T, N, V]."""
-    return torch.bmm(c_TNR.transpose(0, 1), w_uv_NVR.transpose(1, 2)).transpose(0, 1)
+    return _per_head(c_TNR, w_uv_NVR.transpose(1, 2), batch_invariant)
+
+
+def _per_head(x_TNI: Tensor, weight_NIO: Tensor, batch_invariant: bool) -> Tensor:
+    """``x[t, n] @ weight[n]``, [T, N, O]."""
+    num_rows = x_TNI.shape[0]
+    if batch_invariant:
+        x_TNI = padded_rows(x_TNI, *weight_NIO.shape[1:])
+    return torch.bmm(x_TNI.transpose(0, 1), weight_NIO).transpose(0, 1)[:num_rows]

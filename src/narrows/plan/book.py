@@ -14,7 +14,7 @@ from narrows.cost.stage import StepShape
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 
-__all__ = ["BookKey", "PlanBook", "bucket"]
+__all__ = ["BookKey", "PinnedBook", "PlanBook", "bucket"]
 
 _BUCKETS = tuple(sorted({m * 2**e for e in range(21) for m in (2, 3)} | {0, 1}))
 
@@ -75,3 +75,14 @@ class PlanBook:
     def plans(self) -> tuple[tuple[BookKey, Plan], ...]:
         """Every plan made so far, by key."""
         return tuple(sorted(self._plans.items(), key=lambda item: item[0]))
+
+
+class PinnedBook:
+    """One plan for every step, whatever its rows: a plan that was saved, or one pinned for repeatable sums."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def plan_for(self, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> Plan:
+        """The pinned plan."""
+        return self.plan

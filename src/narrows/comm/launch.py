@@ -1,0 +1,175 @@
+"""Which ranks of a world run on which host, and how those on other hosts find the one that hosts it.
+
+Knows addresses, environment variables and a store of torch's; starts no process. Ranks on one host alone need none of
+this. Either torchrun started one process per rank (its environment says so), or a person started narrows once per host
+(``--nnodes``). The network between the hosts must be trusted: who can reach the store can read the key from it, unless
+the environment variable ``NARROWS_KEY`` is set, on all hosts alike; torch's own messages carry no proof at all.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any
+
+import torch.distributed as dist
+
+from narrows.comm.channel import listen, resolve
+from narrows.comm.messages import Contact
+from narrows.errors import ConfigError, RankError
+from narrows.layout import deal, starts
+
+__all__ = ["JOIN_S", "Launch", "find_host", "host_key", "open_store", "publish"]
+
+JOIN_S = 120.0
+"""How long processes wait for each other before the first step."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """This process's part in a world whose processes were not all started by narrows itself.
+
+    ``ranks`` are those that this process starts (``by_torchrun``: is, except that the host starts its rank).
+    """
+
+    address: str
+    port: int
+    size: int
+    ranks: tuple[int, ...]
+    node: int
+    num_nodes: int
+    by_torchrun: bool = False
+    store_is_served: bool = False
+    run: str = ""
+
+    @property
+    def hosts(self) -> bool:
+        """Whether this process is the host: it schedules, and hands out calls."""
+        return 0 in self.ranks
+
+    @classmethod
+    def of_nodes(
+        cls, *, size: int, num_nodes: int, node: int | None, address: str | None, port: int | None
+    ) -> Launch:
+        """One process per host, started by hand; ranks are dealt to the nodes in order.
+
+        Raises:
+            ConfigError: something is missing, or cannot be.
+        """
+        if num_nodes < 1 or num_nodes > size:
+            raise ConfigError(f"--nnodes is {num_nodes}; it must be between 1 and the {size} ranks of the mesh")
+        if node is None or not 0 <= node < num_nodes:
+            raise ConfigError(f"--node-rank must be between 0 and {num_nodes - 1}: this host's place among --nnodes")
+        if address is None or port is None:
+            raise ConfigError("--nnodes needs --master-addr and --master-port: where node 0 listens")
+        if not 0 < port < 65536:
+            raise ConfigError(f"--master-port is {port}; it must be between 1 and 65535")
+        first, stop = starts(deal(size, num_nodes))[node]
+        return cls(
+            address=address, port=port, size=size, ranks=tuple(range(first, stop)), node=node, num_nodes=num_nodes
+        )
+
+    @classmethod
+    def of_torchrun(cls, environment: Mapping[str, str], *, size: int) -> Launch | None:
+        """The process that torchrun started, by its environment; None if it did not.
+
+        Raises:
+            ConfigError: it started another number of processes than the mesh has ranks.
+        """
+        if not all(name in environment for name in _TORCHRUN):
+            return None
+        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        if world != size:
+            raise ConfigError(
+                f"torchrun started {world} processes, but the mesh has {size} ranks: make --nnodes x --nproc-per-node "
+                f"of torchrun {size}, or start narrows without torchrun (unset RANK)"
+            )
+        local = int(environment.get("LOCAL_WORLD_SIZE", world))
+        return cls(
+            address=environment["MASTER_ADDR"],
+            port=int(environment["MASTER_PORT"]),
+            size=size,
+            ranks=(rank,),
+            node=int(environment.get("GROUP_RANK", rank // local)),
+            num_nodes=-(-world // local),
+            by_torchrun=True,
+            store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            run=f"{environment.get('TORCHELASTIC_RUN_ID', '')} {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+        )
+
+
+def open_store(launch: Launch | None) -> tuple[Any, str, int]:
+    """The host's store, served by itself unless torchrun's agent does; with the address to reach it at.
+
+    Raises:
+        ConfigError: the address is not this host's, or its port is taken.
+    """
+    if launch is not None and launch.store_is_served:
+        return _connect_store(launch.address, launch.port), launch.address, launch.port
+    address, port = (launch.address, launch.port) if launch else ("127.0.0.1", 0)
+    try:
+        sock = listen(address, port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address} port {port}: {error.strerror}; is it this host's?") from None
+    port = sock.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=JOIN_S),
+        master_listen_fd=sock.detach(),
+    )
+    return store, address, port
+
+
+def host_key() -> bytes:
+    """The key of ranks that are about to be started."""
+    given = os.environ.get("NARROWS_KEY")
+    return sha256(given.encode()).digest() if given else secrets.token_bytes(32)
+
+
+def publish(launch: Launch, store: Any, contact: Contact) -> None:
+    """Tells the processes on other hosts where the host listens.
+
+    Raises:
+        ConfigError: its address is one that they cannot reach.
+    """
+    _, (address, _) = resolve(launch.address, launch.port)
+    if launch.num_nodes > 1 and ipaddress.ip_address(address).is_loopback:
+        raise ConfigError(
+            f"the master address {launch.address} is {address} on this host, which other hosts cannot reach: "
+            "give this host's address in their network"
+        )
+    key = "" if "NARROWS_KEY" in os.environ else contact.key.hex()
+    said = json.dumps({"address": launch.address, "port": contact.port, "key": key})
+    dist.PrefixStore(f"narrows {launch.run}", store).set("host", said)
+
+
+def find_host(launch: Launch) -> Contact:
+    """Waits for the host and asks it where it listens.
+
+    Raises:
+        RankError: it is not there.
+    """
+    try:
+        store = _connect_store(launch.address, launch.port)
+        said = json.loads(dist.PrefixStore(f"narrows {launch.run}", store).get("host"))
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise RankError(
+            f"node {launch.node}: no host at {launch.address} port {launch.port} for {JOIN_S:g} s ({line})"
+        ) from None
+    key = bytes.fromhex(said["key"]) if said["key"] else host_key()
+    return Contact(address=said["address"], port=said["port"], key=key)
+
+
+def _connect_store(address: str, port: int) -> Any:
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=JOIN_S))

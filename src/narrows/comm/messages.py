@@ -1,0 +1,102 @@
+"""What the host of the ranks and the ranks say to each other: the kinds of messages, and what each carries.
+
+Knows plain values only. The host is the process that hands out calls; a node is a process that started ranks on another
+host and ends them. Everybody beats; who is silent for ``SILENCE_S`` is taken for gone.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+from narrows.layout import Mesh
+
+__all__ = [
+    "BEAT",
+    "BEAT_S",
+    "CALL",
+    "DONE",
+    "END",
+    "FAILED",
+    "HELLO",
+    "KEEP",
+    "SETUP",
+    "SILENCE_S",
+    "SUSPENDED_S",
+    "Contact",
+    "Failure",
+    "Hello",
+    "Setup",
+    "hello",
+]
+
+BEAT_S = 0.5
+SILENCE_S = 6.0
+SUSPENDED_S = 2.0
+"""Who notices that it stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against others."""
+
+HELLO = b"h"  # rank or node -> host, once: Hello
+SETUP = b"s"  # host -> rank, once: Setup
+KEEP = b"k"  # host -> rank: an object that later calls mention by number
+CALL = b"c"  # host -> rank: (method, or None to make the worker; arguments); calls are numbered from 0
+DONE = b"d"  # rank -> host: (number of the call, result)
+FAILED = b"f"  # rank -> host: Failure
+BEAT = b"b"  # rank -> host: Report; host -> all, node -> host: nothing
+END = b"e"  # host -> all: (exit code, why)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contact:
+    """Where the host listens, and the key that proves who belongs to it."""
+
+    address: str
+    port: int
+    key: bytes
+
+
+class Hello(NamedTuple):
+    """Who connects: a rank, or a node (``rank`` None)."""
+
+    rank: int | None
+    node: int
+    pid: int
+    host: str
+    versions: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a rank needs to know before its first call. The store is where the ranks find each other."""
+
+    mesh: Mesh
+    checked: bool
+    num_threads: int
+    device: str
+    store_address: str
+    store_port: int
+    prefix: str
+
+
+class Failure(NamedTuple):
+    """A call that raised. ``error`` is it pickled, if that can be undone; ``lost``: a peer of the rank went away."""
+
+    call: int
+    error: bytes | None
+    name: str
+    text: str
+    trace: str
+    lost: bool
+
+
+def hello(rank: int | None, node: int, pid: int) -> Hello:
+    """This process's greeting."""
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "narrows"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return Hello(rank, node, pid, socket.gethostname(), ", ".join(versions))

@@ -1,0 +1,213 @@
+"""What a rank process does: it obeys the host's calls, in order, and ends when the host says so or is gone.
+
+Knows its channel to the host, its world and its worker; not what the worker does. The main thread works; one other
+thread listens to the host, and tells it twice a second that this rank lives and what it waits at. That thread ends the
+process, whatever the main thread is in: a rank that waits in a collective cannot be woken in any other way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from narrows.comm.channel import Channel
+from narrows.comm.dist_world import DistWorld, connect
+from narrows.comm.launch import JOIN_S, Launch, find_host
+from narrows.comm.messages import (
+    BEAT,
+    BEAT_S,
+    CALL,
+    DONE,
+    END,
+    FAILED,
+    HELLO,
+    KEEP,
+    SETUP,
+    SILENCE_S,
+    SUSPENDED_S,
+    Contact,
+    Failure,
+    Setup,
+    hello,
+)
+from narrows.comm.packing import Unpacker, pack
+from narrows.comm.watch import Report
+from narrows.comm.wire import PeersLostError
+
+__all__ = ["PROGRAM", "boot", "obey", "run_rank"]
+
+PROGRAM = (
+    "import json, sys; told = json.loads(sys.stdin.readline()); sys.path[:] = told['path']; "
+    "from narrows.comm.rank_process import boot; boot(told)"
+)
+"""What ``python -c`` runs in a rank process. What it needs to know, and the key above all, comes through its stdin:
+other users see a command line. The main module of the parent is not run again, so it needs no guard."""
+
+
+def boot(told: dict[str, Any]) -> NoReturn:
+    """The first and last call of a rank process that was started by its host or node."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; whoever started us ends us, once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    contact = Contact(address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]))
+    run_rank(contact, told["rank"], told["node"], explain=False)
+
+
+def told_to(contact: Contact, rank: int, node: int) -> str:
+    """The line that :func:`boot` is told."""
+    place = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
+    return json.dumps(place | {"rank": rank, "node": node, "path": sys.path}) + "\n"
+
+
+def obey(launch: Launch) -> NoReturn:
+    """Turns a process that torchrun started into its rank; it ends with the host's exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run_rank(find_host(launch), launch.ranks[0], launch.node, explain=True)
+
+
+def run_rank(contact: Contact, rank: int, node: int, *, explain: bool) -> NoReturn:
+    """Runs a rank until the host ends it. ``explain``: say on stderr why it ends, if not well."""
+    try:
+        channel = Channel.connect(contact.address, contact.port, contact.key)
+        channel.send(HELLO, pickle.dumps(hello(rank, node, os.getpid())))
+    except (OSError, EOFError) as error:
+        _end(1, f"rank {rank} cannot reach its host at {contact.address} port {contact.port}: {error}")
+    host = _Host(channel, rank, explain)
+    threading.Thread(target=host.listen, name=f"narrows rank {rank} listens", daemon=True).start()
+    _Rank(rank, host).serve()
+
+
+class _Host:
+    """The host, seen from a rank."""
+
+    def __init__(self, channel: Channel, rank: int, explain: bool) -> None:
+        self.channel = channel
+        self.told: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
+        self.world: DistWorld | None = None
+        self.done = 0
+        self._rank, self._explain = rank, explain
+
+    def listen(self) -> None:
+        """Takes messages in and beats; ends the process when the host says so, is gone, or is silent."""
+        heard = last = time.monotonic()
+        beat = 0.0
+        try:
+            while True:
+                message = self.channel.receive(BEAT_S)
+                now = time.monotonic()
+                if message is not None or now - last > SUSPENDED_S:
+                    heard = now
+                last = now
+                if message is not None and message[0] == END:
+                    code, why = pickle.loads(message[1])
+                    _end(code, why if self._explain else "")
+                if message is not None and message[0] != BEAT:
+                    self.told.put(message)
+                if now >= beat:
+                    self.channel.send(BEAT, pickle.dumps(self._report(now)))
+                    beat = now + BEAT_S
+                if now - heard > SILENCE_S:
+                    _end(1, f"rank {self._rank}: nothing was heard of the host for {SILENCE_S:g} s")
+        except (OSError, EOFError):
+            _end(1, f"rank {self._rank}: the host is gone" if self._explain else "")
+        except BaseException:  # without this thread nobody could end the process
+            _end(1, f"rank {self._rank}: {traceback.format_exc()}")
+
+    def _report(self, now: float) -> Report:
+        where = self.world.where if self.world else None
+        if self.world is None or where is None:
+            return Report(self.done)
+        came = tuple(self.world.came.items())
+        age_s = 0.0 if where.since is None else now - where.since
+        return Report(self.done, came, (where.stamp, where.ranks), where.since is not None, age_s)
+
+
+class _Rank:
+    """The main thread: calls, in order."""
+
+    def __init__(self, rank: int, host: _Host) -> None:
+        self._rank, self._host = rank, host
+        self._unpack = Unpacker()
+        self._worker: Any = None
+        self._number = 0  # of the next call
+
+    def serve(self) -> NoReturn:
+        with torch.inference_mode():
+            while True:
+                kind, data = self._host.told.get()
+                try:
+                    if kind == SETUP:
+                        self._set_up(pickle.loads(data))
+                    elif kind == KEEP:
+                        self._unpack.keep(data)
+                    elif kind == CALL:
+                        self._call(data)
+                except BaseException as error:
+                    self._failed(error)
+
+    def _set_up(self, setup: Setup) -> None:
+        torch.set_num_threads(setup.num_threads)
+        store = dist.TCPStore(
+            setup.store_address, setup.store_port, is_master=False, timeout=timedelta(seconds=JOIN_S)
+        )
+        self._host.world = connect(
+            setup.mesh,
+            self._rank,
+            dist.PrefixStore(setup.prefix, store),
+            checked=setup.checked,
+            device=torch.device(setup.device),
+            address=self._host.channel.address,
+        )
+
+    def _call(self, data: bytes) -> None:
+        method, args = self._unpack(data)
+        if method is None:
+            (make,) = args
+            result = self._worker = make(self._host.world)
+        else:
+            result = getattr(self._worker, method)(*args)
+        number = self._number
+        self._number += 1
+        self._host.done = self._number
+        said = pack((number, None if method is None else result))
+        self._host.channel.send(DONE, said)
+
+    def _failed(self, error: BaseException) -> None:
+        """Says what was raised. The host then ends this process, so what follows in the queue does not matter."""
+        packed: bytes | None = None
+        with contextlib.suppress(Exception):
+            packed = pack(error)
+            if type(pickle.loads(packed)) is not type(error):
+                packed = None
+        failure = Failure(
+            call=self._number,
+            error=packed,
+            name=type(error).__name__,
+            text=str(error),
+            trace="".join(traceback.format_exception(error)),
+            lost=isinstance(error, PeersLostError),
+        )
+        self._number += 1
+        self._host.channel.send(FAILED, pickle.dumps(failure))
+
+
+def _end(code: int, why: str) -> NoReturn:
+    """Ends this process now, also while its main thread is inside torch."""
+    with contextlib.suppress(Exception):
+        if why:
+            print(f"narrows: {why}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
