@@ -76,6 +76,38 @@ def test_more_requests_than_the_budget_wait_their_turn_and_all_end() -> None:
     assert [(r.output, r.finish_reason) for r in requests] == [([7, 7, 7], "length")] * 5
 
 
+# -- prompts cut at fixed places -------------------------------------------------------------------------------------
+
+
+def test_prompts_are_cut_at_multiples_of_the_chunk_however_many_fit_into_the_step() -> None:
+    scheduler = make(rows_per_step=10, prefill_chunk=4)
+    add(scheduler, 0, prompt=11, max_tokens=3)
+    assert rows(step(scheduler)) == [[(0, 0, (1, 2, 3, 4), 0), (0, 4, (5, 6, 7, 8), 0)]]
+    assert rows(step(scheduler)) == [[(0, 8, (9, 10, 11), 1)]]
+
+
+def test_a_chunk_that_does_not_fit_beside_the_others_waits_and_nobody_passes_it() -> None:
+    scheduler = make(rows_per_step=4, prefill_chunk=4)
+    add(scheduler, 0, prompt=2, max_tokens=3)
+    long = add(scheduler, 1, prompt=5, max_tokens=1)
+    add(scheduler, 2, prompt=1, max_tokens=1)  # would fit
+    assert rows(step(scheduler)) == [[(0, 0, (1, 2), 1)]]
+    assert rows(step(scheduler)) == [[(0, 2, (sample_ref(0),), 1)]]
+    commit(scheduler, (7,))
+    assert rows(step(scheduler)) == [[(0, 3, (sample_ref(0),), 1)]]
+    commit(scheduler, (7,))
+    assert rows(step(scheduler)) == [[(1, 0, (1, 2, 3, 4), 0)]]
+    assert commit(scheduler, (7,))[0].finish_reason == "length"
+    assert rows(step(scheduler)) == [[(1, 4, (5,), 1), (2, 0, (1,), 1)]]
+    assert long.prefilled
+
+
+def test_a_step_must_hold_a_chunk() -> None:
+    assert make(rows_per_step=8, prefill_chunk=8).limits.prefill_chunk == 8
+    with pytest.raises(ConfigError, match=r"chunks of 9 rows, but a step may hold 8; raise --max-rows to at least 9"):
+        make(rows_per_step=8, prefill_chunk=9)
+
+
 # -- admission and groups --------------------------------------------------------------------------------------------
 
 

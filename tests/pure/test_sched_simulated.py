@@ -67,6 +67,7 @@ class Serving(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         num_pages=st.integers(2, 12),
         max_context=st.integers(2, 24),
+        prefill_chunk=st.integers(0, 4),
     )
     def begin(
         self,
@@ -76,6 +77,7 @@ class Serving(RuleBasedStateMachine):
         page_size: int,
         num_pages: int,
         max_context: int,
+        prefill_chunk: int,
     ) -> None:
         self.limits = Limits(
             num_groups=num_groups,
@@ -84,6 +86,7 @@ class Serving(RuleBasedStateMachine):
             page_size=page_size,
             pages_per_group=num_pages,
             max_context=min(max_context, (num_pages - 1) * page_size + 1),
+            prefill_chunk=min(prefill_chunk, rows_per_step),
         )
         self.scheduler = Scheduler(self.limits)
         self.ranks = Ranks(self.limits)
@@ -126,13 +129,17 @@ class Serving(RuleBasedStateMachine):
         chunks = [(index, chunk) for index, group in enumerate(batch.groups) for chunk in group]
         numbers = [chunk.request for _, chunk in chunks]
         assert 0 < batch.num_rows <= self.limits.rows_per_step
-        assert len(set(numbers)) == len(numbers), "a request twice in a step"
+        size = self.limits.prefill_chunk
+        assert size or len(set(numbers)) == len(numbers), "a request twice in a step"
         assert ready <= set(numbers), "a request that could decode got no row"
         for index, chunk in chunks:
             request, stop = self.requests[chunk.request], chunk.start + len(chunk.tokens)
             assert request.group == index
             assert chunk.start == self.cached.get(chunk.request, 0), "rows lost or doubled"
             assert stop < self.limits.max_context
+            if size and chunk.start < len(request.prompt):
+                cut = chunk.start // size * size
+                assert (chunk.start, stop) == (cut, min(cut + size, len(request.prompt))), "a prompt cut elsewhere"
             assert len(chunk.pages) == num_pages_for(stop, self.limits.page_size) and 0 not in chunk.pages
             assert chunk.num_logits == (1 if stop >= len(request.prompt) else 0)
             self.cached[chunk.request] = stop

@@ -5,7 +5,8 @@ drop. Pages of the mapped checkpoint (``RssFile``) are left out: they are shared
 back when memory is short. The process is watched from outside, every millisecond, so that no lock of Python's hides a
 peak.
 
-The checkpoint is of random numbers: 220 MB in bfloat16 in several files; 100 MB in FP8; 65 MB in Q4_0.
+The checkpoints are of random numbers, in several files: 220 MB in bfloat16, 100 MB in FP8 (a Llama, and one with
+experts); and one file of 65 MB in Q4_0.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ V3 = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
     "max_position_embeddings": 64,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 LOAD = """
 import sys, torch
@@ -215,7 +216,8 @@ def bounds(model: Path) -> tuple[int, int, int]:
 FORMATS = {
     # how to write it, and which part of a rank's share is anonymous at least: rows of plain tensors stay in the file
     "bfloat16": (lambda folder: write_safetensors(folder, LLAMA), 0.3),
-    "fp8": (lambda folder: write_safetensors(folder, V3), 0.7),
+    "fp8": (lambda folder: write_safetensors(folder, LLAMA | FP8), 0.7),
+    "fp8 experts": (lambda folder: write_safetensors(folder, V3 | FP8), 0.7),
     "gguf": (lambda folder: write_gguf(folder, LLAMA), 0.9),
 }
 

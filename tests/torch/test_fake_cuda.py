@@ -1,14 +1,18 @@
 """Whole steps of every family on fake CUDA tensors: what a GPU would refuse, or wait for, is found without one.
 
 torch's FakeTensorMode propagates shapes, dtypes and devices and computes nothing, so these run at the published sizes.
-Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind and Program, against a World that checks what it is
-handed and returns tensors of the right shape. A step has three parts, and each has its rules:
+Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and DistWorld, whose NCCL is torch's fake
+process group. A step has three parts, and each has its rules:
 
 - before the walk (ids, page tables, row counts, sampling parameters): host work and copies to the device; no reading of
   device tensors, and no op that mixes devices;
-- the walk (every stage and move of the plan, sampling too): no tensor outside the device, not even a 0-dim one or an
-  index, nothing whose result or shape the host must wait for, no op without a CUDA kernel;
-- after the walk: the host reads the sampled ids, once, and the log-probabilities of rows whose request asked for them.
+- the walk (every stage and move of the plan, sampling too): no tensor outside the device, not even an index or a 0-dim
+  one (``x[0] = 1`` makes one, ``fill_`` does not), nothing whose result or shape the host must wait for, no op without
+  a CUDA kernel;
+- after the walk: the host reads the sampled ids and the log-probabilities of rows whose request asked, in one place.
+
+Of sampling, so, the random numbers (from seed and position), temperatures and filters are host work before the walk;
+penalties, filters and draws run in the walk; log-probabilities are cut out and read after it.
 
 The planted faults at the end show that each rule bites.
 """
@@ -27,13 +31,14 @@ import pytest
 import torch
 import torchgen.gen
 from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
+    FakeTensorDeviceMismatchError,
     FakeTensorMode,
 )
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchgen.model import DispatchKey
@@ -41,12 +46,16 @@ from torchgen.model import DispatchKey
 from narrows.arch.config import read_config
 from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import PRESETS
-from narrows.comm.world import World
+from narrows.arch.weights import Weight
+from narrows.comm.buffers import Buffers
+from narrows.comm.dist_world import DistWorld
+from narrows.comm.wire import NcclWire
 from narrows.engine.config import EngineConfig, Resolved, resolve
-from narrows.engine.program import Frame, Operation, Registers, Wrap
+from narrows.engine.program import Frame, Operation, Program, Registers, Wrap
+from narrows.engine.sampler import RowSampler
 from narrows.engine.worker import Worker
 from narrows.layout import Mesh
-from narrows.models import deepseek, moe, parts
+from narrows.models import moe, parts
 from narrows.models.parts import Place
 from narrows.models.registry import EXECUTABLE
 from narrows.plan.book import PlanBook
@@ -94,7 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MESH = Mesh.of(dp=2, tp=2)
 
 
-class StepFault(AssertionError):
+class StepError(AssertionError):
     """Something inside a step that a GPU would refuse, or that would make the host wait for it."""
 
 
@@ -109,6 +118,12 @@ def ops_with_cuda_kernels() -> frozenset[str]:
         for f in parsed.native_functions
         if f.has_composite_kernel or (f.structured_delegate or f.func.name) in index
     )
+
+
+@cache
+def is_composite(func: Any) -> bool:
+    """Whether an op is other ops on every device, and has no kernels of its own."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 class StepGuard(TorchDispatchMode):
@@ -126,27 +141,23 @@ class StepGuard(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        with self:  # in inference mode composite ops come whole: look at what they are made of
-            result = func.decompose(*args, **kwargs)
-        if result is NotImplemented:
-            result = func(*args, **kwargs)
-            self._look(func, [args, kwargs], result)
-        return result
-
-    def _look(self, func: Any, inputs: list[Any], result: Any) -> None:
+        if is_composite(func):  # in inference mode these come whole: look at what they are made of
+            with self:
+                return func.decompose(*args, **kwargs)
         where = f"{self.stage or 'outside the walk'}: {func}"
-        read, left = _devices(inputs), _devices(result)
+        if self.stage:
+            self.walked.add(self.stage)
+            if func.namespace == "aten" and func.name() not in ops_with_cuda_kernels():
+                raise StepError(f"{where} has no CUDA kernel")
+            if func.overloadpacket in _INDEXING and any(index.dtype == torch.bool for index in _tensors(args[1])):
+                raise StepError(f"{where} takes a boolean mask, whose rows the host must count; masked_fill does not")
+        result = func(*args, **kwargs)
+        read, left = _devices([args, kwargs]), _devices(result)
         if CUDA in read and left - {CUDA}:
-            raise StepFault(f"{where} reads the device on the host")
-        if not self.stage:
-            return
-        self.walked.add(self.stage)
-        if (read | left) - {CUDA}:
-            raise StepFault(f"{where} has tensors on {sorted(map(str, read | left))}, in a step of {CUDA}")
-        if func.namespace == "aten" and func.name() not in ops_with_cuda_kernels():
-            raise StepFault(f"{where} has no CUDA kernel")
-        if func.overloadpacket in _INDEXING and any(index.dtype == torch.bool for index in _tensors(inputs[0][1])):
-            raise StepFault(f"{where} takes a boolean mask, whose rows the host must count; masked_fill does not")
+            raise StepError(f"{where} reads the device on the host")
+        if self.stage and (read | left) - {CUDA}:
+            raise StepError(f"{where} has tensors on {sorted(map(str, read | left))}, in a step of {CUDA}")
+        return result
 
 
 _INDEXING = (
@@ -167,51 +178,50 @@ def _devices(tree: Any) -> set[torch.device]:
     return {tensor.fake_device for tensor in _tensors(tree)}
 
 
-class FakeWorld:
-    """One rank's World without the others: checks that what it is handed fits the counts and lies on the device."""
+class FakeNccl:
+    """What :class:`~narrows.comm.wire.NcclWire` makes where there is no NCCL: a group with nobody at the other end."""
 
-    checked = True
+    Options = staticmethod(lambda: None)
 
-    def __init__(self, rank: int) -> None:
-        self.rank, self.mesh = rank, MESH
+    def __new__(cls, store: None, me: int, size: int, options: None) -> Any:
+        return FakeProcessGroup._create_internal(me, size)
 
-    def all_gather(
-        self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
-    ) -> list[Tensor]:
-        rows = counts[ranks.index(self.rank)]
-        return [self._fresh(x, (rows, x.shape[1]), (sum(counts), x.shape[1]), label) for x in xs]
 
-    def reduce_scatter(
-        self, x: Tensor, ranks: tuple[int, ...], counts: Sequence[int], label: str, addends: Sequence[Tensor] = ()
-    ) -> Tensor:
-        piece = (counts[ranks.index(self.rank)], x.shape[1])
-        for addend in addends:
-            self._fresh(addend, piece, piece, label)
-        return self._fresh(x, (sum(counts), x.shape[1]), piece, label)
+class FakeBuffers(Buffers):
+    """Buffers are told apart by address, and fake tensors have none: every one of these is new."""
 
-    def all_reduce(
-        self, x: Tensor, ranks: tuple[int, ...], counts: Sequence[int], label: str, addends: Sequence[Tensor] = ()
-    ) -> Tensor:
-        self.reduce_scatter(x, ranks, counts, label, addends)
-        return self._fresh(x, tuple(x.shape), tuple(x.shape), label)
+    def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((rows, width), dtype=dtype, device=self._device)
 
-    def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
-        rows = x.shape[0]
-        return self._fresh(x, (rows, widths[ranks.index(self.rank)]), (rows, sum(widths)), label)
-
-    def broadcast(self, x: Tensor, ranks: tuple[int, ...], root: int, label: str) -> Tensor:
-        return self._fresh(x, tuple(x.shape), tuple(x.shape), label)
-
-    def barrier(self, ranks: tuple[int, ...], label: str) -> None:
+    def give_back(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((rows, width), dtype=dtype, device=CUDA)
+    def owned(self, x: Tensor) -> Tensor:
+        return x
 
-    def _fresh(self, x: Tensor, expected: tuple[int, ...], shape: tuple[int, ...], label: str) -> Tensor:
-        assert x.device == CUDA, f"{label}: a tensor on {x.device}"
-        assert tuple(x.shape) == expected, f"{label}: a tensor of {tuple(x.shape)}, where the counts say {expected}"
-        return x.new_empty(shape)
+
+class FakeWorld(DistWorld):
+    """A process among GPUs, alone: in checked mode tensors are held against the row counts, and compared with nobody."""
+
+    def __init__(self, rank: int) -> None:
+        spans = [(first, last) for first in range(MESH.num_axes) for last in range(first + 1, MESH.num_axes + 1)]
+        groups = {MESH.group(rank, first, last) for first, last in spans}
+        wires: dict[Any, Any] = {ranks: (None, NcclWire(None, ranks.index(rank), len(ranks))) for ranks in groups}
+        super().__init__(MESH, rank, wires, checked=True, device=CUDA)
+        self._buffers = FakeBuffers(CUDA)
+
+    def _meet(self, seat: Any, stamp: Any, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+class FakeWeights:
+    """A checkpoint of fake tensors in host memory."""
+
+    def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        shape = list(weight.shape)
+        if span is not None:
+            shape[weight.dim or 0] = span[1] - span[0]
+        return torch.empty(shape, dtype=torch.bfloat16)
 
 
 class FakeWorker(Worker):
@@ -243,25 +253,32 @@ def _cuda_device_guard() -> Iterator[None]:
     table[cuda] = before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nccl() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
+        yield
+
+
 class Ranks:
     """All ranks of one family, one after the other, with weights held as ``forms`` say."""
 
-    def __init__(self, raw: dict[str, Any], folder: Path, forms: Forms | None, layout: str = "auto") -> None:
+    def __init__(
+        self, raw: dict[str, Any], folder: Path, forms: Forms | None, *, batch_invariant: bool = False
+    ) -> None:
         file = folder / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
         asked = EngineConfig(
             model=str(file),
             dp=2,
             tp=2,
-            layout=layout,
             dtype="bfloat16",
             device="h100",
-            load_format="dummy",
             max_context=2048,
             kv_tokens=SLOTS,
             page_size=PAGE,
         )
-        self.resolved = resolve(asked, forms)
+        self.resolved, self.batch_invariant = resolve(asked, forms), batch_invariant
         self.guard = StepGuard()
         self.fake = FakeTensorMode()
         self.planners = {
@@ -281,12 +298,12 @@ class Ranks:
             device=CUDA,
             num_slots=resolved.num_slots,
             num_positions=resolved.limits.max_context,
+            batch_invariant=self.batch_invariant,
         )
-        world: World = FakeWorld(rank)
         return FakeWorker(
-            world,
+            FakeWorld(rank),
             resolved.config,
-            resolved.weights(),
+            FakeWeights(),
             place,
             self.planners[False].chain.fields,
             page_size=PAGE,
@@ -323,6 +340,7 @@ class Ranks:
                 with torch.inference_mode(), self.fake, self.guard:
                     worker.step(batch, plan)
                 assert worker.num_reads == before + 1
+                assert {step.name for _, step in plan.steps() if step.stage is not None} <= self.guard.walked
                 ids = worker._samples
                 assert ids.device == CUDA and ids.shape == (batch.num_logit_rows,) and ids.dtype == torch.int64
 
@@ -403,3 +421,115 @@ def test_auto_stays_on_the_device_and_never_waits(family: str, forms: str, tmp_p
     config = read_config(FAMILIES[family])
     ranks = Ranks(FAMILIES[family], tmp_path, None if forms == "chosen" else form_choices(config, MESH)[-1])
     ranks.walk((*STEPS, SAMPLED, SAMPLED_AGAIN), "auto")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2 without q_lora_rank", "qwen3_moe"])
+def test_batch_invariant_steps_stay_on_the_device_and_never_wait(family: str, tmp_path: Path) -> None:
+    Ranks(FAMILIES[family], tmp_path, None, batch_invariant=True).walk(STEPS, "auto")
+
+
+# Planted faults. Each is put into an op, or where the step hands tensors to ops, and must be found in a llama.
+
+FAULTS: dict[str, tuple[Callable[[Tensor], object], type[Exception]]] = {
+    # tensors of different devices
+    "a CPU tensor in a sum": (lambda x: x + torch.arange(x.shape[-1]), StepError),
+    "a CPU tensor as an index": (lambda x: x[torch.arange(x.shape[0])], StepError),
+    "a CPU scalar": (lambda x: x * torch.tensor(2.0), StepError),
+    "a list copied to the device": (lambda x: x * torch.tensor([2.0], device=x.device), StepError),
+    "a copy to the host": (lambda x: x.cpu(), StepError),
+    # ops that only a CPU has
+    "a CPU-only op": (lambda x: torch.histogram(x.float(), 4), StepError),
+    "numpy": (lambda x: x.numpy(), RuntimeError),
+    # results and shapes that the host must wait for
+    "item": (lambda x: x[0, 0].item(), DataDependentOutputException),
+    "tolist": (lambda x: x[0].tolist(), DataDependentOutputException),
+    "an if": (lambda x: 1 if (x > 0).any() else 0, DataDependentOutputException),
+    "nonzero": (lambda x: x.nonzero(), DynamicOutputShapeException),
+    "rows by a boolean mask": (lambda x: x[x[:, 0] > 0], (StepError, DynamicOutputShapeException)),
+    "writing by a boolean mask": (lambda x: x.clone().index_put_((x[:, 0] > 0,), x[0]), StepError),
+    "bincount": (lambda x: torch.bincount(x[0].long()), DynamicOutputShapeException),
+    "unique": (lambda x: x.unique(), DynamicOutputShapeException),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(FAMILIES["llama"], tmp_path_factory.mktemp("llama"), None)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_an_op_is_found_and_its_stage_named(
+    fault: str, llama: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, error = FAULTS[fault]
+    silu_mul = parts.silu_mul
+
+    def faulty(x: Tensor) -> Tensor:
+        plant(x)
+        return silu_mul(x)
+
+    llama.walk([PREFILL], "auto")
+    monkeypatch.setattr(parts, "silu_mul", faulty)
+    with pytest.raises(error) as found:
+        llama.walk([PREFILL], "auto")
+    assert "in mlp, layer 0, rank 0" in found.value.__notes__
+
+
+def test_experts_counted_on_the_host_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `experts_mlp` does on CPU, where reading the segments' lengths is free."""
+
+    def counted(x_TH: Tensor, topk_ids_TK: Tensor, *_: Any, **options: Any) -> Tensor:
+        counts = torch.bincount(topk_ids_TK.flatten(), minlength=64).tolist()
+        raise AssertionError(f"not reached: {counts}")
+
+    monkeypatch.setattr(moe, "experts_mlp", counted)
+    with pytest.raises(DynamicOutputShapeException) as found:
+        Ranks(FAMILIES["qwen3_moe"], tmp_path, None).walk([PREFILL], "auto")
+    assert "in experts, layer 0, rank 0" in found.value.__notes__
+
+
+def test_selected_rows_on_the_host_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = Program.frame
+
+    def on_host(self: Program, *args: Any) -> Frame:
+        made = frame(self, *args)
+        made.selections = tuple(torch.zeros(len(rows), dtype=torch.int64) for rows in made.selections)
+        return made
+
+    monkeypatch.setattr(Program, "frame", on_host)
+    with pytest.raises(FakeTensorDeviceMismatchError, match="cuda:0 and cpu"):
+        llama.walk([PREFILL], "auto")
+
+
+def test_a_send_buffer_on_the_host_is_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.workers[0].world._buffers, "_device", torch.device("cpu"))
+    with pytest.raises(StepError, match=r"aten\.empty\.\w+ has tensors on \['cpu'\]"):
+        llama.walk([PREFILL], "auto")
+
+
+def test_samples_read_before_the_walk_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that refer to the previous step's samples stay on the device: the host is a step ahead of them."""
+    ids = Worker._ids
+
+    def read(self: Worker, batch: Batch) -> Tensor:
+        self._samples.cpu()
+        return ids(self, batch)
+
+    llama.walk([PREFILL, DECODE], "auto")
+    monkeypatch.setattr(Worker, "_ids", read)
+    with pytest.raises(StepError, match=r"outside the walk: .* reads the device on the host"):
+        llama.walk([DECODE], "auto")
+
+
+def test_log_probabilities_read_within_the_walk_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = RowSampler.__call__
+
+    def at_once(self: RowSampler, logits_TV: Tensor) -> Tensor:
+        ids_T = call(self, logits_TV)
+        self.logprobs()
+        return ids_T
+
+    llama.walk([PREFILL, SAMPLED], "auto")
+    monkeypatch.setattr(RowSampler, "__call__", at_once)
+    with pytest.raises(DataDependentOutputException):
+        llama.walk([SAMPLED], "auto")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from narrows.engine.config import LOAD_FORMATS, EngineConfig
+from narrows.comm.launch import Launch
+from narrows.engine.config import LOAD_FORMATS, RANKS, EngineConfig
 from narrows.errors import ConfigError
 
-__all__ = ["add_engine_flags", "add_prompt_flags", "engine_options", "read_prompts"]
+__all__ = ["add_engine_flags", "add_host_flags", "add_prompt_flags", "engine_options", "launch_of", "read_prompts"]
 
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 
@@ -19,9 +21,17 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json), or a .gguf file"
     )
-    mesh = parser.add_argument_group("mesh: world = dp x tp ranks, one thread each")
+    mesh = parser.add_argument_group("mesh: world = dp x tp ranks, one torch thread each")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
     mesh.add_argument("--tp", type=int, default=_DEFAULT["tp"], help="ranks per group (default %(default)s)")
+    mesh.add_argument("--ranks", choices=RANKS, help=f"what ranks are (default {_DEFAULT['ranks']})")
+    mesh.add_argument(
+        "--timeout",
+        type=float,
+        default=_DEFAULT["timeout_s"],
+        metavar="S",
+        help="seconds that a rank which lives may keep the others waiting (default %(default)g)",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", default=_DEFAULT["dtype"], help="auto (the checkpoint's), bfloat16 or float32")
     engine.add_argument("--device", default=_DEFAULT["device"], help="device that plans are priced for")
@@ -36,7 +46,34 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_engine_flags` parsed."""
     names = ("dp", "tp", "dtype", "device", "load_format", "checked")
-    return {name: getattr(args, name) for name in names} | more
+    ranks = {"ranks": args.ranks or _DEFAULT["ranks"], "timeout_s": args.timeout}
+    return {name: getattr(args, name) for name in names} | ranks | more
+
+
+def add_host_flags(parser: argparse.ArgumentParser) -> None:
+    """Where ranks on several hosts meet."""
+    hosts = parser.add_argument_group("several hosts: the same command on each, with its own --node-rank; or torchrun")
+    hosts.add_argument("--nnodes", type=int, metavar="N", help="hosts; ranks are dealt to them in order")
+    hosts.add_argument("--node-rank", type=int, metavar="K", help="this host's place; 0 schedules and prints")
+    hosts.add_argument("--master-addr", metavar="A", help="address of host 0 that all can reach")
+    hosts.add_argument("--master-port", type=int, metavar="P", help="a free port there")
+
+
+def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launch | None:
+    """This process's part among several hosts, from :func:`add_host_flags` or from torchrun's environment.
+
+    Raises:
+        ConfigError: flags without ``--nnodes``, or that cannot be.
+    """
+    size = max(args.dp, 1) * max(args.tp, 1)
+    if args.nnodes is not None:
+        return Launch.of_nodes(
+            size=size, num_nodes=args.nnodes, node=args.node_rank, address=args.master_addr, port=args.master_port
+        )
+    given = [flag for flag in ("node_rank", "master_addr", "master_port") if getattr(args, flag) is not None]
+    if given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} needs --nnodes: how many hosts there are")
+    return Launch.of_torchrun(environment, size=size)
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 
 from rich import box
 from rich.table import Table
 
-from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
+from narrows.cli.arguments import (
+    add_engine_flags,
+    add_host_flags,
+    add_prompt_flags,
+    engine_options,
+    launch_of,
+    read_prompts,
+)
 from narrows.cli.console import console
-from narrows.engine.config import EngineConfig
+from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM, Completion, Prompt
 from narrows.engine.profile import Profile, ProfileRow
+from narrows.engine.ranks import obey_host
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
 
@@ -26,6 +36,7 @@ _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fiel
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows generate``."""
     add_engine_flags(parser)
+    add_host_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
     parser.add_argument("--plan", dest="plan_file", default="", metavar="FILE", help="run a plan kept by plan --save")
@@ -45,10 +56,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (default: greedy)")
+    group = parser.add_argument_group("sampling (default: what the checkpoint's generation config says, else greedy)")
     for name, field in SamplingParams.__dataclass_fields__.items():
         kind = float if isinstance(field.default, float) else int
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, metavar="X")
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text here; repeatable")
     group.add_argument("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="repeatable")
 
@@ -60,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
     if not prompts:
         raise ConfigError("nothing to generate from: give --prompt TEXT (repeatable) or --prompt-file FILE")
-    sampling = SamplingParams(**{name: getattr(args, name) for name in SamplingParams.__dataclass_fields__})
+    given = {name: getattr(args, name) for name in SamplingParams.__dataclass_fields__}
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**given)  # a value out of range is known before anything is loaded
     notes = console(stderr=True, quiet=args.quiet)
     profile = Profile() if args.profile else None
     options = engine_options(
@@ -72,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
         kv_tokens=args.kv_tokens,
         batch_invariant=args.batch_invariant,
     )
+    if (launch := launch_of(args, os.environ)) is not None:
+        options |= {"launch": launch, "ranks": args.ranks or "processes"}
+    if args.profile and options["ranks"] != "threads":
+        raise ConfigError("--profile needs ranks that share memory with it: run it with --ranks threads, on one host")
+    if launch is not None and not launch.hosts:
+        return obey_host(resolve(EngineConfig(model=args.model, **options)))
     started = perf_counter()
     with LLM(args.model, wrap=profile.wrap if profile else None, **options) as llm:
         resolved = llm.resolved
@@ -85,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             notes.print(f"note: {note}")
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
         started = perf_counter()
-        done = _print_stream(llm, inputs, prompts, sampling, args)
+        done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args)
         seconds = perf_counter() - started
         generated = sum(len(completion.token_ids) for completion in done)
         given = sum(len(completion.prompt_token_ids) for completion in done)
@@ -93,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             f"{given} prompt tokens and {generated} generated tokens in {seconds:.2f} s "
             f"({generated / seconds:.1f} generated tokens/s)"
         )
-        if args.logprobs is not None:
+        if any(completion.logprobs for completion in done):
             _print_logprobs(llm, done)
     if profile is not None:
         for phase in ("prefill", "decode"):

@@ -6,6 +6,7 @@ Exit code 0 if every layout agrees, 1 if one does not.
 from __future__ import annotations
 
 import argparse
+import os
 
 from rich import box
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 from narrows.arch.presets import load_model_config
 from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
+from narrows.comm.launch import Launch
 from narrows.engine.config import EngineConfig
 from narrows.engine.model_text import load_model_text
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Run ``narrows verify``."""
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
+    if Launch.of_torchrun(os.environ, size=int(os.environ.get("WORLD_SIZE", 1))) is not None:
+        raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
     asked = EngineConfig(model=args.model, **engine_options(args))
     report = verify(asked, _token_ids(args), num_decode=args.steps, layouts=args.layout or ())
     _print(report, console())
@@ -79,13 +83,15 @@ def _print(report: VerifyReport, out: Console) -> None:
             f"{max(layout.kl, 0.0):.1e}",
             f"{100 * layout.agreement:.2f} %",
             f"{layout.worst:.1e}",
-            _flips(layout),
+            "-" if report.logits_alone else _flips(layout),
             "ok" if layout.ok else "DIFFERS",
         )
     out.print(table)
     for layout in report.layouts:
         if layout.failure:
             out.print(f"{layout.layout}: {layout.failure}")
+    if report.logits_alone:
+        out.print("ranks as processes: logits alone were compared, no stages; every rank's own choice of experts stood")
     for name, why in report.skipped.items():
         out.print(f"not run: {name}: {why}")
     for note in resolved.notes:

@@ -6,6 +6,7 @@ a peer before the key is proved; what is sent is not encrypted.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import select
@@ -125,10 +126,9 @@ class Channel:
         if not self._sending.acquire(blocking=False):
             return
         try:
-            if self._writable.poll(0):
-                self._sock.sendall(_HEADER.pack(kind, len(data)) + data)
-        except OSError:
-            pass  # whoever receives learns of it
+            with contextlib.suppress(OSError):  # whoever receives learns of it
+                if self._writable.poll(0):
+                    self._sock.sendall(_HEADER.pack(kind, len(data)) + data)
         finally:
             self._sending.release()
 
@@ -164,10 +164,8 @@ class Channel:
 
     def shut(self) -> None:
         """Ends the connection; who waits in :meth:`send` or :meth:`receive`, here or there, is woken by it."""
-        try:
+        with contextlib.suppress(OSError):  # it is gone already
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is gone already
 
     def close(self) -> None:
         """Ends the connection and gives the socket back; only for when no thread uses it any more."""

@@ -217,7 +217,7 @@ class _Seat:
         if data == data[:_DIGEST] * num:
             return
         sizes = self.gloo.gather(torch.tensor([len(said)]), self.ones).tolist()
-        texts = self.gloo.gather(_tensor(said), sizes).split(sizes)
+        texts = torch.split(self.gloo.gather(_tensor(said), sizes), sizes)
         stamps = [_decoded(text.numpy().tobytes()) for text in texts]
         raise CollectiveMismatchError(f"ranks met in different collectives: {mismatch(self.ranks, stamps)}")
 
@@ -228,14 +228,14 @@ def _gather_packed(wire: Wire, xs: Sequence[Tensor], counts: Sequence[int]) -> l
         return [wire.gather(xs[0], counts)]
     rows = [x.contiguous().view(torch.uint8) for x in xs]
     packed = wire.gather(torch.cat(rows, dim=1), counts)
-    parts = packed.split([part.shape[1] for part in rows], dim=1)
+    parts = torch.split(packed, [part.shape[1] for part in rows], dim=1)
     return [_owned(part).view(x.dtype) for part, x in zip(parts, xs, strict=True)]
 
 
 def _gather_columns(wire: Wire, x: Tensor, widths: Sequence[int]) -> Tensor:
     rows = x.shape[0]
     sizes = [rows * width for width in widths]
-    pieces = wire.gather(x.reshape(-1), sizes).split(sizes)
+    pieces = torch.split(wire.gather(x.reshape(-1), sizes), sizes)
     return torch.cat([piece.view(rows, width) for piece, width in zip(pieces, widths, strict=True)], dim=1)
 
 

@@ -18,14 +18,14 @@ from datetime import timedelta
 from hashlib import sha256
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from narrows.comm.channel import listen, resolve
 from narrows.comm.messages import Contact
 from narrows.errors import ConfigError, RankError
 from narrows.layout import deal, starts
 
-__all__ = ["JOIN_S", "Launch", "find_host", "host_key", "open_store", "publish"]
+__all__ = ["JOIN_S", "Launch", "find_host", "host_key", "join_store", "open_store", "publish"]
 
 JOIN_S = 120.0
 """How long processes wait for each other before the first step."""
@@ -55,9 +55,7 @@ class Launch:
         return 0 in self.ranks
 
     @classmethod
-    def of_nodes(
-        cls, *, size: int, num_nodes: int, node: int | None, address: str | None, port: int | None
-    ) -> Launch:
+    def of_nodes(cls, *, size: int, num_nodes: int, node: int | None, address: str | None, port: int | None) -> Launch:
         """One process per host, started by hand; ranks are dealt to the nodes in order.
 
         Raises:
@@ -112,14 +110,15 @@ def open_store(launch: Launch | None) -> tuple[Any, str, int]:
         ConfigError: the address is not this host's, or its port is taken.
     """
     if launch is not None and launch.store_is_served:
-        return _connect_store(launch.address, launch.port), launch.address, launch.port
+        store = TCPStore(launch.address, launch.port, is_master=False, timeout=timedelta(seconds=JOIN_S))
+        return store, launch.address, launch.port
     address, port = (launch.address, launch.port) if launch else ("127.0.0.1", 0)
     try:
         sock = listen(address, port)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address} port {port}: {error.strerror}; is it this host's?") from None
     port = sock.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         address,
         port,
         is_master=True,
@@ -150,7 +149,7 @@ def publish(launch: Launch, store: Any, contact: Contact) -> None:
         )
     key = "" if "NARROWS_KEY" in os.environ else contact.key.hex()
     said = json.dumps({"address": launch.address, "port": contact.port, "key": key})
-    dist.PrefixStore(f"narrows {launch.run}", store).set("host", said)
+    PrefixStore(f"narrows {launch.run}", store).set("host", said)
 
 
 def find_host(launch: Launch) -> Contact:
@@ -160,8 +159,8 @@ def find_host(launch: Launch) -> Contact:
         RankError: it is not there.
     """
     try:
-        store = _connect_store(launch.address, launch.port)
-        said = json.loads(dist.PrefixStore(f"narrows {launch.run}", store).get("host"))
+        store = join_store(launch.address, launch.port, f"narrows {launch.run}")
+        said = json.loads(store.get("host"))
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise RankError(
@@ -171,5 +170,7 @@ def find_host(launch: Launch) -> Contact:
     return Contact(address=said["address"], port=said["port"], key=key)
 
 
-def _connect_store(address: str, port: int) -> Any:
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=JOIN_S))
+def join_store(address: str, port: int, prefix: str) -> Any:
+    """The part of a store, served by another process, that lies under ``prefix``."""
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=JOIN_S))
+    return PrefixStore(prefix, store)

@@ -36,7 +36,7 @@ __all__ = [
 BEAT_S = 0.5
 SILENCE_S = 6.0
 SUSPENDED_S = 2.0
-"""Who notices that it stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against others."""
+"""Who stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against the others."""
 
 HELLO = b"h"  # rank or node -> host, once: Hello
 SETUP = b"s"  # host -> rank, once: Setup
@@ -81,14 +81,15 @@ class Setup:
 
 
 class Failure(NamedTuple):
-    """A call that raised. ``error`` is it pickled, if that can be undone; ``lost``: a peer of the rank went away."""
+    """A call that raised. ``error`` is it pickled, if that can be undone. ``lost``: a peer of the rank went away,
+    and this is the collective that the rank was in."""
 
     call: int
     error: bytes | None
     name: str
     text: str
     trace: str
-    lost: bool
+    lost: str = ""
 
 
 def hello(rank: int | None, node: int, pid: int) -> Hello:

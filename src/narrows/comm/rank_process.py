@@ -16,16 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from narrows.comm.channel import Channel
 from narrows.comm.dist_world import DistWorld, connect
-from narrows.comm.launch import JOIN_S, Launch, find_host
+from narrows.comm.launch import Launch, find_host, join_store
 from narrows.comm.messages import (
     BEAT,
     BEAT_S,
@@ -159,13 +157,10 @@ class _Rank:
 
     def _set_up(self, setup: Setup) -> None:
         torch.set_num_threads(setup.num_threads)
-        store = dist.TCPStore(
-            setup.store_address, setup.store_port, is_master=False, timeout=timedelta(seconds=JOIN_S)
-        )
         self._host.world = connect(
             setup.mesh,
             self._rank,
-            dist.PrefixStore(setup.prefix, store),
+            join_store(setup.store_address, setup.store_port, setup.prefix),
             checked=setup.checked,
             device=torch.device(setup.device),
             address=self._host.channel.address,
@@ -178,14 +173,13 @@ class _Rank:
             result = self._worker = make(self._host.world)
         else:
             result = getattr(self._worker, method)(*args)
-        number = self._number
+        said = pack((self._number, None if method is None else result))
         self._number += 1
         self._host.done = self._number
-        said = pack((number, None if method is None else result))
         self._host.channel.send(DONE, said)
 
     def _failed(self, error: BaseException) -> None:
-        """Says what was raised. The host then ends this process, so what follows in the queue does not matter."""
+        """Says what was raised, and waits for the end: the host ends all ranks then."""
         packed: bytes | None = None
         with contextlib.suppress(Exception):
             packed = pack(error)
@@ -197,10 +191,15 @@ class _Rank:
             name=type(error).__name__,
             text=str(error),
             trace="".join(traceback.format_exception(error)),
-            lost=isinstance(error, PeersLostError),
+            lost=self._place() if isinstance(error, PeersLostError) else "",
         )
-        self._number += 1
-        self._host.channel.send(FAILED, pickle.dumps(failure))
+        with contextlib.suppress(OSError):
+            self._host.channel.send(FAILED, pickle.dumps(failure))
+        threading.Event().wait()
+
+    def _place(self) -> str:
+        world = self._host.world
+        return str(world.where.stamp) if world and world.where else "the beginning"
 
 
 def _end(code: int, why: str) -> NoReturn:

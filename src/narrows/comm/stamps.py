@@ -75,9 +75,7 @@ def mismatch(ranks: Sequence[int], stamps: Sequence[Stamp]) -> str:
     )
 
 
-def absence(
-    waiting: Sequence[tuple[int, Stamp]], missing: Mapping[int, tuple[Stamp, tuple[int, ...]] | None]
-) -> str:
+def absence(waiting: Sequence[tuple[int, Stamp]], missing: Mapping[int, tuple[Stamp, tuple[int, ...]] | None]) -> str:
     """Who waits at what, and where those who are missing came last, with the group that they met there.
 
     >>> start, step = Stamp(0, "barrier", "start", 2), Stamp(1, "barrier", "step 1", 2)

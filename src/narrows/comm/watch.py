@@ -40,13 +40,14 @@ class Watch:
     def __init__(self, size: int, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._reports = [Report()] * size
+        self._heard = [float("-inf")] * size
         self._since = [float("inf")] * size  # when a report last said something new
 
     def hear(self, rank: int, report: Report, now: float) -> None:
         """Takes in what ``rank`` says."""
         if self._since[rank] == float("inf") or report._replace(age_s=0.0) != self._reports[rank]._replace(age_s=0.0):
             self._since[rank] = now
-        self._reports[rank] = report
+        self._reports[rank], self._heard[rank] = report, now
 
     def verdict(self, num_calls: int, now: float) -> tuple[list[int], str] | None:
         """The ranks that keep the others waiting, and the sentence that says so; None while all may be well.
@@ -63,17 +64,27 @@ class Watch:
         stamp, ranks = report.last
         return [other for other in ranks if dict(self._reports[other].came).get(ranks, 0) <= stamp.number]
 
+    def waiting_for(self, rank: int) -> str:
+        """Who waits for ``rank``, and at what; empty if nobody says so."""
+        waiting = [other for other in range(len(self._reports)) if rank in self.missing(other)]
+        return absence([(other, last[0]) for other in waiting if (last := self._reports[other].last)], {})
+
     def _overdue(self) -> tuple[list[int], str] | None:
         for rank, report in enumerate(self._reports):
-            if report.waits and report.age_s >= self.timeout_s and (missing := self.missing(rank)):
+            if not report.waits or report.age_s < self.timeout_s:
+                continue
+            due = self._heard[rank] - report.age_s + self.timeout_s
+            missing = self.missing(rank)
+            # What a rank said before that is no evidence; if it says nothing any more, its silence will tell.
+            if missing and all(self._heard[other] >= due for other in missing):
                 return missing, f"did not come within {self.timeout_s:g} s; {self._told(rank, missing)}"
         return None
 
     def _stuck(self, num_calls: int, now: float) -> tuple[list[int], str] | None:
         stuck = {
             rank
-            for rank, (report, since) in enumerate(zip(self._reports, self._since, strict=True))
-            if now - since >= STUCK_S and (report.waits or report.done >= num_calls)
+            for rank, (report, since, heard) in enumerate(zip(self._reports, self._since, self._heard, strict=True))
+            if now - since >= STUCK_S > now - heard and (report.waits or report.done >= num_calls)
         }
         while free := {
             rank for rank in stuck if self._reports[rank].waits and not stuck.intersection(self.missing(rank))

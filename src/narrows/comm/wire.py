@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
 from narrows.comm.buffers import Buffers
 from narrows.comm.sums import sum_rows
@@ -73,15 +74,15 @@ def open_wires(
     me, size = ranks.index(rank), len(ranks)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     try:
-        options = dist.ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         where = {"interface": interface} if interface else {"hostname": address}
-        options._devices = [dist.ProcessGroupGloo.create_device(**where)]
+        options._devices = [ProcessGroupGloo.create_device(**where)]
         options._timeout = _GIVE_UP
         options._threads = 1
-        gloo = GlooWire(dist.ProcessGroupGloo(dist.PrefixStore(f"gloo {name}", store), me, size, options), me, size)
+        gloo = GlooWire(ProcessGroupGloo(PrefixStore(f"gloo {name}", store), me, size, options), me, size)
         if device.type == "cpu":
             return gloo, gloo
-        return gloo, NcclWire(dist.PrefixStore(f"nccl {name}", store), me, size)
+        return gloo, NcclWire(PrefixStore(f"nccl {name}", store), me, size)
     except RuntimeError as error:
         raise PeersLostError(f"rank {rank} did not find the ranks {ranks}: {_text(error)}") from error
 
@@ -98,7 +99,7 @@ class GlooWire:
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         out = x.new_empty((sum(counts), *x.shape[1:]))
-        pieces = out.split(list(counts))
+        pieces = torch.split(out, list(counts))
         mine = pieces[self.me].copy_(x)
         self.exchange({i: mine for i in self._others}, {i: pieces[i] for i in self._others})
         return out
@@ -107,7 +108,7 @@ class GlooWire:
         x = x.contiguous()
         if whole and not addends and x.nbytes <= _SMALL:
             return self._sum(x, {i: x for i in self._others}, x.shape[0], ())
-        pieces = x.split(list(counts))
+        pieces = torch.split(x, list(counts))
         total = self._sum(pieces[self.me], {i: pieces[i] for i in self._others}, counts[self.me], addends)
         return self.gather(total, counts) if whole else total
 
@@ -143,7 +144,8 @@ class NcclWire:
 
     def __init__(self, store: Any, me: int, size: int) -> None:
         self.me, self.size = me, size
-        self._group: Any = dist.ProcessGroupNCCL(store, me, size, dist.ProcessGroupNCCL.Options())
+        nccl = dist.ProcessGroupNCCL  # only builds for CUDA have it
+        self._group: Any = nccl(store, me, size, nccl.Options())
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         largest = max(counts)
@@ -153,12 +155,12 @@ class NcclWire:
         padded[: counts[self.me]] = x
         out = x.new_empty((self.size * largest, *x.shape[1:]))
         self._group._allgather_base(out, padded).wait()
-        return torch.cat([piece[:rows] for piece, rows in zip(out.split(largest), counts, strict=True)])
+        return torch.cat([piece[:rows] for piece, rows in zip(torch.split(out, largest), counts, strict=True)])
 
     def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], *, whole: bool) -> Tensor:
         largest = max(counts)
         mine = x.clone(memory_format=torch.contiguous_format)
-        pieces = mine.split(list(counts))
+        pieces = torch.split(mine, list(counts))
         for addend in addends:
             pieces[self.me].add_(addend)
         if not mine.numel():
@@ -167,7 +169,7 @@ class NcclWire:
             self._group.allreduce([mine]).wait()
             return mine
         padded = x.new_zeros((self.size * largest, x.shape[1]))
-        for slot, piece in zip(padded.split(largest), pieces, strict=True):
+        for slot, piece in zip(torch.split(padded, largest), pieces, strict=True):
             slot[: piece.shape[0]] = piece
         out = x.new_empty((largest, x.shape[1]))
         self._group._reduce_scatter_base(out, padded).wait()

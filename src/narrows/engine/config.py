@@ -13,6 +13,7 @@ import torch
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
+from narrows.comm.launch import Launch
 from narrows.convert.gguf_config import is_gguf
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
@@ -29,9 +30,10 @@ from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
-__all__ = ["LOAD_FORMATS", "EngineConfig", "Resolved", "resolve"]
+__all__ = ["LOAD_FORMATS", "RANKS", "EngineConfig", "Resolved", "resolve"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+RANKS = ("threads", "processes")
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 _DEFAULT_CONTEXT = 8192
 
@@ -43,7 +45,8 @@ INVARIANT_CHUNK = 256
 class EngineConfig:
     """An engine as asked for.
 
-    ``device`` is the device that steps are priced for; ranks run as threads of this process, one torch thread each.
+    ``device`` is the device that steps are priced for. ``ranks``: ``threads`` of this process, or ``processes``, one
+    torch thread each either way. ``timeout_s``: how long a rank that lives may keep the others waiting.
     ``rows_per_step``: most rows (tokens) in one step, all groups together. ``kv_tokens``: tokens of KV cache per
     attention group. ``checked``: collectives and shapes are compared between ranks at every step.
     """
@@ -62,6 +65,10 @@ class EngineConfig:
     kv_tokens: int | None = None
     page_size: int = 16
     seed: int = 0
+    ranks: str = "threads"
+    timeout_s: float = 60.0
+    launch: Launch | None = None
+    """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
     checked: bool = False
     batch_invariant: bool = False
     """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
@@ -128,6 +135,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")
     mesh = Mesh.of(dp=asked.dp, tp=asked.tp)
+    _check_ranks(asked, mesh)
     notes = list(config.notes)
     dtype, gemm_dtype = _dtype(asked, config, notes)
     deployment = Deployment(
@@ -158,6 +166,19 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         limits=limits,
         notes=tuple(notes),
     )
+
+
+def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
+    if asked.ranks not in RANKS:
+        raise ConfigError(f"--ranks {asked.ranks!r} is not known; ranks are {' or '.join(RANKS)}")
+    if not asked.timeout_s > 0:
+        raise ConfigError(f"--timeout is {asked.timeout_s:g} s; it must be more than 0")
+    if asked.launch is None:
+        return
+    if asked.ranks != "processes":
+        raise ConfigError("ranks on several hosts, or started by torchrun, are processes: leave out --ranks threads")
+    if asked.launch.size != mesh.size:
+        raise ConfigError(f"the launch has {asked.launch.size} ranks, but the mesh {mesh} has {mesh.size}")
 
 
 def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:

@@ -15,10 +15,11 @@ from types import TracebackType
 
 import torch
 
-from narrows.comm.threads import ThreadRanks
+from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
+from narrows.engine.ranks import Ranks, start_ranks
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.models.parts import Place
@@ -34,15 +35,16 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """Ranks as threads of this process, loaded and ready. A context manager: closing ends the threads.
+    """Ranks loaded and ready. A context manager: closing ends them.
 
     Args:
-        wrap: put around every bound step of every rank, for profiling and verification.
-        source: weights, if not those that ``resolved`` names.
+        wrap: put around every bound step of every rank, for profiling and verification; for rank threads only.
+        source: weights, if not those that ``resolved`` names; sent to rank processes.
         validate: check every plan before it runs; only a test that plants a fault switches that off.
 
     Raises:
-        CheckpointError, ConfigError: the weights cannot be loaded.
+        CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
+        RankError: a rank did not start.
     """
 
     def __init__(
@@ -60,15 +62,19 @@ class Engine:
         self._logits_book = PlanBook(with_logits, resolved.asked.layout, self.book.context)
         self.scheduler = Scheduler(resolved.limits)
         self._next_id = 0
+        if wrap is not None and resolved.asked.ranks != "threads":
+            raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
+        if source is None and resolved.asked.ranks == "threads":
+            source = resolved.weights()  # one for all threads; a process opens its own
         make = partial(
             _make_worker,
             resolved=resolved,
-            source=source or resolved.weights(),
-            planner=self.planner,
+            source=source,
+            fields=self.planner.chain.fields,
             wrap=wrap,
             validate=validate,
         )
-        self.ranks: ThreadRanks[Worker] = ThreadRanks(resolved.mesh, make, checked=resolved.asked.checked)
+        self.ranks: Ranks = start_ranks(resolved, make)
 
     def add(
         self,
@@ -97,15 +103,25 @@ class Engine:
             raise ConfigError(f"token id {wrong} of the prompt is outside the model's vocabulary of {vocab_size}")
 
     def run(self) -> Iterator[Request]:
-        """Run steps until no request has work; yields a request each time it has got a token."""
+        """Run steps until no request has work; yields a request each time it has got a token.
+
+        Who stops listening may go on later, with another call; tokens of a step in flight by then are not yielded.
+        """
         in_flight: Future[list[StepResult]] | None = None
-        while self.scheduler.has_work or in_flight is not None:
-            batch = self.scheduler.schedule() if self.scheduler.has_work else None
-            submitted = self.submit(batch) if batch is not None else None
-            if in_flight is not None:
-                result = in_flight.result()[0]
-                yield from self.scheduler.commit(result.ids, result.logprobs)
-            in_flight = submitted
+        try:
+            while self.scheduler.has_work or in_flight is not None:
+                batch = self.scheduler.schedule() if self.scheduler.has_work else None
+                done, in_flight = in_flight, self.submit(batch) if batch is not None else None
+                if done is not None:
+                    yield from self._commit(done)
+        except GeneratorExit:
+            if in_flight is not None:  # scheduled already: what comes next may refer to its samples
+                self._commit(in_flight)
+            raise
+
+    def _commit(self, step: Future[list[StepResult]]) -> list[Request]:
+        result = step.result()[0]
+        return self.scheduler.commit(result.ids, result.logprobs)
 
     def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank."""
@@ -132,7 +148,7 @@ class Engine:
         return self.ranks.submit("step", batch, plan, True).result()
 
     def close(self) -> None:
-        """End the rank threads."""
+        """End the ranks."""
         self.ranks.close()
 
     def __enter__(self) -> Engine:
@@ -141,15 +157,15 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.ranks.__exit__(kind, error, trace)
 
 
 def _make_worker(
     world: World,
     *,
     resolved: Resolved,
-    source: WeightSource,
-    planner: Planner,
+    source: WeightSource | None,
+    fields: dict[str, Field],
     wrap: Callable[[Worker], Wrap] | None,
     validate: bool,
 ) -> Worker:
@@ -166,9 +182,9 @@ def _make_worker(
     return Worker(
         world,
         resolved.config,
-        source,
+        source or resolved.weights(),
         place,
-        planner.chain.fields,
+        fields,
         page_size=resolved.limits.page_size,
         wrap=wrap,
         validate=validate,

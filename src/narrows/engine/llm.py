@@ -6,7 +6,7 @@ Knows tokenizers and the engine; not batches, plans or ranks beyond their number
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 class Completion:
     """What a prompt got.
 
-    ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, ``length`` at the token limit. ``logprobs``
+    ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, be it at the last token allowed, else
+    ``length``. ``token_ids`` are all that were generated, those of a stop string or end included. ``logprobs``
     has one entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
     """
 
@@ -96,7 +97,7 @@ class LLM:
         """Text piece by piece as it comes; pieces of different prompts are mixed.
 
         Args:
-            sampling: how tokens are chosen; None: greedy.
+            sampling: how tokens are chosen; None: :attr:`default_sampling`.
             stop: strings that end a text and are not part of it.
             stop_token_ids: ids that end a text as the end-of-sequence token does.
             ignore_eos: go on past the end-of-sequence token.
@@ -106,8 +107,10 @@ class LLM:
         """
         if stop and self.tokenizer is None:
             raise ConfigError(f"{self.resolved.config.name} has no tokenizer.json, so stop strings cannot be seen")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling = self.default_sampling if sampling is None else sampling
         end_ids = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.eos_ids)
-        texts = [_Text(self.tokenizer, tuple(stop), end_ids) for _ in prompts]
+        texts = [_Text(self.tokenizer, stop, end_ids) for _ in prompts]
         encoded = [self.encode(prompt) for prompt in prompts]
         requests: list[Request] = []
         try:
@@ -128,6 +131,15 @@ class LLM:
             for request in requests:
                 if not request.finish_reason:
                     self.engine.scheduler.abort(request)
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the checkpoint's generation config recommends, by transformers' rule: greedy unless ``do_sample``."""
+        config = self.generation
+        names = ("temperature", "top_k", "top_p", "min_p") if config.do_sample else ()
+        given = {name: getattr(config, name) for name in (*names, "repetition_penalty")}
+        params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        return replace(params, temperature=1.0) if config.do_sample and config.temperature is None else params
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -159,7 +171,7 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.engine.__exit__(kind, error, trace)
 
 
 class _Text:
@@ -195,6 +207,6 @@ def _completion(request: Request, text: _Text) -> Completion:
         text=text.text,
         token_ids=tuple(request.output),
         prompt_token_ids=request.prompt,
-        finish_reason=request.finish_reason,
+        finish_reason="stop" if text.stopped else request.finish_reason,
         logprobs=tuple(request.logprobs),
     )

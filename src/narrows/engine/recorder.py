@@ -14,11 +14,11 @@ from narrows.arch.stages import RowSet
 from narrows.comm.movers import assemble
 from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.worker import Worker
-from narrows.layout import Layout, RowSplit
+from narrows.layout import Layout, RowSplit, scattered
 from narrows.models.moe import MoeLayer
 from narrows.plan.plan import Step, StepKind
 
-__all__ = ["Flip", "Recorder", "Spot"]
+__all__ = ["Copy", "Flip", "Recorder", "Spot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,22 @@ class Flip:
     margin: float
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A whole tensor, and whose rows it was put together from: of ``ranks[r]``, where rank r holds the row too."""
+
+    tensor: Tensor
+    ranks: tuple[int, ...]
+    layout: Layout
+
+    def rank_of(self, row: int, rows: RowSplit) -> int | None:
+        """The rank that row ``row`` was taken from; None where several ranks made it together."""
+        if not self.layout.is_whole:
+            return None
+        spans = (rows.span(self.layout, rank) for rank in range(rows.mesh.size))
+        return next(self.ranks[rank] for rank, (start, stop) in enumerate(spans) if start <= row < stop)
+
+
 class Recorder:
     """One run's tensors, step by step.
 
@@ -65,16 +81,23 @@ class Recorder:
         self.step = step
         self._shards = {}
 
-    def tensors(self, rows: RowSplit) -> dict[Spot, Tensor]:
+    def copies(self, rows: RowSplit) -> dict[Spot, list[Copy]]:
         """What every stage of this step left, put together from all ranks, in the order of the stages.
 
+        Where several ranks hold the same rows there are as many copies, each put together from other ranks, so that
+        every rank's rows are in one of them. An owed sum is taken, and columns are laid side by side: one copy.
         ``rows``: the step's row split. All of its rows must have asked for logits, so that both row sets are the same.
         """
-        out: dict[Spot, Tensor] = {}
+        mesh, out = rows.mesh, dict[Spot, list[Copy]]()
         for spot, shards in self._shards.items():
             layout, _ = self._layouts[spot]
-            held = [shard for shard in shards if shard is not None]
-            out[spot] = assemble(layout, rows, [_matrix(shard) for shard in held])
+            held = [_matrix(shard) for shard in shards if shard is not None]
+            blocks = [mesh.group(rank, layout.num_leading, mesh.num_axes) for rank in range(mesh.size)]
+            num_copies = len(blocks[0]) if layout.is_whole else 1
+            out[spot] = []
+            for i in range(num_copies):
+                ranks = tuple(block[i] for block in blocks) if layout.is_whole else tuple(range(mesh.size))
+                out[spot].append(Copy(assemble(layout, rows, [held[rank] for rank in ranks]), ranks, layout))
         return out
 
     def wrap(self, worker: Worker) -> Wrap:
@@ -112,7 +135,7 @@ class Recorder:
     ) -> Operation:
         routed = worker.model.layers[layer]
         assert isinstance(routed, MoeLayer)
-        rank, layout = worker.place.rank, step.layout
+        mesh, rank, layout = worker.place.mesh, worker.place.rank, step.layout
         ids, weights = writes
 
         def record(regs: Registers, frame: Frame) -> None:
@@ -129,8 +152,11 @@ class Recorder:
             regs[ids], regs[weights] = forced.to(torch.int32), chosen.topk_weights_TK
             differs = (own.topk_ids_TK.sort(-1).values != forced.sort(-1).values).any(-1)
             assert own.margin_T is not None
+            first, last = frame.rows.span(scattered(mesh), rank)  # others hold these rows too: one rank reports each
             for row in differs.nonzero().flatten().tolist():
-                self.flips.append(Flip(step=self.step, layer=layer, row=start + row, margin=float(own.margin_T[row])))
+                if first <= start + row < last:
+                    margin = float(own.margin_T[row])
+                    self.flips.append(Flip(step=self.step, layer=layer, row=start + row, margin=margin))
 
         return record if self.replay is None else replayed
 

@@ -84,12 +84,12 @@ class RowSampler:
     def __call__(self, logits_TV: Tensor) -> Tensor:
         """ids [T] int64 from logits [T, V]."""
         wide_TV = logits_TV.float()
-        changed = list(wide_TV.unbind(0))
+        changed_TV = wide_TV.clone() if any(params.penalizes for _, params, _ in self._rows) else wide_TV
         for row, (chunk, params, _) in enumerate(self._rows):
             if chunk is not None and params.penalizes:
                 history = self._sampler.history(chunk.request)
-                changed[row] = penalize(
-                    changed[row],
+                changed_TV[row] = penalize(
+                    wide_TV[row],
                     history.seen_V,
                     history.counts_V,
                     repetition_penalty=params.repetition_penalty,
@@ -97,7 +97,7 @@ class RowSampler:
                     frequency_penalty=params.frequency_penalty,
                 )
         ids_T = sample(
-            torch.stack(changed) if changed else wide_TV,
+            changed_TV,
             self._uniform_T,
             temperature_T=self._temperature_T,
             top_k_T=self._top_k_T,

@@ -8,6 +8,9 @@ from all ranks by its layout. The first stage whose output differs by more than 
 A near-tie in the choice of experts falls either way in the last bit, and then everything after it differs. So the one
 rank's choice is replayed, with the weights of this run, and rows where this run would have chosen otherwise are
 reported apart, with their margin.
+
+Ranks that are processes share no memory with the recorder: of them the logits alone are compared, and their own choice
+of experts stands.
 """
 
 from __future__ import annotations
@@ -46,11 +49,14 @@ class Difference:
     relative: float
     largest: float
     row: int
+    rank: int | None = None
+    """The rank that holds the wrong row; None where several ranks made it together."""
 
     def __str__(self) -> str:
+        on = "" if self.rank is None else f" on rank {self.rank}"
         return (
             f"{self.spot} differs by {self.relative:.1e} of its size "
-            f"(largest {self.largest:.1e}, first in row {self.row} of step {self.step})"
+            f"(largest {self.largest:.1e}, first in row {self.row}{on} of step {self.step})"
         )
 
 
@@ -88,6 +94,11 @@ class VerifyReport:
     num_steps: int
     layouts: tuple[LayoutReport, ...]
     skipped: dict[str, str]
+
+    @property
+    def logits_alone(self) -> bool:
+        """Whether no stage was compared and no choice of experts replayed, since ranks were processes."""
+        return self.resolved.asked.ranks != "threads"
 
     @property
     def ok(self) -> bool:
@@ -129,8 +140,9 @@ def verify(
     reference = _Reference(asked, script, source)
     reports: dict[str, LayoutReport] = {}
     for forms, group in by_forms.items():
-        recorder = Recorder(sharded.mesh.size, replay=reference.recorder.routing)
-        with Engine(resolve(asked, forms), source=source, wrap=recorder.wrap, validate=validate) as engine:
+        recorder = Recorder(sharded.mesh.size, replay=reference.recorder.routing) if asked.ranks == "threads" else None
+        wrap = recorder.wrap if recorder else None
+        with Engine(resolve(asked, forms), source=source, wrap=wrap, validate=validate) as engine:
             for name in group:
                 reports[name] = _run_layout(engine, name, reference, recorder, tamper, validate)
     return VerifyReport(
@@ -147,7 +159,7 @@ class _Reference:
 
     def __init__(self, asked: EngineConfig, script: Script, source: WeightSource | None) -> None:
         kv_tokens = script.kv_tokens * asked.dp
-        one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens))
+        one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads"))
         self.recorder = Recorder(1)
         self.batches: list[Batch] = []
         self.tensors: list[dict[Spot, Tensor]] = []
@@ -160,7 +172,8 @@ class _Reference:
                 assert result.logits is not None
                 script.sampled(batch, result.ids)
                 self.batches.append(batch)
-                self.tensors.append(self.recorder.tensors(RowSplit.from_groups(one.mesh, merged.group_rows)))
+                copies = self.recorder.copies(RowSplit.from_groups(one.mesh, merged.group_rows))
+                self.tensors.append({spot: copy.tensor for spot, (copy,) in copies.items()})
                 self.logits.append(result.logits)
 
 
@@ -168,13 +181,14 @@ def _run_layout(
     engine: Engine,
     name: str,
     reference: _Reference,
-    recorder: Recorder,
+    recorder: Recorder | None,
     tamper: Callable[[Plan], Plan] | None,
     validate: bool,
 ) -> LayoutReport:
     resolved, book = engine.resolved, engine.book_of(name)
     report = LayoutReport(layout=name, forms=str(resolved.forms))
-    recorder.flips = report.flips
+    if recorder is not None:
+        recorder.flips = report.flips
     for step, batch in enumerate(reference.batches):
         plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         plan = tamper(plan) if tamper else plan
@@ -184,11 +198,12 @@ def _run_layout(
             except PlanError as error:
                 report.failure = f"the plan is not valid: {error}"
                 return report
-        recorder.begin(step)
+        if recorder is not None:
+            recorder.begin(step)
         results = engine.run_plan(batch, plan)
-        tensors = recorder.tensors(RowSplit.from_groups(resolved.mesh, batch.group_rows))
-        _compare_stages(report, step, reference.tensors[step], tensors, resolved)
-        _compare_logits(report, reference.logits[step], results)
+        if recorder is not None:
+            _compare_stages(report, step, reference.tensors[step], recorder, resolved, batch)
+        _compare_logits(report, step, reference.logits[step], results, resolved)
     report.mean_logit_difference /= max(report.num_rows, 1)
     report.kl /= max(report.num_rows, 1)
     report.agreement /= max(report.num_rows, 1)
@@ -198,46 +213,67 @@ def _run_layout(
 
 
 def _compare_stages(
-    report: LayoutReport, step: int, expected: dict[Spot, Tensor], got: dict[Spot, Tensor], resolved: Resolved
+    report: LayoutReport,
+    step: int,
+    expected: dict[Spot, Tensor],
+    recorder: Recorder,
+    resolved: Resolved,
+    batch: Batch,
 ) -> None:
-    tolerance = TOLERANCE[resolved.dtype]
+    rows = RowSplit.from_groups(resolved.mesh, batch.group_rows)
+    got = recorder.copies(rows)
     for spot, wanted in expected.items():
         if spot not in got or spot.field == "next_ids":
             continue  # a form may lack a stage of the other; tokens are compared by agreement
         if spot.stage == "experts" and resolved.forms.shared_expert == "replicated":
             continue  # here without the shared expert, which joins after: the next norm's residual has both
-        difference = (got[spot].double() - wanted.double()).abs()
-        if difference.numel() == 0:
-            continue
-        size = wanted.double().square().mean().sqrt().item()
-        relative = difference.square().mean().sqrt().item() / max(size, 1e-30)
-        relative = relative if relative == relative else float("inf")
-        report.worst = max(report.worst, relative)
-        if relative > tolerance and report.first_difference is None:
-            over = ~(difference.amax(dim=-1) <= tolerance * size)
-            report.first_difference = Difference(
-                step=step,
-                spot=spot,
-                relative=relative,
-                largest=difference.max().item(),
-                row=int(over.nonzero()[0]) if over.any() else 0,
-            )
+        for copy in got[spot]:
+            _compare(report, step, spot, wanted, copy.tensor, resolved, lambda row, copy=copy: copy.rank_of(row, rows))  # type: ignore[misc]
 
 
-def _compare_logits(report: LayoutReport, expected: Tensor, results: Sequence[StepResult]) -> None:
+def _compare(
+    report: LayoutReport,
+    step: int,
+    spot: Spot,
+    wanted: Tensor,
+    got: Tensor,
+    resolved: Resolved,
+    rank_of: Callable[[int], int | None],
+) -> None:
+    tolerance = TOLERANCE[resolved.dtype]
+    difference = (got.double() - wanted.double()).abs().nan_to_num(nan=float("inf"))
+    if difference.numel() == 0:
+        return
+    size = wanted.double().square().mean().sqrt().item()
+    relative = difference.square().mean().sqrt().item() / max(size, 1e-30)
+    report.worst = max(report.worst, relative)
+    if relative > tolerance and report.first_difference is None:
+        over = ~(difference.amax(dim=-1) <= tolerance * size)
+        row = int(over.nonzero()[0]) if over.any() else 0
+        report.first_difference = Difference(
+            step=step, spot=spot, relative=relative, largest=difference.max().item(), row=row, rank=rank_of(row)
+        )
+
+
+def _compare_logits(
+    report: LayoutReport, step: int, expected: Tensor, results: Sequence[StepResult], resolved: Resolved
+) -> None:
     """Every rank's logits count: the differences are those of the rank that is furthest off."""
     if expected.shape[0] == 0:
         return
     wanted = expected.double()
     log_p = wanted.log_softmax(-1)
     mean, kl, agreed = 0.0, 0.0, float("inf")
-    for result in results:
+    for rank, result in enumerate(results):
         assert result.logits is not None
         got = result.logits.double()
-        difference = (got - wanted).abs()
+        # Not a stage's output but what the moves after the LM head made of it.
+        _compare(report, step, Spot(None, "gathered", "logits"), wanted, got, resolved, lambda row, rank=rank: rank)  # type: ignore[misc]
+        difference = (got - wanted).abs().nan_to_num(nan=float("inf"))
         report.max_logit_difference = max(report.max_logit_difference, difference.max().item())
         mean = max(mean, difference.mean(-1).sum().item())
-        kl = max(kl, (log_p.exp() * (log_p - got.log_softmax(-1))).sum().item())
+        divergence = (log_p.exp() * (log_p - got.log_softmax(-1))).sum().nan_to_num(nan=float("inf"))
+        kl = max(kl, divergence.item())
         agreed = min(agreed, float((got.argmax(-1) == wanted.argmax(-1)).sum()))
     report.num_rows += expected.shape[0]
     report.mean_logit_difference += mean

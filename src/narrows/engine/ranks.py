@@ -1,0 +1,67 @@
+"""Where an engine's ranks run: threads of this process, or processes on one host or several. The one door to both.
+
+Knows the two implementations and what the config asks for; not what ranks do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Protocol
+
+from narrows.comm.processes import ProcessRanks, serve_node
+from narrows.comm.rank_process import obey
+from narrows.comm.threads import ThreadRanks
+from narrows.comm.world import World
+from narrows.engine.config import Resolved
+from narrows.engine.worker import Worker
+from narrows.plan.plan import Plan
+
+__all__ = ["Ranks", "obey_host", "start_ranks"]
+
+
+class Ranks(Protocol):
+    """One worker per rank, and calls that every rank does in the order they were made."""
+
+    def submit(self, method: str, *args: Any) -> Future[list[Any]]:
+        """Every rank calls ``worker.method(*args)``; the results in rank order, or the first error of any rank."""
+        ...
+
+    def close(self) -> None:
+        """Ends the ranks; again does nothing."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def start_ranks(resolved: Resolved, make: Callable[[World], Worker]) -> Ranks:
+    """The ranks that ``resolved`` asks for, each with the worker that ``make`` builds there.
+
+    Raises:
+        the first error of ``make``; RankError if a rank does not start.
+    """
+    asked = resolved.asked
+    if asked.ranks == "threads":
+        return ThreadRanks(resolved.mesh, make, checked=asked.checked, timeout_s=asked.timeout_s)
+    return ProcessRanks(
+        resolved.mesh,
+        make,
+        checked=asked.checked,
+        timeout_s=asked.timeout_s,
+        launch=asked.launch,
+        once=(Plan,),
+    )
+
+
+def obey_host(resolved: Resolved) -> int:
+    """For a process that is not the host of its launch: runs its ranks for the host; the host's exit code.
+
+    Raises:
+        RankError: the host is not there, or went away.
+    """
+    launch = resolved.asked.launch
+    assert launch is not None and not launch.hosts
+    return obey(launch) if launch.by_torchrun else serve_node(launch)

@@ -1,0 +1,291 @@
+"""`verify`: layouts that are right pass, and every fault that is planted is seen and named where it happened."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from narrows.arch.weights import Weight
+from narrows.comm import ThreadWorld
+from narrows.engine.config import EngineConfig
+from narrows.engine.recorder import Spot
+from narrows.engine.script import Script
+from narrows.engine.verify import TOLERANCE, LayoutReport, verify
+from narrows.errors import ConfigError
+from narrows.plan.plan import Plan, Step, StepKind
+from narrows.weights.safetensors_folder import SafetensorsFolder
+from narrows.weights.source import WeightSource
+
+REDUCTIONS = ("all_reduce", "reduce_scatter")
+LAYOUTS = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel", "auto")
+Change = Callable[[Weight, int, int, Tensor], Tensor]
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 67, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture
+def asked(tiny_model: Callable[..., Path]) -> EngineConfig:
+    return EngineConfig(model=str(tiny_model("v3")), dp=2, tp=2, dtype="float32")
+
+
+class Changed:
+    """A checkpoint some of whose tensors are other ones on some ranks.
+
+    ``change`` gets the weight, the rank that asks, how many times that rank has asked for it before (the first time is
+    the one rank that all others are compared with), and the true tensor.
+    """
+
+    def __init__(self, source: WeightSource, change: Change) -> None:
+        self._source, self._change = source, change
+        self._asked: dict[tuple[str, int], int] = {}
+
+    def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        rank = int(threading.current_thread().name.removeprefix("narrows rank "))
+        times = self._asked[weight.name, rank] = self._asked.get((weight.name, rank), -1) + 1
+        return self._change(weight, rank, times, self._source.take(weight, span, expert))
+
+
+def changed(asked: EngineConfig, change: Change) -> Changed:
+    return Changed(SafetensorsFolder(Path(asked.model)), change)
+
+
+def without(is_one: Callable[[int, int | None, Step], bool]) -> Callable[[Plan], Plan]:
+    """Removes the steps for which ``is_one(number among the plan's steps, layer, step)``."""
+
+    def tamper(plan: Plan) -> Plan:
+        segments, number = [], 0
+        for segment in plan.segments:
+            kept = []
+            for step in segment.steps:
+                layer = segment.layers[0] if segment.layers else None
+                if not is_one(number, layer, step):
+                    kept.append(step)
+                number += 1
+            segments.append(replace(segment, steps=tuple(kept)))
+        return replace(plan, segments=tuple(segments))
+
+    return tamper
+
+
+def completes(step: Step) -> bool:
+    return step.kind is StepKind.MOVE and step.name in REDUCTIONS and not step.leaves.owes_sum
+
+
+# -- all is well -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_layout_agrees_with_one_rank(asked: EngineConfig, dtype: str) -> None:
+    report = verify(replace(asked, dtype=dtype), prompts(23, 5, 40, 1, 9))
+    assert report.ok and [layout.layout for layout in report.layouts] == list(LAYOUTS)
+    assert report.skipped == {} and report.tolerance == TOLERANCE[report.resolved.dtype]
+    for layout in report.layouts:
+        assert layout.ok and layout.first_difference is None and layout.num_rows > 90
+        assert 0 < layout.worst < report.tolerance
+        if dtype == "float32":
+            assert layout.max_logit_difference < 1e-5 and abs(layout.kl) < 1e-9 and layout.agreement == 1.0
+            assert layout.mean_logit_difference <= layout.max_logit_difference
+        else:
+            assert layout.max_logit_difference < 0.2 and layout.agreement > 0.8
+
+
+def test_layouts_that_do_not_apply_are_listed_with_the_reason(asked: EngineConfig) -> None:
+    report = verify(replace(asked, dp=1), prompts(6, 3), num_decode=2)
+    assert "norm-before-gather" not in [layout.layout for layout in report.layouts]
+    assert report.ok and "dp is 1" in report.skipped["norm-before-gather"]
+
+
+def test_one_layout_can_be_asked_for_and_one_that_cannot_apply_is_refused(asked: EngineConfig) -> None:
+    report = verify(asked, prompts(6, 3), num_decode=2, layouts=["sequence-parallel"])
+    assert [layout.layout for layout in report.layouts] == ["sequence-parallel"]
+    with pytest.raises(ConfigError, match="dp is 1"):
+        verify(replace(asked, dp=1), prompts(6, 3), layouts=["norm-before-gather"])
+
+
+@pytest.mark.parametrize("wrong", [[], [[]], [[1], []]])
+def test_without_a_prompt_there_is_nothing_to_verify(asked: EngineConfig, wrong: list[list[int]]) -> None:
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        verify(asked, wrong)
+
+
+def test_the_script_meets_every_kind_of_step() -> None:
+    script = Script(prompts(23, 5, 40, 1, 9), num_groups=2, num_steps=8, page_size=16)
+    phases, rows = [], []
+    for batch in script:
+        script.sampled(batch, (7,) * batch.num_logit_rows)
+        chunks = [chunk for group in batch.groups for chunk in group]
+        assert batch.num_logit_rows == batch.num_rows
+        phases.append((batch.phase, len({len(chunk.tokens) == 1 for chunk in chunks})))
+        rows.append(batch.group_rows)
+    assert ("prefill", 1) in phases and ("prefill", 2) in phases and ("decode", 1) in phases
+    assert any(counts[1] == 0 for counts in rows) and any(counts[0] > 4 * counts[1] > 0 for counts in rows)
+
+
+# -- a plan without one of its reductions ----------------------------------------------------------------------------
+
+
+def test_every_reduction_that_is_removed_is_named_by_the_plan_and_by_the_numbers(asked: EngineConfig) -> None:
+    """One after the other, every reduction of a layout: refused by name before it runs, and seen by name if it does."""
+    plans: list[Plan] = []
+
+    def keep(plan: Plan) -> Plan:
+        plans.append(plan)
+        return plan
+
+    verify(asked, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=keep)
+    steps = [
+        (segment.layers[0] if segment.layers else None, step) for segment in plans[0].segments for step in segment.steps
+    ]
+    reductions = [(number, layer, step) for number, (layer, step) in enumerate(steps) if completes(step)]
+    assert len(reductions) == 5  # into both norms of the dense layer and of the MoE layers, and the last
+    for number, layer, step in reductions:
+        tamper = without(lambda at, _layer, _step, number=number: at == number)  # type: ignore[misc]
+        where = step.boundary if layer is None else f"layer {layer} {step.boundary}"
+        report = verify(asked, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=tamper)
+        (layout,) = report.layouts
+        assert not report.ok and layout.failure.startswith("the plan is not valid: "), layout.failure
+        assert where in layout.failure and "sum is still owed" in layout.failure
+
+
+@pytest.mark.parametrize(
+    ("layout", "layer", "boundary"),
+    [
+        ("all-reduce", 0, "input_norm"),
+        ("all-reduce", 0, "post_attn_norm"),
+        ("norm-before-gather", 1, "post_attn_norm"),
+        ("norm-before-gather", 1, "input_norm"),
+        ("all-reduce", None, "final_norm"),
+    ],
+)
+def test_a_removed_reduction_that_runs_all_the_same_is_the_first_difference(
+    asked: EngineConfig, layout: str, layer: int | None, boundary: str
+) -> None:
+    """All-reduces only: without a reduce-scatter the rows would not fit what comes next."""
+
+    def is_one(_number: int, at: int | None, step: Step) -> bool:
+        return completes(step) and step.name == "all_reduce" and (at, step.boundary) == (layer, boundary)
+
+    report = verify(asked, prompts(6, 3), num_decode=1, layouts=[layout], tamper=without(is_one), validate=False)
+    (result,) = report.layouts
+    first = result.first_difference
+    assert first is not None and result.failure == str(first)
+    assert (first.spot.layer, first.spot.stage, first.step) == (layer, boundary, 0)
+    assert first.relative > 1e-2 and result.worst >= first.relative
+    assert f"{boundary}: hidden differs by" in result.failure
+
+
+# -- weights that are wrong on one rank ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_norm_that_is_off_on_one_rank_is_named_with_the_rank(asked: EngineConfig, norm: str, rank: int) -> None:
+    """Wherever the norm's rows are: scattered, or replicas of rows that other ranks hold too."""
+
+    def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
+        return tensor * 1.01 if at == rank and weight.name == f"model.layers.1.{norm}.weight" else tensor
+
+    report = verify(asked, prompts(9, 7), num_decode=1, source=changed(asked, change))
+    stage = "input_norm" if norm == "input_layernorm" else "post_attn_norm"
+    assert [layout.layout for layout in report.layouts if layout.ok] == []
+    for layout in report.layouts:
+        first = layout.first_difference
+        assert first is not None and first.spot == Spot(1, stage, "hidden"), layout
+        assert first.rank == rank and f"on rank {rank}" in layout.failure
+        assert 1e-3 < first.relative < 2e-2
+
+
+def test_a_shard_that_is_off_is_named_where_its_sum_is_taken(asked: EngineConfig) -> None:
+    def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
+        return tensor * 1.05 if at == 3 and weight.name == "model.layers.2.self_attn.o_proj.weight" else tensor
+
+    for layout in verify(asked, prompts(9, 7), num_decode=1, source=changed(asked, change)).layouts:
+        assert layout.first_difference is not None
+        assert layout.first_difference.spot == Spot(2, "attention", "hidden")
+
+
+def test_nan_is_a_difference_and_not_the_absence_of_one(asked: EngineConfig) -> None:
+    def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
+        return tensor * float("nan") if at == 1 and weight.name == "model.norm.weight" else tensor
+
+    for layout in verify(asked, prompts(9, 7), num_decode=1, source=changed(asked, change)).layouts:
+        assert not layout.ok and layout.first_difference is not None
+        assert layout.first_difference.spot.stage == "final_norm"
+        assert {layout.worst, layout.max_logit_difference, layout.mean_logit_difference} == {float("inf")}
+        assert layout.kl == float("inf")
+
+
+def test_what_the_last_gather_does_to_the_logits_is_compared_too(
+    asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stage comes after it whose output could give it away."""
+    true_gather = ThreadWorld.column_gather
+
+    def gather(self: ThreadWorld, x: Tensor, ranks: tuple[int, ...], widths: tuple[int, ...], label: str) -> Tensor:
+        gathered = true_gather(self, x, ranks, widths, label)
+        return gathered.roll(1, dims=1) if self.rank == 2 else gathered
+
+    monkeypatch.setattr(ThreadWorld, "column_gather", gather)
+    for layout in verify(asked, prompts(9, 7), num_decode=1).layouts:
+        assert layout.first_difference is not None and not layout.ok
+        assert layout.first_difference.spot == Spot(None, "gathered", "logits") and layout.first_difference.rank == 2
+
+
+# -- near-ties in the choice of experts ------------------------------------------------------------------------------
+
+
+def nudged(amount: float) -> Change:
+    """Correction biases a little off, alike on all ranks, but not on the one rank that they are compared with.
+
+    They decide which experts are chosen, not with what weight: with the choice replayed nothing else may differ.
+    """
+
+    def change(weight: Weight, at: int, times: int, tensor: Tensor) -> Tensor:
+        if not weight.name.endswith("e_score_correction_bias") or (at == 0 and times == 0):
+            return tensor
+        return tensor + amount * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5))
+
+    return change
+
+
+def flips(layout: LayoutReport) -> set[tuple[int, int, int]]:
+    return {(flip.step, flip.layer, flip.row) for flip in layout.flips}
+
+
+def test_experts_that_flip_are_reported_with_their_margin_and_do_not_count_as_a_difference(asked: EngineConfig) -> None:
+    report = verify(asked, prompts(23, 5, 40, 1, 9), source=changed(asked, nudged(3e-3)))
+    assert report.ok
+    for layout in report.layouts:
+        assert len(layout.flips) >= 3, "the change is meant to flip a few"
+        assert len(layout.flips) == len(flips(layout)), "a row whose router ran on several ranks is one flip"
+        assert flips(layout) == flips(report.layouts[0])
+        assert all(0 <= flip.margin < 0.05 and flip.layer in (1, 2) for flip in layout.flips)
+        assert layout.max_logit_difference < 1e-5 and layout.agreement == 1.0
+
+
+def test_without_a_change_nothing_flips(asked: EngineConfig) -> None:
+    report = verify(asked, prompts(23, 5), source=changed(asked, nudged(0.0)))
+    assert report.ok and all(layout.flips == [] for layout in report.layouts)
+
+
+def test_a_router_that_weighs_otherwise_is_a_difference(asked: EngineConfig) -> None:
+    """Only the choice is replayed; the weights are each run's own."""
+
+    def change(weight: Weight, at: int, times: int, tensor: Tensor) -> Tensor:
+        if not weight.name.endswith("gate.weight") or (at == 0 and times == 0):
+            return tensor
+        return tensor * 1.01
+
+    report = verify(asked, prompts(23, 5), source=changed(asked, change))
+    for layout in report.layouts:
+        assert layout.first_difference is not None
+        assert layout.first_difference.spot == Spot(1, "router", "topk_weights")
