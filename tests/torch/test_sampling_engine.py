@@ -91,9 +91,10 @@ class Model:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
-    verbosity = logging.get_verbosity()
+    verbosity, num_threads = logging.get_verbosity(), torch.get_num_threads()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # several are slower for such small models
     made = {}
     for name, build in (
         ("llama", lambda: LlamaForCausalLM(LlamaConfig(**COMMON, num_key_value_heads=2, head_dim=16))),
@@ -109,6 +110,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
         words.save(str(folder / "tokenizer.json"))
         made[name] = Model(folder, model)
     yield made
+    torch.set_num_threads(num_threads)
     logging.enable_progress_bar()
     logging.set_verbosity(verbosity)
 

@@ -142,10 +142,11 @@ def publish(launch: Launch, store: Any, contact: Contact) -> None:
         ConfigError: its address is one that they cannot reach.
     """
     _, (address, _) = resolve(launch.address, launch.port)
-    if launch.num_nodes > 1 and ipaddress.ip_address(address).is_loopback:
+    is_name = launch.address not in (address, "localhost")
+    if launch.num_nodes > 1 and is_name and ipaddress.ip_address(address).is_loopback:
         raise ConfigError(
-            f"the master address {launch.address} is {address} on this host, which other hosts cannot reach: "
-            "give this host's address in their network"
+            f"the master address {launch.address} is {address} on this host, where other hosts would not find it: "
+            "give its address in their network as numbers"
         )
     key = "" if "NARROWS_KEY" in os.environ else contact.key.hex()
     said = json.dumps({"address": launch.address, "port": contact.port, "key": key})

@@ -107,6 +107,10 @@ class ProcessRanks(Generic[Worker]):
             raise
 
     @property
+    def mesh(self) -> Mesh:
+        return self._host.mesh
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """The process of each rank, on its host."""
         return self._host.pids
@@ -495,13 +499,9 @@ class _Host:
             self._judge(now)
 
     def _judge(self, now: float) -> None:
-        for peer in list(self._peers):
-            if now - peer.heard > SILENCE_S:
-                with self._lock:
-                    waiting = self._watch.waiting_for(peer.said.rank) if peer.said.rank is not None else ""
-                what = f"has not been heard of for {SILENCE_S:g} s{self._state(peer)}"
-                self.fail(RankError(f"{peer} {what}" + (f"; {waiting}" if waiting else "")))
-                return
+        if any(now - peer.heard > SILENCE_S for peer in list(self._peers)):
+            self.fail(RankError(self._told_of_the_silent(now)))
+            return
         with self._lock:
             suspicion = self._suspicion
             verdict = self._watch.verdict(self._num_calls, now) if self._pending else None
@@ -511,13 +511,23 @@ class _Host:
             ranks, why = verdict
             self.fail(RankError(f"{rank_names(ranks)} {why}"))
 
+    def _told_of_the_silent(self, now: float) -> str:
+        """Everyone who is silent: if a host has vanished, those are all its ranks."""
+        silent = [peer for peer in list(self._peers) if now - peer.heard > SILENCE_S - SUSPENDED_S]
+        silent.sort(key=lambda peer: (peer.said.rank is None, peer.said.rank))
+        names = ", ".join(f"{peer}{self._state(peer)}" for peer in silent)
+        told = f"{names}: nothing was heard for {SILENCE_S:g} s"
+        with self._lock:
+            waiting = self._watch.waiting_for([peer.said.rank for peer in silent if peer.said.rank is not None])
+        return f"{told}; {waiting}" if waiting else told
+
     def _state(self, peer: _Peer) -> str:
         """What this host's kernel says of a silent child; nothing elsewhere."""
         if peer.said.rank not in self._children:
             return ""
         with contextlib.suppress(OSError, IndexError):
             state = Path(f"/proc/{peer.said.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            return ": it is stopped" if state in "Tt" else ": it lives, but does not answer"
+            return " is stopped" if state in "Tt" else " lives, but does not answer"
         return ""
 
     # --- the end

@@ -10,6 +10,7 @@ Knows stamps and clocks, as plain values; no process, no socket, no tensor. Two 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from narrows.comm.stamps import Stamp, absence, rank_names
@@ -64,9 +65,10 @@ class Watch:
         stamp, ranks = report.last
         return [other for other in ranks if dict(self._reports[other].came).get(ranks, 0) <= stamp.number]
 
-    def waiting_for(self, rank: int) -> str:
-        """Who waits for ``rank``, and at what; empty if nobody says so."""
-        waiting = [other for other in range(len(self._reports)) if rank in self.missing(other)]
+    def waiting_for(self, ranks: Sequence[int]) -> str:
+        """Who waits for ``ranks``, and at what; empty if nobody says so."""
+        others = [other for other in range(len(self._reports)) if other not in ranks]
+        waiting = [other for other in others if not set(ranks).isdisjoint(self.missing(other))]
         return absence([(other, last[0]) for other in waiting if (last := self._reports[other].last)], {})
 
     def _overdue(self) -> tuple[list[int], str] | None:

@@ -36,6 +36,7 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 RANKS = ("threads", "processes")
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 _DEFAULT_CONTEXT = 8192
+_DEFAULT_ROWS = 2048
 
 INVARIANT_CHUNK = 256
 """Rows after which ``batch_invariant`` cuts prompts."""
@@ -60,7 +61,7 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "cpu-core"
     load_format: str = "auto"
-    rows_per_step: int = 2048
+    rows_per_step: int = _DEFAULT_ROWS
     max_context: int | None = None
     kv_tokens: int | None = None
     page_size: int = 16
@@ -152,7 +153,8 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         plan, forms = read_plan(Path(asked.plan_file), config, mesh)
         notes.append(f"the plan in {asked.plan_file} (layout {plan.layout_name}) runs at every step")
     elif forms is None:
-        forms = rules.forms or choose_forms(deployment, _mix(mesh, limits))
+        rows = _DEFAULT_ROWS if asked.batch_invariant else limits.rows_per_step
+        forms = rules.forms or choose_forms(deployment, _mix(mesh, rows, limits.max_context))
     if asked.batch_invariant and plan is None:
         plan = _pinned_plan(deployment, forms, asked.layout, limits)
     return Resolved(
@@ -221,9 +223,9 @@ def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limi
     return Planner(replace(deployment, want_logits=True), forms).plan(shape, layout)
 
 
-def _mix(mesh: Mesh, limits: Limits) -> list[tuple[StepShape, float]]:
+def _mix(mesh: Mesh, rows: int, longest: int) -> list[tuple[StepShape, float]]:
     """The mix that forms are chosen for: one full prefill step to 64 decode steps of one request per group."""
-    context = min(1024, limits.max_context)
-    prefill = StepShape.of(mesh, deal(limits.rows_per_step, mesh.num_groups), phase="prefill", context=context)
+    context = min(1024, longest)
+    prefill = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=context)
     decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)
     return [(prefill, 1.0), (decode, 64.0)]

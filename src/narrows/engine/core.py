@@ -7,6 +7,7 @@ host schedules step n + 1, whose tokens may refer to samples that it has not see
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -62,6 +63,7 @@ class Engine:
         self._logits_book = PlanBook(with_logits, resolved.asked.layout, self.book.context)
         self.scheduler = Scheduler(resolved.limits)
         self._next_id = 0
+        self._in_flight: deque[Future[list[StepResult]]] = deque()
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -105,23 +107,18 @@ class Engine:
     def run(self) -> Iterator[Request]:
         """Run steps until no request has work; yields a request each time it has got a token.
 
-        Who stops listening may go on later, with another call; tokens of a step in flight by then are not yielded.
+        Who stops listening may go on later, with another call. Once a rank has failed every call raises its error.
         """
-        in_flight: Future[list[StepResult]] | None = None
-        try:
-            while self.scheduler.has_work or in_flight is not None:
-                batch = self.scheduler.schedule() if self.scheduler.has_work else None
-                done, in_flight = in_flight, self.submit(batch) if batch is not None else None
-                if done is not None:
-                    yield from self._commit(done)
-        except GeneratorExit:
-            if in_flight is not None:  # scheduled already: what comes next may refer to its samples
-                self._commit(in_flight)
-            raise
-
-    def _commit(self, step: Future[list[StepResult]]) -> list[Request]:
-        result = step.result()[0]
-        return self.scheduler.commit(result.ids, result.logprobs)
+        while self.scheduler.has_work or self._in_flight:
+            # Steps in flight are kept, whoever stops listening when: what comes next may refer to their samples.
+            ahead = self.scheduler.has_work and len(self._in_flight) < 2
+            batch = self.scheduler.schedule() if ahead else None
+            if batch is not None:
+                self._in_flight.append(self.submit(batch))
+            if batch is None or len(self._in_flight) == 2:
+                result = self._in_flight[0].result()[0]
+                self._in_flight.popleft()
+                yield from self.scheduler.commit(result.ids, result.logprobs)
 
     def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank."""

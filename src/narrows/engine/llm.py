@@ -75,6 +75,7 @@ class LLM:
         self.tokenizer: Tokenizer | None = text.tokenizer
         self.generation: GenerationConfig = text.generation
         self.engine = Engine(self.resolved, wrap=wrap)
+        self._streaming = False
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
         """Completions of all prompts, in their order; ``options`` as in :meth:`stream`."""
@@ -103,8 +104,12 @@ class LLM:
             ignore_eos: go on past the end-of-sequence token.
 
         Raises:
-            ConfigError: a prompt that cannot run, stop strings without a tokenizer.
+            ConfigError: a prompt that cannot run, stop strings without a tokenizer, a stream that is not over yet.
         """
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts is one text of {len(prompts)} characters; give a list of prompts: [text]")
+        if self._streaming:
+            raise ConfigError("another stream of this LLM is still open: read it to its end, or close() it, first")
         if stop and self.tokenizer is None:
             raise ConfigError(f"{self.resolved.config.name} has no tokenizer.json, so stop strings cannot be seen")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -113,6 +118,7 @@ class LLM:
         texts = [_Text(self.tokenizer, stop, end_ids) for _ in prompts]
         encoded = [self.encode(prompt) for prompt in prompts]
         requests: list[Request] = []
+        self._streaming = True
         try:
             for ids in encoded:
                 requests.append(self.engine.add(ids, max_tokens, end_ids, sampling))
@@ -128,6 +134,7 @@ class LLM:
                 new += texts[index].finish()
                 yield Piece(index=index, text=new, done=_completion(request, texts[index]))
         finally:
+            self._streaming = False
             for request in requests:
                 if not request.finish_reason:
                     self.engine.scheduler.abort(request)

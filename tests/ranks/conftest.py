@@ -1,0 +1,74 @@
+"""Ranks as processes for the tests of this folder: pools that tests share, tiny models, and a look for leftovers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # rank processes inherit it, and import what they run from there
+
+MARK = f"NARROWS_TEST_RUN={uuid.uuid4().hex}"
+
+
+def marked() -> set[int]:
+    """The processes that these tests have started, whoever their parent is now."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            try:
+                if MARK.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
+            except OSError:
+                pass  # it has ended meanwhile
+    return found
+
+
+def shared_memory() -> set[str]:
+    return {entry.name for entry in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test leaves a process or shared memory behind; pools that tests share are there before and after."""
+    name, value = MARK.split("=")
+    os.environ[name] = value
+    before, memory = marked(), shared_memory()
+    yield
+    end = time.monotonic() + 3
+    while left := marked() - before:
+        assert time.monotonic() < end, f"processes {sorted(left)} are left behind"
+        time.sleep(0.05)
+    assert not shared_memory() - memory
+
+
+def _conftest_of_torch() -> object:
+    spec = importlib.util.spec_from_file_location("conftest_of_torch", HERE.parent / "torch" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_torch_tests = _conftest_of_torch()
+tiny_model = _torch_tests.tiny_model  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def speaking_v3(tiny_model) -> Path:
+    """A tiny DeepSeek-V3 with words: token i is written ``wi``."""
+    folder = tiny_model("v3", vocab_size=67, eos_token_id=66)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(67)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,136 @@
+"""The collectives of rank processes: bit for bit those of rank threads, and whose memory a result is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import ranks_lab as lab
+import torch
+
+from narrows.comm import DistWorld, ProcessRanks, ThreadRanks
+from narrows.errors import RankError
+from narrows.layout import Mesh
+
+pytestmark = pytest.mark.timeout(60)
+
+MESHES = [(1, 2), (2, 1), (2, 2), (1, 3)]
+COUNTS = [(3, 2, 1, 2), (0, 5, 0, 1), (0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0)]
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: f"dp{mesh[0]}-tp{mesh[1]}")
+def pool(request: pytest.FixtureRequest) -> Iterator[ProcessRanks[lab.Lab]]:
+    dp, tp = request.param
+    with ProcessRanks(Mesh.of(dp=dp, tp=tp), lab.Lab, checked=(dp, tp) != (1, 2), once=(lab.Big,)) as ranks:
+        yield ranks
+
+
+def same_as_threads(
+    pool: ProcessRanks[lab.Lab], mesh: Mesh, counts: tuple[int, ...], width: int, dtype: torch.dtype
+) -> None:
+    with ThreadRanks(mesh, lab.Lab, checked=True) as threads:
+        wanted = threads.submit("run", lab.collectives, counts, width, dtype).result(20)
+    got = pool.submit("run", lab.collectives, counts, width, dtype).result(20)
+    for rank, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+        assert list(mine) == list(theirs)
+        for name, value in theirs.items():
+            here = mine[name]
+            assert (here.dtype, here.shape) == (value.dtype, value.shape), (rank, name)
+            assert here.is_contiguous(), (rank, name)
+            bits = [x.contiguous().view(-1).view(torch.uint8) for x in (here, value)]
+            assert torch.equal(*bits), (rank, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_every_collective_has_the_bits_of_threads(pool, counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    for width in (33, 0):
+        same_as_threads(pool, pool.mesh, counts, width, dtype)
+
+
+def test_large_tensors_have_the_bits_of_threads(pool) -> None:
+    """Larger than what travels at once."""
+    same_as_threads(pool, pool.mesh, (300, 0, 257, 31), 64, torch.bfloat16)
+
+
+def test_results_are_nobody_elses_memory(pool) -> None:
+    pool.submit("run", lab.results_are_nobody_elses).result(20)
+
+
+@pytest.mark.parametrize("size", [1, 600])
+def test_an_input_may_be_written_again_as_soon_as_the_call_returns(pool, size: int) -> None:
+    pool.submit("run", lab.inputs_may_be_written_again, 30, size).result(20)
+
+
+def test_send_buffers_are_free_again_after_their_collective(pool) -> None:
+    pool.submit("run", lab.send_buffers).result(20)
+
+
+def test_a_group_of_one_rank_meets_nobody(pool) -> None:
+    pool.submit("run", lab.groups_of_one).result(20)
+
+
+def test_a_rank_is_a_process_of_one_torch_thread(pool) -> None:
+    for rank, (own, pid, num_threads, inference, main, name) in enumerate(pool.submit("run", lab.facts).result(20)):
+        assert (own, pid, num_threads, inference, main) == (rank, pool.pids[rank], 1, True, True)
+        assert name == f"narrows rank {rank}"
+
+
+# --- calls
+
+
+def test_calls_are_done_in_the_order_they_were_made_without_waiting(pool) -> None:
+    size = len(pool.pids)
+    told = pool.submit("all_told").result(20)[0]
+    futures = [pool.submit("tell", i, 0.001) for i in range(10)]
+    assert pool.submit("all_told").result(20) == [told + list(range(10))] * size
+    assert [future.result(0) for future in futures] == [[r * 100 + i for r in range(size)] for i in range(10)]
+
+
+def test_an_object_is_sent_once_and_is_the_same_one_in_every_call(pool) -> None:
+    told = len(pool.submit("all_told").result(20)[0])
+    big, other = lab.Big(tuple(range(100_000))), lab.Big((1,))
+    start = time.perf_counter()
+    first = pool.submit("keep", big, "a").result(20)
+    middle = time.perf_counter()
+    again = [pool.submit("keep", big, "b") for _ in range(5)][-1].result(20)
+    fast = (time.perf_counter() - middle) / 5
+    last = pool.submit("keep", other, "c").result(20)
+    before = first[0][0] - 1
+    assert again == [(before + 1, told + 6)] * len(pool.pids), "it came as several objects"
+    assert last == [(before + 2, told + 7)] * len(pool.pids)
+    assert pool.submit("all_told").result(20)[0][-6:] == [big] * 5 + [other]
+    assert fast < middle - start, "sending it again took as long as sending it"
+
+
+def test_what_cannot_be_sent_is_refused_and_no_rank_is_called(pool) -> None:
+    with pytest.raises((TypeError, AttributeError), match="pickle"):
+        pool.submit("run", lambda world: 1)
+    assert pool.submit("run", lab.sum_of, 0.0).result(20)[0] == sum(range(len(pool.pids)))
+
+
+def test_one_row_on_eight_ranks() -> None:
+    mesh = Mesh.of(dp=2, tp=4)
+    with ProcessRanks(mesh, lab.Lab, checked=True) as ranks:
+        same_as_threads(ranks, mesh, (0, 0, 0, 1, 0, 0, 0, 0), 5, torch.bfloat16)
+
+
+def test_a_dist_world_is_a_world_and_knows_only_groups_of_its_mesh() -> None:
+    world = DistWorld(Mesh.of(dp=2, tp=2), 0, {}, checked=False, device=torch.device("cpu"))
+    with pytest.raises(AssertionError, match=r"\(0, 3\) is no group of rank 0"):
+        world.barrier((0, 3), "x")
+
+
+def test_closed_ranks_refuse_calls_and_close_may_be_repeated() -> None:
+    ranks = ProcessRanks(Mesh.of(dp=1, tp=1), lab.Lab)
+    assert ranks.submit("run", lab.sum_of, 2.0).result(20) == [2.0]
+    running, queued = ranks.submit("tell", 1, 0.0), ranks.submit("run", lab.late, 0, 30.0)
+    assert running.result(20) == [1]
+    start = time.monotonic()
+    ranks.close()
+    ranks.close()
+    assert time.monotonic() - start < 5
+    for future in (queued, ranks.submit("tell", 2)):
+        with pytest.raises(RankError, match="closed"):
+            future.result(0)
