@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,11 @@ def marked() -> set[int]:
 
 def shared_memory() -> set[str]:
     return {entry.name for entry in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture
+def running() -> Callable[[], set[int]]:
+    return marked
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ class Big:
     values: tuple[int, ...]
 
 
-class Odd(Exception):
+class OddError(Exception):
     """An error that cannot be rebuilt from its pickle: it wants two arguments and keeps one."""
 
     def __init__(self, first: int, second: int) -> None:
@@ -187,7 +187,7 @@ def inputs_may_be_written_again(world: World, rounds: int, size: int) -> None:
 
 def send_buffers(world: World) -> None:
     ranks = everyone(world)
-    counts = (2, 1, 0, 3)[: len(ranks)]
+    counts = (2, 1, 3, 1)[: len(ranks)]
     rows = counts[world.rank]
     first = world.send_buffer(rows, 4, torch.float32).fill_(1)
     second = world.send_buffer(rows, 4, torch.float32).fill_(2)
@@ -274,6 +274,10 @@ def in_different_groups(world: World) -> None:
         world.barrier(world.mesh.group(world.rank, 1, 2), "attention sum")
 
 
+def in_different_labels(world: World) -> None:
+    world.barrier(everyone(world), "layer 3 mlp" if world.rank == 1 else "layer 3 experts")
+
+
 def late(world: World, rank: int, seconds: float) -> None:
     if world.rank == rank:
         time.sleep(seconds)
@@ -293,7 +297,7 @@ def die(world: World, rank: int) -> None:
 
 def fail(world: World, rank: int, error: BaseException | str) -> None:
     if world.rank == rank:
-        raise Odd(1, 2) if isinstance(error, str) else error
+        raise OddError(1, 2) if isinstance(error, str) else error
     world.barrier(everyone(world), "after")
 
 

@@ -358,7 +358,7 @@ def test_a_rank_that_raises_inside_a_step_ends_all_with_its_error_and_nothing_ru
         assert errors[1] is errors[0] and errors[2] is errors[0] and later is errors[0]
         assert "raised on rank 2" in "".join(errors[0].__notes__)
     assert rank_threads() == []
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # a rank that is waited for is given up after 60
 
 
 def test_generation_ends_with_the_error_of_the_rank_that_failed(tiny_model: TinyModel) -> None:
@@ -394,7 +394,7 @@ def test_a_batch_of_the_wrong_number_of_groups_is_an_error_and_not_a_hang(tiny_m
         plan = plan_of(engine, prefill(2), "auto")
         with pytest.raises(ValueError, match="2 attention groups, but rows are given for 1"):
             engine.run_plan(prefill(1), plan)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # a rank that is waited for is given up after 60
 
 
 # -- plans and programs ----------------------------------------------------------------------------------------------

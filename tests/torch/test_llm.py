@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import threading
@@ -266,7 +265,6 @@ def test_a_stream_that_is_left_half_way_leaves_a_usable_engine(folder: Path, exp
             if places % 2:
                 stream.close()
             del stream
-            gc.collect()
             assert not llm.engine.scheduler.has_work
             llm.engine.scheduler.check_integrity()
             assert llm.generate(TEXTS, max_tokens=LONG) == expected

@@ -30,6 +30,8 @@ from transformers import (
 from transformers.utils import logging
 
 from narrows.arch.presets import load_model_config
+from narrows.cli.main import main
+from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.llm import LLM
@@ -38,6 +40,7 @@ from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts
+from narrows.plan.saved import write_plan
 from narrows.sched.sampling import SamplingParams, uniform
 from narrows.sched.scheduler import Request
 
@@ -469,3 +472,47 @@ def test_stop_strings_need_a_tokenizer_and_may_not_be_empty(models: dict[str, Mo
             (tmp_path / file.name).symlink_to(file)
     with LLM(tmp_path, dtype="float32", max_context=128) as bare, pytest.raises(ConfigError, match="stop strings"):
         generate(bare, stop=["x"])
+
+
+# -- what else meets sampling ----------------------------------------------------------------------------------------
+
+
+def test_a_saved_plan_without_whole_logits_refuses_to_sample_and_goes_on(
+    models: dict[str, Model], tmp_path: Path
+) -> None:
+    with engine(models["llama"], 1, 2) as free:
+        resolved = free.resolved
+        shape = StepShape.of(resolved.mesh, (16,), phase="prefill", context=64)
+        write_plan(tmp_path / "plan.json", free.planner.plan(shape), resolved.config, resolved.forms)
+        expected = serve(free, PROMPTS, [None] * 5)
+    with engine(models["llama"], 1, 2, plan_file=str(tmp_path / "plan.json")) as pinned:
+        for params in (DRAWN, SamplingParams(logprobs=0), SamplingParams(presence_penalty=1.0)):
+            with pytest.raises(ConfigError, match="it cannot sample, penalise or give log-probabilities"):
+                pinned.add(PROMPTS[0], 5, sampling=params)
+        assert not pinned.scheduler.has_work
+        assert [r.output for r in serve(pinned, PROMPTS, [None] * 5)] == [r.output for r in expected]
+
+
+def test_the_command_line_samples_as_the_library(
+    models: dict[str, Model], llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = SamplingParams(
+        temperature=0.8, top_p=0.9, top_k=30, min_p=0.01, repetition_penalty=1.1, seed=7, logprobs=2
+    )
+    whole = llm.generate([words(PROMPTS[0])], max_tokens=12, sampling=params)[0]
+    stop = whole.text[9:12]
+    done = llm.generate([words(PROMPTS[0])], max_tokens=12, sampling=params, stop=[stop])[0]
+    assert done.finish_reason == "stop" and done.text == whole.text[: whole.text.index(stop)]
+    options = "--temperature 0.8 --top-p 0.9 --top-k 30 --min-p 0.01 --repetition-penalty 1.1 --seed 7 --logprobs 2"
+    common = f"--tp 2 --dtype float32 --max-context 128 --max-tokens 12 --quiet --prompt {words(PROMPTS[0])}"
+    argv = ["generate", str(models["llama"].folder), *common.split(), *options.split(), "--stop", stop]
+    for more in ([], ["--batch-invariant"]):
+        assert main([*argv, *more]) == 0
+        text, *tokens = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+        assert text == done.text
+        assert [float(line.split()[0]) for line in tokens] == [round(value, 3) for value, _ in done.logprobs]
+        assert [line.split()[1].strip("'") for line in tokens] == [words([token]) for token in done.token_ids]
+    assert main([*argv, "--batch-invariant", "--max-rows", "100"]) == 2
+    assert "chunks of 256 rows, but a step may hold 100" in capsys.readouterr().err
+    assert main([*argv, "--min-p", "1.5"]) == 2
+    assert "min_p is 1.5; it must be between 0 and 1" in capsys.readouterr().err

@@ -226,10 +226,11 @@ def _gather_packed(wire: Wire, xs: Sequence[Tensor], counts: Sequence[int]) -> l
     """Several fields travel as one matrix of bytes: row by row, the fields side by side."""
     if len(xs) == 1:
         return [wire.gather(xs[0], counts)]
-    rows = [x.contiguous().view(torch.uint8) for x in xs]
+    widths = [x.shape[1] * x.itemsize for x in xs]
+    rows = [_as(x.contiguous(), torch.uint8, width) for x, width in zip(xs, widths, strict=True)]
     packed = wire.gather(torch.cat(rows, dim=1), counts)
-    parts = torch.split(packed, [part.shape[1] for part in rows], dim=1)
-    return [_owned(part).view(x.dtype) for part, x in zip(parts, xs, strict=True)]
+    parts = torch.split(packed, widths, dim=1)
+    return [_as(_owned(part), x.dtype, x.shape[1]) for part, x in zip(parts, xs, strict=True)]
 
 
 def _gather_columns(wire: Wire, x: Tensor, widths: Sequence[int]) -> Tensor:
@@ -237,6 +238,11 @@ def _gather_columns(wire: Wire, x: Tensor, widths: Sequence[int]) -> Tensor:
     sizes = [rows * width for width in widths]
     pieces = torch.split(wire.gather(x.reshape(-1), sizes), sizes)
     return torch.cat([piece.view(rows, width) for piece, width in zip(pieces, widths, strict=True)], dim=1)
+
+
+def _as(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """The memory of a contiguous matrix as another dtype; also of no columns, which ``view`` does not take."""
+    return x.view(-1).view(dtype).view(x.shape[0], width)
 
 
 def _owned(part: Tensor) -> Tensor:

@@ -88,9 +88,10 @@ class Engine:
         """Queue a prompt. Without a seed of its own, a request that draws gets one.
 
         Raises:
-            ConfigError: it can never run here (empty, or longer than the context or the cache).
+            ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).
         """
         self._check_ids(prompt)
+        self._check_plan(sampling)
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(id=self._next_id, prompt=prompt, max_tokens=max_tokens, eos_ids=eos_ids, sampling=sampling)
@@ -103,6 +104,16 @@ class Engine:
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
             raise ConfigError(f"token id {wrong} of the prompt is outside the model's vocabulary of {vocab_size}")
+
+    def _check_plan(self, sampling: SamplingParams | None) -> None:
+        plan = self.resolved.plan
+        if plan is None or sampling is None or not sampling.needs_logits:
+            return
+        if not any(step.name == "sample" for _, step in plan.steps()):
+            raise ConfigError(
+                "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
+                "log-probabilities; run greedily, or leave --plan out"
+            )
 
     def run(self) -> Iterator[Request]:
         """Run steps until no request has work; yields a request each time it has got a token.
@@ -126,15 +137,9 @@ class Engine:
         return self.ranks.submit("step", batch, plan, keep_logits)
 
     def _book_for(self, batch: Batch) -> PlanBook | PinnedBook:
-        saved = self.resolved.plan
-        if saved is None:
-            return self._logits_book if batch.needs_logits else self.book
-        if batch.needs_logits and not any(step.name == "sample" for _, step in saved.steps()):
-            raise ConfigError(
-                "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
-                "log-probabilities; run greedily, or leave --plan out"
-            )
-        return PinnedBook(saved)
+        if self.resolved.plan is not None:
+            return PinnedBook(self.resolved.plan)
+        return self._logits_book if batch.needs_logits else self.book
 
     def book_of(self, layout: str) -> PlanBook:
         """A book of plans under another layout, for weights held as this engine's are."""

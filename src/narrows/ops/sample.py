@@ -98,7 +98,7 @@ def sample_reference(
         logits_TV, temperature_T=temperature_T, top_k_T=top_k_T, top_p_T=top_p_T, min_p_T=min_p_T
     )
     at_TV = shares_TV.cumsum(dim=-1)
-    return _token_at(shares_TV, at_TV, ids_TV, uniform_T.unsqueeze(-1) * at_TV[:, -1:])
+    return _token_at(at_TV, ids_TV, uniform_T.unsqueeze(-1) * at_TV[:, -1:])
 
 
 def filtered_shares(
@@ -147,7 +147,7 @@ def _draw_rows(
     ends_inside_T1 = (top_k_T1 > 0) & (top_k_T1 <= known_TC.sum(dim=-1, keepdim=True))
     ends_inside_T1 |= (top_k_T1 == 0) & (((top_p_T1 < 1) & (known_T1 >= top_p_T1 * total_T1)) | (tail_T1 < min_p_T1))
     settled_T1 = ends_inside_T1 | (all_stay_T1 & (target_T1 < at_TC[:, -1:]))
-    ids_T = _token_at(kept_TC, at_TC, ids_TC, target_T1)
+    ids_T = _token_at(at_TC, ids_TC, target_T1)
     open_T = (~settled_T1.squeeze(-1)).nonzero().squeeze(-1)
     if open_T.numel():
         ids_T[open_T] = sample_reference(
@@ -179,11 +179,14 @@ def _kept(
     return weights_TC.masked_fill_(out_TC, 0.0)
 
 
-def _token_at(kept_TC: Tensor, at_TC: Tensor, ids_TC: Tensor, target_T1: Tensor) -> Tensor:
-    """The first token whose cumulated weight exceeds the target; rounding may not lead past the last that is kept."""
+def _token_at(at_TC: Tensor, ids_TC: Tensor, target_T1: Tensor) -> Tensor:
+    """The first token whose cumulated weight exceeds the target.
+
+    There is one, and it is kept: a number below 1 in float64 is at most 1 - 2^-53, and its product with the last sum
+    rounds to less than that sum. (The clamp is for rows whose result is not used, and for NaN.)
+    """
     place_T1 = torch.searchsorted(at_TC, target_T1, right=True)
-    last_T1 = (kept_TC > 0).sum(dim=-1, keepdim=True) - 1
-    return ids_TC.gather(-1, place_T1.minimum(last_T1).clamp_min(0)).squeeze(-1)
+    return ids_TC.gather(-1, place_T1.clamp_max(ids_TC.shape[1] - 1)).squeeze(-1)
 
 
 def top_logprobs(logits_V: Tensor, chosen: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -1,0 +1,257 @@
+"""The command line over rank processes: on this host, under torchrun, as two nodes, and on two hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from narrows.cli.main import main
+from narrows.comm import Launch
+from narrows.errors import ConfigError
+
+pytestmark = pytest.mark.timeout(120)
+
+Process = subprocess.Popen[str]
+FIRST_OF_TWO = ("--nnodes", "2", "--node-rank", "0", "--master-port", "9")
+PROMPTS = ["--prompt", "w1 w2 w3", "--prompt", "w9"]
+
+
+def generate(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "narrows", "generate", str(folder), *PROMPTS, "--max-tokens", "8", *more]
+
+
+def start(command: Sequence[str]) -> Process:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ended(process: Process, seconds: float = 60) -> tuple[int, str, str]:
+    """Its exit code, and what it said."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def first_words(process: Process, count: int) -> str:
+    """Waits until it has written so many characters of text."""
+    assert process.stdout is not None
+    return process.stdout.read(count)
+
+
+@pytest.fixture(scope="module")
+def by_threads(speaking_v3: Path) -> str:
+    code, out, err = ended(start(generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet")))
+    assert code == 0, err
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+# --- one host
+
+
+def test_processes_print_what_threads_print(speaking_v3: Path, by_threads: str) -> None:
+    command = generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet", "--ranks", "processes", "--checked")
+    assert ended(start(command)) == (0, by_threads, "")
+    assert len(by_threads.split()) == 16
+
+
+def test_torchrun_starts_the_ranks(speaking_v3: Path, by_threads: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
+    command = generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet")[2:]
+    code, out, err = ended(start(torchrun + command))
+    assert (code, out) == (0, by_threads), err
+
+
+def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path, running: Callable[[], set[int]]) -> None:
+    long = ("--tp", "2", "--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500")
+    process = start(generate(speaking_v3, *long))
+    first_words(process, 20)
+    ranks = sorted(running() - {process.pid})
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    code, _, err = ended(process, 10)
+    assert code == 2
+    assert re.fullmatch(rf"narrows: error: rank 1 \(pid {ranks[1]} on .+\) was killed by signal 9 .*\n", err), err
+
+
+def test_ctrl_c_ends_everything_once(speaking_v3: Path) -> None:
+    long = ("--tp", "2", "--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500")
+    process = start(generate(speaking_v3, *long))
+    first_words(process, 20)
+    start_time = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    code, _, err = ended(process, 10)
+    assert (code, err) == (130, "narrows: interrupted\n")
+    assert time.monotonic() - start_time < 5
+
+
+def test_verify_compares_logits_over_processes_and_says_so(
+    speaking_v3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--tp", "2", "--ranks", "processes", "--layout", "auto", "--steps", "2", "--prompt", "w1 w2 w3 w4"]
+    assert main(["verify", str(speaking_v3), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "ranks as processes: logits alone were compared" in out
+    assert re.search(r"auto .* 100\.00 % .* ok", out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--ranks", "processes", "--profile"), "--profile needs ranks that share memory"),
+        (("--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1"), "needs --master-addr and --master-port"),
+        (("--nnodes", "3", "--node-rank", "0"), "--nnodes is 3; it must be between 1 and the 2 ranks"),
+        (("--nnodes", "2", "--node-rank", "2"), "--node-rank must be between 0 and 1"),
+        (("--nnodes", "2"), "--node-rank must be between 0 and 1"),
+        (("--master-port", "1"), "--master-port needs --nnodes"),
+        (("--timeout", "0"), "it must be more than 0"),
+        ((*FIRST_OF_TWO, "--master-addr", "127.0.0.1", "--ranks", "threads"), "leave out --ranks threads"),
+        ((*FIRST_OF_TWO, "--master-addr", "203.0.113.1"), "is it this host's?"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(
+    speaking_v3: Path, capsys: pytest.CaptureFixture[str], flags: Sequence[str], text: str
+) -> None:
+    code = main(["generate", str(speaking_v3), "--tp", "2", "--prompt", "w1", *flags])
+    said = capsys.readouterr().err
+    assert code == 2 and said.startswith("narrows: error: ") and text in said and said.count("\n") == 1
+
+
+# --- whose part is whose
+
+
+def test_a_launch_is_read_from_torchruns_environment() -> None:
+    environment = {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "GROUP_RANK": "1",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29400",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "abc",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+    }
+    launch = Launch.of_torchrun(environment, size=8)
+    assert launch == Launch(
+        address="10.0.0.1",
+        port=29400,
+        size=8,
+        ranks=(5,),
+        node=1,
+        num_nodes=2,
+        by_torchrun=True,
+        store_is_served=True,
+        run="abc 2",
+    )
+    assert not launch.hosts
+    assert Launch.of_torchrun(environment | {"RANK": "0"}, size=8).hosts
+    assert Launch.of_torchrun({"RANK": "0", "WORLD_SIZE": "4"}, size=8) is None, "another tool's variables"
+    with pytest.raises(ConfigError, match=r"torchrun started 8 processes, but the mesh has 4 ranks"):
+        Launch.of_torchrun(environment, size=4)
+
+
+def test_ranks_are_dealt_to_nodes_in_order() -> None:
+    dealt = [Launch.of_nodes(size=5, num_nodes=2, node=node, address="10.0.0.1", port=1).ranks for node in range(2)]
+    assert dealt == [(0, 1, 2), (3, 4)]
+
+
+# --- several nodes
+
+
+def nodes(
+    folder: Path, address: str, port: int, *more: str, prefix: Sequence[Sequence[str]] = ((), ())
+) -> list[Process]:
+    """Both nodes of a command, node 1 first: whoever comes early waits."""
+    flags = ["--nnodes", "2", "--master-addr", address, "--master-port", str(port), "--quiet", *more]
+    started = [start([*prefix[node], *generate(folder, *flags), "--node-rank", str(node)]) for node in (1, 0)]
+    return started[::-1]
+
+
+def test_every_node_ends_with_the_hosts_exit_code(speaking_v3: Path) -> None:
+    """An error that only the host can see, since it alone reads prompts."""
+    host, node = nodes(speaking_v3, "127.0.0.1", free_port(), "--tp", "2", "--max-context", "2")
+    code, out, err = ended(host)
+    assert (code, out) == (2, "") and "the prompt has 3 tokens" in err
+    code, out, err = ended(node, 10)
+    assert (code, out) == (2, "")
+    assert err.startswith("narrows: node 1 was ended by its host: the prompt has 3 tokens") and err.count("\n") == 1
+
+
+def test_a_node_whose_host_dies_ends_too(speaking_v3: Path) -> None:
+    host, node = nodes(speaking_v3, "127.0.0.1", free_port(), "--tp", "2", "--ignore-eos", "--max-tokens", "1500")
+    first_words(host, 10)
+    host.kill()
+    code, out, err = ended(node, 10)
+    assert (code, out) == (2, "") and "narrows: error: node 1: the host at 127.0.0.1 is gone" in err
+    ended(host)
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[list[str], list[str], str]]:
+    """Two network namespaces joined by a cable: a command prefix for each, and the address of the first."""
+    ip = shutil.which("ip")
+    if ip is None:
+        pytest.skip("two hosts are made of network namespaces, which need iproute2 (`ip`)")
+    names = [f"narrows-{os.getpid()}-{letter}" for letter in "ab"]
+    made: list[str] = []
+    try:
+        for name in names:
+            done = subprocess.run([ip, "netns", "add", name], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+            made.append(name)
+        a, b = names
+        for line in (
+            f"link add veth-a netns {a} type veth peer name veth-b netns {b}",
+            f"-n {a} addr add 10.99.0.1/24 dev veth-a",
+            f"-n {b} addr add 10.99.0.2/24 dev veth-b",
+            *(f"-n {name} link set {link} up" for name, link in ((a, "lo"), (b, "lo"), (a, "veth-a"), (b, "veth-b"))),
+        ):
+            done = subprocess.run([ip, *line.split()], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be joined here: {done.stderr.strip()}")
+        yield [ip, "netns", "exec", a], [ip, "netns", "exec", b], "10.99.0.1"
+    finally:
+        for name in made:
+            subprocess.run([ip, "netns", "del", name], check=True)
+
+
+def test_two_hosts_print_what_threads_print(speaking_v3: Path, by_threads: str, hosts) -> None:
+    first, second, address = hosts
+    more = ("--dp", "2", "--tp", "2", "--checked")
+    host, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
+    code, out, err = ended(host)
+    assert (code, out) == (0, by_threads), err
+    assert ended(node, 10)[:2] == (0, "")
+
+
+def test_a_host_that_vanishes_is_named_and_all_end(speaking_v3: Path, hosts) -> None:
+    first, second, address = hosts
+    more = ("--tp", "2", "--ignore-eos", "--max-tokens", "1500")
+    host, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
+    first_words(host, 10)
+    subprocess.run([*second, "ip", "link", "set", "veth-b", "down"], check=True)
+    start_time = time.monotonic()
+    code, _, err = ended(host, 20)
+    assert time.monotonic() - start_time < 10
+    assert code == 2
+    assert re.search(r"narrows: error: rank 1 \(pid \d+ on .+\), node 1 .*: nothing was heard for 6 s", err), err
+    assert ended(node, 10)[0] == 2

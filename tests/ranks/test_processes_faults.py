@@ -1,0 +1,303 @@
+"""What goes wrong between rank processes is named, with ranks and labels, within seconds; then nothing is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ranks_lab as lab
+
+from narrows.comm import ProcessRanks
+from narrows.errors import CollectiveMismatchError, RankError
+from narrows.layout import Mesh
+
+pytestmark = pytest.mark.timeout(60)
+
+TWO, THREE = Mesh.of(dp=1, tp=2), Mesh.of(dp=1, tp=3)
+Ranks = ProcessRanks[lab.Lab]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_the_end_of(pids: Sequence[int], seconds: float) -> float:
+    start = time.monotonic()
+    while left := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() - start < seconds, f"{left} still run after {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def error_of(ranks: Ranks, *call: object, seconds: float = 10.0) -> BaseException:
+    """What a call raises, in time; every later call raises it too, and every rank has ended."""
+    start = time.monotonic()
+    with pytest.raises(BaseException) as told:
+        ranks.submit("run", *call).result(30)
+    assert time.monotonic() - start < seconds
+    for later in (ranks.submit("tell", 1), ranks.submit("run", lab.sum_of, 1.0)):
+        assert later.exception(5) is told.value
+    wait_for_the_end_of(ranks.pids, 5)
+    return told.value
+
+
+def at_once(jobs: Sequence[Callable[[], None]]) -> None:
+    """Runs jobs side by side: most of their time they wait for a clock."""
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        for future in [threads.submit(job) for job in jobs]:
+            future.result()
+
+
+# --- checked mode
+
+
+@pytest.fixture(scope="module")
+def checked() -> Iterator[Ranks]:
+    with ProcessRanks(THREE, lab.Lab, checked=True) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    ("how", "odd", "others"),
+    [
+        ("label", 'all_reduce "layer 3 experts" [6 x 4', 'all_reduce "layer 3 input_norm" [6 x 4 float32] split 1+2+3'),
+        ("operation", 'barrier "layer 3 input_norm"', 'all_reduce "layer 3 input_norm" [6 x 4 float32]'),
+        ("width", "[6 x 6 float32]", "[6 x 4 float32]"),
+        ("dtype", "[6 x 4 bfloat16]", "[6 x 4 float32]"),
+        ("counts", "split 2+2+2", "split 1+2+3"),
+        ("fields", "[6 x 4 float32]", "[6 x 4 float32, 6 x 4 float32]"),
+        ("addends", "[6 x 4 float32, 6 x 4 float32, 6 x 4 float32]", "[6 x 4 float32, 6 x 4 float32] split"),
+        ("root", "from rank 1", "from rank 0"),
+        ("number", "all_reduce", "all_reduce"),
+    ],
+)
+def test_a_mismatch_says_who_came_with_what(checked: Ranks, how: str, odd: str, others: str) -> None:
+    """Nothing was sent when it is found, so ranks that take it go on."""
+    texts = checked.submit("run", lab.differing, how).result(20)
+    assert texts == [texts[0]] * 3
+    assert texts[0].startswith("ranks met in different collectives: rank 1 came to #")
+    one, rest = texts[0].split(", ranks 0, 2 to #")
+    assert odd in one and others in rest
+    if how == "number":
+        assert int(re.search(r"came to #(\d+)", one)[1]) == int(rest.split()[0]) + 1
+        with pytest.raises(CollectiveMismatchError):  # rank 1 is one ahead from now on: the last test of this pool
+            checked.submit("run", lab.sum_of, 1.0).result(20)
+    else:
+        assert checked.submit("run", lab.sum_of, 1.0).result(20) == [6.0] * 3
+
+
+def test_a_mismatch_fails_the_call_as_itself() -> None:
+    with ProcessRanks(TWO, lab.Lab, checked=True) as ranks:
+        error = error_of(ranks, lab.in_different_labels)
+        assert type(error) is CollectiveMismatchError
+        assert 'rank 0 came to #1 barrier "layer 3 experts", rank 1 to #1 barrier "layer 3 mlp"' in str(error)
+
+
+# --- a rank that does not come
+
+
+def test_a_rank_that_skips_a_collective_is_named_at_once() -> None:
+    """Long before the limit for one that is late: it has ended the call that the other is in."""
+
+    def skip(is_checked: bool) -> None:
+        with ProcessRanks(TWO, lab.Lab, checked=is_checked, timeout_s=600) as ranks:
+            error = error_of(ranks, lab.step_without, 1, "layer 7 experts")
+            assert type(error) is RankError
+            assert str(error).startswith('rank 1 will not come; rank 0 waits at #2 all_reduce "layer 7 experts"')
+            assert 'rank 1 last came to #1 barrier "start" of ranks 0, 1; rank 1 had ended that call' in str(error)
+
+    at_once([lambda is_checked=is_checked: skip(is_checked) for is_checked in (False, True)])
+
+
+def test_ranks_that_wait_for_each_other_in_different_groups_are_named() -> None:
+    with ProcessRanks(Mesh.of(dp=2, tp=2), lab.Lab, timeout_s=600) as ranks:
+        text = str(error_of(ranks, lab.in_different_groups))
+        assert "rank 1 will not come" in text
+        assert 'rank 0 waits at #0 barrier "attention sum"' in text
+        assert 'rank 1 last came to #1 barrier "idle step" of ranks 0, 1, 2, 3' in text
+
+
+def test_a_late_rank_is_waited_for_and_named_when_it_is_too_late() -> None:
+    with ProcessRanks(TWO, lab.Lab, timeout_s=2.0) as ranks:
+        assert ranks.submit("run", lab.late, 1, 0.9).result(20) == [None] * 2
+        error = error_of(ranks, lab.late, 1, 20.0)
+        assert type(error) is RankError
+        assert str(error) == (
+            'rank 1 did not come within 2 s; rank 0 waits at #2 barrier "layer 7 experts"; '
+            'rank 1 last came to #1 barrier "layer 7 experts" of ranks 0, 1'
+        )
+
+
+# --- a rank that raises
+
+
+def test_an_error_keeps_its_type_and_fails_its_call_and_all_later_ones() -> None:
+    rank = 1
+    with ProcessRanks(TWO, lab.Lab) as ranks:
+        before = ranks.submit("run", lab.sum_of, 1.0)
+        bad = ranks.submit("run", lab.fail, rank, ArithmeticError("worker broke"))
+        after = ranks.submit("run", lab.sum_of, 2.0)
+        with pytest.raises(ArithmeticError, match="worker broke") as told:
+            bad.result(20)
+        assert before.result(20) == [3.0] * 2
+        assert str(told.value) == "worker broke"
+        notes = "\n".join(told.value.__notes__)
+        assert f"rank {rank} (pid {ranks.pids[rank]} on " in notes and "in fail\n" in notes, "the rank's own traceback"
+        for future in (after, ranks.submit("run", lab.sum_of, 3.0)):
+            assert future.exception(20) is told.value
+        wait_for_the_end_of(ranks.pids, 5)
+
+
+def test_an_error_that_cannot_be_sent_is_told_as_a_rank_error() -> None:
+    with ProcessRanks(TWO, lab.Lab) as ranks:
+        error = error_of(ranks, lab.fail, 1, "odd")
+        assert type(error) is RankError
+        assert re.fullmatch(r"rank 1 \(pid \d+ on .+\) failed: OddError: 1 and 2", str(error))
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_of_the_call() -> None:
+    with ProcessRanks(TWO, lab.Lab) as ranks:
+        assert "pickle" in str(error_of(ranks, lab.cannot_be_sent))
+
+
+def test_a_worker_that_cannot_be_built_raises_its_error_at_once() -> None:
+    with pytest.raises(FileNotFoundError, match="00002-of-00002"):
+        ProcessRanks(TWO, lab.Broken, timeout_s=600)
+
+
+def test_a_rank_that_ends_while_it_is_built_is_named() -> None:
+    with pytest.raises(RankError, match=r"rank 1 \(pid \d+ on .+\) ended with exit code 7"):
+        ProcessRanks(TWO, lab.Dead, timeout_s=600)
+
+
+# --- a rank that is gone
+
+
+def test_a_killed_rank_is_named_with_what_the_others_were_at() -> None:
+    def kill(rank: int) -> None:
+        with ProcessRanks(TWO, lab.Lab) as ranks:
+            future = ranks.submit("run", lab.spin)
+            time.sleep(0.3)
+            os.kill(ranks.pids[rank], signal.SIGKILL)
+            start = time.monotonic()
+            with pytest.raises(RankError) as told:
+                future.result(20)
+            assert time.monotonic() - start < 3
+            text = str(told.value)
+            assert text.startswith(f"rank {rank} (pid {ranks.pids[rank]} on ")
+            assert "was killed by signal 9 (SIGKILL)" in text
+            assert re.search(rf"rank [^{rank}] \(pid \d+ on .+\) was at #\d+ all_reduce \"sum\"", text)
+            wait_for_the_end_of(ranks.pids, 5)
+
+    at_once([lambda rank=rank: kill(rank) for rank in range(2)])
+
+
+def test_an_idle_rank_that_dies_fails_the_next_call() -> None:
+    with ProcessRanks(TWO, lab.Lab) as ranks:
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        wait_for_the_end_of(ranks.pids, 5)
+        with pytest.raises(RankError, match=r"rank 1 .* was killed by signal 9"):
+            ranks.submit("run", lab.sum_of, 1.0).result(5)
+
+
+# --- the host
+
+HOST = """
+    import sys, time
+    sys.path.insert(0, sys.argv[1])
+    import ranks_lab as lab
+    from narrows.comm import ProcessRanks
+    from narrows.layout import Mesh
+
+    ranks = ProcessRanks(Mesh.of(dp=1, tp=2), lab.Lab, timeout_s=600)
+    print(*ranks.pids, flush=True)
+    {then}
+"""
+
+
+def start_host(then: str) -> subprocess.Popen[str]:
+    program = textwrap.dedent(HOST).replace("{then}", then)
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def pids_of(host: subprocess.Popen[str]) -> list[int]:
+    assert host.stdout is not None
+    return [int(pid) for pid in host.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("then", ["ranks.submit('run', lab.spin).result()", "time.sleep(60)"])
+def test_ranks_end_by_themselves_when_their_host_is_killed(then: str) -> None:
+    with start_host(then) as host:
+        pids = pids_of(host)
+        assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
+        time.sleep(0.2)
+        host.kill()
+        assert wait_for_the_end_of(pids, 10) < 10
+        assert host.stderr is not None and host.stderr.read() == ""
+
+
+def test_ranks_end_by_themselves_when_their_host_is_killed_before_they_have_started() -> None:
+    """That none is left is what the fixture looks for."""
+    with start_host("pass") as host:
+        time.sleep(1.0)
+        host.kill()
+
+
+def test_an_owner_who_forgets_to_close_leaves_nothing() -> None:
+    forgets = start_host("ranks.submit('run', lab.sum_of, 1.0).result(20); del ranks; time.sleep(9)")
+    ends = start_host("ranks.submit('run', lab.spin)")  # at exit, with ranks at work
+    with forgets, ends:
+        wait_for_the_end_of(pids_of(forgets), 3)
+        assert forgets.poll() is None
+        forgets.kill()
+        pids = pids_of(ends)
+        assert ends.wait(20) == 0
+        wait_for_the_end_of(pids, 1)
+        assert ends.stderr is not None and ends.stderr.read() == ""
+
+
+def stop(rank: int) -> None:
+    with ProcessRanks(TWO, lab.Lab, timeout_s=600) as ranks:
+        future = ranks.submit("run", lab.spin)
+        time.sleep(0.3)
+        os.kill(ranks.pids[rank], signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(RankError) as told:
+            future.result(30)
+        assert time.monotonic() - start < 10
+        assert f"rank {rank} (pid {ranks.pids[rank]} on " in str(told.value)
+        assert "is stopped: nothing was heard for 6 s" in str(told.value)
+        assert re.search(rf'rank {1 - rank} waits at #\d+ all_reduce "sum"', str(told.value))
+        wait_for_the_end_of(ranks.pids, 10)
+
+
+def pause() -> None:
+    """Ctrl-Z, and `fg` later than anyone's silence is borne."""
+    with start_host("[ranks.submit('run', lab.late, 0, 0.1).result() for i in range(20)]") as host:
+        pids = pids_of(host)
+        group = os.getpgid(host.pid)
+        assert {os.getpgid(pid) for pid in pids} == {group}
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(7.5)
+        assert all(is_alive(pid) for pid in [host.pid, *pids])
+        os.killpg(group, signal.SIGCONT)
+        assert host.wait(20) == 0
+        assert host.stderr is not None and host.stderr.read() == ""
+        wait_for_the_end_of(pids, 1)
+
+
+def test_a_stopped_rank_is_named_and_all_end_but_when_all_are_stopped_they_go_on() -> None:
+    at_once([lambda: stop(0), lambda: stop(1), pause])
