@@ -14,7 +14,7 @@ from narrows.arch.config import GQA, MLA, ModelConfig
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Span, deal, starts
 
-__all__ = ["Forms", "check_mesh", "deal_blocks", "form_choices", "head_spans", "kv_head_spans"]
+__all__ = ["Forms", "check_mesh", "deal_blocks", "form_choices", "form_words", "head_spans", "kv_head_spans"]
 
 _BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -37,6 +37,18 @@ class Forms:
             f"embed {self.embed}, qkv_a_proj {self.qkv_a_proj}, "
             f"shared expert {self.shared_expert}, experts {self.experts}"
         )
+
+
+def form_words(config: ModelConfig, forms: Forms) -> str:
+    """``forms`` in words, without those of parts that this model does not have."""
+    words = [f"embed {forms.embed}"]
+    if isinstance(config.attention, MLA):
+        words.append(f"qkv_a_proj {forms.qkv_a_proj}")
+    if config.moe is not None:
+        if config.moe.n_shared_experts:
+            words.append(f"shared expert {forms.shared_expert}")
+        words.append(f"experts {forms.experts}")
+    return ", ".join(words)
 
 
 def form_choices(config: ModelConfig, mesh: Mesh) -> tuple[Forms, ...]:

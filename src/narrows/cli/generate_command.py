@@ -12,6 +12,7 @@ from time import perf_counter
 from rich import box
 from rich.table import Table
 
+from narrows.arch.forms import form_words
 from narrows.cli.arguments import (
     add_engine_flags,
     add_host_flags,
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             f"{resolved.config.name}: {resolved.mesh}, layout {layout}, "
             f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
         )
-        notes.print(f"forms: {resolved.forms}")
+        notes.print(f"forms: {form_words(resolved.config, resolved.forms)}")
         for note in resolved.notes:
             notes.print(f"note: {note}")
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from narrows.arch.forms import Forms
+from narrows.arch.forms import Forms, form_words
 from narrows.cli.console import console
 from narrows.cost.memory import MemoryUse
 from narrows.layout import Mesh
@@ -70,19 +70,22 @@ def _print_header(page: _Page, report: PlanReport) -> None:
     deployment, shape = report.deployment, report.shape
     mesh, published = deployment.mesh, Forms()
     groups = f" ({' + '.join(str(n) for n in shape.group_rows)})" if mesh.num_groups > 1 else ""
-    launch = "from a CUDA graph" if deployment.graph else "eagerly"
+    launch = (
+        "" if deployment.device.shared_memory else ", in a CUDA graph" if deployment.graph else ", launched eagerly"
+    )
     page.put(
         Text(f"{deployment.config.name} on {mesh}: {mesh.size} x {deployment.device.title}, {deployment.dtype}", "bold")
     )
     page.put(
         f"one {shape.phase} step of {shape.rows.total} rows{groups}, context {shape.context}, "
-        f"logits of {shape.logits.total}, launched {launch}"
+        f"logits of {shape.logits.total}{launch}"
     )
+    words = form_words(deployment.config, published)
     if report.auto.forms == published:
-        page.put(f"forms: {published}")
+        page.put(f"forms: {words}")
     else:
-        page.put(f"forms of auto, chosen for this one step: {report.auto.forms}")
-        page.put(f"forms of the named layouts, as published: {published}")
+        page.put(f"forms of auto, chosen for this one step: {form_words(deployment.config, report.auto.forms)}")
+        page.put(f"forms of the named layouts, as published: {words}")
     page.put(_LEGEND)
     page.put("")
 

@@ -48,7 +48,7 @@ from narrows.comm.wire import PeersLostError
 __all__ = ["PROGRAM", "boot", "obey", "run_rank"]
 
 PROGRAM = (
-    "import json, sys; told = json.loads(sys.stdin.readline()); sys.path[:] = told['path']; "
+    "import json, sys; told = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = told['path']; "
     "from narrows.comm.rank_process import boot; boot(told)"
 )
 """What ``python -c`` runs in a rank process. What it needs to know, and the key above all, comes through its stdin:

@@ -115,6 +115,16 @@ class Engine:
                 "log-probabilities; run greedily, or leave --plan out"
             )
 
+    def _check_sampling(self, sampling: SamplingParams | None) -> None:
+        saved = self.resolved.plan
+        if saved is None or sampling is None or not sampling.needs_logits:
+            return
+        if not any(step.name == "sample" for _, step in saved.steps()):
+            raise ConfigError(
+                "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
+                "log-probabilities; run greedily, or leave --plan out"
+            )
+
     def run(self) -> Iterator[Request]:
         """Run steps until no request has work; yields a request each time it has got a token.
 

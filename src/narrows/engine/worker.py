@@ -98,7 +98,7 @@ class Worker:
         sampler = self._sampler.begin(batch, ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
-        registers = program.run(frame, ids_T)
+        registers = program.run(frame, ids_T.unsqueeze(-1))  # a column: ids move as every field does
         self._samples = registers[program.outputs["next_ids"]].flatten()
         logits = registers[program.outputs["logits"]] if keep_logits else None
         return self._read(logits, sampler)

@@ -181,9 +181,9 @@ class Decoder:
             sampler=sampler,
         )
 
-    def embed(self, step: StepInputs, ids_T: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def embed(self, step: StepInputs, ids_T1: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Rows of the embedding; ids outside this rank's part of the vocabulary give zeros, an addend of the sum."""
-        return embedding(ids_T, self.embed_VH, self.first_embedded, out=out)
+        return embedding(ids_T1.squeeze(-1), self.embed_VH, self.first_embedded, out=out)
 
     def final_norm(self, step: StepInputs, hidden_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         """RMSNorm of hidden plus residual, before the LM head."""

@@ -1,0 +1,170 @@
+"""Channels and packed calls: keys, pieces of messages, ends, and objects that are sent once."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from narrows.comm.channel import Channel, listen
+from narrows.comm.packing import Packer, Unpacker, pack
+
+KEY = b"k" * 32
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    with listen("127.0.0.1") as listener, ThreadPoolExecutor(1) as threads:
+        port = listener.getsockname()[1]
+        there = threads.submit(Channel.connect, "127.0.0.1", port, KEY)
+        here = Channel.accept(listener.accept()[0], KEY)
+        both = here, there.result(10)
+    yield both
+    for channel in both:
+        channel.close()
+
+
+def test_messages_arrive_whole_and_in_order(pair: tuple[Channel, Channel]) -> None:
+    here, there = pair
+    large = bytes(range(256)) * 40_000
+    sender = threading.Thread(target=lambda: [here.send(b"a", b"x" * i) for i in range(50)] + [here.send(b"b", large)])
+    sender.start()
+    assert [there.receive(10) for _ in range(50)] == [(b"a", b"x" * i) for i in range(50)]
+    assert there.receive(10) == (b"b", large)
+    sender.join()
+    there.try_send(b"c")
+    assert here.receive(10) == (b"c", b"")
+    assert here.address == there.address == "127.0.0.1"
+
+
+def test_a_message_that_comes_in_pieces_is_waited_for_and_kept(pair: tuple[Channel, Channel]) -> None:
+    here, there = pair
+    here._sock.sendall(b"a" + (6).to_bytes(8, "big") + b"abc")
+    start = time.monotonic()
+    assert there.receive(0.1) is None
+    assert 0.09 < time.monotonic() - start < 2
+    here._sock.sendall(b"def")
+    assert there.receive(10) == (b"a", b"abcdef")
+
+
+def test_the_end_of_a_connection_is_told_to_both_and_wakes_who_waits(pair: tuple[Channel, Channel]) -> None:
+    here, there = pair
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(here.receive, 10)
+        time.sleep(0.05)
+        here.shut()
+        with pytest.raises(EOFError):
+            waiting.result(5)
+    with pytest.raises(EOFError):
+        there.receive(10)
+    with pytest.raises(OSError):
+        [there.send(b"a", b"x" * 1000) for _ in range(1000)]
+    there.try_send(b"a")  # says nothing
+
+
+def test_a_short_message_that_cannot_be_sent_at_once_is_dropped(pair: tuple[Channel, Channel]) -> None:
+    """Whoever beats must not wait for one that does not read."""
+    here, _ = pair
+    with ThreadPoolExecutor(1) as threads:
+        stuck = threads.submit(here.send, b"a", b"x" * 50_000_000)
+        time.sleep(0.2)
+        assert not stuck.done()
+        start = time.monotonic()
+        here.try_send(b"b")
+        assert time.monotonic() - start < 0.5
+        here.shut()
+        with pytest.raises(OSError):
+            stuck.result(5)
+
+
+@pytest.mark.parametrize("wrong", ["connects", "listens"])
+def test_another_key_is_refused_before_anything_is_read(wrong: str) -> None:
+    with listen("127.0.0.1") as listener, ThreadPoolExecutor(1) as threads:
+        port = listener.getsockname()[1]
+        there = threads.submit(Channel.connect, "127.0.0.1", port, b"?" * 32 if wrong == "connects" else KEY)
+        with pytest.raises(EOFError, match="another key"):
+            Channel.accept(listener.accept()[0], b"?" * 32 if wrong == "listens" else KEY)
+        with pytest.raises((EOFError, OSError)):
+            there.result(10)
+
+
+def test_the_listener_proves_the_key_too() -> None:
+    """Who connects does not talk to whoever happens to listen there."""
+    with listen("127.0.0.1") as listener, ThreadPoolExecutor(1) as threads:
+        there = threads.submit(Channel.connect, "127.0.0.1", listener.getsockname()[1], KEY)
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(b"n" * 32)
+            sock.recv(64)
+            sock.sendall(b"m" * 32)
+            with pytest.raises(EOFError, match="another key"):
+                there.result(10)
+
+
+def test_a_listener_is_on_its_own_address_alone() -> None:
+    with listen("127.0.0.1") as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.2", listener.getsockname()[1]), 1):
+            pass
+
+
+# --- packed calls
+
+
+@dataclass(frozen=True)
+class Table:
+    numbers: tuple[int, ...]
+
+
+def test_tensors_keep_bits_dtype_and_shape() -> None:
+    wide = torch.arange(12.0).view(3, 4)
+    tensors = [
+        wide,
+        wide.T[1:],  # not contiguous
+        torch.tensor(1.5, dtype=torch.bfloat16),
+        torch.zeros(0, 3, dtype=torch.int32),
+        torch.tensor([True, False]),
+        torch.tensor([1.0]).to(torch.float8_e4m3fn),
+    ]
+    with torch.inference_mode():
+        tensors.append(torch.ones(2) * 3)
+    again = pickle.loads(pack({"all": tensors}))["all"]
+    for x, y in zip(tensors, again, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape) and torch.equal(x.float(), y.float())
+        y.zero_()  # its own memory
+    assert wide[0, 1] == 1
+
+
+def test_an_object_of_the_types_given_is_packed_once_by_identity() -> None:
+    packer, unpack = Packer((Table,)), Unpacker()
+    table, twin = Table(tuple(range(10_000))), Table(tuple(range(10_000)))
+    first = pack(("step", (1, [table, table])), packer)
+    (kept,) = packer.take_new()
+    assert len(first) < 200 < len(kept)
+    unpack.keep(kept)
+    _, (_, (a, b)) = unpack(first)
+    assert a is b and a == table
+    assert pack(("step", (2, table)), packer) and packer.take_new() == []
+    assert unpack(pack(("step", table), packer))[1] is a
+    pack(twin, packer)
+    (more,) = packer.take_new()
+    unpack.keep(more)
+    assert unpack(pack(twin, packer)) is not a
+
+
+def test_an_object_stays_as_long_as_its_number() -> None:
+    """A new object at the address of one that is gone would be taken for it."""
+    packer = Packer((Table,))
+    numbers = set()
+    for i in range(50):
+        table = Table((i,))
+        numbers.add(packer.number_of(table))
+        del table
+    assert len(numbers) == 50
