@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-full check format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "full or not full"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -198,11 +198,13 @@ def send_buffers(world: World) -> None:
     assert {x.data_ptr() for x in again} == lent, "a buffer is free again after its collective"
     assert bool((a == 1).all()) and bool((b == 2).all()) and not {a.data_ptr(), b.data_ptr()} & lent
     split = (5, *(0,) * (len(ranks) - 1))
-    for _ in range(3):
-        x = world.send_buffer(5, 3, torch.float32).fill_(world.rank + 1)
-        whole = world.all_reduce(x, ranks, split, "sum")
-        world.send_buffer(5, 3, torch.float32).fill_(100)
-        assert bool((whole == sum(r + 1 for r in ranks)).all()), "a result lies in a send buffer"
+    x = world.send_buffer(5, 3, torch.float32).fill_(world.rank + 1)
+    for reduce in (world.all_reduce, world.reduce_scatter, world.all_reduce):
+        summed = reduce(x, ranks, split, "sum")
+        again = world.send_buffer(5, 3, torch.float32).fill_(100)
+        assert again.data_ptr() == x.data_ptr(), "a buffer is free again after its collective"
+        assert bool((summed == sum(r + 1 for r in ranks)).all()), "a result lies in a send buffer"
+        x = again.fill_(world.rank + 1)
 
 
 def groups_of_one(world: World) -> None:

@@ -58,9 +58,9 @@ def test_results_are_nobody_elses_memory(pool) -> None:
     pool.submit("run", lab.results_are_nobody_elses).result(20)
 
 
-@pytest.mark.parametrize("size", [1, 600])
-def test_an_input_may_be_written_again_as_soon_as_the_call_returns(pool, size: int) -> None:
-    pool.submit("run", lab.inputs_may_be_written_again, 30, size).result(20)
+@pytest.mark.parametrize(("rounds", "size"), [(30, 1), (30, 600), (4, 60_000)])
+def test_an_input_may_be_written_again_as_soon_as_the_call_returns(pool, rounds: int, size: int) -> None:
+    pool.submit("run", lab.inputs_may_be_written_again, rounds, size).result(30)
 
 
 def test_send_buffers_are_free_again_after_their_collective(pool) -> None:

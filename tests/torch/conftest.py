@@ -57,6 +57,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "qwen2": _COMMON | {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": _COMMON | {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 12},
+    "qwen3-moe": _COMMON
+    | {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "moe_intermediate_size": 16,
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
 }  # fmt: skip
 
 TinyModel = Callable[..., Path]

@@ -295,10 +295,24 @@ def test_every_set_of_forms_equals_one_rank(tiny_model: Callable[..., Path], dp:
         ("llama-9", 2, 2),
         ("llama-9", 2, 5),
         ("llama-9", 3, 1),
+        ("qwen2", 1, 3),
+        ("qwen2", 2, 2),
+        ("qwen3", 1, 4),
+        ("qwen3", 2, 1),
+        ("qwen3-moe", 1, 3),
+        ("qwen3-moe", 2, 2),
     ],
 )
 def test_other_families(tiny_model: Callable[..., Path], kind: str, dp: int, tp: int) -> None:
     check_all_layouts(tiny_model(kind), Steps(dp, tp, longest=70))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("dp", "tp"), MESHES)
+@pytest.mark.parametrize("kind", ["v2", "v2-lite", "llama", "llama-9", "qwen2", "qwen3", "qwen3-moe"])
+def test_every_other_family_on_every_mesh(tiny_model: Callable[..., Path], kind: str, dp: int, tp: int) -> None:
+    """The whole grid that V3 is held to (1023 rows too), for the families that CI covers by pairs."""
+    check_all_layouts(tiny_model(kind), Steps(dp, tp))
 
 
 @pytest.mark.parametrize(("kind", "dp", "tp"), [("v2", 1, 3), ("v2-lite", 2, 2), ("llama", 2, 2), ("llama-9", 1, 4)])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,45 +302,52 @@ REPLICATED = Forms(shared_expert="replicated")
 # -- A. who completes the sum ------------------------------------------------------------------------------------------
 
 
-def _twice(patch: pytest.MonkeyPatch) -> None:
-    def reduce_first(name: str) -> None:
+Real = Callable[..., list[Tensor]]
+Way = Callable[[Mover, Real, Tensor, Geometry, Sequence[Tensor]], list[Tensor]]
+"""How a sum is taken: (mover, the way it should be, this rank's addend of the sum, row counts, addends that join)."""
+
+
+def _sums_taken(patch: pytest.MonkeyPatch, way: Way) -> None:
+    """Both moves that take sums go another way."""
+
+    def other(name: str) -> Callable[..., list[Tensor]]:
         real = getattr(Mover, name)
 
-        def twice(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-            (x,) = xs
-            return real(self, [self._world.all_reduce(x, self.ranks, geometry.pieces, self.label)], geometry, addends)
-
-        patch.setattr(Mover, name, twice)
-
-    reduce_first("_all_reduce")
-    reduce_first("_reduce_scatter")
-
-
-def _never(patch: pytest.MonkeyPatch) -> None:
-    def all_reduce(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        return [xs[0].clone()]
-
-    def reduce_scatter(
-        self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return [xs[0][geometry.start : geometry.stop].clone()]
-
-    patch.setattr(Mover, "_all_reduce", all_reduce)
-    patch.setattr(Mover, "_reduce_scatter", reduce_scatter)
-
-
-def _experts_reduce_too(patch: pytest.MonkeyPatch) -> None:
-    real = Mover._reduce_scatter, Mover._all_reduce
-
-    def scaled(which: int) -> Callable[..., list[Tensor]]:
         def reduced(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-            times = len(self.ranks) if "layer 2 input_norm" in self.label else 1
-            return real[which](self, [xs[0] * times], geometry, addends)
+            (x,) = xs
+            return way(self, partial(real, self), x, geometry, addends)
 
         return reduced
 
-    patch.setattr(Mover, "_reduce_scatter", scaled(0))
-    patch.setattr(Mover, "_all_reduce", scaled(1))
+    for name in ("_all_reduce", "_reduce_scatter"):
+        patch.setattr(Mover, name, other(name))
+
+
+def _not_taken(mover: Mover, x: Tensor, geometry: Geometry) -> list[Tensor]:
+    """What the move leaves without its sum: the right rows, this rank's addend."""
+    whole = mover.move.kind is MoveKind.ALL_REDUCE
+    return [(x if whole else x[geometry.start : geometry.stop]).clone()]
+
+
+def _twice(patch: pytest.MonkeyPatch) -> None:
+    _sums_taken(
+        patch,
+        lambda mover, real, x, geometry, addends: real(
+            [mover._world.all_reduce(x, mover.ranks, geometry.pieces, mover.label)], geometry, addends
+        ),
+    )
+
+
+def _never(patch: pytest.MonkeyPatch) -> None:
+    _sums_taken(patch, lambda mover, real, x, geometry, addends: _not_taken(mover, x, geometry))
+
+
+def _experts_reduce_too(patch: pytest.MonkeyPatch) -> None:
+    def scaled(mover: Mover, real: Real, x: Tensor, geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        times = len(mover.ranks) if "layer 2 input_norm" in mover.label else 1
+        return real([x * times], geometry, addends)
+
+    _sums_taken(patch, scaled)
 
 
 @planted(
@@ -357,24 +365,20 @@ def test_a_sum_is_taken_once(
 
 
 def _lost_from_the_fourth_step(patch: pytest.MonkeyPatch) -> None:
-    step, all_reduce, reduce_scatter = Worker.step, Mover._all_reduce, Mover._reduce_scatter
+    real_step = Worker.step
 
-    def counted(self: Worker, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
+    def step(self: Worker, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         self.num_steps = getattr(self, "num_steps", 0) + 1  # type: ignore[attr-defined]
         self.world.lost = self.num_steps > 3  # type: ignore[attr-defined]
-        return step(self, batch, plan, keep_logits)
+        return real_step(self, batch, plan, keep_logits)
 
-    def all_reduced(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        lost = getattr(self._world, "lost", False) and "layer 1 post_attn_norm" in self.label
-        return [xs[0].clone()] if lost else all_reduce(self, xs, geometry, addends)
+    def lost(mover: Mover, real: Real, x: Tensor, geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        if getattr(mover._world, "lost", False) and "layer 1 post_attn_norm" in mover.label:
+            return _not_taken(mover, x, geometry)
+        return real([x], geometry, addends)
 
-    def scattered(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        lost = getattr(self._world, "lost", False) and "layer 1 post_attn_norm" in self.label
-        return [xs[0][geometry.start : geometry.stop]] if lost else reduce_scatter(self, xs, geometry, addends)
-
-    patch.setattr(Worker, "step", counted)
-    patch.setattr(Mover, "_all_reduce", all_reduced)
-    patch.setattr(Mover, "_reduce_scatter", scattered)
+    patch.setattr(Worker, "step", step)
+    _sums_taken(patch, lost)
 
 
 @planted(Mistake("a-sum-is-lost-from-the-fourth-step", _lost_from_the_fourth_step, words=r"step 3 of .* differ"))
@@ -433,18 +437,10 @@ def _shared_on_every_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def _joined_by_every_rank(patch: pytest.MonkeyPatch) -> None:
-    for name in ("_all_reduce", "_reduce_scatter"):
-
-        def times_ranks(
-            self: Mover,
-            xs: Sequence[Tensor],
-            geometry: Geometry,
-            addends: Sequence[Tensor],
-            real: Callable[..., list[Tensor]] = getattr(Mover, name),
-        ) -> list[Tensor]:
-            return real(self, xs, geometry, [addend * len(self.ranks) for addend in addends])
-
-        patch.setattr(Mover, name, times_ranks)
+    _sums_taken(
+        patch,
+        lambda mover, real, x, geometry, addends: real([x], geometry, [a * len(mover.ranks) for a in addends]),
+    )
 
 
 @planted(
@@ -540,14 +536,12 @@ def test_each_rank_s_slice_of_the_residual_is_its_own(
 
 
 def _norm_before_the_sum_over_tp(patch: pytest.MonkeyPatch) -> None:
-    real = Mover._all_reduce
+    def normed(mover: Mover, real: Real, x: Tensor, geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        if "post_attn_norm" in mover.label:
+            return _not_taken(mover, x, geometry)
+        return real([x], geometry, addends)
 
-    def reduced(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        if "post_attn_norm" in self.label:
-            return [xs[0].clone()]
-        return real(self, xs, geometry, addends)
-
-    patch.setattr(Mover, "_all_reduce", reduced)
+    _sums_taken(patch, normed)
 
 
 @planted(Mistake("normed-while-tp-owes-the-sum", _norm_before_the_sum_over_tp))
@@ -1103,17 +1097,10 @@ def test_a_dead_row_loads_no_expert(mistake: Mistake | None, monkeypatch: pytest
 
 
 def _one_row_needs_no_sum(patch: pytest.MonkeyPatch) -> None:
-    real = Mover._all_reduce, Mover._reduce_scatter
+    def unless_one(mover: Mover, real: Real, x: Tensor, geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
+        return _not_taken(mover, x, geometry) if sum(geometry.pieces) == 1 else real([x], geometry, addends)
 
-    def all_reduce(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        return [xs[0].clone()] if sum(geometry.pieces) == 1 else real[0](self, xs, geometry, addends)
-
-    def scatter(self: Mover, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        own = slice(geometry.start, geometry.stop)
-        return [xs[0][own].clone()] if sum(geometry.pieces) == 1 else real[1](self, xs, geometry, addends)
-
-    patch.setattr(Mover, "_all_reduce", all_reduce)
-    patch.setattr(Mover, "_reduce_scatter", scatter)
+    _sums_taken(patch, unless_one)
 
 
 @planted(Mistake("one-row-needs-no-sum", _one_row_needs_no_sum))

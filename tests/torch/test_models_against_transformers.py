@@ -22,6 +22,12 @@ from transformers import (
     DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging
 
@@ -62,6 +68,13 @@ DEEPSEEK = COMMON | {
     "topk_group": 2,
 }
 LLAMA = COMMON | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+QWEN3_MOE = LLAMA | {
+    "head_dim": 24,
+    "moe_intermediate_size": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -90,6 +103,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=LLAMA3)),
     "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**LLAMA)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA | {"head_dim": 24})),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN3_MOE)),
 }
 MESHES = [(1, 1), (1, 3), (2, 2)]
 NEW_TOKENS = 32
