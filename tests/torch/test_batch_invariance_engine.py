@@ -152,6 +152,23 @@ def test_under_every_layout(tiny_model: Any, kind: str, dp: int, tp: int) -> Non
             check(engine)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_the_book_would_sum_in_another_order(
+    tiny_model: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Priced for a device whose plans go other ways for few rows and many; without the one plan it is seen."""
+    options = dict(dtype=dtype, device="l40s")
+    with RecordingEngine(resolved(tiny_model("v3"), 2, 2, **options)) as engine:
+        check(engine)
+    with RecordingEngine(resolved(tiny_model("v3"), 2, 2, **options)) as engine:
+        monkeypatch.setattr(engine, "_book_for", lambda batch: engine._logits_book)
+        with pytest.raises(AssertionError, match=r"on rank 0: .* numbers, by up to"):
+            check(engine)
+        assert len({plan.signature() for _, plan in engine._logits_book.plans()}) > 1, (
+            "take a device whose plans differ"
+        )
+
+
 @pytest.mark.parametrize("kind", ["llama", "v3"])
 def test_the_row_budget_and_the_pages_do_not_matter_either(tiny_model: Any, kind: str) -> None:
     with RecordingEngine(resolved(tiny_model(kind), 1, 2)) as engine:
