@@ -131,9 +131,11 @@ def sum_of(world: World, value: float) -> float:
     return world.all_reduce(x, everyone(world), (1,) * world.mesh.size, "sum")[0, 0].item()
 
 
-def facts(world: World) -> tuple[int, int, int, bool, bool, str]:
-    main = threading.current_thread() is threading.main_thread()
-    return world.rank, os.getpid(), torch.get_num_threads(), torch.is_inference_mode_enabled(), main, sys.argv[-1]
+def facts(world: World) -> tuple[int, int, int, bool, bool, bool, str]:
+    in_main = threading.current_thread() is threading.main_thread()
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    inference = torch.is_inference_mode_enabled()
+    return world.rank, os.getpid(), torch.get_num_threads(), inference, in_main, deaf, sys.argv[-1]
 
 
 # --- whose memory
@@ -183,6 +185,11 @@ def inputs_may_be_written_again(world: World, rounds: int, size: int) -> None:
         copied = world.broadcast(x, ranks, num - 1, "b")
         x.fill_(-1)
         assert bool((copied == i * 10 + num - 1).all())
+        copied.fill_(-1)  # who sent the most came back the first: what is still under way must not change
+        x.fill_(i * 10 + me)
+        piece = world.reduce_scatter(x, ranks, (*(0,) * (num - 1), num * size), "r to the last")
+        x.fill_(-1)
+        assert bool((piece == summed).all())
 
 
 def send_buffers(world: World) -> None:

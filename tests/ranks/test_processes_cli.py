@@ -30,8 +30,15 @@ def generate(folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "narrows", "generate", str(folder), *PROMPTS, "--max-tokens", "8", *more]
 
 
-def start(command: Sequence[str]) -> Process:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(command: Sequence[str], **environment: str) -> Process:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | environment,
+    )
 
 
 def ended(process: Process, seconds: float = 60) -> tuple[int, str, str]:
@@ -193,6 +200,18 @@ def test_every_node_ends_with_the_hosts_exit_code(speaking_v3: Path) -> None:
     code, out, err = ended(node, 10)
     assert (code, out) == (2, "")
     assert err.startswith("narrows: node 1 was ended by its host: the prompt has 3 tokens") and err.count("\n") == 1
+
+
+def test_ranks_started_by_hand_with_torchruns_variables_end_with_the_hosts_exit_code(speaking_v3: Path) -> None:
+    """Without torchrun's agent, which would serve the store and replace the exit codes by its own."""
+    port = str(free_port())
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = generate(speaking_v3, "--tp", "2", "--max-context", "2")
+    host, rank = (start(command, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1))
+    code, out, err = ended(host)
+    assert (code, out) == (2, "") and "the prompt has 3 tokens" in err
+    code, out, err = ended(rank, 10)
+    assert (code, out) == (2, "") and err.startswith("narrows: the prompt has 3 tokens") and err.count("\n") == 1
 
 
 def test_a_node_whose_host_dies_ends_too(speaking_v3: Path) -> None:

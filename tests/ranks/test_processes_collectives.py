@@ -72,9 +72,8 @@ def test_a_group_of_one_rank_meets_nobody(pool) -> None:
 
 
 def test_a_rank_is_a_process_of_one_torch_thread(pool) -> None:
-    for rank, (own, pid, num_threads, inference, main, name) in enumerate(pool.submit("run", lab.facts).result(20)):
-        assert (own, pid, num_threads, inference, main) == (rank, pool.pids[rank], 1, True, True)
-        assert name == f"narrows rank {rank}"
+    said = pool.submit("run", lab.facts).result(20)
+    assert said == [(r, pid, 1, True, True, True, f"narrows rank {r}") for r, pid in enumerate(pool.pids)]
 
 
 # --- calls

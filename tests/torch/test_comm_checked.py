@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from narrows.comm import Stamp, World, run_ranks
+from narrows.comm import Stamp, ThreadRanks, World, run_ranks
 from narrows.comm.meeting import Commons
 from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
@@ -366,3 +367,22 @@ def test_no_rank_may_skip_a_collective_because_it_holds_no_rows() -> None:
 
     error, _ = errors_of(FOUR, rank, timeout_s=0.2)
     assert "rank 2 did not come" in str(error)
+
+
+def test_a_rank_that_lost_a_whole_call_is_seen_at_the_next_one() -> None:
+    """The next call has the same label, shape and number of collectives: only the count of calls tells them apart."""
+
+    class Worker:
+        def __init__(self, world: World) -> None:
+            self.world = world
+
+        def step(self, value: int, skips: int | None) -> Tensor | None:
+            if skips == self.world.rank:
+                return None
+            return self.world.all_reduce(torch.full((2, 2), float(value)), (0, 1), (1, 1), "layer 0 sum")
+
+    with ThreadRanks(Mesh.of(dp=1, tp=2), Worker, checked=True, timeout_s=20) as ranks:
+        steps = [ranks.submit("step", value, 1 if value == 1 else None) for value in range(3)]
+        assert [result.tolist() for result in steps[0].result(timeout=10)] == [[[0.0, 0.0], [0.0, 0.0]]] * 2
+        with pytest.raises(CollectiveMismatchError, match=r"in call 3.*in call 4|in call 4.*in call 3"):
+            steps[1].result(timeout=10)

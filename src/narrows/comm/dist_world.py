@@ -84,6 +84,7 @@ class DistWorld:
         self.rank = rank
         self.mesh = mesh
         self.checked = checked
+        self.call = 0
         self.where: Where | None = None
         self._seats = {ranks: _Seat(ranks, *both) for ranks, both in wires.items()}
         self._buffers = Buffers(device)
@@ -186,6 +187,7 @@ class DistWorld:
 
     def _meet(self, seat: _Seat, stamp: Stamp, work: Callable[[], T]) -> T:
         """What ``work`` brings; in checked mode nothing is sent before all stamps agree."""
+        stamp = stamp._replace(call=self.call)
         self.where = Where(stamp, seat.ranks, monotonic())
         if self.checked:
             seat.compare(stamp)
@@ -256,11 +258,11 @@ def _tensor(data: bytes) -> Tensor:
 
 def _encoded(stamp: Stamp) -> bytes:
     shapes = [[dims, str(dtype).removeprefix("torch.")] for dims, dtype in stamp.shapes]
-    return json.dumps([*stamp._replace(shapes=())[:4], shapes, stamp.split, stamp.root]).encode()
+    return json.dumps([*stamp._replace(shapes=())[:4], shapes, stamp.split, stamp.root, stamp.call]).encode()
 
 
 def _decoded(data: bytes) -> Stamp:
     """A stamp from a peer: plain values, nothing that could run."""
-    number, op, label, num_ranks, shapes, split, root = json.loads(data)
+    number, op, label, num_ranks, shapes, split, root, call = json.loads(data)
     fields = tuple((tuple(dims), getattr(torch, name)) for dims, name in shapes)
-    return Stamp(number, op, label, num_ranks, fields, tuple(split), root)
+    return Stamp(number, op, label, num_ranks, fields, tuple(split), root, call)

@@ -168,6 +168,8 @@ class _Rank:
 
     def _call(self, data: bytes) -> None:
         method, args = self._unpack(data)
+        assert self._host.world is not None, "a call came before the world was set up"
+        self._host.world.call = self._number + 1
         if method is None:
             (make,) = args
             result = self._worker = make(self._host.world)

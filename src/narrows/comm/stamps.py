@@ -38,6 +38,8 @@ class Stamp(NamedTuple):
     split: tuple[int, ...] = ()
     """Rows, or columns, per member."""
     root: int | None = None
+    call: int = 0
+    """Which call of the engine it belongs to, counted by the rank: a rank that lost a whole call is seen at once."""
 
     def __str__(self) -> str:
         text = f'#{self.number} {self.op} "{self.label}"'
@@ -48,6 +50,8 @@ class Stamp(NamedTuple):
             text += f" split {'+'.join(map(str, self.split))}"
         if self.root is not None:
             text += f" from rank {self.root}"
+        if self.call:
+            text += f" in call {self.call}"
         return text
 
 
@@ -66,6 +70,8 @@ def mismatch(ranks: Sequence[int], stamps: Sequence[Stamp]) -> str:
     first = stamps[0]
     if all(stamp == first for stamp in stamps):
         return ""
+    if len({stamp.call for stamp in stamps}) == 1:
+        stamps = [stamp._replace(call=0) for stamp in stamps]  # what is the same everywhere explains nothing
     came: dict[Stamp, list[int]] = {}
     for rank, stamp in zip(ranks, stamps, strict=True):
         came.setdefault(stamp, []).append(rank)

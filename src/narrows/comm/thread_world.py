@@ -31,6 +31,7 @@ class ThreadWorld:
         self.rank = rank
         self.mesh = commons.mesh
         self.checked = commons.checked
+        self.call = 0
         self._commons = commons
         self._seats: dict[tuple[int, ...], _Seat] = {}
         self._buffers = Buffers()
@@ -130,7 +131,7 @@ class ThreadWorld:
                 raise CollectiveMismatchError(f"ranks met in different collectives: {said}")
             return make(brought)
 
-        return seat.meeting.meet(seat.me, stamp, thing, work)
+        return seat.meeting.meet(seat.me, stamp._replace(call=self.call), thing, work)
 
     def _joined(self, x: Tensor, addends: Sequence[Tensor]) -> Tensor:
         """A sum in a group of one rank: its input, with the addends."""

@@ -108,6 +108,7 @@ class _Crew:
             while (call := self._queues[rank].get()) is not None:
                 if call.future.done():  # it failed on another rank, or before it was begun
                     continue
+                world.call += 1
                 try:
                     if call.method is None:
                         result = worker = self._make(world)

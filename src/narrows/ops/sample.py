@@ -128,17 +128,16 @@ def _draw_rows(
 ) -> Tensor:
     """`sample` of rows with a temperature, from candidates, or from all tokens where those do not settle it."""
     num_candidates = min(num_candidates, logits_TV.shape[1])
-    wide_TV = logits_TV.double()
-    best_TC, ids_TC = wide_TV.topk(num_candidates, dim=-1)
+    best_TC, ids_TC = logits_TV.topk(num_candidates, dim=-1)
     ids_TC, order_TC = ids_TC.sort(dim=-1)  # by rising id first: topk promises no order among equal values
-    values_TC, place_TC = best_TC.gather(-1, order_TC).sort(dim=-1, descending=True, stable=True)
+    values_TC, place_TC = best_TC.double().gather(-1, order_TC).sort(dim=-1, descending=True, stable=True)
     ids_TC = ids_TC.gather(-1, place_TC)
     weights_TC = _weights(values_TC, values_TC[:, :1], temperature_T1)
     tail_T1 = weights_TC[:, -1:].clone()  # nothing outside weighs more
     # Which of the tokens that equal the last candidate are among them is chance, so none of those counts as known.
     known_TC = values_TC > values_TC[:, -1:]
     weights_TC.masked_fill_(~known_TC, 0.0)
-    total_T1 = _weights(wide_TV, values_TC[:, :1], temperature_T1).sum(dim=-1, keepdim=True)
+    total_T1 = _weights(logits_TV.double(), values_TC[:, :1], temperature_T1).sum(dim=-1, keepdim=True)
     kept_TC = _kept(values_TC, weights_TC, total_T1, top_k_T1, top_p_T1, min_p_T1)
     at_TC = kept_TC.cumsum(dim=-1)
     known_T1 = weights_TC.sum(dim=-1, keepdim=True)
