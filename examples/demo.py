@@ -1,7 +1,7 @@
 """The main job on a real model: plan, generate on two ranks in two ways, verify the layouts, say where the time went.
 
-Runs the same `narrows` commands a user would type, and prints each before its output. The model is SmolLM2-135M-Instruct
-(Apache-2.0), taken from a Python package and converted once into the user's cache.
+Runs the same `narrows` commands a user would type, and prints each before its output. The model is
+SmolLM2-135M-Instruct (Apache-2.0), taken from a Python package and converted once into the user's cache.
 """
 
 from __future__ import annotations
