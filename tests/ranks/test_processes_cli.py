@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,9 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore, PrefixStore
 
 from narrows.cli.main import main
 from narrows.comm import Launch
+from narrows.comm.launch import host_key, publish
+from narrows.comm.messages import Contact
 from narrows.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
@@ -58,6 +62,7 @@ def first_words(process: Process, count: int) -> str:
 
 @pytest.fixture(scope="module")
 def by_threads(speaking_v3: Path) -> str:
+    """What is printed; in float32 these texts do not depend on the mesh."""
     code, out, err = ended(start(generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet")))
     assert code == 0, err
     return out
@@ -73,14 +78,14 @@ def free_port() -> int:
 
 
 def test_processes_print_what_threads_print(speaking_v3: Path, by_threads: str) -> None:
-    command = generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet", "--ranks", "processes", "--checked")
+    command = generate(speaking_v3, "--dp", "2", "--quiet", "--ranks", "processes", "--checked")
     assert ended(start(command)) == (0, by_threads, "")
     assert len(by_threads.split()) == 16
 
 
 def test_torchrun_starts_the_ranks(speaking_v3: Path, by_threads: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
-    command = generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet")[2:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = generate(speaking_v3, "--tp", "2", "--quiet")[2:]
     code, out, err = ended(start(torchrun + command))
     assert (code, out) == (0, by_threads), err
 
@@ -178,6 +183,23 @@ def test_a_launch_is_read_from_torchruns_environment() -> None:
 def test_ranks_are_dealt_to_nodes_in_order() -> None:
     dealt = [Launch.of_nodes(size=5, num_nodes=2, node=node, address="10.0.0.1", port=1).ranks for node in range(2)]
     assert dealt == [(0, 1, 2), (3, 4)]
+
+
+def test_a_key_of_the_users_own_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who can reach the store could read the host's key in it, and send it pickles."""
+    launch = Launch.of_nodes(size=2, num_nodes=2, node=0, address="127.0.0.1", port=9)
+    published = []
+    for own in (None, "sesame", "sesame"):
+        if own is not None:
+            monkeypatch.setenv("NARROWS_KEY", own)
+        store = HashStore()
+        contact = Contact(address="127.0.0.1", port=5, key=host_key())
+        publish(launch, store, contact)
+        said = json.loads(PrefixStore("narrows ", store).get("host"))
+        assert (said["address"], said["port"]) == ("127.0.0.1", 5)
+        published.append((said["key"], contact.key))
+    (shown, random), (hidden, own), (again, same) = published
+    assert shown == random.hex() and hidden == again == "" and own == same != random and len(own) == 32
 
 
 # --- several nodes

@@ -109,6 +109,7 @@ def test_what_cannot_be_sent_is_refused_and_no_rank_is_called(pool) -> None:
     assert pool.submit("run", lab.sum_of, 0.0).result(20)[0] == sum(range(len(pool.pids)))
 
 
+@pytest.mark.full
 def test_one_row_on_eight_ranks() -> None:
     mesh = Mesh.of(dp=2, tp=4)
     with ProcessRanks(mesh, lab.Lab, checked=True) as ranks:

@@ -195,7 +195,7 @@ def _spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: dict[i
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for rank in ranks:
-            command = [sys.executable, "-c", PROGRAM, f"narrows rank {rank}"]
+            command = [sys.executable, "-P", "-c", PROGRAM, f"narrows rank {rank}"]
             children[rank] = child = subprocess.Popen(command, stdin=subprocess.PIPE)
             assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError):
