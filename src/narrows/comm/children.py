@@ -1,0 +1,60 @@
+"""Rank processes of this host: started, and ended whatever state they are in.
+
+Knows processes and signals; not what is said to them, except what they are told at birth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+
+from narrows.comm.messages import Contact
+from narrows.comm.rank_process import PROGRAM, told_to
+
+__all__ = ["GRACE_S", "Children", "end_children", "ending", "spawn"]
+
+Children = dict[int, subprocess.Popen[bytes]]
+"""The processes by rank."""
+
+GRACE_S = 1.0
+"""How long ranks have to end by themselves, and then again after SIGTERM; then comes SIGKILL."""
+
+
+def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Children) -> None:
+    """Starts a process per rank. They are born deaf to Ctrl-C, which the terminal sends to all of them too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for rank in ranks:
+            command = [sys.executable, "-P", "-c", PROGRAM, f"narrows rank {rank}"]
+            children[rank] = child = subprocess.Popen(command, stdin=subprocess.PIPE)
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(told_to(contact, rank, node).encode())
+                child.stdin.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_children(children: Children) -> None:
+    """Waits for the processes to end; those that do not are told to, and then killed, stopped or not."""
+    for tell in (None, subprocess.Popen.terminate, subprocess.Popen.kill):
+        left = [child for child in children.values() if child.poll() is None]
+        for child in left:
+            if tell is not None:
+                tell(child)
+        end = time.monotonic() + GRACE_S
+        for child in left:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, end - time.monotonic()))
+
+
+def ending(child: subprocess.Popen[bytes]) -> str:
+    """How a process has ended, as the end of a sentence."""
+    code = child.returncode
+    if code is not None and code < 0:
+        name = next((known.name for known in signal.Signals if known == -code), "no name")
+        return f"was killed by signal {-code} ({name})"
+    return f"ended with exit code {code}"
