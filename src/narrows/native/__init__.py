@@ -1,0 +1,9 @@
+"""Compiled code: kernels and collectives in plain C++ (csrc/), called by ctypes.
+
+Lowest room but errors: knows addresses, sizes and strides; not tensors, layouts or ranks. Who calls it (ops/, comm/)
+declares the functions it uses, and has a path in torch for where the library is not there.
+"""
+
+from narrows.native.library import Library, library, why_absent
+
+__all__ = ["Library", "library", "why_absent"]
