@@ -1,4 +1,4 @@
-"""Builds the compiled kernels and collectives (src/narrows/native/csrc) for this machine; all else is in pyproject.toml.
+"""Builds the compiled kernels and collectives (src/narrows/native/csrc) for this machine; see pyproject.toml.
 
 Optional: where no compiler is found the install goes on, and narrows says at start that it runs without them.
 """
