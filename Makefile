@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full check format clean
+.PHONY: demo test test-full check format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+train-demo: $(VENV)/.dev
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[train]'
+	$(BIN)/python examples/train_demo/train.py
+	$(BIN)/python examples/train_demo/export.py --out build/narrows-demo
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -12,8 +12,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from vocabulary import SIZE
 
-BALANCE_RATE = 1e-3
-"""By how much a step moves an expert's selection bias towards equal load (DeepSeek-V3, section 2.1.2)."""
+BALANCE_RATE = 1e-2
+"""By how much a step at the peak learning rate moves an expert's selection bias towards equal load (DeepSeek-V3,
+section 2.1.2, with 1e-3 for a run a thousand times as long); it falls with the learning rate."""
 
 
 def build() -> DeepseekV3ForCausalLM:
@@ -54,12 +55,15 @@ def build() -> DeepseekV3ForCausalLM:
     return model
 
 
-def balance(model: DeepseekV3ForCausalLM) -> float:
-    """Moves every router's selection bias by the sign of its experts' lack of load; the worst load over the mean."""
+def balance(model: DeepseekV3ForCausalLM, rate: float) -> float:
+    """Moves every router's selection bias by ``rate`` times the sign of its experts' lack of load.
+
+    Returns the worst expert's load over the mean.
+    """
     worst = 0.0
     for layer in model.model.layers[model.config.first_k_dense_replace :]:
         load = layer.mlp.experts.load
-        layer.mlp.gate.e_score_correction_bias += BALANCE_RATE * torch.sign(load.mean() - load)
+        layer.mlp.gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
         worst = max(worst, float(load.max() / load.mean()))
         load.zero_()
     return worst

@@ -29,9 +29,9 @@ DECAY = 0.25
 SAVE_EVERY = 200
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then flat, then linear to 0 over the last quarter."""
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / (DECAY * steps)))
+def schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate: linear warm-up, then flat, then linear to 0 over the last quarter."""
+    return min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / (DECAY * steps)))
 
 
 def arithmetic_share(step: int, steps: int) -> float:
@@ -65,8 +65,9 @@ def main() -> None:
         curve = csv.writer(file)
         while step < args.steps and time.monotonic() < end:
             started = time.monotonic()
+            pace = schedule(step, args.steps)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps)
+                group["lr"] = PEAK_RATE * pace
             ids, labels = batches.draw(step, arithmetic_share(step, args.steps))
             with torch.autocast("cpu", torch.bfloat16):
                 loss = forward(input_ids=ids, labels=labels, use_cache=False).loss
@@ -74,7 +75,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            imbalance = architecture.balance(model)
+            imbalance = architecture.balance(model, architecture.BALANCE_RATE * pace)
             step += 1
             if step % 20 == 0:
                 rate = SEQUENCES * LENGTH / (time.monotonic() - started)
