@@ -23,7 +23,7 @@ check: $(VENV)/.dev
 train-demo: $(VENV)/.dev
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[train]'
 	$(BIN)/python examples/train_demo/train.py
-	$(BIN)/python examples/train_demo/export.py --out build/narrows-demo
+	$(BIN)/python examples/train_demo/export.py --out runs/narrows-demo
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

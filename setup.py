@@ -1,6 +1,6 @@
-"""Builds the compiled kernels and collectives (src/narrows/native/csrc) for this machine; see pyproject.toml.
+"""Builds the compiled code (src/narrows/native/csrc) for this machine; all else is in pyproject.toml.
 
-Optional: where no compiler is found the install goes on, and narrows says at start that it runs without them.
+Optional: where no compiler is found the install goes on without them, and `narrows.native.why_absent` says so.
 """
 
 from glob import glob

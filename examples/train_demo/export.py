@@ -1,8 +1,8 @@
 """Makes the checkpoint folder of narrows-demo from a training state: bf16 weights, tokenizer, evaluation files.
 
-    python examples/train_demo/export.py --folder build/train_demo --out narrows-demo
+    python examples/train_demo/export.py --folder runs/train_demo --out runs/narrows-demo
 
-Knows the files of a Hugging Face folder. Every evaluation file is made of held-out text and number pairs only.
+Knows the files of a Hugging Face folder. Every evaluation file is made of held-out text and facts only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import argparse
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
@@ -23,14 +25,19 @@ import torch
 CHOICES_PER_SOURCE = 60
 PROBLEMS = 600
 WORD_PROBLEMS = 100
+NUM_ENDINGS = 4
 WORDS_OF_CONTEXT, WORDS_OF_ENDING = 40, 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/train_demo"), help="what train.py wrote to")
+    parser.add_argument("--folder", type=Path, default=Path("runs/train_demo"), help="what train.py wrote to")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder")
     args = parser.parse_args()
+    if not (args.folder / "state.pt").exists():
+        sys.exit(f"{args.folder} holds no state.pt; run train.py --folder {args.folder} first")
+    if find_spec("matplotlib") is None:
+        sys.exit("the training curve is drawn with matplotlib: pip install -e '.[train]'")
     args.out.mkdir(parents=True, exist_ok=True)
     _weights(args.folder, args.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -67,16 +74,17 @@ def _evaluation(held_out: dict[str, list[str]], out: Path) -> None:
 
 
 def _choices(held_out: dict[str, list[str]], random: Random) -> Iterable[dict[str, object]]:
-    """A passage and four endings: its own, and three from elsewhere in the same source."""
+    """A passage and four endings: its own, and one each of three other pieces of the same source."""
     for name, pieces in held_out.items():
-        spans = [(piece.split(" "), piece) for piece in pieces]
-        long = [words for words, _ in spans if len(words) > WORDS_OF_CONTEXT + WORDS_OF_ENDING]
-        for _ in range(min(CHOICES_PER_SOURCE, 4 * len(long))):
-            context, endings = _passage(random.choice(long), random)
-            others = [_passage(random.choice(long), random)[1] for _ in range(3)]
-            order = [endings, *others]
-            random.shuffle(order)
-            yield {"source": name, "ctx": context, "endings": order, "label": order.index(endings)}
+        long = [
+            words for words in (piece.split(" ") for piece in pieces) if len(words) > WORDS_OF_CONTEXT + WORDS_OF_ENDING
+        ]
+        for _ in range(min(CHOICES_PER_SOURCE, 4 * len(long)) if len(long) >= NUM_ENDINGS else 0):
+            passages = [_passage(words, random) for words in random.sample(long, NUM_ENDINGS)]
+            context, right = passages[0]
+            endings = [ending for _, ending in passages]
+            random.shuffle(endings)
+            yield {"source": name, "ctx": context, "endings": endings, "label": endings.index(right)}
 
 
 def _passage(words: list[str], random: Random) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Trains narrows-demo, in as many pieces as you like: it goes on from the last state in the folder.
 
-    python examples/train_demo/train.py --folder build/train_demo --minutes 60
+    python examples/train_demo/train.py --folder runs/train_demo --minutes 60
 
 Knows the loop, the schedule and the state on disk. What is learned and by what is said in the files beside it.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -55,6 +56,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
     state_file = args.folder / "state.pt"
     step = _resume(state_file, model, optimizer)
+    if step > args.steps:
+        sys.exit(f"{state_file} is at step {step} already; give --steps of at least that, or another --folder")
+    _cut_curve(args.folder / "curve.csv", step)
     count = sum(p.numel() for p in model.parameters())
     print(
         f"{count / 1e6:.2f} M parameters, {batches.text_tokens / 1e6:.2f} M tokens of text, step {step} of {args.steps}"
@@ -93,11 +97,27 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/train_demo"), help="state, packages and curve")
+    parser.add_argument("--folder", type=Path, default=Path("runs/train_demo"), help="state, packages and curve")
     parser.add_argument("--minutes", type=float, default=240, help="stop after this long; the next run goes on")
-    parser.add_argument("--steps", type=int, default=9000, help=f"steps of {SEQUENCES} x {LENGTH} tokens in all")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--steps", type=_at_least_one, default=9000, help=f"steps of {SEQUENCES} x {LENGTH} tokens in all"
+    )
+    parser.add_argument("--threads", type=_at_least_one, default=os.cpu_count() or 1)
     return parser.parse_args()
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _cut_curve(curve: Path, step: int) -> None:
+    """Drops what a run that was cut off had written after its last state: those steps come again."""
+    if curve.exists():
+        rows = [line for line in curve.read_text().splitlines() if int(line.split(",")[0]) <= step]
+        curve.write_text("".join(f"{row}\n" for row in rows))
 
 
 def _tokenizer(folder: Path, texts: list[str]) -> Tokenizer:

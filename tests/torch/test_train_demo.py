@@ -1,4 +1,4 @@
-"""The recipe of narrows-demo, as far as it needs no training: its problems, what is held out, its vocabulary."""
+"""The recipe of narrows-demo, as far as it needs no training: problems, what is held out, vocabulary, files on disk."""
 
 from __future__ import annotations
 
@@ -27,12 +27,22 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("recipe")
-def test_held_out_numbers_are_never_trained_on_in_any_phrase():
+def test_training_states_no_held_out_fact_in_any_order_or_phrase():
     import problems  # noqa: PLC0415
 
-    trained = {(p.kind, p.numbers) for p in (problems.draw(Random(seed)) for seed in range(4000))}
-    held_out = {(p.kind, p.numbers) for p in (problems.draw(Random(seed), held_out=True) for seed in range(4000))}
-    assert len(held_out) > 100 and not trained & held_out
+    def unordered(sign: str, a: int | str, b: int | str) -> tuple[str, frozenset[int]]:
+        return sign, frozenset((int(a), int(b)))
+
+    stated = set()
+    for seed in range(6000):
+        problem = problems.draw(Random(seed))
+        text = f"{problem.question} {problem.answer}".replace("plus", "+").replace("minus", "-")
+        stated |= {unordered(sign, a, b) for a, sign, b in re.findall(r"(\d+) ([+-]) (\d+)", text)}
+        if problem.kind == "comparison":
+            stated.add(unordered("<", *re.findall(r"\d+", problem.question)))
+    asked = {known for seed in range(2000) for known in problems.draw(Random(seed), held_out=True).facts}
+    held_out = {unordered(*known) for known in asked if problems.is_held_out(known)}
+    assert len(stated) > 3000 and len(held_out) > 500 and not stated & held_out
 
 
 @pytest.mark.usefixtures("recipe")
@@ -43,14 +53,36 @@ def test_every_answer_is_right():
     for seed in range(2000):
         problem = problems.draw(Random(seed))
         kinds.add(problem.kind)
-        a, b, *more = problem.numbers
+        a, b, *more = map(int, re.findall(r"\d+", problem.question))
         if problem.kind == "word problem":
-            assert re.search(r"#### (-?\d+)$", problem.answer).group(1) == str(a + b - more[0])
+            assert re.search(r"#### (\d+)$", problem.answer).group(1) == str(a + b - more[0])
         elif problem.kind == "comparison":
             assert int(problem.answer) == (max if "larger" in problem.question else min)(a, b)
         else:
             assert int(problem.answer) == (a + b if "addition" in problem.kind else a - b)
     assert len(kinds) == len(problems.KINDS)
+
+
+@pytest.mark.usefixtures("recipe")
+def test_choices_have_one_right_ending_and_three_of_other_pieces():
+    import export  # noqa: PLC0415
+
+    pieces = [" ".join(f"{name}{i}" for i in range(200)) for name in "abcdefg"]
+    items = list(export._choices({"letters": pieces}, Random(0)))
+    assert len(items) > 20
+    for item in items:
+        letters = [ending[0] for ending in item["endings"]]
+        assert len(set(letters)) == 4 and item["ctx"][0] == letters[item["label"]]
+
+
+@pytest.mark.usefixtures("recipe")
+def test_a_run_cut_off_leaves_no_step_twice_in_the_curve(tmp_path: Path):
+    import train  # noqa: PLC0415
+
+    curve = tmp_path / "curve.csv"
+    curve.write_text("180,1.0,1.1,9\n200,0.9,1.1,9\n220,0.8,1.1,9\n")
+    train._cut_curve(curve, 200)
+    assert curve.read_text() == "180,1.0,1.1,9\n200,0.9,1.1,9\n"
 
 
 @pytest.mark.usefixtures("recipe")
