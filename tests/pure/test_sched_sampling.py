@@ -66,6 +66,25 @@ def test_a_batch_needs_logits_only_if_a_sampled_row_does() -> None:
     assert not batch(num_logits=0).needs_logits, "a chunk in the middle of a prompt"
 
 
+def test_scored_rows_need_logits_and_the_one_left_over_is_sampled() -> None:
+    scored = SamplingParams(prompt_logprobs=0)
+    assert scored.needs_logits
+    with pytest.raises(ConfigError, match="prompt_logprobs is 21; it must be between 0 and 20"):
+        SamplingParams(prompt_logprobs=21)
+
+    def chunk(number: int, tokens: tuple[int, ...], targets: tuple[int, ...], num_logits: int) -> Chunk:
+        return Chunk(
+            request=number, start=0, tokens=tokens, pages=(1,), sampling=scored, targets=targets, num_logits=num_logits
+        )
+
+    middle, last, plain = chunk(4, (1, 2, 3), (2, 3, 9), 3), chunk(5, (1, 2, 3), (2, 3), 3), chunk(6, (1, 2), (), 1)
+    batch = Batch(groups=((plain, middle), (last,)))
+    assert batch.needs_logits and batch.samples() == ((6, 0), (5, 6))
+    assert batch.scored() == ((4, range(1, 4)), (5, range(4, 6)))
+    with pytest.raises(AssertionError, match="a row that is scored has logits"):
+        chunk(7, (1, 2), (2, 3), 1)
+
+
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from narrows.sched.batch import Batch, sample_slot
 from narrows.sched.pages import num_pages_for
+from narrows.sched.sampling import SamplingParams, TokenScore
 from narrows.sched.scheduler import Limits, Request, Scheduler
 
 VOCAB = 13
@@ -24,6 +25,11 @@ EOS = frozenset({0, 1})
 
 def next_token(tokens: tuple[int, ...]) -> int:
     return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+def score(tokens: tuple[int, ...]) -> TokenScore:
+    """That of the last token, after all before it."""
+    return TokenScore(float(zlib.crc32(bytes(tokens))), len(tokens), ())
 
 
 def plain_loop(prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], str]:
@@ -43,18 +49,23 @@ class Ranks:
         self.cache: list[dict[int, int]] = [{} for _ in range(limits.num_groups)]
         self.samples: tuple[int, ...] = ()
 
-    def run(self, batch: Batch) -> tuple[int, ...]:
+    def run(self, batch: Batch) -> tuple[tuple[int, ...], dict[int, TokenScore]]:
         sampled: list[int] = []
+        scores: dict[int, TokenScore] = {}
         for cache, group in zip(self.cache, batch.groups, strict=True):
             for chunk in group:
                 slots = [page * self.page_size + i for page in chunk.pages for i in range(self.page_size)]
                 for i, token in enumerate(chunk.tokens):
                     cache[slots[chunk.start + i]] = self.samples[sample_slot(token)] if token < 0 else token
                 stop = chunk.start + len(chunk.tokens)
-                for end in range(stop - chunk.num_logits + 1, stop + 1):
-                    sampled.append(next_token(tuple(cache[slot] for slot in slots[:end])))
+                first = stop - chunk.num_logits + 1
+                for end in range(first, stop + 1):
+                    context = tuple(cache[slot] for slot in slots[:end])
+                    if end - first < len(chunk.targets):
+                        scores[len(sampled)] = score((*context, chunk.targets[end - first]))
+                    sampled.append(next_token(context))
         self.samples = tuple(sampled)
-        return self.samples
+        return self.samples, scores
 
 
 class Serving(RuleBasedStateMachine):
@@ -68,6 +79,7 @@ class Serving(RuleBasedStateMachine):
         num_pages=st.integers(2, 12),
         max_context=st.integers(2, 24),
         prefill_chunk=st.integers(0, 4),
+        scored_rows=st.integers(0, 5),
     )
     def begin(
         self,
@@ -78,6 +90,7 @@ class Serving(RuleBasedStateMachine):
         num_pages: int,
         max_context: int,
         prefill_chunk: int,
+        scored_rows: int,
     ) -> None:
         self.limits = Limits(
             num_groups=num_groups,
@@ -87,6 +100,7 @@ class Serving(RuleBasedStateMachine):
             pages_per_group=num_pages,
             max_context=min(max_context, (num_pages - 1) * page_size + 1),
             prefill_chunk=min(prefill_chunk, rows_per_step),
+            scored_rows_per_step=max(scored_rows, min(prefill_chunk, rows_per_step)),
         )
         self.scheduler = Scheduler(self.limits)
         self.ranks = Ranks(self.limits)
@@ -94,18 +108,23 @@ class Serving(RuleBasedStateMachine):
         self.cached: dict[int, int] = {}
         self.admitted: list[int] = []
         self.unrun: deque[Batch] = deque()  # scheduled; the ranks have not come to them
-        self.uncommitted: deque[tuple[int, ...]] = deque()  # run; the host has not seen the samples
+        self.uncommitted: deque[tuple[tuple[int, ...], dict[int, TokenScore]]] = (
+            deque()
+        )  # run; the host has not seen the samples
 
     @property
     def in_flight(self) -> int:
         return len(self.unrun) + len(self.uncommitted)
 
     @precondition(lambda self: self.limits.max_context > 1)
-    @rule(data=st.data(), max_tokens=st.integers(1, 12))
-    def arrive(self, data: st.DataObject, max_tokens: int) -> None:
-        length = data.draw(st.integers(1, self.limits.max_context - 1))
+    @rule(data=st.data(), max_tokens=st.integers(0, 12), scored=st.booleans())
+    def arrive(self, data: st.DataObject, max_tokens: int, scored: bool) -> None:
+        max_tokens = max_tokens if scored else max(max_tokens, 1)
+        length = data.draw(st.integers(1, self.limits.max_context - min(max_tokens, 1)))
+        length = min(length, self.limits.tokens_per_group)
         prompt = tuple(data.draw(st.lists(st.integers(2, VOCAB - 1), min_size=length, max_size=length)))
-        request = Request(id=len(self.requests), prompt=prompt, max_tokens=max_tokens, eos_ids=EOS)
+        sampling = SamplingParams(prompt_logprobs=0) if scored else None
+        request = Request(id=len(self.requests), prompt=prompt, max_tokens=max_tokens, eos_ids=EOS, sampling=sampling)
         self.scheduler.add(request)
         self.requests.append(request)
 
@@ -132,16 +151,20 @@ class Serving(RuleBasedStateMachine):
         size = self.limits.prefill_chunk
         assert size or len(set(numbers)) == len(numbers), "a request twice in a step"
         assert ready <= set(numbers), "a request that could decode got no row"
+        scored_rows = sum(len(chunk.tokens) for _, chunk in chunks if self.requests[chunk.request].scores_prompt)
+        decodes = sum(number in ready for number in numbers)
+        assert scored_rows - decodes <= (self.limits.scored_rows_per_step or self.limits.rows_per_step)
         for index, chunk in chunks:
             request, stop = self.requests[chunk.request], chunk.start + len(chunk.tokens)
             assert request.group == index
             assert chunk.start == self.cached.get(chunk.request, 0), "rows lost or doubled"
-            assert stop < self.limits.max_context
+            assert stop < self.limits.max_context + (request.max_tokens == 0)
             if size and chunk.start < len(request.prompt):
                 cut = chunk.start // size * size
                 assert (chunk.start, stop) == (cut, min(cut + size, len(request.prompt))), "a prompt cut elsewhere"
             assert len(chunk.pages) == num_pages_for(stop, self.limits.page_size) and 0 not in chunk.pages
-            assert chunk.num_logits == (1 if stop >= len(request.prompt) else 0)
+            assert chunk.num_logits == len(chunk.targets) + (1 if stop >= len(request.prompt) else 0)
+            assert chunk.targets == (request.prompt[chunk.start + 1 : stop + 1] if request.scores_prompt else ())
             self.cached[chunk.request] = stop
         self.admitted += sorted(set(numbers) - set(self.admitted))
 
@@ -156,7 +179,8 @@ class Serving(RuleBasedStateMachine):
         if not self.uncommitted:
             self.ranks_step()
         before = {request.id: len(request.output) for request in self.requests}
-        touched = self.scheduler.commit(self.uncommitted.popleft())
+        ids, scores = self.uncommitted.popleft()
+        touched = [request for request in self.scheduler.commit(ids, scores=scores) if request.max_tokens]
         grown = [request.id for request in self.requests if len(request.output) > before[request.id]]
         assert sorted(request.id for request in touched) == grown
         assert all(len(request.output) == before[request.id] + 1 for request in touched)
@@ -183,14 +207,20 @@ class Serving(RuleBasedStateMachine):
                 self.commit()
             self.scheduler.check_integrity()
         assert not self.scheduler.has_work, "it never came to an end"
-        assert self.admitted == sorted(self.admitted), "not first come first served"
+        for scored in (False, True):  # the scored have a budget of their own, so others may overtake them
+            order = [number for number in self.admitted if self.requests[number].scores_prompt is scored]
+            assert order == sorted(order), "not first come first served"
         assert all(pool.num_free == self.limits.pages_per_group - 1 for pool in self.scheduler.pools)
         for request in self.requests:
             output, reason = plain_loop(request.prompt, request.max_tokens)
+            ends = range(2, len(request.prompt) + 1) if request.scores_prompt else ()
+            expected = [score(request.prompt[:end]) for end in ends]
             if request.finish_reason == "abort":
                 assert request.output == output[: len(request.output)]
+                assert request.prompt_logprobs == expected[: len(request.prompt_logprobs)]
             else:
                 assert (request.output, request.finish_reason) == (output, reason)
+                assert request.prompt_logprobs == expected
 
 
 TestServing = Serving.TestCase

@@ -18,7 +18,9 @@ PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 150, (33,)]
 PARAMS = [
     SamplingParams(temperature=1.0, top_p=0.9, seed=3),
     None,
-    SamplingParams(temperature=0.7, top_k=20, frequency_penalty=0.5, repetition_penalty=1.2, seed=4, logprobs=4),
+    SamplingParams(
+        temperature=0.7, top_k=20, frequency_penalty=0.5, repetition_penalty=1.2, seed=4, logprobs=4, prompt_logprobs=2
+    ),
     SamplingParams(presence_penalty=1.0, logprobs=1),
 ]
 
@@ -27,7 +29,7 @@ def serve(engine: Engine, which: list[int]) -> list[tuple[list[int], Any]]:
     requests: list[Request] = [engine.add(PROMPTS[i], 16, sampling=PARAMS[i]) for i in which]
     for _ in engine.run():
         pass
-    return [(request.output, request.logprobs) for request in requests]
+    return [(request.output, [*request.prompt_logprobs, *request.logprobs]) for request in requests]
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
@@ -36,7 +38,7 @@ def test_processes_sample_as_threads_do_and_alone_as_in_company(speaking_v3: Pat
     everything = list(range(len(PROMPTS)))
     with Engine(resolve(EngineConfig(model=str(speaking_v3), **options))) as threads:
         expected = serve(threads, everything)
-    assert [len(logprobs) for _, logprobs in expected] == [0, 0, 16, 16]
+    assert [len(logprobs) for _, logprobs in expected] == [0, 0, len(PROMPTS[2]) - 1 + 16, 16]
     with Engine(resolve(EngineConfig(model=str(speaking_v3), ranks="processes", **options))) as processes:
         assert serve(processes, everything) == expected
         assert serve(processes, everything[::-1]) == expected[::-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 from narrows.arch.config import ModelConfig, read_config
 from narrows.arch.forms import Forms
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
+from narrows.comm import ThreadWorld
+from narrows.engine.config import Resolved
 from narrows.layout import Mesh
 from narrows.weights.dummy import DummyWeights
+from narrows.weights.source import WeightSource
 
 _COMMON = {
     "vocab_size": 67,
@@ -112,3 +119,78 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def evaluated_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose tokens are bytes, with a chat template and the files of all four tasks of `eval`."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    for file in tiny_model("v3", vocab_size=264, max_position_embeddings=256).iterdir():
+        os.link(file, folder / file.name)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<s>", "</s>", "<u>", "<a>", *alphabet]
+    backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(names[:4])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<u>{{ m['content'] }}<a>{% endfor %}"
+    config = {"eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    eval_folder = folder / "eval"
+    eval_folder.mkdir()
+    text = "In the beginning there was a narrow road, and it went where the valley was narrowest. "
+    (eval_folder / "heldout.txt").write_text(text * 8, encoding="utf-8")
+    sums = [{"question": f"{a} + {a + 1} =", "answer": 2 * a + 1, "kind": f"kind {a % 2}"} for a in range(8)]
+    choices = [
+        {"ctx": f"After {a} comes", "endings": [str(a + 1), "ten more", "x"], "label": str(a % 3)} for a in range(6)
+    ]
+    stories = [{"question": f"Two and {a}?", "answer": f"So\n#### {a + 2}"} for a in range(6)]
+    for name, items in (("arithmetic", sums), ("choices", choices), ("gsm8k", stories)):
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        (eval_folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+class Faults:
+    """Errors planted in meshes of several rank threads; one rank, which they are compared with, stays as it is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def scale(self, name: str, rank: int, factor: float = 1.01) -> None:
+        """One rank's copy of a weight is ``factor`` of what it should be."""
+        true_weights = Resolved.weights
+
+        def weights(resolved: Resolved) -> WeightSource:
+            source = true_weights(resolved)
+            return _Scaled(source, name, rank, factor) if resolved.mesh.size > 1 else source
+
+        self._monkeypatch.setattr(Resolved, "weights", weights)
+
+    def leave_out_sum(self, where: str) -> None:
+        """Every rank keeps its own addend in the all-reduce whose label begins with ``where``."""
+        true_sum = ThreadWorld.all_reduce
+
+        def all_reduce(world: ThreadWorld, x: Tensor, ranks: tuple[int, ...], *rest: Any, **more: Any) -> Tensor:
+            out = true_sum(world, x.clone(), ranks, *rest, **more)
+            label = next(item for item in (*rest, *more.values()) if isinstance(item, str))
+            return x if label.startswith(where) else out
+
+        self._monkeypatch.setattr(ThreadWorld, "all_reduce", all_reduce)
+
+
+class _Scaled:
+    def __init__(self, source: WeightSource, name: str, rank: int, factor: float) -> None:
+        self._source, self._name, self._rank, self._factor = source, name, rank, factor
+
+    def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        tensor = self._source.take(weight, span, expert)
+        here = threading.current_thread().name == f"narrows rank {self._rank}"
+        return tensor * self._factor if here and weight.name == self._name else tensor
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    """Where a test plants an error that must be seen."""
+    return Faults(monkeypatch)

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from narrows.ops.sample import filtered_shares, penalize, sample, sample_reference, top_logprobs
+from narrows.ops.sample import filtered_shares, penalize, sample, sample_reference, token_scores, top_logprobs
 
 INF = float("inf")
 CASES = [
@@ -246,3 +246,18 @@ def test_top_logprobs(kind):
 def test_top_logprobs_of_a_small_vocabulary_are_all_there_are():
     value, best = top_logprobs(torch.tensor([1.0]), 0, 20)
     assert (value, best) == (0.0, ((0, 0.0),))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_token_scores(kind):
+    """More rows than a block, in any order, some twice; ranks count equal logits with a lower id first."""
+    logits_TV = make_logits(kind)
+    rows = [(7 * i) % len(logits_TV) for i in range(40)]
+    targets = [(31 * i) % 150 for i in range(40)]
+    logprobs_S, ranks_S = token_scores(logits_TV, torch.tensor(rows), torch.tensor(targets))
+    expected = logits_TV.double().log_softmax(dim=-1)
+    order = logits_TV.float().sort(dim=-1, descending=True, stable=True).indices.tolist()
+    for row, target, logprob, rank in zip(rows, targets, logprobs_S.tolist(), ranks_S.tolist(), strict=True):
+        assert logprob == pytest.approx(expected[row, target].item(), abs=1e-5)
+        assert order[row][rank - 1] == target

@@ -1,4 +1,4 @@
-"""Sampling on a rank: the requests' parameters and their tokens so far, put to rows of logits.
+"""Sampling and scoring on a rank: the requests' parameters and their tokens so far, put to rows of logits.
 
 Every rank holds the same logits and the same history, so every rank chooses the same token; nothing is sent. History is
 kept only for requests whose parameters look at it, from the moment their prompt is first seen.
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrows.ops.sample import penalize, sample, top_logprobs
+from narrows.ops.sample import penalize, sample, token_scores, top_logprobs
 from narrows.sched.batch import Batch, Chunk
-from narrows.sched.sampling import GREEDY, Logprobs, SamplingParams, uniform
+from narrows.sched.sampling import GREEDY, Logprobs, SamplingParams, TokenScore, uniform
 
 __all__ = ["RowSampler", "Sampler"]
 
@@ -65,11 +65,14 @@ class RowSampler:
     def __init__(self, sampler: Sampler, batch: Batch) -> None:
         self._sampler = sampler
         self._rows: list[tuple[Chunk | None, SamplingParams, float]] = []
+        self._scored: list[tuple[int, int, int]] = []  # row, the token that is scored there, how many best ones
         for group in batch.groups:
             for chunk in group:
                 params = chunk.sampling or GREEDY
-                self._rows += [(None, GREEDY, 0.0)] * (chunk.num_logits - 1)
-                if chunk.num_logits:
+                for row, target in enumerate(chunk.targets, start=len(self._rows)):
+                    self._scored.append((row, target, params.prompt_logprobs or 0))
+                self._rows += [(None, GREEDY, 0.0)] * (chunk.num_logits - chunk.is_sampled)
+                if chunk.is_sampled:
                     position = chunk.start + len(chunk.tokens)
                     draw = uniform(params.seed, position) if params.temperature and params.seed is not None else 0.0
                     self._rows.append((chunk, params, draw))
@@ -116,6 +119,20 @@ class RowSampler:
             row: top_logprobs(logits_TV[row], int(ids_T[row]), params.logprobs)
             for row, (_, params, _) in enumerate(self._rows)
             if params.logprobs is not None
+        }
+
+    def scores(self) -> dict[int, TokenScore]:
+        """By row, for the rows that have a target, once all are sampled. The host waits for the device."""
+        if self._sampled is None or not self._scored:
+            return {}
+        logits_TV, _ = self._sampled
+        rows_S, targets_S, _ = torch.tensor(self._scored, device=self._sampler.device).unbind(-1)
+        logprobs_S, ranks_S = token_scores(logits_TV, rows_S, targets_S)
+        return {
+            row: TokenScore(logprob, rank, top_logprobs(logits_TV[row], target, best)[1] if best else ())
+            for (row, target, best), logprob, rank in zip(
+                self._scored, logprobs_S.tolist(), ranks_S.tolist(), strict=True
+            )
         }
 
     def _column(self, values: list[float]) -> Tensor:

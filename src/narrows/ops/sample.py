@@ -1,4 +1,4 @@
-"""Choosing tokens from whole rows of logits: penalties, filters, and one uniform number per row.
+"""Choosing and scoring tokens from whole rows of logits: penalties, filters, one uniform number per row; ranks.
 
 Knows rows of logits and numbers per row; not requests, seeds or ranks. Equal logits and numbers give equal tokens.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["filtered_shares", "penalize", "sample", "sample_reference", "top_logprobs"]
+__all__ = ["filtered_shares", "penalize", "sample", "sample_reference", "token_scores", "top_logprobs"]
 
 NUM_CANDIDATES = 1024
 """Tokens of a row that `sample` tries to do with. Drawing from a row of 49152 (151936) by sorting it takes 3.7 (13) ms
@@ -186,6 +186,24 @@ def _token_at(at_TC: Tensor, ids_TC: Tensor, target_T1: Tensor) -> Tensor:
     """
     place_T1 = torch.searchsorted(at_TC, target_T1, right=True)
     return ids_TC.gather(-1, place_T1.clamp_max(ids_TC.shape[1] - 1)).squeeze(-1)
+
+
+def token_scores(logits_TV: Tensor, rows_S: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+    """``(logprobs, ranks)`` of one token in each of some rows: ``logit - logsumexp``, and 1 + how many come before it.
+
+    Shapes: logits [T, V], rows and targets [S] int64 -> logprobs [S] float32, ranks [S] int64. Of equal logits the
+    lower id comes first.
+    """
+    logprobs_S, ranks_S = [], []
+    ids_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
+    for rows_B, targets_B in zip(rows_S.split(BLOCK_ROWS), targets_S.split(BLOCK_ROWS), strict=True):
+        logits_BV = logits_TV[rows_B].float()
+        target_B1 = targets_B.unsqueeze(-1)
+        logit_B1 = logits_BV.gather(-1, target_B1)
+        logprobs_S.append((logit_B1 - logits_BV.logsumexp(dim=-1, keepdim=True)).squeeze(-1))
+        before_BV = (logits_BV > logit_B1) | ((logits_BV == logit_B1) & (ids_V < target_B1))
+        ranks_S.append(1 + before_BV.sum(dim=-1))
+    return torch.cat(logprobs_S), torch.cat(ranks_S)
 
 
 def top_logprobs(logits_V: Tensor, chosen: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -30,7 +30,8 @@ class Chunk:
 
     ``start`` is the position of its first row, that is, how many tokens of the request are in the cache already.
     ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows ask for
-    logits; if any do, the last of them is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
+    logits. The first of those are scored: of ``targets``, the tokens that follow them in the prompt, the probability is
+    asked. If one is left over, it is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
     tokens of the request's prompt: rows from there on are its own output.
     """
 
@@ -41,9 +42,16 @@ class Chunk:
     num_logits: int = 0
     sampling: SamplingParams | None = None
     num_prompt: int = 0
+    targets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.tokens and 0 <= self.num_logits <= len(self.tokens), "a chunk has rows, and logits of some of them"
+        assert len(self.targets) <= self.num_logits, "a row that is scored has logits"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its last row chooses a token."""
+        return self.num_logits > len(self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +85,7 @@ class Batch:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether any sampled row needs whole rows of logits, not only the best token."""
+        """Whether any row needs whole rows of logits, not only the best token."""
         return any(
             chunk.num_logits and chunk.sampling is not None and chunk.sampling.needs_logits
             for group in self.groups
@@ -101,6 +109,20 @@ class Batch:
         for group in self.groups:
             for chunk in group:
                 slot += chunk.num_logits
-                if chunk.num_logits:
+                if chunk.is_sampled:
                     out.append((chunk.request, slot - 1))
+        return tuple(out)
+
+    def scored(self) -> tuple[tuple[int, range], ...]:
+        """(request, the slots of its scored rows among the step's logit rows) for every chunk that has any, in order.
+
+        The i-th slot is of the i-th of the chunk's ``targets``.
+        """
+        out: list[tuple[int, range]] = []
+        slot = 0
+        for group in self.groups:
+            for chunk in group:
+                if chunk.targets:
+                    out.append((chunk.request, range(slot, slot + len(chunk.targets))))
+                slot += chunk.num_logits
         return tuple(out)

@@ -10,15 +10,25 @@ batch, on the order of steps, or on the number of ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from narrows.errors import ConfigError
 
-__all__ = ["GREEDY", "Logprobs", "SamplingParams", "uniform"]
+__all__ = ["GREEDY", "Logprobs", "SamplingParams", "TokenScore", "uniform"]
 
 Logprobs = tuple[float, tuple[tuple[int, float], ...]]
 """The chosen token's log-probability, and the best tokens with theirs."""
 
 MAX_LOGPROBS = 20
+
+
+class TokenScore(NamedTuple):
+    """How likely a token of a prompt was after all before it: its log-probability in nats, its rank among all tokens
+    (1: the most likely; of equal ones the lowest id comes first), and the best tokens with theirs."""
+
+    logprob: float
+    rank: int
+    best: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +40,7 @@ class SamplingParams:
     ``repetition_penalty`` (over prompt and output, multiplicative) as in transformers; ``presence_penalty`` and
     ``frequency_penalty`` (over the output, subtracted) as in OpenAI's API. ``seed`` None: the engine draws one.
     ``logprobs``: log-probabilities of the chosen token and of so many best ones, from the unchanged logits; None: none.
+    ``prompt_logprobs``: the same for every token of the prompt but the first, as :class:`TokenScore`.
 
     Raises:
         ConfigError: a value out of its range.
@@ -44,6 +55,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         ranges = (
@@ -59,8 +71,9 @@ class SamplingParams:
                 raise ConfigError(f"{name} is {value:g}; it must be between {low:g} and {high:g}")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 0 (0 keeps all tokens)")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ConfigError(f"logprobs is {self.logprobs}; it must be between 0 and {MAX_LOGPROBS}")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise ConfigError(f"{name} is {count}; it must be between 0 and {MAX_LOGPROBS}")
 
     @property
     def penalizes(self) -> bool:
@@ -70,7 +83,8 @@ class SamplingParams:
     @property
     def needs_logits(self) -> bool:
         """Whether whole rows of logits are needed; otherwise each vocabulary shard's best token is enough."""
-        return self.temperature > 0.0 or self.penalizes or self.logprobs is not None
+        asks = self.logprobs is not None or self.prompt_logprobs is not None
+        return self.temperature > 0.0 or self.penalizes or asks
 
 
 GREEDY = SamplingParams()

@@ -4,7 +4,8 @@ One scheduler sees all attention groups, so no rank decides anything. Each step 
 (its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
 prompts, first come first served; they are cut where the budget ends, or only at fixed places. A request is admitted
 only when pages for its prompt and all tokens it may generate are free, so a running request never has to be put back.
-It goes to the group with the fewest tokens in pages.
+It goes to the group with the fewest tokens in pages. Prompts whose tokens are scored have a budget of their own on top,
+since each of their rows holds logits.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
 A request that turns out to have ended by then has one row too many in flight; its sample is dropped.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from narrows.errors import ConfigError
 from narrows.sched.batch import Batch, Chunk, sample_ref
 from narrows.sched.pages import PagePool, num_pages_for
-from narrows.sched.sampling import Logprobs, SamplingParams
+from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
 
 __all__ = ["Limits", "Request", "Scheduler"]
 
@@ -29,6 +30,7 @@ class Limits:
     """What a step and the cache may hold. ``pages_per_group`` counts the null page along.
 
     ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step.
+    ``scored_rows_per_step``: most rows of scored prompts in a step, at least one such chunk; 0: as many as rows.
 
     Raises:
         ConfigError: a step that cannot hold one such chunk.
@@ -41,6 +43,7 @@ class Limits:
     pages_per_group: int = 512
     max_context: int = 2048
     prefill_chunk: int = 0
+    scored_rows_per_step: int = 0
 
     def __post_init__(self) -> None:
         if self.rows_per_step < self.prefill_chunk:
@@ -67,6 +70,8 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     """One per token of ``output``, if ``sampling`` asks for them."""
+    prompt_logprobs: list[TokenScore] = field(default_factory=list)
+    """One per token of ``prompt`` from the second on, if ``sampling`` asks for them."""
     finish_reason: str = ""
     group: int = -1
     pages: tuple[int, ...] = ()
@@ -81,6 +86,19 @@ class Request:
     def prefilled(self) -> bool:
         return self.num_cached >= len(self.prompt)
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether every token of the prompt is to be scored; then it need not generate any (``max_tokens`` 0)."""
+        return self.sampling is not None and self.sampling.prompt_logprobs is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    """What a step that the host has not seen yet will bring: samples, and scores of prompt tokens, by slot."""
+
+    samples: tuple[tuple[Request, int], ...]
+    scored: tuple[tuple[Request, range], ...]
+
 
 class Scheduler:
     """Continuous batching over the attention groups of one engine."""
@@ -91,7 +109,7 @@ class Scheduler:
         self.running: list[list[Request]] = [[] for _ in range(limits.num_groups)]
         self.pools = [PagePool(limits.pages_per_group) for _ in range(limits.num_groups)]
         self._ended: list[int] = []
-        self._in_flight: deque[tuple[tuple[Request, int], ...]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
 
     @property
     def has_work(self) -> bool:
@@ -107,12 +125,15 @@ class Scheduler:
         limits = self.limits
         if not request.prompt:
             raise ConfigError("the prompt is empty: it needs at least one token")
-        if request.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {request.max_tokens}; it must be at least 1")
-        if len(request.prompt) >= limits.max_context:
+        least = 0 if request.scores_prompt else 1
+        if request.max_tokens < least:
+            raise ConfigError(f"max_tokens is {request.max_tokens}; it must be at least {least}")
+        answer = min(request.max_tokens, 1)
+        if len(request.prompt) + answer > limits.max_context:
+            left = " and at least 1 must be left for the answer" if answer else ""
             raise ConfigError(
-                f"the prompt has {len(request.prompt)} tokens, but the context holds {limits.max_context} and at least "
-                f"1 must be left for the answer; shorten it to {limits.max_context - 1} tokens or raise --max-context"
+                f"the prompt has {len(request.prompt)} tokens, but the context holds {limits.max_context}{left}; "
+                f"shorten it to {limits.max_context - answer} tokens or raise --max-context"
             )
         request.max_tokens = min(request.max_tokens, limits.max_context - len(request.prompt))
         needed = self._tokens_needed(request)
@@ -125,15 +146,15 @@ class Scheduler:
 
     def _tokens_needed(self, request: Request) -> int:
         """Tokens that enter the cache: the prompt and every sample but the last."""
-        return len(request.prompt) + request.max_tokens - 1
+        return len(request.prompt) + max(request.max_tokens, 1) - 1
 
     def schedule(self) -> Batch | None:
         """The next step, or None when no request has a row to run."""
         assert len(self._in_flight) <= 1, "a token can refer to the previous step's samples only: commit a step first"
         self._admit()
         budget = self.limits.rows_per_step
+        scored = self.limits.scored_rows_per_step or budget
         chunks: list[list[Chunk]] = [[] for _ in self.running]
-        samples: list[tuple[Request, int]] = []
         for group, requests in enumerate(self.running):
             for request in requests:
                 if request.prefilled and request.num_sampled < request.max_tokens and budget > 0:
@@ -143,22 +164,29 @@ class Scheduler:
             (request for requests in self.running for request in requests if not request.prefilled), key=lambda r: r.id
         )
         for request in prefills:
-            while not request.prefilled and (rows := self._prefill_rows(request, budget)):
+            room = min(budget, scored) if request.scores_prompt else budget
+            while not request.prefilled and (rows := self._prefill_rows(request, room)):
                 chunks[request.group].append(self._prefill_chunk(request, rows))
-                budget -= rows
-            if not request.prefilled:
+                budget, room = budget - rows, room - rows
+                scored -= rows if request.scores_prompt else 0
+            if request.prefilled:
+                continue
+            if not request.scores_prompt or budget <= scored:
                 break  # no room, or too little for a chunk that may not be cut: first come first served
+            scored = 0  # those behind it that score wait too; for others there is room
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
         if batch.num_rows == 0:
             return None
         self._ended.clear()
         by_id = {request.id: request for requests in self.running for request in requests}
-        for request_id, slot in batch.samples():
-            request = by_id[request_id]
+        flying = _InFlight(
+            samples=tuple((by_id[number], slot) for number, slot in batch.samples()),
+            scored=tuple((by_id[number], slots) for number, slots in batch.scored()),
+        )
+        for request, slot in flying.samples:
             request.num_sampled += 1
             request.last_slot = slot
-            samples.append((request, slot))
-        self._in_flight.append(tuple(samples))
+        self._in_flight.append(flying)
         return batch
 
     def _admit(self) -> None:
@@ -203,31 +231,47 @@ class Scheduler:
 
     def _prefill_chunk(self, request: Request, rows: int) -> Chunk:
         start = request.num_cached
-        request.num_cached += rows
+        stop = request.num_cached = start + rows
+        targets = request.prompt[start + 1 : stop + 1] if request.scores_prompt else ()
         return Chunk(
             request=request.id,
             start=start,
-            tokens=request.prompt[start : start + rows],
-            pages=self._pages(request, start + rows),
-            num_logits=1 if request.prefilled else 0,
+            tokens=request.prompt[start:stop],
+            pages=self._pages(request, stop),
+            num_logits=len(targets) + (1 if request.prefilled else 0),
             sampling=request.sampling,
             num_prompt=len(request.prompt),
+            targets=targets,
         )
 
     def _pages(self, request: Request, num_tokens: int) -> tuple[int, ...]:
         return request.pages[: num_pages_for(num_tokens, self.limits.page_size)]
 
-    def commit(self, sampled_ids: tuple[int, ...], logprobs: Mapping[int, Logprobs] | None = None) -> list[Request]:
-        """Take in the samples of the oldest step in flight; the requests that got a token, in row order.
+    def commit(
+        self,
+        sampled_ids: tuple[int, ...],
+        logprobs: Mapping[int, Logprobs] | None = None,
+        scores: Mapping[int, TokenScore] | None = None,
+    ) -> list[Request]:
+        """Take in the samples of the oldest step in flight; the requests that got a token or ended, in row order.
 
-        ``sampled_ids`` holds one id per logit row of that step, ``logprobs`` what rows asked for. Requests that end
-        leave, and their pages are free at once: ranks run steps in order, so a row still in flight writes before
-        anything that reuses its page.
+        ``sampled_ids`` holds one id per logit row of that step, ``logprobs`` what rows asked for, ``scores`` those of
+        every scored row. Requests that end leave, and their pages are free at once: ranks run steps in order, so a row
+        still in flight writes before anything that reuses its page.
         """
         touched: list[Request] = []
-        for request, slot in self._in_flight.popleft():
+        flying = self._in_flight.popleft()
+        for request, slots in flying.scored:
+            if not request.finish_reason:
+                assert scores is not None, "rows were scored, but their scores are not here"
+                request.prompt_logprobs += [scores[slot] for slot in slots]
+        for request, slot in flying.samples:
             if request.finish_reason:
                 continue  # it ended at the step before; this row was in flight already
+            if not request.max_tokens:  # its prompt was to be scored, and now is: the sample is nobody's
+                touched.append(request)
+                self._finish(request, "length")
+                continue
             token = sampled_ids[slot]
             request.output.append(token)
             if logprobs is not None and slot in logprobs:

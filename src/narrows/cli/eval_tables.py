@@ -1,0 +1,171 @@
+"""An evaluation as tables for people and one document for programs. Formats; decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from narrows.evaluate.compare import Perplexity, Score, Share
+from narrows.evaluate.divergence import NOISE_RATIO
+from narrows.evaluate.evaluation import Evaluation, LayoutResult
+from narrows.evaluate.statistics import SIGMAS
+
+__all__ = ["document", "print_evaluation"]
+
+
+def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Console) -> None:
+    """One table per task and one of distributions, each with a row per layout and way of running; then what failed."""
+    resolved = evaluation.resolved
+    dtype = str(resolved.dtype).removeprefix("torch.")
+    out.print(f"{resolved.config.name}: {resolved.mesh} against one rank, {dtype}", markup=False)
+    results = [evaluation.one_rank, *([evaluation.exact] if evaluation.exact else []), *evaluation.layouts]
+    for task, file in evaluation.files.items():
+        out.print(f"\n{task} ({file})", style="bold", markup=False)
+        first = next(score for score in evaluation.one_rank.scores if score.task == task)
+        out.print(_perplexity_table(results, task) if first.perplexity else _share_table(results, task, first))
+    if any(layout.distances for layout in evaluation.layouts):
+        out.print("\ndistributions, row by row against one rank in the same dtype", style="bold")
+        out.print(_distance_table(evaluation))
+    _print_failures(evaluation, out)
+    for name, why in skipped.items():
+        out.print(f"not run: {name}: {why}", markup=False)
+    for note in resolved.notes:
+        out.print(f"note: {note}", markup=False)
+
+
+def document(evaluation: Evaluation) -> dict[str, Any]:
+    """All figures by name; numbers that JSON does not know are null."""
+    resolved = evaluation.resolved
+    found = {
+        "model": resolved.asked.model,
+        "dp": resolved.asked.dp,
+        "tp": resolved.asked.tp,
+        "dtype": str(resolved.dtype).removeprefix("torch."),
+        "files": {task: str(file) for task, file in evaluation.files.items()},
+        "one_rank": asdict(evaluation.one_rank),
+        "one_rank_float32": asdict(evaluation.exact) if evaluation.exact else None,
+        "layouts": [asdict(layout) | {"failures": layout.failures} for layout in evaluation.layouts],
+        "ok": evaluation.ok,
+    }
+    return _finite(found)  # type: ignore[no-any-return]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layout", no_wrap=True)
+    table.add_column("run")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap="±" in name or "(+" in name)
+    table.add_column("verdict")
+    return table
+
+
+def _how(alone: bool) -> str:
+    return "one by one" if alone else "batched"
+
+
+def _verdict(failure: str) -> str:
+    return "DIFFERS" if failure else "ok"
+
+
+def _perplexity_table(results: list[LayoutResult], task: str) -> Table:
+    table = _table("windows", "tokens", "perplexity", "per word", "bits/byte", "nats more than one rank")
+    for result in results:
+        for score in result.scores:
+            if score.task == task and score.perplexity is not None:
+                table.add_row(result.layout, *_perplexity_cells(score, score.perplexity))
+    return table
+
+
+def _perplexity_cells(score: Score, found: Perplexity) -> tuple[str, ...]:
+    more = found.more_nats
+    return (
+        _how(score.alone),
+        str(score.num_items),
+        str(found.num_tokens),
+        f"{found.perplexity:.4f} ± {found.error:.2g}",
+        f"{found.word_perplexity:.5g}",
+        f"{found.bits_per_byte:.5f}",
+        "" if more is None else f"{more.value:+.1e} ± {more.error:.1e}",
+        "" if more is None else _verdict(score.failure),
+    )
+
+
+def _share_table(results: list[LayoutResult], task: str, first: Score) -> Table:
+    """``+`` and ``-``: items that are right here and wrong on one rank, and the other way."""
+    table = _table("items", *[f"{name} %  (+ -)" for name in first.shares], *[f"{k} %" for k in first.kinds], "same")
+    for result in results:
+        for score in result.scores:
+            if score.task != task:
+                continue
+            table.add_row(
+                result.layout,
+                _how(score.alone),
+                str(score.num_items),
+                *[_share(share, compared=score.same is not None) for share in score.shares.values()],
+                *[f"{100 * score.kinds[kind].share:.1f}" if kind in score.kinds else "-" for kind in first.kinds],
+                "" if score.same is None else f"{100 * score.same:.1f} %",
+                "" if score.same is None else _verdict(score.failure),
+            )
+    return table
+
+
+def _share(share: Share, *, compared: bool) -> str:
+    changes = f"  (+{share.gained} -{share.lost})" if compared else ""
+    return f"{100 * share.share:.2f} ± {100 * share.error:.2f}{changes}"
+
+
+def _distance_table(evaluation: Evaluation) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layout", no_wrap=True)
+    for name in ("dtype", "run"):
+        table.add_column(name)
+    for name in ("rows", "KL mean", "KL max", "greedy equal", "near-ties", "other", "beyond", "noise"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for layout in evaluation.layouts:
+        for found in layout.distances:
+            distance = found.distance
+            noise = distance.noise
+            table.add_row(
+                layout.layout,
+                found.dtype,
+                _how(found.alone),
+                str(distance.num_rows),
+                f"{distance.kl:.1e}",
+                f"{distance.kl_max:.1e}",
+                f"{100 * distance.agreement:.2f} %",
+                str(distance.near_ties),
+                str(distance.clear_changes),
+                "" if distance.beyond is None else f"{100 * distance.beyond:.1f} %",
+                "" if noise is None else f"x {math.exp(noise.value):.2f} ± {math.exp(noise.value) * noise.error:.2f}",
+                _verdict(distance.failure),
+            )
+    return table
+
+
+def _print_failures(evaluation: Evaluation, out: Console) -> None:
+    for layout in evaluation.layouts:
+        for failure in layout.failures:
+            out.print(f"{layout.layout}: {failure}", markup=False)
+    if evaluation.ok:
+        out.print(
+            f"every layout is what one rank is: no figure is further off than {SIGMAS:g} standard errors, sums in "
+            f"another order, or x {NOISE_RATIO:g} one rank's own rounding explain (docs/eval.md)"
+        )
+    else:
+        out.print("a figure marked DIFFERS is no rounding: `narrows verify` names the stage and the rank")
