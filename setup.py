@@ -3,9 +3,13 @@
 Optional: where no compiler is found the install goes on without them, and `narrows.native.why_absent` says so.
 """
 
+import hashlib
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+
+SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path("src/narrows/native/csrc").iterdir())))
 
 setup(
     ext_modules=[
@@ -13,6 +17,7 @@ setup(
             "narrows.native._narrows",
             sources=sorted(glob("src/narrows/native/csrc/*.cpp")),
             depends=sorted(glob("src/narrows/native/csrc/*.h")),
+            define_macros=[("NARROWS_SOURCES", f'"{SOURCES.hexdigest()}"')],
             extra_compile_args=["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"],
             extra_link_args=["-fopenmp"],
             optional=True,

@@ -199,6 +199,8 @@ def test_defaults_of_fields_that_may_be_missing() -> None:
         ({"topk_method": "magic"}, ConfigError, "routing 'sigmoid' with 'magic' is not known"),
         ({"moe_layer_freq": 2}, ConfigError, "moe_layer_freq 2 is not supported"),
         ({"n_group": 5}, CheckpointError, "32 experts do not divide into n_group 5 groups"),
+        ({"num_experts_per_tok": 33}, CheckpointError, "a row cannot go to 33 of 32 experts in 2 of 4"),
+        ({"topk_group": 9}, CheckpointError, "experts in 9 of 4 groups"),
         ({"rms_norm_eps": "tiny"}, CheckpointError, "rms_norm_eps is 'tiny', where a number is needed"),
     ],
 )
@@ -242,14 +244,17 @@ def test_folders_files_and_what_is_wrong_with_them(tmp_path: Path) -> None:
     assert load_model_config(str(folder)).name == "my-model"
 
 
-# The rows of the dimension table of the public configs: hidden, layers (dense first), heads (kv), q_lora, kv_lora,
-# nope/rope/v, dense FFN, MoE FFN, experts/top-k/shared, groups (n/top), vocabulary; - where a family has none.
+# The rows of the dimension table of the public configs, and of the two for benchmarks: hidden, layers (dense first),
+# heads (kv), q_lora, kv_lora, nope/rope/v, dense FFN, MoE FFN, experts/top-k/shared, groups (n/top), vocabulary; -
+# where a family has none.
 TABLE = """
 deepseek-v2      5120 60 1 128 - 1536 512 128/64/128 12288 1536 160/6/2 8/3 102400
 deepseek-v2-lite 2048 27 1 16  - none 512 128/64/128 10944 1408 64/6/2  1/1 102400
 deepseek-v3      7168 61 3 128 - 1536 512 128/64/128 18432 2048 256/8/1 8/4 129280
 deepseek-r1      7168 61 3 128 - 1536 512 128/64/128 18432 2048 256/8/1 8/4 129280
 kimi-k2          7168 61 1 64  - 1536 512 128/64/128 18432 2048 384/8/1 1/1 163840
+dsv3-mini        1024 12 1 16  - 384  512 128/64/128 2816  256  32/4/1  4/2 32000
+dsv2-mini        1024 12 1 16  - none 512 128/64/128 2816  256  32/4/1  4/2 32000
 glm-4.5          5120 92 3 96  8 - - 128 12288 1536 160/8/1 1/1 151552
 qwen3-235b-a22b  4096 94 0 64  4 - - 128 - 1536 128/8/0 1/1 151936
 qwen3-30b-a3b    2048 48 0 32  4 - - 128 - 768  128/8/0 1/1 151936

@@ -34,6 +34,15 @@ def test_missing_or_broken_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert opened is None and reason in why
 
 
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """One that an older checkout has left would be called with arguments that it does not have."""
+    if library() is None:
+        pytest.skip(f"no compiled library: {why_absent()}")
+    monkeypatch.setattr(MODULE, "sources_digest", lambda: "0" * 64)
+    opened, why = open_anew()
+    assert opened is None and "was built from other sources" in why
+
+
 def test_a_library_for_another_cpu_is_refused_with_what_lacks(monkeypatch: pytest.MonkeyPatch):
     if library() is None or not library().narrows_compiled_for():
         pytest.skip(f"no compiled library with features to lack: {why_absent()}")

@@ -161,7 +161,7 @@ def test_where_the_book_would_sum_in_another_order(
     with RecordingEngine(resolved(tiny_model("v3"), 2, 2, **options)) as engine:
         check(engine)
     with RecordingEngine(resolved(tiny_model("v3"), 2, 2, **options)) as engine:
-        monkeypatch.setattr(engine, "_book_for", lambda batch: engine._logits_book)
+        monkeypatch.setattr(engine, "_book_for", lambda *, needs_logits: engine._logits_book)
         with pytest.raises(AssertionError, match=r"on rank 0: .* numbers, by up to"):
             check(engine)
         assert len({plan.signature() for _, plan in engine._logits_book.plans()}) > 1, (
@@ -186,7 +186,8 @@ def test_one_plan_runs_at_every_step_and_gives_logits(tiny_model: Any) -> None:
             assert [step.name for _, step in plan.steps()][-1] == "sample"
             chunk = Chunk(request=0, start=0, tokens=(1, 2), pages=(1,), num_logits=1)
             for batch in (Batch(groups=((chunk,), ())), Batch(groups=((), (chunk,) * 100))):
-                assert engine._book_for(batch).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows) is plan
+                book = engine._book_for(needs_logits=batch.needs_logits)
+                assert book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows) is plan
     assert resolve(EngineConfig(model=str(tiny_model("v3")), tp=2)).plan is None
 
 

@@ -15,6 +15,7 @@ from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.embedding import embedding
 from narrows.ops.experts import experts_mlp
 from narrows.ops.gqa_attention import gqa_attention
+from narrows.ops.kv_b import plain_halves, split_kv_b
 from narrows.ops.linear import linear
 from narrows.ops.mla_attention import mla_attention
 from narrows.ops.paged import PagedRows, build_paged_rows
@@ -244,13 +245,17 @@ def test_gqa_attention(dtype: torch.dtype, num_kv: int, kv_index: tuple[int, ...
 
 
 @DTYPES
+@pytest.mark.parametrize("ready", [True, False], ids=["as the model holds it", "plain"])
 @pytest.mark.parametrize(
     ("heads", "nope", "pe", "rank", "value"), [(2, 8, 4, 12, 6), (4, 16, 8, 32, 16), (4, 128, 64, 512, 128)]
 )
-def test_mla_attention(dtype: torch.dtype, heads: int, nope: int, pe: int, rank: int, value: int) -> None:
+def test_mla_attention(dtype: torch.dtype, heads: int, nope: int, pe: int, rank: int, value: int, ready: bool) -> None:
     cache = randn(NUM_SLOTS, rank + pe, dtype=dtype)
     queries = randn(ALL_ROWS, heads, nope + pe, dtype=dtype)
-    w_uk, w_uv = randn(heads, nope, rank, dtype=dtype, scale=0.1), randn(heads, value, rank, dtype=dtype, scale=0.1)
+    kv_b = randn(heads, nope + value, rank, dtype=dtype, scale=0.1)
+    w_uk, w_uv = split_kv_b(kv_b, nope)  # packed, where products are compiled
+    if not ready:
+        w_uk, w_uv = plain_halves(w_uk, w_uv)
 
     def attend(rows: PagedRows, which: Tensor) -> Tensor:
         q_nope_TND, q_pe_TNP = queries[which].split([nope, pe], dim=-1)

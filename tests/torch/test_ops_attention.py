@@ -1,15 +1,25 @@
-"""causal, MLA and GQA attention: against their twins, against transformers, and against themselves in other steps."""
+"""causal, MLA and GQA attention: against their twins, against transformers, and against themselves in other steps.
+
+Everything runs as it is chosen on this CPU (compiled in bf16, where that is built), by torch alone, and as on a CPU
+with AMX.
+"""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
 from narrows.ops import causal_attention as causal_module
+from narrows.ops import gqa_attention as gqa_module
 from narrows.ops import mla_attention as mla_module
+from narrows.ops import packed as packed_module
 from narrows.ops.causal_attention import causal_attention, causal_attention_reference
+from narrows.ops.compiled import attention_library, torch_brgemm
 from narrows.ops.gqa_attention import gqa_attention, gqa_attention_reference, head_blocks
+from narrows.ops.kv_b import PackedKeys, plain_halves, split_kv_b
 from narrows.ops.mla_attention import mla_attention, mla_attention_reference
 from narrows.ops.paged import build_paged_rows, write_cache
 from narrows.ops.rope import mla_softmax_scale
@@ -18,6 +28,25 @@ from narrows.ops.rope import mla_softmax_scale
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch", "brgemm"])
+def kernels(request, monkeypatch):
+    """brgemm: the compiled kernels as on a CPU with AMX, their products of spans by torch's brgemm."""
+    if request.param != "torch" and attention_library() is None:
+        pytest.skip("attention is not compiled here")
+    if request.param == "brgemm":
+        if torch_brgemm() is None:
+            pytest.skip("this torch exports no brgemm")
+        monkeypatch.setattr(gqa_module, "brgemm", torch_brgemm)
+        monkeypatch.setattr(mla_module, "brgemm", torch_brgemm)
+    if request.param == "torch":
+        monkeypatch.setattr(gqa_module, "attention_library", lambda: None)
+        monkeypatch.setattr(packed_module, "gemm_library", lambda: None)
+    return request.param
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -51,18 +80,20 @@ def num_rows(spans):
 class Mla:
     """Random tensors for 3 heads of 6 + 4 columns, rank 8, values of 5 columns, 96 slots."""
 
-    def __init__(self, rows, dtype, *, heads=3, seed=0):
+    def __init__(self, rows, dtype, *, heads=3, seed=0, dims=(6, 4, 8, 5), slots=96, scale=0.3):
         generator = torch.Generator().manual_seed(seed)
+        nope, pe, rank, value = dims
+        self.scale = scale
 
         def draw(*shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        self.w_uk, self.w_uv = draw(heads, 6, 8) / 3, draw(heads, 5, 8) / 3
-        self.cache = draw(96, 12)
-        self.q_nope, self.q_pe = draw(rows, heads, 6), draw(rows, heads, 4)
+        self.w_uk, self.w_uv = split_kv_b(draw(heads, nope + value, rank) / rank**0.5, nope)
+        self.cache = draw(slots, rank + pe)
+        self.q_nope, self.q_pe = draw(rows, heads, nope + pe).split([nope, pe], dim=-1)  # side by side, as in the model
 
     def __call__(self, op, rows, **kwargs):
-        return op(self.q_nope, self.q_pe, self.cache, rows, self.w_uk, self.w_uv, 0.3, **kwargs)
+        return op(self.q_nope, self.q_pe, self.cache, rows, self.w_uk, self.w_uv, self.scale, **kwargs)
 
 
 @STEP
@@ -283,9 +314,152 @@ def test_causal_attention_agrees_with_the_twin(rows, context, dtype):
 
 
 @STEP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_rank_without_heads(step):
+def test_a_rank_without_heads(step, dtype):
     """More ranks than heads: nothing to do, and nothing breaks."""
     rows = build_paged_rows(STEPS[step], PAGE)
-    mla, gqa = Mla(num_rows(STEPS[step]), torch.float32, heads=0), Gqa(num_rows(STEPS[step]), torch.float32, ())
+    mla, gqa = Mla(num_rows(STEPS[step]), dtype, heads=0), Gqa(num_rows(STEPS[step]), dtype, ())
     assert mla(mla_attention, rows).shape == gqa(gqa_attention, rows).shape == (num_rows(STEPS[step]), 0)
+
+
+PAGE_OF_MODELS = 16
+
+
+def spans_of(shapes, page=PAGE_OF_MODELS):
+    """(start, rows) of each context to spans whose pages lie in no order; and how many slots there are."""
+    counts = [-(-(start + rows) // page) for start, rows in shapes]
+    order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(5)) + 1).tolist()
+    spans = [
+        (start, rows, tuple(order[sum(counts[:i]) : sum(counts[: i + 1])])) for i, (start, rows) in enumerate(shapes)
+    ]
+    return spans, page * (1 + sum(counts))
+
+
+MODELS = {"dsv3": (128, 64, 512, 128), "odd": (33, 6, 70, 47), "tiny": (1, 2, 3, 1)}
+# Around the kernels' blocks: 12 rows, 48 rows, 128 and 256 tokens; behind a context, and alone.
+SHAPES = [
+    [(0, 13)],
+    [(0, 300)],
+    [(250, 60), (0, 2)],
+    [(0, 1), (126, 1), (127, 1), (128, 1), (300, 1), (16, 1), (31, 1), (47, 1)],
+    [(299, 1), (200, 49), (0, 1), (511, 5)],
+]
+
+
+def exact_mla(mla, rows):
+    """`mla_attention` in float64: keys and values of all slots expanded once, then grouped-query attention."""
+    w_uk, w_uv = (w.double() for w in plain_halves(mla.w_uk, mla.w_uv))
+    heads, _, rank = w_uk.shape
+    c, k_pe = mla.cache.double().tensor_split((rank,), dim=1)
+    keys = torch.cat((torch.einsum("sr,ndr->snd", c, w_uk), k_pe[:, None].expand(-1, heads, -1)), dim=-1)
+    values = torch.einsum("sr,nvr->snv", c, w_uv)
+    width = max(keys.shape[2], values.shape[2])
+    q = torch.cat((mla.q_nope, mla.q_pe), dim=-1).double()
+    q, keys, values = (functional.pad(x, (0, width - x.shape[2])) for x in (q, keys, values))
+    y = gqa_attention_reference(q, keys, values, rows, tuple(range(heads)), mla.scale)
+    return y.unflatten(1, (heads, width))[..., : w_uv.shape[1]].flatten(1)
+
+
+def check_near(got, expected):
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+    assert (got.double() - expected).norm() <= 6e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 9])
+@pytest.mark.parametrize("model", MODELS)
+@torch.inference_mode()
+def test_mla_of_models(model, heads, shapes, kernels):
+    """bf16 against float64: as near as torch's products are."""
+    spans, slots = spans_of(shapes)
+    rows = build_paged_rows(spans, PAGE_OF_MODELS)
+    mla = Mla(num_rows(spans), torch.bfloat16, heads=heads, dims=MODELS[model], slots=slots, scale=0.1)
+    assert isinstance(mla.w_uk, PackedKeys) == (kernels != "torch")
+    torch.set_num_threads(1)
+    check_near(mla(mla_attention, rows), exact_mla(mla, rows))
+
+
+GQA_MODELS = [((0,) * 9, 1, 64), ((0, 0, 0, 0, 1, 1, 1, 1), 2, 128), ((0, 1, 2), 3, 33), ((1, 0, 2, 2, 0), 3, 7)]
+
+
+class GqaOfModel:
+    """bf16 queries side by side with keys and values, as in the model, and caches of as many slots as asked."""
+
+    def __init__(self, rows, slots, kv_index, num_kv, dim):
+        self.keys, self.values = torch.randn(2, slots, num_kv, dim).to(torch.bfloat16)
+        self.q = torch.randn(rows, len(kv_index) + 2 * num_kv, dim).to(torch.bfloat16)[:, : len(kv_index)]
+        self.kv_index, self.scale = kv_index, dim**-0.5
+
+    def __call__(self, op, rows, dtype=torch.bfloat16):
+        tensors = (x.to(dtype) for x in (self.q, self.keys, self.values))
+        return op(*tensors, rows, self.kv_index, self.scale)
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("model", GQA_MODELS, ids=str)
+@torch.inference_mode()
+def test_gqa_of_models(model, shapes):
+    spans, slots = spans_of(shapes)
+    rows = build_paged_rows(spans, PAGE_OF_MODELS)
+    gqa = GqaOfModel(num_rows(spans), slots, *model)
+    torch.set_num_threads(1)
+    check_near(gqa(gqa_attention, rows), gqa(gqa_attention_reference, rows, torch.float64))
+
+
+@torch.inference_mode()
+def test_threads_change_no_bit(kernels):
+    if kernels == "torch":
+        pytest.skip("libraries split work by the number of threads")
+    spans, slots = spans_of([(0, 70), (299, 1), (40, 1), (300, 4)])
+    rows = build_paged_rows(spans, PAGE_OF_MODELS)
+    mla = Mla(num_rows(spans), torch.bfloat16, heads=9, dims=MODELS["odd"], slots=slots, scale=0.1)
+    gqa = GqaOfModel(num_rows(spans), slots, *GQA_MODELS[0])
+    torch.set_num_threads(1)
+    one = mla(mla_attention, rows), gqa(gqa_attention, rows)
+    torch.set_num_threads(2)
+    two = mla(mla_attention, rows), gqa(gqa_attention, rows)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@torch.inference_mode()
+def test_both_forms_of_mla_prefill_in_bf16(absorb, monkeypatch):
+    monkeypatch.setattr(mla_module, "_absorbing_is_cheaper", lambda *_: absorb)
+    for shapes in ([(0, 70)], [(300, 14), (5, 1)]):
+        spans, slots = spans_of(shapes)
+        rows = build_paged_rows(spans, PAGE_OF_MODELS)
+        mla = Mla(num_rows(spans), torch.bfloat16, heads=3, dims=MODELS["odd"], slots=slots, scale=0.1)
+        torch.testing.assert_close(mla(mla_attention, rows).double(), exact_mla(mla, rows), rtol=2e-2, atol=2e-2)
+
+
+@torch.inference_mode()
+def test_large_scores_and_padding_never_show(kernels):
+    """Scores far apart (the largest of a row comes late, in another block) and a null page of infinities."""
+    spans, slots = spans_of([(0, 290), (270, 1)])
+    rows = build_paged_rows(spans, PAGE_OF_MODELS)
+    keys, values = torch.randn(2, slots, 1, 32).to(torch.bfloat16)
+    keys[rows.prefills[0].slots_L[280]] *= 40
+    q = (torch.randn(291, 2, 32) * 20).to(torch.bfloat16)
+    expected = gqa_attention_reference(q, keys, values, rows, (0, 0), 1.0)
+    if kernels != "torch":  # torch's padded reads ask the null page to be finite
+        keys[:PAGE_OF_MODELS] = values[:PAGE_OF_MODELS] = float("inf")
+    torch.testing.assert_close(gqa_attention(q, keys, values, rows, (0, 0), 1.0), expected, rtol=2e-2, atol=2e-2)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 270), st.integers(0, 60)), max_size=5),
+    decodes=st.lists(st.integers(0, 270), max_size=5),
+    heads=st.integers(1, 10),
+    dims=st.tuples(*(st.integers(1, most) for most in (40, 8, 70, 40))),
+    page=st.sampled_from([1, 4, 16]),
+)
+@torch.inference_mode()
+def test_mla_of_any_step(shapes, decodes, heads, dims, page):
+    mixed = [*shapes[:2], *((start, 1) for start in decodes), *shapes[2:]]
+    spans, slots = spans_of(mixed, page)
+    rows = build_paged_rows(spans, page)
+    nope, pe, rank, value = dims
+    mla = Mla(num_rows(spans), torch.bfloat16, heads=heads, dims=(nope, 2 * pe, rank, value), slots=slots, scale=0.1)
+    torch.testing.assert_close(mla(mla_attention, rows).double(), exact_mla(mla, rows), rtol=2e-2, atol=3e-2)

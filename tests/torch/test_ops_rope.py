@@ -1,4 +1,7 @@
-"""rope: frequencies against ROPE_INIT_FUNCTIONS with checkpoints' own numbers, rotation against the modeling files."""
+"""rope: frequencies against ROPE_INIT_FUNCTIONS with checkpoints' own numbers, rotation against the modeling files.
+
+What rotates runs twice: as it is chosen on this CPU (compiled, where that is built), and by torch alone.
+"""
 
 import math
 
@@ -11,6 +14,9 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from transformers.models.llama import modeling_llama as llama
 
 from narrows.errors import ConfigError
+from narrows.ops import rope as rope_module
+from narrows.ops import rope_cache as rope_cache_module
+from narrows.ops.compiled import rope_library
 from narrows.ops.rope import (
     apply_rope,
     apply_rope_reference,
@@ -18,11 +24,29 @@ from narrows.ops.rope import (
     rope_inverse_frequencies,
     rope_table,
 )
+from narrows.ops.rope_cache import (
+    rope_write_heads,
+    rope_write_heads_reference,
+    rope_write_latents,
+    rope_write_latents_reference,
+)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    if request.param == "compiled" and rope_library() is None:
+        pytest.skip("the rotation is not compiled here")
+    if request.param == "torch":
+        monkeypatch.setattr(rope_module, "rope_library", lambda: None)
+        monkeypatch.setattr(rope_cache_module, "rope_library", lambda: None)
+
+
+USES_KERNELS = pytest.mark.usefixtures("kernels")
 
 
 LLAMA_31 = {
@@ -123,6 +147,7 @@ def test_mla_scale_is_that_of_v2_and_v3(scaling, mscale):
     assert got == pytest.approx(192**-0.5 * mscale**2, rel=1e-12)
 
 
+@USES_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_rotation_is_that_of_v3_and_llama(dtype):
@@ -140,6 +165,7 @@ def test_rotation_is_that_of_v3_and_llama(dtype):
         assert torch.equal(apply_rope_reference(q, cos_TD2, sin_TD2, interleaved=interleaved), expected)
 
 
+@USES_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_scores_are_those_of_v2(dtype):
@@ -159,6 +185,7 @@ def test_scores_are_those_of_v2(dtype):
     )
 
 
+@USES_KERNELS
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("num_rows", [0, 1, 6])
 @torch.inference_mode()
@@ -171,3 +198,56 @@ def test_rotation_writes_out_even_in_place(interleaved, num_rows):
     kept = heads[..., :8].clone()
     assert apply_rope(x, cos, sin, interleaved=interleaved, out=x) is x
     assert torch.equal(heads[..., 8:], expected) and torch.equal(heads[..., :8], kept)
+
+
+TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
+def table_of(num_rows, dim, dtype):
+    frequencies = rope_inverse_frequencies(dim, 1e4, scaling=None, max_position=4096)
+    positions = torch.randint(0, 4096, (num_rows,))
+    return tuple(half[positions] for half in rope_table(*frequencies, 4096, dtype))
+
+
+@pytest.mark.parametrize("dim", [2, 6, 64, 96])
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+@pytest.mark.parametrize(("dtype", "table"), TYPES)
+@torch.inference_mode()
+def test_latents_are_rotated_and_written(dtype, table, num_rows, dim):
+    """The compiled pass against the ops it replaces: the same bits, and nothing else written."""
+    rank, heads = 20, 3
+    cos, sin = table_of(num_rows, dim, table)
+    q, latents = torch.randn((num_rows, heads, 10 + dim)).to(dtype), torch.randn((num_rows, 5 + rank + dim)).to(dtype)
+    slots = torch.randperm(40)[:num_rows]
+    runs = []
+    for op in (rope_write_latents, rope_write_latents_reference):
+        cache, queries = torch.full((40, rank + dim), 7.0, dtype=dtype), q.clone()
+        op(queries[..., 10:], latents[:, 5:], cos, sin, cache, slots)
+        runs.append((queries, cache))
+    for got, expected in zip(*runs, strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(runs[0][0][..., :10], q[..., :10]) and (runs[0][1] == 7).all(1).sum() == 40 - num_rows
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dim", [2, 6, 64, 128])
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+@pytest.mark.parametrize(("dtype", "table"), TYPES)
+@torch.inference_mode()
+def test_heads_are_normed_rotated_and_written(dtype, table, num_rows, dim, normed):
+    num_q, num_kv = 5, 2
+    cos, sin = table_of(num_rows, dim, table)
+    qkv = torch.randn((num_rows, num_q + 2 * num_kv, dim)).to(dtype)
+    slots = torch.randperm(40)[:num_rows]
+    weights = {"q_norm_D": torch.rand(dim).to(dtype), "k_norm_D": torch.rand(dim).to(dtype), "eps": 1e-6}
+    runs = []
+    for op in (rope_write_heads, rope_write_heads_reference):
+        keys, values = torch.full((2, 40, num_kv, dim), 7.0, dtype=dtype)
+        q = op(qkv.clone(), cos, sin, keys, values, slots, **(weights if normed else {}))
+        assert q.shape == (num_rows, num_q, dim)
+        runs.append((q, keys, values))
+    for got, expected in zip(*runs, strict=True):
+        # The norm's sum is taken in another order: now and then another bf16 number beside.
+        close = dict(rtol=1.6e-2, atol=1.6e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, expected, **(close if normed else dict(rtol=0, atol=0)))
+    assert (runs[0][1] == 7).all(2).sum() == (40 - num_rows) * num_kv

@@ -314,16 +314,22 @@ class _Reader:
         num_groups = self.integer("n_group", default=1) or 1
         if experts % num_groups:
             raise CheckpointError(f"{self.where}: {experts} experts do not divide into n_group {num_groups} groups")
+        top_k = self.integer("num_experts_per_tok")
+        topk_group = self.integer("topk_group", default=1) or 1
+        if not 0 < top_k <= experts or not 0 < topk_group <= num_groups:
+            raise CheckpointError(
+                f"{self.where}: a row cannot go to {top_k} of {experts} experts in {topk_group} of {num_groups} groups"
+            )
         return MoE(
             n_routed_experts=experts,
-            num_experts_per_tok=self.integer("num_experts_per_tok"),
+            num_experts_per_tok=top_k,
             moe_intermediate_size=self.integer("moe_intermediate_size"),
             n_shared_experts=self.integer("n_shared_experts", default=0),
             first_k_dense_replace=self.integer("first_k_dense_replace", default=0),
             scoring_func=scoring,
             topk_method=method,
             n_group=num_groups,
-            topk_group=self.integer("topk_group", default=1) or 1,
+            topk_group=topk_group,
             # transformers' V2 router scales and never normalises, whatever its config says
             norm_topk_prob=model_type != "deepseek_v2" and bool(self.raw.get("norm_topk_prob", False)),
             routed_scaling_factor=self.number("routed_scaling_factor", 1.0),

@@ -15,10 +15,11 @@ from torch import Tensor
 from narrows.arch.config import MLA, ModelConfig
 from narrows.models.moe import MoeLayer
 from narrows.models.parts import Decoder, Loader, StepInputs
+from narrows.ops.kv_b import split_kv_b
 from narrows.ops.mla_attention import mla_attention
-from narrows.ops.paged import write_cache
-from narrows.ops.rms_norm import rms_norm
-from narrows.ops.rope import apply_rope, mla_softmax_scale
+from narrows.ops.rms_norm import latent_norm
+from narrows.ops.rope import mla_softmax_scale
+from narrows.ops.rope_cache import rope_write_latents
 
 __all__ = ["Deepseek", "DeepseekLayer"]
 
@@ -36,14 +37,13 @@ class DeepseekLayer(MoeLayer):
         self.mla = mla
         self.q_rank = mla.q_lora_rank or 0
         low_rank = ("q_a_proj", "kv_a_proj_with_mqa") if self.q_rank else ("kv_a_proj_with_mqa",)
-        self.qkv_a_CH = load.stacked(weights, *low_rank)
+        self.qkv_a_CH = load.linear(weights, *low_rank)
         self.q_a_layernorm = load(weights["q_a_layernorm"]) if self.q_rank else None
         self.kv_a_layernorm_R = load(weights["kv_a_layernorm"])
-        self.q_proj = load(weights["q_b_proj" if self.q_rank else "q_proj"])
+        self.q_proj = load.linear(weights, "q_b_proj" if self.q_rank else "q_proj")
         kv_b_NXR = load(weights["kv_b_proj"]).unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
-        w_uk_NDR, w_uv_NVR = kv_b_NXR.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
-        self.w_uk_NDR, self.w_uv_NVR = w_uk_NDR.contiguous(), w_uv_NVR.contiguous()
-        self.o_proj = load(weights["o_proj"])
+        self.w_uk_NDR, self.w_uv_NVR = split_kv_b(kv_b_NXR, mla.qk_nope_head_dim)
+        self.o_proj = load.linear(weights, "o_proj")
         self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope_scaling)
         place = load.place
         self.cache_SC = torch.zeros((place.num_slots, mla.latent_dim), dtype=place.dtype, device=place.device)
@@ -54,13 +54,7 @@ class DeepseekLayer(MoeLayer):
 
     def latent_norm(self, step: StepInputs, latent_TC: Tensor) -> Tensor:
         """RMSNorm of the queries' latent and of the keys' and values' latent, each alone; the rotary key as it is."""
-        normed_TC = torch.empty_like(latent_TC)
-        q, kv = self.q_rank, self.q_rank + self.mla.kv_lora_rank
-        if self.q_a_layernorm is not None:
-            rms_norm(latent_TC[:, :q], self.q_a_layernorm, LATENT_EPS, out=normed_TC[:, :q])
-        rms_norm(latent_TC[:, q:kv], self.kv_a_layernorm_R, LATENT_EPS, out=normed_TC[:, q:kv])
-        normed_TC[:, kv:] = latent_TC[:, kv:]
-        return normed_TC
+        return latent_norm(latent_TC, self.q_a_layernorm, self.kv_a_layernorm_R, LATENT_EPS)
 
     def attention(self, step: StepInputs, *inputs: Tensor, out: Tensor | None = None) -> Tensor:
         """Attention of this rank's heads over the paged latents, and the output projection: an addend.
@@ -72,10 +66,7 @@ class DeepseekLayer(MoeLayer):
         query_from = latent_TC[:, :q] if q else inputs[0]
         q_TND = self.linear(query_from, self.q_proj).unflatten(-1, (-1, mla.qk_head_dim))
         q_nope_TND, q_pe_TNP = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        q_pe_TNP = apply_rope(q_pe_TNP, step.cos_TD2, step.sin_TD2, interleaved=True)
-        kv_TR, k_pe_TP = latent_TC[:, q:].split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        k_pe_TP = apply_rope(k_pe_TP.unsqueeze(1), step.cos_TD2, step.sin_TD2, interleaved=True).squeeze(1)
-        write_cache(self.cache_SC, torch.cat((kv_TR, k_pe_TP), dim=-1), step.rows.slots_T)
+        rope_write_latents(q_pe_TNP, latent_TC[:, q:], step.cos_TD2, step.sin_TD2, self.cache_SC, step.rows.slots_T)
         attended = mla_attention(
             q_nope_TND,
             q_pe_TNP,

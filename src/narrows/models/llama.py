@@ -14,14 +14,16 @@ from narrows.arch.config import GQA, ModelConfig
 from narrows.arch.forms import head_spans, kv_head_spans
 from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
 from narrows.ops.gqa_attention import gqa_attention
-from narrows.ops.paged import write_cache
-from narrows.ops.rope import apply_rope
+from narrows.ops.rope_cache import rope_write_heads
 
 __all__ = ["Llama", "LlamaLayer"]
 
 
 class LlamaLayer(DecoderLayer):
-    """input_norm, attention, post_attn_norm, mlp."""
+    """input_norm, attention, post_attn_norm, mlp. Families that norm each query and key head have the weights."""
+
+    q_norm_D: Tensor | None = None
+    k_norm_D: Tensor | None = None
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__(config, load, layer)
@@ -34,11 +36,11 @@ class LlamaLayer(DecoderLayer):
         self.num_heads, self.num_kv_heads, self.head_dim = q_hi - q_lo, kv_hi - kv_lo, gqa.head_dim
         self.kv_index = tuple(head // per_group - kv_lo for head in range(q_lo, q_hi))
         self.scale = gqa.head_dim**-0.5
-        self.qkv_proj = load.stacked(self.weights, "q_proj", "k_proj", "v_proj")
+        self.qkv_proj = load.linear(self.weights, "q_proj", "k_proj", "v_proj")
         self.qkv_bias: Tensor | None = None
         if gqa.qkv_bias:
             self.qkv_bias = load.stacked(self.weights, "q_proj.bias", "k_proj.bias", "v_proj.bias")
-        self.o_proj = load(self.weights["o_proj"])
+        self.o_proj = load.linear(self.weights, "o_proj")
         self.o_bias_H: Tensor | None = None
         if gqa.o_bias and tp_index == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
             self.o_bias_H = load(self.weights["o_proj.bias"])
@@ -50,18 +52,19 @@ class LlamaLayer(DecoderLayer):
         """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""
         num_q, num_kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
         qkv_TND = self.linear(hidden_TH, self.qkv_proj, self.qkv_bias).unflatten(-1, (num_q + 2 * num_kv, dim))
-        qk_TND = self.head_norm(qkv_TND[:, : num_q + num_kv])
-        qk_TND = apply_rope(qk_TND, step.cos_TD2, step.sin_TD2, interleaved=False)
-        write_cache(self.k_cache_SKD, qk_TND[:, num_q:], step.rows.slots_T)
-        write_cache(self.v_cache_SKD, qkv_TND[:, num_q + num_kv :], step.rows.slots_T)
-        attended = gqa_attention(
-            qk_TND[:, :num_q], self.k_cache_SKD, self.v_cache_SKD, step.rows, self.kv_index, self.scale
+        q_TND = rope_write_heads(
+            qkv_TND,
+            step.cos_TD2,
+            step.sin_TD2,
+            self.k_cache_SKD,
+            self.v_cache_SKD,
+            step.rows.slots_T,
+            q_norm_D=self.q_norm_D,
+            k_norm_D=self.k_norm_D,
+            eps=self.eps,
         )
+        attended = gqa_attention(q_TND, self.k_cache_SKD, self.v_cache_SKD, step.rows, self.kv_index, self.scale)
         return self.linear(attended, self.o_proj, self.o_bias_H, out=out)
-
-    def head_norm(self, qk_TND: Tensor) -> Tensor:
-        """What a family does to the heads of queries and keys before they are rotated; Llama nothing."""
-        return qk_TND
 
 
 class Llama(Decoder):

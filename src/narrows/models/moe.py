@@ -7,14 +7,16 @@ Letters: T rows, H hidden_size, E experts, K num_experts_per_tok, F intermediate
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig
 from narrows.models.parts import DecoderLayer, Loader, StepInputs
 from narrows.ops.experts import experts_mlp
-from narrows.ops.route import Routing, route
-from narrows.ops.silu_mul import silu_mul
+from narrows.ops.linear import linear
+from narrows.ops.route import Routing, route, router
 
 __all__ = ["MoeLayer"]
 
@@ -31,12 +33,20 @@ class MoeLayer(DecoderLayer):
             return
         self.gate_EH = load(weights["gate"], torch.float32)
         bias = weights.get("gate.e_score_correction_bias")
-        self.correction_bias_E = load(bias, torch.float32) if bias else None
+        self.rule: dict[str, Any] = {
+            "top_k": self.moe.num_experts_per_tok,
+            "scoring": self.moe.scoring_func,
+            "method": self.moe.topk_method,
+            "num_groups": self.moe.n_group,
+            "topk_group": self.moe.topk_group,
+            "norm_topk_prob": self.moe.norm_topk_prob,
+            "routed_scaling_factor": self.moe.routed_scaling_factor,
+            "correction_bias_E": load(bias, torch.float32) if bias else None,
+        }
         self.experts_gate_up_EF2H, self.experts_down_EHF, self.first_expert = load.experts(weights)
         if self.moe.n_shared_experts:
-            shared = ("shared_experts.gate_proj", "shared_experts.up_proj")
-            self.shared_gate_up_F2H = load.stacked(weights, *shared)
-            self.shared_down_HF = load(weights["shared_experts.down_proj"])
+            self.shared_gate_up_F2H = load.gate_up(weights, "shared_experts.gate_proj", "shared_experts.up_proj")
+            self.shared_down_HF = load.linear(weights, "shared_experts.down_proj")
             self.adds_shared = load.place.forms.shared_expert == "sharded"
 
     def route(self, hidden_TH: Tensor, forced_ids_TK: Tensor | None = None, *, with_margin: bool = False) -> Routing:
@@ -44,30 +54,16 @@ class MoeLayer(DecoderLayer):
 
         ``forced_ids_TK`` replays a choice made elsewhere; the weights are still this run's.
         """
-        moe = self.moe
-        assert moe is not None
-        return route(
-            self.linear(hidden_TH.float(), self.gate_EH),
-            top_k=moe.num_experts_per_tok,
-            scoring=moe.scoring_func,
-            method=moe.topk_method,
-            num_groups=moe.n_group,
-            topk_group=moe.topk_group,
-            norm_topk_prob=moe.norm_topk_prob,
-            routed_scaling_factor=moe.routed_scaling_factor,
-            correction_bias_E=self.correction_bias_E,
-            forced_ids_TK=forced_ids_TK,
-            with_margin=with_margin,
-        )
+        logits_TE = linear(hidden_TH.float(), self.gate_EH, batch_invariant=self.place.batch_invariant)
+        return route(logits_TE, **self.rule, forced_ids_TK=forced_ids_TK, with_margin=with_margin)
 
     def router(self, step: StepInputs, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
         """(topk_ids int32, topk_weights float32), as they travel."""
-        routing = self.route(hidden_TH)
-        return routing.topk_ids_TK.to(torch.int32), routing.topk_weights_TK
+        return router(hidden_TH, self.gate_EH, **self.rule, batch_invariant=self.place.batch_invariant)
 
     def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
-        return self.linear(silu_mul(self.linear(hidden_TH, self.shared_gate_up_F2H)), self.shared_down_HF)
+        return self.gated_mlp(hidden_TH, self.shared_gate_up_F2H, self.shared_down_HF)
 
     def experts(
         self,
@@ -79,16 +75,14 @@ class MoeLayer(DecoderLayer):
         out: Tensor | None = None,
     ) -> Tensor:
         """The routed experts held here, and the shared ones where they are sharded: an addend of the world's sum."""
-        routed_TH = experts_mlp(
+        return experts_mlp(
             hidden_TH,
-            topk_ids_TK.to(torch.int64),
+            topk_ids_TK,
             topk_weights_TK,
             self.experts_gate_up_EF2H,
             self.experts_down_EHF,
             first_expert=self.first_expert,
+            shared=(self.shared_gate_up_F2H, self.shared_down_HF) if self.adds_shared else None,
             out=out,
             batch_invariant=self.place.batch_invariant,
         )
-        if self.adds_shared:
-            routed_TH += self.shared_expert(step, hidden_TH)
-        return routed_TH

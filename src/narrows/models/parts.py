@@ -8,7 +8,7 @@ Letters: T rows, H hidden_size, F this rank's intermediate columns, V this rank'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +22,11 @@ from narrows.layout import Mesh
 from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.embedding import embedding
 from narrows.ops.linear import linear
+from narrows.ops.mlp import mlp
+from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
 from narrows.ops.paged import PagedRows
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
 from narrows.ops.rope import rope_inverse_frequencies, rope_table
-from narrows.ops.silu_mul import silu_mul
 from narrows.weights.source import WeightSource
 
 __all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
@@ -69,10 +70,40 @@ class Loader:
         return tensor.to(device=place.device, dtype=dtype or place.dtype)
 
     def stacked(self, weights: Mapping[str, Weight], *roles: str) -> Tensor:
-        """The rows of several tensors one after the other, so that one product computes them all."""
+        """Several vectors one after the other."""
         return torch.cat([self(weights[role]) for role in roles])
 
-    def experts(self, weights: Mapping[str, Weight]) -> tuple[Tensor, Tensor, int]:
+    def linear(self, weights: Mapping[str, Weight], *roles: str) -> LinearWeight:
+        """The rows of several matrices one after the other, ready for one product that computes them all."""
+        place, shapes = self.place, [self._shape(weights[role]) for role in roles]
+        ready = empty_linear(sum(rows for rows, _ in shapes), shapes[0][1], place.dtype, place.device)
+        self._fill(ready, weights, roles)
+        return ready
+
+    def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
+        """The gates' rows and the ups', ready for :func:`mlp`."""
+        place, shape = self.place, self._shape(weights[gate])
+        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device)
+        self._fill(ready, weights, (gate, up))
+        return ready
+
+    def _shape(self, weight: Weight) -> tuple[int, int]:
+        """Of this rank's slice of a matrix."""
+        span = weight.span(self.place.mesh, self.place.rank)
+        rows, columns = weight.shape
+        if span is None:
+            return rows, columns
+        return (span[1] - span[0], columns) if weight.dim == 0 else (rows, span[1] - span[0])
+
+    def _fill(self, ready: LinearWeight, weights: Mapping[str, Weight], roles: Sequence[str]) -> None:
+        """One matrix at a time, so that beside the ready weight only one is held."""
+        first = 0
+        for role in roles:
+            rows = self.source.take(weights[role], weights[role].span(self.place.mesh, self.place.rank))
+            fill(ready, first, rows)
+            first += rows.shape[0]
+
+    def experts(self, weights: Mapping[str, Weight]) -> tuple[ExpertStack, ExpertStack, int]:
         """(gate and up [E, 2F, H], down [E, H, F], first expert) of the experts this rank holds."""
         place = self.place
         gate, up, down = (weights[f"experts.{name}_proj"] for name in ("gate", "up", "down"))
@@ -80,12 +111,11 @@ class Loader:
         span = gate.span(place.mesh, place.rank)
         columns = gate.shape[0] if span is None else span[1] - span[0]
         hidden = gate.shape[1]
-        gate_up_EF2H = torch.empty((stop - first, 2 * columns, hidden), dtype=place.dtype, device=place.device)
-        down_EHF = torch.empty((stop - first, hidden, columns), dtype=place.dtype, device=place.device)
+        gate_up_EF2H, down_EHF = empty_experts(stop - first, columns, hidden, place.dtype, place.device)
         for i in range(stop - first):
-            gate_up_EF2H[i, :columns] = self.source.take(gate, span, first + i)
-            gate_up_EF2H[i, columns:] = self.source.take(up, span, first + i)
-            down_EHF[i] = self.source.take(down, span, first + i)
+            fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
+            fill(gate_up_EF2H[i], columns, self.source.take(up, span, first + i))
+            fill(down_EHF[i], 0, self.source.take(down, span, first + i))
         return gate_up_EF2H, down_EHF, first
 
 
@@ -96,6 +126,7 @@ class DecoderLayer:
         place = load.place
         self.config, self.place = config, place
         self.linear = partial(linear, batch_invariant=place.batch_invariant)
+        self.gated_mlp = partial(mlp, batch_invariant=place.batch_invariant)
         self.weights = layer_weights(config, place.mesh, place.forms, layer)
         self.eps = config.rms_norm_eps
         self.input_layernorm_H = load(self.weights["input_layernorm"])
@@ -103,8 +134,8 @@ class DecoderLayer:
         self.down_bias_H: Tensor | None = None
         self.gate_up_bias_F2: Tensor | None = None
         if "gate_proj" in self.weights:
-            self.gate_up_F2H = load.stacked(self.weights, "gate_proj", "up_proj")
-            self.down_HF = load(self.weights["down_proj"])
+            self.gate_up_F2H = load.gate_up(self.weights, "gate_proj", "up_proj")
+            self.down_HF = load.linear(self.weights, "down_proj")
             if config.mlp_bias:
                 self.gate_up_bias_F2 = load.stacked(self.weights, "gate_proj.bias", "up_proj.bias")
                 if place.rank == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
@@ -124,8 +155,9 @@ class DecoderLayer:
 
     def mlp(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
         """``down(silu(gate(x)) * up(x))`` over this rank's columns: an addend of the sum over the world."""
-        inner_TF = silu_mul(self.linear(hidden_TH, self.gate_up_F2H, self.gate_up_bias_F2))
-        return self.linear(inner_TF, self.down_HF, self.down_bias_H, out=out)
+        return self.gated_mlp(
+            hidden_TH, self.gate_up_F2H, self.down_HF, self.gate_up_bias_F2, self.down_bias_H, out=out
+        )
 
 
 def _norm(hidden_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -157,11 +189,12 @@ class Decoder:
         self.embed_VH = load(embed)
         self.first_embedded = span[0] if span else 0
         self.first_id = head_span[0]
+        self.lm_head_VH: LinearWeight
         if config.tie_word_embeddings:
             offset = self.first_id - self.first_embedded
             self.lm_head_VH = self.embed_VH[offset : offset + head_span[1] - head_span[0]]
         else:
-            self.lm_head_VH = load(head["lm_head"])
+            self.lm_head_VH = load.linear(head, "lm_head")
         self.norm_H = load(head["norm"])
         inv_freq_D2, factor = rope_inverse_frequencies(
             rope_dim, config.rope_theta, scaling=config.rope_scaling, max_position=config.max_position_embeddings

@@ -3,19 +3,15 @@
 Knows what differs from Llama. Sources of the numbers: transformers' ``Qwen2ForCausalLM``, ``Qwen3ForCausalLM`` and
 ``Qwen3MoeForCausalLM``.
 
-Letters: T rows, N this rank's query heads then its key heads, D head_dim.
+Letters: D head_dim.
 """
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from narrows.arch.config import ModelConfig
 from narrows.models.llama import Llama, LlamaLayer
 from narrows.models.moe import MoeLayer
 from narrows.models.parts import Loader
-from narrows.ops.rms_norm import rms_norm
 
 __all__ = ["Qwen2", "Qwen3", "Qwen3Moe"]
 
@@ -31,14 +27,6 @@ class Qwen3Layer(LlamaLayer):
         super().__init__(config, load, layer)
         self.q_norm_D = load(self.weights["q_norm"])
         self.k_norm_D = load(self.weights["k_norm"])
-
-    def head_norm(self, qk_TND: Tensor) -> Tensor:
-        """RMSNorm of each head over its own dimensions, queries and keys with a weight each."""
-        normed_TND = torch.empty(qk_TND.shape, dtype=qk_TND.dtype, device=qk_TND.device)
-        q = self.num_heads
-        normed_TND[:, :q] = rms_norm(qk_TND[:, :q], self.q_norm_D, self.eps)
-        normed_TND[:, q:] = rms_norm(qk_TND[:, q:], self.k_norm_D, self.eps)
-        return normed_TND
 
 
 class Qwen3(Llama):

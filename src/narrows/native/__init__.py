@@ -1,4 +1,4 @@
-"""Compiled code in plain C++ (csrc/), called by ctypes; so far the library and the check of its CPU, no kernel.
+"""Compiled code in plain C++ (csrc/), called by ctypes: kernels of ops, sums and waits of comm.
 
 Lowest room but errors: knows addresses, sizes and strides; not tensors, layouts or ranks. Who calls it (ops/, comm/)
 declares the functions it uses, and has a path in torch for where the library is not there.

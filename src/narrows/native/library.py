@@ -1,8 +1,9 @@
-"""Finds and opens the compiled library once, or says why it cannot be used. Knows no function of it but one."""
+"""Finds and opens the compiled library once, or says why it cannot be used. Knows what it says of itself, no more."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,13 @@ def _open() -> tuple[Library | None, str]:
         opened = ctypes.CDLL(str(files[0]))
     except OSError as error:
         return None, f"{files[0].name} does not open ({error})"
-    compiled_for = opened.narrows_compiled_for
+    try:
+        sources, compiled_for = opened.narrows_sources, opened.narrows_compiled_for
+    except AttributeError:
+        return None, f"{files[0].name} is none of this version's; install narrows anew"
+    sources.restype = ctypes.c_char_p
+    if sources().decode() != sources_digest():
+        return None, f"{files[0].name} was built from other sources than those beside it; install narrows anew"
     compiled_for.restype = ctypes.c_char_p
     missing = sorted(set(compiled_for().decode().split()) - _cpu_flags())
     if missing:
@@ -44,6 +51,14 @@ def _open() -> tuple[Library | None, str]:
             f"it was built for a CPU with {', '.join(missing)}, which this one lacks; install narrows anew here",
         )
     return opened, ""
+
+
+def sources_digest() -> str:
+    """Of the C++ sources beside this file: equal to what a library says that was built from them."""
+    digest = hashlib.sha256()
+    for file in sorted((Path(__file__).parent / "csrc").iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_flags() -> set[str]:

@@ -9,6 +9,8 @@ Letters: T rows, V columns held here, W proposals per row.
 import torch
 from torch import Tensor
 
+from narrows.ops.compiled import rows_library
+
 __all__ = ["pick", "pick_reference", "shard_argmax"]
 
 NO_ID = float(2**53)
@@ -29,6 +31,25 @@ def shard_argmax(logits_TV: Tensor, first_id: int, *, out: Tensor | None = None)
         out[:, 0].fill_(float("-inf"))
         out[:, 1].fill_(NO_ID)
         return out
+    library = rows_library()
+    if (
+        library is not None
+        and logits_TV.is_cpu
+        and logits_TV.dtype in (torch.bfloat16, torch.float32)
+        and logits_TV.stride(1) == 1
+        and out.is_contiguous()
+    ):
+        library.narrows_argmax(
+            out.data_ptr(),
+            logits_TV.data_ptr(),
+            logits_TV.stride(0),
+            num_rows,
+            num_columns,
+            first_id,
+            logits_TV.dtype == torch.float32,
+            torch.get_num_threads(),
+        )
+        return out
     best_T, column_T = logits_TV.max(dim=-1)
     out[:, 0] = best_T
     out[:, 1] = column_T
@@ -42,6 +63,15 @@ def pick(candidates_T2W: Tensor) -> Tensor:
     Shapes: candidates [T, 2W] float64, W pairs (value, id) as `shard_argmax` leaves them, in any order -> ids [T]
     int64. Over shards that together hold all columns this is ``torch.argmax`` of the whole row.
     """
+    library = rows_library()
+    if library is not None and candidates_T2W.is_cpu and candidates_T2W.dim() == 2 and candidates_T2W.stride(1) == 1:
+        num_rows, width = candidates_T2W.shape
+        assert width and candidates_T2W.dtype == torch.float64
+        ids_T = torch.empty(num_rows, dtype=torch.int64)
+        library.narrows_pick(
+            ids_T.data_ptr(), candidates_T2W.data_ptr(), candidates_T2W.stride(0), num_rows, width // 2
+        )
+        return ids_T
     pairs_TW2 = candidates_T2W.unflatten(-1, (-1, 2))
     values_TW, ids_TW = pairs_TW2.unbind(-1)
     best_T1 = values_TW.amax(dim=-1, keepdim=True)

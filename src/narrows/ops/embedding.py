@@ -9,6 +9,8 @@ Letters: T rows, V ids held here, H columns.
 import torch
 from torch import Tensor
 
+from narrows.ops.compiled import rows_library
+
 __all__ = ["embedding", "embedding_reference"]
 
 
@@ -23,6 +25,31 @@ def embedding(ids_T: Tensor, weight_VH: Tensor, first_id: int, *, out: Tensor | 
     if num_ids == 0:
         shape = (ids_T.shape[0], weight_VH.shape[1])
         return weight_VH.new_zeros(shape) if out is None else out.zero_()
+    library = rows_library()
+    if (
+        library is not None
+        and weight_VH.is_cpu
+        and weight_VH.stride(1) == 1
+        and weight_VH.stride(0) == weight_VH.shape[1]
+        and ids_T.dtype == torch.int64
+        and ids_T.is_contiguous()
+        and (out is None or (out.stride(1) == 1 and out.dtype == weight_VH.dtype))
+    ):
+        if out is None:
+            out = torch.empty((ids_T.shape[0], weight_VH.shape[1]), dtype=weight_VH.dtype)
+        assert out.shape == (ids_T.shape[0], weight_VH.shape[1])
+        size = weight_VH.element_size()
+        library.narrows_embedding(
+            out.data_ptr(),
+            out.stride(0) * size,
+            ids_T.data_ptr(),
+            ids_T.shape[0],
+            weight_VH.data_ptr(),
+            first_id,
+            num_ids,
+            weight_VH.shape[1] * size,
+        )
+        return out
     local_T = ids_T - first_id
     elsewhere_T = (local_T < 0) | (local_T >= num_ids)
     y_TH = torch.index_select(weight_VH, 0, local_T.clamp_(0, num_ids - 1), out=out)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrows.ops.linear import linear
+from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.mlp import mlp, mlp_reference
+from narrows.ops.packed import ExpertStack, LinearWeight, PackedLinear, PackedStack
 from narrows.ops.silu_mul import silu_mul
 
 __all__ = ["experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
@@ -21,31 +23,56 @@ def experts_mlp(
     x_TH: Tensor,
     topk_ids_TK: Tensor,
     topk_weights_TK: Tensor,
-    gate_up_EF2H: Tensor,
-    down_EHF: Tensor,
+    gate_up_EF2H: ExpertStack,
+    down_EHF: ExpertStack,
     *,
     first_expert: int,
+    shared: tuple[LinearWeight, LinearWeight] | None = None,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """``y[t] = sum_k weight[t, k] * down_e (silu(gate_e x[t]) * up_e x[t])`` over the chosen e that are held here.
 
-    Shapes: x [T, H], ids [T, K] int64 (distinct in a row; an id outside ``first_expert <= id < first_expert + E``
-    adds nothing, and so does a dead row's -1), weights [T, K] float32, gate_up [E, 2F, H] (gate first), down [E, H,
-    F] -> [T, H] in x's dtype (or ``out``'s: a float32 ``out`` receives the unrounded sum).
+    Shapes: x [T, H], ids [T, K] int64 or int32 (distinct in a row; an id outside ``first_expert <= id < first_expert +
+    E`` adds nothing, and so does a dead row's -1), weights [T, K] float32, gate_up [E, 2F, H] (gate first), down [E,
+    H, F] -> [T, H] in x's dtype (or ``out``'s: a float32 ``out`` receives the unrounded sum).
+
+    ``shared``: gate and up, and down, of an MLP (`mlp`) that every row goes through; it is added last, with weight 1.
 
     A row's sum is taken in float32, by rising expert id, and rounded once. The order does not depend on the other
     rows; the products may, unless ``batch_invariant`` asks for `linear`'s remedy (on CPU; elsewhere it does nothing).
 
-    On CPU: rows sorted by expert, a loop over the experts that were chosen, never over rows; the segment lengths are
-    read on the host, which is free there. Elsewhere: `experts_mlp_grouped`. Measured on CPU the two take the same
-    time when all experts are held here (torch's grouped product is such a loop); with a share of them only the loop
-    skips the rest.
+    Packed weights: one call (native/csrc/experts.cpp) for all experts; no product is rounded before the sum, and the
+    bits are `linear`'s affair. Plain ones on CPU: rows sorted by expert, a loop over the experts that were
+    chosen, never over rows; the segment lengths are read on the host, which is free there. Elsewhere:
+    `experts_mlp_grouped`. Measured on CPU the loop and that take the same time when all experts are held here (torch's
+    grouped product is such a loop); with a share of them only the loop skips the rest.
     Source: transformers ``DeepseekV3Experts`` and its fused weights, which rounds after each expert instead.
     """
+    if isinstance(gate_up_EF2H, PackedStack):
+        assert isinstance(down_EHF, PackedStack)
+        return _packed_experts(
+            x_TH,
+            topk_ids_TK,
+            topk_weights_TK,
+            gate_up_EF2H,
+            down_EHF,
+            first_expert,
+            shared,
+            out,
+            None if batch_invariant else brgemm(),
+        )
+    assert isinstance(down_EHF, Tensor)
     if x_TH.device.type != "cpu":
         return experts_mlp_grouped(
-            x_TH, topk_ids_TK, topk_weights_TK, gate_up_EF2H, down_EHF, first_expert=first_expert, out=out
+            x_TH,
+            topk_ids_TK,
+            topk_weights_TK,
+            gate_up_EF2H,
+            down_EHF,
+            first_expert=first_expert,
+            shared=shared,
+            out=out,
         )
     num_experts, top_k = gate_up_EF2H.shape[0], topk_ids_TK.shape[1]
     expert_X = _local_expert(topk_ids_TK, first_expert, num_experts).flatten()
@@ -61,11 +88,12 @@ def experts_mlp(
         if count == 0:
             continue
         segment = slice(start, start + count)
-        inner_XF = silu_mul(linear(x_XH[segment], gate_up_EF2H[expert], batch_invariant=batch_invariant))
-        y_XH = linear(inner_XF, down_EHF[expert], batch_invariant=batch_invariant).to(wide).mul_(weight_X1[segment])
+        y_XH = mlp(x_XH[segment], gate_up_EF2H[expert], down_EHF[expert], batch_invariant=batch_invariant)
         # A row is at most once in an expert's segment: no two of these additions meet.
-        sum_TH.index_add_(0, row_X[segment], y_XH)
+        sum_TH.index_add_(0, row_X[segment], y_XH.to(wide).mul_(weight_X1[segment]))
         start += count
+    if shared is not None:
+        sum_TH += mlp(x_TH, *shared, batch_invariant=batch_invariant)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 
@@ -77,6 +105,7 @@ def experts_mlp_grouped(
     down_EHF: Tensor,
     *,
     first_expert: int,
+    shared: tuple[LinearWeight, LinearWeight] | None = None,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -109,6 +138,8 @@ def experts_mlp_grouped(
         # What lies behind the last segment was never written: it must not reach the sum even times 0.
         y_TH.masked_fill_((expert_TK[:, choice] == num_experts).unsqueeze(-1), 0)
         sum_TH += y_TH.mul_(weight_TK[:, choice : choice + 1])
+    if shared is not None:
+        sum_TH += mlp(x_TH, *shared)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 
@@ -116,10 +147,11 @@ def experts_mlp_reference(
     x_TH: Tensor,
     topk_ids_TK: Tensor,
     topk_weights_TK: Tensor,
-    gate_up_EF2H: Tensor,
-    down_EHF: Tensor,
+    gate_up_EF2H: ExpertStack,
+    down_EHF: ExpertStack,
     *,
     first_expert: int,
+    shared: tuple[LinearWeight, LinearWeight] | None = None,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -128,17 +160,70 @@ def experts_mlp_reference(
     sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
     for expert in range(gate_up_EF2H.shape[0]):
         weight_T = torch.where(topk_ids_TK == first_expert + expert, topk_weights_TK, 0).sum(dim=-1)
-        gate_TF, up_TF = functional.linear(x_TH, gate_up_EF2H[expert]).chunk(2, dim=-1)
-        y_TH = functional.linear(functional.silu(gate_TF) * up_TF, down_EHF[expert])
+        y_TH = mlp_reference(x_TH, gate_up_EF2H[expert], down_EHF[expert])
         sum_TH += y_TH.to(wide) * weight_T.unsqueeze(-1)
+    if shared is not None:
+        sum_TH += mlp_reference(x_TH, *shared)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 
 def _local_expert(topk_ids_TK: Tensor, first_expert: int, num_experts: int) -> Tensor:
     """Each choice's expert counted from the first held here; ``num_experts`` for one held elsewhere or none."""
-    local_TK = topk_ids_TK - first_expert
+    local_TK = topk_ids_TK.to(torch.int64) - first_expert
     return local_TK.masked_fill_((local_TK < 0) | (local_TK >= num_experts), num_experts)
 
 
 def _rounded(sum_TH: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return sum_TH.to(dtype) if out is None else out.copy_(sum_TH)
+
+
+def _packed_experts(
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    gate_up: PackedStack,
+    down: PackedStack,
+    first_expert: int,
+    shared: tuple[LinearWeight, LinearWeight] | None,
+    out: Tensor | None,
+    many: Pair | None,
+) -> Tensor:
+    library = gemm_library()
+    num_rows, hidden = x_TH.shape
+    assert library is not None and x_TH.dtype == torch.bfloat16 and topk_weights_TK.dtype == torch.float32
+    assert hidden == gate_up.num_inputs and topk_ids_TK.dtype in (torch.int32, torch.int64)
+    if x_TH.stride(1) != 1:
+        x_TH = x_TH.contiguous()
+    if out is not None and (out.stride(1) != 1 or out.dtype not in (torch.bfloat16, torch.float32)):
+        y_TH = _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, shared, None, many)
+        return out.copy_(y_TH)
+    y_TH = torch.empty((num_rows, hidden), dtype=torch.bfloat16) if out is None else out
+    assert y_TH.shape == (num_rows, hidden)
+    ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
+    of_shared: tuple[int | None, int | None, int] = (None, None, 0)
+    if shared is not None:
+        shared_gate_up, shared_down = shared
+        assert isinstance(shared_gate_up, PackedLinear) and isinstance(shared_down, PackedLinear)
+        of_shared = (shared_gate_up.panels.data_ptr(), shared_down.panels.data_ptr(), shared_down.num_inputs)
+    library.narrows_experts(
+        y_TH.data_ptr(),
+        y_TH.stride(0),
+        y_TH.dtype == torch.float32,
+        x_TH.data_ptr(),
+        x_TH.stride(0),
+        ids_TK.data_ptr(),
+        ids_TK.dtype == torch.int64,
+        weights_TK.data_ptr(),
+        num_rows,
+        ids_TK.shape[1],
+        gate_up.panels.data_ptr(),
+        down.panels.data_ptr(),
+        first_expert,
+        gate_up.panels.shape[0],
+        hidden,
+        down.num_inputs,
+        *of_shared,
+        torch.get_num_threads(),
+        many,
+    )
+    return y_TH

@@ -7,16 +7,19 @@ Letters: T rows, B decode rows, N query heads held here, K key/value heads held 
 head, D columns of a head, L tokens of a context, S slots.
 """
 
+import ctypes
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.causal_attention import causal_attention
-from narrows.ops.paged import PagedRows, row_contexts
+from narrows.ops.compiled import attention_library, brgemm
+from narrows.ops.paged import PagedRows, PrefillSpan, row_contexts
 
-__all__ = ["HeadBlock", "gqa_attention", "gqa_attention_reference", "head_blocks"]
+__all__ = ["HeadBlock", "causal_heads", "gqa_attention", "gqa_attention_reference", "head_blocks"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,15 +48,25 @@ def gqa_attention(
     below K -> [T, N * D] in q's dtype. Softmax in float32 (float64 for float64).
 
     Keys and values are never repeated per query head: heads that read the same one are more rows of the same product
-    (`head_blocks`; an even split is one block). Decode rows go through ``scaled_dot_product_attention`` in
-    `PagedRows.decode_groups` (1.1 to 3 times faster than products here, and 16 times faster than its own
-    ``enable_gqa`` in bf16), prefill spans through `causal_attention`.
+    (`head_blocks`; an even split is one block).
+
+    bf16 on CPUs with products for it: compiled kernels, which read decode rows' slots in place, each row by itself (its
+    bits do not depend on others), and spans in blocks of tokens (docs/kernels.md). Else decode rows go through
+    ``scaled_dot_product_attention`` in `PagedRows.decode_groups` (1.1 to 3 times faster than products here, and 16
+    times faster than its own ``enable_gqa`` in bf16), prefill spans through `causal_attention`.
     Source: Ainslie et al., "GQA" (2023); transformers ``LlamaAttention``, ``Qwen3Attention``.
     """
     num_rows, num_heads, head_dim = q_TND.shape
     if out is None:
         out = q_TND.new_empty((num_rows, num_heads * head_dim))
     out_TND = out.view(num_rows, num_heads, head_dim)
+    if _is_compiled(q_TND, k_cache_SKD, v_cache_SKD, out_TND):
+        for span in rows.prefills:
+            of_span = slice(span.row_start, span.row_stop)
+            causal_heads(q_TND[of_span], k_cache_SKD, v_cache_SKD, span, kv_index, scale, out_TND[of_span])
+        if rows.decode_groups:
+            _compiled_decode(q_TND, k_cache_SKD, v_cache_SKD, rows, kv_index, scale, out_TND)
+        return out
     blocks = head_blocks(kv_index)
     for span in rows.prefills:
         of_span = slice(span.row_start, span.row_stop)
@@ -94,6 +107,82 @@ def gqa_attention_reference(
         y_TND[row] = (score_N1L.softmax(dim=-1) @ v_NLD).squeeze(1)
     y = y_TND.flatten(1)
     return y if out is None else out.copy_(y)
+
+
+def causal_heads(
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKV: Tensor,
+    span: PrefillSpan,
+    kv_index: tuple[int, ...],
+    scale: float,
+    out_TNV: Tensor,
+) -> None:
+    """`gqa_attention` of one span by the compiled kernel; key and value columns may differ in number."""
+    library = attention_library()
+    assert library is not None
+    library.narrows_gqa_prefill(
+        *_strided(out_TNV),
+        *_strided(q_TND),
+        *_strided(k_cache_SKD),
+        *_strided(v_cache_SKV),
+        span.slots_L.data_ptr(),
+        span.context_len,
+        q_TND.shape[0],
+        _as_int32(kv_index),
+        len(kv_index),
+        q_TND.shape[2],
+        v_cache_SKV.shape[2],
+        scale,
+        torch.get_num_threads(),
+        brgemm(),
+    )
+
+
+def _compiled_decode(
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    rows: PagedRows,
+    kv_index: tuple[int, ...],
+    scale: float,
+    out_TND: Tensor,
+) -> None:
+    library = attention_library()
+    assert library is not None
+    library.narrows_gqa_decode(
+        *_strided(out_TND),
+        *_strided(q_TND),
+        *_strided(k_cache_SKD),
+        *_strided(v_cache_SKD),
+        rows.decode_slots_BL.data_ptr(),
+        rows.decode_slots_BL.stride(0),
+        rows.decode_lens_B.data_ptr(),
+        rows.decode_rows_B.data_ptr() if rows.prefills else None,
+        rows.decode_lens_B.shape[0],
+        _as_int32(kv_index),
+        len(kv_index),
+        q_TND.shape[2],
+        v_cache_SKD.shape[2],
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def _is_compiled(*tensors: Tensor) -> bool:
+    return attention_library() is not None and all(
+        x.dtype == torch.bfloat16 and x.is_cpu and x.stride(2) == 1 for x in tensors
+    )
+
+
+def _strided(x_XND: Tensor) -> tuple[int, int, int]:
+    """Address, stride of rows or slots, stride of heads."""
+    return x_XND.data_ptr(), x_XND.stride(0), x_XND.stride(1)
+
+
+@cache
+def _as_int32(numbers: tuple[int, ...]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(numbers))(*numbers)
 
 
 def head_blocks(kv_index: tuple[int, ...]) -> tuple[HeadBlock, ...]:

@@ -1,6 +1,7 @@
-"""Matrix product with a weight in the checkpoint's [out, in] order.
+"""Matrix product with a weight in the checkpoint's [out, in] order, or packed for the CPU's bf16 products.
 
-Knows two tensors and a bias. Does not know whether the weight is a shard, nor whether the result is a sum still owed.
+Knows rows, a weight and a bias. Does not know whether the weight is a shard, nor whether the result is a sum still
+owed.
 
 Letters: T rows, I inputs, O outputs.
 """
@@ -9,11 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.packed import LinearWeight, PackedLinear, plain
+
 __all__ = ["linear", "linear_reference", "padded_rows"]
 
 MIN_ROWS = 4
 """Rows from which on every row of a product is computed alike. MKL takes another kernel for float32 products of 1 to 3
 rows, torch for bf16 ones of 1 row."""
+
+FEW_ROWS = 4
+"""bf16 rows up to which a plain weight on CPU is read by the compiled product: at the speed of memory, torch at less
+than half of it (docs/kernels.md)."""
 
 MIN_PRODUCTS = 16**3 + 1
 """Multiplications from which on torch hands bf16 products to oneDNN (torch 2.13, ``mkldnn_gemm_min_size``)."""
@@ -21,7 +29,7 @@ MIN_PRODUCTS = 16**3 + 1
 
 def linear(
     x_TI: Tensor,
-    weight_OI: Tensor,
+    weight_OI: LinearWeight,
     bias_O: Tensor | None = None,
     *,
     out: Tensor | None = None,
@@ -29,17 +37,27 @@ def linear(
 ) -> Tensor:
     """``x @ weight^T + bias``.
 
-    Shapes: x [T, I], weight [O, I], bias [O] or None -> [T, O]. All of one dtype, which is also the result's. On CPU
-    ``mm`` into ``out`` and ``functional.linear`` take the same time and give the same bits (measured: 2048 x 1408, 1
-    to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
+    Shapes: x [T, I], weight [O, I], bias [O] or None -> [T, O]. All of one dtype, which is also the result's.
 
-    ``batch_invariant``: the bits of a row do not depend on how many rows there are, nor on which: few rows are filled
-    up with zeros (`padded_rows`). One row in float32 then takes up to twice the time (it is 4 rows, and no longer a
-    product of a matrix and a vector), 2 or 3 take what they took or less; in bf16 there is no difference to measure.
+    A packed weight: summed in float32, bias added there, rounded once. Few rows take the time of reading the weight
+    (docs/kernels.md). The order of a row's sum does not depend on the rows, except on CPUs with AMX, where many rows
+    are left to torch's brgemm unless ``batch_invariant``.
+
+    A plain one: on CPU ``mm`` into ``out`` and ``functional.linear`` take the same time and give the same bits
+    (measured: 2048 x 1408, 1 to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
+
+    ``batch_invariant``, of a plain weight: the bits of a row do not depend on how many rows there are, nor on which:
+    few rows are filled up with zeros (`padded_rows`). One row in float32 then takes up to twice the time (it is 4
+    rows, and no longer a product of a matrix and a vector), 2 or 3 take what they took or less; in bf16 there is no
+    difference to measure.
     That the kernels are such is checked by a test of every product here, on the machine that runs it; it is not what
     MKL or oneDNN promise.
     Source: ``torch.nn.functional.linear``.
     """
+    if isinstance(weight_OI, PackedLinear):
+        return _packed_linear(x_TI, weight_OI, bias_O, out, None if batch_invariant else brgemm())
+    if not batch_invariant and _few(x_TI, weight_OI, out):
+        return _few_rows(x_TI, weight_OI, bias_O, out)
     if batch_invariant:
         num_rows = x_TI.shape[0]
         x_TI = padded_rows(x_TI, *weight_OI.shape)
@@ -67,12 +85,75 @@ def padded_rows(x_T: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
 
 def linear_reference(
     x_TI: Tensor,
-    weight_OI: Tensor,
+    weight_OI: LinearWeight,
     bias_O: Tensor | None = None,
     *,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `linear`, which promises nothing about bits."""
-    y_TO = functional.linear(x_TI, weight_OI, bias_O)
+    y_TO = functional.linear(x_TI, plain(weight_OI), bias_O)
     return y_TO if out is None else out.copy_(y_TO)
+
+
+def _few(x_TI: Tensor, weight_OI: Tensor, out: Tensor | None) -> bool:
+    """Whether these few bf16 rows and this plain weight are the compiled product's."""
+    return (
+        0 < x_TI.shape[0] <= FEW_ROWS
+        and x_TI.dtype == torch.bfloat16
+        and x_TI.is_cpu
+        and x_TI.dim() == 2
+        and x_TI.stride(1) == 1
+        and weight_OI.is_contiguous()
+        and (out is None or (out.stride(1) == 1 and out.dtype == torch.bfloat16))
+        and gemm_library() is not None
+    )
+
+
+def _few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None) -> Tensor:
+    library = gemm_library()
+    assert library is not None and weight_OI.dtype == torch.bfloat16 and x_TI.shape[1] == weight_OI.shape[1]
+    y_TO = torch.empty((x_TI.shape[0], weight_OI.shape[0]), dtype=torch.bfloat16) if out is None else out
+    assert y_TO.shape == (x_TI.shape[0], weight_OI.shape[0]) and (bias_O is None or bias_O.dtype == torch.bfloat16)
+    library.narrows_linear_few(
+        y_TO.data_ptr(),
+        y_TO.stride(0),
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        weight_OI.data_ptr(),
+        None if bias_O is None else bias_O.data_ptr(),
+        *x_TI.shape[:1],
+        *weight_OI.shape,
+        torch.get_num_threads(),
+    )
+    return y_TO
+
+
+def _packed_linear(
+    x_TI: Tensor, weight: PackedLinear, bias_O: Tensor | None, out: Tensor | None, many: Pair | None
+) -> Tensor:
+    library = gemm_library()
+    assert library is not None and not weight.gated and x_TI.dtype == torch.bfloat16
+    num_rows, num_inputs = x_TI.shape
+    assert num_inputs == weight.num_inputs, f"{num_inputs} columns, but a weight of {weight.num_inputs} inputs"
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    if out is not None and (out.stride(1) != 1 or out.dtype != torch.bfloat16):
+        return out.copy_(_packed_linear(x_TI, weight, bias_O, None, many))
+    y_TO = torch.empty((num_rows, weight.num_outputs), dtype=torch.bfloat16) if out is None else out
+    assert y_TO.shape == (num_rows, weight.num_outputs) and (bias_O is None or bias_O.dtype == torch.bfloat16)
+    library.narrows_linear(
+        y_TO.data_ptr(),
+        y_TO.stride(0),
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        weight.panels.data_ptr(),
+        None if bias_O is None else bias_O.data_ptr(),
+        num_rows,
+        weight.num_outputs,
+        num_inputs,
+        0,
+        torch.get_num_threads(),
+        many,
+    )
+    return y_TO

@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.causal_attention import causal_attention
+from narrows.ops.compiled import attention_library, brgemm
+from narrows.ops.gqa_attention import causal_heads
+from narrows.ops.kv_b import KeyWeight, PackedKeys, ValueWeight, plain_halves
 from narrows.ops.linear import padded_rows
+from narrows.ops.packed import PackedStack
 from narrows.ops.paged import PagedRows, PrefillSpan, row_contexts
 
 __all__ = ["mla_attention", "mla_attention_reference"]
@@ -31,8 +35,8 @@ def mla_attention(
     q_pe_TNP: Tensor,
     cache_SC: Tensor,
     rows: PagedRows,
-    w_uk_NDR: Tensor,
-    w_uv_NVR: Tensor,
+    w_uk_NDR: KeyWeight,
+    w_uv_NVR: ValueWeight,
     scale: float,
     *,
     out: Tensor | None = None,
@@ -41,24 +45,34 @@ def mla_attention(
     """Per head ``softmax(scale * (q_nope k^T + q_pe k_pe^T)) v`` with ``k = c w_uk^T``, ``v = c w_uv^T`` of latents c.
 
     Shapes: q_nope [T, N, D], q_pe [T, N, P] (rotated), cache [S, R + P] (this step's rows already written), w_uk [N,
-    D, R], w_uv [N, V, R] (contiguous, or each call copies them) -> [T, N * V] in q's dtype. ``scale``: see
-    ``rope.mla_softmax_scale``. Softmax in float32 (float64 for float64).
+    D, R], w_uv [N, V, R] (from `split_kv_b`) -> [T, N * V] in q's dtype. ``scale``: see ``rope.mla_softmax_scale``.
+    Softmax in float32 (float64 for float64).
 
     Two forms of one product. Expanded: build k and v of the context, R (D + V) products per token and head, then
     D + P + V per row and token. Absorbed: ``q_nope w_uk`` is a query for latents and the sum of latents goes through
-    w_uv: 2R + P per row and token, nothing built. Decode rows are absorbed, in `PagedRows.decode_groups`. A span takes
-    the cheaper form: expanded for a whole prompt, absorbed for few rows behind a long context (16 heads, bf16, 2 rows
-    behind 2046 tokens: 1.7 ms against 27). The choice depends on the span and the dtype, never on how many heads are
-    here, so ranks that split the heads choose alike.
+    w_uv: 2R + P per row and token, nothing built. Decode rows are absorbed. A span takes the cheaper form: expanded for
+    a whole prompt, absorbed for few rows behind a long context. The choice depends on the span and the dtype, never on
+    how many heads are here, so ranks that split the heads choose alike.
+
+    Packed weights (bf16 on CPUs with products for it): compiled kernels, which read decode rows' slots in place, each
+    row by itself, and expand a span's keys and values a block of tokens at a time (docs/kernels.md). Plain
+    ones: torch's products, decode rows in `PagedRows.decode_groups`.
 
     ``batch_invariant``: the bits of a decode row do not depend on the other decode rows, if each is a
-    `PagedRows.decode_groups` of its own (see `linear`). Those of a span depend on its own context and rows anyway.
+    `PagedRows.decode_groups` of its own (see `linear`); with packed weights they never do. Those of a span depend on
+    its own context and rows anyway.
     Source: DeepSeek-V2 (2024), section 2.1 and appendix; transformers ``DeepseekV3Attention`` (expanded).
     """
     num_rows, num_heads, _ = q_nope_TND.shape
     value_dim = w_uv_NVR.shape[1]
     if out is None:
         out = q_nope_TND.new_empty((num_rows, num_heads * value_dim))
+    if isinstance(w_uk_NDR, PackedKeys) and isinstance(w_uv_NVR, PackedStack):
+        if out.stride(-1) != 1:
+            compiled = out.new_empty(out.shape)
+            return out.copy_(_compiled(q_nope_TND, q_pe_TNP, cache_SC, rows, w_uk_NDR, w_uv_NVR, scale, compiled))
+        return _compiled(q_nope_TND, q_pe_TNP, cache_SC, rows, w_uk_NDR, w_uv_NVR, scale, out)
+    assert isinstance(w_uk_NDR, Tensor) and isinstance(w_uv_NVR, Tensor)
     out_TNV = out.view(num_rows, num_heads, value_dim)
     for span in rows.prefills:
         of_span = slice(span.row_start, span.row_stop)
@@ -82,14 +96,15 @@ def mla_attention_reference(
     q_pe_TNP: Tensor,
     cache_SC: Tensor,
     rows: PagedRows,
-    w_uk_NDR: Tensor,
-    w_uv_NVR: Tensor,
+    w_uk_NDR: KeyWeight,
+    w_uv_NVR: ValueWeight,
     scale: float,
     *,
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `mla_attention`: every row on its own, expanded, in float32, rounded at the end."""
+    w_uk_NDR, w_uv_NVR = plain_halves(w_uk_NDR, w_uv_NVR)
     wide = torch.promote_types(q_nope_TND.dtype, torch.float32)
     rank = w_uk_NDR.shape[2]
     y_TNV = q_nope_TND.new_zeros((*q_nope_TND.shape[:2], w_uv_NVR.shape[1]))
@@ -102,13 +117,110 @@ def mla_attention_reference(
     return y if out is None else out.copy_(y)
 
 
-def _absorbing_is_cheaper(span: PrefillSpan, w_uk_NDR: Tensor, w_uv_NVR: Tensor, cache_SC: Tensor) -> bool:
+def _compiled(
+    q_nope_TND: Tensor,
+    q_pe_TNP: Tensor,
+    cache_SC: Tensor,
+    rows: PagedRows,
+    w_uk: PackedKeys,
+    w_uv: PackedStack,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    library = attention_library()
+    assert library is not None and cache_SC.stride(1) == 1 and q_nope_TND.stride(2) == q_pe_TNP.stride(2) == 1
+    num_heads, key_dim, rank = w_uk.shape
+    value_dim, rope_dim = w_uv.num_outputs, q_pe_TNP.shape[2]
+    sizes = num_heads, key_dim, rope_dim, rank, value_dim
+    for span in rows.prefills:
+        of_span = slice(span.row_start, span.row_stop)
+        q_nope, q_pe, o_TX = q_nope_TND[of_span], q_pe_TNP[of_span], out[of_span]
+        if _absorbing_is_cheaper(span, w_uk, w_uv, cache_SC):
+            c_TNR = q_nope.new_empty((*q_nope.shape[:2], rank))
+            q_TNC = torch.cat((per_head(q_nope, w_uk.absorb), q_pe), dim=-1)
+            causal_heads(
+                q_TNC, cache_SC.unsqueeze(1), cache_SC[:, :rank].unsqueeze(1), span, (0,) * num_heads, scale, c_TNR
+            )
+            per_head(c_TNR, w_uv, out=o_TX.view(o_TX.shape[0], num_heads, value_dim))
+            continue
+        library.narrows_mla_prefill(
+            o_TX.data_ptr(),
+            o_TX.stride(0),
+            q_nope.data_ptr(),
+            q_nope.stride(0),
+            q_nope.stride(1),
+            q_pe.data_ptr(),
+            q_pe.stride(0),
+            q_pe.stride(1),
+            cache_SC.data_ptr(),
+            cache_SC.stride(0),
+            span.slots_L.data_ptr(),
+            span.context_len,
+            span.row_stop - span.row_start,
+            w_uk.expand.panels.data_ptr(),
+            w_uv.panels.data_ptr(),
+            *sizes,
+            scale,
+            torch.get_num_threads(),
+            brgemm(),
+        )
+    if rows.decode_groups:
+        library.narrows_mla_decode(
+            out.data_ptr(),
+            out.stride(0),
+            q_nope_TND.data_ptr(),
+            q_nope_TND.stride(0),
+            q_nope_TND.stride(1),
+            q_pe_TNP.data_ptr(),
+            q_pe_TNP.stride(0),
+            q_pe_TNP.stride(1),
+            cache_SC.data_ptr(),
+            cache_SC.stride(0),
+            rows.decode_slots_BL.data_ptr(),
+            rows.decode_slots_BL.stride(0),
+            rows.decode_lens_B.data_ptr(),
+            rows.decode_rows_B.data_ptr() if rows.prefills else None,
+            rows.decode_lens_B.shape[0],
+            w_uk.absorb.panels.data_ptr(),
+            w_uv.panels.data_ptr(),
+            *sizes,
+            scale,
+            torch.get_num_threads(),
+        )
+    return out
+
+
+def per_head(x_TNI: Tensor, weight: PackedStack, *, out: Tensor | None = None) -> Tensor:
+    """``x[t, n] @ weight[n]^T``, [T, N, O], of a packed weight [N, O, I]."""
+    library = attention_library()
+    assert library is not None and x_TNI.stride(2) == 1
+    num_heads, num_outputs, num_inputs = weight.shape
+    if out is None:
+        out = x_TNI.new_empty((x_TNI.shape[0], num_heads, num_outputs))
+    library.narrows_per_head(
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        x_TNI.data_ptr(),
+        x_TNI.stride(0),
+        x_TNI.stride(1),
+        weight.panels.data_ptr(),
+        x_TNI.shape[0],
+        num_heads,
+        num_inputs,
+        num_outputs,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _absorbing_is_cheaper(span: PrefillSpan, w_uk: KeyWeight, w_uv: ValueWeight, cache_SC: Tensor) -> bool:
     """Compares the products per head of both forms; a row sees on average the context less half the span."""
-    key_dim, rank = w_uk_NDR.shape[1:]
-    value_dim, slot = w_uv_NVR.shape[1], cache_SC.shape[1]
+    key_dim, rank = w_uk.shape[1:]
+    value_dim, slot = w_uv.shape[1], cache_SC.shape[1]
     num_rows = span.row_stop - span.row_start
     num_pairs = num_rows * (span.context_len - num_rows // 2)
-    of_score = 1 if w_uk_NDR.dtype.itemsize >= 4 else WIDE_PRODUCT
+    of_score = 1 if isinstance(w_uk, PackedKeys) or w_uk.dtype.itemsize >= 4 else WIDE_PRODUCT
     through_weights = rank * (key_dim + value_dim)
     expanded = span.context_len * through_weights + num_pairs * ((key_dim + slot - rank) * of_score + value_dim)
     absorbed = num_rows * through_weights + num_pairs * (slot * of_score + rank)

@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 
 from narrows.errors import ConfigError
+from narrows.ops.compiled import rope_library
 
 __all__ = [
     "apply_rope",
     "apply_rope_reference",
+    "compiled_types",
     "mla_softmax_scale",
     "rope_inverse_frequencies",
     "rope_table",
 ]
 
 KNOWN_TYPES = ("default", "linear", "llama3", "yarn")
+
+MOST_COLUMNS = 1024
+"""Rotated columns per head up to which the compiled rotation keeps a head (native/csrc/rope.cpp)."""
 
 
 def rope_inverse_frequencies(
@@ -91,18 +96,27 @@ def apply_rope(
     the wider of the dtypes of x and the table, rounded to x's dtype at the end: a table in x's dtype gives
     transformers' bits for Llama, Qwen and V3, one in float32 those of V2. ``out`` may be ``x_TND``.
     """
-    cos_T1D2, sin_T1D2 = cos_TD2.unsqueeze(-2), sin_TD2.unsqueeze(-2)
-    half = x_TND.shape[-1] // 2
-    if interleaved:
-        # One copy: arithmetic on every second column is 3 times slower in bf16 (no vector loads).
-        a, b = x_TND.unflatten(-1, (half, 2)).movedim(-1, 0).contiguous()
-    else:
-        a, b = x_TND[..., :half], x_TND[..., half:]
-    a_cos, b_sin, b_cos, a_sin = a * cos_T1D2, b * sin_T1D2, b * cos_T1D2, a * sin_T1D2
+    library, types = rope_library(), compiled_types(x_TND, cos_TD2, sin_TD2)
+    if library is None or types is None or (out is not None and out.stride(-1) != 1):
+        return _rotated_by_torch(x_TND, cos_TD2, sin_TD2, interleaved, out)
     if out is None:
-        out = torch.empty(x_TND.shape, dtype=x_TND.dtype, device=x_TND.device)
-    torch.sub(a_cos, b_sin, out=out[..., :half])
-    torch.add(b_cos, a_sin, out=out[..., half:])
+        out = torch.empty(x_TND.shape, dtype=x_TND.dtype)
+    assert out.shape == x_TND.shape and out.dtype == x_TND.dtype
+    library.narrows_rope_rows(
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        x_TND.data_ptr(),
+        x_TND.stride(0),
+        x_TND.stride(1),
+        cos_TD2.data_ptr(),
+        sin_TD2.data_ptr(),
+        *x_TND.shape[:2],
+        x_TND.shape[2] // 2,
+        interleaved,
+        *types,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -116,6 +130,30 @@ def apply_rope_reference(
     cos_T1D, sin_T1D = (torch.cat((half, half), dim=-1).unsqueeze(-2) for half in (cos_TD2, sin_TD2))
     y_TND = (x_TND * cos_T1D + torch.cat((-b, a), dim=-1) * sin_T1D).to(x_TND.dtype)
     return y_TND if out is None else out.copy_(y_TND)
+
+
+def compiled_types(x_TND: Tensor, cos_TD2: Tensor, sin_TD2: Tensor) -> tuple[bool, bool] | None:
+    """Whether x and whether the table is float32, for the compiled rotation; None if it takes them not."""
+    fits = x_TND.dim() == 3 and x_TND.is_cpu and x_TND.stride(2) == 1 and x_TND.shape[2] <= MOST_COLUMNS
+    types = x_TND.dtype == torch.float32, cos_TD2.dtype == torch.float32
+    known = types[1] if types[0] else x_TND.dtype == torch.bfloat16 and cos_TD2.dtype in (torch.float32, torch.bfloat16)
+    return types if fits and known and cos_TD2.is_contiguous() and sin_TD2.is_contiguous() else None
+
+
+def _rotated_by_torch(x_TND: Tensor, cos_TD2: Tensor, sin_TD2: Tensor, interleaved: bool, out: Tensor | None) -> Tensor:
+    cos_T1D2, sin_T1D2 = cos_TD2.unsqueeze(-2), sin_TD2.unsqueeze(-2)
+    half = x_TND.shape[-1] // 2
+    if interleaved:
+        # One copy: arithmetic on every second column is 3 times slower in bf16 (no vector loads).
+        a, b = x_TND.unflatten(-1, (half, 2)).movedim(-1, 0).contiguous()
+    else:
+        a, b = x_TND[..., :half], x_TND[..., half:]
+    a_cos, b_sin, b_cos, a_sin = a * cos_T1D2, b * sin_T1D2, b * cos_T1D2, a * sin_T1D2
+    if out is None:
+        out = torch.empty(x_TND.shape, dtype=x_TND.dtype, device=x_TND.device)
+    torch.sub(a_cos, b_sin, out=out[..., :half])
+    torch.add(b_cos, a_sin, out=out[..., half:])
+    return out
 
 
 def mla_softmax_scale(qk_head_dim: int, scaling: Mapping[str, object] | None) -> float:

@@ -8,13 +8,16 @@ Letters: T rows, E experts, K chosen per row, G groups of E / G experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Method", "Routing", "Scoring", "route", "route_reference"]
+from narrows.ops.compiled import rows_library
+from narrows.ops.linear import linear
+
+__all__ = ["Method", "Routing", "Scoring", "route", "route_reference", "router", "router_reference"]
 
 Scoring = Literal["softmax", "sigmoid"]
 Method = Literal["greedy", "group_limited_greedy", "noaux_tc"]
@@ -24,6 +27,18 @@ SORTED_SCORES = 4096
 
 ROW_OF_VECTORS = 32
 """Floats that torch takes at once, at the widest (two vectors of AVX-512)."""
+
+
+class Rule(TypedDict):
+    """The numbers of a routing rule; `route` says what they do."""
+
+    top_k: int
+    scoring: Scoring
+    method: Method
+    num_groups: int | None
+    topk_group: int | None
+    norm_topk_prob: bool
+    routed_scaling_factor: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +133,75 @@ def route_reference(
         with_margin,
         top_ids=_top_ids_by_sort,
     )
+
+
+def router(
+    x_TH: Tensor,
+    gate_EH: Tensor,
+    *,
+    correction_bias_E: Tensor | None = None,
+    batch_invariant: bool = False,
+    **rule: Unpack[Rule],
+) -> tuple[Tensor, Tensor]:
+    """`route` of ``x @ gate^T`` in float32: ``(topk_ids int32, topk_weights float32)``, both [T, K].
+
+    Shapes: x [T, H] of any float dtype, gate [E, H] float32, correction_bias [E] float32.
+
+    Compiled on CPU: logits and choice of four rows at a time, in one call; then no row's bits depend on the others.
+    Its logits differ from torch's by the order of their sums, and its sigmoid by a unit in the last place, so scores
+    that close may be ranked otherwise; equal logits still go to the lower id.
+    """
+    library = rows_library()
+    if library is None or not x_TH.is_cpu or x_TH.dtype not in (torch.bfloat16, torch.float32) or x_TH.stride(1) != 1:
+        return router_reference(
+            x_TH, gate_EH, correction_bias_E=correction_bias_E, batch_invariant=batch_invariant, **rule
+        )
+    top_k, method, num_groups, topk_group = rule["top_k"], rule["method"], rule["num_groups"], rule["topk_group"]
+    assert gate_EH.dtype == torch.float32 and gate_EH.is_contiguous()
+    assert correction_bias_E is None or method == "noaux_tc", f"{method} has no correction bias"
+    num_rows, hidden = x_TH.shape
+    num_experts = gate_EH.shape[0]
+    groups = num_groups if method != "greedy" and num_groups is not None else 1
+    assert 0 < top_k <= num_experts
+    if groups > 1:
+        assert topk_group is not None and topk_group <= groups and top_k <= topk_group * (num_experts // groups)
+    ids_TK = torch.empty((num_rows, top_k), dtype=torch.int32)
+    weights_TK = torch.empty((num_rows, top_k), dtype=torch.float32)
+    library.narrows_router(
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        x_TH.data_ptr(),
+        x_TH.stride(0),
+        gate_EH.data_ptr(),
+        None if correction_bias_E is None else correction_bias_E.data_ptr(),
+        num_rows,
+        num_experts,
+        hidden,
+        top_k,
+        groups,
+        topk_group or 0,
+        rule["scoring"] == "softmax",
+        method == "noaux_tc",
+        rule["norm_topk_prob"],
+        rule["routed_scaling_factor"],
+        x_TH.dtype == torch.float32,
+        torch.get_num_threads(),
+    )
+    return ids_TK, weights_TK
+
+
+def router_reference(
+    x_TH: Tensor,
+    gate_EH: Tensor,
+    *,
+    correction_bias_E: Tensor | None = None,
+    batch_invariant: bool = False,
+    **rule: Unpack[Rule],
+) -> tuple[Tensor, Tensor]:
+    """Twin of `router`, and its path where nothing is compiled."""
+    logits_TE = linear(x_TH.float(), gate_EH, batch_invariant=batch_invariant)
+    routing = route(logits_TE, correction_bias_E=correction_bias_E, **rule)
+    return routing.topk_ids_TK.to(torch.int32), routing.topk_weights_TK
 
 
 def _route(

@@ -1,0 +1,217 @@
+// The routed experts of one rank as one grouped product: rows sorted by expert, gate and up with their activation, then
+// down, added up per row by rising expert in float32 and rounded once. gemm.h has the products.
+#include "gemm.h"
+
+#include <omp.h>
+
+#include <vector>
+
+#include "export.h"
+
+#ifdef NARROWS_GEMM
+using namespace narrows;
+
+namespace {
+
+struct Weights {
+    const uint32_t *gate_up, *down;
+    int64_t num_inner;
+};
+
+// Some rows of one expert: places [start, start + count) of the list of (row, weight) sorted by expert.
+struct Piece {
+    int64_t start, count;
+    Weights expert;
+};
+
+struct Places {
+    std::vector<int64_t> row;
+    std::vector<float> weight;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> groups;  // pieces [groups[i], groups[i + 1]) are worked on together
+
+    void sort(const void* ids, int wide_ids, const float* weights, int64_t num_rows, int64_t top_k,
+              int64_t first_expert, int64_t num_experts, std::vector<int64_t>& ends) {
+        const auto expert_of = [&](int64_t pair) {
+            return (wide_ids ? static_cast<const int64_t*>(ids)[pair] : static_cast<const int32_t*>(ids)[pair]) -
+                   first_expert;
+        };
+        ends.assign(num_experts + 1, 0);
+        for (int64_t pair = 0; pair < num_rows * top_k; ++pair) {
+            const int64_t e = expert_of(pair);
+            if (e >= 0 && e < num_experts) ++ends[e + 1];
+        }
+        for (int64_t e = 0; e < num_experts; ++e) ends[e + 1] += ends[e];
+        row.resize(ends[num_experts]);
+        weight.resize(ends[num_experts]);
+        for (int64_t pair = 0; pair < num_rows * top_k; ++pair) {
+            const int64_t e = expert_of(pair);
+            if (e < 0 || e >= num_experts) continue;
+            row[ends[e]] = pair / top_k;
+            weight[ends[e]++] = weights[pair];  // leaves in ends[e] where expert e ends
+        }
+    }
+
+    void cut(int64_t start, int64_t stop, const Weights& expert, int64_t most_rows) {
+        for (; start < stop; start += most_rows) pieces.push_back({start, std::min(most_rows, stop - start), expert});
+    }
+
+    // Returns the most places of a group.
+    int64_t group(int64_t most_rows) {
+        groups.assign(1, 0);
+        int64_t places = 0, most = 0;
+        for (int64_t i = 0; i < int64_t(pieces.size()); ++i) {
+            if (places > 0 && places + pieces[i].count > most_rows) {
+                groups.push_back(i);
+                places = 0;
+            }
+            most = std::max(most, places += pieces[i].count);
+        }
+        groups.push_back(pieces.size());
+        return most;
+    }
+};
+
+// Packs rows of the pieces of a group, block by block in turns: `row_of` gives the address of a place's row, `width_of`
+// how many inputs a piece's rows have; `stride` is the room for each row, in pairs.
+template <typename RowOf, typename WidthOf>
+void pack_group(uint32_t* packed, int64_t stride, const Piece* begin, const Piece* end, int thread, int threads,
+                const Brgemm* brgemm, RowOf row_of, WidthOf width_of) {
+    int64_t turn = 0;
+    for (const Piece* piece = begin; piece < end; ++piece) {
+        const Blocks blocks(piece->count);
+        uint32_t* to = packed + (piece->start - begin->start) * stride;
+        for (int64_t b = 0; b < blocks.count; ++b) {
+            if (turn++ % threads != thread) continue;
+            const int64_t first = blocks.start(b);
+            pack_rows(to + first * pairs_of(width_of(*piece)), [&](int64_t r) { return row_of(piece->start + first + r); },
+                      blocks.start(b + 1) - first, width_of(*piece), brgemm != nullptr && piece->count >= MANY);
+        }
+    }
+}
+
+// The products of a group: each thread takes its share of the panels of every piece, the same share each time, so that
+// what it adds to is its own. `store(piece, panel, place, low, high)`.
+template <typename PanelsOf, typename WidthOf, typename Store>
+void multiply_group(const uint32_t* packed, int64_t stride, const Piece* begin, const Piece* end, int thread,
+                    int threads, const Brgemm* brgemm, PanelsOf panels_of_piece, WidthOf width_of, Store store) {
+    for (const Piece* piece = begin; piece < end; ++piece) {
+        const Blocks blocks(piece->count);
+        const auto [panels, count] = panels_of_piece(*piece);
+        const int64_t num_pairs = pairs_of(width_of(*piece));
+        for (int64_t p = thread * count / threads; p < (thread + 1) * count / threads; ++p) {
+            panel_product(packed + (piece->start - begin->start) * stride, blocks, 0, blocks.count,
+                          panels + p * num_pairs * PANEL, num_pairs,
+                          piece->count >= MANY ? brgemm : nullptr, [&](int64_t r, __m512 low, __m512 high) {
+                              store(*piece, p, piece->start + r, low, high);
+                          });
+        }
+    }
+}
+
+template <typename Out>
+void round_rows(Out* out, int64_t stride, const float* sums, int64_t width, int64_t first, int64_t stop) {
+    for (int64_t t = first; t < stop; ++t) {
+        for (int64_t h = 0; h < width; h += 16) {
+            const __mmask16 here = first_lanes(width - h);
+            store16(out + t * stride + h, load16(sums + t * width + h, here), here);
+        }
+    }
+}
+
+}  // namespace
+
+// out[t] = sum over the chosen experts held here of weight * down(silu(gate x[t]) * up x[t]), by rising expert in
+// float32, and, where `shared_inner` is not 0, the shared expert's MLP added last; rounded once.
+//
+// ids [num_rows, top_k], int32, or int64 where `wide_ids`; others than first_expert <= id < first_expert + num_experts
+// add nothing. gate_up and down: the experts' packed weights one after the other. out: bf16, float32 where `wide`.
+NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride,
+                                    const void* ids, int wide_ids, const float* weights, int64_t num_rows,
+                                    int64_t top_k, const uint32_t* gate_up, const uint32_t* down,
+                                    int64_t first_expert, int64_t num_experts, int64_t num_inputs, int64_t num_inner,
+                                    const uint32_t* shared_gate_up, const uint32_t* shared_down, int64_t shared_inner,
+                                    int num_threads, const Brgemm* brgemm) {
+    static thread_local Places kept_places;
+    static thread_local std::vector<int64_t> kept_ends;
+    static thread_local Scratch for_rows, for_inner, for_inner_rows, for_sums;
+    if (num_rows == 0) return;
+    Places& places = kept_places;  // a thread_local name means another object in each thread of a team
+    places.sort(ids, wide_ids, weights, num_rows, top_k, first_expert, num_experts, kept_ends);
+    const int64_t num_pairs = pairs_of(num_inputs), widest = std::max(num_inner, shared_inner);
+    const int64_t most_rows = std::max(BLOCK, CHUNK / (num_pairs * 4) / BLOCK * BLOCK);
+    const int64_t gate_up_size = panels_of(2 * num_inner) * num_pairs * PANEL;
+    const int64_t down_size = panels_of(num_inputs) * pairs_of(num_inner) * PANEL;
+    places.pieces.clear();
+    for (int64_t e = 0; e < num_experts; ++e) {
+        const Weights expert{gate_up + e * gate_up_size, down + e * down_size, num_inner};
+        places.cut(e ? kept_ends[e - 1] : 0, kept_ends[e], expert, most_rows);
+    }
+    if (shared_inner) {
+        const int64_t start = places.row.size();
+        for (int64_t t = 0; t < num_rows; ++t) places.row.push_back(t), places.weight.push_back(1.0f);
+        places.cut(start, start + num_rows, {shared_gate_up, shared_down, shared_inner}, most_rows);
+    }
+    const int64_t most = places.group(most_rows);
+    const int64_t inner_pairs = pairs_of(widest), panel_columns = PANEL / 2;
+    uint32_t* packed = for_rows.of<uint32_t>(most * num_pairs);
+    bf16* inner = for_inner.of<bf16>(most * widest);
+    uint32_t* packed_inner = for_inner_rows.of<uint32_t>(most * inner_pairs);
+    const bool in_place = wide && out_stride == num_inputs;
+    float* sums = in_place ? static_cast<float*>(out) : for_sums.of<float>(num_rows * num_inputs);
+    const auto inputs_of = [&](const Piece&) { return num_inputs; };
+    const auto inner_of = [&](const Piece& piece) { return piece.expert.num_inner; };
+
+    const auto work = [&](int thread, int threads, auto barrier) {
+        const int64_t row = thread * num_rows / threads, stop_row = (thread + 1) * num_rows / threads;
+        std::fill(sums + row * num_inputs, sums + stop_row * num_inputs, 0.0f);
+        for (int64_t g = 0; g + 1 < int64_t(places.groups.size()); ++g) {
+            const Piece *begin = places.pieces.data() + places.groups[g], *end = places.pieces.data() + places.groups[g + 1];
+            if (begin == end) continue;
+            const int64_t base = begin->start;
+            pack_group(packed, num_pairs, begin, end, thread, threads, brgemm,
+                       [&](int64_t place) { return x + places.row[place] * x_stride; }, inputs_of);
+            barrier();
+            multiply_group(packed, num_pairs, begin, end, thread, threads, brgemm,
+                           [&](const Piece& piece) {
+                               return std::pair(piece.expert.gate_up, panels_of(2 * piece.expert.num_inner));
+                           },
+                           inputs_of, [&](const Piece& piece, int64_t panel, int64_t place, __m512 gate, __m512 up) {
+                               const int64_t column = panel * panel_columns;
+                               store16(inner + (place - base) * widest + column, silu_mul16(gate, up),
+                                       first_lanes(piece.expert.num_inner - column));
+                           });
+            barrier();
+            pack_group(packed_inner, inner_pairs, begin, end, thread, threads, brgemm,
+                       [&](int64_t place) { return inner + (place - base) * widest; }, inner_of);
+            barrier();
+            multiply_group(packed_inner, inner_pairs, begin, end, thread, threads, brgemm,
+                           [&](const Piece& piece) { return std::pair(piece.expert.down, panels_of(num_inputs)); },
+                           inner_of, [&](const Piece&, int64_t panel, int64_t place, __m512 low, __m512 high) {
+                               const int64_t left = num_inputs - panel * PANEL;
+                               const __mmask16 here = first_lanes(left), next = first_lanes(left - 16);
+                               const __m512 weight = _mm512_set1_ps(places.weight[place]);
+                               float* to = sums + places.row[place] * num_inputs + panel * PANEL;
+                               store16(to, _mm512_fmadd_ps(weight, low, load16(to, here)), here);
+                               store16(to + 16, _mm512_fmadd_ps(weight, high, load16(to + 16, next)), next);
+                           });
+        }
+        if (brgemm != nullptr) brgemm->release(true);
+        barrier();
+        if (in_place) return;
+        if (wide) {
+            round_rows(static_cast<float*>(out), out_stride, sums, num_inputs, row, stop_row);
+        } else {
+            round_rows(static_cast<bf16*>(out), out_stride, sums, num_inputs, row, stop_row);
+        }
+    };
+    if (num_threads <= 1) {
+        work(0, 1, [] {});
+        return;
+    }
+#pragma omp parallel num_threads(num_threads)
+    work(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+    });
+}
+#endif

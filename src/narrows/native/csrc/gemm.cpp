@@ -1,0 +1,232 @@
+// Products of bf16 rows with a packed weight (gemm.h says how): a linear layer, and gate and up with their activation.
+#include "gemm.h"
+
+#include <omp.h>
+
+#include "export.h"
+
+// 1 where products with packed weights are compiled for this CPU, else 0 (and then nothing else here may be called).
+NARROWS_EXPORT int narrows_gemm() {
+#ifdef NARROWS_GEMM
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#ifdef NARROWS_GEMM
+using namespace narrows;
+
+// Puts rows [first, first + num_rows) of a weight into its panels, source [num_rows, num_inputs] with row stride
+// `stride`. `half`: panels hold 16 gates and 16 ups; this is a part of the gates (0) or the ups (1); -1: plain panels.
+NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first,
+                                      int64_t num_rows, int64_t num_inputs, int64_t half) {
+    const int64_t num_pairs = pairs_of(num_inputs), width = half < 0 ? PANEL : PANEL / 2;
+    const int64_t offset = half == 1 ? PANEL / 2 : 0;
+    constexpr int64_t SPAN = 64;  // pairs at a time: what is written stays in the cache until its lines are full
+    for (int64_t row = first; row < first + num_rows;) {
+        const int64_t stop = std::min(first + num_rows, (row / width + 1) * width);
+        uint32_t* panel = panels + row / width * num_pairs * PANEL + offset + row % width;
+        for (int64_t from = 0; from < num_pairs; from += SPAN) {
+            const int64_t until = std::min(num_pairs, from + SPAN);
+            for (int64_t r = row; r < stop; ++r) {
+                const bf16* x = source + (r - first) * stride;
+                for (int64_t p = from; p < until; ++p) {
+                    uint32_t pair = x[2 * p];
+                    if (2 * p + 1 < num_inputs) std::memcpy(&pair, x + 2 * p, 4);
+                    panel[p * PANEL + r - row] = pair;
+                }
+            }
+        }
+        row = stop;
+    }
+}
+
+namespace {
+
+// Calls `product(first_block, stop_block, packed rows, first_panel, stop_panel)` for chunks of rows and ranges of
+// panels, on `num_threads` threads that share the panels. Few rows are packed by each thread for itself: on a busy
+// machine waiting for each other would cost them more.
+template <typename Product>
+void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inputs, int64_t num_panels,
+                int num_threads, const Brgemm* brgemm, Product product) {
+    static thread_local Scratch scratch;
+    constexpr int64_t FEW = 64 << 10;  // bytes
+    const int64_t num_pairs = pairs_of(num_inputs);
+    const Blocks blocks(num_rows);
+    const int64_t per_chunk = std::max<int64_t>(1, CHUNK / (BLOCK * std::max<int64_t>(1, num_pairs) * 4));
+    const int64_t room = std::min(per_chunk * BLOCK, num_rows) * num_pairs;
+    const auto pack = [&](uint32_t* packed, int64_t first, int64_t stop, int thread, int threads) {
+        const int64_t base = blocks.start(first);
+        for (int64_t b = first + thread; b < stop; b += threads) {
+            const int64_t start = blocks.start(b);
+            pack_rows(packed + (start - base) * num_pairs, [&](int64_t r) { return x + (start + r) * stride; },
+                      blocks.start(b + 1) - start, num_inputs, brgemm != nullptr);
+        }
+    };
+    const auto multiply = [&](const uint32_t* packed, int64_t first, int64_t stop, int thread, int threads) {
+        product(first, stop, packed, thread * num_panels / threads, (thread + 1) * num_panels / threads);
+        if (brgemm != nullptr) brgemm->release(true);
+    };
+    if (num_threads <= 1) {
+        uint32_t* packed = scratch.of<uint32_t>(room);
+        for (int64_t first = 0; first < blocks.count; first += per_chunk) {
+            const int64_t stop = std::min(blocks.count, first + per_chunk);
+            pack(packed, first, stop, 0, 1);
+            multiply(packed, first, stop, 0, 1);
+        }
+    } else if (room * 4 <= FEW && blocks.count <= per_chunk) {
+#pragma omp parallel num_threads(num_threads)
+        {
+            uint32_t* packed = scratch.of<uint32_t>(room);  // this thread's
+            pack(packed, 0, blocks.count, 0, 1);
+            multiply(packed, 0, blocks.count, omp_get_thread_num(), omp_get_num_threads());
+        }
+    } else {
+        uint32_t* packed = scratch.of<uint32_t>(room);  // the caller's, for all threads
+#pragma omp parallel num_threads(num_threads)
+        for (int64_t first = 0; first < blocks.count; first += per_chunk) {
+            const int64_t stop = std::min(blocks.count, first + per_chunk);
+            pack(packed, first, stop, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+            multiply(packed, first, stop, omp_get_thread_num(), omp_get_num_threads());
+            if (stop < blocks.count) {
+#pragma omp barrier
+            }
+        }
+    }
+}
+
+template <typename Out>
+void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const uint32_t* panels, const bf16* bias,
+            int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
+    const int64_t num_pairs = pairs_of(num_inputs);
+    if (num_rows < MANY) brgemm = nullptr;
+    const Blocks blocks(num_rows);
+    const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
+        for (; panel < last; ++panel) {
+            const int64_t column = panel * PANEL;
+            const __mmask16 here = first_lanes(num_outputs - column);
+            const __mmask16 next = first_lanes(num_outputs - column - 16);
+            __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+            if (bias != nullptr) b0 = load16(bias + column, here), b1 = load16(bias + column + 16, next);
+            panel_product(packed, blocks, first, stop, panels + panel * num_pairs * PANEL, num_pairs,
+                          brgemm, [&](int64_t row, __m512 low, __m512 high) {
+                              Out* to = out + row * out_stride + column;
+                              store16(to, _mm512_add_ps(low, b0), here);
+                              store16(to + 16, _mm512_add_ps(high, b1), next);
+                          });
+        }
+    };
+    for_chunks(x, x_stride, num_rows, num_inputs, panels_of(num_outputs), num_threads, brgemm, product);
+}
+
+}  // namespace
+
+// out[t] = x[t] weight^T + bias, summed in float32, rounded once; `wide`: out is float32, not rounded. Strides in
+// elements. bias may be null, and so may brgemm (gemm.h).
+NARROWS_EXPORT void narrows_linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride,
+                                   const uint32_t* panels, const bf16* bias, int64_t num_rows, int64_t num_outputs,
+                                   int64_t num_inputs, int wide, int num_threads, const Brgemm* brgemm) {
+    if (num_rows == 0) return;
+    if (wide) {
+        linear(static_cast<float*>(out), out_stride, x, x_stride, panels, bias, num_rows, num_outputs, num_inputs,
+               num_threads, brgemm);
+    } else {
+        linear(static_cast<bf16*>(out), out_stride, x, x_stride, panels, bias, num_rows, num_outputs, num_inputs,
+               num_threads, brgemm);
+    }
+}
+
+namespace {
+
+// ROWS rows times four outputs at a time of a plain weight [num_outputs, num_inputs].
+template <int ROWS>
+void few_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const bf16* weight, const bf16* bias,
+              int64_t first, int64_t stop, int64_t num_inputs) {
+    constexpr int AT_ONCE = 4;
+    for (; first < stop; first += AT_ONCE) {
+        const int64_t here = std::min<int64_t>(AT_ONCE, stop - first);
+        const bf16* w[AT_ONCE];
+        for (int o = 0; o < AT_ONCE; ++o) w[o] = weight + (first + std::min<int64_t>(o, here - 1)) * num_inputs;
+        __m512 sum[ROWS][AT_ONCE];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+            for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = _mm512_setzero_ps();
+        }
+        const auto step = [&](int64_t k, auto load) {
+            __m512bh column[AT_ONCE];
+#pragma GCC unroll 4
+            for (int o = 0; o < AT_ONCE; ++o) column[o] = load(w[o] + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512bh value = load(x + r * x_stride + k);
+#pragma GCC unroll 4
+                for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], value, column[o]);
+            }
+        };
+        int64_t k = 0;
+        for (; k + 32 <= num_inputs; k += 32) {
+            step(k, [](const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); });
+            _mm_prefetch(w[AT_ONCE - 1] + k + 4 * num_inputs, _MM_HINT_T0);
+        }
+        if (k < num_inputs) {
+            const __mmask32 left = (1u << (num_inputs - k)) - 1;
+            step(k, [&](const bf16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(left, p); });
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            for (int64_t o = 0; o < here; ++o) {
+                const float y = _mm512_reduce_add_ps(sum[r][o]) + (bias == nullptr ? 0.0f : to_float(bias[first + o]));
+                out[r * out_stride + first + o] = to_bf16(y);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// As narrows_linear, of a plain weight [num_outputs, num_inputs] without gaps and at most 4 rows: for a weight that
+// has to stay as it is (an embedding that is also the head).
+NARROWS_EXPORT void narrows_linear_few(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride,
+                                       const bf16* weight, const bf16* bias, int64_t num_rows, int64_t num_outputs,
+                                       int64_t num_inputs, int num_threads) {
+    const auto work = [&](int64_t thread, int64_t threads) {
+        const int64_t first = thread * num_outputs / threads, stop = (thread + 1) * num_outputs / threads;
+        switch (num_rows) {
+#define CASE(N) \
+    case N: few_rows<N>(out, out_stride, x, x_stride, weight, bias, first, stop, num_inputs); break;
+            CASE(1) CASE(2) CASE(3) CASE(4)
+#undef CASE
+        }
+    };
+    if (num_threads <= 1) return work(0, 1);
+#pragma omp parallel num_threads(num_threads)
+    work(omp_get_thread_num(), omp_get_num_threads());
+}
+
+// out[t] = silu(gate x[t] + bias) * (up x[t] + bias), in float32, rounded once; out [num_rows, num_inner] and bias
+// [gates, then ups] or null.
+NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride,
+                                    const uint32_t* panels, const bf16* bias, int64_t num_rows, int64_t num_inner,
+                                    int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
+    if (num_rows == 0) return;
+    if (num_rows < MANY) brgemm = nullptr;
+    const int64_t num_pairs = pairs_of(num_inputs);
+    const Blocks blocks(num_rows);
+    const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
+        for (; panel < last; ++panel) {
+            const int64_t column = panel * PANEL / 2;
+            const __mmask16 here = first_lanes(num_inner - column);
+            __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+            if (bias != nullptr) b0 = load16(bias + column, here), b1 = load16(bias + num_inner + column, here);
+            panel_product(packed, blocks, first, stop, panels + panel * num_pairs * PANEL, num_pairs,
+                          brgemm, [&](int64_t row, __m512 low, __m512 high) {
+                              const __m512 y = silu_mul16(_mm512_add_ps(low, b0), _mm512_add_ps(high, b1));
+                              store16(out + row * out_stride + column, y, here);
+                          });
+        }
+    };
+    for_chunks(x, x_stride, num_rows, num_inputs, panels_of(2 * num_inner), num_threads, brgemm, product);
+}
+#endif

@@ -1,0 +1,81 @@
+"""A gated MLP: two products with the activation between them.
+
+Knows rows and the two weights. Does not know which columns of the model's they are, nor whether a sum is owed.
+
+Letters: T rows, H columns, F inner columns held here.
+"""
+
+import torch
+from torch import Tensor
+
+from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.linear import linear
+from narrows.ops.packed import LinearWeight, PackedLinear, plain
+from narrows.ops.silu_mul import silu_mul
+
+__all__ = ["mlp", "mlp_reference"]
+
+
+def mlp(
+    x_TH: Tensor,
+    gate_up_F2H: LinearWeight,
+    down_HF: LinearWeight,
+    gate_up_bias_F2: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """``down(silu(gate x + bias) * (up x + bias)) + bias``.
+
+    Shapes: x [T, H], gate_up [2F, H] (gate first), down [H, F], biases [2F] and [H] -> [T, H] in x's dtype.
+
+    With packed weights the activation is taken of the unrounded products and rounded once, and nothing 2F wide is ever
+    written. Else gate and up, silu, and their product are rounded each, as transformers' modules do.
+    """
+    if isinstance(gate_up_F2H, PackedLinear):
+        inner_TF = _packed_gate_up(x_TH, gate_up_F2H, gate_up_bias_F2, None if batch_invariant else brgemm())
+    else:
+        inner_TF = silu_mul(linear(x_TH, gate_up_F2H, gate_up_bias_F2, batch_invariant=batch_invariant))
+    return linear(inner_TF, down_HF, down_bias_H, out=out, batch_invariant=batch_invariant)
+
+
+def mlp_reference(
+    x_TH: Tensor,
+    gate_up_F2H: LinearWeight,
+    down_HF: LinearWeight,
+    gate_up_bias_F2: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """Twin of `mlp`, each step rounded."""
+    inner_TF = silu_mul(torch.nn.functional.linear(x_TH, plain(gate_up_F2H), gate_up_bias_F2))
+    y_TH = torch.nn.functional.linear(inner_TF, plain(down_HF), down_bias_H)
+    return y_TH if out is None else out.copy_(y_TH)
+
+
+def _packed_gate_up(x_TH: Tensor, weight: PackedLinear, bias_F2: Tensor | None, many: Pair | None) -> Tensor:
+    library = gemm_library()
+    assert library is not None and weight.gated and x_TH.dtype == torch.bfloat16
+    num_rows, num_inputs = x_TH.shape
+    assert num_inputs == weight.num_inputs, f"{num_inputs} columns, but a weight of {weight.num_inputs} inputs"
+    if x_TH.stride(1) != 1:
+        x_TH = x_TH.contiguous()
+    num_inner = weight.num_outputs // 2
+    inner_TF = torch.empty((num_rows, num_inner), dtype=torch.bfloat16)
+    library.narrows_gate_up(
+        inner_TF.data_ptr(),
+        num_inner,
+        x_TH.data_ptr(),
+        x_TH.stride(0),
+        weight.panels.data_ptr(),
+        None if bias_F2 is None else bias_F2.data_ptr(),
+        num_rows,
+        num_inner,
+        num_inputs,
+        torch.get_num_threads(),
+        many,
+    )
+    return inner_TF
