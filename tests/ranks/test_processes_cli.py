@@ -123,10 +123,39 @@ def test_verify_compares_logits_over_processes_and_says_so(
     assert re.search(r"auto .* 100\.00 % .* ok", out)
 
 
+def test_profile_hears_the_clocks_of_processes(speaking_v3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(generate(speaking_v3, "--tp", "2", "--ranks", "processes", "--profile")[3:]) == 0
+    out = capsys.readouterr().out
+    assert "prefill: " in out and "decode: " in out and "mean of 2 rank(s)" in out
+    assert re.search(r"communication +(reduce_scatter|all_reduce|all_gather) ", out)
+
+
+def test_bench_sets_our_collectives_beside_gloos_and_threads(
+    speaking_v3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--tp", "2", "--ranks", "processes", "--sizes", "2K", "--rounds", "1", "--against", "gloo")
+    assert main(["bench", "collectives", str(speaking_v3), *flags, "--against", "threads"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [result["work"] for result in results] == [
+        f"{op}, 2 KiB" for op in ("all_reduce", "reduce_scatter", "all_gather")
+    ]
+    assert all(list(r["variants"]) == ["ranks as processes", "ranks as threads", "gloo"] for r in results)
+
+
+def test_ctrl_c_ends_a_bench_once(speaking_v3: Path) -> None:
+    work = ("--num-requests", "4", "--input-length", "100", "--output-length", "1000", "--rounds", "1000")
+    flags = ("--tp", "2", "--ranks", "processes", *work)
+    process = start([sys.executable, "-m", "narrows", "bench", "offline", str(speaking_v3), *flags])
+    assert process.stderr is not None
+    assert process.stderr.readline() == "... warm-up: auto\n"
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, err = ended(process, 10)
+    assert (code, out, err) == (130, "", "narrows: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--ranks", "processes", "--profile"), "--profile needs ranks that share memory"),
         (("--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1"), "needs --master-addr and --master-port"),
         (("--nnodes", "3", "--node-rank", "0"), "--nnodes is 3; it must be between 1 and the 2 ranks"),
         (("--nnodes", "2", "--node-rank", "2"), "--node-rank must be between 0 and 1"),

@@ -1,4 +1,7 @@
-"""The collectives of rank processes: bit for bit those of rank threads, and whose memory a result is."""
+"""The collectives of rank processes: bit for bit those of rank threads, and whose memory a result is.
+
+All of it through shared memory, as ranks of one host do, and through gloo, as they do without compiled code.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import ranks_lab as lab
 import torch
 
 from narrows.comm import DistWorld, ProcessRanks, ThreadRanks
+from narrows.comm.buffers import Buffers
 from narrows.errors import RankError
 from narrows.layout import Mesh
 
@@ -19,10 +23,19 @@ MESHES = [(1, 2), (2, 1), (2, 2), (1, 3)]
 COUNTS = [(3, 2, 1, 2), (0, 5, 0, 1), (0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0)]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: f"dp{mesh[0]}-tp{mesh[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[*((*mesh, "shared memory") for mesh in MESHES), (1, 2, "gloo"), (2, 2, "gloo")],
+    ids=lambda case: f"dp{case[0]}-tp{case[1]}-{case[2].split()[0]}",
+)
 def pool(request: pytest.FixtureRequest) -> Iterator[ProcessRanks[lab.Lab]]:
-    dp, tp = request.param
-    with ProcessRanks(Mesh.of(dp=dp, tp=tp), lab.Lab, checked=(dp, tp) != (1, 2), once=(lab.Big,)) as ranks:
+    dp, tp, way = request.param
+    mesh = Mesh.of(dp=dp, tp=tp)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NARROWS_NATIVE", "0" if way == "gloo" else "1")  # the ranks inherit it
+        ranks = ProcessRanks(mesh, lab.Lab, checked=(dp, tp) != (1, 2), once=(lab.Big,))
+    with ranks:
+        assert ranks.transport.startswith(way)
         yield ranks
 
 
@@ -117,7 +130,7 @@ def test_one_row_on_eight_ranks() -> None:
 
 
 def test_a_dist_world_is_a_world_and_knows_only_groups_of_its_mesh() -> None:
-    world = DistWorld(Mesh.of(dp=2, tp=2), 0, {}, checked=False, device=torch.device("cpu"))
+    world = DistWorld(Mesh.of(dp=2, tp=2), 0, {}, checked=False, buffers=Buffers())
     with pytest.raises(AssertionError, match=r"\(0, 3\) is no group of rank 0"):
         world.barrier((0, 3), "x")
 

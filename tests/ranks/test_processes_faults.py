@@ -191,23 +191,30 @@ def test_what_goes_wrong_while_workers_are_built_is_raised_at_once() -> None:
 # --- a rank that is gone
 
 
-def test_a_killed_rank_is_named_with_what_the_others_were_at() -> None:
-    def kill(rank: int) -> None:
-        with ProcessRanks(TWO, lab.Lab) as ranks:
-            future = ranks.submit("run", lab.spin)
-            time.sleep(0.3)
-            os.kill(ranks.pids[rank], signal.SIGKILL)
-            start = time.monotonic()
-            with pytest.raises(RankError) as told:
-                future.result(20)
-            assert time.monotonic() - start < 3
-            text = str(told.value)
-            assert text.startswith(f"rank {rank} (pid {ranks.pids[rank]} on ")
-            assert "was killed by signal 9 (SIGKILL)" in text
-            assert re.search(rf"rank [^{rank}] \(pid \d+ on .+\) was at #\d+ all_reduce \"sum\"", text)
-            wait_for_the_end_of(ranks.pids, 5)
+def kill(rank: int, rows: int) -> None:
+    with ProcessRanks(TWO, lab.Lab) as ranks:
+        future = ranks.submit("run", lab.spin, rows)
+        time.sleep(0.3)
+        os.kill(ranks.pids[rank], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(RankError) as told:
+            future.result(20)
+        assert time.monotonic() - start < 3
+        text = str(told.value)
+        assert text.startswith(f"rank {rank} (pid {ranks.pids[rank]} on ")
+        assert "was killed by signal 9 (SIGKILL)" in text
+        assert re.search(rf"rank [^{rank}] \(pid \d+ on .+\) was at #\d+ all_reduce \"sum\"", text)
+        wait_for_the_end_of(ranks.pids, 5)
 
-    at_once([lambda rank=rank: kill(rank) for rank in range(2)])
+
+def test_a_killed_rank_is_named_with_what_the_others_were_at() -> None:
+    """Also in the middle of a large copy."""
+    at_once([lambda: kill(0, 1), lambda: kill(1, 4000)])
+
+
+def test_a_killed_rank_is_named_over_gloo_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWS_NATIVE", "0")
+    kill(1, 1)
 
 
 def test_an_idle_rank_that_dies_fails_the_next_call() -> None:
@@ -273,9 +280,9 @@ def test_an_owner_who_forgets_to_close_leaves_nothing() -> None:
         assert ends.stderr is not None and ends.stderr.read() == ""
 
 
-def stop(rank: int) -> None:
+def stop(rank: int, rows: int) -> None:
     with ProcessRanks(TWO, lab.Lab, timeout_s=600) as ranks:
-        future = ranks.submit("run", lab.spin)
+        future = ranks.submit("run", lab.spin, rows)
         time.sleep(0.3)
         os.kill(ranks.pids[rank], signal.SIGSTOP)
         start = time.monotonic()
@@ -307,4 +314,4 @@ def pause() -> None:
 
 
 def test_a_stopped_rank_is_named_and_all_end_but_when_all_are_stopped_they_go_on() -> None:
-    at_once([lambda: stop(0), lambda: stop(1), pause])
+    at_once([lambda: stop(0, 1), lambda: stop(1, 4000), pause])

@@ -55,9 +55,10 @@ from narrows.engine.program import Frame, Operation, Program, Registers, Wrap
 from narrows.engine.sampler import RowSampler
 from narrows.engine.worker import Worker
 from narrows.layout import Mesh
-from narrows.models import moe, parts
+from narrows.models import moe
 from narrows.models.parts import Place
 from narrows.models.registry import EXECUTABLE
+from narrows.ops import mlp
 from narrows.plan.book import PlanBook
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.plan.plan import Step
@@ -207,11 +208,10 @@ class FakeWorld(DistWorld):
         spans = [(first, last) for first in range(MESH.num_axes) for last in range(first + 1, MESH.num_axes + 1)]
         groups = {MESH.group(rank, first, last) for first, last in spans}
         wires: dict[Any, Any] = {ranks: (None, NcclWire(None, ranks.index(rank), len(ranks))) for ranks in groups}
-        super().__init__(MESH, rank, wires, checked=True, device=CUDA)
-        self._buffers = FakeBuffers(CUDA)
+        super().__init__(MESH, rank, wires, checked=True, buffers=FakeBuffers(CUDA))
 
-    def _meet(self, seat: Any, stamp: Any, work: Callable[[], Any]) -> Any:
-        return work()
+    def _meet(self, seat: Any, stamp: Any, work: Callable[..., Any], *args: Any) -> Any:
+        return work(*args)
 
 
 class FakeWeights:
@@ -462,14 +462,14 @@ def test_a_fault_in_an_op_is_found_and_its_stage_named(
     fault: str, llama: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant, error = FAULTS[fault]
-    silu_mul = parts.silu_mul
+    silu_mul = mlp.silu_mul
 
     def faulty(x: Tensor) -> Tensor:
         plant(x)
         return silu_mul(x)
 
     llama.walk([PREFILL], "auto")
-    monkeypatch.setattr(parts, "silu_mul", faulty)
+    monkeypatch.setattr(mlp, "silu_mul", faulty)
     with pytest.raises(error) as found:
         llama.walk([PREFILL], "auto")
     assert "in mlp, layer 0, rank 0" in found.value.__notes__

@@ -39,9 +39,9 @@ from narrows.models import moe, parts
 from narrows.models.moe import MoeLayer
 from narrows.models.parts import StepInputs
 from narrows.ops import experts as experts_op
-from narrows.ops import paged
+from narrows.ops import paged, rope_cache
 from narrows.ops.experts import experts_mlp
-from narrows.ops.linear import linear
+from narrows.ops.mlp import mlp
 from narrows.ops.paged import PagedRows, build_paged_rows
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
@@ -987,12 +987,17 @@ def _lengths_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 def _writes_the_null_page(patch: pytest.MonkeyPatch) -> None:
-    def write(cache_SW: Tensor, rows_TW: Tensor, slots_T: Tensor) -> None:
-        paged.write_cache(cache_SW, rows_TW, slots_T)
-        cache_SW[0] = rows_TW[:1].sum(0)  # a row that pads the batch
+    def write_latents(q: Tensor, latents: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> None:
+        rope_cache.rope_write_latents(q, latents, cos, sin, cache, slots)
+        cache[0] = latents[:1].sum(0)  # a row that pads the batch
 
-    patch.setattr("narrows.models.deepseek.write_cache", write)
-    patch.setattr("narrows.models.llama.write_cache", write)
+    def write_heads(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, *args: Tensor, **options: Any) -> Tensor:
+        q = rope_cache.rope_write_heads(qkv, cos, sin, keys, *args, **options)
+        keys[0] = 1.0
+        return q
+
+    patch.setattr("narrows.models.deepseek.rope_write_latents", write_latents)
+    patch.setattr("narrows.models.llama.rope_write_heads", write_heads)
 
 
 @planted(
@@ -1084,12 +1089,12 @@ def test_a_dead_row_loads_no_expert(mistake: Mistake | None, monkeypatch: pytest
 
     def counted(x: Tensor, *args: Any, **options: Any) -> Tensor:
         multiplied.append(x.shape[0])
-        return linear(x, *args, **options)
+        return mlp(x, *args, **options)
 
     with noticed(mistake, monkeypatch), monkeypatch.context() as patch:
-        patch.setattr(experts_op, "linear", counted)
+        patch.setattr(experts_op, "mlp", counted)
         y_TH = experts_mlp(x_TH, ids_TK, weights_TK, gate_up, down, first_expert=0)
-        assert sum(multiplied) == 2 * 6, f"{sum(multiplied)} rows multiplied for 6 pairs, twice each"
+        assert sum(multiplied) == 6, f"{sum(multiplied)} rows multiplied for 6 pairs"
         assert not y_TH[[1, 3]].any() and y_TH[[0, 2, 4]].all()
 
 

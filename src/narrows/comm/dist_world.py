@@ -1,7 +1,7 @@
-"""The World among processes, of one host or of several: pieces travel by gloo on CPU, and by NCCL on GPUs.
+"""The World among processes, of one host or of several: through shared memory or gloo on CPU, and by NCCL on GPUs.
 
-Knows tensors, stamps, and the wires of its groups (`wire.py`). Does not know layouts or plans, nor who started the
-processes and watches them (`rank_process.py`, `processes.py`): a rank that does not come is named by whoever watches,
+Knows tensors, stamps, and the wires of its groups (`wire.py`, `shm.py`). Does not know layouts or plans, nor who has
+started the processes and watches them (`rank_process.py`, `processes.py`): a rank that does not come is named by them,
 from :attr:`DistWorld.where`, which says at any moment what this rank waits at.
 """
 
@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from narrows.comm.buffers import Buffers
-from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
+from narrows.comm.neighbours import Neighbours, share
+from narrows.comm.segment import Segment
+from narrows.comm.shm import ShmWire
+from narrows.comm.stamps import Stamp, mismatch, rank_names, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.sums import sum_rows
-from narrows.comm.wire import GlooWire, Wire, open_wires
+from narrows.comm.wire import DifferentCallsError, Wire, open_wires
 from narrows.errors import CollectiveMismatchError
 from narrows.layout import Mesh
 
@@ -32,8 +35,7 @@ _DIGEST = 16
 """Bytes of a stamp that travel when all stamps are equal."""
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """The collective that a rank came to last: since when it is there, or that it has left (``since`` None)."""
 
     stamp: Stamp
@@ -62,8 +64,33 @@ def connect(
     device = device or torch.device("cpu")
     spans = [(first, last) for first in range(mesh.num_axes) for last in range(first + 1, mesh.num_axes + 1)]
     groups = dict.fromkeys(mesh.group(rank, first, last) for first, last in spans)  # in the same order on every rank
-    wires = {ranks: open_wires(store, ranks, rank, device, address) for ranks in groups if len(ranks) > 1}
-    return DistWorld(mesh, rank, wires, checked=checked, device=device)
+    found: Neighbours | str = f"tensors are on {device.type}"
+    if device.type == "cpu" and mesh.size > 1:
+        found = share(PrefixStore("shared memory", store), rank, mesh.size)
+    wires: dict[tuple[int, ...], tuple[Wire, Wire]] = {}
+    for slot, ranks in enumerate(groups):
+        if isinstance(found, Neighbours) and found.share(ranks):
+            shm = ShmWire(found, ranks, slot)
+            wires[ranks] = shm, shm
+        elif len(ranks) > 1:
+            wires[ranks] = open_wires(store, ranks, rank, device, address)
+    buffers = found.segment if isinstance(found, Neighbours) else Buffers(device)
+    return DistWorld(mesh, rank, wires, checked=checked, buffers=buffers, transport=_said(found, wires, device))
+
+
+def _said(found: Neighbours | str, wires: dict[tuple[int, ...], tuple[Wire, Wire]], device: torch.device) -> str:
+    """How the groups' collectives travel, for people."""
+    if not wires:
+        return "none among one rank"
+    if device.type != "cpu":
+        return "NCCL"
+    others = [ranks for ranks, (wire, _) in wires.items() if not isinstance(wire, ShmWire)]
+    if not others:
+        return "shared memory"
+    why = found if isinstance(found, str) else "these ranks cannot open each other's memory"
+    if len(others) == len(wires):
+        return f"gloo over TCP ({why})"
+    return "shared memory, and gloo over TCP where groups cross hosts"
 
 
 class DistWorld:
@@ -76,18 +103,20 @@ class DistWorld:
         self,
         mesh: Mesh,
         rank: int,
-        wires: dict[tuple[int, ...], tuple[GlooWire, Wire]],
+        wires: dict[tuple[int, ...], tuple[Wire, Wire]],
         *,
         checked: bool,
-        device: torch.device,
+        buffers: Buffers | Segment,
+        transport: str = "",
     ) -> None:
         self.rank = rank
         self.mesh = mesh
         self.checked = checked
         self.call = 0
         self.where: Where | None = None
+        self.transport = transport
         self._seats = {ranks: _Seat(ranks, *both) for ranks, both in wires.items()}
-        self._buffers = Buffers(device)
+        self._buffers = buffers
 
     @property
     def came(self) -> dict[tuple[int, ...], int]:
@@ -103,7 +132,7 @@ class DistWorld:
         stamp = seat.stamp("all_gather", label)
         if self.checked:
             stamp = say_rows(stamp, self.rank, seat.me, xs, counts)
-        out = self._meet(seat, stamp, lambda: _gather_packed(seat.wire, xs, counts))
+        out = self._meet(seat, stamp, seat.wire.gather_fields, xs, counts)
         self._buffers.give_back(xs)
         return out
 
@@ -143,7 +172,7 @@ class DistWorld:
             stamp = seat.stamp(op, label)
             if self.checked:
                 stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
-            out = self._meet(seat, stamp, lambda: seat.wire.reduce(x, counts, addends, whole=op == "all_reduce"))
+            out = self._meet(seat, stamp, seat.wire.reduce, x, counts, addends, op == "all_reduce")
         self._buffers.give_back((x, *addends))
         return out
 
@@ -154,7 +183,7 @@ class DistWorld:
         stamp = seat.stamp("column_gather", label)
         if self.checked:
             stamp = say_columns(stamp, self.rank, seat.me, x, widths)
-        out = self._meet(seat, stamp, lambda: _gather_columns(seat.wire, x, widths))
+        out = self._meet(seat, stamp, seat.wire.gather_columns, x, widths)
         self._buffers.give_back((x,))
         return out
 
@@ -168,14 +197,14 @@ class DistWorld:
             stamp = say_tensor(stamp, x, root)
         counts = [x.numel() if i == place else 0 for i in range(len(ranks))]
         mine = x.reshape(-1) if seat.me == place else x.new_empty(0)
-        out = self._meet(seat, stamp, lambda: seat.wire.gather(mine, counts).view(x.shape))
+        out = self._meet(seat, stamp, seat.wire.gather, mine, counts).view(x.shape)
         self._buffers.give_back((x,))
         return out
 
     def barrier(self, ranks: tuple[int, ...], label: str) -> None:
         if len(ranks) > 1:
             seat = self._seat(ranks)
-            self._meet(seat, seat.stamp("barrier", label), lambda: seat.gloo.gather(seat.byte, seat.ones))
+            self._meet(seat, seat.stamp("barrier", label), seat.bytes.gather, seat.byte, seat.ones)
 
     def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._buffers.lend(rows, width, dtype)
@@ -185,13 +214,20 @@ class DistWorld:
         assert seat is not None, f"{ranks} is no group of rank {self.rank} along consecutive axes of {self.mesh}"
         return seat
 
-    def _meet(self, seat: _Seat, stamp: Stamp, work: Callable[[], T]) -> T:
+    def _meet(self, seat: _Seat, stamp: Stamp, work: Callable[..., T], *args: Any) -> T:
         """What ``work`` brings; in checked mode nothing is sent before all stamps agree."""
-        stamp = stamp._replace(call=self.call)
+        if self.call:
+            stamp = stamp._replace(call=self.call)
         self.where = Where(stamp, seat.ranks, monotonic())
         if self.checked:
             seat.compare(stamp)
-        out = work()
+        try:
+            out = work(*args)
+        except DifferentCallsError:
+            raise CollectiveMismatchError(
+                f"rank {self.rank} came to {stamp}, another of {rank_names(seat.ranks)} to something else; "
+                "in checked mode both are named"
+            ) from None
         self.where = Where(stamp, seat.ranks, None)
         return out
 
@@ -199,8 +235,8 @@ class DistWorld:
 class _Seat:
     """This rank's place in one group: its wires, and how often it has come there."""
 
-    def __init__(self, ranks: tuple[int, ...], gloo: GlooWire, wire: Wire) -> None:
-        self.ranks, self.gloo, self.wire = ranks, gloo, wire
+    def __init__(self, ranks: tuple[int, ...], bytes_: Wire, wire: Wire) -> None:
+        self.ranks, self.bytes, self.wire = ranks, bytes_, wire
         self.me = wire.me
         self.number = 0
         self.byte = torch.zeros(1, dtype=torch.uint8)
@@ -214,42 +250,14 @@ class _Seat:
         """Raises if the members' stamps differ: first their digests travel, and only if those differ the stamps."""
         said = _encoded(stamp)
         num = len(self.ranks)
-        digests = self.gloo.gather(_tensor(blake2b(said, digest_size=_DIGEST).digest()), (_DIGEST,) * num)
+        digests = self.bytes.gather(_tensor(blake2b(said, digest_size=_DIGEST).digest()), (_DIGEST,) * num)
         data = digests.numpy().tobytes()
         if data == data[:_DIGEST] * num:
             return
-        sizes = self.gloo.gather(torch.tensor([len(said)]), self.ones).tolist()
-        texts = torch.split(self.gloo.gather(_tensor(said), sizes), sizes)
+        sizes = self.bytes.gather(torch.tensor([len(said)]), self.ones).tolist()
+        texts = torch.split(self.bytes.gather(_tensor(said), sizes), sizes)
         stamps = [_decoded(text.numpy().tobytes()) for text in texts]
         raise CollectiveMismatchError(f"ranks met in different collectives: {mismatch(self.ranks, stamps)}")
-
-
-def _gather_packed(wire: Wire, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Several fields travel as one matrix of bytes: row by row, the fields side by side."""
-    if len(xs) == 1:
-        return [wire.gather(xs[0], counts)]
-    widths = [x.shape[1] * x.itemsize for x in xs]
-    rows = [_as(x.contiguous(), torch.uint8, width) for x, width in zip(xs, widths, strict=True)]
-    packed = wire.gather(torch.cat(rows, dim=1), counts)
-    parts = torch.split(packed, widths, dim=1)
-    return [_as(_owned(part), x.dtype, x.shape[1]) for part, x in zip(parts, xs, strict=True)]
-
-
-def _gather_columns(wire: Wire, x: Tensor, widths: Sequence[int]) -> Tensor:
-    rows = x.shape[0]
-    sizes = [rows * width for width in widths]
-    pieces = torch.split(wire.gather(x.reshape(-1), sizes), sizes)
-    return torch.cat([piece.view(rows, width) for piece, width in zip(pieces, widths, strict=True)], dim=1)
-
-
-def _as(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """The memory of a contiguous matrix as another dtype; also of no columns, which ``view`` does not take."""
-    return x.view(-1).view(dtype).view(x.shape[0], width)
-
-
-def _owned(part: Tensor) -> Tensor:
-    """A copy, also where ``contiguous`` would make none."""
-    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _tensor(data: bytes) -> Tensor:

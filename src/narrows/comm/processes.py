@@ -3,8 +3,8 @@
 Knows who owns ranks and for how long; how they are heard and ended is `host.py`'s, how collectives are made
 `dist_world.py`'s. The process that makes a :class:`ProcessRanks` is the host: it hands out calls, and hears from every
 rank twice a second. A rank that raises, dies, stops, or keeps the others waiting fails the call; then all ranks end.
-Ranks end by themselves when their host is gone. Nothing is left behind: no process, no shared memory (there is none),
-no socket file.
+Ranks end by themselves when their host is gone. Nothing is left behind: no process, no socket file, and no shared
+memory, which has no name and ends with the last rank.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ class ProcessRanks(Generic[Worker]):
         atexit.register(_end_at_exit, weakref.ref(self._host))
         try:
             self._host.start(checked=checked, num_threads=num_threads, device=device)
-            self._host.call(None, (make,)).result()
+            said = self._host.call(None, (make,)).result()
         except BaseException as error:
             self._host.end(error)
             raise
+        self.transport = "; ".join(dict.fromkeys(said))
+        """How collectives travel, for people: through shared memory, or why not."""
 
     @property
     def mesh(self) -> Mesh:

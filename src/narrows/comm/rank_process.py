@@ -172,10 +172,11 @@ class _Rank:
         self._host.world.call = self._number + 1
         if method is None:
             (make,) = args
-            result = self._worker = make(self._host.world)
+            self._worker = make(self._host.world)
+            result = self._host.world.transport
         else:
             result = getattr(self._worker, method)(*args)
-        said = pack((self._number, None if method is None else result))
+        said = pack((self._number, result))
         self._number += 1
         self._host.done = self._number
         self._host.channel.send(DONE, said)

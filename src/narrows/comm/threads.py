@@ -1,9 +1,10 @@
 """Ranks as threads of one process: for tests, `verify` and examples; no faster than the cores they share.
 
 Knows how to start and end rank threads, hand them work in order, and bring back results or the first error. Does not
-know what the work is, nor how collectives are made (`thread_world.py`). Each rank thread runs torch with ONE thread of
-its own (several per rank on a busy core are slow) and in inference mode. ``torch.set_num_threads`` in a thread also
-becomes the default of threads started later in this process; threads that already run keep their number.
+know what the work is, nor how collectives are made (`thread_world.py`). Each rank thread runs torch with one thread of
+its own unless told otherwise (several per rank on a busy core are slow) and in inference mode.
+``torch.set_num_threads`` in a thread also becomes the default of threads started later in this process; threads that
+already run keep their number.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ class _Call(Generic[T]):
 class _Crew:
     """The rank threads and the calls they have to do: each rank does all calls, in the order they were made."""
 
-    def __init__(self, mesh: Mesh, make: Callable[[World], Any], *, checked: bool, timeout_s: float) -> None:
+    def __init__(
+        self, mesh: Mesh, make: Callable[[World], Any], *, checked: bool, timeout_s: float, num_threads: int = 1
+    ) -> None:
         self.commons = Commons(mesh, checked=checked, timeout_s=timeout_s)
         self.running = True
-        self._make = make
+        self._make, self._num_threads = make, num_threads
         self._lock = threading.Lock()
         self._pending: list[_Call[Any]] = []
         self._queues: list[SimpleQueue[_Call[Any] | None]] = [SimpleQueue() for _ in range(mesh.size)]
@@ -101,7 +104,7 @@ class _Crew:
 
     def _serve(self, rank: int) -> None:
         """What a rank thread runs."""
-        torch.set_num_threads(1)
+        torch.set_num_threads(self._num_threads)
         world = ThreadWorld(self.commons, rank)
         worker: Any = None
         with torch.inference_mode():
@@ -174,15 +177,23 @@ class ThreadRanks(Generic[Worker]):
         make: builds the worker of a rank, in that rank's thread; it may use collectives.
         checked: compare what each rank comes to a collective with, before any data is read.
         timeout_s: how long a rank may keep the others waiting at a collective.
+        num_threads: torch threads per rank.
 
     Raises:
         the first error of ``make`` on any rank.
     """
 
     def __init__(
-        self, mesh: Mesh, make: Callable[[World], Worker], *, checked: bool = False, timeout_s: float = 60.0
+        self,
+        mesh: Mesh,
+        make: Callable[[World], Worker],
+        *,
+        checked: bool = False,
+        timeout_s: float = 60.0,
+        num_threads: int = 1,
     ) -> None:
-        self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s)
+        self.transport = "memory of one process"
+        self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s, num_threads=num_threads)
         # For an owner who forgets to close. The finalizer may run inside any code, even of a rank that holds a lock, so
         # it takes none; at exit a rank thread that is still inside torch would abort the process.
         weakref.finalize(self, self._crew.dismiss).atexit = False

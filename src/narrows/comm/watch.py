@@ -66,10 +66,13 @@ class Watch:
         return [other for other in ranks if dict(self._reports[other].came).get(ranks, 0) <= stamp.number]
 
     def waiting_for(self, ranks: Sequence[int]) -> str:
-        """Who waits for ``ranks``, and at what; empty if nobody says so."""
-        others = [other for other in range(len(self._reports)) if other not in ranks]
-        waiting = [other for other in others if not set(ranks).isdisjoint(self.missing(other))]
-        return absence([(other, last[0]) for other in waiting if (last := self._reports[other].last)], {})
+        """Who waits where ``ranks`` are awaited, and at what; empty if nobody says so.
+
+        They may have come there, and be in the middle of it: what others wait for then is that they go on.
+        """
+        reports = [(other, report) for other, report in enumerate(self._reports) if other not in ranks]
+        there = [(other, report.last) for other, report in reports if report.last and report.waits]
+        return absence([(other, stamp) for other, (stamp, group) in there if not set(ranks).isdisjoint(group)], {})
 
     def _overdue(self) -> tuple[list[int], str] | None:
         for rank, report in enumerate(self._reports):

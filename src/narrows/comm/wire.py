@@ -1,4 +1,6 @@
-"""How bytes travel between the processes of one group of ranks: gloo on CPU, NCCL on GPUs. The one door to both.
+"""How bytes travel between the processes of one group of ranks: what every wire can, and gloo's and NCCL's.
+
+gloo connects CPUs of several hosts, and those of one where there is no compiled code (`shm.py` is for the rest).
 
 Knows tensors, row counts and torch's process groups, which it makes itself: nothing here is registered with
 ``torch.distributed``, so that several worlds can live in one process. Does not know labels, meshes or checked mode
@@ -24,10 +26,11 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
 from narrows.comm.buffers import Buffers
+from narrows.comm.fields import gather_as_rows, gather_packed
 from narrows.comm.sums import sum_rows
 from narrows.errors import RankError
 
-__all__ = ["GlooWire", "NcclWire", "PeersLostError", "Wire", "open_wires"]
+__all__ = ["DifferentCallsError", "GlooWire", "NcclWire", "PeersLostError", "Wire", "open_wires"]
 
 _SMALL = 32 * 1024
 """Bytes that every rank may send to every other to save one of the two exchanges of an all-reduce."""
@@ -37,6 +40,10 @@ _GIVE_UP = timedelta(days=1)
 
 class PeersLostError(RankError):
     """The transport failed: some peer went away. Which one, and why, is for whoever watches all ranks to say."""
+
+
+class DifferentCallsError(Exception):
+    """A member came to another call than this one: found before anything was read, on all members alike."""
 
 
 class Wire(Protocol):
@@ -49,7 +56,15 @@ class Wire(Protocol):
         """``[counts[me], W]`` of any dtype -> fresh ``[T, W]``: the rows of all members in order."""
         ...
 
-    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], *, whole: bool) -> Tensor:
+    def gather_fields(self, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """:meth:`gather` of several matrices in one exchange."""
+        ...
+
+    def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """``[T, widths[me]]`` -> fresh ``[T, sum(widths)]``: the columns of all members in order."""
+        ...
+
+    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], whole: bool) -> Tensor:
         """The sum of every member's ``x``, ``[T, W]``, to which each adds its ``addends`` in its own piece of rows.
 
         Returns:
@@ -58,9 +73,7 @@ class Wire(Protocol):
         ...
 
 
-def open_wires(
-    store: Any, ranks: tuple[int, ...], rank: int, device: torch.device, address: str
-) -> tuple[GlooWire, Wire]:
+def open_wires(store: Any, ranks: tuple[int, ...], rank: int, device: torch.device, address: str) -> tuple[Wire, Wire]:
     """This rank's wires in the group ``ranks``: one for bytes in main memory, and the one for ``device``'s tensors.
 
     Args:
@@ -87,7 +100,20 @@ def open_wires(
         raise PeersLostError(f"rank {rank} did not find the ranks {ranks}: {_text(error)}") from error
 
 
-class GlooWire:
+class _RowsWire:
+    """A wire that gathers one matrix of rows: all else is made of that."""
+
+    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        raise NotImplementedError
+
+    def gather_fields(self, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        return gather_packed(self.gather, xs, counts)
+
+    def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        return gather_as_rows(self.gather, x, widths)
+
+
+class GlooWire(_RowsWire):
     """Point-to-point messages over TCP, as many as there are pieces with something in them."""
 
     def __init__(self, group: Any, me: int, size: int) -> None:
@@ -104,7 +130,7 @@ class GlooWire:
         self.exchange({i: mine for i in self._others}, {i: pieces[i] for i in self._others})
         return out
 
-    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], *, whole: bool) -> Tensor:
+    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], whole: bool) -> Tensor:
         x = x.contiguous()
         if whole and not addends and x.nbytes <= _SMALL:
             return self._sum(x, {i: x for i in self._others}, x.shape[0], ())
@@ -136,7 +162,7 @@ class GlooWire:
             raise PeersLostError(_text(error)) from error
 
 
-class NcclWire:
+class NcclWire(_RowsWire):
     """NCCL's own collectives, on pieces padded to the largest with zeros. IT HAS NEVER RUN ON A GPU.
 
     Sums are NCCL's: its order, in the dtype of ``x``; addends join before, in this rank's own addend of its piece.
@@ -157,7 +183,7 @@ class NcclWire:
         self._group._allgather_base(out, padded).wait()
         return torch.cat([piece[:rows] for piece, rows in zip(torch.split(out, largest), counts, strict=True)])
 
-    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], *, whole: bool) -> Tensor:
+    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], whole: bool) -> Tensor:
         largest = max(counts)
         mine = x.clone(memory_format=torch.contiguous_format)
         pieces = torch.split(mine, list(counts))

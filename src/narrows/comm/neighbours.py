@@ -1,0 +1,134 @@
+"""The ranks that share memory: they find each other on one host, map each other's segments, and notice who dies.
+
+Knows a store, processes and mappings; not collectives (`shm.py`). A segment has no name that could outlive anybody: who
+wants to map it opens it through /proc, as the same user in the same process namespace, and tells it by its nonce.
+Whether a group shares memory is decided from what all its members have seen, so they decide alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import secrets
+import select
+from pathlib import Path
+from typing import Any
+
+from narrows.comm.segment import Segment, mapped
+from narrows.comm.shm_calls import Functions, functions
+from narrows.comm.wire import PeersLostError
+from narrows.native import why_absent
+
+__all__ = ["Neighbours", "share"]
+
+_NONCE = 32
+
+
+class Neighbours:
+    """The ranks of a world as one of them sees them: whose memory it has mapped, and who has mapped whose."""
+
+    def __init__(self, rank: int, functions: Functions, segment: Segment, places: dict[int, Any]) -> None:
+        self.rank = rank
+        self.functions = functions
+        self.segment = segment
+        self.maps: dict[int, mmap.mmap] = {rank: segment.map}
+        self._pids = {other: place["pid"] for other, place in places.items() if place}
+        self._pidfds: dict[int, int] = {}
+        self._seen: dict[int, set[int]] = {}
+        self._poll = select.poll()
+        for other, place in places.items():
+            if other != rank and place and place["host"] == _host() and (found := _opened(place)) is not None:
+                self.maps[other] = found
+                self._watch(other)
+
+    def agree(self, store: Any, size: int) -> None:
+        """Tells the others whose memory is mapped here, and hears it from them. Nobody opens anything after that."""
+        store.set(f"seen by {self.rank}", json.dumps(sorted(self.maps)))
+        self._seen = {other: set(json.loads(store.get(f"seen by {other}"))) for other in range(size)}
+        os.close(self.segment.fd)
+
+    def share(self, ranks: tuple[int, ...]) -> bool:
+        """Whether all of ``ranks`` have mapped each other's memory."""
+        return len(ranks) <= self.functions.limits.max_ranks and all(
+            self._seen[rank].issuperset(ranks) for rank in ranks
+        )
+
+    def starts(self, ranks: tuple[int, ...]) -> list[int]:
+        """Where the segments of ``ranks`` lie in this process."""
+        return [ctypes.addressof(ctypes.c_char.from_buffer(self.maps[rank])) for rank in ranks]
+
+    def look(self, ranks: tuple[int, ...]) -> None:
+        """Raises:
+        PeersLostError: one of ``ranks`` has ended.
+        """
+        for fd, _ in self._poll.poll(0):
+            rank = self._pidfds[fd]
+            if rank in ranks:
+                raise PeersLostError(f"the process {self._pids[rank]} of rank {rank} has ended")
+
+    def _watch(self, rank: int) -> None:
+        if self._pids[rank] == os.getpid():
+            return  # ranks as threads
+        try:
+            fd = os.pidfd_open(self._pids[rank])
+        except OSError:
+            return  # it is gone already, or this kernel cannot tell: then whoever watches all ranks notices
+        self._pidfds[fd] = rank
+        self._poll.register(fd, select.POLLIN)
+
+    def __del__(self) -> None:
+        for fd in self._pidfds:
+            os.close(fd)
+
+
+def share(store: Any, rank: int, size: int) -> Neighbours | str:
+    """Meets the ranks ``0 .. size - 1`` of a world; every one of them must call this, with a store of this use alone.
+
+    Returns:
+        the neighbours, be they none; or why this rank shares no memory, which the others have been told too.
+    """
+    compiled = functions()
+    segment, why = None, f"no compiled code: {why_absent()}"
+    if compiled is not None:
+        try:
+            segment = Segment(compiled.limits.blocks_start)
+        except (OSError, AttributeError) as error:  # AttributeError: this system has no memory without a name
+            why = f"no shared memory: {error}"
+    place: dict[str, Any] | None = None
+    if segment is not None:
+        nonce = secrets.token_bytes(_NONCE)
+        segment.map[:_NONCE] = nonce
+        place = {"host": _host(), "pid": os.getpid(), "fd": segment.fd, "nonce": nonce.hex()}
+    store.set(f"rank {rank}", json.dumps(place))
+    places = {other: json.loads(store.get(f"rank {other}")) for other in range(size)}
+    if segment is None or compiled is None:
+        store.set(f"seen by {rank}", "[]")
+        return why
+    found = Neighbours(rank, compiled, segment, places)
+    found.agree(store, size)
+    return found
+
+
+def _host() -> list[str]:
+    """This host, since it was started, and the processes that can see each other on it."""
+    try:
+        return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        return ["", str(os.getpid())]
+
+
+def _opened(place: dict[str, Any]) -> mmap.mmap | None:
+    """A neighbour's segment; None if this process may not open it."""
+    try:
+        fd = os.open(f"/proc/{place['pid']}/fd/{place['fd']}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        found = mapped(fd)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return found if found[:_NONCE] == bytes.fromhex(place["nonce"]) else None

@@ -1,0 +1,169 @@
+"""A rank's shared memory: what its peers on this host read, and it alone writes.
+
+Knows bytes, blocks of them, and tensors that lie there. Does not know how others map it (`neighbours.py`), nor when a
+collective has been read by all (`shm.py`); it is told what a block waits for.
+
+The memory is an anonymous file of a size that nobody reaches, of which only what was touched exists: it grows without
+anybody else's help, and goes with its last process, however that ends. Blocks come in three uses:
+
+- *lent*: a send buffer, from :meth:`Segment.lend` until it has been handed to a collective and read by all;
+- *staged*: a copy of an input that lies elsewhere, until all have read it;
+- *results* of some size: the caller's own until it drops them. Fresh memory would cost more than the collective (a copy
+  to fresh pages is several times slower), and a result that goes into the next collective needs no copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["SEGMENT_BYTES", "Block", "Segment", "mapped"]
+
+SEGMENT_BYTES = 1 << 36
+_LEAST = 1 << 14
+_HUGE = 1 << 21
+_ROOMY = 4
+"""A block so many times larger than what is wanted is not taken for it."""
+_OWN_RESULT = 1 << 18
+"""Bytes from which on a result lies in a block; below, malloc reuses what was freed."""
+_UNUSED = 2
+"""References to a block's memory when no tensor lies in it: the block's own, and the one that counts."""
+
+
+class Exchanges(Protocol):
+    """A group's exchanges, as far as a block needs to know."""
+
+    number: int
+    """Of the last one that is complete."""
+
+
+class Block:
+    """Some memory, and what it is waiting for."""
+
+    __slots__ = ("after", "lent", "memory", "size", "start", "tensor")
+
+    def __init__(self, memory: Any, size: int) -> None:
+        self.memory = memory
+        self.size = size
+        self.start = ctypes.addressof(memory)
+        self.lent = False
+        self.after: tuple[Exchanges, int] | None = None
+        """It may be written again when that exchange of that group lies behind everyone."""
+        self.tensor: Tensor | None = None
+
+    def as_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of its own that lies here. ``shape`` has elements."""
+        return torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+    def is_read(self) -> bool:
+        return self.after is None or self.after[0].number > self.after[1]
+
+
+class Segment:
+    """This rank's own."""
+
+    def __init__(self, blocks_start: int) -> None:
+        self.fd = os.memfd_create("narrows rank", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, SEGMENT_BYTES)
+            self.map = mapped(self.fd)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.latest: tuple[Exchanges, int] | None = None
+        """The last exchange that this rank came to, in any group."""
+        self._next = blocks_start
+        self._scratch: dict[int, list[Block]] = {}
+        self._results: dict[int, list[Block]] = {}
+        self._lent: dict[int, Block] = {}
+
+    def holds(self, address: int) -> bool:
+        return 0 <= address - self.start < SEGMENT_BYTES
+
+    def is_lent(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._lent
+
+    # --- send buffers, as of `buffers.py`
+
+    def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        size = rows * width * dtype.itemsize
+        if not size:
+            return torch.empty((rows, width), dtype=dtype)
+        block = self.take(size)
+        block.lent = True
+        self._lent[block.start] = block
+        x = block.tensor
+        if x is None or x.dtype != dtype or x.shape != (rows, width):
+            x = block.tensor = block.as_tensor((rows, width), dtype)
+        return x
+
+    def give_back(self, tensors: Sequence[Tensor]) -> None:
+        """Lent ones are free again, once the latest exchange lies behind everyone."""
+        if self._lent:
+            for x in tensors:
+                block = self._lent.pop(x.untyped_storage().data_ptr(), None)
+                if block is not None:
+                    block.lent, block.after = False, self.latest
+
+    def owned(self, x: Tensor) -> Tensor:
+        """``x`` as a result: itself, or a copy if it lies in a send buffer, which is then free again."""
+        if not self._lent or not self.is_lent(x):
+            return x
+        out = x.clone()
+        self.give_back((x,))
+        return out
+
+    # --- for the wires
+
+    def take(self, nbytes: int) -> Block:
+        """A block for something to send. Whoever takes it says by ``after`` what it waits for."""
+        return self._find(self._scratch, nbytes, results=False)
+
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a result, which is the caller's own from now on."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < _OWN_RESULT:
+            return torch.empty(shape, dtype=dtype)
+        return self._find(self._results, nbytes, results=True).as_tensor(shape, dtype)
+
+    def _find(self, kept: dict[int, list[Block]], nbytes: int, *, results: bool) -> Block:
+        least = max(_LEAST, 1 << (nbytes - 1).bit_length())
+        size = least
+        while size <= _ROOMY * least:
+            for block in kept.get(size, ()):
+                if not block.lent and block.is_read() and (not results or sys.getrefcount(block.memory) == _UNUSED):
+                    return block
+            size *= 2
+        block = self._make(least)
+        kept.setdefault(least, []).append(block)
+        return block
+
+    def _make(self, size: int) -> Block:
+        align = min(size, _HUGE)
+        start = -(-self._next // align) * align
+        if start + size > SEGMENT_BYTES:
+            raise MemoryError(f"collectives of this rank hold {start:,} bytes, and want {size:,} more")
+        self._next = start + size
+        return Block((ctypes.c_char * size).from_buffer(self.map, start), size)
+
+
+def mapped(fd: int) -> mmap.mmap:
+    """A segment in this process's memory, for as long as anything refers to it.
+
+    Raises:
+        OSError: there is no room for it, e.g. under a limit of virtual memory.
+    """
+    found = mmap.mmap(fd, SEGMENT_BYTES)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):
+        if hasattr(mmap, advice):
+            found.madvise(getattr(mmap, advice))
+    return found

@@ -1,0 +1,182 @@
+"""The wire among ranks of one host: they read each other's memory, and meet once per exchange.
+
+Knows tensors, row counts, and whose memory an input lies in; the meeting, the copies and the sums are compiled
+(`shm_calls.py`, `native/csrc/collectives.cpp`). Does not know labels, meshes or checked mode (`dist_world.py`).
+
+What a rank brings must lie in its segment until all have read it. A send buffer lies there already, and so does a large
+result of an earlier collective, which is the caller's again only when all have read it; anything else is copied there.
+A reduce-scatter reads this rank's rows of every member; an all-reduce of few bytes reads all rows of every member and
+meets once, one of many bytes is a reduce-scatter and a gather.
+
+Legend: T rows in total, W columns; ``counts[i]`` rows of member i, T = sum(counts); ``me`` this rank's place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from narrows.comm.neighbours import Neighbours
+from narrows.comm.segment import Block
+from narrows.comm.shm_calls import (
+    DIFFERS,
+    NOT_YET,
+    STAGED_SMALL,
+    Call,
+    column_call,
+    gather_call,
+    numbers,
+    reduce_call,
+)
+from narrows.comm.sums import sum_rows
+from narrows.comm.wire import DifferentCallsError
+from narrows.errors import CollectiveMismatchError
+
+__all__ = ["ShmWire"]
+
+_AT_ONCE = 1 << 15
+"""Bytes up to which every member of an all-reduce sums all rows, to save a meeting."""
+_COPIED = 1 << 16
+"""Bytes up to which an input that lies in the segment is copied all the same: that takes less than to wait for all."""
+
+_LINE = 64
+"""What is copied there begins at a cache line of its own."""
+
+
+class ShmWire:
+    """One group's exchanges, seen from one of its ranks. ``slot``: the group's place among those of each member."""
+
+    def __init__(self, neighbours: Neighbours, ranks: tuple[int, ...], slot: int) -> None:
+        self.me, self.size = ranks.index(neighbours.rank), len(ranks)
+        self.number = 0
+        self._ranks, self._neighbours = ranks, neighbours
+        self._segment, self._functions = neighbours.segment, neighbours.functions
+        self._limits = neighbours.functions.limits
+        assert slot < self._limits.max_groups, f"a rank in more than {self._limits.max_groups} groups"
+        self._segments = numbers(*neighbours.starts(ranks))
+        place = (len(neighbours.segment.map), ctypes.addressof(self._segments))
+        self._wire = numbers(self.size, self.me, slot, *place, 0, 0)
+        assert ctypes.sizeof(self._wire) == self._limits.wire_bytes, "the library is of other sources"
+        self._args = numbers(*(0,) * (3 * self._limits.max_fields + 2))
+        self._addresses = ctypes.addressof(self._wire), ctypes.addressof(self._args)
+
+    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        return self.gather_fields((x,), counts)[0]
+
+    def gather_fields(self, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        most = self._limits.max_fields
+        if len(xs) > most:
+            return [*self.gather_fields(xs[:most], counts), *self.gather_fields(xs[most:], counts)]
+        call = gather_call(self.me, tuple(counts), tuple([math.prod(x.shape[1:]) * x.itemsize for x in xs]))
+        lingers = self._bring(xs, call, 3)
+        out = [self._segment.result((call.size, *x.shape[1:]), x.dtype) for x in xs]
+        for at, result in enumerate(out):
+            self._args[3 * at + 2] = result.data_ptr()
+        self._args[3 * len(out)] = lingers
+        self._meet(self._functions.gather, call)
+        return out
+
+    def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        call = column_call(self.me, tuple(widths), x.shape[0], x.itemsize)
+        lingers = self._bring((x,), call, 3)
+        out = self._segment.result((x.shape[0], call.size), x.dtype)
+        self._args[2], self._args[3] = out.data_ptr(), lingers
+        self._meet(self._functions.gather, call)
+        return out
+
+    def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], whole: bool) -> Tensor:
+        counts, kinds = tuple(counts), tuple([addend.dtype for addend in addends])
+        summed, most = self._functions.summed, self._limits.max_fields
+        if x.dtype not in summed or not summed.issuperset(kinds) or len(kinds) >= most:
+            return self._reduce_uncommon(x, counts, addends, whole)
+        at_once = whole and x.nbytes <= _AT_ONCE
+        call = reduce_call(self.me, counts, x.shape[1], x.dtype, kinds, at_once, most)
+        if at_once:
+            out = torch.empty(x.shape, dtype=x.dtype)
+            self._sum(call, x, addends, out)
+            return out
+        shape = (counts[self.me], x.shape[1])
+        if not whole:
+            out = self._segment.result(shape, x.dtype)
+            self._sum(call, x, addends, out)
+            return out
+        return self._reduce_and_gather(call, x, counts, addends, shape)
+
+    def _reduce_and_gather(
+        self, call: Call, x: Tensor, counts: tuple[int, ...], addends: Sequence[Tensor], shape: tuple[int, int]
+    ) -> Tensor:
+        """All rows, by way of this rank's: the sum of those is made where the others read it."""
+        nbytes = math.prod(shape) * x.itemsize
+        block = self._take(max(1, nbytes), self.number + 2)
+        piece = block.as_tensor(shape, x.dtype) if nbytes else x.new_empty(shape)
+        self._sum(call, x, addends, piece)
+        call = gather_call(self.me, counts, (x.shape[1] * x.itemsize,))
+        out = self._segment.result((call.size, x.shape[1]), x.dtype)
+        self._args[0], self._args[1] = piece.data_ptr(), 0 if nbytes else STAGED_SMALL
+        self._args[2], self._args[3] = out.data_ptr(), False
+        self._meet(self._functions.gather, call)
+        return out
+
+    def _sum(self, call: Call, x: Tensor, addends: Sequence[Tensor], out: Tensor) -> None:
+        lingers = self._bring((x, *addends), call, 2)
+        end = 2 + 2 * len(addends)
+        self._args[end], self._args[end + 1] = out.data_ptr(), lingers
+        self._meet(self._functions.reduce, call)
+
+    def _reduce_uncommon(self, x: Tensor, counts: tuple[int, ...], addends: Sequence[Tensor], whole: bool) -> Tensor:
+        """What the compiled code does not sum: torch does, from a copy of everything."""
+        rows = x.shape[0]
+        parts = self.gather(x, (rows,) * self.size).view(self.size, *x.shape).unbind()
+        piece = sum_rows(parts, sum(counts[: self.me]), counts[self.me], addends)
+        return self.gather(piece, counts) if whole else piece
+
+    def _bring(self, xs: Sequence[Tensor], call: Call, stride: int) -> bool:
+        """Says where the inputs lie, and where they go if they lie elsewhere than in the segment.
+
+        Returns:
+            whether the caller must wait until all have read, since a result of its own is read where it lies.
+        """
+        args, segment, room, lingers = self._args, self._segment, self._limits.small_bytes, False
+        for at, x in enumerate(xs):
+            start, nbytes, stage = x.data_ptr(), call.nbytes[at], 0
+            if x.nbytes != nbytes:
+                raise CollectiveMismatchError(f"a tensor of {tuple(x.shape)} {x.dtype} does not fit the counts")
+            if not x.is_contiguous():
+                block = self._take(nbytes, self.number + 1)
+                block.as_tensor(tuple(x.shape), x.dtype).copy_(x)
+                start = block.start
+            elif at < call.travels:
+                lent = segment.holds(start) and segment.is_lent(x)
+                if nbytes and (lent or (nbytes > _COPIED and segment.holds(start))):
+                    lingers |= not lent
+                elif nbytes <= room - _LINE:
+                    stage = STAGED_SMALL
+                    room -= nbytes + _LINE
+                else:
+                    stage = self._take(nbytes, self.number + 1).start
+            args[stride * at], args[stride * at + 1] = start, stage
+        return lingers
+
+    def _take(self, nbytes: int, exchange: int) -> Block:
+        """A block that is read in that exchange of this group, and free again when all have read."""
+        block = self._segment.take(nbytes)
+        block.after = (self, exchange)
+        return block
+
+    def _meet(self, function: Callable[[int, int, int], int], call: Call) -> None:
+        """Comes to the next exchange.
+
+        Raises:
+            PeersLostError: a member has ended. DifferentCallsError: one came to another call.
+        """
+        wire, args = self._addresses
+        while (outcome := function(wire, call.address, args)) == NOT_YET:
+            self._neighbours.look(self._ranks)
+        self.number += 1
+        self._segment.latest = (self, self.number)
+        if outcome == DIFFERS:
+            raise DifferentCallsError

@@ -1,0 +1,151 @@
+"""The compiled half of the shared-memory collectives: its functions, and what it is told of a call.
+
+Knows ctypes, and the layout that `native/csrc/collectives.cpp` reads; not who the ranks are, nor whose memory is whose.
+What a call is about is the same from step to step, so it is laid out once and kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+
+from narrows.native import library
+
+__all__ = [
+    "DIFFERS",
+    "NOT_YET",
+    "STAGED_SMALL",
+    "Call",
+    "Functions",
+    "Limits",
+    "column_call",
+    "functions",
+    "gather_call",
+    "numbers",
+    "reduce_call",
+]
+
+NOT_YET, DIFFERS = 1, 2
+"""What a call returns beside 0: make it again with the same arguments; and: another member came to another call."""
+STAGED_SMALL = -1
+"""Instead of an address: what is brought is copied to the small memory that every exchange has."""
+
+_KEPT_CALLS = 1 << 12
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Numbers = ctypes.Array[ctypes.c_int64]
+
+
+def numbers(*values: int) -> Numbers:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+class Limits(NamedTuple):
+    """What the library was compiled with: sizes in bytes, and how many there may be of what."""
+
+    wire_bytes: int
+    blocks_start: int
+    max_groups: int
+    max_fields: int
+    max_ranks: int
+    small_bytes: int
+    """What one rank may bring to an exchange without a block of its own."""
+
+
+class Functions(NamedTuple):
+    """The compiled functions, which take the addresses of a wire, a call and its arguments."""
+
+    gather: Callable[[int, int, int], int]
+    reduce: Callable[[int, int, int], int]
+    limits: Limits
+    summed: frozenset[torch.dtype]
+    """What they can sum."""
+
+
+@cache
+def functions() -> Functions | None:
+    """None where there is no compiled code: ``narrows.native.why_absent`` says why."""
+    opened = library()
+    if opened is None:
+        return None
+    for function in (opened.narrows_shm_gather, opened.narrows_shm_reduce):
+        function.argtypes, function.restype = (ctypes.c_void_p,) * 3, ctypes.c_int
+    layout = numbers(*(0,) * len(Limits._fields))
+    opened.narrows_shm_layout.restype = None
+    opened.narrows_shm_layout(layout)
+    opened.narrows_sums_dtypes.restype = ctypes.c_int64
+    known = opened.narrows_sums_dtypes()
+    summed = frozenset(dtype for dtype, code in _CODES.items() if known >> code & 1)
+    return Functions(opened.narrows_shm_gather, opened.narrows_shm_reduce, Limits(*layout[:]), summed)
+
+
+class Call(NamedTuple):
+    """What a collective is about, at an address; and what the caller needs to know of it."""
+
+    address: int
+    nbytes: tuple[int, ...]
+    """That this rank comes with, per field."""
+    travels: int
+    """Fields that others read; the rest are this rank's own affair."""
+    size: int
+    """Rows in all, or columns."""
+    held: Numbers
+
+
+@lru_cache(_KEPT_CALLS)
+def gather_call(me: int, counts: tuple[int, ...], row_bytes: tuple[int, ...]) -> Call:
+    """The rows of all members, ``counts`` of them, for fields whose rows have so many bytes."""
+    parts = []
+    for row in row_bytes:
+        start = 0
+        for rows in counts:
+            parts += [start, row * rows, 1, row * rows]
+            start += row * rows
+    held = numbers(_signature(0, counts, row_bytes), len(row_bytes), *parts)
+    nbytes = tuple(row * counts[me] for row in row_bytes)
+    return Call(ctypes.addressof(held), nbytes, len(nbytes), sum(counts), held)
+
+
+@lru_cache(_KEPT_CALLS)
+def column_call(me: int, widths: tuple[int, ...], rows: int, itemsize: int) -> Call:
+    """The columns of all members, ``widths`` of them, in as many rows on each."""
+    pitch, start, parts = sum(widths) * itemsize, 0, []
+    for width in widths:
+        parts += [start, width * itemsize, rows, pitch]
+        start += width * itemsize
+    held = numbers(_signature(1, widths, (rows, itemsize)), 1, *parts)
+    return Call(ctypes.addressof(held), (rows * widths[me] * itemsize,), 1, sum(widths), held)
+
+
+@lru_cache(_KEPT_CALLS)
+def reduce_call(
+    me: int,
+    counts: tuple[int, ...],
+    width: int,
+    dtype: torch.dtype,
+    addends: tuple[torch.dtype, ...],
+    whole: bool,
+    max_fields: int,
+) -> Call:
+    """The sum of ``[sum(counts), width]`` of every member, and of each one's addends of its own rows.
+
+    ``whole``: each member makes all of it, so that the addends travel too.
+    """
+    codes = [_CODES[addend] for addend in addends]
+    starts = [0]
+    for rows in counts:
+        starts.append(starts[-1] + rows * width)
+    signature = _signature(2, counts, (width, _CODES[dtype], whole, *codes))
+    held = numbers(signature, _CODES[dtype], whole, len(codes), *codes, *(0,) * (max_fields - len(codes)), *starts)
+    own = starts[me + 1] - starts[me]
+    nbytes = (starts[-1] * dtype.itemsize, *(own * addend.itemsize for addend in addends))
+    return Call(ctypes.addressof(held), nbytes, len(nbytes) if whole else 1, sum(counts), held)
+
+
+def _signature(kind: int, counts: tuple[int, ...], more: tuple[int, ...]) -> int:
+    """The same on every member that comes to the same call; Python does not salt the hashes of numbers."""
+    return hash((kind, counts, more))

@@ -1,0 +1,316 @@
+"""Collectives through shared memory: bit for bit those of rank threads, whatever the sizes; what can go wrong there.
+
+The ranks are threads here, each with a segment of its own, which a process may map as often as it likes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import ranks_lab as lab
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed import HashStore
+
+from narrows.comm import World, run_ranks
+from narrows.comm.dist_world import DistWorld, connect
+from narrows.comm.neighbours import share
+from narrows.comm.segment import Segment
+from narrows.comm.shm import ShmWire
+from narrows.comm.shm_calls import functions
+from narrows.comm.sums import sum_rows
+from narrows.errors import CollectiveMismatchError
+from narrows.layout import Mesh
+from narrows.native import why_absent
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(functions() is None, reason=f"no compiled code: {why_absent()}"),
+]
+
+FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+Rank = Callable[[Any], Any]
+
+
+def line(num: int) -> Mesh:
+    return Mesh.of(dp=1, tp=num)
+
+
+def run_shared(mesh: Mesh, fn: Rank, *, checked: bool = False) -> list[Any]:
+    """``fn`` on every rank of ``mesh``; an error of any of them."""
+    store, results = HashStore(), [None] * mesh.size
+    errors: list[BaseException] = []
+
+    def rank(me: int) -> None:
+        try:
+            world = connect(mesh, me, store, checked=checked)
+            assert world.transport == "shared memory"
+            with torch.inference_mode():
+                results[me] = fn(world)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=rank, args=(me,), daemon=True) for me in range(mesh.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive() and not errors:
+            thread.join(0.1)
+    if errors:
+        for thread in threads:
+            thread.join(1)  # ranks that met in the same error; the others wait for one that will not come
+        raise errors[0]
+    return results
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    assert torch.equal(bits(got), bits(want))
+
+
+# --- values
+
+COUNTS = st.lists(st.sampled_from([0, 0, 1, 2, 3, 17, 130, 400]), min_size=4, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([(1, 2), (2, 1), (1, 3), (2, 2), (1, 4)]),
+    COUNTS,
+    st.sampled_from([0, 1, 33, 64, 511]),
+    st.sampled_from(FLOATS),
+    st.booleans(),
+)
+def test_every_collective_has_the_bits_of_threads(
+    mesh: tuple[int, int], counts: list[int], width: int, dtype: torch.dtype, checked: bool
+) -> None:
+    """Sizes on both sides of every limit at which something travels another way."""
+    dp, tp = mesh
+    made = Mesh.of(dp=dp, tp=tp)
+
+    def rank(world: World) -> dict[str, Tensor]:
+        return lab.collectives(world, counts, width, dtype)
+
+    for got, want in zip(run_shared(made, rank, checked=checked), run_ranks(made, rank), strict=True):
+        assert list(got) == list(want)
+        for name, value in want.items():
+            assert_same(got[name], value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 90]), min_size=2, max_size=3),
+    st.sampled_from([3, 64, 200]),
+    st.sampled_from(FLOATS),
+    st.lists(st.sampled_from(FLOATS), max_size=3) | st.just([torch.bfloat16] * 17),  # more than the compiled code takes
+)
+def test_addends_of_any_dtype_join_a_sum(
+    counts: list[int], width: int, dtype: torch.dtype, kinds: list[torch.dtype]
+) -> None:
+    num, total = len(counts), sum(counts)
+
+    def small(seed: int, rows: int, kind: torch.dtype) -> Tensor:
+        return lab.rough(seed, rows, width).clamp(-400, 400).to(kind)
+
+    def rank(world: World) -> tuple[Tensor, Tensor]:
+        me, ranks = world.rank, tuple(range(num))
+        x, joined = small(me, total, dtype), [small(9 * me + i, counts[me], kind) for i, kind in enumerate(kinds)]
+        return world.all_reduce(x, ranks, counts, "a", joined), world.reduce_scatter(x, ranks, counts, "r", joined)
+
+    for got, want in zip(run_shared(line(num), rank), run_ranks(line(num), rank), strict=True):
+        for mine, theirs in zip(got, want, strict=True):
+            assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sums_round_as_torch_does_also_what_is_no_ordinary_number(dtype: torch.dtype) -> None:
+    """Denormals, ties, zeros of both signs, infinities and what is too large; in blocks and behind the last of them."""
+    odd = [0.0, -0.0, 1e-39, -3e-40, 1e-45, 1.00390625, 1.01171875, 3.4e38, -3.4e38, float("inf"), 6e-8, 65504.0, 1e-30]
+    x = torch.tensor(odd * 31).to(dtype)
+    parts = [x.view(1, -1), x.roll(5).view(1, -1), x.roll(2).view(1, -1)]
+    want = sum_rows(parts, 0, 1)
+    (got, *_) = run_shared(line(3), lambda world: world.all_reduce(parts[world.rank], (0, 1, 2), (0, 1, 0), "a"))
+    is_number = ~want.isnan()
+    assert torch.equal(got.isnan(), want.isnan()) and int(is_number.sum()) > 300
+    assert torch.equal(got[is_number].view(torch.uint8), want[is_number].view(torch.uint8))
+
+
+def test_many_fields_travel_in_several_exchanges() -> None:
+    def rank(world: World) -> list[Tensor]:
+        return world.all_gather([torch.full((2, i), world.rank * 100 + i) for i in range(40)], (0, 1), (2, 2), "many")
+
+    for got in run_shared(line(2), rank, checked=True):
+        assert [x.tolist() for x in got] == [[[i] * i] * 2 + [[100 + i] * i] * 2 for i in range(40)]
+
+
+# --- whose memory
+
+
+def test_a_large_result_is_the_callers_own_for_as_long_as_it_is_kept() -> None:
+    """Results lie in blocks that are used again when they are dropped, and only then, be it a view that is kept."""
+
+    def rank(world: World) -> int:
+        kept, places = [], set()
+        for i in range(30):
+            mine = torch.full((600, 256), float(10 * i + world.rank))
+            (whole,) = world.all_gather([mine], (0, 1), (600, 600), "g")
+            places.add(whole.data_ptr())
+            if i % 10 == 0:
+                kept.append((i, whole[600:, 3]))
+            del whole
+        for i, column in kept:
+            assert bool((column == 10 * i + 1).all())
+        return len(places)
+
+    assert max(run_shared(line(2), rank)) <= 3 + 2
+
+
+def test_a_large_result_may_be_handed_on_and_written_as_soon_as_that_has_returned() -> None:
+    """It is read where it lies, so the call waits until everybody has read it, however slow."""
+    counts = (900, 900, 900)
+
+    def rank(world: World) -> None:
+        for i in range(20):
+            x = torch.full((2700, 128), float(i + world.rank))
+            piece = world.reduce_scatter(x, (0, 1, 2), counts, "r")
+            assert isinstance(world, DistWorld) and isinstance(world._buffers, Segment)
+            assert world._buffers.holds(piece.data_ptr()), "it would be copied"
+            if (i + world.rank) % 3 == 0:
+                time.sleep(0.002)
+            (whole,) = world.all_gather([piece], (0, 1, 2), counts, "g")
+            piece.fill_(-1)
+            assert bool((whole == 3 * i + 3).all())
+            summed = world.all_reduce(whole, (0, 1, 2), counts, "a")
+            whole.fill_(-1)
+            assert bool((summed == 9 * i + 9).all())
+
+    run_shared(line(3), rank)
+
+
+@pytest.mark.parametrize("size", [1, 700])
+def test_inputs_may_be_written_again_and_results_are_nobody_elses(size: int) -> None:
+    run_shared(line(4), lambda world: lab.inputs_may_be_written_again(world, 30, size))
+    run_shared(line(4), lab.results_are_nobody_elses)
+    run_shared(line(4), lab.send_buffers)
+
+
+# --- what differs
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda world: world.barrier((0, 1, 2), "x"),
+        lambda world: world.all_reduce(torch.ones(6, 5), (0, 1, 2), (1, 2, 3), "x"),
+        lambda world: world.all_reduce(torch.ones(6, 4).bfloat16(), (0, 1, 2), (1, 2, 3), "x"),
+        lambda world: world.all_reduce(torch.ones(6, 4), (0, 1, 2), (2, 2, 2), "x"),
+        lambda world: world.reduce_scatter(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x"),
+        lambda world: world.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x", [torch.ones(2, 4)]),
+    ],
+)
+def test_a_call_of_another_shape_is_refused_by_all_also_when_unchecked(other: Rank) -> None:
+    """Nothing is read; who takes the error goes on."""
+
+    def rank(world: World) -> float:
+        with pytest.raises(CollectiveMismatchError, match=f'rank {world.rank} came to #0 .* "x", another of ranks 0'):
+            if world.rank == 1:
+                other(world)
+            else:
+                world.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x")
+        return lab.sum_of(world, 1.0)
+
+    assert run_shared(line(3), rank) == [6.0] * 3
+
+
+@pytest.mark.parametrize("how", ["label", "operation", "width", "dtype", "counts", "fields", "addends", "root"])
+def test_checked_mode_says_who_came_with_what(how: str) -> None:
+    texts = run_shared(line(3), lambda world: (lab.differing(world, how), lab.sum_of(world, 0.0))[0], checked=True)
+    assert texts == [texts[0]] * 3
+    assert texts[0].startswith("ranks met in different collectives: rank 1 came to #0")
+
+
+def test_a_tensor_that_does_not_fit_the_counts_is_refused_before_anything_is_read() -> None:
+    def rank(world: World) -> None:
+        for bad in (torch.ones(5, 4), torch.ones(7, 4)):
+            with pytest.raises(CollectiveMismatchError, match="does not fit"):
+                world.all_reduce(bad, (0, 1), (3, 3), "a")
+        with pytest.raises(CollectiveMismatchError, match="does not fit"):
+            world.reduce_scatter(torch.ones(6, 4), (0, 1), (3, 3), "a", [torch.ones(2, 4)])
+        assert lab.sum_of(world, 1.0) == 3.0
+
+    run_shared(line(2), rank)
+
+
+# --- waiting
+
+
+def test_eight_ranks_on_few_cores_make_progress() -> None:
+    def rank(world: World) -> float:
+        return sum(lab.sum_of(world, float(i)) for i in range(200))
+
+    assert run_shared(line(8), rank) == [sum(8.0 * i + 28 for i in range(200))] * 8
+
+
+def test_who_waits_for_long_burns_no_processor() -> None:
+    def rank(world: World) -> float:
+        world.barrier((0, 1), "start")
+        if world.rank == 1:
+            time.sleep(1.0)
+        before = time.thread_time()
+        world.barrier((0, 1), "end")
+        return time.thread_time() - before
+
+    assert run_shared(line(2), rank)[0] < 0.1
+
+
+def test_groups_are_independent_of_each_other() -> None:
+    mesh = Mesh.of(dp=2, tp=2)
+
+    def rank(world: World) -> list[float]:
+        out = []
+        for i in range(30):
+            for ranks in lab.groups_of(mesh, world.rank):
+                if i % 2 and world.rank < 2:
+                    time.sleep(0.0003)
+                x = world.send_buffer(600, 4, torch.float32).fill_(world.rank + i)
+                counts = (600, *(0,) * (len(ranks) - 1))
+                out.append(world.all_reduce(x, ranks, counts, "sum")[599, 3].item() - len(ranks) * i - sum(ranks))
+        return out
+
+    assert run_shared(mesh, rank) == [[0.0] * 90] * 4
+
+
+# --- who shares
+
+
+def test_ranks_that_cannot_open_each_others_memory_do_not_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another host: all members of a group decide alike, and say why."""
+    opened = monkeypatch.setattr
+
+    def found(ranks: Sequence[int]) -> list[Any]:
+        store, out = HashStore(), [None] * 3
+        threads = [threading.Thread(target=lambda r=r: out.__setitem__(r, share(store, r, 3))) for r in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        return out
+
+    together = found(range(3))
+    assert all(rank.share((0, 1, 2)) and rank.share((0, 2)) for rank in together)
+    assert ShmWire(together[0], (0, 2), 0).size == 2
+    opened("narrows.comm.neighbours._opened", lambda place: None)
+    apart = found(range(3))
+    assert not any(rank.share(ranks) for rank in apart for ranks in ((0, 1, 2), (0, 2)))
+    opened("narrows.comm.neighbours.functions", lambda: None)
+    assert all(isinstance(why, str) and why.startswith("no compiled code") for why in found(range(3)))
