@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from narrows.arch.config import ModelConfig, read_config
+from narrows.checkpoints import built_in, model_path
 from narrows.convert.gguf_config import gguf_config, is_gguf
 from narrows.convert.gguf_header import GgufHeader
 from narrows.errors import ConfigError
@@ -60,6 +61,23 @@ _DEEPSEEK_V3 = _deepseek(
     num_nextn_predict_layers=1,
     rope_scaling=_YARN,
 )
+_DEEPSEEK_MINI = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 2816,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 32000,
+    "max_position_embeddings": 16384,
+}
 _QWEN3_MOE = {
     "model_type": "qwen3_moe",
     "head_dim": 128,
@@ -131,6 +149,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_nextn_predict_layers": 0,
             "max_position_embeddings": 131072,
         },
+        # Nobody's models: small ones of these shapes, for benchmarks with random weights (docs/benchmarks.md).
+        "dsv3-mini": _deepseek(
+            3, **_DEEPSEEK_MINI, q_lora_rank=384, norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc"
+        ),
+        "dsv2-mini": _deepseek(
+            2, **_DEEPSEEK_MINI, q_lora_rank=None, scoring_func="softmax", topk_method="group_limited_greedy"
+        ),
         "glm-4.5": {
             "model_type": "glm4_moe",
             "hidden_size": 5120,
@@ -182,13 +207,15 @@ def preset(name: str) -> ModelConfig:
     if raw is None:
         raise ConfigError(
             f"{name!r} is neither a folder with a config.json, nor a .gguf file, nor a preset; "
-            f"presets: {', '.join(PRESETS)}"
+            f"built in: {', '.join(built_in()) or 'none'}; presets: {', '.join(PRESETS)}"
         )
     return read_config(raw, name.lower())
 
 
 def load_model_config(model: str) -> ModelConfig:
-    """The model named on a command line: a checkpoint folder, a ``config.json``, a ``.gguf`` file, or a preset name."""
+    """The model named on a command line: a checkpoint folder or a built-in one's name, a ``config.json``, a ``.gguf``
+    file, or a preset name."""
+    model = model_path(model)
     path = Path(model)
     if is_gguf(path):
         return read_config(gguf_config(GgufHeader(path)), path.stem)

@@ -1,0 +1,31 @@
+"""narrows as a worker: ``narrows_worker.py FOLDER OPTIONS``, with options as `narrows bench --against` takes them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from common import Clock, Generate, Ticks, serve
+
+from narrows.bench.variants import parse_variants
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+
+
+def make(folder: str) -> Generate:
+    asked = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].asked
+    # Room for 32 requests of 512 + 64 tokens, and for one of 8192, as the peers are given it.
+    engine = Engine(resolve(replace(asked, max_context=8256, kv_tokens=-(-32 // max(asked.dp, 1)) * 640)))
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
+        clock = Clock(len(prompts))
+        places = {engine.add(tuple(prompt), max_tokens).id: at for at, prompt in enumerate(prompts)}
+        for request in engine.run():
+            clock.add(places[request.id], request.output[-1])
+        return clock.read()
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(make)

@@ -1,0 +1,60 @@
+"""What this machine allows right now, measured on ranks of their own beside an engine: memory reads, products.
+
+Knows ranks and rates; what a step needs of them is `roofline.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from types import TracebackType
+from typing import Any
+
+from narrows.bench.probe import GEMM_SHAPE, Probe
+from narrows.bench.statistics import Spread, spread
+from narrows.engine.config import Resolved
+from narrows.engine.ranks import start_ranks
+
+__all__ = ["CALIBRATION", "Calibrator", "rates"]
+
+CALIBRATION = "calibration"
+"""The name under which a calibrator takes turns with variants."""
+
+_READ = 256 << 20
+"""Bytes per rank: well beyond the caches."""
+
+
+class Calibrator:
+    """Ranks that measure; as many, and of as many threads, as an engine's. A context manager."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self.resolved = resolved
+        self._ranks = start_ranks(resolved, Probe)
+
+    def measure(self) -> dict[str, float]:
+        """Bytes read and FLOP computed per second, all ranks together."""
+        size = self.resolved.mesh.size
+        read, gemm = self.ask("read", _READ), self.ask("gemm", self.resolved.dtype)
+        return {"read_bytes_per_s": size * _READ / read, "gemm_flop_per_s": size * 2 * prod(GEMM_SHAPE) / gemm}
+
+    def ask(self, method: str, *args: Any) -> float:
+        """Seconds of the slowest rank in one measurement of :class:`Probe`."""
+        seconds: list[float] = self._ranks.submit(method, *args).result()
+        return max(seconds)
+
+    def join_gloo(self, file: str) -> None:
+        """Give the ranks a gloo group of ``torch.distributed`` too."""
+        self._ranks.submit("join_gloo", file).result()
+
+    def __enter__(self) -> Calibrator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ranks.__exit__(kind, error, trace)
+
+
+def rates(found: Sequence[dict[str, float]]) -> dict[str, Spread]:
+    """The rates of all rounds."""
+    return {name: spread([one[name] for one in found]) for name in found[0]}

@@ -1,0 +1,69 @@
+"""Where a benchmark ran: the machine, the versions, and the memory of its processes. Knows /proc; measures no time."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from narrows.native import why_absent
+
+__all__ = ["machine", "proportional_memory", "versions"]
+
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16")
+"""What the speed of CPU products depends on."""
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores that this process may use, memory, and how busy it was when asked."""
+    info = _pairs("/proc/cpuinfo")
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    memory = _pairs("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
+    return {
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "features": [name for name in _FEATURES if name in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory) / (1 << 20), 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average_before": os.getloadavg()[0],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of narrows and what its speed depends on."""
+    return {
+        "narrows": version("narrows"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "compiled_code": "used" if not why_absent() else f"not used: {why_absent()}",
+    }
+
+
+def proportional_memory(pids: Iterable[int]) -> int:
+    """Bytes of memory of some processes; what several of them map is counted once in all (PSS).
+
+    A process that has ended, or that this user may not look at, counts nothing.
+    """
+    total = 0
+    for pid in pids:
+        pss = _pairs(f"/proc/{pid}/smaps_rollup").get("Pss", "0 kB")
+        total += int(pss.split()[0]) << 10
+    return total
+
+
+def _pairs(file: str) -> dict[str, str]:
+    """The first value of every name in a file of ``name: value`` lines; nothing if it cannot be read."""
+    pairs: dict[str, str] = {}
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return pairs
+    for line in lines:
+        name, _, value = line.partition(":")
+        pairs.setdefault(name.strip(), value.strip())
+    return pairs

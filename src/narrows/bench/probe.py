@@ -1,0 +1,120 @@
+"""What a rank does to find out what the machine allows, and what its collectives cost. Runs on ranks.
+
+Knows one world, memory and clocks; not models or plans. Every measurement starts on all ranks together, after a
+barrier, since cores share memory: what one rank reaches alone says nothing of all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from narrows.comm.world import World
+from narrows.layout import deal
+
+__all__ = ["COLLECTIVES", "GEMM_SHAPE", "Probe"]
+
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+GEMM_SHAPE = (2048, 4096, 2048)
+"""Rows, outputs and inputs of the product that stands for the fastest one: 34 GFLOP per rank."""
+
+_WIDTH = 512
+_PASSES = 3
+"""How often a rate is measured at once; the fastest counts, since other work only ever takes time away."""
+
+
+class Probe:
+    """One rank's part in measurements; every method is called on all ranks together, and gives seconds."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._ranks = tuple(range(world.mesh.size))
+        self._kept: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
+
+    def read(self, nbytes: int) -> float:
+        """To read ``nbytes`` once, in a sum over them."""
+        (x,) = self._keep("read", nbytes, lambda: (torch.ones(nbytes // 4),))
+        return self._fastest(lambda: x.sum())
+
+    def gemm(self, dtype: torch.dtype) -> float:
+        """To compute one product of :data:`GEMM_SHAPE`."""
+        rows, outputs, inputs = GEMM_SHAPE
+        x, weight = self._keep(
+            "gemm",
+            dtype,
+            lambda: (torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)),
+        )
+        return self._fastest(lambda: functional.linear(x, weight))
+
+    def copy(self, nbytes: int, repeats: int) -> float:
+        """To copy ``nbytes``: the mean of ``repeats`` copies, each between other places."""
+        pairs = self._keep(
+            "copy",
+            (nbytes, repeats),
+            lambda: tuple(torch.ones(max(nbytes, 1), dtype=torch.uint8) for _ in range(2 * repeats)),
+        )
+        for source in pairs[::2]:
+            source.fill_(1)
+        return self._mean([partial(to.copy_, source) for source, to in zip(pairs[::2], pairs[1::2], strict=True)])
+
+    def collective(self, op: str, nbytes: int, dtype: torch.dtype, repeats: int) -> float:
+        """One of :data:`COLLECTIVES` over ``[T, W]`` of ``nbytes`` in all, through this world; the mean of ``repeats``.
+
+        What is brought lies where this world sends from, and has just been written, as a stage leaves it.
+        """
+        rows = self._rows(nbytes, dtype)
+        counts = deal(rows, len(self._ranks))
+        brought = counts[self.world.rank] if op == "all_gather" else rows
+        xs = [self.world.send_buffer(brought, _WIDTH, dtype).fill_(1) for _ in range(repeats)]
+
+        def call(x: Tensor) -> object:
+            if op == "all_gather":
+                return self.world.all_gather([x], self._ranks, counts, "bench")
+            return getattr(self.world, op)(x, self._ranks, counts, "bench")
+
+        return self._mean([partial(call, x) for x in xs])
+
+    def join_gloo(self, file: str) -> None:
+        """Meet the other ranks in ``torch.distributed``'s own gloo group, through a file that all can reach."""
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=self.world.rank, world_size=len(self._ranks))
+
+    def gloo(self, op: str, nbytes: int, dtype: torch.dtype, repeats: int) -> float:
+        """As :meth:`collective`, by the function of ``torch.distributed`` of the same purpose."""
+        rows, size = self._rows(nbytes, dtype), len(self._ranks)
+        whole = [torch.ones(rows, _WIDTH, dtype=dtype) for _ in range(repeats)]
+        pieces = [torch.ones(rows // size, _WIDTH, dtype=dtype) for _ in range(repeats)]
+        calls: dict[str, Callable[[Tensor, Tensor], object]] = {
+            "all_reduce": lambda full, piece: dist.all_reduce(full),
+            "reduce_scatter": lambda full, piece: dist.reduce_scatter_single(piece, full),
+            "all_gather": lambda full, piece: dist.all_gather_single(full, piece),
+        }
+        return self._mean([partial(calls[op], full, piece) for full, piece in zip(whole, pieces, strict=True)])
+
+    def _rows(self, nbytes: int, dtype: torch.dtype) -> int:
+        """Rows of about ``nbytes``, as many for each rank, since gloo wants equal pieces."""
+        size = len(self._ranks)
+        return size * max(1, round(nbytes / (size * _WIDTH * dtype.itemsize)))
+
+    def _keep(self, what: str, size: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What was made for this size, made anew for another."""
+        if what not in self._kept or self._kept[what][0] != size:
+            self._kept[what] = size, make()
+        return self._kept[what][1]
+
+    def _mean(self, calls: list[Callable[[], object]]) -> float:
+        self.world.barrier(self._ranks, "bench")
+        start = perf_counter()
+        for call in calls:
+            call()
+        return (perf_counter() - start) / len(calls)
+
+    def _fastest(self, call: Callable[[], object]) -> float:
+        return min(self._mean([call]) for _ in range(_PASSES))

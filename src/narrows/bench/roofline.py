@@ -1,0 +1,68 @@
+"""What a step must at least do: FLOPs of a prompt, bytes of weights that a decode step reads. PURE.
+
+Knows a model's config; not how any engine computes it, nor how it is cut over ranks. Only products count: the gates and
+norms between them are passes over memory, which a better engine makes shorter.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from narrows.arch.chain import build_chain
+from narrows.arch.config import MLA, ModelConfig
+from narrows.arch.forms import Forms
+from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Stage
+from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
+from narrows.layout import Mesh
+
+__all__ = ["decode_kv_bytes", "decode_weight_bytes", "prefill_flops"]
+
+
+def prefill_flops(config: ModelConfig, length: int) -> int:
+    """Of a prompt of ``length`` tokens whose last row is sampled, two per product and sum.
+
+    Attention is causal and in its expanded form: every query meets the keys up to its own, ``length (length + 1) / 2``
+    pairs per head.
+    """
+    chain = build_chain(config, Mesh.of(dp=1, tp=1))
+    layers = [stage for kind in chain.layers for stage in chain.layer_types[kind].stages]
+    flops = sum(_flops(stage, length) for stage in layers)
+    return flops + sum(_flops(stage, 1) for stage in chain.epilogue)
+
+
+def _flops(stage: Stage, rows: int) -> int:
+    flops = 0.0
+    for item in stage.work:
+        if isinstance(item, Gemm):
+            flops += 2 * rows * item.n * item.k
+        elif isinstance(item, GroupedGemm):
+            flops += 2 * rows * item.pairs_per_row * item.n * item.k
+        elif isinstance(item, AttentionCore):
+            flops += rows * (rows + 1) * item.heads * item.prefill_dims
+    return round(flops)
+
+
+def decode_weight_bytes(config: ModelConfig, itemsize: int, *, rows: int, experts_hit: float) -> float:
+    """Bytes of distinct weights that a decode step of ``rows`` sequences reads.
+
+    ``experts_hit``: how many routed experts, all layers added up, at least one row was sent to. Of the embedding only
+    the rows' own lines are read.
+    """
+    mesh, forms = Mesh.of(dp=1, tp=1), Forms()
+    weights: list[Weight] = list(head_weights(config, mesh).values())
+    expert_values = 0
+    for layer in range(config.num_hidden_layers):
+        of_layer = layer_weights(config, mesh, forms, layer)
+        weights += [weight for weight in of_layer.values() if not weight.experts]
+        expert_values = sum(prod(weight.shape) for weight in of_layer.values() if weight.experts) or expert_values
+    line = embed_weights(config, mesh, forms)["embed_tokens"].shape[1]
+    return itemsize * (sum(prod(weight.shape) for weight in weights) + rows * line + experts_hit * expert_values)
+
+
+def decode_kv_bytes(config: ModelConfig, itemsize: int, *, rows: int, context: int) -> int:
+    """Bytes of KV cache that a decode step reads once: ``rows`` sequences of ``context`` tokens."""
+    attention = config.attention
+    width = (
+        attention.latent_dim if isinstance(attention, MLA) else 2 * attention.num_key_value_heads * attention.head_dim
+    )
+    return itemsize * width * config.num_hidden_layers * rows * context

@@ -1,0 +1,121 @@
+"""The variants of a comparison, and their engines side by side: one engine, and one set of weights, for all layouts.
+
+Knows engine configs; measures nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from narrows.arch.forms import Forms
+from narrows.bench.machine import proportional_memory
+from narrows.comm.processes import ProcessRanks
+from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.core import Engine
+from narrows.errors import ConfigError
+
+__all__ = ["Contestant", "Variant", "contestants", "memory_of", "parse_variants"]
+
+_YES = {"yes": True, "no": False}
+_CHANGEABLE = ("dp", "tp", "threads", "ranks", "dtype", "rows_per_step", "page_size", "checked", "batch_invariant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One engine configuration under one layout."""
+
+    name: str
+    asked: EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """A variant whose engine runs. Several may share the engine: :meth:`engine` puts it under this one's layout."""
+
+    name: str
+    shared: Engine
+    layout: str
+
+    def engine(self) -> Engine:
+        self.shared.use_layout(self.layout)
+        return self.shared
+
+    @property
+    def resolved(self) -> Resolved:
+        return self.shared.resolved
+
+
+def parse_variants(asked: EngineConfig, layouts: Sequence[str], against: Sequence[str]) -> tuple[Variant, ...]:
+    """Every layout under ``asked``, and then under ``asked`` with the changes of each of ``against``.
+
+    ``against``: for example ``tp=1,threads=2``.
+
+    Raises:
+        ConfigError: an option that is not known, or a value that it cannot have.
+    """
+    names = tuple(dict.fromkeys(layouts)) or (asked.layout,)
+    out = [Variant(name=name, asked=replace(asked, layout=name)) for name in names]
+    for text in against:
+        changed = replace(asked, **_changes(text))
+        out += [
+            Variant(name=f"{name}, {text}" if len(names) > 1 else text, asked=replace(changed, layout=name))
+            for name in names
+        ]
+    return tuple(out)
+
+
+def _changes(text: str) -> dict[str, Any]:
+    kinds = {field.name: type(field.default) for field in fields(EngineConfig) if field.name in _CHANGEABLE}
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in kinds:
+            raise ConfigError(f"--against {text!r}: OPTION=VALUE[,OPTION=VALUE] is needed, with {', '.join(kinds)}")
+        changes[name] = _value(text, kinds[name], value.strip())
+    return changes
+
+
+def _value(text: str, kind: type, value: str) -> object:
+    if kind is str:
+        return value
+    try:
+        return _YES[value.lower()] if kind is bool else int(value)
+    except (KeyError, ValueError):
+        want = "yes or no" if kind is bool else "a whole number"
+        raise ConfigError(f"--against {text!r}: {value!r} must be {want}") from None
+
+
+@contextmanager
+def contestants(variants: Sequence[Variant]) -> Iterator[tuple[Contestant, ...]]:
+    """Start the engines that the variants need, and end them after.
+
+    Layouts that share an engine hold weights in the published forms, as the named ones need; one layout alone in the
+    forms that are best for it.
+    """
+    layouts: dict[EngineConfig, list[str]] = {}
+    for variant in variants:
+        layouts.setdefault(replace(variant.asked, layout="auto"), []).append(variant.asked.layout)
+    with ExitStack() as stack:
+        engines = {}
+        for key, names in layouts.items():
+            forms = Forms() if len(set(names)) > 1 else None
+            engines[key] = stack.enter_context(Engine(resolve(replace(key, layout=names[0]), forms)))
+        yield tuple(
+            Contestant(
+                name=variant.name,
+                shared=engines[replace(variant.asked, layout="auto")],
+                layout=variant.asked.layout,
+            )
+            for variant in variants
+        )
+
+
+def memory_of(engine: Engine) -> int:
+    """Bytes of this process and of the engine's ranks, PSS: what they share is counted once."""
+    own = proportional_memory([os.getpid()])
+    return own + proportional_memory(engine.ranks.pids if isinstance(engine.ranks, ProcessRanks) else ())

@@ -1,0 +1,108 @@
+"""Medians, spreads, turns and rooflines of `narrows bench`, against other people's formulas and counts by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narrows.arch.forms import Forms
+from narrows.arch.presets import preset
+from narrows.bench.results import Series
+from narrows.bench.roofline import decode_kv_bytes, decode_weight_bytes, prefill_flops
+from narrows.bench.rounds import in_turns
+from narrows.bench.statistics import quantile, ratios, spread
+from narrows.cost.memory import weight_bytes
+from narrows.layout import Mesh
+
+POSITIVE = st.floats(1e-6, 1e6)
+
+
+@given(st.lists(POSITIVE, min_size=2))
+def test_spread_is_the_standard_librarys(values: list[float]) -> None:
+    found = spread(values)
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    assert found.median == pytest.approx(statistics.median(values))
+    assert (found.p10, found.p90) == pytest.approx((tenths[0], tenths[8]))
+    assert found.count == len(values)
+
+
+def test_one_value_is_its_own_spread() -> None:
+    assert quantile([3.0], 0.1) == quantile([3.0], 0.9) == 3.0
+
+
+@given(st.lists(st.tuples(POSITIVE, POSITIVE, st.floats(0.1, 10)), min_size=1))
+def test_a_slow_round_does_not_change_a_ratio(rounds: list[tuple[float, float, float]]) -> None:
+    quiet = ratios([a for a, _, _ in rounds], [b for _, b, _ in rounds])
+    noisy = ratios([a * slow for a, _, slow in rounds], [b * slow for _, b, slow in rounds])
+    assert noisy.median == pytest.approx(quiet.median)
+
+
+def test_ways_take_turns_and_none_is_always_first() -> None:
+    ran: list[str] = []
+
+    def way(name: str) -> int:
+        ran.append(name)
+        return len(ran)
+
+    found = in_turns({name: lambda name=name: way(name) for name in "abc"}, rounds=3, warmup=1)
+    assert "".join(ran) == "abcbcacababc"
+    assert found == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
+
+
+def test_ratios_of_a_series_are_to_its_first_variant() -> None:
+    series = Series(work="w", unit="ms", values={"a": (1.0, 2.0, 4.0), "b": (2.0, 4.0, 80.0), "c": (3.0,)})
+    assert [series.ratio(name).median for name in "ab"] == [1.0, 2.0]
+    assert series.ratio("c").median == 1.5, "of the medians, where rounds differ in number"
+    nothing = Series(work="w", unit="ms", values={"a": (0.0,), "b": (1.0,)})
+    assert nothing.ratio("b") is None
+    assert nothing.document()["variants"]["b"]["ratio_to_first"] is None
+
+
+def test_flops_of_a_dense_prompt_by_hand() -> None:
+    llama, length = preset("llama-3.1-8b"), 100
+    hidden, inner, heads, kv_heads, dim = 4096, 14336, 32, 8, 128
+    products = hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden + 3 * hidden * inner
+    pairs = length * (length + 1) // 2
+    layer = 2 * length * products + 2 * pairs * heads * 2 * dim
+    assert prefill_flops(llama, length) == 32 * layer + 2 * 128256 * hidden
+
+
+def test_flops_of_a_routed_prompt_count_the_experts_that_a_row_takes() -> None:
+    config = preset("dsv3-mini")
+    hidden, length = 1024, 512
+    attention = hidden * (384 + 576) + 384 * 16 * 192 + 512 * 16 * 256 + 16 * 128 * hidden
+    moe = hidden * 32 + 3 * hidden * 256 * (4 + 1)
+    products = 12 * attention + 11 * moe + 3 * hidden * 2816
+    pairs = length * (length + 1) // 2
+    assert prefill_flops(config, length) == 2 * length * products + 12 * 2 * pairs * 16 * 320 + 2 * 32000 * hidden
+
+
+@pytest.mark.parametrize("name", ["dsv3-mini", "dsv2-mini", "llama-3.1-8b", "qwen3-30b-a3b"])
+def test_a_step_that_hits_every_expert_reads_all_weights_but_the_embedding(name: str) -> None:
+    config = preset(name)
+    every = 0
+    if config.moe is not None:
+        every = config.moe.n_routed_experts * sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+    whole = weight_bytes(config, Mesh.of(dp=1, tp=1), Forms(), "bf16", 0)
+    embedding = 2 * config.vocab_size * config.hidden_size
+    read = decode_weight_bytes(config, 2, rows=3, experts_hit=every)
+    assert read == whole - embedding + 2 * 3 * config.hidden_size
+
+
+def test_fewer_experts_are_fewer_bytes() -> None:
+    config = preset("dsv3-mini")
+    one, two = (decode_weight_bytes(config, 2, rows=1, experts_hit=hit) for hit in (44, 45))
+    assert two - one == 2 * 3 * 1024 * 256
+
+
+def test_kv_bytes() -> None:
+    assert decode_kv_bytes(preset("dsv3-mini"), 2, rows=8, context=128) == 2 * 576 * 12 * 8 * 128
+    assert decode_kv_bytes(preset("llama-3.1-8b"), 2, rows=1, context=10) == 2 * 2 * 8 * 128 * 32 * 10
+
+
+def test_the_middle_of_the_line() -> None:
+    assert math.isclose(quantile([1.0, 2.0, 3.0, 4.0], 0.5), 2.5)

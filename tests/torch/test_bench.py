@@ -1,0 +1,256 @@
+"""`narrows bench` on tiny models with rank threads: what it runs, what it counts, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
+
+from narrows.arch.config import read_config
+from narrows.arch.presets import preset
+from narrows.bench.collectives import must_copy
+from narrows.bench.layer import LayerWork
+from narrows.bench.machine import proportional_memory
+from narrows.bench.requests import Times, random_prompts
+from narrows.bench.variants import contestants, parse_variants
+from narrows.cli.main import main
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+from narrows.errors import ConfigError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+QUICK = ("--rounds", "2", "--warmup", "0")
+TOP_K, NUM_MOE_LAYERS = 3, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model) -> Path:
+    return tiny_model("v3", num_hidden_layers=3)
+
+
+def bench(capsys: pytest.CaptureFixture[str], kind: str, folder: Path, *flags: str) -> dict[str, Any]:
+    assert main(["bench", kind, str(folder), *QUICK, *flags]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert document["bench"] == kind and document["machine"]["cores"] >= 1 and document["versions"]["torch"]
+    return document
+
+
+def by_work(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    return {result["work"]: result["variants"] for result in document["results"]}
+
+
+def test_latency_counts_experts_and_compares_layouts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    works = ("--prompt-lengths", "24", "--batches", "1,4", "--context", "5", "--steps", "4")
+    document = bench(capsys, "latency", folder, "--tp", "2", "--every-layout", *works)
+    found = by_work(document)
+    assert list(found) == ["prefill 24", "decode, batch 1", "decode, batch 4"]
+    layouts = ["all-reduce", "attn-tp-input-scattered", "sequence-parallel", "auto"]
+    for variants in found.values():
+        assert list(variants) == layouts
+        assert all(one["count"] == 2 and one["median"] > 0 for one in variants.values())
+    for name in layouts:
+        one, four = (found[f"decode, batch {batch}"][name]["experts_hit"] for batch in (1, 4))
+        assert one == NUM_MOE_LAYERS * TOP_K, "a row of its own hits as many as it takes"
+        assert NUM_MOE_LAYERS * TOP_K < four < 4 * NUM_MOE_LAYERS * TOP_K, "rows share some of theirs"
+    assert document["calibration"]["read_bytes_per_s"]["count"] == 2
+
+
+def test_layer_parts_add_up_to_the_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layouts = ("--layout", "all-reduce", "--layout", "attn-tp-input-scattered")
+    found = by_work(bench(capsys, "layer", folder, "--tp", "2", "--rows", "16", *layouts))
+    for name in ("all-reduce", "attn-tp-input-scattered"):
+        values = {work: variants[name]["values"] for work, variants in found.items() if not work.startswith(" ")}
+        assert list(values) == [
+            "low-rank projection", "norm", "communication", "rest", "outside the walk", "whole step",
+        ]  # fmt: skip
+        whole = values.pop("whole step")
+        assert [sum(parts) for parts in zip(*values.values(), strict=True)] == pytest.approx(whole)
+        assert min(values["communication"]) > 0
+        detail = [variants[name]["values"] for work, variants in found.items() if work.startswith(" ")]
+        assert [sum(parts) for parts in zip(*detail, strict=True)] == pytest.approx(values["rest"])
+    assert found["low-rank projection"]["all-reduce"]["predicted_ms"] > 0
+
+
+def test_layer_runs_decode_steps_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = by_work(bench(capsys, "layer", folder, "--dp", "2", "--rows", "3", "--phase", "decode", "--context", "20"))
+    assert found["whole step"]["auto"]["median"] > 0
+
+
+def test_offline_against_other_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = ("--num-requests", "3", "--input-length", "6", "--output-length", "4")
+    found = by_work(bench(capsys, "offline", folder, *work, "--against", "tp=2"))
+    output, both, first = found.values()
+    assert list(output) == ["auto", "tp=2"]
+    assert [both["auto"]["values"][i] / output["auto"]["values"][i] for i in (0, 1)] == pytest.approx([30 / 12] * 2)
+    assert 0 < first["auto"]["median"] < 12 / output["auto"]["p10"]
+    assert "memory_mb" not in output["auto"], "with two engines in one process nobody knows whose it is"
+    alone = by_work(bench(capsys, "offline", folder, *work))
+    assert next(iter(alone.values()))["auto"]["memory_mb"] > 50
+
+
+def test_collectives_beside_memcpy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = by_work(bench(capsys, "collectives", folder, "--tp", "2", "--sizes", "2K,64K"))
+    assert list(found) == [f"{op}, {n} KiB" for n in (2, 64) for op in ("all_reduce", "reduce_scatter", "all_gather")]
+    assert all(one["times_memcpy"] > 0 for variants in found.values() for one in variants.values())
+
+
+def test_what_a_collective_must_copy() -> None:
+    assert [must_copy(op, 96, 2) for op in ("reduce_scatter", "all_gather", "all_reduce")] == [72, 96, 120]
+    assert must_copy("all_reduce", 96, 1) == must_copy("reduce_scatter", 96, 1) == 96
+
+
+def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "layer.svg"
+    bench(capsys, "layer", folder, "--tp", "2", "--rows", "8", "--plot", str(file))
+    drawn = file.read_text(encoding="utf-8")
+    assert drawn.startswith("<?xml") and "low-rank projection" in drawn
+
+
+def test_without_matplotlib_the_extra_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "layer", str(folder), "--rows", "8", "--plot", "a.png"]) == 2
+    assert "pip install 'narrows[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("layer", "--rows", "0"), "--rows 0 must be at least 1"),
+        (("layer", "--rows", "4", "--phase", "decode"), "needs --context of 2 or more"),
+        (("layer", "--rows", "4", "--layout", "norm-before-gather"), "norm-before-gather"),
+        (("layer", "--rows", "4", "--layout", "auto", "--every-layout"), "leave --layout out"),
+        (("latency", "--prompt-lengths", "0", "--batches", "0"), "leave nothing to measure"),
+        (("latency", "--batches", "two"), "whole numbers with commas"),
+        (("offline", "--num-requests", "0"), "--num-requests is 0"),
+        (("offline", "--rounds", "0"), "--rounds is 0"),
+        (("offline", "--threads", "0"), "--threads is 0"),
+        (("offline", "--against", "colour=red"), "OPTION=VALUE[,OPTION=VALUE] is needed"),
+        (("offline", "--against", "tp=two"), "'two' must be a whole number"),
+        (("offline", "--against", "checked=perhaps"), "'perhaps' must be yes or no"),
+        (("collectives",), "one rank has nobody to exchange with"),
+        (("collectives", "--tp", "2", "--against", "mpi"), "worlds: gloo, threads"),
+        (("collectives", "--tp", "2", "--against", "gloo"), "compare with them under --ranks processes"),
+        (("collectives", "--tp", "2", "--sizes", "2X"), "is no number of bytes"),
+        (("layer", "--rows", "8", "--plot", "a.nothing"), "the name must end in one of"),
+        (("layer", "--rows", "8", "--plot", "/no/such/a.png"), "there is no folder /no/such"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    folder: Path, flags: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, *more = flags
+    assert main(["bench", kind, str(folder), *more]) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.startswith("narrows: error: ") and err.count("\n") == 1
+
+
+def test_steps_are_timed_while_all_requests_run() -> None:
+    first = (1.0, 2.0, 3.0, 4.0, 5.0, 6.5, 8.5)
+    second = (3.0, 4.0, 5.0, 6.5, 8.5, 9.0, 9.5)  # began two steps later; the first ends at 8.5
+    assert Times(total=9.5, tokens=(first, second)).step_seconds() == (1.5, 2.0)
+
+
+def test_prompts_are_the_same_for_the_same_seed() -> None:
+    assert random_prompts(2, 5, 100, 1) == random_prompts(2, 5, 100, 1) != random_prompts(2, 5, 100, 2)
+
+
+def test_variants_share_an_engine_unless_options_differ(folder: Path) -> None:
+    asked = EngineConfig(model=str(folder), tp=2)
+    with contestants(parse_variants(asked, ("auto", "all-reduce"), ("tp=1,batch-invariant=yes",))[:3]) as running:
+        assert [one.name for one in running] == ["auto", "all-reduce", "auto, tp=1,batch-invariant=yes"]
+        assert running[0].shared is running[1].shared is not running[2].shared
+        assert running[2].resolved.asked.batch_invariant and running[2].resolved.mesh.size == 1
+        assert running[1].engine().book.layout == "all-reduce"
+        assert running[0].engine().book.layout == "auto"
+
+
+def test_a_pinned_plan_refuses_other_layouts(folder: Path) -> None:
+    with (
+        Engine(resolve(EngineConfig(model=str(folder), tp=2, batch_invariant=True))) as engine,
+        pytest.raises(ConfigError, match="one plan runs at every step"),
+    ):
+        engine.use_layout("all-reduce")
+
+
+def test_ranks_have_the_threads_that_were_asked_for(folder: Path) -> None:
+    seen: list[int] = []
+
+    class Threads:
+        def __init__(self, worker: object) -> None:
+            seen.append(torch.get_num_threads())
+
+    with Engine(resolve(EngineConfig(model=str(folder), tp=2, threads=2)), wrap=Threads):
+        assert seen == [2, 2]
+
+
+@pytest.mark.parametrize(("phase", "rows", "context"), [("prefill", 10, 0), ("prefill", 10, 4), ("decode", 5, 9)])
+def test_a_step_made_by_hand_has_the_rows_asked_for(phase: str, rows: int, context: int) -> None:
+    batch = LayerWork(rows=rows, phase=phase, context=context).batch(2, 4, 50)
+    assert (batch.num_rows, batch.phase) == (rows, phase)
+    for group in batch.groups:
+        pages = [page for chunk in group for page in chunk.pages]
+        assert len(set(pages)) == len(pages) and 0 not in pages, "no page twice, and never the null page"
+        assert all(len(chunk.pages) * 4 >= chunk.start + len(chunk.tokens) for chunk in group)
+
+
+def test_memory_of_a_process_that_has_ended_is_nothing() -> None:
+    assert proportional_memory([2**22 + 1]) == 0
+
+
+# -- the checkpoint of the peers
+
+
+def module_of(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("model", ["dsv3-mini", "dsv2-mini"])
+def test_the_config_that_peers_read_is_the_preset(model: str, tmp_path: Path) -> None:
+    raw = module_of(BENCHMARKS / "make_mini.py").config_json(model)
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    ours, theirs = preset(model), read_config(tmp_path)
+    for name in ("attention", "moe", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "dtype"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_the_gguf_file_has_every_value(tiny_model, tmp_path: Path) -> None:
+    folder = tiny_model(
+        "v3", scoring_func="sigmoid", topk_method="noaux_tc", rope_theta=1e4, rms_norm_eps=1e-6, num_key_value_heads=8
+    )
+    module_of(BENCHMARKS / "peers" / "to_gguf.py").write(folder, tmp_path / "tiny.gguf")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "model.safetensors")
+    found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "tiny.gguf").tensors}
+
+    def values(name: str) -> torch.Tensor:
+        tensor = found[name]
+        shape = [int(n) for n in reversed(tensor.shape)]
+        data = np.array(tensor.data)
+        if tensor.tensor_type.name == "F32":
+            return torch.from_numpy(data).view(shape)
+        return torch.from_numpy(data).view(torch.bfloat16).view(shape).float()
+
+    assert sum(int(tensor.n_elements) for tensor in found.values()) == sum(t.numel() for t in tensors.values())
+    stacked = torch.stack([tensors[f"model.layers.1.mlp.experts.{i}.up_proj.weight"] for i in range(16)])
+    assert torch.equal(values("blk.1.ffn_up_exps.weight"), stacked.bfloat16().float())
+    kv_b = tensors["model.layers.0.self_attn.kv_b_proj.weight"].view(config["num_attention_heads"], -1, 12)
+    assert torch.equal(values("blk.0.attn_k_b.weight"), kv_b[:, :8].transpose(1, 2).bfloat16().float())
+    assert torch.equal(values("blk.0.attn_v_b.weight"), kv_b[:, 8:].bfloat16().float())
+    assert torch.equal(values("blk.1.exp_probs_b.bias"), tensors["model.layers.1.mlp.gate.e_score_correction_bias"])
