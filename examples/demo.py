@@ -1,7 +1,8 @@
-"""The main job on a real model: plan, generate on two ranks in two ways, verify the layouts, say where the time went.
+"""The main job on two real models: plan, generate on two ranks in two ways, verify and evaluate, say where time went.
 
-Runs the same `narrows` commands a user would type, and prints each before its output. The model is
-SmolLM2-135M-Instruct (Apache-2.0), taken from a Python package and converted once into the user's cache.
+Runs the same `narrows` commands a user would type, and prints each before its output. The models are narrows-demo,
+which comes along and has DeepSeek-V3's architecture, so that the published layouts run as they were published; and
+SmolLM2-135M-Instruct (Apache-2.0), a chat model taken from a Python package and converted once into the user's cache.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import time
 
-PROMPTS = ("What is the capital of France, and what is it known for?", "Give me three tips for a good night's sleep.")
+DEMO = "narrows-demo"
+SUMS = ("What is 47 + 38?", "Tom has 25 apples. Tom buys 17 more and gives 9 to Anna. How many apples are left?")
+CHATS = ("What is the capital of France, and what is it known for?", "Give me three tips for a good night's sleep.")
 
 
 def narrows(*args: str) -> None:
@@ -22,29 +25,36 @@ def narrows(*args: str) -> None:
         sys.exit(done.returncode)
 
 
+def prompts(texts: tuple[str, ...]) -> list[str]:
+    return [flag for text in texts for flag in ("--prompt", text)]
+
+
 def main() -> None:
     started = time.perf_counter()
-    print("# The demo model: fetched and converted once, then kept in your cache", flush=True)
+    print("# 1. The plan: which rank holds which rows, and what crosses ranks, in what width")
+    narrows("plan", DEMO, "--device", "cpu-core", "--tp", "2", "--rows", "64", "--context", "64")
+
+    print("\n# 2. Sums on two ranks that share every layer, in the published layout: reduce-scatter, norm and low-rank")
+    print("#    projection on half the rows each, then gather its narrow output")
+    layout = ("--layout", "attn-tp-input-scattered")
+    narrows("generate", DEMO, "--tp", "2", *layout, "--chat", "--max-tokens", "48", *prompts(SUMS))
+    print("\n# 3. The same on two ranks that each attend to their own prompt: norm before the gather; where time went")
+    layout = ("--layout", "norm-before-gather")
+    narrows("generate", DEMO, "--dp", "2", *layout, "--chat", "--max-tokens", "48", "--profile", *prompts(SUMS))
+
+    print("\n# 4. The proof: every layout gives the numbers of one rank, and the answers")
+    narrows("verify", DEMO, "--tp", "2")
+    narrows("verify", DEMO, "--dp", "2")
+    sample = ("--task", "arithmetic", "--limit", "100", "--one-at-a-time", "8")
+    narrows("eval", DEMO, "--tp", "2", "--layout", "all-reduce", "--layout", "auto", *sample)
+
+    print("\n# 5. A chat model: fetched and converted once, then kept in your cache", flush=True)
     convert = subprocess.run(
         [sys.executable, "-m", "narrows", "convert", "demo"], check=False, stdout=subprocess.PIPE, text=True
     )
     if convert.returncode:
         sys.exit(convert.returncode)
-    model = convert.stdout.strip()
-    print(model)
-
-    print("\n# 1. The plan: which rank holds which rows, and what crosses ranks, in what width")
-    narrows("plan", model, "--device", "cpu-core", "--tp", "2", "--rows", "64", "--context", "64")
-
-    prompts = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
-    print("\n# 2. Two prompts on two ranks that share every layer (9 heads: 6 on one rank, 3 on the other)")
-    narrows("generate", model, "--tp", "2", "--chat", "--max-tokens", "64", *prompts)
-    print("\n# 3. The same on two ranks that each attend to their own prompt; and where the time went")
-    narrows("generate", model, "--dp", "2", "--chat", "--max-tokens", "64", "--profile", *prompts)
-
-    print("\n# 4. The proof: every layout gives the numbers of one rank")
-    narrows("verify", model, "--tp", "2")
-    narrows("verify", model, "--dp", "2")
+    narrows("generate", convert.stdout.strip(), "--tp", "2", "--chat", "--max-tokens", "64", *prompts(CHATS))
     print(f"\nAll of this took {time.perf_counter() - started:.0f} s.")
 
 

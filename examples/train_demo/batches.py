@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import ASSISTANT, BOS, EOS, USER
 
-LENGTH = 512
-SEQUENCES = 8
+TOKENS = 4096
+"""Tokens of one step, in sequences of the length asked for."""
+
 IGNORED = -100
 
 
 class Batches:
-    """Draws batches of [SEQUENCES, LENGTH] ids and labels; the same ones for the same step number."""
+    """Draws batches of [TOKENS / length, length] ids and labels; the same ones for the same step number."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -34,26 +35,27 @@ class Batches:
         """Tokens of training text."""
         return len(self._text)
 
-    def draw(self, step: int, arithmetic: float) -> tuple[Tensor, Tensor]:
+    def draw(self, step: int, length: int, arithmetic: float) -> tuple[Tensor, Tensor]:
         """The batch of one step; each sequence is arithmetic with the given probability."""
         random = Random(f"batch {step}")
         pairs = [
-            self._problems(random) if random.random() < arithmetic else self._page(random) for _ in range(SEQUENCES)
+            self._problems(random, length) if random.random() < arithmetic else self._page(random, length)
+            for _ in range(TOKENS // length)
         ]
         ids, labels = zip(*pairs, strict=True)
         return torch.tensor(ids), torch.tensor(labels)
 
-    def _page(self, random: Random) -> tuple[list[int], list[int]]:
-        start = random.randrange(len(self._text) - LENGTH)
-        ids = self._text[start : start + LENGTH].tolist()
+    def _page(self, random: Random, length: int) -> tuple[list[int], list[int]]:
+        start = random.randrange(len(self._text) - length)
+        ids = self._text[start : start + length].tolist()
         return ids, ids
 
-    def _problems(self, random: Random) -> tuple[list[int], list[int]]:
+    def _problems(self, random: Random, length: int) -> tuple[list[int], list[int]]:
         """Conversations one after the other; a few in the plain form that few-shot prompts have."""
         ids: list[int] = []
         labels: list[int] = []
         plain = random.random() < 0.15
-        while len(ids) < LENGTH:
+        while len(ids) < length:
             problem = draw(random)
             first = not ids or random.random() < 0.8
             if plain:
@@ -63,7 +65,7 @@ class Batches:
                 answer = [*self._encode(problem.answer), self._eos]
             ids += question + answer
             labels += [IGNORED] * len(question) + answer
-        return ids[:LENGTH], labels[:LENGTH]
+        return ids[:length], labels[:length]
 
     def _plain_turn(self, question: str, answer: str, *, first: bool) -> tuple[list[int], list[int]]:
         return [self._bos] * first + self._encode(f"Question: {question}\nAnswer:"), self._encode(f" {answer}\n\n")

@@ -42,6 +42,7 @@ def build() -> DeepseekV3ForCausalLM:
         routed_scaling_factor=2.5,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        num_nextn_predict_layers=0,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,

@@ -19,7 +19,7 @@ import corpus
 import model as architecture
 import torch
 import vocabulary
-from batches import LENGTH, SEQUENCES, Batches
+from batches import TOKENS, Batches
 from tokenizers import Tokenizer
 
 PEAK_RATE = 2e-3
@@ -33,6 +33,11 @@ SAVE_EVERY = 200
 def schedule(step: int, steps: int) -> float:
     """The share of the peak learning rate: linear warm-up, then flat, then linear to 0 over the last quarter."""
     return min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / (DECAY * steps)))
+
+
+def length(step: int, steps: int) -> int:
+    """Tokens of a sequence: short ones, which are faster, until the learning rate falls."""
+    return 256 if step < (1 - DECAY) * steps else 512
 
 
 def arithmetic_share(step: int, steps: int) -> float:
@@ -63,7 +68,7 @@ def main() -> None:
     print(
         f"{count / 1e6:.2f} M parameters, {batches.text_tokens / 1e6:.2f} M tokens of text, step {step} of {args.steps}"
     )
-    forward = torch.compile(model)
+    forward = torch.compile(model, dynamic=False)
     end = time.monotonic() + 60 * args.minutes
     with (args.folder / "curve.csv").open("a", newline="") as file:
         curve = csv.writer(file)
@@ -72,7 +77,7 @@ def main() -> None:
             pace = schedule(step, args.steps)
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_RATE * pace
-            ids, labels = batches.draw(step, arithmetic_share(step, args.steps))
+            ids, labels = batches.draw(step, length(step, args.steps), arithmetic_share(step, args.steps))
             with torch.autocast("cpu", torch.bfloat16):
                 loss = forward(input_ids=ids, labels=labels, use_cache=False).loss
             loss.backward()
@@ -82,7 +87,7 @@ def main() -> None:
             imbalance = architecture.balance(model, architecture.BALANCE_RATE * pace)
             step += 1
             if step % 20 == 0:
-                rate = SEQUENCES * LENGTH / (time.monotonic() - started)
+                rate = TOKENS / (time.monotonic() - started)
                 curve.writerow([step, f"{loss.item():.4f}", f"{imbalance:.2f}", f"{rate:.0f}"])
                 file.flush()
                 print(
@@ -99,9 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/train_demo"), help="state, packages and curve")
     parser.add_argument("--minutes", type=float, default=240, help="stop after this long; the next run goes on")
-    parser.add_argument(
-        "--steps", type=_at_least_one, default=9000, help=f"steps of {SEQUENCES} x {LENGTH} tokens in all"
-    )
+    parser.add_argument("--steps", type=_at_least_one, default=4000, help=f"steps of {TOKENS} tokens in all")
     parser.add_argument("--threads", type=_at_least_one, default=os.cpu_count() or 1)
     return parser.parse_args()
 
