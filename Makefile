@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full check format train-demo clean
+.PHONY: demo test test-full check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,16 @@ train-demo: $(VENV)/.dev
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[train]'
 	$(BIN)/python examples/train_demo/train.py
 	$(BIN)/python examples/train_demo/export.py --out runs/narrows-demo
+
+# Every layout of the demo model on meshes of up to 8 ranks, against one rank; docs/eval.md explains the tables.
+EVAL_MODEL ?= narrows-demo
+EVAL_MESHES ?= 1x2 2x1 2x2 1x4 4x2 2x4 1x8
+EVAL_OPTIONS ?= --chat --shots 0
+
+eval: $(VENV)/.runtime
+	@status=0; for mesh in $(EVAL_MESHES); do \
+	  $(BIN)/narrows eval $(EVAL_MODEL) --dp $${mesh%x*} --tp $${mesh#*x} --every-layout $(EVAL_OPTIONS) || status=1; \
+	done; exit $$status
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

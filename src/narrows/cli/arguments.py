@@ -11,7 +11,16 @@ from narrows.comm.launch import Launch
 from narrows.engine.config import LOAD_FORMATS, RANKS, EngineConfig
 from narrows.errors import ConfigError
 
-__all__ = ["add_engine_flags", "add_host_flags", "add_prompt_flags", "engine_options", "launch_of", "read_prompts"]
+__all__ = [
+    "add_engine_flags",
+    "add_host_flags",
+    "add_limit_flags",
+    "add_prompt_flags",
+    "engine_options",
+    "launch_of",
+    "limit_options",
+    "read_prompts",
+]
 
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 
@@ -21,10 +30,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json), or a .gguf file"
     )
-    mesh = parser.add_argument_group("mesh: world = dp x tp ranks, one torch thread each")
+    mesh = parser.add_argument_group("mesh: world = dp x tp ranks")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
     mesh.add_argument("--tp", type=int, default=_DEFAULT["tp"], help="ranks per group (default %(default)s)")
     mesh.add_argument("--ranks", choices=RANKS, help=f"what ranks are (default {_DEFAULT['ranks']})")
+    mesh.add_argument("--threads", type=int, default=_DEFAULT["threads"], help="torch threads per rank (default 1)")
     mesh.add_argument(
         "--timeout",
         type=float,
@@ -45,9 +55,29 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_engine_flags` parsed."""
-    names = ("dp", "tp", "dtype", "device", "load_format", "checked")
+    names = ("dp", "tp", "threads", "dtype", "device", "load_format", "checked")
     ranks = {"ranks": args.ranks or _DEFAULT["ranks"], "timeout_s": args.timeout}
     return {name: getattr(args, name) for name in names} | ranks | more
+
+
+def add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    """What a step and the cache may hold, and the plan that is pinned to every step, if one is."""
+    limits = parser.add_argument_group("limits and plans")
+    limits.add_argument("--plan", dest="plan_file", default="", metavar="FILE", help="run a plan kept by plan --save")
+    limits.add_argument(
+        "--max-rows", type=int, default=_DEFAULT["rows_per_step"], help="rows per step (default %(default)s)"
+    )
+    limits.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
+    limits.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
+    limits.add_argument(
+        "--batch-invariant", action="store_true", help="no text depends on what else runs (docs/batch-invariance.md)"
+    )
+
+
+def limit_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`EngineConfig` that :func:`add_limit_flags` parsed."""
+    names = ("plan_file", "max_context", "kv_tokens", "batch_invariant")
+    return {name: getattr(args, name) for name in names} | {"rows_per_step": args.max_rows}
 
 
 def add_host_flags(parser: argparse.ArgumentParser) -> None:

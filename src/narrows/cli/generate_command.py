@@ -16,15 +16,17 @@ from narrows.arch.forms import form_words
 from narrows.cli.arguments import (
     add_engine_flags,
     add_host_flags,
+    add_limit_flags,
     add_prompt_flags,
     engine_options,
     launch_of,
+    limit_options,
     read_prompts,
 )
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM, Completion, Prompt
-from narrows.engine.profile import Profile, ProfileRow
+from narrows.engine.profile import ProfileRow, StepClock, profile_rows
 from narrows.engine.ranks import obey_host
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
@@ -40,17 +42,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_host_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
-    parser.add_argument("--plan", dest="plan_file", default="", metavar="FILE", help="run a plan kept by plan --save")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens per prompt (default %(default)s)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
-    parser.add_argument(
-        "--max-rows", type=int, default=_DEFAULT["rows_per_step"], help="rows per step (default %(default)s)"
-    )
-    parser.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
-    parser.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
-    parser.add_argument(
-        "--batch-invariant", action="store_true", help="no text depends on what else runs (docs/batch-invariance.md)"
-    )
+    add_limit_flags(parser)
     _add_sampling_flags(parser)
     parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
     parser.add_argument("--quiet", action="store_true", help="print the texts alone")
@@ -76,24 +70,13 @@ def run(args: argparse.Namespace) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**given)  # a value out of range is known before anything is loaded
     notes = console(stderr=True, quiet=args.quiet)
-    profile = Profile() if args.profile else None
-    options = engine_options(
-        args,
-        layout=args.layout,
-        plan_file=args.plan_file,
-        rows_per_step=args.max_rows,
-        max_context=args.max_context,
-        kv_tokens=args.kv_tokens,
-        batch_invariant=args.batch_invariant,
-    )
+    options = engine_options(args, layout=args.layout, **limit_options(args))
     if (launch := launch_of(args, os.environ)) is not None:
         options |= {"launch": launch, "ranks": args.ranks or "processes"}
-    if args.profile and options["ranks"] != "threads":
-        raise ConfigError("--profile needs ranks that share memory with it: run it with --ranks threads, on one host")
     if launch is not None and not launch.hosts:
         return obey_host(resolve(EngineConfig(model=args.model, **options)))
     started = perf_counter()
-    with LLM(args.model, wrap=profile.wrap if profile else None, **options) as llm:
+    with LLM(args.model, **options) as llm:
         resolved = llm.resolved
         layout = resolved.plan.layout_name if resolved.plan else args.layout
         notes.print(
@@ -101,8 +84,12 @@ def run(args: argparse.Namespace) -> int:
             f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
         )
         notes.print(f"forms: {form_words(resolved.config, resolved.forms)}")
+        if resolved.mesh.size > 1:
+            notes.print(f"collectives: {llm.engine.ranks.transport}")
         for note in resolved.notes:
             notes.print(f"note: {note}")
+        if args.profile:
+            llm.engine.instrument(StepClock)
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
         started = perf_counter()
         done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args)
@@ -113,13 +100,10 @@ def run(args: argparse.Namespace) -> int:
             f"{given} prompt tokens and {generated} generated tokens in {seconds:.2f} s "
             f"({generated / seconds:.1f} generated tokens/s)"
         )
-        if any(completion.logprobs for completion in done):
+        if any(completion.logprobs or completion.prompt_logprobs for completion in done):
             _print_logprobs(llm, done)
-    if profile is not None:
-        for phase in ("prefill", "decode"):
-            rows = [row for row in profile.rows() if row.phase == phase]
-            if rows:
-                console().print(_profile_table(rows, phase, resolved.mesh.size))
+        if args.profile:
+            _print_profile(profile_rows(llm.engine.readings()), resolved.mesh.size)
     return 0
 
 
@@ -166,7 +150,7 @@ def _print_stream(
 
 
 def _print_logprobs(llm: LLM, done: list[Completion]) -> None:
-    """One line per token: its log-probability, and the best ones beside it."""
+    """One line per token that was scored or chosen: its log-probability, and the best ones beside it."""
     out = console()
 
     def shown(token: int) -> str:
@@ -174,9 +158,18 @@ def _print_logprobs(llm: LLM, done: list[Completion]) -> None:
 
     for completion in done:
         out.print()
-        for token, (logprob, best) in zip(completion.token_ids, completion.logprobs, strict=True):
+        scored = completion.prompt_token_ids[1:] if completion.prompt_logprobs else ()
+        chosen = completion.token_ids if completion.logprobs else ()
+        found = [(score.logprob, score.best) for score in completion.prompt_logprobs] + list(completion.logprobs)
+        for token, (logprob, best) in zip((*scored, *chosen), found, strict=True):
             others = "  ".join(f"{shown(other)} {value:.3f}" for other, value in best)
             out.print(f"{logprob:8.3f}  {shown(token):<16} {others}", markup=False)
+
+
+def _print_profile(rows: list[ProfileRow], num_ranks: int) -> None:
+    for phase in ("prefill", "decode"):
+        if of_phase := [row for row in rows if row.phase == phase]:
+            console().print(_profile_table(of_phase, phase, num_ranks))
 
 
 def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:

@@ -22,6 +22,12 @@ _COMMANDS = (
     ("plan", "narrows.cli.plan_command", "price the layouts of a model on a machine, and say which is best and why"),
     ("generate", "narrows.cli.generate_command", "generate text from prompts over planned ranks"),
     ("verify", "narrows.cli.verify_command", "compare every layout that applies with one rank, on the real weights"),
+    (
+        "eval",
+        "narrows.cli.eval_command",
+        "run tasks under layouts, and compare accuracy and distributions with one rank",
+    ),
+    ("bench", "narrows.cli.bench_command", "measure layers, collectives, throughput and latency, variants in turns"),
     ("convert", "narrows.cli.convert_command", "make a checkpoint folder from a GGUF file, or the demo model"),
 )
 

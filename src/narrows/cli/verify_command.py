@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -46,20 +47,20 @@ def run(args: argparse.Namespace) -> int:
     if Launch.of_torchrun(os.environ, size=int(os.environ.get("WORLD_SIZE", 1))) is not None:
         raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
     asked = EngineConfig(model=args.model, **engine_options(args))
-    report = verify(asked, _token_ids(args), num_decode=args.steps, layouts=args.layout or ())
+    report = verify(asked, _token_ids(args, asked.model), num_decode=args.steps, layouts=args.layout or ())
     _print(report, console())
     return 0 if report.ok else 1
 
 
-def _token_ids(args: argparse.Namespace) -> list[list[int]]:
+def _token_ids(args: argparse.Namespace, model: str) -> list[list[int]]:
     """The prompts as token ids; a model without a tokenizer is given ids made from the texts' bytes."""
     texts = read_prompts(args) or list(_TEXTS)
-    tokenizer = load_model_text(args.model).tokenizer
+    tokenizer = load_model_text(model).tokenizer
     if tokenizer is not None:
         if args.chat:
             return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
         return [tokenizer.encode(text) for text in texts]
-    vocab_size = load_model_config(args.model).vocab_size
+    vocab_size = load_model_config(model).vocab_size
     return [[byte * 31 % vocab_size for byte in text.encode()] for text in texts]
 
 
@@ -92,6 +93,11 @@ def _print(report: VerifyReport, out: Console) -> None:
             out.print(f"{layout.layout}: {layout.failure}")
     if report.logits_alone:
         out.print("ranks as processes: logits alone were compared, no stages; every rank's own choice of experts stood")
+    if resolved.dtype is not torch.float32:
+        out.print(
+            f"note: what is below {100 * report.tolerance:g} % of a stage's size can be rounding in this dtype; "
+            "--dtype float32 has a tolerance of 0.01 %"
+        )
     for name, why in report.skipped.items():
         out.print(f"not run: {name}: {why}")
     for note in resolved.notes:

@@ -13,6 +13,7 @@ import torch
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
+from narrows.checkpoints import model_path
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_config import is_gguf
 from narrows.cost.devices import device
@@ -38,6 +39,9 @@ _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf1
 _DEFAULT_CONTEXT = 8192
 _DEFAULT_ROWS = 2048
 
+_SCORED_LOGITS = 1 << 24
+"""Logits of scored prompts in one step: 64 MB in float32, whatever the vocabulary."""
+
 INVARIANT_CHUNK = 256
 """Rows after which ``batch_invariant`` cuts prompts."""
 
@@ -46,8 +50,9 @@ INVARIANT_CHUNK = 256
 class EngineConfig:
     """An engine as asked for.
 
-    ``device`` is the device that steps are priced for. ``ranks``: ``threads`` of this process, or ``processes``, one
-    torch thread each either way. ``timeout_s``: how long a rank that lives may keep the others waiting.
+    ``model``: a checkpoint folder, a built-in one's name (which becomes its folder), a ``.gguf`` file, or a preset.
+    ``device`` is the device that steps are priced for. ``ranks``: ``threads`` of this process, or ``processes``, with
+    ``threads`` torch threads each. ``timeout_s``: how long a rank that lives may keep the others waiting.
     ``rows_per_step``: most rows (tokens) in one step, all groups together. ``kv_tokens``: tokens of KV cache per
     attention group. ``checked``: collectives and shapes are compared between ranks at every step.
     """
@@ -67,6 +72,7 @@ class EngineConfig:
     page_size: int = 16
     seed: int = 0
     ranks: str = "threads"
+    threads: int = 1
     timeout_s: float = 60.0
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
@@ -75,6 +81,9 @@ class EngineConfig:
     """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
     want_logits: bool = False
     """Every rank gets whole rows of logits, and results carry them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", model_path(self.model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +141,11 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
             f"load format {asked.load_format!r}, but {asked.model} is {'' if is_file else 'not '}a .gguf file; "
             "leave --load-format out, and the path decides"
         )
-    for name, size in (("--max-rows", asked.rows_per_step), ("page size", asked.page_size)):
+    for name, size in (
+        ("--max-rows", asked.rows_per_step),
+        ("page size", asked.page_size),
+        ("--threads", asked.threads),
+    ):
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")
     mesh = Mesh.of(dp=asked.dp, tp=asked.tp)
@@ -201,13 +214,15 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
     kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
     if kv_tokens < 1:
         raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
+    prefill_chunk = INVARIANT_CHUNK if asked.batch_invariant else 0
     return Limits(
         num_groups=mesh.num_groups,
         rows_per_step=asked.rows_per_step,
         page_size=asked.page_size,
         pages_per_group=1 + -(-kv_tokens // asked.page_size),
         max_context=context,
-        prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,
+        prefill_chunk=prefill_chunk,
+        scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
     )
 
 

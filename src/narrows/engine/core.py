@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -58,9 +59,9 @@ class Engine:
     ) -> None:
         self.resolved = resolved
         self.planner = Planner(resolved.deployment, resolved.forms)
-        self.book = self.book_of(resolved.asked.layout)
-        with_logits = Planner(replace(resolved.deployment, want_logits=True), resolved.forms)
-        self._logits_book = PlanBook(with_logits, resolved.asked.layout, self.book.context)
+        self._logits_planner = Planner(replace(resolved.deployment, want_logits=True), resolved.forms)
+        self._books: dict[str, tuple[PlanBook, PlanBook]] = {}
+        self.use_layout(resolved.asked.layout)
         self.scheduler = Scheduler(resolved.limits)
         self._next_id = 0
         self._in_flight: deque[Future[list[StepResult]]] = deque()
@@ -87,11 +88,13 @@ class Engine:
     ) -> Request:
         """Queue a prompt. Without a seed of its own, a request that draws gets one.
 
+        ``max_tokens`` 0, with ``sampling.prompt_logprobs``: score the prompt and generate nothing.
+
         Raises:
             ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).
         """
         self._check_ids(prompt)
-        self._check_plan(sampling)
+        self._check_sampling(sampling)
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(id=self._next_id, prompt=prompt, max_tokens=max_tokens, eos_ids=eos_ids, sampling=sampling)
@@ -105,16 +108,6 @@ class Engine:
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
             raise ConfigError(f"token id {wrong} of the prompt is outside the model's vocabulary of {vocab_size}")
 
-    def _check_plan(self, sampling: SamplingParams | None) -> None:
-        plan = self.resolved.plan
-        if plan is None or sampling is None or not sampling.needs_logits:
-            return
-        if not any(step.name == "sample" for _, step in plan.steps()):
-            raise ConfigError(
-                "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
-                "log-probabilities; run greedily, or leave --plan out"
-            )
-
     def _check_sampling(self, sampling: SamplingParams | None) -> None:
         saved = self.resolved.plan
         if saved is None or sampling is None or not sampling.needs_logits:
@@ -126,7 +119,7 @@ class Engine:
             )
 
     def run(self) -> Iterator[Request]:
-        """Run steps until no request has work; yields a request each time it has got a token.
+        """Run steps until no request has work; yields a request each time it has got a token, or has ended.
 
         Who stops listening may go on later, with another call. Once a rank has failed every call raises its error.
         """
@@ -139,21 +132,50 @@ class Engine:
             if batch is None or len(self._in_flight) == 2:
                 result = self._in_flight[0].result()[0]
                 self._in_flight.popleft()
-                yield from self.scheduler.commit(result.ids, result.logprobs)
+                yield from self.scheduler.commit(result.ids, result.logprobs, result.scores)
 
     def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
-        """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank."""
-        plan = self._book_for(batch).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank.
+
+        ``keep_logits``: with the whole rows of logits, on every rank.
+        """
+        book = self._book_for(needs_logits=keep_logits or batch.needs_logits)
+        plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         return self.ranks.submit("step", batch, plan, keep_logits)
 
-    def _book_for(self, batch: Batch) -> PlanBook | PinnedBook:
+    def _book_for(self, *, needs_logits: bool) -> PlanBook | PinnedBook:
         if self.resolved.plan is not None:
             return PinnedBook(self.resolved.plan)
-        return self._logits_book if batch.needs_logits else self.book
+        return self._logits_book if needs_logits else self.book
 
     def book_of(self, layout: str) -> PlanBook:
         """A book of plans under another layout, for weights held as this engine's are."""
         return PlanBook(self.planner, layout, min(1024, self.resolved.limits.max_context))
+
+    def use_layout(self, layout: str) -> None:
+        """Plan the steps from now on under another layout, for weights held as this engine's are.
+
+        Raises:
+            ConfigError: the layout cannot apply, or a saved plan runs at every step.
+        """
+        if layout != self.resolved.asked.layout and self.resolved.plan is not None:
+            raise ConfigError(f"one plan runs at every step of this engine, so {layout} cannot be used beside it")
+        if layout not in self._books:
+            book = self.book_of(layout)
+            self._books[layout] = book, PlanBook(self._logits_planner, layout, book.context)
+        self.book, self._logits_book = self._books[layout]
+
+    def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
+        """Put something around every step of every rank from now on, or nothing any more.
+
+        ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. What it
+        makes may have a ``readings()``, which :meth:`readings` asks for.
+        """
+        self.ranks.submit("instrument", make).result()
+
+    def readings(self) -> list[Any]:
+        """What each rank's instrument has read since it was asked last."""
+        return self.ranks.submit("readings").result()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
         """Run one batch under a given plan, and wait; every rank's result, with logits."""

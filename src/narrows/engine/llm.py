@@ -17,7 +17,7 @@ from narrows.engine.model_text import load_model_text
 from narrows.engine.program import Wrap
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
-from narrows.sched.sampling import Logprobs, SamplingParams
+from narrows.sched.sampling import GREEDY, Logprobs, SamplingParams, TokenScore
 from narrows.sched.scheduler import Request
 from narrows.text import GenerationConfig, TextStream, Tokenizer
 from narrows.text.stop import StopStrings
@@ -35,6 +35,7 @@ class Completion:
     ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, be it at the last token allowed, else
     ``length``. ``token_ids`` are all that were generated, those of a stop string or end included. ``logprobs``
     has one entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
+    ``prompt_logprobs`` has one per token of the prompt from the second on, if sampling asked for them.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class LLM:
     """A model loaded on ``dp x tp`` ranks of this process.
 
     Args:
-        model: a checkpoint folder, or a ``.gguf`` file.
+        model: a checkpoint folder, a built-in one's name, or a ``.gguf`` file.
         options: the other fields of :class:`EngineConfig` (``dp``, ``tp``, ``layout``, ``dtype``, ...).
         wrap: put around every bound step of every rank (profiling).
 
@@ -71,7 +73,7 @@ class LLM:
             known = ", ".join(sorted(set(EngineConfig.__dataclass_fields__) - {"model"}))
             raise ConfigError(f"LLM does not know the option {unknown[0]!r}; options: {known}")
         self.resolved: Resolved = resolve(EngineConfig(model=str(model), **options))
-        text = load_model_text(model)
+        text = load_model_text(self.resolved.asked.model)
         self.tokenizer: Tokenizer | None = text.tokenizer
         self.generation: GenerationConfig = text.generation
         self.engine = Engine(self.resolved, wrap=wrap)
@@ -84,6 +86,18 @@ class LLM:
             if piece.done is not None:
                 done[piece.index] = piece.done
         return [done[index] for index in range(len(prompts))]
+
+    def score(self, prompts: Sequence[Prompt], *, num_best: int = 0) -> list[Completion]:
+        """How likely the model finds the prompts' own tokens; nothing is generated.
+
+        Returns, per prompt, a completion without text whose ``prompt_logprobs`` hold a :class:`TokenScore` for every
+        token from the second on, each with the ``num_best`` most likely tokens at its place.
+        Memory: the logits of a step's rows are never more than 64 MB per copy, however long the prompts.
+
+        Raises:
+            ConfigError: a prompt that cannot run (it may fill the whole context), ``num_best`` out of range.
+        """
+        return self.generate(prompts, max_tokens=0, sampling=replace(GREEDY, prompt_logprobs=num_best))
 
     def stream(
         self,
@@ -98,6 +112,7 @@ class LLM:
         """Text piece by piece as it comes; pieces of different prompts are mixed.
 
         Args:
+            max_tokens: most tokens per prompt; 0, with ``sampling.prompt_logprobs``, scores prompts and ends.
             sampling: how tokens are chosen; None: :attr:`default_sampling`.
             stop: strings that end a text and are not part of it.
             stop_token_ids: ids that end a text as the end-of-sequence token does.
@@ -125,7 +140,7 @@ class LLM:
             index_of = {request.id: index for index, request in enumerate(requests)}
             for request in self.engine.run():
                 index = index_of[request.id]
-                new = texts[index].push(request.output[-1])
+                new = texts[index].push(request.output[-1]) if request.output else ""
                 if texts[index].stopped and not request.finish_reason:
                     self.engine.scheduler.abort(request, "stop")
                 if not request.finish_reason:
@@ -216,4 +231,5 @@ def _completion(request: Request, text: _Text) -> Completion:
         prompt_token_ids=request.prompt,
         finish_reason="stop" if text.stopped else request.finish_reason,
         logprobs=tuple(request.logprobs),
+        prompt_logprobs=tuple(request.prompt_logprobs),
     )

@@ -15,7 +15,6 @@ from narrows.comm.rank_process import obey
 from narrows.comm.threads import ThreadRanks
 from narrows.comm.world import World
 from narrows.engine.config import Resolved
-from narrows.engine.worker import Worker
 from narrows.plan.plan import Plan
 
 __all__ = ["Ranks", "obey_host", "start_ranks"]
@@ -23,6 +22,9 @@ __all__ = ["Ranks", "obey_host", "start_ranks"]
 
 class Ranks(Protocol):
     """One worker per rank, and calls that every rank does in the order they were made."""
+
+    transport: str
+    """How collectives travel, for people."""
 
     def submit(self, method: str, *args: Any) -> Future[list[Any]]:
         """Every rank calls ``worker.method(*args)``; the results in rank order, or the first error of any rank."""
@@ -37,7 +39,7 @@ class Ranks(Protocol):
     ) -> None: ...
 
 
-def start_ranks(resolved: Resolved, make: Callable[[World], Worker]) -> Ranks:
+def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
     """The ranks that ``resolved`` asks for, each with the worker that ``make`` builds there.
 
     Raises:
@@ -45,12 +47,15 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Worker]) -> Ranks:
     """
     asked = resolved.asked
     if asked.ranks == "threads":
-        return ThreadRanks(resolved.mesh, make, checked=asked.checked, timeout_s=asked.timeout_s)
+        return ThreadRanks(
+            resolved.mesh, make, checked=asked.checked, timeout_s=asked.timeout_s, num_threads=asked.threads
+        )
     return ProcessRanks(
         resolved.mesh,
         make,
         checked=asked.checked,
         timeout_s=asked.timeout_s,
+        num_threads=asked.threads,
         launch=asked.launch,
         once=(Plan,),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,22 +25,33 @@ from narrows.models.registry import build_model
 from narrows.ops.paged import PagedRows, build_paged_rows
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch, sample_slot
-from narrows.sched.sampling import Logprobs
+from narrows.sched.sampling import Logprobs, TokenScore
 from narrows.weights.source import WeightSource
 
-__all__ = ["StepResult", "Worker", "logit_split"]
+__all__ = ["Instrument", "StepResult", "Worker", "logit_split"]
+
+
+@runtime_checkable
+class Instrument(Protocol):
+    """What is around steps and has something to tell."""
+
+    def readings(self) -> Any:
+        """What was read since the last call; begins anew. Can be pickled."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """One token per logit row, and the rows' logits if they were asked for ([rows, vocab_size], else None).
 
-    ``logprobs`` by logit row, for the rows whose request asked; on rank 0 only, since all ranks have the same.
+    ``logprobs`` by logit row, for the rows whose request asked, and ``scores`` for those that have a target; on rank 0
+    only, since all ranks have the same.
     """
 
     ids: tuple[int, ...]
     logits: Tensor | None = None
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    scores: dict[int, TokenScore] = field(default_factory=dict)
 
 
 def logit_split(rows: RowSplit, logit_rows: tuple[int, ...]) -> RowSplit:
@@ -103,10 +115,23 @@ class Worker:
         logits = registers[program.outputs["logits"]] if keep_logits else None
         return self._read(logits, sampler)
 
+    def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
+        """Bind plans anew, with something else around their steps (see :meth:`Engine.instrument`)."""
+        self._wrap = make(self) if make else None
+        self._programs.clear()
+        self._signatures.clear()
+
+    def readings(self) -> Any:
+        """What the instrument has read since it was asked last."""
+        assert isinstance(self._wrap, Instrument), "no instrument is around the steps"
+        return self._wrap.readings()
+
     def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
         """What the walk has left, as numbers: here, and only here, the host waits for the device."""
-        logprobs = sampler.logprobs() if sampler is not None and self.place.rank == 0 else {}
-        return StepResult(ids=tuple(self._samples.tolist()), logits=logits, logprobs=logprobs)
+        ids = tuple(self._samples.tolist())
+        if sampler is None or self.place.rank != 0:
+            return StepResult(ids=ids, logits=logits)
+        return StepResult(ids=ids, logits=logits, logprobs=sampler.logprobs(), scores=sampler.scores())
 
     def _paged_rows(self, spans: list[tuple[int, int, tuple[int, ...]]]) -> PagedRows:
         if self.place.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
