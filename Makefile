@@ -21,7 +21,6 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 train-demo: $(VENV)/.dev
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[train]'
 	$(BIN)/python examples/train_demo/train.py
 	$(BIN)/python examples/train_demo/export.py --out runs/narrows-demo
 

@@ -37,7 +37,7 @@ def main() -> None:
     if not (args.folder / "state.pt").exists():
         sys.exit(f"{args.folder} holds no state.pt; run train.py --folder {args.folder} first")
     if find_spec("matplotlib") is None:
-        sys.exit("the training curve is drawn with matplotlib: pip install -e '.[train]'")
+        sys.exit("the training curve is drawn with matplotlib: pip install -e '.[plot]'")
     args.out.mkdir(parents=True, exist_ok=True)
     _weights(args.folder, args.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -110,7 +110,6 @@ def test_what_a_collective_must_copy() -> None:
 
 
 def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     file = tmp_path / "layer.svg"
     bench(capsys, "layer", folder, "--tp", "2", "--rows", "8", "--plot", str(file))
     drawn = file.read_text(encoding="utf-8")
