@@ -26,7 +26,7 @@ train-demo: $(VENV)/.dev
 
 # Every layout of the demo model on meshes of up to 8 ranks, against one rank; docs/eval.md explains the tables.
 EVAL_MODEL ?= narrows-demo
-EVAL_MESHES ?= 1x2 2x1 2x2 1x4 4x2 2x4 1x8
+EVAL_MESHES ?= 1x2 2x1 2x2 1x4 4x1 4x2 2x4 1x8 8x1
 EVAL_OPTIONS ?= --chat --shots 0
 
 eval: $(VENV)/.runtime
