@@ -1,0 +1,130 @@
+"""What a server asks of whatever generates tokens, as a Protocol: token ids in, updates out.
+
+Knows requests and numbers; not text, HTTP, ranks or plans. Calls may come from any thread; updates are delivered on a
+thread of the backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from narrows.errors import NarrowsError
+from narrows.sched.guide import Guide
+from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
+
+__all__ = ["Backend", "Draining", "Generation", "Health", "QueueFull", "Stats", "Unavailable", "Update"]
+
+
+class Unavailable(NarrowsError):
+    """No request can be taken now: the ranks are down or starting."""
+
+
+class Draining(Unavailable):
+    """The server is ending: it finishes what it has and takes nothing new."""
+
+
+class QueueFull(NarrowsError):
+    """As many requests wait as may. ``retry_after_s``: when it is worth trying again, in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One text to generate. ``max_tokens`` 0, with ``sampling.prompt_logprobs``: the prompt is scored, and that is all.
+
+    ``end_ids`` end the text and are its last token. ``priority``: lower runs earlier; equal ones first come, first
+    served. ``guide``: what may be generated, token by token; None: anything.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    end_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams
+    priority: int = 0
+    guide: Guide | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What is new of one generation, in order: new ids, one entry of ``logprobs`` per id if they were asked for.
+
+    ``prompt_logprobs`` come once, when the prompt has run. ``finish_reason`` is empty until the last update: ``stop``
+    (an end id), ``length``, ``abort`` (nobody wants it any more), or ``error``, which ``error`` explains in one line.
+    ``num_cached_prompt``: tokens of the prompt whose rows were found in the prefix cache.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[TokenScore, ...] = ()
+    num_cached_prompt: int = 0
+    finish_reason: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Whether requests are served: ``ready`` is never true while a rank is dead, stuck or starting.
+
+    ``detail`` says why not, in one line.
+    """
+
+    ready: bool
+    detail: str = ""
+    num_restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Numbers of this moment (``running``, ``waiting``, ``kv_*``) and totals since the start (the rest).
+
+    ``plans``: steps run by (phase, bucket of rows, layout). ``collectives``: by (layout, collective): how many, bytes
+    that crossed ranks, seconds; empty when they are not measured. ``idle_rows``: by group, rows that it waited for.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages: int = 0
+    kv_pages_used: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    idle_rows: tuple[int, ...] = ()
+    plans: Mapping[tuple[str, int, str], int] = field(default_factory=dict)
+    collectives: Mapping[tuple[str, str], tuple[int, int, float]] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Generates tokens for many callers at once."""
+
+    def submit(self, generation: Generation, deliver: Callable[[Update], None]) -> int:
+        """Take a generation in; returns its number. ``deliver`` gets every update and must not block.
+
+        Raises:
+            ConfigError: it can never run here (too long, an id outside the vocabulary).
+            QueueFull: as many wait as may.
+            Draining, Unavailable: nothing is taken now.
+        """
+        ...
+
+    def abort(self, number: int) -> None:
+        """End a generation now; its pages are free within one step. One that has ended already is left as it is."""
+        ...
+
+    def health(self) -> Health:
+        """Asks the ranks; answers within 2 seconds whatever they do."""
+        ...
+
+    def stats(self) -> Stats:
+        """Numbers for people and for metrics; costs next to nothing."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """What runs: config, mesh, ranks, transport, plan book, prices' sources; plain values for JSON."""
+        ...
