@@ -119,8 +119,8 @@ def layer(
             for part in parts
         ),
         notes=(
-            f"one {work.phase} step of {work.rows} rows; predicted for the device {variants[0].asked.device}, "
-            "which need not be this machine",
+            f"one {work.phase} step of {work.rows} rows; predicted for the device "
+            f"{running[0].engine().resolved.deployment.device.name}, which need not be this machine",
         ),
     )
 

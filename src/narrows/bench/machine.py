@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from narrows.native import why_absent
 
 __all__ = ["machine", "proportional_memory", "versions"]
@@ -19,15 +21,17 @@ _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_i
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores that this process may use, memory, and how busy it was when asked."""
+    """CPU, cores that this process may use, memory, how busy it was when asked, and the GPUs, if there are any."""
     info = _pairs("/proc/cpuinfo")
     flags = set(info.get("flags", info.get("Features", "")).split())
     memory = _pairs("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": info.get("model name", platform.processor() or platform.machine()),
         "features": [name for name in _FEATURES if name in flags],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory) / (1 << 20), 1),
+        **({"gpus": gpus} if gpus else {}),
         "system": f"{platform.system()} {platform.release()}",
         "load_average_before": os.getloadavg()[0],
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

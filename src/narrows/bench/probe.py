@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from narrows.comm.device import finished
 from narrows.comm.world import World
 from narrows.layout import deal
 
@@ -40,7 +41,7 @@ class Probe:
 
     def read(self, nbytes: int) -> float:
         """To read ``nbytes`` once, in a sum over them."""
-        (x,) = self._keep("read", nbytes, lambda: (torch.ones(nbytes // 4),))
+        (x,) = self._keep("read", nbytes, lambda: (torch.ones(nbytes // 4, device=self.world.device),))
         return self._fastest(lambda: x.sum())
 
     def gemm(self, dtype: torch.dtype) -> float:
@@ -49,7 +50,9 @@ class Probe:
         x, weight = self._keep(
             "gemm",
             dtype,
-            lambda: (torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)),
+            lambda: tuple(
+                torch.randn(size, device=self.world.device).to(dtype) for size in ((rows, inputs), (outputs, inputs))
+            ),
         )
         return self._fastest(lambda: functional.linear(x, weight))
 
@@ -58,7 +61,9 @@ class Probe:
         pairs = self._keep(
             "copy",
             (nbytes, repeats),
-            lambda: tuple(torch.ones(max(nbytes, 1), dtype=torch.uint8) for _ in range(2 * repeats)),
+            lambda: tuple(
+                torch.ones(max(nbytes, 1), dtype=torch.uint8, device=self.world.device) for _ in range(2 * repeats)
+            ),
         )
         for source in pairs[::2]:
             source.fill_(1)
@@ -111,9 +116,11 @@ class Probe:
 
     def _mean(self, calls: list[Callable[[], object]]) -> float:
         self.world.barrier(self._ranks, "bench")
+        finished(self.world.device)
         start = perf_counter()
         for call in calls:
             call()
+        finished(self.world.device)
         return (perf_counter() - start) / len(calls)
 
     def _fastest(self, call: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from narrows.comm.launch import Launch
-from narrows.engine.config import LOAD_FORMATS, RANKS, EngineConfig
+from narrows.engine.config import LOAD_FORMATS, RANKS, RUN_ON, EngineConfig
 from narrows.errors import ConfigError
 
 __all__ = [
@@ -44,7 +44,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", default=_DEFAULT["dtype"], help="auto (the checkpoint's), bfloat16 or float32")
-    engine.add_argument("--device", default=_DEFAULT["device"], help="device that plans are priced for")
+    engine.add_argument(
+        "--run-on", choices=RUN_ON, default=_DEFAULT["run_on"], help="what ranks compute on (default %(default)s)"
+    )
+    engine.add_argument(
+        "--device", default=_DEFAULT["device"], help="device that plans are priced for (default: the one it runs on)"
+    )
     engine.add_argument(
         "--load-format", default=_DEFAULT["load_format"], help=f"{', '.join(LOAD_FORMATS)} (dummy: random weights)"
     )
@@ -55,7 +60,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_engine_flags` parsed."""
-    names = ("dp", "tp", "threads", "dtype", "device", "load_format", "checked")
+    names = ("dp", "tp", "threads", "dtype", "run_on", "device", "load_format", "checked")
     ranks = {"ranks": args.ranks or _DEFAULT["ranks"], "timeout_s": args.timeout}
     return {name: getattr(args, name) for name in names} | ranks | more
 

@@ -27,12 +27,12 @@ def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Childre
     """Starts a process per rank. They are born deaf to Ctrl-C, which the terminal sends to all of them too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for rank in ranks:
+        for place, rank in enumerate(ranks):
             command = [sys.executable, "-P", "-c", PROGRAM, f"narrows rank {rank}"]
             children[rank] = child = subprocess.Popen(command, stdin=subprocess.PIPE)
             assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(told_to(contact, rank, node).encode())
+                child.stdin.write(told_to(contact, rank, node, place).encode())
                 child.stdin.close()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

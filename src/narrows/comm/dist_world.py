@@ -35,6 +35,9 @@ _DIGEST = 16
 """Bytes of a stamp that travel when all stamps are equal."""
 
 
+_CPU = torch.device("cpu")
+
+
 class Where(NamedTuple):
     """The collective that a rank came to last: since when it is there, or that it has left (``since`` None)."""
 
@@ -49,7 +52,7 @@ def connect(
     store: Any,
     *,
     checked: bool = False,
-    device: torch.device | None = None,
+    device: torch.device = _CPU,
     address: str = "127.0.0.1",
 ) -> DistWorld:
     """Meets the other ranks of ``mesh`` and opens a wire to every group along consecutive axes that ``rank`` is in.
@@ -61,7 +64,6 @@ def connect(
     Raises:
         PeersLostError: the ranks did not find each other.
     """
-    device = device or torch.device("cpu")
     spans = [(first, last) for first in range(mesh.num_axes) for last in range(first + 1, mesh.num_axes + 1)]
     groups = dict.fromkeys(mesh.group(rank, first, last) for first, last in spans)  # in the same order on every rank
     found: Neighbours | str = f"tensors are on {device.type}"
@@ -75,7 +77,8 @@ def connect(
         elif len(ranks) > 1:
             wires[ranks] = open_wires(store, ranks, rank, device, address)
     buffers = found.segment if isinstance(found, Neighbours) else Buffers(device)
-    return DistWorld(mesh, rank, wires, checked=checked, buffers=buffers, transport=_said(found, wires, device))
+    said = _said(found, wires, device)
+    return DistWorld(mesh, rank, wires, checked=checked, buffers=buffers, transport=said, device=device)
 
 
 def _said(found: Neighbours | str, wires: dict[tuple[int, ...], tuple[Wire, Wire]], device: torch.device) -> str:
@@ -108,8 +111,10 @@ class DistWorld:
         checked: bool,
         buffers: Buffers | Segment,
         transport: str = "",
+        device: torch.device = _CPU,
     ) -> None:
         self.rank = rank
+        self.device = device
         self.mesh = mesh
         self.checked = checked
         self.call = 0

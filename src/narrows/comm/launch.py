@@ -36,7 +36,8 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 class Launch:
     """This process's part in a world whose processes were not all started by narrows itself.
 
-    ``ranks`` are those that this process starts (``by_torchrun``: is, except that the host starts its rank).
+    ``ranks`` are those that this process starts (``by_torchrun``: is, except that the host starts its rank), the first
+    of them number ``place`` on its machine.
     """
 
     address: str
@@ -45,6 +46,7 @@ class Launch:
     ranks: tuple[int, ...]
     node: int
     num_nodes: int
+    place: int = 0
     by_torchrun: bool = False
     store_is_served: bool = False
     run: str = ""
@@ -97,6 +99,7 @@ class Launch:
             ranks=(rank,),
             node=int(environment.get("GROUP_RANK", rank // local)),
             num_nodes=-(-world // local),
+            place=int(environment["LOCAL_RANK"]),
             by_torchrun=True,
             store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             run=f"{environment.get('TORCHELASTIC_RUN_ID', '')} {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}",

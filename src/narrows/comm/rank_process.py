@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from narrows.comm.channel import Channel
+from narrows.comm.device import rank_device
 from narrows.comm.dist_world import DistWorld, connect
 from narrows.comm.launch import Launch, find_host, join_store
 from narrows.comm.messages import (
@@ -60,22 +61,22 @@ def boot(told: dict[str, Any]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; whoever started us ends us, once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     contact = Contact(address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]))
-    run_rank(contact, told["rank"], told["node"], explain=False)
+    run_rank(contact, told["rank"], told["node"], told["place"], explain=False)
 
 
-def told_to(contact: Contact, rank: int, node: int) -> str:
-    """The line that :func:`boot` is told."""
-    place = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
-    return json.dumps(place | {"rank": rank, "node": node, "path": sys.path}) + "\n"
+def told_to(contact: Contact, rank: int, node: int, place: int) -> str:
+    """The line that :func:`boot` is told; the rank is number ``place`` of those on its host."""
+    host = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
+    return json.dumps(host | {"rank": rank, "node": node, "place": place, "path": sys.path}) + "\n"
 
 
 def obey(launch: Launch) -> NoReturn:
     """Turns a process that torchrun started into its rank; it ends with the host's exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run_rank(find_host(launch), launch.ranks[0], launch.node, explain=True)
+    run_rank(find_host(launch), launch.ranks[0], launch.node, launch.place, explain=True)
 
 
-def run_rank(contact: Contact, rank: int, node: int, *, explain: bool) -> NoReturn:
+def run_rank(contact: Contact, rank: int, node: int, place: int, *, explain: bool) -> NoReturn:
     """Runs a rank until the host ends it. ``explain``: say on stderr why it ends, if not well."""
     try:
         channel = Channel.connect(contact.address, contact.port, contact.key)
@@ -84,7 +85,7 @@ def run_rank(contact: Contact, rank: int, node: int, *, explain: bool) -> NoRetu
         _end(1, f"rank {rank} cannot reach its host at {contact.address} port {contact.port}: {error}")
     host = _Host(channel, rank, explain)
     threading.Thread(target=host.listen, name=f"narrows rank {rank} listens", daemon=True).start()
-    _Rank(rank, host).serve()
+    _Rank(rank, place, host).serve()
 
 
 class _Host:
@@ -135,8 +136,8 @@ class _Host:
 class _Rank:
     """The main thread: calls, in order."""
 
-    def __init__(self, rank: int, host: _Host) -> None:
-        self._rank, self._host = rank, host
+    def __init__(self, rank: int, place: int, host: _Host) -> None:
+        self._rank, self._place_on_host, self._host = rank, place, host
         self._unpack = Unpacker()
         self._worker: Any = None
         self._number = 0  # of the next call
@@ -162,7 +163,7 @@ class _Rank:
             self._rank,
             join_store(setup.store_address, setup.store_port, setup.prefix),
             checked=setup.checked,
-            device=torch.device(setup.device),
+            device=rank_device(setup.device, self._place_on_host),
             address=self._host.channel.address,
         )
 

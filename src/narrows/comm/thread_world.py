@@ -27,14 +27,15 @@ __all__ = ["ThreadWorld"]
 class ThreadWorld:
     """One rank's :class:`~narrows.comm.world.World`; `run_ranks` and `ThreadRanks` make it, in the rank's thread."""
 
-    def __init__(self, commons: Commons, rank: int) -> None:
+    def __init__(self, commons: Commons, rank: int, device: torch.device) -> None:
         self.rank = rank
+        self.device = device
         self.mesh = commons.mesh
         self.checked = commons.checked
         self.call = 0
         self._commons = commons
         self._seats: dict[tuple[int, ...], _Seat] = {}
-        self._buffers = Buffers()
+        self._buffers = Buffers(device)
 
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str

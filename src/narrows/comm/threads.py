@@ -51,11 +51,18 @@ class _Crew:
     """The rank threads and the calls they have to do: each rank does all calls, in the order they were made."""
 
     def __init__(
-        self, mesh: Mesh, make: Callable[[World], Any], *, checked: bool, timeout_s: float, num_threads: int = 1
+        self,
+        mesh: Mesh,
+        make: Callable[[World], Any],
+        *,
+        checked: bool,
+        timeout_s: float,
+        num_threads: int = 1,
+        device: str = "cpu",
     ) -> None:
         self.commons = Commons(mesh, checked=checked, timeout_s=timeout_s)
         self.running = True
-        self._make, self._num_threads = make, num_threads
+        self._make, self._num_threads, self._device = make, num_threads, torch.device(device)
         self._lock = threading.Lock()
         self._pending: list[_Call[Any]] = []
         self._queues: list[SimpleQueue[_Call[Any] | None]] = [SimpleQueue() for _ in range(mesh.size)]
@@ -105,7 +112,7 @@ class _Crew:
     def _serve(self, rank: int) -> None:
         """What a rank thread runs."""
         torch.set_num_threads(self._num_threads)
-        world = ThreadWorld(self.commons, rank)
+        world = ThreadWorld(self.commons, rank, self._device)
         worker: Any = None
         with torch.inference_mode():
             while (call := self._queues[rank].get()) is not None:
@@ -178,6 +185,8 @@ class ThreadRanks(Generic[Worker]):
         checked: compare what each rank comes to a collective with, before any data is read.
         timeout_s: how long a rank may keep the others waiting at a collective.
         num_threads: torch threads per rank.
+        device: of the tensors in collectives. All ranks share it: one GPU does their work in the order it is given,
+            which is the order of the meetings.
 
     Raises:
         the first error of ``make`` on any rank.
@@ -191,9 +200,10 @@ class ThreadRanks(Generic[Worker]):
         checked: bool = False,
         timeout_s: float = 60.0,
         num_threads: int = 1,
+        device: str = "cpu",
     ) -> None:
-        self.transport = "memory of one process"
-        self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s, num_threads=num_threads)
+        self.transport = "memory of one process" if device == "cpu" else "memory of one GPU"
+        self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s, num_threads=num_threads, device=device)
         # For an owner who forgets to close. The finalizer may run inside any code, even of a rank that holds a lock, so
         # it takes none; at exit a rank thread that is still inside torch would abort the process.
         weakref.finalize(self, self._crew.dismiss).atexit = False

@@ -43,6 +43,8 @@ class World(Protocol):
 
     rank: int
     mesh: Mesh
+    device: torch.device
+    """Where this rank's tensors are."""
     checked: bool
 
     def all_gather(

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from narrows.errors import ConfigError
 
-__all__ = ["DEVICES", "CollectiveSource", "Device", "device"]
+__all__ = ["DEVICES", "CollectiveSource", "Device", "device", "device_of_card"]
 
 _GROUPS = ("peaks", "memory", "collectives", "gemm", "row work", "attention")
 
@@ -401,3 +401,16 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
     }
 )
 """Every known device by name."""
+
+
+def device_of_card(card: str) -> str | None:
+    """The name here of a GPU that its driver calls ``card``; None for one without prices.
+
+    >>> [device_of_card(card) for card in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H20-3e", "T4")]
+    ['h100', 'a100', 'h20-3e', None]
+    """
+    for word in card.lower().split():
+        for name in (word, word.partition("-")[0]):
+            if name in DEVICES:
+                return name
+    return None

@@ -14,9 +14,10 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
 from narrows.checkpoints import model_path
+from narrows.comm.device import card_name
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_config import is_gguf
-from narrows.cost.devices import device
+from narrows.cost.devices import device, device_of_card
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
@@ -31,10 +32,11 @@ from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
-__all__ = ["LOAD_FORMATS", "RANKS", "EngineConfig", "Resolved", "resolve"]
+__all__ = ["LOAD_FORMATS", "RANKS", "RUN_ON", "EngineConfig", "Resolved", "resolve"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 RANKS = ("threads", "processes")
+RUN_ON = ("cpu", "cuda")
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 _DEFAULT_CONTEXT = 8192
 _DEFAULT_ROWS = 2048
@@ -51,7 +53,8 @@ class EngineConfig:
     """An engine as asked for.
 
     ``model``: a checkpoint folder, a built-in one's name (which becomes its folder), a ``.gguf`` file, or a preset.
-    ``device`` is the device that steps are priced for. ``ranks``: ``threads`` of this process, or ``processes``, with
+    ``run_on``: what ranks compute on. ``device``: the device that steps are priced for, by its name in the catalogue;
+    ``auto`` is the one they run on. ``ranks``: ``threads`` of this process, or ``processes``, with
     ``threads`` torch threads each. ``timeout_s``: how long a rank that lives may keep the others waiting.
     ``rows_per_step``: most rows (tokens) in one step, all groups together. ``kv_tokens``: tokens of KV cache per
     attention group. ``checked``: collectives and shapes are compared between ranks at every step.
@@ -64,7 +67,8 @@ class EngineConfig:
     plan_file: str = ""
     """A plan saved by ``narrows plan --save``, run at every step in place of the planner's."""
     dtype: str = "auto"
-    device: str = "cpu-core"
+    run_on: str = "cpu"
+    device: str = "auto"
     load_format: str = "auto"
     rows_per_step: int = _DEFAULT_ROWS
     max_context: int | None = None
@@ -155,8 +159,9 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     deployment = Deployment(
         config=config,
         mesh=mesh,
-        device=device(asked.device),
+        device=device(_priced_for(asked)),
         dtype=gemm_dtype,
+        graph=False,  # steps are launched one by one
         want_logits=asked.want_logits,
     )
     rules = named_layout(asked.layout, config, mesh)
@@ -194,6 +199,21 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
         raise ConfigError("ranks on several hosts, or started by torchrun, are processes: leave out --ranks threads")
     if asked.launch.size != mesh.size:
         raise ConfigError(f"the launch has {asked.launch.size} ranks, but the mesh {mesh} has {mesh.size}")
+
+
+def _priced_for(asked: EngineConfig) -> str:
+    """The catalogue's name of the device that steps are priced for."""
+    if asked.run_on not in RUN_ON:
+        raise ConfigError(f"--run-on {asked.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
+    if asked.run_on == "cpu":
+        return "cpu-core" if asked.device == "auto" else asked.device
+    card = card_name()
+    if asked.device != "auto":
+        return asked.device
+    name = device_of_card(card)
+    if name is None:
+        raise ConfigError(f"there are no prices for {card!r} here; name the most similar device with --device")
+    return name
 
 
 def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:

@@ -15,8 +15,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.config import Resolved
@@ -208,7 +206,7 @@ def _make_worker(
         rank=world.rank,
         forms=resolved.forms,
         dtype=resolved.dtype,
-        device=torch.device("cpu"),
+        device=world.device,
         num_slots=resolved.num_slots,
         num_positions=resolved.limits.max_context,
         batch_invariant=resolved.asked.batch_invariant,

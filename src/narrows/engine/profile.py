@@ -1,6 +1,7 @@
 """Where the time went: seconds, rows and bytes per stage and move, measured on every rank as plans are walked.
 
-Knows bound steps and clocks. A collective's seconds hold the wait for the slowest rank, as they do in any profiler.
+Knows bound steps and clocks. A GPU is waited for after every step, so that a step's time is its own; the run as a
+whole is slower for it. A collective's seconds hold the wait for the slowest rank, as they do in any profiler.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
+from narrows.comm.device import finished
 from narrows.engine.program import Frame, Operation, Registers
 from narrows.engine.worker import Worker
 from narrows.plan.plan import Step
@@ -62,6 +64,7 @@ class StepClock:
 
     def __init__(self, worker: Worker) -> None:
         self._counts: Counts = {}
+        self._device = worker.place.device
 
     def readings(self) -> Counts:
         counts, self._counts = self._counts, {}
@@ -77,6 +80,7 @@ class StepClock:
         def timed(regs: Registers, frame: Frame) -> None:
             start = perf_counter()
             operation(regs, frame)
+            finished(self._device)
             seconds = perf_counter() - start
             count = self._counts.setdefault(_Kind(frame.phase, *what), _Count())
             count.calls += 1

@@ -47,8 +47,14 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
     """
     asked = resolved.asked
     if asked.ranks == "threads":
+        device = "cpu" if asked.run_on == "cpu" else f"{asked.run_on}:0"
         return ThreadRanks(
-            resolved.mesh, make, checked=asked.checked, timeout_s=asked.timeout_s, num_threads=asked.threads
+            resolved.mesh,
+            make,
+            checked=asked.checked,
+            timeout_s=asked.timeout_s,
+            num_threads=asked.threads,
+            device=device,
         )
     return ProcessRanks(
         resolved.mesh,
@@ -58,6 +64,7 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
         num_threads=asked.threads,
         launch=asked.launch,
         once=(Plan,),
+        device=asked.run_on,
     )
 
 

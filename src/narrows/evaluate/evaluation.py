@@ -192,6 +192,7 @@ def _one_rank(asked: EngineConfig, limits: Limits) -> EngineConfig:
     return EngineConfig(
         model=asked.model,
         dtype=asked.dtype,
+        run_on=asked.run_on,
         device=asked.device,
         load_format=asked.load_format,
         seed=asked.seed,
