@@ -6,9 +6,13 @@ Thread ranks share the one GPU, so that every mesh and layout can be checked on 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from narrows.arch.presets import PRESETS
 from narrows.comm.wire import NcclWire
 from narrows.cost.devices import device_of_card
 from narrows.engine.config import EngineConfig
@@ -64,9 +68,11 @@ def test_every_layout_and_stage_is_that_of_one_rank(dp: int, tp: int, dtype: str
 
 
 @pytest.mark.parametrize("kind", ["deepseek-v2-lite", "qwen3-30b-a3b", "llama-3.1-8b", "dsv3-mini"])
-def test_published_widths_run_in_bf16(kind: str) -> None:
-    """At full size, with random weights: every kernel takes these shapes, and gives finite numbers."""
-    with LLM(kind, load_format="dummy", dtype="bfloat16", run_on="cuda", max_context=1024) as llm:
+def test_published_widths_run_in_bf16(kind: str, tmp_path: Path) -> None:
+    """Two layers with random weights: every kernel takes these shapes, and gives finite numbers."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PRESETS[kind] | {"num_hidden_layers": 2}), encoding="utf-8")
+    with LLM(file, load_format="dummy", dtype="bfloat16", run_on="cuda", max_context=1024) as llm:
         done = llm.generate([list(range(100, 400)), [7, 8, 9]], max_tokens=4, sampling=SamplingParams(logprobs=1))
         assert [len(one.token_ids) for one in done] == [4, 4]
         assert all(-100 < logprob <= 0 for one in done for logprob, _ in one.logprobs)
