@@ -16,8 +16,10 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig, read_config
 from narrows.arch.forms import Forms, form_choices
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
+from narrows.engine.llm import LLM
 from narrows.errors import CheckpointError
 from narrows.layout import Mesh
+from narrows.weights import safetensors_folder
 from narrows.weights.dummy import DummyWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 
@@ -246,3 +248,31 @@ def test_dummy_tensors_differ_by_name_expert_and_seed_and_are_of_a_sane_size() -
     correction = source.take(some_weight("gate.e_score_correction_bias", 512), None)
     assert abs(norm.mean().item() - 1) < 0.05 and 0.05 < norm.std().item() < 0.2
     assert bias.abs().max().item() < 0.1 < correction.abs().max().item()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mappings are read from /proc, which only Linux has")
+def test_a_loaded_engine_keeps_no_file_of_the_checkpoint_mapped(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("v3")
+    with LLM(folder, tp=2):
+        assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_is_mapped_anew_after_so_many_bytes(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model("v3")
+    config = read_config(folder)
+    want = by_name(config, Mesh.of(dp=1, tp=1), Forms()).values()
+    opened: list[Path] = []
+    true_open = safetensors_folder._open
+    monkeypatch.setattr(safetensors_folder, "_MAPPED", 4096)
+    monkeypatch.setattr(safetensors_folder, "_open", lambda path: opened.append(path) or true_open(path))
+    source = SafetensorsFolder(folder)
+    stored = load_file(folder / "model.safetensors")
+    for weight in (weight for weight in want if not weight.experts):
+        whole = source.take(weight, None)
+        assert torch.equal(whole, stored[weight.name])
+        num = weight.shape[weight.dim or 0]
+        half = source.take(weight, (num // 2, num))
+        assert torch.equal(half, whole.narrow(weight.dim or 0, num // 2, num - num // 2)) and half.is_contiguous()
+    assert len(opened) > 5

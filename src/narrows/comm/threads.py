@@ -36,7 +36,7 @@ CLOSE_GRACE_S = 5.0
 
 
 class _Call(Generic[T]):
-    """Something every rank does once; ``method`` None makes the worker."""
+    """Something every rank does once; ``method`` None makes the worker, with the function that is the argument."""
 
     def __init__(self, size: int, method: str | None, args: tuple[Any, ...]) -> None:
         self.method = method
@@ -62,11 +62,11 @@ class _Crew:
     ) -> None:
         self.commons = Commons(mesh, checked=checked, timeout_s=timeout_s)
         self.running = True
-        self._make, self._num_threads, self._device = make, num_threads, torch.device(device)
+        self._num_threads, self._device = num_threads, torch.device(device)
         self._lock = threading.Lock()
         self._pending: list[_Call[Any]] = []
         self._queues: list[SimpleQueue[_Call[Any] | None]] = [SimpleQueue() for _ in range(mesh.size)]
-        self.made = self.call(None, ())
+        self.made = self.call(None, (make,))
         self._threads = [
             threading.Thread(target=self._serve, args=(rank,), name=f"narrows rank {rank}", daemon=True)
             for rank in range(mesh.size)
@@ -121,7 +121,7 @@ class _Crew:
                 world.call += 1
                 try:
                     if call.method is None:
-                        result = worker = self._make(world)
+                        result = worker = call.args[0](world)
                     else:
                         result = getattr(worker, call.method)(*call.args)
                 except BaseException as error:
@@ -136,6 +136,7 @@ class _Crew:
             if call.missing or call not in self._pending:
                 return
             self._pending.remove(call)
+        call.args = ()  # what made the workers may hold a checkpoint open
         call.future.set_result(call.results)
 
     def _failed(self, call: _Call[Any], rank: int, error: BaseException) -> None:

@@ -17,6 +17,7 @@ from narrows.models.moe import MoeLayer
 from narrows.models.parts import Decoder, Loader, StepInputs
 from narrows.ops.kv_b import split_kv_b
 from narrows.ops.mla_attention import mla_attention
+from narrows.ops.paged import empty_cache
 from narrows.ops.rms_norm import latent_norm
 from narrows.ops.rope import mla_softmax_scale
 from narrows.ops.rope_cache import rope_write_latents
@@ -46,7 +47,7 @@ class DeepseekLayer(MoeLayer):
         self.o_proj = load.linear(weights, "o_proj")
         self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope_scaling)
         place = load.place
-        self.cache_SC = torch.zeros((place.num_slots, mla.latent_dim), dtype=place.dtype, device=place.device)
+        self.cache_SC = empty_cache((place.num_slots, mla.latent_dim), place.dtype, place.device)
 
     def qkv_a_proj(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """Queries' latent, keys' and values' latent, and the shared rotary key, side by side (this rank's columns)."""

@@ -7,13 +7,13 @@ Letters: T rows, H hidden_size, N this rank's query heads, K its key-value heads
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from narrows.arch.config import GQA, ModelConfig
 from narrows.arch.forms import head_spans, kv_head_spans
 from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
 from narrows.ops.gqa_attention import gqa_attention
+from narrows.ops.paged import empty_cache
 from narrows.ops.rope_cache import rope_write_heads
 
 __all__ = ["Llama", "LlamaLayer"]
@@ -45,8 +45,8 @@ class LlamaLayer(DecoderLayer):
         if gqa.o_bias and tp_index == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
             self.o_bias_H = load(self.weights["o_proj.bias"])
         cache = (place.num_slots, self.num_kv_heads, gqa.head_dim)
-        self.k_cache_SKD = torch.zeros(cache, dtype=place.dtype, device=place.device)
-        self.v_cache_SKD = torch.zeros(cache, dtype=place.dtype, device=place.device)
+        self.k_cache_SKD = empty_cache(cache, place.dtype, place.device)
+        self.v_cache_SKD = empty_cache(cache, place.dtype, place.device)
 
     def attention(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""

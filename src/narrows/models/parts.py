@@ -67,7 +67,8 @@ class Loader:
     def __call__(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
         place = self.place
         tensor = self.source.take(weight, weight.span(place.mesh, place.rank))
-        return tensor.to(device=place.device, dtype=dtype or place.dtype)
+        # A copy, also where nothing changes: a view of the checkpoint would keep its whole file mapped.
+        return tensor.to(device=place.device, dtype=dtype or place.dtype, copy=True)
 
     def stacked(self, weights: Mapping[str, Weight], *roles: str) -> Tensor:
         """Several vectors one after the other."""

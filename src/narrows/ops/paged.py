@@ -10,13 +10,15 @@ Page 0 is the null page: never a request's, written by dead rows and read by pad
 Letters: T rows of the step, B decode rows, L tokens in a context, S slots.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeGroup", "PagedRows", "PrefillSpan", "build_paged_rows", "row_contexts", "write_cache"]
+__all__ = ["DecodeGroup", "PagedRows", "PrefillSpan", "build_paged_rows", "empty_cache", "row_contexts", "write_cache"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,15 @@ class PagedRows:
     decode_slots_BL: Tensor
     decode_lens_B: Tensor
     decode_groups: tuple[DecodeGroup, ...]
+
+
+def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A cache of zeros. On CPU a page of it takes memory when it is first written, not before."""
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes == 0:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 def build_paged_rows(

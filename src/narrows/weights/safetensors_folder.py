@@ -26,6 +26,8 @@ _SINGLE = "model.safetensors"
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"  # behind the name of the tensor that it scales
+_MAPPED = 128 << 20
+"""Bytes read through one mapping of a file: then it is mapped anew, so that what was read need not stay in memory."""
 
 
 def check_loadable(quantization: Quantization | None, name: str) -> None:
@@ -46,7 +48,7 @@ def check_loadable(quantization: Quantization | None, name: str) -> None:
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint folder. Safe to share between threads: opened files are only read.
+    """The tensors of a checkpoint folder. Safe to share between threads: files are only read.
 
     Args:
         quantization: what ``config.json`` says of how weights are stored.
@@ -61,6 +63,7 @@ class SafetensorsFolder:
         self._block = quantization.weight_block_size if quantization else None
         self._files = {path: _open(path) for path in self._paths()}
         self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        self._num_read = dict.fromkeys(self._files, 0)
 
     def _paths(self) -> list[Path]:
         index = self.folder / _INDEX
@@ -100,10 +103,17 @@ class SafetensorsFolder:
                 f"{path.name}: {name} is stored as {stored}; supported: {', '.join(_PLAIN)}, and {_FP8} with scales "
                 "by block"
             )
-        if span is None:
-            return self._files[path].get_tensor(name)
-        lo, hi = span
-        return view[lo:hi] if weight.dim == 0 else view[:, lo:hi].contiguous()
+        lo, hi = span or (0, shape[weight.dim or 0])
+        taken: Tensor = view[:, lo:hi].contiguous() if weight.dim == 1 else view[lo:hi]
+        self._note(path, taken.nbytes)
+        return taken
+
+    def _note(self, path: Path, nbytes: int) -> None:
+        """Counts what was read of a file. Threads may count too little: then the next one maps it anew."""
+        self._num_read[path] += nbytes
+        if self._num_read[path] > _MAPPED:
+            self._num_read[path] = 0
+            self._files[path] = _open(path)
 
     def _dequantized(self, name: str, weight: Weight, span: tuple[int, int] | None) -> Tensor:
         """The span of an FP8 tensor times its scales; only the blocks that cover it are read."""
@@ -117,6 +127,7 @@ class SafetensorsFolder:
         rows, columns = [
             span if span is not None and dim == (weight.dim or 0) else (0, weight.shape[dim]) for dim in (0, 1)
         ]
+        self._note(self._where[name], (rows[1] - rows[0]) * (columns[1] - columns[0]))
         (b_lo, b_hi), (c_lo, c_hi) = covering_blocks(rows, block[0]), covering_blocks(columns, block[1])
         return dequantize_blocks(
             self._files[self._where[name]].get_slice(name)[rows[0] : rows[1], columns[0] : columns[1]],
