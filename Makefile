@@ -45,8 +45,10 @@ $(VENV)/.runtime: pyproject.toml setup.py $(wildcard src/narrows/native/csrc/*)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e .
 	@touch $@
 
+# The extra's packages alone: narrows itself is installed, and would be compiled a second time.
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])' \
+	  | xargs $(BIN)/python -m pip install -qq --disable-pip-version-check
 	@touch $@
 
 clean:
