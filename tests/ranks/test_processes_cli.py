@@ -198,6 +198,7 @@ def test_a_launch_is_read_from_torchruns_environment() -> None:
         ranks=(5,),
         node=1,
         num_nodes=2,
+        place=1,
         by_torchrun=True,
         store_is_served=True,
         run="abc 2",

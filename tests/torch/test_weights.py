@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -251,8 +252,11 @@ def test_dummy_tensors_differ_by_name_expert_and_seed_and_are_of_a_sane_size() -
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="mappings are read from /proc, which only Linux has")
-def test_a_loaded_engine_keeps_no_file_of_the_checkpoint_mapped(tiny_model: Callable[..., Path]) -> None:
-    folder = tiny_model("v3")
+def test_a_loaded_engine_keeps_no_file_of_the_checkpoint_mapped(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a model of its own"
+    copytree(tiny_model("v3"), folder)
     with LLM(folder, tp=2):
         assert str(folder) not in Path("/proc/self/maps").read_text()
 
