@@ -33,6 +33,14 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
         out.print("\ndistributions, row by row against one rank in the same dtype", style="bold")
         out.print(_distance_table(evaluation))
     _print_failures(evaluation, out)
+    for layout in evaluation.layouts:
+        if layout.encodings:
+            travelled = ", ".join(layout.encodings)
+            out.print(f"{layout.layout}: rows travelled as {travelled} before gathers, which rounds them on purpose")
+        elif resolved.asked.encode_rows != "none":
+            out.print(
+                f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always would, if any gathers"
+            )
     for name, why in skipped.items():
         out.print(f"not run: {name}: {why}", markup=False)
     for note in resolved.notes:
@@ -46,6 +54,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
         "model": resolved.asked.model,
         "dp": resolved.asked.dp,
         "tp": resolved.asked.tp,
+        "encode_rows": resolved.asked.encode_rows,
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "files": {task: str(file) for task, file in evaluation.files.items()},
         "one_rank": asdict(evaluation.one_rank),

@@ -49,6 +49,8 @@ class LayoutResult:
     layout: str
     scores: tuple[Score, ...]
     distances: tuple[Measured, ...] = ()
+    encodings: tuple[str, ...] = ()
+    """What rows travelled as before gathers, where they were not plain."""
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -143,10 +145,11 @@ def evaluate(
         with runs.engine(config, layout) as llm:
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
+            encodings = tuple(sorted(llm.engine.encodings))
         if exact:
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)
-        results.append(LayoutResult(layout=layout, scores=scores, distances=distances))
+        results.append(LayoutResult(layout=layout, scores=scores, distances=distances, encodings=encodings))
     return Evaluation(
         resolved=resolved,
         files=dict(files),
