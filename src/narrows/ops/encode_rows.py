@@ -52,15 +52,15 @@ def encode_rows(x_TH: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) 
 
 def encode_rows_reference(x_TH: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Twin of `encode_rows`, and its path on other devices and for fp8; the same bits."""
-    wide_TH, largest = x_TH.to(torch.float32), _LARGEST[dtype]
-    scale_T1 = wide_TH.abs().amax(dim=-1, keepdim=True) / largest
-    scale_T1 = scale_T1.masked_fill(scale_T1 < _SMALLEST_SCALE, 0.0)
-    scale_T1 = scale_T1.masked_fill(scale_T1.isinf(), float("nan"))
-    plain_T1 = (scale_T1 > 0).logical_not()
-    codes_TH = (wide_TH / scale_T1.masked_fill(plain_T1, 1.0)).masked_fill(plain_T1, 0.0)
+    largest = _LARGEST[dtype]
+    most_T1 = x_TH.abs().amax(dim=-1, keepdim=True).to(torch.float32)
+    scale_T1 = most_T1 / torch.full_like(most_T1, largest)  # by a plain number CUDA would multiply by its reciprocal
+    scale_T1.masked_fill_(scale_T1 < _SMALLEST_SCALE, 0.0).masked_fill_(most_T1.isinf(), float("nan"))
+    none_T1 = (scale_T1 > 0).logical_not_()
+    codes_TH = torch.div(x_TH, scale_T1.masked_fill(none_T1, 1.0)).masked_fill_(none_T1, 0.0)
     if dtype is torch.int8:
-        codes_TH = codes_TH.round()
-    codes_TH = codes_TH.clamp(-largest, largest).to(dtype)
+        codes_TH.round_()
+    codes_TH = codes_TH.clamp_(-largest, largest).to(dtype)
     return codes_TH if out is None else out.copy_(codes_TH), scale_T1
 
 
