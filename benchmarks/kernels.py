@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.compiled import gemm_library, torch_brgemm
+from narrows.ops.encode_rows import decode_rows, decode_rows_reference, encode_rows, encode_rows_reference
 from narrows.ops.experts import experts_mlp
 from narrows.ops.linear import _packed_linear, linear
 from narrows.ops.packed import PackedLinear, empty_experts, empty_gate_up, empty_linear, fill
@@ -112,6 +113,7 @@ def row_wise(num_rows: int, rounds: int) -> dict[str, float]:
     gate, bias = torch.randn((32, 1024)) / 32, torch.randn(32) / 10
     embedding = torch.randn((32000, 1024)).to(BF16)
     proposals = shard_argmax(logits, 0)
+    codes, scales = encode_rows(x, torch.int8)
     ways: dict[str, Callable[[int], object]] = {
         "rms_norm": lambda i: rms_norm(x, weight, 1e-6),
         "add_rms_norm": lambda i: add_rms_norm(x, residual, weight, 1e-6),
@@ -130,6 +132,11 @@ def row_wise(num_rows: int, rounds: int) -> dict[str, float]:
         ),
         "shard_argmax": lambda i: shard_argmax(logits, 0),
         "pick": lambda i: pick(proposals),
+        "encode_rows": lambda i: encode_rows(x, torch.int8),
+        "encode_rows, torch": lambda i: encode_rows_reference(x, torch.int8),
+        "decode_rows": lambda i: decode_rows(codes, scales, BF16),
+        "decode_rows, torch": lambda i: decode_rows_reference(codes, scales, BF16),
+        "a copy": lambda i: x.clone(),
     }
     if num_rows <= 4:
         ways["tied head, torch"] = lambda i: functional.linear(x, embedding)

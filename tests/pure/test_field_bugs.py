@@ -143,6 +143,9 @@ class RandomPrices:
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("add", layout, row_bytes, row_set)
 
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price("recode", layout, row_bytes, row_set)
+
     def select(self, layout: Layout, row_bytes: int) -> StepPrice:
         return self._price("select", layout, row_bytes)
 

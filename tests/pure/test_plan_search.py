@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -22,7 +22,7 @@ from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.stage import StepPrice, StepShape
 from narrows.errors import PlanError
-from narrows.layout import Layout, Mesh, Move, MoveKind, deal, full, moves_from, scattered
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, deal, full, moves_from, scattered
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, NamedLayout, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan, Segment, Step
@@ -87,6 +87,9 @@ class RandomPrices:
 
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("add", layout, row_bytes, row_set)
+
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price("recode", layout, row_bytes, row_set)
 
     def select(self, layout: Layout, row_bytes: int) -> StepPrice:
         return self._price("select", layout, row_bytes)
@@ -348,3 +351,58 @@ def test_a_plan_of_61_layers_takes_less_than_50_ms(dp: int, tp: int) -> None:
         Planner(deployment, Forms()).plan(shape)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.050
+
+
+# -- encoded rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recoding(RandomPrices):
+    """Random prices, but encoding and decoding cost what is said; None: nobody may ask."""
+
+    ps: int | None
+
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        assert self.ps is not None, "rows are not to be encoded"
+        return StepPrice(self.ps, 1, 1, Source.ROOFLINE)
+
+
+def solved(chain: Chain, mesh: Mesh, prices: RandomPrices, *encoding: Encoding, always: bool = False) -> Plan:
+    graph = Graph(chain, mesh, AUTO, *encoding, always=always)
+    shape = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=1)
+    plan = Plan(layout_name="auto", mesh=mesh, shape=shape, segments=Search(graph, prices).solve())
+    assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
+    return plan
+
+
+@settings(deadline=None, max_examples=60)
+@given(chains(st.integers(1, 4)), seeds, scales)
+def test_off_or_too_dear_changes_nothing_and_more_edges_never_cost(built: tuple, seed: int, scale: int) -> None:
+    chain, mesh = built
+    off = solved(chain, mesh, Recoding(seed, scale, None))
+    assert not off.encodings
+    dear = solved(chain, mesh, Recoding(seed, scale, 10**9), Encoding.INT8)
+    assert dear == off
+    free = solved(chain, mesh, Recoding(seed, scale, 0), Encoding.INT8)
+    assert free.ps <= off.ps
+
+
+@settings(deadline=None, max_examples=60)
+@given(chains(st.integers(1, 4)), seeds, st.booleans())
+def test_only_what_norms_and_gemms_made_is_encoded(built: tuple, seed: int, always: bool) -> None:
+    """Never an owed sum, the residual stream, ids or the choice of experts, however cheap that were."""
+    chain, mesh = built
+    plan = solved(chain, mesh, Recoding(seed, 10**6, 0), Encoding.FP8, always=always)
+    plan.validate()
+    norms = {stage.name for stage in all_stages(chain) if stage.kind is StageKind.NORM}
+    for _, step in plan.steps():
+        if step.encoded:
+            assert step.move is not None and step.move.kind is MoveKind.ALL_GATHER
+            assert set(step.encoded) <= {"hidden", "qkv_latent"} and step.boundary not in norms
+            assert set(step.encoded.values()) == {Encoding.FP8} and len(step.encodings) == len(step.reads)
+        elif always and step.name == "all_gather" and step.boundary not in norms:
+            assert not {"hidden", "qkv_latent"} & set(step.reads)
+
+
+def all_stages(chain: Chain) -> Sequence:
+    return [*chain.prologue, *(stage for kind in chain.layer_types for stage in kind.stages), *chain.epilogue]

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from narrows.arch.forms import Forms
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.llm import LLM
 from narrows.engine.script import Script
 from narrows.errors import CheckpointError, ConfigError
 from narrows.plan.named import applicable_layouts, named_layout
+from narrows.sched.batch import Batch
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -63,6 +65,53 @@ def test_processes_give_the_bits_of_threads_under_every_layout(speaking_v3: Path
             script.sampled(batch, wanted[0].ids)
         assert generated(processes) == generated(threads)
     assert compared > 10_000 and len(layouts) > 2
+
+
+@pytest.mark.parametrize(("encode_rows", "way"), [("int8-always", "shared memory"), ("fp8-always", "gloo")])
+def test_encoded_rows_have_the_bits_of_threads(
+    speaking_v3: Path, encode_rows: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes and scales as bytes of one exchange, among uneven rows: groups of 14 and 1, ranks without any."""
+    script = Script([PROMPTS[0] * 2, PROMPTS[1][:1]], num_groups=2, num_steps=2, page_size=16)
+    asked = EngineConfig(
+        model=str(speaking_v3),
+        dp=2,
+        tp=2,
+        max_context=script.max_context,
+        kv_tokens=script.kv_tokens,
+        checked=True,
+        want_logits=True,
+        encode_rows=encode_rows,
+    )
+    layouts = ("attn-tp-input-scattered", "sequence-parallel")
+    with Engine(resolve(asked, Forms())) as threads:
+        steps = [
+            (batch, threads.book_of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows))
+            for batch in script_batches(script, threads)
+            for layout in layouts
+        ]
+        assert all(plan.encodings for _, plan in steps)
+        wanted = [threads.run_plan(batch, plan) for batch, plan in steps]
+    monkeypatch.setenv("NARROWS_NATIVE", "0" if way == "gloo" else "1")  # the ranks inherit it
+    with Engine(resolve(replace(asked, ranks="processes"), Forms())) as processes:
+        assert processes.ranks.transport.startswith(way)
+        for (batch, plan), theirs in zip(steps, wanted, strict=True):
+            for mine, its in zip(processes.run_plan(batch, plan), theirs, strict=True):
+                assert mine.logits is not None and its.logits is not None
+                if way == "gloo":  # those ranks have no compiled code, and their stages round otherwise
+                    torch.testing.assert_close(mine.logits, its.logits, rtol=0.05, atol=0.05)
+                else:
+                    assert torch.equal(mine.logits, its.logits)
+
+
+def script_batches(script: Script, engine: Engine) -> list[Batch]:
+    """The script's batches, fed with what the engine samples."""
+    batches = []
+    for batch in script:
+        plan = engine.book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        script.sampled(batch, engine.run_plan(batch, plan)[0].ids)
+        batches.append(batch)
+    return batches
 
 
 def test_weights_are_read_in_the_ranks_and_their_error_is_the_callers(speaking_v3: Path, tmp_path: Path) -> None:

@@ -350,6 +350,9 @@ class RandomPrices:
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price()
 
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price()
+
     def select(self, layout: Layout, row_bytes: int) -> StepPrice:
         return self._price()
 

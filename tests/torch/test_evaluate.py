@@ -195,6 +195,22 @@ def test_a_layout_out_of_bounds_is_exit_code_1_and_one_line(
     assert json.loads(out.splitlines()[-1])["layouts"][0]["failures"]
 
 
+def test_encoded_rows_are_judged_by_the_tasks_and_said(
+    evaluated_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts = ["--layout", "sequence-parallel", "--layout", "all-reduce"]
+    options = ["--task", "perplexity", *layouts, "--kl-rows", "130", "--one-at-a-time", "0"]
+    assert main(command(evaluated_model, *options, "--encode-rows", "int8-always")) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    encoded, plain = found["layouts"]
+    assert found["encode_rows"] == "int8-always" and (encoded["encodings"], plain["encodings"]) == (["int8"], [])
+    assert [one["distance"]["kl"] > 1e-8 for one in encoded["distances"]] == [True, True]
+    assert [one["distance"]["kl"] < 1e-10 for one in plain["distances"]] == [True, True]
+    assert "sequence-parallel: rows travelled as int8 before gathers" in out and "DIFFERS" not in out
+    assert "all-reduce: no plan of these steps encodes rows" in out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

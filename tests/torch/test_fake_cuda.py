@@ -59,7 +59,7 @@ from narrows.models import moe
 from narrows.models.parts import Place
 from narrows.models.registry import EXECUTABLE
 from narrows.ops import mlp
-from narrows.plan.book import PlanBook
+from narrows.plan.book import BookKey, PlanBook
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.plan.plan import Step
 from narrows.plan.planner import Planner
@@ -264,7 +264,13 @@ class Ranks:
     """All ranks of one family, one after the other, with weights held as ``forms`` say."""
 
     def __init__(
-        self, raw: dict[str, Any], folder: Path, forms: Forms | None, *, batch_invariant: bool = False
+        self,
+        raw: dict[str, Any],
+        folder: Path,
+        forms: Forms | None,
+        *,
+        batch_invariant: bool = False,
+        encode_rows: str = "none",
     ) -> None:
         file = folder / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
@@ -277,6 +283,7 @@ class Ranks:
             max_context=2048,
             kv_tokens=SLOTS,
             page_size=PAGE,
+            encode_rows=encode_rows,
         )
         self.resolved, self.batch_invariant = resolve(asked, forms), batch_invariant
         self.guard = StepGuard()
@@ -398,6 +405,7 @@ SAMPLED_AGAIN = Batch(
     groups=((chunk(5, 6, [sample_ref(1)], 1, sampling=EVERY, num_prompt=6), chunk(0, 93, [sample_ref(2)], 1)), ())
 )
 STEPS = (PREFILL, DECODE, MIXED)
+KEY = BookKey.of(PREFILL.phase, PREFILL.group_rows, PREFILL.num_logit_rows)
 
 
 def test_every_executable_family_is_here() -> None:
@@ -426,6 +434,15 @@ def test_auto_stays_on_the_device_and_never_waits(family: str, forms: str, tmp_p
 @pytest.mark.parametrize("family", ["deepseek_v2 without q_lora_rank", "qwen3_moe"])
 def test_batch_invariant_steps_stay_on_the_device_and_never_wait(family: str, tmp_path: Path) -> None:
     Ranks(FAMILIES[family], tmp_path, None, batch_invariant=True).walk(STEPS, "auto")
+
+
+@pytest.mark.parametrize("encode_rows", ["int8-always", "fp8-always"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2 without q_lora_rank"])
+def test_encoded_rows_stay_on_the_device_and_never_wait(family: str, encode_rows: str, tmp_path: Path) -> None:
+    ranks = Ranks(FAMILIES[family], tmp_path, Forms(), encode_rows=encode_rows)
+    for layout in ("sequence-parallel", "norm-before-gather"):
+        assert ranks.planners[False].plan(PlanBook(ranks.planners[False], layout, 1024).shape(KEY), layout).encodings
+        ranks.walk(STEPS, layout)
 
 
 # Planted faults. Each is put into an op, or where the step hands tensors to ops, and must be found in a llama.

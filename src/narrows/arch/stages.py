@@ -12,6 +12,7 @@ from enum import StrEnum
 from narrows.layout import Layout
 
 __all__ = [
+    "ENCODABLE",
     "AttentionCore",
     "Chain",
     "Field",
@@ -26,6 +27,12 @@ __all__ = [
     "Stream",
     "Work",
 ]
+
+
+ENCODABLE = frozenset({"hidden", "qkv_latent"})
+"""Fields whose rows may be rounded to a byte per value on their way through a gather, and then only to be read by the
+stages up to the next norm. Never what is, or is about to be added to, the residual stream (``residual``, ``shared``,
+``hidden`` before a norm): every later layer would keep those errors. Never the choice of experts, logits or ids."""
 
 
 class PriceClass(StrEnum):

@@ -21,7 +21,10 @@ from narrows.errors import ConfigError
 __all__ = ["Contestant", "Variant", "contestants", "memory_of", "parse_variants"]
 
 _YES = {"yes": True, "no": False}
-_CHANGEABLE = ("dp", "tp", "threads", "ranks", "dtype", "rows_per_step", "page_size", "checked", "batch_invariant")
+_CHANGEABLE = (
+    *("dp", "tp", "threads", "ranks", "dtype", "encode_rows"),
+    *("rows_per_step", "page_size", "checked", "batch_invariant"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,10 +33,23 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
         out.print("\ndistributions, row by row against one rank in the same dtype", style="bold")
         out.print(_distance_table(evaluation))
     _print_failures(evaluation, out)
+    _print_encodings(evaluation, out)
     for name, why in skipped.items():
         out.print(f"not run: {name}: {why}", markup=False)
     for note in resolved.notes:
         out.print(f"note: {note}", markup=False)
+
+
+def _print_encodings(evaluation: Evaluation, out: Console) -> None:
+    """Whether rows were encoded, where that was asked for: what is marked `encoded` differs for that reason."""
+    for layout in evaluation.layouts:
+        if layout.encodings:
+            travelled = ", ".join(layout.encodings)
+            out.print(f"{layout.layout}: rows travelled as {travelled} before gathers; its distributions have no bound")
+        elif evaluation.resolved.asked.encode_rows != "none":
+            out.print(
+                f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always encodes all it may"
+            )
 
 
 def document(evaluation: Evaluation) -> dict[str, Any]:
@@ -46,6 +59,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
         "model": resolved.asked.model,
         "dp": resolved.asked.dp,
         "tp": resolved.asked.tp,
+        "encode_rows": resolved.asked.encode_rows,
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "files": {task: str(file) for task, file in evaluation.files.items()},
         "one_rank": asdict(evaluation.one_rank),
@@ -153,7 +167,7 @@ def _distance_table(evaluation: Evaluation) -> Table:
                 str(distance.clear_changes),
                 "" if distance.beyond is None else f"{100 * distance.beyond:.1f} %",
                 "" if noise is None else f"x {math.exp(noise.value):.2f} ± {math.exp(noise.value) * noise.error:.2f}",
-                _verdict(distance.failure),
+                "encoded" if distance.failure and layout.encodings else _verdict(distance.failure),
             )
     return table
 
@@ -163,8 +177,11 @@ def _print_failures(evaluation: Evaluation, out: Console) -> None:
         for failure in layout.failures:
             out.print(f"{layout.layout}: {failure}", markup=False)
     if evaluation.ok:
+        aside = (
+            " (distributions marked encoded aside)" if any(layout.encodings for layout in evaluation.layouts) else ""
+        )
         out.print(
-            f"every layout is what one rank is: no figure is further off than {SIGMAS:g} standard errors, sums in "
+            f"every layout is what one rank is{aside}: no figure is further off than {SIGMAS:g} standard errors, sums in "
             f"another order, or x {NOISE_RATIO:g} one rank's own rounding explain (docs/eval.md)"
         )
     else:

@@ -18,7 +18,7 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.code import plan_code
 from narrows.plan.named import NAMED_LAYOUTS, named_layout
-from narrows.plan.planner import DTYPES, Deployment
+from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
 from narrows.plan.report import make_report
 from narrows.plan.saved import write_plan
 
@@ -47,6 +47,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help=f"a layout to compare; repeat for several (default: all that apply); one of {', '.join(NAMED_LAYOUTS)}",
     )
+    add(
+        "--encode-rows",
+        choices=tuple(ENCODE_ROWS),
+        default="none",
+        help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
+    )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
     add("--json", action="store_true", help="print one JSON document instead of tables")
     add("--html", metavar="FILE", help="write a page that draws each layout's layer as a timeline")
@@ -73,7 +79,14 @@ def run(args: argparse.Namespace) -> int:
     layouts = _layouts(args, config, mesh, notes)
     hardware = device(args.device)
     dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
-    deployment = Deployment(config=config, mesh=mesh, device=hardware, dtype=dtype, graph=not args.eager)
+    deployment = Deployment(
+        config=config,
+        mesh=mesh,
+        device=hardware,
+        dtype=dtype,
+        graph=not args.eager,
+        encode_rows=args.encode_rows,
+    )
     shape = StepShape.of(
         mesh, _group_rows(args, mesh), phase=args.phase, context=args.context, logit_rows=args.logit_rows
     )

@@ -13,7 +13,7 @@ from importlib.resources import files
 from jinja2 import Environment
 
 from narrows.arch.stages import PriceClass
-from narrows.plan.explain import layout_words, main_segment
+from narrows.plan.explain import fields_words, layout_words, main_segment
 from narrows.plan.plan import Plan, Step, StepKind
 from narrows.plan.report import PlanReport
 
@@ -125,7 +125,7 @@ def _bar(plan: Plan, step: Step, x: float, width: float, widest: float) -> _Bar:
     if _is_block(step):
         label = f"{step.name} {step.ps / 1e6:.0f} us"
     places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (step.layout, step.leaves)))
-    title = f"{step.name} of {', '.join(step.reads)}: {places}, {step.rows} rows, "
+    title = f"{step.name} of {fields_words(step.reads, step.encoded)}: {places}, {step.rows} rows, "
     title += f"{step.ps / 1e6:.1f} us ({step.source.label})"
     if talks:
         title += f", {_row_bytes(step):.0f} bytes per row"

@@ -15,7 +15,7 @@ from rich.text import Text
 from narrows.arch.forms import Forms, form_words
 from narrows.cli.console import console
 from narrows.cost.memory import MemoryUse
-from narrows.layout import Mesh
+from narrows.layout import Mesh, MoveKind
 from narrows.plan.crossovers import RowRange
 from narrows.plan.explain import compare, fields_words, layout_words, segment_difference
 from narrows.plan.plan import Plan, Segment, Step, StepKind
@@ -86,8 +86,17 @@ def _print_header(page: _Page, report: PlanReport) -> None:
     else:
         page.put(f"forms of auto, chosen for this one step: {form_words(deployment.config, report.auto.forms)}")
         page.put(f"forms of the named layouts, as published: {words}")
+    if deployment.encode_rows != "none":
+        page.put(f"rows before gathers: {_encoded(report)}")
     page.put(_LEGEND)
     page.put("")
+
+
+def _encoded(report: PlanReport) -> str:
+    """What was asked for, and in how many of its gathers auto does it."""
+    gathers = [step for _, step in report.auto.plan.steps() if step.move and step.move.kind is MoveKind.ALL_GATHER]
+    encoded = sum(bool(step.encoded) for step in gathers)
+    return f"{report.deployment.encode_rows}; auto encodes rows in {encoded} of its {len(gathers)} gathers"
 
 
 def _totals(report: PlanReport) -> Table:
@@ -165,7 +174,7 @@ def _step(mesh: Mesh, step: Step, times: int) -> tuple[str, ...]:
     return (
         f"> {name}" if before else name,
         before,
-        fields_words(step.reads),
+        fields_words(step.reads, step.encoded),
         reads if reads == leaves else f"{reads} -> {leaves}",
         str(step.rows),
         _amount(step.nbytes / 1e6),

@@ -89,6 +89,13 @@ def _print(report: VerifyReport, out: Console) -> None:
         )
     out.print(table)
     for layout in report.layouts:
+        if layout.encodings:
+            travelled = ", ".join(sorted(layout.encodings))
+            out.print(f"{layout.layout}: rows travelled as {travelled} before gathers; tolerance {layout.tolerance:g}")
+        elif resolved.asked.encode_rows != "none":
+            out.print(
+                f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always encodes all it may"
+            )
         if layout.failure:
             out.print(f"{layout.layout}: {layout.failure}")
     if report.logits_alone:

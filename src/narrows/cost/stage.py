@@ -92,6 +92,10 @@ class StepPrice:
     nbytes: int
     source: Source
 
+    def plus(self, other: StepPrice) -> StepPrice:
+        """This step's price with the time of ``other``, which is part of it; rows and bytes remain its own."""
+        return StepPrice(self.ps + other.ps, self.rows, self.nbytes, max(self.source, other.source))
+
 
 class Pricer:
     """Prices steps of one shape on one device.
@@ -147,15 +151,20 @@ class Pricer:
 
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write."""
-        rows = self._rows(row_set, layout)
-        price = stream_price(self.device, 3 * rows * row_bytes)
-        return StepPrice(price.ps, rows, 3 * rows * row_bytes, price.source)
+        return self._streamed(self._rows(row_set, layout), 3 * row_bytes)
+
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+        """Encoding or decoding the rows held at ``layout``: one pass that reads and writes ``row_bytes`` per row."""
+        return self._streamed(self._rows(row_set, layout), row_bytes)
 
     def select(self, layout: Layout, row_bytes: int) -> StepPrice:
         """Copying out the rows whose logits are asked for."""
-        rows = self._rows(RowSet.LOGITS, layout)
-        price = stream_price(self.device, 2 * rows * row_bytes)
-        return StepPrice(price.ps, rows, 2 * rows * row_bytes, price.source)
+        return self._streamed(self._rows(RowSet.LOGITS, layout), 2 * row_bytes)
+
+    def _streamed(self, rows: int, row_bytes: int) -> StepPrice:
+        """One pass over ``rows`` rows that reads and writes ``row_bytes`` of each."""
+        price = stream_price(self.device, rows * row_bytes)
+        return StepPrice(price.ps, rows, rows * row_bytes, price.source)
 
     def _work(self, item: Work, rows: int) -> tuple[Price, float]:
         device, size = self.device, self.itemsize

@@ -85,6 +85,8 @@ class EngineConfig:
     """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
     want_logits: bool = False
     """Every rank gets whole rows of logits, and results carry them."""
+    encode_rows: str = "none"
+    """What rows may travel as before a gather: one of ``plan.planner.ENCODE_ROWS``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", model_path(self.model))
@@ -163,6 +165,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         dtype=gemm_dtype,
         graph=False,  # steps are launched one by one
         want_logits=asked.want_logits,
+        encode_rows=asked.encode_rows,
     )
     rules = named_layout(asked.layout, config, mesh)
     limits = _limits(asked, config, mesh)

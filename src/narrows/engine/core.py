@@ -22,6 +22,7 @@ from narrows.engine.program import Wrap
 from narrows.engine.ranks import Ranks, start_ranks
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
+from narrows.layout import Encoding
 from narrows.models.parts import Place
 from narrows.plan.book import PinnedBook, PlanBook
 from narrows.plan.plan import Plan
@@ -162,6 +163,13 @@ class Engine:
             book = self.book_of(layout)
             self._books[layout] = book, PlanBook(self._logits_planner, layout, book.context)
         self.book, self._logits_book = self._books[layout]
+
+    @property
+    def encodings(self) -> frozenset[Encoding]:
+        """What rows travel as before gathers, where not plain, in the plans made so far."""
+        books = [book for pair in self._books.values() for book in pair]
+        plans = [plan for book in books for _, plan in book.plans()]
+        return frozenset[Encoding]().union(*(plan.encodings for plan in (self.resolved.plan, *plans) if plan))
 
     def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
         """Put something around every step of every rank from now on, or nothing any more.

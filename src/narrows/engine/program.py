@@ -20,8 +20,9 @@ from torch import Tensor
 from narrows.arch.stages import Field, RowSet, StageKind
 from narrows.comm.movers import Geometry, Mover
 from narrows.comm.world import World
-from narrows.layout import Layout, MoveKind, RowSplit
+from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
+from narrows.ops.encode_rows import decode_rows, encode_rows
 from narrows.plan.plan import Plan, Step, StepKind
 
 __all__ = ["Frame", "Operation", "Program", "Wrap", "bind"]
@@ -32,6 +33,7 @@ Wrap = Callable[[int | None, Step, tuple[int, ...], tuple[int, ...], Operation],
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
 
 _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
+_CODES = {Encoding.INT8: torch.int8, Encoding.FP8: torch.float8_e4m3fn}
 
 
 @dataclass(slots=True)
@@ -204,13 +206,16 @@ class _Binder:
         assert step.move is not None
         columns = self._columns(step) if step.move.kind is MoveKind.COLUMN_GATHER else None
         where = step.boundary if layer is None else f"layer {layer} {step.boundary}"
-        mover = Mover(self.world, step.move, f"{where}: {step.name} {'+'.join(step.reads)}", columns)
+        fields = "+".join(f"{name} as {step.encoded[name]}" if name in step.encoded else name for name in step.reads)
+        mover = Mover(self.world, step.move, f"{where}: {step.name} {fields}", columns)
         key = (step.move.src, step.move.dst, step.row_set)
         if key not in self._geometry_of:
             self._geometry_of[key] = len(self.moves)
             self.moves.append((mover, step.row_set))
         at = self._geometry_of[key]
         registers = [self._register(name) for name in step.reads]
+        if step.encoded:
+            return self._encoded_gather(step, mover, at)
         if step.move.kind in _REDUCES and self._owed and not step.leaves.owes_sum:
             addends = [register for register, _ in self._owed]
             self._owed.clear()
@@ -227,6 +232,31 @@ class _Binder:
                 regs[i] = tensor
 
         return move
+
+    def _encoded_gather(self, step: Step, mover: Mover, at: int) -> Operation:
+        """Encode, gather, decode. This rank's own rows come back through the gather too, so that they are decoded like
+        everybody's: the field is the same bits on every rank that holds it."""
+        travels = [
+            (self._register(name), _CODES.get(encoding))
+            for name, encoding in zip(step.reads, step.encodings, strict=True)
+        ]
+        lend, plain = self.world.send_buffer, self.model.place.dtype
+
+        def gather(regs: Registers, frame: Frame) -> None:
+            sent: list[Tensor] = []
+            for i, codes in travels:
+                if codes is None:
+                    sent.append(regs[i])
+                    continue
+                rows, width = regs[i].shape
+                encoded, scales = encode_rows(regs[i], codes, out=lend(rows, width, codes))
+                sent += encoded.view(torch.uint8), scales  # as plain bytes: not every wire knows fp8
+            came = iter(mover(sent, frame.geometries[at]))
+            for i, codes in travels:
+                tensor = next(came)
+                regs[i] = tensor if codes is None else decode_rows(tensor.view(codes), next(came), plain)
+
+        return gather
 
     def _columns(self, step: Step) -> tuple[int, ...]:
         """Columns per rank of the world; a cut along the last axes only repeats in every group."""

@@ -1,4 +1,4 @@
-"""Keeps what every stage left on every rank, and replays one run's choice of experts in another.
+"""Keeps what every stage and encoded gather left on every rank, and replays one run's choice of experts in another.
 
 Knows bound steps, registers and layouts; compares nothing. Put around the steps of an engine by :meth:`Recorder.wrap`.
 """
@@ -107,11 +107,12 @@ class Recorder:
         def around(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            if step.kind is not StepKind.STAGE:
+            if step.kind is not StepKind.STAGE and not step.encoded:
                 return operation
             if step.name == "router" and layer is not None:
                 operation = self._router(worker, layer, step, reads, writes, operation)
-            spots = [Spot(layer, step.name, name) for name in step.writes]
+            where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
+            spots = [Spot(layer, where, name) for name in step.writes]
 
             def recorded(regs: Registers, frame: Frame) -> None:
                 operation(regs, frame)

@@ -4,7 +4,8 @@ Knows engines, plans and tensors; not text. One rank runs a fixed sequence of st
 with decode, decode, steps that leave groups without rows) and keeps what every stage left. Each layout then runs the
 same steps, fed the same tokens, and is compared: every stage's output, put together from all ranks by its layout (in as
 many copies as ranks hold the same rows), and at the end each rank's logits. The first stage whose output differs by
-more than the tolerance is named, and the rank where one rank holds the wrong row.
+more than the tolerance is named, and the rank where one rank holds the wrong row. A plan that encodes rows rounds on
+purpose: it has a tolerance of its own, and what ranks hold in common must be the same bits.
 
 A near-tie in the choice of experts falls either way in the last bit, and then everything after it differs. So the one
 rank's choice is replayed, with the weights of this run, and rows where this run would have chosen otherwise are
@@ -25,20 +26,24 @@ from torch import Tensor
 from narrows.arch.forms import Forms
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.recorder import Flip, Recorder, Spot
+from narrows.engine.recorder import Copy, Flip, Recorder, Spot
 from narrows.engine.script import Script
 from narrows.engine.worker import StepResult
 from narrows.errors import PlanError
-from narrows.layout import RowSplit
+from narrows.layout import Encoding, RowSplit
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 from narrows.weights.source import WeightSource
 
-__all__ = ["TOLERANCE", "Difference", "LayoutReport", "VerifyReport", "verify"]
+__all__ = ["ENCODED_TOLERANCE", "TOLERANCE", "Difference", "LayoutReport", "VerifyReport", "verify"]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 """Largest root mean square of a stage's difference, relative to the root mean square of its output."""
+
+ENCODED_TOLERANCE = {Encoding.INT8: 0.1, Encoding.FP8: 0.3}
+"""The same from the first step on whose plan encodes rows before a gather: what was measured on random tiny models of
+every family (docs/encoded-rows.md), with a margin of two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +57,13 @@ class Difference:
     row: int
     rank: int | None = None
     """The rank that holds the wrong row; None where several ranks made it together."""
+    between_ranks: bool = False
+    """Not against one rank: two ranks hold other bits of a row."""
 
     def __str__(self) -> str:
         on = "" if self.rank is None else f" on rank {self.rank}"
         return (
-            f"{self.spot} differs by {self.relative:.1e} of its size "
+            f"{self.spot} differs {'between ranks ' if self.between_ranks else ''}by {self.relative:.1e} of its size "
             f"(largest {self.largest:.1e}, first in row {self.row}{on} of step {self.step})"
         )
 
@@ -66,11 +73,14 @@ class LayoutReport:
     """One layout against one rank. ``failure`` says in one line what is wrong, and is empty when all is well.
 
     Differences of logits are absolute; ``kl`` is the mean KL divergence per row in nats; ``agreement`` the share of
-    rows whose greedy token is the same; ``worst`` the largest relative difference of any stage.
+    rows whose greedy token is the same; ``worst`` the largest relative difference of any stage; ``tolerance`` is the
+    last step's, and ``encodings`` what rows travelled as where they were not plain.
     """
 
     layout: str
     forms: str
+    tolerance: float
+    encodings: frozenset[Encoding] = frozenset()
     num_rows: int = 0
     max_logit_difference: float = 0.0
     mean_logit_difference: float = 0.0
@@ -187,7 +197,7 @@ def _run_layout(
     validate: bool,
 ) -> LayoutReport:
     resolved, book = engine.resolved, engine.book_of(name)
-    report = LayoutReport(layout=name, forms=str(resolved.forms))
+    report = LayoutReport(layout=name, forms=str(resolved.forms), tolerance=TOLERANCE[resolved.dtype])
     if recorder is not None:
         recorder.flips = report.flips
     for step, batch in enumerate(reference.batches):
@@ -199,12 +209,14 @@ def _run_layout(
             except PlanError as error:
                 report.failure = f"the plan is not valid: {error}"
                 return report
+        report.encodings |= plan.encodings  # what was rounded once stays in the cache
+        report.tolerance = max(report.tolerance, *(ENCODED_TOLERANCE[each] for each in report.encodings), 0.0)
         if recorder is not None:
             recorder.begin(step)
         results = engine.run_plan(batch, plan)
         if recorder is not None:
             _compare_stages(report, step, reference.tensors[step], recorder, resolved, batch)
-        _compare_logits(report, step, reference.logits[step], results, resolved)
+        _compare_logits(report, step, reference.logits[step], results)
     report.mean_logit_difference /= max(report.num_rows, 1)
     report.kl /= max(report.num_rows, 1)
     report.agreement /= max(report.num_rows, 1)
@@ -223,13 +235,31 @@ def _compare_stages(
 ) -> None:
     rows = RowSplit.from_groups(resolved.mesh, batch.group_rows)
     got = recorder.copies(rows)
+    if report.encodings:
+        _compare_ranks(report, step, got, rows)
     for spot, wanted in expected.items():
         if spot not in got or spot.field == "next_ids":
             continue  # a form may lack a stage of the other; tokens are compared by agreement
         if spot.stage == "experts" and resolved.forms.shared_expert == "replicated":
             continue  # here without the shared expert, which joins after: the next norm's residual has both
         for copy in got[spot]:
-            _compare(report, step, spot, wanted, copy.tensor, resolved, lambda row, copy=copy: copy.rank_of(row, rows))  # type: ignore[misc]
+            _compare(report, step, spot, wanted, copy.tensor, lambda row, copy=copy: copy.rank_of(row, rows))  # type: ignore[misc]
+
+
+def _compare_ranks(report: LayoutReport, step: int, got: dict[Spot, list[Copy]], rows: RowSplit) -> None:
+    """Where rows are encoded the tolerance is wide, so ranks are held against each other too: to the bit."""
+    for spot, (first, *others) in got.items():
+        for copy in others:
+            if report.first_difference is None and not torch.equal(first.tensor, copy.tensor):
+                _compare(
+                    report,
+                    step,
+                    spot,
+                    first.tensor,
+                    copy.tensor,
+                    lambda row, copy=copy: copy.rank_of(row, rows),  # type: ignore[misc]
+                    between_ranks=True,
+                )
 
 
 def _compare(
@@ -238,10 +268,11 @@ def _compare(
     spot: Spot,
     wanted: Tensor,
     got: Tensor,
-    resolved: Resolved,
     rank_of: Callable[[int], int | None],
+    *,
+    between_ranks: bool = False,
 ) -> None:
-    tolerance = TOLERANCE[resolved.dtype]
+    tolerance = 0.0 if between_ranks else report.tolerance
     difference = (got.double() - wanted.double()).abs().nan_to_num(nan=float("inf"))
     if difference.numel() == 0:
         return
@@ -252,13 +283,17 @@ def _compare(
         over = ~(difference.amax(dim=-1) <= tolerance * size)
         row = int(over.nonzero()[0]) if over.any() else 0
         report.first_difference = Difference(
-            step=step, spot=spot, relative=relative, largest=difference.max().item(), row=row, rank=rank_of(row)
+            step=step,
+            spot=spot,
+            relative=relative,
+            largest=difference.max().item(),
+            row=row,
+            rank=rank_of(row),
+            between_ranks=between_ranks,
         )
 
 
-def _compare_logits(
-    report: LayoutReport, step: int, expected: Tensor, results: Sequence[StepResult], resolved: Resolved
-) -> None:
+def _compare_logits(report: LayoutReport, step: int, expected: Tensor, results: Sequence[StepResult]) -> None:
     """Every rank's logits count: the differences are those of the rank that is furthest off."""
     if expected.shape[0] == 0:
         return
@@ -269,7 +304,7 @@ def _compare_logits(
         assert result.logits is not None
         got = result.logits.double()
         # Not a stage's output but what the moves after the LM head made of it.
-        _compare(report, step, Spot(None, "gathered", "logits"), wanted, got, resolved, lambda row, rank=rank: rank)  # type: ignore[misc]
+        _compare(report, step, Spot(None, "gathered", "logits"), wanted, got, lambda row, rank=rank: rank)  # type: ignore[misc]
         difference = (got - wanted).abs().nan_to_num(nan=float("inf"))
         report.max_logit_difference = max(report.max_logit_difference, difference.max().item())
         mean = max(mean, difference.mean(-1).sum().item())

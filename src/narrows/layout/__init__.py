@@ -1,12 +1,14 @@
-"""PURE room: meshes, layouts, row splits and moves. It imports nothing above `errors`, and no torch."""
+"""PURE room: meshes, layouts, row splits, moves and row encodings. It imports nothing above `errors`, and no torch."""
 
 from narrows.layout.deal import Span, deal, starts
+from narrows.layout.encoding import Encoding
 from narrows.layout.layout import Layout, full, group, legal_layouts, owed, picture, scattered
 from narrows.layout.mesh import Mesh
 from narrows.layout.moves import Move, MoveKind, moves_from, reachable, route
 from narrows.layout.rows import RowSplit
 
 __all__ = [
+    "Encoding",
     "Layout",
     "Mesh",
     "Move",

@@ -40,6 +40,8 @@ _ROWS = {
     "narrows_embedding": (_P, _L, _P, _L, _P, _L, _L, _L),
     "narrows_pick": (_P, _P, _L, _L, _L),
     "narrows_argmax": (_P, _P, _L, _L, _L, _L, _I, _I),
+    "narrows_encode_rows": (_P, _P, _P, _L, _L, _L, _I, _I),
+    "narrows_decode_rows": (_P, _P, _P, _L, _L, _I, _I),
 }
 _ATTENTION = {
     "narrows_mla_prefill": (_P, _L, *(_P, _L, _L) * 2, _P, _L, _P, _L, _L, _P, _P, *(_L,) * 5, _F, _I, _P),

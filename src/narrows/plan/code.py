@@ -61,6 +61,9 @@ def _lines(mesh: Mesh, step: Step, indent: str, receiver: str, joined: list[str]
         if joined and step.layout.owes_sum and not step.leaves.owes_sum:
             more = f", addends=[{', '.join(joined)}]"
             joined.clear()
+        if step.encoded:
+            travels = ", ".join(f'"{name}": "{encoding}"' for name, encoding in step.encoded.items())
+            more = f", encode={{{travels}}}"
         code = f'{writes} = {step.name}({", ".join(step.reads)}, over="{step.move.axes}"{more})'
     rows = f"{step.rows} logit rows" if step.row_set is RowSet.LOGITS else f"{step.rows} rows"
     yield f"{indent}{code}".ljust(_COMMENT_AT) + f"  # {_places(mesh, step)}, {rows}, {step.ps / 1e6:.1f} us"

@@ -7,11 +7,12 @@ named layout, and it prints nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from narrows.arch.stages import PriceClass, StageKind
-from narrows.layout import Layout, Mesh, MoveKind
+from narrows.layout import Encoding, Layout, Mesh, MoveKind
 from narrows.plan.plan import Plan, Segment, Step, StepKind
 
 __all__ = [
@@ -61,19 +62,22 @@ def layout_words(mesh: Mesh, layout: Layout) -> str:
     return layout.title(mesh) or str(layout)
 
 
-def fields_words(fields: tuple[str, ...]) -> str:
+def fields_words(fields: tuple[str, ...], encoded: Mapping[str, Encoding] = MappingProxyType({})) -> str:
     """Names of fields as they are printed; those of the routing, which always go together, as one.
 
-    >>> fields_words(("hidden", "topk_ids", "topk_weights"))
-    'hidden, topk'
+    >>> fields_words(("hidden", "topk_ids", "topk_weights"), {"hidden": Encoding.INT8})
+    'hidden int8, topk'
     """
-    return ", ".join(dict.fromkeys("topk" if name.startswith("topk_") else name for name in fields))
+    words = {name: f"{name} {encoded[name]}" if name in encoded else name for name in fields}
+    return ", ".join(dict.fromkeys("topk" if name.startswith("topk_") else words[name] for name in fields))
 
 
 def move_words(step: Step) -> str:
-    """A move in a few words: what it is, over which axes if there are several, and of what unless of ``hidden``."""
+    """A move in a few words: what it is, over which axes if there are several, and of what unless plain ``hidden``."""
     words = _kind_words(step)
-    return words if "hidden" in step.reads else f"{words} of {fields_words(step.reads)}"
+    if "hidden" in step.reads and not step.encoded:
+        return words
+    return f"{words} of {fields_words(step.reads, step.encoded)}"
 
 
 def _kind_words(step: Step) -> str:
@@ -123,7 +127,7 @@ def _moves_words(steps: Sequence[Step]) -> str:
 def step_words(mesh: Mesh, step: Step) -> str:
     """A step as a few words, for saying how one layer differs from another."""
     if step.move is not None:
-        return f"{_kind_words(step)} of {fields_words(step.reads)} to {layout_words(mesh, step.leaves)}"
+        return f"{_kind_words(step)} of {fields_words(step.reads, step.encoded)} to {layout_words(mesh, step.leaves)}"
     at = layout_words(mesh, step.layout)
     if step.kind is StepKind.STAGE:
         return f"{step.name} of {fields_words(step.reads)} at {at}"
@@ -134,7 +138,16 @@ def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
     """How the steps of ``odd`` differ from those of ``usual``."""
 
     def what(step: Step) -> tuple[object, ...]:
-        return step.kind, step.name, step.boundary, step.reads, step.reads_at, step.writes_at, step.row_set
+        return (
+            step.kind,
+            step.name,
+            step.boundary,
+            step.reads,
+            step.reads_at,
+            step.writes_at,
+            step.row_set,
+            step.encodings,
+        )
 
     here, there = {what(step): step for step in odd.steps}, {what(step): step for step in usual.steps}
     changes = [f"without {step_words(mesh, there[key])}" for key in there if key not in here]

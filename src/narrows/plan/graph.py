@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any, Protocol
 
-from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
+from narrows.arch.stages import ENCODABLE, Chain, Field, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
 from narrows.cost.stage import StepPrice
-from narrows.layout import Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
 from narrows.plan.named import NamedLayout
 from narrows.plan.plan import Step, StepKind
 
@@ -34,6 +34,7 @@ class Prices(Protocol):
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
 
 
@@ -53,10 +54,23 @@ class Node:
 
 
 class Graph:
-    """All ways through ``chain`` on ``mesh`` that ``rules`` leave."""
+    """All ways through ``chain`` on ``mesh`` that ``rules`` leave.
 
-    def __init__(self, chain: Chain, mesh: Mesh, rules: NamedLayout) -> None:
+    ``encoding``: what the rows of a field that may be encoded can travel as in a gather, beside plain; ``always``:
+    plain gathers of such fields are left out, whatever encoding costs.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        mesh: Mesh,
+        rules: NamedLayout,
+        encoding: Encoding = Encoding.PLAIN,
+        *,
+        always: bool = False,
+    ) -> None:
         self.chain, self.mesh, self.rules = chain, mesh, rules
+        self._encoding, self._always = encoding, always
         self.asks: list[Callable[[Prices], StepPrice]] = []
         self._ask_index: dict[tuple[Any, ...], int] = {}
         self._layouts = legal_layouts(mesh)
@@ -70,6 +84,9 @@ class Graph:
         self._slot = {bundle: i for i, bundle in enumerate(self._bundles)}
         self._names = [tuple(field.name for field in fields) for fields in bundles.values()]
         self._row_bytes = [sum(field.row_bytes for field in fields) for fields in bundles.values()]
+        self._encoded_bytes = [
+            sum(encoding.row_bytes(field.width, field.itemsize) for field in fields) for fields in bundles.values()
+        ]
         self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
         self._nodes: dict[tuple[str, State], Node] = {}
@@ -116,7 +133,8 @@ class Graph:
                         after = list(state)
                         for slot in chosen:
                             after[slot] = dst
-                        yield tuple(after), self._move(move, dst, chosen, state, stage)
+                        for encoded in self._encodable(move, chosen, stage):
+                            yield tuple(after), self._move(move, dst, chosen, encoded, state, stage)
 
     def _adds(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
         hidden = state[self._slot["hidden"]]
@@ -140,6 +158,21 @@ class Graph:
 
     def _may_select(self, stage: Stage) -> bool:
         return self.rules.select_before is None or stage.name in self.rules.select_before
+
+    def _encodable(self, move: Move, slots: tuple[int, ...], stage: Stage) -> Iterator[tuple[int, ...]]:
+        """Which of ``slots`` may travel encoded together: no slot first, so that ties go to plain rows.
+
+        What is gathered before a norm is about to enter the residual stream, and stays what it is.
+        """
+        may: tuple[int, ...] = ()
+        if (
+            self._encoding is not Encoding.PLAIN
+            and move.kind is MoveKind.ALL_GATHER
+            and stage.kind is not StageKind.NORM
+        ):
+            may = tuple(slot for slot in slots if ENCODABLE.issuperset(self._names[slot]))
+        for size in range(len(may) if self._always else 0, len(may) + 1):
+            yield from combinations(may, size)
 
     def _may_move(self, move: Move, stage: Stage) -> bool:
         if move.src.owes_sum:
@@ -211,17 +244,32 @@ class Graph:
             fused=fused,
         )
 
-    def _move(self, move: Move, dst: int, slots: tuple[int, ...], state: State, stage: Stage) -> Edge:
+    def _move(
+        self, move: Move, dst: int, slots: tuple[int, ...], encoded: tuple[int, ...], state: State, stage: Stage
+    ) -> Edge:
         src, selected = state[slots[0]], state[-1]
-        key = ("move", stage.name, slots, src, dst, selected)
+        key = ("move", stage.name, slots, encoded, src, dst, selected)
         if (made := self._made.get(key)) is not None:
             return made
-        row_bytes, row_set = sum(self._row_bytes[slot] for slot in slots), _ROW_SETS[selected]
+        row_set = _ROW_SETS[selected]
+        row_bytes = sum((self._encoded_bytes if slot in encoded else self._row_bytes)[slot] for slot in slots)
         names = tuple(name for slot in slots for name in self._names[slot])
+        travels = tuple(
+            self._encoding if slot in encoded else Encoding.PLAIN for slot in slots for _ in self._names[slot]
+        )
+        recoded = tuple(self._row_bytes[slot] + self._encoded_bytes[slot] for slot in encoded)
+
+        def ask(prices: Prices) -> StepPrice:
+            """The gather, and per encoded field one pass over its rows before and one after."""
+            price = prices.move(move, row_bytes, row_set)
+            for both in recoded:
+                price = price.plus(prices.recode(move.src, both, row_set)).plus(prices.recode(move.dst, both, row_set))
+            return price
+
         return self._edge(
             key,
-            ("move", src, dst, row_bytes, selected),
-            lambda prices: prices.move(move, row_bytes, row_set),
+            ("move", src, dst, row_bytes, recoded, selected),
+            ask,
             kind=StepKind.MOVE,
             name=move.kind.value,
             boundary=stage.name,
@@ -232,6 +280,7 @@ class Graph:
             writes_at=(move.dst,) * len(names),
             row_set=row_set,
             move=move,
+            encodings=travels if encoded else (),
         )
 
     def _add(self, addend: str, hidden: int, at: int, selected: int, stage: Stage) -> Edge:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from narrows.arch.stages import PriceClass, RowSet, Stage, StageKind
+from narrows.arch.stages import ENCODABLE, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import PlanError
-from narrows.layout import Layout, Mesh, Move, full, scattered
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
 
 __all__ = ["Plan", "Segment", "Step", "StepKind"]
 
@@ -37,7 +37,8 @@ class Step:
     ``hidden`` and then an addend: where ``hidden`` still owes a sum (``joins``) the addend, scattered, joins it.
     ``boundary`` is the stage that the step prepares, or is. ``rows`` are those of the rank that has the most,
     ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
-    predicted picoseconds: integers, so that sums do not depend on their order.
+    predicted picoseconds: integers, so that sums do not depend on their order. ``encodings``: how each field read by a
+    gather travels; such a step is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
     """
 
     kind: StepKind
@@ -56,6 +57,7 @@ class Step:
     stage: Stage | None = None
     move: Move | None = None
     fused: bool = False
+    encodings: tuple[Encoding, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -70,6 +72,12 @@ class Step:
     @property
     def seconds(self) -> float:
         return self.ps * 1e-12
+
+    @property
+    def encoded(self) -> dict[str, Encoding]:
+        """The fields that do not travel plain, and what they travel as."""
+        travels = zip(self.reads, self.encodings, strict=True) if self.encodings else ()
+        return {name: encoding for name, encoding in travels if encoding is not Encoding.PLAIN}
 
     @property
     def joins(self) -> bool:
@@ -128,13 +136,19 @@ class Plan:
                 totals[step.price_class] += step.ps * segment.times
         return {price_class: ps * 1e-12 for price_class, ps in totals.items()}
 
+    @property
+    def encodings(self) -> frozenset[Encoding]:
+        """What rows are encoded as anywhere in the plan; empty where they all travel plain."""
+        steps = (step for segment in self.segments for step in segment.steps)
+        return frozenset(encoding for step in steps for encoding in step.encoded.values())
+
     def signature(self) -> tuple[object, ...]:
         """What the plan does, without rows and prices: equal signatures run the same steps."""
         return tuple(
             (
                 segment.layers,
                 tuple(
-                    (s.kind, s.name, s.reads, s.reads_at, s.writes, s.writes_at, s.fused, s.row_set)
+                    (s.kind, s.name, s.reads, s.reads_at, s.writes, s.writes_at, s.fused, s.row_set, s.encodings)
                     for s in segment.steps
                 ),
             )
@@ -146,15 +160,18 @@ class Plan:
 
         Raises:
             PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout; an addend
-                would be counted twice, or lost. The stage that the step is, or prepares, is named.
+                would be counted twice, or lost; a field is encoded that must not be, or an encoded one would enter the
+                residual stream. The stage that the step is, or prepares, is named.
         """
         state: dict[str, Layout] = {"ids": full(self.mesh)}
+        rounded: dict[str, Encoding] = {}
         for layer, step in self.steps():
             where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
             if layer is not None:
                 where = f"layer {layer} {where}"
             for name, wanted in zip(step.reads, step.reads_at, strict=True):
                 self._check(where, state, name, wanted, step)
+            _check_encodings(where, step, rounded)
             if step.stage is not None and step.stage.kind is StageKind.NORM:
                 for addend in ("residual", "shared"):
                     if addend in state and addend not in step.reads:
@@ -187,3 +204,24 @@ class Plan:
             raise PlanError(f"{where} reads {name} at {have}, but accepts only {step.stage.accepts}")
         if step.stage.accepts is None and not (have.is_whole and have == step.layout):
             raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows in one layout")
+
+
+def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding]) -> None:
+    """``rounded``: the fields whose rows have been encoded on their way to where they are; kept up to date."""
+    if step.encodings and (step.move is None or step.move.kind is not MoveKind.ALL_GATHER):
+        raise PlanError(f"{where} encodes rows, but only an all_gather may: sums are of whole values")
+    if step.encodings and len(step.encodings) != len(step.reads):
+        raise PlanError(f"{where} has {len(step.encodings)} encodings for {len(step.reads)} fields")
+    for name, encoding in step.encoded.items():
+        if name not in ENCODABLE:
+            raise PlanError(
+                f"{where} would send {name} as {encoding}; only {', '.join(sorted(ENCODABLE))} may be encoded"
+            )
+        rounded[name] = encoding
+    is_norm = step.stage is not None and step.stage.kind is StageKind.NORM
+    for name in step.reads:
+        if name in rounded and (is_norm or step.kind is StepKind.ADD):
+            raise PlanError(f"{where} would add {name}, whose rows came as {rounded[name]}, to the residual stream")
+    if step.kind is StepKind.STAGE:
+        for name in step.writes:
+            rounded.pop(name, None)

@@ -16,23 +16,34 @@ from narrows.cost.devices import Device
 from narrows.cost.memory import MemoryUse, memory_use
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
-from narrows.layout import Mesh
+from narrows.layout import Encoding, Mesh
 from narrows.plan.graph import Graph
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.search import Search
 
-__all__ = ["DTYPES", "Deployment", "Planner", "choose_forms"]
+__all__ = ["DTYPES", "ENCODE_ROWS", "Deployment", "Planner", "choose_forms"]
 
 DTYPES = ("fp8", "bf16", "fp32")
 """Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
+
+ENCODE_ROWS = {
+    "none": (Encoding.PLAIN, False),
+    "int8": (Encoding.INT8, False),
+    "fp8": (Encoding.FP8, False),
+    "int8-always": (Encoding.INT8, True),
+    "fp8-always": (Encoding.FP8, True),
+}
+"""What rows may travel as in gathers: where the planner finds it cheaper, or wherever it is allowed (``always``), which
+is the most that any plan can round: for measuring quality."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """A model on a mesh of one kind of device. ``graph``: steps are launched from a CUDA graph.
 
-    ``want_logits``: every rank needs whole rows of logits, not only the chosen token.
+    ``want_logits``: every rank needs whole rows of logits, not only the chosen token. ``encode_rows``: one of
+    ENCODE_ROWS.
     """
 
     config: ModelConfig
@@ -41,8 +52,11 @@ class Deployment:
     dtype: str = "bf16"
     graph: bool = True
     want_logits: bool = False
+    encode_rows: str = "none"
 
     def __post_init__(self) -> None:
+        if self.encode_rows not in ENCODE_ROWS:
+            raise ConfigError(f"--encode-rows {self.encode_rows!r} is not known; it is one of {', '.join(ENCODE_ROWS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known; dtypes: {', '.join(DTYPES)}")
         self.device.flops_per_s(self.dtype)  # refuses fp8 on a device without it, naming those that have it
@@ -81,7 +95,9 @@ class Planner:
         d = self.deployment
         graph = self._graphs.get(layout)
         if graph is None:
-            graph = self._graphs[layout] = Graph(self.chain, d.mesh, named_layout(layout, d.config, d.mesh))
+            encoding, always = ENCODE_ROWS[d.encode_rows]
+            rules = named_layout(layout, d.config, d.mesh)
+            graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
         prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
         segments = Search(graph, prices).solve()
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)

@@ -61,6 +61,7 @@ class PlanReport:
             "device": deployment.device.name,
             "dtype": deployment.dtype,
             "graph": deployment.graph,
+            "encode_rows": deployment.encode_rows,
             "shape": {
                 "phase": shape.phase,
                 "rows": shape.rows.total,
@@ -111,6 +112,7 @@ class PlanReport:
                     "writes": list(step.writes),
                     "writes_at": [str(layout) for layout in step.writes_at],
                     "layout": step.layout.title(plan.mesh) or str(step.layout),
+                    "encodings": [str(encoding) for encoding in step.encodings],
                     "axes": step.move.axes if step.move is not None else "",
                     "rows": step.rows,
                     "bytes": step.nbytes,
@@ -156,6 +158,9 @@ def make_report(
     others = [each.plan for each in entries if each is not auto]
     if planner is not published:
         others.append(replace(published.plan(shape), layout_name="auto with the published forms"))
+    if deployment.encode_rows != "none":
+        plain = Planner(replace(deployment, encode_rows="none"), forms)
+        others.append(replace(plain.plan(shape), layout_name="auto with plain rows"))
     sweep = Sweep(shape=shape, top=max(_SWEEP_TOP[shape.phase], 2 * shape.rows.total), logit_rows=logit_rows)
     return PlanReport(
         deployment=deployment,

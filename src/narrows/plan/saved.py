@@ -18,7 +18,7 @@ from narrows.arch.stages import Chain, PriceClass, RowSet, Stage
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError, PlanError
-from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, RowSplit
 from narrows.plan.plan import Plan, Segment, Step, StepKind
 
 __all__ = ["SavedPlan", "read_plan", "write_plan"]
@@ -113,6 +113,7 @@ def _step_document(step: Step) -> dict[str, Any]:
         "ps": step.ps,
         "source": step.source.label,
         "fused": step.fused,
+        "encodings": [encoding.value for encoding in step.encodings],
         "move": None
         if move is None
         else {
@@ -172,4 +173,5 @@ def _step(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Step:
         if move is None
         else Move(mesh, MoveKind(move["kind"]), Layout(move["src"]), Layout(move["dst"]), *move["axes"]),
         fused=raw["fused"],
+        encodings=tuple(Encoding(each) for each in raw.get("encodings", ())),
     )

@@ -1,4 +1,5 @@
-// What is done to each row alone, in one pass over memory: norms, the router, the embedding, the best column.
+// What is done to each row alone, in one pass over memory: norms, the router, the embedding, the best
+// column, rows as int8 and back.
 //
 // A row's result never depends on other rows. Rows are shared out to threads only where there is work for them.
 #include "vector.h"
@@ -260,6 +261,63 @@ void argmax(double* out, const T* x, int64_t stride, int64_t num_rows, int64_t w
     });
 }
 
+// scales[t] = max |x[t]| / 127, codes[t] = x[t] / scales[t] to the nearest, ties to even; of scales that are no normal
+// number zeros, of rows that are not finite the scale NaN.
+template <typename T>
+void encode_rows(int8_t* codes, float* scales, const T* x, int64_t x_stride, int64_t num_rows, int64_t width,
+                 int num_threads) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i least = _mm512_set1_epi32(-127), most = _mm512_set1_epi32(127);
+    for_rows(num_rows, width, num_threads, [&](int64_t t) {
+        const T* from = x + t * x_stride;
+        int8_t* to = codes + t * width;
+        // As whole numbers the bits of magnitudes order as the magnitudes do, with infinity and then NaN at the end.
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t h = 0; h < width; h += 16) {
+            const __m512 y = load16(from + h, first_lanes(width - h));
+            largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(y), magnitude));
+        }
+        const int32_t bits = _mm512_reduce_max_epi32(largest);
+        float scale;
+        std::memcpy(&scale, &bits, 4);
+        scale /= 127.0f;
+        if (scale < std::numeric_limits<float>::min()) scale = 0.0f;
+        if (bits >= 0x7f800000) scale = std::numeric_limits<float>::quiet_NaN();
+        scales[t] = scale;
+        if (!(scale > 0.0f)) {
+            std::memset(to, 0, width);
+            return;
+        }
+        const __m512 by = _mm512_set1_ps(scale);
+        for (int64_t h = 0; h < width; h += 16) {
+            const __mmask16 here = first_lanes(width - h);
+            __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(load16(from + h, here), by));
+            code = _mm512_max_epi32(_mm512_min_epi32(code, most), least);
+            if (here == 0xffff) {
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + h), _mm512_cvtepi32_epi8(code));
+            } else {
+                _mm512_mask_cvtepi32_storeu_epi8(to + h, here, code);
+            }
+        }
+    });
+}
+
+// out[t] = codes[t] * scales[t], rounded to T.
+template <typename T>
+void decode_rows(T* out, const int8_t* codes, const float* scales, int64_t num_rows, int64_t width, int num_threads) {
+    for_rows(num_rows, width, num_threads, [&](int64_t t) {
+        const int8_t* from = codes + t * width;
+        T* to = out + t * width;
+        const __m512 scale = _mm512_set1_ps(scales[t]);
+        for (int64_t h = 0; h < width; h += 16) {
+            const __mmask16 here = first_lanes(width - h);
+            const __m128i code = here == 0xffff ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + h))
+                                                : _mm_maskz_loadu_epi8(here, from + h);
+            store16(to + h, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(code)), scale), here);
+        }
+    });
+}
+
 }  // namespace
 
 // In all of these `wide` is 1 for float32 and 0 for bf16, and strides are in elements.
@@ -355,6 +413,26 @@ NARROWS_EXPORT void narrows_pick(int64_t* out, const double* pairs, int64_t stri
             if (larger || (equal && its < id)) value = other, id = its;
         }
         out[t] = int64_t(id);
+    }
+}
+
+// codes [num_rows, width] int8 without gaps and a scale per row, of x with rows x_stride apart.
+NARROWS_EXPORT void narrows_encode_rows(int8_t* codes, float* scales, const void* x, int64_t x_stride, int64_t num_rows,
+                                        int64_t width, int wide, int num_threads) {
+    if (wide) {
+        encode_rows(codes, scales, (const float*)x, x_stride, num_rows, width, num_threads);
+    } else {
+        encode_rows(codes, scales, (const bf16*)x, x_stride, num_rows, width, num_threads);
+    }
+}
+
+// out [num_rows, width] of those codes and scales; nothing has gaps.
+NARROWS_EXPORT void narrows_decode_rows(void* out, const int8_t* codes, const float* scales, int64_t num_rows,
+                                        int64_t width, int wide, int num_threads) {
+    if (wide) {
+        decode_rows((float*)out, codes, scales, num_rows, width, num_threads);
+    } else {
+        decode_rows((bf16*)out, codes, scales, num_rows, width, num_threads);
     }
 }
 #endif
