@@ -177,12 +177,11 @@ def _print_failures(evaluation: Evaluation, out: Console) -> None:
         for failure in layout.failures:
             out.print(f"{layout.layout}: {failure}", markup=False)
     if evaluation.ok:
-        aside = (
-            " (distributions marked encoded aside)" if any(layout.encodings for layout in evaluation.layouts) else ""
-        )
+        encoded = any(layout.encodings for layout in evaluation.layouts)
+        aside = " (distributions marked encoded aside)" if encoded else ""
         out.print(
-            f"every layout is what one rank is{aside}: no figure is further off than {SIGMAS:g} standard errors, sums in "
-            f"another order, or x {NOISE_RATIO:g} one rank's own rounding explain (docs/eval.md)"
+            f"every layout is what one rank is{aside}: no figure is further off than {SIGMAS:g} standard errors, sums "
+            f"in another order, or x {NOISE_RATIO:g} one rank's own rounding explain (docs/eval.md)"
         )
     else:
         out.print("a figure marked DIFFERS is no rounding: `narrows verify` names the stage and the rank")
