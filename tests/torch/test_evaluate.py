@@ -204,10 +204,16 @@ def test_encoded_rows_are_judged_by_the_tasks_and_said(
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     encoded, plain = found["layouts"]
-    assert found["encode_rows"] == "int8-always" and (encoded["encodings"], plain["encodings"]) == (["int8"], [])
+    assert found["encode_rows"] == "int8-always" and (encoded["encodings"], plain["encodings"]) == (
+        ["rows before gathers as int8"],
+        [],
+    )
     assert [one["distance"]["kl"] > 1e-8 for one in encoded["distances"]] == [True, True]
     assert [one["distance"]["kl"] < 1e-10 for one in plain["distances"]] == [True, True]
-    assert "sequence-parallel: rows travelled as int8 before gathers" in out and "DIFFERS" not in out
+    assert (
+        "sequence-parallel: rows before gathers as int8; its distributions have no bound" in out
+        and "DIFFERS" not in out
+    )
     assert "all-reduce: no plan of these steps encodes rows" in out
 
 
@@ -255,3 +261,15 @@ def test_generate_prints_the_scores_of_the_prompt(evaluated_model: Path, capsys:
     assert all(float(line.split()[0]) < 0 and len(line.split()) >= 6 for line in scored)
     assert main(["generate", str(evaluated_model), "--logprobs", "0", *options]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(lines) + 3
+
+
+def test_int8_weights_are_judged_by_the_tasks_against_unquantised_ones(
+    evaluated_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--task", "perplexity", "--kl-rows", "130", "--one-at-a-time", "0", "--quantization", "int8"]
+    assert main(command(evaluated_model, *options)) == 0
+    out = capsys.readouterr().out
+    (layout,) = json.loads(out.splitlines()[-1])["layouts"]
+    assert layout["encodings"] == ["weights as int8"]
+    assert all(one["distance"]["kl"] > 1e-8 for one in layout["distances"])
+    assert "auto: weights as int8; its distributions have no bound" in out

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from narrows.comm.launch import Launch
-from narrows.engine.config import LOAD_FORMATS, RANKS, RUN_ON, EngineConfig
+from narrows.engine.config import LOAD_FORMATS, QUANTIZATIONS, RANKS, RUN_ON, EngineConfig
 from narrows.errors import ConfigError
 from narrows.plan.planner import ENCODE_ROWS
 
@@ -52,6 +52,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--device", default=_DEFAULT["device"], help="device that plans are priced for (default: the one it runs on)"
     )
     engine.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default=_DEFAULT["quantization"],
+        help="round linear and expert weights to int8, and rows too, or not (docs/kernels.md; default none)",
+    )
+    engine.add_argument(
         "--encode-rows",
         choices=tuple(ENCODE_ROWS),
         default=_DEFAULT["encode_rows"],
@@ -67,7 +73,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_engine_flags` parsed."""
-    names = ("dp", "tp", "threads", "dtype", "run_on", "device", "encode_rows", "load_format", "checked")
+    names = (
+        "dp",
+        "tp",
+        "threads",
+        "dtype",
+        "run_on",
+        "device",
+        "quantization",
+        "encode_rows",
+        "load_format",
+        "checked",
+    )
     ranks = {"ranks": args.ranks or _DEFAULT["ranks"], "timeout_s": args.timeout}
     return {name: getattr(args, name) for name in names} | ranks | more
 

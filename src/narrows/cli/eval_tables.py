@@ -41,12 +41,11 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
 
 
 def _print_encodings(evaluation: Evaluation, out: Console) -> None:
-    """Whether rows were encoded, where that was asked for: what is marked `encoded` differs for that reason."""
+    """What was encoded, where that was asked for: what is marked `encoded` differs for that reason."""
     for layout in evaluation.layouts:
         if layout.encodings:
-            travelled = ", ".join(layout.encodings)
-            out.print(f"{layout.layout}: rows travelled as {travelled} before gathers; its distributions have no bound")
-        elif evaluation.resolved.asked.encode_rows != "none":
+            out.print(f"{layout.layout}: {', '.join(layout.encodings)}; its distributions have no bound")
+        if evaluation.resolved.asked.encode_rows != "none" and not any("rows" in name for name in layout.encodings):
             out.print(
                 f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always encodes all it may"
             )

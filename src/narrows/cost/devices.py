@@ -41,6 +41,8 @@ class Device:
     tflops_bf16: float
     tflops_fp8: float | None
     """None: the device has no FP8 arithmetic."""
+    tflops_int8: float | None = None
+    """None: int8 has no price on the device."""
     tflops_fp32: float
     """Vector FMA peak, which a float32 router GEMM runs at. From memory on every GPU: verify before quoting."""
     hbm_bytes_per_s: float
@@ -78,19 +80,25 @@ class Device:
         return hash(self.name)
 
     def flops_per_s(self, dtype: str) -> float:
-        """Peak rate for ``bf16``, ``fp8`` or ``fp32``.
+        """Peak rate for ``bf16``, ``fp8``, ``int8`` or ``fp32``.
 
         Raises:
-            ConfigError: another dtype, or ``fp8`` on a device without it.
+            ConfigError: another dtype, or ``fp8`` or ``int8`` on a device without it.
         """
-        peaks = {"bf16": self.tflops_bf16, "fp8": self.tflops_fp8, "fp32": self.tflops_fp32}
+        peaks = {
+            "bf16": self.tflops_bf16,
+            "fp8": self.tflops_fp8,
+            "int8": self.tflops_int8,
+            "fp32": self.tflops_fp32,
+        }
         if dtype not in peaks:
             raise ConfigError(f"no price for dtype {dtype!r}; there are {', '.join(peaks)}")
         peak = peaks[dtype]
         if peak is None:
-            able = ", ".join(name for name, other in DEVICES.items() if other.tflops_fp8 is not None)
+            able = ", ".join(name for name, other in DEVICES.items() if getattr(other, f"tflops_{dtype}") is not None)
+            lacks = "has no fp8 arithmetic" if dtype == "fp8" else f"has no price for {dtype}"
             raise ConfigError(
-                f"{self.name} ({self.title}) has no fp8 arithmetic; use bf16 ({self.tflops_bf16:g} TFLOP/s), "
+                f"{self.name} ({self.title}) {lacks}; use bf16 ({self.tflops_bf16:g} TFLOP/s), "
                 f"or a device that has it: {able}"
             )
         return peak * 1e12
@@ -356,6 +364,7 @@ _CPU_CORE = Device(
     title="one core of a Xeon with AMX",
     tflops_bf16=1.1,
     tflops_fp8=None,
+    tflops_int8=2.2,
     tflops_fp32=0.15,
     hbm_bytes_per_s=10e9,
     memory_bytes=12e9,
@@ -369,7 +378,7 @@ _CPU_CORE = Device(
     launch_s=10e-6,
     gemm_launch_s=10e-6,
     sources=_sources(
-        "achieved, not nominal: 2048 x 4096 x 1024 bf16 in torch on one core; FP32 from memory",
+        "achieved, not nominal: 2048 x 4096 x 1024 bf16 in torch on one core; int8 assumed twice it; FP32 from memory",
         "achieved by reads of 256 MiB on one core of a shared machine; 24 GB between 2 cores",
         "copies between ranks at that rate + 40 us, both from one machine; the collectives were not timed",
         "roofline at the achieved rates; 5.9-9.5 GB/s measured for one row, so 80 %; 10 us launch assumed",

@@ -23,10 +23,10 @@ from narrows.errors import ConfigError
 
 __all__ = ["gemm_price", "grouped_gemm_price"]
 
-_IN_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 1, "fp32": 4})
-_OUT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 2, "fp32": 4})
+_IN_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 1, "int8": 1, "fp32": 4})
+_OUT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 2, "int8": 2, "fp32": 4})
 _TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "fp32": ()}
+    {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "int8": (), "fp32": ()}
 )
 _FP32_EFFICIENCY = 0.8
 _TILE_ROWS = 64
@@ -36,8 +36,8 @@ _NUM_NEIGHBOURS = 3
 def gemm_price(device: Device, m: int, n: int, k: int, dtype: str) -> Price:
     """Seconds of ``out[m, n] = x[m, k] @ w[n, k].T``, launch included.
 
-    ``dtype`` (of x and w) is ``bf16``, ``fp8`` (block-scaled where the device's table has it; out in bf16) or ``fp32``
-    (always a roofline: the router of the reference implementation). ``m == 0`` is ``ZERO``.
+    ``dtype`` (of x and w) is ``bf16``, ``fp8`` (block-scaled where the device's table has it; out in bf16), ``int8``
+    (out in bf16) or ``fp32`` (always a roofline: the router of the reference implementation). ``m == 0`` is ``ZERO``.
 
     Raises:
         ConfigError: another dtype, or ``fp8`` on a device that has none.

@@ -43,8 +43,8 @@ class MemoryUse:
 
 
 def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: int) -> int:
-    """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with block scales, ``bf16`` all
-    in two, ``fp32`` all in four."""
+    """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with block scales, ``int8`` in
+    one with a scale per output, ``bf16`` all in two, ``fp32`` all in four."""
 
     def nbytes(weights: dict[str, Weight]) -> float:
         total = 0.0
@@ -52,6 +52,8 @@ def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank
             values = weight.num_values(mesh, rank)
             if dtype == "fp8" and weight.quantized:
                 total += values * (1 + 4 / FP8_BLOCK)
+            elif dtype == "int8" and weight.quantized:
+                total += values * (1 + 8 / weight.shape[1])
             else:
                 total += values * (4 if dtype == "fp32" else 2)
         return total

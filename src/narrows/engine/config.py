@@ -22,6 +22,8 @@ from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.models.registry import check_executable
+from narrows.ops.compiled import int8_library
+from narrows.ops.int8 import Quantization
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
@@ -32,11 +34,12 @@ from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
-__all__ = ["LOAD_FORMATS", "RANKS", "RUN_ON", "EngineConfig", "Resolved", "resolve"]
+__all__ = ["LOAD_FORMATS", "QUANTIZATIONS", "RANKS", "RUN_ON", "EngineConfig", "Resolved", "resolve"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 RANKS = ("threads", "processes")
 RUN_ON = ("cpu", "cuda")
+QUANTIZATIONS = tuple(kind.value for kind in Quantization)
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 _DEFAULT_CONTEXT = 8192
 _DEFAULT_ROWS = 2048
@@ -85,6 +88,8 @@ class EngineConfig:
     """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
     want_logits: bool = False
     """Every rank gets whole rows of logits, and results carry them."""
+    quantization: str = "none"
+    """What linear and expert weights are rounded to as they are loaded: one of QUANTIZATIONS."""
     encode_rows: str = "none"
     """What rows may travel as before a gather: one of ``plan.planner.ENCODE_ROWS``."""
 
@@ -158,6 +163,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     _check_ranks(asked, mesh)
     notes = list(config.notes)
     dtype, gemm_dtype = _dtype(asked, config, notes)
+    gemm_dtype = _quantized(asked, gemm_dtype, notes)
     deployment = Deployment(
         config=config,
         mesh=mesh,
@@ -227,6 +233,24 @@ def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not known; dtypes: auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
+    """The type that GEMMs are priced in."""
+    if asked.quantization not in QUANTIZATIONS:
+        raise ConfigError(f"--quantization {asked.quantization!r} is not known; it is {', '.join(QUANTIZATIONS)}")
+    quantization = Quantization(asked.quantization)
+    if quantization is Quantization.NONE:
+        return gemm_dtype
+    if asked.run_on != "cpu":
+        raise ConfigError(f"--quantization {asked.quantization} is for CPU ranks; leave it out, or --run-on cuda")
+    rows = "rows are rounded to int8 too" if quantization is Quantization.INT8 else "rows stay as they are"
+    notes.append(f"linear and expert weights are rounded to int8, a scale per output; {rows} (docs/kernels.md)")
+    if int8_library() is None or gemm_dtype == "fp32":
+        why = "in float32" if gemm_dtype == "fp32" else "without compiled int8 products (AVX-512 VNNI)"
+        notes.append(f"int8 {why} is computed by plain torch, which is slower than no quantisation at all")
+        return gemm_dtype
+    return "int8" if quantization is Quantization.INT8 else gemm_dtype
 
 
 def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:

@@ -24,6 +24,7 @@ from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.layout import Encoding
 from narrows.models.parts import Place
+from narrows.ops.int8 import Quantization
 from narrows.plan.book import PinnedBook, PlanBook
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
@@ -218,6 +219,7 @@ def _make_worker(
         num_slots=resolved.num_slots,
         num_positions=resolved.limits.max_context,
         batch_invariant=resolved.asked.batch_invariant,
+        quantization=Quantization(resolved.asked.quantization),
     )
     return Worker(
         world,

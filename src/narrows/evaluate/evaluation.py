@@ -50,13 +50,13 @@ class LayoutResult:
     scores: tuple[Score, ...]
     distances: tuple[Measured, ...] = ()
     encodings: tuple[str, ...] = ()
-    """What rows travelled as before gathers, where they were not plain."""
+    """What rows travelled as before gathers, where they were not plain, and what weights were rounded to."""
 
     @property
     def failures(self) -> tuple[str, ...]:
         """What is out of bounds, each in one line; none if all is well.
 
-        Rows that were encoded are rounded on purpose: of them the tasks alone can say that it is too much.
+        Rows and weights that were encoded are rounded on purpose: of that the tasks alone can say that it is too much.
         """
         words = {False: "batched", True: "one at a time"}
         lines = [f"{s.task}, {words[s.alone]}: {s.failure}" for s in self.scores if s.failure]
@@ -148,8 +148,10 @@ def evaluate(
         with runs.engine(config, layout) as llm:
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
-            encodings = tuple(sorted(llm.engine.encodings))
-        if exact:
+            encodings = tuple(f"rows before gathers as {name}" for name in sorted(llm.engine.encodings))
+            if asked.quantization != "none":
+                encodings += (f"weights as {asked.quantization}",)
+        if exact and asked.quantization == "none":
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)
         results.append(LayoutResult(layout=layout, scores=scores, distances=distances, encodings=encodings))

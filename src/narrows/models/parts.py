@@ -21,6 +21,7 @@ from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weig
 from narrows.layout import Mesh
 from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.embedding import embedding
+from narrows.ops.int8 import Quantization
 from narrows.ops.linear import linear
 from narrows.ops.mlp import mlp
 from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
@@ -35,7 +36,8 @@ __all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where and as what one rank computes: which rank of which mesh, its forms, dtype and device, its cache's slots,
-    and how many positions a sequence may have. ``batch_invariant``: no row's bits depend on which others there are."""
+    and how many positions a sequence may have. ``batch_invariant``: no row's bits depend on which others there are.
+    ``quantization``: what linear weights are held as."""
 
     mesh: Mesh
     rank: int
@@ -45,6 +47,7 @@ class Place:
     num_slots: int
     num_positions: int
     batch_invariant: bool = False
+    quantization: Quantization = Quantization.NONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +80,22 @@ class Loader:
     def linear(self, weights: Mapping[str, Weight], *roles: str) -> LinearWeight:
         """The rows of several matrices one after the other, ready for one product that computes them all."""
         place, shapes = self.place, [self._shape(weights[role]) for role in roles]
-        ready = empty_linear(sum(rows for rows, _ in shapes), shapes[0][1], place.dtype, place.device)
+        ready = empty_linear(
+            sum(rows for rows, _ in shapes), shapes[0][1], place.dtype, place.device, self._held_as(weights[roles[0]])
+        )
         self._fill(ready, weights, roles)
         return ready
 
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
         place, shape = self.place, self._shape(weights[gate])
-        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device)
+        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]))
         self._fill(ready, weights, (gate, up))
         return ready
+
+    def _held_as(self, weight: Weight) -> Quantization:
+        """The head and whatever FP8 checkpoints leave wide stay wide."""
+        return self.place.quantization if weight.quantized else Quantization.NONE
 
     def _shape(self, weight: Weight) -> tuple[int, int]:
         """Of this rank's slice of a matrix."""
@@ -112,7 +121,9 @@ class Loader:
         span = gate.span(place.mesh, place.rank)
         columns = gate.shape[0] if span is None else span[1] - span[0]
         hidden = gate.shape[1]
-        gate_up_EF2H, down_EHF = empty_experts(stop - first, columns, hidden, place.dtype, place.device)
+        gate_up_EF2H, down_EHF = empty_experts(
+            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate)
+        )
         for i in range(stop - first):
             fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
             fill(gate_up_EF2H[i], columns, self.source.take(up, span, first + i))

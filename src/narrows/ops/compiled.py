@@ -16,7 +16,16 @@ import torch
 
 from narrows.native import Library, library
 
-__all__ = ["Pair", "attention_library", "brgemm", "gemm_library", "rope_library", "rows_library", "torch_brgemm"]
+__all__ = [
+    "Pair",
+    "attention_library",
+    "brgemm",
+    "gemm_library",
+    "int8_library",
+    "rope_library",
+    "rows_library",
+    "torch_brgemm",
+]
 
 Pair = ctypes.Array[ctypes.c_void_p]
 
@@ -27,10 +36,11 @@ _DECLARING = threading.Lock()
 
 _GEMM = {
     "narrows_gemm_pack": (_P, _P, _L, _L, _L, _L, _L),
-    "narrows_linear": (_P, _L, _P, _L, _P, _P, _L, _L, _L, _I, _I, _P),
+    "narrows_gemm_pack_int8": (_P, _P, _L, _L, _L, _L, _L),
+    "narrows_linear": (_P, _L, _P, _L, _I, _P, _P, _P, _P, _L, _L, _L, _I, _I, _P),
     "narrows_linear_few": (_P, _L, _P, _L, _P, _P, _L, _L, _L, _I),
-    "narrows_gate_up": (_P, _L, _P, _L, _P, _P, _L, _L, _L, _I, _P),
-    "narrows_experts": (_P, _L, _I, _P, _L, _P, _I, _P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _P, _L, _I, _P),
+    "narrows_gate_up": (_P, _L, _P, _L, _I, _P, _P, _P, _P, _L, _L, _L, _I, _P),
+    "narrows_experts": (_P, _L, _I, _P, _L, _P, _I, _P, _L, _L, _I, _P, _P, _L, _L, _L, _L, _P, _P, _L, _I, _P),
 }
 _ROWS = {
     "narrows_rms_norm": (_P, _L, _L, _P, _L, _L, _P, _L, _L, _L, _F, _I, _I),
@@ -61,6 +71,13 @@ _ROPE = {
 def gemm_library() -> Library | None:
     """The library, where its products with packed weights run on this CPU (AVX-512 with bf16 products), or None."""
     return _declared("narrows_gemm", _GEMM)
+
+
+@cache
+def int8_library() -> Library | None:
+    """:func:`gemm_library`, where its products with int8 weights run on this CPU too (AVX-512 VNNI), or None."""
+    found = gemm_library()
+    return found if found is not None and found.narrows_int8() else None
 
 
 @cache

@@ -7,11 +7,14 @@ Letters: T rows, K experts chosen per row, E experts held here, F intermediate c
 (row, expert) of experts held here, sorted by expert.
 """
 
+from ctypes import byref
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.int8 import Int8Stack
 from narrows.ops.mlp import mlp, mlp_reference
 from narrows.ops.packed import ExpertStack, LinearWeight, PackedLinear, PackedStack
 from narrows.ops.silu_mul import silu_mul
@@ -62,8 +65,9 @@ def experts_mlp(
             out,
             None if batch_invariant else brgemm(),
         )
-    assert isinstance(down_EHF, Tensor)
+    assert isinstance(gate_up_EF2H, Tensor | Int8Stack) and isinstance(down_EHF, Tensor | Int8Stack)
     if x_TH.device.type != "cpu":
+        assert isinstance(gate_up_EF2H, Tensor) and isinstance(down_EHF, Tensor), "int8 weights are for CPUs"
         return experts_mlp_grouped(
             x_TH,
             topk_ids_TK,
@@ -200,11 +204,12 @@ def _packed_experts(
     y_TH = torch.empty((num_rows, hidden), dtype=torch.bfloat16) if out is None else out
     assert y_TH.shape == (num_rows, hidden)
     ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
-    of_shared: tuple[int | None, int | None, int] = (None, None, 0)
+    of_shared: tuple[object, object, int] = (None, None, 0)
     if shared is not None:
         shared_gate_up, shared_down = shared
         assert isinstance(shared_gate_up, PackedLinear) and isinstance(shared_down, PackedLinear)
-        of_shared = (shared_gate_up.panels.data_ptr(), shared_down.panels.data_ptr(), shared_down.num_inputs)
+        assert shared_gate_up.given[0] == shared_down.given[0] == gate_up.given[0] == down.given[0], "kinds of weights"
+        of_shared = (byref(shared_gate_up.address), byref(shared_down.address), shared_down.num_inputs)
     library.narrows_experts(
         y_TH.data_ptr(),
         y_TH.stride(0),
@@ -216,8 +221,9 @@ def _packed_experts(
         weights_TK.data_ptr(),
         num_rows,
         ids_TK.shape[1],
-        gate_up.panels.data_ptr(),
-        down.panels.data_ptr(),
+        gate_up.given[0],
+        byref(gate_up.address),
+        byref(down.address),
         first_expert,
         gate_up.panels.shape[0],
         hidden,

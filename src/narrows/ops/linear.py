@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.int8 import Int8Linear, int8_linear
 from narrows.ops.packed import LinearWeight, PackedLinear, plain
 
 __all__ = ["linear", "linear_reference", "padded_rows"]
@@ -41,7 +42,7 @@ def linear(
 
     A packed weight: summed in float32, bias added there, rounded once. Few rows take the time of reading the weight
     (docs/kernels.md). The order of a row's sum does not depend on the rows, except on CPUs with AMX, where many rows
-    are left to torch's brgemm unless ``batch_invariant``.
+    are left to torch's brgemm unless ``batch_invariant``. An int8 weight, packed or not: as `int8` says.
 
     A plain one: on CPU ``mm`` into ``out`` and ``functional.linear`` take the same time and give the same bits
     (measured: 2048 x 1408, 1 to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
@@ -56,6 +57,9 @@ def linear(
     """
     if isinstance(weight_OI, PackedLinear):
         return _packed_linear(x_TI, weight_OI, bias_O, out, None if batch_invariant else brgemm())
+    if isinstance(weight_OI, Int8Linear):
+        y_TO = int8_linear(x_TI, weight_OI, bias_O)
+        return y_TO if out is None else out.copy_(y_TO)
     if not batch_invariant and _few(x_TI, weight_OI, out):
         return _few_rows(x_TI, weight_OI, bias_O, out)
     if batch_invariant:
@@ -147,7 +151,7 @@ def _packed_linear(
         y_TO.stride(0),
         x_TI.data_ptr(),
         x_TI.stride(0),
-        weight.panels.data_ptr(),
+        *weight.given,
         None if bias_O is None else bias_O.data_ptr(),
         num_rows,
         weight.num_outputs,

@@ -1,22 +1,26 @@
-"""Weights made ready for use: packed once for the CPU's bf16 products where those are compiled, else plain tensors.
+"""Weights made ready for use: packed once for the CPU's products where those are compiled, else plain tensors.
 
 Knows how a weight is laid out, and fills it piece by piece, so that a load never holds a weight twice. Does not know
-what reads it (`linear`, `mlp`, `experts_mlp`), nor whose weight it is.
+what reads it (`linear`, `mlp`, `experts_mlp`), nor whose weight it is. What int8 means is `int8.py`'s.
 
-A packed weight is panels [P, K / 2, 32, 2]: 32 outputs side by side, two neighbouring inputs together (native/csrc/
-gemm.h). A gate-and-up weight has 16 gates and 16 ups in each panel, so that a product leaves both in one place.
+A packed bf16 weight is panels [P, K / 2, 32, 2]: 32 outputs side by side, two neighbouring inputs together
+(native/csrc/gemm.h); a packed int8 weight [P, K / 4, 32, 4] (gemm_int8.h). A gate-and-up weight has 16 gates and 16 ups
+in each panel, so that a product leaves both in one place.
 
 Letters: E experts, O outputs, I inputs, F inner columns.
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import gemm_library
+from narrows.ops.compiled import gemm_library, int8_library
+from narrows.ops.int8 import Int8Linear, Int8Stack, Quantization, Scales, empty_int8, quantize_rows, weight_values
 
 __all__ = [
     "ExpertStack",
@@ -34,23 +38,40 @@ __all__ = [
 PANEL = 32
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight(ctypes.Structure):
+    """``Packed`` of native/csrc/gemm.h: addresses of panels, scales and offsets."""
+
+    _fields_ = (("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("offsets", ctypes.c_void_p))
+
+
+@dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """A bf16 weight [num_outputs, num_inputs] in panels. ``gated``: the first half of the outputs are gates, the second
-    ups, and each panel holds some of both."""
+    """A weight [num_outputs, num_inputs] in panels, of bf16, or of int8 with its scales. ``gated``: the first half of
+    the outputs are gates, the second ups, and each panel holds some of both."""
 
     panels: Tensor
     num_outputs: int
     num_inputs: int
     gated: bool = False
+    int8: Scales | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight that is packed."""
         return self.num_outputs, self.num_inputs
 
+    @cached_property
+    def given(self) -> tuple[int, int, int | None, int | None]:
+        """The kind of weight and the addresses of its parts, as compiled functions take them."""
+        return _given(self.panels, self.int8)
 
-@dataclass(frozen=True, slots=True, eq=False)
+    @cached_property
+    def address(self) -> PackedWeight:
+        """The same addresses as a structure, which compiled functions take by reference."""
+        return PackedWeight(*self.given[1:])
+
+
+@dataclass(frozen=True, eq=False)
 class PackedStack:
     """The same weight of several experts, [E, num_outputs, num_inputs], one after the other."""
 
@@ -58,86 +79,148 @@ class PackedStack:
     num_outputs: int
     num_inputs: int
     gated: bool = False
+    int8: Scales | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the weights that are packed."""
         return self.panels.shape[0], self.num_outputs, self.num_inputs
 
+    @cached_property
+    def given(self) -> tuple[int, int, int | None, int | None]:
+        """As :attr:`PackedLinear.given`, of the first expert."""
+        return _given(self.panels, self.int8)
+
+    @cached_property
+    def address(self) -> PackedWeight:
+        """The same addresses as a structure, which compiled functions take by reference."""
+        return PackedWeight(*self.given[1:])
+
     def __getitem__(self, expert: int) -> PackedLinear:
-        return PackedLinear(self.panels[expert], self.num_outputs, self.num_inputs, self.gated)
+        scales = None if self.int8 is None else self.int8[expert]
+        return PackedLinear(self.panels[expert], self.num_outputs, self.num_inputs, self.gated, scales)
 
 
-LinearWeight = Tensor | PackedLinear
-ExpertStack = Tensor | PackedStack
+LinearWeight = Tensor | PackedLinear | Int8Linear
+ExpertStack = Tensor | PackedStack | Int8Stack
 
 
-def empty_linear(num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device) -> LinearWeight:
+def _given(panels: Tensor, int8: Scales | None) -> tuple[int, int, int | None, int | None]:
+    if int8 is None:
+        return 0, panels.data_ptr(), None, None
+    return int8.quantization.kind, panels.data_ptr(), int8.values.data_ptr(), int8.offsets.data_ptr()
+
+
+def empty_linear(
+    num_outputs: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
+) -> LinearWeight:
     """Room for a weight [O, I], to be filled."""
-    if not _packs(dtype, device):
+    if quantization.kind and not _packs(dtype, device, quantization):
+        return empty_int8(1, num_outputs, num_inputs, device, quantization)[0]
+    if not _packs(dtype, device, quantization):
         return torch.empty((num_outputs, num_inputs), dtype=dtype, device=device)
-    return PackedLinear(_panels(1, num_outputs, num_inputs, False)[0], num_outputs, num_inputs)
+    return _stack(1, num_outputs, num_inputs, False, quantization)[0]
 
 
-def empty_gate_up(num_inner: int, num_inputs: int, dtype: torch.dtype, device: torch.device) -> LinearWeight:
+def empty_gate_up(
+    num_inner: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
+) -> LinearWeight:
     """Room for a weight [2F, I], gates first."""
-    if not _packs(dtype, device):
-        return torch.empty((2 * num_inner, num_inputs), dtype=dtype, device=device)
-    return PackedLinear(_panels(1, 2 * num_inner, num_inputs, True)[0], 2 * num_inner, num_inputs, True)
+    if not _packs(dtype, device, quantization):
+        return empty_linear(2 * num_inner, num_inputs, dtype, device, quantization)
+    return _stack(1, 2 * num_inner, num_inputs, True, quantization)[0]
 
 
 def empty_experts(
-    num_experts: int, num_inner: int, hidden: int, dtype: torch.dtype, device: torch.device
+    num_experts: int,
+    num_inner: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
 ) -> tuple[ExpertStack, ExpertStack]:
     """Room for gate and up [E, 2F, H], gates first, and down [E, H, F]."""
-    if not _packs(dtype, device):
+    if _packs(dtype, device, quantization):
         return (
-            torch.empty((num_experts, 2 * num_inner, hidden), dtype=dtype, device=device),
-            torch.empty((num_experts, hidden, num_inner), dtype=dtype, device=device),
+            _stack(num_experts, 2 * num_inner, hidden, True, quantization),
+            _stack(num_experts, hidden, num_inner, False, quantization),
+        )
+    if quantization.kind:
+        return (
+            empty_int8(num_experts, 2 * num_inner, hidden, device, quantization),
+            empty_int8(num_experts, hidden, num_inner, device, quantization),
         )
     return (
-        PackedStack(_panels(num_experts, 2 * num_inner, hidden, True), 2 * num_inner, hidden, True),
-        PackedStack(_panels(num_experts, hidden, num_inner, False), hidden, num_inner),
+        torch.empty((num_experts, 2 * num_inner, hidden), dtype=dtype, device=device),
+        torch.empty((num_experts, hidden, num_inner), dtype=dtype, device=device),
     )
 
 
 def empty_heads(
     num_heads: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device
-) -> ExpertStack:
+) -> Tensor | PackedStack:
     """Room for one weight [O, I] per head."""
-    if not _packs(dtype, device):
+    if not _packs(dtype, device, Quantization.NONE):
         return torch.empty((num_heads, num_outputs, num_inputs), dtype=dtype, device=device)
-    return PackedStack(_panels(num_heads, num_outputs, num_inputs, False), num_outputs, num_inputs)
+    return _stack(num_heads, num_outputs, num_inputs, False, Quantization.NONE)
 
 
 def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
-    """Outputs first, first + 1, ... of ``weight`` become these rows, rounded to its dtype.
+    """Outputs first, first + 1, ... of ``weight`` become these rows, rounded to what it holds.
 
     Rows that are both gates and ups have to come in two calls.
     """
     if isinstance(weight, Tensor):
         weight[first : first + rows_XI.shape[0]] = rows_XI
         return
+    if isinstance(weight, Int8Linear):
+        weight.fill(first, rows_XI)
+        return
     library = gemm_library()
     assert library is not None and rows_XI.shape[1] == weight.num_inputs
-    rows_XI = rows_XI.to(torch.bfloat16)
-    if rows_XI.stride(1) != 1:
-        rows_XI = rows_XI.contiguous()
     num_rows, half = rows_XI.shape[0], -1
     if weight.gated:
         num_inner = weight.num_outputs // 2
         half, first = divmod(first, num_inner) if num_inner else (0, 0)
         assert first + num_rows <= num_inner, "rows that are both gates and ups"
-    library.narrows_gemm_pack(
-        weight.panels.data_ptr(), rows_XI.data_ptr(), rows_XI.stride(0), first, num_rows, weight.num_inputs, half
-    )
+    pack = library.narrows_gemm_pack
+    if weight.int8 is None:
+        rows_XI = rows_XI.to(torch.bfloat16)
+    else:
+        rows_XI, scales_X = quantize_rows(rows_XI)
+        weight.int8.put(_places(first, num_rows, half), rows_XI, scales_X)
+        pack = library.narrows_gemm_pack_int8
+    if rows_XI.stride(1) != 1:
+        rows_XI = rows_XI.contiguous()
+    pack(weight.panels.data_ptr(), rows_XI.data_ptr(), rows_XI.stride(0), first, num_rows, weight.num_inputs, half)
+
+
+def _places(first: int, num_rows: int, half: int) -> Tensor:
+    """Where outputs stand among those of the panels: in order, or 16 gates and 16 ups in turns."""
+    outputs_X = torch.arange(first, first + num_rows)
+    if half < 0:
+        return outputs_X
+    width = PANEL // 2
+    return outputs_X // width * PANEL + outputs_X % width + half * width
 
 
 def plain(weight: LinearWeight) -> Tensor:
-    """The weight [O, I] as it was: for tests and twins."""
+    """The weight [O, I] as it was, or as int8 holds it: for tests and twins."""
     if isinstance(weight, Tensor):
         return weight
+    if isinstance(weight, Int8Linear):
+        return weight_values(weight)
     values = weight.panels.transpose(1, 2).flatten(2)[..., : weight.num_inputs]  # [P, 32, I]
+    if weight.int8 is not None:
+        values = values.float() * weight.int8.values.view(-1, PANEL, 1)
     if not weight.gated:
         return values.flatten(0, 1)[: weight.num_outputs].clone()
     gates, ups = values.unflatten(1, (2, PANEL // 2)).unbind(1)
@@ -145,14 +228,18 @@ def plain(weight: LinearWeight) -> Tensor:
     return torch.cat([half.flatten(0, 1)[:num_inner] for half in (gates, ups)])
 
 
-def _packs(dtype: torch.dtype, device: torch.device) -> bool:
-    return dtype == torch.bfloat16 and device.type == "cpu" and gemm_library() is not None
+def _packs(dtype: torch.dtype, device: torch.device, quantization: Quantization) -> bool:
+    library = int8_library() if quantization.kind else gemm_library()
+    return dtype == torch.bfloat16 and device.type == "cpu" and library is not None
 
 
-def _panels(num_experts: int, num_outputs: int, num_inputs: int, gated: bool) -> Tensor:
+def _stack(num_experts: int, num_outputs: int, num_inputs: int, gated: bool, quantization: Quantization) -> PackedStack:
     """Room for panels; what lies beyond the weight is 0."""
     num_panels = -(-num_outputs // PANEL)
-    panels = torch.empty((num_experts, num_panels, (num_inputs + 1) // 2, PANEL, 2), dtype=torch.bfloat16)
+    together, dtype = (4, torch.int8) if quantization.kind else (2, torch.bfloat16)
+    shape = (num_experts, num_panels, -(-num_inputs // together), PANEL, together)
+    panels = torch.empty(shape, dtype=dtype)
     if num_outputs % PANEL:
         panels[:, -1] = 0
-    return panels
+    scales = Scales.empty(num_experts, num_panels * PANEL, quantization) if quantization.kind else None
+    return PackedStack(panels, num_outputs, num_inputs, gated, scales)

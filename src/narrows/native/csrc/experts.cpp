@@ -1,6 +1,6 @@
 // The routed experts of one rank as one grouped product: rows sorted by expert, gate and up with their activation, then
 // down, added up per row by rising expert in float32 and rounded once. gemm.h has the products.
-#include "gemm.h"
+#include "gemm_int8.h"
 
 #include <omp.h>
 
@@ -14,7 +14,7 @@ using namespace narrows;
 namespace {
 
 struct Weights {
-    const uint32_t *gate_up, *down;
+    Packed gate_up, down;
     int64_t num_inner;
 };
 
@@ -73,8 +73,8 @@ struct Places {
 };
 
 // Packs rows of the pieces of a group, block by block in turns: `row_of` gives the address of a place's row, `width_of`
-// how many inputs a piece's rows have; `stride` is the room for each row, in pairs.
-template <typename RowOf, typename WidthOf>
+// how many inputs a piece's rows have; `stride` is the room for each row, in words.
+template <typename Kind, typename RowOf, typename WidthOf>
 void pack_group(uint32_t* packed, int64_t stride, const Piece* begin, const Piece* end, int thread, int threads,
                 const Brgemm* brgemm, RowOf row_of, WidthOf width_of) {
     int64_t turn = 0;
@@ -84,27 +84,27 @@ void pack_group(uint32_t* packed, int64_t stride, const Piece* begin, const Piec
         for (int64_t b = 0; b < blocks.count; ++b) {
             if (turn++ % threads != thread) continue;
             const int64_t first = blocks.start(b);
-            pack_rows(to + first * pairs_of(width_of(*piece)), [&](int64_t r) { return row_of(piece->start + first + r); },
-                      blocks.start(b + 1) - first, width_of(*piece), brgemm != nullptr && piece->count >= MANY);
+            Kind::pack(to + first * Kind::row_words(width_of(*piece)),
+                       [&](int64_t r) { return row_of(piece->start + first + r); }, blocks.start(b + 1) - first,
+                       width_of(*piece), brgemm != nullptr && piece->count >= MANY);
         }
     }
 }
 
 // The products of a group: each thread takes its share of the panels of every piece, the same share each time, so that
 // what it adds to is its own. `store(piece, panel, place, low, high)`.
-template <typename PanelsOf, typename WidthOf, typename Store>
+template <typename Kind, typename PanelsOf, typename WidthOf, typename Store>
 void multiply_group(const uint32_t* packed, int64_t stride, const Piece* begin, const Piece* end, int thread,
                     int threads, const Brgemm* brgemm, PanelsOf panels_of_piece, WidthOf width_of, Store store) {
     for (const Piece* piece = begin; piece < end; ++piece) {
         const Blocks blocks(piece->count);
-        const auto [panels, count] = panels_of_piece(*piece);
-        const int64_t num_pairs = pairs_of(width_of(*piece));
+        const auto [weight, count] = panels_of_piece(*piece);
         for (int64_t p = thread * count / threads; p < (thread + 1) * count / threads; ++p) {
-            panel_product(packed + (piece->start - begin->start) * stride, blocks, 0, blocks.count,
-                          panels + p * num_pairs * PANEL, num_pairs,
-                          piece->count >= MANY ? brgemm : nullptr, [&](int64_t r, __m512 low, __m512 high) {
-                              store(*piece, p, piece->start + r, low, high);
-                          });
+            panel_product<Kind>(packed + (piece->start - begin->start) * stride, blocks, 0, blocks.count, weight, p,
+                                width_of(*piece), piece->count >= MANY ? brgemm : nullptr,
+                                [&](int64_t r, __m512 low, __m512 high) {
+                                    store(*piece, p, piece->start + r, low, high);
+                                });
         }
     }
 }
@@ -119,44 +119,48 @@ void round_rows(Out* out, int64_t stride, const float* sums, int64_t width, int6
     }
 }
 
-}  // namespace
+// The weights of several experts, one after the other.
+struct Stack {
+    Packed first;
+    int64_t num_outputs, num_inputs;
 
-// out[t] = sum over the chosen experts held here of weight * down(silu(gate x[t]) * up x[t]), by rising expert in
-// float32, and, where `shared_inner` is not 0, the shared expert's MLP added last; rounded once.
-//
-// ids [num_rows, top_k], int32, or int64 where `wide_ids`; others than first_expert <= id < first_expert + num_experts
-// add nothing. gate_up and down: the experts' packed weights one after the other. out: bf16, float32 where `wide`.
-NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride,
-                                    const void* ids, int wide_ids, const float* weights, int64_t num_rows,
-                                    int64_t top_k, const uint32_t* gate_up, const uint32_t* down,
-                                    int64_t first_expert, int64_t num_experts, int64_t num_inputs, int64_t num_inner,
-                                    const uint32_t* shared_gate_up, const uint32_t* shared_down, int64_t shared_inner,
-                                    int num_threads, const Brgemm* brgemm) {
+    template <typename Kind>
+    Packed of(int64_t expert) const {
+        const int64_t outputs = panels_of(num_outputs) * PANEL;
+        Packed at = first;
+        at.panels += expert * outputs * Kind::panel_words(num_inputs);
+        if (at.scales != nullptr) at.scales += expert * outputs, at.offsets += expert * outputs;
+        return at;
+    }
+};
+
+template <typename Kind>
+void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride, const void* ids, int wide_ids,
+             const float* weights, int64_t num_rows, int64_t top_k, const Stack& gate_up, const Stack& down,
+             int64_t first_expert, int64_t num_experts, const Weights& shared, int num_threads, const Brgemm* brgemm) {
+    const int64_t num_inputs = gate_up.num_inputs, num_inner = down.num_inputs, shared_inner = shared.num_inner;
     static thread_local Places kept_places;
     static thread_local std::vector<int64_t> kept_ends;
     static thread_local Scratch for_rows, for_inner, for_inner_rows, for_sums;
-    if (num_rows == 0) return;
     Places& places = kept_places;  // a thread_local name means another object in each thread of a team
     places.sort(ids, wide_ids, weights, num_rows, top_k, first_expert, num_experts, kept_ends);
-    const int64_t num_pairs = pairs_of(num_inputs), widest = std::max(num_inner, shared_inner);
-    const int64_t most_rows = std::max(BLOCK, CHUNK / (num_pairs * 4) / BLOCK * BLOCK);
-    const int64_t gate_up_size = panels_of(2 * num_inner) * num_pairs * PANEL;
-    const int64_t down_size = panels_of(num_inputs) * pairs_of(num_inner) * PANEL;
+    const int64_t row_words = Kind::row_words(num_inputs), widest = std::max(num_inner, shared_inner);
+    const int64_t most_rows = std::max(BLOCK, CHUNK / (row_words * 4) / BLOCK * BLOCK);
     places.pieces.clear();
     for (int64_t e = 0; e < num_experts; ++e) {
-        const Weights expert{gate_up + e * gate_up_size, down + e * down_size, num_inner};
+        const Weights expert{gate_up.of<Kind>(e), down.of<Kind>(e), num_inner};
         places.cut(e ? kept_ends[e - 1] : 0, kept_ends[e], expert, most_rows);
     }
     if (shared_inner) {
         const int64_t start = places.row.size();
         for (int64_t t = 0; t < num_rows; ++t) places.row.push_back(t), places.weight.push_back(1.0f);
-        places.cut(start, start + num_rows, {shared_gate_up, shared_down, shared_inner}, most_rows);
+        places.cut(start, start + num_rows, shared, most_rows);
     }
     const int64_t most = places.group(most_rows);
-    const int64_t inner_pairs = pairs_of(widest), panel_columns = PANEL / 2;
-    uint32_t* packed = for_rows.of<uint32_t>(most * num_pairs);
+    const int64_t inner_words = Kind::row_words(widest), panel_columns = PANEL / 2;
+    uint32_t* packed = for_rows.of<uint32_t>(most * row_words);
     bf16* inner = for_inner.of<bf16>(most * widest);
-    uint32_t* packed_inner = for_inner_rows.of<uint32_t>(most * inner_pairs);
+    uint32_t* packed_inner = for_inner_rows.of<uint32_t>(most * inner_words);
     const bool in_place = wide && out_stride == num_inputs;
     float* sums = in_place ? static_cast<float*>(out) : for_sums.of<float>(num_rows * num_inputs);
     const auto inputs_of = [&](const Piece&) { return num_inputs; };
@@ -169,10 +173,10 @@ NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, con
             const Piece *begin = places.pieces.data() + places.groups[g], *end = places.pieces.data() + places.groups[g + 1];
             if (begin == end) continue;
             const int64_t base = begin->start;
-            pack_group(packed, num_pairs, begin, end, thread, threads, brgemm,
+            pack_group<Kind>(packed, row_words, begin, end, thread, threads, brgemm,
                        [&](int64_t place) { return x + places.row[place] * x_stride; }, inputs_of);
             barrier();
-            multiply_group(packed, num_pairs, begin, end, thread, threads, brgemm,
+            multiply_group<Kind>(packed, row_words, begin, end, thread, threads, brgemm,
                            [&](const Piece& piece) {
                                return std::pair(piece.expert.gate_up, panels_of(2 * piece.expert.num_inner));
                            },
@@ -182,10 +186,10 @@ NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, con
                                        first_lanes(piece.expert.num_inner - column));
                            });
             barrier();
-            pack_group(packed_inner, inner_pairs, begin, end, thread, threads, brgemm,
+            pack_group<Kind>(packed_inner, inner_words, begin, end, thread, threads, brgemm,
                        [&](int64_t place) { return inner + (place - base) * widest; }, inner_of);
             barrier();
-            multiply_group(packed_inner, inner_pairs, begin, end, thread, threads, brgemm,
+            multiply_group<Kind>(packed_inner, inner_words, begin, end, thread, threads, brgemm,
                            [&](const Piece& piece) { return std::pair(piece.expert.down, panels_of(num_inputs)); },
                            inner_of, [&](const Piece&, int64_t panel, int64_t place, __m512 low, __m512 high) {
                                const int64_t left = num_inputs - panel * PANEL;
@@ -212,6 +216,31 @@ NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, con
 #pragma omp parallel num_threads(num_threads)
     work(omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier
+    });
+}
+
+}  // namespace
+
+// out[t] = sum over the chosen experts held here of weight * down(silu(gate x[t]) * up x[t]), by rising expert in
+// float32, and, where `shared_inner` is not 0, the shared expert's MLP added last; rounded once.
+//
+// ids [num_rows, top_k], int32, or int64 where `wide_ids`; others than first_expert <= id < first_expert + num_experts
+// add nothing. gate_up and down: the experts' packed weights one after the other, scales and offsets too (`kind`:
+// gemm_int8.h). out: bf16, float32 where `wide`.
+NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride,
+                                    const void* ids, int wide_ids, const float* weights, int64_t num_rows,
+                                    int64_t top_k, int kind, const Packed* gate_up, const Packed* down,
+                                    int64_t first_expert, int64_t num_experts, int64_t num_inputs, int64_t num_inner,
+                                    const Packed* shared_gate_up, const Packed* shared_down, int64_t shared_inner,
+                                    int num_threads, const Brgemm* brgemm) {
+    if (num_rows == 0) return;
+    if (kind != NARROWS_BF16) brgemm = nullptr;
+    Weights shared{{}, {}, 0};
+    if (shared_inner) shared = {*shared_gate_up, *shared_down, shared_inner};
+    with_kind(kind, [&]<typename Kind>(Kind) {
+        experts<Kind>(out, out_stride, wide, x, x_stride, ids, wide_ids, weights, num_rows, top_k,
+                      {*gate_up, 2 * num_inner, num_inputs}, {*down, num_inputs, num_inner}, first_expert, num_experts,
+                      shared, num_threads, brgemm);
     });
 }
 #endif

@@ -1,5 +1,5 @@
 // Products of bf16 rows with a packed weight (gemm.h says how): a linear layer, and gate and up with their activation.
-#include "gemm.h"
+#include "gemm_int8.h"
 
 #include <omp.h>
 
@@ -14,27 +14,38 @@ NARROWS_EXPORT int narrows_gemm() {
 #endif
 }
 
+// 1 where products with int8 weights are compiled for this CPU too.
+NARROWS_EXPORT int narrows_int8() {
+#ifdef NARROWS_GEMM_INT8
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 #ifdef NARROWS_GEMM
 using namespace narrows;
 
-// Puts rows [first, first + num_rows) of a weight into its panels, source [num_rows, num_inputs] with row stride
-// `stride`. `half`: panels hold 16 gates and 16 ups; this is a part of the gates (0) or the ups (1); -1: plain panels.
-NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first,
-                                      int64_t num_rows, int64_t num_inputs, int64_t half) {
-    const int64_t num_pairs = pairs_of(num_inputs), width = half < 0 ? PANEL : PANEL / 2;
+namespace {
+
+// Puts rows [first, first + num_rows) of a weight into its panels, `INPUTS` numbers to a word of 4 bytes.
+template <int INPUTS, typename Number>
+void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t first, int64_t num_rows,
+                 int64_t num_inputs, int64_t half) {
+    const int64_t num_words = (num_inputs + INPUTS - 1) / INPUTS, width = half < 0 ? PANEL : PANEL / 2;
     const int64_t offset = half == 1 ? PANEL / 2 : 0;
-    constexpr int64_t SPAN = 64;  // pairs at a time: what is written stays in the cache until its lines are full
+    constexpr int64_t SPAN = 64;  // words at a time: what is written stays in the cache until its lines are full
     for (int64_t row = first; row < first + num_rows;) {
         const int64_t stop = std::min(first + num_rows, (row / width + 1) * width);
-        uint32_t* panel = panels + row / width * num_pairs * PANEL + offset + row % width;
-        for (int64_t from = 0; from < num_pairs; from += SPAN) {
-            const int64_t until = std::min(num_pairs, from + SPAN);
+        uint32_t* panel = panels + row / width * num_words * PANEL + offset + row % width;
+        for (int64_t from = 0; from < num_words; from += SPAN) {
+            const int64_t until = std::min(num_words, from + SPAN);
             for (int64_t r = row; r < stop; ++r) {
-                const bf16* x = source + (r - first) * stride;
+                const Number* x = source + (r - first) * stride;
                 for (int64_t p = from; p < until; ++p) {
-                    uint32_t pair = x[2 * p];
-                    if (2 * p + 1 < num_inputs) std::memcpy(&pair, x + 2 * p, 4);
-                    panel[p * PANEL + r - row] = pair;
+                    uint32_t word = 0;
+                    std::memcpy(&word, x + INPUTS * p, std::min<int64_t>(INPUTS, num_inputs - INPUTS * p) * sizeof(Number));
+                    panel[p * PANEL + r - row] = word;
                 }
             }
         }
@@ -42,26 +53,41 @@ NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int6
     }
 }
 
+}  // namespace
+
+// Puts rows [first, first + num_rows) of a bf16 weight into its panels, source [num_rows, num_inputs] with row stride
+// `stride`. `half`: panels hold 16 gates and 16 ups; this is a part of the gates (0) or the ups (1); -1: plain panels.
+NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first,
+                                      int64_t num_rows, int64_t num_inputs, int64_t half) {
+    pack_weight<2>(panels, source, stride, first, num_rows, num_inputs, half);
+}
+
+// The same for a weight of int8 (gemm_int8.h).
+NARROWS_EXPORT void narrows_gemm_pack_int8(uint32_t* panels, const int8_t* source, int64_t stride, int64_t first,
+                                           int64_t num_rows, int64_t num_inputs, int64_t half) {
+    pack_weight<4>(panels, source, stride, first, num_rows, num_inputs, half);
+}
+
 namespace {
 
 // Calls `product(first_block, stop_block, packed rows, first_panel, stop_panel)` for chunks of rows and ranges of
 // panels, on `num_threads` threads that share the panels. Few rows are packed by each thread for itself: on a busy
 // machine waiting for each other would cost them more.
-template <typename Product>
+template <typename Kind, typename Product>
 void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inputs, int64_t num_panels,
                 int num_threads, const Brgemm* brgemm, Product product) {
     static thread_local Scratch scratch;
     constexpr int64_t FEW = 64 << 10;  // bytes
-    const int64_t num_pairs = pairs_of(num_inputs);
+    const int64_t row_words = Kind::row_words(num_inputs);
     const Blocks blocks(num_rows);
-    const int64_t per_chunk = std::max<int64_t>(1, CHUNK / (BLOCK * std::max<int64_t>(1, num_pairs) * 4));
-    const int64_t room = std::min(per_chunk * BLOCK, num_rows) * num_pairs;
+    const int64_t per_chunk = std::max<int64_t>(1, CHUNK / (BLOCK * std::max<int64_t>(1, row_words) * 4));
+    const int64_t room = std::min(per_chunk * BLOCK, num_rows) * row_words;
     const auto pack = [&](uint32_t* packed, int64_t first, int64_t stop, int thread, int threads) {
         const int64_t base = blocks.start(first);
         for (int64_t b = first + thread; b < stop; b += threads) {
             const int64_t start = blocks.start(b);
-            pack_rows(packed + (start - base) * num_pairs, [&](int64_t r) { return x + (start + r) * stride; },
-                      blocks.start(b + 1) - start, num_inputs, brgemm != nullptr);
+            Kind::pack(packed + (start - base) * row_words, [&](int64_t r) { return x + (start + r) * stride; },
+                       blocks.start(b + 1) - start, num_inputs, brgemm != nullptr);
         }
     };
     const auto multiply = [&](const uint32_t* packed, int64_t first, int64_t stop, int thread, int threads) {
@@ -97,11 +123,9 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
     }
 }
 
-template <typename Out>
-void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const uint32_t* panels, const bf16* bias,
+template <typename Kind, typename Out>
+void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight, const bf16* bias,
             int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
-    const int64_t num_pairs = pairs_of(num_inputs);
-    if (num_rows < MANY) brgemm = nullptr;
     const Blocks blocks(num_rows);
     const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
         for (; panel < last; ++panel) {
@@ -110,32 +134,38 @@ void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const
             const __mmask16 next = first_lanes(num_outputs - column - 16);
             __m512 b0 = _mm512_setzero_ps(), b1 = b0;
             if (bias != nullptr) b0 = load16(bias + column, here), b1 = load16(bias + column + 16, next);
-            panel_product(packed, blocks, first, stop, panels + panel * num_pairs * PANEL, num_pairs,
-                          brgemm, [&](int64_t row, __m512 low, __m512 high) {
-                              Out* to = out + row * out_stride + column;
-                              store16(to, _mm512_add_ps(low, b0), here);
-                              store16(to + 16, _mm512_add_ps(high, b1), next);
-                          });
+            panel_product<Kind>(packed, blocks, first, stop, weight, panel, num_inputs, brgemm,
+                                [&](int64_t row, __m512 low, __m512 high) {
+                                    Out* to = out + row * out_stride + column;
+                                    store16(to, _mm512_add_ps(low, b0), here);
+                                    store16(to + 16, _mm512_add_ps(high, b1), next);
+                                });
         }
     };
-    for_chunks(x, x_stride, num_rows, num_inputs, panels_of(num_outputs), num_threads, brgemm, product);
+    for_chunks<Kind>(x, x_stride, num_rows, num_inputs, panels_of(num_outputs), num_threads, brgemm, product);
 }
 
 }  // namespace
 
 // out[t] = x[t] weight^T + bias, summed in float32, rounded once; `wide`: out is float32, not rounded. Strides in
-// elements. bias may be null, and so may brgemm (gemm.h).
-NARROWS_EXPORT void narrows_linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride,
-                                   const uint32_t* panels, const bf16* bias, int64_t num_rows, int64_t num_outputs,
-                                   int64_t num_inputs, int wide, int num_threads, const Brgemm* brgemm) {
+// elements. bias may be null, and so may brgemm (gemm.h), which is for bf16 alone. `kind` of weight: gemm_int8.h;
+// `scales` and `offsets`: of int8, for whole panels.
+NARROWS_EXPORT void narrows_linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
+                                   const uint32_t* panels, const float* scales, const int32_t* offsets,
+                                   const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
+                                   int wide, int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
-    if (wide) {
-        linear(static_cast<float*>(out), out_stride, x, x_stride, panels, bias, num_rows, num_outputs, num_inputs,
-               num_threads, brgemm);
-    } else {
-        linear(static_cast<bf16*>(out), out_stride, x, x_stride, panels, bias, num_rows, num_outputs, num_inputs,
-               num_threads, brgemm);
-    }
+    if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
+    const Packed weight{panels, scales, offsets};
+    with_kind(kind, [&]<typename Kind>(Kind) {
+        if (wide) {
+            linear<Kind>(static_cast<float*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
+                         num_inputs, num_threads, brgemm);
+        } else {
+            linear<Kind>(static_cast<bf16*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
+                         num_inputs, num_threads, brgemm);
+        }
+    });
 }
 
 namespace {
@@ -205,14 +235,11 @@ NARROWS_EXPORT void narrows_linear_few(bf16* out, int64_t out_stride, const bf16
     work(omp_get_thread_num(), omp_get_num_threads());
 }
 
-// out[t] = silu(gate x[t] + bias) * (up x[t] + bias), in float32, rounded once; out [num_rows, num_inner] and bias
-// [gates, then ups] or null.
-NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride,
-                                    const uint32_t* panels, const bf16* bias, int64_t num_rows, int64_t num_inner,
-                                    int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
-    if (num_rows == 0) return;
-    if (num_rows < MANY) brgemm = nullptr;
-    const int64_t num_pairs = pairs_of(num_inputs);
+namespace {
+
+template <typename Kind>
+void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight, const bf16* bias,
+             int64_t num_rows, int64_t num_inner, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
     const Blocks blocks(num_rows);
     const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
         for (; panel < last; ++panel) {
@@ -220,13 +247,29 @@ NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x
             const __mmask16 here = first_lanes(num_inner - column);
             __m512 b0 = _mm512_setzero_ps(), b1 = b0;
             if (bias != nullptr) b0 = load16(bias + column, here), b1 = load16(bias + num_inner + column, here);
-            panel_product(packed, blocks, first, stop, panels + panel * num_pairs * PANEL, num_pairs,
-                          brgemm, [&](int64_t row, __m512 low, __m512 high) {
-                              const __m512 y = silu_mul16(_mm512_add_ps(low, b0), _mm512_add_ps(high, b1));
-                              store16(out + row * out_stride + column, y, here);
-                          });
+            panel_product<Kind>(packed, blocks, first, stop, weight, panel, num_inputs, brgemm,
+                                [&](int64_t row, __m512 low, __m512 high) {
+                                    const __m512 y = silu_mul16(_mm512_add_ps(low, b0), _mm512_add_ps(high, b1));
+                                    store16(out + row * out_stride + column, y, here);
+                                });
         }
     };
-    for_chunks(x, x_stride, num_rows, num_inputs, panels_of(2 * num_inner), num_threads, brgemm, product);
+    for_chunks<Kind>(x, x_stride, num_rows, num_inputs, panels_of(2 * num_inner), num_threads, brgemm, product);
+}
+
+}  // namespace
+
+// out[t] = silu(gate x[t] + bias) * (up x[t] + bias), in float32, rounded once; out [num_rows, num_inner] and bias
+// [gates, then ups] or null. The weight as in narrows_linear.
+NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
+                                    const uint32_t* panels, const float* scales, const int32_t* offsets,
+                                    const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs,
+                                    int num_threads, const Brgemm* brgemm) {
+    if (num_rows == 0) return;
+    if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
+    with_kind(kind, [&]<typename Kind>(Kind) {
+        gate_up<Kind>(out, out_stride, x, x_stride, {panels, scales, offsets}, bias, num_rows, num_inner, num_inputs,
+                      num_threads, brgemm);
+    });
 }
 #endif

@@ -1,6 +1,7 @@
-// The bf16 matrix product that gemm.cpp and experts.cpp share: packed weights, packed rows, and one register tile.
+// The matrix products that gemm.cpp and experts.cpp share: packed weights, packed rows, and a register tile for each
+// kind of weight: bf16, and int8 with bf16 rows or with rows rounded to int8 (gemm_int8.h).
 //
-// A weight [N, K] is held as panels of 32 outputs: [N / 32][K / 2][32][2], two neighbouring inputs side by side, as
+// A bf16 weight [N, K] is held as panels of 32 outputs: [N / 32][K / 2][32][2], two neighbouring inputs side by side, as
 // vdpbf16ps (and the tiles of AMX) want them; missing outputs and an odd last input are zeros. A panel is read from
 // front to back, so that a product of few rows streams the weight once, at the speed of memory.
 // Rows are packed likewise, in blocks of up to 12: [K / 2][rows][2].
@@ -120,12 +121,35 @@ inline void tile(const uint32_t* block, const uint32_t* panel, int64_t num_pairs
     for (int r = 0; r < ROWS; ++r) store(r, low[r], high[r]);
 }
 
-template <bool STREAMED, typename Store>
-inline void tile_of(int64_t rows, const uint32_t* block, const uint32_t* panel, int64_t num_pairs, const char* ahead,
-                    int64_t ahead_step, Store store) {
+// A packed weight: its panels, and of an int8 one the scale of each output and 128 times the sum of its numbers.
+struct Packed {
+    const uint32_t* panels;
+    const float* scales;
+    const int32_t* offsets;
+};
+
+// A kind of weight says how many words of 4 bytes a packed row has (`row_words`), and an output in its panel
+// (`panel_words`), how rows are packed, and how a block of them is multiplied with a panel.
+struct Bf16 {
+    static int64_t row_words(int64_t num_inputs) { return pairs_of(num_inputs); }
+    static int64_t panel_words(int64_t num_inputs) { return pairs_of(num_inputs); }
+    template <typename RowOf>
+    static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool in_order) {
+        pack_rows(block, row_of, num_rows, num_inputs, in_order);
+    }
+    template <int ROWS, bool STREAMED, typename Store>
+    static void multiply(const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_words,
+                         const char* ahead, int64_t ahead_step, Store store) {
+        tile<ROWS, STREAMED>(block, weight.panels + panel * num_words * PANEL, num_words, ahead, ahead_step, store);
+    }
+};
+
+template <typename Kind, bool STREAMED, typename Store>
+inline void tile_of(int64_t rows, const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_words,
+                    const char* ahead, int64_t ahead_step, Store store) {
     switch (rows) {
 #define CASE(N) \
-    case N: tile<N, STREAMED>(block, panel, num_pairs, ahead, ahead_step, store); break;
+    case N: Kind::template multiply<N, STREAMED>(block, weight, panel, num_words, ahead, ahead_step, store); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }
@@ -133,28 +157,31 @@ inline void tile_of(int64_t rows, const uint32_t* block, const uint32_t* panel, 
 
 // Blocks [first, stop) of packed rows (`rows` begins with block `first`) times one panel. Of several passes over the
 // panel each fetches its share of the one that comes next. `brgemm`: the rows are packed in order, and it multiplies.
-template <typename Store>
-inline void panel_product(const uint32_t* rows, const Blocks& blocks, int64_t first, int64_t stop,
-                          const uint32_t* panel, int64_t num_pairs, const Brgemm* brgemm, Store store) {
+template <typename Kind, typename Store>
+inline void panel_product(const uint32_t* rows, const Blocks& blocks, int64_t first, int64_t stop, const Packed& weight,
+                          int64_t panel, int64_t num_inputs, const Brgemm* brgemm, Store store) {
     const int64_t passes = stop - first, base = blocks.start(first), step = PANEL * 4 / passes;
-    if (brgemm != nullptr && num_pairs > 0) {
+    const int64_t num_words = Kind::panel_words(num_inputs), row_words = Kind::row_words(num_inputs);
+    const uint32_t* begin = weight.panels + panel * num_words * PANEL;
+    if (brgemm != nullptr && num_words > 0) {
         static thread_local Scratch for_sums;
         const int64_t count = blocks.start(stop) - base;
         float* sums = for_sums.of<float>(count * PANEL);
-        brgemm->product(count, PANEL, 2 * num_pairs, 2 * num_pairs, PANEL, PANEL, false,
-                        reinterpret_cast<const bf16*>(rows), reinterpret_cast<const bf16*>(panel), sums, true);
+        brgemm->product(count, PANEL, 2 * num_words, 2 * num_words, PANEL, PANEL, false,
+                        reinterpret_cast<const bf16*>(rows), reinterpret_cast<const bf16*>(begin), sums, true);
         for (int64_t r = 0; r < count; ++r) store(base + r, load16(sums + r * PANEL), load16(sums + r * PANEL + 16));
         return;
     }
-    const char* next = reinterpret_cast<const char*>(panel + num_pairs * PANEL);
+    const char* next = reinterpret_cast<const char*>(begin + num_words * PANEL);
     for (int64_t b = first; b < stop; ++b) {
         const int64_t start = blocks.start(b), count = blocks.start(b + 1) - start;
-        const uint32_t* block = rows + (start - base) * num_pairs;
+        const uint32_t* block = rows + (start - base) * row_words;
         const auto keep = [&](int64_t r, __m512 low, __m512 high) { store(start + r, low, high); };
         if (passes == 1) {
-            tile_of<true>(count, block, panel, num_pairs, nullptr, 0, keep);
+            tile_of<Kind, true>(count, block, weight, panel, num_words, nullptr, 0, keep);
         } else {
-            tile_of<false>(count, block, panel, num_pairs, next + (b - first) * step * num_pairs, step, keep);
+            tile_of<Kind, false>(count, block, weight, panel, num_words, next + (b - first) * step * num_words, step,
+                                 keep);
         }
     }
 }

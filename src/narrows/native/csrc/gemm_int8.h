@@ -1,0 +1,170 @@
+// Products with int8 weights: two more kinds for gemm.h, and what tells the three apart.
+//
+// A weight [N, K] of int8 with a float32 scale per output: panels of 32 outputs as of bf16, [N / 32][K / 4][32][4], four
+// neighbouring inputs in a word. Half the bytes of bf16, which is what few rows cost.
+//
+// Int8: each row is rounded to int8 as it is packed, with a scale of its own (its largest magnitude / 127), and sums are
+// exact integers: a row's bits depend on nothing else. The instruction multiplies unsigned rows with signed weights, so
+// 128 is added to the row, and 128 times the sum of each output's weights is taken off at the end.
+// WeightInt8: rows stay bf16; numbers of the weight become bf16 in registers, which is exact.
+#pragma once
+
+#include "gemm.h"
+
+enum { NARROWS_BF16 = 0, NARROWS_INT8 = 1, NARROWS_WEIGHT_INT8 = 2 };
+
+#if defined(NARROWS_GEMM) && defined(__AVX512VNNI__)
+#define NARROWS_GEMM_INT8 1
+
+namespace narrows {
+
+inline int64_t quads_of(int64_t num_inputs) { return (num_inputs + 3) / 4; }
+
+// Rounds a row to int8, 128 added; `to` has room for whole quads, filled up with zeros. Returns the row's scale.
+inline float round_row(uint8_t* to, const bf16* row, int64_t num_inputs) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t k = 0; k < num_inputs; k += 16) {
+        most = _mm512_max_ps(most, _mm512_abs_ps(load16(row + k, first_lanes(num_inputs - k))));
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+    for (int64_t k = 0; k < num_inputs; k += 16) {
+        const __m512 x = _mm512_mul_ps(load16(row + k, first_lanes(num_inputs - k)), inverse);
+        const __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtusepi32_epi8(rounded));
+    }
+    return largest / 127.0f;
+}
+
+struct Int8 {
+    static int64_t row_words(int64_t num_inputs) { return quads_of(num_inputs) + 1; }  // the last: its scale
+    static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
+
+    template <typename RowOf>
+    static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
+        static thread_local Scratch for_row;
+        const int64_t num_quads = quads_of(num_inputs);
+        uint8_t* rounded = for_row.of<uint8_t>(num_inputs + 16);
+        for (int64_t r = 0; r < num_rows; ++r) {
+            const float scale = round_row(rounded, row_of(r), num_inputs);
+            for (int64_t q = 0; q < num_quads; ++q) std::memcpy(block + q * num_rows + r, rounded + 4 * q, 4);
+            std::memcpy(block + num_quads * num_rows + r, &scale, 4);
+        }
+    }
+
+    template <int ROWS, bool STREAMED, typename Store>
+    static void multiply(const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_quads,
+                         const char* ahead, int64_t ahead_step, Store store) {
+        const uint32_t* words = weight.panels + panel * num_quads * PANEL;
+        __m512i low[ROWS], high[ROWS];
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) low[r] = high[r] = _mm512_setzero_si512();
+        for (int64_t q = 0; q < num_quads; ++q) {
+            const __m512i w0 = _mm512_loadu_si512(words), w1 = _mm512_loadu_si512(words + 16);
+            const char* later = reinterpret_cast<const char*>(words) + (STREAMED ? 8192 : 1024);
+            _mm_prefetch(later, _MM_HINT_T0);
+            _mm_prefetch(later + 64, _MM_HINT_T0);
+            if (!STREAMED) {
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                ahead += ahead_step;
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512i x = _mm512_set1_epi32(int32_t(block[r]));
+                low[r] = _mm512_dpbusd_epi32(low[r], x, w0);
+                high[r] = _mm512_dpbusd_epi32(high[r], x, w1);
+            }
+            block += ROWS;
+            words += PANEL;
+        }
+        const float* scales = weight.scales + panel * PANEL;
+        const int32_t* offsets = weight.offsets + panel * PANEL;
+        const __m512 s0 = load16(scales), s1 = load16(scales + 16);
+        const __m512i o0 = _mm512_loadu_si512(offsets), o1 = _mm512_loadu_si512(offsets + 16);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+            float scale;
+            std::memcpy(&scale, block + r, 4);
+            const __m512 of_row = _mm512_set1_ps(scale);
+            const __m512 sum0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(low[r], o0));
+            const __m512 sum1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(high[r], o1));
+            store(r, _mm512_mul_ps(sum0, _mm512_mul_ps(s0, of_row)), _mm512_mul_ps(sum1, _mm512_mul_ps(s1, of_row)));
+        }
+    }
+};
+
+// Four int8 of each lane as two pairs of bf16: exact, since bf16 holds 8 bits.
+struct TwoPairs {
+    __m512bh first, second;
+    explicit TwoPairs(__m512i quad) {
+        const auto number = [&](int byte) {
+            return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quad, 24 - 8 * byte), 24)));
+        };
+        const __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000));
+        first = (__m512bh)_mm512_or_si512(_mm512_srli_epi32(number(0), 16), _mm512_and_si512(number(1), upper));
+        second = (__m512bh)_mm512_or_si512(_mm512_srli_epi32(number(2), 16), _mm512_and_si512(number(3), upper));
+    }
+};
+
+struct WeightInt8 {
+    static int64_t row_words(int64_t num_inputs) { return 2 * quads_of(num_inputs); }
+    static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
+
+    template <typename RowOf>
+    static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
+        pack_rows(block, row_of, num_rows, num_inputs, false);
+        if (pairs_of(num_inputs) % 2) std::memset(block + pairs_of(num_inputs) * num_rows, 0, num_rows * 4);
+    }
+
+    template <int ROWS, bool STREAMED, typename Store>
+    static void multiply(const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_quads,
+                         const char* ahead, int64_t ahead_step, Store store) {
+        const uint32_t* words = weight.panels + panel * num_quads * PANEL;
+        __m512 low[ROWS], high[ROWS];
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) low[r] = high[r] = _mm512_setzero_ps();
+        for (int64_t q = 0; q < num_quads; ++q) {
+            const TwoPairs w0(_mm512_loadu_si512(words)), w1(_mm512_loadu_si512(words + 16));
+            const char* later = reinterpret_cast<const char*>(words) + (STREAMED ? 8192 : 1024);
+            _mm_prefetch(later, _MM_HINT_T0);
+            _mm_prefetch(later + 64, _MM_HINT_T0);
+            if (!STREAMED) {
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                ahead += ahead_step;
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(block[r]));
+                low[r] = _mm512_dpbf16_ps(low[r], x, w0.first);
+                high[r] = _mm512_dpbf16_ps(high[r], x, w1.first);
+            }
+            block += ROWS;
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(block[r]));
+                low[r] = _mm512_dpbf16_ps(low[r], x, w0.second);
+                high[r] = _mm512_dpbf16_ps(high[r], x, w1.second);
+            }
+            block += ROWS;
+            words += PANEL;
+        }
+        const __m512 s0 = load16(weight.scales + panel * PANEL), s1 = load16(weight.scales + panel * PANEL + 16);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) store(r, _mm512_mul_ps(low[r], s0), _mm512_mul_ps(high[r], s1));
+    }
+};
+
+}  // namespace narrows
+#endif
+
+// Calls `work(Kind{})` for a kind by its number.
+#ifdef NARROWS_GEMM
+template <typename Work>
+inline void with_kind(int kind, Work work) {
+#ifdef NARROWS_GEMM_INT8
+    if (kind == NARROWS_INT8) return work(narrows::Int8{});
+    if (kind == NARROWS_WEIGHT_INT8) return work(narrows::WeightInt8{});
+#endif
+    work(narrows::Bf16{});
+}
+#endif
