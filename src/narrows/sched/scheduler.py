@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from narrows.errors import ConfigError
 from narrows.sched.batch import Batch, Chunk, sample_ref
+from narrows.sched.guide import Guide
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
 
@@ -67,6 +68,10 @@ class Request:
     max_tokens: int
     eos_ids: frozenset[int] = frozenset()
     sampling: SamplingParams | None = None
+    priority: int = 0
+    """Lower runs earlier."""
+    guide: Guide | None = None
+    """What may be generated; None: anything."""
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     """One per token of ``output``, if ``sampling`` asks for them."""
