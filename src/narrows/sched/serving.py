@@ -15,7 +15,7 @@ from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
 __all__ = ["Draining", "Generation", "Health", "QueueFull", "Stats", "Unavailable", "Update"]
 
 
-class Unavailable(NarrowsError):
+class Unavailable(NarrowsError):  # noqa: N818 - a state of the server
     """No request can be taken now: the ranks are down or starting."""
 
 
@@ -23,7 +23,7 @@ class Draining(Unavailable):
     """The server is ending: it finishes what it has and takes nothing new."""
 
 
-class QueueFull(NarrowsError):
+class QueueFull(NarrowsError):  # noqa: N818 - a state of the server
     """As many requests wait as may. ``retry_after_s``: when it is worth trying again, in seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
