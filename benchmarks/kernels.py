@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.argmax import pick, shard_argmax
-from narrows.ops.compiled import gemm_library, torch_brgemm
+from narrows.ops.compiled import gemm_library, int8_library, torch_brgemm
 from narrows.ops.encode_rows import decode_rows, decode_rows_reference, encode_rows, encode_rows_reference
 from narrows.ops.experts import experts_mlp
+from narrows.ops.int8 import Quantization
 from narrows.ops.linear import _packed_linear, linear
 from narrows.ops.packed import PackedLinear, empty_experts, empty_gate_up, empty_linear, fill
 from narrows.ops.rms_norm import add_rms_norm, latent_norm, rms_norm
@@ -58,8 +59,8 @@ def best(ways: dict[str, Callable[[int], object]], rounds: int, repeats: int) ->
     return seconds
 
 
-def packed(weight_OI: Tensor) -> PackedLinear:
-    ready = empty_linear(*weight_OI.shape, BF16, CPU)
+def packed(weight_OI: Tensor, quantization: Quantization = Quantization.NONE) -> PackedLinear:
+    ready = empty_linear(*weight_OI.shape, BF16, CPU, quantization)
     assert isinstance(ready, PackedLinear)
     fill(ready, 0, weight_OI)
     return ready
@@ -71,12 +72,19 @@ def product(num_rows: int, num_inputs: int, num_outputs: int, rounds: int) -> di
     ready = [packed(weight) for weight in plain]
     onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, num_rows) for weight in plain]
     x, many = torch.randn((num_rows, num_inputs)).to(BF16), torch_brgemm()
+    quantised = {
+        kind.value: [packed(weight, kind) for weight in plain]
+        for kind in (Quantization.INT8, Quantization.INT8_WEIGHT_ONLY)
+        if int8_library() is not None
+    }
     ways: dict[str, Callable[[int], object]] = {
         "torch": lambda i: functional.linear(x, plain[i % copies]),
         "oneDNN packed": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i % copies], None, "none", [], ""),
         "own packed": lambda i: _packed_linear(x, ready[i % copies], None, None, None),
         "brgemm": lambda i: _packed_linear(x, ready[i % copies], None, None, many),
     }
+    for name, held in quantised.items():
+        ways[name] = lambda i, held=held: _packed_linear(x, held[i % copies], None, None, None)  # type: ignore[misc]
     repeats = max(1, min(copies, 4 * 10**8 // (num_rows * num_inputs * num_outputs)))
     return best(ways, rounds, repeats)
 
@@ -161,7 +169,7 @@ def main() -> None:
     print(f"reading 256 MiB: {read:.1f} GB/s\n")
     results: dict[str, object] = {"threads": args.threads, "read_gb_s": read}
     rows = [int(number) for number in args.rows.split(",")]
-    ways = f"{'torch':>9} {'oneDNN p.':>9} {'own':>9} {'brgemm':>9} us"
+    ways = f"{'torch':>9} {'oneDNN p.':>9} {'own':>9} {'brgemm':>9} {'int8':>9} {'int8 w.o.':>9} us"
     print(f"{'product':10} {'rows':>5} {ways} {'GB/s':>6} {'GFLOP/s':>8}")
     for name, (num_inputs, num_outputs) in PRODUCTS.items():
         for num_rows in rows:
