@@ -37,9 +37,9 @@ _DECLARING = threading.Lock()
 _GEMM = {
     "narrows_gemm_pack": (_P, _P, _L, _L, _L, _L, _L),
     "narrows_gemm_pack_int8": (_P, _P, _L, _L, _L, _L, _L),
-    "narrows_linear": (_P, _L, _P, _L, _I, _P, _P, _P, _P, _L, _L, _L, _I, _I, _P),
+    "narrows_linear": (_P, _L, _P, _L, _I, _P, _P, _P, _L, _L, _L, _I, _I, _P),
     "narrows_linear_few": (_P, _L, _P, _L, _P, _P, _L, _L, _L, _I),
-    "narrows_gate_up": (_P, _L, _P, _L, _I, _P, _P, _P, _P, _L, _L, _L, _I, _P),
+    "narrows_gate_up": (_P, _L, _P, _L, _I, _P, _P, _P, _L, _L, _L, _I, _P),
     "narrows_experts": (_P, _L, _I, _P, _L, _P, _I, _P, _L, _L, _I, _P, _P, _L, _L, _L, _L, _P, _P, _L, _I, _P),
 }
 _ROWS = {

@@ -60,26 +60,17 @@ def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scales:
-    """What a packed int8 weight has beside its panels, for whole panels: each output's scale, and 128 times the sum of
-    its numbers, [..., O]."""
+    """What a packed int8 weight has beside its panels: each output's scale, for whole panels, [..., O]."""
 
     values: Tensor
-    offsets: Tensor
     quantization: Quantization
 
     @classmethod
     def empty(cls, num_experts: int, num_outputs: int, quantization: Quantization) -> Scales:
-        shape = (num_experts, num_outputs)
-        return cls(torch.zeros(shape), torch.zeros(shape, dtype=torch.int32), quantization)
+        return cls(torch.zeros((num_experts, num_outputs)), quantization)
 
     def __getitem__(self, expert: int) -> Scales:
-        return Scales(self.values[expert], self.offsets[expert], self.quantization)
-
-    def put(self, places_X: Tensor, rows_XI: Tensor, scales_X: Tensor) -> None:
-        """Notes the scales of these rows of numbers."""
-        assert rows_XI.shape[1] <= MAX_INPUTS, f"{rows_XI.shape[1]} inputs: their products may not fit 32 bits"
-        self.values[places_X] = scales_X
-        self.offsets[places_X] = 128 * rows_XI.sum(dim=1, dtype=torch.int32)
+        return Scales(self.values[expert], self.quantization)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from narrows.ops.compiled import gemm_library, int8_library
-from narrows.ops.int8 import Int8Linear, Int8Stack, Quantization, Scales, empty_int8, quantize_rows, weight_values
+from narrows.ops.int8 import (
+    MAX_INPUTS,
+    Int8Linear,
+    Int8Stack,
+    Quantization,
+    Scales,
+    empty_int8,
+    quantize_rows,
+    weight_values,
+)
 
 __all__ = [
     "ExpertStack",
@@ -39,9 +48,9 @@ PANEL = 32
 
 
 class PackedWeight(ctypes.Structure):
-    """``Packed`` of native/csrc/gemm.h: addresses of panels, scales and offsets."""
+    """``Packed`` of native/csrc/gemm.h: addresses of panels and scales."""
 
-    _fields_ = (("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("offsets", ctypes.c_void_p))
+    _fields_ = (("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +70,7 @@ class PackedLinear:
         return self.num_outputs, self.num_inputs
 
     @cached_property
-    def given(self) -> tuple[int, int, int | None, int | None]:
+    def given(self) -> tuple[int, int, int | None]:
         """The kind of weight and the addresses of its parts, as compiled functions take them."""
         return _given(self.panels, self.int8)
 
@@ -87,7 +96,7 @@ class PackedStack:
         return self.panels.shape[0], self.num_outputs, self.num_inputs
 
     @cached_property
-    def given(self) -> tuple[int, int, int | None, int | None]:
+    def given(self) -> tuple[int, int, int | None]:
         """As :attr:`PackedLinear.given`, of the first expert."""
         return _given(self.panels, self.int8)
 
@@ -105,10 +114,10 @@ LinearWeight = Tensor | PackedLinear | Int8Linear
 ExpertStack = Tensor | PackedStack | Int8Stack
 
 
-def _given(panels: Tensor, int8: Scales | None) -> tuple[int, int, int | None, int | None]:
+def _given(panels: Tensor, int8: Scales | None) -> tuple[int, int, int | None]:
     if int8 is None:
-        return 0, panels.data_ptr(), None, None
-    return int8.quantization.kind, panels.data_ptr(), int8.values.data_ptr(), int8.offsets.data_ptr()
+        return 0, panels.data_ptr(), None
+    return int8.quantization.kind, panels.data_ptr(), int8.values.data_ptr()
 
 
 def empty_linear(
@@ -196,7 +205,7 @@ def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
         rows_XI = rows_XI.to(torch.bfloat16)
     else:
         rows_XI, scales_X = quantize_rows(rows_XI)
-        weight.int8.put(_places(first, num_rows, half), rows_XI, scales_X)
+        weight.int8.values[_places(first, num_rows, half)] = scales_X
         pack = library.narrows_gemm_pack_int8
     if rows_XI.stride(1) != 1:
         rows_XI = rows_XI.contiguous()
@@ -219,8 +228,8 @@ def plain(weight: LinearWeight) -> Tensor:
     if isinstance(weight, Int8Linear):
         return weight_values(weight)
     values = weight.panels.transpose(1, 2).flatten(2)[..., : weight.num_inputs]  # [P, 32, I]
-    if weight.int8 is not None:
-        values = values.float() * weight.int8.values.view(-1, PANEL, 1)
+    if weight.int8 is not None:  # 128 is added there
+        values = (values.float() - 128) * weight.int8.values.view(-1, PANEL, 1)
     if not weight.gated:
         return values.flatten(0, 1)[: weight.num_outputs].clone()
     gates, ups = values.unflatten(1, (2, PANEL // 2)).unbind(1)
@@ -234,9 +243,10 @@ def _packs(dtype: torch.dtype, device: torch.device, quantization: Quantization)
 
 
 def _stack(num_experts: int, num_outputs: int, num_inputs: int, gated: bool, quantization: Quantization) -> PackedStack:
-    """Room for panels; what lies beyond the weight is 0."""
+    """Room for panels; what lies beyond the weight is 0 (of int8 anything: rows have zeros there, scales are 0)."""
+    assert num_inputs <= MAX_INPUTS or not quantization.kind, f"{num_inputs} inputs: their products may not fit 32 bits"
     num_panels = -(-num_outputs // PANEL)
-    together, dtype = (4, torch.int8) if quantization.kind else (2, torch.bfloat16)
+    together, dtype = (4, torch.uint8) if quantization.kind else (2, torch.bfloat16)
     shape = (num_experts, num_panels, -(-num_inputs // together), PANEL, together)
     panels = torch.empty(shape, dtype=dtype)
     if num_outputs % PANEL:

@@ -79,16 +79,19 @@ def build_paged_rows(
     page_size: int,
     device: torch.device | str | None = None,
     *,
-    decode_group_slots: int = 1024,
+    decode_group_slots: int | None = None,
 ) -> PagedRows:
     """The `PagedRows` of a step whose rows are these spans, one after the other.
 
     A span is ``(start, num_rows, pages)``: ``num_rows`` tokens at positions start, start + 1, ... of a context that
     lives in ``pages``, in order. One row makes a decode row, more a prefill span, none nothing. A dead row is ``(0,
-    1, (0,))``. ``decode_group_slots``: decode rows are grouped up to this many slots, padding counted (1024: best or
-    near it from 1 to 64 rows of 64 to 1024 tokens on one CPU thread; a longer context is a group of its own). All
+    1, (0,))``. ``decode_group_slots``: decode rows are grouped up to this many slots, padding counted (on CPU
+    1024: best or near it from 1 to 64 rows of 64 to 1024 tokens on one thread; a longer context is a group of its own.
+    Elsewhere 2^18: a group is a dozen launches). All
     arithmetic is on the host, then one copy per tensor to ``device``.
     """
+    if decode_group_slots is None:
+        decode_group_slots = 1024 if torch.device(device or "cpu").type == "cpu" else 1 << 18
     positions: list[Tensor] = []
     slots: list[Tensor] = []
     prefills: list[PrefillSpan] = []

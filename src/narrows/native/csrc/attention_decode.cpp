@@ -266,7 +266,7 @@ void head_product(bf16* out, int64_t out_row, const bf16* x, int64_t x_row, cons
     for (int64_t panel = 0; panel < num_panels; ++panel) {
         const int64_t column = panel * PANEL;
         const __mmask16 here = first_lanes(num_outputs - column), next = first_lanes(num_outputs - column - 16);
-        panel_product<Bf16>(packed, blocks, 0, blocks.count, {panels, nullptr, nullptr}, panel, num_inputs,
+        panel_product<Bf16>(packed, blocks, 0, blocks.count, {panels, nullptr}, panel, num_inputs,
                       nullptr, [&](int64_t row, __m512 low, __m512 high) {
                           bf16* to = out + row * out_row + column;
                           store16(to, low, here);

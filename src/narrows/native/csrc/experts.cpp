@@ -129,7 +129,7 @@ struct Stack {
         const int64_t outputs = panels_of(num_outputs) * PANEL;
         Packed at = first;
         at.panels += expert * outputs * Kind::panel_words(num_inputs);
-        if (at.scales != nullptr) at.scales += expert * outputs, at.offsets += expert * outputs;
+        if (at.scales != nullptr) at.scales += expert * outputs;
         return at;
     }
 };
@@ -225,7 +225,7 @@ void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_s
 // float32, and, where `shared_inner` is not 0, the shared expert's MLP added last; rounded once.
 //
 // ids [num_rows, top_k], int32, or int64 where `wide_ids`; others than first_expert <= id < first_expert + num_experts
-// add nothing. gate_up and down: the experts' packed weights one after the other, scales and offsets too (`kind`:
+// add nothing. gate_up and down: the experts' packed weights one after the other, scales too (`kind`:
 // gemm_int8.h). out: bf16, float32 where `wide`.
 NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride,
                                     const void* ids, int wide_ids, const float* weights, int64_t num_rows,

@@ -29,9 +29,10 @@ using namespace narrows;
 namespace {
 
 // Puts rows [first, first + num_rows) of a weight into its panels, `INPUTS` numbers to a word of 4 bytes.
+// `flip` is added to each word without carry.
 template <int INPUTS, typename Number>
 void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t first, int64_t num_rows,
-                 int64_t num_inputs, int64_t half) {
+                 int64_t num_inputs, int64_t half, uint32_t flip) {
     const int64_t num_words = (num_inputs + INPUTS - 1) / INPUTS, width = half < 0 ? PANEL : PANEL / 2;
     const int64_t offset = half == 1 ? PANEL / 2 : 0;
     constexpr int64_t SPAN = 64;  // words at a time: what is written stays in the cache until its lines are full
@@ -45,7 +46,7 @@ void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t
                 for (int64_t p = from; p < until; ++p) {
                     uint32_t word = 0;
                     std::memcpy(&word, x + INPUTS * p, std::min<int64_t>(INPUTS, num_inputs - INPUTS * p) * sizeof(Number));
-                    panel[p * PANEL + r - row] = word;
+                    panel[p * PANEL + r - row] = word ^ flip;
                 }
             }
         }
@@ -59,13 +60,13 @@ void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t
 // `stride`. `half`: panels hold 16 gates and 16 ups; this is a part of the gates (0) or the ups (1); -1: plain panels.
 NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first,
                                       int64_t num_rows, int64_t num_inputs, int64_t half) {
-    pack_weight<2>(panels, source, stride, first, num_rows, num_inputs, half);
+    pack_weight<2>(panels, source, stride, first, num_rows, num_inputs, half, 0);
 }
 
-// The same for a weight of int8 (gemm_int8.h).
+// The same for a weight of int8, whose panels hold 128 more (gemm_int8.h).
 NARROWS_EXPORT void narrows_gemm_pack_int8(uint32_t* panels, const int8_t* source, int64_t stride, int64_t first,
                                            int64_t num_rows, int64_t num_inputs, int64_t half) {
-    pack_weight<4>(panels, source, stride, first, num_rows, num_inputs, half);
+    pack_weight<4>(panels, source, stride, first, num_rows, num_inputs, half, 0x80808080);
 }
 
 namespace {
@@ -149,14 +150,13 @@ void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const
 
 // out[t] = x[t] weight^T + bias, summed in float32, rounded once; `wide`: out is float32, not rounded. Strides in
 // elements. bias may be null, and so may brgemm (gemm.h), which is for bf16 alone. `kind` of weight: gemm_int8.h;
-// `scales` and `offsets`: of int8, for whole panels.
+// `scales`: of int8, for whole panels.
 NARROWS_EXPORT void narrows_linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
-                                   const uint32_t* panels, const float* scales, const int32_t* offsets,
-                                   const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
+                                   const uint32_t* panels, const float* scales, const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
                                    int wide, int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
-    const Packed weight{panels, scales, offsets};
+    const Packed weight{panels, scales};
     with_kind(kind, [&]<typename Kind>(Kind) {
         if (wide) {
             linear<Kind>(static_cast<float*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
@@ -262,13 +262,12 @@ void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, con
 // out[t] = silu(gate x[t] + bias) * (up x[t] + bias), in float32, rounded once; out [num_rows, num_inner] and bias
 // [gates, then ups] or null. The weight as in narrows_linear.
 NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
-                                    const uint32_t* panels, const float* scales, const int32_t* offsets,
-                                    const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs,
+                                    const uint32_t* panels, const float* scales, const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs,
                                     int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
     with_kind(kind, [&]<typename Kind>(Kind) {
-        gate_up<Kind>(out, out_stride, x, x_stride, {panels, scales, offsets}, bias, num_rows, num_inner, num_inputs,
+        gate_up<Kind>(out, out_stride, x, x_stride, {panels, scales}, bias, num_rows, num_inner, num_inputs,
                       num_threads, brgemm);
     });
 }

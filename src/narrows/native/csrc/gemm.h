@@ -121,11 +121,10 @@ inline void tile(const uint32_t* block, const uint32_t* panel, int64_t num_pairs
     for (int r = 0; r < ROWS; ++r) store(r, low[r], high[r]);
 }
 
-// A packed weight: its panels, and of an int8 one the scale of each output and 128 times the sum of its numbers.
+// A packed weight: its panels, and of an int8 one the scale of each output.
 struct Packed {
     const uint32_t* panels;
     const float* scales;
-    const int32_t* offsets;
 };
 
 // A kind of weight says how many words of 4 bytes a packed row has (`row_words`), and an output in its panel

@@ -4,8 +4,8 @@
 // neighbouring inputs in a word. Half the bytes of bf16, which is what few rows cost.
 //
 // Int8: each row is rounded to int8 as it is packed, with a scale of its own (its largest magnitude / 127), and sums are
-// exact integers: a row's bits depend on nothing else. The instruction multiplies unsigned rows with signed weights, so
-// 128 is added to the row, and 128 times the sum of each output's weights is taken off at the end.
+// exact integers: a row's bits depend on nothing else. The instruction multiplies unsigned numbers with signed ones that
+// it can broadcast from memory: so weights are held with 128 added, and 128 times the sum of the row is taken off.
 // WeightInt8: rows stay bf16; numbers of the weight become bf16 in registers, which is exact.
 #pragma once
 
@@ -20,35 +20,44 @@ namespace narrows {
 
 inline int64_t quads_of(int64_t num_inputs) { return (num_inputs + 3) / 4; }
 
-// Rounds a row to int8, 128 added; `to` has room for whole quads, filled up with zeros. Returns the row's scale.
-inline float round_row(uint8_t* to, const bf16* row, int64_t num_inputs) {
+// A row's scale, and 128 times the sum of its numbers.
+struct Rounded {
+    float scale;
+    int32_t offset;
+};
+
+// Rounds a row to int8; `to` has room for 16 numbers more, and is filled up with zeros.
+inline Rounded round_row(int8_t* to, const bf16* row, int64_t num_inputs) {
     __m512 most = _mm512_setzero_ps();
     for (int64_t k = 0; k < num_inputs; k += 16) {
         most = _mm512_max_ps(most, _mm512_abs_ps(load16(row + k, first_lanes(num_inputs - k))));
     }
     const float largest = _mm512_reduce_max_ps(most);
     const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+    __m512i sum = _mm512_setzero_si512();
     for (int64_t k = 0; k < num_inputs; k += 16) {
         const __m512 x = _mm512_mul_ps(load16(row + k, first_lanes(num_inputs - k)), inverse);
-        const __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtusepi32_epi8(rounded));
+        const __m512i rounded = _mm512_cvtps_epi32(x);
+        sum = _mm512_add_epi32(sum, rounded);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtsepi32_epi8(rounded));
     }
-    return largest / 127.0f;
+    return {largest / 127.0f, 128 * _mm512_reduce_add_epi32(sum)};
 }
 
 struct Int8 {
-    static int64_t row_words(int64_t num_inputs) { return quads_of(num_inputs) + 1; }  // the last: its scale
+    static int64_t row_words(int64_t num_inputs) { return quads_of(num_inputs) + 2; }  // the last: Rounded
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
 
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
         static thread_local Scratch for_row;
         const int64_t num_quads = quads_of(num_inputs);
-        uint8_t* rounded = for_row.of<uint8_t>(num_inputs + 16);
+        int8_t* rounded = for_row.of<int8_t>(num_inputs + 16);
         for (int64_t r = 0; r < num_rows; ++r) {
-            const float scale = round_row(rounded, row_of(r), num_inputs);
+            const Rounded of_row = round_row(rounded, row_of(r), num_inputs);
             for (int64_t q = 0; q < num_quads; ++q) std::memcpy(block + q * num_rows + r, rounded + 4 * q, 4);
-            std::memcpy(block + num_quads * num_rows + r, &scale, 4);
+            std::memcpy(block + num_quads * num_rows + r, &of_row.scale, 4);
+            std::memcpy(block + (num_quads + 1) * num_rows + r, &of_row.offset, 4);
         }
     }
 
@@ -71,32 +80,31 @@ struct Int8 {
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r) {
                 const __m512i x = _mm512_set1_epi32(int32_t(block[r]));
-                low[r] = _mm512_dpbusd_epi32(low[r], x, w0);
-                high[r] = _mm512_dpbusd_epi32(high[r], x, w1);
+                low[r] = _mm512_dpbusd_epi32(low[r], w0, x);
+                high[r] = _mm512_dpbusd_epi32(high[r], w1, x);
             }
             block += ROWS;
             words += PANEL;
         }
-        const float* scales = weight.scales + panel * PANEL;
-        const int32_t* offsets = weight.offsets + panel * PANEL;
-        const __m512 s0 = load16(scales), s1 = load16(scales + 16);
-        const __m512i o0 = _mm512_loadu_si512(offsets), o1 = _mm512_loadu_si512(offsets + 16);
+        const __m512 s0 = load16(weight.scales + panel * PANEL), s1 = load16(weight.scales + panel * PANEL + 16);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
             float scale;
             std::memcpy(&scale, block + r, 4);
             const __m512 of_row = _mm512_set1_ps(scale);
-            const __m512 sum0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(low[r], o0));
-            const __m512 sum1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(high[r], o1));
+            const __m512i offset = _mm512_set1_epi32(int32_t(block[ROWS + r]));
+            const __m512 sum0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(low[r], offset));
+            const __m512 sum1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(high[r], offset));
             store(r, _mm512_mul_ps(sum0, _mm512_mul_ps(s0, of_row)), _mm512_mul_ps(sum1, _mm512_mul_ps(s1, of_row)));
         }
     }
 };
 
-// Four int8 of each lane as two pairs of bf16: exact, since bf16 holds 8 bits.
+// Four numbers of each lane as two pairs of bf16: exact, since bf16 holds 8 bits.
 struct TwoPairs {
     __m512bh first, second;
-    explicit TwoPairs(__m512i quad) {
+    explicit TwoPairs(__m512i held) {
+        const __m512i quad = _mm512_xor_si512(held, _mm512_set1_epi32(int32_t(0x80808080)));  // 128 less
         const auto number = [&](int byte) {
             return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quad, 24 - 8 * byte), 24)));
         };
