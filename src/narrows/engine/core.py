@@ -157,6 +157,8 @@ class Engine:
 
         ``keep_logits``: with the whole rows of logits, on every rank.
         """
+        if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
+            self.scheduler.forget_cached()
         book = self._book_for(needs_logits=keep_logits or batch.needs_logits)
         plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         return self.ranks.submit("step", batch, plan, keep_logits)
