@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from random import Random
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -32,11 +33,11 @@ def score(tokens: tuple[int, ...]) -> TokenScore:
     return TokenScore(float(zlib.crc32(bytes(tokens))), len(tokens), ())
 
 
-def plain_loop(prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], str]:
+def plain_loop(prompt: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int] = EOS) -> tuple[list[int], str]:
     tokens = prompt
     for _ in range(max_tokens):
         tokens += (next_token(tokens),)
-        if tokens[-1] in EOS:
+        if tokens[-1] in eos_ids:
             return list(tokens[len(prompt) :]), "stop"
     return list(tokens[len(prompt) :]), "length"
 
@@ -243,3 +244,74 @@ class Serving(RuleBasedStateMachine):
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+
+
+def crowd(rng: Random) -> tuple[int, int]:
+    """Many requests with few different tokens, shared beginnings and few pages, run to the end; preemptions, and prompt
+    tokens found in the cache."""
+    page_size, num_pages, rows = rng.randint(1, 4), rng.randint(4, 14), rng.randint(1, 12)
+    chunk = rng.choice((0, 0, rng.randint(0, min(4, rows))))
+    limits = Limits(
+        num_groups=rng.randint(1, 3),
+        rows_per_step=rows,
+        requests_per_group=rng.randint(2, 5),
+        page_size=page_size,
+        pages_per_group=num_pages,
+        max_context=min(40, (num_pages - 1) * page_size + 1),
+        prefill_chunk=chunk,
+        scored_rows_per_step=max(rng.randint(0, 5), chunk),
+        prefix_cache=rng.random() < 0.8,
+        aging_steps=rng.randint(0, 4),
+        load_gap=rng.randint(0, 20),
+        align_steps=rng.randint(0, 3),
+    )
+    scheduler, ranks = Scheduler(limits), Ranks(limits)
+    requests: list[Request] = []
+    in_flight: deque[tuple[tuple[int, ...], dict[int, TokenScore]]] = deque()
+    for step in range(3000):
+        if step < 40 and rng.random() < 0.5:
+            scored = rng.random() < 0.2
+            most = rng.randint(0 if scored else 1, 30)
+            length = min(rng.randint(1, limits.max_context - 1), limits.tokens_per_group)
+            prompt = tuple(rng.choices((2, 3), k=length))
+            if requests:
+                prompt = (ranks.texts[rng.choice(requests).id][: rng.randint(0, length)] + prompt)[:length]
+            sampling = SamplingParams(prompt_logprobs=0) if scored else None
+            number, priority = len(requests), rng.randint(-1, 1)
+            most = min(most, limits.tokens_per_group + 1 - length)
+            request = Request(
+                id=number, prompt=prompt, max_tokens=most, eos_ids=frozenset({0}), sampling=sampling, priority=priority
+            )
+            scheduler.add(request)
+            requests.append(request)
+            ranks.texts[number] = prompt + tuple(plain_loop(prompt, request.max_tokens, request.eos_ids)[0])
+        if requests and step < 40 and rng.random() < 0.05:
+            scheduler.abort(rng.choice(requests))
+        batch = scheduler.schedule() if len(in_flight) < 2 else None
+        scheduler.check_integrity()
+        if batch is not None:
+            assert batch.num_rows <= limits.rows_per_step
+            in_flight.append(ranks.run(batch))
+        elif not in_flight:
+            assert not scheduler.has_work, "work, but nothing to wait for"
+            if step >= 40:
+                break
+        if in_flight and (batch is None or len(in_flight) == 2 or rng.random() < 0.5):
+            ids, scores = in_flight.popleft()
+            scheduler.commit(ids, scores=scores)
+            scheduler.check_integrity()
+    assert not scheduler.has_work, "it never came to an end"
+    for request in requests:
+        output, reason = plain_loop(request.prompt, request.max_tokens, request.eos_ids)
+        ends = range(2, len(request.prompt) + 1) if request.scores_prompt else ()
+        if request.finish_reason != "abort":
+            assert (request.output, request.finish_reason) == (output, reason)
+            assert request.prompt_logprobs == [score(request.prompt[:end]) for end in ends]
+    stats = scheduler.stats()
+    assert stats.kv_pages_used == 0
+    return stats.preemptions, stats.cached_prompt_tokens
+
+
+def test_a_crowd_in_a_small_cache() -> None:
+    seen = [crowd(Random(seed)) for seed in range(150)]
+    assert sum(preempted for preempted, _ in seen) > 100 and sum(found for _, found in seen) > 1000

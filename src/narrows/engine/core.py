@@ -132,8 +132,8 @@ class Engine:
             return
         if not any(step.name == "sample" for _, step in saved.steps()):
             raise ConfigError(
-                "the saved plan ends in each shard's best token, so it cannot sample, penalise, be guided or "
-                "give log-probabilities; run greedily, or leave --plan out"
+                "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
+                "log-probabilities; run greedily, or leave --plan out"
             )
 
     def run(self) -> Iterator[Request]:
