@@ -238,6 +238,19 @@ def test_a_prompt_waits_a_bounded_time_for_one_of_another_group_and_not_when_not
     assert scheduler.stats().idle_rows == (2, 3 + 1 + 1)
 
 
+def test_a_prompt_that_is_under_way_is_not_held_up_again() -> None:
+    scheduler = make(num_groups=2, align_steps=1)
+    add(scheduler, 0, prompt=3, max_tokens=20, eos=frozenset())
+    step(scheduler)
+    commit(scheduler, (7,))
+    add(scheduler, 1, prompt=20, max_tokens=20, eos=frozenset())
+    seen = []
+    for _ in range(4):
+        seen.append(step(scheduler).group_rows)
+        commit(scheduler, (7,) * 2)
+    assert seen == [(1, 0), (1, 7), (1, 7), (1, 6)]
+
+
 class Countdown:
     """Allows token 8 until it came ``left`` times, then nothing."""
 

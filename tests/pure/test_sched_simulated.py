@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from random import Random
 
 from hypothesis import settings
@@ -28,6 +29,10 @@ def next_token(tokens: tuple[int, ...]) -> int:
     return zlib.crc32(bytes(tokens)) % VOCAB
 
 
+def mark(tokens: Sequence[int]) -> int:
+    return zlib.crc32(bytes(tokens))
+
+
 def score(tokens: tuple[int, ...]) -> TokenScore:
     """That of the last token, after all before it."""
     return TokenScore(float(zlib.crc32(bytes(tokens))), len(tokens), ())
@@ -43,11 +48,14 @@ def plain_loop(prompt: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int]
 
 
 class Ranks:
-    """What the ranks do, in ints: write each row's token to its slot, then read the context back by the pages."""
+    """What the ranks do, in ints: write each row to its slot, then read the context back by the pages.
+
+    What is written is the token, and a mark of all tokens before it, as KV depends on those too.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.page_size = limits.page_size
-        self.cache: list[dict[int, int]] = [{} for _ in range(limits.num_groups)]
+        self.cache: list[dict[int, tuple[int, int]]] = [{} for _ in range(limits.num_groups)]
         self.samples: tuple[int, ...] = ()
         self.texts: dict[int, tuple[int, ...]] = {}  # by request: the prompt and all that follows in the plain loop
 
@@ -57,17 +65,20 @@ class Ranks:
         for cache, group in zip(self.cache, batch.groups, strict=True):
             for chunk in group:
                 slots = [page * self.page_size + i for page in chunk.pages for i in range(self.page_size)]
-                for i, token in enumerate(chunk.tokens):
-                    cache[slots[chunk.start + i]] = self.samples[sample_slot(token)] if token < 0 else token
                 stop = chunk.start + len(chunk.tokens)
-                held = tuple(cache.get(slot) for slot in slots[:stop])
-                assert held == self.texts[chunk.request][:stop], "the pages hold something else"
+                context = [cache[slot][0] for slot in slots[: chunk.start]]
+                for slot, token in zip(slots[chunk.start :], chunk.tokens, strict=False):
+                    context.append(self.samples[sample_slot(token)] if token < 0 else token)
+                    cache[slot] = (context[-1], mark(context))
+                text = self.texts[chunk.request]
+                for i, slot in enumerate(slots[:stop]):
+                    assert cache[slot] == (text[i], mark(text[: i + 1])), "a page holds something else"
                 first = stop - chunk.num_logits + 1
                 for end in range(first, stop + 1):
-                    context = tuple(cache[slot] for slot in slots[:end])
+                    seen = tuple(cache[slot][0] for slot in slots[:end])
                     if end - first < len(chunk.targets):
-                        scores[len(sampled)] = score((*context, chunk.targets[end - first]))
-                    sampled.append(next_token(context))
+                        scores[len(sampled)] = score((*seen, chunk.targets[end - first]))
+                    sampled.append(next_token(seen))
         self.samples = tuple(sampled)
         return self.samples, scores
 

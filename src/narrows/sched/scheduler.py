@@ -147,7 +147,7 @@ class Scheduler:
                 if other.is_through:  # nothing of it is to run: its pages serve nobody
                     self._release(other)
         while count > pool.num_free:
-            last = max(self.running[request.group], key=_TURN)
+            last = max((other for other in self.running[request.group] if not other.is_through), key=_TURN)
             self._put_back(last)
             if last is request:
                 return False
@@ -167,8 +167,6 @@ class Scheduler:
             if request.scores_prompt and scored >= self.limits.scored_rows:
                 index += 1  # it waits for the budget of those that score; for others there is room
                 continue
-            if request.awaits_sample:
-                return  # just put back: what it runs again is not all known yet
             place = choose_place(request, self.pools, self.running, self.limits)
             if place is None:
                 return  # nobody passes it: first come, first served
