@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.errors import ConfigError
-from narrows.sched.pages import PagePool, num_pages_for
+from narrows.sched.pages import PagePool, num_pages_for, page_hash
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,37 @@ def test_every_page_is_free_or_out_and_never_both(num_pages: int, acts: list[tup
             out.append(pool.take(number))
         elif out:
             pool.give_back(out.pop(number % len(out)))
-        pool.check_integrity()
         held = [page for pages in out for page in pages]
+        pool.check_integrity(held)
         assert len(set(held)) == len(held) and set(held) <= set(range(1, num_pages))
         assert len(held) + pool.num_free == num_pages - 1
+
+
+def test_a_cached_page_is_found_until_its_room_is_needed_the_one_unused_longest_first() -> None:
+    pool = PagePool(4)
+    first = page_hash(b"", (1, 2))
+    second = page_hash(first, (3, 4))
+    pages = pool.take(3)
+    pool.register(pages[0], first)
+    pool.register(pages[1], second)
+    pool.give_back(pages)
+    pool.check_integrity(())
+    assert pool.num_free == 3 and pool.find([first, second]) == pages[:2]
+    assert pool.take(2) == (pages[2], pages[1]), "the free one, then the end of the text"
+    assert pool.find([first, second]) == pages[:1]
+    pool.share(pages[:1])
+    pool.share(pages[:1])
+    pool.check_integrity((*pages, pages[0]))
+    with pytest.raises(AssertionError, match="1 pages asked for, 0 free"):
+        pool.take(1)
+
+
+def test_a_hash_stands_for_all_tokens_before_too() -> None:
+    keys = {page_hash(parent, tokens) for parent in (b"", page_hash(b"", (7,))) for tokens in ((1, 2), (2, 1), (258,))}
+    assert len(keys) == 6
+
+
+def test_a_page_that_is_still_written_is_never_shared() -> None:
+    pool = PagePool(3)
+    with pytest.raises(AssertionError, match="never written again"):
+        pool.share(pool.take(1))

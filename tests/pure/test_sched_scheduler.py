@@ -8,6 +8,7 @@ import pytest
 
 from narrows.errors import ConfigError
 from narrows.sched.batch import Batch, sample_ref
+from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Limits, Request, Scheduler
 
 EOS = frozenset({0})
@@ -111,31 +112,27 @@ def test_a_step_must_hold_a_chunk() -> None:
 # -- admission and groups --------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_admitted_only_when_all_its_pages_are_free() -> None:
-    scheduler = make(pages_per_group=6)  # five pages of 4 tokens
-    first = add(scheduler, 0, prompt=5, max_tokens=8, eos=frozenset())  # 12 tokens enter the cache: 3 pages
-    second = add(scheduler, 1, prompt=1, max_tokens=9)  # 9 tokens: 3 pages, 2 are free
-    third = add(scheduler, 2, prompt=1, max_tokens=1)  # 1 page would be free, but it came later
+def test_admission_leaves_a_page_for_each_request_that_may_still_grow_and_nobody_passes_who_waits() -> None:
+    scheduler = make(pages_per_group=5)  # four pages of 4 tokens
+    first = add(scheduler, 0, prompt=5, max_tokens=8, eos=frozenset())  # two pages now, three in the end
+    second = add(scheduler, 1, prompt=5, max_tokens=2)  # two pages, but then the first has none to grow into
+    third = add(scheduler, 2, prompt=1, max_tokens=1)  # one page would do, but it came later
     assert rows(step(scheduler)) == [[(0, 0, (1, 2, 3, 4, 5), 1)]]
-    assert (len(first.pages), second.group, third.group) == (3, -1, -1)
+    assert (len(first.pages), second.group, third.group) == (2, -1, -1)
     scheduler.abort(first)
-    assert rows(step(scheduler)) == [[(1, 0, (1,), 1), (2, 0, (1,), 1)]]
+    assert [chunk.request for chunk in step(scheduler).groups[0]] == [1, 2]
 
 
-def test_pages_cover_the_prompt_and_every_sample_but_the_last() -> None:
-    scheduler = make(page_size=4)
-    exact = add(scheduler, 0, prompt=5, max_tokens=4)  # 8 tokens
-    more = add(scheduler, 1, prompt=5, max_tokens=5)  # 9 tokens
-    step(scheduler)
-    assert (len(exact.pages), len(more.pages)) == (2, 3)
-
-
-def test_a_chunk_lists_the_pages_of_its_tokens_only() -> None:
+def test_pages_come_as_the_text_grows_and_a_chunk_lists_those_of_its_tokens_only() -> None:
     scheduler = make(rows_per_step=6, page_size=4)
-    request = add(scheduler, 0, prompt=9, max_tokens=8)
+    request = add(scheduler, 0, prompt=7, max_tokens=8)
     assert [len(c.pages) for c in step(scheduler).groups[0]] == [2]
+    assert len(request.pages) == 2
+    assert [len(c.pages) for c in step(scheduler).groups[0]] == [2]
+    commit(scheduler, ())
+    assert [len(c.pages) for c in step(scheduler).groups[0]] == [2]
+    commit(scheduler, (9,))
     assert [len(c.pages) for c in step(scheduler).groups[0]] == [3]
-    assert len(request.pages) == 4
 
 
 def test_no_more_requests_per_group_than_the_limit() -> None:
@@ -146,12 +143,162 @@ def test_no_more_requests_per_group_than_the_limit() -> None:
     assert [request.id for request in scheduler.waiting] == [2]
 
 
-def test_a_request_goes_to_the_group_with_the_most_free_pages_the_first_at_a_tie() -> None:
-    scheduler = make(num_groups=3)
-    sizes = (20, 4, 8, 4, 1)  # pages: 5, 1, 2, 1, 1
+def test_a_request_goes_to_the_group_with_the_fewest_tokens_the_first_at_a_tie() -> None:
+    scheduler = make(num_groups=3, rows_per_step=64)
+    sizes = (20, 4, 8, 4, 1)
     requests = [add(scheduler, i, prompt=size, max_tokens=1) for i, size in enumerate(sizes)]
     step(scheduler)
     assert [request.group for request in requests] == [0, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("load_gap", "group"), [(22, 0), (21, 1)])
+def test_a_cached_prefix_draws_a_request_to_its_group_unless_that_is_too_full(load_gap: int, group: int) -> None:
+    scheduler = make(num_groups=2, rows_per_step=64, load_gap=load_gap)
+    first = add(scheduler, 0, prompt=21, max_tokens=9)
+    step(scheduler)
+    commit(scheduler, (7,))
+    second = add(scheduler, 1, prompt=22, max_tokens=9)  # the first has 22 tokens by now
+    while second.group < 0:
+        commit(scheduler, (7,) * step(scheduler).num_logit_rows)
+    assert (first.group, second.group) == (0, group)
+    assert second.num_found == (20 if group == 0 else 0)
+
+
+# -- the prefix cache, preemption, priorities, alignment, guides -------------------------------------------------------
+
+
+def test_a_prompt_that_is_all_cached_still_runs_its_last_token_and_scored_prompts_skip_nothing() -> None:
+    scheduler = make(page_size=4)
+    add(scheduler, 0, prompt=8, max_tokens=1)
+    step(scheduler)
+    commit(scheduler, (7,))
+    again = add(scheduler, 1, prompt=8, max_tokens=1)
+    assert rows(step(scheduler)) == [[(1, 4, (5, 6, 7, 8), 1)]]
+    commit(scheduler, (7,))
+    assert again.num_cached_prompt == 4 and scheduler.stats().cached_prompt_tokens == 4
+    scored = Request(id=2, prompt=tuple(range(1, 9)), max_tokens=0, sampling=SamplingParams(prompt_logprobs=0))
+    scheduler.add(scored)
+    assert step(scheduler).groups[0][0].start == 0
+
+
+def test_no_page_is_found_with_the_prefix_cache_off() -> None:
+    scheduler = make(prefix_cache=False)
+    for number in range(2):
+        add(scheduler, number, prompt=8, max_tokens=1)
+        assert rows(step(scheduler)) == [[(number, 0, tuple(range(1, 9)), 1)]]
+        commit(scheduler, (7,))
+
+
+def test_the_last_request_is_put_back_when_pages_run_out_and_runs_prompt_and_outputs_again() -> None:
+    scheduler = make(pages_per_group=5, page_size=2, prefix_cache=False)  # four pages
+    first, second = (add(scheduler, number, prompt=2, max_tokens=7, eos=frozenset()) for number in range(2))
+    ran = []
+    while scheduler.has_work:
+        batch = step(scheduler)
+        ran += [chunk for chunk in batch.groups[0] if chunk.request == 1]
+        commit(scheduler, range(50, 50 + batch.num_logit_rows))
+    assert scheduler.stats().preemptions == 1
+    assert len(first.output) == len(second.output) == 7
+    restart = next(chunk for chunk in ran[1:] if chunk.start == 0)
+    assert restart.tokens == (1, 2, *second.output[: len(restart.tokens) - 2]) and len(restart.tokens) > 3
+    assert (restart.num_prompt, restart.num_logits) == (2, 1)
+
+
+def test_lower_priorities_run_first_but_nobody_is_passed_forever() -> None:
+    scheduler = make(requests_per_group=1, aging_steps=5)
+    add(scheduler, 0, prompt=1, max_tokens=1)
+    late = add(scheduler, 1, prompt=1, max_tokens=1)
+    patient = Request(id=2, prompt=(1,), max_tokens=1, priority=1)
+    scheduler.add(patient)
+    order = []
+    for number in range(3, 20):
+        order += [chunk.request for chunk in step(scheduler).groups[0]]
+        commit(scheduler, (7,))
+        add(scheduler, number, prompt=1, max_tokens=1)  # one more urgent one comes per step
+    assert late.finish_reason and order[1] == 1 and 3 in order[: order.index(2)]
+    assert order.index(2) <= 7, "it goes before those that came 5 steps after it"
+
+
+def test_a_priority_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the priority is 101; it must be between -100 and 100"):
+        make().add(Request(id=0, prompt=(1,), max_tokens=1, priority=101))
+
+
+def test_a_prompt_waits_a_bounded_time_for_one_of_another_group_and_not_when_nothing_decodes() -> None:
+    scheduler = make(num_groups=2, align_steps=2)
+    add(scheduler, 0, prompt=3, max_tokens=20, eos=frozenset())
+    assert step(scheduler).group_rows == (3, 0), "nothing else runs"
+    commit(scheduler, (7,))
+    add(scheduler, 1, prompt=3, max_tokens=20, eos=frozenset())
+    seen = []
+    for _ in range(3):
+        seen.append(step(scheduler).group_rows)
+        commit(scheduler, (7,) * 2)
+    assert seen == [(1, 0), (1, 0), (1, 3)]
+    assert scheduler.stats().idle_rows == (2, 3 + 1 + 1)
+
+
+def test_a_prompt_that_is_under_way_is_not_held_up_again() -> None:
+    scheduler = make(num_groups=2, align_steps=1)
+    add(scheduler, 0, prompt=3, max_tokens=20, eos=frozenset())
+    step(scheduler)
+    commit(scheduler, (7,))
+    add(scheduler, 1, prompt=20, max_tokens=20, eos=frozenset())
+    seen = []
+    for _ in range(4):
+        seen.append(step(scheduler).group_rows)
+        commit(scheduler, (7,) * 2)
+    assert seen == [(1, 0), (1, 7), (1, 7), (1, 6)]
+
+
+class Countdown:
+    """Allows token 8 until it came ``left`` times, then nothing."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def allowed(self) -> bytes:
+        return b"\x00\x01" if self.left else b"\x00\x00"
+
+    def advance(self, token: int) -> None:
+        assert token == 8
+        self.left -= 1
+
+
+def test_a_guided_request_waits_for_its_last_token_and_ends_when_nothing_is_allowed() -> None:
+    scheduler = make()
+    request = Request(id=0, prompt=(1, 2), max_tokens=9, guide=Countdown(2))
+    scheduler.add(request)
+    assert step(scheduler).groups[0][0].allowed == b"\x00\x01"
+    assert scheduler.schedule() is None
+    commit(scheduler, (8,))
+    assert step(scheduler).groups[0][0].tokens == (8,)
+    commit(scheduler, (8,))
+    assert (request.output, request.finish_reason) == ([8, 8], "stop")
+    with pytest.raises(ConfigError, match="allows no first token"):
+        scheduler.add(Request(id=1, prompt=(1,), max_tokens=1, guide=Countdown(0)))
+
+
+def test_end_ids_are_banned_until_min_tokens() -> None:
+    scheduler = make()
+    params = SamplingParams(min_tokens=2)
+    scheduler.add(Request(id=0, prompt=(1, 2), max_tokens=9, eos_ids=frozenset({5, 0}), sampling=params))
+    banned = []
+    for _ in range(3):
+        banned.append(step(scheduler).groups[0][0].banned)
+        commit(scheduler, (7,))
+    assert banned == [(0, 5), (0, 5), ()]
+
+
+def test_a_penalised_request_brings_the_tokens_that_the_cache_let_it_skip() -> None:
+    scheduler = make(page_size=4)
+    add(scheduler, 0, prompt=8, max_tokens=1)
+    step(scheduler)
+    commit(scheduler, (7,))
+    params = SamplingParams(repetition_penalty=1.5)
+    scheduler.add(Request(id=1, prompt=tuple(range(1, 9)), max_tokens=4, sampling=params))
+    assert step(scheduler).groups[0][0].skipped == (1, 2, 3, 4)
+    assert step(scheduler).groups[0][0].skipped == ()
 
 
 def test_a_group_without_requests_has_no_rows() -> None:
@@ -212,7 +359,7 @@ def test_an_end_found_one_step_late_drops_the_extra_sample_and_frees_the_pages()
     step(scheduler)
     step(scheduler)
     assert commit(scheduler, (0, 7)) == [request, other]  # eos
-    assert (request.finish_reason, request.pages) == ("stop", ())
+    assert (request.finish_reason, request.pages) == ("stop", [])
     assert scheduler.pools[0].num_free == 16 - len(other.pages)
     assert rows(step(scheduler)) == [[(1, 3, (sample_ref(1),), 1)]]  # slot 1 of a step that still had both
     assert commit(scheduler, (5, 8)) == [other]
@@ -220,15 +367,15 @@ def test_an_end_found_one_step_late_drops_the_extra_sample_and_frees_the_pages()
 
 
 def test_pages_of_a_request_that_ended_serve_the_next_one() -> None:
-    scheduler = make(pages_per_group=3)
+    scheduler = make(pages_per_group=3, prefix_cache=False)
     first = add(scheduler, 0, prompt=4, max_tokens=5)
     second = add(scheduler, 1, prompt=4, max_tokens=5)
     step(scheduler)
-    pages = first.pages
+    page = first.pages[0]
     step(scheduler)
     commit(scheduler, (0,))
     assert rows(step(scheduler)) == [[(1, 0, (1, 2, 3, 4), 1)]]
-    assert second.pages == pages
+    assert second.pages == [page]
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------

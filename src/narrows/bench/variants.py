@@ -107,7 +107,9 @@ def contestants(variants: Sequence[Variant]) -> Iterator[tuple[Contestant, ...]]
         engines = {}
         for key, names in layouts.items():
             forms = Forms() if len(set(names)) > 1 else None
-            engines[key] = stack.enter_context(Engine(resolve(replace(key, layout=names[0]), forms)))
+            engines[key] = stack.enter_context(
+                Engine(resolve(replace(key, layout=names[0], prefix_cache=False), forms))
+            )
         yield tuple(
             Contestant(
                 name=variant.name,

@@ -83,6 +83,8 @@ class EngineConfig:
     timeout_s: float = 60.0
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
+    prefix_cache: bool = True
+    """KV of tokens that another request has in the same places is used again; never with ``batch_invariant``."""
     checked: bool = False
     batch_invariant: bool = False
     """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
@@ -269,6 +271,8 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
         pages_per_group=1 + -(-kv_tokens // asked.page_size),
         max_context=context,
         prefill_chunk=prefill_chunk,
+        # The same tokens computed in rows cut elsewhere, or one by one, may differ in their last bits.
+        prefix_cache=asked.prefix_cache and not asked.batch_invariant,
         scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
     )
 

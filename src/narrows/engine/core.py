@@ -29,6 +29,7 @@ from narrows.plan.book import PinnedBook, PlanBook
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
+from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
 from narrows.weights.source import WeightSource
@@ -85,8 +86,13 @@ class Engine:
         max_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
         sampling: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        guide: Guide | None = None,
     ) -> Request:
         """Queue a prompt. Without a seed of its own, a request that draws gets one.
+
+        ``priority``: lower runs earlier. ``guide``: what may be generated, token by token.
 
         ``max_tokens`` 0, with ``sampling.prompt_logprobs``: score the prompt and generate nothing.
 
@@ -94,10 +100,18 @@ class Engine:
             ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).
         """
         self._check_ids(prompt)
-        self._check_sampling(sampling)
+        self._check_sampling(sampling, guide)
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        request = Request(id=self._next_id, prompt=prompt, max_tokens=max_tokens, eos_ids=eos_ids, sampling=sampling)
+        request = Request(
+            id=self._next_id,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            eos_ids=eos_ids,
+            sampling=sampling,
+            priority=priority,
+            guide=guide,
+        )
         self.scheduler.add(request)
         self._next_id += 1
         return request
@@ -108,9 +122,13 @@ class Engine:
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
             raise ConfigError(f"token id {wrong} of the prompt is outside the model's vocabulary of {vocab_size}")
 
-    def _check_sampling(self, sampling: SamplingParams | None) -> None:
+    def _check_sampling(self, sampling: SamplingParams | None, guide: Guide | None) -> None:
+        vocab_size = self.resolved.config.vocab_size
+        for token, _ in sampling.logit_bias if sampling is not None else ():
+            if token >= vocab_size:
+                raise ConfigError(f"logit_bias names token {token}, outside the model's vocabulary of {vocab_size}")
         saved = self.resolved.plan
-        if saved is None or sampling is None or not sampling.needs_logits:
+        if saved is None or (guide is None and (sampling is None or not sampling.needs_logits)):
             return
         if not any(step.name == "sample" for _, step in saved.steps()):
             raise ConfigError(
@@ -139,6 +157,8 @@ class Engine:
 
         ``keep_logits``: with the whole rows of logits, on every rank.
         """
+        if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
+            self.scheduler.forget_cached()
         book = self._book_for(needs_logits=keep_logits or batch.needs_logits)
         plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
         return self.ranks.submit("step", batch, plan, keep_logits)
@@ -185,7 +205,11 @@ class Engine:
         return self.ranks.submit("readings").result()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
-        """Run one batch under a given plan, and wait; every rank's result, with logits."""
+        """Run one batch under a given plan, and wait; every rank's result, with logits.
+
+        The batch is the caller's own, so what it writes into the cache is not what the scheduler has cached there.
+        """
+        self.scheduler.forget_cached()
         return self.ranks.submit("step", batch, plan, True).result()
 
     def close(self) -> None:

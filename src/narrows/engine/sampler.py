@@ -1,7 +1,8 @@
 """Sampling and scoring on a rank: the requests' parameters and their tokens so far, put to rows of logits.
 
 Every rank holds the same logits and the same history, so every rank chooses the same token; nothing is sent. History is
-kept only for requests whose parameters look at it, from the moment their prompt is first seen.
+kept only for requests whose parameters look at it, from the moment their prompt is first seen. Each token counts once:
+rows that run again after a preemption are known already, and tokens without rows (a cached prefix) come in the chunk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["RowSampler", "Sampler"]
 class _History:
     seen_V: Tensor
     counts_V: Tensor
+    num_tokens: int = 0
 
 
 class Sampler:
@@ -51,9 +53,14 @@ class Sampler:
                 torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device),
                 torch.zeros(self.vocab_size, dtype=torch.int64, device=self.device),
             )
-        history.seen_V[ids_T] = True
-        if chunk.start >= chunk.num_prompt:
-            history.counts_V.scatter_add_(0, ids_T, torch.ones_like(ids_T))
+        if chunk.skipped:
+            ids_T = torch.cat((torch.tensor(chunk.skipped, dtype=torch.int64, device=self.device), ids_T))
+        start, stop = chunk.start - len(chunk.skipped), chunk.start + len(chunk.tokens)
+        new_T = ids_T[max(history.num_tokens - start, 0) :]
+        output_T = ids_T[max(history.num_tokens, chunk.num_prompt) - start :] if stop > chunk.num_prompt else ids_T[:0]
+        history.num_tokens = max(history.num_tokens, stop)
+        history.seen_V[new_T] = True
+        history.counts_V.scatter_add_(0, output_T, torch.ones_like(output_T))
 
     def history(self, request: int) -> _History:
         return self._histories[request]
@@ -65,6 +72,8 @@ class RowSampler:
     def __init__(self, sampler: Sampler, batch: Batch) -> None:
         self._sampler = sampler
         self._rows: list[tuple[Chunk | None, SamplingParams, float]] = []
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # by row: ids, what is added to their logits
+        self._barred: dict[int, Tensor] = {}  # by row: [V], true where a token may not be sampled
         self._scored: list[tuple[int, int, int]] = []  # row, the token that is scored there, how many best ones
         for group in batch.groups:
             for chunk in group:
@@ -73,6 +82,7 @@ class RowSampler:
                     self._scored.append((row, target, params.prompt_logprobs or 0))
                 self._rows += [(None, GREEDY, 0.0)] * (chunk.num_logits - chunk.is_sampled)
                 if chunk.is_sampled:
+                    self._constrain(len(self._rows), chunk, params)
                     position = chunk.start + len(chunk.tokens)
                     draw = uniform(params.seed, position) if params.temperature and params.seed is not None else 0.0
                     self._rows.append((chunk, params, draw))
@@ -84,21 +94,34 @@ class RowSampler:
         self._min_p_T = self._column([params.min_p for params in params_of])
         self._sampled: tuple[Tensor, Tensor] | None = None
 
+    def _constrain(self, row: int, chunk: Chunk, params: SamplingParams) -> None:
+        device = self._sampler.device
+        if params.logit_bias:
+            ids, biases = zip(*params.logit_bias, strict=True)
+            self._bias[row] = torch.tensor(ids, device=device), torch.tensor(biases, dtype=torch.float32, device=device)
+        if chunk.allowed or chunk.banned:
+            self._barred[row] = _barred(chunk, self._sampler.vocab_size).to(device)
+
     def __call__(self, logits_TV: Tensor) -> Tensor:
-        """ids [T] int64 from logits [T, V]."""
+        """ids [T] int64 from logits [T, V]: biased, penalised, and without what may not be sampled."""
         wide_TV = logits_TV.float()
-        changed_TV = wide_TV.clone() if any(params.penalizes for _, params, _ in self._rows) else wide_TV
+        changes = self._bias or self._barred or any(params.penalizes for _, params, _ in self._rows)
+        changed_TV = wide_TV.clone() if changes else wide_TV
         for row, (chunk, params, _) in enumerate(self._rows):
+            if row in self._bias:
+                changed_TV[row].index_add_(0, *self._bias[row])
             if chunk is not None and params.penalizes:
                 history = self._sampler.history(chunk.request)
                 changed_TV[row] = penalize(
-                    wide_TV[row],
+                    changed_TV[row],
                     history.seen_V,
                     history.counts_V,
                     repetition_penalty=params.repetition_penalty,
                     presence_penalty=params.presence_penalty,
                     frequency_penalty=params.frequency_penalty,
                 )
+            if row in self._barred:
+                changed_TV[row].masked_fill_(self._barred[row], float("-inf"))
         ids_T = sample(
             changed_TV,
             self._uniform_T,
@@ -137,3 +160,15 @@ class RowSampler:
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self._sampler.device)
+
+
+def _barred(chunk: Chunk, vocab_size: int) -> Tensor:
+    """[V] bool on the host: the tokens that a chunk may not sample. Ids that its mask does not reach are barred."""
+    barred_V = torch.zeros(vocab_size, dtype=torch.bool)
+    if chunk.allowed:
+        bytes_B = torch.tensor(list(chunk.allowed), dtype=torch.uint8)
+        allowed_V = ((bytes_B[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:vocab_size].bool()
+        barred_V.fill_(True)
+        barred_V[: len(allowed_V)] = ~allowed_V
+    barred_V[list(chunk.banned)] = True
+    return barred_V

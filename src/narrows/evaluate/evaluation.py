@@ -113,6 +113,8 @@ def evaluate(
     Raises:
         ConfigError: a model without a tokenizer, a task or file that cannot be, a mesh or layout that cannot be.
     """
+    # Rows are judged as they are computed, and rows of ours are written where the scheduler's cached pages would be.
+    asked = replace(asked, prefix_cache=False)
     resolved = resolve(asked)
     limits = resolved.limits
     if not files:

@@ -33,6 +33,10 @@ class Chunk:
     logits. The first of those are scored: of ``targets``, the tokens that follow them in the prompt, the probability is
     asked. If one is left over, it is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
     tokens of the request's prompt: rows from there on are its own output.
+
+    ``skipped``: of a request that penalises, the tokens right before ``start`` that no batch has had as rows, since
+    their KV was found in the cache. ``allowed``: the mask of what may be sampled (see :meth:`Guide.allowed`); empty:
+    anything. ``banned``: ids that may not be sampled.
     """
 
     request: int
@@ -43,6 +47,9 @@ class Chunk:
     sampling: SamplingParams | None = None
     num_prompt: int = 0
     targets: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+    allowed: bytes = b""
+    banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.tokens and 0 <= self.num_logits <= len(self.tokens), "a chunk has rows, and logits of some of them"
@@ -52,6 +59,13 @@ class Chunk:
     def is_sampled(self) -> bool:
         """Whether its last row chooses a token."""
         return self.num_logits > len(self.targets)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its rows need whole rows of logits, not only the best token."""
+        if not self.num_logits:
+            return False
+        return bool(self.allowed or self.banned) or (self.sampling is not None and self.sampling.needs_logits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +100,7 @@ class Batch:
     @property
     def needs_logits(self) -> bool:
         """Whether any row needs whole rows of logits, not only the best token."""
-        return any(
-            chunk.num_logits and chunk.sampling is not None and chunk.sampling.needs_logits
-            for group in self.groups
-            for chunk in group
-        )
+        return any(chunk.needs_logits for group in self.groups for chunk in group)
 
     def logit_rows(self) -> tuple[int, ...]:
         """Which rows of the step ask for logits, ascending."""

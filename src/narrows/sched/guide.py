@@ -1,6 +1,7 @@
 """What a constrained request may generate next: the Protocol that a grammar fulfils. Knows no grammar.
 
-A guided request's next row is scheduled only when its last token is known, since what is allowed depends on it.
+A guided request's next row is scheduled only when its last token is known, since which tokens are allowed depends on
+it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,20 @@
-"""The page pool of one attention group: which pages of its KV cache are free. Knows ints only.
+"""The pages of one attention group's KV cache: who holds them, and which are found again by their tokens.
 
-Page 0 is never given out: it is the null page, where rows that stand for nothing are written.
+Knows ints and hashes only. Page 0 is never given out: it is the null page, where rows that stand for nothing are
+written. A page that is full and whose tokens are known has a hash, chained over the tokens before it. When nobody holds
+it any more it stays findable until its room is needed; the one unused longest goes first.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
 from narrows.errors import ConfigError
 
-__all__ = ["PagePool", "num_pages_for"]
+__all__ = ["PagePool", "num_pages_for", "page_hash"]
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:
@@ -15,8 +22,19 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
+def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """128 bits for a page's tokens and, through ``parent`` (first page: ``b""``), for all tokens before them.
+
+    A cryptographic hash (BLAKE2b), since whoever could make two texts meet would read another's cache.
+    """
+    return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
 class PagePool:
-    """Pages ``1 .. num_pages - 1``, given out lowest first so that runs are repeatable."""
+    """Pages ``1 .. num_pages - 1``, given out lowest first so that runs are repeatable.
+
+    Each is free, or held by one or more, or cached and held by nobody.
+    """
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 2:
@@ -25,20 +43,94 @@ class PagePool:
             )
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
+        self._holders = [0] * num_pages
+        self._page_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._unheld: OrderedDict[int, None] = OrderedDict()  # cached, unused longest first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that can be taken: the free ones, and the cached ones that nobody holds."""
+        return len(self._free) + len(self._unheld)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody holds."""
+        return self.num_pages - 1 - self.num_free
 
     def take(self, count: int) -> tuple[int, ...]:
-        """``count`` pages; the caller has checked that so many are free."""
-        assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
-        return tuple(self._free.pop() for _ in range(count))
+        """``count`` pages to write; the caller has checked that so many are free."""
+        assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        return tuple(self._take() for _ in range(count))
 
-    def give_back(self, pages: tuple[int, ...]) -> None:
-        self._free.extend(sorted(pages, reverse=True))
-        self.check_integrity()
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._unheld.popitem(last=False)
+            del self._page_of[self._hash_of.pop(page)]
+        self._holders[page] = 1
+        return page
 
-    def check_integrity(self) -> None:
-        """No page is free twice, none is the null page."""
-        assert len(set(self._free)) == len(self._free) and 0 not in self._free, "a page was given back twice"
+    def find(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
+        """The cached pages of the longest prefix of ``hashes``; holds none of them."""
+        pages: list[int] = []
+        for key in hashes:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return tuple(pages)
+
+    def num_unheld(self, pages: Iterable[int]) -> int:
+        """How many of these cached pages nobody holds: holding them makes so many fewer free."""
+        return sum(page in self._unheld for page in pages)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Hold cached pages, to read only."""
+        for page in pages:
+            assert page in self._hash_of, "only a page that is never written again is shared"
+            self._unheld.pop(page, None)
+            self._holders[page] += 1
+
+    def register(self, page: int, key: bytes) -> None:
+        """A held page is full and will be found by its hash, unless another page of the same content is already."""
+        assert self._holders[page], "a page that nobody holds cannot have been written"
+        if key not in self._page_of and page not in self._hash_of:
+            self._page_of[key] = page
+            self._hash_of[page] = key
+
+    def hash_of(self, page: int) -> bytes | None:
+        """What a cached page is found by; None for others."""
+        return self._hash_of.get(page)
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Hold pages no longer. The last ones are forgotten first, since nothing is found without those before it."""
+        for page in reversed(pages):
+            assert self._holders[page] > 0, "a page was given back twice"
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            if page in self._hash_of:
+                self._unheld[page] = None
+            else:
+                self._free.append(page)
+
+    def forget(self) -> None:
+        """Find no page again; held ones stay held."""
+        self._free.extend(self._unheld)
+        self._unheld.clear()
+        self._page_of.clear()
+        self._hash_of.clear()
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Every page is free, cached or held, and held exactly as often as ``held`` lists it."""
+        free, unheld, counts = set(self._free), set(self._unheld), Counter(held)
+        in_use = {page for page, holders in enumerate(self._holders) if holders}
+        assert len(free) == len(self._free) and 0 not in free | unheld | in_use, "a page was given back twice"
+        assert not (free & unheld or free & in_use or unheld & in_use), "a page is free and in use"
+        assert len(free) + len(unheld) + len(in_use) == self.num_pages - 1, "a page is lost"
+        assert counts == {page: self._holders[page] for page in in_use}, "the holders of a page were counted wrongly"
+        assert {page: key for key, page in self._page_of.items()} == self._hash_of, "a hash finds another page"
+        assert unheld <= self._hash_of.keys() and not free & self._hash_of.keys(), "a free page can be found"
+        assert all(counts[page] == 1 or page in self._hash_of for page in counts), "a page still written is shared"

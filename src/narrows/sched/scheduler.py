@@ -1,100 +1,39 @@
 """The scheduler of all ranks: which rows of which requests run in the next step. Ints only; pure and deterministic.
 
 One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
-(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
-prompts, first come first served; they are cut where the budget ends, or only at fixed places. A request is admitted
-only when pages for its prompt and all tokens it may generate are free, so a running request never has to be put back.
-It goes to the group with the fewest tokens in pages. Prompts whose tokens are scored have a budget of their own on top,
-since each of their rows holds logits.
+(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of what
+has to be prefilled, by turn. A request is admitted when its turn comes within the budget and a group has room for the
+tokens it has (:mod:`narrows.sched.admission`); it takes more pages as it grows. When a group's pages run out, its
+request with the last turn is put back and begins again later, with what it has generated. ``docs/scheduling.md``
+says the rules in words.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
-A request that turns out to have ended by then has one row too many in flight; its sample is dropped.
+A request that turns out to have ended by then has one row too many in flight; its sample is dropped. Ranks run steps in
+order, so a page given away is overwritten only after every row in flight has used it, and a cached page is read only
+after the step that wrote it.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 
 from narrows.errors import ConfigError
-from narrows.sched.batch import Batch, Chunk, sample_ref
-from narrows.sched.guide import Guide
+from narrows.sched.admission import choose_place
+from narrows.sched.batch import Batch, Chunk
+from narrows.sched.chunks import next_chunk, next_rows
+from narrows.sched.limits import MOST_PRIORITY, Limits
 from narrows.sched.pages import PagePool, num_pages_for
-from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
+from narrows.sched.request import Request
+from narrows.sched.sampling import Logprobs, TokenScore
+from narrows.sched.stats import SchedulerStats
 
 __all__ = ["Limits", "Request", "Scheduler"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a step and the cache may hold. ``pages_per_group`` counts the null page along.
-
-    ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step.
-    ``scored_rows_per_step``: most rows of scored prompts in a step, at least one such chunk; 0: as many as rows.
-
-    Raises:
-        ConfigError: a step that cannot hold one such chunk.
-    """
-
-    num_groups: int = 1
-    rows_per_step: int = 2048
-    requests_per_group: int = 256
-    page_size: int = 16
-    pages_per_group: int = 512
-    max_context: int = 2048
-    prefill_chunk: int = 0
-    scored_rows_per_step: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rows_per_step < self.prefill_chunk:
-            raise ConfigError(
-                f"prompts are cut into chunks of {self.prefill_chunk} rows, but a step may hold {self.rows_per_step}; "
-                f"raise --max-rows to at least {self.prefill_chunk}"
-            )
-
-    @property
-    def tokens_per_group(self) -> int:
-        """Tokens of KV cache that one group can hold."""
-        return (self.pages_per_group - 1) * self.page_size
-
-
-@dataclass(slots=True, kw_only=True)
-class Request:
-    """One prompt on its way to text. ``finish_reason`` is empty until it is ``stop`` or ``length``."""
-
-    id: int
-    prompt: tuple[int, ...]
-    max_tokens: int
-    eos_ids: frozenset[int] = frozenset()
-    sampling: SamplingParams | None = None
-    priority: int = 0
-    """Lower runs earlier."""
-    guide: Guide | None = None
-    """What may be generated; None: anything."""
-    output: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)
-    """One per token of ``output``, if ``sampling`` asks for them."""
-    prompt_logprobs: list[TokenScore] = field(default_factory=list)
-    """One per token of ``prompt`` from the second on, if ``sampling`` asks for them."""
-    finish_reason: str = ""
-    group: int = -1
-    pages: tuple[int, ...] = ()
-    num_cached: int = 0
-    """Tokens whose rows have been scheduled: prompt tokens, and samples fed back."""
-    num_sampled: int = 0
-    """Samples that have been scheduled; those not yet in ``output`` are still on the ranks."""
-    last_slot: int = -1
-    """Where its newest sample stands among the samples of the step it was scheduled in."""
-
-    @property
-    def prefilled(self) -> bool:
-        return self.num_cached >= len(self.prompt)
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether every token of the prompt is to be scored; then it need not generate any (``max_tokens`` 0)."""
-        return self.sampling is not None and self.sampling.prompt_logprobs is not None
+_TURN = attrgetter("turn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,15 +45,19 @@ class _InFlight:
 
 
 class Scheduler:
-    """Continuous batching over the attention groups of one engine."""
+    """Continuous batching over the attention groups of one engine. ``waiting`` is in the order of turns."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.running: list[list[Request]] = [[] for _ in range(limits.num_groups)]
         self.pools = [PagePool(limits.pages_per_group) for _ in range(limits.num_groups)]
         self._ended: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
+        self._steps_held = 0
+        self._num_added = self._num_steps = self._num_preempted = 0
+        self._prompt_tokens = self._cached_prompt_tokens = self._output_tokens = 0
+        self._idle_rows = [0] * limits.num_groups
 
     @property
     def has_work(self) -> bool:
@@ -125,14 +68,36 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ConfigError: it can never run: an empty prompt, or more tokens than the context or a group's cache holds.
+            ConfigError: it can never run: an empty prompt, more tokens than the context or a group's cache holds, more
+                tokens asked for at least than at most, a priority out of range, a guide that allows no token.
         """
+        self._check(request)
+        request.max_tokens = min(request.max_tokens, self.limits.max_context - len(request.prompt))
+        if request.most_tokens > self.limits.tokens_per_group:
+            raise ConfigError(
+                f"the request needs KV cache for {request.most_tokens} tokens, but a group has "
+                f"{self.limits.tokens_per_group}; ask for fewer tokens or raise --kv-tokens to {request.most_tokens}"
+            )
+        request.arrival = self._num_added
+        request.turn = (self._num_steps + request.priority * self.limits.aging_steps, request.arrival)
+        self._num_added += 1
+        insort(self.waiting, request, key=_TURN)
+
+    def _check(self, request: Request) -> None:
         limits = self.limits
         if not request.prompt:
             raise ConfigError("the prompt is empty: it needs at least one token")
         least = 0 if request.scores_prompt else 1
         if request.max_tokens < least:
             raise ConfigError(f"max_tokens is {request.max_tokens}; it must be at least {least}")
+        if request.sampling is not None and request.sampling.min_tokens > request.max_tokens:
+            raise ConfigError(
+                f"min_tokens is {request.sampling.min_tokens}; it must be at most max_tokens, {request.max_tokens}"
+            )
+        if not -MOST_PRIORITY <= request.priority <= MOST_PRIORITY:
+            raise ConfigError(
+                f"the priority is {request.priority}; it must be between {-MOST_PRIORITY} and {MOST_PRIORITY}"
+            )
         answer = min(request.max_tokens, 1)
         if len(request.prompt) + answer > limits.max_context:
             left = " and at least 1 must be left for the answer" if answer else ""
@@ -140,49 +105,122 @@ class Scheduler:
                 f"the prompt has {len(request.prompt)} tokens, but the context holds {limits.max_context}{left}; "
                 f"shorten it to {limits.max_context - answer} tokens or raise --max-context"
             )
-        request.max_tokens = min(request.max_tokens, limits.max_context - len(request.prompt))
-        needed = self._tokens_needed(request)
-        if needed > limits.tokens_per_group:
-            raise ConfigError(
-                f"the request needs KV cache for {needed} tokens, but a group has {limits.tokens_per_group}; "
-                f"ask for fewer tokens or raise --kv-tokens to {needed}"
-            )
-        self.waiting.append(request)
+        if request.guide is not None and not any(request.guide.allowed()):
+            raise ConfigError("the constraint on the answer allows no first token; change it")
 
-    def _tokens_needed(self, request: Request) -> int:
-        """Tokens that enter the cache: the prompt and every sample but the last."""
-        return len(request.prompt) + max(request.max_tokens, 1) - 1
+    # -- the next step -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        """The next step, or None when no request has a row to run."""
+        """The next step, or None when no request has a row to run: never while there is work and none in flight."""
         assert len(self._in_flight) <= 1, "a token can refer to the previous step's samples only: commit a step first"
-        self._admit()
-        budget = self.limits.rows_per_step
-        scored = self.limits.scored_rows_per_step or budget
         chunks: list[list[Chunk]] = [[] for _ in self.running]
-        for group, requests in enumerate(self.running):
-            for request in requests:
-                if request.prefilled and request.num_sampled < request.max_tokens and budget > 0:
-                    chunks[group].append(self._decode_chunk(request))
-                    budget -= 1
-        prefills = sorted(
-            (request for requests in self.running for request in requests if not request.prefilled), key=lambda r: r.id
-        )
-        for request in prefills:
-            room = min(budget, scored) if request.scores_prompt else budget
-            while not request.prefilled and (rows := self._prefill_rows(request, room)):
-                chunks[request.group].append(self._prefill_chunk(request, rows))
-                budget, room = budget - rows, room - rows
-                scored -= rows if request.scores_prompt else 0
-            if request.prefilled:
-                continue
-            if not request.scores_prompt or budget <= scored:
-                break  # no room, or too little for a chunk that may not be cut: first come first served
-            scored = 0  # those behind it that score wait too; for others there is room
+        budget = self._decode(chunks, self.limits.rows_per_step)
+        self._admit(budget)
+        self._prefill(chunks, budget)
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
         if batch.num_rows == 0:
             return None
         self._ended.clear()
+        self._fly(batch)
+        return batch
+
+    def _decode(self, chunks: list[list[Chunk]], budget: int) -> int:
+        """A row of every request that only has its newest sample to run; what is left of the budget."""
+        ready = sorted((r for group in self.running for r in group if r.prefilled and r.wants_rows), key=_TURN)
+        for request in ready:
+            if not budget:
+                break
+            if request.group >= 0 and self._grow(request):  # else it has been put back
+                chunks[request.group].append(self._chunk(request, 1))
+                budget -= 1
+        return budget
+
+    def _grow(self, request: Request) -> bool:
+        """Pages for its next row; False if it was put back for want of them.
+
+        Whoever is put back has a later turn than all that have rows in this step, as those are served by turn.
+        """
+        pool = self.pools[request.group]
+        count = num_pages_for(request.num_cached + 1, self.limits.page_size) - len(request.pages)
+        if count > pool.num_free:
+            for other in self.running[request.group]:
+                if other.is_through:  # nothing of it is to run: its pages serve nobody
+                    self._release(other)
+        while count > pool.num_free:
+            last = max((other for other in self.running[request.group] if not other.is_through), key=_TURN)
+            self._put_back(last)
+            if last is request:
+                return False
+        request.pages += pool.take(count)
+        return True
+
+    def _admit(self, budget: int) -> None:
+        """Give waiting requests a place, by turn, as long as the step has room for a row of them."""
+        index = 0
+        while index < len(self.waiting):
+            request = self.waiting[index]
+            ahead = [other for other in self._unfilled() if other.turn < request.turn]
+            scored = sum(other.rows_left for other in ahead if other.scores_prompt)
+            plain = sum(other.rows_left for other in ahead if not other.scores_prompt)
+            if plain + min(scored, self.limits.scored_rows) >= budget:
+                return
+            if request.scores_prompt and scored >= self.limits.scored_rows:
+                index += 1  # it waits for the budget of those that score; for others there is room
+                continue
+            place = choose_place(request, self.pools, self.running, self.limits)
+            if place is None:
+                return  # nobody passes it: first come, first served
+            del self.waiting[index]
+            pool = self.pools[place.group]
+            pool.share(place.found)
+            count = num_pages_for(request.num_tokens, self.limits.page_size) - len(place.found)
+            request.group, request.pages = place.group, [*place.found, *pool.take(count)]
+            request.num_registered = len(place.found)
+            request.num_found = request.num_cached = len(place.found) * self.limits.page_size
+            insort(self.running[place.group], request, key=_TURN)
+
+    def _unfilled(self) -> list[Request]:
+        """Running requests with rows to run that are not the newest sample's alone, or were found unrun, by turn."""
+        return sorted((r for group in self.running for r in group if r.rows_left and r.wants_rows), key=_TURN)
+
+    def _prefill(self, chunks: list[list[Chunk]], budget: int) -> None:
+        requests = self._unfilled()
+        if self._holds_back(requests, any(chunks)):
+            return
+        scored = self.limits.scored_rows
+        for request in requests:
+            room = min(budget, scored) if request.scores_prompt else budget
+            while request.rows_left and (rows := next_rows(request, room, self.limits)):
+                chunks[request.group].append(self._chunk(request, rows))
+                budget, room = budget - rows, room - rows
+                scored -= rows if request.scores_prompt else 0
+            if not request.rows_left:
+                continue
+            if not request.scores_prompt or budget <= scored:
+                break  # no room, or too little for a chunk that may not be cut: first come, first served
+            scored = 0  # those behind it that score wait too; for others there is room
+
+    def _holds_back(self, requests: list[Request], others_run: bool) -> bool:
+        """Whether prompts of one group wait for some of another, as every group waits for one that prefills."""
+        hold = (
+            self.limits.num_groups > 1
+            and others_run
+            and len({request.group for request in requests}) == 1
+            and all(request.num_cached == request.num_found for request in requests)  # none is under way
+            and self._steps_held < self.limits.align_steps
+        )
+        self._steps_held = self._steps_held + 1 if hold else 0
+        return hold
+
+    def _chunk(self, request: Request, rows: int) -> Chunk:
+        if request.num_fed == 0:
+            request.num_cached_prompt = request.num_cached
+            self._prompt_tokens += len(request.prompt)
+            self._cached_prompt_tokens += request.num_cached
+        return next_chunk(request, rows, self.limits)
+
+    def _fly(self, batch: Batch) -> None:
+        """Count the step, and keep what it will bring."""
         by_id = {request.id: request for requests in self.running for request in requests}
         flying = _InFlight(
             samples=tuple((by_id[number], slot) for number, slot in batch.samples()),
@@ -191,66 +229,15 @@ class Scheduler:
         for request, slot in flying.samples:
             request.num_sampled += 1
             request.last_slot = slot
+        for number in {chunk.request for group in batch.groups for chunk in group}:
+            self._register(by_id[number])
         self._in_flight.append(flying)
-        return batch
+        self._num_steps += 1
+        most = max(batch.group_rows)
+        for group, rows in enumerate(batch.group_rows):
+            self._idle_rows[group] += most - rows
 
-    def _admit(self) -> None:
-        while self.waiting:
-            request = self.waiting[0]
-            pages = num_pages_for(self._tokens_needed(request), self.limits.page_size)
-            able = [
-                group
-                for group, pool in enumerate(self.pools)
-                if pool.num_free >= pages and len(self.running[group]) < self.limits.requests_per_group
-            ]
-            if not able:
-                return
-            group = max(able, key=lambda g: (self.pools[g].num_free, -g))
-            self.waiting.popleft()
-            request.group, request.pages = group, self.pools[group].take(pages)
-            self.running[group].append(request)
-
-    def _decode_chunk(self, request: Request) -> Chunk:
-        known = request.num_sampled == len(request.output)
-        token = request.output[-1] if known else sample_ref(request.last_slot)
-        start = request.num_cached
-        request.num_cached += 1
-        return Chunk(
-            request=request.id,
-            start=start,
-            tokens=(token,),
-            pages=self._pages(request, start + 1),
-            num_logits=1,
-            sampling=request.sampling,
-            num_prompt=len(request.prompt),
-        )
-
-    def _prefill_rows(self, request: Request, budget: int) -> int:
-        """Rows of a prompt's next chunk in a step that has room for ``budget``; 0: none now."""
-        rows = len(request.prompt) - request.num_cached
-        size = self.limits.prefill_chunk
-        if not size:
-            return min(rows, budget)
-        rows = min(rows, size)  # chunks begin at multiples of the size, since all before were whole
-        return rows if rows <= budget else 0
-
-    def _prefill_chunk(self, request: Request, rows: int) -> Chunk:
-        start = request.num_cached
-        stop = request.num_cached = start + rows
-        targets = request.prompt[start + 1 : stop + 1] if request.scores_prompt else ()
-        return Chunk(
-            request=request.id,
-            start=start,
-            tokens=request.prompt[start:stop],
-            pages=self._pages(request, stop),
-            num_logits=len(targets) + (1 if request.prefilled else 0),
-            sampling=request.sampling,
-            num_prompt=len(request.prompt),
-            targets=targets,
-        )
-
-    def _pages(self, request: Request, num_tokens: int) -> tuple[int, ...]:
-        return request.pages[: num_pages_for(num_tokens, self.limits.page_size)]
+    # -- its result ----------------------------------------------------------------------------------------------------
 
     def commit(
         self,
@@ -261,8 +248,8 @@ class Scheduler:
         """Take in the samples of the oldest step in flight; the requests that got a token or ended, in row order.
 
         ``sampled_ids`` holds one id per logit row of that step, ``logprobs`` what rows asked for, ``scores`` those of
-        every scored row. Requests that end leave, and their pages are free at once: ranks run steps in order, so a row
-        still in flight writes before anything that reuses its page.
+        every scored row. Requests that end leave, and their pages are free at once. A request that was put back
+        meanwhile gets its token all the same.
         """
         touched: list[Request] = []
         flying = self._in_flight.popleft()
@@ -273,40 +260,109 @@ class Scheduler:
         for request, slot in flying.samples:
             if request.finish_reason:
                 continue  # it ended at the step before; this row was in flight already
+            touched.append(request)
             if not request.max_tokens:  # its prompt was to be scored, and now is: the sample is nobody's
-                touched.append(request)
                 self._finish(request, "length")
                 continue
-            token = sampled_ids[slot]
-            request.output.append(token)
+            request.output.append(sampled_ids[slot])
             if logprobs is not None and slot in logprobs:
                 request.logprobs.append(logprobs[slot])
-            touched.append(request)
-            if token in request.eos_ids:
-                self._finish(request, "stop")
-            elif len(request.output) >= request.max_tokens:
-                self._finish(request, "length")
+            self._output_tokens += 1
+            if reason := _ended_with(request, sampled_ids[slot]):
+                self._finish(request, reason)
         return touched
 
     def abort(self, request: Request, reason: str = "abort") -> None:
         """End a request now, for ``reason``; what it still has in flight is dropped."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-            request.finish_reason = reason
-        elif not request.finish_reason:
+        if not request.finish_reason:
             self._finish(request, reason)
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
+        if request.num_fed:
+            self._ended.append(request.id)
+        if request.group < 0:
+            self.waiting.remove(request)
+        else:
+            self._release(request)
+            self.running[request.group].remove(request)
+
+    def _put_back(self, request: Request) -> None:
+        """Give up its pages; it waits for its turn to run all its tokens again."""
+        self._release(request)
         self.running[request.group].remove(request)
-        self._ended.append(request.id)
+        request.group = -1
+        request.num_cached = request.num_found = 0
+        insort(self.waiting, request, key=_TURN)
+        self._num_preempted += 1
+
+    def _release(self, request: Request) -> None:
+        self._register(request)
         self.pools[request.group].give_back(request.pages)
-        request.pages = ()
+        request.pages = []
+        request.num_registered = 0
+
+    def _register(self, request: Request) -> None:
+        """Let its full pages be found: those whose tokens are known, and whose rows have been scheduled all."""
+        if not self.limits.prefix_cache or not request.pages:
+            return
+        num_full = min(request.num_cached, request.num_known) // self.limits.page_size
+        hashes = request.hashes_of(num_full, self.limits.page_size)
+        for page in range(request.num_registered, num_full):
+            self.pools[request.group].register(request.pages[page], hashes[page])
+        request.num_registered = max(request.num_registered, num_full)
+
+    # -- what it knows of itself ---------------------------------------------------------------------------------------
+
+    def forget_cached(self) -> None:
+        """Find no page again that was written until now: something else writes into the ranks' caches."""
+        for pool in self.pools:
+            pool.forget()
+
+    def stats(self) -> SchedulerStats:
+        """Its numbers now."""
+        return SchedulerStats(
+            running=sum(len(group) for group in self.running),
+            waiting=len(self.waiting),
+            kv_pages=sum(pool.num_pages - 1 for pool in self.pools),
+            kv_pages_used=sum(pool.num_used for pool in self.pools),
+            preemptions=self._num_preempted,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_prompt_tokens,
+            output_tokens=self._output_tokens,
+            steps=self._num_steps,
+            idle_rows=tuple(self._idle_rows),
+        )
 
     def check_integrity(self) -> None:
-        """Every page is free or held by exactly one running request; nothing that ended holds any."""
+        """Pages are free, cached, or held by running requests; found by what is in them; turns are in order."""
+        size = self.limits.page_size
         for group, pool in enumerate(self.pools):
-            pool.check_integrity()
-            held = [page for request in self.running[group] for page in request.pages]
-            assert len(set(held)) == len(held), "a page is held twice"
-            assert len(held) + pool.num_free == pool.num_pages - 1, "a page is lost"
+            pool.check_integrity(page for request in self.running[group] for page in request.pages)
+            for request in self.running[group]:
+                assert request.group == group and not request.finish_reason, "a request runs that should not"
+                held = len(request.pages)
+                assert held >= num_pages_for(request.num_cached, size) or request.is_through, "rows without a page"
+                hashes = request.hashes_of(min(held, request.num_known // size), size)
+                for index, page in enumerate(request.pages):
+                    found_by = pool.hash_of(page)
+                    if found_by is not None:
+                        assert (index + 1) * size <= request.num_cached, "a page still written can be found"
+                        assert found_by == hashes[index], "a page is found by what is not in it"
+        for request in self.waiting:
+            assert request.group == -1 and not request.pages and not request.num_cached, "a waiting request holds pages"
+        for queue in (self.waiting, *self.running):
+            assert queue == sorted(queue, key=_TURN), "requests are out of turn"
+
+
+def _ended_with(request: Request, token: int) -> str:
+    """Why the request ends with this token, its newest; empty if it goes on. Tells its guide of the token."""
+    if token in request.eos_ids:
+        return "stop"
+    if len(request.output) >= request.max_tokens:
+        return "length"
+    if request.guide is not None:
+        request.guide.advance(token)
+        if not any(request.guide.allowed()):
+            return "stop"  # the constraint is fulfilled, and nothing may follow
+    return ""

@@ -79,7 +79,7 @@ void pack_group(uint32_t* packed, int64_t stride, const Piece* begin, const Piec
                 const Brgemm* brgemm, RowOf row_of, WidthOf width_of) {
     int64_t turn = 0;
     for (const Piece* piece = begin; piece < end; ++piece) {
-        const Blocks blocks(piece->count);
+        const Blocks blocks(piece->count, Kind::MOST_ROWS);
         uint32_t* to = packed + (piece->start - begin->start) * stride;
         for (int64_t b = 0; b < blocks.count; ++b) {
             if (turn++ % threads != thread) continue;
@@ -97,7 +97,7 @@ template <typename Kind, typename PanelsOf, typename WidthOf, typename Store>
 void multiply_group(const uint32_t* packed, int64_t stride, const Piece* begin, const Piece* end, int thread,
                     int threads, const Brgemm* brgemm, PanelsOf panels_of_piece, WidthOf width_of, Store store) {
     for (const Piece* piece = begin; piece < end; ++piece) {
-        const Blocks blocks(piece->count);
+        const Blocks blocks(piece->count, Kind::MOST_ROWS);
         const auto [weight, count] = panels_of_piece(*piece);
         for (int64_t p = thread * count / threads; p < (thread + 1) * count / threads; ++p) {
             panel_product<Kind>(packed + (piece->start - begin->start) * stride, blocks, 0, blocks.count, weight, p,
@@ -145,7 +145,7 @@ void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_s
     Places& places = kept_places;  // a thread_local name means another object in each thread of a team
     places.sort(ids, wide_ids, weights, num_rows, top_k, first_expert, num_experts, kept_ends);
     const int64_t row_words = Kind::row_words(num_inputs), widest = std::max(num_inner, shared_inner);
-    const int64_t most_rows = std::max(BLOCK, CHUNK / (row_words * 4) / BLOCK * BLOCK);
+    const int64_t most_rows = std::max(Kind::MOST_ROWS, CHUNK / (row_words * 4) / Kind::MOST_ROWS * Kind::MOST_ROWS);
     places.pieces.clear();
     for (int64_t e = 0; e < num_experts; ++e) {
         const Weights expert{gate_up.of<Kind>(e), down.of<Kind>(e), num_inner};

@@ -80,9 +80,9 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
     static thread_local Scratch scratch;
     constexpr int64_t FEW = 64 << 10;  // bytes
     const int64_t row_words = Kind::row_words(num_inputs);
-    const Blocks blocks(num_rows);
-    const int64_t per_chunk = std::max<int64_t>(1, CHUNK / (BLOCK * std::max<int64_t>(1, row_words) * 4));
-    const int64_t room = std::min(per_chunk * BLOCK, num_rows) * row_words;
+    const Blocks blocks(num_rows, Kind::MOST_ROWS);
+    const int64_t per_chunk = std::max<int64_t>(1, CHUNK / (Kind::MOST_ROWS * std::max<int64_t>(1, row_words) * 4));
+    const int64_t room = std::min(per_chunk * Kind::MOST_ROWS, num_rows) * row_words;
     const auto pack = [&](uint32_t* packed, int64_t first, int64_t stop, int thread, int threads) {
         const int64_t base = blocks.start(first);
         for (int64_t b = first + thread; b < stop; b += threads) {
@@ -127,7 +127,7 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
 template <typename Kind, typename Out>
 void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight, const bf16* bias,
             int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
-    const Blocks blocks(num_rows);
+    const Blocks blocks(num_rows, Kind::MOST_ROWS);
     const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
         for (; panel < last; ++panel) {
             const int64_t column = panel * PANEL;
@@ -240,7 +240,7 @@ namespace {
 template <typename Kind>
 void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight, const bf16* bias,
              int64_t num_rows, int64_t num_inner, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
-    const Blocks blocks(num_rows);
+    const Blocks blocks(num_rows, Kind::MOST_ROWS);
     const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
         for (; panel < last; ++panel) {
             const int64_t column = panel * PANEL / 2;

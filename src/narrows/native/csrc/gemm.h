@@ -62,7 +62,7 @@ constexpr int64_t MANY = 16;  // rows from which on tiles of 16 rows are worth i
 // How rows are cut into blocks of nearly equal height: block i is rows [start(i), start(i + 1)).
 struct Blocks {
     int64_t num_rows, count;
-    explicit Blocks(int64_t rows) : num_rows(rows), count((rows + BLOCK - 1) / BLOCK) {}
+    explicit Blocks(int64_t rows, int64_t most = BLOCK) : num_rows(rows), count((rows + most - 1) / most) {}
     int64_t start(int64_t i) const { return i * num_rows / count; }
 };
 
@@ -128,8 +128,9 @@ struct Packed {
 };
 
 // A kind of weight says how many words of 4 bytes a packed row has (`row_words`), and an output in its panel
-// (`panel_words`), how rows are packed, and how a block of them is multiplied with a panel.
+// (`panel_words`), how many rows make a block, how they are packed, and how a block of them is multiplied with a panel.
 struct Bf16 {
+    static constexpr int64_t MOST_ROWS = BLOCK;  // of a block
     static int64_t row_words(int64_t num_inputs) { return pairs_of(num_inputs); }
     static int64_t panel_words(int64_t num_inputs) { return pairs_of(num_inputs); }
     template <typename RowOf>

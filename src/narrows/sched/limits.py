@@ -1,0 +1,59 @@
+"""What a step and the cache may hold, and the numbers of the scheduler's rules. Knows nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from narrows.errors import ConfigError
+
+__all__ = ["MOST_PRIORITY", "Limits"]
+
+MOST_PRIORITY = 100
+"""Priorities lie between -100 and 100, so that what waits longest is bounded (see :attr:`Limits.aging_steps`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a step and the cache may hold. ``pages_per_group`` counts the null page along.
+
+    ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step; tokens
+    that were generated before a preemption run again one row at a time, as they did the first time.
+    ``scored_rows_per_step``: most rows of scored prompts in a step, at least one such chunk; 0: as many as rows.
+    ``prefix_cache``: pages whose tokens another request has in the same places are used again.
+    ``aging_steps``: a request goes before one of the next more urgent priority that came so many steps after it.
+    ``load_gap``: tokens by which a group may be fuller than the emptiest and still get a request for its cached prefix.
+    ``align_steps``: most steps that a prompt waits for one of another group, while others decode.
+
+    Raises:
+        ConfigError: a step that cannot hold one such chunk.
+    """
+
+    num_groups: int = 1
+    rows_per_step: int = 2048
+    requests_per_group: int = 256
+    page_size: int = 16
+    pages_per_group: int = 512
+    max_context: int = 2048
+    prefill_chunk: int = 0
+    scored_rows_per_step: int = 0
+    prefix_cache: bool = True
+    aging_steps: int = 256
+    load_gap: int = 1024
+    align_steps: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rows_per_step < self.prefill_chunk:
+            raise ConfigError(
+                f"prompts are cut into chunks of {self.prefill_chunk} rows, but a step may hold {self.rows_per_step}; "
+                f"raise --max-rows to at least {self.prefill_chunk}"
+            )
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Tokens of KV cache that one group can hold."""
+        return (self.pages_per_group - 1) * self.page_size
+
+    @property
+    def scored_rows(self) -> int:
+        """Most rows of scored prompts in a step."""
+        return self.scored_rows_per_step or self.rows_per_step

@@ -1,0 +1,102 @@
+"""Cached prefixes and preemption through the engine change no text, score or history: each is as it is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+from narrows.errors import ConfigError
+from narrows.sched.sampling import SamplingParams
+from narrows.sched.scheduler import Request
+
+TinyModel = Callable[..., Path]
+GENERATOR = torch.Generator().manual_seed(3)
+SHARED = tuple(torch.randint(0, 67, (14,), generator=GENERATOR).tolist())
+PROMPTS = [SHARED[:n] + tuple(torch.randint(0, 67, (m,), generator=GENERATOR).tolist()) for n, m in
+           ((14, 5), (14, 1), (0, 9), (13, 4), (14, 0), (8, 7))]  # fmt: skip
+PARAMS = [
+    None,
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(frequency_penalty=0.9, logprobs=2),
+    SamplingParams(temperature=0.9, seed=4, presence_penalty=0.7),
+    SamplingParams(repetition_penalty=1.2, frequency_penalty=0.4),
+    SamplingParams(prompt_logprobs=1, logprobs=0),
+]
+NUM_TOKENS = 20
+
+
+def engine(folder: Path, dp: int = 1, tp: int = 1, **options: Any) -> Engine:
+    return Engine(resolve(EngineConfig(model=str(folder), dp=dp, tp=tp, dtype="float32", max_context=64, **options)))
+
+
+def run(engine: Engine, which: list[int]) -> list[Request]:
+    requests = [engine.add(PROMPTS[i], NUM_TOKENS, sampling=PARAMS[i]) for i in which]
+    for _ in engine.run():
+        engine.scheduler.check_integrity()
+    assert engine.scheduler.stats().kv_pages_used == 0
+    return requests
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("kind", ["llama", "v3"])
+def test_texts_are_those_of_each_request_alone(tiny_model: TinyModel, kind: str, dp: int, tp: int) -> None:
+    folder = tiny_model(kind)
+    with engine(folder, prefix_cache=False, page_size=4) as one:
+        alone = [run(one, [i])[0] for i in range(len(PROMPTS))]
+    with engine(folder, dp, tp, page_size=4, kv_tokens=48, rows_per_step=16) as tight:
+        for _ in range(2):  # the second time, prompts and answers are in the cache
+            for got, expected in zip(run(tight, list(range(len(PROMPTS)))), alone, strict=True):
+                assert got.output == expected.output
+                assert [value for value, _ in got.logprobs] == pytest.approx(
+                    [v for v, _ in expected.logprobs], abs=1e-4
+                )
+                scores = [score.logprob for score in got.prompt_logprobs]
+                assert scores == pytest.approx([score.logprob for score in expected.prompt_logprobs], abs=1e-4)
+        stats = tight.scheduler.stats()
+        assert stats.preemptions > 2 and stats.cached_prompt_tokens > 20
+
+
+def test_batch_invariant_texts_are_the_same_bits_after_a_preemption(tiny_model: TinyModel) -> None:
+    options: dict[str, Any] = dict(batch_invariant=True, page_size=4, rows_per_step=256)
+    with engine(tiny_model("llama"), **options) as one, engine(tiny_model("llama"), kv_tokens=48, **options) as tight:
+        alone = [run(one, [i])[0] for i in range(len(PROMPTS))]
+        together = run(tight, list(range(len(PROMPTS))))
+        assert tight.scheduler.stats().preemptions > 0 and tight.scheduler.stats().cached_prompt_tokens == 0
+        for got, expected in zip(together, alone, strict=True):
+            assert (got.output, got.logprobs) == (expected.output, expected.logprobs)
+
+
+class Even:
+    """Allows even tokens below 67 only, one bit each."""
+
+    def allowed(self) -> bytes:
+        return b"\x55" * 9
+
+    def advance(self, token: int) -> None:
+        assert token % 2 == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guides_bias_and_min_tokens_decide_what_is_sampled(tiny_model: TinyModel, temperature: float) -> None:
+    def params(**more: Any) -> SamplingParams:
+        return SamplingParams(temperature=temperature, seed=1, **more)
+
+    with engine(tiny_model("llama"), 1, 2) as two:
+        guided = two.add(PROMPTS[0], 12, sampling=params(), guide=Even())
+        biased = two.add(PROMPTS[0], 12, sampling=params(logit_bias=((5, 100.0),)))
+        plain = two.add(PROMPTS[0], 12, sampling=params())
+        ends = frozenset(range(60))
+        late = two.add(PROMPTS[0], 12, ends, params(min_tokens=7))
+        for _ in two.run():
+            pass
+        assert len(guided.output) == 12 and any(token % 2 for token in plain.output)
+        assert biased.output == [5] * 12
+        assert len(late.output) >= 8 and not ends & set(late.output[:7])
+        with pytest.raises(ConfigError, match="logit_bias names token 99999, outside"):
+            two.add((1,), 1, sampling=SamplingParams(logit_bias=((99999, 1.0),)))
