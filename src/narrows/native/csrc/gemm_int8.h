@@ -116,7 +116,7 @@ struct TwoPairs {
 };
 
 struct WeightInt8 {
-    static constexpr int64_t MOST_ROWS = 4;  // the same: a pass of 8 takes 3 times one of 4
+    static constexpr int64_t MOST_ROWS = BLOCK;
     static int64_t row_words(int64_t num_inputs) { return 2 * quads_of(num_inputs); }
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
 
