@@ -232,6 +232,22 @@ def test_a_call_of_another_shape_is_refused_by_all_also_when_unchecked(other: Ra
     assert run_shared(line(3), rank) == [6.0] * 3
 
 
+def test_an_all_reduce_never_meets_a_reduce_scatter_also_where_it_is_made_of_one() -> None:
+    """Above 32 KiB an all-reduce begins as a reduce-scatter does; what follows it must not meet another gather."""
+    counts, x = (32, 32), torch.ones(64, 512)
+
+    def rank(world: World) -> float:
+        with pytest.raises(CollectiveMismatchError, match=f"rank {world.rank} came to #0"):
+            if world.rank == 1:
+                world.reduce_scatter(x, (0, 1), counts, "x")
+                world.all_gather([x[:32]], (0, 1), counts, "y")
+            else:
+                world.all_reduce(x, (0, 1), counts, "x")
+        return lab.sum_of(world, 1.0)
+
+    assert run_shared(line(2), rank) == [3.0] * 2
+
+
 @pytest.mark.parametrize("how", ["label", "operation", "width", "dtype", "counts", "fields", "addends", "root"])
 def test_checked_mode_says_who_came_with_what(how: str) -> None:
     texts = run_shared(line(3), lambda world: (lab.differing(world, how), lab.sum_of(world, 0.0))[0], checked=True)

@@ -217,6 +217,7 @@ def test_a_prompt_that_cannot_run_is_refused_and_leaves_nothing_behind(
         ({"max_context": 129}, ["--max-context 129", "128 positions"]),
         ({"max_context": 1}, ["--max-context 1"]),
         ({"kv_tokens": 0}, ["--kv-tokens is 0"]),
+        ({"kv_tokens": 10**12}, ["1000000000000 tokens", "this host has", "lower --kv-tokens"]),
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from narrows.bench.routing import ExpertCounter
 from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.errors import ConfigError
 
 __all__ = ["LatencyWork", "latency"]
 
@@ -40,7 +41,7 @@ class LatencyWork:
 
     def max_tokens(self, asked: EngineConfig, batch: int) -> int:
         """Tokens per request, so that ``steps`` are left while all run: prompts are spread over several steps."""
-        return self.steps + _OVERLAP + -(-batch * self.context // asked.rows_per_step)
+        return self.steps + _OVERLAP + -(-batch * self.context // max(1, asked.rows_per_step - batch))
 
     def limits(self, asked: EngineConfig) -> EngineConfig:
         """``asked`` with room for the works, where it does not say how much."""
@@ -120,7 +121,12 @@ def _measure(one: Contestant, work: LatencyWork, kind: _Prefill | _Decode) -> fl
     if isinstance(kind, _Prefill):
         return timed(engine, random_prompts(1, kind.length, vocab_size, work.seed), 1).total
     prompts = random_prompts(kind.batch, work.context, vocab_size, work.seed)
-    return quantile(timed(engine, prompts, work.max_tokens(one.resolved.asked, kind.batch)).step_seconds(), 0.5)
+    seconds = timed(engine, prompts, work.max_tokens(one.resolved.asked, kind.batch)).step_seconds()
+    if not seconds:
+        raise ConfigError(
+            f"batch {kind.batch}: its requests never all ran at once; raise --max-rows or --steps, or lower --batches"
+        )
+    return quantile(seconds, 0.5)
 
 
 def _experts_hit(one: Contestant, work: LatencyWork, batch: int) -> float:

@@ -57,17 +57,18 @@ class Probe:
         return self._fastest(lambda: functional.linear(x, weight))
 
     def copy(self, nbytes: int, repeats: int) -> float:
-        """To copy ``nbytes``: the mean of ``repeats`` copies, each between other places."""
-        pairs = self._keep(
+        """To copy ``nbytes``: the mean of ``repeats`` copies from different places to one, as results take one."""
+        kept = self._keep(
             "copy",
             (nbytes, repeats),
             lambda: tuple(
-                torch.ones(max(nbytes, 1), dtype=torch.uint8, device=self.world.device) for _ in range(2 * repeats)
+                torch.ones(max(nbytes, 1), dtype=torch.uint8, device=self.world.device) for _ in range(repeats + 1)
             ),
         )
-        for source in pairs[::2]:
+        *sources, to = kept
+        for source in sources:
             source.fill_(1)
-        return self._mean([partial(to.copy_, source) for source, to in zip(pairs[::2], pairs[1::2], strict=True)])
+        return self._mean([partial(to.copy_, source) for source in sources])
 
     def collective(self, op: str, nbytes: int, dtype: torch.dtype, repeats: int) -> float:
         """One of :data:`COLLECTIVES` over ``[T, W]`` of ``nbytes`` in all, through this world; the mean of ``repeats``.

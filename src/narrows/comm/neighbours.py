@@ -127,7 +127,7 @@ def _opened(place: dict[str, Any]) -> mmap.mmap | None:
         return None
     try:
         found = mapped(fd)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: another process's file, and too short
         return None
     finally:
         os.close(fd)

@@ -94,7 +94,7 @@ class ShmWire:
         if x.dtype not in summed or not summed.issuperset(kinds) or len(kinds) >= most:
             return self._reduce_uncommon(x, counts, addends, whole)
         at_once = whole and x.nbytes <= _AT_ONCE
-        call = reduce_call(self.me, counts, x.shape[1], x.dtype, kinds, at_once, most)
+        call = reduce_call(self.me, counts, x.shape[1], x.dtype, kinds, at_once, whole and not at_once, most)
         if at_once:
             out = torch.empty(x.shape, dtype=x.dtype)
             self._sum(call, x, addends, out)

@@ -129,17 +129,19 @@ def reduce_call(
     dtype: torch.dtype,
     addends: tuple[torch.dtype, ...],
     whole: bool,
+    gathers: bool,
     max_fields: int,
 ) -> Call:
     """The sum of ``[sum(counts), width]`` of every member, and of each one's addends of its own rows.
 
-    ``whole``: each member makes all of it, so that the addends travel too.
+    ``whole``: each member makes all of it, so that the addends travel too. ``gathers``: what each makes is gathered
+    after, which those that come for their own rows alone would not join.
     """
     codes = [_CODES[addend] for addend in addends]
     starts = [0]
     for rows in counts:
         starts.append(starts[-1] + rows * width)
-    signature = _signature(2, counts, (width, _CODES[dtype], whole, *codes))
+    signature = _signature(2, counts, (width, _CODES[dtype], whole, gathers, *codes))
     held = numbers(signature, _CODES[dtype], whole, len(codes), *codes, *(0,) * (max_fields - len(codes)), *starts)
     own = starts[me + 1] - starts[me]
     nbytes = (starts[-1] * dtype.itemsize, *(own * addend.itemsize for addend in addends))

@@ -102,6 +102,8 @@ class _Crew:
         end = time.monotonic() + grace_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        if self.made.done() and not self.made.exception():
+            self.made.result().clear()  # the workers, and with them their weights
         return [rank for rank, thread in enumerate(self._threads) if thread.is_alive()]
 
     def dismiss(self) -> None:
@@ -174,6 +176,7 @@ def run_ranks(mesh: Mesh, fn: Callable[[World], T], *, checked: bool = False, ti
         if stuck := crew.stop(timeout_s):
             error.add_note(f"Still running, outside of any collective: ranks {stuck}.")
         raise
+    results = list(results)
     crew.stop(timeout_s)
     return results
 

@@ -5,6 +5,7 @@ Knows the model's config and the machine's limits in numbers; starts nothing.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from narrows.comm.device import card_name
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_config import is_gguf
 from narrows.cost.devices import device, device_of_card
+from narrows.cost.memory import kv_token_bytes
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
@@ -263,6 +265,7 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
     kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
     if kv_tokens < 1:
         raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
+    _check_cache(kv_tokens, asked, config, mesh)
     prefill_chunk = INVARIANT_CHUNK if asked.batch_invariant else 0
     return Limits(
         num_groups=mesh.num_groups,
@@ -275,6 +278,21 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
         prefix_cache=asked.prefix_cache and not asked.batch_invariant,
         scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
     )
+
+
+def _check_cache(kv_tokens: int, asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> None:
+    """A cache that this host cannot hold is refused here: pages take memory as they are written, long after."""
+    if asked.run_on != "cpu":
+        return
+    itemsize = 4 if (config.dtype if asked.dtype == "auto" else asked.dtype) == "float32" else 2
+    num_ranks = mesh.size if asked.launch is None else len(asked.launch.ranks)
+    needed = kv_tokens * kv_token_bytes(config, mesh, itemsize) * num_ranks
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"a KV cache of {kv_tokens} tokens per attention group takes {needed / 1e9:.1f} GB on {num_ranks} rank(s), "
+            f"and this host has {there / 1e9:.1f} GB; lower --kv-tokens (or --max-context, whose double is the default)"
+        )
 
 
 def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limits) -> Plan:

@@ -18,6 +18,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from narrows.errors import ConfigError
+
 __all__ = ["DecodeGroup", "PagedRows", "PrefillSpan", "build_paged_rows", "empty_cache", "row_contexts", "write_cache"]
 
 
@@ -70,7 +72,12 @@ def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     nbytes = prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes == 0:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ConfigError(
+            f"a KV cache of {nbytes / 1e9:.1f} GB per layer: {error.strerror}; lower --kv-tokens"
+        ) from None
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
