@@ -39,8 +39,12 @@ sys.path.insert(0, str(HERE.parent))
 
 from make_mini import MODELS, make  # noqa: E402 - lies beside this folder
 
-NARROWS = {"narrows": "tp=2,ranks=processes", "narrows-1x2": "threads=2"}
-"""Two ranks of one thread, and one rank of two."""
+NARROWS = {
+    "narrows": "tp={threads},ranks=processes",
+    "narrows-int8": "tp={threads},ranks=processes,quantization=int8",
+    "narrows-one-rank": "threads={threads}",
+}
+"""As many ranks of one thread as there are threads, and one rank of all."""
 VOCAB = 32000
 
 
@@ -113,7 +117,7 @@ def main() -> None:
     outcome = Outcome(
         series=tuple(series),
         notes=(
-            *(f"{name}: {said}" for name, said in NARROWS.items() if name in workers),
+            *(f"{name}: {said.format(threads=args.threads)}" for name, said in NARROWS.items() if name in workers),
             f"first tokens of 16 short prompts like {args.peers[0]}'s: {tokens} (a random model is often undecided)",
             "peak memory: PSS of all processes of a peer, while starting and in the warm-up round",
         ),
@@ -156,7 +160,8 @@ def _arguments() -> argparse.Namespace:
 def _start(name: str, folder: Path, args: argparse.Namespace) -> Worker:
     log = args.cache / f"{name}.log"
     if name in NARROWS:
-        command = [sys.executable, str(HERE / "narrows_worker.py"), str(folder), NARROWS[name]]
+        command = [sys.executable, str(HERE / "narrows_worker.py"), str(folder)]
+        command.append(NARROWS[name].format(threads=args.threads))
         return Worker(name, command, log, can_sleep=False, variables={})
     python, peer, model = environment(name, args.cache), PEERS[name], folder
     if peer.gguf:

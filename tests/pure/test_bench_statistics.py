@@ -93,6 +93,17 @@ def test_a_step_that_hits_every_expert_reads_all_weights_but_the_embedding(name:
     assert read == whole - embedding + 2 * 3 * config.hidden_size
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int8-weight-only"])
+def test_int8_weights_are_half_the_bytes_but_for_what_stays_wide(dtype: str) -> None:
+    config, mesh = preset("dsv3-mini"), Mesh.of(dp=1, tp=1)
+    every = config.moe.n_routed_experts * 11  # type: ignore[union-attr]
+    wide, held = (weight_bytes(config, mesh, Forms(), name, 0) for name in ("bf16", dtype))
+    read = [decode_weight_bytes(config, 2, rows=0, experts_hit=every, int8=int8) for int8 in (False, True)]
+    stays = 2 * 2 * config.vocab_size * config.hidden_size + 12 * 2 * 16 * 256 * 512  # embedding, head, kv_b_proj
+    assert held == pytest.approx(stays + (wide - stays) / 2, rel=0.02)
+    assert read[0] - read[1] == pytest.approx(wide - held, rel=0.02)
+
+
 def test_fewer_experts_are_fewer_bytes() -> None:
     config = preset("dsv3-mini")
     one, two = (decode_weight_bytes(config, 2, rows=1, experts_hit=hit) for hit in (44, 45))

@@ -18,6 +18,7 @@ from torch import Tensor
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM
 from narrows.engine.program import Wrap
+from narrows.engine.verify import verify
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.ops.compiled import int8_library
@@ -103,6 +104,18 @@ def test_a_product_is_its_twins(num_rows: int, num_inputs: int, num_outputs: int
     linear(x, ours, out=room[:, 2:-3])
     assert_rounded_alike(room[:, 2:-3], int8_linear(x, its))
     assert (room[:, :2] == 9).all() and (room[:, -3:] == 9).all()
+
+
+@compiled
+@BOTH
+@pytest.mark.parametrize("column", [0, 5, 36])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_so(wrong: float, column: int, quantization: Quantization) -> None:
+    """In its own row: a NaN that became a number would hide what made it."""
+    weight, x = drawn(33, 37), drawn(3, 37, seed=1)
+    x[1, column] = wrong
+    for held in (packed(weight, quantization), twin(weight, quantization)):
+        assert linear(x, held).isfinite().all(dim=1).tolist() == [True, False, True]
 
 
 @compiled
@@ -198,3 +211,10 @@ def test_only_what_can_be_is_quantised(tiny_model: Callable[..., Path]) -> None:
         assert all(isinstance(held, Int8Linear | Int8Stack) or held.int8 is not None for held in quantised)
         wide = (model.lm_head_VH, layer.w_uv_NVR)
         assert all(isinstance(held, Tensor) or held.int8 is None for held in wide)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_knows_that_ranks_round_their_own_parts(dtype: str) -> None:
+    asked = EngineConfig(model="narrows-demo", tp=2, dtype=dtype, quantization="int8-weight-only")
+    report = verify(asked, [list(range(40, 70)), [5, 6, 7]], num_decode=2, layouts=("auto",))
+    assert report.ok and report.tolerance == 0.1 and report.layouts[0].worst > 1e-4

@@ -33,6 +33,11 @@ class Weight:
     experts: tuple[Span, ...] = ()
     quantized: bool = False
 
+    @property
+    def int8(self) -> bool:
+        """Whether int8 rounds it: what FP8 checkpoints do, less ``kv_b_proj``, whose parts attention multiplies."""
+        return self.quantized and not self.name.endswith(".kv_b_proj.weight")
+
     def span(self, mesh: Mesh, rank: int) -> Span | None:
         """The rank's span along ``dim``; None when it takes the whole tensor."""
         if self.dim is None:

@@ -158,7 +158,8 @@ def _facts(
             "gflop": flops / 1e9,
             "share_of_roofline": quantile(shares, 0.5),
         }
-    weights = decode_weight_bytes(config, itemsize, rows=kind.batch, experts_hit=experts)
+    int8 = resolved.asked.quantization != "none"
+    weights = decode_weight_bytes(config, itemsize, rows=kind.batch, experts_hit=experts, int8=int8)
     context = decode_kv_bytes(config, itemsize, rows=kind.batch, context=work.context)
     shares = [weights / s / rate["read_bytes_per_s"] for s, rate in zip(seconds, allowed, strict=True)]
     return {

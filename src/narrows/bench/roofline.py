@@ -42,21 +42,27 @@ def _flops(stage: Stage, rows: int) -> int:
     return round(flops)
 
 
-def decode_weight_bytes(config: ModelConfig, itemsize: int, *, rows: int, experts_hit: float) -> float:
+def decode_weight_bytes(
+    config: ModelConfig, itemsize: int, *, rows: int, experts_hit: float, int8: bool = False
+) -> float:
     """Bytes of distinct weights that a decode step of ``rows`` sequences reads.
 
     ``experts_hit``: how many routed experts, all layers added up, at least one row was sent to. Of the embedding only
-    the rows' own lines are read.
+    the rows' own lines are read. ``int8``: what can be rounded is held in one byte, with a float32 scale per output.
     """
+
+    def nbytes(weight: Weight) -> float:
+        return prod(weight.shape) * (1 + 4 / weight.shape[1] if int8 and weight.int8 else itemsize)
+
     mesh, forms = Mesh.of(dp=1, tp=1), Forms()
     weights: list[Weight] = list(head_weights(config, mesh).values())
-    expert_values = 0
+    of_expert = 0.0
     for layer in range(config.num_hidden_layers):
         of_layer = layer_weights(config, mesh, forms, layer)
         weights += [weight for weight in of_layer.values() if not weight.experts]
-        expert_values = sum(prod(weight.shape) for weight in of_layer.values() if weight.experts) or expert_values
+        of_expert = sum(nbytes(weight) for weight in of_layer.values() if weight.experts) or of_expert
     line = embed_weights(config, mesh, forms)["embed_tokens"].shape[1]
-    return itemsize * (sum(prod(weight.shape) for weight in weights) + rows * line + experts_hit * expert_values)
+    return sum(nbytes(weight) for weight in weights) + itemsize * rows * line + experts_hit * of_expert
 
 
 def decode_kv_bytes(config: ModelConfig, itemsize: int, *, rows: int, context: int) -> int:

@@ -80,7 +80,7 @@ class Device:
         return hash(self.name)
 
     def flops_per_s(self, dtype: str) -> float:
-        """Peak rate for ``bf16``, ``fp8``, ``int8`` or ``fp32``.
+        """Peak rate for ``bf16`` (and ``int8-weight-only``, whose rows are bf16), ``fp8``, ``int8`` or ``fp32``.
 
         Raises:
             ConfigError: another dtype, or ``fp8`` or ``int8`` on a device without it.
@@ -89,6 +89,7 @@ class Device:
             "bf16": self.tflops_bf16,
             "fp8": self.tflops_fp8,
             "int8": self.tflops_int8,
+            "int8-weight-only": self.tflops_bf16,
             "fp32": self.tflops_fp32,
         }
         if dtype not in peaks:

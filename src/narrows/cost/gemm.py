@@ -23,10 +23,12 @@ from narrows.errors import ConfigError
 
 __all__ = ["gemm_price", "grouped_gemm_price"]
 
-_IN_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 1, "int8": 1, "fp32": 4})
-_OUT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp8": 2, "int8": 2, "fp32": 4})
+_BYTES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {"bf16": (2, 2, 2), "fp8": (1, 1, 2), "int8": (1, 1, 2), "int8-weight-only": (2, 1, 2), "fp32": (4, 4, 4)}
+)
+"""Of a value of x, of w and of the result."""
 _TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "int8": (), "fp32": ()}
+    {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "int8": (), "int8-weight-only": (), "fp32": ()}
 )
 _FP32_EFFICIENCY = 0.8
 _TILE_ROWS = 64
@@ -37,7 +39,8 @@ def gemm_price(device: Device, m: int, n: int, k: int, dtype: str) -> Price:
     """Seconds of ``out[m, n] = x[m, k] @ w[n, k].T``, launch included.
 
     ``dtype`` (of x and w) is ``bf16``, ``fp8`` (block-scaled where the device's table has it; out in bf16), ``int8``
-    (out in bf16) or ``fp32`` (always a roofline: the router of the reference implementation). ``m == 0`` is ``ZERO``.
+    (out in bf16), ``int8-weight-only`` (w alone, at the rate of bf16) or ``fp32`` (always a roofline: the router of the
+    reference implementation). ``m == 0`` is ``ZERO``.
 
     Raises:
         ConfigError: another dtype, or ``fp8`` on a device that has none.
@@ -108,7 +111,8 @@ def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, 
 
 def _bound(flops_per_s: float, bytes_per_s: float, m: float, n: int, k: int, dtype: str) -> float:
     """The roofline: the larger of compute and memory traffic, seconds."""
-    traffic = (m * k + n * k) * _IN_BYTES[dtype] + m * n * _OUT_BYTES[dtype]
+    of_x, of_w, of_result = _BYTES[dtype]
+    traffic = m * k * of_x + n * k * of_w + m * n * of_result
     return max(2.0 * m * n * k / flops_per_s, traffic / bytes_per_s)
 
 

@@ -52,7 +52,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank
             values = weight.num_values(mesh, rank)
             if dtype == "fp8" and weight.quantized:
                 total += values * (1 + 4 / FP8_BLOCK)
-            elif dtype == "int8" and weight.quantized:
+            elif dtype in ("int8", "int8-weight-only") and weight.int8:
                 total += values * (1 + 8 / weight.shape[1])
             else:
                 total += values * (4 if dtype == "fp32" else 2)

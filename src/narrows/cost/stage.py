@@ -21,7 +21,7 @@ from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
 __all__ = ["PHASES", "Pricer", "StepPrice", "StepShape"]
 
 PHASES = ("prefill", "decode")
-_WEIGHT_BYTES = {"fp8": 1, "int8": 1, "bf16": 2, "fp32": 4}
+_WEIGHT_BYTES = {"fp8": 1, "int8": 1, "int8-weight-only": 1, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

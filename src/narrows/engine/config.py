@@ -254,7 +254,7 @@ def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
         why = "in float32" if gemm_dtype == "fp32" else "without compiled int8 products (AVX-512 VNNI)"
         notes.append(f"int8 {why} is computed by plain torch, which is slower than no quantisation at all")
         return gemm_dtype
-    return "int8" if quantization is Quantization.INT8 else gemm_dtype
+    return asked.quantization
 
 
 def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:

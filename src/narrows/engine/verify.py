@@ -5,7 +5,8 @@ with decode, decode, steps that leave groups without rows) and keeps what every 
 same steps, fed the same tokens, and is compared: every stage's output, put together from all ranks by its layout (in as
 many copies as ranks hold the same rows), and at the end each rank's logits. The first stage whose output differs by
 more than the tolerance is named, and the rank where one rank holds the wrong row. A plan that encodes rows rounds on
-purpose: it has a tolerance of its own, and what ranks hold in common must be the same bits.
+purpose: it has a tolerance of its own, and what ranks hold in common must be the same bits. So do int8 weights, whose
+scales are those of the part that a rank holds.
 
 A near-tie in the choice of experts falls either way in the last bit, and then everything after it differs. So the one
 rank's choice is replayed, with the weights of this run, and rows where this run would have chosen otherwise are
@@ -116,6 +117,11 @@ class VerifyReport:
         return all(report.ok for report in self.layouts)
 
 
+def _tolerance(resolved: Resolved) -> float:
+    rounded = ENCODED_TOLERANCE[Encoding.INT8] if resolved.asked.quantization != "none" else 0.0
+    return max(TOLERANCE[resolved.dtype], rounded)
+
+
 def verify(
     asked: EngineConfig,
     prompts: Sequence[Sequence[int]],
@@ -158,7 +164,7 @@ def verify(
                 reports[name] = _run_layout(engine, name, reference, recorder, tamper, validate)
     return VerifyReport(
         resolved=sharded,
-        tolerance=TOLERANCE[sharded.dtype],
+        tolerance=_tolerance(sharded),
         num_steps=len(reference.batches),
         layouts=tuple(reports[name] for name in names),
         skipped={name: why for name in NAMED_LAYOUTS if (why := inapplicable(name, sharded.config, sharded.mesh))},
@@ -197,7 +203,7 @@ def _run_layout(
     validate: bool,
 ) -> LayoutReport:
     resolved, book = engine.resolved, engine.book_of(name)
-    report = LayoutReport(layout=name, forms=str(resolved.forms), tolerance=TOLERANCE[resolved.dtype])
+    report = LayoutReport(layout=name, forms=str(resolved.forms), tolerance=_tolerance(resolved))
     if recorder is not None:
         recorder.flips = report.flips
     for step, batch in enumerate(reference.batches):

@@ -94,8 +94,8 @@ class Loader:
         return ready
 
     def _held_as(self, weight: Weight) -> Quantization:
-        """The head and whatever FP8 checkpoints leave wide stay wide."""
-        return self.place.quantization if weight.quantized else Quantization.NONE
+        """The head and whatever else is not rounded stay wide."""
+        return self.place.quantization if weight.int8 else Quantization.NONE
 
     def _shape(self, weight: Weight) -> tuple[int, int]:
         """Of this rank's slice of a matrix."""

@@ -24,7 +24,7 @@ from narrows.plan.search import Search
 
 __all__ = ["DTYPES", "ENCODE_ROWS", "Deployment", "Planner", "choose_forms"]
 
-DTYPES = ("fp8", "int8", "bf16", "fp32")
+DTYPES = ("fp8", "int8", "int8-weight-only", "bf16", "fp32")
 """Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
 
 ENCODE_ROWS = {

@@ -11,6 +11,8 @@
 
 #include "gemm.h"
 
+#include <bit>
+
 enum { NARROWS_BF16 = 0, NARROWS_INT8 = 1, NARROWS_WEIGHT_INT8 = 2 };
 
 #if defined(NARROWS_GEMM) && defined(__AVX512VNNI__)
@@ -26,13 +28,15 @@ struct Rounded {
     int32_t offset;
 };
 
-// Rounds a row to int8; `to` has room for 16 numbers more, and is filled up with zeros.
+// Rounds a row to int8; `to` has room for 16 numbers more, and is filled up with zeros. Magnitudes are compared as
+// integers, of which a NaN is the largest: the scale is then NaN and so are the results. A maximum of floats loses it.
 inline Rounded round_row(int8_t* to, const bf16* row, int64_t num_inputs) {
-    __m512 most = _mm512_setzero_ps();
+    __m512i most = _mm512_setzero_si512();
     for (int64_t k = 0; k < num_inputs; k += 16) {
-        most = _mm512_max_ps(most, _mm512_abs_ps(load16(row + k, first_lanes(num_inputs - k))));
+        const __m512 size = _mm512_abs_ps(load16(row + k, first_lanes(num_inputs - k)));
+        most = _mm512_max_epi32(most, _mm512_castps_si512(size));
     }
-    const float largest = _mm512_reduce_max_ps(most);
+    const float largest = std::bit_cast<float>(_mm512_reduce_max_epi32(most));
     const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t k = 0; k < num_inputs; k += 16) {
@@ -126,8 +130,9 @@ struct WeightInt8 {
         if (pairs_of(num_inputs) % 2) std::memset(block + pairs_of(num_inputs) * num_rows, 0, num_rows * 4);
     }
 
+    // Not inlined: with every height of tile in one function GCC 12 keeps the sums on the stack, 2 to 4 times slower.
     template <int ROWS, bool STREAMED, typename Store>
-    static void multiply(const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_quads,
+    [[gnu::noinline]] static void multiply(const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_quads,
                          const char* ahead, int64_t ahead_step, Store store) {
         const uint32_t* words = weight.panels + panel * num_quads * PANEL;
         __m512 low[ROWS], high[ROWS];
