@@ -84,7 +84,7 @@ def test_prices_are_those_of_the_card() -> None:
         pytest.skip("no prices for this card")
     with LLM("narrows-demo", run_on="cuda") as llm:
         assert llm.resolved.deployment.device.name == name
-        assert llm.engine.ranks.transport == "memory of one GPU"
+        assert llm.engine.ranks.transport == "memory of one device (cuda)"
 
 
 def test_more_rank_processes_than_gpus_are_refused() -> None:

@@ -65,6 +65,12 @@ def test_latency_counts_experts_and_compares_layouts(folder: Path, capsys: pytes
     assert document["calibration"]["read_bytes_per_s"]["count"] == 2
 
 
+def test_more_sequences_than_ever_run_at_once_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    works = ("--prompt-lengths", "0", "--batches", "300", "--context", "4", "--steps", "2")  # a group runs 256
+    assert main(["bench", "latency", str(folder), *QUICK, *works]) == 2
+    assert "batch 300: its requests never all ran at once; raise --max-rows" in capsys.readouterr().err
+
+
 def test_layer_parts_add_up_to_the_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layouts = ("--layout", "all-reduce", "--layout", "attn-tp-input-scattered")
     found = by_work(bench(capsys, "layer", folder, "--tp", "2", "--rows", "16", *layouts))

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -232,3 +233,18 @@ def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
     )
     assert ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
     assert ended.returncode in (1, 130, -2), (ended.returncode, ended.stderr)
+
+
+def test_closed_ranks_keep_no_worker() -> None:
+    """A worker holds a rank's weights: who starts ranks anew in the same process must not hold both."""
+    alive: list[weakref.ref[Counter]] = []
+
+    def make(world: World) -> Counter:
+        worker = Counter(world)
+        alive.append(weakref.ref(worker))
+        return worker
+
+    ranks = ThreadRanks(TWO, make)
+    assert all(ref() is not None for ref in alive)
+    ranks.close()
+    assert [ref() for ref in alive] == [None, None]

@@ -205,15 +205,12 @@ def test_encoded_rows_are_judged_by_the_tasks_and_said(
     found = json.loads(out.splitlines()[-1])
     encoded, plain = found["layouts"]
     assert found["encode_rows"] == "int8-always" and (encoded["encodings"], plain["encodings"]) == (
-        ["rows before gathers as int8"],
+        ["int8"],
         [],
     )
     assert [one["distance"]["kl"] > 1e-8 for one in encoded["distances"]] == [True, True]
     assert [one["distance"]["kl"] < 1e-10 for one in plain["distances"]] == [True, True]
-    assert (
-        "sequence-parallel: rows before gathers as int8; its distributions have no bound" in out
-        and "DIFFERS" not in out
-    )
+    assert "sequence-parallel: rows travelled as int8 before gathers" in out and "DIFFERS" not in out
     assert "all-reduce: no plan of these steps encodes rows" in out
 
 
@@ -270,6 +267,6 @@ def test_int8_weights_are_judged_by_the_tasks_against_unquantised_ones(
     assert main(command(evaluated_model, *options)) == 0
     out = capsys.readouterr().out
     (layout,) = json.loads(out.splitlines()[-1])["layouts"]
-    assert layout["encodings"] == ["weights as int8"]
+    assert (layout["encodings"], layout["quantization"]) == ([], "int8")
     assert all(one["distance"]["kl"] > 1e-8 for one in layout["distances"])
-    assert "auto: weights as int8; its distributions have no bound" in out
+    assert "auto: weights were held as int8; its distributions have no bound" in out

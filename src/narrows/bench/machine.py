@@ -1,4 +1,7 @@
-"""Where a benchmark ran: the machine, the versions, and the memory of its processes. Knows /proc; measures no time."""
+"""Where a benchmark ran: the machine, the versions, and the memory of its processes.
+
+Knows /proc and torch's list of GPUs; measures no time.
+"""
 
 from __future__ import annotations
 

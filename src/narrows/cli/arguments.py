@@ -101,11 +101,14 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--batch-invariant", action="store_true", help="no text depends on what else runs (docs/batch-invariance.md)"
     )
+    limits.add_argument(
+        "--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute all of every prompt"
+    )
 
 
 def limit_options(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_limit_flags` parsed."""
-    names = ("plan_file", "max_context", "kv_tokens", "batch_invariant")
+    names = ("plan_file", "max_context", "kv_tokens", "batch_invariant", "prefix_cache")
     return {name: getattr(args, name) for name in names} | {"rows_per_step": args.max_rows}
 
 

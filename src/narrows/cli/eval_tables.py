@@ -41,11 +41,14 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
 
 
 def _print_encodings(evaluation: Evaluation, out: Console) -> None:
-    """What was encoded, where that was asked for: what is marked `encoded` differs for that reason."""
+    """What was rounded, where that was asked for: what is marked `encoded` differs for that reason."""
     for layout in evaluation.layouts:
-        if layout.encodings:
-            out.print(f"{layout.layout}: {', '.join(layout.encodings)}; its distributions have no bound")
-        if evaluation.resolved.asked.encode_rows != "none" and not any("rows" in name for name in layout.encodings):
+        rounded = [f"rows travelled as {', '.join(layout.encodings)} before gathers"] if layout.encodings else []
+        if layout.quantization != "none":
+            rounded.append(f"weights were held as {layout.quantization}")
+        if rounded:
+            out.print(f"{layout.layout}: {' and '.join(rounded)}; its distributions have no bound")
+        if evaluation.resolved.asked.encode_rows != "none" and not layout.encodings:
             out.print(
                 f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always encodes all it may"
             )
@@ -166,7 +169,7 @@ def _distance_table(evaluation: Evaluation) -> Table:
                 str(distance.clear_changes),
                 "" if distance.beyond is None else f"{100 * distance.beyond:.1f} %",
                 "" if noise is None else f"x {math.exp(noise.value):.2f} ± {math.exp(noise.value) * noise.error:.2f}",
-                "encoded" if distance.failure and layout.encodings else _verdict(distance.failure),
+                "encoded" if distance.failure and layout.is_rounded else _verdict(distance.failure),
             )
     return table
 
@@ -176,7 +179,7 @@ def _print_failures(evaluation: Evaluation, out: Console) -> None:
         for failure in layout.failures:
             out.print(f"{layout.layout}: {failure}", markup=False)
     if evaluation.ok:
-        encoded = any(layout.encodings for layout in evaluation.layouts)
+        encoded = any(layout.is_rounded for layout in evaluation.layouts)
         aside = " (distributions marked encoded aside)" if encoded else ""
         out.print(
             f"every layout is what one rank is{aside}: no figure is further off than {SIGMAS:g} standard errors, sums "

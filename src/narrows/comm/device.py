@@ -26,7 +26,9 @@ def card_name() -> str:
 
 
 def rank_device(run_on: str, place: int) -> torch.device:
-    """The device of the rank process that is number ``place`` on its host, made current; GPUs are dealt one to a rank.
+    """The device of the rank that is number ``place`` on its host, made current.
+
+    GPUs are dealt one to a rank process; rank threads all have place 0.
 
     Raises:
         ConfigError: the host has fewer GPUs than ranks.

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from narrows.comm.device import rank_device
 from narrows.comm.meeting import Commons
 from narrows.comm.thread_world import ThreadWorld
 from narrows.comm.world import World
@@ -62,7 +63,7 @@ class _Crew:
     ) -> None:
         self.commons = Commons(mesh, checked=checked, timeout_s=timeout_s)
         self.running = True
-        self._num_threads, self._device = num_threads, torch.device(device)
+        self._num_threads, self._device = num_threads, device
         self._lock = threading.Lock()
         self._pending: list[_Call[Any]] = []
         self._queues: list[SimpleQueue[_Call[Any] | None]] = [SimpleQueue() for _ in range(mesh.size)]
@@ -114,7 +115,7 @@ class _Crew:
     def _serve(self, rank: int) -> None:
         """What a rank thread runs."""
         torch.set_num_threads(self._num_threads)
-        world = ThreadWorld(self.commons, rank, self._device)
+        world = ThreadWorld(self.commons, rank, rank_device(self._device, 0))
         worker: Any = None
         with torch.inference_mode():
             while (call := self._queues[rank].get()) is not None:
@@ -206,7 +207,7 @@ class ThreadRanks(Generic[Worker]):
         num_threads: int = 1,
         device: str = "cpu",
     ) -> None:
-        self.transport = "memory of one process" if device == "cpu" else "memory of one GPU"
+        self.transport = "memory of one process" if device == "cpu" else f"memory of one device ({device})"
         self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s, num_threads=num_threads, device=device)
         # For an owner who forgets to close. The finalizer may run inside any code, even of a rank that holds a lock, so
         # it takes none; at exit a rank thread that is still inside torch would abort the process.

@@ -178,7 +178,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         encode_rows=asked.encode_rows,
     )
     rules = named_layout(asked.layout, config, mesh)
-    limits = _limits(asked, config, mesh)
+    limits = _limits(asked, config, mesh, dtype.itemsize)
     plan = None
     if asked.plan_file:
         plan, forms = read_plan(Path(asked.plan_file), config, mesh)
@@ -257,7 +257,7 @@ def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
     return asked.quantization
 
 
-def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
+def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh, itemsize: int) -> Limits:
     longest = config.max_position_embeddings
     context = min(longest, _DEFAULT_CONTEXT) if asked.max_context is None else asked.max_context
     if not 2 <= context <= longest:
@@ -265,7 +265,7 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
     kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
     if kv_tokens < 1:
         raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
-    _check_cache(kv_tokens, asked, config, mesh)
+    _check_cache(kv_tokens, itemsize, asked, config, mesh)
     prefill_chunk = INVARIANT_CHUNK if asked.batch_invariant else 0
     return Limits(
         num_groups=mesh.num_groups,
@@ -280,11 +280,10 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
     )
 
 
-def _check_cache(kv_tokens: int, asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> None:
+def _check_cache(kv_tokens: int, itemsize: int, asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> None:
     """A cache that this host cannot hold is refused here: pages take memory as they are written, long after."""
     if asked.run_on != "cpu":
         return
-    itemsize = 4 if (config.dtype if asked.dtype == "auto" else asked.dtype) == "float32" else 2
     num_ranks = mesh.size if asked.launch is None else len(asked.launch.ranks)
     needed = kv_tokens * kv_token_bytes(config, mesh, itemsize) * num_ranks
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -47,14 +47,13 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
     """
     asked = resolved.asked
     if asked.ranks == "threads":
-        device = "cpu" if asked.run_on == "cpu" else f"{asked.run_on}:0"
         return ThreadRanks(
             resolved.mesh,
             make,
             checked=asked.checked,
             timeout_s=asked.timeout_s,
             num_threads=asked.threads,
-            device=device,
+            device=asked.run_on,
         )
     return ProcessRanks(
         resolved.mesh,

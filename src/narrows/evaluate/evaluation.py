@@ -50,17 +50,24 @@ class LayoutResult:
     scores: tuple[Score, ...]
     distances: tuple[Measured, ...] = ()
     encodings: tuple[str, ...] = ()
-    """What rows travelled as before gathers, where they were not plain, and what weights were rounded to."""
+    """What rows travelled as before gathers, where they were not plain."""
+    quantization: str = "none"
+    """What weights were rounded to, which those of the one rank are not."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether rows or weights were rounded on purpose."""
+        return bool(self.encodings) or self.quantization != "none"
 
     @property
     def failures(self) -> tuple[str, ...]:
         """What is out of bounds, each in one line; none if all is well.
 
-        Rows and weights that were encoded are rounded on purpose: of that the tasks alone can say that it is too much.
+        Distributions of what is rounded on purpose have no bound: the tasks alone can say that it is too much.
         """
         words = {False: "batched", True: "one at a time"}
         lines = [f"{s.task}, {words[s.alone]}: {s.failure}" for s in self.scores if s.failure]
-        for found in self.distances if not self.encodings else ():
+        for found in self.distances if not self.is_rounded else ():
             if found.distance.failure:
                 lines.append(f"distributions in {found.dtype}, {words[found.alone]}: {found.distance.failure}")
         return tuple(lines)
@@ -150,13 +157,19 @@ def evaluate(
         with runs.engine(config, layout) as llm:
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
-            encodings = tuple(f"rows before gathers as {name}" for name in sorted(llm.engine.encodings))
-            if asked.quantization != "none":
-                encodings += (f"weights as {asked.quantization}",)
+            encodings = tuple(sorted(llm.engine.encodings))
         if exact and asked.quantization == "none":
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)
-        results.append(LayoutResult(layout=layout, scores=scores, distances=distances, encodings=encodings))
+        results.append(
+            LayoutResult(
+                layout=layout,
+                scores=scores,
+                distances=distances,
+                encodings=encodings,
+                quantization=asked.quantization,
+            )
+        )
     return Evaluation(
         resolved=resolved,
         files=dict(files),

@@ -45,16 +45,15 @@ class Quantization(Enum):
 
     @property
     def kind(self) -> int:
-        return ("none", "int8", "int8-weight-only").index(self.value)
+        return list(Quantization).index(self)
 
 
 def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as int8 [T, I] and float32 scales [T]; a row of zeros has scale 0."""
     wide_TI = x_TI.float()
     largest_T = wide_TI.abs().amax(dim=1) if x_TI.shape[1] else wide_TI.new_zeros(x_TI.shape[0])
-    inverse_T = torch.where(
-        largest_T > 0, torch.full_like(largest_T, 127.0) / largest_T, 0.0
-    )  # scalar / x is not divided
+    # Of a Python number over a tensor torch makes a reciprocal and a product, which is another rounding.
+    inverse_T = torch.where(largest_T > 0, torch.full_like(largest_T, 127.0) / largest_T, 0.0)
     return (wide_TI * inverse_T.unsqueeze(1)).round_().clamp_(-128, 127).to(torch.int8), largest_T / 127.0
 
 

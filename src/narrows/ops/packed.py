@@ -54,56 +54,48 @@ class PackedWeight(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedLinear:
-    """A weight [num_outputs, num_inputs] in panels, of bf16, or of int8 with its scales. ``gated``: the first half of
-    the outputs are gates, the second ups, and each panel holds some of both."""
+class _Panels:
+    """What one packed weight and a stack of them have in common.
+
+    ``gated``: the first half of the outputs are gates, the second ups, and each panel holds some of both. ``int8``: the
+    scales, if the panels hold int8.
+    """
 
     panels: Tensor
     num_outputs: int
     num_inputs: int
     gated: bool = False
     int8: Scales | None = None
+
+    @cached_property
+    def given(self) -> tuple[int, int, int | None]:
+        """The kind of weight and the addresses of its parts, as compiled functions take them (a stack's: the first)."""
+        if self.int8 is None:
+            return Quantization.NONE.kind, self.panels.data_ptr(), None
+        return self.int8.quantization.kind, self.panels.data_ptr(), self.int8.values.data_ptr()
+
+    @cached_property
+    def address(self) -> PackedWeight:
+        """The same addresses as a structure, which compiled functions take by reference."""
+        return PackedWeight(*self.given[1:])
+
+
+class PackedLinear(_Panels):
+    """A weight [num_outputs, num_inputs] in panels, of bf16 or int8."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight that is packed."""
         return self.num_outputs, self.num_inputs
 
-    @cached_property
-    def given(self) -> tuple[int, int, int | None]:
-        """The kind of weight and the addresses of its parts, as compiled functions take them."""
-        return _given(self.panels, self.int8)
 
-    @cached_property
-    def address(self) -> PackedWeight:
-        """The same addresses as a structure, which compiled functions take by reference."""
-        return PackedWeight(*self.given[1:])
-
-
-@dataclass(frozen=True, eq=False)
-class PackedStack:
+class PackedStack(_Panels):
     """The same weight of several experts, [E, num_outputs, num_inputs], one after the other."""
-
-    panels: Tensor
-    num_outputs: int
-    num_inputs: int
-    gated: bool = False
-    int8: Scales | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the weights that are packed."""
         return self.panels.shape[0], self.num_outputs, self.num_inputs
-
-    @cached_property
-    def given(self) -> tuple[int, int, int | None]:
-        """As :attr:`PackedLinear.given`, of the first expert."""
-        return _given(self.panels, self.int8)
-
-    @cached_property
-    def address(self) -> PackedWeight:
-        """The same addresses as a structure, which compiled functions take by reference."""
-        return PackedWeight(*self.given[1:])
 
     def __getitem__(self, expert: int) -> PackedLinear:
         scales = None if self.int8 is None else self.int8[expert]
@@ -114,12 +106,6 @@ LinearWeight = Tensor | PackedLinear | Int8Linear
 ExpertStack = Tensor | PackedStack | Int8Stack
 
 
-def _given(panels: Tensor, int8: Scales | None) -> tuple[int, int, int | None]:
-    if int8 is None:
-        return 0, panels.data_ptr(), None
-    return int8.quantization.kind, panels.data_ptr(), int8.values.data_ptr()
-
-
 def empty_linear(
     num_outputs: int,
     num_inputs: int,
@@ -128,11 +114,11 @@ def empty_linear(
     quantization: Quantization = Quantization.NONE,
 ) -> LinearWeight:
     """Room for a weight [O, I], to be filled."""
-    if quantization.kind and not _packs(dtype, device, quantization):
+    if _packs(dtype, device, quantization):
+        return _stack(1, num_outputs, num_inputs, False, quantization)[0]
+    if quantization.kind:
         return empty_int8(1, num_outputs, num_inputs, device, quantization)[0]
-    if not _packs(dtype, device, quantization):
-        return torch.empty((num_outputs, num_inputs), dtype=dtype, device=device)
-    return _stack(1, num_outputs, num_inputs, False, quantization)[0]
+    return torch.empty((num_outputs, num_inputs), dtype=dtype, device=device)
 
 
 def empty_gate_up(

@@ -90,9 +90,20 @@ inline void pack_rows(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t n
     }
 }
 
+// What a tile fetches with each word of a panel: `STREAMED` (the panel comes from memory) what lies 8 KB further on;
+// else, the panel being in the L2 cache, its next lines from there, and `ahead`, `step` bytes each time, into the L2 cache.
+template <bool STREAMED>
+inline void fetch(const uint32_t* panel, const char*& ahead, int64_t step) {
+    const char* later = reinterpret_cast<const char*>(panel) + (STREAMED ? 8192 : 1024);
+    _mm_prefetch(later, _MM_HINT_T0);
+    _mm_prefetch(later + 64, _MM_HINT_T0);
+    if (!STREAMED) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        ahead += step;
+    }
+}
+
 // The register tile: `ROWS` packed rows times one panel; `store(row, low, high)` takes 2 x 16 results in float32.
-// Fetched meanwhile: `STREAMED` (the panel comes from memory) what lies 8 KB further on; else, the panel being in the
-// L2 cache, its next lines from there, and `ahead`, `ahead_step` bytes for each pair of inputs, into the L2 cache.
 template <int ROWS, bool STREAMED, typename Store>
 inline void tile(const uint32_t* block, const uint32_t* panel, int64_t num_pairs, const char* ahead,
                  int64_t ahead_step, Store store) {
@@ -101,13 +112,7 @@ inline void tile(const uint32_t* block, const uint32_t* panel, int64_t num_pairs
     for (int r = 0; r < ROWS; ++r) low[r] = high[r] = _mm512_setzero_ps();
     for (int64_t p = 0; p < num_pairs; ++p) {
         const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel), w1 = (__m512bh)_mm512_loadu_si512(panel + 16);
-        const char* later = reinterpret_cast<const char*>(panel) + (STREAMED ? 8192 : 1024);
-        _mm_prefetch(later, _MM_HINT_T0);
-        _mm_prefetch(later + 64, _MM_HINT_T0);
-        if (!STREAMED) {
-            _mm_prefetch(ahead, _MM_HINT_T1);
-            ahead += ahead_step;
-        }
+        fetch<STREAMED>(panel, ahead, ahead_step);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
             const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(block[r]));

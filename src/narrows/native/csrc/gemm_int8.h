@@ -50,7 +50,7 @@ inline Rounded round_row(int8_t* to, const bf16* row, int64_t num_inputs) {
 
 struct Int8 {
     static constexpr int64_t MOST_ROWS = 8;  // with 12 the compiler runs out of registers: 1.9 times the time of 8
-    static int64_t row_words(int64_t num_inputs) { return quads_of(num_inputs) + 2; }  // the last: Rounded
+    static int64_t row_words(int64_t num_inputs) { return quads_of(num_inputs) + 2; }  // the last two: Rounded
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
 
     template <typename RowOf>
@@ -75,13 +75,7 @@ struct Int8 {
         for (int r = 0; r < ROWS; ++r) low[r] = high[r] = _mm512_setzero_si512();
         for (int64_t q = 0; q < num_quads; ++q) {
             const __m512i w0 = _mm512_loadu_si512(words), w1 = _mm512_loadu_si512(words + 16);
-            const char* later = reinterpret_cast<const char*>(words) + (STREAMED ? 8192 : 1024);
-            _mm_prefetch(later, _MM_HINT_T0);
-            _mm_prefetch(later + 64, _MM_HINT_T0);
-            if (!STREAMED) {
-                _mm_prefetch(ahead, _MM_HINT_T1);
-                ahead += ahead_step;
-            }
+            fetch<STREAMED>(words, ahead, ahead_step);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r) {
                 const __m512i x = _mm512_set1_epi32(int32_t(block[r]));
@@ -132,21 +126,15 @@ struct WeightInt8 {
 
     // Not inlined: with every height of tile in one function GCC 12 keeps the sums on the stack, 2 to 4 times slower.
     template <int ROWS, bool STREAMED, typename Store>
-    [[gnu::noinline]] static void multiply(const uint32_t* block, const Packed& weight, int64_t panel, int64_t num_quads,
-                         const char* ahead, int64_t ahead_step, Store store) {
+    [[gnu::noinline]] static void multiply(const uint32_t* block, const Packed& weight, int64_t panel,
+                                           int64_t num_quads, const char* ahead, int64_t ahead_step, Store store) {
         const uint32_t* words = weight.panels + panel * num_quads * PANEL;
         __m512 low[ROWS], high[ROWS];
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) low[r] = high[r] = _mm512_setzero_ps();
         for (int64_t q = 0; q < num_quads; ++q) {
             const TwoPairs w0(_mm512_loadu_si512(words)), w1(_mm512_loadu_si512(words + 16));
-            const char* later = reinterpret_cast<const char*>(words) + (STREAMED ? 8192 : 1024);
-            _mm_prefetch(later, _MM_HINT_T0);
-            _mm_prefetch(later + 64, _MM_HINT_T0);
-            if (!STREAMED) {
-                _mm_prefetch(ahead, _MM_HINT_T1);
-                ahead += ahead_step;
-            }
+            fetch<STREAMED>(words, ahead, ahead_step);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r) {
                 const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(block[r]));
