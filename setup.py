@@ -18,7 +18,10 @@ setup(
             sources=sorted(glob("src/narrows/native/csrc/*.cpp")),
             depends=sorted(glob("src/narrows/native/csrc/*.h")),
             define_macros=[("NARROWS_SOURCES", f'"{SOURCES.hexdigest()}"')],
-            extra_compile_args=["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall"],
+            extra_compile_args=[
+                *("-O3", "-g0", "-march=native", "-std=c++20"),
+                *("-fopenmp", "-fvisibility=hidden", "-Wall"),
+            ],
             extra_link_args=["-fopenmp"],
             optional=True,
         )
