@@ -34,6 +34,7 @@ from narrows.sched.sampling import SamplingParams
 __all__ = ["add_parser", "run"]
 
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+_SAMPLING = {name: field for name, field in SamplingParams.__dataclass_fields__.items() if name != "logit_bias"}
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: what the checkpoint's generation config says, else greedy)")
-    for name, field in SamplingParams.__dataclass_fields__.items():
+    for name, field in _SAMPLING.items():
         kind = float if isinstance(field.default, float) else int
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text here; repeatable")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
     if not prompts:
         raise ConfigError("nothing to generate from: give --prompt TEXT (repeatable) or --prompt-file FILE")
-    given = {name: getattr(args, name) for name in SamplingParams.__dataclass_fields__}
+    given = {name: getattr(args, name) for name in _SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
     SamplingParams(**given)  # a value out of range is known before anything is loaded
     notes = console(stderr=True, quiet=args.quiet)

@@ -20,6 +20,7 @@ Logprobs = tuple[float, tuple[tuple[int, float], ...]]
 """The chosen token's log-probability, and the best tokens with theirs."""
 
 MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
 
 
 class TokenScore(NamedTuple):
@@ -39,7 +40,10 @@ class SamplingParams:
     ``min_p`` keeps tokens at least that likely relative to the best. They apply in this order, as in transformers.
     ``repetition_penalty`` (over prompt and output, multiplicative) as in transformers; ``presence_penalty`` and
     ``frequency_penalty`` (over the output, subtracted) as in OpenAI's API. ``seed`` None: the engine draws one.
-    ``logprobs``: log-probabilities of the chosen token and of so many best ones, from the unchanged logits; None: none.
+    ``logit_bias``: (token, what is added to its logit), before any penalty; as in OpenAI's API. ``min_tokens``: so many
+    tokens are generated before one may end the text.
+    ``logprobs``: log-probabilities of the chosen token and of so many best ones, from the unchanged logits (no bias,
+    penalty, mask or temperature in them); None: none.
     ``prompt_logprobs``: the same for every token of the prompt but the first, as :class:`TokenScore`.
 
     Raises:
@@ -54,6 +58,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -71,9 +77,23 @@ class SamplingParams:
                 raise ConfigError(f"{name} is {value:g}; it must be between {low:g} and {high:g}")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 0 (0 keeps all tokens)")
+        if self.min_tokens < 0:
+            raise ConfigError(f"min_tokens is {self.min_tokens}; it must be at least 0")
+        self._check_bias()
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None and not 0 <= count <= MAX_LOGPROBS:
                 raise ConfigError(f"{name} is {count}; it must be between 0 and {MAX_LOGPROBS}")
+
+    def _check_bias(self) -> None:
+        for token, bias in self.logit_bias:
+            if token < 0:
+                raise ConfigError(f"logit_bias names token {token}; token ids are at least 0")
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise ConfigError(
+                    f"logit_bias of token {token} is {bias:g}; it must be between {-MAX_BIAS:g} and {MAX_BIAS:g}"
+                )
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ConfigError("logit_bias names a token twice; name each once")
 
     @property
     def penalizes(self) -> bool:
@@ -84,7 +104,8 @@ class SamplingParams:
     def needs_logits(self) -> bool:
         """Whether whole rows of logits are needed; otherwise each vocabulary shard's best token is enough."""
         asks = self.logprobs is not None or self.prompt_logprobs is not None
-        return self.temperature > 0.0 or self.penalizes or asks
+        changes = self.penalizes or bool(self.logit_bias) or self.min_tokens > 0
+        return self.temperature > 0.0 or changes or asks
 
 
 GREEDY = SamplingParams()
