@@ -28,7 +28,7 @@ from narrows.server.reasoning import ReasoningSplit, begins_inside
 from narrows.server.running import Running
 from narrows.server.schema.chat import ChatRequest, NamedTool
 from narrows.server.state import ServerState, new_id, now
-from narrows.server.usage import UsageCount
+from narrows.server.usage import Count, usage
 from narrows.text import GeneratedText
 
 __all__ = ["chat"]
@@ -56,9 +56,13 @@ class _Job:
 
     body: ChatRequest
     head: dict[str, Any]
-    usage: UsageCount
+    num_prompt_tokens: int
     choices: list[_Choice]
     generations: list[Generation]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
 
     @classmethod
     def of(cls, state: ServerState, body: ChatRequest, name: str) -> _Job:
@@ -88,7 +92,7 @@ class _Job:
                 )
             )
         head = {"id": new_id("chatcmpl"), "created": now(), "model": name}
-        return cls(body, head, UsageCount(len(ids)), choices, generations)
+        return cls(body, head, len(ids), choices, generations)
 
 
 def _check(state: ServerState, body: ChatRequest) -> None:
@@ -169,7 +173,7 @@ class _Choice:
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
-        self.num_reasoning = 0
+        self.count = Count()
         self._tokenizer = state.tokenizer
         self._guide = guide
         self._text = GeneratedText(
@@ -193,8 +197,10 @@ class _Choice:
         """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
         if self.finish_reason is not None:
             return False  # came before the backend knew
+        self.count.cached = max(self.count.cached, update.num_cached_prompt)
         for place, token in enumerate(update.token_ids):
-            self.num_reasoning += self._parser.is_reasoning
+            self.count.generated += 1
+            self.count.reasoning += self._parser.is_reasoning
             if self._wants_logprobs:
                 self._logprobs.append(chat_logprob(self._tokenizer, token, update.logprobs[place]))
             if text := self._text.push(token):
@@ -232,22 +238,20 @@ async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice],
             new: dict[int, _Choice] = {}
             for index, update in inbox:
                 choice = job.choices[index]
-                job.usage.add(0, update)
                 if choice.take(update):
                     running.abort(index)
                 new[index] = choice
             yield list(new.values())
-    job.usage.reasoning = sum(choice.num_reasoning for choice in job.choices)
 
 
 async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
     head = {**job.head, "object": "chat.completion.chunk"}
-    usage = {"usage": None} if job.body.wants_usage else {}
+    no_usage = {"usage": None} if job.body.wants_usage else {}
 
     def chunk(choice: _Choice, delta: dict[str, Any], logprobs: list[dict[str, Any]], finish: str | None) -> Any:
         scores = {"content": logprobs} if logprobs else None
         entry = {"index": choice.index, "delta": delta, "logprobs": scores, "finish_reason": finish}
-        return {**head, "choices": [entry], **usage}
+        return {**head, "choices": [entry], **no_usage}
 
     for choice in job.choices:
         yield chunk(choice, {"role": "assistant", "content": ""}, [], None)
@@ -261,7 +265,7 @@ async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any],
                 if logprobs or choice.finish_reason is not None:
                     yield chunk(choice, {}, logprobs, choice.finish_reason)
     if job.body.wants_usage:
-        yield {**head, "choices": [], "usage": job.usage.value}
+        yield {**head, "choices": [], "usage": job.usage}
 
 
 def _delta(event: Event) -> dict[str, Any]:
@@ -293,7 +297,7 @@ async def _whole(job: _Job, running: Running) -> Response:
         }
         for choice in job.choices
     ]
-    return JsonAnswer({**job.head, "object": "chat.completion", "choices": entries, "usage": job.usage.value})
+    return JsonAnswer({**job.head, "object": "chat.completion", "choices": entries, "usage": job.usage})
 
 
 def _message(events: list[Event]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from narrows.server.logprobs import LogprobColumns
 from narrows.server.running import Running
 from narrows.server.schema.completions import CompletionRequest
 from narrows.server.state import ServerState, new_id, now
-from narrows.server.usage import UsageCount
+from narrows.server.usage import Count, usage
 from narrows.text import GeneratedText
 
 __all__ = ["complete"]
@@ -53,9 +53,13 @@ class _Job:
 
     body: CompletionRequest
     head: dict[str, Any]
-    usage: UsageCount
+    num_prompt_tokens: int
     choices: list[_Choice]
     generations: list[Generation]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
 
     @classmethod
     def of(cls, state: ServerState, body: CompletionRequest, name: str) -> _Job:
@@ -80,7 +84,7 @@ class _Job:
                 choices.append(_Choice(state, body, len(choices), at, prompt, echoed, guide))
                 generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, guide))
         head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
-        return cls(body, head, UsageCount(sum(map(len, prompts))), choices, generations if runs else [])
+        return cls(body, head, sum(map(len, prompts)), choices, generations if runs else [])
 
 
 def _check(body: CompletionRequest) -> None:
@@ -140,7 +144,7 @@ class _Choice:
         guide: GrammarGuide | None,
     ) -> None:
         self.index = index
-        self.prompt_index = prompt_index
+        self.count = Count(prompt_index)
         self.finish_reason: str | None = None
         self._prompt = prompt
         self._guide = guide
@@ -167,7 +171,9 @@ class _Choice:
             return False  # came before the backend knew
         if update.prompt_logprobs:
             self._add_prompt(update.prompt_logprobs)
+        self.count.cached = max(self.count.cached, update.num_cached_prompt)
         for place, token in enumerate(update.token_ids):
+            self.count.generated += 1
             if self._columns is not None:
                 logprob, best = update.logprobs[place]
                 self._columns.add(token, self._offset + self._text.num_chars, logprob, best)
@@ -209,7 +215,6 @@ async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice],
             new: dict[int, _Choice] = {}
             for index, update in inbox:
                 choice = job.choices[index]
-                job.usage.add(choice.prompt_index, update)
                 if choice.take(update):
                     running.abort(index)
                 new[index] = choice
@@ -221,15 +226,15 @@ async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice],
 
 
 async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
-    usage = {"usage": None} if job.body.wants_usage else {}
+    no_usage = {"usage": None} if job.body.wants_usage else {}
     async with aclosing(_updates(job, running)) as updates:
         async for choices in updates:
             for choice in choices:
                 entry = choice.entry()
                 if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
-                    yield {**job.head, "choices": [entry], **usage}
+                    yield {**job.head, "choices": [entry], **no_usage}
     if job.body.wants_usage:
-        yield {**job.head, "choices": [], "usage": job.usage.value}
+        yield {**job.head, "choices": [], "usage": job.usage}
 
 
 async def _whole(job: _Job, running: Running) -> Response:
@@ -237,4 +242,4 @@ async def _whole(job: _Job, running: Running) -> Response:
         async for _ in updates:
             pass
     entries = [choice.entry() for choice in job.choices]
-    return JsonAnswer({**job.head, "choices": entries, "usage": job.usage.value})
+    return JsonAnswer({**job.head, "choices": entries, "usage": job.usage})

@@ -1,36 +1,40 @@
-"""Counts the tokens of one request as ``usage`` reports them. Knows updates; not text."""
+"""Counts the tokens of one request as ``usage`` reports them. Knows numbers only."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from narrows.server.backend import Update
-
-__all__ = ["UsageCount"]
+__all__ = ["Count", "usage"]
 
 
-class UsageCount:
-    """``prompt_tokens`` counts each prompt once, however many texts it gets."""
+@dataclass(slots=True)
+class Count:
+    """Of one text: tokens up to where it ends, those of its reasoning, and those of its prompt that were cached."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt = prompt_tokens
-        self._cached: dict[int, int] = {}
-        self._generated = 0
-        self.reasoning = 0
+    prompt: int = 0
+    """Which prompt it belongs to."""
+    generated: int = 0
+    reasoning: int = 0
+    cached: int = 0
 
-    def add(self, prompt: int, update: Update) -> None:
-        """An update of one text of the ``prompt``-th prompt."""
-        self._generated += len(update.token_ids)
-        if update.num_cached_prompt:
-            self._cached[prompt] = max(self._cached.get(prompt, 0), update.num_cached_prompt)
 
-    @property
-    def value(self) -> dict[str, Any]:
-        """As the API spells it."""
-        return {
-            "prompt_tokens": self._prompt,
-            "completion_tokens": self._generated,
-            "total_tokens": self._prompt + self._generated,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
-        }
+def usage(prompt_tokens: int, texts: Iterable[Count]) -> dict[str, Any]:
+    """As the API spells it. A prompt counts once, however many texts it gets.
+
+    >>> usage(5, [Count(generated=2, cached=4), Count(generated=3)])["total_tokens"]
+    10
+    """
+    counts = list(texts)
+    generated = sum(count.generated for count in counts)
+    cached: dict[int, int] = {}
+    for count in counts:
+        cached[count.prompt] = max(cached.get(count.prompt, 0), count.cached)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+        "completion_tokens_details": {"reasoning_tokens": sum(count.reasoning for count in counts)},
+    }

@@ -34,7 +34,7 @@ class ChatMessage(Body):
 class Function(Body):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}\Z")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
