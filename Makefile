@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full check eval format train-demo clean
+.PHONY: demo serve test test-full check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
+
+# The demo model on 2 ranks, answering OpenAI's API on port 8000 until Ctrl-C; docs/serving.md.
+serve: $(VENV)/.runtime
+	$(BIN)/narrows serve narrows-demo --tp 2 --ranks processes
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

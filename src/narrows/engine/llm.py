@@ -19,8 +19,7 @@ from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.sched.sampling import GREEDY, Logprobs, SamplingParams, TokenScore
 from narrows.sched.scheduler import Request
-from narrows.text import GenerationConfig, TextStream, Tokenizer
-from narrows.text.stop import StopStrings
+from narrows.text import GeneratedText, GenerationConfig, Tokenizer
 
 __all__ = ["LLM", "Completion", "Piece", "Prompt"]
 
@@ -130,7 +129,7 @@ class LLM:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = self.default_sampling if sampling is None else sampling
         end_ids = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.eos_ids)
-        texts = [_Text(self.tokenizer, stop, end_ids) for _ in prompts]
+        texts = [GeneratedText(self.tokenizer, stop=stop, end_ids=end_ids) for _ in prompts]
         encoded = [self.encode(prompt) for prompt in prompts]
         requests: list[Request] = []
         self._streaming = True
@@ -157,11 +156,7 @@ class LLM:
     @property
     def default_sampling(self) -> SamplingParams:
         """What the checkpoint's generation config recommends, by transformers' rule: greedy unless ``do_sample``."""
-        config = self.generation
-        names = ("temperature", "top_k", "top_p", "min_p") if config.do_sample else ()
-        given = {name: getattr(config, name) for name in (*names, "repetition_penalty")}
-        params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
-        return replace(params, temperature=1.0) if config.do_sample and config.temperature is None else params
+        return SamplingParams(**self.generation.sampling(samples_by_default=False))  # type: ignore[arg-type]
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -196,35 +191,7 @@ class LLM:
         self.engine.__exit__(kind, error, trace)
 
 
-class _Text:
-    """One prompt's text so far: tokens to characters, held back while a stop string may be beginning."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: tuple[str, ...], end_ids: frozenset[int]) -> None:
-        self._stream = TextStream(tokenizer) if tokenizer else None
-        self._stop = StopStrings(stop)
-        self._end_ids = end_ids
-        self.text = ""
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.found
-
-    def push(self, token: int) -> str:
-        if self._stream is None or token in self._end_ids:
-            return ""
-        new = self._stop.push(self._stream.push(token))
-        self.text += new
-        return new
-
-    def finish(self) -> str:
-        if self._stream is None:
-            return ""
-        new = self._stop.push(self._stream.finish()) + self._stop.finish()
-        self.text += new
-        return new
-
-
-def _completion(request: Request, text: _Text) -> Completion:
+def _completion(request: Request, text: GeneratedText) -> Completion:
     return Completion(
         text=text.text,
         token_ids=tuple(request.output),

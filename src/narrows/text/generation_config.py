@@ -35,6 +35,24 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
 
+    def sampling(self, *, samples_by_default: bool) -> dict[str, float | int]:
+        """What it recommends, as fields of :class:`~narrows.sched.sampling.SamplingParams`.
+
+        ``samples_by_default``: what a ``do_sample`` that was left out means: the best token in transformers (False),
+        temperature 1 in OpenAI's API (True). A checkpoint that says ``do_sample`` decides either way.
+
+        >>> config = GenerationConfig(top_p=0.9, repetition_penalty=1.1)
+        >>> config.sampling(samples_by_default=False)
+        {'repetition_penalty': 1.1}
+        >>> config.sampling(samples_by_default=True)
+        {'temperature': 1.0, 'top_p': 0.9, 'repetition_penalty': 1.1}
+        """
+        samples = samples_by_default if self.do_sample is None else self.do_sample
+        temperature = 1.0 if self.temperature is None else self.temperature
+        drawn = {"temperature": temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        values = (drawn if samples else {}) | {"repetition_penalty": self.repetition_penalty}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 def read_generation_config(folder: Path) -> GenerationConfig:
     """Of a Hugging Face folder: ``generation_config.json``, and the ends of text that ``config.json`` adds.

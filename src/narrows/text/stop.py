@@ -29,6 +29,10 @@ class StopStrings:
             raise ConfigError("a stop string is empty: it would stop before the first token")
         self.stops = stops
         self.found = False
+        self.which = ""
+        """The stop string that was found."""
+        self.rest = ""
+        """What came after it in the piece that completed it."""
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -39,7 +43,9 @@ class StopStrings:
         ends = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.found = True
-            out, self._held = self._held[: min(ends)[1]], ""
+            end, at = min(ends)
+            out, self.which, self.rest = self._held[:at], self._held[at:end], self._held[end:]
+            self._held = ""
             return out
         keep = self._possible_start()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -18,6 +18,7 @@ import tokenizers
 from narrows.errors import CheckpointError, ConfigError
 from narrows.text.chat import compile_template, plain
 from narrows.text.folder import TokenizerFiles, read_tokenizer_files
+from narrows.text.token_bytes import is_byte_level, token_bytes
 
 __all__ = ["Message", "Tokenizer"]
 
@@ -39,11 +40,14 @@ class Tokenizer:
         self._backend = backend
         self._files = files
         self._named = {role: str(token.content) for role, token in files.named.items()}
-        self._silent = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._silent = frozenset(i for i, token in added.items() if token.special)
         eos_id = backend.token_to_id(self._named["eos_token"]) if "eos_token" in self._named else None
         self._eos_ids = files.eos_ids | (frozenset() if eos_id is None else {eos_id})
         # ByteFallback turns tokens named <0x41> into bytes, and no other decoder does.
         self._bytes_fall_back = backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A"
+        self._byte_level = is_byte_level(backend)
         self._templates = {name: self._compile(name, source) for name, source in files.templates.items()}
 
     @classmethod
@@ -117,6 +121,32 @@ class Tokenizer:
             return False
         name = self._backend.id_to_token(token) or ""
         return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+
+    def is_special(self, token: int) -> bool:
+        """Whether ``token`` is a special token, which texts leave out."""
+        return token in self._silent
+
+    def bytes_of(self, token: int) -> bytes:
+        """What ``token`` alone stands for; may be part of a character. Empty for an id that the tokenizer lacks."""
+        name = self._backend.id_to_token(token)
+        if name is None:
+            return b""
+        text = self.decode([token], skip_special_tokens=False)
+        byte_level = self._byte_level and token not in self._added
+        return token_bytes(name, text, byte_level=byte_level, is_byte=self.is_byte(token))
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary by its name, added tokens included; None if there is none."""
+        return self._backend.token_to_id(token)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as one ``tokenizer.json``, with what the other files add."""
+        return self._backend.to_str()
+
+    @property
+    def chat_template_source(self) -> str:
+        """All the checkpoint's templates, as text: what they write tells which formats the model was taught."""
+        return "\n".join(self._files.templates.values())
 
     def apply_chat_template(
         self,

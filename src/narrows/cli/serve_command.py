@@ -1,0 +1,143 @@
+"""``narrows serve``: OpenAI's HTTP API over planned ranks. Parses, starts the engine and the server, prints one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter, time
+from types import FrameType
+
+from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
+from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.model_text import load_model_text
+from narrows.errors import ConfigError
+from narrows.server.app import create_app
+from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.reasoning import PARSERS as REASONING_PARSERS
+from narrows.server.run import bind, curl_line, serve, url_of
+from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
+
+__all__ = ["add_parser", "run"]
+
+_DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+_SERVER = {name: field.default for name, field in ServerOptions.__dataclass_fields__.items()}
+_KEY_VARIABLE = "NARROWS_API_KEY"
+_MB = 1024 * 1024
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows serve``."""
+    add_engine_flags(parser)
+    parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
+    add_limit_flags(parser)
+    http = parser.add_argument_group("HTTP")
+    http.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)"
+    )
+    http.add_argument("--port", type=int, default=8000, help="0: any free one (default %(default)s)")
+    http.add_argument(
+        "--api-key", action="append", metavar="KEY", help=f"let these in only; repeatable (default: ${_KEY_VARIABLE})"
+    )
+    http.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="a name for requests' model; repeatable"
+    )
+    http.add_argument(
+        "--max-body-mb", type=float, default=_SERVER["max_body_bytes"] / _MB, metavar="MB", help="of a body"
+    )
+    http.add_argument(
+        "--request-timeout", type=float, default=_SERVER["request_timeout_s"], metavar="S", help="of a request, in all"
+    )
+    text = parser.add_argument_group("what is read in the model's text (auto: the format of its chat template)")
+    text.add_argument("--tool-call-parser", default="auto", choices=TOOL_PARSERS, help="default: auto")
+    text.add_argument("--reasoning-parser", default="auto", choices=REASONING_PARSERS, help="default: auto")
+    life = parser.add_argument_group("life")
+    life.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="texts that may wait (default %(default)s)"
+    )
+    life.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="for running texts at the end (default %(default)g)",
+    )
+    life.add_argument("--no-restart", action="store_true", help="end with an error when a rank dies")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``narrows serve``; the ready line goes to standard output, everything else to standard error."""
+    from narrows.engine.service import EngineService  # noqa: PLC0415 - it is not on every branch yet
+
+    options = _options(args)
+    asked = EngineConfig(model=args.model, **engine_options(args, layout=args.layout, **limit_options(args)))
+    bound = bind(args.host, args.port)
+    started = perf_counter()
+    with bound, _sigterm_interrupts():
+        resolved = resolve(asked)
+        model = _served_model(args, resolved)
+        service = EngineService(resolved, max_queue=args.max_queue, restart=not args.no_restart)
+        try:
+            app = create_app(service, model, options)
+            service.start()
+
+            def ready() -> None:
+                url = url_of(bound)
+                chats = model.tokenizer is not None and model.tokenizer.has_chat_template
+                curl = curl_line(url, model.names[0], has_key=bool(options.api_keys), chats=chats)
+                seconds = perf_counter() - started
+                print(f"narrows: {model.names[0]} on {resolved.mesh} is ready at {url} ({seconds:.1f} s); try: {curl}")
+                sys.stdout.flush()
+
+            code = serve(app, service, bound, drain_timeout_s=args.drain_timeout, when_ready=ready)
+            if service.failure:
+                print(f"narrows: error: {service.failure}", file=sys.stderr)
+            return code
+        finally:
+            service.close()
+
+
+def _options(args: argparse.Namespace) -> ServerOptions:
+    for flag, value in (("--drain-timeout", args.drain_timeout), ("--max-queue", args.max_queue)):
+        if value < 0:
+            raise ConfigError(f"{flag} is {value:g}; it must be at least 0")
+    keys = args.api_key or [key for key in [os.environ.get(_KEY_VARIABLE)] if key]
+    return ServerOptions(
+        api_keys=tuple(keys),
+        max_body_bytes=int(args.max_body_mb * _MB),
+        request_timeout_s=args.request_timeout,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+    )
+
+
+def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:
+    text = load_model_text(resolved.asked.model)
+    more = text.tokenizer.eos_ids if text.tokenizer is not None else frozenset()
+    return ServedModel(
+        names=tuple(args.served_model_name or [Path(args.model).name]),
+        tokenizer=text.tokenizer,
+        generation=text.generation,
+        max_context=resolved.limits.max_context,
+        vocab_size=resolved.config.vocab_size,
+        eos_ids=more | {*resolved.config.eos_token_id, *text.generation.eos_token_id},
+        created=int(time()),
+    )
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Until the server listens for signals itself, SIGTERM ends it as Ctrl-C does: whatever was started is closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,98 @@
+"""What passes between a server and whatever generates tokens: generations, updates, health, numbers, refusals.
+
+Plain values. Knows no HTTP, text, rank or plan; both sides import it, and neither the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from narrows.errors import NarrowsError
+from narrows.sched.guide import Guide
+from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
+
+__all__ = ["Draining", "Generation", "Health", "QueueFull", "Stats", "Unavailable", "Update"]
+
+
+class Unavailable(NarrowsError):  # noqa: N818 - a state of the server
+    """No request can be taken now: the ranks are down or starting."""
+
+
+class Draining(Unavailable):
+    """The server is ending: it finishes what it has and takes nothing new."""
+
+
+class QueueFull(NarrowsError):  # noqa: N818 - a state of the server
+    """As many requests wait as may. ``retry_after_s``: when it is worth trying again, in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One text to generate. ``max_tokens`` 0, with ``sampling.prompt_logprobs``: the prompt is scored, and that is all.
+
+    ``end_ids`` end the text and are its last token. ``priority``: lower runs earlier; equal ones first come, first
+    served. ``guide``: what may be generated, token by token; None: anything.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    end_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams
+    priority: int = 0
+    guide: Guide | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What is new of one generation, in order: new ids, one entry of ``logprobs`` per id if they were asked for.
+
+    ``prompt_logprobs`` come once, when the prompt has run. ``finish_reason`` is empty until the last update: ``stop``
+    (an end id), ``length``, ``abort`` (nobody wants it any more), or ``error``, which ``error`` explains in one line.
+    ``num_cached_prompt``: tokens of the prompt whose rows were found in the prefix cache.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[TokenScore, ...] = ()
+    num_cached_prompt: int = 0
+    finish_reason: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Whether requests are served: ``ready`` is never true while a rank is dead, stuck or starting.
+
+    ``detail`` says why not, in one line.
+    """
+
+    ready: bool
+    detail: str = ""
+    num_restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Numbers of this moment (``running``, ``waiting``, ``kv_*``) and totals since the start (the rest).
+
+    ``plans``: steps run by (phase, bucket of rows, layout). ``collectives``: by (layout, collective): how many, bytes
+    that crossed ranks, seconds; empty when they are not measured. ``idle_rows``: by group, rows that it waited for.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages: int = 0
+    kv_pages_used: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    idle_rows: tuple[int, ...] = ()
+    plans: Mapping[tuple[str, int, str], int] = field(default_factory=dict)
+    collectives: Mapping[tuple[str, str], tuple[int, int, float]] = field(default_factory=dict)

@@ -1,0 +1,135 @@
+"""Answers on their way out: JSON, a stream of server-sent events, and a client that goes away or does not read.
+
+Knows HTTP, not what the answers say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from narrows.server.errors import ApiError
+
+__all__ = ["EventStream", "JsonAnswer", "error_answer", "unless_gone"]
+
+_LAST_WORDS_S = 1.0
+"""How long a stream that is over its time waits for a slow reader to take the error in."""
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8. Half a surrogate pair, which UTF-8 cannot hold, is escaped as JSON escapes it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+class JsonAnswer(Response):
+    """A JSON body."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body's bytes."""
+        return to_json(content)
+
+
+def error_answer(error: ApiError) -> JsonAnswer:
+    """The error as an answer of its own."""
+    return JsonAnswer(error.body, status_code=error.status, headers=error.headers)
+
+
+async def unless_gone(
+    request: Request, work: Coroutine[Any, Any, Response], *, timeout_s: float, close: Callable[[], None]
+) -> Response:
+    """The answer that ``work`` makes; it is cancelled when the client disconnects or the time is over.
+
+    ``close`` is called in any case, at the end.
+
+    Raises:
+        ApiError: 504, the time is over; or what ``work`` raises.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        done, _ = await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        if gone in done:
+            return Response(status_code=499)  # nobody reads it; the number is for logs
+        raise _over_time(timeout_s)
+    finally:
+        close()
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """``events`` one by one as ``data:`` lines, then ``[DONE]``.
+
+    An :class:`ApiError` in between becomes the last event. When the client disconnects, or the time is over, ``close``
+    is called at once, even while a slow reader keeps a write waiting; and in any case at the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Any, None], *, timeout_s: float, close: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._timeout_s = timeout_s
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; returns when it has ended or nobody reads it."""
+        gone = asyncio.ensure_future(_disconnected(receive))
+        writing = asyncio.ensure_future(self._write(send))
+        try:
+            await asyncio.wait({gone, writing}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                return writing.result()
+            self._close()
+            writing.cancel()
+            with suppress(asyncio.CancelledError):
+                await writing
+            if not gone.done():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._end(send, _over_time(self._timeout_s)), _LAST_WORDS_S)
+        finally:
+            self._close()
+            for each in (writing, gone):
+                each.cancel()
+            await asyncio.gather(writing, gone, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for event in events:
+                    await _send(send, b"data: " + to_json(event) + b"\n\n")
+            except ApiError as error:
+                await self._end(send, error)
+                return
+        await _send(send, b"data: [DONE]\n\n", more=False)
+
+    async def _end(self, send: Send, error: ApiError) -> None:
+        await _send(send, b"data: " + to_json(error.body) + b"\n\n", more=False)
+
+
+async def _send(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _over_time(timeout_s: float) -> ApiError:
+    message = f"the request was not done within {timeout_s:g} s, the server's --request-timeout; it was ended"
+    return ApiError(504, message, code="request_timeout")

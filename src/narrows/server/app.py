@@ -1,0 +1,228 @@
+"""The ASGI application: routes, who may come in, and errors in OpenAI's shape, over any backend.
+
+Knows HTTP and which route does what; what the routes do is said in their own files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from narrows.server.answers import JsonAnswer, error_answer
+from narrows.server.backend import Backend
+from narrows.server.chat import chat
+from narrows.server.completions import complete
+from narrows.server.errors import ApiError, of_validation
+from narrows.server.limits import ApiKeys, BodyLimit
+from narrows.server.metrics import Metrics
+from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.schema import answers, tokens
+from narrows.server.schema.chat import ChatRequest
+from narrows.server.schema.completions import CompletionRequest
+from narrows.server.state import ServerState
+from narrows.server.tokens import detokenize, tokenize
+
+__all__ = ["create_app", "state_of"]
+
+_LOG = logging.getLogger("narrows.server")
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "a field is wrong, or too much was asked for; param names the field"},
+    401: {"description": "no API key, or a wrong one"},
+    404: {"description": "no such model"},
+    408: {"description": "the body did not come in time"},
+    413: {"description": "the body is too large"},
+    429: {"description": "too many requests wait; retry-after says when to try again"},
+    500: {"description": "the engine failed"},
+    503: {"description": "the server is starting, restarting its ranks, or ending"},
+    504: {"description": "the request was not done within --request-timeout"},
+}
+
+
+def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> FastAPI:
+    """The application. ``app.state.server`` is what its routes share.
+
+    Raises:
+        ConfigError: options that do not fit the model.
+    """
+    state = ServerState(backend, model, options)
+    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None, strict_content_type=False)
+    app.state.server = state
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    _add_errors(app)
+    _add_generation(app, state)
+    _add_models(app, state)
+    _add_operations(app, state)
+    # The last one added comes first: answers are counted, then keys looked at, then bodies read.
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout_s=options.request_timeout_s)
+    app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(_Counted, metrics=state.metrics)
+    return app
+
+
+def state_of(app: FastAPI) -> ServerState:
+    """What the routes of an application share."""
+    state = app.state.server
+    assert isinstance(state, ServerState)
+    return state
+
+
+def _responses(model: Any, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer, for the OpenAPI document."""
+    content = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if stream else {}
+    errors = {status: {**text, "model": answers.ErrorAnswer} for status, text in _ERRORS.items()}
+    return {200: {"model": model, "description": "done", **content}, **errors}
+
+
+def _add_generation(app: FastAPI, state: ServerState) -> None:
+    @app.post("/v1/chat/completions", response_model=None, responses=_responses(answers.ChatCompletion, stream=True))
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """The next message of a conversation."""
+        return await chat(state, body, request)
+
+    @app.post("/v1/completions", response_model=None, responses=_responses(answers.Completion, stream=True))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """What follows a prompt."""
+        return await complete(state, body, request)
+
+    @app.post("/tokenize", response_model=None, responses=_responses(tokens.Tokenized))
+    async def tokenize_(body: tokens.TokenizeRequest) -> Response:
+        """Text, or messages through the chat template, to token ids."""
+        return JsonAnswer(await asyncio.to_thread(tokenize, state, body))
+
+    @app.post("/detokenize", response_model=None, responses=_responses(tokens.Detokenized))
+    async def detokenize_(body: tokens.DetokenizeRequest) -> Response:
+        """Token ids to text, special tokens spelled out."""
+        return JsonAnswer(await asyncio.to_thread(detokenize, state, body))
+
+
+def _add_models(app: FastAPI, state: ServerState) -> None:
+    def card(name: str) -> dict[str, Any]:
+        model = state.model
+        facts = {"created": model.created, "owned_by": "narrows", "max_model_len": model.max_context}
+        return {"id": name, "object": "model", **facts}
+
+    @app.get("/v1/models", response_model=None, responses=_responses(answers.ModelList))
+    async def models() -> Response:
+        """The names that a request's model may have."""
+        return JsonAnswer({"object": "list", "data": [card(name) for name in state.model.names]})
+
+    @app.get("/v1/models/{name:path}", response_model=None, responses=_responses(answers.ModelCard))
+    async def model(name: str) -> Response:
+        """One of them."""
+        return JsonAnswer(card(state.check_model(name)))
+
+
+def _add_operations(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health", response_model=None, responses=_responses(answers.HealthAnswer))
+    async def health() -> Response:
+        """Whether requests are served; 503 with the reason when they are not."""
+        found = await asyncio.to_thread(state.backend.health)
+        if state.draining or not found.ready:
+            detail = "the server is ending" if state.draining else found.detail or "the ranks are not ready"
+            raise ApiError(503, detail, code="draining" if state.draining else "unavailable")
+        return JsonAnswer({"status": "ok", "num_restarts": found.num_restarts})
+
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
+
+    @app.get("/metrics", response_model=None, responses={**_responses(answers.ModelList), 200: text})
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        return Response(state.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/server_info", response_model=None, responses=_responses(answers.ServerInfo))
+    async def server_info() -> Response:
+        """What runs, and how."""
+        options = state.options
+        server = {
+            "tool_call_parser": state.tools.name if state.tools is not None else "none",
+            "reasoning_parser": "think" if state.reasons else "none",
+            "sampling_defaults": dict(state.defaults),
+            "max_body_bytes": options.max_body_bytes,
+            "request_timeout_s": options.request_timeout_s,
+        }
+        body = {
+            "version": version("narrows"),
+            "models": list(state.model.names),
+            "max_model_len": state.model.max_context,
+        }
+        info = await asyncio.to_thread(state.backend.info)
+        return JsonAnswer({**body, "server": server, "backend": info})
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error_answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_answer(of_validation(error.errors(), error.body))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_answer(_of_http(request, error))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return error_answer(ApiError(500, f"the server failed on this request: {type(error).__name__}"))
+
+
+def _of_http(request: Request, error: HTTPException) -> ApiError:
+    """What the framework itself refuses."""
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"there is no {request.url.path[:200]} here; /openapi.json lists what there is"
+    if error.status_code == 405:
+        message = f"{request.url.path} does not answer {request.method}"
+    if error.status_code == 400:
+        message = "the body cannot be read as JSON"
+    headers: Mapping[str, str] | None = error.headers
+    return ApiError(error.status_code, message, headers=headers)
+
+
+class _Counted:
+    """Counts answers by route and status, for the metrics."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and see how its answer begins."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def seen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        await self._app(scope, receive, seen)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, without the answers 422 that the framework announces: wrong fields are answered 400 here."""
+    if app.openapi_schema is None:
+        app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in app.openapi_schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+    return app.openapi_schema

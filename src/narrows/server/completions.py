@@ -1,0 +1,245 @@
+"""``/v1/completions``: prompts as text or ids, echoed and scored where asked, to texts. Knows fields, ids and text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from narrows.errors import ConfigError
+from narrows.sched.sampling import SamplingParams, TokenScore
+from narrows.server.answers import EventStream, JsonAnswer, unless_gone
+from narrows.server.backend import Generation, Update
+from narrows.server.errors import invalid, refused
+from narrows.server.forms import asked_form, make_guide
+from narrows.server.guides import GrammarGuide
+from narrows.server.logprobs import LogprobColumns
+from narrows.server.running import Running
+from narrows.server.schema.completions import CompletionRequest
+from narrows.server.state import ServerState, new_id, now
+from narrows.server.usage import Count, usage
+from narrows.text import GeneratedText
+
+__all__ = ["complete"]
+
+_DEFAULT_TOKENS = 16
+"""OpenAI's default of ``max_tokens`` in this API."""
+
+
+async def complete(state: ServerState, body: CompletionRequest, request: Request) -> Response:
+    """Answer a request.
+
+    Raises:
+        ApiError: it cannot be served.
+    """
+    name = state.check_model(body.model)
+    job = await asyncio.to_thread(_Job.of, state, body, name)
+    timeout_s = state.options.request_timeout_s
+    running = state.running()
+    running.submit(job.generations, "prompt")
+    if body.stream:
+        return EventStream(_stream(job, running), timeout_s=timeout_s, close=running.close)
+    return await unless_gone(request, _whole(job, running), timeout_s=timeout_s, close=running.close)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a body comes to. ``generations`` are by prompt, then by choice; none, if only prompts are echoed."""
+
+    body: CompletionRequest
+    head: dict[str, Any]
+    num_prompt_tokens: int
+    choices: list[_Choice]
+    generations: list[Generation]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
+
+    @classmethod
+    def of(cls, state: ServerState, body: CompletionRequest, name: str) -> _Job:
+        _check(body)
+        prompts = [_encode(state, body, prompt) for prompt in body.prompts]
+        state.check_amount(len(prompts), body.num_choices)
+        longest = max(len(prompt) for prompt in prompts)
+        max_tokens = state.max_tokens(body.max_tokens, _DEFAULT_TOKENS, longest, "prompt")
+        if body.min_tokens is not None and body.min_tokens > max_tokens:
+            raise invalid(f"min_tokens is {body.min_tokens}, but max_tokens {max_tokens}", "min_tokens")
+        form = asked_form(body)
+        scored = body.logprobs if body.echo else None
+        sampling = state.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored)
+        choices: list[_Choice] = []
+        generations: list[Generation] = []
+        end_ids = state.end_ids(body)
+        runs = bool(max_tokens) or scored is not None
+        for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
+            for choice in range(body.num_choices):
+                guide = make_guide(state, [form[0]], form[1]) if form and max_tokens else None
+                echoed = text if isinstance(text, str) else None
+                choices.append(_Choice(state, body, len(choices), at, prompt, echoed, guide))
+                generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, guide))
+        head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
+        return cls(body, head, sum(map(len, prompts)), choices, generations if runs else [])
+
+
+def _check(body: CompletionRequest) -> None:
+    if body.suffix:
+        raise invalid("suffix is not supported: this server only goes on where a prompt ends", "suffix")
+    if body.best_of is not None and body.best_of != body.num_choices:
+        raise invalid(f"best_of is {body.best_of}; it must equal n, which is {body.num_choices}", "best_of")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options goes with stream: true only", "stream_options")
+
+
+def _encode(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        try:
+            ids = state.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        except ConfigError as error:
+            raise refused(error, "prompt") from error
+        prompt = ids
+    if not prompt:
+        raise invalid("prompt is empty: there is no token to go on from", "prompt")
+    if max(prompt) >= state.model.vocab_size:
+        message = f"token id {max(prompt)} is outside the model's vocabulary of {state.model.vocab_size}"
+        raise invalid(f"prompt: {message}", "prompt")
+    return tuple(prompt)
+
+
+def _generation(
+    body: CompletionRequest,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    end_ids: frozenset[int],
+    sampling: SamplingParams,
+    choice: int,
+    guide: GrammarGuide | None,
+) -> Generation:
+    return Generation(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        end_ids=end_ids,
+        sampling=ServerState.of_choice(sampling, choice),
+        priority=body.priority or 0,
+        guide=guide,
+    )
+
+
+class _Choice:
+    """One text on its way."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: CompletionRequest,
+        index: int,
+        prompt_index: int,
+        prompt: tuple[int, ...],
+        echoed: str | None,
+        guide: GrammarGuide | None,
+    ) -> None:
+        self.index = index
+        self.count = Count(prompt_index)
+        self.finish_reason: str | None = None
+        self._prompt = prompt
+        self._guide = guide
+        tokenizer = state.model.tokenizer
+        skips = body.skip_special_tokens is not False
+        self._end_ids = state.end_ids(body)
+        self._text = GeneratedText(tokenizer, stop=body.stops, end_ids=self._end_ids, skip_special_tokens=skips)
+        self._columns: LogprobColumns | None = None
+        if body.logprobs is not None:
+            as_ids = bool(body.return_tokens_as_token_ids)
+            self._columns = LogprobColumns(tokenizer, num_best=body.logprobs, as_ids=as_ids)
+        self.text = ""
+        """What is new of the text."""
+        self._offset = 0
+        self._prompt_text = GeneratedText(tokenizer, skip_special_tokens=skips)
+        if body.echo:
+            decoded = tokenizer.decode(prompt, skip_special_tokens=skips) if tokenizer is not None else ""
+            self.text = decoded if echoed is None else echoed
+            self._offset = len(self.text)
+
+    def take(self, update: Update) -> bool:
+        """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
+        if self.finish_reason is not None:
+            return False  # came before the backend knew
+        if update.prompt_logprobs:
+            self._add_prompt(update.prompt_logprobs)
+        self.count.cached = max(self.count.cached, update.num_cached_prompt)
+        for place, token in enumerate(update.token_ids):
+            self.count.generated += 1
+            if self._columns is not None:
+                logprob, best = update.logprobs[place]
+                self._columns.add(token, self._offset + self._text.num_chars, logprob, best)
+            self.text += self._text.push(token)
+            if self._text.stopped:
+                self.finish_reason = "stop"
+                return not update.finish_reason
+        if update.finish_reason:
+            self.end(update.finish_reason)
+        return False
+
+    def end(self, reason: str) -> None:
+        """No more tokens come."""
+        if self._guide is not None and self._guide.problem:
+            raise invalid(f"the text had to end before its form was complete: {self._guide.problem}")
+        self.text += self._text.finish()
+        self.finish_reason = "stop" if self._text.stopped else reason
+
+    def _add_prompt(self, scores: tuple[TokenScore, ...]) -> None:
+        columns = self._columns
+        assert columns is not None, "scores were asked for with logprobs"
+        text = self._prompt_text
+        for place, token in enumerate(self._prompt):
+            score = scores[place - 1] if place else None
+            columns.add(token, text.num_chars, score and score.logprob, score.best if score else ())
+            text.push(token)
+
+    def entry(self) -> dict[str, Any]:
+        """What is new, as an entry of ``choices``."""
+        text, self.text = self.text, ""
+        logprobs = self._columns.take() if self._columns is not None else None
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice], None]:
+    """The choices that have something new, until all have ended."""
+    async with aclosing(running.updates()) as updates:
+        async for inbox in updates:
+            new: dict[int, _Choice] = {}
+            for index, update in inbox:
+                choice = job.choices[index]
+                if choice.take(update):
+                    running.abort(index)
+                new[index] = choice
+            yield list(new.values())
+    if not job.generations:
+        for choice in job.choices:
+            choice.end("length")
+        yield job.choices
+
+
+async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+    no_usage = {"usage": None} if job.body.wants_usage else {}
+    async with aclosing(_updates(job, running)) as updates:
+        async for choices in updates:
+            for choice in choices:
+                entry = choice.entry()
+                if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
+                    yield {**job.head, "choices": [entry], **no_usage}
+    if job.body.wants_usage:
+        yield {**job.head, "choices": [], "usage": job.usage}
+
+
+async def _whole(job: _Job, running: Running) -> Response:
+    async with aclosing(_updates(job, running)) as updates:
+        async for _ in updates:
+            pass
+    entries = [choice.entry() for choice in job.choices]
+    return JsonAnswer({**job.head, "choices": entries, "usage": job.usage})

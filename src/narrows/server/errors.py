@@ -1,0 +1,87 @@
+"""Errors as OpenAI's API spells them: a status and ``{"error": {message, type, param, code}}``. Knows no routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from narrows.errors import ConfigError, NarrowsError
+from narrows.server.backend import QueueFull, Unavailable
+
+__all__ = ["ApiError", "invalid", "of_validation", "refused"]
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is not a success. ``param`` names the field of the body; ``code`` is for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the client reads."""
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Status 400: the request cannot be served as it is."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def refused(error: NarrowsError, param: str | None = None) -> ApiError:
+    """What a backend's or a tokenizer's refusal is over HTTP."""
+    message = " ".join(str(error).split())
+    if isinstance(error, QueueFull):
+        wait = str(max(1, math.ceil(error.retry_after_s)))
+        return ApiError(429, message, code="queue_full", headers={"retry-after": wait})
+    if isinstance(error, Unavailable):
+        return ApiError(503, message, code="unavailable")
+    if isinstance(error, ConfigError):
+        return invalid(message, param)
+    return ApiError(500, message, code="engine_error")
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """Status 400, naming the first field that is wrong.
+
+    ``errors`` are pydantic's; their places hold names of types too where a field may be of several, so only what leads
+    through ``body`` is kept.
+    """
+    first = errors[0]
+    place = first["loc"][1:] if first["loc"][:1] in (("body",), ("query",), ("path",)) else first["loc"]
+    if first["type"] == "json_invalid":
+        return invalid(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    path: list[str] = []
+    here = body
+    for step in place:
+        if isinstance(here, Mapping) and isinstance(step, str):
+            if step not in here and first["type"] != "missing":
+                continue
+            here = here.get(step)
+        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
+            here = here[step]
+        else:
+            continue
+        path.append(str(step))
+    param = ".".join(path) or None
+    what = "is missing" if first["type"] == "missing" else first["msg"]
+    if param is None:
+        return invalid(f"the body must be a JSON object with this endpoint's fields: {what}")
+    return invalid(f"{param}: {what}", param)

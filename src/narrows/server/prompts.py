@@ -1,0 +1,69 @@
+"""A chat's messages to the prompt: what the template expects, and what this server cannot read. Knows fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from narrows.errors import ConfigError
+from narrows.server.errors import invalid, refused
+from narrows.server.schema.chat import ChatMessage, Tool
+from narrows.text import Tokenizer
+
+__all__ = ["render_chat"]
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    *,
+    tools: Sequence[Tool] = (),
+    variables: dict[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    arguments_as_text: bool = False,
+) -> str:
+    """The prompt's text. ``arguments_as_text``: the template wants arguments of past calls as JSON text.
+
+    Raises:
+        ApiError: 400, naming the message that cannot be read; or the template's own refusal.
+    """
+    plain = [_plain(message, at, arguments_as_text) for at, message in enumerate(messages)]
+    try:
+        return tokenizer.apply_chat_template(
+            plain,
+            add_generation_prompt=add_generation_prompt,
+            tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+            variables=variables,
+        )
+    except ConfigError as error:
+        raise refused(error, "messages") from error
+
+
+def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, Any]:
+    values = message.model_dump(exclude_none=True)
+    if message.role == "developer":
+        values["role"] = "system"
+    if isinstance(message.content, list):
+        for place, part in enumerate(message.content):
+            if part.type not in ("text", "input_text") or part.text is None:
+                where = f"messages.{at}.content.{place}"
+                raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server reads text parts only", where)
+        values["content"] = "".join(part.text or "" for part in message.content)
+    elif message.content is None:
+        values["content"] = ""
+    if message.tool_calls and not arguments_as_text:
+        values["tool_calls"] = [_with_object(call) for call in message.tool_calls]
+    return values
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with its arguments as an object, where they are the JSON text of one."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,152 @@
+"""The generations of one request, from the backend's thread to the event loop: submitted, awaited, aborted.
+
+Knows updates and numbers; not text, nor what the updates are for. The backend's thread only appends to a list: it never
+waits for a client. What a client has not read yet is kept as ids, at most as many as the request may generate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from time import perf_counter
+from typing import Protocol
+
+from narrows.errors import NarrowsError
+from narrows.server.backend import Backend, Generation, Update
+from narrows.server.errors import ApiError, refused
+
+__all__ = ["Bridge", "Running", "Times"]
+
+
+class Times(Protocol):
+    """Who wants to know when tokens came; all in seconds."""
+
+    def first_token(self, seconds: float) -> None:
+        """From the request to its first token."""
+        ...
+
+    def next_tokens(self, seconds: float, count: int) -> None:
+        """From the update before to this one, which brought ``count`` tokens."""
+        ...
+
+    def ended(self, seconds: float, reason: str) -> None:
+        """From the request to its end."""
+        ...
+
+
+class Bridge:
+    """Carries updates to the event loop: one wake-up for all that have come since the last, whoever they are for."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._arrived: list[tuple[Running, int, Update, float]] = []
+        self._waking = False
+
+    def deliver(self, running: Running, index: int, update: Update) -> None:
+        """Take an update over; called on the backend's thread, and never waits."""
+        with self._lock:
+            self._arrived.append((running, index, update, perf_counter()))
+            wake, self._waking = not self._waking, True
+        if wake and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+            self._waking = False
+        for running, index, update, at in arrived:
+            running.receive(index, update, at)
+
+
+class Running:
+    """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more."""
+
+    def __init__(self, backend: Backend, bridge: Bridge, times: Times) -> None:
+        self._backend = backend
+        self._bridge = bridge
+        self._times = times
+        self._started_at = perf_counter()
+        self._numbers: list[int] = []
+        self._open: set[int] = set()
+        self._latest: dict[int, float] = {}
+        self._inbox: list[tuple[int, Update]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def submit(self, generations: Sequence[Generation], param: str) -> None:
+        """Hand all of them to the backend, or none.
+
+        Raises:
+            ApiError: it refuses one; ``param`` is the field that made it.
+        """
+        try:
+            for index, generation in enumerate(generations):
+                self._open.add(index)
+                deliver = partial(self._bridge.deliver, self, index)
+                self._numbers.append(self._backend.submit(generation, deliver))
+        except NarrowsError as error:
+            self._open.discard(len(self._numbers))
+            self.close()
+            raise refused(error, param) from error
+
+    def receive(self, index: int, update: Update, at: float) -> None:
+        """An update has come, at that time."""
+        if index not in self._open:
+            return  # aborted meanwhile
+        self._clock(index, update, at)
+        if update.finish_reason:
+            self._open.discard(index)
+        self._inbox.append((index, update))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def updates(self) -> AsyncGenerator[list[tuple[int, Update]], None]:
+        """What has come since the last, as (index of the generation, update), until all have ended.
+
+        Raises:
+            ApiError: a generation failed, or was ended by somebody else.
+        """
+        while self._inbox or self._open:
+            if not self._inbox:
+                self._waiter = self._bridge.loop.create_future()
+                await self._waiter
+            inbox, self._inbox = self._inbox, []
+            for _, update in inbox:
+                _check(update)
+            yield inbox
+
+    def abort(self, index: int) -> None:
+        """Nobody wants this one any more."""
+        if index in self._open:
+            self._open.discard(index)
+            self._backend.abort(self._numbers[index])
+            self._times.ended(perf_counter() - self._started_at, "stop")
+
+    def close(self) -> None:
+        """Abort all that have not ended."""
+        for index in sorted(self._open):
+            self._open.discard(index)
+            self._backend.abort(self._numbers[index])
+            self._times.ended(perf_counter() - self._started_at, "abort")
+
+    def _clock(self, index: int, update: Update, at: float) -> None:
+        count = len(update.token_ids)
+        if count:
+            if index in self._latest:
+                self._times.next_tokens(at - self._latest[index], count)
+            else:
+                self._times.first_token(at - self._started_at)
+            self._latest[index] = at
+        if update.finish_reason:
+            self._times.ended(at - self._started_at, update.finish_reason)
+
+
+def _check(update: Update) -> None:
+    if update.finish_reason == "error":
+        message = update.error or "the engine could not finish this generation"
+        raise ApiError(500, message, code="engine_error")
+    if update.finish_reason == "abort":
+        message = update.error or "the server ended this generation before it was done; try again"
+        raise ApiError(503, message, code="aborted")

@@ -1,0 +1,49 @@
+"""``/tokenize`` and ``/detokenize``. Knows fields and the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from narrows.errors import ConfigError
+from narrows.server.errors import invalid, refused
+from narrows.server.prompts import render_chat
+from narrows.server.schema.tokens import DetokenizeRequest, TokenizeRequest
+from narrows.server.state import ServerState
+
+__all__ = ["detokenize", "tokenize"]
+
+
+def tokenize(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
+    """The ids of a prompt or of messages, as :class:`~narrows.server.schema.tokens.Tokenized`.
+
+    Raises:
+        ApiError: neither or both are given, or they cannot be encoded.
+    """
+    state.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+    text, special = body.prompt or "", body.add_special_tokens is not False
+    if body.messages is not None:
+        text = render_chat(
+            state.tokenizer,
+            body.messages,
+            tools=body.tools or (),
+            variables=body.chat_template_kwargs,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            arguments_as_text=state.tools is not None and state.tools.arguments_as_text,
+        )
+        special = False
+    try:
+        ids = state.tokenizer.encode(text, add_special_tokens=special)
+    except ConfigError as error:
+        raise refused(error, "prompt" if body.messages is None else "messages") from error
+    out = {"count": len(ids), "max_model_len": state.model.max_context, "tokens": ids}
+    if body.return_token_strs:
+        out["token_strs"] = [state.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+    return out
+
+
+def detokenize(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
+    """The text of ids, special tokens spelled out."""
+    state.check_model(body.model)
+    return {"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)}

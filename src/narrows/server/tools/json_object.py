@@ -1,0 +1,150 @@
+"""Reads ``{"name": ..., "arguments": ...}`` while it is still being written. Knows JSON, not tool formats.
+
+Character by character, so the result does not depend on where the text was cut into pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+__all__ = ["CallObject"]
+
+_SPACE = " \t\r\n"
+_ARGUMENTS = ("arguments", "parameters")
+
+_State = Literal["open", "key", "in key", "colon", "value", "in value", "comma", "done", "failed"]
+
+
+class CallObject:
+    """One JSON object that names a function and its arguments, in any order, among other fields.
+
+    ``name`` is None until it is known. Arguments are handed out as they were written once the name is known; arguments
+    that are spelled as a JSON string are handed out as its content, and those left out or null as ``{}``.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.state: _State = "open"
+        self.raw = ""
+        """All that was read."""
+        self._arguments = ""
+        self._has_arguments = False
+        self._key = ""
+        self._value = ""
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def push(self, text: str) -> tuple[str, str]:
+        """``(arguments, rest)``: what is new of the arguments, and what comes after the object ended or failed."""
+        for place, character in enumerate(text):
+            if self.state in ("done", "failed"):
+                return self._take(), text[place:]
+            self.raw += character
+            self._read(character)
+        return self._take(), ""
+
+    def _take(self) -> str:
+        if self.state == "done" and not self._has_arguments:
+            self._arguments, self._has_arguments = "{}", True
+        if self.name is None:
+            return ""
+        out, self._arguments = self._arguments, ""
+        return out
+
+    def _read(self, character: str) -> None:
+        if self.state == "in key":
+            self._key += character
+            if self._string_ends(character):
+                self._key = _text_of(self._key) or ""
+                self.state = "colon"
+        elif self.state == "in value":
+            self._read_value(character)
+        elif character in _SPACE:
+            return
+        elif self.state == "open":
+            self.state = "key" if character == "{" else "failed"
+        elif self.state == "key":
+            self._key = character
+            if character == "}":
+                self._after_value(character)
+            else:
+                self.state = "in key" if character == '"' else "failed"
+        elif self.state == "colon":
+            self.state = "value" if character == ":" else "failed"
+        elif self.state == "value" and character not in ",:}]":
+            self._begin_value(character)
+        elif self.state == "value":
+            self.state = "failed"
+        else:
+            self._after_value(character)
+
+    def _begin_value(self, character: str) -> None:
+        self._value = ""
+        self._depth, self._in_string, self._escaped = 0, False, False
+        self.state = "in value"
+        self._read_value(character)
+
+    def _read_value(self, character: str) -> None:
+        bare = self._value[:1] not in ("", '"', "{", "[")
+        if bare and character in _SPACE + ",}":
+            self._end_value()
+            if character not in _SPACE:
+                self._after_value(character)
+            return
+        self._value += character
+        if self._streams:
+            self._arguments += character
+        if self._in_string:
+            if self._string_ends(character):
+                self._in_string = False
+                if self._depth == 0:
+                    self._end_value()
+        elif character == '"':
+            self._in_string = True
+        elif character in "{[":
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+            if self._depth <= 0:
+                self._end_value()
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the value is arguments that can be handed out as they come: an object or a list."""
+        return self._key in _ARGUMENTS and self._value[:1] in ("{", "[") and not self._has_arguments
+
+    def _end_value(self) -> None:
+        self.state = "comma"
+        if self._key == "name" and self.name is None:
+            self.name = _text_of(self._value)
+            if self.name is None:
+                self.state = "failed"
+        elif self._key in _ARGUMENTS and not self._has_arguments:
+            self._has_arguments = True
+            if self._value[:1] not in ("{", "["):
+                text = _text_of(self._value)
+                self._arguments = "{}" if self._value == "null" else self._value if text is None else text
+
+    def _after_value(self, character: str) -> None:
+        if character == "," or (character == "}" and self.name is not None):
+            self.state = "key" if character == "," else "done"
+        else:
+            self.state = "failed"
+
+    def _string_ends(self, character: str) -> bool:
+        if self._escaped:
+            self._escaped = False
+            return False
+        self._escaped = character == "\\"
+        return character == '"'
+
+
+def _text_of(literal: str) -> str | None:
+    """What a JSON string says; None for what is none."""
+    try:
+        value = json.loads(literal)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None

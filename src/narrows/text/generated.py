@@ -1,0 +1,85 @@
+"""Generated ids to the text that a reader sees: up to a stop string, without the token that ends it. Knows text only.
+
+Built on :class:`~narrows.text.stream.TextStream` and :class:`~narrows.text.stop.StopStrings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from narrows.text.stop import StopStrings
+from narrows.text.stream import TextStream
+from narrows.text.tokenizer import Tokenizer
+
+__all__ = ["GeneratedText"]
+
+
+class GeneratedText:
+    """One text so far: tokens to characters, held back while a stop string may be beginning.
+
+    Args:
+        tokenizer: None for a model that has none: then there is no text.
+        stop: strings that end the text and are not part of it.
+        end_ids: tokens that end it and are not part of it.
+        skip_special_tokens: leave special tokens out of the text, but for ``spelled_out``.
+
+    Raises:
+        ConfigError: an empty stop string.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        stop: tuple[str, ...] = (),
+        end_ids: Collection[int] = frozenset(),
+        skip_special_tokens: bool = True,
+        spelled_out: Collection[int] = frozenset(),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stream = self._new_stream()
+        self._stop = StopStrings(stop)
+        self._end_ids = end_ids
+        self._spelled_out = spelled_out if skip_special_tokens else frozenset()
+        self._pieces: list[str] = []
+        self.num_chars = 0
+        """Characters that the tokens so far have settled, those of a stop string included."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._stop.found
+
+    @property
+    def text(self) -> str:
+        """All that has been handed out."""
+        return "".join(self._pieces)
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` settles; may be empty, and may hold text of earlier tokens."""
+        if self._stream is None or token in self._end_ids:
+            return ""
+        if token not in self._spelled_out:
+            return self._give(self._stream.push(token))
+        assert self._tokenizer is not None, "a stream has a tokenizer"
+        before = self._stream.finish()
+        self._stream = self._new_stream()
+        return self._give(before + self._tokenizer.decode([token], skip_special_tokens=False))
+
+    def finish(self) -> str:
+        """The text that was held back; call it once, after the last token."""
+        rest = self._give(self._stream.finish()) if self._stream is not None else ""
+        held = self._stop.finish()
+        self._pieces.append(held)
+        return rest + held
+
+    def _give(self, text: str) -> str:
+        self.num_chars += len(text)
+        text = self._stop.push(text)
+        if text:
+            self._pieces.append(text)
+        return text
+
+    def _new_stream(self) -> TextStream | None:
+        return TextStream(self._tokenizer, skip_special_tokens=self._skip) if self._tokenizer is not None else None

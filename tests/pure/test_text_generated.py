@@ -1,0 +1,44 @@
+"""Generated ids to text with stop strings and special tokens spelled out; the bytes of single tokens."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narrows.checkpoints import model_path
+from narrows.text import GeneratedText, GenerationConfig, Tokenizer
+
+TOKENIZER = Tokenizer.from_folder(model_path("narrows-demo"))
+
+
+@given(st.text())
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert b"".join(TOKENIZER.bytes_of(token) for token in ids).decode() == TOKENIZER.decode(ids)
+
+
+def test_the_bytes_of_a_special_token_are_its_name_and_an_unknown_id_has_none() -> None:
+    assert TOKENIZER.bytes_of(TOKENIZER.id_of("<|user|>")) == b"<|user|>"
+    assert TOKENIZER.bytes_of(10**6) == b""
+
+
+def test_special_tokens_are_left_out_but_for_those_spelled_out() -> None:
+    user, assistant = TOKENIZER.id_of("<|user|>"), TOKENIZER.id_of("<|assistant|>")
+    ids = [*TOKENIZER.encode("one", add_special_tokens=False), user, assistant]
+    ids += TOKENIZER.encode(" two", add_special_tokens=False)
+    text = GeneratedText(TOKENIZER, spelled_out={user})
+    pieces = [text.push(token) for token in ids] + [text.finish()]
+    assert "".join(pieces) == text.text == "one<|user|> two"
+
+
+def test_a_stop_string_ends_the_text_and_is_counted_as_settled() -> None:
+    text = GeneratedText(TOKENIZER, stop=("c d",), end_ids={1})
+    for token in TOKENIZER.encode("a b c d e", add_special_tokens=False):
+        text.push(token)
+    assert text.stopped and text.text == "a b " and text.num_chars == len("a b c d e")
+    assert text.push(1) == text.finish() == ""
+
+
+def test_a_checkpoint_that_says_how_to_sample_decides() -> None:
+    greedy = GenerationConfig(do_sample=False, temperature=0.7, repetition_penalty=1.5)
+    assert greedy.sampling(samples_by_default=True) == {"repetition_penalty": 1.5}
+    sampled = GenerationConfig(do_sample=True, top_k=20)
+    assert sampled.sampling(samples_by_default=False) == {"temperature": 1.0, "top_k": 20}

@@ -1,0 +1,90 @@
+"""Applications over a fake backend, with and without tool calls and reasoning; a real server on a free port."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import server_lab as lab  # noqa: E402
+
+from narrows.server.options import ServerOptions  # noqa: E402
+from narrows.server.run import bind, serve, url_of  # noqa: E402
+from narrows.text import Tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return lab.make_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="session")
+def hermes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return lab.make_tokenizer(tmp_path_factory.mktemp("hermes"), lab.HERMES_TEMPLATE)
+
+
+@pytest.fixture
+def make_lab(plain_tokenizer: Tokenizer) -> Iterator[Callable[..., lab.Lab]]:
+    made: list[lab.Lab] = []
+
+    def make(options: ServerOptions | None = None, **model: Any) -> lab.Lab:
+        made.append(lab.Lab(model.pop("tokenizer", plain_tokenizer), options, **model))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.backend.close()
+
+
+@pytest.fixture
+def plain(make_lab: Callable[..., lab.Lab]) -> lab.Lab:
+    return make_lab()
+
+
+@pytest.fixture
+def hermes(make_lab: Callable[..., lab.Lab], hermes_tokenizer: Tokenizer) -> lab.Lab:
+    return make_lab(tokenizer=hermes_tokenizer)
+
+
+class Served:
+    """An application on a port, run by a thread."""
+
+    def __init__(self, of: lab.Lab) -> None:
+        self.lab = of
+        bound = bind("127.0.0.1", 0)
+        ready = threading.Event()
+        kwargs = {"drain_timeout_s": 1.0, "when_ready": ready.set}
+        self._thread = threading.Thread(target=serve, args=(of.app, of.backend, bound), kwargs=kwargs, daemon=True)
+        self._thread.start()
+        assert ready.wait(10)
+        self.url = url_of(bound)
+
+    def stop(self) -> None:
+        self.lab.backend.failure = "the test is over"
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def served(make_lab: Callable[..., lab.Lab], hermes_tokenizer: Tokenizer) -> Iterator[Served]:
+    server = Served(make_lab(tokenizer=hermes_tokenizer, options=ServerOptions(max_body_bytes=100_000)))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    def wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not come true in time"
+            time.sleep(0.005)
+
+    return wait
