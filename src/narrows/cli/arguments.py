@@ -26,15 +26,15 @@ __all__ = [
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """MODEL, the mesh, and what an engine holds."""
+def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["ranks"]) -> None:
+    """MODEL, the mesh, and what an engine holds; ``ranks`` are what they are if it is not said."""
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json), or a .gguf file"
     )
     mesh = parser.add_argument_group("mesh: world = dp x tp ranks")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
     mesh.add_argument("--tp", type=int, default=_DEFAULT["tp"], help="ranks per group (default %(default)s)")
-    mesh.add_argument("--ranks", choices=RANKS, help=f"what ranks are (default {_DEFAULT['ranks']})")
+    mesh.add_argument("--ranks", choices=RANKS, help=f"what ranks are (default {ranks})")
     mesh.add_argument("--threads", type=int, default=_DEFAULT["threads"], help="torch threads per rank (default 1)")
     mesh.add_argument(
         "--timeout",

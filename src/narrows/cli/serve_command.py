@@ -1,20 +1,29 @@
-"""``narrows serve``: OpenAI's HTTP API over planned ranks. Parses, starts the engine and the server, prints one line."""
+"""``narrows serve``: OpenAI's HTTP API over planned ranks. Parses, starts engine and server, prints one line."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter, time
 from types import FrameType
 
-from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
+from narrows.cli.arguments import (
+    add_engine_flags,
+    add_host_flags,
+    add_limit_flags,
+    engine_options,
+    launch_of,
+    limit_options,
+)
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
+from narrows.engine.ranks import obey_host
+from narrows.engine.service import EngineService
 from narrows.errors import ConfigError
 from narrows.server.app import create_app
 from narrows.server.options import ServedModel, ServerOptions
@@ -28,11 +37,14 @@ _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fiel
 _SERVER = {name: field.default for name, field in ServerOptions.__dataclass_fields__.items()}
 _KEY_VARIABLE = "NARROWS_API_KEY"
 _MB = 1024 * 1024
+_RANKS = "processes"
+"""What ranks are here: HTTP and tokenizing have a process of their own."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows serve``."""
-    add_engine_flags(parser)
+    add_engine_flags(parser, ranks=_RANKS)
+    add_host_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
     add_limit_flags(parser)
     http = parser.add_argument_group("HTTP")
@@ -57,7 +69,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--reasoning-parser", default="auto", choices=REASONING_PARSERS, help="default: auto")
     life = parser.add_argument_group("life")
     life.add_argument(
-        "--max-queue", type=int, default=256, metavar="N", help="texts that may wait (default %(default)s)"
+        "--max-queue", type=int, default=1024, metavar="N", help="texts that may wait (default %(default)s)"
     )
     life.add_argument(
         "--drain-timeout",
@@ -71,16 +83,21 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows serve``; the ready line goes to standard output, everything else to standard error."""
-    from narrows.engine.service import EngineService  # noqa: PLC0415 - it is not on every branch yet
-
     options = _options(args)
-    asked = EngineConfig(model=args.model, **engine_options(args, layout=args.layout, **limit_options(args)))
+    _say_to_stderr()
+    engine = engine_options(args, layout=args.layout, **limit_options(args)) | {"ranks": args.ranks or _RANKS}
+    if (launch := launch_of(args, os.environ)) is not None:
+        engine["launch"] = launch
+    asked = EngineConfig(model=args.model, **engine)
+    if launch is not None and not launch.hosts:
+        return obey_host(resolve(asked))
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():
         resolved = resolve(asked)
         model = _served_model(args, resolved)
-        service = EngineService(resolved, max_queue=args.max_queue, restart=not args.no_restart)
+        # The other hosts' part of the ranks ends with them, so those cannot be started again from here.
+        service = EngineService(resolved, max_queue=args.max_queue, restart=not args.no_restart and launch is None)
         try:
             app = create_app(service, model, options)
             service.start()
@@ -90,21 +107,31 @@ def run(args: argparse.Namespace) -> int:
                 chats = model.tokenizer is not None and model.tokenizer.has_chat_template
                 curl = curl_line(url, model.names[0], has_key=bool(options.api_keys), chats=chats)
                 seconds = perf_counter() - started
-                print(f"narrows: {model.names[0]} on {resolved.mesh} is ready at {url} ({seconds:.1f} s); try: {curl}")
-                sys.stdout.flush()
+                line = f"narrows: {model.names[0]} on {resolved.mesh} is ready at {url} ({seconds:.1f} s); try: {curl}"
+                with suppress(OSError):  # nobody reads it, or the disk is full
+                    print(line, flush=True)
 
             code = serve(app, service, bound, drain_timeout_s=args.drain_timeout, when_ready=ready)
             if service.failure:
-                print(f"narrows: error: {service.failure}", file=sys.stderr)
+                logging.getLogger("narrows.engine").error("error: %s", service.failure)
             return code
         finally:
             service.close()
 
 
+def _say_to_stderr() -> None:
+    """What engine and server have to say goes to standard error; that it is full or closed ends nothing."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("narrows: %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    log = logging.getLogger("narrows")
+    log.handlers[:], log.propagate = [handler], False
+
+
 def _options(args: argparse.Namespace) -> ServerOptions:
-    for flag, value in (("--drain-timeout", args.drain_timeout), ("--max-queue", args.max_queue)):
-        if value < 0:
-            raise ConfigError(f"{flag} is {value:g}; it must be at least 0")
+    for flag, value, least in (("--drain-timeout", args.drain_timeout, 0), ("--max-queue", args.max_queue, 1)):
+        if not value >= least:
+            raise ConfigError(f"{flag} is {value:g}; it must be at least {least}")
     keys = args.api_key or [key for key in [os.environ.get(_KEY_VARIABLE)] if key]
     return ServerOptions(
         api_keys=tuple(keys),

@@ -108,6 +108,16 @@ class Host:
     def pids(self) -> tuple[int, ...]:
         return tuple(self._ranks[rank].said.pid for rank in range(self.mesh.size))
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the ranks, or is about to; None while all is well."""
+        return self._failure
+
+    def silence_s(self) -> tuple[float, ...]:
+        """For how long nothing has been heard of each rank, in seconds; a rank that lives beats every ``BEAT_S``."""
+        now = time.monotonic()
+        return tuple(max(now - self._ranks[rank].heard, 0.0) for rank in range(self.mesh.size))
+
     # --- the beginning
 
     def start(self, *, checked: bool, num_threads: int, device: str) -> None:

@@ -86,6 +86,15 @@ class ProcessRanks(Generic[Worker]):
         """The process of each rank, on its host."""
         return self._host.pids
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the ranks, as soon as it is known, be they idle; None while they live."""
+        return self._host.failure
+
+    def silence_s(self) -> tuple[float, ...]:
+        """For how long nothing has been heard of each rank, in seconds: below 1 while they live and are not stopped."""
+        return self._host.silence_s()
+
     def submit(self, method: str, *args: Any) -> Future[list[Any]]:
         """Every rank calls ``worker.method(*args)``; returns at once, so that the next call can be made meanwhile.
 

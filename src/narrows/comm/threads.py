@@ -219,6 +219,16 @@ class ThreadRanks(Generic[Worker]):
             self.close()
             raise
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The first error of a rank, after which no call is done any more; None while there is none."""
+        failure = self._crew.commons.failure
+        return failure[1] if failure else None
+
+    def silence_s(self) -> tuple[float, ...]:
+        """Zeros: threads are stopped with their process only."""
+        return (0.0,) * self._crew.commons.mesh.size
+
     def submit(self, method: str, *args: Any) -> Future[list[Any]]:
         """Every rank calls ``worker.method(*args)``; returns at once, so that the next call can be made meanwhile.
 

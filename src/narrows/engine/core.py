@@ -6,11 +6,12 @@ host schedules step n + 1, whose tokens may refer to samples that it has not see
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from narrows.errors import ConfigError
 from narrows.layout import Encoding
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
-from narrows.plan.book import PinnedBook, PlanBook
+from narrows.plan.book import BookKey, PinnedBook, PlanBook
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
@@ -34,7 +35,19 @@ from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
 from narrows.weights.source import WeightSource
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "StepInFlight"]
+
+_AHEAD = 2
+"""Steps that the ranks have been given at most: the one they run, and the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInFlight:
+    """A step that the ranks have been given, and the plan they run it by."""
+
+    batch: Batch
+    plan: Plan
+    future: Future[list[StepResult]]
 
 
 class Engine:
@@ -64,8 +77,8 @@ class Engine:
         self._books: dict[str, tuple[PlanBook, PlanBook]] = {}
         self.use_layout(resolved.asked.layout)
         self.scheduler = Scheduler(resolved.limits)
-        self._next_id = 0
-        self._in_flight: deque[Future[list[StepResult]]] = deque()
+        self._ids = itertools.count()
+        self.in_flight: deque[StepInFlight] = deque()
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -90,8 +103,24 @@ class Engine:
         priority: int = 0,
         guide: Guide | None = None,
     ) -> Request:
-        """Queue a prompt. Without a seed of its own, a request that draws gets one.
+        """Queue a prompt: :meth:`request` and the scheduler's ``add`` in one."""
+        request = self.request(prompt, max_tokens, eos_ids, sampling, priority=priority, guide=guide)
+        self.scheduler.add(request)
+        return request
 
+    def request(
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        eos_ids: frozenset[int] = frozenset(),
+        sampling: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        guide: Guide | None = None,
+    ) -> Request:
+        """A request that can run here and waits for nothing yet. Any thread may ask for one.
+
+        Without a seed of its own, a request that draws gets one.
         ``priority``: lower runs earlier. ``guide``: what may be generated, token by token.
 
         ``max_tokens`` 0, with ``sampling.prompt_logprobs``: score the prompt and generate nothing.
@@ -104,7 +133,7 @@ class Engine:
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(
-            id=self._next_id,
+            id=next(self._ids),
             prompt=prompt,
             max_tokens=max_tokens,
             eos_ids=eos_ids,
@@ -112,8 +141,7 @@ class Engine:
             priority=priority,
             guide=guide,
         )
-        self.scheduler.add(request)
-        self._next_id += 1
+        self.scheduler.check(request)
         return request
 
     def _check_ids(self, prompt: tuple[int, ...]) -> None:
@@ -141,16 +169,35 @@ class Engine:
 
         Who stops listening may go on later, with another call. Once a rank has failed every call raises its error.
         """
-        while self.scheduler.has_work or self._in_flight:
+        while self.scheduler.has_work or self.in_flight:
             # Steps in flight are kept, whoever stops listening when: what comes next may refer to their samples.
-            ahead = self.scheduler.has_work and len(self._in_flight) < 2
-            batch = self.scheduler.schedule() if ahead else None
-            if batch is not None:
-                self._in_flight.append(self.submit(batch))
-            if batch is None or len(self._in_flight) == 2:
-                result = self._in_flight[0].result()[0]
-                self._in_flight.popleft()
-                yield from self.scheduler.commit(result.ids, result.logprobs, result.scores)
+            if self.push() is None or len(self.in_flight) == _AHEAD:
+                yield from self.take()
+
+    def push(self) -> StepInFlight | None:
+        """Schedule the next step and hand it to the ranks, without waiting.
+
+        None: nothing has a row to run, or as many steps are in flight as may be: :meth:`take` one first.
+        """
+        if len(self.in_flight) == _AHEAD or not self.scheduler.has_work:
+            return None
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return None
+        plan = self.plan_for(batch)
+        step = StepInFlight(batch=batch, plan=plan, future=self.ranks.submit("step", batch, plan, False))
+        self.in_flight.append(step)
+        return step
+
+    def take(self) -> list[Request]:
+        """Wait for the oldest step in flight; the requests that have got a token by it, or have ended.
+
+        Raises:
+            the first error of a rank; the step stays in flight, and every later call raises the same.
+        """
+        result = self.in_flight[0].future.result()[0]
+        self.in_flight.popleft()
+        return self.scheduler.commit(result.ids, result.logprobs, result.scores)
 
     def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks, with its plan from the book; the result lists one :class:`StepResult` per rank.
@@ -159,9 +206,12 @@ class Engine:
         """
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
+        return self.ranks.submit("step", batch, self.plan_for(batch, keep_logits=keep_logits), keep_logits)
+
+    def plan_for(self, batch: Batch, *, keep_logits: bool = False) -> Plan:
+        """The plan that the book has for a batch, or the one that runs at every step."""
         book = self._book_for(needs_logits=keep_logits or batch.needs_logits)
-        plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
-        return self.ranks.submit("step", batch, plan, keep_logits)
+        return book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
 
     def _book_for(self, *, needs_logits: bool) -> PlanBook | PinnedBook:
         if self.resolved.plan is not None:
@@ -185,12 +235,17 @@ class Engine:
             self._books[layout] = book, PlanBook(self._logits_planner, layout, book.context)
         self.book, self._logits_book = self._books[layout]
 
+    def planned(self) -> tuple[tuple[BookKey | None, Plan], ...]:
+        """Every plan made so far with what it is for; None: any step."""
+        if self.resolved.plan is not None:
+            return ((None, self.resolved.plan),)
+        books = dict.fromkeys(book for pair in list(self._books.values()) for book in pair)
+        return tuple(found for book in books for found in book.plans())
+
     @property
     def encodings(self) -> frozenset[Encoding]:
         """What rows travel as before gathers, where not plain, in the plans made so far."""
-        books = [book for pair in self._books.values() for book in pair]
-        plans = [plan for book in books for _, plan in book.plans()]
-        return frozenset[Encoding]().union(*(plan.encodings for plan in (self.resolved.plan, *plans) if plan))
+        return frozenset[Encoding]().union(*(plan.encodings for _, plan in self.planned()))
 
     def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
         """Put something around every step of every rank from now on, or nothing any more.

@@ -30,6 +30,15 @@ class Ranks(Protocol):
         """Every rank calls ``worker.method(*args)``; the results in rank order, or the first error of any rank."""
         ...
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the ranks, as soon as it is known; None while they live."""
+        ...
+
+    def silence_s(self) -> tuple[float, ...]:
+        """For how long nothing has been heard of each rank, in seconds."""
+        ...
+
     def close(self) -> None:
         """Ends the ranks; again does nothing."""
         ...

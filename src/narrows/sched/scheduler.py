@@ -71,19 +71,18 @@ class Scheduler:
             ConfigError: it can never run: an empty prompt, more tokens than the context or a group's cache holds, more
                 tokens asked for at least than at most, a priority out of range, a guide that allows no token.
         """
-        self._check(request)
-        request.max_tokens = min(request.max_tokens, self.limits.max_context - len(request.prompt))
-        if request.most_tokens > self.limits.tokens_per_group:
-            raise ConfigError(
-                f"the request needs KV cache for {request.most_tokens} tokens, but a group has "
-                f"{self.limits.tokens_per_group}; ask for fewer tokens or raise --kv-tokens to {request.most_tokens}"
-            )
+        self.check(request)
         request.arrival = self._num_added
         request.turn = (self._num_steps + request.priority * self.limits.aging_steps, request.arrival)
         self._num_added += 1
         insort(self.waiting, request, key=_TURN)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Cut its ``max_tokens`` to the context, and see whether it can run here. Any thread may ask.
+
+        Raises:
+            ConfigError: as :meth:`add`.
+        """
         limits = self.limits
         if not request.prompt:
             raise ConfigError("the prompt is empty: it needs at least one token")
@@ -104,6 +103,12 @@ class Scheduler:
             raise ConfigError(
                 f"the prompt has {len(request.prompt)} tokens, but the context holds {limits.max_context}{left}; "
                 f"shorten it to {limits.max_context - answer} tokens or raise --max-context"
+            )
+        request.max_tokens = min(request.max_tokens, limits.max_context - len(request.prompt))
+        if request.most_tokens > limits.tokens_per_group:
+            raise ConfigError(
+                f"the request needs KV cache for {request.most_tokens} tokens, but a group has "
+                f"{limits.tokens_per_group}; ask for fewer tokens or raise --kv-tokens to {request.most_tokens}"
             )
         if request.guide is not None and not any(request.guide.allowed()):
             raise ConfigError("the constraint on the answer allows no first token; change it")

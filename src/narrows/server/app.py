@@ -44,6 +44,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"description": "no such model"},
     408: {"description": "the body did not come in time"},
     413: {"description": "the body is too large"},
+    415: {"description": "the body is not sent as application/json"},
     429: {"description": "too many requests wait; retry-after says when to try again"},
     500: {"description": "the engine failed"},
     503: {"description": "the server is starting, restarting its ranks, or ending"},
@@ -58,7 +59,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
         ConfigError: options that do not fit the model.
     """
     state = ServerState(backend, model, options)
-    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None, strict_content_type=False)
+    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None)
     app.state.server = state
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     _add_errors(app)
@@ -171,6 +172,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        if request.method == "POST" and "json" not in (sent := request.headers.get("content-type", "")):
+            # Read as JSON whatever it says, it could be sent by any web page that the user has open.
+            message = f"the body comes as {sent[:100] or 'nothing'!r}; send the header Content-Type: application/json"
+            return error_answer(ApiError(415, message, code="unsupported_media_type"))
         return error_answer(of_validation(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)

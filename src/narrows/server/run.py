@@ -73,12 +73,12 @@ def url_of(bound: socket.socket) -> str:
 
 def curl_line(url: str, model: str, *, has_key: bool, chats: bool) -> str:
     """A command that tries the server."""
-    key = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    headers = "-H 'Content-Type: application/json'" + (" -H 'Authorization: Bearer KEY'" if has_key else "")
     if chats:
         route, what = "chat/completions", '"messages":[{"role":"user","content":"Hello"}]'
     else:
         route, what = "completions", '"prompt":"Hello"'
-    return f"""curl {url}/v1/{route}{key} -d '{{"model":"{model}",{what},"max_tokens":32}}'"""
+    return f"""curl {url}/v1/{route} {headers} -d '{{"model":"{model}",{what},"max_tokens":32}}'"""
 
 
 def serve(

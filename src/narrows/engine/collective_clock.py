@@ -1,0 +1,94 @@
+"""How long collectives take while an engine serves, and what they carry: an instrument cheap enough to stay on.
+
+Knows bound steps and clocks; not what the numbers are for. Two clock readings per collective and nothing per stage:
+under a microsecond each. A GPU is not waited for, so there the seconds would be those of launching; ask on CPU ranks.
+A collective's seconds hold the wait for the slowest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from narrows.engine.program import Frame, Operation, Registers
+from narrows.engine.worker import Worker
+from narrows.layout import Encoding, Move, MoveKind
+from narrows.plan.plan import Step
+
+__all__ = ["CollectiveClock", "Counted", "added"]
+
+
+class Counted(NamedTuple):
+    """Collectives of one kind. ``nbytes``: received from other ranks. Of one rank, or added over ranks."""
+
+    calls: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+Kind = tuple[str, str]
+"""(layouts, collective), as in ``("(S,S) -> (S,R)", "all_gather")``."""
+
+
+class CollectiveClock:
+    """Counts the collectives of one rank; an instrument of :meth:`Engine.instrument`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._counts: dict[Kind, Counted] = {}
+
+    def readings(self) -> dict[Kind, Counted]:
+        """By layouts and collective."""
+        counts, self._counts = self._counts, {}
+        return counts
+
+    def __call__(
+        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+    ) -> Operation:
+        move = step.move
+        if move is None or move.kind is MoveKind.SLICE:
+            return operation
+        kind = (f"{move.src} -> {move.dst}", str(move.kind))
+        encodings = step.encodings or (Encoding.PLAIN,) * len(writes)
+
+        def timed(regs: Registers, frame: Frame) -> None:
+            held = [regs[i].nbytes for i in reads]
+            start = perf_counter()
+            operation(regs, frame)
+            seconds = perf_counter() - start
+            nbytes = sum(
+                _received(move, before, regs[i], encoding)
+                for before, i, encoding in zip(held, writes, encodings, strict=True)
+            )
+            old = self._counts.get(kind, Counted())
+            self._counts[kind] = Counted(old.calls + 1, old.nbytes + nbytes, old.seconds + seconds)
+
+        return timed
+
+
+def added(ranks: Sequence[Mapping[Kind, Counted]], to: Mapping[Kind, Counted]) -> dict[Kind, Counted]:
+    """``to`` and one reading of every rank: calls are those of one rank, bytes of all, seconds the ranks' mean."""
+    out = dict(to)
+    for kind in dict.fromkeys(kind for counts in ranks for kind in counts):
+        found = [counts[kind] for counts in ranks if kind in counts]
+        old = out.get(kind, Counted())
+        out[kind] = Counted(
+            old.calls + max(each.calls for each in found),
+            old.nbytes + sum(each.nbytes for each in found),
+            old.seconds + sum(each.seconds for each in found) / len(ranks),
+        )
+    return out
+
+
+def _received(move: Move, held: int, left: Any, encoding: Encoding) -> int:
+    """Bytes of one field that a rank gets from the others: it holds ``held`` bytes and has ``left`` afterwards."""
+    others = move.num_ranks - 1
+    if move.kind is MoveKind.REDUCE_SCATTER:
+        return int(left.nbytes) * others
+    if move.kind is MoveKind.ALL_REDUCE:  # a share of the sum from each, then each one's sum
+        return 2 * int(left.nbytes) * others // move.num_ranks
+    came = int(left.nbytes) - held
+    if encoding is Encoding.PLAIN or not came:
+        return came
+    row_bytes = left.shape[-1] * left.element_size()
+    return came // row_bytes * encoding.row_bytes(left.shape[-1], left.element_size())

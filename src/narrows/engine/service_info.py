@@ -1,0 +1,72 @@
+"""What a running engine is, as plain data for ``/server_info``: config, mesh, limits, forms, plans, sources of prices.
+
+Knows the engine's decisions; changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from narrows.arch.forms import form_words
+from narrows.engine.config import Resolved
+from narrows.engine.core import Engine
+from narrows.plan.book import BookKey
+from narrows.plan.plan import Plan, StepKind
+
+__all__ = ["describe"]
+
+
+def describe(resolved: Resolved, engine: Engine | None, steps: Mapping[tuple[str, int, str], int]) -> dict[str, Any]:
+    """One document. ``steps``: how many were run by (phase, bucket of rows, layout)."""
+    asked, mesh, config = resolved.asked, resolved.mesh, resolved.config
+    planned = engine.planned() if engine is not None else ()
+    return {
+        "model": {
+            "name": config.name,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+        },
+        "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
+        "layout": resolved.plan.layout_name if resolved.plan else asked.layout,
+        "forms": form_words(config, resolved.forms),
+        "dtype": str(resolved.dtype).removeprefix("torch."),
+        "quantization": asked.quantization,
+        "encode_rows": asked.encode_rows,
+        "batch_invariant": asked.batch_invariant,
+        "run_on": asked.run_on,
+        "ranks": asked.ranks,
+        "threads_per_rank": asked.threads,
+        "collectives": engine.ranks.transport if engine is not None else "",
+        "limits": asdict(resolved.limits),
+        "kv_tokens_per_group": resolved.limits.tokens_per_group,
+        "priced_for": resolved.deployment.device.name,
+        "plan_book": [_plan(key, plan) for key, plan in planned],
+        "steps_run": [
+            {"phase": phase, "rows_up_to": rows, "layout": layout, "steps": count}
+            for (phase, rows, layout), count in sorted(steps.items())
+        ],
+        "notes": list(resolved.notes),
+    }
+
+
+def _plan(key: BookKey | None, plan: Plan) -> dict[str, Any]:
+    """A plan in short: what it is for, what crosses ranks, predicted time, and how well its prices are known."""
+    moves: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    for segment in plan.segments:
+        for step in segment.steps:
+            sources[step.source.label] += segment.times
+            if step.kind is StepKind.MOVE:
+                moves[f"{step.move} before {step.boundary}: {'+'.join(step.reads)}"] += segment.times
+    return {
+        "for": asdict(key) if key is not None else "every step",
+        "layout": plan.layout_name,
+        "predicted_ms": round(plan.seconds * 1e3, 4),
+        "moves": dict(moves),
+        "price_sources": dict(sources),
+    }
