@@ -13,11 +13,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import server_lab as lab  # noqa: E402
+import server_lab as lab
 
-from narrows.server.options import ServerOptions  # noqa: E402
-from narrows.server.run import bind, serve, url_of  # noqa: E402
-from narrows.text import Tokenizer  # noqa: E402
+from narrows.server.options import ServerOptions
+from narrows.server.run import bind, serve, url_of
+from narrows.text import Tokenizer
 
 
 @pytest.fixture(scope="session")

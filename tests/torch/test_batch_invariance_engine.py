@@ -66,11 +66,11 @@ class RecordingEngine(Engine):
 
         return wrap
 
-    def submit(self, batch: Batch, *, keep_logits: bool = False) -> Future[list[StepResult]]:
+    def submit(self, batch: Batch, **options: Any) -> Future[list[StepResult]]:
         self.batches.append(batch)
-        return super().submit(batch, keep_logits=keep_logits)
+        return super().submit(batch, **options)
 
-    def take(self, request: int) -> tuple[Tensor, ...]:
+    def logits_of(self, request: int) -> tuple[Tensor, ...]:
         """A request's logits, [tokens, vocabulary], of every rank."""
         slots = [(step, slot) for step, batch in enumerate(self.batches) for r, slot in batch.samples() if r == request]
         return tuple(torch.stack([steps[step][slot] for step, slot in slots]) for steps in self.seen)
@@ -97,12 +97,12 @@ def check(engine: RecordingEngine, alone: list[tuple[Tensor, ...]] | None = None
         for i in range(len(PROMPTS)):
             number = add(engine, i)
             run(engine)
-            alone.append(engine.take(number))
+            alone.append(engine.logits_of(number))
 
     def compare(numbers: dict[int, int], company: str) -> None:
         assert alone is not None
         for i, number in numbers.items():
-            for rank, (got, expected) in enumerate(zip(engine.take(number), alone[i], strict=True)):
+            for rank, (got, expected) in enumerate(zip(engine.logits_of(number), alone[i], strict=True)):
                 n = NUM_TOKENS[i]
                 assert torch.equal(got[:n], expected[:n]), (
                     f"prompt {i} {company}, on rank {rank}: {apart(got, expected)}"

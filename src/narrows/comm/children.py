@@ -20,12 +20,12 @@ Children = dict[int, subprocess.Popen[bytes]]
 """The processes by rank."""
 
 GRACE_S = 1.0
-"""How long ranks have to end by themselves, and then again after SIGTERM; then comes SIGKILL."""
+"""How long ranks have to end by themselves; then comes SIGKILL."""
 
 
 def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Children) -> None:
-    """Starts a process per rank. They are born deaf to Ctrl-C, which the terminal sends to all of them too."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Starts a process per rank. They are born deaf to Ctrl-C and SIGTERM, which may be sent to all of us at once."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for place, rank in enumerate(ranks):
             command = [sys.executable, "-P", "-c", PROGRAM, f"narrows rank {rank}"]
@@ -39,12 +39,12 @@ def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Childre
 
 
 def end_children(children: Children) -> None:
-    """Waits for the processes to end; those that do not are told to, and then killed, stopped or not."""
-    for tell in (None, subprocess.Popen.terminate, subprocess.Popen.kill):
+    """Waits for the processes to end; those that do not are killed, stopped or not."""
+    for kill in (False, True):
         left = [child for child in children.values() if child.poll() is None]
         for child in left:
-            if tell is not None:
-                tell(child)
+            if kill:
+                child.kill()
         end = time.monotonic() + GRACE_S
         for child in left:
             with contextlib.suppress(subprocess.TimeoutExpired):

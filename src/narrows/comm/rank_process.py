@@ -58,8 +58,11 @@ other users see a command line. The main module of the parent is not run again, 
 
 def boot(told: dict[str, Any]) -> NoReturn:
     """The first and last call of a rank process that was started by its host or node."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; whoever started us ends us, once
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Ctrl-C reaches the whole terminal, and a service manager's SIGTERM all of a service; whoever started us ends us,
+    # once, when what we run is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     contact = Contact(address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]))
     run_rank(contact, told["rank"], told["node"], told["place"], explain=False)
 

@@ -1,0 +1,257 @@
+"""A real server and what machines and users do to it: each ends as it is promised to, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from server_process import ServerProcess, events, eventually
+
+pytestmark = pytest.mark.timeout(120)
+LONG = {"max_tokens": 700, "ignore_eos": True}
+
+
+def stream(server: ServerProcess, into: list[str], begun: threading.Event, **fields: object) -> None:
+    """Reads a stream to its end, line by line."""
+    body = {"prompt": "The sea", "temperature": 0, "stream": True, **fields}
+    with (
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer,
+        suppress(httpx.RemoteProtocolError),  # the server ended in the middle
+    ):
+        for line in answer.iter_lines():
+            into.append(line)
+            if len(into) > 4:
+                begun.set()
+
+
+def streaming(server: ServerProcess, **fields: object) -> tuple[threading.Thread, list[str]]:
+    """A stream that has begun, read by a thread."""
+    lines: list[str] = []
+    begun = threading.Event()
+    thread = threading.Thread(target=stream, args=(server, lines, begun), kwargs=fields, daemon=True)
+    thread.start()
+    assert begun.wait(20)
+    return thread, lines
+
+
+def test_a_killed_rank_ends_its_texts_turns_health_red_and_is_replaced_once(tmp_path: Path) -> None:
+    with ServerProcess("--tp", "2", log=tmp_path / "log") as server:
+        before = server.text(max_tokens=12)
+        thread, lines = streaming(server, **LONG)
+        os.kill(server.rank_pids()[1], signal.SIGKILL)
+        assert eventually(lambda: server.health().status_code == 503) < 5
+        thread.join(20)
+        *_, error = events(lines)
+        assert "rank 1" in error["error"]["message"] and "SIGKILL" in error["error"]["message"]
+        eventually(lambda: server.health().status_code == 200, 20)
+        assert server.health().json()["num_restarts"] == 1
+        assert "started again" in server.said and "ready again" in server.said
+        assert server.text(max_tokens=12) == before
+        thread, lines = streaming(server, **LONG)
+        os.kill(server.rank_pids()[0], signal.SIGKILL)
+        assert server.process.wait(20) == 1, "ranks that fail twice in a minute are not started a third time"
+        assert "rank 0" in server.said.splitlines()[-1]
+        thread.join(20)
+        assert "rank 0" in events(lines)[-1]["error"]["message"]
+
+
+def test_a_stopped_rank_turns_health_red_in_seconds_and_is_replaced() -> None:
+    with ServerProcess("--tp", "2") as server:
+        thread, lines = streaming(server, **LONG)
+        stopped = server.rank_pids()[0]
+        os.kill(stopped, signal.SIGSTOP)
+        assert eventually(lambda: server.health().status_code == 503) < 5
+        assert "rank 0" in server.health().json()["error"]["message"]
+        eventually(lambda: server.health().status_code == 200, 30)
+        thread.join(20)
+        assert "rank 0" in events(lines)[-1]["error"]["message"]
+        assert server.text(max_tokens=4) and not Path(f"/proc/{stopped}").exists()
+
+
+def test_an_idle_server_notices_too_and_without_restart_it_ends(tmp_path: Path) -> None:
+    with ServerProcess("--tp", "2", "--no-restart", log=tmp_path / "log") as server:
+        os.kill(server.rank_pids()[1], signal.SIGKILL)
+        assert server.process.wait(10) == 1
+        assert "rank 1" in server.said and "SIGKILL" in server.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
+    number: int, running: Callable[[], set[int]]
+) -> None:
+    before = running()
+    with ServerProcess("--tp", "2", "--drain-timeout", "20") as server:
+        expected = server.text(**LONG)
+        thread, lines = streaming(server, **LONG)
+        os.killpg(server.process.pid, number)  # as a terminal does: ranks get it too
+        eventually(lambda: server.complete(max_tokens=1).status_code == 503)
+        assert server.health().status_code == 503
+        assert server.process.wait(30) == 0
+        thread.join(5)
+        *chunks, last = events(lines)
+        assert last == "[DONE]" and "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+        assert running() == before
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", server.port))
+
+
+def test_a_drain_ends_at_its_limit_and_a_second_signal_at_once() -> None:
+    with ServerProcess("--drain-timeout", "0.5") as server:
+        thread, lines = streaming(server, **LONG)
+        start = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - start < 8
+        thread.join(5)
+        assert "ended" in events(lines)[-1]["error"]["message"]
+    with ServerProcess("--drain-timeout", "60") as server:
+        thread, lines = streaming(server, **LONG)
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: server.health().status_code == 503)
+        assert server.stop() == 1
+
+
+@pytest.fixture(scope="module")
+def hard_pressed() -> object:
+    """One server for what users do."""
+    with ServerProcess("--tp", "2", "--max-body-mb", "1") as server:
+        yield server
+        assert server.stop() == 0
+
+
+def rss_mb(server: ServerProcess) -> float:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def test_a_client_that_vanishes_frees_its_pages(hard_pressed: ServerProcess) -> None:
+    server = hard_pressed
+    body = {"prompt": "The sea", "stream": True, "n": 4, **LONG}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert server.metric("requests_running") == 4 and server.metric("kv_pages_used") > 0
+    assert eventually(lambda: server.metric("kv_pages_used") == 0) < 1.0
+    with httpx.Client(timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):  # one that does not stream
+        client.post(f"{server.url}/v1/completions", json={"prompt": "The sea", **LONG})
+    assert eventually(lambda: server.metric("kv_pages_used") == 0) < 1.0
+
+
+def test_ten_thousand_junk_requests(hard_pressed: ServerProcess) -> None:
+    server = hard_pressed
+    bodies = [
+        b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": []}', b'{"prompt": {}}',
+        b'{"prompt": "x", "n": 0}',
+        b'{"prompt": "x", "max_tokens": -1}', b'{"prompt": "x", "temperature": "hot"}', b'{"prompt": [1e99]}',
+        b'{"prompt": "x", "seed": 1e400}', b'{"prompt": "x", "logit_bias": {"a": 1}}', b"[" * 5000,
+        b'{"prompt": "x", "stop": 7}', b'{"prompt": "x", "model": "no"}', b'{"messages": []}', b'{"prompt": [99999]}',
+        b'{"prompt": "x", "response_format": {"type": "regex", "pattern": "("}}',
+    ]  # fmt: skip
+    heads = [
+        f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        for route in ("completions", "chat/completions")
+        for body in bodies
+    ]
+    requests = [head.encode() + bodies[i % len(bodies)] for i, head in enumerate(heads)]
+    before = rss_mb(server)
+
+    def send(_: int) -> list[bytes]:
+        statuses = []
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock, sock.makefile("rb") as answers:
+            for request in requests * 5:
+                sock.sendall(request)
+                statuses.append(answers.readline().split()[1])
+                length = 0
+                while (line := answers.readline().strip().lower()) != b"":
+                    if line.startswith(b"content-length:"):
+                        length = int(line.split()[1])
+                answers.read(length)
+        return statuses
+
+    with ThreadPoolExecutor(4) as pool:
+        statuses = [status for found in pool.map(send, range(10_000 // (5 * len(requests)))) for status in found]
+    assert len(statuses) == 10_000 and set(statuses) == {b"400", b"404"}
+    for garbage in (
+        b"\x16\x03\x01" + os.urandom(400),
+        b"GET / HTTP/9.9\r\n\r\n",
+        os.urandom(5000),
+        b"POST" + b"x" * 99999,
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(garbage)
+    assert server.text(max_tokens=4) and server.health().status_code == 200
+    assert rss_mb(server) - before < 40
+
+
+def test_a_body_of_100_mb_is_refused_and_takes_no_memory(hard_pressed: ServerProcess) -> None:
+    server = hard_pressed
+    before = rss_mb(server)
+
+    def chunks() -> object:
+        for _ in range(100):
+            yield b"x" * (1 << 20)
+
+    headers = {"content-type": "application/json"}
+    for told in ({"content-length": str(100 << 20)}, {}):
+        try:
+            answer = httpx.post(f"{server.url}/v1/completions", content=chunks(), headers=headers | told, timeout=30)
+            assert answer.status_code == 413 and "1048576 bytes at most" in answer.json()["error"]["message"]
+        except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
+            pass  # the server had answered and hung up before all was sent
+    assert rss_mb(server) - before < 40 and server.text(max_tokens=4)
+
+
+def test_a_client_that_reads_slowly_stops_nobody(hard_pressed: ServerProcess) -> None:
+    server = hard_pressed
+    body = b'{"prompt": "The sea", "stream": true, "max_tokens": 800, "ignore_eos": true, "n": 4, "logprobs": 5}'
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.port))
+        slow.sendall(head.encode() + b"\r\n" + body)
+        time.sleep(0.5)
+        assert server.text(max_tokens=8)
+        eventually(lambda: server.metric("requests_running") == 0, 60)  # its texts are done, though nobody reads them
+        assert server.metric("kv_pages_used") == 0 and server.text(max_tokens=8)
+
+
+def test_a_full_disk_for_logs_ends_nothing() -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115 - the server's to write to
+    with full, ServerProcess("--tp", "2", stderr=full) as server:
+        before = server.text(max_tokens=8)
+        os.kill(server.rank_pids()[1], signal.SIGKILL)  # there is something to say
+        eventually(lambda: server.health().status_code == 503)
+        eventually(lambda: server.health().status_code == 200, 20)
+        assert server.text(max_tokens=8) == before
+        assert server.stop() == 0
+
+
+def test_wrong_starts_are_one_line(tmp_path: Path, running: Callable[[], set[int]]) -> None:
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for options, said in (
+            (["narrows-demo", "--port", port], f"cannot listen on 127.0.0.1 port {port}"),
+            (["narrows-demo", "--max-queue", "0"], "--max-queue is 0; it must be at least 1"),
+            (["narrows-demo", "--tp", "3", "--layout", "norm-before-gather"], "norm-before-gather"),
+            (["no-such-model"], "no-such-model"),
+            (["narrows-demo", "--tool-call-parser", "hermes", "--api-key", ""], "API key"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "narrows", "serve", *options], capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,268 @@
+"""The engine as a service: many callers, aborts, a small cache, drains, refusals, and ranks that fail."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from narrows.engine import service as service_module
+from narrows.engine import trouble
+from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.core import Engine
+from narrows.engine.service import EngineService
+from narrows.engine.worker import Worker
+from narrows.errors import ConfigError
+from narrows.sched.sampling import GREEDY, SamplingParams
+from narrows.sched.serving import Draining, Generation, QueueFull, Unavailable, Update
+
+TinyModel = Callable[..., Path]
+BAD = 65
+"""The token whose prompt makes a rank raise, in tests of failures."""
+
+
+class Caller:
+    """Keeps what it is told of one generation."""
+
+    def __init__(self, service: EngineService, generation: Generation) -> None:
+        self.updates: list[Update] = []
+        self.over = threading.Event()
+        self.number = service.submit(generation, self.deliver)
+
+    def deliver(self, update: Update) -> None:
+        assert not self.over.is_set(), "something came after the last update"
+        self.updates.append(update)
+        if update.finish_reason:
+            self.over.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for update in self.updates for token in update.token_ids]
+
+    def wait(self) -> Update:
+        assert self.over.wait(30), "it did not end"
+        return self.updates[-1]
+
+
+def asked(prompt: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Generation:
+    return Generation(prompt=prompt, max_tokens=max_tokens, **({"sampling": GREEDY} | fields))
+
+
+def resolved_of(folder: Path, **options: Any) -> Resolved:
+    return resolve(EngineConfig(model=str(folder), dtype="float32", max_context=64, **options))
+
+
+@pytest.fixture
+def serve(tiny_model: TinyModel) -> Iterator[Callable[..., EngineService]]:
+    made: list[EngineService] = []
+
+    def start(*, max_queue: int = 1024, restart: bool = True, **options: Any) -> EngineService:
+        made.append(EngineService(resolved_of(tiny_model("v3"), **options), max_queue=max_queue, restart=restart))
+        made[-1].start()
+        return made[-1]
+
+    yield start
+    for service in made:
+        service.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
+def test_under_load_with_aborts_and_preemption_every_text_is_that_of_its_request_alone(
+    serve: Callable[..., EngineService], tiny_model: TinyModel, dp: int, tp: int
+) -> None:
+    source = random.Random(5)
+    asks = [asked(tuple(source.choices(range(64), k=source.randint(1, 20))), source.randint(1, 30)) for _ in range(64)]
+    with Engine(resolved_of(tiny_model("v3"), prefix_cache=False)) as engine:
+        alone = [engine.add(each.prompt, each.max_tokens) for each in asks]
+        for _ in engine.run():
+            pass
+    service = serve(dp=dp, tp=tp, page_size=4, kv_tokens=120, rows_per_step=32)
+    unwanted = set(source.sample(range(64), 12))
+    callers = []
+    for index, each in enumerate(asks):
+        callers.append(Caller(service, each))
+        if index - 8 in unwanted:
+            service.abort(callers[index - 8].number)
+    for index, (caller, expected) in enumerate(zip(callers, alone, strict=True)):
+        last = caller.wait()
+        assert caller.tokens == expected.output[: len(caller.tokens)]
+        if index not in unwanted:
+            assert caller.tokens == expected.output and last.finish_reason == expected.finish_reason
+        else:
+            assert last.finish_reason in ("abort", expected.finish_reason)
+    eventually(lambda: not service.stats().kv_pages_used and not service.stats().running)
+    stats = service.stats()
+    assert stats.preemptions > 0 and stats.waiting == 0 and stats.output_tokens >= 52 * 15 / 2
+    assert sum(stats.plans.values()) == stats.steps
+    assert service.health().ready
+
+
+def test_updates_bring_scores_once_and_log_probabilities_token_by_token(serve: Callable[..., EngineService]) -> None:
+    service = serve(page_size=4)
+    sampling = SamplingParams(prompt_logprobs=1, logprobs=2)
+    caller = Caller(service, asked((1, 2, 3, 4, 5, 6, 7, 8, 9), 6, sampling=sampling))
+    assert caller.wait().finish_reason == "length"
+    assert [len(update.prompt_logprobs) for update in caller.updates] == [8, 0, 0, 0, 0, 0]
+    assert all(len(update.token_ids) == len(update.logprobs) == 1 for update in caller.updates)
+    scored = Caller(service, asked((1, 2, 3), 0, sampling=SamplingParams(prompt_logprobs=0)))
+    assert scored.wait().finish_reason == "length" and not scored.tokens
+    assert [len(update.prompt_logprobs) for update in scored.updates] == [2]
+    again = Caller(service, asked((1, 2, 3, 4, 5, 6, 7, 8, 9), 2))
+    again.wait()
+    assert again.updates[0].num_cached_prompt == 8 and service.stats().cached_prompt_tokens == 8
+
+
+def test_collectives_are_counted(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_READ_S", 0.0)
+    service = serve(tp=2, layout="all-reduce")
+    Caller(service, asked((1, 2, 3), 4)).wait()
+    eventually(lambda: sum(calls for calls, _, _ in service.stats().collectives.values()) == 4 * (2 * 3 + 2))
+    calls, nbytes, seconds = service.stats().collectives["(-,P) -> (-,R)", "all_reduce"]
+    # The embedding's sum and two per layer, over 3 + 1 + 1 + 1 rows of 32 floats; each rank gets half, twice.
+    assert calls == 4 * 7 and nbytes == 2 * 7 * 32 * 4 * (3 + 1 + 1 + 1) and seconds > 0
+    info = service.info()
+    assert info["mesh"] == {"dp": 1, "tp": 2} and info["layout"] == "all-reduce"
+    assert sum(entry["steps"] for entry in info["steps_run"]) == 4
+    assert all(plan["price_sources"] and plan["moves"] for plan in info["plan_book"])
+
+
+def test_what_can_never_run_is_refused_at_once(serve: Callable[..., EngineService]) -> None:
+    service = serve()
+    for wrong, said in (
+        (asked(()), "empty"),
+        (asked((67,)), "outside the model's vocabulary"),
+        (asked((1,) * 64), "context"),
+        (asked((1,), priority=1000), "priority"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            service.submit(wrong, lambda update: None)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Callable[..., EngineService]) -> None:
+    service = serve(max_queue=3)
+    held = threading.Event()
+    first = threading.Event()
+
+    def slow(update: Update) -> None:
+        first.set()
+        held.wait(10)
+
+    service.submit(asked((1, 2)), slow)  # the loop stands while its caller does
+    assert first.wait(10)
+    callers = [Caller(service, asked((3,))) for _ in range(3)]
+    with pytest.raises(QueueFull, match="3 generations wait already, and --max-queue is 3") as refused:
+        service.submit(asked((4,)), lambda update: None)
+    assert refused.value.retry_after_s >= 1
+    held.set()
+    for caller in callers:
+        assert caller.wait().finish_reason == "length"
+
+
+def test_a_caller_that_raises_does_not_stop_the_others(serve: Callable[..., EngineService]) -> None:
+    service = serve()
+
+    def broken(update: Update) -> None:
+        raise RuntimeError("gone")
+
+    service.submit(asked((1, 2), 4), broken)
+    assert Caller(service, asked((3, 4), 4)).wait().finish_reason == "length"
+
+
+def test_a_drain_finishes_what_is_there_and_takes_nothing_new(serve: Callable[..., EngineService]) -> None:
+    service = serve(tp=2)
+    caller = Caller(service, asked((1, 2), 40))
+    assert service.drain(20) and caller.wait().finish_reason == "length"
+    with pytest.raises(Draining):
+        service.submit(asked((1,)), lambda update: None)
+    service.close()
+    assert not service.health().ready
+
+
+def test_a_close_tells_who_still_waits(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Worker.step
+    monkeypatch.setattr(Worker, "step", lambda self, *args: time.sleep(0.05) or real(self, *args))
+    service = serve()
+    caller = Caller(service, asked((1, 2), 60))
+    assert not service.drain(0.1)
+    service.close()
+    assert caller.wait().finish_reason == "abort" and "ended" in caller.updates[-1].error
+    service.close()
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Worker.step
+
+    def step(self: Worker, batch: Any, *args: Any) -> Any:
+        tokens = {token for group in batch.groups for chunk in group for token in chunk.tokens}
+        if BAD in tokens and self.world.rank == self.world.mesh.size - 1:
+            raise RuntimeError("bad luck")
+        return real(self, batch, *args)
+
+    monkeypatch.setattr(Worker, "step", step)
+
+
+@pytest.mark.usefixtures("failing")
+def test_ranks_that_fail_are_started_again_once_and_what_waited_runs_there(
+    serve: Callable[..., EngineService], caplog: pytest.LogCaptureFixture
+) -> None:
+    service = serve(tp=2, page_size=4, kv_tokens=16, rows_per_step=4)
+    expected = Caller(service, asked((1, 2), 6))
+    expected.wait()
+    steps = service.stats().steps
+    held = threading.Event()
+    blocker = service.submit(asked((5,), 2), lambda update: held.wait(10) and None)
+    bad = Caller(service, asked((1, BAD), 14))  # takes the whole cache
+    waits = Caller(service, asked((1, 2), 6))
+    held.set()
+    assert bad.wait().finish_reason == "error" and "bad luck" in bad.updates[-1].error and blocker >= 0
+    assert waits.wait().finish_reason == "length" and waits.tokens == expected.tokens
+    assert service.health().ready and service.health().num_restarts == 1 and not service.failure
+    assert service.stats().steps > steps, "totals go on over a restart"
+    assert "started again" in caplog.text and "bad luck" in caplog.text
+    again = Caller(service, asked((BAD,), 6))
+    assert again.wait().finish_reason == "error"
+    eventually(lambda: bool(service.failure))
+    assert "bad luck" in service.failure and not service.health().ready and service.health().num_restarts == 1
+    with pytest.raises((Unavailable, Draining)):
+        service.submit(asked((1,)), lambda update: None)
+
+
+@pytest.mark.usefixtures("failing")
+def test_without_restart_a_failure_ends_everything(serve: Callable[..., EngineService]) -> None:
+    service = serve(restart=False, page_size=4, kv_tokens=16)
+    callers = [Caller(service, asked((BAD,), 14)), Caller(service, asked((1, 2), 6))]
+    for caller in callers:
+        assert caller.wait().finish_reason == "error"
+    eventually(lambda: "bad luck" in service.failure)
+    assert not service.health().ready and service.drain(1)
+
+
+def test_health_sees_a_step_that_does_not_end(
+    serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, held = Worker.step, threading.Event()
+    service = serve(timeout_s=0.3)
+    assert service.health().ready
+    monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(10) and real(self, *args))
+    monkeypatch.setattr(trouble, "_SLOW_S", 0.2)
+    monkeypatch.setattr(trouble, "_SLOW_FACTOR", 0.0)
+    caller = Caller(service, asked((1, 2), 6))
+    eventually(lambda: "a step runs" in service.health().detail)
+    eventually(lambda: caller.over.is_set(), 5)
+    held.set()
+    assert caller.wait().finish_reason == "error" and "has not ended" in caller.updates[-1].error
+    eventually(lambda: service.health().ready)
+    assert service.health().num_restarts == 1
