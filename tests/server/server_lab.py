@@ -64,7 +64,8 @@ class Live:
 class FakeBackend:
     """Gives each generation the tokens of ``script(generation)``, one per step; then the end token for ever.
 
-    ``gate``: steps run while it is set. ``refuse``: raised at submit. ``fail_after``: so many tokens, then an error.
+    ``gate``: steps run while it is set. ``pause_s``: before each, so that updates do not come together.
+    ``refuse``: raised at submit. ``fail_after``: so many tokens, then an error.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class FakeBackend:
         self.per_update = per_update
         self.gate = threading.Event()
         self.gate.set()
+        self.pause_s = 0.0
         self.refuse: Exception | None = None
         self.fail_after: int | None = None
         self.submitted: list[Generation] = []
@@ -144,6 +146,7 @@ class FakeBackend:
     def _run(self) -> None:
         while not self._ended:
             self.gate.wait()
+            time.sleep(self.pause_s)
             with self._lock:
                 if not self._live:
                     self._lock.wait(0.5)

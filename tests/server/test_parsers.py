@@ -1,4 +1,4 @@
-"""Reasoning and tool calls in text: whatever the pieces it comes in, the answer is the same; and what is no call stays."""
+"""Reasoning and tool calls in text: the same whatever pieces it comes in; and what is no call stays text."""
 
 import json
 

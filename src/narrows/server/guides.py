@@ -15,13 +15,11 @@ from typing import Any
 import llguidance
 
 from narrows.errors import ConfigError
+from narrows.server.json_rule import json_rule
 from narrows.server.reasoning import CLOSE, OPEN
 from narrows.text import Tokenizer
 
 __all__ = ["Form", "GrammarGuide", "GuideMaker", "choice_form", "json_form", "regex_form"]
-
-_WHITE_SPACE = r"( |\n[ \t]{0,32})?"
-"""Between the parts of JSON text: a space, or a new line with its indentation; not white space without an end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,7 @@ class Form:
 
 def json_form(schema: dict[str, Any]) -> Form:
     """Text that is JSON and fulfils the schema."""
-    options = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE}
-    return Form("json_text", f"json_text: %json {json.dumps({**schema, 'x-guidance': options})}")
+    return Form("json_text", f"json_text: {json_rule(schema)}")
 
 
 def regex_form(pattern: str) -> Form:

@@ -8,11 +8,11 @@ Source: the chat templates of DeepSeek-V3-0324, R1-0528 and V3.1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from narrows.server.events import Arguments, Content, Event, ToolCall, Trimmed
+from narrows.server.json_rule import json_rule
 from narrows.text.stop import StopStrings
 
 __all__ = ["CALLS_BEGIN", "MARKERS", "DeepseekParser", "deepseek_grammar"]
@@ -119,5 +119,5 @@ def deepseek_grammar(
     for i, (name, schema) in enumerate(functions):
         begin = f"function{SEP}{name}\n{FENCE}\n" if fenced else f"{name}{SEP}"
         end = FENCE_END + CALL_END if fenced else CALL_END
-        rules.append(f"call{i}: {literal(begin)} %json {json.dumps(schema)} {literal(end)}")
+        rules.append(f"call{i}: {literal(begin)} {json_rule(schema)} {literal(end)}")
     return "\n".join(rules)

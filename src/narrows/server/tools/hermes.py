@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from narrows.server.events import Arguments, Content, Event, ToolCall, Trimmed
+from narrows.server.json_rule import json_rule
 from narrows.server.tools.json_object import CallObject
 from narrows.text.stop import StopStrings
 
@@ -96,5 +97,5 @@ def hermes_grammar(functions: Sequence[tuple[str, dict[str, Any]]], literal: Cal
     rules.append(f"closed: {literal(chr(10) + CLOSE)}")
     for i, (name, schema) in enumerate(functions):
         begin = literal(f'{{"name": {json.dumps(name)}, "arguments": ')
-        rules.append(f"call{i}: {begin} %json {json.dumps(schema)} {literal('}')}")
+        rules.append(f"call{i}: {begin} {json_rule(schema)} {literal('}')}")
     return "\n".join(rules)
