@@ -12,11 +12,12 @@ demo: $(VENV)/.runtime
 serve: $(VENV)/.runtime
 	$(BIN)/narrows serve narrows-demo --tp 2 --ranks processes
 
+# Two workers: most tests are one thread's work, or wait.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "full or not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

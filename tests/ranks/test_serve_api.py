@@ -193,6 +193,7 @@ def test_a_json_schema_and_a_regex_are_kept(client: OpenAI) -> None:
 
 def test_a_tool_that_has_to_be_called_is(client: OpenAI) -> None:
     ask: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Add"}], "max_tokens": 150}
+    ask["parallel_tool_calls"] = False
     done = client.chat.completions.create(tools=TOOLS, tool_choice="required", seed=1, **ask)
     (call, *_) = done.choices[0].message.tool_calls or ()
     assert call.function.name == "add" and set(json.loads(call.function.arguments)) == {"name", "age"}
@@ -235,9 +236,8 @@ def test_errors_are_those_that_the_client_knows(server: ServerProcess, client: O
 def test_64_streams_of_all_lengths_with_aborts_are_each_the_text_alone(server: ServerProcess, alone: LLM) -> None:
     words = [f"word{i} and" for i in range(18)]
     prompts = [" ".join(words[i % 7 : i % 7 + 1 + i % 11]) for i in range(64)]
-    lengths = [1 + (i * 37) % 90 for i in range(64)]
-    completions = alone.generate(prompts, max_tokens=90, ignore_eos=True)
-    gaps = alone.generate(prompts, max_tokens=90, ignore_eos=True, sampling=NEAR)
+    lengths = [1 + (i * 37) % 60 for i in range(64)]
+    completions = alone.generate(prompts, max_tokens=60, ignore_eos=True, sampling=NEAR)
 
     async def one(client: AsyncOpenAI, i: int) -> str:
         text = ""
@@ -256,7 +256,9 @@ def test_64_streams_of_all_lengths_with_aborts_are_each_the_text_alone(server: S
 
     texts = asyncio.run(every())
     for i, text in enumerate(texts):
-        sure = next((at for at, (_, best) in enumerate(gaps[i].logprobs) if best[0][1] - best[1][1] < 1e-3), 90)
+        # Up to where the two best are closer than float32 sums in another order may move them.
+        gaps = [best[0][1] - best[1][1] for _, best in completions[i].logprobs]
+        sure = next((at for at, gap in enumerate(gaps) if gap < 1e-3), 60)
         ids = completions[i].token_ids[: min(sure, lengths[i])]
         expected = alone.tokenizer.decode(list(ids)) if alone.tokenizer else ""
         assert text.startswith(expected) if i % 8 != 3 else expected.startswith(text[:20]) or sure < 20, (i, sure)

@@ -20,6 +20,7 @@ from narrows.bench.offline import OfflineWork, offline
 from narrows.bench.plot import check_plot, plot
 from narrows.bench.results import Outcome
 from narrows.bench.variants import Variant, parse_variants
+from narrows.cli import bench_serve_command
 from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
@@ -37,7 +38,7 @@ Progress = Callable[[str], None]
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``narrows bench`` and of its four kinds."""
+    """The flags of ``narrows bench`` and of its kinds."""
     kinds = parser.add_subparsers(dest="bench", metavar="KIND", required=True)
     for name, about, add in (
         ("layer", "where the time of one step goes, per layout, with the predicted time", _layer_flags),
@@ -53,6 +54,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         turns.add_argument("--warmup", type=int, default=1, help="rounds before them (default %(default)s)")
         turns.add_argument("--seed", type=int, default=0, help="of prompts and dummy weights (default %(default)s)")
         turns.add_argument("--plot", default="", metavar="FILE", help="draw the medians (needs the extra 'plot')")
+    about = bench_serve_command.ABOUT
+    kind = kinds.add_parser("serve", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
+    bench_serve_command.add_flags(kind)
 
 
 def _variant_flags(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +104,8 @@ def _latency_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows bench``."""
+    if args.bench == "serve":
+        return bench_serve_command.run(args)
     for flag, value, least in (("rounds", args.rounds, 1), ("warmup", args.warmup, 0)):
         if value < least:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")

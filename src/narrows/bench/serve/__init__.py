@@ -1,0 +1,1 @@
+"""A load on an OpenAI-compatible server, and the field's figures of how it bears it."""
