@@ -96,7 +96,7 @@ def read_trace(
         raise ConfigError(f"the trace {file} cannot be read: {error}") from None
     if not rows:
         raise ConfigError(f"the trace {file} holds no request")
-    first = rows[0].at_s
+    first = min(row.at_s for row in rows)
     scaled = []
     for row in rows:
         answer = max(1, round(row.output_tokens * length_scale))
@@ -105,13 +105,15 @@ def read_trace(
             answer = min(answer, longest - 1)
             prompt = min(prompt, longest - answer)
         blocks = tuple((which, max(1, round(tokens * length_scale))) for which, tokens in row.blocks)
-        at_s = max(row.at_s - first, 0.0) / speed
+        at_s = (row.at_s - first) / speed
         scaled.append(Ask(at_s=at_s, input_tokens=prompt, output_tokens=answer, blocks=blocks))
     return sorted(scaled, key=lambda ask: ask.at_s)
 
 
 def _rows(lines: Iterator[str], file: Path) -> Iterator[Ask]:
     begin = next(lines, "")
+    if not begin.strip():
+        return
     if begin.lstrip().startswith("{"):
         yield from (_json_row(line, number, file) for number, line in enumerate([begin, *lines], 1) if line.strip())
         return
