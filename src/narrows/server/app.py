@@ -82,7 +82,8 @@ def state_of(app: FastAPI) -> ServerState:
 
 def _responses(model: Any, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
     """What a route may answer, for the OpenAPI document."""
-    content = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if stream else {}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    content = {"content": {"text/event-stream": {"schema": event}}} if stream else {}
     errors = {status: {**text, "model": answers.ErrorAnswer} for status, text in _ERRORS.items()}
     return {200: {"model": model, "description": "done", **content}, **errors}
 
