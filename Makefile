@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-full check eval format train-demo clean
+.PHONY: demo serve test test-full test-npm check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,11 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
+
+# OpenAI's npm client against a real server; needs node 20 and npm.
+test-npm: $(VENV)/.runtime
+	mkdir -p runs/npm && cp tests/npm/* runs/npm && cd runs/npm && npm install --no-audit --no-fund --no-package-lock --silent
+	cd runs/npm && NARROWS=$(CURDIR)/$(BIN)/narrows node --test
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
