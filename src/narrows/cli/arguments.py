@@ -26,16 +26,23 @@ __all__ = [
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
 
 
-def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["ranks"]) -> None:
-    """MODEL, the mesh, and what an engine holds; ``ranks`` are what they are if it is not said."""
+def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["ranks"], chosen: bool = False) -> None:
+    """MODEL, the mesh, and what an engine holds.
+
+    If it is not said: ``ranks`` are what they are; ``chosen``: the machine decides how many ranks and threads.
+    """
+    number, default = (_count_or_auto, "auto") if chosen else (int, "1")
+    what = ", or auto" if chosen else ""
     parser.add_argument(
         "model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json), or a .gguf file"
     )
     mesh = parser.add_argument_group("mesh: world = dp x tp ranks")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
-    mesh.add_argument("--tp", type=int, default=_DEFAULT["tp"], help="ranks per group (default %(default)s)")
+    mesh.add_argument("--tp", type=number, default=number(default), help=f"ranks per group{what} (default {default})")
     mesh.add_argument("--ranks", choices=RANKS, help=f"what ranks are (default {ranks})")
-    mesh.add_argument("--threads", type=int, default=_DEFAULT["threads"], help="torch threads per rank (default 1)")
+    mesh.add_argument(
+        "--threads", type=number, default=number(default), help=f"threads per rank{what} (default {default})"
+    )
     mesh.add_argument(
         "--timeout",
         type=float,
@@ -69,6 +76,14 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
     engine.add_argument(
         "--checked", action="store_true", help="compare collectives and shapes between ranks at every step"
     )
+
+
+def _count_or_auto(text: str) -> int | None:
+    """None: chosen for the machine."""
+    return None if text == "auto" else int(text)
+
+
+_count_or_auto.__name__ = "number, or auto"  # what argparse calls it in its error
 
 
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launc
     Raises:
         ConfigError: flags without ``--nnodes``, or that cannot be.
     """
-    size = max(args.dp, 1) * max(args.tp, 1)
+    size = max(args.dp, 1) * max(args.tp or 1, 1)
     if args.nnodes is not None:
         return Launch.of_nodes(
             size=size, num_nodes=args.nnodes, node=args.node_rank, address=args.master_addr, port=args.master_port

@@ -39,7 +39,7 @@ _SAMPLING = {name: field for name, field in SamplingParams.__dataclass_fields__.
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows generate``."""
-    add_engine_flags(parser)
+    add_engine_flags(parser, chosen=True)
     add_host_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         resolved = llm.resolved
         layout = resolved.plan.layout_name if resolved.plan else args.layout
         notes.print(
-            f"{resolved.config.name}: {resolved.mesh}, layout {layout}, "
+            f"{resolved.config.name}: {resolved.mesh}, {resolved.asked.threads} thread(s) per rank, layout {layout}, "
             f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
         )
         notes.print(f"forms: {form_words(resolved.config, resolved.forms)}")

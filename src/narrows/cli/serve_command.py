@@ -43,7 +43,7 @@ _RANKS = "processes"
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows serve``."""
-    add_engine_flags(parser, ranks=_RANKS)
+    add_engine_flags(parser, ranks=_RANKS, chosen=True)
     add_host_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
     add_limit_flags(parser)
@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
                 chats = model.tokenizer is not None and model.tokenizer.has_chat_template
                 curl = curl_line(url, model.names[0], has_key=bool(options.api_keys), chats=chats)
                 seconds = perf_counter() - started
-                line = f"narrows: {model.names[0]} on {resolved.mesh} is ready at {url} ({seconds:.1f} s); try: {curl}"
+                where = f"{resolved.mesh}, {resolved.asked.threads} thread(s) per rank"
+                line = f"narrows: {model.names[0]} on {where} is ready at {url} ({seconds:.1f} s); try: {curl}"
                 with suppress(OSError):  # nobody reads it, or the disk is full
                     print(line, flush=True)
 

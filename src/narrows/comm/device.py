@@ -9,7 +9,7 @@ import torch
 
 from narrows.errors import ConfigError
 
-__all__ = ["card_name", "finished", "rank_device"]
+__all__ = ["card_name", "finished", "num_cards", "rank_device"]
 
 
 def card_name() -> str:
@@ -23,6 +23,11 @@ def card_name() -> str:
         why = f"torch {torch.__version__} sees none" if built else f"torch {torch.__version__} is a build for CPUs"
         raise ConfigError(f"--run-on cuda needs an NVIDIA GPU, and {why}; leave --run-on out to run on the CPU")
     return torch.cuda.get_device_name(0)
+
+
+def num_cards() -> int:
+    """GPUs that torch sees on this host."""
+    return torch.cuda.device_count()
 
 
 def rank_device(run_on: str, place: int) -> torch.device:

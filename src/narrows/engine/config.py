@@ -21,6 +21,7 @@ from narrows.convert.gguf_config import is_gguf
 from narrows.cost.devices import device, device_of_card
 from narrows.cost.memory import kv_token_bytes
 from narrows.cost.stage import StepShape
+from narrows.engine.machine_fit import fit
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.models.registry import check_executable
@@ -67,7 +68,8 @@ class EngineConfig:
 
     model: str
     dp: int = 1
-    tp: int = 1
+    tp: int | None = 1
+    """None: as many ranks per group as the machine has cores or GPUs for (see :mod:`narrows.engine.machine_fit`)."""
     layout: str = "auto"
     plan_file: str = ""
     """A plan saved by ``narrows plan --save``, run at every step in place of the planner's."""
@@ -81,7 +83,8 @@ class EngineConfig:
     page_size: int = 16
     seed: int = 0
     ranks: str = "threads"
-    threads: int = 1
+    threads: int | None = 1
+    """torch threads per rank; None: the cores, divided among the ranks."""
     timeout_s: float = 60.0
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
@@ -148,6 +151,12 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     """
     config = load_model_config(asked.model)
     check_executable(config)
+    if asked.run_on not in RUN_ON:
+        raise ConfigError(f"--run-on {asked.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
+    tp, threads = fit(
+        config, dp=asked.dp, tp=asked.tp, threads=asked.threads, on_gpu=asked.run_on == "cuda", launch=asked.launch
+    )
+    asked = replace(asked, tp=tp, threads=threads)
     if asked.load_format not in LOAD_FORMATS:
         raise ConfigError(f"load format {asked.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")
     is_file = is_gguf(Path(asked.model))
@@ -159,11 +168,11 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     for name, size in (
         ("--max-rows", asked.rows_per_step),
         ("page size", asked.page_size),
-        ("--threads", asked.threads),
+        ("--threads", threads),
     ):
         if size < 1:
             raise ConfigError(f"{name} is {size}; it must be at least 1")
-    mesh = Mesh.of(dp=asked.dp, tp=asked.tp)
+    mesh = Mesh.of(dp=asked.dp, tp=tp)
     _check_ranks(asked, mesh)
     notes = list(config.notes)
     dtype, gemm_dtype = _dtype(asked, config, notes)
@@ -216,8 +225,6 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
 
 def _priced_for(asked: EngineConfig) -> str:
     """The catalogue's name of the device that steps are priced for."""
-    if asked.run_on not in RUN_ON:
-        raise ConfigError(f"--run-on {asked.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
     if asked.run_on == "cpu":
         return "cpu-core" if asked.device == "auto" else asked.device
     card = card_name()
