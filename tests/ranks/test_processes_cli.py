@@ -199,6 +199,7 @@ def test_a_launch_is_read_from_torchruns_environment() -> None:
         node=1,
         num_nodes=2,
         place=1,
+        places=4,
         by_torchrun=True,
         store_is_served=True,
         run="abc 2",

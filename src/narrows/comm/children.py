@@ -32,7 +32,7 @@ def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Childre
             children[rank] = child = subprocess.Popen(command, stdin=subprocess.PIPE)
             assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(told_to(contact, rank, node, place).encode())
+                child.stdin.write(told_to(contact, rank, node, (place, len(ranks))).encode())
                 child.stdin.close()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -47,6 +47,8 @@ class Launch:
     node: int
     num_nodes: int
     place: int = 0
+    places: int = 1
+    """Ranks on this host, where torchrun started them."""
     by_torchrun: bool = False
     store_is_served: bool = False
     run: str = ""
@@ -100,6 +102,7 @@ class Launch:
             node=int(environment.get("GROUP_RANK", rank // local)),
             num_nodes=-(-world // local),
             place=int(environment["LOCAL_RANK"]),
+            places=local,
             by_torchrun=True,
             store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             run=f"{environment.get('TORCHELASTIC_RUN_ID', '')} {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}",

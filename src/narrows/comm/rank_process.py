@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from narrows.comm.channel import Channel
+from narrows.comm.cores import pin
 from narrows.comm.device import rank_device
 from narrows.comm.dist_world import DistWorld, connect
 from narrows.comm.launch import Launch, find_host, join_store
@@ -64,11 +65,11 @@ def boot(told: dict[str, Any]) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     contact = Contact(address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]))
-    run_rank(contact, told["rank"], told["node"], told["place"], explain=False)
+    run_rank(contact, told["rank"], told["node"], tuple(told["place"]), explain=False)
 
 
-def told_to(contact: Contact, rank: int, node: int, place: int) -> str:
-    """The line that :func:`boot` is told; the rank is number ``place`` of those on its host."""
+def told_to(contact: Contact, rank: int, node: int, place: tuple[int, int]) -> str:
+    """The line that :func:`boot` is told. ``place``: the rank's number on its host, and how many are there."""
     host = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
     return json.dumps(host | {"rank": rank, "node": node, "place": place, "path": sys.path}) + "\n"
 
@@ -76,10 +77,10 @@ def told_to(contact: Contact, rank: int, node: int, place: int) -> str:
 def obey(launch: Launch) -> NoReturn:
     """Turns a process that torchrun started into its rank; it ends with the host's exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run_rank(find_host(launch), launch.ranks[0], launch.node, launch.place, explain=True)
+    run_rank(find_host(launch), launch.ranks[0], launch.node, (launch.place, launch.places), explain=True)
 
 
-def run_rank(contact: Contact, rank: int, node: int, place: int, *, explain: bool) -> NoReturn:
+def run_rank(contact: Contact, rank: int, node: int, place: tuple[int, int], *, explain: bool) -> NoReturn:
     """Runs a rank until the host ends it. ``explain``: say on stderr why it ends, if not well."""
     try:
         channel = Channel.connect(contact.address, contact.port, contact.key)
@@ -139,7 +140,7 @@ class _Host:
 class _Rank:
     """The main thread: calls, in order."""
 
-    def __init__(self, rank: int, place: int, host: _Host) -> None:
+    def __init__(self, rank: int, place: tuple[int, int], host: _Host) -> None:
         self._rank, self._place_on_host, self._host = rank, place, host
         self._unpack = Unpacker()
         self._worker: Any = None
@@ -160,13 +161,16 @@ class _Rank:
                     self._failed(error)
 
     def _set_up(self, setup: Setup) -> None:
+        place, num_places = self._place_on_host
+        if setup.device == "cpu":
+            pin(place, num_places, setup.num_threads)
         torch.set_num_threads(setup.num_threads)
         self._host.world = connect(
             setup.mesh,
             self._rank,
             join_store(setup.store_address, setup.store_port, setup.prefix),
             checked=setup.checked,
-            device=rank_device(setup.device, self._place_on_host),
+            device=rank_device(setup.device, place),
             address=self._host.channel.address,
         )
 

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from narrows.comm.cores import pin
 from narrows.comm.device import rank_device
 from narrows.comm.meeting import Commons
 from narrows.comm.thread_world import ThreadWorld
@@ -114,6 +115,8 @@ class _Crew:
 
     def _serve(self, rank: int) -> None:
         """What a rank thread runs."""
+        if self._device == "cpu":
+            pin(rank, len(self._queues), self._num_threads)
         torch.set_num_threads(self._num_threads)
         world = ThreadWorld(self.commons, rank, rank_device(self._device, 0))
         worker: Any = None

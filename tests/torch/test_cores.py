@@ -1,0 +1,63 @@
+"""Which cores a rank gets, and how many ranks and threads a machine gets."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narrows.arch.presets import load_model_config
+from narrows.comm import Launch, cores
+from narrows.engine import machine_fit
+from narrows.engine.machine_fit import fit
+from narrows.errors import ConfigError
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.sets(st.integers(0, 60), min_size=1, max_size=24))
+def test_shares_fill_the_cores_once_or_nobody_has_one(places: int, threads: int, allowed: set[int]) -> None:
+    ordered = sorted(allowed)
+    shares = [cores.share_of(ordered, place, places, threads) for place in range(places)]
+    if places * threads == len(ordered):
+        assert [core for share in shares for core in share] == ordered
+    else:
+        assert not any(shares)
+
+
+@pytest.mark.parametrize(
+    ("model", "room", "dp", "expected"),
+    [
+        ("deepseek-v3", 2, 1, (2, 1)),
+        ("deepseek-v3", 1, 1, (1, 1)),
+        ("deepseek-v3", 7, 1, (4, 1)),
+        ("deepseek-v3", 16, 1, (8, 2)),
+        ("deepseek-v3", 16, 4, (4, 1)),
+        ("deepseek-v3", 2, 4, (1, 1)),
+        ("llama-3.1-8b", 64, 1, (8, 8)),
+    ],
+)
+def test_ranks_come_before_threads(
+    monkeypatch: pytest.MonkeyPatch, model: str, room: int, dp: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(machine_fit, "num_cores", lambda: room)
+    config = load_model_config(model)
+    assert fit(config, dp=dp, tp=None, threads=None, on_gpu=False, launch=None) == expected
+    assert fit(config, dp=dp, tp=1, threads=None, on_gpu=False, launch=None)[1] == max(room // dp, 1)
+    assert fit(config, dp=dp, tp=3, threads=5, on_gpu=False, launch=None) == (3, 5)
+
+
+def test_several_hosts_have_to_agree() -> None:
+    launch = Launch.of_nodes(size=2, num_nodes=2, node=0, address="10.0.0.1", port=1)
+    with pytest.raises(ConfigError, match="--tp auto is for ranks on one host"):
+        fit(load_model_config("deepseek-v3"), dp=1, tp=None, threads=None, on_gpu=False, launch=launch)
+
+
+def test_a_rank_is_kept_on_its_cores() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        one = min(before)
+        os.sched_setaffinity(0, {one})
+        assert cores.num_cores() == 1 and cores.pin(0, 1, 1) == (one,) and cores.pin(0, 2, 1) == ()
+    finally:
+        os.sched_setaffinity(0, before)
