@@ -115,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
             code = serve(app, service, bound, drain_timeout_s=args.drain_timeout, when_ready=ready)
             if service.failure:
                 logging.getLogger("narrows.engine").error("error: %s", service.failure)
+                return 1
             return code
         finally:
             service.close()

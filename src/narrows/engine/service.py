@@ -79,11 +79,11 @@ class EngineService:
         self._ends: deque[float] = deque(maxlen=_RATE_OF)
         self._scheduled: SchedulerStats | None = None
         self._oldest: tuple[float, float] | None = None  # the oldest step in flight: since when, predicted seconds
+        self._plans: Counter[tuple[str, int, str]] = Counter()
         self._collectives: dict[tuple[str, str], Counted] = {}
         # The rest is the loop's own.
         self._of_request: dict[int, Ticket] = {}
         self._before: SchedulerStats | None = None  # of engines that have failed
-        self._plans: Counter[tuple[str, int, str]] = Counter()
         self._reading: Future[list[Any]] | None = None
         self._has_clocks, self._num_unread = False, 0
         self._read_at = self._restarted_at = -math.inf

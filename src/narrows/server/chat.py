@@ -9,13 +9,14 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.errors import ConfigError
-from narrows.server.answers import EventStream, JsonAnswer, unless_gone
+from narrows.server.answers import JsonAnswer
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid, refused
 from narrows.server.events import Arguments, Content, Event, Reasoning, ToolCall, joined
@@ -25,6 +26,7 @@ from narrows.server.logprobs import chat_logprob
 from narrows.server.output import OutputParser
 from narrows.server.prompts import render_chat
 from narrows.server.reasoning import ReasoningSplit, begins_inside
+from narrows.server.respond import respond
 from narrows.server.running import Running
 from narrows.server.schema.chat import ChatRequest, NamedTool
 from narrows.server.state import ServerState, new_id, now
@@ -42,12 +44,8 @@ async def chat(state: ServerState, body: ChatRequest, request: Request) -> Respo
     """
     name = state.check_model(body.model)
     job = await asyncio.to_thread(_Job.of, state, body, name)
-    timeout_s = state.options.request_timeout_s
-    running = state.running()
-    running.submit(job.generations, "messages")
-    if body.stream:
-        return EventStream(_stream(job, running), timeout_s=timeout_s, close=running.close)
-    return await unless_gone(request, _whole(job, running), timeout_s=timeout_s, close=running.close)
+    stream = partial(_stream, job) if body.stream else None
+    return await respond(state, request, job.generations, "messages", stream=stream, whole=partial(_whole, job))
 
 
 @dataclass(frozen=True, slots=True)

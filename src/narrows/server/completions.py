@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,12 +14,13 @@ from starlette.responses import Response
 
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams, TokenScore
-from narrows.server.answers import EventStream, JsonAnswer, unless_gone
+from narrows.server.answers import JsonAnswer
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid, refused
 from narrows.server.forms import asked_form, make_guide
 from narrows.server.guides import GrammarGuide
 from narrows.server.logprobs import LogprobColumns
+from narrows.server.respond import respond
 from narrows.server.running import Running
 from narrows.server.schema.completions import CompletionRequest
 from narrows.server.state import ServerState, new_id, now
@@ -39,12 +41,8 @@ async def complete(state: ServerState, body: CompletionRequest, request: Request
     """
     name = state.check_model(body.model)
     job = await asyncio.to_thread(_Job.of, state, body, name)
-    timeout_s = state.options.request_timeout_s
-    running = state.running()
-    running.submit(job.generations, "prompt")
-    if body.stream:
-        return EventStream(_stream(job, running), timeout_s=timeout_s, close=running.close)
-    return await unless_gone(request, _whole(job, running), timeout_s=timeout_s, close=running.close)
+    stream = partial(_stream, job) if body.stream else None
+    return await respond(state, request, job.generations, "prompt", stream=stream, whole=partial(_whole, job))
 
 
 @dataclass(frozen=True, slots=True)
