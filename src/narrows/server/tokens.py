@@ -44,6 +44,13 @@ def tokenize(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
 
 
 def detokenize(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:
-    """The text of ids, special tokens spelled out."""
+    """The text of ids, special tokens spelled out.
+
+    Raises:
+        ApiError: an id that the model does not have.
+    """
     state.check_model(body.model)
+    if (largest := max(body.tokens, default=0)) >= state.model.vocab_size:
+        message = f"token id {largest} is outside the model's vocabulary of {state.model.vocab_size}"
+        raise invalid(f"tokens: {message}", "tokens")
     return {"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from narrows.sched.limits import MOST_PRIORITY
 from narrows.sched.sampling import MAX_LOGPROBS
 
 __all__ = [
@@ -89,7 +90,7 @@ class GenerationFields(Body):
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=256)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31, description="lower runs earlier")
+    priority: int | None = Field(default=None, ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="lower runs earlier")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_regex: str | None = Field(default=None, max_length=10_000)

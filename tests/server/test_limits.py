@@ -1,0 +1,276 @@
+"""What is refused, with which status, field and way out; and that whatever ends an answer ends its generations."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from server_lab import Lab, error_of
+
+from narrows.errors import ConfigError
+from narrows.sched.serving import Health, QueueFull, Unavailable
+from narrows.server.options import ServerOptions
+
+
+def post(of: Lab, path: str, body: Any, **options: Any) -> httpx.Response:
+    return asyncio.run(of.post(path, body, **options))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": 10**30}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 7}, "stop"),
+        ({"seed": "x"}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"priority": 1000}, "priority"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "regex", "pattern": "("}}, "response_format.pattern"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"max_tokens": 600}, None),
+    ],
+)
+def test_a_wrong_field_is_named(plain: Lab, path: str, fields: dict[str, Any], param: str | None) -> None:
+    prompt = {"prompt": "hi"} if "chat" not in path else {"messages": [{"role": "user", "content": "hi"}]}
+    answer = post(plain, path, prompt | fields)
+    error = error_of(answer)
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error", error
+    assert param is None or error["param"] == param, error
+    assert not plain.backend.submitted
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": [[]]}, "prompt"),
+        ("/v1/completions", {"prompt": [5, "a"]}, "prompt"),
+        ("/v1/completions", {"prompt": [2048]}, "prompt"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
+        ("/v1/completions", {"prompt": "x", "best_of": 3}, "best_of"),
+        ("/v1/completions", {"prompt": ["x"] * 20, "n": 100}, "n"),
+        ("/v1/chat/completions", {}, "messages"),
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, None),
+        ("/v1/chat/completions", {"messages": [{"role": "king", "content": "x"}]}, None),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": []}, None),
+        ("/tokenize", {}, None),
+        ("/detokenize", {"tokens": [2048]}, "tokens"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+    ],
+)
+def test_what_each_route_needs(plain: Lab, path: str, body: dict[str, Any], param: str | None) -> None:
+    answer = post(plain, path, body)
+    if param is None and answer.status_code == 200:
+        return  # allowed, e.g. no tools at all
+    error = error_of(answer)
+    assert answer.status_code == 400 and (param is None or (error["param"] or "").startswith(param)), error
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "body"),
+        (b"{", "not JSON"),
+        (b"\xff", "JSON"),
+        (b"[1]", "must be a JSON object"),
+        (b'{"prompt": "x", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": ' + b"[" * 100_000, "JSON"),
+    ],
+)
+def test_bodies_that_are_no_json(plain: Lab, content: bytes, said: str) -> None:
+    async def send() -> httpx.Response:
+        async with plain.client() as client:
+            headers = {"content-type": "application/json"}
+            return await client.post("/v1/completions", content=content, headers=headers)
+
+    answer = asyncio.run(send())
+    assert answer.status_code == 400 and said in error_of(answer)["message"]
+
+
+def test_bodies_are_json_or_refused(plain: Lab) -> None:
+    async def send(kind: str | None) -> httpx.Response:
+        async with plain.client() as client:
+            headers = {} if kind is None else {"content-type": kind}
+            return await client.post("/v1/completions", content=b'{"prompt": "x", "max_tokens": 1}', headers=headers)
+
+    for kind in ("text/plain", "application/x-www-form-urlencoded", None):
+        answer = asyncio.run(send(kind))
+        assert answer.status_code == 415 and "Content-Type: application/json" in error_of(answer)["message"]
+    assert asyncio.run(send("application/json; charset=utf-8")).status_code == 200
+
+
+def test_routes_methods_and_models_that_are_not_there(plain: Lab) -> None:
+    async def get(path: str, method: str = "GET") -> httpx.Response:
+        async with plain.client() as client:
+            return await client.request(method, path)
+
+    for path, method, status in (
+        ("/v1/engines", "GET", 404),
+        ("/v1/models/none", "GET", 404),
+        ("/v1/completions", "GET", 405),
+        ("/health", "DELETE", 405),
+    ):
+        answer = asyncio.run(get(path, method))
+        assert answer.status_code == status and error_of(answer)["message"]
+    answer = post(plain, "/v1/completions", {"prompt": "x", "model": "gpt-9"})
+    assert answer.status_code == 404 and error_of(answer)["code"] == "model_not_found"
+
+
+def test_only_keys_come_in(make_lab: Callable[..., Lab]) -> None:
+    of = make_lab(ServerOptions(api_keys=("one", "two")))
+    for headers, status in (
+        ({}, 401),
+        ({"Authorization": "Bearer three"}, 401),
+        ({"Authorization": "Basic one"}, 401),
+        ({"Authorization": "Bearer"}, 401),
+        ({"Authorization": "Bearer two"}, 200),
+        ({"Authorization": "bearer one"}, 200),
+    ):
+        answer = post(of, "/v1/completions", {"prompt": "x", "max_tokens": 1}, headers=headers)
+        assert answer.status_code == status
+        assert status == 200 or error_of(answer)["type"] == "authentication_error"
+
+    async def look() -> list[int]:
+        async with of.client() as client:
+            return [(await client.get(path)).status_code for path in ("/health", "/metrics", "/v1/models")]
+
+    assert asyncio.run(look()) == [200, 401, 401]
+    with pytest.raises(ConfigError, match="API key"):
+        ServerOptions(api_keys=("",))
+
+
+def test_what_the_backend_refuses_is_said_with_its_status(plain: Lab) -> None:
+    plain.backend.refuse = QueueFull("9 generations wait already", 6.2)
+    answer = post(plain, "/v1/completions", {"prompt": "x"})
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "7"
+    assert error_of(answer)["type"] == "rate_limit_error"
+    plain.backend.refuse = Unavailable("the ranks are starting")
+    assert post(plain, "/v1/completions", {"prompt": "x"}).status_code == 503
+    plain.backend.refuse = ConfigError("the request needs KV cache for 900 tokens")
+    assert error_of(post(plain, "/v1/completions", {"prompt": "x"}))["param"] == "prompt"
+    plain.backend.refuse = None
+    plain.backend.ready = Health(ready=False, detail="nothing was heard of rank 1 for 3.0 s")
+
+    async def health() -> httpx.Response:
+        async with plain.client() as client:
+            return await client.get("/health")
+
+    answer = asyncio.run(health())
+    assert answer.status_code == 503 and "rank 1" in error_of(answer)["message"]
+
+
+def test_when_one_text_of_many_is_refused_none_runs(plain: Lab) -> None:
+    real, refused = plain.backend.submit, QueueFull("full", 1.0)
+
+    def submit(generation: Any, deliver: Any) -> int:
+        if len(plain.backend.submitted) == 2:
+            raise refused
+        return real(generation, deliver)
+
+    plain.backend.gate.clear()
+    plain.backend.submit = submit  # type: ignore[method-assign]
+    assert post(plain, "/v1/completions", {"prompt": "x", "n": 3}).status_code == 429
+    assert sorted(plain.backend.aborted) == [0, 1] and plain.backend.num_live == 0
+    plain.backend.gate.set()
+
+
+def test_an_engine_that_fails_is_an_error_of_the_answer(plain: Lab) -> None:
+    plain.backend.fail_after = 2
+    answer = post(plain, "/v1/completions", {"prompt": "x", "max_tokens": 9})
+    assert answer.status_code == 500 and "rank 1 died" in error_of(answer)["message"]
+    *pieces, last = asyncio.run(plain.events("/v1/completions", {"prompt": "x", "max_tokens": 9}))
+    assert "rank 1 died" in last["error"]["message"] and "[DONE]" not in pieces
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_takes_too_long_ends_with_its_generations(make_lab: Callable[..., Lab], stream: bool) -> None:
+    of = make_lab(ServerOptions(request_timeout_s=0.2))
+    of.backend.gate.clear()
+    start = time.monotonic()
+    answer = post(of, "/v1/completions", {"prompt": "x", "n": 2, "stream": stream})
+    assert time.monotonic() - start < 2
+    if stream:
+        assert "--request-timeout" in answer.text
+    else:
+        assert answer.status_code == 504 and "0.2 s" in error_of(answer)["message"]
+    assert sorted(of.backend.aborted) == [0, 1]
+    of.backend.gate.set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_goes_away_ends_its_generations(
+    served: Any, eventually: Callable[[Callable[[], bool]], None], path: str, stream: bool
+) -> None:
+    backend = served.lab.backend
+    before = len(backend.aborted)
+    backend.gate.clear()
+    prompt = {"prompt": "hi"} if "chat" not in path else {"messages": [{"role": "user", "content": "hi"}]}
+    body = json.dumps(prompt | {"n": 3, "stream": stream}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as sock:
+        sock.sendall(head.encode() + body)
+        eventually(lambda: backend.num_live == 3)
+    eventually(lambda: len(backend.aborted) == before + 3 and backend.num_live == 0)
+    backend.gate.set()
+
+
+def test_large_bodies_are_refused_before_or_while_they_come(served: Any) -> None:
+    def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * 10_000
+
+    for content in (b" " * 200_000, chunks()):
+        try:
+            answer = httpx.post(
+                f"{served.url}/v1/completions", content=content, headers={"content-type": "application/json"}
+            )
+        except (httpx.WriteError, httpx.ReadError):
+            continue  # it had answered and hung up before all was sent
+        assert answer.status_code == 413 and "100000 bytes at most" in error_of(answer)["message"]
+
+
+def test_a_body_that_does_not_come_ends(make_lab: Callable[..., Lab]) -> None:
+    of = make_lab(ServerOptions(request_timeout_s=0.2))
+
+    async def stalls() -> httpx.Response:
+        async def slow() -> Any:
+            yield b"{"
+            await asyncio.sleep(5)
+
+        async with of.client() as client:
+            return await client.post("/v1/completions", content=slow(), headers={"content-type": "application/json"})
+
+    start = time.monotonic()
+    answer = asyncio.run(stalls())
+    assert answer.status_code == 408 and time.monotonic() - start < 3
