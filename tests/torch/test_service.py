@@ -266,3 +266,16 @@ def test_health_sees_a_step_that_does_not_end(
     assert caller.wait().finish_reason == "error" and "has not ended" in caller.updates[-1].error
     eventually(lambda: service.health().ready)
     assert service.health().num_restarts == 1
+
+
+def test_an_abort_frees_pages_within_one_step(
+    serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Worker.step
+    monkeypatch.setattr(Worker, "step", lambda self, *args: time.sleep(0.1) or real(self, *args))
+    service = serve()
+    caller = Caller(service, asked((1, 2), 60))
+    eventually(lambda: service.stats().kv_pages_used > 0)
+    service.abort(caller.number)
+    eventually(lambda: not service.stats().kv_pages_used, 0.3)
+    assert caller.wait().finish_reason == "abort" and len(caller.tokens) < 60
