@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -26,11 +24,11 @@ from narrows.server.logprobs import chat_logprob
 from narrows.server.output import OutputParser
 from narrows.server.prompts import render_chat
 from narrows.server.reasoning import ReasoningSplit, begins_inside
-from narrows.server.respond import respond
+from narrows.server.respond import Job, respond
 from narrows.server.running import Running
 from narrows.server.schema.chat import ChatRequest, NamedTool
 from narrows.server.state import ServerState, new_id, now
-from narrows.server.usage import Count, usage
+from narrows.server.usage import Count
 from narrows.text import GeneratedText
 
 __all__ = ["chat"]
@@ -43,54 +41,37 @@ async def chat(state: ServerState, body: ChatRequest, request: Request) -> Respo
         ApiError: it cannot be served.
     """
     name = state.check_model(body.model)
-    job = await asyncio.to_thread(_Job.of, state, body, name)
-    stream = partial(_stream, job) if body.stream else None
-    return await respond(state, request, job.generations, "messages", stream=stream, whole=partial(_whole, job))
+    job = await asyncio.to_thread(_job, state, body, name)
+    return await respond(state, request, job, "messages", stream=_stream, whole=_whole)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What a body comes to: one generation for each choice."""
-
-    body: ChatRequest
-    head: dict[str, Any]
-    num_prompt_tokens: int
-    choices: list[_Choice]
-    generations: list[Generation]
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
-
-    @classmethod
-    def of(cls, state: ServerState, body: ChatRequest, name: str) -> _Job:
-        _check(state, body)
-        uses_tools = bool(body.tools) and body.tool_choice != "none"
-        prompt, ids = _prompt(state, body, uses_tools)
-        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        max_tokens = state.max_tokens(asked, None, len(ids), "messages")
-        if body.min_tokens is not None and body.min_tokens > max_tokens:
-            raise invalid(f"min_tokens is {body.min_tokens}, but max_tokens {max_tokens}", "min_tokens")
-        state.check_amount(1, body.num_choices)
-        inside = state.reasons and begins_inside(prompt)
-        forms, param = _forms(state, body, uses_tools)
-        sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-        choices, generations = [], []
-        for index in range(body.num_choices):
-            guide = make_guide(state, forms, param, reasoning=state.reasons, inside=inside) if forms else None
-            choices.append(_Choice(state, body, index, uses_tools, inside, guide))
-            generations.append(
-                Generation(
-                    prompt=ids,
-                    max_tokens=max_tokens,
-                    end_ids=state.end_ids(body),
-                    sampling=ServerState.of_choice(sampling, index),
-                    priority=body.priority or 0,
-                    guide=guide,
-                )
+def _job(state: ServerState, body: ChatRequest, name: str) -> _Job:
+    """What a body comes to."""
+    _check(state, body)
+    uses_tools = bool(body.tools) and body.tool_choice != "none"
+    prompt, ids = _prompt(state, body, uses_tools)
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    max_tokens = state.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
+    state.check_amount(1, body.num_choices)
+    inside = state.reasons and begins_inside(prompt)
+    forms, param = _forms(state, body, uses_tools)
+    sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    choices, generations = [], []
+    for index in range(body.num_choices):
+        guide = make_guide(state, forms, param, reasoning=state.reasons, inside=inside) if forms else None
+        choices.append(_Choice(state, body, index, uses_tools, inside, guide))
+        generations.append(
+            Generation(
+                prompt=ids,
+                max_tokens=max_tokens,
+                end_ids=state.end_ids(body),
+                sampling=ServerState.of_choice(sampling, index),
+                priority=body.priority or 0,
+                guide=guide,
             )
-        head = {"id": new_id("chatcmpl"), "created": now(), "model": name}
-        return cls(body, head, len(ids), choices, generations)
+        )
+    head = {"id": new_id("chatcmpl"), "created": now(), "model": name}
+    return Job(body, head, len(ids), choices, generations)
 
 
 def _check(state: ServerState, body: ChatRequest) -> None:
@@ -229,17 +210,7 @@ class _Choice:
         return events, logprobs
 
 
-async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice], None]:
-    """The choices that have something new, until all have ended."""
-    async with aclosing(running.updates()) as updates:
-        async for inbox in updates:
-            new: dict[int, _Choice] = {}
-            for index, update in inbox:
-                choice = job.choices[index]
-                if choice.take(update):
-                    running.abort(index)
-                new[index] = choice
-            yield list(new.values())
+_Job = Job[ChatRequest, _Choice]
 
 
 async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
@@ -253,7 +224,7 @@ async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any],
 
     for choice in job.choices:
         yield chunk(choice, {"role": "assistant", "content": ""}, [], None)
-    async with aclosing(_updates(job, running)) as updates:
+    async with aclosing(job.updates(running)) as updates:
         async for choices in updates:
             for choice in choices:
                 events, logprobs = choice.take_events()
@@ -280,7 +251,7 @@ def _delta(event: Event) -> dict[str, Any]:
 async def _whole(job: _Job, running: Running) -> Response:
     events: list[list[Event]] = [[] for _ in job.choices]
     logprobs: list[list[dict[str, Any]]] = [[] for _ in job.choices]
-    async with aclosing(_updates(job, running)) as updates:
+    async with aclosing(job.updates(running)) as updates:
         async for choices in updates:
             for choice in choices:
                 new, scores = choice.take_events()

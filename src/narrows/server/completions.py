@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -20,11 +18,11 @@ from narrows.server.errors import invalid, refused
 from narrows.server.forms import asked_form, make_guide
 from narrows.server.guides import GrammarGuide
 from narrows.server.logprobs import LogprobColumns
-from narrows.server.respond import respond
+from narrows.server.respond import Job, respond
 from narrows.server.running import Running
 from narrows.server.schema.completions import CompletionRequest
 from narrows.server.state import ServerState, new_id, now
-from narrows.server.usage import Count, usage
+from narrows.server.usage import Count
 from narrows.text import GeneratedText
 
 __all__ = ["complete"]
@@ -40,49 +38,32 @@ async def complete(state: ServerState, body: CompletionRequest, request: Request
         ApiError: it cannot be served.
     """
     name = state.check_model(body.model)
-    job = await asyncio.to_thread(_Job.of, state, body, name)
-    stream = partial(_stream, job) if body.stream else None
-    return await respond(state, request, job.generations, "prompt", stream=stream, whole=partial(_whole, job))
+    job = await asyncio.to_thread(_job, state, body, name)
+    return await respond(state, request, job, "prompt", stream=_stream, whole=_whole)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What a body comes to. ``generations`` are by prompt, then by choice; none, if only prompts are echoed."""
-
-    body: CompletionRequest
-    head: dict[str, Any]
-    num_prompt_tokens: int
-    choices: list[_Choice]
-    generations: list[Generation]
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
-
-    @classmethod
-    def of(cls, state: ServerState, body: CompletionRequest, name: str) -> _Job:
-        _check(body)
-        prompts = [_encode(state, body, prompt) for prompt in body.prompts]
-        state.check_amount(len(prompts), body.num_choices)
-        longest = max(len(prompt) for prompt in prompts)
-        max_tokens = state.max_tokens(body.max_tokens, _DEFAULT_TOKENS, longest, "prompt")
-        if body.min_tokens is not None and body.min_tokens > max_tokens:
-            raise invalid(f"min_tokens is {body.min_tokens}, but max_tokens {max_tokens}", "min_tokens")
-        form = asked_form(body)
-        scored = body.logprobs if body.echo else None
-        sampling = state.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored)
-        choices: list[_Choice] = []
-        generations: list[Generation] = []
-        end_ids = state.end_ids(body)
-        runs = bool(max_tokens) or scored is not None
-        for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
-            for choice in range(body.num_choices):
-                guide = make_guide(state, [form[0]], form[1]) if form and max_tokens else None
-                echoed = text if isinstance(text, str) else None
-                choices.append(_Choice(state, body, len(choices), at, prompt, echoed, guide))
-                generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, guide))
-        head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
-        return cls(body, head, sum(map(len, prompts)), choices, generations if runs else [])
+def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
+    """What a body comes to."""
+    _check(body)
+    prompts = [_encode(state, body, prompt) for prompt in body.prompts]
+    state.check_amount(len(prompts), body.num_choices)
+    longest = max(len(prompt) for prompt in prompts)
+    max_tokens = state.max_tokens(body.max_tokens, body.min_tokens, _DEFAULT_TOKENS, longest, "prompt")
+    form = asked_form(body)
+    scored = body.logprobs if body.echo else None
+    sampling = state.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored)
+    choices: list[_Choice] = []
+    generations: list[Generation] = []
+    end_ids = state.end_ids(body)
+    runs = bool(max_tokens) or scored is not None
+    for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
+        for choice in range(body.num_choices):
+            guide = make_guide(state, [form[0]], form[1]) if form and max_tokens else None
+            echoed = text if isinstance(text, str) else None
+            choices.append(_Choice(state, body, len(choices), at, prompt, echoed, guide))
+            generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, guide))
+    head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
+    return Job(body, head, sum(map(len, prompts)), choices, generations if runs else [])
 
 
 def _check(body: CompletionRequest) -> None:
@@ -206,17 +187,14 @@ class _Choice:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
+_Job = Job[CompletionRequest, _Choice]
+
+
 async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice], None]:
-    """The choices that have something new, until all have ended."""
-    async with aclosing(running.updates()) as updates:
-        async for inbox in updates:
-            new: dict[int, _Choice] = {}
-            for index, update in inbox:
-                choice = job.choices[index]
-                if choice.take(update):
-                    running.abort(index)
-                new[index] = choice
-            yield list(new.values())
+    """The choices that have something new; all of them at once, if prompts are echoed and nothing runs."""
+    async with aclosing(job.updates(running)) as updates:
+        async for choices in updates:
+            yield choices
     if not job.generations:
         for choice in job.choices:
             choice.end("length")

@@ -1,40 +1,89 @@
-"""A request's generations, submitted and answered as a stream or as a whole. Knows neither chats nor completions."""
+"""A body as the generations it comes to, answered as a stream or as a whole. Knows neither chats nor completions."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.server.answers import EventStream, unless_gone
-from narrows.server.backend import Generation
+from narrows.server.backend import Generation, Update
 from narrows.server.running import Running
+from narrows.server.schema.common import GenerationFields
 from narrows.server.state import ServerState
+from narrows.server.usage import Count, usage
 
-__all__ = ["respond"]
+__all__ = ["Choice", "Job", "respond"]
+
+
+class Choice(Protocol):
+    """One text on its way."""
+
+    @property
+    def count(self) -> Count:
+        """Its tokens so far."""
+        ...
+
+    def take(self, update: Update) -> bool:
+        """Take an update in; whether nobody wants more of this text."""
+        ...
+
+
+BodyT = TypeVar("BodyT", bound=GenerationFields)
+ChoiceT = TypeVar("ChoiceT", bound=Choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[BodyT, ChoiceT]):
+    """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run."""
+
+    body: BodyT
+    head: dict[str, Any]
+    """What every piece of the answer begins with."""
+    num_prompt_tokens: int
+    choices: list[ChoiceT]
+    generations: list[Generation]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Its tokens, as the API spells them."""
+        return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
+
+    async def updates(self, running: Running) -> AsyncGenerator[list[ChoiceT], None]:
+        """The choices that have something new, until all have ended."""
+        async with aclosing(running.updates()) as updates:
+            async for inbox in updates:
+                new: dict[int, ChoiceT] = {}
+                for index, update in inbox:
+                    new[index] = self.choices[index]
+                    if new[index].take(update):
+                        running.abort(index)
+                yield list(new.values())
 
 
 async def respond(
     state: ServerState,
     request: Request,
-    generations: Sequence[Generation],
+    job: Job[BodyT, ChoiceT],
     param: str,
     *,
-    stream: Callable[[Running], AsyncGenerator[dict[str, Any], None]] | None,
-    whole: Callable[[Running], Coroutine[Any, Any, Response]],
+    stream: Callable[[Job[BodyT, ChoiceT], Running], AsyncGenerator[dict[str, Any], None]],
+    whole: Callable[[Job[BodyT, ChoiceT], Running], Coroutine[Any, Any, Response]],
 ) -> Response:
-    """The answer; whatever ends it, the generations are ended with it.
+    """The answer, as ``stream`` or ``whole`` makes it; whatever ends it, the generations are ended with it.
 
-    ``stream``: None: the answer is wanted as a whole. ``param``: the field that is wrong if the backend refuses.
+    ``param``: the field that is wrong if the backend refuses a generation.
 
     Raises:
         ApiError: the backend takes none of them, or the time is over.
     """
     timeout_s = state.options.request_timeout_s
     running = state.running()
-    running.submit(generations, param)
-    if stream is not None:
-        return EventStream(stream(running), timeout_s=timeout_s, close=running.close)
-    return await unless_gone(request, whole(running), timeout_s=timeout_s, close=running.close)
+    running.submit(job.generations, param)
+    if job.body.stream:
+        return EventStream(stream(job, running), timeout_s=timeout_s, close=running.close)
+    return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)

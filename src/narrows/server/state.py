@@ -116,11 +116,11 @@ class ServerState:
         eos = frozenset() if body.ignore_eos else self.model.eos_ids
         return eos | frozenset(body.stop_token_ids or ())
 
-    def max_tokens(self, asked: int | None, default: int | None, longest: int, param: str) -> int:
+    def max_tokens(self, asked: int | None, least: int | None, default: int | None, longest: int, param: str) -> int:
         """How many tokens may be generated after a prompt of ``longest``; ``default`` None: as many as fit.
 
         Raises:
-            ApiError: 400, more than the context holds.
+            ApiError: 400, more than the context holds, or fewer than ``least``, the body's ``min_tokens``.
         """
         context = self.model.max_context
         room = context - longest
@@ -131,9 +131,10 @@ class ServerState:
                 "shorten the prompt or ask for fewer"
             )
             raise invalid(message, param, "context_length_exceeded")
-        if asked is not None:
-            return asked
-        return room if default is None else min(default, room)
+        most = asked if asked is not None else room if default is None else min(default, room)
+        if least is not None and least > most:
+            raise invalid(f"min_tokens is {least}, but max_tokens {most}", "min_tokens")
+        return most
 
     def sampling(
         self, body: GenerationFields, *, logprobs: int | None = None, prompt_logprobs: int | None = None
