@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-__all__ = ["ServerProcess", "eventually"]
+__all__ = ["ServerProcess", "events", "eventually"]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:

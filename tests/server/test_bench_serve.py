@@ -46,13 +46,19 @@ class Slow:
         if length == 9:
             return JSONResponse({"error": {"message": "no room"}}, status_code=429)
 
+        def chunk(text: str, **more: Any) -> str:
+            choice = {"delta": {"content": text}} if "messages" in body else {"text": text}
+            return f"data: {json.dumps({'choices': [choice | more], 'usage': None})}\n\n"
+
         async def pieces() -> Any:
+            if "messages" in body:
+                yield chunk("", delta={"role": "assistant", "content": ""})
             for _ in range(body["max_tokens"]):
                 await asyncio.sleep(PAUSE_S)
-                choice = {"delta": {"content": "x"}} if "messages" in body else {"text": "x"}
-                yield f"data: {json.dumps({'choices': [choice], 'usage': None})}\n\n"
+                yield chunk('"text": "" ')
                 if length == 10:
                     return
+            yield chunk("", finish_reason="length", **({"delta": {}} if "messages" in body else {}))
             usage = {"prompt_tokens": length, "completion_tokens": body["max_tokens"]}
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
@@ -99,6 +105,12 @@ def test_failures_are_counted_shown_and_end_in_another_exit_code(
 ) -> None:
     found = bench(slow, capsys, "--input-length", length, code=1)["figures"]
     assert found["errors"] == {said: 6} and found["completed"] == 0 and found["ttft_ms"]["mean"] is None
+
+
+def test_the_key_is_not_told(slow: Slow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--input-length", "8", "--api-key", "hush"]
+    monkeypatch.setattr("sys.argv", ["narrows", "bench", "serve", *options])
+    assert bench(slow, capsys, *options)["command"] == "narrows bench serve --input-length 8 --api-key ***"
 
 
 def test_requests_come_at_their_rate(slow: Slow, capsys: pytest.CaptureFixture[str]) -> None:

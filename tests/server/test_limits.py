@@ -52,15 +52,14 @@ def post(of: Lab, path: str, body: Any, **options: Any) -> httpx.Response:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "regex", "pattern": "("}}, "response_format.pattern"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
-        ({"max_tokens": 600}, None),
     ],
 )
-def test_a_wrong_field_is_named(plain: Lab, path: str, fields: dict[str, Any], param: str | None) -> None:
+def test_a_wrong_field_is_named(plain: Lab, path: str, fields: dict[str, Any], param: str) -> None:
     prompt = {"prompt": "hi"} if "chat" not in path else {"messages": [{"role": "user", "content": "hi"}]}
     answer = post(plain, path, prompt | fields)
     error = error_of(answer)
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", error
-    assert param is None or error["param"] == param, error
+    assert error["param"] == param, error
     assert not plain.backend.submitted
 
 
@@ -77,21 +76,18 @@ def test_a_wrong_field_is_named(plain: Lab, path: str, fields: dict[str, Any], p
         ("/v1/completions", {"prompt": ["x"] * 20, "n": 100}, "n"),
         ("/v1/chat/completions", {}, "messages"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, None),
-        ("/v1/chat/completions", {"messages": [{"role": "king", "content": "x"}]}, None),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": 7, "content": "x"}]}, "messages.0.role"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": []}, None),
-        ("/tokenize", {}, None),
+        ("/tokenize", {}, "prompt"),
         ("/detokenize", {"tokens": [2048]}, "tokens"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
     ],
 )
-def test_what_each_route_needs(plain: Lab, path: str, body: dict[str, Any], param: str | None) -> None:
+def test_what_each_route_needs(plain: Lab, path: str, body: dict[str, Any], param: str) -> None:
     answer = post(plain, path, body)
-    if param is None and answer.status_code == 200:
-        return  # allowed, e.g. no tools at all
     error = error_of(answer)
-    assert answer.status_code == 400 and (param is None or (error["param"] or "").startswith(param)), error
+    assert answer.status_code == 400 and (error["param"] or "").startswith(param), error
 
 
 @pytest.mark.parametrize(
@@ -246,18 +242,14 @@ def test_a_client_that_goes_away_ends_its_generations(
 
 
 def test_large_bodies_are_refused_before_or_while_they_come(served: Any) -> None:
-    def chunks() -> Any:
-        for _ in range(20):
-            yield b" " * 10_000
-
-    for content in (b" " * 200_000, chunks()):
-        try:
-            answer = httpx.post(
-                f"{served.url}/v1/completions", content=content, headers={"content-type": "application/json"}
-            )
-        except (httpx.WriteError, httpx.ReadError):
-            continue  # it had answered and hung up before all was sent
-        assert answer.status_code == 413 and "100000 bytes at most" in error_of(answer)["message"]
+    """Sent by hand: a client that is answered while it still sends may not get to read the answer."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    chunk = b"2710\r\n" + b" " * 10_000 + b"\r\n"
+    for sent in (b"Content-Length: 200000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 11):
+        with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=10) as sock:
+            sock.sendall(head + sent)
+            answer = sock.recv(100_000)
+        assert answer.startswith(b"HTTP/1.1 413 ") and b"100000 bytes at most" in answer
 
 
 def test_a_body_that_does_not_come_ends(make_lab: Callable[..., Lab]) -> None:

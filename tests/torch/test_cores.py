@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from narrows.arch.presets import load_model_config
 from narrows.comm import Launch, cores
-from narrows.engine import machine_fit
 from narrows.engine.machine_fit import fit
-from narrows.errors import ConfigError
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.sets(st.integers(0, 60), min_size=1, max_size=24))
@@ -40,17 +38,28 @@ def test_shares_fill_the_cores_once_or_nobody_has_one(places: int, threads: int,
 def test_ranks_come_before_threads(
     monkeypatch: pytest.MonkeyPatch, model: str, room: int, dp: int, expected: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(machine_fit, "num_cores", lambda: room)
+    monkeypatch.setattr(cores, "num_cores", lambda: room)
     config = load_model_config(model)
-    assert fit(config, dp=dp, tp=None, threads=None, on_gpu=False, launch=None) == expected
-    assert fit(config, dp=dp, tp=1, threads=None, on_gpu=False, launch=None)[1] == max(room // dp, 1)
-    assert fit(config, dp=dp, tp=3, threads=5, on_gpu=False, launch=None) == (3, 5)
+    assert fit(config, dp=dp, tp=None, threads=None, run_on="cpu", launch=None) == expected
+    assert fit(config, dp=dp, tp=1, threads=None, run_on="cpu", launch=None)[1] == max(room // dp, 1)
+    assert fit(config, dp=dp, tp=3, threads=5, run_on="cpu", launch=None) == (3, 5)
 
 
-def test_several_hosts_have_to_agree() -> None:
-    launch = Launch.of_nodes(size=2, num_nodes=2, node=0, address="10.0.0.1", port=1)
-    with pytest.raises(ConfigError, match="--tp auto is for ranks on one host"):
-        fit(load_model_config("deepseek-v3"), dp=1, tp=None, threads=None, on_gpu=False, launch=launch)
+def test_gpus_are_counted_where_ranks_run_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "num_cards", lambda: 4)
+    assert fit(load_model_config("deepseek-v3"), dp=1, tp=None, threads=None, run_on="cuda", launch=None) == (4, 1)
+
+
+def test_ranks_that_others_started_are_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "num_cores", lambda: 6)
+    config = load_model_config("deepseek-v3")
+    launch = Launch.of_nodes(size=4, num_nodes=2, node=0, address="10.0.0.1", port=1)
+    assert fit(config, dp=1, tp=None, threads=None, run_on="cpu", launch=launch) == (4, 3)
+    assert fit(config, dp=2, tp=None, threads=None, run_on="cpu", launch=launch) == (2, 3)
+    started = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    launch = Launch.of_torchrun(started | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}, size=None)
+    assert launch is not None and launch.size == 8
+    assert fit(config, dp=2, tp=None, threads=None, run_on="cpu", launch=launch) == (4, 3)
 
 
 def test_a_rank_is_kept_on_its_cores() -> None:

@@ -279,3 +279,17 @@ def test_an_abort_frees_pages_within_one_step(
     service.abort(caller.number)
     eventually(lambda: not service.stats().kv_pages_used, 0.3)
     assert caller.wait().finish_reason == "abort" and len(caller.tokens) < 60
+
+
+def test_a_step_may_take_longer_the_longer_its_texts_are(tiny_model: TinyModel) -> None:
+    resolved = resolve(EngineConfig(model=str(tiny_model("v3")), dtype="float32", max_context=2000))
+    with Engine(resolved) as engine:
+        engine.add((1,) * 1900, 1)
+        step = engine.push()
+        assert step is not None and step.plan.shape.context == 1024
+        assert step.expected_s == pytest.approx(step.plan.seconds * 1900 / 1024)
+        engine.take()
+        engine.add((1, 2), 1)
+        step = engine.push()
+        assert step is not None and step.expected_s == step.plan.seconds
+        engine.take()

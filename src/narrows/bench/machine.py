@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from narrows.comm.cores import num_cores
 from narrows.native import why_absent
 
 __all__ = ["machine", "proportional_memory", "versions"]
@@ -32,7 +33,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": info.get("model name", platform.processor() or platform.machine()),
         "features": [name for name in _FEATURES if name in flags],
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "memory_gib": round(int(memory) / (1 << 20), 1),
         **({"gpus": gpus} if gpus else {}),
         "system": f"{platform.system()} {platform.release()}",

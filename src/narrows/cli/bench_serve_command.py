@@ -89,9 +89,12 @@ def run(args: argparse.Namespace) -> int:
     if not vocab_size and not target.chat:
         notes.print("prompts are words: the server does not say its vocabulary's size (--vocab-size)", markup=False)
     warm = [replace(ask, at_s=0.0) for ask in asks[: args.warmup]]
-    for answer in send_all(target, warm, concurrency=1, seed=args.seed + 1, progress=lambda done: None):
+    warmed = send_all(target, warm, concurrency=1, seed=args.seed + 1, progress=lambda done: None)
+    for answer in warmed:
         if answer.error:
             raise ConfigError(f"a request before the load failed: {answer.error}")
+    if len(warmed) < len(warm):
+        raise KeyboardInterrupt
     with Progress(console=notes, transient=True) as bar:
         task = bar.add_task("requests", total=len(asks))
         answers = send_all(
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "model": target.model,
         "load": {name: _plain(getattr(args, name)) for name in _LOAD} | {"requests": len(asks)},
         "server": {"version": info.get("version"), **{k: served.get(k) for k in ("mesh", "layout", "dtype", "ranks")}},
-        "command": shlex.join(["narrows", *sys.argv[1:]]),
+        "command": _without(args.api_key, shlex.join(["narrows", *sys.argv[1:]])),
         "machine": where,
         "figures": _plain(asdict(found)),
     }
@@ -235,6 +238,10 @@ def _save(answers: list[Answer], file: str) -> None:
                 out.write(json.dumps(row) + "\n")
     except OSError as error:
         raise ConfigError(f"--save-requests {file} cannot be written: {error}") from None
+
+
+def _without(secret: str, text: str) -> str:
+    return text.replace(secret, "***") if secret else text
 
 
 def _plain(value: object) -> object:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")
-    if Launch.of_torchrun(os.environ, size=int(os.environ.get("WORLD_SIZE", 1))) is not None:
+    if Launch.of_torchrun(os.environ, size=None) is not None:
         raise ConfigError("eval starts its ranks itself, on one host: run it without torchrun")
     asked = EngineConfig(model=args.model, **engine_options(args, **limit_options(args)))
     files = _files(args, asked.model)

@@ -37,6 +37,7 @@ _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fiel
 _SERVER = {name: field.default for name, field in ServerOptions.__dataclass_fields__.items()}
 _KEY_VARIABLE = "NARROWS_API_KEY"
 _MB = 1024 * 1024
+_DAY_S = 24 * 60 * 60
 _RANKS = "processes"
 """What ranks are here: HTTP and tokenizing have a process of their own."""
 
@@ -131,9 +132,14 @@ def _say_to_stderr() -> None:
 
 
 def _options(args: argparse.Namespace) -> ServerOptions:
-    for flag, value, least in (("--drain-timeout", args.drain_timeout, 0), ("--max-queue", args.max_queue, 1)):
-        if not value >= least:
-            raise ConfigError(f"{flag} is {value:g}; it must be at least {least}")
+    for flag, value, least, most in (
+        ("--drain-timeout", args.drain_timeout, 0, _DAY_S),
+        ("--request-timeout", args.request_timeout, 0.001, _DAY_S),
+        ("--max-body-mb", args.max_body_mb, 0.001, 1 << 20),
+        ("--max-queue", args.max_queue, 1, 1 << 30),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"{flag} is {value:g}; it must be between {least:g} and {most}")
     keys = args.api_key or [key for key in [os.environ.get(_KEY_VARIABLE)] if key]
     return ServerOptions(
         api_keys=tuple(keys),

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``narrows verify``."""
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
-    if Launch.of_torchrun(os.environ, size=int(os.environ.get("WORLD_SIZE", 1))) is not None:
+    if Launch.of_torchrun(os.environ, size=None) is not None:
         raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
     asked = EngineConfig(model=args.model, **engine_options(args))
     report = verify(asked, _token_ids(args, asked.model), num_decode=args.steps, layouts=args.layout or ())

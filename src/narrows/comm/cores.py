@@ -1,4 +1,4 @@
-"""The cores of this host: how many this process may use, and which of them a rank gets for itself.
+"""What this host has for ranks: cores that this process may use, and GPUs; and which cores a rank gets for itself.
 
 Knows the affinity of this process, and places of ranks on their host; not what is computed there.
 """
@@ -8,12 +8,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-__all__ = ["num_cores", "pin", "share_of"]
+from narrows.comm.device import num_cards
+
+__all__ = ["num_cores", "num_threads", "pin", "room", "share_of"]
 
 
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(_allowed())
+
+
+def room(run_on: str) -> int:
+    """Ranks that this host has a place for: a core or a GPU each."""
+    return num_cores() if run_on == "cpu" else num_cards()
+
+
+def num_threads(run_on: str, num_ranks: int) -> int:
+    """Threads of each of ``num_ranks`` ranks on this host: their part of the cores; one where a GPU does the work."""
+    return max(num_cores() // num_ranks, 1) if run_on == "cpu" else 1
 
 
 def share_of(cores: Sequence[int], place: int, num_places: int, num_threads: int) -> tuple[int, ...]:

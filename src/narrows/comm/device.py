@@ -9,7 +9,7 @@ import torch
 
 from narrows.errors import ConfigError
 
-__all__ = ["card_name", "finished", "num_cards", "rank_device"]
+__all__ = ["card_name", "finished", "is_done_when_called", "num_cards", "rank_device"]
 
 
 def card_name() -> str:
@@ -49,6 +49,11 @@ def rank_device(run_on: str, place: int) -> torch.device:
     found = torch.device(run_on, place)
     torch.cuda.set_device(found)
     return found
+
+
+def is_done_when_called(run_on: str) -> bool:
+    """Whether an operation is over when its call returns, so that a clock around the call measures it."""
+    return run_on == "cpu"
 
 
 def finished(device: torch.device) -> None:

@@ -54,6 +54,11 @@ class Launch:
     run: str = ""
 
     @property
+    def num_here(self) -> int:
+        """Ranks on this host."""
+        return self.places if self.by_torchrun else len(self.ranks)
+
+    @property
     def hosts(self) -> bool:
         """Whether this process is the host: it schedules, and hands out calls."""
         return 0 in self.ranks
@@ -79,8 +84,10 @@ class Launch:
         )
 
     @classmethod
-    def of_torchrun(cls, environment: Mapping[str, str], *, size: int) -> Launch | None:
+    def of_torchrun(cls, environment: Mapping[str, str], *, size: int | None) -> Launch | None:
         """The process that torchrun started, by its environment; None if it did not.
+
+        ``size``: ranks of the mesh; None: as many as it has started.
 
         Raises:
             ConfigError: it started another number of processes than the mesh has ranks.
@@ -88,6 +95,7 @@ class Launch:
         if not all(name in environment for name in _TORCHRUN):
             return None
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        size = world if size is None else size
         if world != size:
             raise ConfigError(
                 f"torchrun started {world} processes, but the mesh has {size} ranks: make --nnodes x --nproc-per-node "

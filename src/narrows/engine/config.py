@@ -153,9 +153,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     check_executable(config)
     if asked.run_on not in RUN_ON:
         raise ConfigError(f"--run-on {asked.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
-    tp, threads = fit(
-        config, dp=asked.dp, tp=asked.tp, threads=asked.threads, on_gpu=asked.run_on == "cuda", launch=asked.launch
-    )
+    tp, threads = fit(config, dp=asked.dp, tp=asked.tp, threads=asked.threads, run_on=asked.run_on, launch=asked.launch)
     asked = replace(asked, tp=tp, threads=threads)
     if asked.load_format not in LOAD_FORMATS:
         raise ConfigError(f"load format {asked.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")

@@ -33,6 +33,7 @@ from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
+from narrows.sched.serving import Generation
 from narrows.weights.source import WeightSource
 
 __all__ = ["Engine", "StepInFlight"]
@@ -48,6 +49,13 @@ class StepInFlight:
     batch: Batch
     plan: Plan
     future: Future[list[StepResult]]
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds that it may take by its plan's price. Plans are priced at one context; attention grows with the
+        longest that the batch really has, and nothing grows faster."""
+        longest = max(chunk.start + len(chunk.tokens) for group in self.batch.groups for chunk in group)
+        return self.plan.seconds * max(1.0, longest / self.plan.shape.context)
 
 
 class Engine:
@@ -103,43 +111,45 @@ class Engine:
         priority: int = 0,
         guide: Guide | None = None,
     ) -> Request:
-        """Queue a prompt: :meth:`request` and the scheduler's ``add`` in one."""
-        request = self.request(prompt, max_tokens, eos_ids, sampling, priority=priority, guide=guide)
+        """Queue a prompt; the arguments are a :class:`~narrows.sched.serving.Generation`'s.
+
+        Raises:
+            ConfigError: as :meth:`request`.
+        """
+        request = self.request(
+            Generation(
+                prompt=prompt,
+                max_tokens=max_tokens,
+                end_ids=eos_ids,
+                sampling=sampling,
+                priority=priority,
+                guide=guide,
+            )
+        )
         self.scheduler.add(request)
         return request
 
-    def request(
-        self,
-        prompt: tuple[int, ...],
-        max_tokens: int,
-        eos_ids: frozenset[int] = frozenset(),
-        sampling: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        guide: Guide | None = None,
-    ) -> Request:
+    def request(self, asked: Generation) -> Request:
         """A request that can run here and waits for nothing yet. Any thread may ask for one.
 
         Without a seed of its own, a request that draws gets one.
-        ``priority``: lower runs earlier. ``guide``: what may be generated, token by token.
-
-        ``max_tokens`` 0, with ``sampling.prompt_logprobs``: score the prompt and generate nothing.
 
         Raises:
             ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).
         """
-        self._check_ids(prompt)
-        self._check_sampling(sampling, guide)
+        self._check_ids(asked.prompt)
+        self._check_sampling(asked.sampling, asked.guide)
+        sampling = asked.sampling
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request = Request(
             id=next(self._ids),
-            prompt=prompt,
-            max_tokens=max_tokens,
-            eos_ids=eos_ids,
+            prompt=asked.prompt,
+            max_tokens=asked.max_tokens,
+            eos_ids=asked.end_ids,
             sampling=sampling,
-            priority=priority,
-            guide=guide,
+            priority=asked.priority,
+            guide=asked.guide,
         )
         self.scheduler.check(request)
         return request

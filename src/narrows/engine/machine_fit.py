@@ -9,34 +9,30 @@ from __future__ import annotations
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import check_mesh
-from narrows.comm.cores import num_cores
-from narrows.comm.device import num_cards
+from narrows.comm.cores import num_threads, room
 from narrows.comm.launch import Launch
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 
 __all__ = ["fit"]
 
-_MOST_RANKS = 8
-"""Per group. More were never measured on one host; who has the cores can ask for them."""
+_CHOICES = (8, 4, 2)
+"""Ranks per group, the best first. More were never measured on one host; who has the cores can ask for them."""
 
 
 def fit(
-    config: ModelConfig, *, dp: int, tp: int | None, threads: int | None, on_gpu: bool, launch: Launch | None
+    config: ModelConfig, *, dp: int, tp: int | None, threads: int | None, run_on: str, launch: Launch | None
 ) -> tuple[int, int]:
     """Ranks per group and threads per rank; what is not None stays as it is.
 
-    Raises:
-        ConfigError: ``tp`` is left open for ranks on several hosts, which have to agree.
+    Processes that others have started (``launch``) are as many ranks as there are of them.
     """
-    if launch is not None and tp is None:
-        raise ConfigError("--tp auto is for ranks on one host: say how many there are, the same on every host")
+    if tp is None and launch is not None:
+        tp = launch.size // max(dp, 1)
     if tp is None:
-        room = num_cards() if on_gpu else num_cores()
-        tp = next((n for n in (8, 4, 2) if n <= _MOST_RANKS and n * dp <= room and _fits(config, dp, n)), 1)
+        tp = next((n for n in _CHOICES if n * dp <= room(run_on) and _fits(config, dp, n)), 1)
     if threads is None:
-        here = len(launch.ranks) if launch is not None and not launch.by_torchrun else max(dp * tp, 1)
-        threads = 1 if on_gpu else max(num_cores() // here, 1)
+        threads = num_threads(run_on, launch.num_here if launch is not None else max(dp * tp, 1))
     return tp, threads
 
 

@@ -20,11 +20,12 @@ from dataclasses import fields, replace
 from time import monotonic
 from typing import Any
 
+from narrows.comm.device import is_done_when_called
 from narrows.engine.collective_clock import CollectiveClock, Counted, added
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine, StepInFlight
 from narrows.engine.service_info import describe
-from narrows.engine.tickets import Ticket, request_of, tell
+from narrows.engine.tickets import Ticket, tell
 from narrows.engine.trouble import stuck_s, trouble
 from narrows.errors import RankError
 from narrows.plan.book import bucket
@@ -52,18 +53,10 @@ class EngineService:
     Args:
         max_queue: generations that may wait for a place; more are refused.
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
-        make_engine: starts the ranks, again after a failure.
     """
 
-    def __init__(
-        self,
-        resolved: Resolved,
-        *,
-        max_queue: int = 1024,
-        restart: bool = True,
-        make_engine: Callable[[Resolved], Engine] = Engine,
-    ) -> None:
-        self._resolved, self._max_queue, self._restart, self._make_engine = resolved, max_queue, restart, make_engine
+    def __init__(self, resolved: Resolved, *, max_queue: int, restart: bool) -> None:
+        self._resolved, self._max_queue, self._restart = resolved, max_queue, restart
         self._engine: Engine | None = None
         self._thread = threading.Thread(target=self._serve, name="narrows serves", daemon=True)
         # What follows is shared with callers, under this lock.
@@ -78,7 +71,7 @@ class EngineService:
         self._tickets: dict[int, Ticket] = {}
         self._ends: deque[float] = deque(maxlen=_RATE_OF)
         self._scheduled: SchedulerStats | None = None
-        self._oldest: tuple[float, float] | None = None  # the oldest step in flight: since when, predicted seconds
+        self._oldest: tuple[float, float] | None = None  # the oldest step in flight: since when, and seconds expected
         self._plans: Counter[tuple[str, int, str]] = Counter()
         self._collectives: dict[tuple[str, str], Counted] = {}
         # The rest is the loop's own.
@@ -102,7 +95,7 @@ class EngineService:
             ConfigError, CheckpointError: the model cannot be loaded.
             RankError: a rank did not start.
         """
-        self._begin(self._make_engine(self._resolved))
+        self._begin(Engine(self._resolved))
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
@@ -133,10 +126,10 @@ class EngineService:
             Draining, Unavailable: nothing is taken now.
         """
         engine = self._taking()
-        request = request_of(engine, generation)  # outside the lock: it may be long
+        request = engine.request(generation)  # outside the lock: it may be long
         with self._changed:
             if (taking := self._taking()) is not engine:  # ranks were started anew meanwhile
-                request = request_of(taking, generation)
+                request = taking.request(generation)
             number, self._num_taken = self._num_taken, self._num_taken + 1
             ticket = Ticket(number, generation, deliver, request)
             self._tickets[number] = ticket
@@ -285,7 +278,7 @@ class EngineService:
     def _time_oldest(self, engine: Engine) -> None:
         oldest = engine.in_flight[0] if engine.in_flight else None
         with self._changed:
-            self._oldest = (monotonic(), oldest.plan.seconds) if oldest else None
+            self._oldest = (monotonic(), oldest.expected_s) if oldest else None
 
     def _publish(self, engine: Engine) -> None:
         """The scheduler's numbers for whoever asks from another thread."""
@@ -325,13 +318,15 @@ class EngineService:
     # --- failures
 
     def _begin(self, engine: Engine) -> None:
-        """Serve with this engine from now on."""
-        self._has_clocks = self._resolved.asked.run_on == "cpu" and self._resolved.mesh.size > 1
+        """Serve with this engine from now on; it is closed with the service, whatever happens here."""
+        with self._changed:
+            self._engine = engine
+        self._has_clocks = is_done_when_called(self._resolved.asked.run_on) and self._resolved.mesh.size > 1
         if self._has_clocks:
             engine.instrument(CollectiveClock)
         self._reading, self._num_unread = None, 0
         with self._changed:
-            self._engine, self._not_ready, self._oldest = engine, "", None
+            self._not_ready, self._oldest = "", None
         self._publish(engine)
 
     def _recover(self, error: Exception) -> None:
@@ -356,14 +351,15 @@ class EngineService:
                 raise RankError(reason)
             _LOG.warning("the ranks are started again; %d generations that waited will run there", len(waiting))
             self._restarted_at = monotonic()
-            self._begin(self._make_engine(self._resolved))
+            engine = Engine(self._resolved)
+            self._begin(engine)
         except Exception as final:
             self._fail_for_good(" ".join(str(final).split()) or type(final).__name__, waiting)
             return
         with self._changed:
             self._num_restarts += 1
             for ticket in waiting:  # one that nobody wants any more is found among them by its number
-                ticket.request = request_of(self._engine, ticket.generation)  # type: ignore[arg-type]
+                ticket.request = engine.request(ticket.generation)
             self._arrived[:0] = waiting
         _LOG.warning("the ranks are ready again")
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from narrows.engine.core import Engine
 from narrows.sched.scheduler import Request
 from narrows.sched.serving import Generation, Update
 
-__all__ = ["Ticket", "request_of", "tell"]
+__all__ = ["Ticket", "tell"]
 
 _LOG = logging.getLogger("narrows.engine")
 
@@ -41,22 +40,6 @@ class Ticket:
             num_cached_prompt=request.num_cached_prompt,
             finish_reason=request.finish_reason,
         )
-
-
-def request_of(engine: Engine, generation: Generation) -> Request:
-    """A generation as a request of this engine.
-
-    Raises:
-        ConfigError: it can never run there.
-    """
-    return engine.request(
-        generation.prompt,
-        generation.max_tokens,
-        generation.end_ids,
-        generation.sampling,
-        priority=generation.priority,
-        guide=generation.guide,
-    )
 
 
 def tell(ticket: Ticket, update: Update) -> None:

@@ -35,14 +35,15 @@ class QueueFull(NarrowsError):  # noqa: N818 - a state of the server
 class Generation:
     """One text to generate. ``max_tokens`` 0, with ``sampling.prompt_logprobs``: the prompt is scored, and that is all.
 
-    ``end_ids`` end the text and are its last token. ``priority``: lower runs earlier; equal ones first come, first
-    served. ``guide``: what may be generated, token by token; None: anything.
+    ``end_ids`` end the text and are its last token. ``sampling``: how tokens are chosen; None: the best one.
+    ``priority``: lower runs earlier; equal ones first come, first served. ``guide``: what may be generated, token by
+    token; None: anything.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int
     end_ids: frozenset[int] = frozenset()
-    sampling: SamplingParams
+    sampling: SamplingParams | None = None
     priority: int = 0
     guide: Guide | None = None
 

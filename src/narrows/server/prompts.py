@@ -40,6 +40,10 @@ def render_chat(
         raise refused(error, "messages") from error
 
 
+_MUST_SAY = frozenset({"system", "developer", "user", "tool"})
+"""Roles whose messages are nothing without content; an assistant's may be calls of tools alone."""
+
+
 def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, Any]:
     values = message.model_dump(exclude_none=True)
     if message.role == "developer":
@@ -51,6 +55,9 @@ def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, 
                 raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server reads text parts only", where)
         values["content"] = "".join(part.text or "" for part in message.content)
     elif message.content is None:
+        if message.role in _MUST_SAY:
+            where = f"messages.{at}.content"
+            raise invalid(f"{where}: a message of role {message.role!r} needs content", where)
         values["content"] = ""
     if message.tool_calls and not arguments_as_text:
         values["tool_calls"] = [_with_object(call) for call in message.tool_calls]

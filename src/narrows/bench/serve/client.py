@@ -7,7 +7,9 @@ parsed only where a count or an error stands in them, so that the client takes l
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from narrows.bench.serve.workload import Ask, prompt_ids
 from narrows.errors import ConfigError
 
 __all__ = ["Target", "look_at", "send_all"]
+
+_SILENT = re.compile(rb'"choices":\s*\[\]|"delta":\s*\{\}|"(?:content|text)":\s*""')
+"""What stands in a chunk without text. Inside of a text, quotes have a backslash before them."""
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not")
 
@@ -105,6 +110,7 @@ def send_all(
     """
     aiohttp = _aiohttp()
     answers: list[Answer | None] = [None] * len(asks)
+    done = itertools.count(1)
 
     async def run() -> None:
         places = asyncio.Semaphore(concurrency or len(asks))
@@ -120,7 +126,7 @@ def send_all(
                     await asyncio.sleep(wait)
                 async with places:
                     answers[number] = await _send(session, f"{target.url}{target.path}", bodies[number])
-                progress(sum(answer is not None for answer in answers))
+                progress(next(done))
 
             await asyncio.gather(*(one(number) for number in range(len(asks))))
 
@@ -170,8 +176,8 @@ async def _send(session: Any, url: str, body: bytes) -> Answer:
 
 
 def _speaks(data: bytes) -> bool:
-    """Whether a chunk brings text: a chat's first one only says whose turn it is."""
-    return b'"choices":[]' not in data and b'"role":"assistant","content":""' not in data
+    """Whether a chunk brings text: a chat's first one only says whose turn it is, its last one why it ends."""
+    return _SILENT.search(data) is None
 
 
 def _has_text(chunk: dict[str, Any]) -> bool:
