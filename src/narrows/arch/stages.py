@@ -49,6 +49,8 @@ class PriceClass(StrEnum):
     COMMUNICATION = "communication"
     LM_HEAD = "lm_head"
     SAMPLE = "sample"
+    HOST = "host"
+    """Beside the walk of the plan: handing the step to the ranks, its inputs, its result. No stage's."""
 
 
 class RowSet(StrEnum):

@@ -75,17 +75,39 @@ class Probe:
 
         What is brought lies where this world sends from, and has just been written, as a stage leaves it.
         """
-        rows = self._rows(nbytes, dtype)
-        counts = deal(rows, len(self._ranks))
-        brought = counts[self.world.rank] if op == "all_gather" else rows
-        xs = [self.world.send_buffer(brought, _WIDTH, dtype).fill_(1) for _ in range(repeats)]
+        return self._exchange(op, self._ranks, self._rows(nbytes, dtype), dtype, repeats)
+
+    def exchange(self, op: str, axes: tuple[int, int], nbytes: int, dtype: torch.dtype, repeats: int) -> float:
+        """As :meth:`collective`, among the ranks along these axes of the mesh, all such groups at once, and also a
+        ``column_gather``; what is gathered lies in memory of its own, as a row stage leaves it."""
+        ranks = self.world.mesh.group(self.world.rank, *axes)
+        rows = max(1, round(nbytes / (_WIDTH * dtype.itemsize)))
+        return self._exchange(op, ranks, rows, dtype, repeats, lent=op in ("all_reduce", "reduce_scatter"))
+
+    def _exchange(
+        self, op: str, ranks: tuple[int, ...], rows: int, dtype: torch.dtype, repeats: int, *, lent: bool = True
+    ) -> float:
+        counts, me = deal(rows, len(ranks)), ranks.index(self.world.rank)
+        widths = deal(_WIDTH, len(ranks)) if op == "column_gather" else (_WIDTH,) * len(ranks)
+        shape = counts[me] if op == "all_gather" else rows, widths[me]
+
+        def brought() -> Tensor:
+            return (self.world.send_buffer(*shape, dtype) if lent else torch.empty(shape, dtype=dtype)).fill_(1)
 
         def call(x: Tensor) -> object:
             if op == "all_gather":
-                return self.world.all_gather([x], self._ranks, counts, "bench")
-            return getattr(self.world, op)(x, self._ranks, counts, "bench")
+                return self.world.all_gather([x], ranks, counts, "bench")
+            if op == "column_gather":
+                return self.world.column_gather(x, ranks, widths, "bench")
+            return getattr(self.world, op)(x, ranks, counts, "bench")
 
-        return self._mean([partial(call, x) for x in xs])
+        return self._mean([partial(call, x) for x in [brought() for _ in range(repeats)]])
+
+    def add(self, nbytes: int, repeats: int) -> float:
+        """To add two tensors into a new one: ``nbytes`` read and written in all; the mean of ``repeats``."""
+        size = max(nbytes // 6, 1)
+        a, b = (torch.ones(size, dtype=torch.bfloat16, device=self.world.device) for _ in range(2))
+        return self._mean([lambda: a + b] * repeats)
 
     def join_gloo(self, file: str) -> None:
         """Meet the other ranks in ``torch.distributed``'s own gloo group, through a file that all can reach."""

@@ -29,6 +29,7 @@ _COMMANDS = (
         "run tasks under layouts, and compare accuracy and distributions with one rank",
     ),
     ("bench", "narrows.cli.bench_command", "measure layers, collectives, throughput and latency, variants in turns"),
+    ("calibrate", "narrows.cli.calibrate_command", "measure this machine's prices, which plans then rest on"),
     ("convert", "narrows.cli.convert_command", "make a checkpoint folder from a GGUF file, or the demo model"),
 )
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
-from narrows.cost.devices import Device, device
+from narrows.cost.devices import Device
+from narrows.cost.profile import find_device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
@@ -31,7 +32,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows plan``."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a preset such as deepseek-v3, a checkpoint folder, or a config.json")
-    add("--device", required=True, metavar="NAME", help="what one rank is: h20, h100, h200, b200, a100, cpu-core ...")
+    add(
+        "--device",
+        required=True,
+        metavar="NAME",
+        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or a profile's file (narrows calibrate)",
+    )
     add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
     add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
     add("--rows", type=int, required=True, metavar="N", help="tokens of the step, over all groups")
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     mesh = _mesh(args, notes)
     config = load_model_config(args.model)
     layouts = _layouts(args, config, mesh, notes)
-    hardware = device(args.device)
+    hardware = find_device(args.device)
     dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
     deployment = Deployment(
         config=config,

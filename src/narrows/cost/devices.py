@@ -2,7 +2,8 @@
 
 A device is plain data; it knows no operation and no model. Peaks are dense. Fitted figures are of one published profile
 (DeepSeek-V3 on H20), assumed ones say so, and only ``cpu-core`` was measured by this project. A measured machine is
-``dataclasses.replace`` of one of these: prices are cached by the whole device, so it gets its own.
+``dataclasses.replace`` of one of these with its tables (`profile`): prices are cached by the whole device, so it gets
+its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from narrows.cost.measured import Measured
 from narrows.errors import ConfigError
 
 __all__ = ["DEVICES", "CollectiveSource", "Device", "device", "device_of_card"]
@@ -71,6 +73,8 @@ class Device:
     """Of a small kernel inside a CUDA graph."""
     gemm_launch_s: float = 5.7e-6
     """Of a GEMM priced by roofline; measured times include theirs."""
+    measured: Measured | None = None
+    """Tables of this very machine (:mod:`narrows.cost.profile`); what they lack is priced by the figures above."""
     sources: tuple[tuple[str, str], ...]
     """Where each group of figures comes from: (group, text)."""
     notes: str = ""

@@ -7,18 +7,19 @@ A stage costs its largest rank's rows. A collective on a device whose ranks need
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
 from narrows.cost.collectives import collective_price
 from narrows.cost.devices import Device
 from narrows.cost.gemm import gemm_price, grouped_gemm_price
 from narrows.cost.kernels import attention_price, norm_price, stream_price
+from narrows.cost.measured import AXES, Measured
 from narrows.cost.price import ZERO, Price, Source
 from narrows.errors import ConfigError
 from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
 
-__all__ = ["PHASES", "Pricer", "StepPrice", "StepShape"]
+__all__ = ["NOTHING", "PHASES", "Pricer", "StepPrice", "StepShape"]
 
 PHASES = ("prefill", "decode")
 _WEIGHT_BYTES = {"fp8": 1, "int8": 1, "int8-weight-only": 1, "bf16": 2, "fp32": 4}
@@ -97,6 +98,10 @@ class StepPrice:
         return StepPrice(self.ps + other.ps, self.rows, self.nbytes, max(self.source, other.source))
 
 
+NOTHING = StepPrice(0, 0, 0, Source.MEASURED)
+"""The price of nothing."""
+
+
 class Pricer:
     """Prices steps of one shape on one device.
 
@@ -113,11 +118,40 @@ class Pricer:
         """One stage that reads its fields at ``layout``; ``fused``: a norm that adds the residual on the way."""
         rows = self._rows(row_set, layout)
         work = stage.plain_work if stage.plain_work and not fused else stage.work
-        price, nbytes = ZERO, 0.0
+        price, nbytes = self._composed(work, rows)
+        if self.device.measured is not None and rows:
+            price = self._measured(self.device.measured, stage.price_class, work, rows) or price
+        return StepPrice(price.ps, rows, round(nbytes), price.source)
+
+    def _composed(self, work: tuple[Work, ...], rows: int) -> tuple[Price, float]:
+        """The price of each item of a stage's work, one after the other, and the bytes that they move."""
+        measured, price, nbytes = self.device.measured, ZERO, 0.0
         for item in work:
             item_price, item_bytes = self._work(item, rows)
+            if measured is not None and rows:
+                found = measured.item(item, self.dtype, rows, self.shape.phase, self._attended(rows))
+                item_price = found or item_price
             price, nbytes = price + item_price, nbytes + item_bytes
-        return StepPrice(price.ps, rows, round(nbytes), price.source)
+        return price, nbytes
+
+    def _measured(self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int) -> Price | None:
+        """As the stage was measured on this machine; or as its nearest like was, in proportion to their work."""
+        phase, attended = self.shape.phase, self._attended(rows)
+        if (found := measured.stage(price_class, work, self.dtype, rows, phase, attended)) is not None:
+            return found
+        like = measured.nearest(price_class, work, self.dtype)
+        seen = like and measured.stage(price_class, like, self.dtype, rows, phase, attended)
+        if not like or not seen:
+            return None
+        ratio = self._composed(work, rows)[0].seconds / self._composed(like, rows)[0].seconds
+        return Price(seen.seconds * ratio, Source.SCALED)
+
+    def step(self) -> StepPrice:
+        """What a step costs beside the walk of its plan: handing it to the ranks, its inputs, its result. Nothing where
+        the device has no measurement of it."""
+        rows = self.shape.rows.total
+        price = self.device.measured.step(self.shape.phase, rows) if self.device.measured is not None else None
+        return StepPrice(price.ps, rows, 0, price.source) if price is not None else NOTHING
 
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         """One move of fields with ``row_bytes`` bytes per row in all; ``nbytes`` is what the collective carries."""
@@ -133,7 +167,11 @@ class Pricer:
         else:
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
-        price = collective_price(self.device, op, n, nbytes, graph=self.graph)
+        price = None
+        if self.device.measured is not None and nbytes:
+            axis = AXES[0] if prod(self.mesh.sizes[move.last :]) == 1 else AXES[1]
+            price = self.device.measured.collective(move.kind.value, n, axis, nbytes)
+        price = price or collective_price(self.device, op, n, nbytes, graph=self.graph)
         return StepPrice(price.ps, rows, nbytes, price.source)
 
     def _rows(self, row_set: RowSet, layout: Layout) -> int:
@@ -163,7 +201,9 @@ class Pricer:
 
     def _streamed(self, rows: int, row_bytes: int) -> StepPrice:
         """One pass over ``rows`` rows that reads and writes ``row_bytes`` of each."""
-        price = stream_price(self.device, rows * row_bytes)
+        nbytes = rows * row_bytes
+        price = self.device.measured.copy(nbytes) if self.device.measured is not None and nbytes else None
+        price = price or stream_price(self.device, nbytes)
         return StepPrice(price.ps, rows, rows * row_bytes, price.source)
 
     def _work(self, item: Work, rows: int) -> tuple[Price, float]:
@@ -191,13 +231,23 @@ class Pricer:
             return self.dtype
         return "fp32" if precision == "float32_sums" and self.device.shared_memory else "bf16"
 
+    def _attended(self, rows: int) -> float:
+        """Tokens of context that each of ``rows`` rows of a group attends to, on average."""
+        context = self.shape.context
+        if self.shape.phase == "decode":
+            return context
+        return context / 2 if rows >= context else context - rows / 2
+
     def _attention(self, item: AttentionCore, rows: int) -> tuple[Price, float]:
         context, size = self.shape.context, self.itemsize
         if self.shape.phase == "decode":
             pairs, kv_rows, dims = rows * context, rows * context, item.decode_dims
         else:
-            attended = context / 2 if rows >= context else context - rows / 2
-            pairs, kv_rows, dims = round(rows * attended), max(rows, context) if rows else 0, item.prefill_dims
+            pairs, kv_rows, dims = (
+                round(rows * self._attended(rows)),
+                max(rows, context) if rows else 0,
+                item.prefill_dims,
+            )
         kv_bytes = kv_rows * item.kv_row_bytes
         flops = 2 * pairs * item.heads * dims
         dtype = "bf16" if size == 2 else "fp32"

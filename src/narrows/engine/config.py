@@ -15,13 +15,12 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
 from narrows.checkpoints import model_path
-from narrows.comm.device import card_name
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_config import is_gguf
-from narrows.cost.devices import device, device_of_card
 from narrows.cost.memory import kv_token_bytes
 from narrows.cost.stage import StepShape
 from narrows.engine.machine_fit import fit
+from narrows.engine.prices import priced_for
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.models.registry import check_executable
@@ -59,9 +58,10 @@ class EngineConfig:
     """An engine as asked for.
 
     ``model``: a checkpoint folder, a built-in one's name (which becomes its folder), a ``.gguf`` file, or a preset.
-    ``run_on``: what ranks compute on. ``device``: the device that steps are priced for, by its name in the catalogue;
-    ``auto`` is the one they run on. ``ranks``: ``threads`` of this process, or ``processes``, with
-    ``threads`` torch threads each. ``timeout_s``: how long a rank that lives may keep the others waiting.
+    ``run_on``: what ranks compute on. ``device``: the device that steps are priced for, by its name in the catalogue or
+    by a profile's file; ``auto`` is the one they run on, by this user's profile of it where there is one. ``ranks``:
+    ``threads`` of this process, or ``processes``, with ``threads`` torch threads each. ``timeout_s``: how long a rank
+    that lives may keep the others waiting.
     ``rows_per_step``: most rows (tokens) in one step, all groups together. ``kv_tokens``: tokens of KV cache per
     attention group. ``checked``: collectives and shapes are compared between ranks at every step.
     """
@@ -175,10 +175,19 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     notes = list(config.notes)
     dtype, gemm_dtype = _dtype(asked, config, notes)
     gemm_dtype = _quantized(asked, gemm_dtype, notes)
+    device, said = priced_for(
+        asked.device,
+        run_on=asked.run_on,
+        ranks=asked.ranks,
+        several_hosts=asked.launch is not None and asked.launch.num_here < mesh.size,
+        num_ranks=mesh.size,
+        threads=threads,
+    )
+    notes += said
     deployment = Deployment(
         config=config,
         mesh=mesh,
-        device=device(_priced_for(asked)),
+        device=device,
         dtype=gemm_dtype,
         graph=False,  # steps are launched one by one
         want_logits=asked.want_logits,
@@ -219,19 +228,6 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
         raise ConfigError("ranks on several hosts, or started by torchrun, are processes: leave out --ranks threads")
     if asked.launch.size != mesh.size:
         raise ConfigError(f"the launch has {asked.launch.size} ranks, but the mesh {mesh} has {mesh.size}")
-
-
-def _priced_for(asked: EngineConfig) -> str:
-    """The catalogue's name of the device that steps are priced for."""
-    if asked.run_on == "cpu":
-        return "cpu-core" if asked.device == "auto" else asked.device
-    card = card_name()
-    if asked.device != "auto":
-        return asked.device
-    name = device_of_card(card)
-    if name is None:
-        raise ConfigError(f"there are no prices for {card!r} here; name the most similar device with --device")
-    return name
 
 
 def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from narrows.arch.stages import ENCODABLE, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
-from narrows.cost.stage import StepShape
+from narrows.cost.stage import NOTHING, StepPrice, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
 
@@ -101,17 +101,21 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Steps for a whole model on one mesh and one shape of step, under one named layout."""
+    """Steps for a whole model on one mesh and one shape of step, under one named layout.
+
+    ``host``: what the step costs beside the walk, the same whatever the plan; nothing where that was never measured.
+    """
 
     layout_name: str
     mesh: Mesh
     shape: StepShape
     segments: tuple[Segment, ...]
+    host: StepPrice = NOTHING
 
     @property
     def ps(self) -> int:
         """Predicted picoseconds of the whole step."""
-        return sum(step.ps * segment.times for segment in self.segments for step in segment.steps)
+        return self.host.ps + sum(step.ps * segment.times for segment in self.segments for step in segment.steps)
 
     @property
     def seconds(self) -> float:
@@ -131,6 +135,7 @@ class Plan:
     def totals(self) -> dict[PriceClass, float]:
         """Predicted seconds per price class, in the order of :class:`PriceClass`."""
         totals = dict.fromkeys(PriceClass, 0)
+        totals[PriceClass.HOST] = self.host.ps
         for segment in self.segments:
             for step in segment.steps:
                 totals[step.price_class] += step.ps * segment.times

@@ -100,7 +100,7 @@ class Planner:
             graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
         prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
         segments = Search(graph, prices).solve()
-        return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)
+        return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, host=prices.step())
 
 
 def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]]) -> Forms:

@@ -1,0 +1,186 @@
+"""``narrows calibrate``: measures this machine's prices and writes them to a profile. Parses, calls, writes, prints."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from narrows.bench.machine import machine
+from narrows.bench.profiling import Calibration, Grid, calibrate, figures_of
+from narrows.cli.console import console
+from narrows.comm.cores import num_cores
+from narrows.cost.devices import DEVICES
+from narrows.cost.here import Setting
+from narrows.cost.profile import Profile, profiles_folder, write_profile
+from narrows.engine.config import QUANTIZATIONS, EngineConfig
+from narrows.engine.prices import setting_of, world_name
+from narrows.errors import ConfigError
+
+__all__ = ["add_parser", "run"]
+
+WORLDS = ("shm", "threads", "gloo", "nccl")
+_MODELS = ("dsv3-mini", "dsv2-mini")
+_QUICK = Grid(
+    rows=(1, 4, 16, 64, 256, 1024),
+    logit_rows=(1, 16),
+    decode_rows=(1, 4, 16),
+    nbytes=(1 << 9, 1 << 13, 1 << 17, 1 << 21),
+    step_rows=(1, 64),
+    rounds=1,
+)
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows calibrate``."""
+    add = parser.add_argument
+    add(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"presets or folders whose stages are measured, with random weights (default: {' '.join(_MODELS)})",
+    )
+    add("--ranks", type=int, metavar="N", help="ranks in all, dp x tp (default: one per core or GPU)")
+    add("--threads", type=int, default=1, help="threads per rank (default %(default)s)")
+    add(
+        "--world",
+        choices=WORLDS,
+        default="shm",
+        help="how ranks exchange: processes of one host through shared memory (shm), threads of one process, processes "
+        "through gloo, or GPUs through nccl (default %(default)s)",
+    )
+    add("--dtype", default="bfloat16", help="of activations and weights: bfloat16 or float32 (default %(default)s)")
+    add("--quantization", choices=QUANTIZATIONS, default="none", help="of linear and expert weights (default none)")
+    add("--seconds", type=float, default=170.0, help="what it may take; the dearest is left out (default %(default)g)")
+    add("--quick", action="store_true", help="few points: seconds, and rougher prices")
+    add(
+        "--out",
+        metavar="FILE",
+        help="where the profile goes (default: among this user's profiles, see docs/profiles.md)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``narrows calibrate``."""
+    asked = _asked(args)
+    num_ranks = _num_ranks(args, asked.run_on)
+    setting = setting_of(
+        run_on=asked.run_on,
+        ranks=asked.ranks,
+        several_hosts=args.world == "gloo",
+        num_ranks=num_ranks,
+        threads=args.threads,
+    )
+    world = world_name(run_on=asked.run_on, ranks=asked.ranks, several_hosts=args.world == "gloo")
+    if world != args.world:
+        raise ConfigError(
+            f"--world {args.world} cannot be had here, ranks would exchange through {world}: there is no compiled code "
+            f"(docs/kernels.md); install a C++ compiler and narrows anew, or calibrate --world {world}"
+        )
+    where = machine()
+    models = tuple(args.models) or _MODELS
+    bar = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), console=console(stderr=True),
+        transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("starting ranks", total=1.0)
+        found = calibrate(
+            models,
+            asked,
+            num_ranks=num_ranks,
+            grid=_QUICK if args.quick else Grid(),
+            seconds=args.seconds,
+            progress=lambda what, share: bar.update(task, description=what, completed=share),
+        )
+    profile = _profile(args, setting, found, models, where["memory_gib"] * (1 << 30), where["date"])
+    path = Path(args.out) if args.out else profiles_folder() / f"{profile.device.name}.json"
+    write_profile(path, profile)
+    _print(profile, found, path)
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> EngineConfig:
+    if not args.seconds > 0:
+        raise ConfigError(f"--seconds is {args.seconds:g}; it must be more than 0")
+    if args.threads < 1:
+        raise ConfigError(f"--threads is {args.threads}; it must be at least 1")
+    return EngineConfig(
+        model=_MODELS[0],
+        layout="all-reduce",
+        dtype=args.dtype,
+        run_on="cuda" if args.world == "nccl" else "cpu",
+        device="cpu-core" if args.world != "nccl" else "auto",
+        ranks="threads" if args.world == "threads" else "processes",
+        threads=args.threads,
+        quantization=args.quantization,
+        load_format="dummy",
+        max_context=8192,
+    )
+
+
+def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
+    if args.ranks is None:
+        return max(num_cores() // args.threads, 1)
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks is {args.ranks}; it must be at least 1")
+    return int(args.ranks)
+
+
+def _profile(
+    args: argparse.Namespace, setting: Setting, found: Calibration, models: tuple[str, ...], memory: float, date: str
+) -> Profile:
+    words = [f"{setting.ranks}x{setting.threads}", setting.world]
+    words += [args.quantization] if args.quantization != "none" else []
+    words += ["fp32"] if args.dtype == "float32" else []
+    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory)
+    base = DEVICES["cpu-core"]
+    name = "-".join(words)
+    return Profile(
+        device=replace(
+            base, name=name, title=f"{setting.ranks} ranks of {setting.cpu}", measured=found.measured, **figures
+        ),
+        fits=setting,
+        made={
+            "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": shlex.join(["narrows", *sys.argv[1:]]),
+            "models": list(models),
+            "seconds": round(found.seconds, 1),
+            "left_out": list(found.skipped),
+        },
+        like="cpu-core",
+        figures=figures,
+    )
+
+
+def _print(profile: Profile, found: Calibration, path: Path) -> None:
+    out, measured = console(), found.measured
+    table = Table(title=f"{profile.device.title}: {found.seconds:.0f} s", title_justify="left", box=None)
+    for column, justify in (("what", "left"), ("tables", "right"), ("points", "right"), ("spread, median", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    spreads = sorted(point.spread for stage in measured.stages for point in stage.points)
+    points = len(spreads)
+    table.add_row("stages", str(len(measured.stages)), str(points), f"{spreads[points // 2]:.1%}")
+    exchanged = sorted(spread for each in measured.collectives for spread in each.spreads)
+    if exchanged:
+        middle = f"{exchanged[len(exchanged) // 2]:.1%}"
+        table.add_row("collectives", str(len(measured.collectives)), str(len(exchanged)), middle)
+    table.add_row(
+        "steps beside the walk", str(len(measured.steps)), str(sum(len(s.points) for s in measured.steps)), ""
+    )
+    out.print(table)
+    out.print(
+        f"products {found.flop_per_s / 1e9:.0f} GFLOP/s and reads {found.read_bytes_per_s / 1e9:.1f} GB/s per rank",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    for left_out in found.skipped:
+        out.print(f"left out, for want of time: {left_out}", markup=False, highlight=False)
+    out.print(f"profile: {path}", markup=False, highlight=False, soft_wrap=True)
+    used = f"used by generate, serve and bench on {profile.fits.ranks} such ranks here"
+    out.print(f"{used}, and by every command with --device {path}", markup=False, highlight=False, soft_wrap=True)

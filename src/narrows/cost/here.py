@@ -1,0 +1,93 @@
+"""What this machine is, in the words by which a profile says for what it was made. PURE: reads /proc and metadata.
+
+Knows the CPU, the cores this process may use and the versions of what is installed; measures nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from narrows.native import why_absent
+from narrows.native.library import sources_digest
+
+__all__ = ["CPU_FEATURES", "Setting", "cpu_facts", "here"]
+
+CPU_FEATURES = (
+    *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16"),
+)
+"""What the speed of CPU products depends on, by the names in /proc/cpuinfo."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """All that prices depend on beside models and row counts. An empty text or 0: prices hold whatever it is.
+
+    ``world``: how ranks exchange: ``shm``, ``threads``, ``gloo`` or ``nccl``; ``alone`` for one rank.
+    """
+
+    cpu: str = ""
+    features: str = ""
+    cores: int = 0
+    card: str = ""
+    ranks: int = 0
+    threads: int = 0
+    world: str = ""
+    narrows: str = ""
+    torch: str = ""
+    compiled_code: str = ""
+
+    def misfit(self, other: Setting) -> str:
+        """Where a profile made for this setting does not fit ``other``, in words; empty where it does."""
+        found = []
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine and mine != theirs:
+                found.append(f"{field.name.replace('_', ' ')} {mine!r} there, {theirs!r} here")
+        return "; ".join(found)
+
+    def document(self) -> dict[str, str | int]:
+        """As plain data, without what it leaves open."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+def here(*, ranks: int, threads: int, world: str, card: str = "") -> Setting:
+    """This machine, with so many ranks of so many threads that exchange through ``world``."""
+    cpu, features = cpu_facts()
+    return Setting(
+        cpu=cpu,
+        features=" ".join(features),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        card=card,
+        ranks=ranks,
+        threads=threads,
+        world="alone" if ranks == 1 else world,
+        narrows=_version("narrows"),
+        torch=_version("torch"),
+        compiled_code="none" if why_absent() else sources_digest()[:12],
+    )
+
+
+def cpu_facts() -> tuple[str, tuple[str, ...]]:
+    """The CPU's name, and which of CPU_FEATURES it has."""
+    info: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        info.setdefault(name.strip(), value.strip())
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    name = info.get("model name") or platform.processor() or platform.machine()
+    return name, tuple(feature for feature in CPU_FEATURES if feature in flags)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

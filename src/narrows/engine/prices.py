@@ -1,0 +1,96 @@
+"""Which device the steps of an engine are priced for: a named one, a profile, or what this machine has a profile of.
+
+Knows the catalogue, profiles and what ranks run on; prices nothing. A profile that is asked for by its file must be of
+this machine and version, since a plan would otherwise rest on prices that do not hold here; one that merely lies there
+is used where it fits, and where it does not, it is said why.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from narrows.comm.device import card_name
+from narrows.cost.devices import Device, device, device_of_card
+from narrows.cost.here import Setting, here
+from narrows.cost.profile import is_profile, profiles_folder, read_profile
+from narrows.errors import ConfigError
+from narrows.native import why_absent
+
+__all__ = ["calibrate_command", "priced_for", "setting_of", "world_name"]
+
+
+def world_name(*, run_on: str, ranks: str, several_hosts: bool) -> str:
+    """How ranks exchange, by the name that profiles use."""
+    if ranks == "threads":
+        return "threads"
+    if run_on == "cuda":
+        return "nccl"
+    return "gloo" if several_hosts or why_absent() else "shm"
+
+
+def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int) -> Setting:
+    """What a profile must have been made for to hold for such ranks here."""
+    return here(
+        ranks=num_ranks,
+        threads=threads,
+        world=world_name(run_on=run_on, ranks=ranks, several_hosts=several_hosts),
+        card=card_name() if run_on == "cuda" else "",
+    )
+
+
+def calibrate_command(setting: Setting) -> str:
+    """What makes a profile for ``setting``."""
+    threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
+    world = "" if setting.world in ("shm", "alone") else f" --world {setting.world}"
+    return f"narrows calibrate --ranks {setting.ranks}{threads}{world}"
+
+
+def priced_for(
+    name: str, *, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int
+) -> tuple[Device, list[str]]:
+    """The device, and notes on what its prices rest on.
+
+    Raises:
+        ConfigError: no such device; a profile of another machine or version; a GPU without prices.
+    """
+    if name != "auto" and not is_profile(name):
+        return device(name), []
+    setting = setting_of(run_on=run_on, ranks=ranks, several_hosts=several_hosts, num_ranks=num_ranks, threads=threads)
+    if name != "auto":
+        profile = read_profile(Path(name))
+        if misfit := profile.fits.misfit(setting):
+            raise ConfigError(
+                f"the profile {name} was made for something else ({misfit}), so its prices do not hold for these "
+                f"ranks; make one with: {calibrate_command(setting)} --out {name}"
+            )
+        return profile.device, [f"prices: the profile {name}, made {profile.made.get('date', 'at an unknown date')}"]
+    found, notes = _kept(setting)
+    if found is not None:
+        return found, notes
+    if run_on == "cpu":
+        return device("cpu-core"), notes
+    card = device_of_card(setting.card)
+    if card is None:
+        raise ConfigError(f"there are no prices for {setting.card!r} here; name the most similar device with --device")
+    return device(card), notes
+
+
+def _kept(setting: Setting) -> tuple[Device | None, list[str]]:
+    """The profile among this user's that fits best: the one that leaves the least open; or why those for as many ranks
+    do not fit."""
+    fitting, refused = [], []
+    for path in sorted(profiles_folder().glob("*.json")):
+        try:
+            profile = read_profile(path)
+        except ConfigError as error:
+            refused.append(f"not used: {error}")
+            continue
+        misfit = profile.fits.misfit(setting)
+        if not misfit:
+            fitting.append((len(profile.fits.document()), path.name, profile))
+        elif (profile.fits.ranks, profile.fits.world) == (setting.ranks, setting.world):
+            refused.append(f"the profile {path.name} is not used: {misfit}; anew: {calibrate_command(setting)}")
+    if not fitting:
+        return None, refused
+    _, file, profile = max(fitting, key=lambda one: one[:2])
+    return profile.device, [f"prices: the profile {file}, made {profile.made.get('date', 'at an unknown date')}"]
