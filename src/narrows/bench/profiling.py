@@ -1,76 +1,92 @@
-"""Measures a machine's prices: which stages over which rows, which collectives of which sizes, and what a step costs
-beside its walk; gives a profile.
+"""Measures a machine's prices: steps of plans as ranks walk them, and collectives alone; gives the tables of a profile.
 
-Knows probes on ranks, engines of few layers, and the tables that prices are looked up in; prints and writes nothing.
-Every table is gone through in rounds, so that a slow while of the machine falls on all of them, and the median counts.
+Knows engines of few layers, clocks around the steps of their plans, probes, and the tables that prices are looked up
+in; prints and writes nothing. Stages and collectives are timed where they run, in a walk: with cold caches, and with the
+waits that there are between ranks. A collective that no such plan makes is timed alone, and scaled by what the others
+cost in a walk against alone. Everything is gone through in rounds, so that a slow while of the machine falls on all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
-from math import ceil
+from math import prod
 from time import perf_counter
 from typing import Any
-
-import torch
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
-from narrows.arch.stages import AttentionCore, PriceClass, Stage, StageKind, Work
-from narrows.arch.weights import layer_weights
-from narrows.bench.stage_probe import StageProbe, StageWork, spans_of, stages_of
-from narrows.bench.statistics import Spread, spread
+from narrows.arch.stages import AttentionCore, Work
+from narrows.bench.calibrate import Calibrator
+from narrows.bench.price_clock import PriceClock, step_key
+from narrows.bench.statistics import Spread, quantile, spread
 from narrows.cost.measured import AXES, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
-from narrows.cost.memory import kv_token_bytes
+from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.profile import StepClock, profile_rows
-from narrows.engine.ranks import Ranks, start_ranks
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, Move, MoveKind, deal
+from narrows.plan.named import applicable_layouts
+from narrows.plan.plan import Plan, Step, StepKind
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
+from narrows.weights.pooled import PooledWeights
 
 __all__ = ["Calibration", "Grid", "calibrate", "figures_of", "meshes_of"]
 
-_COLD = 96 << 20
-"""Bytes of weights that a stage should go through before it meets the same ones again: more than most caches."""
-_MOST_LAYERS = 4
-"""Of each kind."""
-_PASS_S, _FEW, _MANY = 0.02, 2, 24
-"""A measurement repeats for so many seconds, within so many passes, in every round."""
-_CACHE_BYTES = 512 << 20
-"""Of KV cache per layer, at most."""
+_LAYERS = 3
+"""Of the kind that a model has most of, beside one of each other kind: more than caches hold."""
+_TOKENS = 1000
+"""Different ids in a step, so that rows are spread over experts; every vocabulary has as many."""
+_MOVES = {
+    MoveKind.ALL_REDUCE: "all_reduce",
+    MoveKind.REDUCE_SCATTER: "reduce_scatter",
+    MoveKind.ALL_GATHER: "all_gather",
+    MoveKind.COLUMN_GATHER: "column_gather",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What is measured: row counts of stages, of those over rows with logits, contexts, and bytes of collectives."""
+    """What is measured: rows of prefill steps, rows and contexts of decode steps, bytes of collectives alone."""
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    logit_rows: tuple[int, ...] = (1, 4, 16, 64, 256)
-    decode_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    decode_contexts: tuple[int, ...] = (64, 1024)
     prompt: int = 256
-    """Prompts of this length are measured beside one prompt of all rows."""
+    """Of prompts of this length steps of ``prompt_rows`` rows are measured, beside those of one prompt."""
+    prompt_rows: tuple[int, ...] = (512, 2048)
+    decode_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    decode_context: int = 64
+    long_context: int = 512
+    long_rows: tuple[int, ...] = (1, 8, 64)
+    """Decode steps of sequences of ``long_context`` tokens."""
     nbytes: tuple[int, ...] = tuple(1 << power for power in range(9, 28, 2))
-    step_rows: tuple[int, ...] = (1, 8, 64, 512, 2048)
-    rounds: int = 2
+    seconds_per_cell: float = 0.04
+    """In every round, for the steps of one plan over one number of rows. There are rounds until the time is over."""
+    most_rounds: int = 40
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Tables in the making, and the rates that price what they lack."""
+    """The tables, and the rates that price what they lack: per rank, with all ranks at work."""
 
     measured: Measured
     read_bytes_per_s: float
     flop_per_s: float
     seconds: float
-    skipped: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cell:
+    """A step to time: so many rows of a phase, each sequence ``context`` tokens long when it is over."""
+
+    phase: str
+    rows: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.phase} of {self.rows} rows, context {self.context}"
 
 
 Progress = Callable[[str, float], None]
@@ -91,31 +107,37 @@ def calibrate(
     seconds: float,
     progress: Progress = lambda what, share: None,
 ) -> Calibration:
-    """Measure ``num_ranks`` ranks of this machine on the stages of ``models``.
+    """Measure ``num_ranks`` ranks of this machine on plans of ``models`` with random weights.
 
-    ``asked``: what ranks are, their threads, dtype and quantization. ``seconds``: what it should take at most; what is
-    dearest is left out when they are over, and is named.
+    ``asked``: what ranks are, their threads, dtype and quantization. ``seconds``: what it should take at most; when
+    they are nearly over the largest steps are left out, and named.
 
     Raises:
-        ConfigError: a model whose layers do not fit this machine, or that the ranks cannot hold.
+        ConfigError: models that do not exist, or that cannot be dealt to so many ranks.
     """
     begin = perf_counter()
-    run = _Run(asked, grid, deadline=begin + seconds, progress=progress)
     configs = {model: load_model_config(model) for model in models}
-    jobs = [(mesh, model) for mesh in meshes_of(num_ranks) for model in models if _fits(configs[model], mesh)]
+    jobs = [(mesh, model) for mesh in meshes_of(num_ranks) for model in models if _can_be(configs[model], mesh)]
     if not jobs:
         raise ConfigError(
             f"{' and '.join(models)} cannot be dealt to {num_ranks} ranks; name another model, or fewer --ranks"
         )
-    exchanged: set[Mesh] = set()
-    for number, (mesh, model) in enumerate(jobs):
-        run.share = number / len(jobs), 1 / len(jobs)
-        run.mesh(mesh, model, exchanges=mesh not in exchanged, rates=number == 0)
-        exchanged.add(mesh)
-    return run.calibration(perf_counter() - begin)
+    tables = _Tables()
+    until, seen = begin, set[Mesh]()
+    shares = [1.0 if mesh == before else 2.0 for (mesh, _), (before, _) in zip(jobs, [(None, ""), *jobs], strict=False)]
+    for (mesh, model), share in zip(jobs, shares, strict=True):
+        until += seconds * share / sum(shares)
+        is_new = mesh not in seen
+        seen.add(mesh)
+
+        def say(what: str) -> None:
+            progress(what, min((perf_counter() - begin) / seconds, 1.0))
+
+        _measure(tables, asked, mesh, model, grid, until=until, is_new=is_new, say=say)
+    return tables.calibration(perf_counter() - begin)
 
 
-def _fits(config: ModelConfig, mesh: Mesh) -> bool:
+def _can_be(config: ModelConfig, mesh: Mesh) -> bool:
     try:
         check_mesh(config, mesh)
     except ConfigError:
@@ -123,177 +145,195 @@ def _fits(config: ModelConfig, mesh: Mesh) -> bool:
     return True
 
 
-Key = tuple[str, tuple[Work, ...], str]
-"""Price class, work, and the phase of stages that attend."""
+def _measure(
+    tables: _Tables,
+    asked: EngineConfig,
+    mesh: Mesh,
+    model: str,
+    grid: Grid,
+    *,
+    until: float,
+    is_new: bool,
+    say: Callable[[str], None],
+) -> None:
+    """One model on one mesh: its plans in the published forms. For the first on that mesh also those in the forms that
+    differ in everything, and collectives alone; of the others two layouts say what their stages cost."""
+    asked = replace(asked, model=model, dp=mesh.sizes[0], tp=mesh.sizes[-1], load_format="dummy")
+    if is_new:
+        with Calibrator(resolve(asked, Forms())) as alone:
+            say(f"{mesh}: collectives alone")
+            _measure_alone(tables, alone, mesh, grid)
+    config = load_model_config(model)
+    named = [name for name in applicable_layouts(config, mesh) if name != "auto"]
+    published, other = form_choices(config, mesh)[0], form_choices(config, mesh)[-1]
+    todo = [(published, named if is_new else [named[0], named[-1]])]
+    if is_new and other != published:
+        todo.append((other, ["auto"]))
+    for turn, (forms, layouts) in enumerate(todo):
+        left = until - perf_counter()
+        deadline = until if turn == len(todo) - 1 else until - 0.25 * left
+        resolved = _small(resolve(asked, forms), grid)
+        with Engine(resolved, source=PooledWeights(resolved.dtype)) as engine:
+            _measure_plans(tables, engine, list(dict.fromkeys(layouts)), grid, deadline=deadline, say=say)
 
 
-class _Run:
-    """Goes through meshes and models, and collects."""
-
-    def __init__(self, asked: EngineConfig, grid: Grid, *, deadline: float, progress: Progress) -> None:
-        self.asked, self.grid, self.deadline = asked, grid, deadline
-        self.share = 0.0, 1.0
-        self._progress = progress
-        self._stages: dict[Key, dict[tuple[int, float], list[float]]] = {}
-        self._exchanges: dict[tuple[str, int, str], dict[int, list[float]]] = {}
-        self._copies: dict[int, list[float]] = {}
-        self._steps: dict[str, dict[int, list[float]]] = {}
-        self._rates: list[tuple[float, float]] = []
-        self._skipped: dict[str, None] = {}
-        self._dtype = ""
-
-    # -- one mesh, one model -----------------------------------------------------------------------------------------
-
-    def mesh(self, mesh: Mesh, model: str, *, exchanges: bool, rates: bool) -> None:
-        """Measure what is not known yet of ``model`` on ``mesh``."""
-        asked = replace(self.asked, model=model, dp=mesh.sizes[0], tp=mesh.sizes[-1], load_format="dummy")
-        whole = resolve(asked, Forms())
-        small = _few_layers(whole.config, mesh)
-        resolved = replace(whole, config=small)
-        self._dtype = resolved.deployment.dtype
-        num_tokens = self._num_tokens(small, mesh, resolved)
-        make = partial(
-            StageProbe,
-            config=small,
-            dtype=resolved.dtype,
-            quantization=asked.quantization,
-            num_tokens=num_tokens,
-            num_positions=max(*self.grid.rows, *self.grid.decode_contexts) + 1,
-        )
-        with ExitStack() as stack:
-            ranks = start_ranks(resolved, make)
-            stack.push(ranks.__exit__)
-            known = set(self._stages)
-            for forms in _forms_to_measure(small, mesh):
-                works = list(self._works(small, mesh, forms, num_tokens, known))
-                if works:
-                    ranks.submit("build", forms).result()
-                    self._measure_stages(ranks, works, f"{model} on {mesh}")
-            if exchanges:
-                self._measure_exchanges(ranks, mesh, resolved.dtype)
-            if rates:
-                self._measure_rates(ranks, mesh.size, resolved.dtype)
-        if exchanges:
-            self._measure_steps(small, resolved)
-
-    def _num_tokens(self, config: ModelConfig, mesh: Mesh, resolved: Resolved) -> int:
-        """Tokens of KV cache: what the grid needs, within what memory is taken for it."""
-        grid = self.grid
-        per_token = kv_token_bytes(config, mesh, resolved.dtype.itemsize) / config.num_hidden_layers
-        most = int(_CACHE_BYTES / max(per_token, 1))
-        wanted = max(grid.rows[-1] + grid.prompt, max(grid.decode_rows) * (max(grid.decode_contexts) + 16))
-        return max(min(wanted, most), grid.rows[-1] + grid.prompt)
-
-    def _works(
-        self, config: ModelConfig, mesh: Mesh, forms: Forms, num_tokens: int, known: set[Key]
-    ) -> Iterator[tuple[Key, float, StageWork]]:
-        """Every measurement that is not known: where it is booked, tokens attended per row, and what to run."""
-        itemsize = 4 if self._dtype == "fp32" else 2
-        seen = set(known)
-        for stage in stages_of(config, mesh, forms, itemsize):
-            for fused, work in _variants(stage):
-                for phase in ("prefill", "decode") if _attends(work) else ("",):
-                    key = (str(stage.price_class), work, phase)
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    for rows, context, attended in self._points(stage, phase):
-                        if phase == "decode" and rows * (context + 16) > num_tokens:
-                            continue
-                        yield (
-                            key,
-                            attended,
-                            StageWork(stage.name, fused=fused, rows=rows, phase=phase or "decode", context=context),
-                        )
-
-    def _points(self, stage: Stage, phase: str) -> Iterator[tuple[int, int, float]]:
-        """(rows, context, tokens attended per row)."""
-        grid = self.grid
-        if phase == "decode":
-            for context in grid.decode_contexts:
-                for rows in grid.decode_rows:
-                    yield rows, context, float(context)
-        elif phase == "prefill":
-            for rows in grid.rows:
-                yield rows, rows, rows / 2
-                if rows > grid.prompt:
-                    yield rows, grid.prompt, grid.prompt / 2
-        else:
-            late = stage.price_class in (PriceClass.LM_HEAD, PriceClass.SAMPLE)
-            for rows in grid.logit_rows if late else grid.rows:
-                yield rows, 1, 0.0
-
-    def _measure_stages(self, ranks: Ranks, works: list[tuple[Key, float, StageWork]], what: str) -> None:
-        works = sorted(works, key=lambda one: one[2].rows)  # the dearest last: time may run out
-        for turn in range(self.grid.rounds):
-            for number, (key, attended, work) in enumerate(works):
-                done = (turn * len(works) + number) / (self.grid.rounds * len(works))
-                self._say(f"{what}: {work.name}, {work.rows} rows", 0.8 * done)
-                if perf_counter() > self.deadline and (turn or work.rows > 64):
-                    if not turn:
-                        self._skipped[f"{work.name} beyond {works[max(number - 1, 0)][2].rows} rows ({what})"] = None
-                    break
-                first = self._slowest(ranks, work, 1)
-                passes = min(max(ceil(_PASS_S / max(first[0], 1e-6)), _FEW), _MANY)
-                # A first pass that takes long is as good as any; a short one has met cold code and memory.
-                again = first if first[0] > 0.5 else self._slowest(ranks, work, passes)
-                self._stages.setdefault(key, {}).setdefault((work.rows, attended), []).extend(again)
-
-    def _slowest(self, ranks: Ranks, work: StageWork, passes: int) -> list[float]:
-        return [max(one) for one in zip(*ranks.submit("stage", work, passes).result(), strict=True)]
-
-    # -- collectives, copies, rates ----------------------------------------------------------------------------------
-
-    def _measure_exchanges(self, ranks: Ranks, mesh: Mesh, dtype: torch.dtype) -> None:
+def _measure_alone(tables: _Tables, alone: Calibrator, mesh: Mesh, grid: Grid) -> None:
+    dtype = alone.resolved.dtype
+    for _ in range(3):
         for axes in _axes(mesh):
-            num = len(mesh.group(0, *axes))
-            axis = AXES[0] if axes[1] == mesh.num_axes or mesh.sizes[-1] == 1 else AXES[1]
-            for op in ("all_reduce", "reduce_scatter", "all_gather", "column_gather"):
-                table = self._exchanges.setdefault((op, num, axis), {})
-                if table:
-                    continue  # such groups of another mesh
-                for _ in range(self.grid.rounds + 1):
-                    for nbytes in self.grid.nbytes:
-                        self._say(f"{op} among {num} of {mesh}, {nbytes} bytes", 0.85)
-                        repeats = min(max((4 << 20) // nbytes, 1), 50)
-                        args = ("exchange", op, axes, nbytes, dtype, repeats)
-                        table.setdefault(nbytes, []).append(max(ranks.submit("ask", *args).result()))
-        if not self._copies:
-            for _ in range(self.grid.rounds + 1):
-                for nbytes in self.grid.nbytes:
-                    args = ("add", nbytes, min(max((4 << 20) // nbytes, 2), 50))
-                    self._copies.setdefault(nbytes, []).append(max(ranks.submit("ask", *args).result()))
+            group = len(mesh.group(0, *axes)), _axis(mesh, axes[1])
+            for op in _MOVES.values():
+                for nbytes in grid.nbytes:
+                    repeats = min(max((1 << 20) // nbytes, 1), 25)
+                    seconds = alone.ask("exchange", op, axes, nbytes, dtype, repeats)
+                    tables.alone.setdefault((op, *group), {}).setdefault(nbytes, []).append(seconds)
+        for nbytes in grid.nbytes:
+            seconds = alone.ask("add", nbytes, min(max((1 << 20) // nbytes, 2), 25))
+            tables.copies.setdefault(nbytes, []).append(seconds)
+        rates = alone.measure()
+        tables.rates.append((rates["read_bytes_per_s"] / mesh.size, rates["gemm_flop_per_s"] / mesh.size))
 
-    def _measure_rates(self, ranks: Ranks, num_ranks: int, dtype: torch.dtype) -> None:
-        self._say("memory and products", 0.9)
-        nbytes, flop = 256 << 20, 2 * 2048 * 4096 * 2048
-        for _ in range(self.grid.rounds):
-            read = max(ranks.submit("ask", "read", nbytes).result())
-            gemm = max(ranks.submit("ask", "gemm", dtype).result())
-            self._rates.append((nbytes / read, flop / gemm))
 
-    # -- what a step costs beside its walk ---------------------------------------------------------------------------
-
-    def _measure_steps(self, small: ModelConfig, resolved: Resolved) -> None:
-        if self._steps:
+def _measure_plans(
+    tables: _Tables,
+    engine: Engine,
+    layouts: Sequence[str],
+    grid: Grid,
+    *,
+    deadline: float,
+    say: Callable[[str], None],
+) -> None:
+    engine.instrument(PriceClock)
+    cells = sorted(_cells(grid), key=lambda cell: cell.rows)
+    took: dict[tuple[_Cell, str], float] = {}
+    known: dict[tuple[_Cell, str], tuple[Batch, Plan]] = {}
+    for turn in range(grid.most_rounds):
+        for cell in cells:
+            for layout in layouts:
+                what = cell, layout
+                begin = perf_counter()
+                if begin + took.get(what, _expected(took, cell, layout)) > deadline and (turn or cell.rows > 64):
+                    if not turn:
+                        tables.left_out[f"{cell} ({engine.resolved.config.name} on {engine.resolved.mesh})"] = None
+                    continue
+                say(f"{engine.resolved.mesh}, {layout}: {cell}")
+                if what not in known:
+                    known[what] = _step(engine, cell, layout)
+                _time(tables, engine, cell, *known[what], seconds=grid.seconds_per_cell)
+                took[what] = perf_counter() - begin
+        if perf_counter() >= deadline:
             return
-        grid = self.grid
-        rows = [n for n in grid.step_rows if n <= grid.rows[-1]]
-        pages = max(max(rows), 64 * 80) // resolved.limits.page_size + 64
-        limits = replace(resolved.limits, max_context=max(rows) + 64, rows_per_step=max(rows), pages_per_group=pages)
-        few = replace(resolved, config=small, limits=limits, deployment=replace(resolved.deployment, config=small))
-        with Engine(few) as engine:
-            engine.use_layout("all-reduce")
-            for _ in range(grid.rounds):
-                for phase in ("decode", "prefill"):
-                    for number in rows:
-                        if phase == "decode" and number > 64:
-                            continue
-                        self._say(f"steps: {phase}, {number} rows", 0.95)
-                        found = _beside_the_walk(engine, _step_batch(few, number, phase))
-                        self._steps.setdefault(phase, {}).setdefault(number, []).append(found)
 
-    # -- the result --------------------------------------------------------------------------------------------------
+
+def _expected(took: dict[tuple[_Cell, str], float], cell: _Cell, layout: str) -> float:
+    """Seconds that a cell may take, by the largest of its kind so far."""
+    like = [(c.rows, s) for (c, name), s in took.items() if name == layout and c.phase == cell.phase]
+    rows, seconds = max(like, default=(cell.rows, 0.0))
+    return seconds * cell.rows / rows
+
+
+def _cells(grid: Grid) -> Iterator[_Cell]:
+    for rows in grid.decode_rows:
+        yield _Cell(phase="decode", rows=rows, context=grid.decode_context)
+    for rows in grid.long_rows:
+        yield _Cell(phase="decode", rows=rows, context=grid.long_context)
+    for rows in grid.rows:
+        yield _Cell(phase="prefill", rows=rows, context=rows)
+    for rows in grid.prompt_rows:
+        yield _Cell(phase="prefill", rows=rows, context=grid.prompt)
+
+
+def _step(engine: Engine, cell: _Cell, layout: str) -> tuple[Batch, Plan]:
+    """The batch of a cell, and the plan for exactly its rows."""
+    resolved = engine.resolved
+    groups = []
+    for number in deal(cell.rows, resolved.mesh.num_groups):
+        chunks, first = [], 1
+        for at, (start, length) in enumerate(_spans(number, cell)):
+            num_pages = num_pages_for(start + length, resolved.limits.page_size)
+            pages = tuple(range(first, first + num_pages))
+            first += num_pages
+            tokens = tuple((7 * place + at) % _TOKENS for place in range(start, start + length))
+            chunks.append(Chunk(request=at, start=start, tokens=tokens, pages=pages, num_logits=1))
+        groups.append(tuple(chunks))
+    batch = Batch(groups=tuple(groups))
+    context = min(cell.context, max(batch.group_rows)) if cell.phase == "prefill" else cell.context
+    shape = StepShape.of(
+        resolved.mesh, batch.group_rows, phase=cell.phase, context=context, logit_rows=batch.num_logit_rows
+    )
+    return batch, engine.planner.plan(shape, layout)
+
+
+def _spans(rows: int, cell: _Cell) -> list[tuple[int, int]]:
+    """(first position, rows) of each sequence of a group."""
+    if cell.phase == "decode":
+        return [(cell.context - 1, 1)] * rows
+    return [(0, min(cell.context, rows - at)) for at in range(0, rows, cell.context)]
+
+
+def _time(tables: _Tables, engine: Engine, cell: _Cell, batch: Batch, plan: Plan, *, seconds: float) -> None:
+    """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took."""
+    engine.ranks.submit("step", batch, plan, False).result()
+    engine.readings()
+    begin = perf_counter()
+    repeats = 0
+    while repeats < 1 or perf_counter() - begin < seconds:
+        some = 1 if repeats == 0 else min(repeats, 8)
+        start = perf_counter()
+        waiting = [engine.ranks.submit("step", batch, plan, False) for _ in range(some)]
+        for each in waiting:
+            each.result()
+        whole = (perf_counter() - start) / some
+        found = engine.readings()[0]
+        if repeats or whole > seconds:  # the first of several meets cold code
+            tables.book(plan, cell, {key: one.seconds / one.calls for key, one in found.items()}, whole)
+        repeats += some
+
+
+Points = dict[Any, list[float]]
+
+
+class _Tables:
+    """Seconds as they are found, by what a price is looked up by."""
+
+    def __init__(self) -> None:
+        self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[int, float], list[float]]] = {}
+        self.moves: dict[tuple[str, int, str], dict[int, list[float]]] = {}
+        self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
+        self.copies: dict[int, list[float]] = {}
+        self.steps: dict[str, dict[int, list[float]]] = {}
+        self.rates: list[tuple[float, float]] = []
+        self.left_out: dict[str, None] = {}
+        self.dtype = "bf16"
+
+    def book(self, plan: Plan, cell: _Cell, seconds: dict[Any, float], whole: float) -> None:
+        """What one walk of ``plan`` took: by kind of step, and the whole step as the host sees it."""
+        walked, seen = 0.0, set()
+        for _, step in plan.steps():
+            key = step_key(step)
+            walked += seconds[key]
+            if key in seen or not step.rows:
+                continue
+            seen.add(key)
+            if step.stage is not None:
+                self._book_stage(step, plan, seconds[key])
+            elif step.move is not None and step.move.kind is not MoveKind.SLICE:
+                self._book_move(step.move, step.nbytes, seconds[key])
+        rows = plan.shape.rows.total
+        self.steps.setdefault(cell.phase, {}).setdefault(rows, []).append(max(whole - walked, 1e-6))
+
+    def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
+        stage, shape = step.stage, plan.shape
+        assert stage is not None and step.kind is StepKind.STAGE
+        work = stage.plain_work if stage.plain_work and not step.fused else stage.work
+        attends = any(isinstance(item, AttentionCore) for item in work)
+        phase, attended = (shape.phase, shape.attended(step.rows)) if attends else ("", 0.0)
+        table = self.stages.setdefault((str(stage.price_class), work, self.dtype, phase), {})
+        table.setdefault((step.rows, attended), []).append(seconds)
+
+    def _book_move(self, move: Move, nbytes: int, seconds: float) -> None:
+        key = _MOVES[move.kind], move.num_ranks, _axis(move.mesh, move.last)
+        self.moves.setdefault(key, {}).setdefault(nbytes, []).append(seconds)
 
     def calibration(self, seconds: float) -> Calibration:
         """Everything measured, as tables."""
@@ -301,41 +341,77 @@ class _Run:
             StagePoints(
                 price_class=price_class,
                 work=work,
-                dtype=self._dtype,
+                dtype=dtype,
                 phase=phase,
                 points=tuple(
                     StagePoint(rows=rows, attended=attended, seconds=found.median, spread=_width(found))
                     for (rows, attended), found in sorted((at, spread(s)) for at, s in points.items())
                 ),
             )
-            for (price_class, work, phase), points in self._stages.items()
-        )
-        collectives = tuple(
-            CollectivePoints(op=op, num_ranks=num, axis=axis, points=points, spreads=spreads)
-            for (op, num, axis), table in self._exchanges.items()
-            for points, spreads in [_table(table)]
+            for (price_class, work, dtype, phase), points in self.stages.items()
         )
         steps = tuple(
             StepPoints(phase=phase, points=points, spreads=spreads)
-            for phase, table in self._steps.items()
+            for phase, table in self.steps.items()
             for points, spreads in [_table(table)]
         )
+        measured = Measured(
+            stages=stages, collectives=tuple(self._collectives()), copies=_table(self.copies)[0], steps=steps
+        )
         return Calibration(
-            measured=Measured(
-                stages=stages,
-                collectives=collectives,
-                copies=_table(self._copies)[0] if self._copies else (),
-                steps=steps,
-            ),
-            read_bytes_per_s=max(read for read, _ in self._rates),
-            flop_per_s=max(gemm for _, gemm in self._rates),
+            measured=measured,
+            read_bytes_per_s=max((read for read, _ in self.rates)),
+            flop_per_s=max((flop for _, flop in self.rates)),
             seconds=seconds,
-            skipped=tuple(self._skipped),
+            left_out=tuple(self.left_out),
         )
 
-    def _say(self, what: str, share: float) -> None:
-        begin, length = self.share
-        self._progress(what, begin + share * length)
+    def _collectives(self) -> Iterator[CollectivePoints]:
+        """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
+        added = _added(self.moves, self.alone)
+        for key, alone in self.alone.items():
+            op, num_ranks, axis = key
+            table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
+            if walks := self.moves.get(key):
+                walks = _merged(walks)
+                least, most = min(walks), max(walks)
+                table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
+            points, spreads = _table(table)
+            yield CollectivePoints(op=op, num_ranks=num_ranks, axis=axis, points=points, spreads=spreads)
+
+
+def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Sizes that lie within a fifth of each other as one, at their mean: what differs there is the walk."""
+    merged: dict[int, list[float]] = {}
+    together: list[int] = []
+    for nbytes in [*sorted(table), 1 << 62]:
+        if together and nbytes > 1.2 * together[0]:
+            merged[round(sum(together) / len(together))] = [s for n in together for s in table[n]]
+            together = []
+        together.append(nbytes)
+    return merged
+
+
+def _added(
+    moves: dict[tuple[str, int, str], dict[int, list[float]]], alone: dict[tuple[str, int, str], dict[int, list[float]]]
+) -> Callable[[float], float]:
+    """By what factor a collective of so many bytes takes longer in a walk than alone: the median of all those that
+    were seen both ways at about that size, at least 1."""
+    ratios: dict[int, list[float]] = {}
+    for key, table in moves.items():
+        for nbytes, seconds in table.items():
+            near = min(alone.get(key, ()), key=lambda other: abs(other - nbytes), default=None)
+            if near is not None and 0.6 < near / nbytes < 1.7:
+                ratio = quantile(seconds, 0.5) / quantile(alone[key][near], 0.5)
+                ratios.setdefault(nbytes.bit_length() // 2, []).append(ratio)
+
+    def factor(nbytes: float) -> float:
+        if not ratios:
+            return 1.0
+        nearest = min(ratios, key=lambda size: abs(size - int(nbytes).bit_length() // 2))
+        return max(quantile(ratios[nearest], 0.5), 1.0)
+
+    return factor
 
 
 def _table(found: dict[int, list[float]]) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
@@ -345,23 +421,6 @@ def _table(found: dict[int, list[float]]) -> tuple[tuple[tuple[float, float], ..
 
 def _width(found: Spread) -> float:
     return (found.p90 - found.p10) / found.median
-
-
-def _attends(work: tuple[Work, ...]) -> bool:
-    return any(isinstance(item, AttentionCore) for item in work)
-
-
-def _variants(stage: Stage) -> tuple[tuple[bool, tuple[Work, ...]], ...]:
-    """(fused with the add, its work): a norm runs either way."""
-    if stage.kind is StageKind.NORM:
-        return (True, stage.work), (False, stage.plain_work)
-    return ((False, stage.work),)
-
-
-def _forms_to_measure(config: ModelConfig, mesh: Mesh) -> tuple[Forms, ...]:
-    """The published forms, and those that differ from them in everything: each alternative of a stage is in one."""
-    choices = form_choices(config, mesh)
-    return tuple(dict.fromkeys((choices[0], choices[-1])))
 
 
 def _axes(mesh: Mesh) -> tuple[tuple[int, int], ...]:
@@ -375,60 +434,39 @@ def _axes(mesh: Mesh) -> tuple[tuple[int, int], ...]:
     return tuple(found.values())
 
 
-def _few_layers(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """``config`` with as many layers of each kind as its ranks need to find their weights in memory, not in caches."""
-    sizes = []
-    for layer in dict.fromkeys((0, config.num_hidden_layers - 1)):
-        weights = layer_weights(config, mesh, Forms(), layer).values()
-        sizes.append(2 * sum(weight.num_values(mesh, 0) for weight in weights if "experts" not in weight.name))
-    each = min(max(ceil(_COLD / (mesh.size * max(min(sizes), 1))), 1), _MOST_LAYERS)
+def _axis(mesh: Mesh, last: int) -> str:
+    """Whether ranks along axes up to ``last`` lie next to each other."""
+    return AXES[0] if prod(mesh.sizes[last:]) == 1 else AXES[1]
+
+
+def _small(resolved: Resolved, grid: Grid) -> Resolved:
+    """``resolved`` with few layers, and room for every step of the grid."""
+    config = resolved.config
     moe = config.moe
-    if moe is None:
-        return replace(config, num_hidden_layers=each)
-    dense = each if config.is_moe_layer(config.num_hidden_layers - 1) and moe.first_k_dense_replace else 0
-    return replace(config, num_hidden_layers=dense + each, moe=replace(moe, first_k_dense_replace=dense))
+    dense = 0 if moe is None else min(moe.first_k_dense_replace, 1)
+    if moe is not None:
+        moe = replace(moe, first_k_dense_replace=dense)
+    config = replace(config, num_hidden_layers=min(_LAYERS + dense, config.num_hidden_layers), moe=moe)
+    longest = max(*grid.rows, grid.long_context) + 1
+    page = resolved.limits.page_size
+    limits = replace(
+        resolved.limits,
+        max_context=longest,
+        rows_per_step=max(*grid.rows, *grid.decode_rows),
+        pages_per_group=max(num_pages_for(longest, page) + len(grid.prompt_rows) + 1, _pages(grid, page)),
+    )
+    deployment = replace(resolved.deployment, config=config)
+    return replace(resolved, config=config, limits=limits, deployment=deployment)
 
 
-def _step_batch(resolved: Resolved, rows: int, phase: str) -> Batch:
-    """A step of ``rows`` rows, spread over the groups: sequences of 64 tokens in decode, else one prompt per group."""
-    page, groups = resolved.limits.page_size, []
-    for number in deal(rows, resolved.mesh.num_groups):
-        chunks, first = [], 1
-        for at, (start, length) in enumerate(spans_of(number, phase, 64 if phase == "decode" else max(number, 1))):
-            num_pages = num_pages_for(start + length, page)
-            pages = tuple(range(first, first + num_pages))
-            chunks.append(Chunk(request=at, start=start, tokens=(1,) * length, pages=pages, num_logits=1))
-            first += num_pages
-        groups.append(tuple(chunks))
-    return Batch(groups=tuple(groups))
-
-
-def _beside_the_walk(engine: Engine, batch: Batch) -> float:
-    """Seconds of a step, handed out one ahead as an engine does, less the seconds of the steps of its plan."""
-    plan, repeats = engine.plan_for(batch), 12
-
-    def run() -> float:
-        start, waiting = perf_counter(), []
-        for _ in range(repeats):
-            waiting.append(engine.ranks.submit("step", batch, plan, False))
-            if len(waiting) == 2:
-                waiting.pop(0).result()
-        waiting.pop().result()
-        return (perf_counter() - start) / repeats
-
-    engine.instrument(None)
-    run()
-    whole = run()
-    engine.instrument(StepClock)
-    run()
-    engine.readings()
-    run()
-    walked = sum(row.seconds for row in profile_rows(engine.readings())) / repeats
-    return max(whole - walked, 1e-6)
+def _pages(grid: Grid, page: int) -> int:
+    """Pages of the largest decode step, and the null page."""
+    short = max(grid.decode_rows) * num_pages_for(grid.decode_context, page)
+    return 1 + max(short, max(grid.long_rows) * num_pages_for(grid.long_context, page))
 
 
 def figures_of(found: Calibration, *, num_ranks: int, memory_bytes: float) -> dict[str, Any]:
-    """Fields of a device from the rates: what prices works that no table has."""
+    """Fields of a device from the rates: they price works that no table has."""
     smallest = min(point.seconds for stage in found.measured.stages for point in stage.points)
     return {
         "tflops_bf16": round(found.flop_per_s / 1e12, 4),

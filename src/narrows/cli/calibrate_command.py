@@ -28,12 +28,12 @@ __all__ = ["add_parser", "run"]
 WORLDS = ("shm", "threads", "gloo", "nccl")
 _MODELS = ("dsv3-mini", "dsv2-mini")
 _QUICK = Grid(
-    rows=(1, 4, 16, 64, 256, 1024),
-    logit_rows=(1, 16),
-    decode_rows=(1, 4, 16),
+    rows=(1, 8, 64, 512),
+    prompt_rows=(),
+    decode_rows=(1, 8, 64),
+    long_rows=(8,),
     nbytes=(1 << 9, 1 << 13, 1 << 17, 1 << 21),
-    step_rows=(1, 64),
-    rounds=1,
+    most_rounds=2,
 )
 
 
@@ -152,7 +152,7 @@ def _profile(
             "command": shlex.join(["narrows", *sys.argv[1:]]),
             "models": list(models),
             "seconds": round(found.seconds, 1),
-            "left_out": list(found.skipped),
+            "left_out": list(found.left_out),
         },
         like="cpu-core",
         figures=figures,
@@ -179,7 +179,7 @@ def _print(profile: Profile, found: Calibration, path: Path) -> None:
         f"products {found.flop_per_s / 1e9:.0f} GFLOP/s and reads {found.read_bytes_per_s / 1e9:.1f} GB/s per rank",
         markup=False, highlight=False,
     )  # fmt: skip
-    for left_out in found.skipped:
+    for left_out in found.left_out:
         out.print(f"left out, for want of time: {left_out}", markup=False, highlight=False)
     out.print(f"profile: {path}", markup=False, highlight=False, soft_wrap=True)
     used = f"used by generate, serve and bench on {profile.fits.ranks} such ranks here"

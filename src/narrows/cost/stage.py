@@ -80,6 +80,12 @@ class StepShape:
             return rows * self.context
         return max(rows, self.context) if rows else 0
 
+    def attended(self, rows: int) -> float:
+        """Tokens of context that each of ``rows`` rows of a group attends to, on average."""
+        if self.phase == "decode":
+            return self.context
+        return self.context / 2 if rows >= self.context else self.context - rows / 2
+
     def split(self, row_set: RowSet) -> RowSplit:
         return self.rows if row_set is RowSet.ALL else self.logits
 
@@ -129,14 +135,14 @@ class Pricer:
         for item in work:
             item_price, item_bytes = self._work(item, rows)
             if measured is not None and rows:
-                found = measured.item(item, self.dtype, rows, self.shape.phase, self._attended(rows))
+                found = measured.item(item, self.dtype, rows, self.shape.phase, self.shape.attended(rows))
                 item_price = found or item_price
             price, nbytes = price + item_price, nbytes + item_bytes
         return price, nbytes
 
     def _measured(self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int) -> Price | None:
         """As the stage was measured on this machine; or as its nearest like was, in proportion to their work."""
-        phase, attended = self.shape.phase, self._attended(rows)
+        phase, attended = self.shape.phase, self.shape.attended(rows)
         if (found := measured.stage(price_class, work, self.dtype, rows, phase, attended)) is not None:
             return found
         like = measured.nearest(price_class, work, self.dtype)
@@ -187,9 +193,16 @@ class Pricer:
             return self._rows(row_set, outer)
         return num_ranks * self._rows(row_set, inner)
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
-        """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write."""
-        return self._streamed(self._rows(row_set, layout), 3 * row_bytes)
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+        """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write.
+
+        ``joins``: to an owed sum. Where collectives were measured in walks, an addend that they take along is in their
+        price, and what is left is the handing over.
+        """
+        rows = self._rows(row_set, layout)
+        if joins and rows and self.device.measured is not None and (least := self.device.measured.copy(1)) is not None:
+            return StepPrice(least.ps, rows, 3 * row_bytes * rows, least.source)
+        return self._streamed(rows, 3 * row_bytes)
 
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         """Encoding or decoding the rows held at ``layout``: one pass that reads and writes ``row_bytes`` per row."""
@@ -231,20 +244,13 @@ class Pricer:
             return self.dtype
         return "fp32" if precision == "float32_sums" and self.device.shared_memory else "bf16"
 
-    def _attended(self, rows: int) -> float:
-        """Tokens of context that each of ``rows`` rows of a group attends to, on average."""
-        context = self.shape.context
-        if self.shape.phase == "decode":
-            return context
-        return context / 2 if rows >= context else context - rows / 2
-
     def _attention(self, item: AttentionCore, rows: int) -> tuple[Price, float]:
         context, size = self.shape.context, self.itemsize
         if self.shape.phase == "decode":
             pairs, kv_rows, dims = rows * context, rows * context, item.decode_dims
         else:
             pairs, kv_rows, dims = (
-                round(rows * self._attended(rows)),
+                round(rows * self.shape.attended(rows)),
                 max(rows, context) if rows else 0,
                 item.prefill_dims,
             )

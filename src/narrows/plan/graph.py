@@ -33,7 +33,7 @@ class Prices(Protocol):
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice: ...
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
 
@@ -287,8 +287,8 @@ class Graph:
         row_bytes, row_set, layout = self._row_bytes[self._slot["hidden"]], _ROW_SETS[selected], self._layouts[at]
         return self._edge(
             ("add", stage.name, addend, hidden, at, selected),
-            ("add", at, selected),
-            lambda prices: prices.add(layout, row_bytes, row_set),
+            ("add", at, selected, self._layouts[hidden].owes_sum),
+            lambda prices: prices.add(layout, row_bytes, row_set, joins=self._layouts[hidden].owes_sum),
             kind=StepKind.ADD,
             name=f"add_{addend}",
             boundary=stage.name,
