@@ -140,8 +140,8 @@ class RandomPrices:
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
-        return self._price("add", layout, row_bytes, row_set)
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+        return self._price("add", layout, row_bytes, row_set, joins)
 
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("recode", layout, row_bytes, row_set)

@@ -85,8 +85,8 @@ class RandomPrices:
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
-        return self._price("add", layout, row_bytes, row_set)
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+        return self._price("add", layout, row_bytes, row_set, joins)
 
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("recode", layout, row_bytes, row_set)
@@ -178,7 +178,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices) -> int:
                 wanted = scattered(mesh) if hidden.owes_sum else hidden
                 if held[addend] == wanted and not hidden.holds_columns:
                     rest = {name: layout for name, layout in held.items() if name != addend}
-                    yield state(rest), prices.add(wanted, row_bytes["hidden"], row_set)
+                    yield state(rest), prices.add(wanted, row_bytes["hidden"], row_set, joins=hidden.owes_sum)
         if at >= first_of_epilogue and not selected:
             live = [name for name in ("hidden", "shared", "residual") if name in held]
             total = sum(row_bytes[name] for name in live)

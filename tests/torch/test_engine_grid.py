@@ -347,7 +347,7 @@ class RandomPrices:
             return StepPrice(ps=10**12, rows=0, nbytes=0, source=Source.MEASURED)
         return self._price()
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
         return self._price()
 
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:

@@ -1,9 +1,10 @@
 """Measures a machine's prices: steps of plans as ranks walk them, and collectives alone; gives the tables of a profile.
 
 Knows engines of few layers, clocks around the steps of their plans, probes, and the tables that prices are looked up
-in; prints and writes nothing. Stages and collectives are timed where they run, in a walk: with cold caches, and with the
-waits that there are between ranks. A collective that no such plan makes is timed alone, and scaled by what the others
-cost in a walk against alone. Everything is gone through in rounds, so that a slow while of the machine falls on all.
+in; prints and writes nothing. Stages and collectives are timed where they run, in a walk: with cold caches, and with
+the waits that there are between ranks. A collective that no such plan makes is timed alone, and scaled by what the
+others cost in a walk against alone. Everything is gone through in rounds, so that a slow while of the machine falls on
+all of it.
 """
 
 from __future__ import annotations

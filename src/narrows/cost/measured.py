@@ -83,9 +83,9 @@ class Measured:
         self, price_class: str, work: tuple[Work, ...], dtype: str, rows: int, phase: str, attended: float
     ) -> Price | None:
         """Seconds of a stage of this work over ``rows`` > 0; None if its like was not measured."""
-        phased = phase if _attends(work) else ""
-        surface = self._surfaces.get((price_class, work, dtype, phased))
-        return None if surface is None else surface.at(rows, attended)
+        attends = _attends(work)
+        surface = self._surfaces.get((price_class, work, dtype, phase if attends else ""))
+        return None if surface is None else surface.at(rows, attended if attends else 0.0)
 
     def nearest(self, price_class: str, work: tuple[Work, ...], dtype: str) -> tuple[Work, ...] | None:
         """The measured work of the same kind whose sizes are nearest by ratio; None if there is none of its kind."""

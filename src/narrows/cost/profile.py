@@ -202,7 +202,7 @@ def _stage(given: Mapping[str, Any]) -> StagePoints:
         rows, us, spread, attended = (*row, *(0.0, 0.0)[len(row) - 2 :]) if len(row) in (2, 3, 4) else (0, 0, 0, 0)
         if not (isinstance(rows, int) and rows > 0 and us > 0 and attended >= 0):
             raise ConfigError(f"a point of stage {name} is {row}; it is [rows > 0, us > 0, spread, attended tokens]")
-        points.append(StagePoint(rows=rows, seconds=us * 1e-6, spread=spread, attended=attended))
+        points.append(StagePoint(rows=rows, seconds=us / 1e6, spread=spread, attended=attended))
     if not points:
         raise ConfigError(f"stage {name} has no points")
     return StagePoints(
@@ -244,7 +244,7 @@ def _points(given: list[list[float]], of: str) -> tuple[tuple[tuple[float, float
         raise ConfigError(f"{of} has two points of one size")
     if len(rows) == 1:
         raise ConfigError(f"{of} needs two points or more")
-    return tuple((row[0], row[1] * 1e-6) for row in rows), tuple(row[2] if len(row) == 3 else 0.0 for row in rows)
+    return tuple((row[0], row[1] / 1e6) for row in rows), tuple(row[2] if len(row) == 3 else 0.0 for row in rows)
 
 
 def _rows(points: tuple[tuple[float, float], ...], spreads: tuple[float, ...]) -> list[list[float]]:

@@ -126,31 +126,32 @@ class Pricer:
         work = stage.plain_work if stage.plain_work and not fused else stage.work
         price, nbytes = self._composed(work, rows)
         if self.device.measured is not None and rows:
-            price = self._measured(self.device.measured, stage.price_class, work, rows) or price
+            price = self._measured(self.device.measured, stage.price_class, work, rows)
         return StepPrice(price.ps, rows, round(nbytes), price.source)
 
     def _composed(self, work: tuple[Work, ...], rows: int) -> tuple[Price, float]:
         """The price of each item of a stage's work, one after the other, and the bytes that they move."""
-        measured, price, nbytes = self.device.measured, ZERO, 0.0
+        price, nbytes = ZERO, 0.0
         for item in work:
             item_price, item_bytes = self._work(item, rows)
-            if measured is not None and rows:
-                found = measured.item(item, self.dtype, rows, self.shape.phase, self.shape.attended(rows))
-                item_price = found or item_price
             price, nbytes = price + item_price, nbytes + item_bytes
         return price, nbytes
 
-    def _measured(self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int) -> Price | None:
-        """As the stage was measured on this machine; or as its nearest like was, in proportion to their work."""
+    def _measured(self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int) -> Price:
+        """As the stage was measured on this machine; or as its nearest like was, in proportion to their work; or the
+        items of its work one after the other, each as measured where it was."""
         phase, attended = self.shape.phase, self.shape.attended(rows)
         if (found := measured.stage(price_class, work, self.dtype, rows, phase, attended)) is not None:
             return found
         like = measured.nearest(price_class, work, self.dtype)
         seen = like and measured.stage(price_class, like, self.dtype, rows, phase, attended)
-        if not like or not seen:
-            return None
-        ratio = self._composed(work, rows)[0].seconds / self._composed(like, rows)[0].seconds
-        return Price(seen.seconds * ratio, Source.SCALED)
+        if like and seen:
+            ratio = self._composed(work, rows)[0].seconds / self._composed(like, rows)[0].seconds
+            return Price(seen.seconds * ratio, Source.SCALED)
+        price = ZERO
+        for item in work:
+            price += measured.item(item, self.dtype, rows, phase, attended) or self._work(item, rows)[0]
+        return price
 
     def step(self) -> StepPrice:
         """What a step costs beside the walk of its plan: handing it to the ranks, its inputs, its result. Nothing where

@@ -1,0 +1,260 @@
+"""Profiles: what is written is read back, what is wrong is named, and measured prices are used where there are any."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narrows.arch.chain import build_chain
+from narrows.arch.presets import load_model_config
+from narrows.arch.stages import Gemm, Norm, PriceClass, RowSet, Stage
+from narrows.cost.devices import DEVICES
+from narrows.cost.here import Setting, here
+from narrows.cost.measured import CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.cost.price import Source
+from narrows.cost.profile import Profile, find_device, read_profile, write_profile
+from narrows.cost.stage import Pricer, StepShape
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, full, moves_from, owed, scattered
+from narrows.plan.planner import Deployment, Planner, choose_forms
+
+MESH = Mesh.of(dp=1, tp=2)
+CONFIG = load_model_config("dsv3-mini")
+
+
+def stage(name: str) -> Stage:
+    chain = build_chain(CONFIG, MESH)
+    return next(each for kind in chain.layer_types for each in kind.stages if each.name == name)
+
+
+def points(*pairs: tuple[int, float], attended: float = 0.0) -> tuple[StagePoint, ...]:
+    return tuple(StagePoint(rows=rows, seconds=seconds, attended=attended) for rows, seconds in pairs)
+
+
+def measured(**more: Any) -> Measured:
+    proj = stage("qkv_a_proj")
+    return Measured(
+        stages=(
+            StagePoints(price_class="qkv_a_proj", work=proj.work, dtype="bf16", points=points((1, 1e-4), (64, 6e-4))),
+        ),
+        collectives=(
+            CollectivePoints(op="all_reduce", num_ranks=2, axis="inner", points=((2048, 1e-5), (1 << 20, 1e-3))),
+        ),
+        copies=((512, 1e-6), (1 << 20, 1e-4)),
+        steps=(StepPoints(phase="prefill", points=((1, 2e-3), (64, 3e-3))),),
+        **more,
+    )
+
+
+def pricer(tables: Measured, rows: int = 64, mesh: Mesh = MESH, **options: Any) -> Pricer:
+    device = replace(DEVICES["cpu-core"], name="here", measured=tables)
+    shape = StepShape.of(mesh, (rows,) * mesh.num_groups, phase="prefill", context=rows)
+    return Pricer(device, mesh, shape, options.pop("dtype", "bf16"), itemsize=2, graph=False)
+
+
+def test_a_stage_costs_what_was_measured() -> None:
+    proj = stage("qkv_a_proj")
+    at_a_point = pricer(measured()).stage(proj, full(MESH), False, RowSet.ALL)
+    assert (at_a_point.ps, at_a_point.source) == (6 * 10**8, Source.MEASURED)
+    between = pricer(measured()).stage(proj, scattered(MESH), False, RowSet.ALL)
+    assert 1e8 < between.ps < 6e8 and between.source is Source.INTERPOLATED
+    beyond = pricer(measured(), rows=640).stage(proj, full(MESH), False, RowSet.ALL)
+    assert beyond.ps == 6 * 10**9 and beyond.source is Source.SCALED
+
+
+def test_a_stage_of_other_size_is_scaled_by_the_nearest_and_of_another_kind_is_not() -> None:
+    proj = stage("qkv_a_proj")
+    (gemm,) = proj.work
+    assert isinstance(gemm, Gemm)
+    twice = replace(proj, work=(replace(gemm, n=2 * gemm.n),))
+    prices = pricer(measured(), rows=4096)
+    one, two = (prices.stage(each, full(MESH), False, RowSet.ALL) for each in (proj, twice))
+    assert 1.8 < two.ps / one.ps < 2.1 and two.source is Source.SCALED
+    plain = pricer(Measured(), rows=4096)
+    norm = replace(proj, work=(Norm(1024, fused=False),), price_class=PriceClass.NORM)
+    assert prices.stage(norm, full(MESH), False, RowSet.ALL) == plain.stage(norm, full(MESH), False, RowSet.ALL)
+    other_dtype = pricer(measured(), rows=4096, dtype="int8").stage(proj, full(MESH), False, RowSet.ALL)
+    assert other_dtype.source is Source.ROOFLINE
+
+
+def test_attention_is_interpolated_in_rows_and_in_what_rows_attend_to() -> None:
+    attention = stage("attention")
+    table = StagePoints(
+        price_class="attention",
+        work=attention.work,
+        dtype="bf16",
+        phase="prefill",
+        points=(
+            *points((8, 1e-3), (32, 3e-3), attended=10.0),
+            *points((8, 2e-3), (32, 7e-3), attended=110.0),
+        ),
+    )
+    tables = Measured(stages=(table,))
+    args = ("attention", attention.work, "bf16")
+    assert tables.stage(*args, 8, "prefill", 110.0).seconds == 2e-3  # type: ignore[union-attr]
+    middle = tables.stage(*args, 32, "prefill", 60.0)
+    assert middle is not None and middle.seconds == pytest.approx(5e-3) and middle.source is Source.INTERPOLATED
+    inside = tables.stage(*args, 16, "prefill", 60.0)
+    assert inside is not None and inside.seconds == pytest.approx((1.5e-3 * 5e-3) ** 0.5)
+    outside = tables.stage(*args, 32, "prefill", 210.0)
+    assert outside is not None and outside.seconds == pytest.approx(11e-3) and outside.source is Source.SCALED
+    assert tables.stage(*args, 32, "decode", 60.0) is None
+
+
+@given(st.integers(1, 5000), st.floats(0, 9000))
+def test_more_rows_and_more_context_never_cost_less(rows: int, attended: float) -> None:
+    work = stage("attention").work
+    table = StagePoints(
+        price_class="attention",
+        work=work,
+        dtype="bf16",
+        phase="decode",
+        points=(*points((1, 1e-4), (64, 2e-3), attended=64.0), *points((1, 3e-4), (64, 9e-3), attended=1024.0)),
+    )
+    tables = Measured(stages=(table,))
+    price, more_rows, more_context = (
+        tables.stage("attention", work, "bf16", r, "decode", a)
+        for r, a in ((rows, attended), (rows + 1, attended), (rows, attended + 10))
+    )
+    assert price is not None and more_rows is not None and more_context is not None
+    assert 0 < price.seconds <= more_rows.seconds * (1 + 1e-9) and price.seconds <= more_context.seconds
+
+
+def test_collectives_are_of_their_group_size_and_place() -> None:
+    mesh = Mesh.of(dp=2, tp=2)
+    inner = CollectivePoints(op="reduce_scatter", num_ranks=2, axis="inner", points=((1, 1e-3), (1 << 30, 1e-3)))
+    outer = replace(inner, axis="outer", points=((1, 2e-3), (1 << 30, 2e-3)))
+    both = replace(inner, num_ranks=4, points=((1, 3e-3), (1 << 30, 3e-3)))
+    prices = pricer(Measured(collectives=(inner, outer, both)), mesh=mesh)
+    world = {str(move): prices.move(move, 2048, RowSet.ALL).ps for move in moves_from(mesh, owed(mesh))}
+    assert world["reduce_scatter over dp: (P,P) -> (S,P)"] == 2 * 10**9
+    assert world["reduce_scatter over dp x tp: (P,P) -> (S,S)"] == 3 * 10**9
+    (over_tp,) = (move for move in moves_from(mesh, owed(mesh, 1)) if move.kind == "reduce_scatter")
+    assert prices.move(over_tp, 2048, RowSet.ALL).ps == 10**9
+
+
+def test_a_joined_addend_is_in_the_price_of_its_collective() -> None:
+    prices = pricer(measured(), rows=4096)
+    joined = prices.add(scattered(MESH), 2048, RowSet.ALL, joins=True)
+    added = prices.add(scattered(MESH), 2048, RowSet.ALL, joins=False)
+    assert joined.ps == 10**6 and added.ps > 100 * joined.ps
+
+
+def test_a_plan_holds_what_a_step_costs_beside_its_walk() -> None:
+    device = replace(DEVICES["cpu-core"], name="here", measured=measured())
+    deployment = Deployment(config=CONFIG, mesh=MESH, device=device, graph=False)
+    shape = StepShape.of(MESH, (64,), phase="prefill", context=64)
+    plan = Planner(deployment, choose_forms(deployment, [(shape, 1.0)])).plan(shape)
+    assert plan.host.ps == 3 * 10**9 and plan.totals()[PriceClass.HOST] == pytest.approx(3e-3)
+    assert plan.ps == plan.host.ps + sum(step.ps for _, step in plan.steps())
+    assert sum(plan.totals().values()) == pytest.approx(plan.seconds)
+
+
+def a_profile(**fits: Any) -> Profile:
+    setting = here(ranks=2, threads=1, world="shm")
+    device = replace(DEVICES["cpu-core"], name="mine", title="two cores", measured=measured(), tflops_bf16=0.5)
+    return Profile(
+        device=device,
+        fits=replace(setting, **fits),
+        made={"date": "2026-11-27", "models": ["dsv3-mini"]},
+        figures={"tflops_bf16": 0.5},
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    profile, path = a_profile(), tmp_path / "folder" / "mine.json"
+    write_profile(path, profile)
+    read = read_profile(path)
+    assert (read.fits, read.made, read.device.name, read.device.tflops_bf16) == (
+        profile.fits,
+        profile.made,
+        "mine",
+        0.5,
+    )
+    tables, before = read.device.measured, profile.device.measured
+    assert tables is not None and before is not None
+    assert (tables.stages, tables.copies) == (before.stages, before.copies)
+    for found, was in ((tables.collectives[0], before.collectives[0]), (tables.steps[0], before.steps[0])):
+        assert found.points == was.points
+    again = tmp_path / "again.json"
+    write_profile(again, read)
+    assert again.read_text() == path.read_text()
+    assert find_device(str(path)).measured is not None and find_device("h100") is DEVICES["h100"]
+
+
+def test_a_profile_fits_what_it_was_made_for() -> None:
+    mine = here(ranks=2, threads=1, world="shm")
+    assert not mine.misfit(mine) and not Setting(ranks=2).misfit(mine)
+    assert "cpu 'another' there" in Setting(cpu="another").misfit(mine)
+    assert (
+        mine.misfit(replace(mine, threads=2, torch="1"))
+        == f"threads 1 there, 2 here; torch {mine.torch!r} there, '1' here"
+    )
+
+
+def test_a_hand_written_profile_needs_little(tmp_path: Path) -> None:
+    path = tmp_path / "lab.json"
+    path.write_text(
+        json.dumps(
+            {
+                "narrows_profile": 1,
+                "device": {"like": "h100", "hbm_bytes_per_s": 3.0e12},
+                "collectives": [{"op": "all_reduce", "ranks": 8, "points": [[1024, 10], [1048576, 30]]}],
+            }
+        )
+    )
+    device = read_profile(path).device
+    assert (device.name, device.tflops_bf16, device.hbm_bytes_per_s) == ("lab", 989, 3.0e12)
+    assert device.measured is not None and device.measured.collective("all_reduce", 8, "inner", 1024).seconds == 1e-5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"narrows_profile": 99}, "a profile of version 99, and this narrows reads version 1"),
+        ({"narrows_profile": None, "x": 1}, "version None"),
+        ({"device": {"like": "h1000"}}, "device.like is 'h1000'; known devices: h20"),
+        ({"device": {"tflops": 1}}, "device has no field 'tflops'; fields: attention_efficiency"),
+        ({"device": {"tflops_bf16": "fast"}}, "device.tflops_bf16 is 'fast', which is no number"),
+        ({"fits": {"moon": "full"}}, "fits has no field 'moon'"),
+        ({"stages": [{"stage": "sorcery", "points": []}]}, "a stage is 'sorcery'"),
+        ({"stages": [{"stage": "norm", "dtype": "bf16", "work": [], "points": []}]}, "stage norm has no points"),
+        (
+            {"stages": [{"stage": "norm", "dtype": "bf16", "work": [], "points": [[0, 1]]}]},
+            "a point of stage norm is [0, 1]; it is [rows > 0",
+        ),
+        (
+            {"stages": [{"stage": "norm", "dtype": "bf16", "work": [{"kind": "magic"}], "points": [[1, 1]]}]},
+            "work of kind 'magic'; kinds: gemm",
+        ),
+        ({"collectives": [{"op": "gossip", "ranks": 2, "points": []}]}, "a collective is 'gossip'"),
+        ({"collectives": [{"op": "all_reduce", "ranks": 1, "points": []}]}, "ranks 1 at least 2"),
+        ({"collectives": [{"op": "all_reduce", "ranks": 2, "points": [[1, 1]]}]}, "needs two points or more"),
+        ({"collectives": [{"op": "all_reduce", "ranks": 2}]}, "is not a whole profile: lacks 'points'"),
+        ({"copies": [[1, 1], [1, 2]]}, "copies has two points of one size"),
+        ({"copies": [[1, -1], [2, 2]]}, "a point of copies is [1, -1]"),
+        ({"stages": 7}, "is not a whole profile"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"narrows_profile": 1} | change))
+    with pytest.raises(ConfigError) as error:
+        read_profile(path)
+    assert said in str(error.value) and "bad.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_profiles(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_profile(tmp_path / "nowhere.json")
+    for text, said in (("{", "is not JSON"), ("[]", "is not a profile"), ("{}", "make one with: narrows calibrate")):
+        path = tmp_path / "x.json"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_profile(path)
