@@ -196,7 +196,7 @@ def test_without_matplotlib_the_extra_is_named(
         (("layout", "--rows", "0,4"), "--rows: whole numbers above 0"),
         (("layout", "--rows", "four"), "--rows: whole numbers above 0"),
         (("layout", "--context", "1"), "needs --context of 2 or more"),
-        (("layout", "--context", "4000"), "4000 tokens is longer than"),
+        (("layout", "--context", "4000"), "4000 tokens are longer than"),
         (("layout", "--rows", "4096"), "give --prompt-length"),
         (("layout", "--layout", "norm-before-gather"), "norm-before-gather"),
         (("layout", "--seconds-per-cell", "-1"), "--seconds-per-cell is -1"),

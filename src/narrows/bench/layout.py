@@ -81,8 +81,8 @@ class LayoutWork:
         longest, most = self._longest(), config.max_position_embeddings
         if longest > most:
             raise ConfigError(
-                f"a sequence of {longest} tokens is longer than the {most} positions of {config.name}: lower --context, "
-                "or give --prompt-length, so that the rows of a prefill step are several prompts"
+                f"sequences of {longest} tokens are longer than the {most} positions of {config.name}: lower "
+                "--context, or give --prompt-length, so that the rows of a prefill step are several prompts"
             )
 
     def _longest(self) -> int:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from narrows.bench.collectives import OTHERS, CollectivesWork, collectives
+from narrows.bench.grid import Grid
 from narrows.bench.latency import LatencyWork, latency
 from narrows.bench.layer import layer
 from narrows.bench.machine import machine, versions
@@ -123,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     print_outcome(args.bench, title, where, outcome, console())
     if args.plot:
         plot(outcome, title, args.plot)
+    if isinstance(outcome, Grid):
+        bench_layout_command.write_page(args, outcome, title, where)
     document = {
         "bench": args.bench,
         "model": args.model,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from narrows.bench.grid import Grid
 from narrows.bench.layout import LayoutWork, layout
 from narrows.cli.arguments import engine_options
+from narrows.cli.layout_html import grid_page
 from narrows.cost.stage import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.errors import ConfigError
 from narrows.plan.named import applicable_layouts, named_layout
 
-__all__ = ["ABOUT", "add_flags", "measure"]
+__all__ = ["ABOUT", "add_flags", "measure", "write_page"]
 
 ABOUT = "every layout over a grid of row counts: prices against measured time, the choice against the best"
 
@@ -50,6 +53,8 @@ def measure(args: argparse.Namespace, progress: Callable[[str], None]) -> tuple[
     for flag in ("seconds_per_cell", "prompt_length"):
         if not getattr(args, flag) >= 0:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(args, flag):g}; it must be at least 0")
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise ConfigError(f"--html {args.html}: there is no folder {Path(args.html).absolute().parent}")
     asked = EngineConfig(model=args.model, **engine_options(args, seed=args.seed))
     resolved = resolve(asked)
     config, mesh = resolved.config, resolved.mesh
@@ -74,6 +79,21 @@ def measure(args: argparse.Namespace, progress: Callable[[str], None]) -> tuple[
         progress=progress,
     )
     return resolved, grid
+
+
+def write_page(args: argparse.Namespace, grid: Grid, title: str, where: Mapping[str, Any]) -> None:
+    """The page that ``--html`` asks for, if it does.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if not args.html:
+        return
+    subtitle = f"narrows bench layout on {where['cpu']}, {where['cores']} cores, {where['date']}"
+    try:
+        Path(args.html).write_text(grid_page(grid, title, subtitle), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {args.html} cannot be written: {error.strerror}") from None
 
 
 def _rows(text: str) -> tuple[int, ...]:

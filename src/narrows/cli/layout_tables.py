@@ -8,7 +8,7 @@ from rich.table import Table
 
 from narrows.bench.grid import WITHIN, Cell, Grid, PlanTimes
 
-__all__ = ["print_grid"]
+__all__ = ["ms", "percent", "print_grid", "sources_words"]
 
 
 def print_grid(grid: Grid, out: Console) -> None:
@@ -20,13 +20,13 @@ def print_grid(grid: Grid, out: Console) -> None:
     worst = f" ({found.worst_step})" if found.worst_regret > 0 else ""
     out.print(
         f"auto is the best, or within {WITHIN:.0%} of it, in {found.right} of {found.cells} cells "
-        f"({found.share_right:.0%}); worst regret {_percent(found.worst_regret)}{worst}, mean "
-        f"{_percent(found.mean_regret)}",
+        f"({found.share_right:.0%}); worst regret {percent(found.worst_regret)}{worst}, mean "
+        f"{percent(found.mean_regret)}",
         markup=False,
     )
     out.print(
-        f"mean error of a plan's price: {_percent(found.mean_error)} of the whole step, "
-        f"{_percent(found.mean_walk_error)} of its walk",
+        f"mean error of a plan's price: {percent(found.mean_error)} of the whole step, "
+        f"{percent(found.mean_walk_error)} of its walk",
         markup=False,
     )
 
@@ -43,13 +43,13 @@ def _cell_table(cell: Cell) -> Table:
         if any(measured):
             pairs = zip(measured, totals, strict=True)
             table.add_row(f"  {name}", *(_pair(seconds, total[name]) for seconds, total in pairs))
-    table.add_row("walk, no clocks inside", *(_ms(one.walk) for one in cell.plans))
-    table.add_row("outside the walk", *(_ms(one.outside) for one in cell.plans))
+    table.add_row("walk, no clocks inside", *(ms(one.walk) for one in cell.plans))
+    table.add_row("outside the walk", *(ms(one.outside) for one in cell.plans))
     table.add_row("whole step", *(_pair(one.seconds, one.plan.seconds) for one in cell.plans), style="bold")
     table.add_row("price less measured", *(f"{one.error:+.1%}" for one in cell.plans))
     table.add_row("auto over it", *(f"{cell.chosen_over(one).median:.3f}" for one in cell.plans))
     table.add_row("rounds", *(str(len(one.step_s)) for one in cell.plans))
-    table.add_row("prices", *(_sources(one) for one in cell.plans))
+    table.add_row("prices", *(sources_words(one) for one in cell.plans))
     return table
 
 
@@ -65,14 +65,14 @@ def _choices(grid: Grid) -> Table:
         low, high = cell.regret_between
         table.add_row(
             cell.title,
-            _ms(cell.chosen.seconds),
-            _ms(cell.chosen.plan.seconds),
+            ms(cell.chosen.seconds),
+            ms(cell.chosen.plan.seconds),
             f"{cell.chosen.error:+.0%}",
-            _percent(cell.regret),
+            percent(cell.regret),
             f"{100 * low:.1f} to {100 * high:.1f}" if cell.best is not cell.chosen else "",
             _others(cell.chosen),
             "auto" if cell.best is cell.chosen else _others(cell.best),
-            f"{cell.named_pick} ({_percent(cell.named_regret)})",
+            f"{cell.named_pick} ({percent(cell.named_regret)})",
             style="" if cell.is_right else "red",
         )
     return table
@@ -83,28 +83,29 @@ def _others(one: PlanTimes) -> str:
     return " = ".join(name for name in one.layouts if name != "auto") or "its own way"
 
 
-def _sources(one: PlanTimes) -> str:
+def sources_words(one: PlanTimes) -> str:
     """Where the price comes from, by its seconds."""
     shares = {label: share for label, share in one.sources.items() if share >= 0.005}
     return ", ".join(label if share > 0.995 else f"{label} {share:.0%}" for label, share in shares.items())
 
 
 def _pair(measured: float, predicted: float) -> str:
-    return f"{_ms(measured)} ({_ms(predicted)})"
+    return f"{ms(measured)} ({ms(predicted)})"
 
 
-def _ms(seconds: float) -> str:
-    """
-    >>> _ms(1.2345), _ms(0.012345), _ms(0.00001234)
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits.
+
+    >>> ms(1.2345), ms(0.012345), ms(0.00001234)
     ('1234', '12.3', '0.0123')
     """
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """
-    >>> _percent(0.0123), _percent(0.5)
+    >>> percent(0.0123), percent(0.5)
     ('1.2 %', '50.0 %')
     """
     return f"{100 * share:.1f} %"
