@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -13,8 +15,8 @@ from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.bench.results import Series
 from narrows.bench.roofline import decode_kv_bytes, decode_weight_bytes, prefill_flops
-from narrows.bench.rounds import in_turns
-from narrows.bench.statistics import quantile, ratios, spread
+from narrows.bench.rounds import in_turns, turn_order
+from narrows.bench.statistics import median_interval, quantile, ratios, spread
 from narrows.cost.memory import weight_bytes
 from narrows.layout import Mesh
 
@@ -28,6 +30,21 @@ def test_spread_is_the_standard_librarys(values: list[float]) -> None:
     assert found.median == pytest.approx(statistics.median(values))
     assert (found.p10, found.p90) == pytest.approx((tenths[0], tenths[8]))
     assert found.count == len(values)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=40), st.floats(0.5, 0.99))
+def test_the_interval_of_a_median_is_the_narrowest_of_coins(values: list[float], confidence: float) -> None:
+    low, high = median_interval(values, confidence)
+    assert low <= quantile(values, 0.5) <= high
+    ordered, n = sorted(values), len(values)
+
+    def covers(k: int) -> float:
+        """The chance that at least k + 1 of n coins show heads, and at least k + 1 tails."""
+        return 1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+
+    good = [k for k in range((n + 1) // 2) if covers(k) >= confidence]
+    wanted = max(good, default=0)
+    assert (low, high) == (ordered[wanted], ordered[n - 1 - wanted])
 
 
 def test_one_value_is_its_own_spread() -> None:
@@ -49,8 +66,30 @@ def test_ways_take_turns_and_none_is_always_first() -> None:
         return len(ran)
 
     found = in_turns({name: lambda name=name: way(name) for name in "abc"}, rounds=3, warmup=1)
-    assert "".join(ran) == "abcbcacababc"
-    assert found == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
+    assert "".join(ran) == "abccbabcaacb"
+    assert found == {"a": [6, 9, 10], "b": [5, 7, 12], "c": [4, 8, 11]}
+
+
+@pytest.mark.parametrize("num", range(1, 9))
+def test_every_way_follows_every_other_one_equally_often(num: int) -> None:
+    rounds = [turn_order(num, turn) for turn in range(2 * num)]
+    assert all(sorted(order) == list(range(num)) for order in rounds)
+    assert Counter(order[0] for order in rounds) == dict.fromkeys(range(num), 2)
+    pairs = Counter(pair for order in rounds for pair in pairwise(order))
+    assert pairs == {(a, b): 2 for a in range(num) for b in range(num) if a != b}
+
+
+@pytest.mark.parametrize(("cost", "rounds"), [(1.0, 10), (3.0, 3), (50.0, 3), (2.6, 4)])
+def test_cheap_rounds_are_repeated_within_the_seconds_and_dear_ones_are_not(cost: float, rounds: int) -> None:
+    now = 0.0
+
+    def way() -> float:
+        nonlocal now
+        now += cost / 2
+        return now
+
+    found = in_turns({"a": way, "b": way}, rounds=3, warmup=2, seconds=10.5, clock=lambda: now)
+    assert {name: len(given) for name, given in found.items()} == {"a": rounds, "b": rounds}
 
 
 def test_ratios_of_a_series_are_to_its_first_variant() -> None:

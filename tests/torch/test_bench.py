@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,13 +19,15 @@ from safetensors.torch import load_file
 from narrows.arch.config import read_config
 from narrows.arch.presets import preset
 from narrows.bench.collectives import must_copy
-from narrows.bench.layer import LayerWork
 from narrows.bench.machine import proportional_memory
 from narrows.bench.requests import Times, random_prompts
+from narrows.bench.step_work import StepWork, fill_caches
 from narrows.bench.variants import contestants, parse_variants
 from narrows.cli.main import main
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
+from narrows.engine.program import Wrap
+from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -92,6 +95,59 @@ def test_layer_runs_decode_steps_too(folder: Path, capsys: pytest.CaptureFixture
     assert found["whole step"]["auto"]["median"] > 0
 
 
+GRID = ("--rows", "1,24", "--context", "8", "--seconds-per-cell", "0.2")
+
+
+def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = bench(capsys, "layout", folder, "--tp", "2", *GRID)
+    assert [(one["phase"], one["rows"]) for one in document["cells"]] == [
+        ("prefill", 1), ("prefill", 24), ("decode", 1), ("decode", 24),
+    ]  # fmt: skip
+    layouts = ["all-reduce", "attn-tp-input-scattered", "sequence-parallel", "auto"]
+    for one in document["cells"]:
+        assert sorted(name for plan in one["plans"] for name in plan["layouts"]) == sorted(layouts)
+        assert one["regret"] >= 0 and "auto" in one["chosen"] and one["named_pick"] in layouts[:3]
+        assert len({plan["rounds"] for plan in one["plans"]}) == 1, "plans take turns"
+        for plan in one["plans"]:
+            assert plan["rounds"] >= 2 and 0 < plan["walk_ms"] < plan["measured_ms"]
+            assert plan["predicted_ms"] > 0 and plan["sources"] == {"roofline": pytest.approx(1)}
+            by_class: dict[str, float] = {}
+            for step in plan["steps"]:
+                by_class[step["class"]] = by_class.get(step["class"], 0.0) + step["times"] * step["predicted_us"] / 1e3
+            for name, ms in plan["classes_ms"].items():
+                assert ms["measured"] > 0 and ms["predicted"] == pytest.approx(by_class[name])
+    few = document["cells"][2]
+    assert ["all-reduce", "auto"] in [plan["layouts"] for plan in few["plans"]], "the same steps are measured once"
+    found = document["summary"]
+    assert found["cells"] == 4 and found["right"] == sum(one["within_3_percent"] for one in document["cells"])
+    assert [list(variants) for variants in by_work(document).values()] == [layouts] * 4
+
+
+def test_layout_beside_auto_alone_and_prompts_of_a_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--phase", "prefill", "--rows", "12", "--prompt-length", "4", "--layout", "norm-before-gather")
+    (only,) = bench(capsys, "layout", folder, "--dp", "2", *flags, "--seconds-per-cell", "0")["cells"]
+    assert only["step"] == "prefill 12 by 4" and only["context"] == 4
+    assert sorted(name for plan in only["plans"] for name in plan["layouts"]) == ["auto", "norm-before-gather"]
+    assert {plan["rounds"] for plan in only["plans"]} == {2}, "no seconds: as many rounds as were asked for"
+
+
+def test_a_cache_is_filled_as_far_as_it_reaches(folder: Path) -> None:
+    asked = EngineConfig(model=str(folder), tp=2, kv_tokens=5000, page_size=4, max_context=50)
+    workers: list[Worker] = []
+    with Engine(resolve(asked), wrap=_remembers(workers)) as engine:
+        fill_caches(engine)
+        caches = [layer.cache_SC for worker in workers for layer in worker.model.layers]
+        assert len(caches) == 2 * 3 and all(bool((cache != 0).any(dim=1).all()) for cache in caches)
+
+
+def _remembers(workers: list[Worker]) -> Callable[[Worker], Wrap]:
+    def make(worker: Worker) -> Wrap:
+        workers.append(worker)
+        return lambda layer, step, reads, writes, operation: operation
+
+    return make
+
+
 def test_offline_against_other_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = ("--num-requests", "3", "--input-length", "6", "--output-length", "4")
     found = by_work(bench(capsys, "offline", folder, *work, "--against", "tp=2"))
@@ -137,6 +193,15 @@ def test_without_matplotlib_the_extra_is_named(
         (("layer", "--rows", "4", "--phase", "decode"), "needs --context of 2 or more"),
         (("layer", "--rows", "4", "--layout", "norm-before-gather"), "norm-before-gather"),
         (("layer", "--rows", "4", "--layout", "auto", "--every-layout"), "leave --layout out"),
+        (("layout", "--rows", "0,4"), "--rows: whole numbers above 0"),
+        (("layout", "--rows", "four"), "--rows: whole numbers above 0"),
+        (("layout", "--context", "1"), "needs --context of 2 or more"),
+        (("layout", "--context", "4000"), "4000 tokens are longer than"),
+        (("layout", "--rows", "4096"), "give --prompt-length"),
+        (("layout", "--layout", "norm-before-gather"), "norm-before-gather"),
+        (("layout", "--seconds-per-cell", "-1"), "--seconds-per-cell is -1"),
+        (("layout", "--prompt-length", "-1"), "--prompt-length is -1"),
+        (("layout", "--rounds", "0"), "--rounds is 0"),
         (("latency", "--prompt-lengths", "0", "--batches", "0"), "leave nothing to measure"),
         (("latency", "--batches", "two"), "whole numbers with commas"),
         (("offline", "--num-requests", "0"), "--num-requests is 0"),
@@ -203,7 +268,7 @@ def test_ranks_have_the_threads_that_were_asked_for(folder: Path) -> None:
 
 @pytest.mark.parametrize(("phase", "rows", "context"), [("prefill", 10, 0), ("prefill", 10, 4), ("decode", 5, 9)])
 def test_a_step_made_by_hand_has_the_rows_asked_for(phase: str, rows: int, context: int) -> None:
-    batch = LayerWork(rows=rows, phase=phase, context=context).batch(2, 4, 50)
+    batch = StepWork(rows=rows, phase=phase, context=context).batch(2, 4, 50)
     assert (batch.num_rows, batch.phase) == (rows, phase)
     for group in batch.groups:
         pages = [page for chunk in group for page in chunk.pages]

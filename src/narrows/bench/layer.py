@@ -1,30 +1,26 @@
 """Where the time of one step goes, per layout: the published table, the predicted time beside the measured one.
 
-Knows plans, clocks around steps, and batches made by hand, so that a step is exactly what is asked for.
+Knows plans and clocks around steps; the step itself is `step_work.py`'s.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
 from narrows.arch.stages import PriceClass
 from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
+from narrows.bench.step_work import StepWork, fill_caches
 from narrows.bench.variants import Contestant, Variant, contestants
-from narrows.cost.stage import StepShape
-from narrows.engine.config import EngineConfig
 from narrows.engine.profile import StepClock, profile_rows
 from narrows.errors import ConfigError
-from narrows.layout import deal
 from narrows.plan.plan import Plan
-from narrows.sched.batch import Batch, Chunk
-from narrows.sched.pages import num_pages_for
+from narrows.sched.batch import Batch
 
-__all__ = ["OUTSIDE", "PUBLISHED", "TOTAL", "LayerWork", "layer", "published_parts"]
+__all__ = ["OUTSIDE", "PUBLISHED", "TOTAL", "layer", "published_parts"]
 
 PUBLISHED = {
     PriceClass.QKV_A_PROJ: "low-rank projection",
@@ -35,58 +31,9 @@ PUBLISHED = {
 REST, TOTAL, OUTSIDE = "rest", "whole step", "outside the walk"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWork:
-    """One step of ``rows`` rows. In ``decode`` each is a sequence of ``context`` tokens; in ``prefill`` they are whole
-    prompts of ``context`` tokens (0: one per group)."""
-
-    rows: int
-    phase: str
-    context: int
-    seed: int = 0
-
-    def limits(self, asked: EngineConfig) -> EngineConfig:
-        """``asked`` with room for the step, whatever it says of limits."""
-        longest = self.length(self.rows) + 1
-        sequences = self.rows if self.phase == "decode" else -(-self.rows // self.length(self.rows))
-        held = sequences * (longest + asked.page_size)
-        return replace(asked, max_context=longest, kv_tokens=max(asked.kv_tokens or 0, held), rows_per_step=self.rows)
-
-    def length(self, group_rows: int) -> int:
-        return self.context or max(group_rows, 1)
-
-    def batch(self, num_groups: int, page_size: int, vocab_size: int) -> Batch:
-        """The step by hand; the cache before its rows is empty, which costs the same to read."""
-        draw = random.Random(self.seed)
-        groups = []
-        for number in deal(self.rows, num_groups):
-            length = self.length(number)
-            pages_each = num_pages_for(length, page_size)
-            spans = self._spans(number, length)
-            groups.append(
-                tuple(
-                    Chunk(
-                        request=at,
-                        start=start,
-                        tokens=tuple(draw.randrange(vocab_size) for _ in range(start, stop)),
-                        pages=tuple(range(1 + at * pages_each, 1 + at * pages_each + num_pages_for(stop, page_size))),
-                        num_logits=1,
-                    )
-                    for at, (start, stop) in enumerate(spans)
-                )
-            )
-        return Batch(groups=tuple(groups))
-
-    def _spans(self, rows: int, length: int) -> list[tuple[int, int]]:
-        """First and last position of every sequence's rows in a group."""
-        if self.phase == "decode":
-            return [(length - 1, length)] * rows
-        return [(0, min(length, rows - at)) for at in range(0, rows, length)]
-
-
 def layer(
     variants: Sequence[Variant],
-    work: LayerWork,
+    work: StepWork,
     *,
     rounds: int,
     warmup: int = 1,
@@ -97,6 +44,8 @@ def layer(
         raise ConfigError(f"--rows {work.rows} must be at least 1, and a decode step needs --context of 2 or more")
     with contestants([replace(one, asked=work.limits(one.asked)) for one in variants]) as running:
         for engine in {id(one.shared): one.shared for one in running}.values():
+            if work.phase == "decode":
+                fill_caches(engine)
             engine.instrument(StepClock)
         steps = {one.name: _step(one, work) for one in running}
         ways = {one.name: partial(_run, one, *steps[one.name]) for one in running}
@@ -132,18 +81,10 @@ def published_parts(seconds: dict[str, float]) -> dict[str, float]:
     return parts | {REST: sum(others.values())} | {f"  {name}": s for name, s in others.items()}
 
 
-def _step(one: Contestant, work: LayerWork) -> tuple[Batch, Plan]:
-    resolved, engine = one.resolved, one.engine()
-    mesh = resolved.mesh
-    batch = work.batch(mesh.num_groups, resolved.limits.page_size, resolved.config.vocab_size)
-    shape = StepShape.of(
-        mesh,
-        batch.group_rows,
-        phase=work.phase,
-        context=work.length(max(batch.group_rows)),
-        logit_rows=batch.num_logit_rows,
-    )
-    return batch, resolved.plan or engine.planner.plan(shape, one.layout)
+def _step(one: Contestant, work: StepWork) -> tuple[Batch, Plan]:
+    engine = one.engine()
+    batch = work.batch_for(engine)
+    return batch, work.plan(engine, one.layout, batch)
 
 
 def _run(one: Contestant, batch: Batch, plan: Plan) -> dict[str, float]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Spread", "quantile", "ratios", "spread"]
+__all__ = ["Spread", "median_interval", "quantile", "ratios", "spread"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +48,22 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> Spread:
     2.0
     """
     return spread([value / one for value, one in zip(values, base, strict=True)])
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.9) -> tuple[float, float]:
+    """Where the median of what ``values`` are drawn from lies, with so much confidence, whatever its distribution.
+
+    Two of the values, equally far from the ends: fewer than k of n draws lie below the true median with the chance that
+    fewer than k of n coins show heads. Too few values for that confidence give the lowest and the highest.
+
+    >>> median_interval([5.0, 1.0, 4.0, 2.0, 3.0]), median_interval([float(i) for i in range(21)])
+    ((1.0, 5.0), (6.0, 14.0))
+    """
+    ordered, n = sorted(values), len(values)
+    outside, at = 0.0, 0
+    while at < (n - 1) // 2:
+        outside += 2 * math.comb(n, at) / 2**n
+        if 1 - outside - 2 * math.comb(n, at + 1) / 2**n < confidence:
+            break
+        at += 1
+    return ordered[at], ordered[n - 1 - at]

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable
 
 from narrows.bench.collectives import OTHERS, CollectivesWork, collectives
+from narrows.bench.grid import Grid
 from narrows.bench.latency import LatencyWork, latency
-from narrows.bench.layer import LayerWork, layer
+from narrows.bench.layer import layer
 from narrows.bench.machine import machine, versions
 from narrows.bench.offline import OfflineWork, offline
 from narrows.bench.plot import check_plot, plot
 from narrows.bench.results import Outcome
+from narrows.bench.step_work import StepWork
 from narrows.bench.variants import Variant, parse_variants
-from narrows.cli import bench_serve_command
+from narrows.cli import bench_layout_command, bench_serve_command
 from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
@@ -41,6 +43,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows bench`` and of its kinds."""
     kinds = parser.add_subparsers(dest="bench", metavar="KIND", required=True)
     for name, about, add in (
+        ("layout", bench_layout_command.ABOUT, bench_layout_command.add_flags),
         ("layer", "where the time of one step goes, per layout, with the predicted time", _layer_flags),
         ("collectives", "every collective by size, beside memcpy and other worlds", _collectives_flags),
         ("offline", "throughput of requests of equal lengths", _offline_flags),
@@ -48,12 +51,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     ):
         kind = kinds.add_parser(name, help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
         add_engine_flags(kind)
-        add(kind)
         turns = kind.add_argument_group("turns")
         turns.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
         turns.add_argument("--warmup", type=int, default=1, help="rounds before them (default %(default)s)")
         turns.add_argument("--seed", type=int, default=0, help="of prompts and dummy weights (default %(default)s)")
         turns.add_argument("--plot", default="", metavar="FILE", help="draw the medians (needs the extra 'plot')")
+        add(kind)
     about = bench_serve_command.ABOUT
     kind = kinds.add_parser("serve", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
     bench_serve_command.add_flags(kind)
@@ -115,12 +118,14 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     where = machine()
     notes = console(stderr=True)
-    run_kind = {"layer": _layer, "collectives": _collectives, "offline": _offline, "latency": _latency}[args.bench]
+    run_kind = _KINDS[args.bench]
     resolved, outcome = run_kind(args, lambda line: notes.print(f"... {line}", markup=False))
     title = f"{resolved.config.name}, {_dtype(resolved)}, {resolved.mesh}, {args.threads} thread(s) per rank"
     print_outcome(args.bench, title, where, outcome, console())
     if args.plot:
         plot(outcome, title, args.plot)
+    if isinstance(outcome, Grid):
+        bench_layout_command.write_page(args, outcome, title, where)
     document = {
         "bench": args.bench,
         "model": args.model,
@@ -138,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _layer(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Outcome]:
     resolved, variants = _variants(args)
-    work = LayerWork(rows=args.rows, phase=args.phase, context=args.context, seed=args.seed)
+    work = StepWork(rows=args.rows, phase=args.phase, context=args.context, seed=args.seed)
     return resolved, layer(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress)
 
 
@@ -213,3 +218,12 @@ def _bytes(text: str) -> int:
 
 def _dtype(resolved: Resolved) -> str:
     return str(resolved.dtype).removeprefix("torch.")
+
+
+_KINDS: dict[str, Callable[[argparse.Namespace, Progress], tuple[Resolved, Outcome]]] = {
+    "layout": bench_layout_command.measure,
+    "layer": _layer,
+    "collectives": _collectives,
+    "offline": _offline,
+    "latency": _latency,
+}

@@ -9,7 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from narrows.bench.grid import Grid
 from narrows.bench.results import Outcome, Series
+from narrows.cli.layout_tables import print_grid
 
 __all__ = ["print_outcome"]
 
@@ -36,7 +38,10 @@ def print_outcome(bench: str, title: str, where: Mapping[str, Any], outcome: Out
         f"load before: {where['load_average_before']:.1f}",
         markup=False,
     )
-    out.print(_layer_table(outcome) if bench == "layer" else _table(outcome))
+    if isinstance(outcome, Grid):
+        print_grid(outcome, out)
+    else:
+        out.print(_layer_table(outcome) if bench == "layer" else _table(outcome))
     for name, found in outcome.calibration.items():
         what, unit = name.partition("_")[0], name.partition("_")[2].replace("_per_s", "/s")
         out.print(

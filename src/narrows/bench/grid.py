@@ -1,0 +1,302 @@
+"""What layouts cost in a grid of steps, measured beside priced: choices, regret, errors. PURE.
+
+Knows plans, seconds and names; measures and prints nothing. Layouts whose plans run the same steps are one entry, so
+that noise between two runs of the same thing is never regret. Times are compared within rounds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from narrows.bench.results import Outcome, Series
+from narrows.bench.statistics import Spread, median_interval, quantile, ratios
+from narrows.plan.plan import Plan
+
+__all__ = ["WITHIN", "Cell", "Grid", "PlanTimes", "Summary", "by_layout", "grid_of", "shared_plans", "summary"]
+
+WITHIN = 0.03
+"""A choice that costs at most this share more than the best counts as right."""
+
+
+def shared_plans(plans: Mapping[str, Plan]) -> dict[tuple[str, ...], Plan]:
+    """Plans by the layouts that they are the plans of: those that run the same steps are one, named after the first."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, plan in plans.items():
+        groups.setdefault(plan.signature(), []).append(name)
+    return {tuple(names): plans[names[0]] for names in groups.values()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTimes:
+    """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its steps;
+    ``walk_s``: the part of it inside the walk of the plan, the mean over ranks. ``clocked_s``: rounds with a clock
+    around every step: seconds of each in the plan's order, the mean over ranks, a collective's with the wait for the
+    slowest."""
+
+    layouts: tuple[str, ...]
+    plan: Plan
+    step_s: tuple[float, ...]
+    walk_s: tuple[float, ...]
+    clocked_s: tuple[tuple[float, ...], ...]
+
+    @property
+    def name(self) -> str:
+        """The layouts whose plan it is.
+
+        >>> " = ".join(("all-reduce", "auto"))
+        'all-reduce = auto'
+        """
+        return " = ".join(self.layouts)
+
+    @cached_property
+    def seconds(self) -> float:
+        """The median whole step."""
+        return quantile(self.step_s, 0.5)
+
+    @property
+    def walk(self) -> float:
+        """The median walk of the plan."""
+        return quantile(self.walk_s, 0.5)
+
+    @property
+    def outside(self) -> float:
+        """The median rest: batch and result on their way, row counts, page tables."""
+        return quantile([max(whole - walk, 0.0) for whole, walk in zip(self.step_s, self.walk_s, strict=True)], 0.5)
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured whole step, less 1."""
+        return self.plan.seconds / self.seconds - 1
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """What the price rests on: shares of its seconds by the source of each step's price, the best source first."""
+        shares: Counter[str] = Counter()
+        steps = [step for _, step in self.plan.steps()]
+        for step in sorted(steps, key=lambda step: step.source):
+            shares[step.source.label] += step.ps
+        whole = sum(shares.values())
+        return {label: ps / whole for label, ps in shares.items() if ps}
+
+    @cached_property
+    def classes(self) -> dict[str, float]:
+        """Median seconds per price class, of the rounds with clocks around steps."""
+        found: dict[str, list[float]] = {}
+        names = [str(step.price_class) for _, step in self.plan.steps()]
+        for times in self.clocked_s:
+            sums = dict.fromkeys(names, 0.0)
+            for name, seconds in zip(names, times, strict=True):
+                sums[name] += seconds
+            for name, seconds in sums.items():
+                found.setdefault(name, []).append(seconds)
+        return {name: quantile(values, 0.5) for name, values in found.items()}
+
+    @cached_property
+    def segment_s(self) -> tuple[tuple[float, ...], ...]:
+        """Seconds of every step of every segment: the mean over its layers, the median over rounds."""
+        rounds = [self._by_segment(times) for times in self.clocked_s]
+        return tuple(
+            tuple(quantile(values, 0.5) for values in zip(*of_rounds, strict=True))
+            for of_rounds in zip(*rounds, strict=True)
+        )
+
+    def _by_segment(self, times: Sequence[float]) -> list[tuple[float, ...]]:
+        out, at = [], 0
+        for segment in self.plan.segments:
+            num = len(segment.steps)
+            layers = [times[at + i * num : at + (i + 1) * num] for i in range(segment.times)]
+            out.append(tuple(sum(of_layers) / len(layers) for of_layers in zip(*layers, strict=True)))
+            at += segment.times * num
+        return out
+
+    def document(self) -> dict[str, Any]:
+        """As plain data; times in milliseconds, those of single steps in microseconds."""
+        predicted = {str(name): seconds for name, seconds in self.plan.totals().items()}
+        low, high = median_interval(self.step_s)
+        return {
+            "layouts": list(self.layouts),
+            "measured_ms": 1e3 * self.seconds,
+            "measured_between_ms": [1e3 * low, 1e3 * high],
+            "rounds": len(self.step_s),
+            "predicted_ms": 1e3 * self.plan.seconds,
+            "error": self.error,
+            "walk_ms": 1e3 * self.walk,
+            "walk_error": self.plan.seconds / self.walk - 1,
+            "outside_ms": 1e3 * self.outside,
+            "sources": self.sources,
+            "classes_ms": {
+                name: {"measured": 1e3 * self.classes.get(name, 0.0), "predicted": 1e3 * seconds}
+                for name, seconds in predicted.items()
+                if seconds or self.classes.get(name)
+            },
+            "steps": [
+                {
+                    "segment": segment.name,
+                    "times": segment.times,
+                    "name": step.name,
+                    "boundary": step.boundary,
+                    "class": str(step.price_class),
+                    "fields": list(step.reads),
+                    "layout": str(step.layout),
+                    "leaves": str(step.leaves),
+                    "rows": step.rows,
+                    "bytes": step.nbytes,
+                    "measured_us": 1e6 * seconds,
+                    "predicted_us": 1e6 * step.seconds,
+                    "source": step.source.label,
+                }
+                for segment, of_steps in zip(self.plan.segments, self.segment_s, strict=True)
+                for step, seconds in zip(segment.steps, of_steps, strict=True)
+            ],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One step of the grid under every plan. One of them is `auto`'s: what the prices chose."""
+
+    title: str
+    phase: str
+    rows: int
+    context: int
+    plans: tuple[PlanTimes, ...]
+
+    @cached_property
+    def chosen(self) -> PlanTimes:
+        """The plan of `auto`."""
+        return next(one for one in self.plans if "auto" in one.layouts)
+
+    def chosen_over(self, one: PlanTimes) -> Spread:
+        """How often the time of ``one`` the chosen plan took, round by round."""
+        return ratios(self.chosen.step_s, one.step_s)
+
+    @cached_property
+    def best(self) -> PlanTimes:
+        """The fastest: the plan that the chosen one took longest in terms of; the chosen one itself if none is
+        faster."""
+        return max((self.chosen, *self.plans), key=lambda one: self.chosen_over(one).median)
+
+    @cached_property
+    def regret(self) -> float:
+        """What the choice costs more than the best, as a share of the best; at least 0."""
+        return self.chosen_over(self.best).median - 1
+
+    @property
+    def regret_between(self) -> tuple[float, float]:
+        """Where the regret towards that plan lies, with 90 % confidence in the rounds there were."""
+        pairs = zip(self.chosen.step_s, self.best.step_s, strict=True)
+        low, high = median_interval([mine / its for mine, its in pairs])
+        return low - 1, high - 1
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the choice is the best or costs at most 3 % more."""
+        return self.regret <= WITHIN
+
+    @cached_property
+    def named_pick(self) -> str:
+        """The named layout that the prices would pick; of equal ones the first. Empty if `auto` alone was measured."""
+        prices = {name: one.plan.ps for one in self.plans for name in one.layouts if name != "auto"}
+        return min(prices, key=lambda name: prices[name], default="")
+
+    @property
+    def named_regret(self) -> float:
+        """What that one costs more than the best named layout, as a share of the best."""
+        named = [one for one in self.plans if one.layouts != ("auto",)]
+        mine = next((one for one in named if self.named_pick in one.layouts), None)
+        return max(ratios(mine.step_s, one.step_s).median for one in named) - 1 if mine is not None else 0.0
+
+    def document(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "step": self.title,
+            "phase": self.phase,
+            "rows": self.rows,
+            "context": self.context,
+            "plans": [one.document() for one in self.plans],
+            "chosen": list(self.chosen.layouts),
+            "best": list(self.best.layouts),
+            "regret": self.regret,
+            "regret_between": list(self.regret_between),
+            "within_3_percent": self.is_right,
+            "named_pick": self.named_pick,
+            "named_regret": self.named_regret,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """All cells. Errors are of every plan in every cell, without their signs; ``walk_error`` towards the walk alone."""
+
+    cells: int
+    right: int
+    share_right: float
+    worst_regret: float
+    worst_step: str
+    mean_regret: float
+    mean_error: float
+    mean_walk_error: float
+    named_worst_regret: float
+
+
+def summary(cells: Sequence[Cell]) -> Summary:
+    """The :class:`Summary` of at least one cell."""
+    worst = max(cells, key=lambda cell: cell.regret)
+    plans = [one for cell in cells for one in cell.plans]
+    right = sum(cell.is_right for cell in cells)
+    return Summary(
+        cells=len(cells),
+        right=right,
+        share_right=right / len(cells),
+        worst_regret=worst.regret,
+        worst_step=worst.title,
+        mean_regret=sum(cell.regret for cell in cells) / len(cells),
+        mean_error=sum(abs(one.error) for one in plans) / len(plans),
+        mean_walk_error=sum(abs(one.plan.seconds / one.walk - 1) for one in plans) / len(plans),
+        named_worst_regret=max(cell.named_regret for cell in cells),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid(Outcome):
+    """All cells of a run; ``series`` has their whole steps."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def summary(self) -> Summary:
+        return summary(self.cells)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            **Outcome.document(self),
+            "cells": [cell.document() for cell in self.cells],
+            "summary": asdict(self.summary),
+        }
+
+
+def by_layout(cell: Cell) -> dict[str, PlanTimes]:
+    """Every layout's plan, `auto`'s last."""
+    held = {name: one for one in cell.plans for name in one.layouts}
+    return {name: held[name] for name in sorted(held, key=lambda name: name == "auto")}
+
+
+def grid_of(cells: Sequence[Cell], notes: Sequence[str]) -> Grid:
+    """The outcome of a run. The series have every layout under its own name, so that all have the same ones."""
+    return Grid(
+        series=tuple(
+            Series(
+                work=cell.title,
+                unit="ms",
+                values={name: tuple(1e3 * s for s in one.step_s) for name, one in by_layout(cell).items()},
+                facts={name: {"predicted_ms": 1e3 * one.plan.seconds} for name, one in by_layout(cell).items()},
+            )
+            for cell in cells
+        ),
+        notes=tuple(notes),
+        cells=tuple(cells),
+    )

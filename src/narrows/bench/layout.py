@@ -1,0 +1,219 @@
+"""Measures every layout over a grid of row counts, for its price to be held against.
+
+Knows one engine, its plans, and steps made by hand; what the numbers mean is `grid.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+from narrows.arch.config import ModelConfig
+from narrows.arch.forms import Forms
+from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
+from narrows.bench.rounds import in_turns
+from narrows.bench.statistics import quantile
+from narrows.bench.step_work import StepWork, fill_caches
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+from narrows.engine.walk_times import StepTimes, WalkTimes
+from narrows.errors import ConfigError
+from narrows.plan.plan import Plan
+from narrows.sched.batch import Batch
+
+__all__ = ["LayoutWork", "layout"]
+
+_IN_FLIGHT = 2
+"""Steps handed over at once: the one that runs and the next, as the engine has them."""
+_TURN_S, _MOST_STEPS, _LONG_S = 0.03, 8, 0.2
+"""A turn is as many steps in a row as take this long, after one that wakes the ranks, unless steps are long. Turns are
+short, so that what slows the machine for a while meets all plans."""
+_CLOCKED_SHARE = 0.4
+"""Of the seconds of a cell, what is for its rounds with clocks around steps, which need no median within 3 %."""
+_CLOCKED_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutWork:
+    """A step of each of ``rows`` in each of ``phases``: sequences of ``context`` tokens in decode, whole prompts of
+    ``prompt_length`` in prefill (0: one per group)."""
+
+    rows: tuple[int, ...]
+    phases: tuple[str, ...]
+    context: int
+    prompt_length: int = 0
+    seed: int = 0
+
+    def steps(self) -> tuple[StepWork, ...]:
+        lengths = {"decode": self.context, "prefill": self.prompt_length}
+        return tuple(
+            StepWork(rows=rows, phase=phase, context=lengths[phase], seed=self.seed)
+            for phase in self.phases
+            for rows in self.rows
+        )
+
+    def limits(self, asked: EngineConfig) -> EngineConfig:
+        """``asked`` with room for the largest of the steps."""
+        each = [step.limits(asked) for step in self.steps()]
+        return replace(
+            asked,
+            max_context=max(2, self._longest()),
+            kv_tokens=max(one.kv_tokens or 0 for one in each),
+            rows_per_step=max(one.rows_per_step for one in each),
+        )
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse what no step can be.
+
+        Raises:
+            ConfigError: no rows, a context without room for a token before the row, or more than the model's positions.
+        """
+        if min(self.rows, default=0) < 1:
+            raise ConfigError("--rows: whole numbers above 0 with commas between are needed; for example 1,8,64,512")
+        if "decode" in self.phases and self.context < 2:
+            raise ConfigError(f"a decode step needs --context of 2 or more, not {self.context}")
+        longest, most = self._longest(), config.max_position_embeddings
+        if longest > most:
+            raise ConfigError(
+                f"sequences of {longest} tokens are longer than the {most} positions of {config.name}: lower "
+                "--context, or give --prompt-length, so that the rows of a prefill step are several prompts"
+            )
+
+    def _longest(self) -> int:
+        return max(step.length(step.rows) for step in self.steps())
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The median step of a turn, and the walk inside it: the mean over ranks, the median over the turn."""
+
+    step_s: float
+    walk_s: float
+
+
+def layout(
+    asked: EngineConfig,
+    work: LayoutWork,
+    layouts: Sequence[str],
+    *,
+    rounds: int,
+    seconds: float,
+    warmup: int = 1,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Grid:
+    """Measure ``layouts``, `auto` among them, at every step of ``work``, in one engine with the published forms.
+
+    ``rounds`` at least, and as many more as fit into ``seconds`` per cell.
+    """
+    cells = []
+    with Engine(resolve(replace(work.limits(asked), layout="auto", prefix_cache=False), Forms())) as engine:
+        if "decode" in work.phases:
+            fill_caches(engine)
+        for step in work.steps():
+            cell = _Cell(engine, step, layouts)
+            progress(f"{cell.title}: {len(cell.plans)} plans of {len(layouts)} layouts")
+            cells.append(cell.measure(rounds, seconds, max(warmup, 1)))
+        deployment = engine.resolved.deployment
+    return grid_of(
+        cells,
+        notes=(
+            f"whole step: from a batch handed to the ranks to its tokens, {_IN_FLIGHT} steps in flight as in service, "
+            "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
+            f"predicted for the device {deployment.device.name} in {deployment.dtype}",
+            "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",
+        ),
+    )
+
+
+class _Cell:
+    """One step of the grid, about to be measured."""
+
+    def __init__(self, engine: Engine, step: StepWork, layouts: Sequence[str]) -> None:
+        self.engine, self.step = engine, step
+        self.batch = step.batch_for(engine)
+        self.plans = shared_plans({name: step.plan(engine, name, self.batch) for name in layouts})
+
+    @property
+    def title(self) -> str:
+        step, context = self.step, self.step.context
+        if step.phase == "decode":
+            return f"decode {step.rows} x {context}"
+        return f"prefill {step.rows}" + (f" by {context}" if 0 < context < step.rows else "")
+
+    def measure(self, rounds: int, seconds: float, warmup: int) -> Cell:
+        self.engine.instrument(WalkTimes)
+        turn = self._steps_per_turn()
+        ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
+        whole = in_turns(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
+        self.engine.instrument(StepTimes)
+        clocked = in_turns(
+            {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
+            rounds=min(rounds, _CLOCKED_ROUNDS),
+            warmup=1,
+            seconds=_CLOCKED_SHARE * seconds,
+        )
+        self.engine.instrument(None)
+        return Cell(
+            title=self.title,
+            phase=self.step.phase,
+            rows=self.step.rows,
+            context=self.step.length(max(self.batch.group_rows)),
+            plans=tuple(
+                PlanTimes(
+                    layouts=names,
+                    plan=plan,
+                    step_s=tuple(turn.step_s for turn in whole[names]),
+                    walk_s=tuple(turn.walk_s for turn in whole[names]),
+                    clocked_s=tuple(clocked[names]),
+                )
+                for names, plan in self.plans.items()
+            ),
+        )
+
+    def _steps_per_turn(self) -> tuple[int, int]:
+        """Steps that are not timed, and that are. The first of a plan, which binds it, does not count."""
+        fastest = min(min(self._turn(plan, 0, 1).step_s for _ in range(2)) for plan in self.plans.values())
+        return int(fastest < _LONG_S), max(1, min(_MOST_STEPS, round(_TURN_S / fastest)))
+
+    def _turn(self, plan: Plan, untimed: int, count: int) -> _Turn:
+        """``count`` steps in a row after the untimed ones."""
+        ends = _run(self.engine, self.batch, plan, untimed + count)
+        seconds = [end - start for start, end in pairwise(ends)]
+        outside_layers = sum(layer is None for layer, _ in plan.steps())
+        walks = [_walks(stamps, outside_layers) for stamps in self.engine.readings()]
+        means = [sum(of_ranks) / len(of_ranks) for of_ranks in zip(*walks, strict=True)]
+        return _Turn(quantile(seconds[-count:], 0.5), quantile(means[-count:], 0.5))
+
+    def _clocked(self, plan: Plan, untimed: int, count: int) -> tuple[float, ...]:
+        """Seconds of every step of a walk, the mean over ranks and over the walks of a turn."""
+        _run(self.engine, self.batch, plan, untimed + count)
+        ranks: list[list[float]] = self.engine.readings()
+        num = plan.num_steps
+        walks = [times[at : at + num] for times in ranks for at in range(len(times) - count * num, len(times), num)]
+        return tuple(sum(of_walks) / len(walks) for of_walks in zip(*walks, strict=True))
+
+
+def _run(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[float]:
+    """Run ``count`` equal steps; when the first was handed over, and when each was done."""
+    waiting: deque[Future[list[Any]]] = deque()
+    times = [perf_counter()]
+    for _ in range(count):
+        if len(waiting) == _IN_FLIGHT:
+            waiting.popleft().result()
+            times.append(perf_counter())
+        waiting.append(engine.ranks.submit("step", batch, plan))
+    for future in waiting:
+        future.result()
+        times.append(perf_counter())
+    return times
+
+
+def _walks(stamps: Sequence[tuple[float, float]], steps_each: int) -> list[float]:
+    """Seconds of each walk, from the first start to the last end of its steps outside the layers."""
+    return [stamps[i + steps_each - 1][1] - stamps[i][0] for i in range(0, len(stamps), steps_each)]

@@ -1,0 +1,123 @@
+"""One step of the engine made by hand: a batch of exactly the rows asked for, run without a scheduler.
+
+Knows batches, limits and plans; measures nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from narrows.cost.stage import StepShape
+from narrows.engine.config import EngineConfig
+from narrows.engine.core import Engine
+from narrows.engine.program import Operation
+from narrows.engine.worker import Worker
+from narrows.layout import deal
+from narrows.plan.plan import Plan, Step
+from narrows.sched.batch import Batch, Chunk
+from narrows.sched.pages import num_pages_for
+
+__all__ = ["StepWork", "fill_caches"]
+
+_FILLED_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """One step of ``rows`` rows. In ``decode`` each is a sequence of ``context`` tokens; in ``prefill`` they are whole
+    prompts of ``context`` tokens (0: one per group)."""
+
+    rows: int
+    phase: str
+    context: int
+    seed: int = 0
+
+    def limits(self, asked: EngineConfig) -> EngineConfig:
+        """``asked`` with room for the step, whatever it says of limits."""
+        longest = self.length(self.rows) + 1
+        sequences = self.rows if self.phase == "decode" else -(-self.rows // self.length(self.rows))
+        held = sequences * (longest + asked.page_size)
+        return replace(asked, max_context=longest, kv_tokens=max(asked.kv_tokens or 0, held), rows_per_step=self.rows)
+
+    def length(self, group_rows: int) -> int:
+        return self.context or max(group_rows, 1)
+
+    def batch(self, num_groups: int, page_size: int, vocab_size: int) -> Batch:
+        """The step by hand. What the cache holds before its rows is whatever is there: see :func:`fill_caches`."""
+        draw = random.Random(self.seed)
+        groups = []
+        for number in deal(self.rows, num_groups):
+            length = self.length(number)
+            pages_each = num_pages_for(length, page_size)
+            spans = self._spans(number, length)
+            groups.append(
+                tuple(
+                    Chunk(
+                        request=at,
+                        start=start,
+                        tokens=tuple(draw.randrange(vocab_size) for _ in range(start, stop)),
+                        pages=tuple(range(1 + at * pages_each, 1 + at * pages_each + num_pages_for(stop, page_size))),
+                        num_logits=1,
+                    )
+                    for at, (start, stop) in enumerate(spans)
+                )
+            )
+        return Batch(groups=tuple(groups))
+
+    def batch_for(self, engine: Engine) -> Batch:
+        """The step by hand for ``engine``."""
+        resolved = engine.resolved
+        return self.batch(resolved.mesh.num_groups, resolved.limits.page_size, resolved.config.vocab_size)
+
+    def plan(self, engine: Engine, layout: str, batch: Batch) -> Plan:
+        """The plan of exactly this step; if the engine has one plan for every step, that one."""
+        shape = StepShape.of(
+            engine.resolved.mesh,
+            batch.group_rows,
+            phase=self.phase,
+            context=self.length(max(batch.group_rows)),
+            logit_rows=batch.num_logit_rows,
+        )
+        return engine.resolved.plan or engine.planner.plan(shape, layout)
+
+    def _spans(self, rows: int, length: int) -> list[tuple[int, int]]:
+        """First and last position of every sequence's rows in a group."""
+        if self.phase == "decode":
+            return [(length - 1, length)] * rows
+        return [(0, min(length, rows - at)) for at in range(0, rows, length)]
+
+
+def fill_caches(engine: Engine) -> None:
+    """Write random numbers into every rank's cache, as far as it reaches.
+
+    Pages of memory that were never written are all one page to the system, which stays in the processor's caches: to
+    read those costs much less than to read what a prompt has left there.
+    """
+    engine.instrument(_Filled)
+    engine.instrument(None)
+
+
+class _Filled:
+    """An instrument that fills the caches when it is made, and is around no step."""
+
+    def __init__(self, worker: Worker) -> None:
+        draw = torch.Generator(worker.place.device).manual_seed(worker.place.rank)
+        for layer in worker.model.layers:
+            for name, cache in vars(layer).items():
+                if "cache" in name and isinstance(cache, Tensor):
+                    _fill(cache, draw)
+
+    def __call__(
+        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+    ) -> Operation:
+        return operation
+
+
+def _fill(cache: Tensor, draw: torch.Generator) -> None:
+    some = torch.empty_like(cache[:_FILLED_AT_ONCE]).normal_(generator=draw)
+    for start in range(0, len(cache), _FILLED_AT_ONCE):
+        cache[start : start + _FILLED_AT_ONCE] = some[: len(cache) - start]
