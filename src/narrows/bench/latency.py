@@ -20,6 +20,7 @@ from narrows.bench.routing import ExpertCounter
 from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 
 __all__ = ["LatencyWork", "latency"]
@@ -78,11 +79,12 @@ def latency(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    trace: TraceFile | None = None,
 ) -> Outcome:
     """Seconds of every variant at every work, and the share it reaches of what the machine allowed in that round."""
     roomy = [replace(one, asked=work.limits(one.asked)) for one in variants]
     works: list[_Prefill | _Decode] = [*map(_Prefill, work.prompt_lengths), *map(_Decode, work.batches)]
-    with Calibrator(resolve(roomy[0].asked)) as calibrator, contestants(roomy) as running:
+    with Calibrator(resolve(roomy[0].asked)) as calibrator, contestants(roomy, trace) as running:
         hits = {(one, batch): _experts_hit(one, work, batch) for one in running for batch in work.batches}
         ways: dict[str, Callable[[], Any]] = {CALIBRATION: calibrator.measure}
         ways |= {f"{kind}, {one.name}": partial(_measure, one, work, kind) for kind in works for one in running}

@@ -18,6 +18,7 @@ from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig
 from narrows.engine.profile import StepClock, profile_rows
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.layout import deal
 from narrows.plan.plan import Plan
@@ -91,11 +92,12 @@ def layer(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    trace: TraceFile | None = None,
 ) -> Outcome:
     """Milliseconds per part of the step: the mean over ranks, in which a collective holds the wait for the slowest."""
     if work.rows < 1 or (work.phase == "decode" and work.context < 2):
         raise ConfigError(f"--rows {work.rows} must be at least 1, and a decode step needs --context of 2 or more")
-    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants]) as running:
+    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
         for engine in {id(one.shared): one.shared for one in running}.values():
             engine.instrument(StepClock)
         steps = {one.name: _step(one, work) for one in running}
@@ -150,7 +152,7 @@ def _run(one: Contestant, batch: Batch, plan: Plan) -> dict[str, float]:
     """Seconds per part of one step."""
     engine = one.engine()
     start = perf_counter()
-    engine.ranks.submit("step", batch, plan).result()
+    engine.submit(batch, plan=plan).result()
     seconds = perf_counter() - start
     by_class = dict.fromkeys(map(str, PriceClass), 0.0)
     for row in profile_rows(engine.readings()):

@@ -15,6 +15,7 @@ from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants, memory_of
 from narrows.engine.config import EngineConfig
+from narrows.engine.trace_file import TraceFile
 
 __all__ = ["OfflineWork", "offline"]
 
@@ -45,9 +46,10 @@ def offline(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    trace: TraceFile | None = None,
 ) -> Outcome:
     """Output and total tokens per second of every variant, and how long the first token of a request took."""
-    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants]) as running:
+    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
         memory: dict[str, int] = {}
         alone = len({id(one.shared) for one in running}) == 1
         ways = {one.name: partial(_run, one, work, memory) for one in running}

@@ -18,10 +18,12 @@ from narrows.cli.arguments import (
     add_host_flags,
     add_limit_flags,
     add_prompt_flags,
+    add_trace_flags,
     engine_options,
     launch_of,
     limit_options,
     read_prompts,
+    trace_file,
 )
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig, resolve
@@ -48,6 +50,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_limit_flags(parser)
     _add_sampling_flags(parser)
     parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
+    add_trace_flags(parser, "when every rank ran what, from the first step on")
     parser.add_argument("--quiet", action="store_true", help="print the texts alone")
 
 
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         options |= {"launch": launch, "ranks": args.ranks or "processes"}
     if launch is not None and not launch.hosts:
         return obey_host(resolve(EngineConfig(model=args.model, **options)))
+    trace = trace_file(args)
     started = perf_counter()
     with LLM(args.model, **options) as llm:
         resolved = llm.resolved
@@ -91,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
             notes.print(f"note: {note}")
         if args.profile:
             llm.engine.instrument(StepClock)
+        if trace is not None:
+            trace.start(resolved.config.name, llm.engine)
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
         started = perf_counter()
         done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args)
@@ -103,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if any(completion.logprobs or completion.prompt_logprobs for completion in done):
             _print_logprobs(llm, done)
+        if trace is not None:
+            notes.print(trace.write(), markup=False)
         if args.profile:
             _print_profile(profile_rows(llm.engine.readings()), resolved.mesh.size)
     return 0

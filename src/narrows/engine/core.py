@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,7 @@ from narrows.comm.world import World
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import Ranks, start_ranks
+from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.layout import Encoding
@@ -87,6 +89,7 @@ class Engine:
         self.scheduler = Scheduler(resolved.limits)
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
+        self._tracer: Tracer | None = None
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -191,10 +194,15 @@ class Engine:
         """
         if len(self.in_flight) == _AHEAD or not self.scheduler.has_work:
             return None
+        start = perf_counter()
         batch = self.scheduler.schedule()
         if batch is None:
             return None
+        scheduled = perf_counter()
         plan = self.plan_for(batch)
+        if self._tracer is not None:
+            self._tracer.on_host("schedule", start, scheduled)
+            self._tracer.on_host("plan", scheduled, perf_counter())
         step = StepInFlight(batch=batch, plan=plan, future=self.submit(batch, plan=plan))
         self.in_flight.append(step)
         return step
@@ -207,7 +215,11 @@ class Engine:
         """
         result = self.in_flight[0].future.result()[0]
         self.in_flight.popleft()
-        return self.scheduler.commit(result.ids, result.logprobs, result.scores)
+        start = perf_counter()
+        touched = self.scheduler.commit(result.ids, result.logprobs, result.scores)
+        if self._tracer is not None:
+            self._tracer.on_host("commit", start, perf_counter())
+        return touched
 
     def submit(self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks; the result lists one :class:`StepResult` per rank.
@@ -217,6 +229,10 @@ class Engine:
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
         plan = plan or self.plan_for(batch, keep_logits=keep_logits)
+        if self._tracer is not None and not self._tracer.full:
+            return self._tracer.submit(batch, plan, keep_logits, self.scheduler.stats())
+        if self._tracer is not None:
+            self._tracer.passed()
         return self.ranks.submit("step", batch, plan, keep_logits)
 
     def plan_for(self, batch: Batch, *, keep_logits: bool = False) -> Plan:
@@ -258,25 +274,32 @@ class Engine:
         """What rows travel as before gathers, where not plain, in the plans made so far."""
         return frozenset[Encoding]().union(*(plan.encodings for _, plan in self.planned()))
 
-    def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
+    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Put something around every step of every rank from now on, or nothing any more.
 
         ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. What it
-        makes may have a ``readings()``, which :meth:`readings` asks for.
+        makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
         """
-        self.ranks.submit("instrument", make).result()
+        self.ranks.submit("instrument", make, name).result()
 
-    def readings(self) -> list[Any]:
+    def readings(self, name: str = "") -> list[Any]:
         """What each rank's instrument has read since it was asked last."""
-        return self.ranks.submit("readings").result()
+        return self.ranks.submit("readings", name).result()
+
+    def trace(self, num_steps: int) -> Tracer:
+        """Record the next ``num_steps`` steps, on the host and on every rank, without waiting for any.
+
+        Ends with :meth:`Tracer.end`. One trace at a time: a new one takes the place of the old.
+        """
+        self._tracer = Tracer(self.ranks, num_steps)
+        return self._tracer
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
         """Run one batch under a given plan, and wait; every rank's result, with logits.
 
         The batch is the caller's own, so what it writes into the cache is not what the scheduler has cached there.
         """
-        self.scheduler.forget_cached()
-        return self.ranks.submit("step", batch, plan, True).result()
+        return self.submit(batch, plan=plan, keep_logits=True).result()
 
     def close(self) -> None:
         """End the ranks."""
