@@ -1,10 +1,10 @@
 """What the first step of a plan-book bucket costs over the next one of the same bucket, and where that goes.
 
-    python benchmarks/first_seen_plans.py MODEL [--tp 2] [--dp 1] [--ranks processes] [--warm]
+    python benchmarks/first_seen_plans.py MODEL [--tp 2] [--dp 1] [--ranks processes] [--warm S]
 
 Starts an engine with random weights and runs decode steps of 1, 2, 3, 4, 6, 8 ... rows and prefill steps, each twice by
 hand: the first time in its bucket, and again. Prints milliseconds of the search on the host, of both steps as the host
-sees them, and the difference: the pause. ``--warm``: the book is warmed first, as a server does at start. Ends in one
+sees them, and the difference: the pause. ``--warm``: plans are made for so long before, as a server does. Ends in one
 line of JSON.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--ranks", default="processes")
     parser.add_argument("--layout", default="auto")
-    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--warm", type=float, default=0.0, metavar="S")
     args = parser.parse_args()
     asked = EngineConfig(
         model=args.model,
@@ -51,7 +51,8 @@ def main() -> None:
         ready = perf_counter()
         warmed = 0
         if args.warm:
-            warmed = engine.warm()
+            warmed = engine.warm(args.warm)
+            engine.prepare(engine.plans())
         warm_s = perf_counter() - ready
         found = [measure(engine, phase, rows) for phase, rows in STEPS]
     report(found, start_s=ready - started, warm_s=warm_s, warmed=warmed, args=args)

@@ -90,6 +90,7 @@ def latency(
         ways |= {f"{kind}, {one.name}": partial(_measure, one, work, kind) for kind in works for one in running}
         found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
         resolved = {one.name: one.resolved for one in running}
+        evidence = running[0].engine().evidence()
         experts = {(one.name, batch): hit for (one, batch), hit in hits.items()}
     allowed = found[CALIBRATION]
     series = []
@@ -113,6 +114,7 @@ def latency(
             f"decode: the median step of a run from {work.context} tokens of context on",
             "share of roofline: prefill, FLOPs of the whole model at the rate of the GEMM; decode, bytes of the "
             "distinct weights that the step reads at the read bandwidth; both measured in the same round",
+            *filter(None, [evidence]),
         ),
     )
 

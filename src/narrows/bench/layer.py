@@ -21,6 +21,7 @@ from narrows.engine.profile import StepClock, profile_rows
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.layout import deal
+from narrows.plan.evidence import evidence_line
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
@@ -106,6 +107,7 @@ def layer(
     predicted = {
         name: published_parts({str(c): s for c, s in plan.totals().items()}) for name, (_, plan) in steps.items()
     }
+    device = running[0].resolved.deployment.device.name
     for name, (_, plan) in steps.items():
         predicted[name][TOTAL] = plan.seconds
     seen = dict.fromkeys(part for given in found.values() for one in given for part in one)
@@ -122,7 +124,8 @@ def layer(
         ),
         notes=(
             f"one {work.phase} step of {work.rows} rows; predicted for the device "
-            f"{running[0].engine().resolved.deployment.device.name}, which need not be this machine",
+            f"{device}, which need not be this machine",
+            *filter(None, [evidence_line(device, {name: plan for name, (_, plan) in steps.items()})]),
         ),
     )
 

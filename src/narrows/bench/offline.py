@@ -54,6 +54,7 @@ def offline(
         alone = len({id(one.shared) for one in running}) == 1
         ways = {one.name: partial(_run, one, work, memory) for one in running}
         found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
+        evidence = running[0].engine().evidence()
     name = f"{work.num_requests} x ({work.input_length} in, {work.output_length} out)"
     outputs, inputs = work.num_requests * work.output_length, work.num_requests * work.input_length
 
@@ -61,6 +62,7 @@ def offline(
         values = {variant: tuple(value(one) for one in given) for variant, given in found.items()}
         return Series(work=f"{name}: {what}", unit=unit, values=values)
 
+    memory_note = "memory: PSS of the host process and the ranks right after a run"
     tokens = series("output", "tok/s", lambda one: outputs / one[0])
     facts = {variant: {"memory_mb": memory[variant] / 1e6} for variant in found if alone}
     return Outcome(
@@ -69,7 +71,7 @@ def offline(
             series("input and output", "tok/s", lambda one: (inputs + outputs) / one[0]),
             series("median time to the first token", "s", lambda one: one[1]),
         ),
-        notes=("memory: PSS of the host process and the ranks right after a run",) if alone else (),
+        notes=tuple(filter(None, (memory_note if alone else "", evidence))),
     )
 
 

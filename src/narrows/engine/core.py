@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,10 +26,12 @@ from narrows.engine.ranks import Ranks, start_ranks
 from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
-from narrows.layout import Encoding
+from narrows.layout import Encoding, deal
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
 from narrows.plan.book import BookKey, PinnedBook, PlanBook
+from narrows.plan.evidence import evidence_line
+from narrows.plan.expected import expected_keys
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
@@ -42,6 +45,8 @@ __all__ = ["Engine", "StepInFlight"]
 
 _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
+_MOST_AHEAD = 128
+"""Buckets whose plans are made before a step asks for them, 20 KB each in every process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,8 @@ class Engine:
         wrap: put around every bound step of every rank, for profiling and verification; for rank threads only.
         source: weights, if not those that ``resolved`` names; sent to rank processes.
         validate: check every plan before it runs; only a test that plants a fault switches that off.
+        warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
+            :meth:`prepare` has the ranks bind them.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
@@ -80,6 +87,7 @@ class Engine:
         wrap: Callable[[Worker], Wrap] | None = None,
         source: WeightSource | None = None,
         validate: bool = True,
+        warm_s: float = 0.0,
     ) -> None:
         self.resolved = resolved
         self.planner = Planner(resolved.deployment, resolved.forms)
@@ -90,6 +98,7 @@ class Engine:
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
         self._tracer: Tracer | None = None
+        self._to_plan = self._expected()
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -102,7 +111,41 @@ class Engine:
             wrap=wrap,
             validate=validate,
         )
-        self.ranks: Ranks = start_ranks(resolved, make)
+        planning = threading.Thread(target=self.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
+        planning.start()  # this process has nothing else to do until the ranks are there
+        try:
+            self.ranks: Ranks = start_ranks(resolved, make)
+        finally:
+            planning.join()
+
+    def warm(self, seconds: float) -> int:
+        """Make plans for the buckets that steps will ask for first, for so long; how many were made."""
+        count, end = 0, perf_counter() + seconds
+        while perf_counter() < end and self.plan_ahead() is not None:
+            count += 1
+        return count
+
+    def plan_ahead(self) -> Plan | None:
+        """Make one more plan that no step has asked for yet; None: enough of them are made."""
+        found = next(self._to_plan, None)
+        if found is None:
+            return None
+        key, needs_logits = found
+        return (self._logits_book if needs_logits else self.book).plan_of(key)
+
+    def _expected(self) -> Iterator[tuple[BookKey, bool]]:
+        limits = self.resolved.limits
+        if self.resolved.plan is None:
+            most = min(limits.requests_per_group * limits.num_groups, limits.rows_per_step)
+            keys = expected_keys(limits.num_groups, most_decoding=most, rows_per_step=limits.rows_per_step)
+            for key in itertools.islice(keys, _MOST_AHEAD):
+                yield key, False
+                yield key, True  # somebody draws, or asks for log-probabilities
+
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Have the ranks bind plans, without waiting, so that the first step of a bucket finds its plan there."""
+        if plans:
+            self.ranks.submit("prepare", plans)
 
     def add(
         self,
@@ -268,6 +311,26 @@ class Engine:
             return ((None, self.resolved.plan),)
         books = dict.fromkeys(book for pair in list(self._books.values()) for book in pair)
         return tuple(found for book in books for found in book.plans())
+
+    def evidence(self) -> str:
+        """One line if what is predicted rests on prices that were not measured, of a full prefill step and of a decode
+        step of one row per group; empty if it does not."""
+        resolved, limits = self.resolved, self.resolved.limits
+        device = resolved.deployment.device.name
+        if resolved.plan is not None:
+            return evidence_line(device, {"the plan": resolved.plan})
+        rows, groups = limits.rows_per_step, limits.num_groups
+        return evidence_line(
+            device,
+            {
+                f"prefill of {rows} rows": self.book.plan_for("prefill", deal(rows, groups), 1),
+                f"decode of {groups}": self.book.plan_for("decode", (1,) * groups, groups),
+            },
+        )
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Every plan made so far."""
+        return tuple(plan for _, plan in self.planned())
 
     @property
     def encodings(self) -> frozenset[Encoding]:

@@ -1,8 +1,8 @@
 """Steps that ran, as a document that Perfetto and chrome://tracing open: one row per rank, and the host's above them.
 
-The format is Chrome's trace event format, in its JSON object form. Knows plans and times in seconds of one clock; not how
-they were measured, nor ranks. Every event of a rank is a step of the plan that ran, with what was predicted for it beside
-what it took. :func:`trace_events` makes the events one by one, so that a long trace is never in memory as a whole.
+The format is Chrome's trace event format, in its JSON object form. Knows plans and times in seconds of one clock; not
+how they were measured, nor ranks. Every event of a rank is a step of the plan that ran, with what was predicted for it
+beside what it took. :func:`trace_events` makes events one by one, so that a long trace is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class HostSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRun:
-    """What one engine did. ``num_cut``: steps that ran after the last one that was kept. ``clocks``: by rank, seconds by
-    which its times were moved because its clock is not the host's; empty where all have one clock."""
+    """What one engine did. ``num_cut``: steps that ran after the last one that was kept. ``clocks``: by rank, the
+    seconds by which its times were moved because its clock is not the host's; empty where all have one clock."""
 
     name: str
     steps: tuple[TracedStep, ...]
@@ -143,15 +143,15 @@ def _told(runs: Sequence[TraceRun]) -> dict[str, Any]:
     moved = {run.name: {str(k): f"{s:.6f} s" for k, s in run.clocks.items()} for run in runs if run.clocks}
     out: dict[str, Any] = {
         "predicted": "of the plan's bucket at its upper end (priced_rows of the walk) and its priced context",
-        "collectives": "a collective's time holds the wait for the slowest rank",
+        "waits": "a collective's time holds the wait for the slowest rank",
         "clocks": "one clock for all ranks of this host (CLOCK_MONOTONIC)",
     }
     if cut:
         out["steps_not_traced"] = cut
     if moved:
         out["clocks"] = (
-            "these ranks have another clock than the host (another machine): their times were moved so that the first step "
-            "ends when its answers had come; between hosts nothing finer is aligned"
+            "ranks with another clock than the host (another machine) were moved so that their first step ends when its "
+            "answers had come; between hosts nothing finer is aligned"
         )
         out["moved"] = moved
     return out
