@@ -98,6 +98,7 @@ class Engine:
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
         self._tracer: Tracer | None = None
+        self._observe: Callable[[Batch, Plan], None] | None = None
         self._to_plan = self._expected()
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
@@ -272,6 +273,8 @@ class Engine:
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
         plan = plan or self.plan_for(batch, keep_logits=keep_logits)
+        if self._observe is not None:
+            self._observe(batch, plan)
         if self._tracer is not None and not self._tracer.full:
             return self._tracer.submit(batch, plan, keep_logits, self.scheduler.stats())
         if self._tracer is not None:
@@ -344,6 +347,10 @@ class Engine:
         makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
         """
         self.ranks.submit("instrument", make, name).result()
+
+    def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
+        """Call something with every step that is handed out from now on, or nothing any more."""
+        self._observe = call
 
     def readings(self, name: str = "") -> list[Any]:
         """What each rank's instrument has read since it was asked last."""

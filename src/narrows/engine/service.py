@@ -285,6 +285,7 @@ class EngineService:
         assert engine is not None
         while not self._closing:
             worked = self._take_in(engine)
+            self._trace.mind(engine, self._wake)  # so that what came after it was asked for is in it
             touched: list[Request] = []
             if engine.in_flight and engine.in_flight[0].future.done():
                 step = engine.in_flight[0]
@@ -295,7 +296,6 @@ class EngineService:
                 worked = True
                 self._handed_out(engine, step)
             self._read_clocks(engine)
-            self._trace.mind(engine, self._wake)
             self._publish(engine)
             for request in touched:  # after the ranks have been given work
                 self._tell_news(request)

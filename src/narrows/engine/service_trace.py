@@ -1,7 +1,7 @@
 """Traces of an engine that serves: any thread asks for one to begin or end, the service's loop does it.
 
-Knows tracers and a file; not HTTP. A trace ends when it is told to, or by itself when it has as many steps as were asked
-for. It is written on a thread of its own, so that nothing waits for a disk. The next one takes its place in the file.
+Knows tracers and a file; not HTTP. A trace ends when it is told to, or by itself when it has as many steps as were
+asked for. It is written on a thread of its own, so that nothing waits for a disk. The next one overwrites it.
 """
 
 from __future__ import annotations

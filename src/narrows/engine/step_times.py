@@ -23,7 +23,7 @@ from narrows.plan.book import BookKey, bucket
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 
-__all__ = ["BucketTimes", "DriftRule", "StepTimes", "predicted_collectives", "predicted_seconds"]
+__all__ = ["BucketTimes", "DriftRule", "StepTimes", "predicted_collectives", "predicted_seconds", "share_of_plan"]
 
 _RECENT = 101
 """Steps whose times a bucket keeps, for its median."""
@@ -34,10 +34,11 @@ PlanClass = tuple[str, int, str]
 
 def predicted_seconds(plan: Plan, batch: Batch) -> float:
     """What ``plan`` predicts for ``batch``, which may have fewer rows than its bucket."""
-    return plan.seconds * _share(plan, batch)
+    return plan.seconds * share_of_plan(plan, batch)
 
 
-def _share(plan: Plan, batch: Batch) -> float:
+def share_of_plan(plan: Plan, batch: Batch) -> float:
+    """The share of a plan's predicted time that a batch should take."""
     rows = plan.shape.rows.total
     return min(batch.num_rows / rows, 1.0) if batch.phase == "prefill" and rows else 1.0
 
@@ -176,17 +177,17 @@ class StepTimes:
         found.predicted += predicted
         found.measured += measured
         found.recent.append((predicted, measured))
-        return self._drift(name, key, found)
+        return self._drift(key, found, needs_logits=batch.needs_logits)
 
     def _count_collectives(self, plan: Plan, batch: Batch) -> None:
         held = self._of_plan.get(id(plan))
         if held is None or held[0] is not plan:
             held = self._of_plan[id(plan)] = (plan, predicted_collectives(plan))
-        share = _share(plan, batch)
+        share = share_of_plan(plan, batch)
         for kind, seconds in held[1].items():
             self.collectives[kind] = self.collectives.get(kind, 0.0) + seconds * share
 
-    def _drift(self, name: PlanClass, key: BookKey, found: BucketTimes) -> str:
+    def _drift(self, key: BookKey, found: BucketTimes, *, needs_logits: bool) -> str:
         rule = self.rule
         if found.told or found.steps < rule.least_steps or found.steps % rule.least_steps:
             return ""
@@ -194,9 +195,10 @@ class StepTimes:
         if 1 / rule.factor <= ratio <= rule.factor:
             return ""
         found.told = True
-        phase, rows, layout = name
+        logits = f"{key.logit_rows} with logits" if needs_logits else f"{key.logit_rows} sampled"
         return (
-            f"{phase} steps of up to {rows} rows ({layout}) take {found.median_measured * 1e3:.3g} ms where "
-            f"{found.median_predicted * 1e3:.3g} ms were predicted ({ratio:.2g} times, median of the last "
-            f"{len(found.recent)}): plans may not be the fastest here; run narrows calibrate"
+            f"{key.phase} steps of up to {key.rows} rows ({logits}; {found.plan.layout_name}) take "
+            f"{found.median_measured * 1e3:.3g} ms where {found.median_predicted * 1e3:.3g} ms were predicted "
+            f"({ratio:.2g} times, median of the last {len(found.recent)}): plans may not be the fastest here; "
+            "run narrows calibrate"
         )

@@ -1,4 +1,4 @@
-"""Which buckets of a plan book steps will ask for, most likely ones first, so that plans can be made before they are needed.
+"""Which buckets of a plan book steps will ask for, most likely ones first: plans can be made before they are needed.
 
 Knows limits in numbers; no plan and no price.
 """
@@ -31,24 +31,24 @@ def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) ->
 
 
 def _every(num_groups: int, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
-    for rows in _buckets(most_decoding):
-        for groups in _spread(rows, num_groups):
-            yield BookKey.of("decode", groups, rows)
-    for logit_rows in (1, 0, *_buckets(rows_per_step)):
-        for rows in _buckets(rows_per_step):
-            if rows >= logit_rows:
-                for groups in _spread(rows, num_groups):
+    for least, most in _buckets(most_decoding):
+        for groups in _spread(least, most, num_groups):
+            yield BookKey.of("decode", groups, most)
+    for logit_rows in (1, 0, *(most for _, most in _buckets(rows_per_step))):
+        for least, most in _buckets(rows_per_step):
+            if most >= logit_rows:
+                for groups in _spread(least, most, num_groups):
                     yield BookKey.of("prefill", groups, logit_rows)
 
 
-def _buckets(most: int) -> Iterator[int]:
-    """The upper ends of all buckets that hold 1 to ``most``."""
+def _buckets(most: int) -> Iterator[tuple[int, int]]:
+    """The fewest and the most rows of every bucket that holds 1 to ``most``."""
     rows = 1
-    while rows < most:
-        yield rows
-        rows = bucket(rows + 1)
-    yield bucket(most)
+    while rows <= most:
+        yield rows, bucket(rows)
+        rows = bucket(rows) + 1
 
 
-def _spread(rows: int, num_groups: int) -> tuple[tuple[int, ...], ...]:
-    return (deal(rows, num_groups), (rows, *(0,) * (num_groups - 1)))
+def _spread(least: int, most: int, num_groups: int) -> tuple[tuple[int, ...], ...]:
+    """Rows of the groups; how many the largest has, decides the bucket too."""
+    return (deal(most, num_groups), deal(least, num_groups), (most, *(0,) * (num_groups - 1)))

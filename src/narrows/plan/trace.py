@@ -45,8 +45,8 @@ class Walk:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedStep:
     """One step of an engine. ``submitted``, ``begun`` and ``done`` are seconds of the host's clock: when it was handed
-    out, when the ranks were free for it at the latest, and when the last of them had answered. ``walks`` by rank.
-    ``counters``: what the scheduler held then (requests running and waiting, pages)."""
+    out, when the host had the answers of the step before (ranks go on before that), and when it had this one's.
+    ``walks`` by rank. ``counters``: what the scheduler held then (requests running and waiting, pages)."""
 
     phase: str
     group_rows: tuple[int, ...]
@@ -150,8 +150,8 @@ def _told(runs: Sequence[TraceRun]) -> dict[str, Any]:
         out["steps_not_traced"] = cut
     if moved:
         out["clocks"] = (
-            "ranks with another clock than the host (another machine) were moved so that their first step ends when its "
-            "answers had come; between hosts nothing finer is aligned"
+            "ranks with another clock than the host's (another machine) were moved so that their first step ends when "
+            "its answers had come; between hosts nothing finer is aligned"
         )
         out["moved"] = moved
     return out
@@ -190,8 +190,13 @@ def _names(pid: int, name: str, tracks: Mapping[int, str]) -> Iterator[dict[str,
 def _host_events(run: TraceRun, pid: int, zero: float) -> Iterator[dict[str, Any]]:
     tracks = {_HOST_TRACK: "scheduling", _STEP_TRACK: "steps"}
     yield from _names(pid, f"{run.name}: host", tracks)
-    for span in sorted(run.host, key=lambda span: span.start):
-        yield _span(span.name, "host", pid, _HOST_TRACK, _us(span.start - zero), _us(span.end - zero))
+    did = [
+        _span(span.name, "host", pid, _HOST_TRACK, _us(span.start - zero), _us(span.end - zero)) for span in run.host
+    ]
+    for number, step in enumerate(run.steps):  # an arrow begins in the span in which the step was handed out
+        at = _us(step.submitted - zero)
+        did += [_flow("s", run, number, rank, pid, _HOST_TRACK, at) for rank in range(run.num_ranks)]
+    yield from sorted(did, key=lambda event: event["ts"])
     for number, step in enumerate(run.steps):
         rows = sum(step.group_rows)
         plan = step.plan
@@ -208,8 +213,6 @@ def _host_events(run: TraceRun, pid: int, zero: float) -> Iterator[dict[str, Any
         }
         start, end = _us(step.begun - zero), _us(step.done - zero)
         yield _span(f"{step.phase} of {rows} rows", "step", pid, _STEP_TRACK, start, end, args)
-        for rank in range(run.num_ranks):
-            yield _flow("s", run, number, rank, pid, _STEP_TRACK, start)
     for step in run.steps:
         ts = _us(step.submitted - zero)
         for name, value in step.counters.items():

@@ -81,9 +81,10 @@ class Health:
 class Stats:
     """Numbers of this moment (``running``, ``waiting``, ``kv_*``) and totals since the start (the rest).
 
-    ``plans``: steps run by (phase, bucket of rows, layout); ``plan_seconds``: of those that have ended, the seconds that
-    were predicted and that they took; empty where one plan runs every step. ``collectives``: by (layout, collective): how many, bytes
-    that crossed ranks, seconds; empty when they are not measured; ``predicted_collectives``: their predicted seconds. ``idle_rows``: by group, rows that it waited for.
+    ``plans``: steps run by (phase, bucket of rows, layout). ``plan_seconds``: of those that have ended, the seconds
+    predicted and taken; empty where one plan runs every step. ``collectives``: by (layout, collective): how many, bytes
+    that crossed ranks, seconds; empty when they are not measured. ``predicted_collectives``: seconds predicted for
+    them. ``idle_rows``: by group, rows that it waited for.
     """
 
     running: int = 0
