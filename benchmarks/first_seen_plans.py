@@ -1,11 +1,11 @@
-"""What the first step of a plan-book bucket costs over the next one of the same bucket, and where that goes.
+"""What the first step of a plan-book bucket pays for its plan: the search on the host, and binding on the ranks.
 
     python benchmarks/first_seen_plans.py MODEL [--tp 2] [--dp 1] [--ranks processes] [--warm S]
 
-Starts an engine with random weights and runs decode steps of 1, 2, 3, 4, 6, 8 ... rows and prefill steps, each twice by
-hand: the first time in its bucket, and again. Prints milliseconds of the search on the host, of both steps as the host
-sees them, and the difference: the pause. ``--warm``: plans are made for so long before, as a server does. Ends in one
-line of JSON.
+Starts an engine with random weights, and asks for the plans of decode steps of 1, 2, 3, 4, 6, 8 ... rows and of prefill
+steps, as the first step of each bucket would. Milliseconds: of the search on the host; until the ranks have the plan
+and have bound it, less an empty call's round trip; and of the step then. ``--warm``: plans are made for so long before,
+while the ranks load, as a server does. Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from narrows.bench.layer import LayerWork
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
+from narrows.plan.plan import Plan
 
 STEPS = [("decode", rows) for rows in (1, 2, 3, 4, 6, 8, 12, 16)] + [("prefill", rows) for rows in (64, 128, 256, 512)]
 
@@ -47,47 +48,52 @@ def main() -> None:
         kv_tokens=16 * 1100,
     )
     started = perf_counter()
-    with Engine(resolve(asked)) as engine:
-        ready = perf_counter()
-        warmed = 0
-        if args.warm:
-            warmed = engine.warm(args.warm)
-            engine.prepare(engine.plans())
-        warm_s = perf_counter() - ready
+    with Engine(resolve(asked), warm_s=args.warm) as engine:
+        start_s = perf_counter() - started
+        plans = engine.plans()
+        engine.ranks.submit("prepare", plans).result()
+        bind_s = perf_counter() - started - start_s
         found = [measure(engine, phase, rows) for phase, rows in STEPS]
-    report(found, start_s=ready - started, warm_s=warm_s, warmed=warmed, args=args)
+    report(found, start_s=start_s, plans_made=len(plans), bind_s=bind_s, args=args)
 
 
 def measure(engine: Engine, phase: str, rows: int) -> dict[str, Any]:
-    """One bucket: milliseconds of the search, of the first step and of the next ones."""
+    """One bucket: milliseconds of the search, of binding, and of a step (the median of 5)."""
     limits, config = engine.resolved.limits, engine.resolved.config
     work = LayerWork(rows=rows, phase=phase, context=64 if phase == "decode" else 0)
     batch = work.batch(engine.resolved.mesh.num_groups, limits.page_size, config.vocab_size)
 
-    def run() -> tuple[float, float]:
+    def prepared(*plans: Plan) -> float:
         start = perf_counter()
-        plan = engine.plan_for(batch)
-        planned = perf_counter()
-        engine.submit(batch, plan=plan).result()
-        return 1e3 * (planned - start), 1e3 * (perf_counter() - start)
+        engine.ranks.submit("prepare", plans).result()
+        return 1e3 * (perf_counter() - start)
 
-    search, first = run()
-    again = median(run()[1] for _ in range(7))
-    return {"phase": phase, "rows": rows, "search_ms": search, "first_ms": first, "again_ms": again}
+    def stepped() -> float:
+        start = perf_counter()
+        engine.submit(batch, plan=plan).result()
+        return 1e3 * (perf_counter() - start)
+
+    start = perf_counter()
+    plan = engine.plan_for(batch)
+    search = 1e3 * (perf_counter() - start)
+    empty = median(prepared() for _ in range(5))
+    bind = max(prepared(plan) - empty, 0.0)
+    step = median(stepped() for _ in range(5))
+    return {"phase": phase, "rows": rows, "search_ms": search, "bind_ms": bind, "step_ms": step}
 
 
 def report(found: list[dict[str, Any]], **facts: Any) -> None:
     """The table, and the line of JSON."""
-    table = Table(title=f"{facts['args'].model}, dp {facts['args'].dp} x tp {facts['args'].tp}, {facts['args'].ranks}")
-    for name in ("step", "search ms", "first ms", "again ms", "pause ms"):
+    args = facts.pop("args")
+    warm = f", plans made for {args.warm:g} s" if args.warm else ""
+    table = Table(title=f"{args.model}, dp {args.dp} x tp {args.tp}, {args.ranks}{warm}", title_justify="left")
+    for name in ("step", "search ms", "bind ms", "both ms", "step ms"):
         table.add_column(name, justify="right")
     for one in found:
-        pause = one["first_ms"] - one["again_ms"]
-        times = (one["search_ms"], one["first_ms"], one["again_ms"], pause)
+        times = (one["search_ms"], one["bind_ms"], one["search_ms"] + one["bind_ms"], one["step_ms"])
         table.add_row(f"{one['phase']} {one['rows']}", *(f"{ms:.2f}" for ms in times))
     Console().print(table)
-    args = vars(facts.pop("args"))
-    print(json.dumps({"bench": "first_seen_plans", **args, **facts, "results": found}))
+    print(json.dumps({"bench": "first_seen_plans", **vars(args), **facts, "results": found}))
 
 
 if __name__ == "__main__":
