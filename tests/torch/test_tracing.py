@@ -50,7 +50,7 @@ def run_all(engine: Engine, prompts: int = 2, tokens: int = 4) -> None:
 def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: Engine) -> None:
     tracer = engine.trace(3)
     run_all(engine)
-    run = tracer.run(tracer.end().result(), "one")
+    run = tracer.run(engine.end_trace(tracer).result(), "one")
     assert [step.phase for step in run.steps] == ["prefill", "decode", "decode"] and run.num_cut > 0
     assert not run.clocks and run.num_ranks == 2
     for step in run.steps:
@@ -71,7 +71,7 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     engine.instrument(StepClock, "clock")
     tracer = engine.trace(100)
     run_all(engine)
-    run = tracer.run(tracer.end().result(), "one")
+    run = tracer.run(engine.end_trace(tracer).result(), "one")
     counted = added(engine.readings(), {})
     clocked = profile_rows(engine.readings("clock"))
     crossed = sum(sum(walk.received) for step in run.steps for walk in step.walks)
@@ -87,7 +87,7 @@ def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine:
     tracer = engine.trace(50)
     run_all(engine, prompts=1, tokens=3)
     run_all(engine, prompts=7, tokens=3)
-    run = tracer.run(tracer.end().result(), "one")
+    run = tracer.run(engine.end_trace(tracer).result(), "one")
     decode = [step for step in run.steps if step.phase == "decode"]
     assert {step.plan.shape.rows.total for step in decode} >= {1, 8}
     assert all(step.plan is engine.book.plan_for("decode", step.group_rows, step.logit_rows) for step in decode)

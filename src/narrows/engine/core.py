@@ -359,10 +359,15 @@ class Engine:
     def trace(self, num_steps: int) -> Tracer:
         """Record the next ``num_steps`` steps, on the host and on every rank, without waiting for any.
 
-        Ends with :meth:`Tracer.end`. One trace at a time: a new one takes the place of the old.
+        Ends with :meth:`end_trace`. One trace at a time: a new one takes the place of the old.
         """
         self._tracer = Tracer(self.ranks, num_steps)
         return self._tracer
+
+    def end_trace(self, tracer: Tracer) -> Future[list[Any]]:
+        """Record nothing more; what the ranks have recorded, for :meth:`Tracer.run`."""
+        self._tracer = None
+        return tracer.end()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
         """Run one batch under a given plan, and wait; every rank's result, with logits.

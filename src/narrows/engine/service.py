@@ -48,6 +48,8 @@ _RESTART_S = 60.0
 """Ranks that fail again so soon after they were started in place of others are not started a third time."""
 _WARM_S = 0.15
 """For how long plans are made while ranks load; the others are made one by one when nothing runs."""
+_LAST_TRACE_S = 5.0
+"""What a trace that is being made when the service ends may take to be written."""
 _RATE_OF = 64
 """Generations whose ends tell how fast places become free."""
 
@@ -124,7 +126,7 @@ class EngineService:
             done = self._changed.wait_for(lambda: not self._tickets or self._over, timeout_s)
         if self._trace.is_on and not self._over:
             with suppress(ConfigError):  # said in the log
-                self._trace.stop(self._wake)
+                self._trace.stop(self._wake, _LAST_TRACE_S)
         return done
 
     def close(self) -> None:

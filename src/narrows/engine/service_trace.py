@@ -74,7 +74,7 @@ class ServiceTrace:
             self._written, self._failure = None, ""
         return {"file": self.file, "steps": steps}
 
-    def stop(self, wake: Callable[[], None]) -> dict[str, Any]:
+    def stop(self, wake: Callable[[], None], within_s: float = _END_S) -> dict[str, Any]:
         """End the trace and wait for its file, or for one that has ended by itself; what was written.
 
         Raises:
@@ -87,8 +87,8 @@ class ServiceTrace:
             self._end_asked = True
         wake()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._state is _State.NONE, _END_S):
-                raise ConfigError(f"the trace was not written within {_END_S:g} s: the ranks are busy, or stuck")
+            if not self._changed.wait_for(lambda: self._state is _State.NONE, within_s):
+                raise ConfigError(f"the trace was not written within {within_s:g} s: the ranks are busy, or stuck")
             written, failure = self._written, self._failure
             self._written, self._failure = None, ""
         if written is None:
@@ -116,7 +116,7 @@ class ServiceTrace:
             self._state = _State.RUNNING
         tracer, recorded = self._tracer, self._recorded
         if self._state is _State.RUNNING and tracer is not None and (self._end_asked or tracer.done):
-            recorded = self._recorded = tracer.end()
+            recorded = self._recorded = engine.end_trace(tracer)
             engine.prepare(engine.plans())
             recorded.add_done_callback(wake)
             self._state = _State.ENDING

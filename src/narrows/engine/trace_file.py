@@ -44,8 +44,8 @@ class TraceFile:
 
     def collect(self) -> None:
         """Take what the engines' ranks have recorded; before they are closed."""
-        for name, _, tracer in self._open:
-            self._runs.append(tracer.run(tracer.end().result(), name))
+        for name, engine, tracer in self._open:
+            self._runs.append(tracer.run(engine.end_trace(tracer).result(), name))
         self._open.clear()
 
     def write(self) -> str:
