@@ -53,7 +53,7 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, SMALL)
     assert set(found) == {
         *("model", "mesh", "device", "dtype", "graph", "encode_rows", "shape"),
-        *("layouts", "inapplicable", "why", "crossovers", "notes"),
+        *("layouts", "inapplicable", "why", "evidence", "crossovers", "notes"),
     }
     assert (found["model"], found["mesh"], found["device"]) == ("deepseek-v2-lite", {"dp": 2, "tp": 2}, "h100")
     assert found["shape"] == {

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from narrows.checkpoints import model_path
+from narrows.errors import ConfigError
 from narrows.sched.sampling import TokenScore
 from narrows.server.app import create_app
 from narrows.server.backend import Draining, Generation, Health, Stats, Update
@@ -85,6 +86,8 @@ class FakeBackend:
         self.ready = Health(ready=True)
         self.numbers = Stats()
         self.failure = ""
+        self.trace_refusal = ""
+        self.traced: int | None = -1
         self.draining = False
         self._live: deque[Live] = deque()
         self._lock = threading.Condition()
@@ -117,6 +120,17 @@ class FakeBackend:
 
     def stats(self) -> Stats:
         return self.numbers
+
+    def start_trace(self, num_steps: int | None = None) -> dict[str, Any]:
+        if self.trace_refusal:
+            raise ConfigError(self.trace_refusal)
+        self.traced = num_steps
+        return {"file": "trace.json", "steps": num_steps or 200}
+
+    def stop_trace(self) -> dict[str, Any]:
+        if self.trace_refusal:
+            raise ConfigError(self.trace_refusal)
+        return {"file": "trace.json", "steps": 3, "events": 30}
 
     def info(self) -> dict[str, Any]:
         return {"mesh": "dp 1 x tp 2", "layout": "auto"}

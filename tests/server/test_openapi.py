@@ -23,6 +23,8 @@ ROUTES = [
     "GET /v1/models",
     "GET /v1/models/{name}",
     "POST /detokenize",
+    "POST /start_profile",
+    "POST /stop_profile",
     "POST /tokenize",
     "POST /v1/chat/completions",
     "POST /v1/completions",

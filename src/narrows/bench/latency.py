@@ -20,6 +20,7 @@ from narrows.bench.routing import ExpertCounter
 from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 
 __all__ = ["LatencyWork", "latency"]
@@ -78,16 +79,18 @@ def latency(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    trace: TraceFile | None = None,
 ) -> Outcome:
     """Seconds of every variant at every work, and the share it reaches of what the machine allowed in that round."""
     roomy = [replace(one, asked=work.limits(one.asked)) for one in variants]
     works: list[_Prefill | _Decode] = [*map(_Prefill, work.prompt_lengths), *map(_Decode, work.batches)]
-    with Calibrator(resolve(roomy[0].asked)) as calibrator, contestants(roomy) as running:
+    with Calibrator(resolve(roomy[0].asked)) as calibrator, contestants(roomy, trace) as running:
         hits = {(one, batch): _experts_hit(one, work, batch) for one in running for batch in work.batches}
         ways: dict[str, Callable[[], Any]] = {CALIBRATION: calibrator.measure}
         ways |= {f"{kind}, {one.name}": partial(_measure, one, work, kind) for kind in works for one in running}
         found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
         resolved = {one.name: one.resolved for one in running}
+        evidence = running[0].engine().evidence()
         experts = {(one.name, batch): hit for (one, batch), hit in hits.items()}
     allowed = found[CALIBRATION]
     series = []
@@ -111,6 +114,7 @@ def latency(
             f"decode: the median step of a run from {work.context} tokens of context on",
             "share of roofline: prefill, FLOPs of the whole model at the rate of the GEMM; decode, bytes of the "
             "distinct weights that the step reads at the read bandwidth; both measured in the same round",
+            *filter(None, [evidence]),
         ),
     )
 

@@ -16,7 +16,9 @@ from narrows.bench.rounds import in_turns
 from narrows.bench.step_work import StepWork, fill_caches
 from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.engine.profile import StepClock, profile_rows
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.plan.evidence import evidence_line
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 
@@ -38,11 +40,12 @@ def layer(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    trace: TraceFile | None = None,
 ) -> Outcome:
     """Milliseconds per part of the step: the mean over ranks, in which a collective holds the wait for the slowest."""
     if work.rows < 1 or (work.phase == "decode" and work.context < 2):
         raise ConfigError(f"--rows {work.rows} must be at least 1, and a decode step needs --context of 2 or more")
-    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants]) as running:
+    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
         for engine in {id(one.shared): one.shared for one in running}.values():
             if work.phase == "decode":
                 fill_caches(engine)
@@ -53,6 +56,7 @@ def layer(
     predicted = {
         name: published_parts({str(c): s for c, s in plan.totals().items()}) for name, (_, plan) in steps.items()
     }
+    device = running[0].resolved.deployment.device.name
     for name, (_, plan) in steps.items():
         predicted[name][TOTAL] = plan.seconds
     seen = dict.fromkeys(part for given in found.values() for one in given for part in one)
@@ -69,7 +73,8 @@ def layer(
         ),
         notes=(
             f"one {work.phase} step of {work.rows} rows; predicted for the device "
-            f"{running[0].engine().resolved.deployment.device.name}, which need not be this machine",
+            f"{device}, which need not be this machine",
+            *filter(None, [evidence_line(device, {name: plan for name, (_, plan) in steps.items()})]),
         ),
     )
 
@@ -91,7 +96,7 @@ def _run(one: Contestant, batch: Batch, plan: Plan) -> dict[str, float]:
     """Seconds per part of one step."""
     engine = one.engine()
     start = perf_counter()
-    engine.ranks.submit("step", batch, plan).result()
+    engine.submit(batch, plan=plan).result()
     seconds = perf_counter() - start
     by_class = dict.fromkeys(map(str, PriceClass), 0.0)
     for row in profile_rows(engine.readings()):

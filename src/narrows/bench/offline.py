@@ -15,6 +15,7 @@ from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants, memory_of
 from narrows.engine.config import EngineConfig
+from narrows.engine.trace_file import TraceFile
 
 __all__ = ["OfflineWork", "offline"]
 
@@ -45,13 +46,15 @@ def offline(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    trace: TraceFile | None = None,
 ) -> Outcome:
     """Output and total tokens per second of every variant, and how long the first token of a request took."""
-    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants]) as running:
+    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
         memory: dict[str, int] = {}
         alone = len({id(one.shared) for one in running}) == 1
         ways = {one.name: partial(_run, one, work, memory) for one in running}
         found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
+        evidence = running[0].engine().evidence()
     name = f"{work.num_requests} x ({work.input_length} in, {work.output_length} out)"
     outputs, inputs = work.num_requests * work.output_length, work.num_requests * work.input_length
 
@@ -59,6 +62,7 @@ def offline(
         values = {variant: tuple(value(one) for one in given) for variant, given in found.items()}
         return Series(work=f"{name}: {what}", unit=unit, values=values)
 
+    memory_note = "memory: PSS of the host process and the ranks right after a run"
     tokens = series("output", "tok/s", lambda one: outputs / one[0])
     facts = {variant: {"memory_mb": memory[variant] / 1e6} for variant in found if alone}
     return Outcome(
@@ -67,7 +71,7 @@ def offline(
             series("input and output", "tok/s", lambda one: (inputs + outputs) / one[0]),
             series("median time to the first token", "s", lambda one: one[1]),
         ),
-        notes=("memory: PSS of the host process and the ranks right after a run",) if alone else (),
+        notes=tuple(filter(None, (memory_note if alone else "", evidence))),
     )
 
 

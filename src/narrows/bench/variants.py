@@ -16,6 +16,7 @@ from narrows.bench.machine import proportional_memory
 from narrows.comm.processes import ProcessRanks
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 
 __all__ = ["Contestant", "Variant", "contestants", "memory_of", "parse_variants"]
@@ -94,8 +95,8 @@ def _value(text: str, kind: type, value: str) -> object:
 
 
 @contextmanager
-def contestants(variants: Sequence[Variant]) -> Iterator[tuple[Contestant, ...]]:
-    """Start the engines that the variants need, and end them after.
+def contestants(variants: Sequence[Variant], trace: TraceFile | None = None) -> Iterator[tuple[Contestant, ...]]:
+    """Start the engines that the variants need, and end them after. ``trace``: what records them, warm-up included.
 
     Layouts that share an engine hold weights in the published forms, as the named ones need; one layout alone in the
     forms that are best for it.
@@ -110,6 +111,9 @@ def contestants(variants: Sequence[Variant]) -> Iterator[tuple[Contestant, ...]]
             engines[key] = stack.enter_context(
                 Engine(resolve(replace(key, layout=names[0], prefix_cache=False), forms))
             )
+        if trace is not None:
+            for key, engine in engines.items():
+                trace.start(", ".join(v.name for v in variants if replace(v.asked, layout="auto") == key), engine)
         yield tuple(
             Contestant(
                 name=variant.name,
@@ -118,6 +122,8 @@ def contestants(variants: Sequence[Variant]) -> Iterator[tuple[Contestant, ...]]
             )
             for variant in variants
         )
+        if trace is not None:
+            trace.collect()
 
 
 def memory_of(engine: Engine) -> int:

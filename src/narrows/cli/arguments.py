@@ -9,6 +9,8 @@ from typing import Any
 
 from narrows.comm.launch import Launch
 from narrows.engine.config import LOAD_FORMATS, QUANTIZATIONS, RANKS, RUN_ON, EngineConfig
+from narrows.engine.trace_file import TraceFile
+from narrows.engine.tracer import DEFAULT_STEPS
 from narrows.errors import ConfigError
 from narrows.plan.planner import ENCODE_ROWS
 
@@ -17,10 +19,12 @@ __all__ = [
     "add_host_flags",
     "add_limit_flags",
     "add_prompt_flags",
+    "add_trace_flags",
     "engine_options",
     "launch_of",
     "limit_options",
     "read_prompts",
+    "trace_file",
 ]
 
 _DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
@@ -160,6 +164,24 @@ def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> N
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=f"a prompt; repeatable{default}")
     prompts.add_argument("--prompt-file", metavar="FILE", help="a text file, one prompt per line")
     prompts.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template")
+
+
+def add_trace_flags(parser: argparse.ArgumentParser, what: str) -> None:
+    """Where a trace is written, and how long it may be; ``what`` goes into it."""
+    trace = parser.add_argument_group("trace, which Perfetto and chrome://tracing open (docs/tracing.md)")
+    trace.add_argument("--trace", default="", metavar="FILE", help=f"write {what}; compressed if FILE ends in .gz")
+    trace.add_argument(
+        "--trace-steps", type=int, default=DEFAULT_STEPS, metavar="N", help="most steps in it (default %(default)s)"
+    )
+
+
+def trace_file(args: argparse.Namespace) -> TraceFile | None:
+    """The trace that was asked for.
+
+    Raises:
+        ConfigError: its file cannot be written, or a number of steps that cannot be.
+    """
+    return TraceFile(file=args.trace, num_steps=args.trace_steps) if args.trace else None
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

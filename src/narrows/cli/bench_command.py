@@ -23,12 +23,20 @@ from narrows.bench.results import Outcome
 from narrows.bench.step_work import StepWork
 from narrows.bench.variants import Variant, parse_variants
 from narrows.cli import bench_layout_command, bench_serve_command
-from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
+from narrows.cli.arguments import (
+    add_engine_flags,
+    add_limit_flags,
+    add_trace_flags,
+    engine_options,
+    limit_options,
+    trace_file,
+)
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
 from narrows.comm.launch import Launch
 from narrows.cost.stage import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.plan.named import applicable_layouts, named_layout
 
@@ -70,6 +78,7 @@ def _variant_flags(parser: argparse.ArgumentParser) -> None:
         "--against", action="append", default=[], metavar="K=V[,K=V]", help="an engine with these changes; repeatable"
     )
     add_limit_flags(parser)
+    add_trace_flags(parser, "when every rank ran what, warm-up rounds included")
 
 
 def _layer_flags(parser: argparse.ArgumentParser) -> None:
@@ -118,8 +127,11 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     where = machine()
     notes = console(stderr=True)
+    trace = trace_file(args) if "trace" in args else None
     run_kind = _KINDS[args.bench]
-    resolved, outcome = run_kind(args, lambda line: notes.print(f"... {line}", markup=False))
+    resolved, outcome = run_kind(args, lambda line: notes.print(f"... {line}", markup=False), trace)
+    if trace is not None:
+        notes.print(trace.write(), markup=False)
     title = f"{resolved.config.name}, {_dtype(resolved)}, {resolved.mesh}, {args.threads} thread(s) per rank"
     print_outcome(args.bench, title, where, outcome, console())
     if args.plot:
@@ -141,20 +153,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layer(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Outcome]:
+def _layer(args: argparse.Namespace, progress: Progress, trace: TraceFile | None) -> tuple[Resolved, Outcome]:
     resolved, variants = _variants(args)
     work = StepWork(rows=args.rows, phase=args.phase, context=args.context, seed=args.seed)
-    return resolved, layer(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress)
+    return resolved, layer(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress, trace=trace)
 
 
-def _collectives(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Outcome]:
+def _collectives(args: argparse.Namespace, progress: Progress, trace: TraceFile | None) -> tuple[Resolved, Outcome]:
     asked = EngineConfig(model=args.model, **engine_options(args, seed=args.seed))
     resolved = resolve(asked)
     work = CollectivesWork(sizes=tuple(_bytes(text) for text in args.sizes.split(",")), dtype=resolved.dtype)
     return resolved, collectives(asked, work, args.against, rounds=args.rounds, warmup=args.warmup, progress=progress)
 
 
-def _offline(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Outcome]:
+def _offline(args: argparse.Namespace, progress: Progress, trace: TraceFile | None) -> tuple[Resolved, Outcome]:
     for flag in ("num_requests", "input_length", "output_length"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
@@ -162,10 +174,10 @@ def _offline(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Ou
     work = OfflineWork(
         num_requests=args.num_requests, input_length=args.input_length, output_length=args.output_length, seed=args.seed
     )
-    return resolved, offline(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress)
+    return resolved, offline(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress, trace=trace)
 
 
-def _latency(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Outcome]:
+def _latency(args: argparse.Namespace, progress: Progress, trace: TraceFile | None) -> tuple[Resolved, Outcome]:
     lengths, batches = _counts(args, "prompt_lengths"), _counts(args, "batches")
     if not lengths and not batches:
         raise ConfigError("--prompt-lengths 0 and --batches 0 leave nothing to measure")
@@ -173,7 +185,7 @@ def _latency(args: argparse.Namespace, progress: Progress) -> tuple[Resolved, Ou
         raise ConfigError(f"--context {args.context} must be at least 1, and --steps {args.steps} at least 2")
     resolved, variants = _variants(args)
     work = LatencyWork(prompt_lengths=lengths, batches=batches, context=args.context, steps=args.steps, seed=args.seed)
-    return resolved, latency(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress)
+    return resolved, latency(variants, work, rounds=args.rounds, warmup=args.warmup, progress=progress, trace=trace)
 
 
 def _variants(args: argparse.Namespace) -> tuple[Resolved, tuple[Variant, ...]]:
@@ -220,7 +232,7 @@ def _dtype(resolved: Resolved) -> str:
     return str(resolved.dtype).removeprefix("torch.")
 
 
-_KINDS: dict[str, Callable[[argparse.Namespace, Progress], tuple[Resolved, Outcome]]] = {
+_KINDS: dict[str, Callable[[argparse.Namespace, Progress, TraceFile | None], tuple[Resolved, Outcome]]] = {
     "layout": bench_layout_command.measure,
     "layer": _layer,
     "collectives": _collectives,

@@ -13,6 +13,7 @@ from narrows.cli.arguments import engine_options
 from narrows.cli.layout_html import grid_page
 from narrows.cost.stage import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.plan.named import applicable_layouts, named_layout
 
@@ -44,8 +45,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(rounds=3)
 
 
-def measure(args: argparse.Namespace, progress: Callable[[str], None]) -> tuple[Resolved, Grid]:
-    """Measure what was asked for.
+def measure(
+    args: argparse.Namespace, progress: Callable[[str], None], trace: TraceFile | None = None
+) -> tuple[Resolved, Grid]:
+    """Measure what was asked for. No ``trace``: it would slow what is to be told apart; `bench layer` makes one.
 
     Raises:
         ConfigError: flags that cannot be.

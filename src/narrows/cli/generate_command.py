@@ -18,15 +18,17 @@ from narrows.cli.arguments import (
     add_host_flags,
     add_limit_flags,
     add_prompt_flags,
+    add_trace_flags,
     engine_options,
     launch_of,
     limit_options,
     read_prompts,
+    trace_file,
 )
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM, Completion, Prompt
-from narrows.engine.profile import ProfileRow, StepClock, profile_rows
+from narrows.engine.profile import Expected, ProfileRow, StepClock, profile_rows
 from narrows.engine.ranks import obey_host
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
@@ -48,6 +50,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_limit_flags(parser)
     _add_sampling_flags(parser)
     parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
+    add_trace_flags(parser, "when every rank ran what, from the first step on")
     parser.add_argument("--quiet", action="store_true", help="print the texts alone")
 
 
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         options |= {"launch": launch, "ranks": args.ranks or "processes"}
     if launch is not None and not launch.hosts:
         return obey_host(resolve(EngineConfig(model=args.model, **options)))
+    trace = trace_file(args)
     started = perf_counter()
     with LLM(args.model, **options) as llm:
         resolved = llm.resolved
@@ -87,10 +91,14 @@ def run(args: argparse.Namespace) -> int:
         notes.print(f"forms: {form_words(resolved.config, resolved.forms)}")
         if resolved.mesh.size > 1:
             notes.print(f"collectives: {llm.engine.ranks.transport}")
-        for note in resolved.notes:
+        for note in filter(None, (*resolved.notes, llm.engine.evidence())):
             notes.print(f"note: {note}")
+        expected = Expected()
         if args.profile:
             llm.engine.instrument(StepClock)
+            llm.engine.observe(expected.add)
+        if trace is not None:
+            trace.start(resolved.config.name, llm.engine)
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
         started = perf_counter()
         done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args)
@@ -103,8 +111,10 @@ def run(args: argparse.Namespace) -> int:
         )
         if any(completion.logprobs or completion.prompt_logprobs for completion in done):
             _print_logprobs(llm, done)
+        if trace is not None:
+            notes.print(trace.write(), markup=False)
         if args.profile:
-            _print_profile(profile_rows(llm.engine.readings()), resolved.mesh.size)
+            _print_profile(profile_rows(llm.engine.readings(), expected), resolved.mesh.size)
     return 0
 
 
@@ -176,11 +186,14 @@ def _print_profile(rows: list[ProfileRow], num_ranks: int) -> None:
 def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
     """The table of the published work: where the time of one phase went."""
     total = sum(row.seconds for row in rows)
+    predicted = sum(row.predicted for row in rows)
     title = f"{phase}: {total * 1e3:.1f} ms in the walk of the plan, mean of {num_ranks} rank(s)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    if predicted:
+        title += f"; {predicted * 1e3:.1f} ms were predicted (x {total / predicted:.2f})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("class", "step", "before", "fields", "layout"):
         table.add_column(name, no_wrap=True)
-    for name in ("calls", "rows", "MB", "ms", "%"):
+    for name in ("calls", "rows", "MB", "ms", "%", "pred.", "x"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -194,5 +207,7 @@ def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
             f"{row.nbytes / 1e6:.1f}",
             f"{row.seconds * 1e3:.1f}",
             f"{100 * row.seconds / total:.1f}",
+            f"{row.predicted * 1e3:.1f}",
+            f"{row.ratio:.3g}" if row.ratio is not None else "",
         )
     return table

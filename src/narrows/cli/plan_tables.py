@@ -89,6 +89,8 @@ def _print_header(page: _Page, report: PlanReport) -> None:
     if deployment.encode_rows != "none":
         page.put(f"rows before gathers: {_encoded(report)}")
     page.put(_LEGEND)
+    if report.evidence:
+        page.put(report.evidence)
     page.put("")
 
 

@@ -16,6 +16,7 @@ from narrows.cli.arguments import (
     add_engine_flags,
     add_host_flags,
     add_limit_flags,
+    add_trace_flags,
     engine_options,
     launch_of,
     limit_options,
@@ -24,6 +25,8 @@ from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import obey_host
 from narrows.engine.service import EngineService
+from narrows.engine.service_trace import ServiceTrace
+from narrows.engine.step_times import DriftRule
 from narrows.errors import ConfigError
 from narrows.server.app import create_app
 from narrows.server.options import ServedModel, ServerOptions
@@ -79,6 +82,15 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="for running texts at the end (default %(default)g)",
     )
+    add_trace_flags(parser, "what POST /start_profile and /stop_profile ask for")
+    watch = parser.add_argument_group("predicted and measured")
+    watch.add_argument(
+        "--drift-factor",
+        type=float,
+        default=DriftRule().factor,
+        metavar="X",
+        help="say once per plan-book bucket that its steps are off their prediction by more (default %(default)s)",
+    )
     life.add_argument("--no-restart", action="store_true", help="end with an error when a rank dies")
 
 
@@ -90,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch
     asked = EngineConfig(model=args.model, **engine)
+    drift, trace = DriftRule(factor=args.drift_factor), ServiceTrace(args.trace, args.trace_steps)
     if launch is not None and not launch.hosts:
         return obey_host(resolve(asked))
     bound = bind(args.host, args.port)
@@ -98,10 +111,13 @@ def run(args: argparse.Namespace) -> int:
         resolved = resolve(asked)
         model = _served_model(args, resolved)
         # The other hosts' part of the ranks ends with them, so those cannot be started again from here.
-        service = EngineService(resolved, max_queue=args.max_queue, restart=not args.no_restart and launch is None)
+        restart = not args.no_restart and launch is None
+        service = EngineService(resolved, max_queue=args.max_queue, restart=restart, drift=drift, trace=trace)
         try:
             app = create_app(service, model, options)
             service.start()
+            if service.evidence:
+                logging.getLogger("narrows.engine").warning("%s", service.evidence)
 
             def ready() -> None:
                 url = url_of(bound)

@@ -16,7 +16,7 @@ from narrows.engine.worker import Worker
 from narrows.layout import Encoding, Move, MoveKind
 from narrows.plan.plan import Step
 
-__all__ = ["CollectiveClock", "Counted", "added"]
+__all__ = ["CollectiveClock", "Counted", "added", "received"]
 
 
 class Counted(NamedTuple):
@@ -57,7 +57,7 @@ class CollectiveClock:
             operation(regs, frame)
             seconds = perf_counter() - start
             nbytes = sum(
-                _received(move, before, regs[i], encoding)
+                received(move, before, regs[i], encoding)
                 for before, i, encoding in zip(held, writes, encodings, strict=True)
             )
             old = self._counts.get(kind, Counted())
@@ -80,7 +80,7 @@ def added(ranks: Sequence[Mapping[Kind, Counted]], to: Mapping[Kind, Counted]) -
     return out
 
 
-def _received(move: Move, held: int, left: Any, encoding: Encoding) -> int:
+def received(move: Move, held: int, left: Any, encoding: Encoding) -> int:
     """Bytes of one field that a rank gets from the others: it holds ``held`` bytes and has ``left`` afterwards."""
     others = move.num_ranks - 1
     if move.kind is MoveKind.REDUCE_SCATTER:

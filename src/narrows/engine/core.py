@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +23,15 @@ from narrows.comm.world import World
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import Ranks, start_ranks
+from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
-from narrows.layout import Encoding
+from narrows.layout import Encoding, deal
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
 from narrows.plan.book import BookKey, PinnedBook, PlanBook
+from narrows.plan.evidence import evidence_line
+from narrows.plan.expected import expected_keys
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
@@ -40,6 +45,8 @@ __all__ = ["Engine", "StepInFlight"]
 
 _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
+_MOST_AHEAD = 128
+"""Buckets whose plans are made before a step asks for them, 20 KB each in every process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +72,8 @@ class Engine:
         wrap: put around every bound step of every rank, for profiling and verification; for rank threads only.
         source: weights, if not those that ``resolved`` names; sent to rank processes.
         validate: check every plan before it runs; only a test that plants a fault switches that off.
+        warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
+            :meth:`prepare` has the ranks bind them.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
@@ -78,6 +87,7 @@ class Engine:
         wrap: Callable[[Worker], Wrap] | None = None,
         source: WeightSource | None = None,
         validate: bool = True,
+        warm_s: float = 0.0,
     ) -> None:
         self.resolved = resolved
         self.planner = Planner(resolved.deployment, resolved.forms)
@@ -87,6 +97,9 @@ class Engine:
         self.scheduler = Scheduler(resolved.limits)
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
+        self._tracer: Tracer | None = None
+        self._observe: Callable[[Batch, Plan], None] | None = None
+        self._to_plan = self._expected()
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -99,7 +112,41 @@ class Engine:
             wrap=wrap,
             validate=validate,
         )
-        self.ranks: Ranks = start_ranks(resolved, make)
+        planning = threading.Thread(target=self.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
+        planning.start()  # this process has nothing else to do until the ranks are there
+        try:
+            self.ranks: Ranks = start_ranks(resolved, make)
+        finally:
+            planning.join()
+
+    def warm(self, seconds: float) -> int:
+        """Make plans for the buckets that steps will ask for first, for so long; how many were made."""
+        count, end = 0, perf_counter() + seconds
+        while perf_counter() < end and self.plan_ahead() is not None:
+            count += 1
+        return count
+
+    def plan_ahead(self) -> Plan | None:
+        """Make one more plan that no step has asked for yet; None: enough of them are made."""
+        found = next(self._to_plan, None)
+        if found is None:
+            return None
+        key, needs_logits = found
+        return (self._logits_book if needs_logits else self.book).plan_of(key)
+
+    def _expected(self) -> Iterator[tuple[BookKey, bool]]:
+        limits = self.resolved.limits
+        if self.resolved.plan is None:
+            most = min(limits.requests_per_group * limits.num_groups, limits.rows_per_step)
+            keys = expected_keys(limits.num_groups, most_decoding=most, rows_per_step=limits.rows_per_step)
+            for key in itertools.islice(keys, _MOST_AHEAD):
+                yield key, False
+                yield key, True  # somebody draws, or asks for log-probabilities
+
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Have the ranks bind plans, without waiting, so that the first step of a bucket finds its plan there."""
+        if plans:
+            self.ranks.submit("prepare", plans)
 
     def add(
         self,
@@ -191,10 +238,15 @@ class Engine:
         """
         if len(self.in_flight) == _AHEAD or not self.scheduler.has_work:
             return None
+        start = perf_counter()
         batch = self.scheduler.schedule()
         if batch is None:
             return None
+        scheduled = perf_counter()
         plan = self.plan_for(batch)
+        if self._tracer is not None:
+            self._tracer.on_host("schedule", start, scheduled)
+            self._tracer.on_host("plan", scheduled, perf_counter())
         step = StepInFlight(batch=batch, plan=plan, future=self.submit(batch, plan=plan))
         self.in_flight.append(step)
         return step
@@ -207,7 +259,11 @@ class Engine:
         """
         result = self.in_flight[0].future.result()[0]
         self.in_flight.popleft()
-        return self.scheduler.commit(result.ids, result.logprobs, result.scores)
+        start = perf_counter()
+        touched = self.scheduler.commit(result.ids, result.logprobs, result.scores)
+        if self._tracer is not None:
+            self._tracer.on_host("commit", start, perf_counter())
+        return touched
 
     def submit(self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False) -> Future[list[StepResult]]:
         """Hand a batch to the ranks; the result lists one :class:`StepResult` per rank.
@@ -217,6 +273,12 @@ class Engine:
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
         plan = plan or self.plan_for(batch, keep_logits=keep_logits)
+        if self._observe is not None:
+            self._observe(batch, plan)
+        if self._tracer is not None and not self._tracer.full:
+            return self._tracer.submit(batch, plan, keep_logits, self.scheduler.stats())
+        if self._tracer is not None:
+            self._tracer.passed()
         return self.ranks.submit("step", batch, plan, keep_logits)
 
     def plan_for(self, batch: Batch, *, keep_logits: bool = False) -> Plan:
@@ -253,30 +315,66 @@ class Engine:
         books = dict.fromkeys(book for pair in list(self._books.values()) for book in pair)
         return tuple(found for book in books for found in book.plans())
 
+    def evidence(self) -> str:
+        """One line if what is predicted rests on prices that were not measured, of a full prefill step and of a decode
+        step of one row per group; empty if it does not."""
+        resolved, limits = self.resolved, self.resolved.limits
+        device = resolved.deployment.device.name
+        if resolved.plan is not None:
+            return evidence_line(device, {"the plan": resolved.plan})
+        rows, groups = limits.rows_per_step, limits.num_groups
+        return evidence_line(
+            device,
+            {
+                f"prefill of {rows} rows": self.book.plan_for("prefill", deal(rows, groups), 1),
+                f"decode of {groups}": self.book.plan_for("decode", (1,) * groups, groups),
+            },
+        )
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Every plan made so far."""
+        return tuple(plan for _, plan in self.planned())
+
     @property
     def encodings(self) -> frozenset[Encoding]:
         """What rows travel as before gathers, where not plain, in the plans made so far."""
         return frozenset[Encoding]().union(*(plan.encodings for _, plan in self.planned()))
 
-    def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
+    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Put something around every step of every rank from now on, or nothing any more.
 
         ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. What it
-        makes may have a ``readings()``, which :meth:`readings` asks for.
+        makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
         """
-        self.ranks.submit("instrument", make).result()
+        self.ranks.submit("instrument", make, name).result()
 
-    def readings(self) -> list[Any]:
+    def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
+        """Call something with every step that is handed out from now on, or nothing any more."""
+        self._observe = call
+
+    def readings(self, name: str = "") -> list[Any]:
         """What each rank's instrument has read since it was asked last."""
-        return self.ranks.submit("readings").result()
+        return self.ranks.submit("readings", name).result()
+
+    def trace(self, num_steps: int) -> Tracer:
+        """Record the next ``num_steps`` steps, on the host and on every rank, without waiting for any.
+
+        Ends with :meth:`end_trace`. One trace at a time: a new one takes the place of the old.
+        """
+        self._tracer = Tracer(self.ranks, num_steps)
+        return self._tracer
+
+    def end_trace(self, tracer: Tracer) -> Future[list[Any]]:
+        """Record nothing more; what the ranks have recorded, for :meth:`Tracer.run`."""
+        self._tracer = None
+        return tracer.end()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
         """Run one batch under a given plan, and wait; every rank's result, with logits.
 
         The batch is the caller's own, so what it writes into the cache is not what the scheduler has cached there.
         """
-        self.scheduler.forget_cached()
-        return self.ranks.submit("step", batch, plan, True).result()
+        return self.submit(batch, plan=plan, keep_logits=True).result()
 
     def close(self) -> None:
         """End the ranks."""

@@ -1,7 +1,7 @@
 """Where the time went: seconds, rows and bytes per stage and move, measured on every rank as plans are walked.
 
-Knows bound steps and clocks. A GPU is waited for after every step, so that a step's time is its own; the run as a
-whole is slower for it. A collective's seconds hold the wait for the slowest rank, as they do in any profiler.
+Knows bound steps, plans and clocks. A GPU is waited for after every step, so that a step's time is its own; the run as
+a whole is slower for it. A collective's seconds hold the wait for the slowest rank, as they do in any profiler.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from narrows.comm.device import finished
 from narrows.engine.program import Frame, Operation, Registers
+from narrows.engine.step_times import share_of_plan
 from narrows.engine.worker import Worker
-from narrows.plan.plan import Step
+from narrows.plan.plan import Plan, Step
+from narrows.sched.batch import Batch
 
-__all__ = ["Counts", "ProfileRow", "StepClock", "profile_rows"]
+__all__ = ["Counts", "Expected", "ProfileRow", "StepClock", "profile_rows"]
 
 
 class _Kind(NamedTuple):
@@ -38,6 +40,12 @@ class _Count:
     nbytes: int = 0
 
 
+def _kind(phase: str, step: Step) -> _Kind:
+    where = "" if step.boundary == step.name else step.boundary
+    layouts = str(step.layout) if step.layout == step.leaves else f"{step.layout} -> {step.leaves}"
+    return _Kind(phase, step.price_class.value, step.name, where, step.writes, layouts)
+
+
 Counts = dict[_Kind, _Count]
 """What one rank's clock has read."""
 
@@ -45,7 +53,7 @@ Counts = dict[_Kind, _Count]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRow:
     """One kind of step over a whole run. Seconds are the mean over ranks; rows are those of the busiest rank,
-    bytes what its steps wrote."""
+    bytes what its steps wrote. ``predicted``: seconds that the plans which ran promised for it; 0: not asked."""
 
     phase: str
     price_class: str
@@ -57,6 +65,31 @@ class ProfileRow:
     seconds: float
     rows: int
     nbytes: int
+    predicted: float = 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over predicted; None where nothing was predicted."""
+        return self.seconds / self.predicted if self.predicted else None
+
+
+class Expected:
+    """What the plans of the steps that run predict, kind by kind of step; :meth:`add` is for :meth:`Engine.observe`.
+
+    A plan is priced at the upper end of its bucket: a prefill step takes its share of that by rows; a decode step,
+    which reads the same weights whatever its rows, all of it. It is the time of the rank that has most.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[_Kind, float] = {}
+
+    def add(self, batch: Batch, plan: Plan) -> None:
+        """A step that was handed out."""
+        share = share_of_plan(plan, batch)
+        for segment in plan.segments:
+            for step in segment.steps:
+                kind = _kind(batch.phase, step)
+                self.seconds[kind] = self.seconds.get(kind, 0.0) + share * step.seconds * segment.times
 
 
 class StepClock:
@@ -73,9 +106,7 @@ class StepClock:
     def __call__(
         self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
-        where = "" if step.boundary == step.name else step.boundary
-        layouts = str(step.layout) if step.layout == step.leaves else f"{step.layout} -> {step.leaves}"
-        what = (step.price_class.value, step.name, where, step.writes, layouts)
+        what = _kind("", step)[1:]
 
         def timed(regs: Registers, frame: Frame) -> None:
             start = perf_counter()
@@ -91,9 +122,9 @@ class StepClock:
         return timed
 
 
-def profile_rows(ranks: Sequence[Counts]) -> list[ProfileRow]:
+def profile_rows(ranks: Sequence[Counts], expected: Expected | None = None) -> list[ProfileRow]:
     """The clocks of all ranks as one row per kind of step, prefill before decode, in the order in which the steps
-    first ran."""
+    first ran; with what was ``expected`` of them."""
     kinds = list(dict.fromkeys(kind for counts in ranks for kind in counts))
     kinds.sort(key=lambda kind: kind.phase != "prefill")
     out: list[ProfileRow] = []
@@ -106,6 +137,7 @@ def profile_rows(ranks: Sequence[Counts]) -> list[ProfileRow]:
                 seconds=sum(count.seconds for count in held) / len(ranks),
                 rows=max(count.rows for count in held),
                 nbytes=max(count.nbytes for count in held),
+                predicted=expected.seconds.get(kind, 0.0) if expected is not None else 0.0,
             )
         )
     return out

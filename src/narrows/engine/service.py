@@ -16,6 +16,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import fields, replace
 from time import monotonic
 from typing import Any
@@ -25,9 +26,11 @@ from narrows.engine.collective_clock import CollectiveClock, Counted, added
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine, StepInFlight
 from narrows.engine.service_info import describe
+from narrows.engine.service_trace import ServiceTrace
+from narrows.engine.step_times import DriftRule, StepTimes
 from narrows.engine.tickets import Ticket, tell
 from narrows.engine.trouble import stuck_s, trouble
-from narrows.errors import RankError
+from narrows.errors import ConfigError, RankError
 from narrows.plan.book import bucket
 from narrows.sched.scheduler import Request
 from narrows.sched.serving import Draining, Generation, Health, QueueFull, Stats, Unavailable, Update
@@ -43,6 +46,10 @@ _READ_S = 2.0
 """How often the clocks of collectives are read while steps run."""
 _RESTART_S = 60.0
 """Ranks that fail again so soon after they were started in place of others are not started a third time."""
+_WARM_S = 0.15
+"""For how long plans are made while ranks load; the others are made one by one when nothing runs."""
+_LAST_TRACE_S = 5.0
+"""What a trace that is being made when the service ends may take to be written."""
 _RATE_OF = 64
 """Generations whose ends tell how fast places become free."""
 
@@ -53,9 +60,19 @@ class EngineService:
     Args:
         max_queue: generations that may wait for a place; more are refused.
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
+        drift: when it is said that steps take another time than was predicted for them.
+        trace: what writes traces; by default nothing can.
     """
 
-    def __init__(self, resolved: Resolved, *, max_queue: int, restart: bool) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        *,
+        max_queue: int,
+        restart: bool,
+        drift: DriftRule | None = None,
+        trace: ServiceTrace | None = None,
+    ) -> None:
         self._resolved, self._max_queue, self._restart = resolved, max_queue, restart
         self._engine: Engine | None = None
         self._thread = threading.Thread(target=self._serve, name="narrows serves", daemon=True)
@@ -74,11 +91,15 @@ class EngineService:
         self._oldest: tuple[float, float] | None = None  # the oldest step in flight: since when, and seconds expected
         self._plans: Counter[tuple[str, int, str]] = Counter()
         self._collectives: dict[tuple[str, str], Counted] = {}
+        self._times = StepTimes(drift or DriftRule())
+        self._trace = trace or ServiceTrace("")
         # The rest is the loop's own.
         self._of_request: dict[int, Ticket] = {}
+        self._evidence = ""
         self._before: SchedulerStats | None = None  # of engines that have failed
         self._reading: Future[list[Any]] | None = None
         self._has_clocks, self._num_unread = False, 0
+        self._ends_of: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         self._read_at = self._restarted_at = -math.inf
 
     # --- life
@@ -95,14 +116,18 @@ class EngineService:
             ConfigError, CheckpointError: the model cannot be loaded.
             RankError: a rank did not start.
         """
-        self._begin(Engine(self._resolved))
+        self._begin(Engine(self._resolved, warm_s=_WARM_S))
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
         """Take nothing new, finish what is there; whether all was finished within ``timeout_s``."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._tickets or self._over, timeout_s)
+            done = self._changed.wait_for(lambda: not self._tickets or self._over, timeout_s)
+        if self._trace.is_on and not self._over:
+            with suppress(ConfigError):  # said in the log
+                self._trace.stop(self._wake, _LAST_TRACE_S)
+        return done
 
     def close(self) -> None:
         """End the ranks now; what still runs gets its last update. Again does nothing."""
@@ -181,18 +206,55 @@ class EngineService:
         with self._changed:
             now, arrived = self._scheduled, len(self._arrived)
             plans, collectives = dict(self._plans), dict(self._collectives)
+            plan_seconds, predicted = dict(self._times.classes), dict(self._times.collectives)
         if now is None:
             return Stats()
         values = {field.name: getattr(now, field.name) for field in fields(now)}
         values["waiting"] += arrived
-        return Stats(**values, plans=plans, collectives={kind: tuple(read) for kind, read in collectives.items()})
+        return Stats(
+            **values,
+            plans=plans,
+            plan_seconds=plan_seconds,
+            collectives={kind: tuple(read) for kind, read in collectives.items()},
+            predicted_collectives=predicted,
+        )
 
     def info(self) -> dict[str, Any]:
         """What runs: config, mesh, ranks, limits, forms, plan book and where its prices come from, for JSON."""
         with self._changed:
             engine, restarts = self._engine, self._num_restarts
             steps = dict(self._plans)
-        return {**describe(self._resolved, engine, steps), "num_restarts": restarts, "max_queue": self._max_queue}
+            times = self._times.documents()
+        known = {"price_evidence": self._evidence, "drift_factor": self._times.rule.factor}
+        return {
+            **describe(self._resolved, engine, steps, times),
+            **known,
+            "num_restarts": restarts,
+            "max_queue": self._max_queue,
+        }
+
+    @property
+    def evidence(self) -> str:
+        """One line if predictions rest on prices that were not measured, else empty."""
+        return self._evidence
+
+    def start_trace(self, num_steps: int | None = None) -> dict[str, Any]:
+        """Begin to write a trace of the steps from now on, ``num_steps`` at most; what it will be.
+
+        Raises:
+            ConfigError: the service has no file for traces, one is being made, or a number that cannot be.
+        """
+        started = self._trace.start(num_steps)
+        self._wake()
+        return started
+
+    def stop_trace(self) -> dict[str, Any]:
+        """End the trace, or take the one that has ended by itself; what is in the file.
+
+        Raises:
+            ConfigError: none was begun, or it cannot be written.
+        """
+        return self._trace.stop(self._wake)
 
     def _wake(self, _: object = None) -> None:
         with self._changed:
@@ -225,10 +287,13 @@ class EngineService:
         assert engine is not None
         while not self._closing:
             worked = self._take_in(engine)
+            self._trace.mind(engine, self._wake)  # so that what came after it was asked for is in it
             touched: list[Request] = []
             if engine.in_flight and engine.in_flight[0].future.done():
+                step = engine.in_flight[0]
                 touched, worked = engine.take(), True
                 self._time_oldest(engine)
+                self._count(step)
             if step := engine.push():
                 worked = True
                 self._handed_out(engine, step)
@@ -256,13 +321,24 @@ class EngineService:
         return bool(arrived or unwanted)
 
     def _handed_out(self, engine: Engine, step: StepInFlight) -> None:
-        """Count a step that the ranks have been given, and read their clocks now and then."""
+        """Count a step that the ranks have been given."""
+        self._ends_of.append(StepTimes.watch(step.future))
         step.future.add_done_callback(self._wake)
         if len(engine.in_flight) == 1:
             self._time_oldest(engine)
         with self._changed:
             self._plans[step.batch.phase, bucket(step.batch.num_rows), step.plan.layout_name] += 1
         self._num_unread += 1
+
+    def _count(self, step: StepInFlight) -> None:
+        """Count the time of a step that has ended, and say so once if its bucket is off its prediction."""
+        ends = self._ends_of.popleft()
+        if self._resolved.plan is not None:  # one plan for every step predicts none of them
+            return
+        with self._changed:
+            off = self._times.ended(step.batch, step.plan, ends)
+        if off:
+            _LOG.warning("%s", off)
 
     def _read_clocks(self, engine: Engine) -> None:
         """Ask the ranks now and then how long their collectives took, if any have run; take in what they said."""
@@ -303,7 +379,12 @@ class EngineService:
             self._changed.notify_all()
 
     def _wait(self, engine: Engine) -> None:
-        """Until something has come or is done; raises what has ended the ranks meanwhile, be they idle."""
+        """Until something has come or is done; raises what has ended the ranks meanwhile, be they idle.
+
+        Where nothing runs, plans are made that steps may ask for, one at a time: each takes a few milliseconds.
+        """
+        while not (self._awake or engine.in_flight) and (plan := engine.plan_ahead()) is not None:
+            engine.prepare((plan,))
         with self._changed:
             if not self._awake:
                 self._changed.wait(_TICK_S)
@@ -324,9 +405,13 @@ class EngineService:
         self._has_clocks = is_done_when_called(self._resolved.asked.run_on) and self._resolved.mesh.size > 1
         if self._has_clocks:
             engine.instrument(CollectiveClock)
+        engine.prepare(engine.plans())
         self._reading, self._num_unread = None, 0
+        self._ends_of.clear()
+        self._times.forget_ranks()
         with self._changed:
             self._not_ready, self._oldest = "", None
+        self._evidence = engine.evidence()
         self._publish(engine)
 
     def _recover(self, error: Exception) -> None:
@@ -336,6 +421,7 @@ class EngineService:
         with self._changed:
             self._not_ready = f"the ranks have failed: {reason}"
             arrived, self._arrived = self._arrived, []
+        self._trace.lost(f"the ranks have failed: {reason}")
         _LOG.error("the ranks have failed: %s", reason)
         if not isinstance(error, RankError):
             _LOG.error("where it was raised:", exc_info=error)
@@ -351,7 +437,7 @@ class EngineService:
                 raise RankError(reason)
             _LOG.warning("the ranks are started again; %d generations that waited will run there", len(waiting))
             self._restarted_at = monotonic()
-            engine = Engine(self._resolved)
+            engine = Engine(self._resolved, warm_s=_WARM_S)
             self._begin(engine)
         except Exception as final:
             self._fail_for_good(" ".join(str(final).split()) or type(final).__name__, waiting)

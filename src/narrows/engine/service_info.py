@@ -14,13 +14,20 @@ from narrows.arch.forms import form_words
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
 from narrows.plan.book import BookKey
+from narrows.plan.evidence import Evidence
 from narrows.plan.plan import Plan, StepKind
 
 __all__ = ["describe"]
 
 
-def describe(resolved: Resolved, engine: Engine | None, steps: Mapping[tuple[str, int, str], int]) -> dict[str, Any]:
-    """One document. ``steps``: how many were run by (phase, bucket of rows, layout)."""
+def describe(
+    resolved: Resolved,
+    engine: Engine | None,
+    steps: Mapping[tuple[str, int, str], int],
+    times: Mapping[int, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """One document. ``steps``: how many were run by (phase, bucket of rows, layout); ``times``: what is known of the
+    steps of a plan, by its ``id``."""
     asked, mesh, config = resolved.asked, resolved.mesh, resolved.config
     planned = engine.planned() if engine is not None else ()
     return {
@@ -45,7 +52,7 @@ def describe(resolved: Resolved, engine: Engine | None, steps: Mapping[tuple[str
         "limits": asdict(resolved.limits),
         "kv_tokens_per_group": resolved.limits.tokens_per_group,
         "priced_for": resolved.deployment.device.name,
-        "plan_book": [_plan(key, plan) for key, plan in planned],
+        "plan_book": [_plan(key, plan) | times.get(id(plan), {"steps": 0}) for key, plan in planned],
         "steps_run": [
             {"phase": phase, "rows_up_to": rows, "layout": layout, "steps": count}
             for (phase, rows, layout), count in sorted(steps.items())
@@ -66,7 +73,9 @@ def _plan(key: BookKey | None, plan: Plan) -> dict[str, Any]:
     return {
         "for": asdict(key) if key is not None else "every step",
         "layout": plan.layout_name,
+        "gives_logits": any(step.name == "sample" for _, step in plan.steps()),
         "predicted_ms": round(plan.seconds * 1e3, 4),
         "moves": dict(moves),
         "price_sources": dict(sources),
+        "price_shares": {source: round(share, 4) for source, share in Evidence.of(plan).shares.items()},
     }

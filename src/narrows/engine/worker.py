@@ -7,7 +7,7 @@ token of the next batch may be a reference to one of them.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
-from narrows.engine.program import Program, Wrap, bind
+from narrows.engine.program import Operation, Program, Wrap, bind
 from narrows.engine.sampler import RowSampler, Sampler
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
 from narrows.ops.paged import PagedRows, build_paged_rows
-from narrows.plan.plan import Plan
+from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch, sample_slot
 from narrows.sched.sampling import Logprobs, TokenScore
 from narrows.weights.source import WeightSource
@@ -88,7 +88,7 @@ class Worker:
         self._validate = validate
         self.world, self.place, self.fields, self.page_size = world, place, fields, page_size
         self.model: Decoder = build_model(config, source, place)
-        self._wrap = wrap(self) if wrap else None
+        self._instruments: dict[str, Wrap] = {"": wrap(self)} if wrap else {}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
         self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
@@ -115,16 +115,24 @@ class Worker:
         logits = registers[program.outputs["logits"]] if keep_logits else None
         return self._read(logits, sampler)
 
-    def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
+    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Bind plans anew, with something else around their steps (see :meth:`Engine.instrument`)."""
-        self._wrap = make(self) if make else None
+        self._instruments.pop(name, None)
+        if make is not None:
+            self._instruments[name] = make(self)
         self._programs.clear()
         self._signatures.clear()
 
-    def readings(self) -> Any:
-        """What the instrument has read since it was asked last."""
-        assert isinstance(self._wrap, Instrument), "no instrument is around the steps"
-        return self._wrap.readings()
+    def readings(self, name: str = "") -> Any:
+        """What an instrument has read since it was asked last."""
+        instrument = self._instruments.get(name)
+        assert isinstance(instrument, Instrument), "no such instrument is around the steps"
+        return instrument.readings()
+
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Bind plans that steps will need, so that the first of those steps need not."""
+        for plan in plans:
+            self._program(plan)
 
     def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
         """What the walk has left, as numbers: here, and only here, the host waits for the device."""
@@ -153,11 +161,26 @@ class Worker:
                 self.fields,
                 checked=self.world.checked,
                 validate=self._validate,
-                wrap=self._wrap,
+                wrap=self._around(),
             )
             self._programs[signature] = program
         self._signatures[id(plan)] = (plan, program)
         return program
+
+    def _around(self) -> Wrap | None:
+        """All instruments as one, the first one innermost."""
+        if len(self._instruments) < 2:
+            return next(iter(self._instruments.values()), None)
+        wraps = tuple(self._instruments.values())
+
+        def around(
+            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+        ) -> Operation:
+            for wrap in wraps:
+                operation = wrap(layer, step, reads, writes, operation)
+            return operation
+
+        return around
 
     def _ids(self, batch: Batch) -> Tensor:
         """The token ids of all rows, references to the previous step's samples filled in."""

@@ -54,7 +54,10 @@ class PlanBook:
 
     def plan_for(self, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> Plan:
         """The plan for a step of these rows per group; equal keys give the same plan object."""
-        key = BookKey.of(phase, group_rows, logit_rows)
+        return self.plan_of(BookKey.of(phase, group_rows, logit_rows))
+
+    def plan_of(self, key: BookKey) -> Plan:
+        """The plan of a bucket, made now if it is not there."""
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self.planner.plan(self.shape(key), self.layout)

@@ -13,6 +13,7 @@ from narrows.arch.forms import Forms
 from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
 from narrows.plan.crossovers import RowRange, Sweep
+from narrows.plan.evidence import Evidence, evidence_line
 from narrows.plan.explain import why
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
@@ -51,6 +52,11 @@ class PlanReport:
     best_auto: tuple[RowRange, ...]
     notes: tuple[str, ...]
 
+    @property
+    def evidence(self) -> str:
+        """One line if `auto` rests on prices that were not measured, else empty."""
+        return evidence_line(self.deployment.device.name, {"auto": self.auto.plan})
+
     def document(self) -> dict[str, Any]:
         """The report as one JSON-ready document; times are milliseconds and microseconds, sizes GB (1e9) and bytes."""
         deployment, shape = self.deployment, self.shape
@@ -72,6 +78,7 @@ class PlanReport:
             "layouts": [self._entry(entry) for entry in self.entries],
             "inapplicable": dict(self.inapplicable),
             "why": list(self.why),
+            "evidence": self.evidence,
             "crossovers": {
                 "named": [asdict(found) for found in self.best_named],
                 "auto": [asdict(found) for found in self.best_auto],
@@ -88,6 +95,7 @@ class PlanReport:
             "forms": asdict(entry.forms),
             "total_ms": total,
             "totals_ms": totals | {"total": total},
+            "price_shares": {source: _round(share) for source, share in Evidence.of(plan).shares.items()},
             "memory": {
                 "weights_gb": _round(memory.weights / 1e9),
                 "device_gb": _round(memory.device / 1e9),

@@ -81,8 +81,10 @@ class Health:
 class Stats:
     """Numbers of this moment (``running``, ``waiting``, ``kv_*``) and totals since the start (the rest).
 
-    ``plans``: steps run by (phase, bucket of rows, layout). ``collectives``: by (layout, collective): how many, bytes
-    that crossed ranks, seconds; empty when they are not measured. ``idle_rows``: by group, rows that it waited for.
+    ``plans``: steps run by (phase, bucket of rows, layout). ``plan_seconds``: of those that have ended, the seconds
+    predicted and taken; empty where one plan runs every step. ``collectives``: by (layout, collective): how many, bytes
+    that crossed ranks, seconds; empty when they are not measured. ``predicted_collectives``: seconds predicted for
+    them. ``idle_rows``: by group, rows that it waited for.
     """
 
     running: int = 0
@@ -96,4 +98,6 @@ class Stats:
     steps: int = 0
     idle_rows: tuple[int, ...] = ()
     plans: Mapping[tuple[str, int, str], int] = field(default_factory=dict)
+    plan_seconds: Mapping[tuple[str, int, str], tuple[float, float]] = field(default_factory=dict)
     collectives: Mapping[tuple[str, str], tuple[int, int, float]] = field(default_factory=dict)
+    predicted_collectives: Mapping[tuple[str, str], float] = field(default_factory=dict)

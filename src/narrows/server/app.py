@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -20,15 +20,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from narrows.errors import NarrowsError
 from narrows.server.answers import JsonAnswer, error_answer
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
-from narrows.server.errors import ApiError, of_validation
+from narrows.server.errors import ApiError, of_validation, refused
 from narrows.server.limits import ApiKeys, BodyLimit
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.schema import answers, tokens
+from narrows.server.schema import answers, profile, tokens
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.completions import CompletionRequest
 from narrows.server.state import ServerState
@@ -66,6 +67,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     _add_generation(app, state)
     _add_models(app, state)
     _add_operations(app, state)
+    _add_profile(app, state)
     # The last one added comes first: answers are counted, then keys looked at, then bodies read.
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout_s=options.request_timeout_s)
     app.add_middleware(ApiKeys, keys=options.api_keys)
@@ -162,6 +164,26 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
         }
         info = await asyncio.to_thread(state.backend.info)
         return JsonAnswer({**body, "server": server, "backend": info})
+
+
+def _add_profile(app: FastAPI, state: ServerState) -> None:
+    async def told(call: Callable[[], dict[str, Any]]) -> Response:
+        try:
+            return JsonAnswer(await asyncio.to_thread(call))
+        except NarrowsError as error:
+            raise refused(error) from error
+
+    @app.post("/start_profile", response_model=None, responses=_responses(profile.TraceStarted))
+    async def start_profile(body: profile.StartProfileRequest | None = None) -> Response:
+        """Begin to write a trace of the next steps of the engine, on every rank."""
+        asked = body or profile.StartProfileRequest()
+        steps = asked.steps if asked.steps is not None else asked.num_steps
+        return await told(partial(state.backend.start_trace, steps))
+
+    @app.post("/stop_profile", response_model=None, responses=_responses(profile.TraceWritten))
+    async def stop_profile() -> Response:
+        """End the trace; answered when its file is written."""
+        return await told(state.backend.stop_trace)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -39,6 +39,22 @@ class Backend(Protocol):
         """Numbers for people and for metrics; costs next to nothing."""
         ...
 
+    def start_trace(self, num_steps: int | None = None) -> dict[str, Any]:
+        """Begin to write a trace of the next steps, ``num_steps`` at most; where it goes.
+
+        Raises:
+            ConfigError: it writes none, one is being made, or a number that cannot be.
+        """
+        ...
+
+    def stop_trace(self) -> dict[str, Any]:
+        """End the trace, or take one that has ended by itself; what was written.
+
+        Raises:
+            ConfigError: none was begun, or it cannot be written.
+        """
+        ...
+
     def info(self) -> dict[str, Any]:
         """What runs: config, mesh, ranks, transport, plan book, prices' sources; plain values for JSON."""
         ...

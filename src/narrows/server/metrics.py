@@ -119,6 +119,13 @@ def _by_plan(stats: Stats) -> Iterator[Metric]:
     for (phase, rows, layout), steps in stats.plans.items():
         plans.add_metric([phase, str(rows), layout], steps)
     yield plans
+    names = ["phase", "rows", "layout"]
+    predicted = CounterMetricFamily("narrows_plan_predicted_seconds", "Seconds predicted for steps", labels=names)
+    measured = CounterMetricFamily("narrows_plan_measured_seconds", "Seconds the same steps took", labels=names)
+    for (phase, rows, layout), (expected, taken_s) in stats.plan_seconds.items():
+        predicted.add_metric([phase, str(rows), layout], expected)
+        measured.add_metric([phase, str(rows), layout], taken_s)
+    yield from (predicted, measured)
     labels = ["layout", "collective"]
     counted = CounterMetricFamily("narrows_collectives", "Collectives run", labels=labels)
     crossed = CounterMetricFamily("narrows_collective_bytes", "Bytes that crossed ranks", labels=labels)
@@ -126,4 +133,9 @@ def _by_plan(stats: Stats) -> Iterator[Metric]:
     for key, (calls, nbytes, seconds) in stats.collectives.items():
         for family, value in ((counted, calls), (crossed, nbytes), (taken, seconds)):
             family.add_metric(list(key), value)
-    yield from (counted, crossed, taken)
+    priced = CounterMetricFamily(
+        "narrows_collective_predicted_seconds", "Seconds predicted for collectives", labels=labels
+    )
+    for key, expected in stats.predicted_collectives.items():
+        priced.add_metric(list(key), expected)
+    yield from (counted, crossed, taken, priced)

@@ -1,0 +1,221 @@
+"""Records the first steps of an engine: when every rank ran each step of the plan, and what the host did meanwhile.
+
+Knows ranks, clocks and plans; not what becomes of the record (`plan.trace` writes it). Ranks keep four numbers per step
+of the plan, in arrays, for so many engine steps and no more; after that a bound step costs one comparison. Their clock
+is ``perf_counter``, on Linux CLOCK_MONOTONIC: the same for all processes of a host, and not between hosts. A GPU is
+waited for after every step, so that a step's time is its own; the run as a whole is slower for it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from narrows.comm.device import finished, is_done_when_called
+from narrows.engine.collective_clock import received
+from narrows.engine.program import Frame, Operation, Registers
+from narrows.layout import Encoding, MoveKind
+from narrows.plan.plan import Plan, Step
+from narrows.plan.trace import HostSpan, TracedStep, TraceRun, Walk
+from narrows.sched.batch import Batch
+from narrows.sched.stats import SchedulerStats
+
+if TYPE_CHECKING:
+    from narrows.engine.ranks import Ranks
+    from narrows.engine.worker import Worker
+
+__all__ = ["DEFAULT_STEPS", "StepTracer", "Tracer"]
+
+DEFAULT_STEPS = 200
+"""Steps that are kept unless told otherwise: 10 MB per rank for 60 layers."""
+_INSTRUMENT = "trace"
+_SLACK_S = 0.005
+"""By how much a rank's times may lie outside the host's, who hears of them later, before its clock is another one."""
+_SPANS_PER_STEP = 8
+
+
+class Recorded(NamedTuple):
+    """What one rank has kept: of each walk where it ends in the arrays, and of each step of a plan four numbers."""
+
+    bounds: array[int]
+    starts: array[float]
+    ends: array[float]
+    rows: array[int]
+    received: array[int]
+
+    def walk(self, number: int) -> Walk:
+        """The ``number``-th walk; empty if it was not recorded."""
+        if number >= len(self.bounds):
+            return Walk((), (), (), ())
+        start, stop = self.bounds[number - 1] if number else 0, self.bounds[number]
+        return Walk(*(kept[start:stop] for kept in self[1:]))
+
+
+class StepTracer:
+    """Times of every step of one rank's walks; an instrument of :meth:`Engine.instrument`."""
+
+    def __init__(self, worker: Worker, *, num_steps: int) -> None:
+        self._device = worker.place.device
+        self._waits = not is_done_when_called(self._device.type)
+        self._left = num_steps
+        self._frame: Frame | None = None
+        self._kept = _nothing()
+
+    def readings(self) -> Recorded:
+        """What was recorded. Nothing is any more."""
+        kept, self._kept, self._left, self._frame = self._kept, _nothing(), 0, None
+        kept.bounds.append(len(kept.starts))
+        return kept
+
+    def __call__(
+        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+    ) -> Operation:
+        move = step.move if step.move is not None and step.move.kind is not MoveKind.SLICE else None
+        encodings = step.encodings or (Encoding.PLAIN,) * len(writes)
+        first = writes[0]
+
+        def traced(regs: Registers, frame: Frame) -> None:
+            if frame is not self._frame and not self._begins(frame):
+                return operation(regs, frame)
+            held = [regs[i].nbytes for i in reads] if move is not None else ()
+            start = perf_counter()
+            operation(regs, frame)
+            if self._waits:
+                finished(self._device)
+            end = perf_counter()
+            came = 0
+            if move is not None:
+                fields = zip(held, writes, encodings, strict=True)
+                came = sum(received(move, before, regs[i], encoding) for before, i, encoding in fields)
+            kept = self._kept
+            kept.starts.append(start)
+            kept.ends.append(end)
+            kept.rows.append(regs[first].shape[0])
+            kept.received.append(came)
+
+        return traced
+
+    def _begins(self, frame: Frame) -> bool:
+        """Whether a walk that has just begun is recorded."""
+        if not self._left:
+            return False
+        if self._frame is not None:
+            self._kept.bounds.append(len(self._kept.starts))
+        self._left -= 1
+        self._frame = frame
+        return True
+
+
+def _nothing() -> Recorded:
+    return Recorded(array("q"), array("d"), array("d"), array("q"), array("q"))
+
+
+@dataclass(slots=True)
+class _Submitted:
+    """A step as the host handed it out."""
+
+    batch_rows: tuple[int, ...]
+    logit_rows: int
+    phase: str
+    plan: Plan
+    counters: dict[str, int]
+    at: float
+    done: float | None = None
+
+
+@dataclass(slots=True)
+class Tracer:
+    """One trace of an engine that runs; made by :meth:`Engine.trace`."""
+
+    ranks: Ranks
+    num_steps: int
+    _steps: list[_Submitted] = field(default_factory=list)
+    _host: list[HostSpan] = field(default_factory=list)
+    _num_cut: int = 0
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        # Calls come to ranks in order: what is handed out from now on is what they record.
+        self.ranks.submit("instrument", partial(StepTracer, num_steps=self.num_steps), _INSTRUMENT)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many steps as were asked for have been handed out."""
+        return self._closed or len(self._steps) >= self.num_steps
+
+    @property
+    def done(self) -> bool:
+        """Whether it is full and all of its steps have ended."""
+        return self.full and (not self._steps or self._steps[-1].done is not None)
+
+    def submit(self, batch: Batch, plan: Plan, keep_logits: bool, stats: SchedulerStats) -> Future[list[Any]]:
+        """Hand a step to the ranks, and note it."""
+        assert not self.full
+        start = perf_counter()
+        future = self.ranks.submit("step", batch, plan, keep_logits)
+        end = perf_counter()
+        counters = {"running": stats.running, "waiting": stats.waiting, "kv_pages_used": stats.kv_pages_used}
+        step = _Submitted(batch.group_rows, batch.num_logit_rows, batch.phase, plan, counters, start)
+        self._steps.append(step)
+        self._host.append(HostSpan("hand out", start, end))
+
+        def ended(_: object) -> None:
+            step.done = perf_counter()
+
+        future.add_done_callback(ended)
+        return future
+
+    def on_host(self, name: str, start: float, end: float) -> None:
+        """Note what the host has done; ``start`` and ``end`` of ``perf_counter``."""
+        if not self.done and len(self._host) < _SPANS_PER_STEP * self.num_steps:
+            self._host.append(HostSpan(name, start, end))
+
+    def passed(self) -> None:
+        """A step was handed out that is not recorded, because as many as were asked for have been."""
+        self._num_cut += 1
+
+    def end(self) -> Future[list[Any]]:
+        """Take nothing more; what the ranks have recorded, once they are past what they were given, for :meth:`run`."""
+        self._closed = True
+        recorded = self.ranks.submit("readings", _INSTRUMENT)
+        self.ranks.submit("instrument", None, _INSTRUMENT)
+        return recorded
+
+    def run(self, recorded: Sequence[Recorded], name: str) -> TraceRun:
+        """The whole trace, from what :meth:`end` has given."""
+        steps, clocks, free = [], dict[int, float](), 0.0
+        for number, step in enumerate(self._steps):
+            if step.done is None:
+                break
+            walks = [kept.walk(number) for kept in recorded]
+            for rank, walk in enumerate(walks):
+                if not number and (moved := _other_clock(walk, step)):
+                    clocks[rank] = moved
+            steps.append(
+                TracedStep(
+                    phase=step.phase,
+                    group_rows=step.batch_rows,
+                    logit_rows=step.logit_rows,
+                    plan=step.plan,
+                    submitted=step.at,
+                    begun=max(step.at, free),
+                    done=step.done,
+                    walks=tuple(walk.moved(clocks.get(rank, 0.0)) for rank, walk in enumerate(walks)),
+                    counters=step.counters,
+                )
+            )
+            free = step.done
+        return TraceRun(name=name, steps=tuple(steps), host=tuple(self._host), num_cut=self._num_cut, clocks=clocks)
+
+
+def _other_clock(walk: Walk, step: _Submitted) -> float:
+    """Seconds that a rank's times must be moved by, so that its walk ends when the host has heard of it; 0: none."""
+    assert step.done is not None
+    if not walk.starts or (walk.starts[0] > step.at - _SLACK_S and walk.ends[-1] < step.done + _SLACK_S):
+        return 0.0
+    return step.done - walk.ends[-1]

@@ -1,0 +1,81 @@
+"""What a plan's predicted time rests on: how much of it was measured on the device, and the one line that says so.
+
+Knows plans and the sources of prices; prices nothing. A step counts as its weakest source, as it does in tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from narrows.cost.price import Source
+from narrows.plan.plan import Plan
+
+__all__ = ["Evidence", "evidence_line"]
+
+_WAY_OUT = "narrows calibrate measures this machine"
+_LEAST = 0.01
+"""The share of unmeasured prices from which on it is said: less cannot have decided much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Predicted picoseconds of one or several plans by where their prices come from, strongest first: what was measured
+    and what lies between two measured points, then what is scaled or of peaks alone."""
+
+    ps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *plans: Plan) -> Evidence:
+        """All plans added up, each run once."""
+        ps = dict.fromkeys(Source, 0)
+        for plan in plans:
+            for segment in plan.segments:
+                for step in segment.steps:
+                    ps[step.source] += step.ps * segment.times
+        return cls(tuple(ps.values()))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the predicted time by source, those that are there; they add up to 1.
+
+        >>> Evidence((1, 0, 0, 3)).shares
+        {'measured': 0.25, 'roofline': 0.75}
+        """
+        total = sum(self.ps)
+        return {source.label: ps / total for source, ps in zip(Source, self.ps, strict=True) if ps}
+
+    @property
+    def unmeasured(self) -> float:
+        """The share that is neither measured nor between two measured points.
+
+        >>> Evidence((1, 1, 0, 2)).unmeasured, Evidence((0, 0, 0, 0)).unmeasured
+        (0.5, 0.0)
+        """
+        return sum(self.ps[Source.SCALED :]) / max(sum(self.ps), 1)
+
+
+def evidence_line(device: str, plans: Mapping[str, Plan], *, way_out: str = _WAY_OUT) -> str:
+    """One line if predictions rest on unmeasured prices, with the shares per plan; empty if they do not.
+
+    Args:
+        device: the name of what the plans are priced for.
+        plans: by what they are for, in words: ``{"decode of 8 rows": plan}``.
+        way_out: what the reader can do about it; empty for nothing.
+    """
+    found = {what: Evidence.of(plan) for what, plan in plans.items()}
+    weak = {what: evidence for what, evidence in found.items() if evidence.unmeasured >= _LEAST}
+    if not weak:
+        return ""
+    told = "; ".join(f"{what} {_words(evidence)}" for what, evidence in weak.items())
+    line = f"predictions for {device} rest on unmeasured prices: {told}"
+    return f"{line}; {way_out}" if way_out else line
+
+
+def _words(evidence: Evidence) -> str:
+    """
+    >>> _words(Evidence((1, 0, 1, 2)))
+    '25 % scaled + 50 % roofline'
+    """
+    weak = (Source.SCALED.label, Source.ROOFLINE.label)
+    return " + ".join(f"{100 * share:.0f} % {label}" for label, share in evidence.shares.items() if label in weak)

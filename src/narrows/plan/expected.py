@@ -1,0 +1,54 @@
+"""Which buckets of a plan book steps will ask for, most likely ones first: plans can be made before they are needed.
+
+Knows limits in numbers; no plan and no price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from narrows.layout import deal
+from narrows.plan.book import BookKey, bucket
+
+__all__ = ["expected_keys"]
+
+
+def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
+    """Every bucket of a step whose rows are dealt evenly to the groups, or all in one of them.
+
+    Decode steps of 1 to ``most_decoding`` rows come first, few rows before many; then prefill steps of 1 to
+    ``rows_per_step`` rows, first those in which one prompt or none ends, then those with more rows that ask for logits.
+
+    >>> [(key.phase, key.rows, key.logit_rows) for key in expected_keys(1, most_decoding=3, rows_per_step=2)]
+    [('decode', 1, 1), ('decode', 2, 2), ('decode', 3, 3), ('prefill', 1, 1), ('prefill', 2, 1), ('prefill', 1, 0), \
+('prefill', 2, 0), ('prefill', 2, 2)]
+    """
+    seen: set[BookKey] = set()
+    for key in _every(num_groups, most_decoding, rows_per_step):
+        if key not in seen:
+            seen.add(key)
+            yield key
+
+
+def _every(num_groups: int, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
+    for least, most in _buckets(most_decoding):
+        for groups in _spread(least, most, num_groups):
+            yield BookKey.of("decode", groups, most)
+    for logit_rows in (1, 0, *(most for _, most in _buckets(rows_per_step))):
+        for least, most in _buckets(rows_per_step):
+            if most >= logit_rows:
+                for groups in _spread(least, most, num_groups):
+                    yield BookKey.of("prefill", groups, logit_rows)
+
+
+def _buckets(most: int) -> Iterator[tuple[int, int]]:
+    """The fewest and the most rows of every bucket that holds 1 to ``most``."""
+    rows = 1
+    while rows <= most:
+        yield rows, bucket(rows)
+        rows = bucket(rows) + 1
+
+
+def _spread(least: int, most: int, num_groups: int) -> tuple[tuple[int, ...], ...]:
+    """Rows of the groups; how many the largest has, decides the bucket too."""
+    return (deal(most, num_groups), deal(least, num_groups), (most, *(0,) * (num_groups - 1)))

@@ -1,0 +1,33 @@
+"""Buckets that are planned ahead: those that steps ask for, each once, likely ones first."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+
+import pytest
+
+from narrows.layout import deal
+from narrows.plan import expected
+from narrows.plan.book import BookKey
+from narrows.plan.expected import expected_keys
+
+
+def test_doctests() -> None:
+    result = doctest.testmod(expected)
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+def test_every_step_that_is_dealt_evenly_finds_its_bucket(num_groups: int) -> None:
+    keys = list(expected_keys(num_groups, most_decoding=24, rows_per_step=100))
+    assert len(keys) == len(set(keys)) and all(key.rows <= 128 for key in keys)
+    for rows in range(1, 25):
+        assert BookKey.of("decode", deal(rows, num_groups), rows) in keys
+    for rows, logit_rows in itertools.product(range(1, 101), (0, 1, 7)):
+        if logit_rows <= rows:
+            assert BookKey.of("prefill", deal(rows, num_groups), logit_rows) in keys
+    phases = [key.phase for key in keys]
+    assert phases == sorted(phases), "decode before prefill"
+    decode = [key.rows for key in keys if key.phase == "decode"]
+    assert decode == sorted(decode)

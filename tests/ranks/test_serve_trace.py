@@ -1,0 +1,64 @@
+"""A real server with --trace: a trace by HTTP, rank processes on one clock; and the file that generate leaves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_process import ServerProcess
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def check(document: dict[str, Any], num_steps: int) -> None:
+    """Both ranks walk every step inside the time in which the host had handed it out."""
+    assert "CLOCK_MONOTONIC" in document["otherData"]["clocks"] and "moved" not in document["otherData"]
+    events = document["traceEvents"]
+    steps = {e["args"]["step"]: e for e in events if e.get("cat") == "step"}
+    walks = [e for e in events if e.get("cat") == "walk"]
+    assert len(steps) == num_steps and len(walks) == 2 * num_steps
+    handed_out = {e["id"]: e["ts"] for e in events if e["ph"] == "s"}
+    for walk in walks:
+        step = steps[walk["args"]["step"]]
+        (arrow,) = (e for e in events if e["ph"] == "f" and (e["pid"], e["ts"]) == (walk["pid"], walk["ts"]))
+        assert handed_out[arrow["id"]] <= walk["ts"] and walk["ts"] + walk["dur"] <= step["ts"] + step["dur"]
+    crossed = [e["args"]["bytes_all_ranks"] for e in events if e.get("cat") == "collective"]
+    assert crossed and min(crossed) > 0
+
+
+def test_a_trace_over_http(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json.gz"
+    options = ("--tp", "2", "--trace", str(file), "--trace-steps", "64", "--api-key", "secret")
+    headers = {"authorization": "Bearer secret"}
+    with ServerProcess(*options) as server, httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        assert httpx.post(f"{server.url}/start_profile").status_code == 401
+        refused = client.post("/stop_profile")
+        assert refused.status_code == 400 and "no trace is being made" in refused.json()["error"]["message"]
+        assert client.post("/start_profile").json() == {"file": str(file), "steps": 64}
+        body = {"prompt": "The sea", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        assert client.post("/stop_profile").json()["steps"] == 6
+        check(json.loads(gzip.decompress(file.read_bytes())), 6)
+        info = client.get("/server_info").json()["backend"]
+        assert len(info["plan_book"]) > 20, "it has planned ahead"
+        assert sum(plan["steps"] for plan in info["plan_book"]) == 6
+        metrics = client.get("/metrics").text
+        assert "narrows_plan_measured_seconds_total" in metrics
+        assert server.stop() == 0
+
+
+def test_generate_leaves_a_trace(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    command = [sys.executable, "-m", "narrows", "generate", "narrows-demo", "--tp", "2", "--ranks", "processes"]
+    more = ["--prompt", "The sea", "--max-tokens", "8", "--ignore-eos", "--trace", str(file), "--trace-steps", "5"]
+    done = subprocess.run([*command, *more, "--profile"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "trace: 5 steps, " in done.stderr and "the 3 steps after them are not in it" in done.stderr
+    assert "were predicted (x " in done.stdout
+    check(json.loads(file.read_text()), 5)
