@@ -18,11 +18,11 @@ from rich.table import Table
 from narrows.bench.machine import machine
 from narrows.bench.plot import check_plot
 from narrows.bench.serve.client import Target, look_at, send_all
-from narrows.bench.serve.figures import Answer, Figures, figures
 from narrows.bench.serve.plot import plot_load
-from narrows.bench.serve.workload import Ask, Prefixes, arrive, random_lengths, read_trace
 from narrows.cli.console import console
 from narrows.errors import ConfigError
+from narrows.loads.figures import Answer, Figures, figures
+from narrows.loads.workload import Ask, Prefixes, arrive, random_lengths, read_trace
 
 __all__ = ["ABOUT", "add_flags", "run"]
 

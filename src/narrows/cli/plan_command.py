@@ -12,11 +12,12 @@ from pathlib import Path
 from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
-from narrows.cost.devices import Device, device
+from narrows.cost.devices import device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.code import plan_code
+from narrows.plan.deploy import default_dtype
 from narrows.plan.named import NAMED_LAYOUTS, named_layout
 from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
 from narrows.plan.report import make_report
@@ -78,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_model_config(args.model)
     layouts = _layouts(args, config, mesh, notes)
     hardware = device(args.device)
-    dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
+    dtype, because = (args.dtype, "") if args.dtype else default_dtype(config.model_type, hardware)
+    if because:
+        notes.append(f"dtype {dtype}: {because}")
     deployment = Deployment(
         config=config,
         mesh=mesh,
@@ -141,18 +144,6 @@ def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
         f"--enable-dp-attention: --tp {args.tp} counts all ranks, so --dp {args.dp} makes this the mesh {mesh}"
     )
     return mesh
-
-
-def _default_dtype(model_type: str, hardware: Device, notes: list[str]) -> str:
-    """FP8 for the models whose checkpoints are published in it (V3, R1, Kimi-K2), on a device that has it."""
-    if model_type != "deepseek_v3":
-        dtype, because = "bf16", "no --dtype was given"
-    elif hardware.tflops_fp8 is None:
-        dtype, because = "bf16", f"{hardware.name} has no fp8"
-    else:
-        dtype, because = "fp8", "as the checkpoints of this model are published"
-    notes.append(f"dtype {dtype}: {because}")
-    return dtype
 
 
 def _group_rows(args: argparse.Namespace, mesh: Mesh) -> tuple[int, ...]:

@@ -92,15 +92,27 @@ class Planner:
         Raises:
             ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
         """
-        d = self.deployment
+        segments = Search(self.graph(layout), self.prices(shape)).solve()
+        return Plan(layout_name=layout, mesh=self.deployment.mesh, shape=shape, segments=segments)
+
+    def graph(self, layout: str) -> Graph:
+        """The graph that plans under the named layout are searched in.
+
+        Raises:
+            ConfigError: as :meth:`plan`.
+        """
         graph = self._graphs.get(layout)
         if graph is None:
+            d = self.deployment
             encoding, always = ENCODE_ROWS[d.encode_rows]
             rules = named_layout(layout, d.config, d.mesh)
             graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
-        prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
-        segments = Search(graph, prices).solve()
-        return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)
+        return graph
+
+    def prices(self, shape: StepShape) -> Pricer:
+        """What steps of ``shape`` cost."""
+        d = self.deployment
+        return Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
 
 
 def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]]) -> Forms:
