@@ -1,16 +1,16 @@
 """What a batch of the scheduler costs: its plan from the plan book, priced at the rows and contexts that it really has.
 
 Knows planners and batches; schedules nothing. A plan is chosen by the same bucket as at run time. Its price is then
-split: everything but the attention core depends on row counts alone and is kept by them; the core is priced per
+split: everything but the attention stages depends on row counts alone and is kept by them; attention is priced per
 step, from the context of every chunk, in the form in which chunks are computed (single rows as decode, longer ones as
-prefill, whatever the step is). Rows and contexts are rounded to 1 part in 64 where they are large, so that few prices
+prefill, whatever the step is). Rows and contexts are rounded to 1 part in 128 where they are large, so that few prices
 are asked for twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from narrows.arch.stages import AttentionCore, PriceClass, RowSet, Stage
@@ -47,10 +47,10 @@ class StepCosts(Protocol):
 
 
 def near(n: int) -> int:
-    """``n`` rounded to 1 part in 64 at most; below 128 as it is.
+    """``n`` rounded to 1 part in 128 at most; below 128 as it is.
 
     >>> [near(n) for n in (0, 127, 129, 1001, 131072)]
-    [0, 127, 128, 1008, 131072]
+    [0, 127, 130, 1000, 131072]
     """
     shift = max(0, n.bit_length() - 7)
     half = 1 << shift >> 1
@@ -84,16 +84,15 @@ class _Group:
         return group
 
 
-class _WithoutCores:
-    """A pricer's prices, the attention core left out of the stages that have one."""
+class _WithoutAttention:
+    """A pricer's prices; stages with an attention core cost nothing."""
 
     def __init__(self, prices: Pricer) -> None:
         self._prices = prices
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
-        rest = tuple(item for item in stage.work if not isinstance(item, AttentionCore))
-        if len(rest) < len(stage.work):
-            stage = replace(stage, work=rest)
+        if _attends(stage):
+            return StepPrice(0, 0, 0, Source.MEASURED)
         return self._prices.stage(stage, layout, fused, row_set)
 
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
@@ -109,22 +108,23 @@ class _WithoutCores:
         return self._prices.select(layout, row_bytes)
 
 
+def _attends(stage: Stage) -> bool:
+    return any(isinstance(item, AttentionCore) for item in stage.work)
+
+
 class _Planned:
-    """One plan of the book, ready to be priced: all but its attention cores by rows, and these apart."""
+    """One plan of the book, ready to be priced: all but its attention stages by rows, and these apart."""
 
     def __init__(self, plan: Plan, repricer: Repricer) -> None:
         self.plan, self.repricer = plan, repricer
-        self.cores: dict[tuple[Stage, Layout], int] = {}
+        self.attention: dict[tuple[Stage, Layout], int] = {}
         for segment in plan.segments:
             for step in segment.steps:
-                if step.stage is None:
-                    continue
-                cores = tuple(item for item in step.stage.work if isinstance(item, AttentionCore))
-                if cores:
-                    core = replace(step.stage, work=cores), step.layout
-                    self.cores[core] = self.cores.get(core, 0) + segment.times
-        self.rest: dict[tuple[int, ...], tuple[int, dict[tuple[str, str], float]]] = {}
-        self.attention: dict[tuple[str, int, int], tuple[int, Source]] = {}
+                if step.stage is not None and _attends(step.stage):
+                    key = step.stage, step.layout
+                    self.attention[key] = self.attention.get(key, 0) + segment.times
+        self.rest_prices: dict[tuple[int, ...], tuple[int, dict[tuple[str, str], float]]] = {}
+        self.attention_prices: dict[tuple[str, int, int], tuple[int, Source]] = {}
 
 
 class PlannedCosts:
@@ -147,9 +147,7 @@ class PlannedCosts:
         )
         planned = self._planned.get(id(plan))
         if planned is None:
-            planned = self._planned[id(plan)] = _Planned(
-                plan, Repricer(plan, self._planner.graph(plan.layout_name))
-            )
+            planned = self._planned[id(plan)] = _Planned(plan, Repricer(plan, self._planner.graph(plan.layout_name)))
         rest_ps, rest = self._rest(planned, groups)
         attention_ps, source = max(self._attention(planned, group) for group in groups)
         parts = dict(rest)
@@ -161,11 +159,11 @@ class PlannedCosts:
         return StepCost(seconds=(rest_ps + attention_ps) * 1e-12 + self._overhead_s, parts=parts, plan=plan)
 
     def _rest(self, planned: _Planned, groups: list[_Group]) -> tuple[int, dict[tuple[str, str], float]]:
-        """Everything but the attention cores: picoseconds, and their parts in seconds."""
+        """Everything but the attention stages: picoseconds, and their parts in seconds."""
         rows, logits = [near(group.rows) for group in groups], [near(group.logits) for group in groups]
         largest = rows.index(max(rows))
         key = rows[largest], near(sum(rows)), max(logits), near(sum(logits))
-        found = planned.rest.get(key)
+        found = planned.rest_prices.get(key)
         if found is None:
             mesh, plan = self._planner.deployment.mesh, planned.plan
             shape = StepShape(
@@ -174,38 +172,43 @@ class PlannedCosts:
                 phase=plan.shape.phase,
                 context=plan.shape.context,
             )
-            priced = planned.repricer.at(_WithoutCores(self._planner.prices(shape)))
+            priced = planned.repricer.at(_WithoutAttention(self._planner.prices(shape)))
             parts = {(kind.value, source.label): ps * 1e-12 for (kind, source), ps in priced.items() if ps}
-            found = planned.rest[key] = sum(priced.values()), parts
+            found = planned.rest_prices[key] = sum(priced.values()), parts
         return found
 
     def _attention(self, planned: _Planned, group: _Group) -> tuple[int, Source]:
-        """The attention cores of one group: picoseconds, and how well they are known."""
-        ps, source = 0, Source.MEASURED
-        if group.decode_rows:
-            context = group.decode_pairs / group.decode_rows
-            ps, source = self._core(planned, "decode", group.decode_rows, context)
-        if group.prefill_rows:
-            # The context at which a prefill step of so many rows has as many pairs (see StepShape).
-            attended = group.prefill_pairs / group.prefill_rows
-            rows = group.prefill_rows
-            context = 2 * attended if 2 * attended <= rows else attended + rows / 2
-            more, other = self._core(planned, "prefill", rows, context)
-            ps, source = ps + more, max(source, other)
+        """The attention stages of one group: picoseconds, and how well they are known."""
+        if not group.rows:
+            return 0, Source.MEASURED
+        decode = group.decode_rows
+        context = round(group.decode_pairs / decode) if decode else 1
+        if not group.prefill_rows:
+            return self._stages(planned, "decode", decode, context)
+        # The context at which a prefill step of so many rows has as many pairs (see StepShape).
+        attended = group.prefill_pairs / group.rows
+        whole = 2 * attended <= group.rows
+        ps, source = self._stages(
+            planned, "prefill", group.rows, round(2 * attended if whole else attended + group.rows / 2)
+        )
+        if decode:  # what their contexts cost; that they are rows has been counted
+            more, known = self._stages(planned, "decode", decode, context)
+            less, _ = self._stages(planned, "decode", decode, 1)
+            ps, source = ps + max(0, more - less), max(source, known)
         return ps, source
 
-    def _core(self, planned: _Planned, phase: str, rows: int, context: float) -> tuple[int, Source]:
-        key = phase, near(rows), max(1, near(round(context)))
-        found = planned.attention.get(key)
+    def _stages(self, planned: _Planned, phase: str, rows: int, context: int) -> tuple[int, Source]:
+        key = phase, near(rows), max(1, near(context))
+        found = planned.attention_prices.get(key)
         if found is None:
             mesh = self._planner.deployment.mesh
             split = RowSplit.from_groups(mesh, (key[1], *(0,) * (mesh.num_groups - 1)))
             prices = self._planner.prices(StepShape(rows=split, logits=split, phase=phase, context=key[2]))
             ps, source = 0, Source.MEASURED
-            for (stage, layout), times in planned.cores.items():
+            for (stage, layout), times in planned.attention.items():
                 price = prices.stage(stage, layout, False, RowSet.ALL)
                 ps, source = ps + times * price.ps, max(source, price.source)
-            found = planned.attention[key] = ps, source
+            found = planned.attention_prices[key] = ps, source
         return found
 
 

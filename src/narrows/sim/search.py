@@ -5,11 +5,13 @@ Knows outcomes of simulations; simulates nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import check_mesh
+from narrows.cost.memory import MemoryUse
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.loads.figures import Answer, percentile
@@ -46,18 +48,19 @@ class Target:
             return 0.0
         return sum(map(self.met_by, outcome.answers)) / outcome.figures.duration_s
 
+    def reached(self, outcome: Outcome) -> tuple[float, float]:
+        """TTFT and TPOT, in seconds, that the share of requests was answered within; NaN where none has any."""
+        done = [answer for answer in outcome.answers if not answer.error]
+        tpots = [tpot for answer in done if (tpot := answer.tpot_s) is not None]
+        both = ([answer.ttft_s for answer in done], tpots)
+        ttft_s, tpot_s = (percentile(sorted(found), self.quantile) if found else math.nan for found in both)
+        return ttft_s, tpot_s
+
     def misses(self, outcome: Outcome) -> tuple[str, ...]:
         """What is missed and by how much, in words; empty: all is met."""
-        done = [answer for answer in outcome.answers if not answer.error]
         words = []
-        for name, most, seconds in (
-            ("TTFT", self.ttft_s, [answer.ttft_s for answer in done]),
-            ("TPOT", self.tpot_s, [tpot for answer in done if (tpot := answer.tpot_s) is not None]),
-        ):
-            if most is None or not seconds:
-                continue
-            found = percentile(sorted(seconds), self.quantile)
-            if found > most:
+        for name, most, found in zip(("TTFT", "TPOT"), (self.ttft_s, self.tpot_s), self.reached(outcome), strict=True):
+            if most is not None and found > most:
                 words.append(
                     f"misses {name} by {100 * (found / most - 1):.0f} % "
                     f"(p{self.quantile:g} {1e3 * found:.1f} ms, target {1e3 * most:g})"
@@ -73,10 +76,13 @@ class Candidate:
 
     mesh: Mesh
     layout: str
+    dtype: str
     outcome: Outcome | None = None
     refusal: str = ""
+    forms: str = ""
     kv_tokens: int = 0
     """Tokens of KV cache per attention group."""
+    memory: MemoryUse | None = None
 
 
 def meshes(config: ModelConfig, num_ranks: int) -> tuple[Mesh, ...]:

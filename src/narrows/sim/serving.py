@@ -1,7 +1,7 @@
 """A deployment as it would serve: forms, limits and memory decided as the engine decides them, but for any device.
 
-Knows models, meshes and devices as numbers. Where the engine takes two contexts of KV cache unless it is told otherwise,
-this takes what the device's memory leaves.
+Knows models, meshes and devices as numbers. Where the engine takes two contexts of KV cache unless it is told
+otherwise, this takes what the device's memory leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from narrows.sim.costs import PlannedCosts
 __all__ = ["DoesNotFit", "Serving", "serving"]
 
 
-class DoesNotFit(ConfigError):
+class DoesNotFit(ConfigError):  # noqa: N818 - a state of the deployment
     """The device's memory does not hold the weights, or not the KV cache beside them."""
 
 
@@ -49,7 +49,7 @@ def serving(
     kv_tokens: int | None = None,
     prefix_cache: bool = True,
 ) -> Serving:
-    """Decide what is left open. ``kv_tokens``: tokens of KV cache per attention group; None: all that there is room for.
+    """Decide what is left open. ``kv_tokens``: tokens of KV cache per attention group; None: as many as fit.
 
     Raises:
         DoesNotFit: with the numbers.
