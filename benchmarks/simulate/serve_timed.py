@@ -38,8 +38,9 @@ class TimedEngine(Engine):
             seconds, self._done_s = now - max(given_s, self._done_s), now
             longest = max(chunk.start + len(chunk.tokens) for group in batch.groups for chunk in group)
             kind = {"phase": batch.phase, "rows": batch.num_rows, "group_rows": batch.group_rows}
-            more = {"logit_rows": batch.num_logit_rows, "longest": longest, "predicted_s": step.plan.seconds}
-            _STEPS.append(kind | more | {"seconds": seconds})
+            newest = max(chunk.request for group in batch.groups for chunk in group)
+            more = {"logit_rows": batch.num_logit_rows, "longest": longest, "newest": newest}
+            _STEPS.append(kind | more | {"predicted_s": step.plan.seconds, "seconds": seconds})
 
         step.future.add_done_callback(note)
         return step
