@@ -3,9 +3,10 @@
     python benchmarks/simulate/check.py dsv3-mini --tp 2 --device cpu-core
     python benchmarks/simulate/check.py MODEL --tp 2 --device PROFILE --trace requests.csv
 
-For each load a server is started (`serve_timed.py`), the load is sent by `narrows bench serve`, and it is simulated twice:
-with the prices of --device, and with the mean seconds of the steps that the server ran in place of prices. The second
-says how well the simulator does, whatever the prices; the first how well both do. Random weights, no prefix cache.
+For each load a server is started (`serve_timed.py`), the load is sent by `narrows bench serve`, and it is simulated
+twice: with the mean seconds of the steps that the server ran in place of prices, and with the prices of --device. The
+first says how well the simulator does, whatever the prices; the second how well both do. Random weights, no prefix
+cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+_LENGTHS = ["--input-length", "256", "--output-length", "32"]
 _LOADS = {
     "closed": ["--num-requests", "16", "--input-length", "256", "--output-length", "32", "--concurrency", "8"],
     "rate": [
@@ -46,9 +48,7 @@ def main() -> None:
     parser.add_argument("--tp", default="2")
     parser.add_argument("--device", default="cpu-core", help="what the simulation's prices are of")
     parser.add_argument("--kv-tokens", default="20000")
-    parser.add_argument(
-        "--trace", default="", help="a third load: 16 requests of it, a fifth as long, ten times as fast"
-    )
+    parser.add_argument("--trace", default="", help="a third load: 16 requests of it, a fifth as long, 10 x as fast")
     args = parser.parse_args()
     loads = _LOADS | ({"trace": ["--trace", args.trace, *_TRACE]} if args.trace else {})
     mesh = ["--dp", args.dp, "--tp", args.tp, "--kv-tokens", args.kv_tokens, "--no-prefix-cache"]

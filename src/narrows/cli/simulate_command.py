@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         quantile=args.percentile,
     )
     asked = _asked(args, config)
-    with Progress(console=console(stderr=True), transient=True, disable=len(asked) == 1) as bar:
+    quiet = len(asked) == 1 or not sys.stderr.isatty()
+    with Progress(console=console(stderr=True), transient=True, disable=quiet) as bar:
         candidates = [
             _candidate(args, config, hardware, mesh, layout, asks, max_context)
             for mesh, layout in bar.track(asked, description="simulations")
@@ -144,6 +145,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--percentile is {args.percentile:g}; it must be more than 0 and at most 100")
     if not 0 <= args.step_overhead < 1e9:
         raise ConfigError(f"--step-overhead is {args.step_overhead:g}; it must be at least 0 microseconds")
+    if args.step_times and (args.search or len(args.layout) > 1):
+        raise ConfigError("--step-times are of one mesh and layout: leave out --search, and all but one --layout")
     if args.num_gpus and not args.search:
         raise ConfigError("--num-gpus is what --search shares out; say --search too, or --dp and --tp instead")
 
