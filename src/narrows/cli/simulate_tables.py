@@ -33,13 +33,24 @@ def print_candidate(candidate: Candidate, title: str, target: Target, out: Conso
     for error, count in outcome.figures.errors.items():
         out.print(f"{count} can never run: {error}", markup=False)
     if target.is_set:
-        missed = "; ".join(target.misses(outcome)) or "met"
-        out.print(f"target: {missed}; {target.goodput(outcome):.2f} requests per second within it", markup=False)
+        out.print(_target_words(target, outcome), markup=False)
     for line in _lines(candidate, outcome):
         out.print(line, markup=False)
     if outcome.plans:
         out.print(_plans(outcome))
     out.print("")
+
+
+def _target_words(target: Target, outcome: Outcome) -> str:
+    asked, reached = (target.ttft_s, target.tpot_s), target.reached(outcome)
+    parts = [
+        f"{name} {1e3 * found:.1f} ms of {1e3 * most:g}"
+        for name, most, found in zip(("TTFT", "TPOT"), asked, reached, strict=True)
+        if most is not None
+    ]
+    verdict = "; ".join(target.misses(outcome)) or "met"
+    within = f"{target.goodput(outcome):.2f} requests per second within it"
+    return f"target for {target.quantile:g} % of the requests: {', '.join(parts)}: {verdict}; {within}"
 
 
 def _lines(candidate: Candidate, outcome: Outcome) -> list[str]:
