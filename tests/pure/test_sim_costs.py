@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from narrows.arch.presets import preset
 from narrows.cost.devices import device
+from narrows.cost.stage import Pricer
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.book import PlanBook
@@ -55,7 +56,9 @@ def test_a_plan_priced_again_at_its_own_shape_costs_what_it_did(model: str, dp: 
         book = PlanBook(by, layout, CONTEXT)
         for phase, rows in (("prefill", 1500), ("prefill", 3), ("decode", 7), ("decode", 200)):
             plan = book.plan_for(phase, (rows,) * dp, rows * dp if phase == "decode" else 2)
-            priced = Repricer(plan, by.graph(layout)).at(by.prices(plan.shape))
+            d = by.deployment
+            prices = Pricer(d.device, d.mesh, plan.shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
+            priced = Repricer(plan, by.graph(layout)).at(prices)
             assert sum(priced.values()) == plan.ps
             for price_class, seconds in plan.totals().items():
                 of_class = sum(ps for (kind, _), ps in priced.items() if kind is price_class)

@@ -12,7 +12,7 @@ from pathlib import Path
 from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
-from narrows.cost.devices import device
+from narrows.cost.devices import Device, device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_model_config(args.model)
     layouts = _layouts(args, config, mesh, notes)
     hardware = device(args.device)
-    dtype, because = (args.dtype, "") if args.dtype else default_dtype(config.model_type, hardware)
-    if because:
-        notes.append(f"dtype {dtype}: {because}")
+    dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
     deployment = Deployment(
         config=config,
         mesh=mesh,
@@ -144,6 +142,12 @@ def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
         f"--enable-dp-attention: --tp {args.tp} counts all ranks, so --dp {args.dp} makes this the mesh {mesh}"
     )
     return mesh
+
+
+def _default_dtype(model_type: str, hardware: Device, notes: list[str]) -> str:
+    dtype, because = default_dtype(model_type, hardware)
+    notes.append(f"dtype {dtype}: {because}")
+    return dtype
 
 
 def _group_rows(args: argparse.Namespace, mesh: Mesh) -> tuple[int, ...]:

@@ -86,15 +86,6 @@ class Planner:
         )
         self._graphs: dict[str, Graph] = {}
 
-    def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
-        """The cheapest plan for ``shape`` under the named layout.
-
-        Raises:
-            ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
-        """
-        segments = Search(self.graph(layout), self.prices(shape)).solve()
-        return Plan(layout_name=layout, mesh=self.deployment.mesh, shape=shape, segments=segments)
-
     def graph(self, layout: str) -> Graph:
         """The graph that plans under the named layout are searched in.
 
@@ -109,10 +100,16 @@ class Planner:
             graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
         return graph
 
-    def prices(self, shape: StepShape) -> Pricer:
-        """What steps of ``shape`` cost."""
-        d = self.deployment
-        return Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
+    def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
+        """The cheapest plan for ``shape`` under the named layout.
+
+        Raises:
+            ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
+        """
+        d, graph = self.deployment, self.graph(layout)
+        prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
+        segments = Search(graph, prices).solve()
+        return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)
 
 
 def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]]) -> Forms:

@@ -16,7 +16,7 @@ from typing import Protocol
 from narrows.arch.stages import AttentionCore, PriceClass, RowSet, Stage
 from narrows.cost.price import Source
 from narrows.cost.stage import Pricer, StepPrice, StepShape
-from narrows.layout import Layout, Move, RowSplit
+from narrows.layout import Layout, RowSplit
 from narrows.plan.book import PlanBook
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
@@ -84,28 +84,13 @@ class _Group:
         return group
 
 
-class _WithoutAttention:
-    """A pricer's prices; stages with an attention core cost nothing."""
-
-    def __init__(self, prices: Pricer) -> None:
-        self._prices = prices
+class _WithoutAttention(Pricer):
+    """A pricer to which stages with an attention core cost nothing."""
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
         if _attends(stage):
             return StepPrice(0, 0, 0, Source.MEASURED)
-        return self._prices.stage(stage, layout, fused, row_set)
-
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
-        return self._prices.move(move, row_bytes, row_set)
-
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
-        return self._prices.add(layout, row_bytes, row_set)
-
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
-        return self._prices.recode(layout, row_bytes, row_set)
-
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
-        return self._prices.select(layout, row_bytes)
+        return super().stage(stage, layout, fused, row_set)
 
 
 def _attends(stage: Stage) -> bool:
@@ -172,10 +157,14 @@ class PlannedCosts:
                 phase=plan.shape.phase,
                 context=plan.shape.context,
             )
-            priced = planned.repricer.at(_WithoutAttention(self._planner.prices(shape)))
+            priced = planned.repricer.at(self._prices(shape, _WithoutAttention))
             parts = {(kind.value, source.label): ps * 1e-12 for (kind, source), ps in priced.items() if ps}
             found = planned.rest_prices[key] = sum(priced.values()), parts
         return found
+
+    def _prices(self, shape: StepShape, kind: type[Pricer]) -> Pricer:
+        d = self._planner.deployment
+        return kind(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
 
     def _attention(self, planned: _Planned, group: _Group) -> tuple[int, Source]:
         """The attention stages of one group: picoseconds, and how well they are known."""
@@ -203,7 +192,7 @@ class PlannedCosts:
         if found is None:
             mesh = self._planner.deployment.mesh
             split = RowSplit.from_groups(mesh, (key[1], *(0,) * (mesh.num_groups - 1)))
-            prices = self._planner.prices(StepShape(rows=split, logits=split, phase=phase, context=key[2]))
+            prices = self._prices(StepShape(rows=split, logits=split, phase=phase, context=key[2]), Pricer)
             ps, source = 0, Source.MEASURED
             for (stage, layout), times in planned.attention.items():
                 price = prices.stage(stage, layout, False, RowSet.ALL)
