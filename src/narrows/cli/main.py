@@ -20,6 +20,11 @@ __all__ = ["main"]
 _COMMANDS = (
     # name, module, what it does
     ("plan", "narrows.cli.plan_command", "price the layouts of a model on a machine, and say which is best and why"),
+    (
+        "simulate",
+        "narrows.cli.simulate_command",
+        "run a load on the real scheduler in predicted time; search meshes and layouts under a latency target",
+    ),
     ("generate", "narrows.cli.generate_command", "generate text from prompts over planned ranks"),
     ("serve", "narrows.cli.serve_command", "answer OpenAI's HTTP API over planned ranks, until Ctrl-C or SIGTERM"),
     ("verify", "narrows.cli.verify_command", "compare every layout that applies with one rank, on the real weights"),

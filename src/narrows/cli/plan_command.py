@@ -18,6 +18,7 @@ from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.code import plan_code
+from narrows.plan.deploy import default_dtype
 from narrows.plan.named import NAMED_LAYOUTS, named_layout
 from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
 from narrows.plan.report import make_report
@@ -150,13 +151,7 @@ def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
 
 
 def _default_dtype(model_type: str, hardware: Device, notes: list[str]) -> str:
-    """FP8 for the models whose checkpoints are published in it (V3, R1, Kimi-K2), on a device that has it."""
-    if model_type != "deepseek_v3":
-        dtype, because = "bf16", "no --dtype was given"
-    elif hardware.tflops_fp8 is None:
-        dtype, because = "bf16", f"{hardware.name} has no fp8"
-    else:
-        dtype, because = "fp8", "as the checkpoints of this model are published"
+    dtype, because = default_dtype(model_type, hardware)
     notes.append(f"dtype {dtype}: {because}")
     return dtype
 

@@ -22,10 +22,11 @@ from narrows.cost.stage import StepShape
 from narrows.engine.machine_fit import fit
 from narrows.engine.prices import priced_for
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh
 from narrows.models.registry import check_executable
 from narrows.ops.compiled import int8_library
 from narrows.ops.int8 import Quantization
+from narrows.plan.deploy import DEFAULT_ROWS, PAGE_SIZE, book_context, form_mix, limits_of, longest_context
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
@@ -43,11 +44,6 @@ RANKS = ("threads", "processes")
 RUN_ON = ("cpu", "cuda")
 QUANTIZATIONS = tuple(kind.value for kind in Quantization)
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
-_DEFAULT_CONTEXT = 8192
-_DEFAULT_ROWS = 2048
-
-_SCORED_LOGITS = 1 << 24
-"""Logits of scored prompts in one step: 64 MB in float32, whatever the vocabulary."""
 
 INVARIANT_CHUNK = 256
 """Rows after which ``batch_invariant`` cuts prompts."""
@@ -77,10 +73,10 @@ class EngineConfig:
     run_on: str = "cpu"
     device: str = "auto"
     load_format: str = "auto"
-    rows_per_step: int = _DEFAULT_ROWS
+    rows_per_step: int = DEFAULT_ROWS
     max_context: int | None = None
     kv_tokens: int | None = None
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
     seed: int = 0
     ranks: str = "threads"
     threads: int | None = 1
@@ -200,8 +196,8 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         plan, forms = read_plan(Path(asked.plan_file), config, mesh)
         notes.append(f"the plan in {asked.plan_file} (layout {plan.layout_name}) runs at every step")
     elif forms is None:
-        rows = _DEFAULT_ROWS if asked.batch_invariant else limits.rows_per_step
-        forms = rules.forms or choose_forms(deployment, _mix(mesh, rows, limits.max_context))
+        rows = DEFAULT_ROWS if asked.batch_invariant else limits.rows_per_step
+        forms = rules.forms or choose_forms(deployment, form_mix(mesh, rows, limits.max_context))
     if asked.batch_invariant and plan is None:
         plan = _pinned_plan(deployment, forms, asked.layout, limits)
     return Resolved(
@@ -259,26 +255,21 @@ def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
 
 
 def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh, itemsize: int) -> Limits:
-    longest = config.max_position_embeddings
-    context = min(longest, _DEFAULT_CONTEXT) if asked.max_context is None else asked.max_context
-    if not 2 <= context <= longest:
-        raise ConfigError(f"--max-context {context} must be between 2 and the model's {longest} positions")
+    context = longest_context(config, asked.max_context)
     kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
-    if kv_tokens < 1:
-        raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
-    _check_cache(kv_tokens, itemsize, asked, config, mesh)
-    prefill_chunk = INVARIANT_CHUNK if asked.batch_invariant else 0
-    return Limits(
-        num_groups=mesh.num_groups,
+    limits = limits_of(
+        config,
+        mesh,
         rows_per_step=asked.rows_per_step,
-        page_size=asked.page_size,
-        pages_per_group=1 + -(-kv_tokens // asked.page_size),
         max_context=context,
-        prefill_chunk=prefill_chunk,
+        kv_tokens=kv_tokens,
+        page_size=asked.page_size,
         # The same tokens computed in rows cut elsewhere, or one by one, may differ in their last bits.
         prefix_cache=asked.prefix_cache and not asked.batch_invariant,
-        scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
+        prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,
     )
+    _check_cache(kv_tokens, itemsize, asked, config, mesh)
+    return limits
 
 
 def _check_cache(kv_tokens: int, itemsize: int, asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> None:
@@ -302,14 +293,6 @@ def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limi
     """
     mesh = deployment.mesh
     rows = (INVARIANT_CHUNK,) * mesh.num_groups
-    context = min(1024, limits.max_context)
+    context = book_context(limits.max_context)
     shape = StepShape.of(mesh, rows, phase="prefill", context=context, logit_rows=mesh.num_groups)
     return Planner(replace(deployment, want_logits=True), forms).plan(shape, layout)
-
-
-def _mix(mesh: Mesh, rows: int, longest: int) -> list[tuple[StepShape, float]]:
-    """The mix that forms are chosen for: one full prefill step to 64 decode steps of one request per group."""
-    context = min(1024, longest)
-    prefill = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=context)
-    decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)
-    return [(prefill, 1.0), (decode, 64.0)]

@@ -30,6 +30,7 @@ from narrows.layout import Encoding, deal
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
 from narrows.plan.book import BookKey, PinnedBook, PlanBook
+from narrows.plan.deploy import book_context
 from narrows.plan.evidence import evidence_line
 from narrows.plan.expected import expected_keys
 from narrows.plan.plan import Plan
@@ -293,7 +294,7 @@ class Engine:
 
     def book_of(self, layout: str) -> PlanBook:
         """A book of plans under another layout, for weights held as this engine's are."""
-        return PlanBook(self.planner, layout, min(1024, self.resolved.limits.max_context))
+        return PlanBook(self.planner, layout, book_context(self.resolved.limits.max_context))
 
     def use_layout(self, layout: str) -> None:
         """Plan the steps from now on under another layout, for weights held as this engine's are.

@@ -8,6 +8,7 @@ rows are held); its edges stay before the same stage, its run leads past it. Nod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -89,6 +90,7 @@ class Graph:
         ]
         self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
+        self._ask_of: dict[Step, int] = {}
         self._nodes: dict[tuple[str, State], Node] = {}
 
     def start(self) -> State:
@@ -111,6 +113,12 @@ class Graph:
         if node.edges is None:
             node.edges = tuple((self.node(stage, after), edge) for after, edge in self._edges(node.state, stage))
         return node.edges
+
+    def ask_of(self, step: Step) -> int:
+        """The index in ``asks`` of the price of a step that a search of this graph has found."""
+        if len(self._ask_of) != len(self._made):
+            self._ask_of = {blank: ask for ask, blank in self._made.values()}
+        return self._ask_of[_blank(step)]
 
     # -- which steps may come next -----------------------------------------------------------------------------------
 
@@ -331,6 +339,11 @@ class Graph:
             self.asks.append(ask)
         edge = self._made[key] = (index, Step(rows=0, nbytes=0, ps=0, source=Source.MEASURED, **what))
         return edge
+
+
+def _blank(step: Step) -> Step:
+    """The step as the graph has it: no rows, and no price."""
+    return replace(step, rows=0, nbytes=0, ps=0, source=Source.MEASURED)
 
 
 def _titles(mesh: Mesh) -> dict[str, Layout]:

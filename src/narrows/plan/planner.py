@@ -86,18 +86,27 @@ class Planner:
         )
         self._graphs: dict[str, Graph] = {}
 
+    def graph(self, layout: str) -> Graph:
+        """The graph that plans under the named layout are searched in.
+
+        Raises:
+            ConfigError: as :meth:`plan`.
+        """
+        graph = self._graphs.get(layout)
+        if graph is None:
+            d = self.deployment
+            encoding, always = ENCODE_ROWS[d.encode_rows]
+            rules = named_layout(layout, d.config, d.mesh)
+            graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
+        return graph
+
     def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
         """The cheapest plan for ``shape`` under the named layout.
 
         Raises:
             ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
         """
-        d = self.deployment
-        graph = self._graphs.get(layout)
-        if graph is None:
-            encoding, always = ENCODE_ROWS[d.encode_rows]
-            rules = named_layout(layout, d.config, d.mesh)
-            graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
+        d, graph = self.deployment, self.graph(layout)
         prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
         segments = Search(graph, prices).solve()
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, host=prices.step())

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from narrows.bench.serve.figures import Answer
-from narrows.bench.serve.workload import Ask, prompt_ids
 from narrows.errors import ConfigError
+from narrows.loads.figures import Answer
+from narrows.loads.workload import Ask, prompt_ids
 
 __all__ = ["Target", "look_at", "send_all"]
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.bench.serve.figures import Answer, Latency, figures, percentile
-from narrows.bench.serve.workload import Prefixes, arrive, prompt_ids, random_lengths, read_trace
 from narrows.errors import ConfigError
+from narrows.loads.figures import Answer, Latency, figures, percentile
+from narrows.loads.workload import Prefixes, arrive, prompt_ids, random_lengths, read_trace
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.99), st.integers(0, 5))

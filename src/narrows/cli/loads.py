@@ -1,0 +1,198 @@
+"""Loads on the command line: the flags that ``bench serve`` and ``simulate`` share, and the figures' table.
+
+Parses and prints; sends and simulates nothing, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from narrows.errors import ConfigError
+from narrows.loads.figures import Answer, Figures
+from narrows.loads.workload import Ask, Prefixes, arrive, random_lengths, read_trace
+
+__all__ = [
+    "LOAD",
+    "add_load_flags",
+    "at_least",
+    "check_load",
+    "figures_table",
+    "load_words",
+    "more_than_0",
+    "plain",
+    "save_answers",
+    "workload",
+]
+
+LOAD = (
+    "concurrency",
+    "rate",
+    "burstiness",
+    "input_length",
+    "output_length",
+    "spread",
+    "prefix_length",
+    "num_prefixes",
+    "trace",
+    "speed",
+    "scale_lengths",
+    "seed",
+)
+"""What decides a load, by the names of the flags."""
+
+
+def add_load_flags(load: argparse._ArgumentGroup) -> None:
+    """How many requests come when, how long they are, and what they share."""
+    load.add_argument("--num-requests", type=int, metavar="N", help="(default: 32; of a trace, all)")
+    load.add_argument("--concurrency", type=int, default=0, metavar="N", help="at most so many at once (default: all)")
+    load.add_argument("--rate", type=float, default=math.inf, metavar="R", help="requests per second (default: all)")
+    load.add_argument("--burstiness", type=float, default=1.0, metavar="B", help="1: Poisson; less: bursts (default 1)")
+    load.add_argument("--input-length", type=int, default=512, metavar="N", help="tokens (default %(default)s)")
+    load.add_argument("--output-length", type=int, default=64, metavar="N", help="tokens (default %(default)s)")
+    load.add_argument("--spread", type=float, default=0.0, metavar="F", help="lengths vary by that part (default 0)")
+    load.add_argument("--prefix-length", type=int, default=0, metavar="N", help="shared tokens before each prompt")
+    load.add_argument("--num-prefixes", type=int, default=1, metavar="N", help="how many of them (default 1)")
+    load.add_argument("--trace", default="", metavar="FILE", help="arrivals and lengths of real requests")
+    load.add_argument("--speed", type=float, default=1.0, metavar="F", help="of the trace's arrivals (default 1)")
+    load.add_argument("--scale-lengths", type=float, default=1.0, metavar="F", help="of the trace (default 1)")
+    load.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default 0)")
+    load.add_argument("--seed", type=int, default=0, help="of lengths, arrivals and prompts (default 0)")
+
+
+def at_least(args: argparse.Namespace, name: str, least: int) -> None:
+    """Refuse a smaller value of the flag called ``name`` (with underscores).
+
+    Raises:
+        ConfigError: it is smaller.
+    """
+    value = getattr(args, name)
+    if value is not None and value < least:
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+
+def more_than_0(args: argparse.Namespace, name: str) -> None:
+    """Refuse a value of the flag called ``name`` that is not positive.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    value = getattr(args, name)
+    if value is not None and not value > 0:
+        raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be more than 0")
+
+
+def check_load(args: argparse.Namespace) -> None:
+    """Refuse what no load can be.
+
+    Raises:
+        ConfigError: with the flag and its bounds.
+    """
+    for name, least in (
+        ("num_requests", 1),
+        ("concurrency", 0),
+        ("input_length", 1),
+        ("output_length", 1),
+        ("prefix_length", 0),
+        ("num_prefixes", 1),
+    ):
+        at_least(args, name, least)
+    for name in ("rate", "burstiness", "speed", "scale_lengths"):
+        more_than_0(args, name)
+    if not 0 <= args.spread < 1:
+        raise ConfigError(f"--spread is {args.spread:g}; it must be at least 0 and below 1")
+
+
+def workload(args: argparse.Namespace, longest: int | None) -> list[Ask]:
+    """The requests that the flags ask for; ``longest``: most tokens of one, if that is known.
+
+    Raises:
+        ConfigError: a trace that cannot be read, flags that contradict each other, or requests that are too long.
+    """
+    if args.trace:
+        if math.isfinite(args.rate):
+            raise ConfigError("--trace has its own arrivals: leave --rate out (--speed changes them)")
+        return read_trace(
+            Path(args.trace),
+            args.num_requests or 0,
+            speed=args.speed,
+            length_scale=args.scale_lengths,
+            longest=longest,
+        )
+    asks = random_lengths(
+        args.num_requests or 32,
+        args.input_length,
+        args.output_length,
+        spread=args.spread,
+        seed=args.seed,
+        prefixes=Prefixes(count=args.num_prefixes, tokens=args.prefix_length),
+    )
+    longest_asked = max(ask.input_tokens + ask.output_tokens for ask in asks)
+    if longest is not None and longest_asked > longest:
+        raise ConfigError(f"a request has up to {longest_asked} tokens, but the context holds {longest}")
+    return arrive(asks, args.rate, burstiness=args.burstiness, seed=args.seed) if math.isfinite(args.rate) else asks
+
+
+def load_words(args: argparse.Namespace, count: int) -> str:
+    """The load in a few words."""
+    rate = f"{args.rate:g} per second" if math.isfinite(args.rate) else "as the trace" if args.trace else "all at once"
+    at_once = f", at most {args.concurrency} at once" if args.concurrency else ""
+    lengths = Path(args.trace).name if args.trace else f"{args.input_length} in / {args.output_length} out"
+    return f"{count} requests, {lengths}, {rate}{at_once}"
+
+
+def figures_table(found: Figures, title: str) -> Table:
+    """The figures of one load: counts and throughputs, then the latencies."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("", "mean", "median", "p90", "p99"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, value in (
+        ("requests completed / failed", f"{found.completed} / {found.failed}"),
+        ("duration, s", f"{found.duration_s:.2f}"),
+        ("tokens in (cached) / out", f"{found.input_tokens} ({found.cached_tokens}) / {found.output_tokens}"),
+        ("requests per second", f"{found.request_throughput:.2f}"),
+        ("output tokens per second", f"{found.output_throughput:.1f}"),
+        ("tokens per second, in and out", f"{found.total_throughput:.1f}"),
+        ("most requests at once", str(found.peak_concurrency)),
+    ):
+        table.add_row(name, value)
+    for name, latency in (
+        ("TTFT, ms", found.ttft_ms),
+        ("TPOT, ms", found.tpot_ms),
+        ("ITL, ms", found.itl_ms),
+        ("E2E, ms", found.e2e_ms),
+    ):
+        table.add_row(name, *(f"{value:.2f}" for value in asdict(latency).values()))
+    return table
+
+
+def save_answers(answers: Sequence[Answer], file: str) -> None:
+    """One line of JSON per request, times from the first request's.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    begin = min((answer.sent_s for answer in answers), default=0.0)
+    try:
+        with Path(file).open("w", encoding="utf-8") as out:
+            for answer in answers:
+                row = asdict(answer)
+                row |= {name: row[name] - begin for name in ("sent_s", "ended_s")}
+                row["pieces_s"] = [at - begin for at in answer.pieces_s]
+                out.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--save-requests {file} cannot be written: {error}") from None
+
+
+def plain(value: object) -> object:
+    """The value as JSON may have it: no infinity and no NaN."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

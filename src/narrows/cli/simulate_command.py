@@ -1,0 +1,257 @@
+"""``narrows simulate``: a load on the real scheduler with predicted time as its clock; no checkpoint, no GPU, no torch.
+
+Parses and calls; ``sim`` simulates and `cli.simulate_tables` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from narrows.arch.config import ModelConfig
+from narrows.arch.forms import form_words
+from narrows.arch.presets import load_model_config
+from narrows.cli.console import console
+from narrows.cli.loads import (
+    LOAD,
+    add_load_flags,
+    at_least,
+    check_load,
+    load_words,
+    more_than_0,
+    plain,
+    save_answers,
+    workload,
+)
+from narrows.cli.simulate_tables import print_candidate, print_ranking
+from narrows.cost.devices import Device
+from narrows.cost.profile import find_device
+from narrows.errors import ConfigError
+from narrows.layout import Mesh
+from narrows.loads.workload import Ask
+from narrows.plan.deploy import DEFAULT_ROWS, default_dtype, longest_context
+from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
+from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
+from narrows.sim.costs import StepCosts
+from narrows.sim.engine import simulate
+from narrows.sim.measured import read_step_times
+from narrows.sim.search import Candidate, Target, meshes, ranked
+from narrows.sim.serving import DoesNotFit, serving
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``narrows simulate``."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a preset such as deepseek-v3, a checkpoint folder, or a .gguf file"
+    )
+    served = parser.add_argument_group("deployment")
+    add = served.add_argument
+    add("--device", required=True, metavar="NAME", help="what one rank is: h20, h100, h200, b200, a100, cpu-core ...")
+    add("--dp", type=int, default=1, metavar="D", help="attention groups (default 1)")
+    add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
+    add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
+    add(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="L",
+        help=f"repeat to compare several (default auto); one of {', '.join(NAMED_LAYOUTS)}",
+    )
+    add("--encode-rows", choices=tuple(ENCODE_ROWS), default="none", help="before gathers (default none)")
+    add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
+    add("--max-rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows per step (default %(default)s)")
+    add("--max-context", type=int, metavar="N", help="tokens per sequence (default: the model's, at most 8192)")
+    add("--kv-tokens", type=int, metavar="N", help="KV cache per attention group (default: what the memory leaves)")
+    add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute all of every prompt")
+    add("--step-overhead", type=float, default=0.0, metavar="US", help="microseconds of every step beside its plan")
+    add("--step-times", default="", metavar="FILE", help="measured steps in place of prices (docs/simulate.md)")
+    add_load_flags(parser.add_argument_group("load"))
+    target = parser.add_argument_group("target and search")
+    target.add_argument("--max-ttft", type=float, metavar="MS", help="time to the first token that is asked for")
+    target.add_argument("--max-tpot", type=float, metavar="MS", help="time per output token that is asked for")
+    target.add_argument(
+        "--percentile",
+        type=float,
+        default=99.0,
+        metavar="P",
+        help="of requests that must meet it (default 99)",
+    )
+    target.add_argument("--search", action="store_true", help="rank every dp x tp x layout of so many devices")
+    target.add_argument("--num-gpus", default="", metavar="N[,N...]", help="how many there are (default: dp x tp)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="the last line alone: one JSON document")
+    out.add_argument("--save-requests", default="", metavar="FILE", help="one line of JSON per request (of the best)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``narrows simulate``; 1 if requests can never run, or none of what was searched meets the target.
+
+    Raises:
+        ConfigError: anything that cannot be, with the numbers; a deployment that does not fit, if it is the only one.
+    """
+    _check(args)
+    config, hardware = load_model_config(args.model), find_device(args.device)
+    max_context = longest_context(config, args.max_context)
+    asks = workload(args, max_context)
+    target = Target(
+        ttft_s=None if args.max_ttft is None else args.max_ttft / 1e3,
+        tpot_s=None if args.max_tpot is None else args.max_tpot / 1e3,
+        quantile=args.percentile,
+    )
+    asked = _asked(args, config)
+    quiet = len(asked) == 1 or not sys.stderr.isatty()
+    with Progress(console=console(stderr=True), transient=True, disable=quiet) as bar:
+        candidates = [
+            _candidate(args, config, hardware, mesh, layout, asks, max_context)
+            for mesh, layout in bar.track(asked, description="simulations")
+        ]
+    if all(candidate.outcome is None for candidate in candidates):
+        raise ConfigError("; ".join(dict.fromkeys(candidate.refusal for candidate in candidates)))
+    best_first = ranked(candidates, target)
+    best = best_first[0]
+    assert best.outcome is not None
+    if not args.json:
+        out = console()
+        title = f"{config.name} on {hardware.title}, {best.dtype}: {load_words(args, len(asks))}"
+        for candidate in (best,) if args.search else candidates:
+            print_candidate(candidate, title, target, out)
+        if len(candidates) > 1:
+            print_ranking(best_first, target, out)
+    if args.save_requests:
+        save_answers(best.outcome.answers, args.save_requests)
+    print(json.dumps(_document(args, config, best_first if args.search else candidates, target, len(asks))))
+    if target.is_set and args.search:
+        return 1 if target.misses(best.outcome) else 0
+    return (
+        1 if any(candidate.outcome is not None and candidate.outcome.figures.failed for candidate in candidates) else 0
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_load(args)
+    at_least(args, "max_rows", 1)
+    for name in ("max_ttft", "max_tpot"):
+        more_than_0(args, name)
+    if not 0 < args.percentile <= 100:
+        raise ConfigError(f"--percentile is {args.percentile:g}; it must be more than 0 and at most 100")
+    if not 0 <= args.step_overhead < 1e9:
+        raise ConfigError(f"--step-overhead is {args.step_overhead:g}; it must be at least 0 microseconds")
+    if args.step_times and (args.search or len(args.layout) > 1):
+        raise ConfigError("--step-times are of one mesh and layout: leave out --search, and all but one --layout")
+    if args.num_gpus and not args.search:
+        raise ConfigError("--num-gpus is what --search shares out; say --search too, or --dp and --tp instead")
+
+
+def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh, str]]:
+    """What to simulate: the mesh and the layouts that were named, or all that there are to search."""
+    layouts = tuple(dict.fromkeys(args.layout))
+    if not args.search:
+        mesh = Mesh.of(dp=args.dp, tp=args.tp)
+        for layout in layouts:
+            named_layout(layout, config, mesh)
+        return [(mesh, layout) for layout in layouts or ("auto",)]
+    try:
+        counts = [int(part) for part in args.num_gpus.split(",")] if args.num_gpus else [args.dp * args.tp]
+    except ValueError:
+        raise ConfigError(f"--num-gpus {args.num_gpus!r}: whole numbers with commas between are needed") from None
+    return [
+        (mesh, layout)
+        for count in dict.fromkeys(counts)
+        for mesh in meshes(config, count)
+        for layout in layouts or applicable_layouts(config, mesh)
+    ]
+
+
+def _candidate(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    hardware: Device,
+    mesh: Mesh,
+    layout: str,
+    asks: Sequence[Ask],
+    max_context: int,
+) -> Candidate:
+    """One simulation, or why there is none."""
+    dtype = args.dtype or default_dtype(config.model_type, hardware)[0]
+    if reason := inapplicable(layout, config, mesh):
+        return Candidate(mesh=mesh, layout=layout, dtype=dtype, refusal=f"cannot apply: {reason}")
+    deployment = Deployment(
+        config=config,
+        mesh=mesh,
+        device=hardware,
+        dtype=dtype,
+        graph=not args.eager and not hardware.shared_memory,  # there steps are launched one by one, always
+        encode_rows=args.encode_rows,
+    )
+    try:
+        found = serving(
+            deployment,
+            layout,
+            rows_per_step=args.max_rows,
+            max_context=max_context,
+            kv_tokens=args.kv_tokens,
+            prefix_cache=args.prefix_cache,
+        )
+    except DoesNotFit as error:
+        return Candidate(mesh=mesh, layout=layout, dtype=dtype, refusal=str(error))
+    if args.step_times:
+        costs: StepCosts = read_step_times(Path(args.step_times))
+    else:
+        costs = found.costs(sampled=args.temperature > 0, overhead_s=args.step_overhead * 1e-6)
+    return Candidate(
+        mesh=mesh,
+        layout=layout,
+        dtype=dtype,
+        forms=form_words(config, found.forms),
+        kv_tokens=found.limits.tokens_per_group,
+        memory=found.memory,
+        outcome=simulate(found.limits, costs, asks, concurrency=args.concurrency),
+    )
+
+
+def _document(
+    args: argparse.Namespace, config: ModelConfig, candidates: Sequence[Candidate], target: Target, count: int
+) -> dict[str, Any]:
+    return {
+        "simulate": config.name,
+        "device": args.device,
+        "load": {name: plain(getattr(args, name)) for name in LOAD} | {"requests": count},
+        "target": asdict(target),
+        "command": shlex.join(["narrows", *sys.argv[1:]]),
+        "candidates": [_entry(candidate, target) for candidate in candidates],
+    }
+
+
+def _entry(candidate: Candidate, target: Target) -> dict[str, Any]:
+    mesh, outcome = candidate.mesh, candidate.outcome
+    what: dict[str, Any] = {
+        "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
+        "layout": candidate.layout,
+        "dtype": candidate.dtype,
+        "refusal": candidate.refusal,
+    }
+    if outcome is None:
+        return what
+    return what | {
+        "forms": candidate.forms,
+        "kv_tokens_per_group": candidate.kv_tokens,
+        "figures": plain(asdict(outcome.figures)),
+        "goodput": target.goodput(outcome) if target.is_set else None,
+        "misses": list(target.misses(outcome)),
+        "busy_s": outcome.busy_s,
+        "seconds": outcome.seconds,
+        "sources_s": outcome.sources,
+        "kv_pages_most": outcome.kv_pages_most,
+        "scheduler": asdict(outcome.stats),
+        "plans": [asdict(use) for use in outcome.plans],
+    }

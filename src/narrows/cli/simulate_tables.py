@@ -1,0 +1,132 @@
+"""Prints simulations: the figures of one, where its time went and what its prices rest on; and many, the best first.
+
+Knows outcomes and rich; computes nothing but shares and units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from narrows.cli.loads import figures_table
+from narrows.sim.engine import Outcome
+from narrows.sim.search import Candidate, Target
+
+__all__ = ["print_candidate", "print_ranking"]
+
+_LEAST_SHARE = 0.005
+"""Of the time; less is not worth a word."""
+
+
+def print_candidate(candidate: Candidate, title: str, target: Target, out: Console) -> None:
+    """Everything about one mesh and layout."""
+    outcome = candidate.outcome
+    where = f"{candidate.mesh}, {candidate.layout}"
+    if outcome is None:
+        out.print(f"{where}: {candidate.refusal}\n", markup=False)
+        return
+    out.print(figures_table(outcome.figures, f"{title}; {where}"))
+    for error, count in outcome.figures.errors.items():
+        out.print(f"{count} can never run: {error}", markup=False)
+    if target.is_set:
+        out.print(_target_words(target, outcome), markup=False)
+    for line in _lines(candidate, outcome):
+        out.print(line, markup=False)
+    if outcome.plans:
+        out.print(_plans(outcome))
+    out.print("")
+
+
+def _target_words(target: Target, outcome: Outcome) -> str:
+    asked, reached = (target.ttft_s, target.tpot_s), target.reached(outcome)
+    parts = [
+        f"{name} {1e3 * found:.1f} ms of {1e3 * most:g}"
+        for name, most, found in zip(("TTFT", "TPOT"), asked, reached, strict=True)
+        if most is not None
+    ]
+    verdict = "; ".join(target.misses(outcome)) or "met"
+    within = f"{target.goodput(outcome):.2f} requests per second within it"
+    return f"target for {target.quantile:g} % of the requests: {', '.join(parts)}: {verdict}; {within}"
+
+
+def _lines(candidate: Candidate, outcome: Outcome) -> list[str]:
+    stats, memory = outcome.stats, candidate.memory
+    idle = 1 - outcome.busy_s / outcome.figures.duration_s if outcome.figures.duration_s else 0.0
+    used = outcome.kv_pages_most / stats.kv_pages
+    lines = [f"time in {stats.steps} steps: {_shares(outcome.seconds)}; idle {max(idle, 0.0):.1%} of the duration"]
+    if any(stats.idle_rows):
+        lines.append(f"rows that groups waited for: {', '.join(map(str, stats.idle_rows))}")
+    lines.append(
+        f"KV cache: {candidate.kv_tokens} tokens per attention group; most pages in use {outcome.kv_pages_most} of "
+        f"{stats.kv_pages} ({used:.0%}); {stats.preemptions} preemptions"
+    )
+    if memory is not None:
+        lines.append(
+            f"memory per rank: weights {memory.weights / 1e9:.1f} GB, KV cache "
+            f"{candidate.kv_tokens * memory.kv_per_token / 1e9:.1f} GB, of {memory.usable / 1e9:.1f} GB usable; "
+            f"forms: {candidate.forms}"
+        )
+    lines.append(f"prices rest on (of the time): {_shares(outcome.sources)}")
+    return lines
+
+
+def _shares(seconds: Mapping[str, float]) -> str:
+    """The largest first."""
+    total = sum(seconds.values()) or 1.0
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {value / total:.1%}" for name, value in parts if value / total >= _LEAST_SHARE)
+
+
+def _plans(outcome: Outcome) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("steps", "of the time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("phase", no_wrap=True)
+    table.add_column("how rows travel in most layers", overflow="fold")
+    for use in outcome.plans:
+        share = f"{use.seconds / outcome.busy_s:.1%}" if outcome.busy_s else ""
+        table.add_row(str(use.steps), share, use.phase, Text(use.words))
+    return table
+
+
+def print_ranking(candidates: Sequence[Candidate], target: Target, out: Console) -> None:
+    """One line each, in this order, and why it is not the first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("mesh", "layout"):
+        table.add_column(name, no_wrap=True)
+    numbers = ["out tok/s", "per rank", "req/s", *(["goodput"] if target.is_set else [])]
+    for name in (*numbers, f"TTFT p{target.quantile:g}", f"TPOT p{target.quantile:g}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    best = candidates[0].outcome
+    for candidate in candidates:
+        outcome, mesh = candidate.outcome, candidate.mesh
+        if outcome is None:
+            table.add_row(str(mesh), candidate.layout, *("",) * (len(numbers) + 2), Text(candidate.refusal))
+            continue
+        found = outcome.figures
+        ttft_s, tpot_s = target.reached(outcome)
+        table.add_row(
+            str(mesh),
+            candidate.layout,
+            f"{found.output_throughput:.1f}",
+            f"{found.output_throughput / mesh.size:.1f}",
+            f"{found.request_throughput:.2f}",
+            *([f"{target.goodput(outcome):.2f}"] if target.is_set else []),
+            *(f"{1e3 * value:.1f}" for value in (ttft_s, tpot_s)),
+            Text("; ".join(target.misses(outcome)) or _beside(outcome, best)),
+        )
+    out.print(table)
+
+
+def _beside(outcome: Outcome, best: Outcome | None) -> str:
+    if best is None or outcome is best:
+        return "best"
+    ratio = outcome.figures.output_throughput / best.figures.output_throughput
+    if abs(ratio - 1) < 5e-4:
+        return f"as fast; E2E x {outcome.figures.e2e_ms.mean / best.figures.e2e_ms.mean:.3f}"
+    return f"x {ratio:.3f} of the best"

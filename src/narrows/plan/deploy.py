@@ -1,0 +1,92 @@
+"""What a deployment decides before its first step, in numbers: its limits, and what its forms and plans are for.
+
+Knows models and meshes as numbers; no torch, no checkpoint and no machine. The engine and its simulation decide by
+the same functions, so that the one is priced as the other runs.
+"""
+
+from __future__ import annotations
+
+from narrows.arch.config import ModelConfig
+from narrows.cost.devices import Device
+from narrows.cost.stage import StepShape
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, deal
+from narrows.sched.limits import Limits
+
+__all__ = ["DEFAULT_ROWS", "PAGE_SIZE", "book_context", "default_dtype", "form_mix", "limits_of", "longest_context"]
+
+DEFAULT_ROWS = 2048
+"""Most rows of a step, all attention groups together."""
+PAGE_SIZE = 16
+"""Tokens of a page of the KV cache."""
+_DEFAULT_CONTEXT = 8192
+_BOOK_CONTEXT = 1024
+
+_SCORED_LOGITS = 1 << 24
+"""Logits of scored prompts in one step: 64 MB in float32, whatever the vocabulary."""
+
+
+def longest_context(config: ModelConfig, asked: int | None) -> int:
+    """Most tokens of a sequence: as asked, or the model's positions, at most 8192.
+
+    Raises:
+        ConfigError: fewer than 2, or more than the model has positions.
+    """
+    longest = config.max_position_embeddings
+    context = min(longest, _DEFAULT_CONTEXT) if asked is None else asked
+    if not 2 <= context <= longest:
+        raise ConfigError(f"--max-context {context} must be between 2 and the model's {longest} positions")
+    return context
+
+
+def limits_of(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    rows_per_step: int,
+    max_context: int,
+    kv_tokens: int,
+    page_size: int = PAGE_SIZE,
+    prefix_cache: bool = True,
+    prefill_chunk: int = 0,
+) -> Limits:
+    """The scheduler's limits for so many tokens of KV cache per attention group.
+
+    Raises:
+        ConfigError: no token of KV cache, or a step without room for a chunk of a prompt.
+    """
+    if kv_tokens < 1:
+        raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
+    return Limits(
+        num_groups=mesh.num_groups,
+        rows_per_step=rows_per_step,
+        page_size=page_size,
+        pages_per_group=1 + -(-kv_tokens // page_size),
+        max_context=max_context,
+        prefill_chunk=prefill_chunk,
+        prefix_cache=prefix_cache,
+        scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
+    )
+
+
+def book_context(max_context: int) -> int:
+    """The context that a plan book's plans are priced at."""
+    return min(_BOOK_CONTEXT, max_context)
+
+
+def form_mix(mesh: Mesh, rows: int, max_context: int) -> list[tuple[StepShape, float]]:
+    """The mix that forms are chosen for: one full prefill step to 64 decode steps of one request per group."""
+    context = book_context(max_context)
+    prefill = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=context)
+    decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)
+    return [(prefill, 1.0), (decode, 64.0)]
+
+
+def default_dtype(model_type: str, device: Device) -> tuple[str, str]:
+    """The dtype of a model's weights where none is asked for, and why: FP8 for the models whose checkpoints are
+    published in it (V3, R1, Kimi-K2), on a device that has it."""
+    if model_type != "deepseek_v3":
+        return "bf16", "no --dtype was given"
+    if device.tflops_fp8 is None:
+        return "bf16", f"{device.name} has no fp8"
+    return "fp8", "as the checkpoints of this model are published"

@@ -1,0 +1,154 @@
+"""`narrows simulate` as it is used: tables and JSON, searches, what does not fit, wrong input, no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from narrows.cli.main import main
+
+LOAD = "--num-requests 12 --input-length 200 --output-length 20 --spread 0.5"
+MINI = f"simulate dsv3-mini --device cpu-core --tp 2 {LOAD}"
+V3 = f"simulate deepseek-v3 --device h200 {LOAD}"
+
+
+def run(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[str, dict[str, Any]]:
+    """What the command prints, and its last line as JSON."""
+    assert main(line.split()) == code
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_figures_shares_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    out, found = run(capsys, f"{MINI} --rate 4 --kv-tokens 4096")
+    assert "12 requests, 200 in / 20 out, 4 per second; dp 1 x tp 2, auto" in " ".join(out.split())
+    for words in ("TTFT, ms", "TPOT, ms", "ITL, ms", "E2E, ms", "output tokens per second", "prices rest on"):
+        assert words in out
+    assert "roofline 100.0%" in out and "0 preemptions" in out and "all-reduce into experts" in out
+    (one,) = found["candidates"]
+    assert one["mesh"] == {"dp": 1, "tp": 2} and one["layout"] == "auto" and one["dtype"] == "bf16"
+    assert one["figures"]["completed"] == 12 and one["figures"]["ttft_ms"]["mean"] > 0
+    assert one["kv_tokens_per_group"] == 4096
+    assert sum(one["seconds"].values()) == pytest.approx(one["busy_s"]) == pytest.approx(sum(one["sources_s"].values()))
+    assert {"experts", "attention", "communication"} <= set(one["seconds"])
+    assert sum(use["steps"] for use in one["plans"]) == one["scheduler"]["steps"]
+    assert (found["simulate"], found["load"]["rate"], found["load"]["requests"]) == ("dsv3-mini", 4.0, 12)
+
+
+def test_json_alone_and_the_same_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    out, found = run(capsys, f"{MINI} --concurrency 3 --json")
+    assert out.count("\n") == 1
+    again, _ = run(capsys, f"{MINI} --concurrency 3 --json")
+    assert again == out
+    other, _ = run(capsys, f"{MINI} --concurrency 3 --json --seed 1")
+    assert json.loads(other)["candidates"] != found["candidates"]
+
+
+def test_layouts_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    out, found = run(capsys, f"{V3} --tp 8 --layout sequence-parallel --layout auto")
+    assert [one["layout"] for one in found["candidates"]] == ["sequence-parallel", "auto"]
+    slow, fast = (one["figures"]["output_throughput"] for one in found["candidates"])
+    assert slow < fast
+    assert f"x {slow / fast:.3f} of the best" in out
+    titles = " ".join(out.split())
+    assert titles.index("dp 1 x tp 8, sequence-parallel") < titles.index("dp 1 x tp 8, auto")  # as they were asked for
+    assert titles.rindex("dp 1 x tp 8 auto") < titles.rindex("dp 1 x tp 8 sequence-parallel")  # the best first
+
+
+def test_a_search_ranks_what_there_is_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    out, found = run(capsys, f"{V3} --search --num-gpus 4,8 --layout auto --layout norm-before-gather --max-tpot 17")
+    ranks = [(tuple(one["mesh"].values()), one["layout"]) for one in found["candidates"]]
+    assert len(ranks) == 2 * (3 + 4) and {one for one, _ in ranks} == {
+        *((1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1))
+    }
+    best = found["candidates"][0]
+    assert best["mesh"]["dp"] * best["mesh"]["tp"] == 8 and not best["misses"]
+    refused = [one["refusal"] for one in found["candidates"] if one["refusal"]]
+    assert sum("does not fit: " in text and "of 129.7 GB usable on h200" in text for text in refused) == 5
+    assert sum("cannot apply: dp is 1" in text for text in refused) == 2
+    assert all(one["refusal"] for one in found["candidates"][-len(refused) :])
+    goodputs = [one["goodput"] for one in found["candidates"] if not one["refusal"] and not one["misses"]]
+    assert goodputs == sorted(goodputs, reverse=True)
+    assert 0 < len(goodputs) < len(ranks) - len(refused)
+    assert "misses TPOT by" in out and "goodput" in out and "target for 99 % of the requests: TPOT 1" in out
+    _, missed = run(capsys, f"{V3} --search --num-gpus 8 --layout auto --max-tpot 0.001", code=1)
+    assert all(one["misses"] and one["goodput"] == 0 for one in missed["candidates"])
+
+
+def test_sampled_texts_and_overhead_cost_more(capsys: pytest.CaptureFixture[str]) -> None:
+    def busy(more: str) -> float:
+        _, found = run(capsys, f"{MINI} --json {more}")
+        return float(found["candidates"][0]["busy_s"])
+
+    assert busy("--temperature 1") > busy("")
+    _, found = run(capsys, f"{MINI} --json --step-overhead 1000")
+    (one,) = found["candidates"]
+    assert one["seconds"]["host"] == pytest.approx(1e-3 * one["scheduler"]["steps"])
+
+
+def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace, steps, requests = tmp_path / "trace", tmp_path / "steps", tmp_path / "requests"
+    rows = [{"timestamp": 1000 * i, "input_length": 600, "output_length": 5, "hash_ids": [1, 2 + i]} for i in range(4)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    steps.write_text(
+        '{"phase": "prefill", "rows": 600, "seconds": 0.5}\n{"phase": "decode", "rows": 1, "seconds": 0.01}'
+    )
+    line = f"simulate dsv3-mini --device cpu-core --tp 2 --trace {trace} --step-times {steps}"
+    _, found = run(capsys, f"{line} --save-requests {requests}")
+    figures = found["candidates"][0]["figures"]
+    assert figures["cached_tokens"] == 3 * 512  # the first block is the same in all
+    assert figures["ttft_ms"]["mean"] == pytest.approx(500)
+    saved = [json.loads(text) for text in requests.read_text().splitlines()]
+    assert [row["sent_s"] for row in saved] == [0, 1, 2, 3] and len(saved[0]["pieces_s"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f"{V3} --tp 4", "does not fit: 169.1 GB of fp8 weights per rank on dp 1 x tp 4, of 129.7 GB usable on h200"),
+        (f"{V3} --tp 8 --kv-tokens 900000", "lower --kv-tokens to 61"),
+        (f"{V3} --search --num-gpus 2", "does not fit: "),
+        (f"{V3} --tp 8 --layout ring", "layout 'ring' is not known"),
+        (f"{V3} --tp 8 --layout norm-before-gather", "cannot apply to deepseek-v3 on dp 1 x tp 8"),
+        ("simulate deepseek-v3 --device h201", "unknown device 'h201'"),
+        ("simulate gpt-5 --device h200", "presets: deepseek-v2"),
+        (f"{MINI} --rate 0", "--rate is 0; it must be more than 0"),
+        (f"{MINI} --num-requests 0", "--num-requests is 0; it must be at least 1"),
+        (f"{MINI} --trace nowhere.csv", "the trace nowhere.csv cannot be read"),
+        (f"{MINI} --trace nowhere.csv --rate 3", "--trace has its own arrivals"),
+        (f"{MINI} --max-context 100", "a request has up to"),
+        (f"{MINI} --max-context 99999", "--max-context 99999 must be between 2 and the model's 16384 positions"),
+        (f"{MINI} --max-rows 0", "--max-rows is 0; it must be at least 1"),
+        (f"{MINI} --kv-tokens 0", "--kv-tokens is 0; it must be at least 1"),
+        (f"{MINI} --num-gpus 8", "say --search too"),
+        (f"{MINI} --search --num-gpus two", "--num-gpus 'two': whole numbers"),
+        (f"{MINI} --search --num-gpus 0", "--num-gpus 0: at least 1 rank is needed"),
+        (f"{MINI} --max-ttft -1", "--max-ttft is -1; it must be more than 0"),
+        (f"{MINI} --percentile 101", "--percentile is 101; it must be"),
+        (f"{MINI} --step-overhead -1", "--step-overhead is -1; it must be"),
+        (f"{MINI} --step-times nowhere", "--step-times nowhere cannot be read"),
+        (f"{MINI} --step-times x --search", "--step-times are of one mesh and layout"),
+        (f"{MINI} --dtype fp8", "cpu-core (one core of a Xeon with AMX) has no fp8"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], line: str, words: str) -> None:
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err
+    assert err.startswith("narrows: error: ") and err.count("\n") == 1
+
+
+def test_a_simulation_never_imports_torch() -> None:
+    code = (
+        "import sys; from narrows.cli.main import main; "
+        f"code = main({MINI.split()!r}); assert code == 0; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'safetensors'}), "
+        "file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "[]"
