@@ -9,8 +9,11 @@ all of it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -20,7 +23,7 @@ from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
 from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
-from narrows.bench.price_clock import PriceClock, step_key
+from narrows.bench.price_clock import PriceClock, Walk, step_key
 from narrows.bench.statistics import Spread, quantile, spread
 from narrows.cost.measured import AXES, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.cost.stage import StepShape
@@ -38,6 +41,8 @@ __all__ = ["Calibration", "Grid", "calibrate", "figures_of", "meshes_of"]
 
 _LAYERS = 3
 """Of the kind that a model has most of, beside one of each other kind: more than caches hold."""
+_MOST_STEPS = 12
+"""Of one plan in a row."""
 _TOKENS = 1000
 """Different ids in a step, so that rows are spread over experts; every vocabulary has as many."""
 _MOVES = {
@@ -273,25 +278,38 @@ def _spans(rows: int, cell: _Cell) -> list[tuple[int, int]]:
 
 
 def _time(tables: _Tables, engine: Engine, cell: _Cell, batch: Batch, plan: Plan, *, seconds: float) -> None:
-    """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took."""
-    engine.ranks.submit("step", batch, plan, False).result()
+    """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took.
+
+    Where there is time for several the first ones do not count: they meet cold code, and are walked without a tape.
+    """
     engine.readings()
-    begin = perf_counter()
-    repeats = 0
-    while repeats < 1 or perf_counter() - begin < seconds:
-        some = 1 if repeats == 0 else min(repeats, 8)
-        start = perf_counter()
-        waiting = [engine.ranks.submit("step", batch, plan, False) for _ in range(some)]
-        for each in waiting:
-            each.result()
-        whole = (perf_counter() - start) / some
-        found = engine.readings()[0]
-        if repeats or whole > seconds:  # the first of several meets cold code
-            tables.book(plan, cell, {key: one.seconds / one.calls for key, one in found.items()}, whole)
-        repeats += some
+    times = _run(engine, batch, plan, 2)
+    first = times[-1] - times[-2]
+    some = min(int(seconds / first), _MOST_STEPS)
+    times = _run(engine, batch, plan, some + 1) if some else times
+    walks = engine.readings()[0]
+    drop = 3 if some else 1
+    for walk in walks[drop:]:
+        tables.book_walk(plan, walk)
+    whole = quantile([end - start for start, end in pairwise(times)][1 if some else 0 :], 0.5)
+    walked = quantile([sum(one.seconds for one in walk.values()) for walk in walks[drop:]], 0.5)
+    table = tables.steps.setdefault(cell.phase, {})
+    table.setdefault(plan.shape.rows.total, []).append(max(whole - walked, 1e-6))
 
 
-Points = dict[Any, list[float]]
+def _run(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[float]:
+    """Run ``count`` equal steps, at most two handed out; when the first was handed out, and when each was done."""
+    waiting: deque[Future[list[Any]]] = deque()
+    times = [perf_counter()]
+    for _ in range(count):
+        if len(waiting) == 2:
+            waiting.popleft().result()
+            times.append(perf_counter())
+        waiting.append(engine.ranks.submit("step", batch, plan, False))
+    for future in waiting:
+        future.result()
+        times.append(perf_counter())
+    return times
 
 
 class _Tables:
@@ -307,21 +325,17 @@ class _Tables:
         self.left_out: dict[str, None] = {}
         self.dtype = "bf16"
 
-    def book(self, plan: Plan, cell: _Cell, seconds: dict[Any, float], whole: float) -> None:
-        """What one walk of ``plan`` took: by kind of step, and the whole step as the host sees it."""
-        walked, seen = 0.0, set()
-        for _, step in plan.steps():
-            key = step_key(step)
-            walked += seconds[key]
-            if key in seen or not step.rows:
+    def book_walk(self, plan: Plan, walk: Walk) -> None:
+        """What the steps of one walk of ``plan`` took, layers of a kind averaged."""
+        steps = {step_key(step): step for _, step in plan.steps()}
+        for key, timed in walk.items():
+            step, seconds = steps[key], timed.seconds / timed.calls
+            if not step.rows:
                 continue
-            seen.add(key)
             if step.stage is not None:
-                self._book_stage(step, plan, seconds[key])
+                self._book_stage(step, plan, seconds)
             elif step.move is not None and step.move.kind is not MoveKind.SLICE:
-                self._book_move(step.move, step.nbytes, seconds[key])
-        rows = plan.shape.rows.total
-        self.steps.setdefault(cell.phase, {}).setdefault(rows, []).append(max(whole - walked, 1e-6))
+                self._book_move(step.move, step.nbytes, seconds)
 
     def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
         stage, shape = step.stage, plan.shape

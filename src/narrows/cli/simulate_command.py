@@ -56,7 +56,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     served = parser.add_argument_group("deployment")
     add = served.add_argument
-    add("--device", required=True, metavar="NAME", help="what one rank is: h20, h100, h200, b200, a100, cpu-core ...")
+    add(
+        "--device",
+        required=True,
+        metavar="NAME",
+        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or a profile's file",
+    )
     add("--dp", type=int, default=1, metavar="D", help="attention groups (default 1)")
     add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
     add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
