@@ -22,6 +22,7 @@ from narrows.layout import Mesh
 from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.embedding import embedding
 from narrows.ops.int8 import Quantization
+from narrows.ops.large_pages import LargePages
 from narrows.ops.linear import linear
 from narrows.ops.mlp import mlp
 from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
@@ -66,6 +67,8 @@ class Loader:
 
     def __init__(self, source: WeightSource, place: Place) -> None:
         self.source, self.place = source, place
+        self.room = LargePages().empty
+        """Where packed weights lie."""
 
     def __call__(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
         place = self.place
@@ -81,7 +84,12 @@ class Loader:
         """The rows of several matrices one after the other, ready for one product that computes them all."""
         place, shapes = self.place, [self._shape(weights[role]) for role in roles]
         ready = empty_linear(
-            sum(rows for rows, _ in shapes), shapes[0][1], place.dtype, place.device, self._held_as(weights[roles[0]])
+            sum(rows for rows, _ in shapes),
+            shapes[0][1],
+            place.dtype,
+            place.device,
+            self._held_as(weights[roles[0]]),
+            self.room,
         )
         self._fill(ready, weights, roles)
         return ready
@@ -89,7 +97,9 @@ class Loader:
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
         place, shape = self.place, self._shape(weights[gate])
-        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]))
+        ready = empty_gate_up(
+            shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room
+        )
         self._fill(ready, weights, (gate, up))
         return ready
 
@@ -122,7 +132,7 @@ class Loader:
         columns = gate.shape[0] if span is None else span[1] - span[0]
         hidden = gate.shape[1]
         gate_up_EF2H, down_EHF = empty_experts(
-            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate)
+            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate), self.room
         )
         for i in range(stop - first):
             fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
