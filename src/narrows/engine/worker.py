@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
-from narrows.engine.program import Program, Wrap, bind
+from narrows.engine.program import Program, Registers, Wrap, bind
 from narrows.engine.sampler import RowSampler, Sampler
+from narrows.engine.tapes import Begin, Span, Tapes
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
@@ -91,8 +93,9 @@ class Worker:
         self._wrap = wrap(self) if wrap else None
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
-        self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
+        self._sampled: tuple[int, ...] = ()
         self._sampler = Sampler(config.vocab_size, place.device)
+        self._tapes = Tapes(world, self.model, page_size, logit_split)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         """Run one batch under one plan. Every rank returns the same ids.
@@ -100,24 +103,31 @@ class Worker:
         Before the walk the host copies numbers to the device, during it neither waits for the other, after it the host
         reads the result.
         """
-        mesh, rank = self.place.mesh, self.place.rank
         program = self._program(plan)
-        rows = RowSplit.from_groups(mesh, batch.group_rows)
-        logit_rows = batch.logit_rows()
-        group = batch.groups[mesh.group_of(rank)]
+        tokens = self._tokens(batch)
+        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
-        ids_T = self._ids(batch)
-        sampler = self._sampler.begin(batch, ids_T)
+        begin = partial(self._sampler.begin, batch)
+        taped = None if keep_logits else self._tapes.run(program, batch, tokens, spans, begin)
+        registers, sampler = taped or self._walk(program, batch, tokens, spans, begin)
+        samples = registers[program.outputs["next_ids"]].flatten()
+        return self._read(samples, registers[program.outputs["logits"]] if keep_logits else None, sampler)
+
+    def _walk(
+        self, program: Program, batch: Batch, tokens: list[int], spans: list[Span], begin: Begin
+    ) -> tuple[Registers, RowSampler | None]:
+        """The registers after a walk of ``program``, operation by operation."""
+        rows, logit_rows = RowSplit.from_groups(self.place.mesh, batch.group_rows), batch.logit_rows()
+        ids_T = torch.tensor(tokens, dtype=torch.int64, device=self.place.device)
+        sampler = begin(ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
-        registers = program.run(frame, ids_T.unsqueeze(-1))  # a column: ids move as every field does
-        self._samples = registers[program.outputs["next_ids"]].flatten()
-        logits = registers[program.outputs["logits"]] if keep_logits else None
-        return self._read(logits, sampler)
+        return program.run(frame, ids_T.unsqueeze(-1)), sampler  # a column: ids move as every field does
 
     def instrument(self, make: Callable[[Worker], Wrap] | None) -> None:
         """Bind plans anew, with something else around their steps (see :meth:`Engine.instrument`)."""
         self._wrap = make(self) if make else None
+        self._tapes.forget()
         self._programs.clear()
         self._signatures.clear()
 
@@ -126,9 +136,9 @@ class Worker:
         assert isinstance(self._wrap, Instrument), "no instrument is around the steps"
         return self._wrap.readings()
 
-    def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
+    def _read(self, samples: Tensor, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
         """What the walk has left, as numbers: here, and only here, the host waits for the device."""
-        ids = tuple(self._samples.tolist())
+        ids = self._sampled = tuple(samples.tolist())
         if sampler is None or self.place.rank != 0:
             return StepResult(ids=ids, logits=logits)
         return StepResult(ids=ids, logits=logits, logprobs=sampler.logprobs(), scores=sampler.scores())
@@ -159,13 +169,12 @@ class Worker:
         self._signatures[id(plan)] = (plan, program)
         return program
 
-    def _ids(self, batch: Batch) -> Tensor:
+    def _tokens(self, batch: Batch) -> list[int]:
         """The token ids of all rows, references to the previous step's samples filled in."""
-        tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
-        device = self.place.device
-        ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64, device=device)
-        at = [row for row, token in enumerate(tokens) if token < 0]
-        if at:
-            slots = torch.tensor([sample_slot(tokens[row]) for row in at], device=device)
-            ids_T.index_copy_(0, torch.tensor(at, device=device), self._samples.index_select(0, slots))
-        return ids_T
+        sampled = self._sampled
+        return [
+            token if token >= 0 else sampled[sample_slot(token)]
+            for group in batch.groups
+            for chunk in group
+            for token in chunk.tokens
+        ]

@@ -226,13 +226,19 @@ class Decoder:
             for table in rope_table(inv_freq_D2, factor, place.num_positions, rope_dtype or place.dtype)
         )
 
-    def begin_step(self, rows: PagedRows, sampler: Callable[[Tensor], Tensor] | None = None) -> StepInputs:
-        """What the stages need of a step in which this rank's group has these rows."""
+    def begin_step(
+        self, rows: PagedRows, sampler: Callable[[Tensor], Tensor] | None = None, *, into: StepInputs | None = None
+    ) -> StepInputs:
+        """What the stages need of a step in which this rank's group has these rows.
+
+        ``into``: an earlier step's inputs of as many rows, in whose memory the angles are put.
+        """
         positions = rows.positions_T
+        cos_TD2, sin_TD2 = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
         return StepInputs(
             rows=rows,
-            cos_TD2=self.cos_PD2.index_select(0, positions),
-            sin_TD2=self.sin_PD2.index_select(0, positions),
+            cos_TD2=torch.index_select(self.cos_PD2, 0, positions, out=cos_TD2),
+            sin_TD2=torch.index_select(self.sin_PD2, 0, positions, out=sin_TD2),
             sampler=sampler,
         )
 
