@@ -131,9 +131,7 @@ class DistWorld:
     def came(self) -> dict[tuple[int, ...], int]:
         """How often this rank has come to a collective of each group."""
         repeating = self._repeating
-        return {
-            ranks: seat.number + (repeating.came(seat) if repeating else 0) for ranks, seat in self._seats.items()
-        }
+        return {ranks: seat.number + (repeating.came(seat) if repeating else 0) for ranks, seat in self._seats.items()}
 
     @property
     def where(self) -> Where | None:
@@ -293,8 +291,8 @@ class DistWorld:
         self._repeating = None
         recording.done()
         if recording.exchanges and isinstance(self._buffers, Segment):
-            wire = recording.exchanges[-1][1]
-            self._buffers.latest = wire, wire.number
+            last = recording.exchanges[-1][1]
+            self._buffers.latest = last, last.number
 
 
 class _Seat:

@@ -195,7 +195,7 @@ class Engine:
         if batch is None:
             return None
         plan = self.plan_for(batch)
-        step = StepInFlight(batch=batch, plan=plan, future=self.submit(batch, plan=plan))
+        step = StepInFlight(batch=batch, plan=plan, future=self.submit(batch, plan=plan, first_only=True))
         self.in_flight.append(step)
         return step
 
@@ -209,15 +209,19 @@ class Engine:
         self.in_flight.popleft()
         return self.scheduler.commit(result.ids, result.logprobs, result.scores)
 
-    def submit(self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False) -> Future[list[StepResult]]:
+    def submit(
+        self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False, first_only: bool = False
+    ) -> Future[list[StepResult]]:
         """Hand a batch to the ranks; the result lists one :class:`StepResult` per rank.
 
         ``plan``: None: the one of :meth:`plan_for`. ``keep_logits``: with the whole rows of logits, on every rank.
+        ``first_only``: rank 0's result is enough; all ranks choose the same ids.
         """
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
         plan = plan or self.plan_for(batch, keep_logits=keep_logits)
-        return self.ranks.submit("step", batch, plan, keep_logits)
+        submit = self.ranks.submit_first if first_only else self.ranks.submit
+        return submit("step", batch, plan, keep_logits)
 
     def plan_for(self, batch: Batch, *, keep_logits: bool = False) -> Plan:
         """The plan that the book has for a batch, or the one that runs at every step."""

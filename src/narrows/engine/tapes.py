@@ -41,8 +41,8 @@ _FRESH = (
 )
 
 Span = tuple[int, int, tuple[int, ...]]
-Key = tuple[Program, tuple[int, ...], tuple[int, ...]]
-"""A program, the rows of each group, and the rows that ask for logits."""
+Key = tuple[Program, RowSplit, tuple[int, ...]]
+"""A program, the rows of each rank, and the rows that ask for logits."""
 Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
 Begin = Callable[[Tensor], RowSampler | None]
 
@@ -156,20 +156,26 @@ class Tapes:
         self._met.clear()
 
     def run(
-        self, program: Program, batch: Batch, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
+        self,
+        program: Program,
+        batch: Batch,
+        rows: RowSplit,
+        tokens_of: Callable[[Batch], list[int]],
+        spans: Sequence[Span],
+        begin: Begin,
     ) -> tuple[Registers, RowSampler | None] | None:
         """The registers after a walk of a decode step, and its sampler; None if it is to be walked without a tape.
 
-        ``begin`` makes the step's sampler from its ids.
+        ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them.
         """
         if not self._possible or not program.repeatable or batch.phase != "decode":
             return None
-        key = program, batch.group_rows, batch.logit_rows()
+        key = program, rows, batch.logit_rows()
         walk = self._walks.pop(key, None)
         if walk is None:
-            return self._record(key, batch.phase, tokens, spans, begin) if self._is_due(key) else None
+            return self._record(key, batch.phase, tokens_of(batch), spans, begin) if self._is_due(key) else None
         self._walks[key] = walk  # it is the newest now
-        sampler = walk.inputs.set(tokens, spans, begin)
+        sampler = walk.inputs.set(tokens_of(batch), spans, begin)
         walk.frame.inputs = walk.inputs.step
         return walk.repeat(self._world), sampler
 
@@ -183,10 +189,9 @@ class Tapes:
     def _record(
         self, key: Key, phase: str, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
     ) -> tuple[Registers, RowSampler | None] | None:
-        program, group_rows, logit_rows = key
+        program, rows, logit_rows = key
         inputs = _Inputs(self._model, len(tokens), spans, self._page_size)
         sampler = inputs.set(tokens, spans, begin)
-        rows = RowSplit.from_groups(self._model.place.mesh, group_rows)
         frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)
         walk = _Walk(program, frame, inputs)
         registers = walk.record(self._world)

@@ -93,6 +93,7 @@ class Worker:
         self._wrap = wrap(self) if wrap else None
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
+        self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
         self._sampled: tuple[int, ...] = ()
         self._sampler = Sampler(config.vocab_size, place.device)
         self._tapes = Tapes(world, self.model, page_size, logit_split)
@@ -104,21 +105,21 @@ class Worker:
         reads the result.
         """
         program = self._program(plan)
-        tokens = self._tokens(batch)
+        rows = RowSplit.from_groups(self.place.mesh, batch.group_rows)
         group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
         begin = partial(self._sampler.begin, batch)
-        taped = None if keep_logits else self._tapes.run(program, batch, tokens, spans, begin)
-        registers, sampler = taped or self._walk(program, batch, tokens, spans, begin)
-        samples = registers[program.outputs["next_ids"]].flatten()
-        return self._read(samples, registers[program.outputs["logits"]] if keep_logits else None, sampler)
+        taped = None if keep_logits else self._tapes.run(program, batch, rows, self._tokens, spans, begin)
+        registers, sampler = taped or self._walk(program, batch, rows, spans, begin)
+        self._samples = registers[program.outputs["next_ids"]].flatten()
+        return self._read(registers[program.outputs["logits"]] if keep_logits else None, sampler)
 
     def _walk(
-        self, program: Program, batch: Batch, tokens: list[int], spans: list[Span], begin: Begin
+        self, program: Program, batch: Batch, rows: RowSplit, spans: list[Span], begin: Begin
     ) -> tuple[Registers, RowSampler | None]:
         """The registers after a walk of ``program``, operation by operation."""
-        rows, logit_rows = RowSplit.from_groups(self.place.mesh, batch.group_rows), batch.logit_rows()
-        ids_T = torch.tensor(tokens, dtype=torch.int64, device=self.place.device)
+        logit_rows = batch.logit_rows()
+        ids_T = self._ids(batch)
         sampler = begin(ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
@@ -136,9 +137,9 @@ class Worker:
         assert isinstance(self._wrap, Instrument), "no instrument is around the steps"
         return self._wrap.readings()
 
-    def _read(self, samples: Tensor, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
+    def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
         """What the walk has left, as numbers: here, and only here, the host waits for the device."""
-        ids = self._sampled = tuple(samples.tolist())
+        ids = self._sampled = tuple(self._samples.tolist())
         if sampler is None or self.place.rank != 0:
             return StepResult(ids=ids, logits=logits)
         return StepResult(ids=ids, logits=logits, logprobs=sampler.logprobs(), scores=sampler.scores())
@@ -169,12 +170,18 @@ class Worker:
         self._signatures[id(plan)] = (plan, program)
         return program
 
+    def _ids(self, batch: Batch) -> Tensor:
+        """The token ids of all rows, references to the previous step's samples filled in on the device."""
+        tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
+        device = self.place.device
+        ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64, device=device)
+        at = [row for row, token in enumerate(tokens) if token < 0]
+        if at:
+            slots = torch.tensor([sample_slot(tokens[row]) for row in at], device=device)
+            ids_T.index_copy_(0, torch.tensor(at, device=device), self._samples.index_select(0, slots))
+        return ids_T
+
     def _tokens(self, batch: Batch) -> list[int]:
-        """The token ids of all rows, references to the previous step's samples filled in."""
-        sampled = self._sampled
-        return [
-            token if token >= 0 else sampled[sample_slot(token)]
-            for group in batch.groups
-            for chunk in group
-            for token in chunk.tokens
-        ]
+        """The same as plain numbers, from what was read of the previous step's samples."""
+        tokens = (token for group in batch.groups for chunk in group for token in chunk.tokens)
+        return [token if token >= 0 else self._sampled[sample_slot(token)] for token in tokens]

@@ -97,9 +97,7 @@ class Loader:
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
         place, shape = self.place, self._shape(weights[gate])
-        ready = empty_gate_up(
-            shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room
-        )
+        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room)
         self._fill(ready, weights, (gate, up))
         return ready
 

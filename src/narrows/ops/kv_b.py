@@ -34,9 +34,7 @@ KeyWeight = Tensor | PackedKeys
 ValueWeight = Tensor | PackedStack
 
 
-def split_kv_b(
-    kv_b_NXR: Tensor, key_dim: int, room: Room | None = None
-) -> tuple[KeyWeight, ValueWeight]:
+def split_kv_b(kv_b_NXR: Tensor, key_dim: int, room: Room | None = None) -> tuple[KeyWeight, ValueWeight]:
     """w_uk [N, D, R] and w_uv [N, V, R] of ``kv_b_proj`` [N, D + V, R], ready for ``mla_attention``.
 
     ``room``: what gives memory for packed ones.

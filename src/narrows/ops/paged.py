@@ -176,10 +176,8 @@ class DecodeRows:
             positions[row], slots[row], lens[row] = start, slot, start + 1
             tokens, held = self._held[row]
             num_held = -(-tokens // size)
-            if tokens <= start and pages[:num_held] == held[:num_held]:  # the same request, some tokens later
-                known = tokens
-            else:
-                known = 0
+            same = tokens <= start and pages[:num_held] == held[:num_held]  # the same request, some tokens later
+            known = tokens if same else 0
             if known == start:
                 slots_BL[row, start] = slot
             else:
