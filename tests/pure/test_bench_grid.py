@@ -33,12 +33,11 @@ def plans(rows: int, phase: str = "prefill") -> dict[str, Plan]:
 FEW, MANY = plans(1, "decode"), plans(512)
 
 
-def times(layouts: tuple[str, ...], plan: Plan, step_s: list[float], walk_s: list[float] | None = None) -> PlanTimes:
+def times(layouts: tuple[str, ...], plan: Plan, step_s: list[float]) -> PlanTimes:
     return PlanTimes(
         layouts=layouts,
         plan=plan,
         step_s=tuple(step_s),
-        walk_s=tuple(walk_s or step_s),
         clocked_s=((1e-3,) * plan.num_steps,),
     )
 

@@ -32,15 +32,13 @@ def shared_plans(plans: Mapping[str, Plan]) -> dict[tuple[str, ...], Plan]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTimes:
-    """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its steps;
-    ``walk_s``: the part of it inside the walk of the plan, the mean over ranks. ``clocked_s``: rounds with a clock
-    around every step: seconds of each in the plan's order, the mean over ranks, a collective's with the wait for the
-    slowest."""
+    """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its steps.
+    ``clocked_s``: rounds with a clock around every step: seconds of each in the plan's order, the mean over ranks, a
+    collective's with the wait for the slowest."""
 
     layouts: tuple[str, ...]
     plan: Plan
     step_s: tuple[float, ...]
-    walk_s: tuple[float, ...]
     clocked_s: tuple[tuple[float, ...], ...]
 
     @property
@@ -57,15 +55,20 @@ class PlanTimes:
         """The median whole step."""
         return quantile(self.step_s, 0.5)
 
-    @property
+    @cached_property
     def walk(self) -> float:
-        """The median walk of the plan."""
-        return quantile(self.walk_s, 0.5)
+        """The median walk of the plan, in the rounds with clocks."""
+        return quantile([sum(times) for times in self.clocked_s], 0.5)
 
     @property
     def outside(self) -> float:
-        """The median rest: batch and result on their way, row counts, page tables."""
-        return quantile([max(whole - walk, 0.0) for whole, walk in zip(self.step_s, self.walk_s, strict=True)], 0.5)
+        """What is beside the walk: batch and result on their way, row counts, page tables."""
+        return max(self.seconds - self.walk, 0.0)
+
+    @property
+    def walk_error(self) -> float:
+        """Predicted over measured walk, less 1."""
+        return (self.plan.seconds - self.plan.host.seconds) / self.walk - 1
 
     @property
     def error(self) -> float:
@@ -125,7 +128,7 @@ class PlanTimes:
             "predicted_ms": 1e3 * self.plan.seconds,
             "error": self.error,
             "walk_ms": 1e3 * self.walk,
-            "walk_error": self.plan.seconds / self.walk - 1,
+            "walk_error": self.walk_error,
             "outside_ms": 1e3 * self.outside,
             "sources": self.sources,
             "classes_ms": {
@@ -256,7 +259,7 @@ def summary(cells: Sequence[Cell]) -> Summary:
         worst_step=worst.title,
         mean_regret=sum(cell.regret for cell in cells) / len(cells),
         mean_error=sum(abs(one.error) for one in plans) / len(plans),
-        mean_walk_error=sum(abs(one.plan.seconds / one.walk - 1) for one in plans) / len(plans),
+        mean_walk_error=sum(abs(one.walk_error) for one in plans) / len(plans),
         named_worst_regret=max(cell.named_regret for cell in cells),
     )
 

@@ -22,7 +22,7 @@ from narrows.bench.statistics import quantile
 from narrows.bench.step_work import StepWork, fill_caches
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
-from narrows.engine.walk_times import StepTimes, WalkTimes
+from narrows.engine.walk_times import StepTimes
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
@@ -89,14 +89,6 @@ class LayoutWork:
         return max(step.length(step.rows) for step in self.steps())
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """The median step of a turn, and the walk inside it: the mean over ranks, the median over the turn."""
-
-    step_s: float
-    walk_s: float
-
-
 def layout(
     asked: EngineConfig,
     work: LayoutWork,
@@ -147,7 +139,7 @@ class _Cell:
         return f"prefill {step.rows}" + (f" by {context}" if 0 < context < step.rows else "")
 
     def measure(self, rounds: int, seconds: float, warmup: int) -> Cell:
-        self.engine.instrument(WalkTimes)
+        self.engine.instrument(None)
         turn = self._steps_per_turn()
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
         whole = in_turns(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
@@ -168,8 +160,7 @@ class _Cell:
                 PlanTimes(
                     layouts=names,
                     plan=plan,
-                    step_s=tuple(turn.step_s for turn in whole[names]),
-                    walk_s=tuple(turn.walk_s for turn in whole[names]),
+                    step_s=tuple(whole[names]),
                     clocked_s=tuple(clocked[names]),
                 )
                 for names, plan in self.plans.items()
@@ -178,17 +169,14 @@ class _Cell:
 
     def _steps_per_turn(self) -> tuple[int, int]:
         """Steps that are not timed, and that are. The first of a plan, which binds it, does not count."""
-        fastest = min(min(self._turn(plan, 0, 1).step_s for _ in range(2)) for plan in self.plans.values())
+        fastest = min(min(self._turn(plan, 0, 1) for _ in range(2)) for plan in self.plans.values())
         return int(fastest < _LONG_S), max(1, min(_MOST_STEPS, round(_TURN_S / fastest)))
 
-    def _turn(self, plan: Plan, untimed: int, count: int) -> _Turn:
-        """``count`` steps in a row after the untimed ones."""
+    def _turn(self, plan: Plan, untimed: int, count: int) -> float:
+        """The median of ``count`` steps in a row after the untimed ones."""
         ends = _run(self.engine, self.batch, plan, untimed + count)
         seconds = [end - start for start, end in pairwise(ends)]
-        outside_layers = sum(layer is None for layer, _ in plan.steps())
-        walks = [_walks(stamps, outside_layers) for stamps in self.engine.readings()]
-        means = [sum(of_ranks) / len(of_ranks) for of_ranks in zip(*walks, strict=True)]
-        return _Turn(quantile(seconds[-count:], 0.5), quantile(means[-count:], 0.5))
+        return quantile(seconds[-count:], 0.5)
 
     def _clocked(self, plan: Plan, untimed: int, count: int) -> tuple[float, ...]:
         """Seconds of every step of a walk, the mean over ranks and over the walks of a turn."""
@@ -212,8 +200,3 @@ def _run(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[float]:
         future.result()
         times.append(perf_counter())
     return times
-
-
-def _walks(stamps: Sequence[tuple[float, float]], steps_each: int) -> list[float]:
-    """Seconds of each walk, from the first start to the last end of its steps outside the layers."""
-    return [stamps[i + steps_each - 1][1] - stamps[i][0] for i in range(0, len(stamps), steps_each)]

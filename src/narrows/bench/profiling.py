@@ -23,12 +23,12 @@ from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
 from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
-from narrows.bench.price_clock import PriceClock, Walk, step_key
 from narrows.bench.statistics import Spread, quantile, spread
 from narrows.cost.measured import AXES, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
+from narrows.engine.walk_times import StepTimes
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Move, MoveKind, deal
 from narrows.plan.named import applicable_layouts
@@ -209,7 +209,7 @@ def _measure_plans(
     deadline: float,
     say: Callable[[str], None],
 ) -> None:
-    engine.instrument(PriceClock)
+    engine.instrument(StepTimes)
     cells = sorted(_cells(grid), key=lambda cell: cell.rows)
     took: dict[tuple[_Cell, str], float] = {}
     known: dict[tuple[_Cell, str], tuple[Batch, Plan]] = {}
@@ -287,12 +287,12 @@ def _time(tables: _Tables, engine: Engine, cell: _Cell, batch: Batch, plan: Plan
     first = times[-1] - times[-2]
     some = min(int(seconds / first), _MOST_STEPS)
     times = _run(engine, batch, plan, some + 1) if some else times
-    walks = engine.readings()[0]
-    drop = 3 if some else 1
-    for walk in walks[drop:]:
+    read, num = engine.readings()[0], plan.num_steps  # of rank 0, which has as many rows as any
+    walks = [read[at : at + num] for at in range(0, len(read), num)][3 if some else 1 :]
+    for walk in walks:
         tables.book_walk(plan, walk)
     whole = quantile([end - start for start, end in pairwise(times)][1 if some else 0 :], 0.5)
-    walked = quantile([sum(one.seconds for one in walk.values()) for walk in walks[drop:]], 0.5)
+    walked = quantile([sum(walk) for walk in walks], 0.5)
     table = tables.steps.setdefault(cell.phase, {})
     table.setdefault(plan.shape.rows.total, []).append(max(whole - walked, 1e-6))
 
@@ -325,17 +325,17 @@ class _Tables:
         self.left_out: dict[str, None] = {}
         self.dtype = "bf16"
 
-    def book_walk(self, plan: Plan, walk: Walk) -> None:
+    def book_walk(self, plan: Plan, seconds: Sequence[float]) -> None:
         """What the steps of one walk of ``plan`` took, layers of a kind averaged."""
-        steps = {step_key(step): step for _, step in plan.steps()}
-        for key, timed in walk.items():
-            step, seconds = steps[key], timed.seconds / timed.calls
-            if not step.rows:
-                continue
-            if step.stage is not None:
-                self._book_stage(step, plan, seconds)
-            elif step.move is not None and step.move.kind is not MoveKind.SLICE:
-                self._book_move(step.move, step.nbytes, seconds)
+        found: dict[int, tuple[Step, list[float]]] = {}
+        for (_, step), taken in zip(plan.steps(), seconds, strict=True):
+            found.setdefault(id(step), (step, []))[1].append(taken)
+        for step, taken_s in found.values():
+            mean = sum(taken_s) / len(taken_s)
+            if step.stage is not None and step.rows:
+                self._book_stage(step, plan, mean)
+            elif step.move is not None and step.move.kind is not MoveKind.SLICE and step.nbytes:
+                self._book_move(step.move, step.nbytes, mean)
 
     def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
         stage, shape = step.stage, plan.shape

@@ -43,7 +43,7 @@ def _cell_table(cell: Cell) -> Table:
         if any(measured):
             pairs = zip(measured, totals, strict=True)
             table.add_row(f"  {name}", *(_pair(seconds, total[name]) for seconds, total in pairs))
-    table.add_row("walk, no clocks inside", *(ms(one.walk) for one in cell.plans))
+    table.add_row("walk of the plan", *(ms(one.walk) for one in cell.plans))
     table.add_row("outside the walk", *(ms(one.outside) for one in cell.plans))
     table.add_row("whole step", *(_pair(one.seconds, one.plan.seconds) for one in cell.plans), style="bold")
     table.add_row("price less measured", *(f"{one.error:+.1%}" for one in cell.plans))

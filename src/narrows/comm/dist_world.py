@@ -19,8 +19,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from narrows.comm.buffers import Buffers
 from narrows.comm.neighbours import Neighbours, share
+from narrows.comm.recording import Recording, Tape
 from narrows.comm.segment import Segment
 from narrows.comm.shm import ShmWire
+from narrows.comm.shm_calls import NOT_YET
 from narrows.comm.stamps import Stamp, mismatch, rank_names, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.sums import sum_rows
 from narrows.comm.wire import DifferentCallsError, Wire, open_wires
@@ -118,7 +120,9 @@ class DistWorld:
         self.mesh = mesh
         self.checked = checked
         self.call = 0
-        self.where: Where | None = None
+        self._where: Where | None = None
+        self._recording: Recording | None = None
+        self._repeating: Recording | None = None
         self.transport = transport
         self._seats = {ranks: _Seat(ranks, *both) for ranks, both in wires.items()}
         self._buffers = buffers
@@ -126,7 +130,18 @@ class DistWorld:
     @property
     def came(self) -> dict[tuple[int, ...], int]:
         """How often this rank has come to a collective of each group."""
-        return {ranks: seat.number for ranks, seat in self._seats.items()}
+        repeating = self._repeating
+        return {ranks: seat.number + (repeating.came(seat) if repeating else 0) for ranks, seat in self._seats.items()}
+
+    @property
+    def where(self) -> Where | None:
+        """The collective that this rank came to last. Any thread may ask."""
+        repeating = self._repeating
+        at = repeating.at() if repeating else None
+        if at is None:
+            return self._where
+        stamp, ranks, since = at
+        return Where(stamp._replace(call=self.call), ranks, since)
 
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
@@ -223,18 +238,61 @@ class DistWorld:
         """What ``work`` brings; in checked mode nothing is sent before all stamps agree."""
         if self.call:
             stamp = stamp._replace(call=self.call)
-        self.where = Where(stamp, seat.ranks, monotonic())
+        self._where = Where(stamp, seat.ranks, monotonic())
         if self.checked:
             seat.compare(stamp)
+        if self._recording is not None:
+            self._recording.collective(seat, seat.ranks, stamp)
         try:
             out = work(*args)
         except DifferentCallsError:
-            raise CollectiveMismatchError(
-                f"rank {self.rank} came to {stamp}, another of {rank_names(seat.ranks)} to something else; "
-                "in checked mode both are named"
-            ) from None
-        self.where = Where(stamp, seat.ranks, None)
+            raise _met_others(self.rank, stamp, seat.ranks) from None
+        self._where = Where(stamp, seat.ranks, None)
         return out
+
+    # --- walks that are recorded
+
+    def record(self, tape: Tape) -> Recording | None:
+        if self.checked or not all(isinstance(seat.wire, ShmWire) for seat in self._seats.values()):
+            return None
+        self._keep_for(Recording(tape))
+        return self._recording
+
+    def recorded(self, count: int) -> None:
+        assert self._recording is not None, "nothing is recorded"
+        buffers = self._buffers
+        self._recording.end(count, buffers.found or () if isinstance(buffers, Segment) else ())
+        self._keep_for(None)
+
+    def _keep_for(self, recording: Recording | None) -> None:
+        self._recording = recording
+        for seat in self._seats.values():
+            assert isinstance(seat.wire, ShmWire)
+            seat.wire.recording = recording
+        if isinstance(self._buffers, Segment):
+            self._buffers.found = None if recording is None else []
+
+    def repeat(self, recording: Recording) -> None:
+        recording.tape.rewind()
+        self._repeating = recording
+        while outcome := recording.tape.run():
+            at = recording.at()
+            assert at is not None, "only an exchange ends a run"
+            stamp, ranks, _ = at
+            if outcome != NOT_YET:
+                raise _met_others(self.rank, stamp, ranks)
+            recording.waits()
+            wire = self._seat(ranks).wire
+            assert isinstance(wire, ShmWire)
+            wire.look()
+        at = recording.at()
+        if at is not None:
+            self._where = Where(at[0]._replace(call=self.call), at[1], None)
+        self._repeating = None
+        recording.done()
+        if recording.exchanges and isinstance(self._buffers, Segment):
+            last = recording.exchanges[-1][1]
+            self._buffers.latest = last, last.number
 
 
 class _Seat:
@@ -263,6 +321,12 @@ class _Seat:
         texts = torch.split(self.bytes.gather(_tensor(said), sizes), sizes)
         stamps = [_decoded(text.numpy().tobytes()) for text in texts]
         raise CollectiveMismatchError(f"ranks met in different collectives: {mismatch(self.ranks, stamps)}")
+
+
+def _met_others(rank: int, stamp: Stamp, ranks: tuple[int, ...]) -> CollectiveMismatchError:
+    return CollectiveMismatchError(
+        f"rank {rank} came to {stamp}, another of {rank_names(ranks)} to something else; in checked mode both are named"
+    )
 
 
 def _tensor(data: bytes) -> Tensor:

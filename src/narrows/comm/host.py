@@ -70,9 +70,9 @@ class _Peer:
 class _Call:
     """Something every rank does once."""
 
-    def __init__(self, size: int) -> None:
-        self.results: list[Any] = [None] * size
-        self.missing = size
+    def __init__(self, num_results: int) -> None:
+        self.results: list[Any] = [None] * num_results
+        self.missing = num_results
         self.future: Future[list[Any]] = Future()
         self.future.set_running_or_notify_cancel()  # a rank cannot skip what the others do: no cancelling
 
@@ -189,10 +189,13 @@ class Host:
 
     # --- calls
 
-    def call(self, method: str | None, args: tuple[Any, ...]) -> Future[list[Any]]:
-        """Hands a call to every rank. After a failure, or after the end, the future fails at once."""
+    def call(self, method: str | None, args: tuple[Any, ...], *, first_only: bool = False) -> Future[list[Any]]:
+        """Hands a call to every rank. After a failure, or after the end, the future fails at once.
+
+        ``first_only``: rank 0 alone sends its result; errors come from all.
+        """
         with self._ordering:
-            call = _Call(self.mesh.size)
+            call = _Call(1 if first_only else self.mesh.size)
             with self._lock:
                 refused = self._failure
                 if refused is None and self._over.is_set():
@@ -200,7 +203,7 @@ class Host:
             if refused is not None:
                 call.future.set_exception(refused)
                 return call.future
-            data = pack((method, args), self._packer)
+            data = pack((method, args, first_only), self._packer)
             messages = [(KEEP, kept) for kept in self._packer.take_new()] + [(CALL, data)]
             with self._lock:
                 self._pending[self._num_calls] = call

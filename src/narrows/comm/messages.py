@@ -41,7 +41,9 @@ SUSPENDED_S = 2.0
 HELLO = b"h"  # rank or node -> host, once: Hello
 SETUP = b"s"  # host -> rank, once: Setup
 KEEP = b"k"  # host -> rank: an object that later calls mention by number
-CALL = b"c"  # host -> rank: (method, or None to make the worker; arguments); calls are numbered from 0
+CALL = (
+    b"c"  # host -> rank: (method, or None to make the worker; arguments; whether rank 0 alone answers); numbered from 0
+)
 DONE = b"d"  # rank -> host: (number of the call, result)
 FAILED = b"f"  # rank -> host: Failure
 BEAT = b"b"  # rank -> host: Report; host -> all, node -> host: nothing

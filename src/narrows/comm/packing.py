@@ -21,14 +21,19 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._packer = packer
 
-    def persistent_id(self, thing: Any) -> int | None:
-        return self._packer.number_of(thing) if self._packer else None
-
+    # Not persistent_id, which is asked of every number too.
     def reducer_override(self, thing: Any) -> Any:
+        if self._packer is not None and (number := self._packer.number_of(thing)) is not None:
+            return _kept, (number,)
         if type(thing) is Tensor and thing.device.type == "cpu" and thing.layout is torch.strided:
             flat = thing.detach().contiguous().view(-1).view(torch.uint8)
             return _tensor, (flat.numpy().tobytes(), thing.dtype, tuple(thing.shape))
         return NotImplemented
+
+
+def _kept(number: int) -> Any:
+    """Stands for what an :class:`Unpacker` has kept."""
+    raise AssertionError("only an Unpacker knows what was kept")
 
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -81,6 +86,15 @@ class Unpacker:
         self._kept[number] = thing
 
     def __call__(self, data: bytes) -> Any:
-        unpickler = pickle.Unpickler(io.BytesIO(data))
-        unpickler.persistent_load = self._kept.__getitem__  # type: ignore[method-assign]
-        return unpickler.load()
+        return _Unpickler(io.BytesIO(data), self._kept).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, kept: dict[int, Any]) -> None:
+        super().__init__(file)
+        self._kept = kept
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == _kept.__name__ and module == __name__:
+            return self._kept.__getitem__
+        return super().find_class(module, name)

@@ -108,6 +108,10 @@ class ProcessRanks(Generic[Worker]):
         """
         return self._host.call(method, args)
 
+    def submit_first(self, method: str, *args: Any) -> Future[list[Any]]:
+        """As :meth:`submit`, but the list holds rank 0's result alone; the other ranks say nothing once done."""
+        return self._host.call(method, args, first_only=True)
+
     def close(self) -> None:
         """Ends the ranks; calls that are not done fail with RankError. Closing again does nothing."""
         self._host.end(None)

@@ -175,7 +175,7 @@ class _Rank:
         )
 
     def _call(self, data: bytes) -> None:
-        method, args = self._unpack(data)
+        method, args, first_only = self._unpack(data)
         assert self._host.world is not None, "a call came before the world was set up"
         self._host.world.call = self._number + 1
         if method is None:
@@ -184,10 +184,11 @@ class _Rank:
             result = self._host.world.transport
         else:
             result = getattr(self._worker, method)(*args)
-        said = pack((self._number, result))
-        self._number += 1
-        self._host.done = self._number
-        self._host.channel.send(DONE, said)
+        number, wanted = self._number, self._rank == 0 or not first_only
+        said = pack((number, result)) if wanted else b""
+        self._host.done = self._number = number + 1
+        if wanted:
+            self._host.channel.send(DONE, said)
 
     def _failed(self, error: BaseException) -> None:
         """Says what was raised, and waits for the end: the host ends all ranks then."""

@@ -48,13 +48,15 @@ class Exchanges(Protocol):
 class Block:
     """Some memory, and what it is waiting for."""
 
-    __slots__ = ("after", "lent", "memory", "size", "start", "tensor")
+    __slots__ = ("after", "lent", "memory", "reserved", "size", "start", "tensor")
 
     def __init__(self, memory: Any, size: int) -> None:
         self.memory = memory
         self.size = size
         self.start = ctypes.addressof(memory)
         self.lent = False
+        self.reserved = False
+        """A recorded walk writes it each time that it is repeated."""
         self.after: tuple[Exchanges, int] | None = None
         """It may be written again when that exchange of that group lies behind everyone."""
         self.tensor: Tensor | None = None
@@ -63,7 +65,10 @@ class Block:
         """A tensor of its own that lies here. ``shape`` has elements."""
         return torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
-    def is_read(self) -> bool:
+    def is_free(self) -> bool:
+        """Nobody holds it, and all have read it."""
+        if self.lent or self.reserved:
+            return False
         return self.after is None or self.after[0].number > self.after[1]
 
 
@@ -81,6 +86,8 @@ class Segment:
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.latest: tuple[Exchanges, int] | None = None
         """The last exchange that this rank came to, in any group."""
+        self.found: list[Block] | None = None
+        """While a walk is recorded: every block that was taken for something."""
         self._next = blocks_start
         self._scratch: dict[int, list[Block]] = {}
         self._results: dict[int, list[Block]] = {}
@@ -140,11 +147,16 @@ class Segment:
         size = least
         while size <= _ROOMY * least:
             for block in kept.get(size, ()):
-                if not block.lent and block.is_read() and (not results or sys.getrefcount(block.memory) == _UNUSED):
-                    return block
+                if block.is_free() and (not results or sys.getrefcount(block.memory) == _UNUSED):
+                    return self._noted(block)
             size *= 2
         block = self._make(least)
         kept.setdefault(least, []).append(block)
+        return self._noted(block)
+
+    def _noted(self, block: Block) -> Block:
+        if self.found is not None:
+            self.found.append(block)
         return block
 
     def _make(self, size: int) -> Block:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from narrows.comm.neighbours import Neighbours
+from narrows.comm.recording import Recording
 from narrows.comm.segment import Block
 from narrows.comm.shm_calls import (
     DIFFERS,
@@ -63,6 +64,7 @@ class ShmWire:
         assert ctypes.sizeof(self._wire) == self._limits.wire_bytes, "the library is of other sources"
         self._args = numbers(*(0,) * (3 * self._limits.max_fields + 2))
         self._addresses = ctypes.addressof(self._wire), ctypes.addressof(self._args)
+        self.recording: Recording | None = None
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         return self.gather_fields((x,), counts)[0]
@@ -174,9 +176,17 @@ class ShmWire:
             PeersLostError: a member has ended. DifferentCallsError: one came to another call.
         """
         wire, args = self._addresses
+        if self.recording is not None:
+            self.recording.exchange(self)
         while (outcome := function(wire, call.address, args)) == NOT_YET:
-            self._neighbours.look(self._ranks)
+            self.look()
         self.number += 1
         self._segment.latest = (self, self.number)
         if outcome == DIFFERS:
             raise DifferentCallsError
+
+    def look(self) -> None:
+        """Raises:
+        PeersLostError: a member has ended.
+        """
+        self._neighbours.look(self._ranks)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from narrows.comm.buffers import Buffers
 from narrows.comm.meeting import Commons, Meeting
+from narrows.comm.recording import Recording, Tape
 from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.sums import float32_sum, sum_rows
 from narrows.errors import CollectiveMismatchError
@@ -116,6 +117,17 @@ class ThreadWorld:
 
     def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._buffers.lend(rows, width, dtype)
+
+    def record(self, tape: Tape) -> Recording | None:
+        return Recording(tape) if self.mesh.size == 1 else None
+
+    def recorded(self, count: int) -> None:
+        pass
+
+    def repeat(self, recording: Recording) -> None:
+        recording.tape.rewind()
+        outcome = recording.tape.run()
+        assert not outcome, "one rank meets nobody"
 
     def _seat(self, ranks: tuple[int, ...]) -> _Seat:
         seat = self._seats.get(ranks)

@@ -241,6 +241,10 @@ class ThreadRanks(Generic[Worker]):
         """
         return self._crew.call(method, args)
 
+    def submit_first(self, method: str, *args: Any) -> Future[list[Any]]:
+        """As :meth:`submit`: among threads nothing is saved by fewer results."""
+        return self.submit(method, *args)
+
     def close(self) -> None:
         """Ends the threads; calls that are not done fail with RankError. Closing again does nothing."""
         self._crew.stop(CLOSE_GRACE_S)

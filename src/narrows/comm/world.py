@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from narrows.comm.recording import Recording, Tape
 from narrows.layout import Mesh
 
 __all__ = ["World"]
@@ -121,5 +122,25 @@ class World(Protocol):
         Valid until the collective that it is handed to (as ``x``, as one of ``xs``, or as an addend) returns. Two
         buffers asked for before that are two different pieces of memory, whatever their shapes. A buffer that is
         never handed to a collective is never reused.
+        """
+        ...
+
+    def record(self, tape: Tape) -> Recording | None:
+        """Keep what :meth:`repeat` needs of the collectives from now on, whose compiled calls are recorded on ``tape``.
+
+        Returns:
+            what it keeps, complete when :meth:`recorded` is called; None where collectives are more than compiled
+            calls (other transports, checked mode), so that they cannot be repeated.
+        """
+        ...
+
+    def recorded(self, count: int) -> None:
+        """Ends :meth:`record`: the first ``count`` calls of the tape are kept."""
+        ...
+
+    def repeat(self, recording: Recording) -> None:
+        """Make all calls of the recording's tape again, the collectives among them, with the same tensors.
+
+        Every member of each group makes them too, by repeating or anew. Errors are those of the collectives.
         """
         ...

@@ -99,6 +99,10 @@ class StepPrice:
     nbytes: int
     source: Source
 
+    @property
+    def seconds(self) -> float:
+        return self.ps * 1e-12
+
     def plus(self, other: StepPrice) -> StepPrice:
         """This step's price with the time of ``other``, which is part of it; rows and bytes remain its own."""
         return StepPrice(self.ps + other.ps, self.rows, self.nbytes, max(self.source, other.source))

@@ -7,7 +7,8 @@ A collective's seconds hold the wait for the slowest rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -48,22 +49,43 @@ class CollectiveClock:
         move = step.move
         if move is None or move.kind is MoveKind.SLICE:
             return operation
-        kind = (f"{move.src} -> {move.dst}", str(move.kind))
-        encodings = step.encodings or (Encoding.PLAIN,) * len(writes)
+        return _Timed(move, step.encodings or (Encoding.PLAIN,) * len(writes), reads, writes, operation, self._count)
 
-        def timed(regs: Registers, frame: Frame) -> None:
-            held = [regs[i].nbytes for i in reads]
-            start = perf_counter()
-            operation(regs, frame)
-            seconds = perf_counter() - start
-            nbytes = sum(
-                received(move, before, regs[i], encoding)
-                for before, i, encoding in zip(held, writes, encodings, strict=True)
-            )
-            old = self._counts.get(kind, Counted())
-            self._counts[kind] = Counted(old.calls + 1, old.nbytes + nbytes, old.seconds + seconds)
+    def _count(self, kind: Kind, nbytes: int, seconds: float) -> None:
+        old = self._counts.get(kind, Counted())
+        self._counts[kind] = Counted(old.calls + 1, old.nbytes + nbytes, old.seconds + seconds)
 
-        return timed
+
+class _Timed:
+    """A collective with the clock around it; a tape that repeats it tells the clock."""
+
+    def __init__(
+        self,
+        move: Move,
+        encodings: Sequence[Encoding],
+        reads: tuple[int, ...],
+        writes: tuple[int, ...],
+        operation: Operation,
+        count: Callable[[Kind, int, float], None],
+    ) -> None:
+        self._kind = (f"{move.src} -> {move.dst}", str(move.kind))
+        self._move, self._encodings, self._reads, self._writes = move, encodings, reads, writes
+        self._operation, self._count = operation, count
+        self._nbytes = 0
+
+    def __call__(self, regs: Registers, frame: Frame) -> None:
+        held = [regs[i].nbytes for i in self._reads]
+        start = perf_counter()
+        self._operation(regs, frame)
+        seconds = perf_counter() - start
+        self._nbytes = sum(
+            received(self._move, before, regs[i], encoding)
+            for before, i, encoding in zip(held, self._writes, self._encodings, strict=True)
+        )
+        self._count(self._kind, self._nbytes, seconds)
+
+    def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
+        return partial(self._count, self._kind, self._nbytes)
 
 
 def added(ranks: Sequence[Mapping[Kind, Counted]], to: Mapping[Kind, Counted]) -> dict[Kind, Counted]:

@@ -248,7 +248,7 @@ class Engine:
         if self._tracer is not None:
             self._tracer.on_host("schedule", start, scheduled)
             self._tracer.on_host("plan", scheduled, perf_counter())
-        step = StepInFlight(batch=batch, plan=plan, future=self.submit(batch, plan=plan))
+        step = StepInFlight(batch=batch, plan=plan, future=self.submit(batch, plan=plan, first_only=True))
         self.in_flight.append(step)
         return step
 
@@ -266,10 +266,13 @@ class Engine:
             self._tracer.on_host("commit", start, perf_counter())
         return touched
 
-    def submit(self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False) -> Future[list[StepResult]]:
+    def submit(
+        self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False, first_only: bool = False
+    ) -> Future[list[StepResult]]:
         """Hand a batch to the ranks; the result lists one :class:`StepResult` per rank.
 
         ``plan``: None: the one of :meth:`plan_for`. ``keep_logits``: with the whole rows of logits, on every rank.
+        ``first_only``: rank 0's result is enough; all ranks choose the same ids.
         """
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
@@ -280,7 +283,8 @@ class Engine:
             return self._tracer.submit(batch, plan, keep_logits, self.scheduler.stats())
         if self._tracer is not None:
             self._tracer.passed()
-        return self.ranks.submit("step", batch, plan, keep_logits)
+        submit = self.ranks.submit_first if first_only else self.ranks.submit
+        return submit("step", batch, plan, keep_logits)
 
     def plan_for(self, batch: Batch, *, keep_logits: bool = False) -> Plan:
         """The plan that the book has for a batch, or the one that runs at every step."""

@@ -1,15 +1,18 @@
 """Where the time went: seconds, rows and bytes per stage and move, measured on every rank as plans are walked.
 
 Knows bound steps, plans and clocks. A GPU is waited for after every step, so that a step's time is its own; the run as
-a whole is slower for it. A collective's seconds hold the wait for the slowest rank, as they do in any profiler.
+a whole is slower for it. A collective's seconds hold the wait for the slowest rank, as they do in any profiler. Of
+steps that a tape repeats (`tapes.py`) the seconds are the tape's own, without Python between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
+
+import torch
 
 from narrows.comm.device import finished
 from narrows.engine.program import Frame, Operation, Registers
@@ -108,18 +111,44 @@ class StepClock:
     ) -> Operation:
         what = _kind("", step)[1:]
 
-        def timed(regs: Registers, frame: Frame) -> None:
-            start = perf_counter()
-            operation(regs, frame)
-            finished(self._device)
-            seconds = perf_counter() - start
-            count = self._counts.setdefault(_Kind(frame.phase, *what), _Count())
+        return _Timed(operation, writes, what, self._counts_now, self._device)
+
+    def _counts_now(self) -> Counts:
+        return self._counts
+
+
+class _Timed:
+    """A bound step with the clock around it; a tape that repeats it tells the clock."""
+
+    def __init__(
+        self,
+        operation: Operation,
+        writes: tuple[int, ...],
+        what: tuple[str, str, str, tuple[str, ...], str],
+        counts: Callable[[], Counts],
+        device: torch.device,
+    ) -> None:
+        self._operation, self._writes, self._what = operation, writes, what
+        self._counts, self._device = counts, device
+
+    def __call__(self, regs: Registers, frame: Frame) -> None:
+        start = perf_counter()
+        self._operation(regs, frame)
+        finished(self._device)
+        self.repeated(regs, frame)(perf_counter() - start)
+
+    def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
+        kind = _Kind(frame.phase, *self._what)
+        rows, nbytes = regs[self._writes[0]].shape[0], sum(regs[i].nbytes for i in self._writes)
+
+        def count(seconds: float) -> None:
+            count = self._counts().setdefault(kind, _Count())
             count.calls += 1
             count.seconds += seconds
-            count.rows += regs[writes[0]].shape[0]
-            count.nbytes += sum(regs[i].nbytes for i in writes)
+            count.rows += rows
+            count.nbytes += nbytes
 
-        return timed
+        return count
 
 
 def profile_rows(ranks: Sequence[Counts], expected: Expected | None = None) -> list[ProfileRow]:

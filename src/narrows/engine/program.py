@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,12 +25,24 @@ from narrows.models.parts import Decoder, StepInputs
 from narrows.ops.encode_rows import decode_rows, encode_rows
 from narrows.plan.plan import Plan, Step, StepKind
 
-__all__ = ["Frame", "Operation", "Program", "Wrap", "bind"]
+__all__ = ["Frame", "Operation", "Program", "Registers", "Repeated", "Wrap", "bind"]
 
 Registers = list[Any]
 Operation = Callable[[Registers, "Frame"], None]
 Wrap = Callable[[int | None, Step, tuple[int, ...], tuple[int, ...], Operation], Operation]
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
+
+
+@runtime_checkable
+class Repeated(Protocol):
+    """An operation with something around it that need not be there each time: it is told how long a tape took."""
+
+    def __call__(self, registers: Registers, frame: Frame) -> None: ...
+
+    def repeated(self, registers: Registers, frame: Frame) -> Callable[[float], None]:
+        """Right after a call that was recorded: what takes the seconds of every repetition of it."""
+        ...
+
 
 _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
 _CODES = {Encoding.INT8: torch.int8, Encoding.FP8: torch.float8_e4m3fn}
@@ -44,8 +56,8 @@ class Frame:
     rows: RowSplit
     logits: RowSplit
     geometries: tuple[Geometry, ...]
-    selections: tuple[Tensor, ...]
-    """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in."""
+    selections: tuple[Tensor | None, ...]
+    """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in; None: all."""
     out_rows: tuple[int, ...]
     """Rows that this rank leaves in each layout that a stage writes into a send buffer."""
     phase: str = "prefill"
@@ -56,7 +68,9 @@ class Program:
     """A bound plan. ``outputs`` are the registers of fields that are still there at the end."""
 
     def __init__(self, binder: _Binder) -> None:
-        self._operations = tuple(binder.operations)
+        self.operations = tuple(binder.operations)
+        self.repeatable = binder.repeatable
+        """Whether a tape may stand in for the operations (`tapes.py`): nothing is around them that it would miss."""
         self._moves = tuple(binder.moves)
         self._selected = tuple(binder.selected)
         self._out_layouts = tuple(binder.out_layouts)
@@ -69,11 +83,12 @@ class Program:
     ) -> Frame:
         """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected."""
         splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
-        selections = []
+        selections: list[Tensor | None] = []
         for layout in self._selected:
             start, stop = rows.span(layout, self._rank)
             picked = [row - start for row in logit_rows if start <= row < stop]
-            selections.append(torch.tensor(picked, dtype=torch.int64, device=self._device))
+            all_rows = len(picked) == stop - start
+            selections.append(None if all_rows else torch.tensor(picked, dtype=torch.int64, device=self._device))
         return Frame(
             inputs=inputs,
             rows=rows,
@@ -86,11 +101,14 @@ class Program:
 
     def run(self, frame: Frame, ids: Tensor) -> Registers:
         """Walk the plan once; the registers hold what :attr:`outputs` names."""
-        registers: Registers = [None] * self._num_registers
-        registers[0] = ids
-        for operation in self._operations:
+        registers = self.registers(ids)
+        for operation in self.operations:
             operation(registers, frame)
         return registers
+
+    def registers(self, ids: Tensor) -> Registers:
+        """The registers before the first operation."""
+        return [ids, *[None] * (self._num_registers - 1)]
 
 
 def bind(
@@ -128,6 +146,7 @@ class _Binder:
     ) -> None:
         self.plan, self.model, self.world, self.fields = plan, model, world, fields
         self.operations: list[Operation] = []
+        self.repeatable = not checked
         self.registers: dict[str, int] = {"ids": 0}
         self.moves: list[tuple[Mover, RowSet]] = []
         self.selected: list[Layout] = []
@@ -143,7 +162,8 @@ class _Binder:
             if checked:
                 operation = self._check(layer, step, operation)
             if wrap is not None:
-                operation = wrap(layer, step, reads, writes, operation)
+                bare, operation = operation, wrap(layer, step, reads, writes, operation)
+                self.repeatable &= operation is bare or isinstance(operation, Repeated)
             self.operations.append(operation)
 
     def _register(self, name: str) -> int:
@@ -289,7 +309,9 @@ class _Binder:
 
         def select(regs: Registers, frame: Frame) -> None:
             for register, at in chosen:
-                regs[register] = regs[register].index_select(0, frame.selections[at])
+                rows = frame.selections[at]
+                if rows is not None:
+                    regs[register] = regs[register].index_select(0, rows)
 
         return select
 

@@ -30,6 +30,10 @@ class Ranks(Protocol):
         """Every rank calls ``worker.method(*args)``; the results in rank order, or the first error of any rank."""
         ...
 
+    def submit_first(self, method: str, *args: Any) -> Future[list[Any]]:
+        """As :meth:`submit`, for who looks at rank 0's result, the first of the list, alone; there may be no others."""
+        ...
+
     @property
     def failure(self) -> BaseException | None:
         """What has ended the ranks, as soon as it is known; None while they live."""

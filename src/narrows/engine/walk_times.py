@@ -1,19 +1,22 @@
-"""How long walks of a plan took on a rank: each as a whole, or each step of them. Two instruments.
+"""How long each step of every walk of a plan took on a rank.
 
-Knows bound steps and clocks; not plans. What they read is in the order of the walk, so who knows the plan that was
-walked can tell which number is which step's. A clock around every step slows a decode step; around a walk it does not.
+Knows bound steps and clocks; not plans. What is read is in the order of the walk, so who knows the plan that was walked
+can tell which number is which step's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
+
+import torch
 
 from narrows.comm.device import finished
 from narrows.engine.program import Frame, Operation, Registers
 from narrows.engine.worker import Worker
 from narrows.plan.plan import Step
 
-__all__ = ["StepTimes", "WalkTimes"]
+__all__ = ["StepTimes"]
 
 
 class StepTimes:
@@ -31,37 +34,23 @@ class StepTimes:
     def __call__(
         self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
-        def timed(regs: Registers, frame: Frame) -> None:
-            start = perf_counter()
-            operation(regs, frame)
-            finished(self._device)
-            self._seconds.append(perf_counter() - start)
+        return _Timed(operation, self._count, self._device)
 
-        return timed
+    def _count(self, seconds: float) -> None:
+        self._seconds.append(seconds)
 
 
-class WalkTimes:
-    """Clocks around the steps before and after the layers only; a walk is from the first's start to the last's end."""
+class _Timed:
+    """A bound step with the clock around it; a tape that repeats it tells the clock."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._stamps: list[tuple[float, float]] = []
-        self._device = worker.place.device
+    def __init__(self, operation: Operation, count: Callable[[float], None], device: torch.device) -> None:
+        self._operation, self._count, self._device = operation, count, device
 
-    def readings(self) -> list[tuple[float, float]]:
-        """Start and end of every step outside the layers, of every walk since the last call, in order."""
-        stamps, self._stamps = self._stamps, []
-        return stamps
+    def __call__(self, regs: Registers, frame: Frame) -> None:
+        start = perf_counter()
+        self._operation(regs, frame)
+        finished(self._device)
+        self._count(perf_counter() - start)
 
-    def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
-    ) -> Operation:
-        if layer is not None:
-            return operation
-
-        def stamped(regs: Registers, frame: Frame) -> None:
-            start = perf_counter()
-            operation(regs, frame)
-            finished(self._device)
-            self._stamps.append((start, perf_counter()))
-
-        return stamped
+    def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
+        return self._count

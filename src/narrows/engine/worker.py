@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
-from narrows.engine.program import Operation, Program, Wrap, bind
+from narrows.engine.program import Frame, Operation, Program, Registers, Repeated, Wrap, bind
 from narrows.engine.sampler import RowSampler, Sampler
+from narrows.engine.tapes import Begin, Span, Tapes
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
@@ -63,6 +65,35 @@ def logit_split(rows: RowSplit, logit_rows: tuple[int, ...]) -> RowSplit:
     return RowSplit(rows.mesh, tuple(counts))
 
 
+class _Told:
+    """Several instruments around one operation, all of which a tape that repeats it tells."""
+
+    def __init__(self, layers: Sequence[Repeated]) -> None:
+        self._layers = layers
+
+    def __call__(self, registers: Registers, frame: Frame) -> None:
+        self._layers[-1](registers, frame)
+
+    def repeated(self, registers: Registers, frame: Frame) -> Callable[[float], None]:
+        tells = [layer.repeated(registers, frame) for layer in self._layers]
+
+        def tell(seconds: float) -> None:
+            for each in tells:
+                each(seconds)
+
+        return tell
+
+
+def _all_of(layers: Sequence[Operation]) -> Operation:
+    """The outermost of ``layers``, each of which is around the one before it; a tape may repeat it only if all of them
+    can be told."""
+    told = [layer for layer in layers if isinstance(layer, Repeated)]
+    if len(told) == len(layers):
+        return _Told(told)
+    outermost = layers[-1]
+    return lambda registers, frame: outermost(registers, frame)
+
+
 class Worker:
     """Runs the steps of one rank.
 
@@ -92,7 +123,9 @@ class Worker:
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
         self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
+        self._sampled: tuple[int, ...] = ()
         self._sampler = Sampler(config.vocab_size, place.device)
+        self._tapes = Tapes(world, self.model, page_size, logit_split)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         """Run one batch under one plan. Every rank returns the same ids.
@@ -100,26 +133,33 @@ class Worker:
         Before the walk the host copies numbers to the device, during it neither waits for the other, after it the host
         reads the result.
         """
-        mesh, rank = self.place.mesh, self.place.rank
         program = self._program(plan)
-        rows = RowSplit.from_groups(mesh, batch.group_rows)
-        logit_rows = batch.logit_rows()
-        group = batch.groups[mesh.group_of(rank)]
+        rows = RowSplit.from_groups(self.place.mesh, batch.group_rows)
+        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
+        begin = partial(self._sampler.begin, batch)
+        taped = None if keep_logits else self._tapes.run(program, batch, rows, self._tokens, spans, begin)
+        registers, sampler = taped or self._walk(program, batch, rows, spans, begin)
+        self._samples = registers[program.outputs["next_ids"]].flatten()
+        return self._read(registers[program.outputs["logits"]] if keep_logits else None, sampler)
+
+    def _walk(
+        self, program: Program, batch: Batch, rows: RowSplit, spans: list[Span], begin: Begin
+    ) -> tuple[Registers, RowSampler | None]:
+        """The registers after a walk of ``program``, operation by operation."""
+        logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
-        sampler = self._sampler.begin(batch, ids_T)
+        sampler = begin(ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
-        registers = program.run(frame, ids_T.unsqueeze(-1))  # a column: ids move as every field does
-        self._samples = registers[program.outputs["next_ids"]].flatten()
-        logits = registers[program.outputs["logits"]] if keep_logits else None
-        return self._read(logits, sampler)
+        return program.run(frame, ids_T.unsqueeze(-1)), sampler  # a column: ids move as every field does
 
     def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Bind plans anew, with something else around their steps (see :meth:`Engine.instrument`)."""
         self._instruments.pop(name, None)
         if make is not None:
             self._instruments[name] = make(self)
+        self._tapes.forget()
         self._programs.clear()
         self._signatures.clear()
 
@@ -136,7 +176,7 @@ class Worker:
 
     def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
         """What the walk has left, as numbers: here, and only here, the host waits for the device."""
-        ids = tuple(self._samples.tolist())
+        ids = self._sampled = tuple(self._samples.tolist())
         if sampler is None or self.place.rank != 0:
             return StepResult(ids=ids, logits=logits)
         return StepResult(ids=ids, logits=logits, logprobs=sampler.logprobs(), scores=sampler.scores())
@@ -176,14 +216,17 @@ class Worker:
         def around(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
+            layers: list[Operation] = []
             for wrap in wraps:
-                operation = wrap(layer, step, reads, writes, operation)
-            return operation
+                bare, operation = operation, wrap(layer, step, reads, writes, operation)
+                if operation is not bare:
+                    layers.append(operation)
+            return operation if len(layers) < 2 else _all_of(layers)
 
         return around
 
     def _ids(self, batch: Batch) -> Tensor:
-        """The token ids of all rows, references to the previous step's samples filled in."""
+        """The token ids of all rows, references to the previous step's samples filled in on the device."""
         tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
         device = self.place.device
         ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64, device=device)
@@ -192,3 +235,8 @@ class Worker:
             slots = torch.tensor([sample_slot(tokens[row]) for row in at], device=device)
             ids_T.index_copy_(0, torch.tensor(at, device=device), self._samples.index_select(0, slots))
         return ids_T
+
+    def _tokens(self, batch: Batch) -> list[int]:
+        """The same as plain numbers, from what was read of the previous step's samples."""
+        tokens = (token for group in batch.groups for chunk in group for token in chunk.tokens)
+        return [token if token >= 0 else self._sampled[sample_slot(token)] for token in tokens]

@@ -43,7 +43,7 @@ class DeepseekLayer(MoeLayer):
         self.kv_a_layernorm_R = load(weights["kv_a_layernorm"])
         self.q_proj = load.linear(weights, "q_b_proj" if self.q_rank else "q_proj")
         kv_b_NXR = load(weights["kv_b_proj"]).unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
-        self.w_uk_NDR, self.w_uv_NVR = split_kv_b(kv_b_NXR, mla.qk_nope_head_dim)
+        self.w_uk_NDR, self.w_uv_NVR = split_kv_b(kv_b_NXR, mla.qk_nope_head_dim, load.room)
         self.o_proj = load.linear(weights, "o_proj")
         self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope_scaling)
         place = load.place

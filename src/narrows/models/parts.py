@@ -22,6 +22,7 @@ from narrows.layout import Mesh
 from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.embedding import embedding
 from narrows.ops.int8 import Quantization
+from narrows.ops.large_pages import LargePages
 from narrows.ops.linear import linear
 from narrows.ops.mlp import mlp
 from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
@@ -66,6 +67,8 @@ class Loader:
 
     def __init__(self, source: WeightSource, place: Place) -> None:
         self.source, self.place = source, place
+        self.room = LargePages().empty
+        """Where packed weights lie."""
 
     def __call__(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
         place = self.place
@@ -81,7 +84,12 @@ class Loader:
         """The rows of several matrices one after the other, ready for one product that computes them all."""
         place, shapes = self.place, [self._shape(weights[role]) for role in roles]
         ready = empty_linear(
-            sum(rows for rows, _ in shapes), shapes[0][1], place.dtype, place.device, self._held_as(weights[roles[0]])
+            sum(rows for rows, _ in shapes),
+            shapes[0][1],
+            place.dtype,
+            place.device,
+            self._held_as(weights[roles[0]]),
+            self.room,
         )
         self._fill(ready, weights, roles)
         return ready
@@ -89,7 +97,7 @@ class Loader:
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
         place, shape = self.place, self._shape(weights[gate])
-        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]))
+        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room)
         self._fill(ready, weights, (gate, up))
         return ready
 
@@ -122,7 +130,7 @@ class Loader:
         columns = gate.shape[0] if span is None else span[1] - span[0]
         hidden = gate.shape[1]
         gate_up_EF2H, down_EHF = empty_experts(
-            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate)
+            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate), self.room
         )
         for i in range(stop - first):
             fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
@@ -216,13 +224,19 @@ class Decoder:
             for table in rope_table(inv_freq_D2, factor, place.num_positions, rope_dtype or place.dtype)
         )
 
-    def begin_step(self, rows: PagedRows, sampler: Callable[[Tensor], Tensor] | None = None) -> StepInputs:
-        """What the stages need of a step in which this rank's group has these rows."""
+    def begin_step(
+        self, rows: PagedRows, sampler: Callable[[Tensor], Tensor] | None = None, *, into: StepInputs | None = None
+    ) -> StepInputs:
+        """What the stages need of a step in which this rank's group has these rows.
+
+        ``into``: an earlier step's inputs of as many rows, in whose memory the angles are put.
+        """
         positions = rows.positions_T
+        cos_TD2, sin_TD2 = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
         return StepInputs(
             rows=rows,
-            cos_TD2=self.cos_PD2.index_select(0, positions),
-            sin_TD2=self.sin_PD2.index_select(0, positions),
+            cos_TD2=torch.index_select(self.cos_PD2, 0, positions, out=cos_TD2),
+            sin_TD2=torch.index_select(self.sin_PD2, 0, positions, out=sin_TD2),
             sampler=sampler,
         )
 

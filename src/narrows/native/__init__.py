@@ -5,5 +5,6 @@ declares the functions it uses, and has a path in torch for where the library is
 """
 
 from narrows.native.library import Library, library, why_absent
+from narrows.native.tape import Tape
 
-__all__ = ["Library", "library", "why_absent"]
+__all__ = ["Library", "Tape", "library", "why_absent"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrows.ops.packed import PackedStack, empty_heads, fill, plain
+from narrows.ops.packed import PackedStack, Room, empty_heads, fill, plain
 
 __all__ = ["KeyWeight", "PackedKeys", "ValueWeight", "plain_halves", "split_kv_b"]
 
@@ -34,13 +34,16 @@ KeyWeight = Tensor | PackedKeys
 ValueWeight = Tensor | PackedStack
 
 
-def split_kv_b(kv_b_NXR: Tensor, key_dim: int) -> tuple[KeyWeight, ValueWeight]:
-    """w_uk [N, D, R] and w_uv [N, V, R] of ``kv_b_proj`` [N, D + V, R], ready for ``mla_attention``."""
+def split_kv_b(kv_b_NXR: Tensor, key_dim: int, room: Room | None = None) -> tuple[KeyWeight, ValueWeight]:
+    """w_uk [N, D, R] and w_uv [N, V, R] of ``kv_b_proj`` [N, D + V, R], ready for ``mla_attention``.
+
+    ``room``: what gives memory for packed ones.
+    """
     w_uk_NDR, w_uv_NVR = kv_b_NXR.tensor_split((key_dim,), dim=1)
-    expand, values = _heads(w_uk_NDR), _heads(w_uv_NVR)
+    expand, values = _heads(w_uk_NDR, room), _heads(w_uv_NVR, room)
     if isinstance(expand, Tensor):
         return expand, values
-    absorb = _heads(w_uk_NDR.transpose(1, 2))
+    absorb = _heads(w_uk_NDR.transpose(1, 2), room)
     assert isinstance(absorb, PackedStack)
     return PackedKeys(expand, absorb), values
 
@@ -50,8 +53,9 @@ def plain_halves(w_uk: KeyWeight, w_uv: ValueWeight) -> tuple[Tensor, Tensor]:
     return (_plain(w_uk.expand) if isinstance(w_uk, PackedKeys) else w_uk), _plain(w_uv)
 
 
-def _heads(weight_NOI: Tensor) -> Tensor | PackedStack:
-    ready = empty_heads(*weight_NOI.shape, weight_NOI.dtype, weight_NOI.device)
+def _heads(weight_NOI: Tensor, room: Room | None) -> Tensor | PackedStack:
+    given = {} if room is None else {"room": room}
+    ready = empty_heads(*weight_NOI.shape, weight_NOI.dtype, weight_NOI.device, **given)
     if isinstance(ready, Tensor):
         return ready.copy_(weight_NOI)
     for head in range(weight_NOI.shape[0]):

@@ -13,6 +13,7 @@ Letters: E experts, O outputs, I inputs, F inner columns.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +37,7 @@ __all__ = [
     "LinearWeight",
     "PackedLinear",
     "PackedStack",
+    "Room",
     "empty_experts",
     "empty_gate_up",
     "empty_heads",
@@ -45,6 +47,9 @@ __all__ = [
 ]
 
 PANEL = 32
+
+Room = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""What gives memory for panels."""
 
 
 class PackedWeight(ctypes.Structure):
@@ -106,16 +111,21 @@ LinearWeight = Tensor | PackedLinear | Int8Linear
 ExpertStack = Tensor | PackedStack | Int8Stack
 
 
+def _anywhere(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 def empty_linear(
     num_outputs: int,
     num_inputs: int,
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
+    room: Room = _anywhere,
 ) -> LinearWeight:
     """Room for a weight [O, I], to be filled."""
     if _packs(dtype, device, quantization):
-        return _stack(1, num_outputs, num_inputs, False, quantization)[0]
+        return _stack(1, num_outputs, num_inputs, False, quantization, room)[0]
     if quantization.kind:
         return empty_int8(1, num_outputs, num_inputs, device, quantization)[0]
     return torch.empty((num_outputs, num_inputs), dtype=dtype, device=device)
@@ -127,11 +137,12 @@ def empty_gate_up(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
+    room: Room = _anywhere,
 ) -> LinearWeight:
     """Room for a weight [2F, I], gates first."""
     if not _packs(dtype, device, quantization):
-        return empty_linear(2 * num_inner, num_inputs, dtype, device, quantization)
-    return _stack(1, 2 * num_inner, num_inputs, True, quantization)[0]
+        return empty_linear(2 * num_inner, num_inputs, dtype, device, quantization, room)
+    return _stack(1, 2 * num_inner, num_inputs, True, quantization, room)[0]
 
 
 def empty_experts(
@@ -141,12 +152,13 @@ def empty_experts(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
+    room: Room = _anywhere,
 ) -> tuple[ExpertStack, ExpertStack]:
     """Room for gate and up [E, 2F, H], gates first, and down [E, H, F]."""
     if _packs(dtype, device, quantization):
         return (
-            _stack(num_experts, 2 * num_inner, hidden, True, quantization),
-            _stack(num_experts, hidden, num_inner, False, quantization),
+            _stack(num_experts, 2 * num_inner, hidden, True, quantization, room),
+            _stack(num_experts, hidden, num_inner, False, quantization, room),
         )
     if quantization.kind:
         return (
@@ -160,12 +172,17 @@ def empty_experts(
 
 
 def empty_heads(
-    num_heads: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device
+    num_heads: int,
+    num_outputs: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: Room = _anywhere,
 ) -> Tensor | PackedStack:
     """Room for one weight [O, I] per head."""
     if not _packs(dtype, device, Quantization.NONE):
         return torch.empty((num_heads, num_outputs, num_inputs), dtype=dtype, device=device)
-    return _stack(num_heads, num_outputs, num_inputs, False, Quantization.NONE)
+    return _stack(num_heads, num_outputs, num_inputs, False, Quantization.NONE, room)
 
 
 def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
@@ -228,13 +245,15 @@ def _packs(dtype: torch.dtype, device: torch.device, quantization: Quantization)
     return dtype == torch.bfloat16 and device.type == "cpu" and library is not None
 
 
-def _stack(num_experts: int, num_outputs: int, num_inputs: int, gated: bool, quantization: Quantization) -> PackedStack:
+def _stack(
+    num_experts: int, num_outputs: int, num_inputs: int, gated: bool, quantization: Quantization, room: Room
+) -> PackedStack:
     """Room for panels; what lies beyond the weight is 0 (of int8 anything: rows have zeros there, scales are 0)."""
     assert num_inputs <= MAX_INPUTS or not quantization.kind, f"{num_inputs} inputs: their products may not fit 32 bits"
     num_panels = -(-num_outputs // PANEL)
     together, dtype = (4, torch.uint8) if quantization.kind else (2, torch.bfloat16)
     shape = (num_experts, num_panels, -(-num_inputs // together), PANEL, together)
-    panels = torch.empty(shape, dtype=dtype)
+    panels = room(shape, dtype)
     if num_outputs % PANEL:
         panels[:, -1] = 0
     scales = Scales.empty(num_experts, num_panels * PANEL, quantization) if quantization.kind else None

@@ -8,6 +8,7 @@ ranks: the next step can be scheduled before the host knows it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from narrows.sched.sampling import SamplingParams
 
@@ -55,6 +56,13 @@ class Chunk:
         assert self.tokens and 0 <= self.num_logits <= len(self.tokens), "a chunk has rows, and logits of some of them"
         assert len(self.targets) <= self.num_logits, "a row that is scored has logits"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A chunk as it travels to ranks, once per step: what most chunks leave as it is stays here."""
+        usual = (self.request, self.start, self.tokens, self.pages, self.num_logits, self.sampling, self.num_prompt)
+        if not (self.targets or self.skipped or self.allowed or self.banned):
+            return _chunk, usual
+        return _chunk, (*usual, self.targets, self.skipped, self.allowed, self.banned)
+
     @property
     def is_sampled(self) -> bool:
         """Whether its last row chooses a token."""
@@ -66,6 +74,10 @@ class Chunk:
         if not self.num_logits:
             return False
         return bool(self.allowed or self.banned) or (self.sampling is not None and self.sampling.needs_logits)
+
+
+def _chunk(*values: Any) -> Chunk:
+    return Chunk(**dict(zip(Chunk.__slots__, values, strict=False)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

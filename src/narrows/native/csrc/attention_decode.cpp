@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include "export.h"
+#include "tape.h"
 
 #ifdef NARROWS_GEMM
 using namespace narrows;
@@ -297,6 +298,7 @@ void share_out(int64_t count, int num_threads, Task task) {
 NARROWS_EXPORT void narrows_per_head(bf16* out, int64_t out_row, int64_t out_head, const bf16* x, int64_t x_row,
                                      int64_t x_head, const uint32_t* panels, int64_t num_rows, int64_t num_heads,
                                      int64_t num_inputs, int64_t num_outputs, int num_threads) {
+    NARROWS_NOT_TAPED
     const int64_t head_size = panels_of(num_outputs) * pairs_of(num_inputs) * PANEL;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     share_out(num_heads, num_threads, [&](int64_t n) {
@@ -315,6 +317,9 @@ NARROWS_EXPORT void narrows_mla_decode(bf16* out, int64_t out_row, const bf16* q
                                        const uint32_t* absorb, const uint32_t* w_uv, int64_t num_heads, int64_t key_dim,
                                        int64_t rope_dim, int64_t rank, int64_t value_dim, float scale,
                                        int num_threads) {
+    NARROWS_TAPED(narrows_mla_decode(out, out_row, q_nope, nope_row, nope_head, q_pe, pe_row, pe_head, cache,
+                                     slot_stride, slots, slots_row, lens, row_of, num_rows, absorb, w_uv,
+                                     num_heads, key_dim, rope_dim, rank, value_dim, scale, num_threads));
     static thread_local Scratch query_memory, sum_memory, place_memory, unit_memory;
     const int64_t width = rank + rope_dim;
     bf16* queries = query_memory.of<bf16>(num_rows * num_heads * width);
@@ -383,6 +388,9 @@ NARROWS_EXPORT void narrows_gqa_decode(bf16* out, int64_t out_row, int64_t out_h
                                        const int64_t* slots, int64_t slots_row, const int64_t* lens,
                                        const int64_t* row_of, int64_t num_rows, const int32_t* kv_of, int64_t num_heads,
                                        int64_t key_dim, int64_t value_dim, float scale, int num_threads) {
+    NARROWS_TAPED(narrows_gqa_decode(out, out_row, out_head, q, q_row, q_head, key_cache, key_slot, key_head,
+                                     value_cache, value_slot, value_head, slots, slots_row, lens, row_of,
+                                     num_rows, kv_of, num_heads, key_dim, value_dim, scale, num_threads));
     static thread_local Scratch unit_memory;
     Unit* units = unit_memory.of<Unit>(num_heads);
     int64_t num_units = 0;

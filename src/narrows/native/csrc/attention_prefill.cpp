@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include "export.h"
+#include "tape.h"
 
 #ifdef NARROWS_GEMM
 using namespace narrows;
@@ -266,6 +267,7 @@ NARROWS_EXPORT void narrows_mla_prefill(bf16* out, int64_t out_row, const bf16* 
                                         const uint32_t* w_uv, int64_t num_heads, int64_t key_dim, int64_t rope_dim,
                                         int64_t rank, int64_t value_dim, float scale, int num_threads,
                                         const Brgemm* brgemm) {
+    NARROWS_NOT_TAPED
     static thread_local Scratch latent_memory, rope_memory, order_memory;
     const int64_t num_panels = panels_of(context_len), rank_pairs = pairs_of(rank), rope_pairs = pairs_of(rope_dim);
     const int64_t key_panels = panels_of(key_dim), value_panels = panels_of(value_dim);
@@ -356,6 +358,7 @@ NARROWS_EXPORT void narrows_gqa_prefill(bf16* out, int64_t out_row, int64_t out_
                                         const int64_t* slots, int64_t context_len, int64_t num_rows,
                                         const int32_t* kv_of, int64_t num_heads, int64_t key_dim, int64_t value_dim,
                                         float scale, int num_threads, const Brgemm* brgemm) {
+    NARROWS_NOT_TAPED
     const int64_t key_pairs = pairs_of(key_dim), value_panels = panels_of(value_dim);
     // Heads [first, stop) that read one key/value head.
     const auto heads_of = [&](int64_t first, int64_t stop) {

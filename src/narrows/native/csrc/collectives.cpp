@@ -14,6 +14,7 @@
 
 #include "export.h"
 #include "sums.h"
+#include "tape.h"
 
 using namespace collectives;
 
@@ -181,6 +182,19 @@ struct Reduce {
     int64_t starts[];  // of each member's piece, in numbers; one more: how many there are
 };
 
+// A tape keeps copies of what Python writes anew for every call: arguments, and the call's description.
+template <typename Call>
+void tape(int (*function)(Wire*, const Call*, const int64_t*), Wire* wire, const Call* call, int64_t call_bytes,
+          const int64_t* args, int64_t num_args) {
+    narrows::Tape* to = narrows::recording();
+    if (to == nullptr || wire->stage != outside) return;  // a call that is made again is one call
+    const char* bytes = reinterpret_cast<const char*>(call);
+    to->calls.emplace_back([=, kept = std::vector<char>(bytes, bytes + call_bytes),
+                            given = std::vector<int64_t>(args, args + num_args)] {
+        return function(wire, reinterpret_cast<const Call*>(kept.data()), given.data());
+    });
+}
+
 // The end of every call: the others may know that this rank has read, or must all have read before it goes on.
 int leave(Wire& w, bool lingers) {
     if (w.stage == arriving) {
@@ -238,6 +252,8 @@ NARROWS_EXPORT void narrows_shm_layout(int64_t* out) {
 // write to `data` as soon as this returns, so that all must have read it.
 NARROWS_EXPORT int narrows_shm_gather(Wire* wire, const Gather* call, const int64_t* args) {
     Wire& w = *wire;
+    tape(narrows_shm_gather, wire, call, sizeof(Gather) + call->num_fields * w.size * sizeof(Part), args,
+         3 * call->num_fields + 1);
     if (w.stage == outside) {
         Arrival arrival(w, call->signature);
         for (int64_t f = 0; f < call->num_fields; f++) arrival.bring(f, args + 3 * f, call->part(w, f, w.me).bytes(), 0, 0);
@@ -267,6 +283,7 @@ NARROWS_EXPORT int narrows_shm_reduce(Wire* wire, const Reduce* call, const int6
     Wire& w = *wire;
     const int64_t num_fields = 1 + call->num_addends;
     const int64_t item = sums::size_of(call->dtype);
+    tape(narrows_shm_reduce, wire, call, sizeof(Reduce) + (w.size + 1) * sizeof(int64_t), args, 2 * num_fields + 2);
     if (w.stage == outside) {
         const int64_t start = call->starts[w.me], stop = call->starts[w.me + 1];
         Arrival arrival(w, call->signature);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "export.h"
+#include "tape.h"
 
 #ifdef NARROWS_GEMM
 using namespace narrows;
@@ -233,6 +234,9 @@ NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, con
                                     int64_t first_expert, int64_t num_experts, int64_t num_inputs, int64_t num_inner,
                                     const Packed* shared_gate_up, const Packed* shared_down, int64_t shared_inner,
                                     int num_threads, const Brgemm* brgemm) {
+    NARROWS_TAPED(narrows_experts(out, out_stride, wide, x, x_stride, ids, wide_ids, weights, num_rows, top_k,
+                                  kind, gate_up, down, first_expert, num_experts, num_inputs, num_inner,
+                                  shared_gate_up, shared_down, shared_inner, num_threads, brgemm));
     if (num_rows == 0) return;
     if (kind != NARROWS_BF16) brgemm = nullptr;
     Weights shared{{}, {}, 0};

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "export.h"
+#include "tape.h"
 
 // 1 where products with packed weights are compiled for this CPU, else 0 (and then nothing else here may be called).
 NARROWS_EXPORT int narrows_gemm() {
@@ -60,12 +61,14 @@ void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t
 // `stride`. `half`: panels hold 16 gates and 16 ups; this is a part of the gates (0) or the ups (1); -1: plain panels.
 NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first,
                                       int64_t num_rows, int64_t num_inputs, int64_t half) {
+    NARROWS_NOT_TAPED
     pack_weight<2>(panels, source, stride, first, num_rows, num_inputs, half, 0);
 }
 
 // The same for a weight of int8, whose panels hold 128 more (gemm_int8.h).
 NARROWS_EXPORT void narrows_gemm_pack_int8(uint32_t* panels, const int8_t* source, int64_t stride, int64_t first,
                                            int64_t num_rows, int64_t num_inputs, int64_t half) {
+    NARROWS_NOT_TAPED
     pack_weight<4>(panels, source, stride, first, num_rows, num_inputs, half, 0x80808080);
 }
 
@@ -154,6 +157,8 @@ void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const
 NARROWS_EXPORT void narrows_linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
                                    const uint32_t* panels, const float* scales, const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
                                    int wide, int num_threads, const Brgemm* brgemm) {
+    NARROWS_TAPED(narrows_linear(out, out_stride, x, x_stride, kind, panels, scales, bias, num_rows,
+                                 num_outputs, num_inputs, wide, num_threads, brgemm));
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
     const Packed weight{panels, scales};
@@ -221,6 +226,8 @@ void few_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, co
 NARROWS_EXPORT void narrows_linear_few(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride,
                                        const bf16* weight, const bf16* bias, int64_t num_rows, int64_t num_outputs,
                                        int64_t num_inputs, int num_threads) {
+    NARROWS_TAPED(narrows_linear_few(out, out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
+                                     num_inputs, num_threads));
     const auto work = [&](int64_t thread, int64_t threads) {
         const int64_t first = thread * num_outputs / threads, stop = (thread + 1) * num_outputs / threads;
         switch (num_rows) {
@@ -264,6 +271,8 @@ void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, con
 NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
                                     const uint32_t* panels, const float* scales, const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs,
                                     int num_threads, const Brgemm* brgemm) {
+    NARROWS_TAPED(narrows_gate_up(out, out_stride, x, x_stride, kind, panels, scales, bias, num_rows, num_inner,
+                                  num_inputs, num_threads, brgemm));
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
     with_kind(kind, [&]<typename Kind>(Kind) {

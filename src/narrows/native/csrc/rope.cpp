@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "export.h"
+#include "tape.h"
 #include "vector.h"
 
 // 1 where these functions are compiled for this CPU.
@@ -167,6 +168,8 @@ NARROWS_EXPORT void narrows_rope_rows(void* out, int64_t out_row, int64_t out_he
                                       int64_t x_head, const void* cos, const void* sin, int64_t num_rows,
                                       int64_t num_heads, int64_t half, int interleaved, int is_float,
                                       int table_is_float, int num_threads) {
+    NARROWS_TAPED(narrows_rope_rows(out, out_row, out_head, x, x_row, x_head, cos, sin, num_rows, num_heads,
+                                    half, interleaved, is_float, table_is_float, num_threads));
     typed(is_float, table_is_float, [&]<typename T, typename Table>(T*, Table*) {
         rope(static_cast<T*>(out), out_row, out_head, static_cast<const T*>(x), x_row, x_head,
              static_cast<const Table*>(cos), static_cast<const Table*>(sin), num_rows, num_heads, half,
@@ -181,6 +184,9 @@ NARROWS_EXPORT void narrows_rope_latents(void* q_pe, int64_t q_row, int64_t q_he
                                          int64_t slot_stride, const int64_t* slots, int64_t num_rows,
                                          int64_t num_heads, int64_t rank, int64_t half, int is_float,
                                          int table_is_float, int num_threads) {
+    NARROWS_TAPED(narrows_rope_latents(q_pe, q_row, q_head, latents, latent_row, cos, sin, cache, slot_stride,
+                                       slots, num_rows, num_heads, rank, half, is_float, table_is_float,
+                                       num_threads));
     typed(is_float, table_is_float, [&]<typename T, typename Table>(T*, Table*) {
         rope_latents(static_cast<T*>(q_pe), q_row, q_head, static_cast<const T*>(latents), latent_row,
                      static_cast<const Table*>(cos), static_cast<const Table*>(sin), static_cast<T*>(cache), slot_stride,
@@ -194,6 +200,8 @@ NARROWS_EXPORT void narrows_rope_heads(void* qkv, int64_t row, const void* q_nor
                                        const void* cos, const void* sin, void* keys, void* values, const int64_t* slots,
                                        int64_t num_rows, int64_t num_q, int64_t num_kv, int64_t dim, int is_float,
                                        int table_is_float, int num_threads) {
+    NARROWS_TAPED(narrows_rope_heads(qkv, row, q_norm, k_norm, eps, cos, sin, keys, values, slots, num_rows,
+                                     num_q, num_kv, dim, is_float, table_is_float, num_threads));
     typed(is_float, table_is_float, [&]<typename T, typename Table>(T*, Table*) {
         rope_heads(static_cast<T*>(qkv), row, static_cast<const T*>(q_norm), static_cast<const T*>(k_norm), eps,
                    static_cast<const Table*>(cos), static_cast<const Table*>(sin), static_cast<T*>(keys),

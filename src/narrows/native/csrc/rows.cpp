@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "export.h"
+#include "tape.h"
 
 // 1 where these functions are compiled for this CPU, else 0 (and then nothing else here may be called).
 NARROWS_EXPORT int narrows_rows() {
@@ -326,6 +327,8 @@ void decode_rows(T* out, const int8_t* codes, const float* scales, int64_t num_r
 NARROWS_EXPORT void narrows_rms_norm(void* out, int64_t out_stride, int64_t out_head_stride, const void* x,
                                      int64_t x_stride, int64_t head_stride, const void* weight, int64_t num_rows,
                                      int64_t num_heads, int64_t width, float eps, int wide, int num_threads) {
+    NARROWS_TAPED(narrows_rms_norm(out, out_stride, out_head_stride, x, x_stride, head_stride, weight, num_rows,
+                                   num_heads, width, eps, wide, num_threads));
     if (wide) {
         rms_norm((float*)out, out_stride, out_head_stride, (const float*)x, x_stride, head_stride, (const float*)weight,
                  num_rows, num_heads, width, eps, num_threads);
@@ -340,6 +343,8 @@ NARROWS_EXPORT void narrows_rms_norm(void* out, int64_t out_stride, int64_t out_
 NARROWS_EXPORT void narrows_add_rms_norm(void* out, void* sum_out, const void* x, const void* residual,
                                          const void* weight, int64_t num_rows, int64_t width, float eps, int wide,
                                          int num_threads) {
+    NARROWS_TAPED(narrows_add_rms_norm(out, sum_out, x, residual, weight, num_rows, width, eps, wide,
+                                       num_threads));
     if (wide) {
         add_rms_norm((float*)out, (float*)sum_out, (const float*)x, (const float*)residual, (const float*)weight,
                      num_rows, width, eps, num_threads);
@@ -354,6 +359,8 @@ NARROWS_EXPORT void narrows_add_rms_norm(void* out, void* sum_out, const void* x
 NARROWS_EXPORT void narrows_latent_norm(void* out, const void* x, int64_t x_stride, const void* q_weight,
                                         int64_t q_width, const void* kv_weight, int64_t kv_width, int64_t width,
                                         int64_t num_rows, float eps, int wide, int num_threads) {
+    NARROWS_TAPED(narrows_latent_norm(out, x, x_stride, q_weight, q_width, kv_weight, kv_width, width, num_rows,
+                                      eps, wide, num_threads));
     if (wide) {
         latent_norm((float*)out, (const float*)x, x_stride, (const float*)q_weight, q_width, (const float*)kv_weight,
                     kv_width, width, num_rows, eps, num_threads);
@@ -369,6 +376,9 @@ NARROWS_EXPORT void narrows_router(int32_t* ids, float* weights, const void* x, 
                                    const float* bias, int64_t num_rows, int64_t num_experts, int64_t width,
                                    int64_t top_k, int64_t num_groups, int64_t topk_group, int softmax, int two_best,
                                    int normalise, float factor, int wide, int num_threads) {
+    NARROWS_TAPED(narrows_router(ids, weights, x, x_stride, gate, bias, num_rows, num_experts, width, top_k,
+                                 num_groups, topk_group, softmax, two_best, normalise, factor, wide,
+                                 num_threads));
     const Rule rule{top_k, num_groups, topk_group, softmax, two_best, normalise, factor};
     if (wide) {
         router(ids, weights, (const float*)x, x_stride, gate, bias, num_rows, num_experts, width, rule, num_threads);
@@ -380,6 +390,7 @@ NARROWS_EXPORT void narrows_router(int32_t* ids, float* weights, const void* x, 
 // out[t] = table[id - first_id], or zeros for an id outside first_id <= id < first_id + num_ids; rows of `row_bytes`.
 NARROWS_EXPORT void narrows_embedding(char* out, int64_t out_stride_bytes, const int64_t* ids, int64_t num_rows,
                                       const char* table, int64_t first_id, int64_t num_ids, int64_t row_bytes) {
+    NARROWS_TAPED(narrows_embedding(out, out_stride_bytes, ids, num_rows, table, first_id, num_ids, row_bytes));
     for (int64_t t = 0; t < num_rows; ++t) {
         const int64_t at = ids[t] - first_id;
         if (at >= 0 && at < num_ids) {
@@ -393,6 +404,7 @@ NARROWS_EXPORT void narrows_embedding(char* out, int64_t out_stride_bytes, const
 // out[t] = (largest of x[t], first_id + its column), the lowest column of several; width at least 1.
 NARROWS_EXPORT void narrows_argmax(double* out, const void* x, int64_t stride, int64_t num_rows, int64_t width,
                                    int64_t first_id, int wide, int num_threads) {
+    NARROWS_TAPED(narrows_argmax(out, x, stride, num_rows, width, first_id, wide, num_threads));
     if (wide) {
         argmax(out, (const float*)x, stride, num_rows, width, first_id, num_threads);
     } else {
@@ -403,6 +415,7 @@ NARROWS_EXPORT void narrows_argmax(double* out, const void* x, int64_t stride, i
 // out[t] = the id of the largest of `num_pairs` (value, id), a NaN larger than all, ties to the lower id.
 NARROWS_EXPORT void narrows_pick(int64_t* out, const double* pairs, int64_t stride, int64_t num_rows,
                                  int64_t num_pairs) {
+    NARROWS_TAPED(narrows_pick(out, pairs, stride, num_rows, num_pairs));
     for (int64_t t = 0; t < num_rows; ++t) {
         const double* row = pairs + t * stride;
         double value = row[0], id = row[1];
@@ -419,6 +432,7 @@ NARROWS_EXPORT void narrows_pick(int64_t* out, const double* pairs, int64_t stri
 // codes [num_rows, width] int8 without gaps and a scale per row, of x with rows x_stride apart.
 NARROWS_EXPORT void narrows_encode_rows(int8_t* codes, float* scales, const void* x, int64_t x_stride, int64_t num_rows,
                                         int64_t width, int wide, int num_threads) {
+    NARROWS_TAPED(narrows_encode_rows(codes, scales, x, x_stride, num_rows, width, wide, num_threads));
     if (wide) {
         encode_rows(codes, scales, (const float*)x, x_stride, num_rows, width, num_threads);
     } else {
@@ -429,6 +443,7 @@ NARROWS_EXPORT void narrows_encode_rows(int8_t* codes, float* scales, const void
 // out [num_rows, width] of those codes and scales; nothing has gaps.
 NARROWS_EXPORT void narrows_decode_rows(void* out, const int8_t* codes, const float* scales, int64_t num_rows,
                                         int64_t width, int wide, int num_threads) {
+    NARROWS_TAPED(narrows_decode_rows(out, codes, scales, num_rows, width, wide, num_threads));
     if (wide) {
         decode_rows((float*)out, codes, scales, num_rows, width, num_threads);
     } else {

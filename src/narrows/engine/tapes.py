@@ -1,0 +1,211 @@
+"""Decode steps walked once and recorded, then repeated by one compiled call: the CPU's counterpart of a CUDA graph.
+
+Knows bound programs, the memory of a step's inputs, and torch's operations as far as to see that there are none; not
+what the compiled calls compute. A walk is recorded when a program meets the same row counts for the second time. What
+changes from step to step (ids, positions, slots, lengths, angles) lies in memory that stays; everything that the walk
+allocated is kept. If an operation computes with torch, the tape ends before it, and the walk goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrows.comm.recording import Recording
+from narrows.comm.world import World
+from narrows.engine.program import Frame, Program, Registers, Repeated
+from narrows.engine.sampler import RowSampler
+from narrows.layout import RowSplit
+from narrows.models.parts import Decoder
+from narrows.native import Tape, library
+from narrows.ops.paged import DecodeRows
+from narrows.sched.batch import Batch
+
+__all__ = ["Tapes"]
+
+_MOST_BYTES = 64 << 20
+"""What all tapes may keep. The oldest go first; a walk that needs more alone is not recorded."""
+_MOST_COUNTED = 1 << 12
+
+_aten = torch.ops.aten
+_FRESH = (
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+)
+
+Span = tuple[int, int, tuple[int, ...]]
+Key = tuple[Program, RowSplit, tuple[int, ...]]
+"""A program, the rows of each rank, and the rows that ask for logits."""
+Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
+Begin = Callable[[Tensor], RowSampler | None]
+
+
+class _Watcher(TorchDispatchMode):  # type: ignore[misc]
+    """Sees every operation of torch. Views, and memory as it comes, are no work to be done again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = False
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _FRESH:
+            self.kept.append(out)
+        elif not func.is_view:
+            self.computed = True
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.kept)
+
+
+class _Inputs:
+    """The memory of what changes from step to step."""
+
+    def __init__(self, model: Decoder, num_rows: int, spans: Sequence[Span], page_size: int) -> None:
+        self._model = model
+        self._rows = DecodeRows(len(spans), model.place.num_positions, page_size)
+        self.ids_T = torch.zeros(num_rows, dtype=torch.int64)
+        self._ids = self.ids_T.numpy()
+        self.step = model.begin_step(self._rows.set(spans))
+
+    def set(self, tokens: Sequence[int], spans: Sequence[Span], begin: Begin) -> RowSampler | None:
+        self._ids[:] = tokens
+        sampler = begin(self.ids_T)
+        self.step = self._model.begin_step(self._rows.set(spans), sampler, into=self.step)
+        return sampler
+
+
+class _Walk:
+    """A walk that was recorded, up to the first operation that computes with torch."""
+
+    def __init__(self, program: Program, frame: Frame, inputs: _Inputs) -> None:
+        self.program, self.frame, self.inputs = program, frame, inputs
+        self.nbytes = 0
+        self._stop = 0
+        self._told: list[tuple[int, int, Callable[[float], None]]] = []
+        self._registers: Registers = []
+        self._kept: list[Tensor] = []
+
+    def record(self, world: World) -> Registers | None:
+        """Walk all operations. None: the world cannot repeat its collectives, and nothing was done."""
+        self._tape = tape = Tape()
+        recording, count = world.record(tape), 0
+        if recording is None:
+            tape.end(0)
+            return None
+        self.recording: Recording = recording
+        try:
+            with _Watcher() as watcher:
+                registers = self.program.registers(self.inputs.ids_T.unsqueeze(-1))
+                for number, operation in enumerate(self.program.operations):
+                    if not watcher.computed:
+                        self._registers, self._stop, count = list(registers), number, tape.size
+                    operation(registers, self.frame)
+                    watcher.computed |= tape.size < count  # a compiled call that no tape repeats
+                    if not watcher.computed and isinstance(operation, Repeated):
+                        self._told.append((count, tape.size, operation.repeated(registers, self.frame)))
+                if not watcher.computed:
+                    self._registers, self._stop, count = list(registers), number + 1, tape.size
+        finally:
+            tape.end(count)
+            world.recorded(count)
+        self._kept, self.nbytes = watcher.kept, watcher.nbytes
+        return registers
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether a good part of the walk is on the tape."""
+        return self._stop > len(self.program.operations) // 2
+
+    def repeat(self, world: World) -> Registers:
+        world.repeat(self.recording)
+        for first, stop, tell in self._told:
+            tell(self._tape.seconds(first, stop))
+        registers = list(self._registers)
+        for operation in self.program.operations[self._stop :]:
+            operation(registers, self.frame)
+        return registers
+
+
+class Tapes:
+    """The recorded walks of one rank. Ranks need not agree: to repeat a walk is to make the same exchanges."""
+
+    def __init__(self, world: World, model: Decoder, page_size: int, logit_split: Split) -> None:
+        self._world, self._model, self._page_size = world, model, page_size
+        self._logit_split = logit_split
+        self._walks: dict[Key, _Walk] = {}
+        self._met: dict[Key, int] = {}
+        place = model.place
+        self._possible = library() is not None and place.device.type == "cpu" and place.dtype == torch.bfloat16
+
+    def forget(self) -> None:
+        """Drop all: their programs are bound anew."""
+        for walk in self._walks.values():
+            walk.recording.close()
+        self._walks.clear()
+        self._met.clear()
+
+    def run(
+        self,
+        program: Program,
+        batch: Batch,
+        rows: RowSplit,
+        tokens_of: Callable[[Batch], list[int]],
+        spans: Sequence[Span],
+        begin: Begin,
+    ) -> tuple[Registers, RowSampler | None] | None:
+        """The registers after a walk of a decode step, and its sampler; None if it is to be walked without a tape.
+
+        ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them.
+        """
+        if not self._possible or not program.repeatable or batch.phase != "decode":
+            return None
+        key = program, rows, batch.logit_rows()
+        walk = self._walks.pop(key, None)
+        if walk is None:
+            return self._record(key, batch.phase, tokens_of(batch), spans, begin) if self._is_due(key) else None
+        self._walks[key] = walk  # it is the newest now
+        sampler = walk.inputs.set(tokens_of(batch), spans, begin)
+        walk.frame.inputs = walk.inputs.step
+        return walk.repeat(self._world), sampler
+
+    def _is_due(self, key: Key) -> bool:
+        """Whether a step like this has come before, once."""
+        if len(self._met) >= _MOST_COUNTED:
+            self._met.clear()
+        self._met[key] = self._met.get(key, 0) + 1
+        return self._met[key] == 2
+
+    def _record(
+        self, key: Key, phase: str, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
+    ) -> tuple[Registers, RowSampler | None] | None:
+        program, rows, logit_rows = key
+        inputs = _Inputs(self._model, len(tokens), spans, self._page_size)
+        sampler = inputs.set(tokens, spans, begin)
+        frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)
+        walk = _Walk(program, frame, inputs)
+        registers = walk.record(self._world)
+        if registers is None:
+            self._possible = False  # and the sampler has been begun: the walk is made here all the same
+            return program.run(frame, inputs.ids_T.unsqueeze(-1)), sampler
+        if walk.is_worth_it and walk.nbytes <= _MOST_BYTES:
+            self._keep(key, walk)
+        else:
+            walk.recording.close()
+        return registers, sampler
+
+    def _keep(self, key: Key, walk: _Walk) -> None:
+        self._walks[key] = walk
+        del self._met[key]
+        while sum(held.nbytes for held in self._walks.values()) > _MOST_BYTES:
+            self._walks.pop(next(iter(self._walks))).recording.close()

@@ -1,0 +1,59 @@
+"""A recording of the compiled library's calls, made again by one call (csrc/tape.cpp). Knows addresses and counts."""
+
+from __future__ import annotations
+
+import ctypes
+
+from narrows.native.library import Library, library
+
+__all__ = ["Tape"]
+
+
+class Tape:
+    """Records the calls that this thread makes from now on until :meth:`end`; :meth:`run` makes them again.
+
+    Arguments are repeated as they were: whoever records sees to it that the memory they point to stays.
+    """
+
+    def __init__(self) -> None:
+        found = library()
+        assert found is not None, "nothing is compiled here"
+        self._library: Library = found
+        found.narrows_tape_begin.restype = ctypes.c_void_p
+        found.narrows_tape_size.restype = ctypes.c_int64
+        found.narrows_tape_end.restype = found.narrows_tape_free.restype = None
+        self._address = ctypes.c_void_p(found.narrows_tape_begin())
+        self._at = ctypes.c_int64(0)
+        self._times = (ctypes.c_int64 * 1)()
+
+    @property
+    def size(self) -> int:
+        """Calls so far; -1 if one was made that cannot be repeated."""
+        return int(self._library.narrows_tape_size(self._address))
+
+    @property
+    def position(self) -> int:
+        """The call that is being made. Any thread may look."""
+        return self._at.value
+
+    def end(self, count: int) -> None:
+        """Records no more, and keeps the first ``count`` calls."""
+        self._library.narrows_tape_end(self._address, ctypes.c_int64(count))
+        self._times = (ctypes.c_int64 * (count + 1))()
+        self._run = self._library.narrows_tape_run
+        self._given = self._address, ctypes.byref(self._at), ctypes.byref(self._times)
+
+    def rewind(self) -> None:
+        """The next run begins with the first call."""
+        self._at.value = 0
+
+    def run(self) -> int:
+        """Makes the calls, from :attr:`position` on. Returns 0, or what a call returned that is to be made again."""
+        return int(self._run(*self._given))
+
+    def seconds(self, first: int, stop: int) -> float:
+        """How long calls ``first`` to ``stop - 1`` took in the last run."""
+        return (self._times[stop] - self._times[first]) * 1e-9
+
+    def __del__(self) -> None:
+        self._library.narrows_tape_free(self._address)
