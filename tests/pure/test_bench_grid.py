@@ -100,8 +100,10 @@ def test_errors_are_of_every_plan_without_their_signs() -> None:
     plan = MANY["auto"]
     found = summary([cell({("auto",): [2 * plan.seconds]}), cell({("auto",): [plan.seconds / 2]})])
     assert found.mean_error == pytest.approx((0.5 + 1.0) / 2)
-    one = times(("auto",), plan, [2 * plan.seconds], [plan.seconds])
-    assert (one.error, one.outside) == pytest.approx((-0.5, plan.seconds))
+    one = replace(
+        times(("auto",), plan, [2 * plan.seconds]), clocked_s=((plan.seconds / plan.num_steps,) * plan.num_steps,)
+    )
+    assert one.walk_error == pytest.approx(0) and one.outside == pytest.approx(plan.seconds)
 
 
 def test_seconds_of_classes_and_of_single_steps() -> None:
