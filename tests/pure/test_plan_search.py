@@ -150,7 +150,7 @@ State = tuple[int, frozenset[tuple[str, Layout]], bool]
 def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices) -> int:
     """Dijkstra over the whole model at once: any field may move before any stage, alone or packed with others."""
     stages = [*chain.prologue, *(s for t in chain.layers for s in chain.layer_types[t].stages), *chain.epilogue]
-    first_of_epilogue = len(stages) - len(chain.epilogue)
+    last_attention = max(i for i, stage in enumerate(stages) if stage.name == "attention")
     row_bytes: dict[str, int] = {}
     for field in chain.fields.values():
         row_bytes[field.bundle] = row_bytes.get(field.bundle, 0) + field.row_bytes
@@ -179,9 +179,8 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices) -> int:
                 if held[addend] == wanted and not hidden.holds_columns:
                     rest = {name: layout for name, layout in held.items() if name != addend}
                     yield state(rest), prices.add(wanted, row_bytes["hidden"], row_set)
-        if at >= first_of_epilogue and not selected:
-            live = [name for name in ("hidden", "shared", "residual") if name in held]
-            total = sum(row_bytes[name] for name in live)
+        if at > last_attention and not selected:
+            total = sum(row_bytes[name] for name in held)
             yield state(held, True), prices.select(held["hidden"], total)
         reads = {bundle_of[name] for name in stage.reads}
         fused = stage.kind is StageKind.NORM and "residual" in held
@@ -189,7 +188,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices) -> int:
             reads.discard("residual")
         layouts = {held.get(name) for name in reads}
         layout = next(iter(layouts))
-        wrong_rows = stage.kind is not StageKind.NORM and selected is not (stage.row_set is RowSet.LOGITS)
+        wrong_rows = not selected and stage.row_set is RowSet.LOGITS
         if len(layouts) > 1 or layout is None or wrong_rows or (stage.kind is StageKind.NORM and "shared" in held):
             return
         if layout != stage.accepts if stage.accepts is not None else not layout.is_whole:

@@ -212,7 +212,9 @@ def asked_for(folder: Path, steps: Steps, *, dp: int, tp: int, **options: object
 def run_on_one_rank(folder: Path, steps: Steps, dtype: str = "float32") -> OneRank:
     recorder = Recorder(1)
     logits = []
-    with Engine(resolve(asked_for(folder, steps, dp=1, tp=1, dtype=dtype)), wrap=recorder.wrap) as engine:
+    # Under a layout that keeps all rows up to the head, so that every row's routing is there to be replayed.
+    asked = asked_for(folder, steps, dp=1, tp=1, dtype=dtype, layout="all-reduce")
+    with Engine(resolve(asked), wrap=recorder.wrap) as engine:
         for number, (_, batch) in enumerate(steps.named):
             recorder.begin(number)
             (result,) = engine.submit(steps.merged(batch), keep_logits=True).result()
@@ -388,6 +390,10 @@ MUST_BE_SEEN = {
     "select from an owed sum",
     "select from an owed sum with addends",
     "select from rows",
+    "post_attn_norm fused logits",
+    "router logits",
+    "experts logits",
+    "all_gather logits of 3 fields",
     "input_norm all",
     "input_norm fused all",
     "final_norm fused all",

@@ -44,10 +44,12 @@ class Frame:
     rows: RowSplit
     logits: RowSplit
     geometries: tuple[Geometry, ...]
+    logit_rows: Sequence[int]
+    """The rows, of all, that ask for logits."""
     selections: tuple[Tensor, ...]
     """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in."""
     out_rows: tuple[int, ...]
-    """Rows that this rank leaves in each layout that a stage writes into a send buffer."""
+    """Rows that this rank leaves in each layout and row set that a stage writes into a send buffer."""
     phase: str = "prefill"
     """For profiles only: no operation depends on it."""
 
@@ -59,7 +61,7 @@ class Program:
         self._operations = tuple(binder.operations)
         self._moves = tuple(binder.moves)
         self._selected = tuple(binder.selected)
-        self._out_layouts = tuple(binder.out_layouts)
+        self._outs = tuple(binder.outs)
         self._num_registers = len(binder.registers)
         self._rank, self._device = binder.world.rank, binder.model.place.device
         self.outputs = dict(binder.registers)
@@ -78,9 +80,10 @@ class Program:
             inputs=inputs,
             rows=rows,
             logits=logits,
+            logit_rows=logit_rows,
             geometries=tuple(mover.geometry(splits[row_set]) for mover, row_set in self._moves),
             selections=tuple(selections),
-            out_rows=tuple(rows.num_rows(layout, self._rank) for layout in self._out_layouts),
+            out_rows=tuple(splits[row_set].num_rows(layout, self._rank) for layout, row_set in self._outs),
             phase=phase,
         )
 
@@ -131,7 +134,7 @@ class _Binder:
         self.registers: dict[str, int] = {"ids": 0}
         self.moves: list[tuple[Mover, RowSet]] = []
         self.selected: list[Layout] = []
-        self.out_layouts: list[Layout] = []
+        self.outs: list[tuple[Layout, RowSet]] = []
         self._owed: list[tuple[int, Layout]] = []  # registers of addends that wait for a sum to be completed
         self._geometry_of: dict[tuple[Layout, Layout, RowSet], int] = {}
         steps = list(plan.steps())
@@ -149,10 +152,10 @@ class _Binder:
     def _register(self, name: str) -> int:
         return self.registers.setdefault(name, len(self.registers))
 
-    def _index(self, layouts: list[Layout], layout: Layout) -> int:
-        if layout not in layouts:
-            layouts.append(layout)
-        return layouts.index(layout)
+    def _index(self, known: list[Any], one: Any) -> int:
+        if one not in known:
+            known.append(one)
+        return known.index(one)
 
     def _bind(self, layer: int | None, step: Step, following: Step | None) -> Operation:
         if step.kind is StepKind.STAGE:
@@ -177,7 +180,7 @@ class _Binder:
         (write,) = writes
         if following is not None and self._feeds(step, following):
             field = self.fields[step.writes[0]]
-            at = self._index(self.out_layouts, step.leaves)
+            at = self._index(self.outs, (step.leaves, step.row_set))
             lend, width, dtype = self.world.send_buffer, field.width, self.model.place.dtype
 
             def write_out(regs: Registers, frame: Frame) -> None:

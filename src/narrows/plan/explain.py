@@ -135,7 +135,8 @@ def step_words(mesh: Mesh, step: Step) -> str:
 
 
 def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
-    """How the steps of ``odd`` differ from those of ``usual``."""
+    """How the steps of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
+    by that step."""
 
     def what(step: Step) -> tuple[object, ...]:
         return (
@@ -145,7 +146,6 @@ def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
             step.reads,
             step.reads_at,
             step.writes_at,
-            step.row_set,
             step.encodings,
         )
 

@@ -89,7 +89,7 @@ class Graph:
         ]
         self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
-        self._nodes: dict[tuple[str, State], Node] = {}
+        self._nodes: dict[tuple[str, bool, State], Node] = {}
 
     def start(self) -> State:
         """Before the first stage: the token ids, everywhere."""
@@ -99,10 +99,10 @@ class Graph:
         return tuple(state)
 
     def node(self, stage: Stage, state: State) -> Node:
-        """The node of ``state`` before ``stage``; stages are told apart by name."""
-        node = self._nodes.get((stage.name, state))
+        """The node of ``state`` before ``stage``; stages are told apart by name, and the last layer's from others."""
+        node = self._nodes.get((stage.name, stage.any_rows, state))
         if node is None:
-            node = self._nodes[stage.name, state] = Node(state)
+            node = self._nodes[stage.name, stage.any_rows, state] = Node(state)
             node.run = self._run(state, stage)
         return node
 
@@ -117,7 +117,7 @@ class Graph:
     def _edges(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
         if stage.kind is StageKind.NORM:
             yield from self._adds(state, stage)
-        if stage in self.chain.epilogue and state[-1] == 0 and self._may_select(stage):
+        if stage.after_selection and state[-1] == 0 and self._may_select(stage):
             yield self._select(state, stage)
         by_layout: dict[int, list[int]] = {}
         for slot in range(len(self._bundles)):
@@ -182,7 +182,7 @@ class Graph:
 
     def _run(self, state: State, stage: Stage) -> tuple[State, Edge] | None:
         """The state after ``stage``, if it can run in ``state``."""
-        if (state[-1] == 1) is not (stage.row_set is RowSet.LOGITS) and stage.kind is not StageKind.NORM:
+        if not (stage.after_selection if state[-1] else stage.row_set is RowSet.ALL):
             return None
         fused = False
         reads = {self._slot[self.chain.fields[name].bundle] for name in stage.reads}
@@ -220,7 +220,8 @@ class Graph:
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def _stage(self, stage: Stage, index: int, leaves: int, fused: bool, selected: int) -> Edge:
-        key = ("stage", stage.name, index, fused, selected)
+        cost = ("stage", stage.name, index, fused, selected)
+        key = (*cost, stage.any_rows)
         if (made := self._made.get(key)) is not None:
             return made
         layout, row_set = self._layouts[index], _ROW_SETS[selected]
@@ -229,7 +230,7 @@ class Graph:
             reads = tuple(name for name in reads if name != "residual")
         return self._edge(
             key,
-            key,
+            cost,
             lambda prices: prices.stage(stage, layout, fused, row_set),
             kind=StepKind.STAGE,
             name=stage.name,
@@ -301,9 +302,10 @@ class Graph:
         )
 
     def _select(self, state: State, stage: Stage) -> tuple[State, Edge]:
-        slots = [self._slot[name] for name in ("hidden", *_ADDENDS) if state[self._slot[name]] != ABSENT]
-        names = tuple(self._bundles[slot] for slot in slots)
-        layouts = tuple(self._layouts[state[slot]] for slot in slots)
+        hidden = self._slot["hidden"]
+        slots = sorted((i for i, at in enumerate(state[:-1]) if at != ABSENT), key=lambda i: i != hidden)
+        names = tuple(name for slot in slots for name in self._names[slot])
+        layouts = tuple(self._layouts[state[slot]] for slot in slots for _ in self._names[slot])
         row_bytes = sum(self._row_bytes[slot] for slot in slots)
         edge = self._edge(
             ("select", stage.name, state),

@@ -160,10 +160,11 @@ class Plan:
 
         Raises:
             PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout; an addend
-                would be counted twice, or lost; a field is encoded that must not be, or an encoded one would enter the
+                would be counted twice, or lost; rows are selected of some fields only, or before a stage that needs all; a field is encoded that must not be, or an encoded one would enter the
                 residual stream. The stage that the step is, or prepares, is named.
         """
         state: dict[str, Layout] = {"ids": full(self.mesh)}
+        selected = False
         rounded: dict[str, Encoding] = {}
         for layer, step in self.steps():
             where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
@@ -171,6 +172,7 @@ class Plan:
                 where = f"layer {layer} {where}"
             for name, wanted in zip(step.reads, step.reads_at, strict=True):
                 self._check(where, state, name, wanted, step)
+            selected = _check_rows(where, step, selected, state)
             _check_encodings(where, step, rounded)
             if step.stage is not None and step.stage.kind is StageKind.NORM:
                 for addend in ("residual", "shared"):
@@ -204,6 +206,23 @@ class Plan:
             raise PlanError(f"{where} reads {name} at {have}, but accepts only {step.stage.accepts}")
         if step.stage.accepts is None and not (have.is_whole and have == step.layout):
             raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows in one layout")
+
+
+def _check_rows(where: str, step: Step, selected: bool, state: dict[str, Layout]) -> bool:
+    """Whether only the rows whose logits are asked for are left after ``step``; ``selected``: before it."""
+    if step.kind is StepKind.SELECT:
+        left = sorted(set(state) - set(step.reads))
+        if selected or left:
+            why = "they have been selected before" if selected else f"{', '.join(left)} would keep all of them"
+            raise PlanError(f"{where} selects rows, but {why}")
+        return True
+    if selected is not (step.row_set is RowSet.LOGITS):
+        have, says = ("the rows with logits", "all rows") if selected else ("all rows", "the rows with logits")
+        raise PlanError(f"{where} is a step on {says}, but there are {have}")
+    if step.stage is not None and not (step.stage.after_selection if selected else step.stage.row_set is RowSet.ALL):
+        needs = "all rows, but only those with logits are left" if selected else "the rows with logits alone"
+        raise PlanError(f"{where} needs {needs}")
+    return selected
 
 
 def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding]) -> None:

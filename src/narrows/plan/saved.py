@@ -126,10 +126,14 @@ def _step_document(step: Step) -> dict[str, Any]:
 
 
 def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain) -> Plan:
-    stages: dict[str, Stage] = {}
-    for each in (chain, with_logits):
-        for group in (each.prologue, each.epilogue, *(kind.stages for kind in each.layer_types)):
-            stages.update({stage.name: stage for stage in group})
+    outside = {stage.name: stage for each in (chain, with_logits) for stage in (*each.prologue, *each.epilogue)}
+
+    def stages(layers: list[int]) -> dict[str, Stage]:
+        """The last layer's are others than those of the same name."""
+        if not layers:
+            return outside
+        return {stage.name: stage for stage in chain.layer_types[chain.layers[layers[0]]].stages}
+
     shape = document["shape"]
     return Plan(
         layout_name=document["layout"],
@@ -144,7 +148,7 @@ def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain
             Segment(
                 name=segment["name"],
                 layers=tuple(segment["layers"]),
-                steps=tuple(_step(raw, mesh, stages) for raw in segment["steps"]),
+                steps=tuple(_step(raw, mesh, stages(segment["layers"])) for raw in segment["steps"]),
             )
             for segment in document["segments"]
         ),
