@@ -6,7 +6,7 @@ A stage costs its largest rank's rows. A collective on a device whose ranks need
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
@@ -135,6 +135,15 @@ class Pricer:
         nbytes = rows * row_bytes
         price = collective_price(self.device, op, n, nbytes, graph=self.graph)
         return StepPrice(price.ps, rows, nbytes, price.source)
+
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice | None:
+        """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum is
+        in cache, and writing it is the reduction's), launched once. None: the device has no such step of that size."""
+        price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
+        if price.nbytes > self.device.fused_norm_bytes:
+            return None
+        launch = round(self.device.launch_s * 1e12) if normed.nbytes else 0
+        return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
 
     def _rows(self, row_set: RowSet, layout: Layout) -> int:
         """Rows of the largest rank; the same few layouts are asked for again and again."""

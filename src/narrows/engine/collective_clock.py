@@ -49,6 +49,8 @@ class CollectiveClock:
         if move is None or move.kind is MoveKind.SLICE:
             return operation
         kind = (f"{move.src} -> {move.dst}", str(move.kind))
+        if step.stage is not None:  # a reduction and its norm: the residual crosses no rank
+            reads, writes = reads[:1], writes[:1]
         encodings = step.encodings or (Encoding.PLAIN,) * len(writes)
 
         def timed(regs: Registers, frame: Frame) -> None:

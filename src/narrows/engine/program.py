@@ -19,7 +19,7 @@ from torch import Tensor
 
 from narrows.arch.stages import Field, RowSet, StageKind
 from narrows.comm.movers import Geometry, Mover
-from narrows.comm.world import World
+from narrows.comm.world import RowNorm, World
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
 from narrows.ops.encode_rows import decode_rows, encode_rows
@@ -202,7 +202,7 @@ class _Binder:
             and step.leaves.owes_sum
             and following.move is not None
             and following.move.kind in _REDUCES
-            and following.reads == step.writes
+            and following.reads[:1] == step.writes
         )
 
     def _move(self, layer: int | None, step: Step) -> Operation:
@@ -217,6 +217,8 @@ class _Binder:
             self.moves.append((mover, step.row_set))
         at = self._geometry_of[key]
         registers = [self._register(name) for name in step.reads]
+        if step.stage is not None:
+            return self._reduce_norm(layer, step, mover, at)
         if step.encoded:
             return self._encoded_gather(step, mover, at)
         if step.move.kind in _REDUCES and self._owed and not step.leaves.owes_sum:
@@ -235,6 +237,29 @@ class _Binder:
                 regs[i] = tensor
 
         return move
+
+    def _reduce_norm(self, layer: int | None, step: Step, mover: Mover, at: int) -> Operation:
+        """An all-reduce and the norm after it at once where the world does that, else one after the other: equal bits."""
+        module = self.model if layer is None else self.model.layers[layer]
+        norm, (weight, eps) = getattr(module, step.boundary), module.norm_of(step.boundary)
+        hidden, *apart = (self._register(name) for name in step.reads)
+        writes = [self._register(name) for name in step.writes]
+        addends = [register for register, _ in self._owed]
+        self._owed.clear()
+
+        def reduce_and_norm(regs: Registers, frame: Frame) -> None:
+            x, joined = regs[hidden], [regs[i] for i in addends]
+            residual = regs[apart[0]] if apart else None
+            done = mover.reduce_norm(x, frame.geometries[at], joined, RowNorm(weight, eps, residual))
+            if done is None:
+                (x,) = mover([x], frame.geometries[at], joined)
+                done = norm(frame.inputs, x, residual)
+            if len(writes) == 2:
+                regs[writes[0]], regs[writes[1]] = done
+            else:
+                regs[writes[0]] = done if isinstance(done, Tensor) else done[0]
+
+        return reduce_and_norm
 
     def _encoded_gather(self, step: Step, mover: Mover, at: int) -> Operation:
         """Encode, gather, decode. This rank's own rows come back through the gather too, so that they are decoded like

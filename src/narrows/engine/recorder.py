@@ -16,7 +16,7 @@ from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.worker import Worker
 from narrows.layout import Layout, RowSplit, scattered
 from narrows.models.moe import MoeLayer
-from narrows.plan.plan import Step, StepKind
+from narrows.plan.plan import Step
 
 __all__ = ["Copy", "Flip", "Recorder", "Spot"]
 
@@ -111,11 +111,11 @@ class Recorder:
         def around(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            if step.kind is not StepKind.STAGE and not step.encoded:
+            if step.stage is None and not step.encoded:
                 return operation
             if step.name == "router" and layer is not None:
                 operation = self._router(worker, layer, step, reads, writes, operation)
-            where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
+            where = f"{step.name} before {step.boundary}" if step.stage is None else step.stage.name
             spots = [Spot(layer, where, name) for name in step.writes]
 
             def recorded(regs: Registers, frame: Frame) -> None:

@@ -16,7 +16,7 @@ from narrows.cost.price import Source
 from narrows.cost.stage import StepPrice
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
 from narrows.plan.named import NamedLayout
-from narrows.plan.plan import Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Step, StepKind
 
 __all__ = ["Graph", "Node", "Prices", "State"]
 
@@ -33,31 +33,38 @@ class Prices(Protocol):
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
+    def reduce_norm(
+        self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet
+    ) -> StepPrice | None: ...
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
 
 
+Ask = Callable[[Prices], StepPrice | None]
+"""None: there is no such step."""
 Edge = tuple[int, Step]
 """The index of its price in ``Graph.asks``, and the step, its price still blank."""
 
 
 class Node:
-    """A state before a stage. ``edges`` lead to other states before it, ``run`` to the one after it, if it can run."""
+    """A state before a stage. ``edges`` lead to other states before it, ``runs`` to those after it: the stage by itself,
+    or in one step with the all-reduce before it."""
 
-    __slots__ = ("edges", "run", "state")
+    __slots__ = ("edges", "runs", "state")
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.edges: tuple[tuple[Node, Edge], ...] | None = None
-        self.run: tuple[State, Edge] | None = None
+        self.runs: tuple[tuple[State, Edge], ...] = ()
 
 
 class Graph:
     """All ways through ``chain`` on ``mesh`` that ``rules`` leave.
 
     ``encoding``: what the rows of a field that may be encoded can travel as in a gather, beside plain; ``always``:
-    plain gathers of such fields are left out, whatever encoding costs.
+    plain gathers of such fields are left out, whatever encoding costs. ``fuses_norms``: the device may have a price for
+    an all-reduce and the norm after it in one step.
     """
 
     def __init__(
@@ -68,10 +75,12 @@ class Graph:
         encoding: Encoding = Encoding.PLAIN,
         *,
         always: bool = False,
+        fuses_norms: bool = False,
     ) -> None:
         self.chain, self.mesh, self.rules = chain, mesh, rules
         self._encoding, self._always = encoding, always
-        self.asks: list[Callable[[Prices], StepPrice]] = []
+        self._fuses_norms = fuses_norms and rules.fuses_norms
+        self.asks: list[Ask] = []
         self._ask_index: dict[tuple[Any, ...], int] = {}
         self._layouts = legal_layouts(mesh)
         self._index = {layout: i for i, layout in enumerate(self._layouts)}
@@ -103,7 +112,7 @@ class Graph:
         node = self._nodes.get((stage.name, stage.any_rows, state))
         if node is None:
             node = self._nodes[stage.name, stage.any_rows, state] = Node(state)
-            node.run = self._run(state, stage)
+            node.runs = tuple(self._runs(state, stage))
         return node
 
     def edges(self, stage: Stage, node: Node) -> tuple[tuple[Node, Edge], ...]:
@@ -213,6 +222,21 @@ class Graph:
             after[self._slot[self.chain.fields[name].bundle]] = leaves
         return tuple(after), self._stage(stage, index, leaves, fused, state[-1])
 
+    def _runs(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
+        run = self._run(state, stage)
+        if run is not None:
+            yield run
+        slot = self._slot["hidden"]
+        if not self._fuses_norms or stage.kind is not StageKind.NORM or state[slot] == ABSENT:
+            return
+        for move, dst in self._moves[state[slot]]:
+            if move.kind is MoveKind.ALL_REDUCE and self._may_move(move, stage):
+                reduced = (*state[:slot], dst, *state[slot + 1 :])
+                run = self._run(reduced, stage)
+                if run is not None:
+                    after, (_, normed) = run
+                    yield after, self._reduce_norm(move, dst, normed, state, stage)
+
     def _row_stage_at(self, stage: Stage, index: int) -> bool:
         titles = self.rules.rows_at.get(stage.name)
         return titles is None or any(self._titles[title] == index for title in titles)
@@ -284,6 +308,32 @@ class Graph:
             encodings=travels if encoded else (),
         )
 
+    def _reduce_norm(self, move: Move, dst: int, normed: Step, state: State, stage: Stage) -> Edge:
+        """``move`` of hidden and ``normed``, the norm after it, as one step."""
+        slot, selected, fused = self._slot["hidden"], state[-1], normed.fused
+        cost = (ALL_REDUCE_NORM, stage.name, state[slot], dst, fused, selected)
+        key = (*cost, stage.any_rows)
+        if (made := self._made.get(key)) is not None:
+            return made
+        row_set, row_bytes = _ROW_SETS[selected], self._row_bytes[slot]
+        return self._edge(
+            key,
+            cost,
+            lambda prices: prices.reduce_norm(move, stage, fused, row_bytes, row_set),
+            kind=StepKind.MOVE,
+            name=ALL_REDUCE_NORM,
+            boundary=stage.name,
+            price_class=PriceClass.COMMUNICATION,
+            reads=normed.reads,
+            reads_at=(move.src, *normed.reads_at[1:]),
+            writes=normed.writes,
+            writes_at=normed.writes_at,
+            row_set=row_set,
+            stage=stage,
+            move=move,
+            fused=fused,
+        )
+
     def _add(self, addend: str, hidden: int, at: int, selected: int, stage: Stage) -> Edge:
         row_bytes, row_set, layout = self._row_bytes[self._slot["hidden"]], _ROW_SETS[selected], self._layouts[at]
         return self._edge(
@@ -323,9 +373,7 @@ class Graph:
         )
         return (*state[:-1], 1), edge
 
-    def _edge(
-        self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Callable[[Prices], StepPrice], **what: Any
-    ) -> Edge:
+    def _edge(self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Ask, **what: Any) -> Edge:
         """The edge called ``key``; those with equal ``cost`` share one ask."""
         index = self._ask_index.get(cost)
         if index is None:

@@ -17,7 +17,10 @@ from narrows.cost.stage import StepShape
 from narrows.errors import PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
 
-__all__ = ["Plan", "Segment", "Step", "StepKind"]
+__all__ = ["ALL_REDUCE_NORM", "Plan", "Segment", "Step", "StepKind"]
+
+ALL_REDUCE_NORM = "all_reduce_norm"
+"""Name of the step that is an all-reduce and the norm after it at once: a MOVE that has a stage too."""
 
 
 class StepKind(StrEnum):
@@ -39,6 +42,9 @@ class Step:
     ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
     predicted picoseconds: integers, so that sums do not depend on their order. ``encodings``: how each field read by a
     gather travels; such a step is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
+
+    A MOVE with a stage is a reduction and the norm after it in one step, with a price of its own: it reads ``hidden``
+    where its sum is owed and, ``fused``, the residual where the norm leaves both.
     """
 
     kind: StepKind
@@ -192,19 +198,21 @@ class Plan:
         if have != wanted:
             owed = "its sum is still owed: it is" if have.owes_sum else "it is"
             raise PlanError(f"{where} reads {name} at {wanted}, but {owed} at {have}")
-        if step.move is not None and have != step.move.src:
+        moved = step.move is not None and (step.stage is None or name == step.reads[0])
+        if step.move is not None and moved and have != step.move.src:
             raise PlanError(f"{where} moves {name} from {step.move.src}, but it is at {have}")
         if step.kind is StepKind.ADD and name == step.reads[1]:
             at = scattered(self.mesh) if step.joins else step.layout
             if have != at:
                 raise PlanError(f"{where} reads {name} at {have}, where it would not be added once: it needs {at}")
-        if step.stage is None:
+        if step.stage is None or (moved and step.leaves.is_whole):
             return
         if have.owes_sum:
             raise PlanError(f"{where} reads {name} at {have}: its sum is still owed")
         if step.stage.accepts is not None and have != step.stage.accepts:
             raise PlanError(f"{where} reads {name} at {have}, but accepts only {step.stage.accepts}")
-        if step.stage.accepts is None and not (have.is_whole and have == step.layout):
+        at = step.layout if step.move is None else step.leaves
+        if step.stage.accepts is None and not (have.is_whole and have == at):
             raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows in one layout")
 
 
@@ -241,6 +249,6 @@ def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding]) -> No
     for name in step.reads:
         if name in rounded and (is_norm or step.kind is StepKind.ADD):
             raise PlanError(f"{where} would add {name}, whose rows came as {rounded[name]}, to the residual stream")
-    if step.kind is StepKind.STAGE:
+    if step.stage is not None:
         for name in step.writes:
             rounded.pop(name, None)

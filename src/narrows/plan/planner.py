@@ -97,7 +97,9 @@ class Planner:
         if graph is None:
             encoding, always = ENCODE_ROWS[d.encode_rows]
             rules = named_layout(layout, d.config, d.mesh)
-            graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
+            graph = self._graphs[layout] = Graph(
+                self.chain, d.mesh, rules, encoding, always=always, fuses_norms=d.device.fused_norm_bytes > 0
+            )
         prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
         segments = Search(graph, prices).solve()
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments)

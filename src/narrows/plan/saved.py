@@ -19,7 +19,7 @@ from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, RowSplit
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Segment, Step, StepKind
 
 __all__ = ["SavedPlan", "read_plan", "write_plan"]
 
@@ -172,7 +172,7 @@ def _step(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Step:
         nbytes=raw["nbytes"],
         ps=raw["ps"],
         source=sources[raw["source"]],
-        stage=stages[raw["name"]] if kind is StepKind.STAGE else None,
+        stage=stages[raw["boundary"]] if kind is StepKind.STAGE or raw["name"] == ALL_REDUCE_NORM else None,
         move=None
         if move is None
         else Move(mesh, MoveKind(move["kind"]), Layout(move["src"]), Layout(move["dst"]), *move["axes"]),

@@ -28,6 +28,8 @@ __all__ = ["Search"]
 _PS = 1 << 20
 """Weight of a picosecond, where a step weighs 1 besides its price: of two paths with equal cost the one with fewer
 steps is lighter. No plan has a million steps."""
+_NEVER = 1 << 100
+"""Weight of a step that a device does not have. There is always a way without: such a step only puts two into one."""
 
 
 @dataclass(slots=True)
@@ -59,7 +61,11 @@ class _Weights(dict[int, int]):
         self.step_prices: dict[int, StepPrice] = {}
 
     def __missing__(self, ask: int) -> int:
-        price = self.step_prices[ask] = self.graph.asks[ask](self.prices)
+        price = self.graph.asks[ask](self.prices)
+        if price is None:
+            self[ask] = _NEVER
+            return _NEVER
+        self.step_prices[ask] = price
         weight = self[ask] = price.ps * _PS + 1
         return weight
 
@@ -186,8 +192,7 @@ class Search:
             if weight > best[node]:
                 continue  # a lighter way was found after this one was pushed
             path = before if edge is None else _Path(weight, before, edge)
-            if node.run is not None:
-                after_state, run = node.run
+            for after_state, run in node.runs:
                 after_weight = weight + weights[run[0]]
                 old = reached.get(after_state)
                 if old is None or after_weight < old.weight:
