@@ -42,22 +42,22 @@ ON = (
 NAMED = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 HEAD = f"""# What the planner picks, and what it saves
 
-This page is the output of `python benchmarks/layouts_page.py`, which asks the planner what `narrows plan` asks it; a test
-holds the two together. One prefill step of so many rows in all, context {CONTEXT}, one row per sequence with logits, in a
-CUDA graph. **These are predictions**: no row of it has been run on these machines.
+This page is the output of `python benchmarks/layouts_page.py`, which asks the planner what `narrows plan` asks it; a
+test holds the two together. One prefill step of so many rows in all, context {CONTEXT}, one row per sequence with
+logits, in a CUDA graph. **These are predictions**: no row of it has been run on these machines.
 
-*Forms* are chosen for that one step among those that fit memory with its KV cache, as by `narrows plan`. The named layouts
-have the published forms. The last columns say what each costs more than the plan picked: `all-reduce` is what engines did
-before the two publications, **A** is `attn-tp-input-scattered`, **B** is `norm-before-gather` ([what was published](published.md));
-"seq" is Megatron's `sequence-parallel`; a dash: it does not apply. The next one says the same of `auto` with the published
-forms: what of the saving is the forms', not the layouts'. *Prices* says how much of the picked plan's time rests on what:
-m measured, i interpolated between measured points, s scaled from another device or size, r roofline with a stated
-efficiency. Words for a plan: the moves into attention and into the experts in most layers, where the router runs, and
-forms other than the published ones. In every plan picked here where that saves anything, the last layer's experts see only
-the rows whose logits are asked for ("last layer narrow").
+*Forms* are chosen for that one step among those that fit memory with its KV cache, as by `narrows plan`. The named
+layouts have the published forms. The last columns say what each costs more than the plan picked: `all-reduce` is what
+engines did before the two publications, **A** is `attn-tp-input-scattered`, **B** is `norm-before-gather` ([what was
+published](published.md)); "seq" is Megatron's `sequence-parallel`; a dash: it does not apply. The next one says the
+same of `auto` with the published forms: what of the saving is the forms', not the layouts'. *Prices* says how much of
+the picked plan's time rests on what: m measured, i interpolated between measured points, s scaled from another device
+or size, r roofline with a stated efficiency. Words for a plan: the moves into attention and into the experts in most
+layers, where the router runs, and forms other than the published ones. In every plan picked here where that saves
+anything, the last layer's experts see only the rows whose logits are asked for ("last layer narrow").
 
-GPUs have no kernel here that makes an all-reduce and the norm after it at once, so that no plan below has that step, and
-rows travel plain: int8 or fp8 rows in gathers are off unless asked for ([encoded rows](encoded-rows.md)).
+GPUs have no kernel here that makes an all-reduce and the norm after it at once, so that no plan below has that step,
+and rows travel plain: int8 or fp8 rows in gathers are off unless asked for ([encoded rows](encoded-rows.md)).
 """
 
 
@@ -139,7 +139,7 @@ def section(name: str, model: str, dtype: str, meshes: tuple[Mesh, ...]) -> Iter
     if len(fits) < len(deployments):
         yield ""
     if size > 8:
-        yield "Groups of more than 8 ranks are priced as if one NVSwitch held them: a network between two hosts is slower.\n"
+        yield "Groups of more than 8 ranks are priced as if one NVSwitch held them; a network between hosts is slow.\n"
     yield "| mesh | rows | ms | picked | all-reduce | A | B | seq | published forms | communication | prices |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for deployment in fits:
@@ -150,8 +150,8 @@ def section(name: str, model: str, dtype: str, meshes: tuple[Mesh, ...]) -> Iter
             share = 100 * plan.totals()[PriceClass.COMMUNICATION] / plan.seconds
             more = " | ".join(percent(found, each) for each in (*NAMED, "auto"))
             yield (
-                f"| {deployment.mesh} | {plan.shape.rows.total} | {plan.seconds * 1e3:.2f} | {words(deployment, found)}{note} | {more} | "
-                f"{share:.0f} % | {sources(plan)} |"
+                f"| {deployment.mesh} | {plan.shape.rows.total} | {plan.seconds * 1e3:.2f} | "
+                f"{words(deployment, found)}{note} | {more} | {share:.0f} % | {sources(plan)} |"
             )
     yield f"\nPrices of the {name}: " + "; ".join(f"{group}: {text}" for group, text in on.sources) + "."
 
@@ -175,16 +175,17 @@ PROTOTYPE = {
     ("b200", 2, 4): ((4.6, 3.7), (6.9, 5.3), (19.3, 16.1), (26.2, 21.4)),
     ("h100", 8, 1): ((2.8, 2.1), (8.5, 5.6), (16.2, 9.0), (19.4, 9.1)),
 }
-"""What an independent prototype of the search found, in %: all-reduce and the published layout against its best plan."""
+"""What an independent prototype found, in %: all-reduce and the published layout against the best plan."""
 
 
 def beside_the_prototype() -> Iterator[str]:
     yield """
 ## Beside an independent prototype
 
-Before this planner there was a prototype of the search, written apart from it, with its own prices from the same tables.
-DeepSeek-V3 in FP8 on 8 GPUs, published forms, memory ignored (so H100 too): what all-reduce costs more than the best plan /
-what the published layout does (A at dp 1, else B), in %; behind it, in brackets, what the prototype found.
+Before this planner there was a prototype of the search, written apart from it, with its own prices from the same
+tables. DeepSeek-V3 in FP8 on 8 GPUs, published forms, memory ignored (so H100 too): what all-reduce costs more than
+the best plan / what the published layout does (A at dp 1, else B), in %; behind it, in brackets, what the prototype
+found.
 
 | | 128 rows | 1024 | 4096 | 16384 |
 |---|---|---|---|---|"""
@@ -196,7 +197,8 @@ what the published layout does (A at dp 1, else B), in %; behind it, in brackets
         words = []
         for rows, (their_first, their_second) in zip(ROWS, theirs, strict=True):
             best = planner.plan(step(mesh, rows)).ps
-            ours = [planner.plan(step(mesh, rows), each).ps / best * 100 - 100 for each in (NAMED[0], NAMED[1 + (dp > 1)])]
+            pair = (NAMED[0], NAMED[1 + (dp > 1)])
+            ours = [planner.plan(step(mesh, rows), each).ps / best * 100 - 100 for each in pair]
             words.append(f"{ours[0]:.1f} / {ours[1]:.1f} ({their_first:.1f} / {their_second:.1f})")
         yield f"| {name}, {mesh} | {' | '.join(words)} |"
     yield BESIDE
@@ -205,20 +207,21 @@ what the published layout does (A at dp 1, else B), in %; behind it, in brackets
 BESIDE = """
 Only the prototype's figures are left, so what explains a difference is said here as far as it can be checked:
 
-- Both find the same order nearly everywhere: all-reduce at few rows, both collectives converted and the router on slices
-  from about 1000 rows on, and the most to gain at dp 2 x tp 4.
-- Every plan here may run the last layer's experts on the rows with logits alone, which no named layout does. Without that
-  `auto` on H20, dp 1 x tp 8, 4096 rows is 15.7 / 2.5, so it adds about 1 to each figure.
-- At 128 rows, and on B200 at 1024, A costs more here than there. A reduce-scatter and a gather of the latent take 113 us
-  in the measured B200 curves at 1024 rows, an all-reduce 52: 61 layers lose 3.7 ms of about 41, more than the narrower
-  projection and norm give back. The prototype must have priced those small collectives otherwise.
-- At 4096 rows and more on H100 and B200 all-reduce costs less here than there (12.4 against 19.4 at dp 8). The router is
-  priced at the bf16 rate on GPUs here ([decisions](decisions.md)) and the attention core is part of the total; a dearer
-  router or a cheaper rest makes the same difference in collectives a larger share.
+- Both find the same order nearly everywhere: all-reduce at few rows, both collectives converted and the router on
+  slices from about 1000 rows on, and the most to gain at dp 2 x tp 4.
+- Every plan here may run the last layer's experts on the rows with logits alone, which no named layout does. Without
+  that `auto` on H20, dp 1 x tp 8, 4096 rows is 15.7 / 2.5, so it adds about 1 to each figure.
+- At 128 rows, and on B200 at 1024, A costs more here than there. A reduce-scatter and a gather of the latent take 113
+  us in the measured B200 curves at 1024 rows, an all-reduce 52: 61 layers lose 3.7 ms of about 41, more than the
+  narrower projection and norm give back. The prototype must have priced those small collectives otherwise.
+- At 4096 rows and more on H100 and B200 all-reduce costs less here than there (12.4 against 19.4 at dp 8). The router
+  is priced at the bf16 rate on GPUs here ([decisions](decisions.md)) and the attention core is part of the total; a
+  dearer router or a cheaper rest makes the same difference in collectives a larger share.
 
-The larger savings of the tables above are mostly the form `experts whole` (the column *published forms*): with experts dealt
-whole to ranks their GEMMs are wider, and a rank reads fewer of them. It rests on an assumed imbalance of 1.2 between
-ranks, and on GEMM efficiencies that were measured for other shapes: a prediction to try, not a promise."""
+The larger savings of the tables above are mostly the form `experts whole` (the column *published forms*): with
+experts dealt whole to ranks their GEMMs are wider, and a rank reads fewer of them. It rests on an assumed imbalance
+of 1.2 between ranks, and on GEMM efficiencies that were measured for other shapes: a prediction to try, not a
+promise."""
 
 
 if __name__ == "__main__":

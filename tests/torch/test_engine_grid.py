@@ -458,8 +458,8 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
 
 
 class Forced:
-    """The engine's own prices, but an all-reduce and its norm in one step costs nothing, and the last layer after attention
-    is out of the question on rows without logits."""
+    """The engine's own prices, but an all-reduce and its norm in one step costs nothing, and the last layer after
+    attention is out of the question on rows without logits."""
 
     def __init__(self, prices: Pricer) -> None:
         self._prices = prices
@@ -479,7 +479,7 @@ class Forced:
 
 @pytest.mark.parametrize(("dp", "tp"), [mesh for mesh in MESHES if mesh != (1, 1)])
 def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
-    """Both forced on, with the published forms and those furthest from them: groups without rows, one row on 8 ranks."""
+    """Both forced on, in the published forms and those furthest from them: groups without rows, one row on 8 ranks."""
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)
     one = run_on_one_rank(folder, steps)
     seen: set[str] = set()

@@ -117,10 +117,11 @@ class World(Protocol):
         addends: Sequence[Tensor],
         norm: RowNorm,
     ) -> tuple[Tensor, Tensor] | None:
-        """:meth:`all_reduce` and the norm of its rows in one pass: (normed, what was normed), the bits of the two apart.
+        """:meth:`all_reduce` and the norm of its rows in one pass: (normed, what was normed), the bits of one after the
+        other.
 
-        None, on all members alike and without meeting anybody, where this world has no such kernel for these sizes: then
-        the caller does the two.
+        None, on all members alike and without meeting anybody, where this world has no such kernel for these sizes:
+        then the caller does the two.
         """
         ...
 

@@ -54,8 +54,8 @@ class Device:
     shared_memory: bool = False
     """Ranks read each other's memory: collectives cost copies at ``hbm_bytes_per_s`` and use no link."""
     fused_norm_bytes: int = 0
-    """An all-reduce of up to so many bytes and the norm after it can be one step. 0 on GPUs: such kernels exist for a few
-    MB, but this engine has none."""
+    """An all-reduce of up to so many bytes and the norm after it can be one step. 0 on GPUs: such kernels exist for a
+    few MB, but this engine has none."""
     link_latency_s: float = 20e-6
     """Of one collective where no table gives it."""
     collectives: CollectiveSource | None = None

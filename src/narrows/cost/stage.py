@@ -137,8 +137,8 @@ class Pricer:
         return StepPrice(price.ps, rows, nbytes, price.source)
 
     def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice | None:
-        """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum is
-        in cache, and writing it is the reduction's), launched once. None: the device has no such step of that size."""
+        """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
+        is in cache, and writing it is the reduction's), launched once. None: no such step of that size here."""
         price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
         if price.nbytes > self.device.fused_norm_bytes:
             return None

@@ -239,7 +239,7 @@ class _Binder:
         return move
 
     def _reduce_norm(self, layer: int | None, step: Step, mover: Mover, at: int) -> Operation:
-        """An all-reduce and the norm after it at once where the world does that, else one after the other: equal bits."""
+        """An all-reduce and its norm at once where the world does that, else one after the other: equal bits."""
         module = self.model if layer is None else self.model.layers[layer]
         norm, (weight, eps) = getattr(module, step.boundary), module.norm_of(step.boundary)
         hidden, *apart = (self._register(name) for name in step.reads)

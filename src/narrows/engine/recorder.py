@@ -54,8 +54,8 @@ class Copy:
     row_set: RowSet
 
     def rank_of(self, row: int, rows: RowSplit) -> int | None:
-        """The rank that row ``row`` of ``rows``, the split of its row set, was taken from; None where several ranks made
-        it together."""
+        """The rank that row ``row`` of ``rows``, the split of its row set, was taken from; None where several ranks
+        made it together."""
         if not self.layout.is_whole:
             return None
         spans = (rows.span(self.layout, rank) for rank in range(rows.mesh.size))

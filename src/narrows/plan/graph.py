@@ -48,7 +48,7 @@ Edge = tuple[int, Step]
 
 
 class Node:
-    """A state before a stage. ``edges`` lead to other states before it, ``runs`` to those after it: the stage by itself,
+    """A state before a stage. ``edges`` lead to other states before it, ``runs`` to those after it: by the stage alone,
     or in one step with the all-reduce before it."""
 
     __slots__ = ("edges", "runs", "state")

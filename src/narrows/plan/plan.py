@@ -166,8 +166,9 @@ class Plan:
 
         Raises:
             PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout; an addend
-                would be counted twice, or lost; rows are selected of some fields only, or before a stage that needs all; a field is encoded that must not be, or an encoded one would enter the
-                residual stream. The stage that the step is, or prepares, is named.
+                would be counted twice, or lost; rows are selected of some fields only, or before a stage that needs
+                all; a field is encoded that must not be, or an encoded one would enter the residual stream. The stage
+                that the step is, or prepares, is named.
         """
         state: dict[str, Layout] = {"ids": full(self.mesh)}
         selected = False
