@@ -1,4 +1,4 @@
-"""An all-reduce and the norm after it as one step, and forms that pay at few rows or many: priced, chosen, said, kept."""
+"""An all-reduce and the norm after it as one step, and forms that pay somewhere: priced, chosen, said, kept."""
 
 from __future__ import annotations
 

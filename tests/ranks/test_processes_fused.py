@@ -48,7 +48,7 @@ def in_one(plan: Plan) -> Plan:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
 def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int, dtype: str) -> None:
-    """Groups with other rows and without any, prefill beside decode, few rows with logits; residuals apart and joined."""
+    """Groups with other rows and without any, prefill beside decode, few logits; residuals apart and joined."""
     script = Script(PROMPTS, num_groups=dp, num_steps=6, page_size=16, few_logits=True)
     asked = EngineConfig(
         model=str(speaking_v3),
