@@ -85,9 +85,8 @@ class RandomPrices:
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
 
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice | None:
-        price = self._price("reduce_norm", move.src, stage.name, fused, row_bytes, row_set)
-        return price if price.ps % 5 else None
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price("reduce_norm", move.src, stage.name, fused, row_bytes, row_set)
 
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("add", layout, row_bytes, row_set)
@@ -193,7 +192,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: boo
         for move in moves_from(mesh, held["hidden"]) if fuses_norms and stage.kind is StageKind.NORM else ():
             for now, _, fused in ways_to_run(stage, held | {"hidden": move.dst}, selected):
                 price = prices.reduce_norm(move, stage, fused, row_bytes["hidden"], row_set)
-                if move.kind is MoveKind.ALL_REDUCE and price is not None:
+                if move.kind is MoveKind.ALL_REDUCE:
                     yield state(now, stage_index=at + 1), price
 
     def ways_to_run(

@@ -136,12 +136,13 @@ class Pricer:
         price = collective_price(self.device, op, n, nbytes, graph=self.graph)
         return StepPrice(price.ps, rows, nbytes, price.source)
 
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice | None:
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
         """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
-        is in cache, and writing it is the reduction's), launched once. None: no such step of that size here."""
+        is in cache, and writing it is the reduction's), launched once. Where the device has no such step of that size
+        it is the two, and a picosecond, so that nobody takes it for nothing."""
         price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
         if price.nbytes > self.device.fused_norm_bytes:
-            return None
+            return price.plus(replace(normed, ps=normed.ps + 1))
         launch = round(self.device.launch_s * 1e12) if normed.nbytes else 0
         return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
 

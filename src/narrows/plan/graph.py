@@ -33,16 +33,12 @@ class Prices(Protocol):
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def reduce_norm(
-        self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet
-    ) -> StepPrice | None: ...
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
 
 
-Ask = Callable[[Prices], StepPrice | None]
-"""None: there is no such step."""
 Edge = tuple[int, Step]
 """The index of its price in ``Graph.asks``, and the step, its price still blank."""
 
@@ -80,7 +76,7 @@ class Graph:
         self.chain, self.mesh, self.rules = chain, mesh, rules
         self._encoding, self._always = encoding, always
         self._fuses_norms = fuses_norms and rules.fuses_norms
-        self.asks: list[Ask] = []
+        self.asks: list[Callable[[Prices], StepPrice]] = []
         self._ask_index: dict[tuple[Any, ...], int] = {}
         self._layouts = legal_layouts(mesh)
         self._index = {layout: i for i, layout in enumerate(self._layouts)}
@@ -373,7 +369,9 @@ class Graph:
         )
         return (*state[:-1], 1), edge
 
-    def _edge(self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Ask, **what: Any) -> Edge:
+    def _edge(
+        self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Callable[[Prices], StepPrice], **what: Any
+    ) -> Edge:
         """The edge called ``key``; those with equal ``cost`` share one ask."""
         index = self._ask_index.get(cost)
         if index is None:

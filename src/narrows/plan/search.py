@@ -28,8 +28,6 @@ __all__ = ["Search"]
 _PS = 1 << 20
 """Weight of a picosecond, where a step weighs 1 besides its price: of two paths with equal cost the one with fewer
 steps is lighter. No plan has a million steps."""
-_NEVER = 1 << 100
-"""Weight of a step that a device does not have. There is always a way without: such a step only puts two into one."""
 
 
 @dataclass(slots=True)
@@ -61,11 +59,7 @@ class _Weights(dict[int, int]):
         self.step_prices: dict[int, StepPrice] = {}
 
     def __missing__(self, ask: int) -> int:
-        price = self.graph.asks[ask](self.prices)
-        if price is None:
-            self[ask] = _NEVER
-            return _NEVER
-        self.step_prices[ask] = price
+        price = self.step_prices[ask] = self.graph.asks[ask](self.prices)
         weight = self[ask] = price.ps * _PS + 1
         return weight
 

@@ -13,15 +13,8 @@
 #include <cstring>
 
 #include "export.h"
+#include "rows.h"
 #include "sums.h"
-#include "vector.h"
-
-#ifdef NARROWS_VECTORS  // rows.cpp
-NARROWS_EXPORT void narrows_rms_norm(void*, int64_t, int64_t, const void*, int64_t, int64_t, const void*, int64_t,
-                                     int64_t, int64_t, float, int, int);
-NARROWS_EXPORT void narrows_add_rms_norm(void*, void*, const void*, const void*, const void*, int64_t, int64_t, float,
-                                         int, int);
-#endif
 
 using namespace collectives;
 
@@ -238,17 +231,11 @@ bool sum_piece(const Wire& w, const Reduce& call, const int64_t* args, int64_t p
 struct Norm {
     const void *residual, *weight;
     void* out;
-    int64_t rows, width;
+    int64_t num_rows, width;
     double eps;
 
     void take(void* sum, int64_t dtype) const {
-#ifdef NARROWS_VECTORS
-        const int wide = dtype == sums::float32;
-        if (residual)
-            narrows_add_rms_norm(out, sum, sum, residual, weight, rows, width, float(eps), wide, 1);
-        else
-            narrows_rms_norm(out, width, 0, sum, width, 0, weight, rows, 1, width, float(eps), wide, 1);
-#endif
+        rows::add_norm(out, sum, residual, weight, num_rows, width, float(eps), dtype == sums::float32);
     }
 };
 
