@@ -36,10 +36,16 @@ def all_stages(chain: Chain) -> list[Stage]:
 def test_a_deepseek_chain_reads_in_forward_order() -> None:
     chain = build_chain(preset("deepseek-v3"), MESH)
     assert names(chain.prologue) == ["embed"]
-    assert [layer.name for layer in chain.layer_types] == ["dense", "moe"]
+    assert [layer.name for layer in chain.layer_types] == ["dense", "moe", "moe"]
+    assert chain.layers == (*(0,) * 3, *(1,) * 57, 2)
+    assert names(chain.layer_types[2].stages) == names(chain.layer_types[1].stages)
+    assert [stage.name for stage in chain.layer_types[2].stages if stage.any_rows] == [
+        "post_attn_norm",
+        "router",
+        "experts",
+    ]
     assert names(chain.layer_types[0].stages) == [*MLA_LAYER, "mlp"]
     assert names(chain.layer_types[1].stages) == [*MLA_LAYER, "router", "experts"]
-    assert chain.layers == (0,) * 3 + (1,) * 58
     assert names(chain.epilogue) == EPILOGUE
 
 
@@ -47,13 +53,13 @@ def test_chains_of_the_other_families() -> None:
     llama = build_chain(preset("llama-3.1-8b"), MESH)
     assert [names(layer.stages) for layer in llama.layer_types] == [
         ["input_norm", "attention", "post_attn_norm", "mlp"]
-    ]
-    assert llama.layers == (0,) * 32
+    ] * 2
+    assert llama.layers == (0,) * 31 + (1,)
     assert stage_of(llama, "attention").reads == ("hidden",)
     qwen = build_chain(preset("qwen3-30b-a3b"), MESH)
-    assert [layer.name for layer in qwen.layer_types] == ["moe"]
+    assert [layer.name for layer in qwen.layer_types] == ["moe", "moe"]
     glm = build_chain(preset("glm-4.5"), MESH)
-    assert glm.layers == (0,) * 3 + (1,) * 89
+    assert glm.layers == (0,) * 3 + (1,) * 88 + (2,)
 
 
 def test_without_a_low_rank_query_attention_reads_hidden_too() -> None:

@@ -178,7 +178,7 @@ def test_named_layouts_take_the_logit_rows_only_before_the_head() -> None:
             (select,) = [step for _, step in plan(layout, mesh).steps() if step.kind is StepKind.SELECT]
             assert select.boundary == "lm_head"
         (select,) = [step for _, step in plan("auto", mesh).steps() if step.kind is StepKind.SELECT]
-        assert select.boundary == "final_norm"  # the cheap place: before the last sum
+        assert select.boundary == "post_attn_norm"  # the cheap place: before the last layer's sums and experts
 
 
 @pytest.mark.parametrize("mesh", [TP8, DP2, DP8], ids=str)

@@ -85,6 +85,9 @@ class RandomPrices:
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
 
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price("reduce_norm", move.src, stage.name, fused, row_bytes, row_set)
+
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
         return self._price("add", layout, row_bytes, row_set, joins)
 
@@ -122,11 +125,13 @@ def plan_of(graph: Graph, prices: RandomPrices) -> Plan:
 @given(chains(st.integers(1, 6)), seeds, scales)
 def test_chained_tables_equal_a_plain_search(built: tuple[Chain, Mesh], seed: int, scale: int) -> None:
     chain, mesh = built
-    graph, prices = Graph(chain, mesh, AUTO), RandomPrices(seed, scale)
+    graph, prices = Graph(chain, mesh, AUTO, fuses_norms=True), RandomPrices(seed, scale)
     plan = plan_of(graph, prices)
     plan.validate()
     assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
-    assert plan == plan_of(Graph(chain, mesh, AUTO), prices)  # deterministic, and no state is left in a graph
+    assert plan == plan_of(
+        Graph(chain, mesh, AUTO, fuses_norms=True), prices
+    )  # deterministic, and no state is left in a graph
 
 
 @settings(deadline=None, max_examples=10)
@@ -147,10 +152,10 @@ def test_61_layers_equal_a_plain_search(mesh: Mesh, seed: int, scale: int) -> No
 State = tuple[int, frozenset[tuple[str, Layout]], bool]
 
 
-def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices) -> int:
+def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: bool = False) -> int:
     """Dijkstra over the whole model at once: any field may move before any stage, alone or packed with others."""
     stages = [*chain.prologue, *(s for t in chain.layers for s in chain.layer_types[t].stages), *chain.epilogue]
-    first_of_epilogue = len(stages) - len(chain.epilogue)
+    last_attention = max(i for i, stage in enumerate(stages) if stage.name == "attention")
     row_bytes: dict[str, int] = {}
     for field in chain.fields.values():
         row_bytes[field.bundle] = row_bytes.get(field.bundle, 0) + field.row_bytes
@@ -179,24 +184,35 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices) -> int:
                 if held[addend] == wanted and not hidden.holds_columns:
                     rest = {name: layout for name, layout in held.items() if name != addend}
                     yield state(rest), prices.add(wanted, row_bytes["hidden"], row_set, joins=hidden.owes_sum)
-        if at >= first_of_epilogue and not selected:
-            live = [name for name in ("hidden", "shared", "residual") if name in held]
-            total = sum(row_bytes[name] for name in live)
+        if at > last_attention and not selected:
+            total = sum(row_bytes[name] for name in held)
             yield state(held, True), prices.select(held["hidden"], total)
+        for now, layout, fused in ways_to_run(stage, held, selected):
+            yield state(now, stage_index=at + 1), prices.stage(stage, layout, fused, row_set)
+        for move in moves_from(mesh, held["hidden"]) if fuses_norms and stage.kind is StageKind.NORM else ():
+            for now, _, fused in ways_to_run(stage, held | {"hidden": move.dst}, selected):
+                price = prices.reduce_norm(move, stage, fused, row_bytes["hidden"], row_set)
+                if move.kind is MoveKind.ALL_REDUCE:
+                    yield state(now, stage_index=at + 1), price
+
+    def ways_to_run(
+        stage: Stage, held: dict[str, Layout], selected: bool
+    ) -> Iterator[tuple[dict[str, Layout], Layout, bool]]:
+        """What is held after the stage, where it ran, and whether it added the residual; nothing if it cannot run."""
         reads = {bundle_of[name] for name in stage.reads}
         fused = stage.kind is StageKind.NORM and "residual" in held
         if stage.kind is StageKind.NORM and not fused:
             reads.discard("residual")
         layouts = {held.get(name) for name in reads}
         layout = next(iter(layouts))
-        wrong_rows = stage.kind is not StageKind.NORM and selected is not (stage.row_set is RowSet.LOGITS)
+        wrong_rows = not selected and stage.row_set is RowSet.LOGITS
         if len(layouts) > 1 or layout is None or wrong_rows or (stage.kind is StageKind.NORM and "shared" in held):
             return
         if layout != stage.accepts if stage.accepts is not None else not layout.is_whole:
             return
         after = {name: where for name, where in held.items() if name not in {bundle_of[f] for f in stage.frees}}
         after |= {bundle_of[name]: stage.leaves or layout for name in stage.writes}
-        yield state(after, stage_index=at + 1), prices.stage(stage, layout, fused, row_set)
+        yield after, layout, fused
 
     start: State = (0, frozenset({("ids", full(mesh))}), False)
     best, heap, count = {start: 0}, [(0, 0, start)], 0
@@ -223,7 +239,10 @@ def test_no_cheaper_way_exists(family: str, mesh: Mesh, seed: int, scale: int) -
     config = tiny(family, 2)
     forms = form_choices(config, mesh)
     chain, prices = build_chain(config, mesh, forms[seed % len(forms)]), RandomPrices(seed, scale)
-    assert plan_of(Graph(chain, mesh, AUTO), prices).ps == cheapest(chain, mesh, prices)
+    for fuses in (False, True):
+        plan = plan_of(Graph(chain, mesh, AUTO, fuses_norms=fuses), prices)
+        plan.validate()
+        assert plan.ps == cheapest(chain, mesh, prices, fuses_norms=fuses)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -231,7 +250,9 @@ def test_no_cheaper_way_exists_on_two_axes(seed: int) -> None:
     mesh, config = Mesh.of(dp=2, tp=2), tiny("v3", 1)
     forms = Forms(qkv_a_proj="column") if seed % 2 else Forms()
     chain, prices = build_chain(config, mesh, forms), RandomPrices(seed, 1000)
-    assert plan_of(Graph(chain, mesh, AUTO), prices).ps == cheapest(chain, mesh, prices)
+    fuses = seed < 2
+    plan = plan_of(Graph(chain, mesh, AUTO, fuses_norms=fuses), prices)
+    assert plan.ps == cheapest(chain, mesh, prices, fuses_norms=fuses)
 
 
 # -- named layouts, and plans that are wrong ---------------------------------------------------------------------------

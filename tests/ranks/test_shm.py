@@ -25,9 +25,12 @@ from narrows.comm.segment import Segment
 from narrows.comm.shm import ShmWire
 from narrows.comm.shm_calls import functions
 from narrows.comm.sums import sum_rows
+from narrows.comm.world import RowNorm
 from narrows.errors import CollectiveMismatchError
 from narrows.layout import Mesh
 from narrows.native import why_absent
+from narrows.ops.compiled import rows_library
+from narrows.ops.rms_norm import add_rms_norm, rms_norm
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -79,6 +82,52 @@ def assert_same(got: Tensor, want: Tensor) -> None:
 
 
 # --- values
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=2, max_size=4),
+    st.sampled_from([1, 16, 33, 512]),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.sampled_from([(), (torch.bfloat16,), (torch.float32, torch.bfloat16)]),
+    st.booleans(),
+    st.booleans(),
+)
+@pytest.mark.skipif(rows_library() is None, reason="the norms are not compiled for this CPU")
+def test_a_sum_and_its_norm_at_once_have_the_bits_of_one_after_the_other(
+    counts: list[int], width: int, dtype: torch.dtype, kinds: Sequence[torch.dtype], apart: bool, checked: bool
+) -> None:
+    ranks, total, eps = tuple(range(len(counts))), sum(counts), 1e-5
+    weight = lab.rough(99, 1, width, dtype=dtype)[0]
+    residual = lab.rough(98, total, width, dtype=dtype) if apart else None
+
+    def rank(world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        me = ranks.index(world.rank)
+        x = lab.rough(me, total, width, dtype=dtype)
+        addends = [lab.rough(7 + me, counts[me], width, dtype=kind) for kind in kinds]
+        done = world.all_reduce_norm(x, ranks, counts, "both", addends, RowNorm(weight, eps, residual))
+        assert done is not None
+        summed = world.all_reduce(x, ranks, counts, "the sum", addends)
+        if residual is None:
+            return (*done, rms_norm(summed, weight, eps), summed)
+        return (*done, *add_rms_norm(summed, residual, weight, eps))
+
+    for normed, summed, want_normed, want_summed in run_shared(line(len(counts)), rank, checked=checked):
+        assert_same(normed, want_normed)
+        assert_same(summed, want_summed)
+
+
+def test_what_is_too_large_for_one_pass_is_left_to_two_and_nobody_waits() -> None:
+    def rank(world: World) -> object:
+        x, norm = torch.ones(2, 9000), RowNorm(torch.ones(9000), 1e-6, None)
+        one = world.all_reduce_norm(x[:, :8], (0,), (2,), "alone", (), RowNorm(torch.ones(8), 1e-6, None))
+        half = RowNorm(torch.ones(8, dtype=torch.float16), 1e-6, None)
+        other = world.all_reduce_norm(x[:, :8].half(), (0, 1), (1, 1), "of a dtype without norms", (), half)
+        return world.all_reduce_norm(x, (0, 1), (1, 1), "too large", (), norm), one, other
+
+    assert run_shared(line(2), rank) == [(None, None, None)] * 2
+    assert run_ranks(line(2), rank) == [(None, None, None)] * 2
+
 
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 2, 3, 17, 130, 400]), min_size=4, max_size=4)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from narrows.arch.forms import Forms, form_choices
 from narrows.arch.stages import RowSet, Stage
 from narrows.cost.price import Source
-from narrows.cost.stage import StepPrice, StepShape
+from narrows.cost.stage import Pricer, StepPrice, StepShape
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
@@ -32,6 +32,7 @@ from narrows.plan.book import PlanBook
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts, named_layout
 from narrows.plan.plan import Plan, StepKind
+from narrows.plan.planner import Deployment
 from narrows.plan.search import Search
 from narrows.sched.batch import Batch, Chunk
 
@@ -212,7 +213,9 @@ def asked_for(folder: Path, steps: Steps, *, dp: int, tp: int, **options: object
 def run_on_one_rank(folder: Path, steps: Steps, dtype: str = "float32") -> OneRank:
     recorder = Recorder(1)
     logits = []
-    with Engine(resolve(asked_for(folder, steps, dp=1, tp=1, dtype=dtype)), wrap=recorder.wrap) as engine:
+    # Under a layout that keeps all rows up to the head, so that every row's routing is there to be replayed.
+    asked = asked_for(folder, steps, dp=1, tp=1, dtype=dtype, layout="all-reduce")
+    with Engine(resolve(asked), wrap=recorder.wrap) as engine:
         for number, (_, batch) in enumerate(steps.named):
             recorder.begin(number)
             (result,) = engine.submit(steps.merged(batch), keep_logits=True).result()
@@ -347,6 +350,9 @@ class RandomPrices:
             return StepPrice(ps=10**12, rows=0, nbytes=0, source=Source.MEASURED)
         return self._price()
 
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return self._price()
+
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
         return self._price()
 
@@ -388,6 +394,13 @@ MUST_BE_SEEN = {
     "select from an owed sum",
     "select from an owed sum with addends",
     "select from rows",
+    "post_attn_norm fused logits",
+    "router logits",
+    "experts logits",
+    "all_reduce_norm all with addends",
+    "all_reduce_norm all of 2 fields",
+    "all_reduce_norm logits of 2 fields",
+    "all_gather logits of 3 fields",
     "input_norm all",
     "input_norm fused all",
     "final_norm fused all",
@@ -423,7 +436,7 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
     with sharded(folder, one, forms) as run:
         mesh = run.engine.resolved.mesh
         graph, shape = (
-            Graph(run.engine.planner.chain, mesh, AUTO),
+            Graph(run.engine.planner.chain, mesh, AUTO, fuses_norms=True),
             StepShape.of(mesh, (2, 2), phase="prefill", context=4),
         )
         plans = [
@@ -442,6 +455,56 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
     if forms.qkv_a_proj == "replicated":
         missing -= {"column_gather all"}
     assert not missing, f"no plan did {missing}; they did {sorted(seen)}"
+
+
+class Forced:
+    """The engine's own prices, but an all-reduce and its norm in one step costs nothing, and the last layer after
+    attention is out of the question on rows without logits."""
+
+    def __init__(self, prices: Pricer) -> None:
+        self._prices = prices
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._prices, name)
+
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+        price = self._prices.stage(stage, layout, fused, row_set)
+        return replace(price, ps=10**15) if stage.any_rows and row_set is RowSet.ALL else price
+
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+        return StepPrice(
+            ps=1 if row_set is RowSet.ALL or not stage.any_rows else 2, rows=0, nbytes=0, source=Source.MEASURED
+        )
+
+
+@pytest.mark.parametrize(("dp", "tp"), [mesh for mesh in MESHES if mesh != (1, 1)])
+def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
+    """Both forced on, in the published forms and those furthest from them: groups without rows, one row on 8 ranks."""
+    folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)
+    one = run_on_one_rank(folder, steps)
+    seen: set[str] = set()
+    for index in (0, -1):
+        resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
+        forms = form_choices(resolved.config, resolved.mesh)[index]
+        with sharded(folder, one, forms) as run:
+            planner, mesh = run.engine.planner, run.engine.resolved.mesh
+            graph, d = Graph(planner.chain, mesh, AUTO, fuses_norms=True), planner.deployment
+
+            def plan_of(batch: Batch, graph: Graph = graph, d: Deployment = d) -> Plan:
+                shape = StepShape.of(
+                    d.mesh, batch.group_rows, phase=batch.phase, context=16, logit_rows=batch.num_logit_rows
+                )
+                prices = Forced(Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph))
+                segments = Search(graph, prices).solve()  # type: ignore[arg-type]
+                plan = Plan(layout_name="forced", mesh=d.mesh, shape=shape, segments=segments)
+                plan.validate()
+                seen.update(ways(plan))
+                return plan
+
+            run.check(f"forced with {forms}", plan_of)
+    assert {"router logits", "experts logits"} <= seen and {"router all", "experts all"} <= seen
+    assert any(way.startswith("all_reduce_norm all") for way in seen), sorted(seen)
+    assert any(way.startswith("all_reduce_norm logits") for way in seen), sorted(seen)
 
 
 # -- tokens without logits, and bits ---------------------------------------------------------------------------------

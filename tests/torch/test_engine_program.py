@@ -21,7 +21,7 @@ from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.recorder import Recorder, Spot
-from narrows.engine.worker import StepResult, Worker
+from narrows.engine.worker import StepResult, Worker, logit_split
 from narrows.errors import CheckpointError, PlanError
 from narrows.layout import RowSplit
 from narrows.plan.named import applicable_layouts
@@ -257,7 +257,8 @@ def recorded(asked: EngineConfig, forms: Forms, source: Zeroed) -> Iterator[tupl
 
 def residuals(recorder: Recorder, batch: Batch, engine: Engine, spot: Spot) -> Tensor:
     """A residual, put together from all ranks; every copy of it is the same."""
-    first, *others = recorder.copies(RowSplit.from_groups(engine.resolved.mesh, batch.group_rows))[spot]
+    rows = RowSplit.from_groups(engine.resolved.mesh, batch.group_rows)
+    first, *others = recorder.copies(rows, logit_split(rows, batch.logit_rows()))[spot]
     assert all(torch.equal(first.tensor, other.tensor) for other in others)
     return first.tensor
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from narrows.arch.stages import RowSet
 from narrows.arch.weights import Weight
 from narrows.comm import ThreadWorld
 from narrows.engine.config import EngineConfig
@@ -118,16 +119,99 @@ def test_without_a_prompt_there_is_nothing_to_verify(asked: EngineConfig, wrong:
 
 
 def test_the_script_meets_every_kind_of_step() -> None:
-    script = Script(prompts(23, 5, 40, 1, 9), num_groups=2, num_steps=8, page_size=16)
+    script = Script(prompts(23, 5, 40, 1, 9), num_groups=2, num_steps=8, page_size=16, few_logits=True)
     phases, rows = [], []
-    for batch in script:
+    for number, batch in enumerate(script):
         script.sampled(batch, (7,) * batch.num_logit_rows)
         chunks = [chunk for group in batch.groups for chunk in group]
-        assert batch.num_logit_rows == batch.num_rows
+        assert batch.num_logit_rows == (len(chunks) if number == 2 else batch.num_rows)
         phases.append((batch.phase, len({len(chunk.tokens) == 1 for chunk in chunks})))
         rows.append(batch.group_rows)
     assert ("prefill", 1) in phases and ("prefill", 2) in phases and ("decode", 1) in phases
     assert any(counts[1] == 0 for counts in rows) and any(counts[0] > 4 * counts[1] > 0 for counts in rows)
+
+
+# -- the last layer on the rows with logits alone ----------------------------------------------------------------------
+
+
+def early(plan: Plan) -> Plan:
+    """``plan`` with its rows selected right after the last attention; all that follows is on those rows."""
+    if selects_in_a_layer(plan):
+        return plan
+    steps = plan.segments[-1].steps
+    (select,) = [step for step in steps if step.kind is StepKind.SELECT]
+    *segments, last = plan.segments[:-1]
+    if len(last.layers) > 1:
+        segments.append(replace(last, layers=last.layers[:-1]))
+    at = 1 + next(i for i, step in enumerate(last.steps) if step.name == "attention")
+    live = [("hidden", last.steps[at - 1].leaves)]
+    for step in last.steps[:at]:
+        if "residual" in step.writes:
+            live[1:] = [("residual", step.writes_at[step.writes.index("residual")])]
+    names, layouts = (tuple(x) for x in zip(*live, strict=True))
+    select = replace(select, reads=names, writes=names, reads_at=layouts, writes_at=layouts, boundary="post_attn_norm")
+    on_logits = [_last_layers(replace(step, row_set=RowSet.LOGITS)) for step in last.steps[at:]]
+    segments.append(replace(last, layers=last.layers[-1:], steps=(*last.steps[:at], select, *on_logits)))
+    rest = [replace(step, row_set=RowSet.LOGITS) for step in steps if step.kind is not StepKind.SELECT]
+    return replace(plan, segments=(*segments, replace(plan.segments[-1], steps=tuple(rest))))
+
+
+def _last_layers(step: Step) -> Step:
+    return step if step.stage is None else replace(step, stage=replace(step.stage, any_rows=True))
+
+
+def selects_in_a_layer(plan: Plan) -> bool:
+    return any(layer is not None and step.kind is StepKind.SELECT for layer, step in plan.steps())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_last_layer_on_the_rows_with_logits_agrees_stage_by_stage(asked: EngineConfig, layout: str) -> None:
+    seen: list[bool] = []
+
+    def tamper(plan: Plan) -> Plan:
+        seen.append(selects_in_a_layer(early(plan)))
+        return early(plan)
+
+    report = verify(asked, prompts(23, 5, 40, 1, 9), layouts=(layout,), tamper=tamper)
+    assert report.ok and seen and all(seen)
+    assert report.layouts[0].worst < 1e-5
+
+
+def test_rows_of_one_field_left_behind_are_refused_and_seen(asked: EngineConfig) -> None:
+    """The residual keeps all rows, or is selected as if it lay elsewhere than it does."""
+
+    def spoil(change: Callable[[Step], Step]) -> Callable[[Plan], Plan]:
+        def tamper(plan: Plan) -> Plan:
+            plan = early(plan)
+            return replace(
+                plan,
+                segments=tuple(
+                    replace(
+                        segment,
+                        steps=tuple(
+                            change(s) if s.kind is StepKind.SELECT and len(s.reads) > 1 else s for s in segment.steps
+                        ),
+                    )
+                    for segment in plan.segments
+                ),
+            )
+
+        return tamper
+
+    def hidden_alone(step: Step) -> Step:
+        return replace(
+            step, reads=step.reads[:1], reads_at=step.reads_at[:1], writes=step.writes[:1], writes_at=step.writes_at[:1]
+        )
+
+    def elsewhere(step: Step) -> Step:
+        return replace(step, reads_at=step.reads_at[:1] * 2, writes_at=step.writes_at[:1] * 2)
+
+    for change, says in (
+        (hidden_alone, "residual would keep all of them"),
+        (elsewhere, "select_rows before post_attn_norm reads residual"),
+    ):
+        report = verify(asked, prompts(23, 5), layouts=("sequence-parallel",), tamper=spoil(change))
+        assert says in report.layouts[0].failure
 
 
 # -- a plan without one of its reductions ----------------------------------------------------------------------------
@@ -267,7 +351,11 @@ def test_experts_that_flip_are_reported_with_their_margin_and_do_not_count_as_a_
     for layout in report.layouts:
         assert len(layout.flips) >= 3, "the change is meant to flip a few"
         assert len(layout.flips) == len(flips(layout)), "a row whose router ran on several ranks is one flip"
-        assert flips(layout) == flips(report.layouts[0])
+        if layout.layout == "auto":  # whose last layer may have run on the rows with logits alone
+            flipped = flips(report.layouts[0])
+            assert flips(layout) <= flipped and all(spot[:2] == (2, 2) for spot in flipped - flips(layout))
+        else:
+            assert flips(layout) == flips(report.layouts[0])
         assert all(0 <= flip.margin < 0.05 and flip.layer in (1, 2) for flip in layout.flips)
         assert layout.max_logit_difference < 1e-5 and layout.agreement == 1.0
 

@@ -14,9 +14,14 @@ Knows nothing of prices or of which layouts are chosen. A DeepSeek decoder layer
 
 Without ``q_lora_rank`` (DeepSeek-V2-Lite) queries come from ``hidden`` itself, so attention reads that too. Layers with
 grouped-query attention have neither ``qkv_a_proj`` nor ``latent_norm``: attention reads ``hidden``.
+
+Nothing after the last layer's attention looks at other rows of a sequence, so that those stages may run on the rows
+alone whose logits are asked for: the last layer is a type of its own.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from narrows.arch.config import MLA, ModelConfig
 from narrows.arch.forms import Forms, check_mesh, deal_blocks, head_spans, kv_head_spans
@@ -60,14 +65,16 @@ def build_chain(
     check_mesh(config, mesh)
     builder = _Builder(config, mesh, forms or Forms(), itemsize)
     layer_types: list[LayerType] = []
-    names: list[str] = []
+    kinds: list[tuple[str, bool]] = []
     layers: list[int] = []
     for layer in range(config.num_hidden_layers):
-        name = "moe" if config.is_moe_layer(layer) else "dense"
-        if name not in names:
-            names.append(name)
-            layer_types.append(LayerType(name=name, stages=builder.layer(name)))
-        layers.append(names.index(name))
+        kind = "moe" if config.is_moe_layer(layer) else "dense", layer == config.num_hidden_layers - 1
+        if kind not in kinds:
+            kinds.append(kind)
+            name, is_last = kind
+            stages = builder.layer(name)
+            layer_types.append(LayerType(name=name, stages=_for_any_rows(stages) if is_last else stages))
+        layers.append(kinds.index(kind))
     return Chain(
         prologue=(builder.embed(),),
         layer_types=tuple(layer_types),
@@ -75,6 +82,12 @@ def build_chain(
         epilogue=builder.epilogue(want_logits),
         fields=builder.fields(),
     )
+
+
+def _for_any_rows(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """A layer's stages where no other layer follows: those after attention need no row that asks for no logits."""
+    after = 1 + next(i for i, stage in enumerate(stages) if stage.name == "attention")
+    return (*stages[:after], *(replace(stage, any_rows=True) for stage in stages[after:]))
 
 
 class _Builder:
@@ -133,7 +146,7 @@ class _Builder:
         feed_forward = self.moe() if name == "moe" else (self.mlp(),)
         return (self.norm("input_norm"), *attention, self.norm("post_attn_norm"), *feed_forward)
 
-    def norm(self, name: str, row_set: RowSet = RowSet.ALL) -> Stage:
+    def norm(self, name: str) -> Stage:
         final = name == "final_norm"
         hidden = self.config.hidden_size
         return Stage(
@@ -145,7 +158,7 @@ class _Builder:
             frees=("residual",) if final else (),
             work=(Norm(hidden, fused=True),),
             plain_work=(Norm(hidden, fused=False),),
-            row_set=row_set,
+            any_rows=final,
         )
 
     def mla(self) -> tuple[Stage, ...]:

@@ -156,7 +156,8 @@ class Stage:
 
     ``reads`` are fields it needs, ``writes`` those it makes anew, ``frees`` those whose last reader it is. A sharded
     stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
-    costs when the residual was added before; ``work`` what it costs fused.
+    costs when the residual was added before; ``work`` what it costs fused. ``any_rows``: it may also run on the rows
+    whose logits are asked for alone, because no stage from it on looks at other rows of a sequence.
     """
 
     name: str
@@ -170,11 +171,18 @@ class Stage:
     accepts: Layout | None = None
     leaves: Layout | None = None
     row_set: RowSet = RowSet.ALL
+    any_rows: bool = False
+
+    @property
+    def after_selection(self) -> bool:
+        """Whether it may run on the rows whose logits are asked for alone: then rows may be selected before it."""
+        return self.any_rows or self.row_set is RowSet.LOGITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerType:
-    """A kind of decoder layer (dense or MoE) and its stages in forward order."""
+    """A kind of decoder layer and its stages in forward order: dense or MoE, and either once more as the last layer,
+    whose stages after attention may run on the rows whose logits are asked for alone."""
 
     name: str
     stages: tuple[Stage, ...]

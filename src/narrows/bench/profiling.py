@@ -24,7 +24,7 @@ from narrows.arch.presets import load_model_config
 from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
 from narrows.bench.statistics import Spread, quantile, spread
-from narrows.cost.measured import AXES, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
@@ -172,7 +172,7 @@ def _measure(
     config = load_model_config(model)
     named = [name for name in applicable_layouts(config, mesh) if name != "auto"]
     published, other = form_choices(config, mesh)[0], form_choices(config, mesh)[-1]
-    todo = [(published, named if is_new else [named[0], named[-1]])]
+    todo = [(published, [*named, "auto"] if is_new else [named[0], named[-1]])]
     if is_new and other != published:
         todo.append((other, ["auto"]))
     for turn, (forms, layouts) in enumerate(todo):
@@ -332,10 +332,11 @@ class _Tables:
             found.setdefault(id(step), (step, []))[1].append(taken)
         for step, taken_s in found.values():
             mean = sum(taken_s) / len(taken_s)
-            if step.stage is not None and step.rows:
+            if step.move is not None and step.move.kind is not MoveKind.SLICE and step.nbytes:
+                op = _MOVES[step.move.kind] if step.stage is None else REDUCE_NORM
+                self._book_move(op, step.move, step.nbytes, mean)
+            elif step.move is None and step.stage is not None and step.rows:
                 self._book_stage(step, plan, mean)
-            elif step.move is not None and step.move.kind is not MoveKind.SLICE and step.nbytes:
-                self._book_move(step.move, step.nbytes, mean)
 
     def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
         stage, shape = step.stage, plan.shape
@@ -346,8 +347,8 @@ class _Tables:
         table = self.stages.setdefault((str(stage.price_class), work, self.dtype, phase), {})
         table.setdefault((step.rows, attended), []).append(seconds)
 
-    def _book_move(self, move: Move, nbytes: int, seconds: float) -> None:
-        key = _MOVES[move.kind], move.num_ranks, _axis(move.mesh, move.last)
+    def _book_move(self, op: str, move: Move, nbytes: int, seconds: float) -> None:
+        key = op, move.num_ranks, _axis(move.mesh, move.last)
         self.moves.setdefault(key, {}).setdefault(nbytes, []).append(seconds)
 
     def calibration(self, seconds: float) -> Calibration:
@@ -384,13 +385,15 @@ class _Tables:
     def _collectives(self) -> Iterator[CollectivePoints]:
         """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
         added = _added(self.moves, self.alone)
-        for key, alone in self.alone.items():
-            op, num_ranks, axis = key
+        for key in dict.fromkeys((*self.alone, *self.moves)):
+            (op, num_ranks, axis), alone = key, self.alone.get(key, {})
             table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
             if walks := self.moves.get(key):
                 walks = _merged(walks)
                 least, most = min(walks), max(walks)
                 table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
+            if len(table) < 2:
+                continue
             points, spreads = _table(table)
             yield CollectivePoints(op=op, num_ranks=num_ranks, axis=axis, points=points, spreads=spreads)
 

@@ -26,6 +26,7 @@ from narrows.comm.shm_calls import NOT_YET
 from narrows.comm.stamps import Stamp, mismatch, rank_names, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.sums import sum_rows
 from narrows.comm.wire import DifferentCallsError, Wire, open_wires
+from narrows.comm.world import RowNorm
 from narrows.errors import CollectiveMismatchError
 from narrows.layout import Mesh
 
@@ -193,6 +194,28 @@ class DistWorld:
             if self.checked:
                 stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
             out = self._meet(seat, stamp, seat.wire.reduce, x, counts, addends, op == "all_reduce")
+        self._buffers.give_back((x, *addends))
+        return out
+
+    def all_reduce_norm(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor],
+        norm: RowNorm,
+    ) -> tuple[Tensor, Tensor] | None:
+        if len(ranks) == 1:
+            return None
+        seat = self._seat(ranks)
+        wire = seat.wire
+        if not isinstance(wire, ShmWire) or not wire.norms(x, addends, norm):
+            return None
+        stamp = seat.stamp("all_reduce_norm", label)
+        if self.checked:
+            stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
+        out = self._meet(seat, stamp, wire.reduce_norm, x, counts, addends, norm)
         self._buffers.give_back((x, *addends))
         return out
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from narrows.comm.sums import sum_rows
-from narrows.comm.world import World
+from narrows.comm.world import RowNorm, World
 from narrows.errors import LayoutError
 from narrows.layout import Layout, Move, MoveKind, RowSplit, deal, scattered, starts
 
@@ -91,6 +91,13 @@ class Mover:
             addends: only for reductions: tensors of this rank's own rows that join its sum.
         """
         return self._run(xs, geometry, addends)
+
+    def reduce_norm(
+        self, x: Tensor, geometry: Geometry, addends: Sequence[Tensor], norm: RowNorm
+    ) -> tuple[Tensor, Tensor] | None:
+        """An all-reduce and the norm of its rows, as (normed, what was normed); None where the world does not do both
+        at once: then nothing has happened."""
+        return self._world.all_reduce_norm(x, self.ranks, geometry.pieces, self.label, addends, norm)
 
     def _slice(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         assert not addends, f"{self.label}: a slice takes no sum that an addend could join"

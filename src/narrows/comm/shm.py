@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +38,7 @@ from narrows.comm.shm_calls import (
 )
 from narrows.comm.sums import sum_rows
 from narrows.comm.wire import DifferentCallsError
+from narrows.comm.world import RowNorm
 from narrows.errors import CollectiveMismatchError
 
 __all__ = ["ShmWire"]
@@ -44,8 +48,14 @@ _AT_ONCE = 1 << 15
 _COPIED = 1 << 16
 """Bytes up to which an input that lies in the segment is copied all the same: that takes less than to wait for all."""
 
+_NORMED = frozenset((torch.float32, torch.bfloat16))
 _LINE = 64
 """What is copied there begins at a cache line of its own."""
+
+
+@cache
+def _bits(value: float) -> int:
+    return int.from_bytes(struct.pack("=d", value), sys.byteorder, signed=True)
 
 
 class ShmWire:
@@ -107,6 +117,41 @@ class ShmWire:
             self._sum(call, x, addends, out)
             return out
         return self._reduce_and_gather(call, x, counts, addends, shape)
+
+    def norms(self, x: Tensor, addends: Sequence[Tensor], norm: RowNorm) -> bool:
+        """Whether :meth:`reduce_norm` takes these: what every member sums whole, of one dtype that the norms are of."""
+        functions = self._functions
+        return (
+            functions.reduce_norm is not None
+            and x.nbytes <= _AT_ONCE
+            and x.dtype == norm.weight_W.dtype
+            and x.dtype in _NORMED
+            and functions.summed.issuperset([addend.dtype for addend in addends])
+            and len(addends) + 1 < self._limits.max_fields // 2
+        )
+
+    def reduce_norm(
+        self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], norm: RowNorm
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm while it is in the nearest cache: (normed, what was normed)."""
+        kinds = tuple([addend.dtype for addend in addends])
+        rows, width = x.shape
+        call = reduce_call(self.me, tuple(counts), width, x.dtype, kinds, True, False, self._limits.max_fields)
+        lingers = self._bring((x, *addends), call, 2)
+        summed, normed = torch.empty((rows, width), dtype=x.dtype), torch.empty((rows, width), dtype=x.dtype)
+        weight_W, eps, residual_TW = norm
+        residual = 0
+        if residual_TW is not None:
+            residual_TW = residual_TW.contiguous()
+            assert residual_TW.shape == x.shape and residual_TW.dtype == x.dtype, "a residual of another shape"
+            residual = residual_TW.data_ptr()
+        end = 2 + 2 * len(addends)
+        more = (summed.data_ptr(), lingers, residual, weight_W.data_ptr(), normed.data_ptr(), rows, width, _bits(eps))
+        for at, value in enumerate(more, end):
+            self._args[at] = value
+        assert self._functions.reduce_norm is not None
+        self._meet(self._functions.reduce_norm, call)
+        return normed, summed
 
     def _reduce_and_gather(
         self, call: Call, x: Tensor, counts: tuple[int, ...], addends: Sequence[Tensor], shape: tuple[int, int]

@@ -62,6 +62,8 @@ class Functions(NamedTuple):
     gather: Callable[[int, int, int], int]
     reduce: Callable[[int, int, int], int]
     limits: Limits
+    reduce_norm: Callable[[int, int, int], int] | None
+    """None on a CPU for which the norms are not compiled."""
     summed: frozenset[torch.dtype]
     """What they can sum."""
 
@@ -72,7 +74,7 @@ def functions() -> Functions | None:
     opened = library()
     if opened is None:
         return None
-    for function in (opened.narrows_shm_gather, opened.narrows_shm_reduce):
+    for function in (opened.narrows_shm_gather, opened.narrows_shm_reduce, opened.narrows_shm_reduce_norm):
         function.argtypes, function.restype = (ctypes.c_void_p,) * 3, ctypes.c_int
     layout = numbers(*(0,) * len(Limits._fields))
     opened.narrows_shm_layout.restype = None
@@ -80,7 +82,8 @@ def functions() -> Functions | None:
     opened.narrows_sums_dtypes.restype = ctypes.c_int64
     known = opened.narrows_sums_dtypes()
     summed = frozenset(dtype for dtype, code in _CODES.items() if known >> code & 1)
-    return Functions(opened.narrows_shm_gather, opened.narrows_shm_reduce, Limits(*layout[:]), summed)
+    norms = opened.narrows_shm_reduce_norm if opened.narrows_rows() else None
+    return Functions(opened.narrows_shm_gather, opened.narrows_shm_reduce, Limits(*layout[:]), norms, summed)
 
 
 class Call(NamedTuple):

@@ -20,6 +20,7 @@ from narrows.comm.meeting import Commons, Meeting
 from narrows.comm.recording import Recording, Tape
 from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.sums import float32_sum, sum_rows
+from narrows.comm.world import RowNorm
 from narrows.errors import CollectiveMismatchError
 
 __all__ = ["ThreadWorld"]
@@ -86,6 +87,17 @@ class ThreadWorld:
         out: Tensor = self._meet(seat, stamp, (x, addends), partial(_summed, counts, True))
         self._buffers.give_back((x, *addends))
         return out
+
+    def all_reduce_norm(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor],
+        norm: RowNorm,
+    ) -> None:
+        return None
 
     def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
         if len(ranks) == 1:

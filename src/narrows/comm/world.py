@@ -10,7 +10,7 @@ this rank in the group, ``ranks.index(rank)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from torch import Tensor
 from narrows.comm.recording import Recording, Tape
 from narrows.layout import Mesh
 
-__all__ = ["World"]
+__all__ = ["RowNorm", "World"]
+
+
+class RowNorm(NamedTuple):
+    """An RMSNorm of finished rows ``[T, W]``, to which ``residual`` (if any) is added first."""
+
+    weight_W: Tensor
+    eps: float
+    residual_TW: Tensor | None
 
 
 class World(Protocol):
@@ -98,6 +106,23 @@ class World(Protocol):
 
         Returns:
             ``[T, W]`` in ``x.dtype``.
+        """
+        ...
+
+    def all_reduce_norm(
+        self,
+        x: Tensor,
+        ranks: tuple[int, ...],
+        counts: Sequence[int],
+        label: str,
+        addends: Sequence[Tensor],
+        norm: RowNorm,
+    ) -> tuple[Tensor, Tensor] | None:
+        """:meth:`all_reduce` and the norm of its rows in one pass: (normed, what was normed), the bits of one after the
+        other.
+
+        None, on all members alike and without meeting anybody, where this world has no such kernel for these sizes:
+        then the caller does the two.
         """
         ...
 

@@ -55,6 +55,9 @@ class Device:
     """Links behind that figure, one per peer; 1: a switch, so that any group has all of it."""
     shared_memory: bool = False
     """Ranks read each other's memory: collectives cost copies at ``hbm_bytes_per_s`` and use no link."""
+    fused_norm_bytes: int = 0
+    """An all-reduce of up to so many bytes and the norm after it can be one step. 0 on GPUs: such kernels exist for a
+    few MB, but this engine has none."""
     link_latency_s: float = 20e-6
     """Of one collective where no table gives it."""
     collectives: CollectiveSource | None = None
@@ -375,6 +378,7 @@ _CPU_CORE = Device(
     memory_bytes=12e9,
     link_bytes_per_s=10e9,
     shared_memory=True,
+    fused_norm_bytes=1 << 15,
     link_latency_s=40e-6,
     gemm_efficiency=1.0,
     gemm_memory_efficiency=0.80,

@@ -17,10 +17,13 @@ from narrows.arch.stages import AttentionCore, Work
 from narrows.cost.price import Price, Source
 from narrows.cost.tables import Curve
 
-__all__ = ["AXES", "CollectivePoints", "Measured", "StagePoint", "StagePoints", "StepPoints"]
+__all__ = ["AXES", "REDUCE_NORM", "CollectivePoints", "Measured", "StagePoint", "StagePoints", "StepPoints"]
 
 AXES = ("inner", "outer")
 """Of a group's ranks: next to each other (along the last axes of a mesh), or apart with other groups between them."""
+
+REDUCE_NORM = "all_reduce_norm"
+"""An all-reduce and the norm of its rows as one step; its bytes are those of the all-reduce."""
 
 Points = tuple[tuple[float, float], ...]
 """(size, seconds) in ascending order of size."""

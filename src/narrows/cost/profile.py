@@ -17,13 +17,13 @@ from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceCla
 from narrows.cost.collectives import COLLECTIVES
 from narrows.cost.devices import DEVICES, Device, device
 from narrows.cost.here import Setting
-from narrows.cost.measured import AXES, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.errors import ConfigError
 
 __all__ = ["MEASURED_OPS", "Profile", "find_device", "is_profile", "profiles_folder", "read_profile", "write_profile"]
 
 VERSION = 1
-MEASURED_OPS = (*COLLECTIVES, "column_gather")
+MEASURED_OPS = (*COLLECTIVES, "column_gather", REDUCE_NORM)
 _FOLDER_VARIABLE = "NARROWS_PROFILES"
 _WORKS: Mapping[str, type[Work]] = {
     "gemm": Gemm,

@@ -6,7 +6,7 @@ A stage costs its largest rank's rows. A collective on a device whose ranks need
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
@@ -14,7 +14,7 @@ from narrows.cost.collectives import collective_price
 from narrows.cost.devices import Device
 from narrows.cost.gemm import gemm_price, grouped_gemm_price
 from narrows.cost.kernels import attention_price, norm_price, stream_price
-from narrows.cost.measured import AXES, Measured
+from narrows.cost.measured import AXES, REDUCE_NORM, Measured
 from narrows.cost.price import ZERO, Price, Source
 from narrows.errors import ConfigError
 from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
@@ -178,12 +178,28 @@ class Pricer:
         else:
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
-        price = None
-        if self.device.measured is not None and nbytes:
-            axis = AXES[0] if prod(self.mesh.sizes[move.last :]) == 1 else AXES[1]
-            price = self.device.measured.collective(move.kind.value, n, axis, nbytes)
+        price = self._walked(move.kind.value, move, nbytes)
         price = price or collective_price(self.device, op, n, nbytes, graph=self.graph)
         return StepPrice(price.ps, rows, nbytes, price.source)
+
+    def _walked(self, op: str, move: Move, nbytes: int) -> Price | None:
+        """What a collective was measured to take among such ranks."""
+        if self.device.measured is None or not nbytes:
+            return None
+        axis = AXES[0] if prod(self.mesh.sizes[move.last :]) == 1 else AXES[1]
+        return self.device.measured.collective(op, move.num_ranks, axis, nbytes)
+
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+        """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
+        is in cache, and writing it is the reduction's), launched once. Where the device has no such step of that size
+        it is the two, and a picosecond, so that nobody takes it for nothing."""
+        price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
+        if price.nbytes > self.device.fused_norm_bytes:
+            return price.plus(replace(normed, ps=normed.ps + 1))
+        if (found := self._walked(REDUCE_NORM, move, price.nbytes)) is not None:
+            return StepPrice(found.ps, price.rows, price.nbytes, found.source)
+        launch = round(self.device.launch_s * 1e12) if normed.nbytes else 0
+        return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
 
     def _rows(self, row_set: RowSet, layout: Layout) -> int:
         """Rows of the largest rank; the same few layouts are asked for again and again."""

@@ -49,6 +49,8 @@ class CollectiveClock:
         move = step.move
         if move is None or move.kind is MoveKind.SLICE:
             return operation
+        if step.stage is not None:  # a reduction and its norm: the residual crosses no rank
+            reads, writes = reads[:1], writes[:1]
         return _Timed(move, step.encodings or (Encoding.PLAIN,) * len(writes), reads, writes, operation, self._count)
 
     def _count(self, kind: Kind, nbytes: int, seconds: float) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from narrows.arch.stages import Field, RowSet, StageKind
 from narrows.comm.movers import Geometry, Mover
-from narrows.comm.world import World
+from narrows.comm.world import RowNorm, World
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
 from narrows.ops.encode_rows import decode_rows, encode_rows
@@ -56,10 +56,12 @@ class Frame:
     rows: RowSplit
     logits: RowSplit
     geometries: tuple[Geometry, ...]
+    logit_rows: Sequence[int]
+    """The rows, of all, that ask for logits."""
     selections: tuple[Tensor | None, ...]
     """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in; None: all."""
     out_rows: tuple[int, ...]
-    """Rows that this rank leaves in each layout that a stage writes into a send buffer."""
+    """Rows that this rank leaves in each layout and row set that a stage writes into a send buffer."""
     phase: str = "prefill"
     """For profiles only: no operation depends on it."""
 
@@ -73,7 +75,7 @@ class Program:
         """Whether a tape may stand in for the operations (`tapes.py`): nothing is around them that it would miss."""
         self._moves = tuple(binder.moves)
         self._selected = tuple(binder.selected)
-        self._out_layouts = tuple(binder.out_layouts)
+        self._outs = tuple(binder.outs)
         self._num_registers = len(binder.registers)
         self._rank, self._device = binder.world.rank, binder.model.place.device
         self.outputs = dict(binder.registers)
@@ -93,9 +95,10 @@ class Program:
             inputs=inputs,
             rows=rows,
             logits=logits,
+            logit_rows=logit_rows,
             geometries=tuple(mover.geometry(splits[row_set]) for mover, row_set in self._moves),
             selections=tuple(selections),
-            out_rows=tuple(rows.num_rows(layout, self._rank) for layout in self._out_layouts),
+            out_rows=tuple(splits[row_set].num_rows(layout, self._rank) for layout, row_set in self._outs),
             phase=phase,
         )
 
@@ -150,7 +153,7 @@ class _Binder:
         self.registers: dict[str, int] = {"ids": 0}
         self.moves: list[tuple[Mover, RowSet]] = []
         self.selected: list[Layout] = []
-        self.out_layouts: list[Layout] = []
+        self.outs: list[tuple[Layout, RowSet]] = []
         self._owed: list[tuple[int, Layout]] = []  # registers of addends that wait for a sum to be completed
         self._geometry_of: dict[tuple[Layout, Layout, RowSet], int] = {}
         steps = list(plan.steps())
@@ -169,10 +172,10 @@ class _Binder:
     def _register(self, name: str) -> int:
         return self.registers.setdefault(name, len(self.registers))
 
-    def _index(self, layouts: list[Layout], layout: Layout) -> int:
-        if layout not in layouts:
-            layouts.append(layout)
-        return layouts.index(layout)
+    def _index(self, known: list[Any], one: Any) -> int:
+        if one not in known:
+            known.append(one)
+        return known.index(one)
 
     def _bind(self, layer: int | None, step: Step, following: Step | None) -> Operation:
         if step.kind is StepKind.STAGE:
@@ -197,7 +200,7 @@ class _Binder:
         (write,) = writes
         if following is not None and self._feeds(step, following):
             field = self.fields[step.writes[0]]
-            at = self._index(self.out_layouts, step.leaves)
+            at = self._index(self.outs, (step.leaves, step.row_set))
             lend, width, dtype = self.world.send_buffer, field.width, self.model.place.dtype
 
             def write_out(regs: Registers, frame: Frame) -> None:
@@ -219,7 +222,7 @@ class _Binder:
             and step.leaves.owes_sum
             and following.move is not None
             and following.move.kind in _REDUCES
-            and following.reads == step.writes
+            and following.reads[:1] == step.writes
         )
 
     def _move(self, layer: int | None, step: Step) -> Operation:
@@ -234,6 +237,8 @@ class _Binder:
             self.moves.append((mover, step.row_set))
         at = self._geometry_of[key]
         registers = [self._register(name) for name in step.reads]
+        if step.stage is not None:
+            return self._reduce_norm(layer, step, mover, at)
         if step.encoded:
             return self._encoded_gather(step, mover, at)
         if step.move.kind in _REDUCES and self._owed and not step.leaves.owes_sum:
@@ -252,6 +257,29 @@ class _Binder:
                 regs[i] = tensor
 
         return move
+
+    def _reduce_norm(self, layer: int | None, step: Step, mover: Mover, at: int) -> Operation:
+        """An all-reduce and its norm at once where the world does that, else one after the other: equal bits."""
+        module = self.model if layer is None else self.model.layers[layer]
+        norm, (weight, eps) = getattr(module, step.boundary), module.norm_of(step.boundary)
+        hidden, *apart = (self._register(name) for name in step.reads)
+        writes = [self._register(name) for name in step.writes]
+        addends = [register for register, _ in self._owed]
+        self._owed.clear()
+
+        def reduce_and_norm(regs: Registers, frame: Frame) -> None:
+            x, joined = regs[hidden], [regs[i] for i in addends]
+            residual = regs[apart[0]] if apart else None
+            done = mover.reduce_norm(x, frame.geometries[at], joined, RowNorm(weight, eps, residual))
+            if done is None:
+                (x,) = mover([x], frame.geometries[at], joined)
+                done = norm(frame.inputs, x, residual)
+            if len(writes) == 2:
+                regs[writes[0]], regs[writes[1]] = done
+            else:
+                regs[writes[0]] = done if isinstance(done, Tensor) else done[0]
+
+        return reduce_and_norm
 
     def _encoded_gather(self, step: Step, mover: Mover, at: int) -> Operation:
         """Encode, gather, decode. This rank's own rows come back through the gather too, so that they are decoded like

@@ -16,7 +16,7 @@ from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.worker import Worker
 from narrows.layout import Layout, RowSplit, scattered
 from narrows.models.moe import MoeLayer
-from narrows.plan.plan import Step, StepKind
+from narrows.plan.plan import Step
 
 __all__ = ["Copy", "Flip", "Recorder", "Spot"]
 
@@ -51,9 +51,11 @@ class Copy:
     tensor: Tensor
     ranks: tuple[int, ...]
     layout: Layout
+    row_set: RowSet
 
     def rank_of(self, row: int, rows: RowSplit) -> int | None:
-        """The rank that row ``row`` was taken from; None where several ranks made it together."""
+        """The rank that row ``row`` of ``rows``, the split of its row set, was taken from; None where several ranks
+        made it together."""
         if not self.layout.is_whole:
             return None
         spans = (rows.span(self.layout, rank) for rank in range(rows.mesh.size))
@@ -81,23 +83,25 @@ class Recorder:
         self.step = step
         self._shards = {}
 
-    def copies(self, rows: RowSplit) -> dict[Spot, list[Copy]]:
+    def copies(self, rows: RowSplit, logits: RowSplit) -> dict[Spot, list[Copy]]:
         """What every stage of this step left, put together from all ranks, in the order of the stages.
 
         Where several ranks hold the same rows there are as many copies, each put together from other ranks, so that
         every rank's rows are in one of them. An owed sum is taken, and columns are laid side by side: one copy.
-        ``rows``: the step's row split. All of its rows must have asked for logits, so that both row sets are the same.
+        ``rows`` and ``logits``: the step's row splits.
         """
+        splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
         mesh, out = rows.mesh, dict[Spot, list[Copy]]()
         for spot, shards in self._shards.items():
-            layout, _ = self._layouts[spot]
+            layout, row_set = self._layouts[spot]
             held = [_matrix(shard) for shard in shards if shard is not None]
             blocks = [mesh.group(rank, layout.num_leading, mesh.num_axes) for rank in range(mesh.size)]
             num_copies = len(blocks[0]) if layout.is_whole else 1
             out[spot] = []
             for i in range(num_copies):
                 ranks = tuple(block[i] for block in blocks) if layout.is_whole else tuple(range(mesh.size))
-                out[spot].append(Copy(assemble(layout, rows, [held[rank] for rank in ranks]), ranks, layout))
+                whole = assemble(layout, splits[row_set], [held[rank] for rank in ranks])
+                out[spot].append(Copy(whole, ranks, layout, row_set))
         return out
 
     def wrap(self, worker: Worker) -> Wrap:
@@ -107,11 +111,11 @@ class Recorder:
         def around(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            if step.kind is not StepKind.STAGE and not step.encoded:
+            if step.stage is None and not step.encoded:
                 return operation
             if step.name == "router" and layer is not None:
                 operation = self._router(worker, layer, step, reads, writes, operation)
-            where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
+            where = f"{step.name} before {step.boundary}" if step.stage is None else step.stage.name
             spots = [Spot(layer, where, name) for name in step.writes]
 
             def recorded(regs: Registers, frame: Frame) -> None:
@@ -145,8 +149,8 @@ class Recorder:
 
         def replayed(regs: Registers, frame: Frame) -> None:
             assert self.replay is not None
-            start, stop = frame.rows.span(layout, rank)
-            forced = self.replay[self.step, layer][start:stop].to(torch.int64)
+            held = _rows_held(frame, step.row_set, layout, rank)
+            forced = self.replay[self.step, layer][held].to(torch.int64)
             hidden = regs[reads[0]]
             own = routed.route(hidden, with_margin=True)
             chosen = routed.route(hidden, forced)
@@ -154,12 +158,20 @@ class Recorder:
             differs = (own.topk_ids_TK.sort(-1).values != forced.sort(-1).values).any(-1)
             assert own.margin_T is not None
             first, last = frame.rows.span(scattered(mesh), rank)  # others hold these rows too: one rank reports each
-            for row in differs.nonzero().flatten().tolist():
-                if first <= start + row < last:
-                    margin = float(own.margin_T[row])
-                    self.flips.append(Flip(step=self.step, layer=layer, row=start + row, margin=margin))
+            for at in differs.nonzero().flatten().tolist():
+                if first <= held[at] < last:
+                    margin = float(own.margin_T[at])
+                    self.flips.append(Flip(step=self.step, layer=layer, row=held[at], margin=margin))
 
         return record if self.replay is None else replayed
+
+
+def _rows_held(frame: Frame, row_set: RowSet, layout: Layout, rank: int) -> list[int]:
+    """Which rows of the step, of all in order, ``rank`` holds in ``layout``."""
+    if row_set is RowSet.ALL:
+        return list(range(*frame.rows.span(layout, rank)))
+    start, stop = frame.logits.span(layout, rank)
+    return list(frame.logit_rows[start:stop])
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Knows prompts, groups and pages as ints. Prompt i belongs to group i modulo the groups. The first step prefills half of
 every prompt; the next the rest of the even ones, so that groups differ; then the even ones decode while the odd ones
-finish their prompts; then all decode, and every third step only the first group has rows. Every row asks for logits.
+finish their prompts; then all decode, and every third step only the first group has rows. Every row asks for logits,
+or with ``few_logits`` in the third step only the last of each sequence, as of any prompt that is not scored.
 """
 
 from __future__ import annotations
@@ -35,10 +36,18 @@ def _decode(sequence: _Sequence, *, only_first_group: bool) -> int:
 class Script:
     """Iterate for batches; after each, :meth:`sampled` must bring its samples before the next is asked for."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], *, num_groups: int, num_steps: int, page_size: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_groups: int,
+        num_steps: int,
+        page_size: int,
+        few_logits: bool = False,
+    ) -> None:
         if not prompts or any(not prompt for prompt in prompts):
             raise ConfigError("verify needs at least one prompt, each of at least one token")
-        self.num_groups, self.num_steps = max(num_groups, 1), num_steps
+        self.num_groups, self.num_steps, self._few_logits = max(num_groups, 1), num_steps, few_logits
         self.max_context = max(2, max(len(prompt) for prompt in prompts) + num_steps + 1)
         self.pages_each = num_pages_for(self.max_context, page_size)
         per_group = -(-len(prompts) // self.num_groups)
@@ -61,12 +70,12 @@ class Script:
     def __iter__(self) -> Iterator[Batch]:
         yield from self._step(lambda s: (s.prompt_length + 1) // 2)
         yield from self._step(lambda s: s.prompt_length - s.num_cached if s.index % 2 == 0 else 0)
-        yield from self._step(lambda s: 1 if s.index % 2 == 0 else s.prompt_length - s.num_cached)
+        yield from self._step(lambda s: 1 if s.index % 2 == 0 else s.prompt_length - s.num_cached, few=self._few_logits)
         for step in range(self.num_steps - 1):
             only_first_group = step % 3 == 2
             yield from self._step(partial(_decode, only_first_group=only_first_group))
 
-    def _step(self, num_rows: Callable[[_Sequence], int]) -> Iterator[Batch]:
+    def _step(self, num_rows: Callable[[_Sequence], int], *, few: bool = False) -> Iterator[Batch]:
         groups: list[list[Chunk]] = [[] for _ in range(self.num_groups)]
         for sequence in self._sequences:
             rows = min(num_rows(sequence), len(sequence.tokens) - sequence.num_cached)
@@ -79,7 +88,7 @@ class Script:
                         start=start,
                         tokens=tuple(sequence.tokens[start : start + rows]),
                         pages=sequence.pages,
-                        num_logits=rows,
+                        num_logits=1 if few else rows,
                     )
                 )
         batch = Batch(groups=tuple(tuple(group) for group in groups))

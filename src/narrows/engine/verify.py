@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from narrows.arch.forms import Forms
+from narrows.arch.stages import RowSet
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.recorder import Copy, Flip, Recorder, Spot
 from narrows.engine.script import Script
-from narrows.engine.worker import StepResult
+from narrows.engine.worker import StepResult, logit_split
 from narrows.errors import PlanError
 from narrows.layout import Encoding, RowSplit
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
@@ -145,7 +146,7 @@ def verify(
         ConfigError: a model or mesh that cannot be, or a layout that cannot apply.
     """
     asked = replace(asked, want_logits=True, layout="auto")
-    script = Script(prompts, num_groups=asked.dp, num_steps=num_decode, page_size=asked.page_size)
+    script = Script(prompts, num_groups=asked.dp, num_steps=num_decode, page_size=asked.page_size, few_logits=True)
     asked = replace(asked, max_context=script.max_context, kv_tokens=script.kv_tokens)
     sharded = resolve(asked)
     names = tuple(layouts) or applicable_layouts(sharded.config, sharded.mesh)
@@ -176,10 +177,11 @@ class _Reference:
 
     def __init__(self, asked: EngineConfig, script: Script, source: WeightSource | None) -> None:
         kv_tokens = script.kv_tokens * asked.dp
-        one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads"))
+        # Rows are selected before the head: up to there whatever a layout leaves can be compared, and replayed.
+        one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
         self.recorder = Recorder(1)
         self.batches: list[Batch] = []
-        self.tensors: list[dict[Spot, Tensor]] = []
+        self.tensors: list[dict[Spot, Copy]] = []
         self.logits: list[Tensor] = []
         with Engine(one, source=source, wrap=self.recorder.wrap) as engine:
             for step, batch in enumerate(script):
@@ -189,8 +191,8 @@ class _Reference:
                 assert result.logits is not None
                 script.sampled(batch, result.ids)
                 self.batches.append(batch)
-                copies = self.recorder.copies(RowSplit.from_groups(one.mesh, merged.group_rows))
-                self.tensors.append({spot: copy.tensor for spot, (copy,) in copies.items()})
+                copies = self.recorder.copies(*_splits(one, merged))
+                self.tensors.append({spot: copy for spot, (copy,) in copies.items()})
                 self.logits.append(result.logits)
 
 
@@ -234,25 +236,38 @@ def _run_layout(
 def _compare_stages(
     report: LayoutReport,
     step: int,
-    expected: dict[Spot, Tensor],
+    expected: dict[Spot, Copy],
     recorder: Recorder,
     resolved: Resolved,
     batch: Batch,
 ) -> None:
-    rows = RowSplit.from_groups(resolved.mesh, batch.group_rows)
-    got = recorder.copies(rows)
+    rows, logits = _splits(resolved, batch)
+    picked = list(batch.logit_rows())
+    got = recorder.copies(rows, logits)
     if report.encodings:
-        _compare_ranks(report, step, got, rows)
+        _compare_ranks(report, step, got, {RowSet.ALL: rows, RowSet.LOGITS: logits})
     for spot, wanted in expected.items():
         if spot not in got or spot.field == "next_ids":
             continue  # a form may lack a stage of the other; tokens are compared by agreement
         if spot.stage == "experts" and resolved.forms.shared_expert == "replicated":
             continue  # here without the shared expert, which joins after: the next norm's residual has both
         for copy in got[spot]:
-            _compare(report, step, spot, wanted, copy.tensor, lambda row, copy=copy: copy.rank_of(row, rows))  # type: ignore[misc]
+            split, want, have = rows, wanted.tensor, copy.tensor
+            if RowSet.LOGITS in (wanted.row_set, copy.row_set):
+                split = logits
+                want = want[picked] if wanted.row_set is RowSet.ALL else want
+                have = have[picked] if copy.row_set is RowSet.ALL else have
+            _compare(report, step, spot, want, have, lambda row, copy=copy, split=split: copy.rank_of(row, split))  # type: ignore[misc]
 
 
-def _compare_ranks(report: LayoutReport, step: int, got: dict[Spot, list[Copy]], rows: RowSplit) -> None:
+def _splits(resolved: Resolved, batch: Batch) -> tuple[RowSplit, RowSplit]:
+    rows = RowSplit.from_groups(resolved.mesh, batch.group_rows)
+    return rows, logit_split(rows, batch.logit_rows())
+
+
+def _compare_ranks(
+    report: LayoutReport, step: int, got: dict[Spot, list[Copy]], splits: dict[RowSet, RowSplit]
+) -> None:
     """Where rows are encoded the tolerance is wide, so ranks are held against each other too: to the bit."""
     for spot, (first, *others) in got.items():
         for copy in others:
@@ -263,7 +278,7 @@ def _compare_ranks(report: LayoutReport, step: int, got: dict[Spot, list[Copy]],
                     spot,
                     first.tensor,
                     copy.tensor,
-                    lambda row, copy=copy: copy.rank_of(row, rows),  # type: ignore[misc]
+                    lambda row, copy=copy: copy.rank_of(row, splits[copy.row_set]),  # type: ignore[misc]
                     between_ranks=True,
                 )
 

@@ -161,6 +161,11 @@ class DecoderLayer:
                 if place.rank == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
                     self.down_bias_H = load(self.weights["down_proj.bias"])
 
+    def norm_of(self, stage: str) -> tuple[Tensor, float]:
+        """Weight and epsilon of the norm that ``stage`` is."""
+        weights = {"input_norm": self.input_layernorm_H, "post_attn_norm": self.post_attention_layernorm_H}
+        return weights[stage], self.eps
+
     def input_norm(
         self, step: StepInputs, hidden_TH: Tensor, residual_TH: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -243,6 +248,11 @@ class Decoder:
     def embed(self, step: StepInputs, ids_T1: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Rows of the embedding; ids outside this rank's part of the vocabulary give zeros, an addend of the sum."""
         return embedding(ids_T1.squeeze(-1), self.embed_VH, self.first_embedded, out=out)
+
+    def norm_of(self, stage: str) -> tuple[Tensor, float]:
+        """Weight and epsilon of the norm that ``stage`` is."""
+        assert stage == "final_norm"
+        return self.norm_H, self.config.rms_norm_eps
 
     def final_norm(self, step: StepInputs, hidden_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         """RMSNorm of hidden plus residual, before the LM head."""

@@ -61,6 +61,8 @@ def _lines(mesh: Mesh, step: Step, indent: str, receiver: str, joined: list[str]
         if joined and step.layout.owes_sum and not step.leaves.owes_sum:
             more = f", addends=[{', '.join(joined)}]"
             joined.clear()
+        if step.stage is not None:
+            more += f', norm="{step.stage.name}"'
         if step.encoded:
             travels = ", ".join(f'"{name}": "{encoding}"' for name, encoding in step.encoded.items())
             more = f", encode={{{travels}}}"

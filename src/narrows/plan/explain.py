@@ -82,7 +82,7 @@ def move_words(step: Step) -> str:
 
 def _kind_words(step: Step) -> str:
     assert step.move is not None
-    words = step.move.kind.value.replace("_", "-")
+    words = step.name.replace("_norm", " and norm in one").replace("_", "-")
     several_axes = sum(size > 1 for size in step.move.mesh.sizes) > 1
     return f"{words} over {step.move.axes}" if several_axes else words
 
@@ -135,7 +135,8 @@ def step_words(mesh: Mesh, step: Step) -> str:
 
 
 def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
-    """How the steps of ``odd`` differ from those of ``usual``."""
+    """How the steps of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
+    by that step."""
 
     def what(step: Step) -> tuple[object, ...]:
         return (
@@ -145,7 +146,6 @@ def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
             step.reads,
             step.reads_at,
             step.writes_at,
-            step.row_set,
             step.encodings,
         )
 
@@ -263,6 +263,8 @@ def _difference(mesh: Mesh, mine: Sequence[Step], its: Sequence[Step], target: s
         if here == there:
             return f"{here} {where}, {_megabytes(its)} instead of {_megabytes(mine)}"
         return f"{here} instead of {there} {where}"
+    if some.stage.kind is StageKind.NORM and not (mine and its):
+        return f"{'with' if its else 'without'} {some.name} as a step of its own"
     if not mine or not its:
         return f"{some.name}, which auto does not run" if its else f"no {some.name}, which auto runs"
     its_step, my_step = its[0], mine[0]

@@ -17,7 +17,7 @@ from narrows.cost.price import Source
 from narrows.cost.stage import StepPrice
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
 from narrows.plan.named import NamedLayout
-from narrows.plan.plan import Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Step, StepKind
 
 __all__ = ["Graph", "Node", "Prices", "State"]
 
@@ -34,6 +34,7 @@ class Prices(Protocol):
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice: ...
     def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
     def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
@@ -44,21 +45,23 @@ Edge = tuple[int, Step]
 
 
 class Node:
-    """A state before a stage. ``edges`` lead to other states before it, ``run`` to the one after it, if it can run."""
+    """A state before a stage. ``edges`` lead to other states before it, ``runs`` to those after it: by the stage alone,
+    or in one step with the all-reduce before it."""
 
-    __slots__ = ("edges", "run", "state")
+    __slots__ = ("edges", "runs", "state")
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.edges: tuple[tuple[Node, Edge], ...] | None = None
-        self.run: tuple[State, Edge] | None = None
+        self.runs: tuple[tuple[State, Edge], ...] = ()
 
 
 class Graph:
     """All ways through ``chain`` on ``mesh`` that ``rules`` leave.
 
     ``encoding``: what the rows of a field that may be encoded can travel as in a gather, beside plain; ``always``:
-    plain gathers of such fields are left out, whatever encoding costs.
+    plain gathers of such fields are left out, whatever encoding costs. ``fuses_norms``: the device may have a price for
+    an all-reduce and the norm after it in one step.
     """
 
     def __init__(
@@ -69,9 +72,11 @@ class Graph:
         encoding: Encoding = Encoding.PLAIN,
         *,
         always: bool = False,
+        fuses_norms: bool = False,
     ) -> None:
         self.chain, self.mesh, self.rules = chain, mesh, rules
         self._encoding, self._always = encoding, always
+        self._fuses_norms = fuses_norms and rules.fuses_norms
         self.asks: list[Callable[[Prices], StepPrice]] = []
         self._ask_index: dict[tuple[Any, ...], int] = {}
         self._layouts = legal_layouts(mesh)
@@ -91,7 +96,7 @@ class Graph:
         self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
         self._ask_of: dict[Step, int] = {}
-        self._nodes: dict[tuple[str, State], Node] = {}
+        self._nodes: dict[tuple[str, bool, State], Node] = {}
 
     def start(self) -> State:
         """Before the first stage: the token ids, everywhere."""
@@ -101,11 +106,11 @@ class Graph:
         return tuple(state)
 
     def node(self, stage: Stage, state: State) -> Node:
-        """The node of ``state`` before ``stage``; stages are told apart by name."""
-        node = self._nodes.get((stage.name, state))
+        """The node of ``state`` before ``stage``; stages are told apart by name, and the last layer's from others."""
+        node = self._nodes.get((stage.name, stage.any_rows, state))
         if node is None:
-            node = self._nodes[stage.name, state] = Node(state)
-            node.run = self._run(state, stage)
+            node = self._nodes[stage.name, stage.any_rows, state] = Node(state)
+            node.runs = tuple(self._runs(state, stage))
         return node
 
     def edges(self, stage: Stage, node: Node) -> tuple[tuple[Node, Edge], ...]:
@@ -125,7 +130,7 @@ class Graph:
     def _edges(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
         if stage.kind is StageKind.NORM:
             yield from self._adds(state, stage)
-        if stage in self.chain.epilogue and state[-1] == 0 and self._may_select(stage):
+        if stage.after_selection and state[-1] == 0 and self._may_select(stage):
             yield self._select(state, stage)
         by_layout: dict[int, list[int]] = {}
         for slot in range(len(self._bundles)):
@@ -190,7 +195,7 @@ class Graph:
 
     def _run(self, state: State, stage: Stage) -> tuple[State, Edge] | None:
         """The state after ``stage``, if it can run in ``state``."""
-        if (state[-1] == 1) is not (stage.row_set is RowSet.LOGITS) and stage.kind is not StageKind.NORM:
+        if not (stage.after_selection if state[-1] else stage.row_set is RowSet.ALL):
             return None
         fused = False
         reads = {self._slot[self.chain.fields[name].bundle] for name in stage.reads}
@@ -221,6 +226,21 @@ class Graph:
             after[self._slot[self.chain.fields[name].bundle]] = leaves
         return tuple(after), self._stage(stage, index, leaves, fused, state[-1])
 
+    def _runs(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
+        run = self._run(state, stage)
+        if run is not None:
+            yield run
+        slot = self._slot["hidden"]
+        if not self._fuses_norms or stage.kind is not StageKind.NORM or state[slot] == ABSENT:
+            return
+        for move, dst in self._moves[state[slot]]:
+            if move.kind is MoveKind.ALL_REDUCE and self._may_move(move, stage):
+                reduced = (*state[:slot], dst, *state[slot + 1 :])
+                run = self._run(reduced, stage)
+                if run is not None:
+                    after, (_, normed) = run
+                    yield after, self._reduce_norm(move, dst, normed, state, stage)
+
     def _row_stage_at(self, stage: Stage, index: int) -> bool:
         titles = self.rules.rows_at.get(stage.name)
         return titles is None or any(self._titles[title] == index for title in titles)
@@ -228,7 +248,8 @@ class Graph:
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def _stage(self, stage: Stage, index: int, leaves: int, fused: bool, selected: int) -> Edge:
-        key = ("stage", stage.name, index, fused, selected)
+        cost = ("stage", stage.name, index, fused, selected)
+        key = (*cost, stage.any_rows)
         if (made := self._made.get(key)) is not None:
             return made
         layout, row_set = self._layouts[index], _ROW_SETS[selected]
@@ -237,7 +258,7 @@ class Graph:
             reads = tuple(name for name in reads if name != "residual")
         return self._edge(
             key,
-            key,
+            cost,
             lambda prices: prices.stage(stage, layout, fused, row_set),
             kind=StepKind.STAGE,
             name=stage.name,
@@ -291,6 +312,32 @@ class Graph:
             encodings=travels if encoded else (),
         )
 
+    def _reduce_norm(self, move: Move, dst: int, normed: Step, state: State, stage: Stage) -> Edge:
+        """``move`` of hidden and ``normed``, the norm after it, as one step."""
+        slot, selected, fused = self._slot["hidden"], state[-1], normed.fused
+        cost = (ALL_REDUCE_NORM, stage.name, state[slot], dst, fused, selected)
+        key = (*cost, stage.any_rows)
+        if (made := self._made.get(key)) is not None:
+            return made
+        row_set, row_bytes = _ROW_SETS[selected], self._row_bytes[slot]
+        return self._edge(
+            key,
+            cost,
+            lambda prices: prices.reduce_norm(move, stage, fused, row_bytes, row_set),
+            kind=StepKind.MOVE,
+            name=ALL_REDUCE_NORM,
+            boundary=stage.name,
+            price_class=PriceClass.COMMUNICATION,
+            reads=normed.reads,
+            reads_at=(move.src, *normed.reads_at[1:]),
+            writes=normed.writes,
+            writes_at=normed.writes_at,
+            row_set=row_set,
+            stage=stage,
+            move=move,
+            fused=fused,
+        )
+
     def _add(self, addend: str, hidden: int, at: int, selected: int, stage: Stage) -> Edge:
         row_bytes, row_set, layout = self._row_bytes[self._slot["hidden"]], _ROW_SETS[selected], self._layouts[at]
         return self._edge(
@@ -309,9 +356,10 @@ class Graph:
         )
 
     def _select(self, state: State, stage: Stage) -> tuple[State, Edge]:
-        slots = [self._slot[name] for name in ("hidden", *_ADDENDS) if state[self._slot[name]] != ABSENT]
-        names = tuple(self._bundles[slot] for slot in slots)
-        layouts = tuple(self._layouts[state[slot]] for slot in slots)
+        hidden = self._slot["hidden"]
+        slots = sorted((i for i, at in enumerate(state[:-1]) if at != ABSENT), key=lambda i: i != hidden)
+        names = tuple(name for slot in slots for name in self._names[slot])
+        layouts = tuple(self._layouts[state[slot]] for slot in slots for _ in self._names[slot])
         row_bytes = sum(self._row_bytes[slot] for slot in slots)
         edge = self._edge(
             ("select", stage.name, state),

@@ -26,6 +26,7 @@ class NamedLayout:
     ``rows_at``: titles of the layouts a row stage may run at. ``sums_by``: the moves that may complete an owed sum
     before a stage. ``residual``: how the residual may come in before a norm: ``fused`` with it, ``added`` to finished
     rows, or ``joined`` to the owed sum. ``select_before``: the stage before which rows may be selected.
+    ``fuses_norms``: an all-reduce and the norm after it may be one step, on devices that have that.
     """
 
     name: str
@@ -35,9 +36,10 @@ class NamedLayout:
     sums_by: Mapping[str, tuple[MoveKind, ...]] = field(default_factory=dict)
     residual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     select_before: tuple[str, ...] | None = None
+    fuses_norms: bool = False
 
 
-AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed")
+AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed", fuses_norms=True)
 
 _ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 NAMED_LAYOUTS = (*_ORDER, "auto")

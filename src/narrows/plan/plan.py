@@ -17,7 +17,10 @@ from narrows.cost.stage import NOTHING, StepPrice, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
 
-__all__ = ["Plan", "Segment", "Step", "StepKind"]
+__all__ = ["ALL_REDUCE_NORM", "Plan", "Segment", "Step", "StepKind"]
+
+ALL_REDUCE_NORM = "all_reduce_norm"
+"""Name of the step that is an all-reduce and the norm after it at once: a MOVE that has a stage too."""
 
 
 class StepKind(StrEnum):
@@ -39,6 +42,9 @@ class Step:
     ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
     predicted picoseconds: integers, so that sums do not depend on their order. ``encodings``: how each field read by a
     gather travels; such a step is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
+
+    A MOVE with a stage is a reduction and the norm after it in one step, with a price of its own: it reads ``hidden``
+    where its sum is owed and, ``fused``, the residual where the norm leaves both.
     """
 
     kind: StepKind
@@ -165,10 +171,12 @@ class Plan:
 
         Raises:
             PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout; an addend
-                would be counted twice, or lost; a field is encoded that must not be, or an encoded one would enter the
-                residual stream. The stage that the step is, or prepares, is named.
+                would be counted twice, or lost; rows are selected of some fields only, or before a stage that needs
+                all; a field is encoded that must not be, or an encoded one would enter the residual stream. The stage
+                that the step is, or prepares, is named.
         """
         state: dict[str, Layout] = {"ids": full(self.mesh)}
+        selected = False
         rounded: dict[str, Encoding] = {}
         for layer, step in self.steps():
             where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
@@ -176,6 +184,7 @@ class Plan:
                 where = f"layer {layer} {where}"
             for name, wanted in zip(step.reads, step.reads_at, strict=True):
                 self._check(where, state, name, wanted, step)
+            selected = _check_rows(where, step, selected, state)
             _check_encodings(where, step, rounded)
             if step.stage is not None and step.stage.kind is StageKind.NORM:
                 for addend in ("residual", "shared"):
@@ -195,20 +204,39 @@ class Plan:
         if have != wanted:
             owed = "its sum is still owed: it is" if have.owes_sum else "it is"
             raise PlanError(f"{where} reads {name} at {wanted}, but {owed} at {have}")
-        if step.move is not None and have != step.move.src:
+        moved = step.move is not None and (step.stage is None or name == step.reads[0])
+        if step.move is not None and moved and have != step.move.src:
             raise PlanError(f"{where} moves {name} from {step.move.src}, but it is at {have}")
         if step.kind is StepKind.ADD and name == step.reads[1]:
             at = scattered(self.mesh) if step.joins else step.layout
             if have != at:
                 raise PlanError(f"{where} reads {name} at {have}, where it would not be added once: it needs {at}")
-        if step.stage is None:
+        if step.stage is None or (moved and step.leaves.is_whole):
             return
         if have.owes_sum:
             raise PlanError(f"{where} reads {name} at {have}: its sum is still owed")
         if step.stage.accepts is not None and have != step.stage.accepts:
             raise PlanError(f"{where} reads {name} at {have}, but accepts only {step.stage.accepts}")
-        if step.stage.accepts is None and not (have.is_whole and have == step.layout):
+        at = step.layout if step.move is None else step.leaves
+        if step.stage.accepts is None and not (have.is_whole and have == at):
             raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows in one layout")
+
+
+def _check_rows(where: str, step: Step, selected: bool, state: dict[str, Layout]) -> bool:
+    """Whether only the rows whose logits are asked for are left after ``step``; ``selected``: before it."""
+    if step.kind is StepKind.SELECT:
+        left = sorted(set(state) - set(step.reads))
+        if selected or left:
+            why = "they have been selected before" if selected else f"{', '.join(left)} would keep all of them"
+            raise PlanError(f"{where} selects rows, but {why}")
+        return True
+    if selected is not (step.row_set is RowSet.LOGITS):
+        have, says = ("the rows with logits", "all rows") if selected else ("all rows", "the rows with logits")
+        raise PlanError(f"{where} is a step on {says}, but there are {have}")
+    if step.stage is not None and not (step.stage.after_selection if selected else step.stage.row_set is RowSet.ALL):
+        needs = "all rows, but only those with logits are left" if selected else "the rows with logits alone"
+        raise PlanError(f"{where} needs {needs}")
+    return selected
 
 
 def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding]) -> None:
@@ -227,6 +255,6 @@ def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding]) -> No
     for name in step.reads:
         if name in rounded and (is_norm or step.kind is StepKind.ADD):
             raise PlanError(f"{where} would add {name}, whose rows came as {rounded[name]}, to the residual stream")
-    if step.kind is StepKind.STAGE:
+    if step.stage is not None:
         for name in step.writes:
             rounded.pop(name, None)

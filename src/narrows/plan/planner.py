@@ -6,7 +6,7 @@ load, so they are chosen once per deployment, for a stated mix of steps; layouts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from narrows.arch.chain import build_chain
@@ -97,7 +97,9 @@ class Planner:
             d = self.deployment
             encoding, always = ENCODE_ROWS[d.encode_rows]
             rules = named_layout(layout, d.config, d.mesh)
-            graph = self._graphs[layout] = Graph(self.chain, d.mesh, rules, encoding, always=always)
+            graph = self._graphs[layout] = Graph(
+                self.chain, d.mesh, rules, encoding, always=always, fuses_norms=d.device.fused_norm_bytes > 0
+            )
         return graph
 
     def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
@@ -112,11 +114,16 @@ class Planner:
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, host=prices.step())
 
 
-def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]]) -> Forms:
+def choose_forms(
+    deployment: Deployment,
+    mix: Sequence[tuple[StepShape, float]],
+    planner_of: Callable[[Forms], Planner] | None = None,
+) -> Forms:
     """The forms that fit memory and cost least over ``mix``: (shape of a step, how often it runs).
 
     To fit is to leave room for the KV cache of each of those steps. Ties go to the set nearest the published one. If
-    nothing fits it is the published set: what such a plan says is then at least about layouts.
+    nothing fits it is the published set: what such a plan says is then at least about layouts. ``planner_of``: planners
+    of this deployment that are there already, for who asks often.
     """
     choices = form_choices(deployment.config, deployment.mesh)
     uses = [deployment.memory(forms) for forms in choices]
@@ -128,7 +135,7 @@ def choose_forms(deployment: Deployment, mix: Sequence[tuple[StepShape, float]])
         return fitting[0]
 
     def cost(forms: Forms) -> float:
-        planner = Planner(deployment, forms)
+        planner = planner_of(forms) if planner_of else Planner(deployment, forms)
         return sum(planner.plan(shape).ps * weight for shape, weight in mix)
 
     return min(fitting, key=cost)

@@ -19,7 +19,7 @@ from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, RowSplit
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Segment, Step, StepKind
 
 __all__ = ["SavedPlan", "read_plan", "write_plan"]
 
@@ -126,10 +126,14 @@ def _step_document(step: Step) -> dict[str, Any]:
 
 
 def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain) -> Plan:
-    stages: dict[str, Stage] = {}
-    for each in (chain, with_logits):
-        for group in (each.prologue, each.epilogue, *(kind.stages for kind in each.layer_types)):
-            stages.update({stage.name: stage for stage in group})
+    outside = {stage.name: stage for each in (chain, with_logits) for stage in (*each.prologue, *each.epilogue)}
+
+    def stages(layers: list[int]) -> dict[str, Stage]:
+        """The last layer's are others than those of the same name."""
+        if not layers:
+            return outside
+        return {stage.name: stage for stage in chain.layer_types[chain.layers[layers[0]]].stages}
+
     shape = document["shape"]
     return Plan(
         layout_name=document["layout"],
@@ -144,7 +148,7 @@ def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain
             Segment(
                 name=segment["name"],
                 layers=tuple(segment["layers"]),
-                steps=tuple(_step(raw, mesh, stages) for raw in segment["steps"]),
+                steps=tuple(_step(raw, mesh, stages(segment["layers"])) for raw in segment["steps"]),
             )
             for segment in document["segments"]
         ),
@@ -168,7 +172,7 @@ def _step(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Step:
         nbytes=raw["nbytes"],
         ps=raw["ps"],
         source=sources[raw["source"]],
-        stage=stages[raw["name"]] if kind is StepKind.STAGE else None,
+        stage=stages[raw["boundary"]] if kind is StepKind.STAGE or raw["name"] == ALL_REDUCE_NORM else None,
         move=None
         if move is None
         else Move(mesh, MoveKind(move["kind"]), Layout(move["src"]), Layout(move["dst"]), *move["axes"]),

@@ -4,9 +4,9 @@ Knows a graph of legal steps and a source of prices; not how either comes about,
 integer picoseconds, so a path's cost does not depend on how it is summed. Ties go to fewer steps, then to the edge that
 is generated first.
 
-Between two layers, and after a norm, only few states can occur (what the last stage leaves, and where the residual is),
-so the stages up to each norm are solved once per entry state and the tables are chained (min-plus): the optimum of the
-plain search, at the cost of two layers, because layers of one type share their tables.
+Between two layers, after a norm and after attention, only few states can occur (what the last stage leaves, and where
+the residual is), so the stages up to each of those are solved once per entry state and the tables are chained
+(min-plus): the optimum of the plain search, at the cost of two layers and a half, because layers share their tables.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Search:
     def __init__(self, graph: Graph, prices: Prices) -> None:
         self.graph, self.chain = graph, graph.chain
         self._weights = _Weights(graph, prices)
-        self._tables: dict[tuple[tuple[str, ...], State], Frontier] = {}
+        self._tables: dict[tuple[tuple[tuple[str, bool], ...], State], Frontier] = {}
 
     # -- whole models ------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,11 @@ class Search:
                 runs.append((part, [layer]))
         for part, layers in runs:
             name = self.chain.layer_types[self.chain.layers[layers[0]]].name
-            segments.append(Segment(name=name, layers=tuple(layers), steps=self._steps(part)))
+            segment = Segment(name=name, layers=tuple(layers), steps=self._steps(part))
+            if _alike(segments[-1], segment):
+                before = segments.pop()
+                segment = replace(before, layers=(*before.layers, *layers))
+            segments.append(segment)
         return (*segments, Segment(name="after", layers=(), steps=self._steps(last)))
 
     def _steps(self, path: _Path) -> tuple[Step, ...]:
@@ -151,7 +155,7 @@ class Search:
         return frontier
 
     def _block(self, block: tuple[Stage, ...], entry: State) -> Frontier:
-        names = tuple(stage.name for stage in block)
+        names = tuple((stage.name, stage.any_rows) for stage in block)
         table = self._tables.get((names, entry))
         if table is None:
             table = {entry: _ROOT}
@@ -182,8 +186,7 @@ class Search:
             if weight > best[node]:
                 continue  # a lighter way was found after this one was pushed
             path = before if edge is None else _Path(weight, before, edge)
-            if node.run is not None:
-                after_state, run = node.run
+            for after_state, run in node.runs:
                 after_weight = weight + weights[run[0]]
                 old = reached.get(after_state)
                 if old is None or after_weight < old.weight:
@@ -196,6 +199,13 @@ class Search:
                     heapq.heappush(heap, (after_weight, count, after, path, edge))
                     count += 1
         return reached
+
+
+def _alike(one: Segment, other: Segment) -> bool:
+    """Whether two kinds of layers do the same: the last one has stages of its own, and may use them like the others."""
+    return (one.name, len(one.steps)) == (other.name, len(other.steps)) and all(
+        replace(a, stage=None) == replace(b, stage=None) for a, b in zip(one.steps, other.steps, strict=True)
+    )
 
 
 def _extend(frontier: Frontier, table_of: Callable[[State], Frontier]) -> Frontier:
@@ -211,6 +221,6 @@ def _extend(frontier: Frontier, table_of: Callable[[State], Frontier]) -> Fronti
 
 
 def _blocks(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], ...]:
-    """``stages`` cut after each norm, where few states are possible."""
-    cuts = [i + 1 for i, stage in enumerate(stages) if stage.kind is StageKind.NORM]
+    """``stages`` cut after each norm and after attention, where few states are possible."""
+    cuts = [i + 1 for i, stage in enumerate(stages) if stage.kind is StageKind.NORM or stage.name == "attention"]
     return tuple(stages[start:end] for start, end in pairwise(sorted({0, *cuts, len(stages)})))

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "export.h"
+#include "rows.h"
 #include "sums.h"
 #include "tape.h"
 
@@ -240,6 +241,48 @@ bool sum_piece(const Wire& w, const Reduce& call, const int64_t* args, int64_t p
     return true;
 }
 
+// The norm that follows a sum: of [rows, width], after `residual` (null: none) has been added to it.
+struct Norm {
+    const void *residual, *weight;
+    void* out;
+    int64_t num_rows, width;
+    double eps;
+
+    void take(void* sum, int64_t dtype) const {
+        rows::add_norm(out, sum, residual, weight, num_rows, width, float(eps), dtype == sums::float32);
+    }
+};
+
+int reduce(Wire& w, const Reduce* call, const int64_t* args, const Norm* norm) {
+    const int64_t num_fields = 1 + call->num_addends;
+    const int64_t item = sums::size_of(call->dtype);
+    if (w.stage == outside) {
+        const int64_t start = call->starts[w.me], stop = call->starts[w.me + 1];
+        Arrival arrival(w, call->signature);
+        // Who sums its own piece alone keeps it where it is.
+        const int64_t kept = call->whole ? 0 : (stop - start) * item;
+        arrival.bring(0, args, field_bytes(w, *call, w.me, 0), start * item, kept);
+        for (int64_t a = 1; call->whole && a < num_fields; a++)
+            arrival.bring(a, args + 2 * a, field_bytes(w, *call, w.me, a), 0, 0);
+        arrival.tell();
+    }
+    if (w.stage == arriving) {
+        if (!wait(w, &Slot::arrived)) return not_yet;
+        if (!agree(w)) return leave_at_once(w);
+        char* out = reinterpret_cast<char*>(args[2 * num_fields]);
+        for (int64_t step = 0; step < (call->whole ? w.size : 1); step++) {
+            const int64_t p = (w.me + step) % w.size;
+            if (!sum_piece(w, *call, args, p, out + (call->whole ? call->starts[p] * item : 0))) return leave_at_once(w);
+        }
+        if (norm) {
+            raise(w, &Slot::read);  // the others need not wait for it
+            w.stage = reading;
+            norm->take(out, call->dtype);
+        }
+    }
+    return leave(w, args[2 * num_fields + 1]);
+}
+
 }  // namespace
 
 // The numbers that Python must know: sizes in bytes and limits, in the order of shm_calls.py.
@@ -280,28 +323,14 @@ NARROWS_EXPORT int narrows_shm_gather(Wire* wire, const Gather* call, const int6
 // Sums the members' x: this rank's piece, or all of it if `whole`, for which the addends travel too. args: for x and
 // then for each addend the addresses (data, stage or 0 or staged_small); out; and whether all must have read `data`.
 NARROWS_EXPORT int narrows_shm_reduce(Wire* wire, const Reduce* call, const int64_t* args) {
-    Wire& w = *wire;
-    const int64_t num_fields = 1 + call->num_addends;
-    const int64_t item = sums::size_of(call->dtype);
-    tape(narrows_shm_reduce, wire, call, sizeof(Reduce) + (w.size + 1) * sizeof(int64_t), args, 2 * num_fields + 2);
-    if (w.stage == outside) {
-        const int64_t start = call->starts[w.me], stop = call->starts[w.me + 1];
-        Arrival arrival(w, call->signature);
-        // Who sums its own piece alone keeps it where it is.
-        const int64_t kept = call->whole ? 0 : (stop - start) * item;
-        arrival.bring(0, args, field_bytes(w, *call, w.me, 0), start * item, kept);
-        for (int64_t a = 1; call->whole && a < num_fields; a++)
-            arrival.bring(a, args + 2 * a, field_bytes(w, *call, w.me, a), 0, 0);
-        arrival.tell();
-    }
-    if (w.stage == arriving) {
-        if (!wait(w, &Slot::arrived)) return not_yet;
-        if (!agree(w)) return leave_at_once(w);
-        char* out = reinterpret_cast<char*>(args[2 * num_fields]);
-        for (int64_t step = 0; step < (call->whole ? w.size : 1); step++) {
-            const int64_t p = (w.me + step) % w.size;
-            if (!sum_piece(w, *call, args, p, out + (call->whole ? call->starts[p] * item : 0))) return leave_at_once(w);
-        }
-    }
-    return leave(w, args[2 * num_fields + 1]);
+    tape(narrows_shm_reduce, wire, call, sizeof(Reduce) + (wire->size + 1) * sizeof(int64_t), args, 2 * (1 + call->num_addends) + 2);
+    return reduce(*wire, call, args, nullptr);
+}
+
+// As narrows_shm_reduce of a `whole` sum, and then its RMSNorm, after a residual was added: the Norm's six numbers come
+// behind the other args. The bits are those of the sum and then of narrows_rms_norm or narrows_add_rms_norm.
+NARROWS_EXPORT int narrows_shm_reduce_norm(Wire* wire, const Reduce* call, const int64_t* args) {
+    const int64_t num_args = 2 * (1 + call->num_addends) + 2;
+    tape(narrows_shm_reduce_norm, wire, call, sizeof(Reduce) + (wire->size + 1) * sizeof(int64_t), args, num_args + sizeof(Norm) / sizeof(int64_t));
+    return reduce(*wire, call, args, reinterpret_cast<const Norm*>(args + num_args));
 }

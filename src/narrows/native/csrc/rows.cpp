@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "export.h"
+#include "rows.h"
 #include "tape.h"
 
 // 1 where these functions are compiled for this CPU, else 0 (and then nothing else here may be called).
@@ -451,3 +452,25 @@ NARROWS_EXPORT void narrows_decode_rows(void* out, const int8_t* codes, const fl
     }
 }
 #endif
+
+namespace {
+
+template <typename T>
+void add_norm_of(T* out, T* x, const T* residual, const T* weight, int64_t num_rows, int64_t width, float eps) {
+#ifdef NARROWS_VECTORS
+    if (residual)
+        add_rms_norm(out, x, x, residual, weight, num_rows, width, eps, 1);
+    else
+        rms_norm(out, width, 0, x, width, 0, weight, num_rows, 1, width, eps, 1);
+#endif
+}
+
+}  // namespace
+
+void rows::add_norm(void* out, void* x, const void* residual, const void* weight, int64_t num_rows, int64_t width,
+                    float eps, bool wide) {
+    if (wide)
+        add_norm_of((float*)out, (float*)x, (const float*)residual, (const float*)weight, num_rows, width, eps);
+    else
+        add_norm_of((bf16*)out, (bf16*)x, (const bf16*)residual, (const bf16*)weight, num_rows, width, eps);
+}

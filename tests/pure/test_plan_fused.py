@@ -1,0 +1,220 @@
+"""An all-reduce and the norm after it as one step, and forms that pay somewhere: priced, chosen, said, kept."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from narrows.arch.forms import Forms, form_choices
+from narrows.arch.presets import preset
+from narrows.arch.stages import RowSet
+from narrows.cost.devices import DEVICES, Device, device
+from narrows.cost.stage import Pricer, StepShape
+from narrows.errors import PlanError
+from narrows.layout import Mesh
+from narrows.plan.code import plan_code
+from narrows.plan.explain import describe, why
+from narrows.plan.graph import Graph
+from narrows.plan.named import AUTO, applicable_layouts
+from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Step, StepKind
+from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.saved import read_plan, write_plan
+from narrows.plan.search import Search
+
+MINI, TP2 = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
+
+
+def planner(
+    on: Device | None = None, mesh: Mesh = TP2, forms: Forms | None = None, model: str = "dsv3-mini"
+) -> Planner:
+    deployment = Deployment(config=preset(model), mesh=mesh, device=on or device("cpu-core"), dtype="bf16", graph=False)
+    return Planner(deployment, forms or Forms())
+
+
+def decode(rows: int, mesh: Mesh = TP2) -> StepShape:
+    return StepShape.of(mesh, (rows,) * mesh.num_groups, phase="decode", context=512)
+
+
+def fused(plan: Plan) -> list[Step]:
+    return [step for _, step in plan.steps() if step.name == ALL_REDUCE_NORM]
+
+
+def changed(plan: Plan, change: object) -> Plan:
+    """``plan`` with ``change`` made to every step that is a reduction and a norm."""
+    segments = tuple(
+        replace(s, steps=tuple(change(x) if x.name == ALL_REDUCE_NORM else x for x in s.steps))  # type: ignore[operator]
+        for s in plan.segments
+    )
+    return replace(plan, segments=segments)
+
+
+def test_the_price_is_the_reductions_and_half_of_what_the_norm_moves_without_its_launch() -> None:
+    on = device("cpu-core")
+    plan = planner().plan(decode(4))
+    (_, first, *_) = fused(plan)
+    assert first.move is not None and first.stage is not None and first.fused
+    prices = Pricer(on, TP2, plan.shape, "bf16", itemsize=2, graph=False)
+    reduction = prices.move(first.move, 2 * MINI.hidden_size, RowSet.ALL)
+    norm = prices.stage(first.stage, first.leaves, True, RowSet.ALL)
+    moved = 4 * 4 * MINI.hidden_size * 2
+    half = moved / 2 / (on.hbm_bytes_per_s * on.norm_fused_efficiency)
+    assert norm.nbytes == moved
+    assert first.ps == pytest.approx(reduction.ps + half * 1e12, abs=2)
+    assert first.ps < reduction.ps + norm.ps
+
+
+def test_it_is_chosen_only_where_the_device_has_it_and_up_to_its_size() -> None:
+    assert fused(planner().plan(decode(1))) and fused(planner().plan(decode(8)))
+    on = device("cpu-core")
+    most = on.fused_norm_bytes // (2 * MINI.hidden_size)
+    few = planner(replace(on, fused_norm_bytes=2 * MINI.hidden_size)).plan(decode(2))
+    assert not fused(few) and fused(planner(on).plan(decode(2)))
+    assert all(step.nbytes <= on.fused_norm_bytes for step in fused(planner().plan(decode(most + 1))))
+    for name in DEVICES:
+        if not DEVICES[name].shared_memory:
+            assert not fused(planner(device(name)).plan(decode(1))), name
+
+
+def test_named_layouts_keep_the_two_steps_and_auto_says_what_it_does_instead() -> None:
+    plans = planner()
+    auto, published = plans.plan(decode(1)), plans.plan(decode(1), "all-reduce")
+    for name in applicable_layouts(MINI, TP2):
+        assert name == "auto" or not fused(plans.plan(decode(1), name))
+    assert "all-reduce and norm in one into attention" in describe(auto)
+    text = why(auto, published)
+    assert "with post_attn_norm as a step of its own" in text and "more" in text.split(":")[0]
+
+
+def test_code_and_saved_plans_have_it(tmp_path: Path) -> None:
+    plan = planner().plan(decode(1))
+    tree = ast.parse(plan_code(plan))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == ALL_REDUCE_NORM
+    ]
+    assert calls and all({"over", "norm"} <= {word.arg for word in call.keywords} for call in calls)
+    write_plan(tmp_path / "plan.json", plan, MINI, Forms())
+    back, _ = read_plan(tmp_path / "plan.json", MINI, TP2)
+    assert back == plan and fused(back)[0].stage is not None
+
+
+def test_a_plan_in_which_it_reads_what_it_must_not_is_refused() -> None:
+    plan = planner().plan(decode(2))
+    assert any(step.fused for step in fused(plan))
+
+    def elsewhere(step: Step) -> Step:
+        at = step.reads_at[0]
+        return replace(step, reads_at=(at,) * len(step.reads))
+
+    with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm reads residual at"):
+        changed(plan, elsewhere).validate()
+
+    def without_residual(step: Step) -> Step:
+        return replace(step, reads=step.reads[:1], reads_at=step.reads_at[:1], fused=False)
+
+    with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm would lose residual"):
+        changed(plan, without_residual).validate()
+
+
+def test_a_residual_that_has_joined_cannot_be_added_again_by_the_norm() -> None:
+    plan = planner().plan(decode(2), "attn-tp-input-scattered")  # its residual joins the sum before post_attn_norm
+    segments = []
+    for segment in plan.segments:
+        steps: list[Step] = []
+        for step in segment.steps:
+            if step.stage is not None and step.name == "post_attn_norm":
+                reduction = steps.pop()
+                assert reduction.name == "all_reduce" and steps[-1].joins
+                twice = ("hidden", "residual")
+                step = replace(
+                    reduction,
+                    name=ALL_REDUCE_NORM,
+                    stage=step.stage,
+                    fused=True,
+                    reads=twice,
+                    reads_at=(reduction.layout, reduction.leaves),
+                    writes=step.writes,
+                    writes_at=step.writes_at,
+                )
+            steps.append(step)
+        segments.append(replace(segment, steps=tuple(steps)))
+    with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm reads residual, which no step has left"):
+        replace(plan, segments=tuple(segments)).validate()
+
+
+def test_a_search_without_such_steps_is_not_asked_for_their_price() -> None:
+    on = device("h100")
+    deployment = Deployment(config=MINI, mesh=TP2, device=on, dtype="bf16")
+    plans = Planner(deployment, Forms())
+    prices = Pricer(on, TP2, decode(2), "bf16", itemsize=2, graph=True)
+    assert Search(Graph(plans.chain, TP2, AUTO), prices).solve() == plans.plan(decode(2)).segments
+
+
+# -- the last layer on the rows with logits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "logits", "narrow"), [(4096, 1, True), (4096, 4096, False), (64, 64, False)])
+def test_the_last_layer_is_narrow_where_few_rows_have_logits(rows: int, logits: int, narrow: bool) -> None:
+    """A decode step, or one that scores every row, has nothing to gain: it selects before the head, as ever."""
+    mesh = Mesh.of(dp=1, tp=8)
+    shape = StepShape.of(mesh, (rows,), phase="prefill", context=4096, logit_rows=logits)
+    plan = planner(device("h100"), mesh, model="deepseek-v3").plan(shape)
+    ((layer, _),) = [found for found in plan.steps() if found[1].kind is StepKind.SELECT]
+    assert (layer == 60) is narrow
+    if narrow:
+        assert next(s.rows for at, s in plan.steps() if s.name == "experts" and at == 60) == logits
+        assert plan.segments[-2].layers == (60,)
+    else:
+        assert layer is None and plan.segments[-2].layers == tuple(range(3, 61))
+
+
+# -- forms ------------------------------------------------------------------------------------------------------------
+
+
+def cheapest(mesh: Mesh, rows: int, on: str, **pinned: str) -> Forms:
+    """The cheapest forms for a prefill step of ``rows``, whatever they take of memory."""
+    d = Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device(on), dtype="fp8")
+    shape = StepShape.of(mesh, (rows // mesh.num_groups,) * mesh.num_groups, phase="prefill", context=4096)
+    choices = [f for f in form_choices(d.config, mesh) if all(getattr(f, k) == v for k, v in pinned.items())]
+    return min(choices, key=lambda forms: Planner(d, forms).plan(shape).ps)
+
+
+def test_a_projection_by_columns_is_priced_as_its_share_and_its_gather() -> None:
+    """Each rank multiplies by an eighth of the columns, and the columns are gathered: the price is both."""
+    mesh = Mesh.of(dp=1, tp=8)
+    whole, column = (
+        planner(device("h100"), mesh, Forms(qkv_a_proj=form), "deepseek-v3") for form in ("replicated", "column")
+    )
+    plans = [each.plan(decode(8, mesh), "auto") for each in (whole, column)]
+    names = [[step.name for step in plan.segments[-2].steps] for plan in plans]
+    assert "column_gather" not in names[0] and names[1].index("column_gather") > names[1].index("qkv_a_proj")
+    costs = [next(s.ps for _, s in plan.steps() if s.name == "qkv_a_proj") for plan in plans]
+    assert costs[1] < costs[0]
+
+
+def test_a_projection_by_columns_is_chosen_at_few_rows_where_the_gather_is_cheap() -> None:
+    """On cores that share memory a gather of few rows is little beside reading eight times the weights."""
+    mesh = Mesh.of(dp=1, tp=8)
+    d = Deployment(
+        config=preset("deepseek-v3"),
+        mesh=mesh,
+        device=replace(device("cpu-core"), name="large", memory_bytes=1e12),
+        dtype="bf16",
+    )
+    assert choose_forms(d, [(decode(1, mesh), 1.0)]).qkv_a_proj == "column"
+    prefill = StepShape.of(mesh, (4096,), phase="prefill", context=4096)
+    assert choose_forms(d, [(prefill, 1.0)]).qkv_a_proj == "replicated"
+
+
+def test_a_shared_expert_and_an_embedding_are_replicated_where_that_pays() -> None:
+    mesh = Mesh.of(dp=8, tp=1)
+    assert cheapest(mesh, 4096, "h200").shared_expert == "replicated"
+    assert cheapest(mesh, 64, "h200").shared_expert == "sharded"
+    assert cheapest(Mesh.of(dp=1, tp=8), 4096, "h200").embed == "replicated"
+    small = Deployment(config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h20"), dtype="fp8")
+    tight = replace(small, device=replace(small.device, memory_bytes=small.memory(Forms()).weights / 0.92 + 1e9))
+    assert choose_forms(tight, [(decode(1, small.mesh), 1.0)]).embed == "vocab"  # the other takes 1.6 GB more

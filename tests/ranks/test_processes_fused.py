@@ -1,0 +1,77 @@
+"""An all-reduce and its norm in one step, among processes that share memory: the bits of the two one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from narrows.arch.forms import Forms
+from narrows.arch.stages import StageKind
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+from narrows.engine.script import Script
+from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Step
+
+pytestmark = pytest.mark.timeout(100)
+
+PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,)]
+
+
+def in_one(plan: Plan) -> Plan:
+    """``plan`` with every all-reduce that a norm follows made one step with it."""
+
+    def merged(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        out: list[Step] = []
+        for step in steps:
+            before = out[-1] if out else None
+            norm = step.stage is not None and step.stage.kind is StageKind.NORM
+            if norm and before is not None and before.name == "all_reduce" and step.layout == before.leaves:
+                reads_at = (before.layout, *step.reads_at[1:])
+                out[-1] = replace(
+                    step,
+                    kind=before.kind,
+                    name=ALL_REDUCE_NORM,
+                    move=before.move,
+                    reads_at=reads_at,
+                    price_class=before.price_class,
+                )
+            else:
+                out.append(step)
+        return tuple(out)
+
+    return replace(plan, segments=tuple(replace(segment, steps=merged(segment.steps)) for segment in plan.segments))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
+def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int, dtype: str) -> None:
+    """Groups with other rows and without any, prefill beside decode, few logits; residuals apart and joined."""
+    script = Script(PROMPTS, num_groups=dp, num_steps=6, page_size=16, few_logits=True)
+    asked = EngineConfig(
+        model=str(speaking_v3),
+        dp=dp,
+        tp=tp,
+        dtype=dtype,
+        max_context=script.max_context + 12,
+        kv_tokens=2 * script.kv_tokens,
+        checked=dp == 1,
+        want_logits=True,
+        ranks="processes",
+    )
+    layouts, seen = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather")[: 1 + dp], set()
+    with Engine(resolve(asked, Forms())) as engine:
+        for batch in script:
+            for layout in layouts:
+                plan = engine.book_of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                one = in_one(plan)
+                one.validate()
+                wanted, got = engine.run_plan(batch, plan), engine.run_plan(batch, one)
+                seen |= {(step.boundary, step.fused) for _, step in one.steps() if step.name == ALL_REDUCE_NORM}
+                for theirs, mine in zip(wanted, got, strict=True):
+                    assert mine.logits is not None and theirs.logits is not None
+                    assert mine.ids == theirs.ids and torch.equal(mine.logits, theirs.logits), layout
+            script.sampled(batch, wanted[0].ids)
+    assert {("post_attn_norm", True), ("final_norm", True)} <= seen
