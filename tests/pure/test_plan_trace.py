@@ -166,3 +166,5 @@ def test_a_file_that_cannot_be_is_known_before_anything_runs(tmp_path: Path) -> 
     kept.write_text("old")
     check_trace_file(str(kept))
     assert kept.read_text() == "old"
+    check_trace_file(str(tmp_path / "new.json"))
+    assert not (tmp_path / "new.json").exists()

@@ -324,3 +324,23 @@ def test_the_gguf_file_has_every_value(tiny_model, tmp_path: Path) -> None:
     assert torch.equal(values("blk.0.attn_k_b.weight"), kv_b[:, :8].transpose(1, 2).bfloat16().float())
     assert torch.equal(values("blk.0.attn_v_b.weight"), kv_b[:, 8:].bfloat16().float())
     assert torch.equal(values("blk.1.exp_probs_b.bias"), tensors["model.layers.1.mlp.gate.e_score_correction_bias"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "works", "rows"),
+    [
+        ("layer", ("--rows", "16", "--layout", "all-reduce", "--layout", "sequence-parallel"), {16}),
+        ("latency", ("--prompt-lengths", "24", "--batches", "2", "--context", "5", "--steps", "4"), {24, 2}),
+        ("offline", ("--num-requests", "2", "--input-length", "6", "--output-length", "4"), {12, 2}),
+    ],
+)
+def test_a_trace_of_a_bench(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, works: tuple[str, ...], rows: set[int]
+) -> None:
+    """From the first round on, the counting of experts before it included: instruments stand side by side."""
+    file = tmp_path / "trace.json"
+    bench(capsys, kind, folder, "--tp", "2", *works, "--trace", str(file))
+    events = json.loads(file.read_text())["traceEvents"]
+    assert rows <= {event["args"]["rows"] for event in events if event.get("cat") == "step"}
+    steps = sum(event.get("cat") == "step" for event in events)
+    assert sum(event.get("cat") == "walk" for event in events) == 2 * steps > 0

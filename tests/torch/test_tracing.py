@@ -66,6 +66,16 @@ def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: E
     run_all(engine)  # nothing is around the steps any more
 
 
+def test_ranks_keep_no_more_steps_than_they_were_told(engine: Engine) -> None:
+    tracer = engine.trace(2)
+    run_all(engine)
+    assert tracer.done
+    recorded = engine.end_trace(tracer).result()
+    assert [len(kept.bounds) for kept in recorded] == [2, 2]
+    assert all(kept.bounds[-1] == len(kept.starts) == len(kept.received) for kept in recorded)
+    assert not recorded[0].walk(2).starts
+
+
 def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     engine.instrument(CollectiveClock)
     engine.instrument(StepClock, "clock")

@@ -332,7 +332,7 @@ class Engine:
             device,
             {
                 f"prefill of {rows} rows": self.book.plan_for("prefill", deal(rows, groups), 1),
-                f"decode of {groups}": self.book.plan_for("decode", (1,) * groups, groups),
+                f"decode of {groups} row{'s' * (groups > 1)}": self.book.plan_for("decode", (1,) * groups, groups),
             },
         )
 

@@ -102,11 +102,14 @@ def _first(step: TracedStep) -> list[float]:
 
 
 def check_trace_file(file: str) -> None:
-    """Raises ConfigError if nothing can be written there; what is there stays until a trace is."""
+    """Raises ConfigError if nothing can be written there; what is there, or is not, stays until a trace is written."""
     path = Path(file)
+    was_there = path.exists()
     try:
         with path.open("ab"):
             pass
+        if not was_there:
+            path.unlink()
     except OSError as error:
         raise ConfigError(f"--trace {file} cannot be written: {error.strerror}") from None
 
