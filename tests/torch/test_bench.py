@@ -216,6 +216,7 @@ def test_without_matplotlib_the_extra_is_named(
         (("layout", "--seconds-per-cell", "-1"), "--seconds-per-cell is -1"),
         (("layout", "--prompt-length", "-1"), "--prompt-length is -1"),
         (("layout", "--rounds", "0"), "--rounds is 0"),
+        (("layout", "--html", "/no/such/a.html"), "there is no folder /no/such"),
         (("latency", "--prompt-lengths", "0", "--batches", "0"), "leave nothing to measure"),
         (("latency", "--batches", "two"), "whole numbers with commas"),
         (("offline", "--num-requests", "0"), "--num-requests is 0"),
