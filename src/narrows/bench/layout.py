@@ -181,13 +181,14 @@ class _Cell:
     def measure(self, rounds: int, seconds: float, warmup: int) -> Cell:
         self.engine.instrument(WalkTimes)
         turn = self._steps_per_turn()
+        warmup = warmup if turn[0] else 0  # the first of a long step is warm-up enough: what is new takes milliseconds
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
         whole = in_turns(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
         self.engine.instrument(StepTimes)
         clocked = in_turns(
             {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
             rounds=min(rounds, _CLOCKED_ROUNDS),
-            warmup=1,
+            warmup=warmup,
             seconds=_CLOCKED_SHARE * seconds,
         )
         self.engine.instrument(None)
@@ -209,9 +210,12 @@ class _Cell:
         )
 
     def _steps_per_turn(self) -> tuple[int, int]:
-        """Steps that are not timed, and that are. The first of a plan, which binds it, does not count."""
-        fastest = min(min(self._turn(plan, 0, 1).step_s for _ in range(2)) for plan in self.plans.values())
-        return int(fastest < _LONG_S), max(1, min(_MOST_STEPS, round(_TURN_S / fastest)))
+        """Steps that are not timed, and that are. The first of a plan, which binds it, counts only if it is long."""
+        fastest = min(self._turn(plan, 0, 1).step_s for plan in self.plans.values())
+        if fastest >= _LONG_S:
+            return 0, 1
+        fastest = min(self._turn(plan, 0, 1).step_s for plan in self.plans.values())
+        return 1, max(1, min(_MOST_STEPS, round(_TURN_S / fastest)))
 
     def _turn(self, plan: Plan, untimed: int, count: int) -> _Turn:
         """``count`` steps in a row after the untimed ones."""
