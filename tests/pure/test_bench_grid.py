@@ -92,7 +92,9 @@ def test_choice_best_and_named_pick_by_hand() -> None:
 def test_a_plan_within_three_percent_is_right() -> None:
     just, beyond = (cell({("all-reduce",): [1.0], ("auto",): [t]}) for t in (1.029, 1.031))
     found = summary([just, just, beyond, cell({("all-reduce", "auto"): [1.0]})])
-    assert (found.cells, found.right, found.share_right) == (4, 3, 0.75)
+    assert (found.cells, found.right, found.surely_wrong, found.share_right) == (4, 3, 1, 0.75)
+    noisy = cell({("all-reduce",): [1.0] * 9, ("auto",): [1.0, 0.9] * 2 + [1.05] * 5})
+    assert not noisy.is_right and summary([noisy]).surely_wrong == 0
     assert found.worst_regret == pytest.approx(0.031) and found.mean_regret == pytest.approx((0.029 * 2 + 0.031) / 4)
 
 

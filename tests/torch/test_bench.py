@@ -109,7 +109,7 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
         assert one["regret"] >= 0 and "auto" in one["chosen"] and one["named_pick"] in layouts[:3]
         assert len({plan["rounds"] for plan in one["plans"]}) == 1, "plans take turns"
         for plan in one["plans"]:
-            assert plan["rounds"] >= 2 and plan["walk_ms"] > 0 and plan["measured_ms"] > 0
+            assert plan["rounds"] >= 2 and plan["outside_ms"] >= 0 and plan["walk_ms"] > 0 and plan["measured_ms"] > 0
             assert plan["predicted_ms"] > 0 and plan["sources"] == {"roofline": pytest.approx(1)}
             by_class: dict[str, float] = {}
             for step in plan["steps"]:
@@ -129,6 +129,19 @@ def test_layout_beside_auto_alone_and_prompts_of_a_length(folder: Path, capsys: 
     assert only["step"] == "prefill 12 by 4" and only["context"] == 4
     assert sorted(name for plan in only["plans"] for name in plan["layouts"]) == ["auto", "norm-before-gather"]
     assert {plan["rounds"] for plan in only["plans"]} == {2}, "no seconds: as many rounds as were asked for"
+
+
+def test_a_step_whose_cache_is_too_large_is_left_out_and_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = (12 + 4) * 4 * 3  # latent and rotary key, float32, three layers; one rank
+    monkeypatch.setattr("narrows.bench.layout.available_memory", lambda: 2 * 1000 * token)
+    grid = ("--rows", "2,90", "--phase", "decode", "--context", "8", "--seconds-per-cell", "0")
+    document = bench(capsys, "layout", folder, *grid)
+    assert [one["step"] for one in document["cells"]] == ["decode 2 x 8"]
+    assert "left out: decode 90 x 8" in document["notes"][0]
+    assert main(["bench", "layout", str(folder), "--rows", "90", *grid[2:]]) == 2
+    assert "lower --rows or --context" in capsys.readouterr().err
 
 
 def test_a_cache_is_filled_as_far_as_it_reaches(folder: Path) -> None:
@@ -202,6 +215,7 @@ def test_without_matplotlib_the_extra_is_named(
         (("layout", "--seconds-per-cell", "-1"), "--seconds-per-cell is -1"),
         (("layout", "--prompt-length", "-1"), "--prompt-length is -1"),
         (("layout", "--rounds", "0"), "--rounds is 0"),
+        (("layout", "--html", "/no/such/a.html"), "there is no folder /no/such"),
         (("latency", "--prompt-lengths", "0", "--batches", "0"), "leave nothing to measure"),
         (("latency", "--batches", "two"), "whole numbers with commas"),
         (("offline", "--num-requests", "0"), "--num-requests is 0"),

@@ -233,10 +233,12 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """All cells. Errors are of every plan in every cell, without their signs; ``walk_error`` towards the walk alone."""
+    """All cells. ``surely_wrong``: those whose regret is beyond 3 % with 90 % confidence. Errors are of every plan in
+    every cell, without their signs; ``mean_walk_error`` is towards the walk alone."""
 
     cells: int
     right: int
+    surely_wrong: int
     share_right: float
     worst_regret: float
     worst_step: str
@@ -254,6 +256,7 @@ def summary(cells: Sequence[Cell]) -> Summary:
     return Summary(
         cells=len(cells),
         right=right,
+        surely_wrong=sum(cell.regret_between[0] > WITHIN for cell in cells),
         share_right=right / len(cells),
         worst_regret=worst.regret,
         worst_step=worst.title,

@@ -17,10 +17,12 @@ from typing import Any
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
+from narrows.bench.machine import available_memory
 from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import quantile
 from narrows.bench.step_work import StepWork, fill_caches
-from narrows.engine.config import EngineConfig, resolve
+from narrows.cost.memory import kv_token_bytes
+from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import StepTimes
 from narrows.errors import ConfigError
@@ -58,9 +60,9 @@ class LayoutWork:
             for rows in self.rows
         )
 
-    def limits(self, asked: EngineConfig) -> EngineConfig:
-        """``asked`` with room for the largest of the steps."""
-        each = [step.limits(asked) for step in self.steps()]
+    def limits(self, asked: EngineConfig, steps: Sequence[StepWork]) -> EngineConfig:
+        """``asked`` with room for the largest of ``steps``."""
+        each = [step.limits(asked) for step in steps]
         return replace(
             asked,
             max_context=max(2, self._longest()),
@@ -104,23 +106,60 @@ def layout(
     ``rounds`` at least, and as many more as fit into ``seconds`` per cell.
     """
     cells = []
-    with Engine(resolve(replace(work.limits(asked), layout="auto", prefix_cache=False), Forms())) as engine:
-        if "decode" in work.phases:
+    asked = replace(asked, layout="auto", prefix_cache=False)
+    steps, left_out = _that_fit(work.steps(), resolve(asked))
+    with Engine(resolve(work.limits(asked, steps), Forms())) as engine:
+        if any(step.phase == "decode" for step in steps):
             fill_caches(engine)
-        for step in work.steps():
+        for step in steps:
             cell = _Cell(engine, step, layouts)
-            progress(f"{cell.title}: {len(cell.plans)} plans of {len(layouts)} layouts")
+            progress(f"{step_title(step)}: {len(cell.plans)} plans of {len(layouts)} layouts")
             cells.append(cell.measure(rounds, seconds, max(warmup, 1)))
         deployment = engine.resolved.deployment
     return grid_of(
         cells,
         notes=(
+            *left_out,
             f"whole step: from a batch handed to the ranks to its tokens, {_IN_FLIGHT} steps in flight as in service, "
             "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
             f"predicted for the device {deployment.device.name} in {deployment.dtype}",
             "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",
         ),
     )
+
+
+def _that_fit(steps: Sequence[StepWork], resolved: Resolved) -> tuple[list[StepWork], list[str]]:
+    """The steps whose caches fit into half of this host's free memory, and a note on each other one.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    available = available_memory()
+    if resolved.asked.run_on != "cpu" or available is None:
+        return list(steps), []
+    mesh = resolved.mesh
+    token = mesh.size * kv_token_bytes(resolved.config, mesh, resolved.dtype.itemsize)
+    needed = [token * (step.limits(resolved.asked).kv_tokens or 0) for step in steps]
+    fit = [step for step, nbytes in zip(steps, needed, strict=True) if nbytes <= available / 2]
+    notes = [
+        f"left out: {step_title(step)}, whose cache of {nbytes / 1e9:.1f} GB on {mesh.size} rank(s) is more than half "
+        f"of the {available / 1e9:.1f} GB that are free"
+        for step, nbytes in zip(steps, needed, strict=True)
+        if nbytes > available / 2
+    ]
+    if not fit:
+        raise ConfigError(f"{notes[0]}; lower --rows or --context")
+    return fit, notes
+
+
+def step_title(step: StepWork) -> str:
+    """
+    >>> [step_title(StepWork(rows=8, phase=phase, context=4)) for phase in ("decode", "prefill")]
+    ['decode 8 x 4', 'prefill 8 by 4']
+    """
+    if step.phase == "decode":
+        return f"decode {step.rows} x {step.context}"
+    return f"prefill {step.rows}" + (f" by {step.context}" if 0 < step.context < step.rows else "")
 
 
 class _Cell:
@@ -131,28 +170,22 @@ class _Cell:
         self.batch = step.batch_for(engine)
         self.plans = shared_plans({name: step.plan(engine, name, self.batch) for name in layouts})
 
-    @property
-    def title(self) -> str:
-        step, context = self.step, self.step.context
-        if step.phase == "decode":
-            return f"decode {step.rows} x {context}"
-        return f"prefill {step.rows}" + (f" by {context}" if 0 < context < step.rows else "")
-
     def measure(self, rounds: int, seconds: float, warmup: int) -> Cell:
         self.engine.instrument(None)
         turn = self._steps_per_turn()
+        warmup = warmup if turn[0] else 0  # the first of a long step is warm-up enough: what is new takes milliseconds
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
         whole = in_turns(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
         self.engine.instrument(StepTimes)
         clocked = in_turns(
             {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
             rounds=min(rounds, _CLOCKED_ROUNDS),
-            warmup=1,
+            warmup=warmup,
             seconds=_CLOCKED_SHARE * seconds,
         )
         self.engine.instrument(None)
         return Cell(
-            title=self.title,
+            title=step_title(self.step),
             phase=self.step.phase,
             rows=self.step.rows,
             context=self.step.length(max(self.batch.group_rows)),
@@ -168,9 +201,12 @@ class _Cell:
         )
 
     def _steps_per_turn(self) -> tuple[int, int]:
-        """Steps that are not timed, and that are. The first of a plan, which binds it, does not count."""
-        fastest = min(min(self._turn(plan, 0, 1) for _ in range(2)) for plan in self.plans.values())
-        return int(fastest < _LONG_S), max(1, min(_MOST_STEPS, round(_TURN_S / fastest)))
+        """Steps that are not timed, and that are. The first of a plan, which binds it, counts only if it is long."""
+        fastest = min(self._turn(plan, 0, 1) for plan in self.plans.values())
+        if fastest >= _LONG_S:
+            return 0, 1
+        fastest = min(self._turn(plan, 0, 1) for plan in self.plans.values())
+        return 1, max(1, min(_MOST_STEPS, round(_TURN_S / fastest)))
 
     def _turn(self, plan: Plan, untimed: int, count: int) -> float:
         """The median of ``count`` steps in a row after the untimed ones."""

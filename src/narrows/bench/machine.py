@@ -18,7 +18,7 @@ import torch
 from narrows.comm.cores import num_cores
 from narrows.native import why_absent
 
-__all__ = ["machine", "proportional_memory", "versions"]
+__all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16")
 """What the speed of CPU products depends on."""
@@ -40,6 +40,12 @@ def machine() -> dict[str, Any]:
         "load_average_before": os.getloadavg()[0],
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def available_memory() -> int | None:
+    """Bytes that this host could give to new work now; None if it does not say."""
+    said = _pairs("/proc/meminfo").get("MemAvailable")
+    return int(said.split()[0]) << 10 if said else None
 
 
 def versions() -> dict[str, str]:

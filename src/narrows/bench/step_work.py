@@ -38,9 +38,9 @@ class StepWork:
 
     def limits(self, asked: EngineConfig) -> EngineConfig:
         """``asked`` with room for the step, whatever it says of limits."""
-        longest = self.length(self.rows) + 1
-        sequences = self.rows if self.phase == "decode" else -(-self.rows // self.length(self.rows))
-        held = sequences * (longest + asked.page_size)
+        rows = deal(self.rows, max(asked.dp, 1))[0]
+        longest = self.length(rows) + 1
+        held = len(self._spans(rows, self.length(rows))) * (longest + asked.page_size)
         return replace(asked, max_context=longest, kv_tokens=max(asked.kv_tokens or 0, held), rows_per_step=self.rows)
 
     def length(self, group_rows: int) -> int:

@@ -20,10 +20,10 @@ def print_grid(grid: Grid, out: Console) -> None:
     worst = f" ({found.worst_step})" if found.worst_regret > 0 else ""
     out.print(
         f"auto is the best, or within {WITHIN:.0%} of it, in {found.right} of {found.cells} cells "
-        f"({found.share_right:.0%}); worst regret {percent(found.worst_regret)}{worst}, mean "
-        f"{percent(found.mean_regret)}",
+        f"({found.share_right:.0%}), beyond it with 90 % confidence in {found.surely_wrong}",
         markup=False,
     )
+    out.print(f"regret: worst {percent(found.worst_regret)}{worst}, mean {percent(found.mean_regret)}", markup=False)
     out.print(
         f"mean error of a plan's price: {percent(found.mean_error)} of the whole step, "
         f"{percent(found.mean_walk_error)} of its walk",
@@ -59,7 +59,7 @@ def _choices(grid: Grid) -> Table:
     table.add_column("step", no_wrap=True)
     for name in ("measured ms", "priced", "error", "regret", "90 % between"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("auto is", "best measured", "named by price (its regret)"):
+    for name in ("auto is", "best measured", "named by price (regret)"):
         table.add_column(name)
     for cell in grid.cells:
         low, high = cell.regret_between
