@@ -81,6 +81,14 @@ def test_a_step_that_fills_its_bucket_costs_what_its_plan_says(model: str, dp: i
     assert with_overhead.seconds == pytest.approx(decode.seconds + 1e-3)
 
 
+def test_a_piece_of_a_prompt_attends_to_what_is_before_it() -> None:
+    context = 1 << 15
+    by = planner("deepseek-v3", 1, 8)
+    found = PlannedCosts(by, "auto", context).cost(batch([(context - 1024, 1024)]))
+    assert found.plan is not None
+    assert found.seconds == pytest.approx(found.plan.seconds, rel=1e-9)  # planned for the last rows of one long text
+
+
 def test_rows_contexts_and_the_fullest_group_decide() -> None:
     costs = PlannedCosts(planner("deepseek-v3", 2, 4), "auto", CONTEXT)
 

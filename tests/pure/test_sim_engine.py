@@ -166,9 +166,9 @@ def test_the_best_is_first_and_the_others_say_why_not() -> None:
     assert [found.layout for found in order] == ["c", "b", "a"]
     assert target.misses(fast) == () and target.goodput(fast) == pytest.approx(8 / 1.4)
     (missed,) = target.misses(slow)
-    assert missed == "misses TPOT by 67 %"
+    assert missed == "misses TPOT by 66.7 %"
     assert target.goodput(slow) == 0
-    assert Target(ttft_s=0.5).misses(fast) == ("misses TTFT by 100 %",)
+    assert Target(ttft_s=0.5).misses(fast) == ("misses TTFT by 100.0 %",)
     assert Target().goodput(slow) == slow.figures.request_throughput and not Target().is_set
 
 
