@@ -46,32 +46,33 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--dp", default="1")
     parser.add_argument("--tp", default="2")
-    parser.add_argument("--device", default="cpu-core", help="what the simulation's prices are of")
+    parser.add_argument("--device", default="cpu-core", help="whose prices server and simulation plan by")
     parser.add_argument("--kv-tokens", default="20000")
     parser.add_argument("--trace", default="", help="a third load: 16 requests of it, a fifth as long, 10 x as fast")
     args = parser.parse_args()
     loads = _LOADS | ({"trace": ["--trace", args.trace, *_TRACE]} if args.trace else {})
-    mesh = ["--dp", args.dp, "--tp", args.tp, "--kv-tokens", args.kv_tokens, "--no-prefix-cache"]
+    flags = f"--dp {args.dp} --tp {args.tp} --kv-tokens {args.kv_tokens} --no-prefix-cache"
+    deployed = [*flags.split(), "--device", args.device]
     found = {}
     print(f"{'load':8}{'':18}{'out tok/s':>10}{'':>9}{'E2E, ms':>10}{'':>9}")
     for name, load in loads.items():
         with tempfile.TemporaryDirectory() as folder:
             steps = Path(folder) / "steps"
-            measured = _measure(args.model, mesh, load, steps)
-            simulate = [*_NARROWS, "simulate", args.model, "--device", args.device, *mesh, *load, "--json"]
+            measured = _measure(args.model, deployed, load, steps)
+            simulate = [*_NARROWS, "simulate", args.model, *deployed, *load, "--json"]
             by_steps = _figures([*simulate, "--step-times", str(steps)])
         by_prices = _figures(simulate)
-        found[name] = {"measured": measured, "by measured steps": by_steps, f"by {args.device}": by_prices}
+        found[name] = {"measured": measured, "by measured steps": by_steps, f"by {Path(args.device).stem}": by_prices}
         for title, figures in found[name].items():
             print(_line(name, title, figures, measured))
             name = ""
     print(json.dumps(found))
 
 
-def _measure(model: str, mesh: list[str], load: list[str], steps: Path) -> dict[str, Any]:
+def _measure(model: str, deployed: list[str], load: list[str], steps: Path) -> dict[str, Any]:
     """The load's figures on a real server; the steps that it ran for it are in ``steps``."""
     timed = str(Path(__file__).with_name("serve_timed.py"))
-    command = [sys.executable, timed, str(steps), model, "--load-format", "dummy", "--port", "0", *mesh]
+    command = [sys.executable, timed, str(steps), model, "--load-format", "dummy", "--port", "0", *deployed]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.cost.devices import device
+from narrows.cost.measured import Measured, StepPoints
 from narrows.cost.stage import Pricer
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
@@ -79,6 +82,25 @@ def test_a_step_that_fills_its_bucket_costs_what_its_plan_says(model: str, dp: i
         assert {kind for kind, _ in found.parts} == {kind.value for kind in by_class}
     with_overhead = PlannedCosts(by, "auto", CONTEXT, overhead_s=1e-3).cost(batch(*[[(CONTEXT - 1, 1)] * 48] * dp))
     assert with_overhead.seconds == pytest.approx(decode.seconds + 1e-3)
+
+
+def test_what_a_device_needs_between_steps_is_part_of_every_step() -> None:
+    steps = tuple(
+        StepPoints(phase=phase, points=((1, 1e-3), (64, 2e-3), (4096, 9e-3))) for phase in ("decode", "prefill")
+    )
+    machine = replace(device("cpu-core"), name="here", measured=Measured(steps=steps))
+    deployment = Deployment(config=preset("dsv3-mini"), mesh=Mesh.of(dp=1, tp=2), device=machine)
+    found = PlannedCosts(Planner(deployment, Forms()), "auto", CONTEXT).cost(batch([(CONTEXT - 1, 1)] * 64))
+    assert found.plan is not None and found.seconds == pytest.approx(found.plan.seconds, rel=1e-9)
+    assert found.parts["host", "measured"] == pytest.approx(2e-3)
+
+
+def test_a_piece_of_a_prompt_attends_to_what_is_before_it() -> None:
+    context = 1 << 15
+    by = planner("deepseek-v3", 1, 8)
+    found = PlannedCosts(by, "auto", context).cost(batch([(context - 1024, 1024)]))
+    assert found.plan is not None
+    assert found.seconds == pytest.approx(found.plan.seconds, rel=1e-9)  # planned for the last rows of one long text
 
 
 def test_rows_contexts_and_the_fullest_group_decide() -> None:

@@ -166,10 +166,23 @@ def test_the_best_is_first_and_the_others_say_why_not() -> None:
     assert [found.layout for found in order] == ["c", "b", "a"]
     assert target.misses(fast) == () and target.goodput(fast) == pytest.approx(8 / 1.4)
     (missed,) = target.misses(slow)
-    assert missed == "misses TPOT by 67 %"
+    assert missed == "misses TPOT by 66.7 %"
     assert target.goodput(slow) == 0
-    assert Target(ttft_s=0.5).misses(fast) == ("misses TTFT by 100 %",)
+    assert Target(ttft_s=0.5).misses(fast) == ("misses TTFT by 100.0 %",)
     assert Target().goodput(slow) == slow.figures.request_throughput and not Target().is_set
+
+
+def test_a_target_that_is_met_goes_before_goodput_and_throughput_before_time() -> None:
+    few, costs = Limits(rows_per_step=16), Costs(lambda phase, rows: 1.0 if phase == "prefill" else 0.1)
+    crowd = simulate(few, costs, [ask(0, 4, 5)] * 12)  # four prompts in each step: some wait
+    alone = outcome(0.5, num=1)
+    target = Target(ttft_s=1.0)
+    assert target.misses(crowd) and not target.misses(alone)
+    assert target.goodput(crowd) > target.goodput(alone)
+    assert [found.layout for found in ranked([candidate(crowd, "a"), candidate(alone, "b")], target)] == ["b", "a"]
+    quick, many = outcome(0.1, num=1), outcome(0.2, num=8)
+    assert quick.figures.e2e_ms.mean < many.figures.e2e_ms.mean
+    assert [found.layout for found in ranked([candidate(quick, "a"), candidate(many, "b")], Target())] == ["b", "a"]
 
 
 def test_meshes_are_all_that_the_model_can_be_dealt_to() -> None:

@@ -115,8 +115,8 @@ class _Planned:
 class PlannedCosts:
     """Costs by one deployment's plans under one named layout.
 
-    ``context``: what the plan book's plans are made for. ``overhead_s``: what a step takes besides its plan: the time
-    between a step's end on the ranks and the next one's begin.
+    ``context``: what the plan book's plans are made for. ``overhead_s``: what a step takes besides, seconds
+    that neither its plan nor its device's measurements hold.
     """
 
     def __init__(self, planner: Planner, layout: str, context: int, *, overhead_s: float = 0.0) -> None:
@@ -157,7 +157,9 @@ class PlannedCosts:
                 phase=plan.shape.phase,
                 context=plan.shape.context,
             )
-            priced = planned.repricer.at(self._prices(shape, _WithoutAttention))
+            prices = self._prices(shape, _WithoutAttention)
+            host = prices.step()
+            priced = {**planned.repricer.at(prices), (PriceClass.HOST, host.source): host.ps}
             parts = {(kind.value, source.label): ps * 1e-12 for (kind, source), ps in priced.items() if ps}
             found = planned.rest_prices[key] = sum(priced.values()), parts
         return found

@@ -61,7 +61,7 @@ class Target:
         words = []
         for name, most, found in zip(("TTFT", "TPOT"), (self.ttft_s, self.tpot_s), self.reached(outcome), strict=True):
             if most is not None and found > most:
-                words.append(f"misses {name} by {100 * (found / most - 1):.0f} %")
+                words.append(f"misses {name} by {100 * (found / most - 1):.1f} %")
         if outcome.figures.failed:
             words.append(f"{outcome.figures.failed} requests can never run")
         return tuple(words)
