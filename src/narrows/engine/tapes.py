@@ -41,8 +41,8 @@ _FRESH = (
 )
 
 Span = tuple[int, int, tuple[int, ...]]
-Key = tuple[Program, RowSplit, tuple[int, ...]]
-"""A program, the rows of each rank, and the rows that ask for logits."""
+Key = tuple[Program, RowSplit, tuple[int, ...], bool]
+"""A program, the rows of each rank, the rows that ask for logits, and whether there is a sampler for them."""
 Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
 Begin = Callable[[Tensor], RowSampler | None]
 
@@ -170,7 +170,7 @@ class Tapes:
         """
         if not self._possible or not program.repeatable or batch.phase != "decode":
             return None
-        key = program, rows, batch.logit_rows()
+        key = program, rows, batch.logit_rows(), batch.needs_logits
         walk = self._walks.pop(key, None)
         if walk is None:
             return self._record(key, batch.phase, tokens_of(batch), spans, begin) if self._is_due(key) else None
@@ -189,7 +189,7 @@ class Tapes:
     def _record(
         self, key: Key, phase: str, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
     ) -> tuple[Registers, RowSampler | None] | None:
-        program, rows, logit_rows = key
+        program, rows, logit_rows, _ = key
         inputs = _Inputs(self._model, len(tokens), spans, self._page_size)
         sampler = inputs.set(tokens, spans, begin)
         frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)
