@@ -1,4 +1,4 @@
-"""Every compiled function that works on tensors says whether a tape repeats it: one that says nothing would be missed."""
+"""Every compiled function that works on tensors says whether a tape repeats it: who says nothing would be missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode steps that a tape repeats: the same tokens and probabilities as walked steps, and the same words of failures."""
+"""Decode steps that a tape repeats: tokens and probabilities are those of walked steps, failures say what they said."""
 
 from __future__ import annotations
 

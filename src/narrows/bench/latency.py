@@ -172,12 +172,7 @@ def _facts(
         "share_of_roofline": quantile(shares, 0.5),
     }
     if not int8:  # its products have a rate of their own, which is not measured
-        size = {"rows": kind.batch, "context": work.context, "experts_hit": experts}
-        bounds = [
-            decode_bound(
-                config, itemsize, **size, bytes_per_s=rate["read_bytes_per_s"], flop_per_s=rate["gemm_flop_per_s"]
-            )
-            for rate in allowed
-        ]
+        bound = partial(decode_bound, config, itemsize, rows=kind.batch, context=work.context, experts_hit=experts)
+        bounds = [bound(bytes_per_s=rate["read_bytes_per_s"], flop_per_s=rate["gemm_flop_per_s"]) for rate in allowed]
         facts["share_of_bound"] = quantile([bound / s for bound, s in zip(bounds, seconds, strict=True)], 0.5)
     return facts

@@ -97,7 +97,7 @@ def decode_bound(
     for stage in (*layers, *chain.epilogue):
         for item in stage.work:
             if isinstance(item, Gemm):
-                nbytes, flops = itemsize * item.n * item.k, 2.0 * rows * item.n * item.k
+                nbytes, flops = float(itemsize * item.n * item.k), 2.0 * rows * item.n * item.k
             elif isinstance(item, GroupedGemm):
                 nbytes = itemsize * item.n * item.k * experts_hit / num_moe
                 flops = 2.0 * rows * item.pairs_per_row * item.n * item.k
