@@ -73,7 +73,8 @@ class _Inputs:
 
     def __init__(self, model: Decoder, num_rows: int, spans: Sequence[Span], page_size: int) -> None:
         self._model = model
-        self._rows = DecodeRows(len(spans), model.place.num_positions, page_size)
+        alone = {"group_slots": 1} if model.place.batch_invariant else {}
+        self._rows = DecodeRows(len(spans), model.place.num_positions, page_size, **alone)
         self.ids_T = torch.zeros(num_rows, dtype=torch.int64)
         self._ids = self.ids_T.numpy()
         self.step = model.begin_step(self._rows.set(spans))
