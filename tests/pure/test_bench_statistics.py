@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.bench.results import Series
-from narrows.bench.roofline import decode_kv_bytes, decode_weight_bytes, prefill_flops
+from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
 from narrows.bench.rounds import in_turns, turn_order
 from narrows.bench.statistics import median_interval, quantile, ratios, spread
 from narrows.cost.memory import weight_bytes
@@ -147,6 +147,29 @@ def test_fewer_experts_are_fewer_bytes() -> None:
     config = preset("dsv3-mini")
     one, two = (decode_weight_bytes(config, 2, rows=1, experts_hit=hit) for hit in (44, 45))
     assert two - one == 2 * 3 * 1024 * 256
+
+
+def test_a_decode_step_is_bound_by_bytes_or_by_flops_product_by_product() -> None:
+    llama, rows, context, hidden = preset("llama-3.1-8b"), 16, 10, 4096
+    weights = 32 * (hidden * (32 + 2 * 8) * 128 + hidden * 32 * 128 + 3 * hidden * 14336) + 128256 * hidden
+    keys, scores = 32 * rows * context * 2 * 8 * 128, 32 * rows * context * 32 * 2 * 128
+    given = {"rows": rows, "context": context, "experts_hit": 0.0}
+    of_memory = decode_bound(llama, 2, **given, bytes_per_s=1e3, flop_per_s=1e30)
+    of_products = decode_bound(llama, 2, **given, bytes_per_s=1e30, flop_per_s=1e3)
+    assert of_memory == pytest.approx(2 * (weights + keys) / 1e3, rel=1e-6)
+    assert of_products == pytest.approx(2 * (rows * weights + scores) / 1e3, rel=1e-6)
+    # 16 rows of a weight are 16 FLOPs a byte, 32 heads of 8 keys 4: at 8 a byte, weights are bound by products.
+    both = decode_bound(llama, 2, **given, bytes_per_s=1e3, flop_per_s=8e3)
+    assert both == pytest.approx(2 * rows * weights / 8e3 + 2 * keys / 1e3, rel=1e-6)
+
+
+def test_the_bound_of_routed_experts_reads_those_that_are_hit_and_computes_those_that_rows_take() -> None:
+    config, one = preset("dsv3-mini"), 2 * 3 * 1024 * 256
+    hit = [
+        decode_bound(config, 2, rows=4, context=1, experts_hit=hit, bytes_per_s=1e3, flop_per_s=1e30)
+        for hit in (44, 55)
+    ]
+    assert hit[1] - hit[0] == pytest.approx(11 * one / 1e3)
 
 
 def test_kv_bytes() -> None:

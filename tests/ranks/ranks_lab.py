@@ -321,3 +321,49 @@ def fail(world: World, rank: int, error: BaseException | str) -> None:
 
 def cannot_be_sent(world: World) -> Any:
     return threading.Lock()
+
+
+class StepsSeen:
+    """An instrument: how many bound steps were made by Python, and how many by a tape, on one rank."""
+
+    def __init__(self, worker: Any) -> None:
+        self.made = self.repeated = 0
+
+    def readings(self) -> tuple[int, int]:
+        seen = self.made, self.repeated
+        self.made = self.repeated = 0
+        return seen
+
+    def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> SeenStep:
+        return SeenStep(self, operation)
+
+
+class SeenStep:
+    """One bound step of :class:`StepsSeen`."""
+
+    def __init__(self, seen: StepsSeen, operation: Callable[..., None]) -> None:
+        self.seen, self.operation = seen, operation
+
+    def __call__(self, registers: Any, frame: Any) -> None:
+        self.seen.made += 1
+        self.operation(registers, frame)
+
+    def repeated(self, registers: Any, frame: Any) -> Callable[[float], None]:
+        def repeat(seconds: float) -> None:
+            assert seconds >= 0
+            self.seen.repeated += 1
+
+        return repeat
+
+
+class NoTapes:
+    """An instrument around every step that a tape would miss, so that none is made."""
+
+    def __init__(self, worker: Any) -> None:
+        pass
+
+    def readings(self) -> None:
+        return None
+
+    def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> Any:
+        return lambda registers, frame: operation(registers, frame)

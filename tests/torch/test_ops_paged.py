@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from narrows.ops.paged import DecodeGroup, build_paged_rows, write_cache
+from narrows.ops.paged import DecodeGroup, DecodeRows, build_paged_rows, write_cache
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +67,27 @@ def test_write_cache(width, dtype):
     write_cache(cache, new[:0], torch.empty(0, dtype=torch.int64))
     write_cache(cache, new[:2], torch.tensor([0, 0]))  # two dead rows
     assert torch.equal(cache[[4, 11, 7]], new)
+
+
+def test_decode_rows_in_memory_that_stays_are_those_that_are_built_anew():
+    """Rows that grow by one or by several tokens, get pages, change places, shrink, and become other requests'."""
+    steps = [
+        [(5, 1, (4, 2)), (0, 1, (5,)), (7, 1, (9, 8))],
+        [(6, 1, (4, 2)), (1, 1, (5,)), (8, 1, (9, 8, 3))],
+        [(7, 1, (4, 2)), (2, 1, (5,)), (9, 1, (9, 8, 3))],
+        [(9, 1, (4, 2, 6)), (7, 1, (9, 8)), (3, 1, (5,))],
+        [(10, 1, (4, 7, 6)), (3, 1, (8,)), (11, 1, (5, 1, 2))],
+        [(2, 1, (4,)), (4, 1, (8, 10)), (0, 1, (0,))],
+    ]
+    held = DecodeRows(3, 12, page_size=4)
+    addresses = None
+    for spans in steps:
+        found, wanted = held.set(spans), build_paged_rows(spans, page_size=4)
+        for name in ("positions_T", "slots_T", "decode_rows_B", "decode_lens_B"):
+            assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+        for row, length in enumerate(wanted.decode_lens_B.tolist()):
+            assert found.decode_slots_BL[row, :length].tolist() == wanted.decode_slots_BL[row, :length].tolist()
+        assert found.decode_groups == wanted.decode_groups and found.prefills == ()
+        now = [x.data_ptr() for x in (found.positions_T, found.slots_T, found.decode_lens_B, found.decode_slots_BL)]
+        assert addresses in (None, now)
+        addresses = now

@@ -14,7 +14,7 @@ from typing import Any
 from narrows.bench.calibrate import CALIBRATION, Calibrator, rates
 from narrows.bench.requests import random_prompts, timed
 from narrows.bench.results import Outcome, Series
-from narrows.bench.roofline import decode_kv_bytes, decode_weight_bytes, prefill_flops
+from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
 from narrows.bench.rounds import in_turns
 from narrows.bench.routing import ExpertCounter
 from narrows.bench.statistics import quantile
@@ -114,6 +114,8 @@ def latency(
             f"decode: the median step of a run from {work.context} tokens of context on",
             "share of roofline: prefill, FLOPs of the whole model at the rate of the GEMM; decode, bytes of the "
             "distinct weights that the step reads at the read bandwidth; both measured in the same round",
+            "share of bound: each product of a decode step at the longer of reading its weights, or keys and values, "
+            "at the read bandwidth, and of its FLOPs at the rate of the GEMM",
             *filter(None, [evidence]),
         ),
     )
@@ -166,10 +168,15 @@ def _facts(
     weights = decode_weight_bytes(config, itemsize, rows=kind.batch, experts_hit=experts, int8=int8)
     context = decode_kv_bytes(config, itemsize, rows=kind.batch, context=work.context)
     shares = [weights / s / rate["read_bytes_per_s"] for s, rate in zip(seconds, allowed, strict=True)]
-    return {
+    facts = {
         "tok_per_s": kind.batch / quantile(seconds, 0.5),
         "experts_hit": experts,
         "weights_mb": weights / 1e6,
         "kv_mb": context / 1e6,
         "share_of_roofline": quantile(shares, 0.5),
     }
+    if not int8:  # its products have a rate of their own, which is not measured
+        bound = partial(decode_bound, config, itemsize, rows=kind.batch, context=work.context, experts_hit=experts)
+        bounds = [bound(bytes_per_s=rate["read_bytes_per_s"], flop_per_s=rate["gemm_flop_per_s"]) for rate in allowed]
+        facts["share_of_bound"] = quantile([bound / s for bound, s in zip(bounds, seconds, strict=True)], 0.5)
+    return facts

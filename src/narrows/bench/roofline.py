@@ -15,7 +15,7 @@ from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Stage
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.layout import Mesh
 
-__all__ = ["decode_kv_bytes", "decode_weight_bytes", "prefill_flops"]
+__all__ = ["decode_bound", "decode_kv_bytes", "decode_weight_bytes", "prefill_flops"]
 
 
 def prefill_flops(config: ModelConfig, length: int) -> int:
@@ -72,3 +72,39 @@ def decode_kv_bytes(config: ModelConfig, itemsize: int, *, rows: int, context: i
         attention.latent_dim if isinstance(attention, MLA) else 2 * attention.num_key_value_heads * attention.head_dim
     )
     return itemsize * width * config.num_hidden_layers * rows * context
+
+
+def decode_bound(
+    config: ModelConfig,
+    itemsize: int,
+    *,
+    rows: int,
+    context: int,
+    experts_hit: float,
+    bytes_per_s: float,
+    flop_per_s: float,
+) -> float:
+    """Seconds that a decode step takes at least, of plain weights.
+
+    Each product takes the longer of two times: to read its weights (attention: the rows' keys and values) once, and to
+    compute its FLOPs. A weight that many rows share is bound by the second, and then waiting for memory is no excuse.
+    ``experts_hit``: as in :func:`decode_weight_bytes`.
+    """
+    chain = build_chain(config, Mesh.of(dp=1, tp=1))
+    layers = [stage for kind in chain.layers for stage in chain.layer_types[kind].stages]
+    num_moe = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+    seconds = 0.0
+    for stage in (*layers, *chain.epilogue):
+        for item in stage.work:
+            if isinstance(item, Gemm):
+                nbytes, flops = float(itemsize * item.n * item.k), 2.0 * rows * item.n * item.k
+            elif isinstance(item, GroupedGemm):
+                nbytes = itemsize * item.n * item.k * experts_hit / num_moe
+                flops = 2.0 * rows * item.pairs_per_row * item.n * item.k
+            elif isinstance(item, AttentionCore):
+                nbytes = float(rows * context * item.kv_row_bytes)
+                flops = 2.0 * rows * context * item.heads * item.decode_dims
+            else:
+                continue
+            seconds += max(nbytes / bytes_per_s, flops / flop_per_s)
+    return seconds

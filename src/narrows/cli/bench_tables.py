@@ -22,6 +22,7 @@ _FACTS = {
     "weights_mb": ("weights MB", 1.0, "{:.0f}"),
     "kv_mb": ("KV MB", 1.0, "{:.1f}"),
     "share_of_roofline": ("% of roofline", 100.0, "{:.0f}"),
+    "share_of_bound": ("% of bound", 100.0, "{:.0f}"),
     "memory_mb": ("memory MB", 1.0, "{:.0f}"),
     "memcpy_us": ("memcpy us", 1.0, "{:.1f}"),
     "times_memcpy": ("x memcpy", 1.0, "{:.2f}"),

@@ -41,8 +41,8 @@ _FRESH = (
 )
 
 Span = tuple[int, int, tuple[int, ...]]
-Key = tuple[Program, RowSplit, tuple[int, ...]]
-"""A program, the rows of each rank, and the rows that ask for logits."""
+Key = tuple[Program, RowSplit, tuple[int, ...], bool]
+"""A program, the rows of each rank, the rows that ask for logits, and whether there is a sampler for them."""
 Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
 Begin = Callable[[Tensor], RowSampler | None]
 
@@ -73,7 +73,8 @@ class _Inputs:
 
     def __init__(self, model: Decoder, num_rows: int, spans: Sequence[Span], page_size: int) -> None:
         self._model = model
-        self._rows = DecodeRows(len(spans), model.place.num_positions, page_size)
+        alone = {"group_slots": 1} if model.place.batch_invariant else {}
+        self._rows = DecodeRows(len(spans), model.place.num_positions, page_size, **alone)
         self.ids_T = torch.zeros(num_rows, dtype=torch.int64)
         self._ids = self.ids_T.numpy()
         self.step = model.begin_step(self._rows.set(spans))
@@ -170,7 +171,7 @@ class Tapes:
         """
         if not self._possible or not program.repeatable or batch.phase != "decode":
             return None
-        key = program, rows, batch.logit_rows()
+        key = program, rows, batch.logit_rows(), batch.needs_logits
         walk = self._walks.pop(key, None)
         if walk is None:
             return self._record(key, batch.phase, tokens_of(batch), spans, begin) if self._is_due(key) else None
@@ -189,7 +190,7 @@ class Tapes:
     def _record(
         self, key: Key, phase: str, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
     ) -> tuple[Registers, RowSampler | None] | None:
-        program, rows, logit_rows = key
+        program, rows, logit_rows, _ = key
         inputs = _Inputs(self._model, len(tokens), spans, self._page_size)
         sampler = inputs.set(tokens, spans, begin)
         frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)

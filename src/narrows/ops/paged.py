@@ -32,6 +32,9 @@ __all__ = [
     "write_cache",
 ]
 
+CPU_GROUP_SLOTS = 1024
+"""Slots of the decode rows that are read together on CPU: see `build_paged_rows`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillSpan:
@@ -108,7 +111,7 @@ def build_paged_rows(
     arithmetic is on the host, then one copy per tensor to ``device``.
     """
     if decode_group_slots is None:
-        decode_group_slots = 1024 if torch.device(device or "cpu").type == "cpu" else 1 << 18
+        decode_group_slots = CPU_GROUP_SLOTS if torch.device(device or "cpu").type == "cpu" else 1 << 18
     positions: list[Tensor] = []
     slots: list[Tensor] = []
     prefills: list[PrefillSpan] = []
@@ -151,15 +154,15 @@ class DecodeRows:
     """The `PagedRows` of so many decode rows, in memory of its own that each step writes anew where it has changed.
 
     ``most_tokens``: the longest context that a row may have. Of the slots of a row only those of its context are
-    written; behind them is what was there before.
+    written; behind them is what was there before. ``group_slots``: as in `build_paged_rows`.
     """
 
-    def __init__(self, num_rows: int, most_tokens: int, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self, num_rows: int, most_tokens: int, page_size: int, *, group_slots: int = CPU_GROUP_SLOTS) -> None:
+        self.page_size, self._group_slots = page_size, group_slots
         self._positions_T = torch.zeros(num_rows, dtype=torch.int64)
         self._slots_T = torch.zeros(num_rows, dtype=torch.int64)
         self._lens_B = torch.zeros(num_rows, dtype=torch.int64)
-        self._slots_BL = torch.zeros((num_rows, most_tokens), dtype=torch.int64)
+        self._slots_BL = empty_cache((num_rows, most_tokens), torch.int64, torch.device("cpu"))  # mostly never touched
         self._rows_B = torch.arange(num_rows)
         # A number is written to a numpy view in a twentieth of the time that it takes through torch.
         self._views = tuple(x.numpy() for x in (self._positions_T, self._slots_T, self._lens_B, self._slots_BL))
@@ -192,7 +195,7 @@ class DecodeRows:
             decode_rows_B=self._rows_B,
             decode_slots_BL=self._slots_BL,
             decode_lens_B=self._lens_B,
-            decode_groups=_decode_groups([start + 1 for start, _, _ in spans], 1024),
+            decode_groups=_decode_groups([start + 1 for start, _, _ in spans], self._group_slots),
         )
 
 

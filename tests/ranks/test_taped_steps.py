@@ -1,0 +1,119 @@
+"""Decode steps that a tape repeats: tokens and probabilities are those of walked steps, failures say what they said."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import ranks_lab as lab
+
+from narrows.engine import tapes
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+from narrows.errors import RankError
+from narrows.ops.compiled import gemm_library
+from narrows.sched.sampling import SamplingParams
+
+pytestmark = [
+    pytest.mark.timeout(100),
+    pytest.mark.skipif(gemm_library() is None, reason="no compiled products with bf16 weights here"),
+]
+
+PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,), (2, 4, 6)]
+WAYS = [
+    None,
+    SamplingParams(temperature=0.8, top_p=0.9, seed=3, logprobs=2),
+    SamplingParams(repetition_penalty=1.3),
+]
+
+
+def asked(folder: Path, **options: object) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder), dtype="bfloat16", max_context=96, kv_tokens=1024, prefix_cache=False, page_size=16, **options
+    )
+
+
+def texts(engine: Engine, sampling: SamplingParams | None) -> list[tuple[object, ...]]:
+    """Requests of different lengths, so that rows leave and the batch takes every size."""
+    requests = [engine.add(prompt, 8 + 9 * i, sampling=sampling) for i, prompt in enumerate(PROMPTS)]
+    for _ in engine.run():
+        pass
+    return [(request.output, request.logprobs) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("dp", "tp", "ranks"), [(1, 1, "threads"), (1, 2, "processes"), (2, 1, "processes"), (2, 2, "processes")]
+)
+@pytest.mark.parametrize("kind", ["v3", "llama"])
+def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
+    with Engine(resolve(asked(tiny_model(kind), dp=dp, tp=tp, ranks=ranks))) as engine:
+        engine.instrument(lab.NoTapes)
+        wanted = [texts(engine, way) for way in WAYS]
+        engine.instrument(lab.StepsSeen)
+        for way, want in zip(WAYS, wanted, strict=True):
+            assert texts(engine, way) == want
+            assert texts(engine, way) == want  # now with the tapes that the first time has left, and other pages
+            repeated = [repeated for _, repeated in engine.readings()]
+            assert min(repeated) > 10 * 20, "tapes of 20 steps and more"
+        engine.instrument(None)
+        assert texts(engine, None) == wanted[0]
+
+
+def test_every_step_is_seen_once_whoever_makes_it(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    config = asked(tiny_model("v3"), tp=2, ranks="processes")
+    with Engine(resolve(config)) as engine:
+        engine.instrument(lab.StepsSeen)
+        seen = []
+        for max_tokens in (1, 20, 40):
+            engine.add(PROMPTS[0], max_tokens)
+            for _ in engine.run():
+                pass
+            seen.append([made + repeated for made, repeated in engine.readings()])
+    # One prefill; then decode steps, of which one more may have been on its way when the last token came.
+    for prefill, short, long in zip(*seen, strict=True):
+        of_one = (long - short) // 20
+        assert prefill > 20 and long - short == 20 * of_one and short - prefill in (19 * of_one, 20 * of_one)
+
+
+def test_old_tapes_make_room_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+        wanted = texts(engine, None)
+    monkeypatch.setattr(tapes, "_MOST_BYTES", 100_000)
+    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+        for _ in range(3):
+            assert texts(engine, None) == wanted
+    monkeypatch.setattr(tapes, "_MOST_BYTES", 10)
+    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+        engine.instrument(lab.StepsSeen)
+        assert texts(engine, None) == wanted
+        assert [repeated for _, repeated in engine.readings()] == [0]
+
+
+def test_checked_ranks_and_float32_walk_every_step(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    for options in ({"checked": True}, {"dtype": "float32"}):
+        config = asked(tiny_model("v3"), tp=2, ranks="processes")
+        with Engine(resolve(EngineConfig(**{**_fields(config), **options}))) as engine:
+            engine.instrument(lab.StepsSeen)
+            texts(engine, None)
+            assert all(made and not repeated for made, repeated in engine.readings())
+
+
+def _fields(config: EngineConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_a_rank_that_dies_while_tapes_run_is_named_with_what_the_other_was_at(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    with (
+        pytest.raises(RankError) as told,
+        Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine,
+    ):
+        engine.add(PROMPTS[0], 80)
+        for number, _ in enumerate(engine.run()):
+            if number == 10:
+                os.kill(engine.ranks.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
+    text = str(told.value)
+    assert text.startswith("rank 1 (pid ") and "was killed by signal 9 (SIGKILL)" in text
+    assert re.search(r"rank 0 \(pid \d+ on .+\) was at #\d+ (all_reduce|column_gather|all_gather) \"", text)
