@@ -6,7 +6,6 @@ that noise between two runs of the same thing is never regret. Times are compare
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 
 from narrows.bench.results import Outcome, Series
 from narrows.bench.statistics import Spread, median_interval, quantile, ratios
+from narrows.plan.evidence import Evidence
 from narrows.plan.plan import Plan
 
 __all__ = ["WITHIN", "Cell", "Grid", "PlanTimes", "Summary", "by_layout", "grid_of", "shared_plans", "summary"]
@@ -78,12 +78,7 @@ class PlanTimes:
     @property
     def sources(self) -> dict[str, float]:
         """What the price rests on: shares of its seconds by the source of each step's price, the best source first."""
-        shares: Counter[str] = Counter()
-        steps = [step for _, step in self.plan.steps()]
-        for step in sorted(steps, key=lambda step: step.source):
-            shares[step.source.label] += step.ps
-        whole = sum(shares.values())
-        return {label: ps / whole for label, ps in shares.items() if ps}
+        return Evidence.of(self.plan).shares
 
     @cached_property
     def classes(self) -> dict[str, float]:

@@ -38,6 +38,7 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.loads.workload import Ask
 from narrows.plan.deploy import DEFAULT_ROWS, default_dtype, longest_context
+from narrows.plan.evidence import ranks_line
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
 from narrows.sim.costs import StepCosts
@@ -130,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         title = f"{config.name} on {hardware.title}, {best.dtype}: {load_words(args, len(asks))}"
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
+            if line := ranks_line(hardware, candidate.mesh.size):
+                out.print(f"note: {line}", markup=False, highlight=False)
         if len(candidates) > 1:
             print_ranking(best_first, target, out)
     if args.save_requests:

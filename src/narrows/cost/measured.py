@@ -75,12 +75,14 @@ class StepPoints:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Measured:
-    """All tables of one machine. ``copies``: one pass that reads and writes, over the bytes of both."""
+    """All tables of one machine. ``copies``: one pass that reads and writes, over the bytes of both. ``num_ranks``: the
+    ranks that were at work together; 0: not said."""
 
     stages: tuple[StagePoints, ...] = ()
     collectives: tuple[CollectivePoints, ...] = ()
     copies: Points = ()
     steps: tuple[StepPoints, ...] = ()
+    num_ranks: int = 0
 
     def stage(
         self, price_class: str, work: tuple[Work, ...], dtype: str, rows: int, phase: str, attended: float

@@ -160,6 +160,7 @@ def _profile(document: Mapping[str, Any], stem: str) -> Profile:
             for each in document.get("steps", ())
             for points, spreads in [_points(each["points"], f"steps, {each['phase']}")]
         ),
+        num_ranks=int(fits.get("ranks", 0)),
     )
     source = f"this profile ({made.get('date', 'no date')}); what it lacks is priced as {like}"
     return Profile(

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from narrows.cost.devices import Device
 from narrows.cost.price import Source
 from narrows.plan.plan import Plan
 
-__all__ = ["Evidence", "evidence_line"]
+__all__ = ["Evidence", "evidence_line", "ranks_line"]
 
 _WAY_OUT = "narrows calibrate measures this machine"
 _LEAST = 0.01
@@ -30,6 +31,7 @@ class Evidence:
         """All plans added up, each run once."""
         ps = dict.fromkeys(Source, 0)
         for plan in plans:
+            ps[plan.host.source] += plan.host.ps
             for segment in plan.segments:
                 for step in segment.steps:
                     ps[step.source] += step.ps * segment.times
@@ -70,6 +72,17 @@ def evidence_line(device: str, plans: Mapping[str, Plan], *, way_out: str = _WAY
     told = "; ".join(f"{what} {_words(evidence)}" for what, evidence in weak.items())
     line = f"predictions for {device} rest on unmeasured prices: {told}"
     return f"{line}; {way_out}" if way_out else line
+
+
+def ranks_line(device: Device, num_ranks: int) -> str:
+    """One line if a profile is of another number of ranks than plans are made for; empty if it is not."""
+    measured = device.measured
+    if measured is None or measured.num_ranks in (0, num_ranks):
+        return ""
+    return (
+        f"the profile {device.name} is of {measured.num_ranks} rank(s), the mesh has {num_ranks}: what ranks share "
+        f"with each other is priced as if they did not; make one with: narrows calibrate --ranks {num_ranks}"
+    )
 
 
 def _words(evidence: Evidence) -> str:

@@ -13,7 +13,7 @@ from narrows.arch.forms import Forms
 from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
 from narrows.plan.crossovers import RowRange, Sweep
-from narrows.plan.evidence import Evidence, evidence_line
+from narrows.plan.evidence import Evidence, evidence_line, ranks_line
 from narrows.plan.explain import why
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
@@ -181,7 +181,7 @@ def make_report(
         why=tuple(why(auto.plan, other) for other in others),
         best_named=sweep.named(published, named or applicable_layouts(config, mesh)[:-1]),
         best_auto=sweep.auto(planner),
-        notes=(*notes, *_room(auto, shape), *config.notes),
+        notes=(*notes, *filter(None, [ranks_line(deployment.device, mesh.size)]), *_room(auto, shape), *config.notes),
     )
 
 

@@ -1,0 +1,11 @@
+"""For all tests: plans are priced by the catalogue, whatever profiles the user of this machine has."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+
+def pytest_configure() -> None:
+    """Before anything is imported, and inherited by every process that tests start."""
+    os.environ["NARROWS_PROFILES"] = os.path.join(tempfile.gettempdir(), "narrows-tests-have-no-profiles")

@@ -1,0 +1,117 @@
+"""`narrows calibrate` on small ranks: what it writes is used where it fits, refused where it does not, and said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from narrows.arch.stages import PriceClass
+from narrows.cli.main import main
+from narrows.cost.profile import read_profile, write_profile
+from narrows.engine.config import EngineConfig, resolve
+from narrows.errors import ConfigError
+
+OPTIONS = ["--ranks", "2", "--world", "threads", "--quick", "--dtype", "float32", "--seconds", "20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the one profile that all tests here look at."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="module")
+def profile(folder: Path) -> Path:
+    file = folder / "mine.json"
+    assert main(["calibrate", "narrows-demo", *OPTIONS, "--out", str(file)]) == 0
+    return file
+
+
+def asked(**options: object) -> EngineConfig:
+    return EngineConfig(model="narrows-demo", **{"tp": 2, "dtype": "float32", **options})  # type: ignore[arg-type]
+
+
+def test_every_stage_of_every_mesh_and_form_is_measured(profile: Path) -> None:
+    measured = read_profile(profile).device.measured
+    assert measured is not None and measured.num_ranks == 2
+    classes = {stage.price_class for stage in measured.stages}
+    assert classes == {str(c) for c in PriceClass} - {"add", "communication", "host"}
+    heads = {item.heads for stage in measured.stages for item in stage.work if hasattr(item, "heads")}
+    assert len(heads) == 2, "attention of dp 1 x tp 2 and of dp 2 x tp 1"
+    assert {stage.phase for stage in measured.stages if stage.price_class == "attention"} == {"prefill", "decode"}
+    ops = {(each.op, each.num_ranks) for each in measured.collectives}
+    assert ops >= {("all_reduce", 2), ("reduce_scatter", 2), ("all_gather", 2), ("column_gather", 2)}
+    assert {each.phase for each in measured.steps} == {"prefill", "decode"}
+    seconds = [point.seconds for stage in measured.stages for point in stage.points]
+    assert min(seconds) > 0 and max(seconds) < 10
+    for stage in measured.stages:
+        if stage.price_class in ("mlp", "experts"):
+            few, many = (max(p.seconds for p in stage.points if p.rows == rows) for rows in (1, 512))
+            assert many > few, "more rows take longer"
+
+
+def test_an_engine_takes_the_profile_that_fits_and_says_so(
+    profile: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NARROWS_PROFILES", str(folder))
+    resolved = resolve(asked())
+    assert resolved.deployment.device.measured is not None
+    assert any(note.startswith("prices: the profile mine.json, made 20") for note in resolved.notes)
+    assert resolve(asked(tp=1)).deployment.device.name == "cpu-core", "of another number of ranks"
+    assert resolve(asked(device="cpu-core")).deployment.device.name == "cpu-core", "asked for by name"
+    alone = resolve(asked(threads=2))
+    assert alone.deployment.device.name == "cpu-core"
+    assert any("mine.json is not used: threads 1 there, 2 here" in note for note in alone.notes)
+
+
+def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> None:
+    assert resolve(asked(device=str(profile))).deployment.device.measured is not None
+    with pytest.raises(ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --ranks 4 --world threads"):
+        resolve(asked(tp=4, device=str(profile)))
+    read = read_profile(profile)
+    for change, said in (
+        ({"cpu": "an abacus"}, "cpu 'an abacus' there"),
+        ({"torch": "0.1"}, "torch '0.1' there"),
+        ({"narrows": "0.0.1"}, "narrows '0.0.1' there"),
+        ({"compiled_code": "beef"}, "compiled code 'beef' there"),
+    ):
+        other = tmp_path / "other.json"
+        write_profile(other, replace(read, fits=replace(read.fits, **change)))
+        with pytest.raises(ConfigError, match=said):
+            resolve(asked(device=str(other)))
+
+
+def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", str(profile), "--tp", "2", "--dtype", "fp32", "--eager", "--context", "64", "--json"]
+    assert main(["plan", "narrows-demo", "--rows", "64", *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for layout in document["layouts"]:
+        sources = {step["source"] for step in layout["steps"] if step["us"]}
+        assert sources <= {"measured", "interpolated", "scaled"}, layout["name"]
+    assert document["layouts"][0]["totals_ms"]["host"] > 0
+    assert main(["plan", "narrows-demo", "--rows", "64", *options[:2], *options[4:]]) == 0
+    (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "profile" in note]
+    assert "is of 2 rank(s), the mesh has 1" in note
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ranks", "0"], "--ranks is 0; it must be at least 1"),
+        (["--threads", "0"], "--threads is 0; it must be at least 1"),
+        (["--seconds", "0"], "--seconds is 0; it must be more than 0"),
+        (["no-such-model"], "no-such-model"),
+        (["llama-3.1-8b", "--ranks", "100"], "llama-3.1-8b cannot be dealt to 100 ranks"),
+        (["--dtype", "float8"], "dtype 'float8' is not known"),
+        (["--world", "pigeons"], "invalid choice: 'pigeons'"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_line(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
