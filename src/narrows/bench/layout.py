@@ -20,7 +20,7 @@ from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
 from narrows.bench.machine import available_memory
 from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import quantile
-from narrows.bench.step_work import StepWork, fill_caches
+from narrows.bench.step_work import StepWork, fill_caches, step_title
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
@@ -150,16 +150,6 @@ def _that_fit(steps: Sequence[StepWork], resolved: Resolved) -> tuple[list[StepW
     if not fit:
         raise ConfigError(f"{notes[0]}; lower --rows or --context")
     return fit, notes
-
-
-def step_title(step: StepWork) -> str:
-    """
-    >>> [step_title(StepWork(rows=8, phase=phase, context=4)) for phase in ("decode", "prefill")]
-    ['decode 8 x 4', 'prefill 8 by 4']
-    """
-    if step.phase == "decode":
-        return f"decode {step.rows} x {step.context}"
-    return f"prefill {step.rows}" + (f" by {step.context}" if 0 < step.context < step.rows else "")
 
 
 class _Cell:

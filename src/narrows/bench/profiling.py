@@ -24,16 +24,16 @@ from narrows.arch.presets import load_model_config
 from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
 from narrows.bench.statistics import Spread, quantile, spread
+from narrows.bench.step_work import StepWork, fill_caches, step_title
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
-from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import StepTimes
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, Move, MoveKind, deal
+from narrows.layout import Mesh, Move, MoveKind
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import Plan, Step, StepKind
-from narrows.sched.batch import Batch, Chunk
+from narrows.sched.batch import Batch
 from narrows.sched.pages import num_pages_for
 from narrows.weights.pooled import PooledWeights
 
@@ -41,10 +41,8 @@ __all__ = ["Calibration", "Grid", "calibrate", "figures_of", "meshes_of"]
 
 _LAYERS = 3
 """Of the kind that a model has most of, beside one of each other kind: more than caches hold."""
-_MOST_STEPS = 12
-"""Of one plan in a row."""
-_TOKENS = 1000
-"""Different ids in a step, so that rows are spread over experts; every vocabulary has as many."""
+_MOST_STEPS, _LONG_S = 12, 0.2
+"""Of one plan in a row; a step that is so long is run once."""
 _MOVES = {
     MoveKind.ALL_REDUCE: "all_reduce",
     MoveKind.REDUCE_SCATTER: "reduce_scatter",
@@ -57,14 +55,14 @@ _MOVES = {
 class Grid:
     """What is measured: rows of prefill steps, rows and contexts of decode steps, bytes of collectives alone."""
 
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
     prompt: int = 256
     """Of prompts of this length steps of ``prompt_rows`` rows are measured, beside those of one prompt."""
-    prompt_rows: tuple[int, ...] = (512, 2048)
+    prompt_rows: tuple[int, ...] = (512, 4096)
     decode_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     decode_context: int = 64
     long_context: int = 512
-    long_rows: tuple[int, ...] = (1, 8, 64)
+    long_rows: tuple[int, ...] = (1, 8, 64, 128)
     """Decode steps of sequences of ``long_context`` tokens."""
     nbytes: tuple[int, ...] = tuple(1 << power for power in range(9, 28, 2))
     seconds_per_cell: float = 0.04
@@ -81,18 +79,6 @@ class Calibration:
     flop_per_s: float
     seconds: float
     left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cell:
-    """A step to time: so many rows of a phase, each sequence ``context`` tokens long when it is over."""
-
-    phase: str
-    rows: int
-    context: int
-
-    def __str__(self) -> str:
-        return f"{self.phase} of {self.rows} rows, context {self.context}"
 
 
 Progress = Callable[[str, float], None]
@@ -179,6 +165,7 @@ def _measure(
         left = until - perf_counter()
         deadline = until if turn == len(todo) - 1 else until - 0.25 * left
         resolved = _small(resolve(asked, forms), grid)
+        tables.dtype = resolved.deployment.dtype
         with Engine(resolved, source=PooledWeights(resolved.dtype)) as engine:
             _measure_plans(tables, engine, list(dict.fromkeys(layouts)), grid, deadline=deadline, say=say)
 
@@ -209,10 +196,12 @@ def _measure_plans(
     deadline: float,
     say: Callable[[str], None],
 ) -> None:
+    fill_caches(engine)
     engine.instrument(StepTimes)
+    where = f"{engine.resolved.config.name} on {engine.resolved.mesh}"
     cells = sorted(_cells(grid), key=lambda cell: cell.rows)
-    took: dict[tuple[_Cell, str], float] = {}
-    known: dict[tuple[_Cell, str], tuple[Batch, Plan]] = {}
+    took: dict[tuple[StepWork, str], float] = {}
+    known: dict[tuple[StepWork, str], tuple[Batch, Plan]] = {}
     for turn in range(grid.most_rounds):
         for cell in cells:
             for layout in layouts:
@@ -220,80 +209,55 @@ def _measure_plans(
                 begin = perf_counter()
                 if begin + took.get(what, _expected(took, cell, layout)) > deadline and (turn or cell.rows > 64):
                     if not turn:
-                        tables.left_out[f"{cell} ({engine.resolved.config.name} on {engine.resolved.mesh})"] = None
+                        tables.left_out[f"{where}: {step_title(cell)}"] = None
                     continue
-                say(f"{engine.resolved.mesh}, {layout}: {cell}")
+                say(f"{where}, {layout}: {step_title(cell)}")
                 if what not in known:
-                    known[what] = _step(engine, cell, layout)
-                _time(tables, engine, cell, *known[what], seconds=grid.seconds_per_cell)
+                    batch = cell.batch_for(engine)
+                    known[what] = batch, cell.plan(engine, layout, batch)
+                _time(tables, engine, *known[what], seconds=grid.seconds_per_cell)
                 took[what] = perf_counter() - begin
         if perf_counter() >= deadline:
             return
 
 
-def _expected(took: dict[tuple[_Cell, str], float], cell: _Cell, layout: str) -> float:
+def _expected(took: dict[tuple[StepWork, str], float], cell: StepWork, layout: str) -> float:
     """Seconds that a cell may take, by the largest of its kind so far."""
     like = [(c.rows, s) for (c, name), s in took.items() if name == layout and c.phase == cell.phase]
     rows, seconds = max(like, default=(cell.rows, 0.0))
     return seconds * cell.rows / rows
 
 
-def _cells(grid: Grid) -> Iterator[_Cell]:
+def _cells(grid: Grid) -> Iterator[StepWork]:
     for rows in grid.decode_rows:
-        yield _Cell(phase="decode", rows=rows, context=grid.decode_context)
+        yield StepWork(phase="decode", rows=rows, context=grid.decode_context)
     for rows in grid.long_rows:
-        yield _Cell(phase="decode", rows=rows, context=grid.long_context)
+        yield StepWork(phase="decode", rows=rows, context=grid.long_context)
     for rows in grid.rows:
-        yield _Cell(phase="prefill", rows=rows, context=rows)
+        yield StepWork(phase="prefill", rows=rows, context=0)
     for rows in grid.prompt_rows:
-        yield _Cell(phase="prefill", rows=rows, context=grid.prompt)
+        yield StepWork(phase="prefill", rows=rows, context=grid.prompt)
 
 
-def _step(engine: Engine, cell: _Cell, layout: str) -> tuple[Batch, Plan]:
-    """The batch of a cell, and the plan for exactly its rows."""
-    resolved = engine.resolved
-    groups = []
-    for number in deal(cell.rows, resolved.mesh.num_groups):
-        chunks, first = [], 1
-        for at, (start, length) in enumerate(_spans(number, cell)):
-            num_pages = num_pages_for(start + length, resolved.limits.page_size)
-            pages = tuple(range(first, first + num_pages))
-            first += num_pages
-            tokens = tuple((7 * place + at) % _TOKENS for place in range(start, start + length))
-            chunks.append(Chunk(request=at, start=start, tokens=tokens, pages=pages, num_logits=1))
-        groups.append(tuple(chunks))
-    batch = Batch(groups=tuple(groups))
-    context = min(cell.context, max(batch.group_rows)) if cell.phase == "prefill" else cell.context
-    shape = StepShape.of(
-        resolved.mesh, batch.group_rows, phase=cell.phase, context=context, logit_rows=batch.num_logit_rows
-    )
-    return batch, engine.planner.plan(shape, layout)
-
-
-def _spans(rows: int, cell: _Cell) -> list[tuple[int, int]]:
-    """(first position, rows) of each sequence of a group."""
-    if cell.phase == "decode":
-        return [(cell.context - 1, 1)] * rows
-    return [(0, min(cell.context, rows - at)) for at in range(0, rows, cell.context)]
-
-
-def _time(tables: _Tables, engine: Engine, cell: _Cell, batch: Batch, plan: Plan, *, seconds: float) -> None:
+def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> None:
     """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took.
 
-    Where there is time for several the first ones do not count: they meet cold code, and are walked without a tape.
+    Of a long step one run is enough; of a short one the first three do not count: they meet cold code, and are walked
+    without a tape.
     """
     engine.readings()
-    times = _run(engine, batch, plan, 2)
-    first = times[-1] - times[-2]
-    some = min(int(seconds / first), _MOST_STEPS)
-    times = _run(engine, batch, plan, some + 1) if some else times
+    times, drop = _run(engine, batch, plan, 1), 0
+    if times[1] - times[0] < _LONG_S:
+        times, drop = _run(engine, batch, plan, 2), 2
+    if some := min(int(seconds / (times[-1] - times[-2])), _MOST_STEPS):
+        times, drop = _run(engine, batch, plan, some + 1), 4
     read, num = engine.readings()[0], plan.num_steps  # of rank 0, which has as many rows as any
-    walks = [read[at : at + num] for at in range(0, len(read), num)][3 if some else 1 :]
+    walks = [read[at : at + num] for at in range(0, len(read), num)][drop:]
     for walk in walks:
         tables.book_walk(plan, walk)
-    whole = quantile([end - start for start, end in pairwise(times)][1 if some else 0 :], 0.5)
+    whole = quantile([end - start for start, end in pairwise(times)][min(drop, 1) :], 0.5)
     walked = quantile([sum(walk) for walk in walks], 0.5)
-    table = tables.steps.setdefault(cell.phase, {})
+    table = tables.steps.setdefault(plan.shape.phase, {})
     table.setdefault(plan.shape.rows.total, []).append(max(whole - walked, 1e-6))
 
 

@@ -21,7 +21,7 @@ from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
-__all__ = ["StepWork", "fill_caches"]
+__all__ = ["StepWork", "fill_caches", "step_title"]
 
 _FILLED_AT_ONCE = 4096
 
@@ -89,6 +89,16 @@ class StepWork:
         if self.phase == "decode":
             return [(length - 1, length)] * rows
         return [(0, min(length, rows - at)) for at in range(0, rows, length)]
+
+
+def step_title(step: StepWork) -> str:
+    """
+    >>> [step_title(StepWork(rows=8, phase=phase, context=4)) for phase in ("decode", "prefill")]
+    ['decode 8 x 4', 'prefill 8 by 4']
+    """
+    if step.phase == "decode":
+        return f"decode {step.rows} x {step.context}"
+    return f"prefill {step.rows}" + (f" by {step.context}" if 0 < step.context < step.rows else "")
 
 
 def fill_caches(engine: Engine) -> None:
