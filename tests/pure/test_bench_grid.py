@@ -20,7 +20,9 @@ from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
 
 CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
-PLANNER = Planner(Deployment(config=CONFIG, mesh=MESH, device=device("cpu-core"), graph=False), Forms())
+# Without the step that is an all-reduce and its norm, which no named layout has: so auto can be one of them.
+DEVICE = replace(device("cpu-core"), fused_norm_bytes=0)
+PLANNER = Planner(Deployment(config=CONFIG, mesh=MESH, device=DEVICE, graph=False), Forms())
 LAYOUTS = applicable_layouts(CONFIG, MESH)
 SECONDS = st.floats(1e-4, 1e2)
 

@@ -34,7 +34,6 @@ def cell(rows: int, phase: str, slower: float) -> Cell:
                 layouts=names,
                 plan=plan,
                 step_s=(slower * plan.seconds,) * 3,
-                walk_s=(slower * plan.seconds,) * 3,
                 clocked_s=(tuple(slower * step.seconds for _, step in plan.steps()),),
             )
             for names, plan in plans.items()
