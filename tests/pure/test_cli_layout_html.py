@@ -95,6 +95,6 @@ def test_steps_can_be_chosen_and_the_first_is(page: str) -> None:
 def test_all_plans_equally_far_from_their_prices_are_marked_where_they_were_priced(page: str) -> None:
     figure = drawings(page)["measured and priced time of every plan over auto's"]
     circles = [circle.attrib for circle in figure.iter("circle")]
-    assert len(circles) == 2 * (2 + 3), "auto itself is the line"
+    assert len(circles) == 2 * (3 + 3), "auto itself is the line"
     for measured, priced in zip(circles[::2], circles[1::2], strict=True):
         assert float(measured["cx"]) == pytest.approx(float(priced["cx"]), abs=0.02)
