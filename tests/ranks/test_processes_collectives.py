@@ -32,7 +32,8 @@ def pool(request: pytest.FixtureRequest) -> Iterator[ProcessRanks[lab.Lab]]:
     dp, tp, way = request.param
     mesh = Mesh.of(dp=dp, tp=tp)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NARROWS_NATIVE", "0" if way == "gloo" else "1")  # the ranks inherit it
+        if way == "gloo":  # either switch makes it so; the ranks inherit them
+            patch.setenv("NARROWS_SHM" if mesh.size == 2 else "NARROWS_NATIVE", "0")
         ranks = ProcessRanks(mesh, lab.Lab, checked=(dp, tp) != (1, 2), once=(lab.Big,))
     with ranks:
         assert ranks.transport.startswith(way)

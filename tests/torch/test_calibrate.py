@@ -107,6 +107,7 @@ def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, caps
         (["llama-3.1-8b", "--ranks", "100"], "llama-3.1-8b cannot be dealt to 100 ranks"),
         (["--dtype", "float8"], "dtype 'float8' is not known"),
         (["--world", "pigeons"], "invalid choice: 'pigeons'"),
+        (["--world", "gloo"], "--world gloo cannot be had here, ranks would exchange through shm"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line(

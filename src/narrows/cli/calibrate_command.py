@@ -16,7 +16,7 @@ from narrows.bench.machine import machine
 from narrows.bench.profiling import Calibration, Grid, calibrate, figures_of
 from narrows.cli.console import console
 from narrows.comm.cores import num_cores
-from narrows.cost.devices import DEVICES
+from narrows.cost.devices import DEVICES, device_of_card
 from narrows.cost.here import Setting
 from narrows.cost.profile import Profile, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
@@ -73,16 +73,18 @@ def run(args: argparse.Namespace) -> int:
     setting = setting_of(
         run_on=asked.run_on,
         ranks=asked.ranks,
-        several_hosts=args.world == "gloo",
+        several_hosts=False,
         num_ranks=num_ranks,
         threads=args.threads,
     )
-    world = world_name(run_on=asked.run_on, ranks=asked.ranks, several_hosts=args.world == "gloo")
+    world = world_name(run_on=asked.run_on, ranks=asked.ranks, several_hosts=False)
     if world != args.world:
-        raise ConfigError(
-            f"--world {args.world} cannot be had here, ranks would exchange through {world}: there is no compiled code "
-            f"(docs/kernels.md); install a C++ compiler and narrows anew, or calibrate --world {world}"
+        way_out = (
+            "processes of one host share memory; run it, and the engine, with NARROWS_SHM=0"
+            if args.world == "gloo"
+            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --world {world}"
         )
+        raise ConfigError(f"--world {args.world} cannot be had here, ranks would exchange through {world}: {way_out}")
     where = machine()
     models = tuple(args.models) or _MODELS
     bar = Progress(
@@ -140,7 +142,10 @@ def _profile(
     words += [args.quantization] if args.quantization != "none" else []
     words += ["fp32"] if args.dtype == "float32" else []
     figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory)
-    base = DEVICES["cpu-core"]
+    like = (device_of_card(setting.card) or "h100") if setting.card else "cpu-core"
+    base = DEVICES[like]
+    if setting.card:
+        del figures["memory_bytes"]  # the host's, and not its GPUs'
     name = "-".join(words)
     return Profile(
         device=replace(
@@ -154,7 +159,7 @@ def _profile(
             "seconds": round(found.seconds, 1),
             "left_out": list(found.left_out),
         },
-        like="cpu-core",
+        like=like,
         figures=figures,
     )
 

@@ -21,7 +21,9 @@ from narrows.comm.shm_calls import Functions, functions
 from narrows.comm.wire import PeersLostError
 from narrows.native import why_absent
 
-__all__ = ["Neighbours", "share"]
+__all__ = ["Neighbours", "is_wanted", "share"]
+
+_SWITCH = "NARROWS_SHM"
 
 _NONCE = 32
 
@@ -83,6 +85,11 @@ class Neighbours:
             os.close(fd)
 
 
+def is_wanted() -> bool:
+    """Whether ranks of one host may share memory: not with NARROWS_SHM=0, for comparisons and for what breaks it."""
+    return os.environ.get(_SWITCH, "1") != "0"
+
+
 def share(store: Any, rank: int, size: int) -> Neighbours | str:
     """Meets the ranks ``0 .. size - 1`` of a world; every one of them must call this, with a store of this use alone.
 
@@ -91,7 +98,9 @@ def share(store: Any, rank: int, size: int) -> Neighbours | str:
     """
     compiled = functions()
     segment, why = None, f"no compiled code: {why_absent()}"
-    if compiled is not None:
+    if not is_wanted():
+        why = f"{_SWITCH}=0"
+    elif compiled is not None:
         try:
             segment = Segment(compiled.limits.blocks_start)
         except (OSError, AttributeError) as error:  # AttributeError: this system has no memory without a name

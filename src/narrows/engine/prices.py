@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from narrows.comm.device import card_name
+from narrows.comm.neighbours import is_wanted
 from narrows.cost.devices import Device, device, device_of_card
 from narrows.cost.here import Setting, here
 from narrows.cost.profile import is_profile, profiles_folder, read_profile
@@ -25,7 +26,7 @@ def world_name(*, run_on: str, ranks: str, several_hosts: bool) -> str:
         return "threads"
     if run_on == "cuda":
         return "nccl"
-    return "gloo" if several_hosts or why_absent() else "shm"
+    return "gloo" if several_hosts or why_absent() or not is_wanted() else "shm"
 
 
 def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int) -> Setting:
@@ -42,7 +43,8 @@ def calibrate_command(setting: Setting) -> str:
     """What makes a profile for ``setting``."""
     threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
     world = "" if setting.world in ("shm", "alone") else f" --world {setting.world}"
-    return f"narrows calibrate --ranks {setting.ranks}{threads}{world}"
+    switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
+    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{world}"
 
 
 def priced_for(
