@@ -127,7 +127,7 @@ def test_profile_hears_the_clocks_of_processes(speaking_v3: Path, capsys: pytest
     assert main(generate(speaking_v3, "--tp", "2", "--ranks", "processes", "--profile")[3:]) == 0
     out = capsys.readouterr().out
     assert "prefill: " in out and "decode: " in out and "mean of 2 rank(s)" in out
-    assert re.search(r"communication +(reduce_scatter|all_reduce|all_gather) ", out)
+    assert re.search(r"communication +(reduce_scatter|all_reduce|all_gather|all_reduce_norm) ", out)
 
 
 def test_bench_sets_our_collectives_beside_gloos_and_threads(

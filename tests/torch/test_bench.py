@@ -116,8 +116,6 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
                 by_class[step["class"]] = by_class.get(step["class"], 0.0) + step["times"] * step["predicted_us"] / 1e3
             for name, ms in plan["classes_ms"].items():
                 assert ms["measured"] > 0 and ms["predicted"] == pytest.approx(by_class[name])
-    few = document["cells"][2]
-    assert ["all-reduce", "auto"] in [plan["layouts"] for plan in few["plans"]], "the same steps are measured once"
     found = document["summary"]
     assert found["cells"] == 4 and found["right"] == sum(one["within_3_percent"] for one in document["cells"])
     assert [list(variants) for variants in by_work(document).values()] == [layouts] * 4

@@ -49,8 +49,7 @@ def test_every_stage_of_every_mesh_and_form_is_measured(profile: Path) -> None:
     assert min(seconds) > 0 and max(seconds) < 10
     for stage in measured.stages:
         if stage.price_class in ("mlp", "experts"):
-            few, many = (max(p.seconds for p in stage.points if p.rows == rows) for rows in (1, 512))
-            assert many > few, "more rows take longer"
+            assert stage.points[-1].rows >= 64 and stage.points[-1].seconds > stage.points[0].seconds
 
 
 def test_an_engine_takes_the_profile_that_fits_and_says_so(
@@ -104,7 +103,7 @@ def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, caps
         (["--threads", "0"], "--threads is 0; it must be at least 1"),
         (["--seconds", "0"], "--seconds is 0; it must be more than 0"),
         (["no-such-model"], "no-such-model"),
-        (["llama-3.1-8b", "--ranks", "100"], "llama-3.1-8b cannot be dealt to 100 ranks"),
+        (["--ranks", "1000"], "--ranks 1000 on "),
         (["--dtype", "float8"], "dtype 'float8' is not known"),
         (["--world", "pigeons"], "invalid choice: 'pigeons'"),
         (["--world", "gloo"], "--world gloo cannot be had here, ranks would exchange through shm"),

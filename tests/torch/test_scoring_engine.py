@@ -120,7 +120,7 @@ def test_scoring_and_generating_requests_share_steps_and_change_nothing(llm: LLM
 def test_the_logits_of_a_step_are_bounded_however_long_the_prompts(
     theirs: tuple[Path, DeepseekV3ForCausalLM], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("narrows.engine.config._SCORED_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr("narrows.plan.deploy._SCORED_LOGITS", 5 * VOCAB)
     with LLM(theirs[0], tp=2, dtype="float32", max_context=96) as llm:
         true_submit = llm.engine.submit
         seen: list[tuple[int, int]] = []

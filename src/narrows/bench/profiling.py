@@ -428,8 +428,13 @@ def _small(resolved: Resolved, grid: Grid) -> Resolved:
     dense = 0 if moe is None else min(moe.first_k_dense_replace, 1)
     if moe is not None:
         moe = replace(moe, first_k_dense_replace=dense)
-    config = replace(config, num_hidden_layers=min(_LAYERS + dense, config.num_hidden_layers), moe=moe)
     longest = max(*grid.rows, grid.long_context) + 1
+    config = replace(
+        config,
+        num_hidden_layers=min(_LAYERS + dense, config.num_hidden_layers),
+        max_position_embeddings=max(longest, config.max_position_embeddings),
+        moe=moe,
+    )
     page = resolved.limits.page_size
     limits = replace(
         resolved.limits,

@@ -27,6 +27,7 @@ __all__ = ["add_parser", "run"]
 
 WORLDS = ("shm", "threads", "gloo", "nccl")
 _MODELS = ("dsv3-mini", "dsv2-mini")
+_MOST_RANKS_PER_CORE = 8
 _QUICK = Grid(
     rows=(1, 8, 64, 512),
     prompt_rows=(),
@@ -87,10 +88,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--world {args.world} cannot be had here, ranks would exchange through {world}: {way_out}")
     where = machine()
     models = tuple(args.models) or _MODELS
-    bar = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), console=console(stderr=True),
-        transient=True,
-    )  # fmt: skip
+    out = console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
+    bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
     with bar:
         task = bar.add_task("starting ranks", total=1.0)
         found = calibrate(
@@ -123,7 +123,7 @@ def _asked(args: argparse.Namespace) -> EngineConfig:
         threads=args.threads,
         quantization=args.quantization,
         load_format="dummy",
-        max_context=8192,
+        kv_tokens=1024,  # what is measured brings its own
     )
 
 
@@ -132,6 +132,11 @@ def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
         return max(num_cores() // args.threads, 1)
     if args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}; it must be at least 1")
+    most = _MOST_RANKS_PER_CORE * num_cores()
+    if run_on == "cpu" and args.ranks > most:
+        raise ConfigError(
+            f"--ranks {args.ranks} on {num_cores()} cores would measure how they wait for a core; at most {most} here"
+        )
     return int(args.ranks)
 
 

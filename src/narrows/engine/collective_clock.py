@@ -17,7 +17,7 @@ from narrows.engine.worker import Worker
 from narrows.layout import Encoding, Move, MoveKind
 from narrows.plan.plan import Step
 
-__all__ = ["CollectiveClock", "Counted", "added", "received"]
+__all__ = ["CollectiveClock", "Counted", "added", "crossing", "received"]
 
 
 class Counted(NamedTuple):
@@ -49,9 +49,8 @@ class CollectiveClock:
         move = step.move
         if move is None or move.kind is MoveKind.SLICE:
             return operation
-        if step.stage is not None:  # a reduction and its norm: the residual crosses no rank
-            reads, writes = reads[:1], writes[:1]
-        return _Timed(move, step.encodings or (Encoding.PLAIN,) * len(writes), reads, writes, operation, self._count)
+        reads, writes, encodings = crossing(step, reads, writes)
+        return _Timed(move, encodings, reads, writes, operation, self._count)
 
     def _count(self, kind: Kind, nbytes: int, seconds: float) -> None:
         old = self._counts.get(kind, Counted())
@@ -88,6 +87,15 @@ class _Timed:
 
     def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
         return partial(self._count, self._kind, self._nbytes)
+
+
+def crossing(
+    step: Step, reads: tuple[int, ...], writes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Encoding, ...]]:
+    """Registers of the fields that cross ranks, before and after, and how each travels. Where a reduction and the norm
+    after it are one step, the residual crosses none."""
+    num = len(writes) if step.stage is None else 1
+    return reads[:num], writes[:num], step.encodings or (Encoding.PLAIN,) * num
 
 
 def added(ranks: Sequence[Mapping[Kind, Counted]], to: Mapping[Kind, Counted]) -> dict[Kind, Counted]:

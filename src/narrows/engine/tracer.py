@@ -17,9 +17,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrows.comm.device import finished, is_done_when_called
-from narrows.engine.collective_clock import received
+from narrows.engine.collective_clock import crossing, received
 from narrows.engine.program import Frame, Operation, Registers
-from narrows.layout import Encoding, MoveKind
+from narrows.layout import MoveKind
 from narrows.plan.plan import Plan, Step
 from narrows.plan.trace import HostSpan, TracedStep, TraceRun, Walk
 from narrows.sched.batch import Batch
@@ -76,13 +76,13 @@ class StepTracer:
         self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
         move = step.move if step.move is not None and step.move.kind is not MoveKind.SLICE else None
-        encodings = step.encodings or (Encoding.PLAIN,) * len(writes)
+        crossed, left, encodings = crossing(step, reads, writes)
         first = writes[0]
 
         def traced(regs: Registers, frame: Frame) -> None:
             if frame is not self._frame and not self._begins(frame):
                 return operation(regs, frame)
-            held = [regs[i].nbytes for i in reads] if move is not None else ()
+            held = [regs[i].nbytes for i in crossed] if move is not None else ()
             start = perf_counter()
             operation(regs, frame)
             if self._waits:
@@ -90,7 +90,7 @@ class StepTracer:
             end = perf_counter()
             came = 0
             if move is not None:
-                fields = zip(held, writes, encodings, strict=True)
+                fields = zip(held, left, encodings, strict=True)
                 came = sum(received(move, before, regs[i], encoding) for before, i, encoding in fields)
             kept = self._kept
             kept.starts.append(start)
