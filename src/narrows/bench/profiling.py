@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -43,6 +43,8 @@ _LAYERS = 3
 """Of the kind that a model has most of, beside one of each other kind: more than caches hold."""
 _MOST_STEPS, _LONG_S = 12, 0.2
 """Of one plan in a row; a step that is so long is run once."""
+_PACE = 4.0
+"""How many times its price before anything is measured a step may take."""
 _MOVES = {
     MoveKind.ALL_REDUCE: "all_reduce",
     MoveKind.REDUCE_SCATTER: "reduce_scatter",
@@ -116,16 +118,17 @@ def calibrate(
         )
     tables = _Tables()
     until, seen = begin, set[Mesh]()
-    shares = [1.0 if mesh == before else 2.0 for (mesh, _), (before, _) in zip(jobs, [(None, ""), *jobs], strict=False)]
+    meshes = [mesh for mesh, _ in jobs]
+    shares = [4 if not i else 1 if mesh in meshes[:i] else 2 for i, mesh in enumerate(meshes)]
     for (mesh, model), share in zip(jobs, shares, strict=True):
         until += seconds * share / sum(shares)
-        is_new = mesh not in seen
+        is_first, is_new = not seen, mesh not in seen
         seen.add(mesh)
 
         def say(what: str) -> None:
             progress(what, min((perf_counter() - begin) / seconds, 1.0))
 
-        _measure(tables, asked, mesh, model, grid, until=until, is_new=is_new, say=say)
+        _measure(tables, asked, mesh, model, grid, until=until, is_new=is_new, is_first=is_first, say=say)
     return tables.calibration(perf_counter() - begin)
 
 
@@ -146,10 +149,12 @@ def _measure(
     *,
     until: float,
     is_new: bool,
+    is_first: bool,
     say: Callable[[str], None],
 ) -> None:
-    """One model on one mesh: its plans in the published forms. For the first on that mesh also those in the forms that
-    differ in everything, and collectives alone; of the others two layouts say what their stages cost."""
+    """One model on one mesh: its plans in the published forms. For the first on that mesh also collectives alone; of
+    the others two layouts say what their stages cost. At the very first also plans in the forms that differ in
+    everything: but for attention, which has no such forms, stages of one number of ranks are alike on all meshes."""
     asked = replace(asked, model=model, dp=mesh.sizes[0], tp=mesh.sizes[-1], load_format="dummy")
     if is_new:
         with Calibrator(resolve(asked, Forms())) as alone:
@@ -159,7 +164,7 @@ def _measure(
     named = [name for name in applicable_layouts(config, mesh) if name != "auto"]
     published, other = form_choices(config, mesh)[0], form_choices(config, mesh)[-1]
     todo = [(published, [*named, "auto"] if is_new else [named[0], named[-1]])]
-    if is_new and other != published:
+    if is_first and other != published:
         todo.append((other, ["auto"]))
     for turn, (forms, layouts) in enumerate(todo):
         left = until - perf_counter()
@@ -199,44 +204,56 @@ def _measure_plans(
     fill_caches(engine)
     engine.instrument(StepTimes)
     where = f"{engine.resolved.config.name} on {engine.resolved.mesh}"
-    cells = sorted(_cells(grid), key=lambda cell: cell.rows)
+    cells = list(_cells(grid))
     took: dict[tuple[StepWork, str], float] = {}
     known: dict[tuple[StepWork, str], tuple[Batch, Plan]] = {}
     for turn in range(grid.most_rounds):
         for cell in cells:
             for layout in layouts:
-                what = cell, layout
-                begin = perf_counter()
-                if begin + took.get(what, _expected(took, cell, layout)) > deadline and (turn or cell.rows > 64):
+                what, begin = (cell, layout), perf_counter()
+                if what not in known:
+                    batch = cell.batch_for(engine)
+                    known[what] = batch, cell.plan(engine, layout, batch)
+                if begin + took.get(what, _PACE * known[what][1].seconds) > deadline and (turn or cell.rows > 64):
                     if not turn:
                         tables.left_out[f"{where}: {step_title(cell)}"] = None
                     continue
                 say(f"{where}, {layout}: {step_title(cell)}")
-                if what not in known:
-                    batch = cell.batch_for(engine)
-                    known[what] = batch, cell.plan(engine, layout, batch)
-                _time(tables, engine, *known[what], seconds=grid.seconds_per_cell)
+                _time(tables, engine, *known[what], seconds=grid.seconds_per_cell if turn else 0.0)
                 took[what] = perf_counter() - begin
         if perf_counter() >= deadline:
             return
 
 
-def _expected(took: dict[tuple[StepWork, str], float], cell: StepWork, layout: str) -> float:
-    """Seconds that a cell may take, by the largest of its kind so far."""
-    like = [(c.rows, s) for (c, name), s in took.items() if name == layout and c.phase == cell.phase]
-    rows, seconds = max(like, default=(cell.rows, 0.0))
-    return seconds * cell.rows / rows
+def _cells(grid: Grid) -> list[StepWork]:
+    """All steps of the grid, in an order in which one may stop: what lies between others comes after them."""
+    columns = (
+        ("prefill", 0, grid.rows),
+        ("decode", grid.decode_context, grid.decode_rows),
+        ("decode", grid.long_context, grid.long_rows),
+        ("prefill", grid.prompt, grid.prompt_rows),
+    )
+    ordered = [
+        [StepWork(phase=phase, rows=n, context=context) for n in _ends_first(rows)] for phase, context, rows in columns
+    ]
+    return [cell for one_each in zip_longest(*ordered) for cell in one_each if cell is not None]
 
 
-def _cells(grid: Grid) -> Iterator[StepWork]:
-    for rows in grid.decode_rows:
-        yield StepWork(phase="decode", rows=rows, context=grid.decode_context)
-    for rows in grid.long_rows:
-        yield StepWork(phase="decode", rows=rows, context=grid.long_context)
-    for rows in grid.rows:
-        yield StepWork(phase="prefill", rows=rows, context=0)
-    for rows in grid.prompt_rows:
-        yield StepWork(phase="prefill", rows=rows, context=grid.prompt)
+def _ends_first(rows: Sequence[int]) -> list[int]:
+    """The first and the last, then what is in the middle of those, and so on.
+
+    >>> _ends_first((1, 2, 3, 4, 5)), _ends_first((7,)), _ends_first(())
+    ([1, 5, 3, 2, 4], [7], [])
+    """
+    out = list(dict.fromkeys((rows[0], rows[-1]))) if rows else []
+    spans = [(0, len(rows) - 1)]
+    while spans:
+        first, last = spans.pop(0)
+        if last - first > 1:
+            middle = (first + last) // 2
+            out.append(rows[middle])
+            spans += [(first, middle), (middle, last)]
+    return out
 
 
 def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> None:
