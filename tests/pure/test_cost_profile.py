@@ -68,6 +68,17 @@ def test_a_stage_costs_what_was_measured() -> None:
     assert beyond.ps == 6 * 10**9 and beyond.source is Source.SCALED
 
 
+def test_ranks_without_rows_leave_the_machine_to_the_others() -> None:
+    """One row: on every rank, or on one of two."""
+    proj = stage("qkv_a_proj")
+    table = StagePoints(price_class="qkv_a_proj", work=proj.work, dtype="bf16", points=(
+        StagePoint(rows=0.5, seconds=1e-4), StagePoint(rows=1, seconds=2e-4), StagePoint(rows=2, seconds=2e-4),
+    ))  # fmt: skip
+    prices = pricer(Measured(stages=(table,)), rows=1)
+    assert prices.stage(proj, full(MESH), False, RowSet.ALL).ps == 2 * 10**8
+    assert prices.stage(proj, scattered(MESH), False, RowSet.ALL).ps == 10**8
+
+
 def test_a_stage_of_other_size_is_scaled_by_the_nearest_and_of_another_kind_is_not() -> None:
     proj = stage("qkv_a_proj")
     (gemm,) = proj.work

@@ -297,7 +297,7 @@ class _Tables:
     """Seconds as they are found, by what a price is looked up by."""
 
     def __init__(self) -> None:
-        self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[int, float], list[float]]] = {}
+        self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
         self.moves: dict[tuple[str, int, str], dict[int, list[float]]] = {}
         self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
         self.copies: dict[int, list[float]] = {}
@@ -326,7 +326,7 @@ class _Tables:
         attends = any(isinstance(item, AttentionCore) for item in work)
         phase, attended = (shape.phase, shape.attended(step.rows)) if attends else ("", 0.0)
         table = self.stages.setdefault((str(stage.price_class), work, self.dtype, phase), {})
-        table.setdefault((step.rows, attended), []).append(seconds)
+        table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
 
     def _book_move(self, op: str, move: Move, nbytes: int, seconds: float) -> None:
         key = op, move.num_ranks, _axis(move.mesh, move.last)

@@ -31,10 +31,11 @@ Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePoint:
-    """Seconds of a stage over ``rows``. ``attended``: tokens of context that a row attends to, on average; 0 where
+    """Seconds of a stage over ``rows`` of the largest rank; below 1: of the mean rank, where some have none (see
+    :meth:`RowSplit.at_work`). ``attended``: tokens of context that a row attends to, on average; 0 where
     the stage does not attend. ``spread``: how far p90 lies above p10, as a share of the median."""
 
-    rows: int
+    rows: float
     seconds: float
     attended: float = 0.0
     spread: float = 0.0
@@ -85,7 +86,7 @@ class Measured:
     num_ranks: int = 0
 
     def stage(
-        self, price_class: str, work: tuple[Work, ...], dtype: str, rows: int, phase: str, attended: float
+        self, price_class: str, work: tuple[Work, ...], dtype: str, rows: float, phase: str, attended: float
     ) -> Price | None:
         """Seconds of a stage of this work over ``rows`` > 0; None if its like was not measured."""
         attends = _attends(work)
@@ -97,7 +98,7 @@ class Measured:
         kinds = self._kinds.get((price_class, dtype, _kind(work)), ())
         return min(kinds, key=lambda other: _distance(work, other), default=None)
 
-    def item(self, item: Work, dtype: str, rows: int, phase: str, attended: float) -> Price | None:
+    def item(self, item: Work, dtype: str, rows: float, phase: str, attended: float) -> Price | None:
         """Seconds of one item of work, where a stage was measured that consists of nothing else."""
         price_class = self._single.get((item, dtype))
         return None if price_class is None else self.stage(price_class, (item,), dtype, rows, phase, attended)
@@ -148,14 +149,14 @@ class _Surface:
     """Seconds over rows and attended tokens: a straight line in what is attended, log-log in rows."""
 
     def __init__(self, points: Iterable[StagePoint]) -> None:
-        by_rows: dict[int, list[tuple[float, float]]] = {}
+        by_rows: dict[float, list[tuple[float, float]]] = {}
         for point in points:
             by_rows.setdefault(point.rows, []).append((point.attended, point.seconds))
         self._rows = sorted(by_rows)
         self._lines = [sorted(by_rows[rows]) for rows in self._rows]
         assert self._rows and self._rows[0] > 0, "a stage is measured at one row or more"
 
-    def at(self, rows: int, attended: float) -> Price:
+    def at(self, rows: float, attended: float) -> Price:
         """At a point: measured. Between points: interpolated. Beyond them: scaled, in proportion to the rows above the
         last, as long as the first below it."""
         i = bisect_left(self._rows, rows)

@@ -201,7 +201,7 @@ def _stage(given: Mapping[str, Any]) -> StagePoints:
     points = []
     for row in given["points"]:
         rows, us, spread, attended = (*row, *(0.0, 0.0)[len(row) - 2 :]) if len(row) in (2, 3, 4) else (0, 0, 0, 0)
-        if not (isinstance(rows, int) and rows > 0 and us > 0 and attended >= 0):
+        if not (isinstance(rows, int | float) and rows > 0 and us > 0 and attended >= 0):
             raise ConfigError(f"a point of stage {name} is {row}; it is [rows > 0, us > 0, spread, attended tokens]")
         points.append(StagePoint(rows=rows, seconds=us / 1e6, spread=spread, attended=attended))
     if not points:

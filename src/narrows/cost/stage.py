@@ -130,7 +130,8 @@ class Pricer:
         work = stage.plain_work if stage.plain_work and not fused else stage.work
         price, nbytes = self._composed(work, rows)
         if self.device.measured is not None and rows:
-            price = self._measured(self.device.measured, stage.price_class, work, rows)
+            at_work = self.shape.split(row_set).at_work(layout)
+            price = self._measured(self.device.measured, stage.price_class, work, rows, at_work)
         return StepPrice(price.ps, rows, round(nbytes), price.source)
 
     def _composed(self, work: tuple[Work, ...], rows: int) -> tuple[Price, float]:
@@ -141,20 +142,22 @@ class Pricer:
             price, nbytes = price + item_price, nbytes + item_bytes
         return price, nbytes
 
-    def _measured(self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int) -> Price:
+    def _measured(
+        self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int, at_work: float
+    ) -> Price:
         """As the stage was measured on this machine; or as its nearest like was, in proportion to their work; or the
         items of its work one after the other, each as measured where it was."""
         phase, attended = self.shape.phase, self.shape.attended(rows)
-        if (found := measured.stage(price_class, work, self.dtype, rows, phase, attended)) is not None:
+        if (found := measured.stage(price_class, work, self.dtype, at_work, phase, attended)) is not None:
             return found
         like = measured.nearest(price_class, work, self.dtype)
-        seen = like and measured.stage(price_class, like, self.dtype, rows, phase, attended)
+        seen = like and measured.stage(price_class, like, self.dtype, at_work, phase, attended)
         if like and seen:
             ratio = self._composed(work, rows)[0].seconds / self._composed(like, rows)[0].seconds
             return Price(seen.seconds * ratio, Source.SCALED)
         price = ZERO
         for item in work:
-            price += measured.item(item, self.dtype, rows, phase, attended) or self._work(item, rows)[0]
+            price += measured.item(item, self.dtype, at_work, phase, attended) or self._work(item, rows)[0]
         return price
 
     def step(self) -> StepPrice:

@@ -69,6 +69,19 @@ class RowSplit:
         block = self._block(layout.num_leading)
         return max(sum(self.counts[i : i + block]) for i in range(0, len(self.counts), block))
 
+    def at_work(self, layout: Layout) -> float:
+        """Rows of the rank that holds the most; or of the mean rank, if that holds less than one, so that some have
+        none: ranks that share cores or memory then have the more of it.
+
+        >>> from narrows.layout import full, scattered
+        >>> one = RowSplit.from_groups(Mesh.of(dp=1, tp=4), (1,))
+        >>> one.at_work(full(one.mesh)), one.at_work(scattered(one.mesh))
+        (1, 0.25)
+        """
+        block = self._block(layout.num_leading)
+        mean = self.total * block / len(self.counts)
+        return mean if mean < 1 else self.largest(layout)
+
     def pieces(self, rank: int, outer: Layout, inner: Layout) -> tuple[int, ...]:
         """Rows of each piece into which the rows that ``rank`` holds under ``outer`` fall under ``inner``.
 
