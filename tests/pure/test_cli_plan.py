@@ -238,7 +238,7 @@ V3 = "plan deepseek-v3 --device h20"
         (f"{V3} --rows 8 --frobnicate", "unrecognized arguments: --frobnicate"),
         (f"{V3} --rows 8 --lay auto", "unrecognized arguments: --lay auto"),
         (V3, "the following arguments are required: --rows"),
-        ("plan deepseek-v3 --rows 8", "the following arguments are required: --device"),
+        ("plan deepseek-v3 --rows 8", "there is no profile of this machine for 1 rank(s) in "),
         ("plot deepseek-v3", "invalid choice: 'plot'"),
         ("", "the following arguments are required: COMMAND"),
     ],

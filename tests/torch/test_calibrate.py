@@ -63,7 +63,22 @@ def test_an_engine_takes_the_profile_that_fits_and_says_so(
     assert resolve(asked(device="cpu-core")).deployment.device.name == "cpu-core", "asked for by name"
     alone = resolve(asked(threads=2))
     assert alone.deployment.device.name == "cpu-core"
-    assert any("mine.json is not used: threads 1 there, 2 here" in note for note in alone.notes)
+    assert any(
+        "mine.json is not used: threads 1 there, 2 here; anew: narrows calibrate" in note for note in alone.notes
+    )
+
+
+def test_plan_takes_the_profile_of_as_many_ranks(
+    profile: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NARROWS_PROFILES", str(folder))
+    options = ["plan", "narrows-demo", "--rows", "64", "--context", "64", "--dtype", "fp32", "--json"]
+    assert main([*options, "--tp", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["layouts"][0]["totals_ms"]["host"] > 0
+    assert any(note.startswith("prices: the profile mine.json, made") for note in document["notes"])
+    assert main([*options, "--tp", "4"]) == 2
+    assert "make one with: narrows calibrate --ranks 4" in capsys.readouterr().err
 
 
 def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> None:

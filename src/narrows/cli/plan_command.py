@@ -13,7 +13,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
 from narrows.cost.devices import Device
-from narrows.cost.profile import find_device
+from narrows.cost.profile import device_here, find_device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
@@ -35,9 +35,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a preset such as deepseek-v3, a checkpoint folder, or a config.json")
     add(
         "--device",
-        required=True,
+        default="auto",
         metavar="NAME",
-        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or a profile's file (narrows calibrate)",
+        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or the file of a profile (default: this "
+        "machine's profile, see narrows calibrate)",
     )
     add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
     add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     mesh = _mesh(args, notes)
     config = load_model_config(args.model)
     layouts = _layouts(args, config, mesh, notes)
-    hardware = find_device(args.device)
+    hardware = find_device(args.device) if args.device != "auto" else _here(mesh, notes)
     dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
     deployment = Deployment(
         config=config,
@@ -116,6 +117,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_report(report)
     return 0
+
+
+def _here(mesh: Mesh, notes: list[str]) -> Device:
+    """This machine, by this user's profile of as many ranks."""
+    found, note = device_here(mesh.size)
+    notes.append(note)
+    return found
 
 
 def _write(file: str, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,10 +41,13 @@ class Setting:
     torch: str = ""
     compiled_code: str = ""
 
-    def misfit(self, other: Setting) -> str:
-        """Where a profile made for this setting does not fit ``other``, in words; empty where it does."""
+    def misfit(self, other: Setting, *, whatever: Collection[str] = ()) -> str:
+        """Where a profile made for this setting does not fit ``other``, in words; empty where it does. ``whatever``:
+        fields that may differ."""
         found = []
         for field in fields(self):
+            if field.name in whatever:
+                continue
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine and mine != theirs:
                 found.append(f"{field.name.replace('_', ' ')} {mine!r} there, {theirs!r} here")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,21 @@ from typing import Any
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
 from narrows.cost.collectives import COLLECTIVES
 from narrows.cost.devices import DEVICES, Device, device
-from narrows.cost.here import Setting
+from narrows.cost.here import Setting, here
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.errors import ConfigError
 
-__all__ = ["MEASURED_OPS", "Profile", "find_device", "is_profile", "profiles_folder", "read_profile", "write_profile"]
+__all__ = [
+    "MEASURED_OPS",
+    "Profile",
+    "device_here",
+    "find_device",
+    "is_profile",
+    "kept_profile",
+    "profiles_folder",
+    "read_profile",
+    "write_profile",
+]
 
 VERSION = 1
 MEASURED_OPS = (*COLLECTIVES, "column_gather", REDUCE_NORM)
@@ -57,6 +67,43 @@ def profiles_folder() -> Path:
     if folder := os.environ.get(_FOLDER_VARIABLE):
         return Path(folder)
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "narrows" / "profiles"
+
+
+def kept_profile(setting: Setting, *, whatever: Collection[str] = ()) -> tuple[str, Profile | None, list[str]]:
+    """The profile among this user's that fits ``setting`` and leaves least open, and its file's name; or why those for
+    as many ranks do not fit. ``whatever``: fields of the setting that may differ."""
+    fitting, refused = [], []
+    for path in sorted(profiles_folder().glob("*.json")):
+        try:
+            profile = read_profile(path)
+        except ConfigError as error:
+            refused.append(f"not used: {error}")
+            continue
+        misfit = profile.fits.misfit(setting, whatever=whatever)
+        if not misfit:
+            fitting.append((len(profile.fits.document()), path.name, profile))
+        elif profile.fits.ranks == setting.ranks and ("world" in whatever or profile.fits.world == setting.world):
+            refused.append(f"the profile {path.name} is not used: {misfit}")
+    if not fitting:
+        return "", None, refused
+    _, file, best = max(fitting, key=lambda one: one[:2])
+    return file, best, []
+
+
+def device_here(num_ranks: int) -> tuple[Device, str]:
+    """The device of this machine's profile for so many ranks, however they exchange; and what it is, in words.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    setting = here(ranks=num_ranks, threads=1, world="")
+    file, profile, refused = kept_profile(setting, whatever=("threads", "world", "card"))
+    if profile is None:
+        told = (
+            "; ".join(refused) or f"there is no profile of this machine for {num_ranks} rank(s) in {profiles_folder()}"
+        )
+        raise ConfigError(f"{told}; make one with: narrows calibrate --ranks {num_ranks}, or name a --device")
+    return profile.device, f"prices: the profile {file}, made {profile.made.get('date', 'at an unknown date')}"
 
 
 def is_profile(name: str) -> bool:

@@ -13,7 +13,7 @@ from narrows.comm.device import card_name
 from narrows.comm.neighbours import is_wanted
 from narrows.cost.devices import Device, device, device_of_card
 from narrows.cost.here import Setting, here
-from narrows.cost.profile import is_profile, profiles_folder, read_profile
+from narrows.cost.profile import is_profile, kept_profile, read_profile
 from narrows.errors import ConfigError
 from narrows.native import why_absent
 
@@ -66,33 +66,13 @@ def priced_for(
                 f"ranks; make one with: {calibrate_command(setting)} --out {name}"
             )
         return profile.device, [f"prices: the profile {name}, made {profile.made.get('date', 'at an unknown date')}"]
-    found, notes = _kept(setting)
+    file, found, refused = kept_profile(setting)
     if found is not None:
-        return found, notes
+        return found.device, [f"prices: the profile {file}, made {found.made.get('date', 'at an unknown date')}"]
+    notes = [f"{line}; anew: {calibrate_command(setting)}" for line in refused]
     if run_on == "cpu":
         return device("cpu-core"), notes
     card = device_of_card(setting.card)
     if card is None:
         raise ConfigError(f"there are no prices for {setting.card!r} here; name the most similar device with --device")
     return device(card), notes
-
-
-def _kept(setting: Setting) -> tuple[Device | None, list[str]]:
-    """The profile among this user's that fits best: the one that leaves the least open; or why those for as many ranks
-    do not fit."""
-    fitting, refused = [], []
-    for path in sorted(profiles_folder().glob("*.json")):
-        try:
-            profile = read_profile(path)
-        except ConfigError as error:
-            refused.append(f"not used: {error}")
-            continue
-        misfit = profile.fits.misfit(setting)
-        if not misfit:
-            fitting.append((len(profile.fits.document()), path.name, profile))
-        elif (profile.fits.ranks, profile.fits.world) == (setting.ranks, setting.world):
-            refused.append(f"the profile {path.name} is not used: {misfit}; anew: {calibrate_command(setting)}")
-    if not fitting:
-        return None, refused
-    _, file, profile = max(fitting, key=lambda one: one[:2])
-    return profile.device, [f"prices: the profile {file}, made {profile.made.get('date', 'at an unknown date')}"]
