@@ -19,7 +19,7 @@ from server_process import ServerProcess, events, eventually
 from narrows.cli.main import main
 
 pytestmark = pytest.mark.timeout(120)
-LONG = {"max_tokens": 700, "ignore_eos": True}
+LONG = {"max_tokens": 1500, "ignore_eos": True}
 
 
 def stream(server: ServerProcess, into: list[str], begun: threading.Event, **fields: object) -> None:

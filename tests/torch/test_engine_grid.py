@@ -441,10 +441,10 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
         )
         plans = [
             Plan(layout_name="random", mesh=mesh, shape=shape, segments=Search(graph, RandomPrices(seed)).solve())
-            for seed in range(120)
+            for seed in range(400)
         ]
         seen: set[str] = set()
-        for _ in range(8):
+        for _ in range(10):
             plan = max(plans, key=lambda plan: (len(ways(plan) & MUST_BE_SEEN - seen), len(ways(plan) - seen)))
             seen |= ways(plan)
             plan.validate()
