@@ -116,4 +116,6 @@ def test_a_rank_that_dies_while_tapes_run_is_named_with_what_the_other_was_at(ti
                 os.kill(engine.ranks.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
     text = str(told.value)
     assert text.startswith("rank 1 (pid ") and "was killed by signal 9 (SIGKILL)" in text
-    assert re.search(r"rank 0 \(pid \d+ on .+\) was at #\d+ (all_reduce|all_reduce_norm|column_gather|all_gather) \"", text)
+    assert re.search(
+        r"rank 0 \(pid \d+ on .+\) was at #\d+ (all_reduce|all_reduce_norm|column_gather|all_gather) \"", text
+    )
