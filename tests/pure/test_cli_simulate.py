@@ -29,7 +29,11 @@ def test_figures_shares_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert "12 requests, 200 in / 20 out, 4 per second; dp 1 x tp 2, auto" in " ".join(out.split())
     for words in ("TTFT, ms", "TPOT, ms", "ITL, ms", "E2E, ms", "output tokens per second", "prices rest on"):
         assert words in out
-    assert "roofline 100.0%" in out and "0 preemptions" in out and "into experts" in " ".join(out.split())
+    assert (
+        "roofline 100.0%" in out
+        and "0 preemptions" in out
+        and "all-reduce and norm in one into experts" in " ".join(out.split())
+    )
     (one,) = found["candidates"]
     assert one["mesh"] == {"dp": 1, "tp": 2} and one["layout"] == "auto" and one["dtype"] == "bf16"
     assert one["figures"]["completed"] == 12 and one["figures"]["ttft_ms"]["mean"] > 0

@@ -109,7 +109,8 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
         assert one["regret"] >= 0 and "auto" in one["chosen"] and one["named_pick"] in layouts[:3]
         assert len({plan["rounds"] for plan in one["plans"]}) == 1, "plans take turns"
         for plan in one["plans"]:
-            assert plan["rounds"] >= 2 and plan["outside_ms"] >= 0 and plan["walk_ms"] > 0 and plan["measured_ms"] > 0
+            assert plan["rounds"] >= 2 and plan["outside_ms"] >= 0
+            assert plan["walk_ms"] == pytest.approx(plan["measured_ms"], rel=0.9), "the walk is most of a step"
             assert plan["predicted_ms"] > 0 and plan["sources"] == {"roofline": pytest.approx(1)}
             by_class: dict[str, float] = {}
             for step in plan["steps"]:

@@ -5,14 +5,10 @@ Knows one engine, its plans, and steps made by hand; what the numbers mean is `g
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from time import perf_counter
-from typing import Any
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
@@ -20,19 +16,16 @@ from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
 from narrows.bench.machine import available_memory
 from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import quantile
-from narrows.bench.step_work import StepWork, fill_caches, step_title
+from narrows.bench.step_work import IN_FLIGHT, StepWork, fill_caches, run_steps, step_title
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import StepTimes
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
-from narrows.sched.batch import Batch
 
 __all__ = ["LayoutWork", "layout"]
 
-_IN_FLIGHT = 2
-"""Steps handed over at once: the one that runs and the next, as the engine has them."""
 _TURN_S, _MOST_STEPS, _LONG_S = 0.03, 8, 0.2
 """A turn is as many steps in a row as take this long, after one that wakes the ranks, unless steps are long. Turns are
 short, so that what slows the machine for a while meets all plans."""
@@ -120,7 +113,7 @@ def layout(
         cells,
         notes=(
             *left_out,
-            f"whole step: from a batch handed to the ranks to its tokens, {_IN_FLIGHT} steps in flight as in service, "
+            f"whole step: from a batch handed to the ranks to its tokens, {IN_FLIGHT} steps in flight as in service, "
             "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
             f"predicted for the device {deployment.device.name} in {deployment.dtype}",
             "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",
@@ -200,29 +193,14 @@ class _Cell:
 
     def _turn(self, plan: Plan, untimed: int, count: int) -> float:
         """The median of ``count`` steps in a row after the untimed ones."""
-        ends = _run(self.engine, self.batch, plan, untimed + count)
+        ends = run_steps(self.engine, self.batch, plan, untimed + count)
         seconds = [end - start for start, end in pairwise(ends)]
         return quantile(seconds[-count:], 0.5)
 
     def _clocked(self, plan: Plan, untimed: int, count: int) -> tuple[float, ...]:
         """Seconds of every step of a walk, the mean over ranks and over the walks of a turn."""
-        _run(self.engine, self.batch, plan, untimed + count)
+        run_steps(self.engine, self.batch, plan, untimed + count)
         ranks: list[list[float]] = self.engine.readings()
         num = plan.num_steps
         walks = [times[at : at + num] for times in ranks for at in range(len(times) - count * num, len(times), num)]
         return tuple(sum(of_walks) / len(walks) for of_walks in zip(*walks, strict=True))
-
-
-def _run(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[float]:
-    """Run ``count`` equal steps; when the first was handed over, and when each was done."""
-    waiting: deque[Future[list[Any]]] = deque()
-    times = [perf_counter()]
-    for _ in range(count):
-        if len(waiting) == _IN_FLIGHT:
-            waiting.popleft().result()
-            times.append(perf_counter())
-        waiting.append(engine.ranks.submit("step", batch, plan))
-    for future in waiting:
-        future.result()
-        times.append(perf_counter())
-    return times

@@ -16,23 +16,20 @@ from typing import Any
 import torch
 
 from narrows.comm.cores import num_cores
+from narrows.cost.here import cpu_facts
 from narrows.native import why_absent
 
 __all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 
-_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16")
-"""What the speed of CPU products depends on."""
-
 
 def machine() -> dict[str, Any]:
     """CPU, cores that this process may use, memory, how busy it was when asked, and the GPUs, if there are any."""
-    info = _pairs("/proc/cpuinfo")
-    flags = set(info.get("flags", info.get("Features", "")).split())
+    cpu, features = cpu_facts()
     memory = _pairs("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": info.get("model name", platform.processor() or platform.machine()),
-        "features": [name for name in _FEATURES if name in flags],
+        "cpu": cpu,
+        "features": list(features),
         "cores": num_cores(),
         "memory_gib": round(int(memory) / (1 << 20), 1),
         **({"gpus": gpus} if gpus else {}),

@@ -9,9 +9,7 @@ all of it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from math import prod
@@ -24,7 +22,7 @@ from narrows.arch.presets import load_model_config
 from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
 from narrows.bench.statistics import Spread, quantile, spread
-from narrows.bench.step_work import StepWork, fill_caches, step_title
+from narrows.bench.step_work import StepWork, fill_caches, run_steps, step_title
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
@@ -263,11 +261,11 @@ def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds:
     without a tape.
     """
     engine.readings()
-    times, drop = _run(engine, batch, plan, 1), 0
+    times, drop = run_steps(engine, batch, plan, 1), 0
     if times[1] - times[0] < _LONG_S:
-        times, drop = _run(engine, batch, plan, 2), 2
+        times, drop = run_steps(engine, batch, plan, 2), 2
     if some := min(int(seconds / (times[-1] - times[-2])), _MOST_STEPS):
-        times, drop = _run(engine, batch, plan, some + 1), 4
+        times, drop = run_steps(engine, batch, plan, some + 1), 4
     read, num = engine.readings()[0], plan.num_steps  # of rank 0, which has as many rows as any
     walks = [read[at : at + num] for at in range(0, len(read), num)][drop:]
     for walk in walks:
@@ -276,21 +274,6 @@ def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds:
     walked = quantile([sum(walk) for walk in walks], 0.5)
     table = tables.steps.setdefault(plan.shape.phase, {})
     table.setdefault(plan.shape.rows.total, []).append(max(whole - walked, 1e-6))
-
-
-def _run(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[float]:
-    """Run ``count`` equal steps, at most two handed out; when the first was handed out, and when each was done."""
-    waiting: deque[Future[list[Any]]] = deque()
-    times = [perf_counter()]
-    for _ in range(count):
-        if len(waiting) == 2:
-            waiting.popleft().result()
-            times.append(perf_counter())
-        waiting.append(engine.ranks.submit("step", batch, plan, False))
-    for future in waiting:
-        future.result()
-        times.append(perf_counter())
-    return times
 
 
 class _Tables:

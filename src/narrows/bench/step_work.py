@@ -6,7 +6,11 @@ Knows batches, limits and plans; measures nothing.
 from __future__ import annotations
 
 import random
+from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +25,11 @@ from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
-__all__ = ["StepWork", "fill_caches", "step_title"]
+__all__ = ["IN_FLIGHT", "StepWork", "fill_caches", "run_steps", "step_title"]
 
 _FILLED_AT_ONCE = 4096
+IN_FLIGHT = 2
+"""Steps handed over at once: the one that runs and the next, as the engine has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +105,21 @@ def step_title(step: StepWork) -> str:
     if step.phase == "decode":
         return f"decode {step.rows} x {step.context}"
     return f"prefill {step.rows}" + (f" by {step.context}" if 0 < step.context < step.rows else "")
+
+
+def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[float]:
+    """Run ``count`` equal steps; when the first was handed over, and when each was done."""
+    waiting: deque[Future[list[Any]]] = deque()
+    times = [perf_counter()]
+    for _ in range(count):
+        if len(waiting) == IN_FLIGHT:
+            waiting.popleft().result()
+            times.append(perf_counter())
+        waiting.append(engine.ranks.submit("step", batch, plan))
+    for future in waiting:
+        future.result()
+        times.append(perf_counter())
+    return times
 
 
 def fill_caches(engine: Engine) -> None:

@@ -61,6 +61,10 @@ class Profile:
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the device that differ from those of ``like``."""
 
+    def said(self, file: str) -> str:
+        """What prices are, in one line, where they are of this profile."""
+        return f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
+
 
 def profiles_folder() -> Path:
     """Where this user's profiles are kept: $NARROWS_PROFILES, else narrows/profiles among the user's data."""
@@ -103,7 +107,7 @@ def device_here(num_ranks: int) -> tuple[Device, str]:
             "; ".join(refused) or f"there is no profile of this machine for {num_ranks} rank(s) in {profiles_folder()}"
         )
         raise ConfigError(f"{told}; make one with: narrows calibrate --ranks {num_ranks}, or name a --device")
-    return profile.device, f"prices: the profile {file}, made {profile.made.get('date', 'at an unknown date')}"
+    return profile.device, profile.said(file)
 
 
 def is_profile(name: str) -> bool:

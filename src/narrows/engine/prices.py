@@ -65,10 +65,10 @@ def priced_for(
                 f"the profile {name} was made for something else ({misfit}), so its prices do not hold for these "
                 f"ranks; make one with: {calibrate_command(setting)} --out {name}"
             )
-        return profile.device, [f"prices: the profile {name}, made {profile.made.get('date', 'at an unknown date')}"]
+        return profile.device, [profile.said(name)]
     file, found, refused = kept_profile(setting)
     if found is not None:
-        return found.device, [f"prices: the profile {file}, made {found.made.get('date', 'at an unknown date')}"]
+        return found.device, [found.said(file)]
     notes = [f"{line}; anew: {calibrate_command(setting)}" for line in refused]
     if run_on == "cpu":
         return device("cpu-core"), notes
