@@ -33,8 +33,8 @@ def shared_plans(plans: Mapping[str, Plan]) -> dict[tuple[str, ...], Plan]:
 @dataclass(frozen=True, kw_only=True)
 class PlanTimes:
     """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its steps.
-    ``clocked_s``: rounds with a clock around every step: seconds of each in the plan's order, the mean over ranks, a
-    collective's with the wait for the slowest."""
+    ``clocked_s``: rounds with a clock around every step: what each cost in the plan's order, together as long as the
+    mean rank walked; a wait for another rank's work counts as that work (`waits.py`)."""
 
     layouts: tuple[str, ...]
     plan: Plan

@@ -16,11 +16,11 @@ from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
 from narrows.bench.machine import available_memory
 from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import quantile
-from narrows.bench.step_work import IN_FLIGHT, StepWork, fill_caches, run_steps, step_title
+from narrows.bench.step_work import IN_FLIGHT, StepWork, clocked_walks, fill_caches, run_steps, step_title
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.walk_times import StepTimes
+from narrows.engine.walk_times import WalkTimes
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
 
@@ -159,7 +159,7 @@ class _Cell:
         warmup = warmup if turn[0] else 0  # the first of a long step is warm-up enough: what is new takes milliseconds
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
         whole = in_turns(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
-        self.engine.instrument(StepTimes)
+        self.engine.instrument(WalkTimes)
         clocked = in_turns(
             {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
             rounds=min(rounds, _CLOCKED_ROUNDS),
@@ -198,9 +198,7 @@ class _Cell:
         return quantile(seconds[-count:], 0.5)
 
     def _clocked(self, plan: Plan, untimed: int, count: int) -> tuple[float, ...]:
-        """Seconds of every step of a walk, the mean over ranks and over the walks of a turn."""
+        """Seconds that every step of a walk cost, the mean over the walks of a turn."""
         run_steps(self.engine, self.batch, plan, untimed + count)
-        ranks: list[list[float]] = self.engine.readings()
-        num = plan.num_steps
-        walks = [times[at : at + num] for times in ranks for at in range(len(times) - count * num, len(times), num)]
+        walks = clocked_walks(self.engine, plan)[-count:]
         return tuple(sum(of_walks) / len(walks) for of_walks in zip(*walks, strict=True))

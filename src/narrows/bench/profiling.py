@@ -21,12 +21,13 @@ from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
 from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
+from narrows.bench.grid import shared_plans
 from narrows.bench.statistics import Spread, quantile, spread
-from narrows.bench.step_work import StepWork, fill_caches, run_steps, step_title
+from narrows.bench.step_work import StepWork, clocked_walks, fill_caches, run_steps, step_title
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.walk_times import StepTimes
+from narrows.engine.walk_times import WalkTimes
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Move, MoveKind
 from narrows.plan.named import applicable_layouts
@@ -42,7 +43,7 @@ _LAYERS = 3
 _MOST_STEPS, _LONG_S = 12, 0.2
 """Of one plan in a row; a step that is so long is run once."""
 _PACE = 4.0
-"""How many times its price before anything is measured a step may take."""
+"""How many times its price before anything is measured a step is taken to take, until a longer one was run."""
 _MOVES = {
     MoveKind.ALL_REDUCE: "all_reduce",
     MoveKind.REDUCE_SCATTER: "reduce_scatter",
@@ -200,27 +201,51 @@ def _measure_plans(
     say: Callable[[str], None],
 ) -> None:
     fill_caches(engine)
-    engine.instrument(StepTimes)
+    engine.instrument(WalkTimes)
     where = f"{engine.resolved.config.name} on {engine.resolved.mesh}"
-    cells = list(_cells(grid))
-    took: dict[tuple[StepWork, str], float] = {}
-    known: dict[tuple[StepWork, str], tuple[Batch, Plan]] = {}
+    todo = [_Cell(engine, work, layouts) for work in _cells(grid)]
+    pace = _PACE
     for turn in range(grid.most_rounds):
-        for cell in cells:
-            for layout in layouts:
-                what, begin = (cell, layout), perf_counter()
-                if what not in known:
-                    batch = cell.batch_for(engine)
-                    known[what] = batch, cell.plan(engine, layout, batch)
-                if begin + took.get(what, _PACE * known[what][1].seconds) > deadline and (turn or cell.rows > 64):
-                    if not turn:
-                        tables.left_out[f"{where}: {step_title(cell)}"] = None
+        for cell in todo:
+            for plan in cell.plans(turn, pace):
+                if perf_counter() + cell.takes(pace) > deadline and (turn or cell.work.rows > 64):
+                    if not cell.step_s:
+                        tables.left_out[f"{where}: {step_title(cell.work)}"] = None
                     continue
-                say(f"{where}, {layout}: {step_title(cell)}")
-                _time(tables, engine, *known[what], seconds=grid.seconds_per_cell if turn else 0.0)
-                took[what] = perf_counter() - begin
+                say(f"{where}, {plan.layout_name}: {step_title(cell.work)}")
+                cell.step_s = _time(tables, engine, cell.batch, plan, seconds=grid.seconds_per_cell if turn else 0.0)
+            if cell.step_s > _LONG_S / 4:
+                pace = cell.step_s / cell.price_s
         if perf_counter() >= deadline:
             return
+
+
+class _Cell:
+    """A step of the grid, its plans, and how long one takes, as soon as that is known."""
+
+    def __init__(self, engine: Engine, work: StepWork, layouts: Sequence[str]) -> None:
+        self.work, self.batch, self.step_s = work, work.batch_for(engine), 0.0
+        plans = shared_plans({layout: work.plan(engine, layout, self.batch) for layout in layouts})
+        self._plans = list(plans.values())
+
+    @property
+    def price_s(self) -> float:
+        """By the prices that there were before anything was measured."""
+        return self._plans[0].seconds
+
+    def plans(self, turn: int, pace: float) -> list[Plan]:
+        """Those to measure in a round: all, but of a long step one, another each round."""
+        if self._step(pace) > _LONG_S:
+            return [self._plans[turn % len(self._plans)]]
+        return self._plans
+
+    def takes(self, pace: float) -> float:
+        """Seconds to measure one plan once; ``pace``: seconds of a step over its price, where this one was not run."""
+        step = self._step(pace)
+        return step if step > _LONG_S else 4 * step
+
+    def _step(self, pace: float) -> float:
+        return self.step_s or pace * self.price_s
 
 
 def _cells(grid: Grid) -> list[StepWork]:
@@ -254,8 +279,9 @@ def _ends_first(rows: Sequence[int]) -> list[int]:
     return out
 
 
-def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> None:
-    """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took.
+def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> float:
+    """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took; how
+    long one was.
 
     Of a long step one run is enough; of a short one the first three do not count: they meet cold code, and are walked
     without a tape.
@@ -266,14 +292,14 @@ def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds:
         times, drop = run_steps(engine, batch, plan, 2), 2
     if some := min(int(seconds / (times[-1] - times[-2])), _MOST_STEPS):
         times, drop = run_steps(engine, batch, plan, some + 1), 4
-    read, num = engine.readings()[0], plan.num_steps  # of rank 0, which has as many rows as any
-    walks = [read[at : at + num] for at in range(0, len(read), num)][drop:]
+    walks = clocked_walks(engine, plan)[drop:]
     for walk in walks:
         tables.book_walk(plan, walk)
     whole = quantile([end - start for start, end in pairwise(times)][min(drop, 1) :], 0.5)
     walked = quantile([sum(walk) for walk in walks], 0.5)
     table = tables.steps.setdefault(plan.shape.phase, {})
     table.setdefault(plan.shape.rows.total, []).append(max(whole - walked, 1e-6))
+    return whole
 
 
 class _Tables:
@@ -296,7 +322,7 @@ class _Tables:
             found.setdefault(id(step), (step, []))[1].append(taken)
         for step, taken_s in found.values():
             mean = sum(taken_s) / len(taken_s)
-            if step.move is not None and step.move.kind is not MoveKind.SLICE and step.nbytes:
+            if step.move is not None and step.meets and step.nbytes:
                 op = _MOVES[step.move.kind] if step.stage is None else REDUCE_NORM
                 self._book_move(op, step.move, step.nbytes, mean)
             elif step.move is None and step.stage is not None and step.rows:

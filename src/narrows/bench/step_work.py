@@ -1,6 +1,6 @@
 """One step of the engine made by hand: a batch of exactly the rows asked for, run without a scheduler.
 
-Knows batches, limits and plans; measures nothing.
+Knows batches, limits, plans, and what ranks' clocks say of their walks; decides nothing by it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrows.bench.waits import without_waits
+from narrows.comm.cores import num_cores
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig
 from narrows.engine.core import Engine
@@ -25,7 +27,7 @@ from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
-__all__ = ["IN_FLIGHT", "StepWork", "fill_caches", "run_steps", "step_title"]
+__all__ = ["IN_FLIGHT", "StepWork", "clocked_walks", "fill_caches", "run_steps", "step_title"]
 
 _FILLED_AT_ONCE = 4096
 IN_FLIGHT = 2
@@ -120,6 +122,17 @@ def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[floa
         future.result()
         times.append(perf_counter())
     return times
+
+
+def clocked_walks(engine: Engine, plan: Plan) -> list[list[float]]:
+    """Seconds that each step cost in every walk of ``plan`` since the last call: see :func:`without_waits`. All ranks
+    have had :class:`WalkTimes` around their steps, and walked no other plan."""
+    asked, num = engine.resolved.asked, plan.num_steps
+    at_once = num_cores() / (asked.threads or 1) if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
+    meets = [step.meets for _, step in plan.steps()]
+    ranks: list[list[float]] = engine.readings()
+    starts = range(0, len(ranks[0]), num)
+    return [without_waits([times[at : at + num] for times in ranks], meets, max(at_once, 1.0)) for at in starts]
 
 
 def fill_caches(engine: Engine) -> None:

@@ -16,10 +16,10 @@ from narrows.engine.program import Frame, Operation, Registers
 from narrows.engine.worker import Worker
 from narrows.plan.plan import Step
 
-__all__ = ["StepTimes"]
+__all__ = ["WalkTimes"]
 
 
-class StepTimes:
+class WalkTimes:
     """A clock around every step. A GPU is waited for after each, so that a step's time is its own."""
 
     def __init__(self, worker: Worker) -> None:

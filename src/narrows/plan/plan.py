@@ -90,6 +90,11 @@ class Step:
         """Whether this is an addend that joins a sum still owed."""
         return self.kind is StepKind.ADD and self.layout.owes_sum
 
+    @property
+    def meets(self) -> bool:
+        """Whether ranks exchange here, so that none ends the step before all have begun it."""
+        return self.move is not None and self.move.kind is not MoveKind.SLICE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from narrows.errors import ConfigError
-from narrows.layout import MoveKind
 from narrows.plan.plan import Plan, Step, StepKind
 
 __all__ = ["HostSpan", "TraceRun", "TracedStep", "Walk", "check_trace_file", "trace_events", "write_trace"]
@@ -263,11 +262,7 @@ def _title(step: Step) -> str:
 
 
 def _category(step: Step) -> str:
-    return "collective" if _crosses(step) else str(step.kind)
-
-
-def _crosses(step: Step) -> bool:
-    return step.move is not None and step.move.kind is not MoveKind.SLICE
+    return "collective" if step.meets else str(step.kind)
 
 
 def _args(layer: int | None, step: Step, walk: Walk, i: int, traced: TracedStep, measured_us: float) -> dict[str, Any]:
@@ -286,7 +281,7 @@ def _args(layer: int | None, step: Step, walk: Walk, i: int, traced: TracedStep,
         "measured_us": round(measured_us, 3),
         "source": step.source.label,
     }
-    if _crosses(step):
+    if step.meets:
         args["bytes_received"] = walk.received[i]
         args["bytes_all_ranks"] = sum(other.received[i] for other in traced.walks)
         if step.encoded:

@@ -1,0 +1,78 @@
+"""Clocks of ranks with waits in them, and the work that was behind: from simulated cores, and in general."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narrows.bench.waits import without_waits
+
+SECONDS = st.floats(0.0, 10.0)
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
+    """Clocks of one to four ranks around the same steps."""
+    num = draw(st.integers(1, 8))
+    meets = draw(st.lists(st.booleans(), min_size=num, max_size=num))
+    times = st.lists(SECONDS, min_size=num, max_size=num)
+    return draw(st.lists(times, min_size=1, max_size=4)), meets
+
+
+@given(walks(), st.floats(1, 4))
+def test_no_time_is_lost_or_made(walk: tuple[list[list[float]], list[bool]], at_once: float) -> None:
+    ranks, meets = walk
+    found = without_waits(ranks, meets, at_once)
+    last = max((at + 1 for at, met in enumerate(meets) if met), default=0)
+    assert min(found) >= 0
+    assert sum(found[:last]) == pytest.approx(sum(sum(times[:last]) for times in ranks) / len(ranks))
+    assert sum(found[last:]) == pytest.approx(max(sum(times[last:]) for times in ranks))
+
+
+@given(walks(), st.floats(1, 4))
+def test_it_does_not_matter_which_rank_is_which(walk: tuple[list[list[float]], list[bool]], at_once: float) -> None:
+    ranks, meets = walk
+    assert without_waits(ranks[::-1], meets, at_once) == pytest.approx(without_waits(ranks, meets, at_once))
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=8), st.data())
+def test_equal_ranks_on_cores_of_their_own_have_no_waits(times: list[float], data: st.DataObject) -> None:
+    meets = data.draw(st.lists(st.booleans(), min_size=len(times), max_size=len(times)))
+    assert without_waits([times, times], meets, 2) == pytest.approx(times)
+
+
+def clocks(work: list[list[float]], exchange: float, cores: int) -> list[list[float]]:
+    """What clocks show of ranks that work ``work[rank][round]`` seconds in each round and then exchange for so long.
+
+    Rank r runs on core r % cores, after those before it there; who waits for a core has not read its clock yet, so
+    that its exchange seems to last."""
+    ready, ends = 0.0, [0.0] * len(work)
+    out: list[list[float]] = [[] for _ in work]
+    for turn in range(len(work[0])):
+        free = [ready] * cores
+        came = []
+        for rank, seconds in enumerate(work):
+            begins = free[rank % cores]
+            if turn:
+                out[rank].append(begins - ends[rank])
+            free[rank % cores] = ends[rank] = begins + seconds[turn]
+            out[rank].append(seconds[turn])
+            came.append(ends[rank])
+        ready = max(came) + exchange
+    for rank in range(len(work)):
+        out[rank].append(ready - ends[rank])
+    return out
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_work_on_shared_cores_is_work_and_the_exchange_is_what_it_is(cores: int) -> None:
+    rounds, exchange = 400, 2.0
+    all_work = [1.0] * rounds
+    for work, takes in (([all_work] * 4, 4 / cores), ([all_work, *[[0.0] * rounds] * 3], 1.0)):
+        meets = [False, True] * rounds
+        found = without_waits(clocks(work, exchange, cores), meets, cores)
+        worked, met = found[::2], found[1::2]
+        middle = slice(1, -1)  # the first round has no exchange before it in which a late rank waits
+        assert sum(worked[middle]) / (rounds - 2) == pytest.approx(takes, rel=0.01)
+        assert sum(met[middle]) / (rounds - 2) == pytest.approx(exchange, rel=0.01)
