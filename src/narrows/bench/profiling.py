@@ -65,7 +65,7 @@ class Grid:
     long_context: int = 512
     long_rows: tuple[int, ...] = (1, 8, 64, 128)
     """Decode steps of sequences of ``long_context`` tokens."""
-    nbytes: tuple[int, ...] = tuple(1 << power for power in range(9, 28, 2))
+    nbytes: tuple[int, ...] = tuple(1 << power for power in range(9, 26, 2))
     seconds_per_cell: float = 0.04
     """In every round, for the steps of one plan over one number of rows. There are rounds until the time is over."""
     most_rounds: int = 40
@@ -307,7 +307,8 @@ class _Tables:
 
     def __init__(self) -> None:
         self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
-        self.moves: dict[tuple[str, int, str], dict[int, list[float]]] = {}
+        self.moves: dict[str, dict[tuple[str, int, str], dict[int, list[float]]]] = {}
+        """By phase."""
         self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
         self.copies: dict[int, list[float]] = {}
         self.steps: dict[str, dict[int, list[float]]] = {}
@@ -324,7 +325,7 @@ class _Tables:
             mean = sum(taken_s) / len(taken_s)
             if step.move is not None and step.meets and step.nbytes:
                 op = _MOVES[step.move.kind] if step.stage is None else REDUCE_NORM
-                self._book_move(op, step.move, step.nbytes, mean)
+                self._book_move(op, step.move, plan.shape.phase, step.nbytes, mean)
             elif step.move is None and step.stage is not None and step.rows:
                 self._book_stage(step, plan, mean)
 
@@ -333,13 +334,13 @@ class _Tables:
         assert stage is not None and step.kind is StepKind.STAGE
         work = stage.plain_work if stage.plain_work and not step.fused else stage.work
         attends = any(isinstance(item, AttentionCore) for item in work)
-        phase, attended = (shape.phase, shape.attended(step.rows)) if attends else ("", 0.0)
-        table = self.stages.setdefault((str(stage.price_class), work, self.dtype, phase), {})
+        attended = shape.attended(step.rows) if attends else 0.0
+        table = self.stages.setdefault((str(stage.price_class), work, self.dtype, shape.phase), {})
         table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
 
-    def _book_move(self, op: str, move: Move, nbytes: int, seconds: float) -> None:
+    def _book_move(self, op: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
         key = op, move.num_ranks, _axis(move.mesh, move.last)
-        self.moves.setdefault(key, {}).setdefault(nbytes, []).append(seconds)
+        self.moves.setdefault(phase, {}).setdefault(key, {}).setdefault(nbytes, []).append(seconds)
 
     def calibration(self, seconds: float) -> Calibration:
         """Everything measured, as tables."""
@@ -374,18 +375,21 @@ class _Tables:
 
     def _collectives(self) -> Iterator[CollectivePoints]:
         """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
-        added = _added(self.moves, self.alone)
-        for key in dict.fromkeys((*self.alone, *self.moves)):
-            (op, num_ranks, axis), alone = key, self.alone.get(key, {})
-            table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
-            if walks := self.moves.get(key):
-                walks = _merged(walks)
-                least, most = min(walks), max(walks)
-                table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
-            if len(table) < 2:
-                continue
-            points, spreads = _table(table)
-            yield CollectivePoints(op=op, num_ranks=num_ranks, axis=axis, points=points, spreads=spreads)
+        for phase, moves in self.moves.items():
+            added = _added(moves, self.alone)
+            for key in dict.fromkeys((*self.alone, *moves)):
+                (op, num_ranks, axis), alone = key, self.alone.get(key, {})
+                table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
+                if walks := moves.get(key):
+                    walks = _merged(walks)
+                    least, most = min(walks), max(walks)
+                    table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
+                if len(table) < 2:
+                    continue
+                points, spreads = _table(table)
+                yield CollectivePoints(
+                    op=op, num_ranks=num_ranks, axis=axis, phase=phase, points=points, spreads=spreads
+                )
 
 
 def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from narrows.arch.stages import AttentionCore, Work
 from narrows.cost.price import Price, Source
@@ -24,6 +25,9 @@ AXES = ("inner", "outer")
 
 REDUCE_NORM = "all_reduce_norm"
 """An all-reduce and the norm of its rows as one step; its bytes are those of the all-reduce."""
+
+_Table = TypeVar("_Table")
+_Point = TypeVar("_Point")
 
 Points = tuple[tuple[float, float], ...]
 """(size, seconds) in ascending order of size."""
@@ -43,8 +47,8 @@ class StagePoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePoints:
-    """One stage: what it computes on the largest rank, in which dtype, and the points. ``phase`` matters to attention
-    alone, which may run in another form; else it is empty."""
+    """One stage: what it computes on the largest rank, in which dtype, and the points. ``phase``: of which steps;
+    empty: of all. Steps of few rows cost less in decode, where they are on tape; attention may run in another form."""
 
     price_class: str
     work: tuple[Work, ...]
@@ -56,11 +60,12 @@ class StagePoints:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectivePoints:
     """Seconds of one collective among ``num_ranks``, over the bytes of the whole tensor; ``axis`` is one of AXES. All
-    groups of the world exchange at once."""
+    groups of the world exchange at once. ``phase``: of which steps; empty: of all."""
 
     op: str
     num_ranks: int
     axis: str
+    phase: str = ""
     points: Points
     spreads: tuple[float, ...] = ()
 
@@ -89,9 +94,8 @@ class Measured:
         self, price_class: str, work: tuple[Work, ...], dtype: str, rows: float, phase: str, attended: float
     ) -> Price | None:
         """Seconds of a stage of this work over ``rows`` > 0; None if its like was not measured."""
-        attends = _attends(work)
-        surface = self._surfaces.get((price_class, work, dtype, phase if attends else ""))
-        return None if surface is None else surface.at(rows, attended if attends else 0.0)
+        surface = _of_phase(self._surfaces.get((price_class, work, dtype), {}), phase)
+        return None if surface is None else surface.at(rows, attended if _attends(work) else 0.0)
 
     def nearest(self, price_class: str, work: tuple[Work, ...], dtype: str) -> tuple[Work, ...] | None:
         """The measured work of the same kind whose sizes are nearest by ratio; None if there is none of its kind."""
@@ -103,9 +107,9 @@ class Measured:
         price_class = self._single.get((item, dtype))
         return None if price_class is None else self.stage(price_class, (item,), dtype, rows, phase, attended)
 
-    def collective(self, op: str, num_ranks: int, axis: str, nbytes: int) -> Price | None:
+    def collective(self, op: str, num_ranks: int, axis: str, nbytes: int, phase: str = "") -> Price | None:
         """Seconds of a collective; None if it was not measured in such groups."""
-        curve = self._collectives.get((op, num_ranks, axis))
+        curve = _of_phase(self._collectives.get((op, num_ranks, axis), {}), phase)
         return None if curve is None else curve.at(nbytes)
 
     def copy(self, nbytes: float) -> Price | None:
@@ -118,8 +122,14 @@ class Measured:
         return None if curve is None else curve.at(max(rows, 1))
 
     @cached_property
-    def _surfaces(self) -> Mapping[tuple[str, tuple[Work, ...], str, str], _Surface]:
-        return {(each.price_class, each.work, each.dtype, each.phase): _Surface(each.points) for each in self.stages}
+    def _surfaces(self) -> Mapping[tuple[str, tuple[Work, ...], str], Mapping[str, _Surface]]:
+        held: dict[tuple[str, tuple[Work, ...], str], dict[str, tuple[StagePoint, ...]]] = {}
+        for each in self.stages:
+            held.setdefault((each.price_class, each.work, each.dtype), {})[each.phase] = each.points
+        return {
+            key: {phase: _Surface(points) for phase, points in _phases(tables, _rows, alike=not _attends(key[1]))}
+            for key, tables in held.items()
+        }
 
     @cached_property
     def _kinds(self) -> Mapping[tuple[str, str, tuple[object, ...]], tuple[tuple[Work, ...], ...]]:
@@ -133,8 +143,14 @@ class Measured:
         return {(each.work[0], each.dtype): each.price_class for each in self.stages if len(each.work) == 1}
 
     @cached_property
-    def _collectives(self) -> Mapping[tuple[str, int, str], Curve]:
-        return {(each.op, each.num_ranks, each.axis): Curve.of(each.points) for each in self.collectives}
+    def _collectives(self) -> Mapping[tuple[str, int, str], Mapping[str, Curve]]:
+        held: dict[tuple[str, int, str], dict[str, Points]] = {}
+        for each in self.collectives:
+            held.setdefault((each.op, each.num_ranks, each.axis), {})[each.phase] = each.points
+        return {
+            key: {phase: Curve.of(points) for phase, points in _phases(tables, _nbytes, alike=True)}
+            for key, tables in held.items()
+        }
 
     @cached_property
     def _copies(self) -> Curve | None:
@@ -143,6 +159,32 @@ class Measured:
     @cached_property
     def _steps(self) -> Mapping[str, Curve]:
         return {each.phase: Curve.of(each.points) for each in self.steps}
+
+
+def _of_phase(tables: Mapping[str, _Table], phase: str) -> _Table | None:
+    """That of the phase, or of any."""
+    return tables.get(phase, tables.get(""))
+
+
+def _phases(
+    tables: Mapping[str, tuple[_Point, ...]], size: Callable[[_Point], float], *, alike: bool
+) -> Iterator[tuple[str, tuple[_Point, ...]]]:
+    """The points by which each phase is priced. What is ``alike`` in all goes on beyond its last point by those of
+    another, and is priced by another where it was not measured itself (the entry without a phase)."""
+    for phase in dict.fromkeys((*tables, *([""] if alike else []))):
+        points = tables.get(phase, ())
+        for other in tables.values() if alike else ():
+            last = max((size(point) for point in points), default=0.0)
+            points += tuple(point for point in other if size(point) > last)
+        yield phase, points
+
+
+def _rows(point: StagePoint) -> float:
+    return point.rows
+
+
+def _nbytes(point: tuple[float, float]) -> float:
+    return point[0]
 
 
 class _Surface:

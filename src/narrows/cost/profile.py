@@ -140,7 +140,13 @@ def write_profile(path: Path, profile: Profile) -> None:
         "device": {"like": profile.like, **profile.figures},
         "stages": [_stage_document(each) for each in measured.stages],
         "collectives": [
-            {"op": c.op, "ranks": c.num_ranks, "axis": c.axis, "points": _rows(c.points, c.spreads)}
+            {
+                "op": c.op,
+                "ranks": c.num_ranks,
+                "axis": c.axis,
+                **({"phase": c.phase} if c.phase else {}),
+                "points": _rows(c.points, c.spreads),
+            }
             for c in measured.collectives
         ],
         "copies": _rows(measured.copies, ()),
@@ -283,7 +289,8 @@ def _collective(given: Mapping[str, Any]) -> CollectivePoints:
     points, spreads = _points(given["points"], f"{op} of {num_ranks} ranks")
     if len(points) < 2:
         raise ConfigError(f"{op} of {num_ranks} ranks needs two points or more")
-    return CollectivePoints(op=op, num_ranks=num_ranks, axis=axis, points=points, spreads=spreads)
+    phase = str(given.get("phase", ""))
+    return CollectivePoints(op=op, num_ranks=num_ranks, axis=axis, phase=phase, points=points, spreads=spreads)
 
 
 def _points(given: list[list[float]], of: str) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:

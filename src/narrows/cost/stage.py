@@ -190,7 +190,7 @@ class Pricer:
         if self.device.measured is None or not nbytes:
             return None
         axis = AXES[0] if prod(self.mesh.sizes[move.last :]) == 1 else AXES[1]
-        return self.device.measured.collective(op, move.num_ranks, axis, nbytes)
+        return self.device.measured.collective(op, move.num_ranks, axis, nbytes, self.shape.phase)
 
     def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
         """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
