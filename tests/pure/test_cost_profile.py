@@ -137,6 +137,34 @@ def test_more_rows_and_more_context_never_cost_less(rows: int, attended: float) 
     assert 0 < price.seconds <= more_rows.seconds * (1 + 1e-9) and price.seconds <= more_context.seconds
 
 
+def test_each_phase_has_its_own_prices_and_goes_on_by_the_others() -> None:
+    norm = stage("input_norm")
+    prefill = StagePoints(
+        price_class="norm",
+        work=norm.work,
+        dtype="bf16",
+        phase="prefill",
+        points=points((1, 9e-3), (8, 9e-3), (64, 1e-2)),
+    )
+    decode = replace(prefill, phase="decode", points=points((1, 1e-3), (8, 2e-3)))
+    of_stage = ("norm", norm.work, "bf16")
+    both = Measured(stages=(prefill, decode))
+    found = [both.stage(*of_stage, rows, phase, 0.0) for phase in ("prefill", "decode") for rows in (1, 8, 64)]
+    assert [price and price.seconds for price in found] == [9e-3, 9e-3, 1e-2, 1e-3, 2e-3, 1e-2]
+    alone = Measured(stages=(prefill,)).stage(*of_stage, 1, "decode", 0.0)
+    assert alone is not None and alone.seconds == 9e-3, "the other phase's, where there is nothing else"
+    one = CollectivePoints(
+        op="all_reduce", num_ranks=2, axis="inner", phase="decode", points=((1024, 1e-5), (2048, 2e-5))
+    )
+    other = replace(one, phase="prefill", points=((1024, 5e-5), (4096, 9e-5)))
+    tables = Measured(collectives=(one, other))
+    moved = [
+        tables.collective("all_reduce", 2, "inner", n, phase)
+        for phase, n in (("decode", 1024), ("decode", 4096), ("prefill", 1024), ("prefill", 4096))
+    ]
+    assert [price and price.seconds for price in moved] == [1e-5, 9e-5, 5e-5, 9e-5]
+
+
 def test_collectives_are_of_their_group_size_and_place() -> None:
     mesh = Mesh.of(dp=2, tp=2)
     inner = CollectivePoints(op="reduce_scatter", num_ranks=2, axis="inner", points=((1, 1e-3), (1 << 30, 1e-3)))
