@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import ranks_lab as lab
 
+from narrows.arch.forms import Forms
+from narrows.bench.step_work import StepWork, run_steps
 from narrows.engine import tapes
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.errors import RankError
 from narrows.ops.compiled import gemm_library
+from narrows.plan.named import applicable_layouts
 from narrows.sched.sampling import SamplingParams
 
 pytestmark = [
@@ -60,6 +63,22 @@ def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int
             assert min(repeated) > 10 * 20, "tapes of 20 steps and more"
         engine.instrument(None)
         assert texts(engine, None) == wanted[0]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1), (2, 2), (1, 4)])
+def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
+    resolved = resolve(asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), Forms())
+    with Engine(resolved) as engine:
+        engine.instrument(lab.StepsSeen)
+        for layout in applicable_layouts(resolved.config, resolved.mesh):
+            for rows in (1, 8):
+                work = StepWork(rows=rows, phase="decode", context=20)
+                batch = work.batch_for(engine)
+                plan = work.plan(engine, layout, batch)
+                run_steps(engine, batch, plan, 2)  # walked, then walked and recorded
+                engine.readings()
+                run_steps(engine, batch, plan, 3)
+                assert engine.readings() == [(0, 3 * plan.num_steps)] * (dp * tp), f"{layout}, {rows} rows"
 
 
 def test_every_step_is_seen_once_whoever_makes_it(tiny_model) -> None:  # type: ignore[no-untyped-def]

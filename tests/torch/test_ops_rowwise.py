@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
+from narrows.ops.add_rows import add_rows
 from narrows.ops.argmax import pick, pick_reference, shard_argmax
 from narrows.ops.embedding import embedding, embedding_reference
 from narrows.ops.linear import linear, linear_reference
@@ -69,6 +70,18 @@ def test_add_rms_norm(dtype, num_rows):
     kept = residual.clone()
     normed_out, residual_out = add_rms_norm(x, kept, weight, 1e-5, out=torch.empty_like(x), residual_out=kept)
     assert residual_out is kept and torch.equal(kept, expected_residual) and torch.equal(normed_out, normed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "width"), [(0, 16), (1, 7), (5, 40), (600, 1024)])
+@torch.inference_mode()
+def test_add_rows_has_the_bits_of_torch(dtype, num_rows, width):
+    draw = torch.Generator().manual_seed(num_rows)
+    a, b = (torch.randn(num_rows, 2 * width, generator=draw).to(dtype) for _ in range(2))
+    for left, right in ((a, b), (a[:, width:], b[:, :width])):  # the second pair has gaps between its rows
+        before = left.clone(), right.clone()
+        assert torch.equal(add_rows(left, right), left + right)
+        assert torch.equal(left, before[0]) and torch.equal(right, before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,6 +22,7 @@ from narrows.comm.movers import Geometry, Mover
 from narrows.comm.world import RowNorm, World
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
+from narrows.ops.add_rows import add_rows
 from narrows.ops.encode_rows import decode_rows, encode_rows
 from narrows.plan.plan import Plan, Step, StepKind
 
@@ -324,7 +325,7 @@ class _Binder:
             return join
 
         def add(regs: Registers, frame: Frame) -> None:
-            regs[hidden] = regs[hidden] + regs[addend]
+            regs[hidden] = add_rows(regs[hidden], regs[addend])
 
         return add
 

@@ -45,6 +45,7 @@ _GEMM = {
 _ROWS = {
     "narrows_rms_norm": (_P, _L, _L, _P, _L, _L, _P, _L, _L, _L, _F, _I, _I),
     "narrows_add_rms_norm": (_P, _P, _P, _P, _P, _L, _L, _F, _I, _I),
+    "narrows_add_rows": (_P, _P, _P, _L, _L, _I, _I),
     "narrows_latent_norm": (_P, _P, _L, _P, _L, _P, _L, _L, _L, _F, _I, _I),
     "narrows_router": (_P, _P, _P, _L, _P, _P, _L, _L, _L, _L, _L, _L, _I, _I, _I, _F, _I, _I),
     "narrows_embedding": (_P, _L, _P, _L, _P, _L, _L, _L),

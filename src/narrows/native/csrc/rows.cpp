@@ -93,6 +93,17 @@ void add_rms_norm(T* out, T* sum_out, const T* x, const T* residual, const T* we
 }
 
 template <typename T>
+void add_rows(T* out, const T* a, const T* b, int64_t num_rows, int64_t width, int num_threads) {
+    for_rows(num_rows, width, num_threads, [&](int64_t t) {
+        const int64_t first = t * width;
+        for (int64_t h = 0; h < width; h += 16) {
+            const __mmask16 here = first_lanes(width - h);
+            store16(out + first + h, _mm512_add_ps(load16(a + first + h, here), load16(b + first + h, here)), here);
+        }
+    });
+}
+
+template <typename T>
 void latent_norm(T* out, const T* x, int64_t x_stride, const T* q_weight, int64_t q_width, const T* kv_weight,
                  int64_t kv_width, int64_t width, int64_t num_rows, float eps, int num_threads) {
     for_rows(num_rows, width, num_threads, [&](int64_t t) {
@@ -352,6 +363,17 @@ NARROWS_EXPORT void narrows_add_rms_norm(void* out, void* sum_out, const void* x
     } else {
         add_rms_norm((bf16*)out, (bf16*)sum_out, (const bf16*)x, (const bf16*)residual, (const bf16*)weight, num_rows,
                      width, eps, num_threads);
+    }
+}
+
+// out = a + b; all [num_rows, width] without gaps. out may be either.
+NARROWS_EXPORT void narrows_add_rows(void* out, const void* a, const void* b, int64_t num_rows, int64_t width, int wide,
+                                     int num_threads) {
+    NARROWS_TAPED(narrows_add_rows(out, a, b, num_rows, width, wide, num_threads));
+    if (wide) {
+        add_rows((float*)out, (const float*)a, (const float*)b, num_rows, width, num_threads);
+    } else {
+        add_rows((bf16*)out, (const bf16*)a, (const bf16*)b, num_rows, width, num_threads);
     }
 }
 
