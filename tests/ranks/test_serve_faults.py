@@ -93,14 +93,15 @@ def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
     before = running()
     with ServerProcess("--tp", "2", "--drain-timeout", "20") as server:
         expected = server.text(**LONG)
-        thread, lines = streaming(server, **LONG)
+        streams = [streaming(server, **LONG) for _ in range(4)]  # long enough to ask twice meanwhile
         os.killpg(server.process.pid, number)  # as a terminal does: ranks get it too
         eventually(lambda: server.complete(max_tokens=1).status_code == 503)
         assert server.health().status_code == 503
         assert server.process.wait(30) == 0
-        thread.join(5)
-        *chunks, last = events(lines)
-        assert last == "[DONE]" and "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+        for thread, lines in streams:
+            thread.join(5)
+            *chunks, last = events(lines)
+            assert last == "[DONE]" and "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
         assert running() == before
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,7 +116,8 @@ def test_a_drain_ends_at_its_limit_and_a_second_signal_at_once() -> None:
         thread.join(5)
         assert "ended" in events(lines)[-1]["error"]["message"]
     with ServerProcess("--drain-timeout", "60") as server:
-        thread, lines = streaming(server, **LONG)
+        for _ in range(4):
+            streaming(server, **LONG)
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: server.health().status_code == 503)
         assert server.stop() == 1

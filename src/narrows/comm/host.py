@@ -50,8 +50,8 @@ __all__ = ["Host"]
 
 BLAME_S = 2.0
 """How long it may take until it is known which rank went away, when others notice first that one has."""
-TELL_S = 0.2
-"""How long after a rank has died the others may say what they were at."""
+TELL_S = 1.0
+"""How long after a rank has died the others may say what they were at; none waits once all have."""
 
 
 class _Peer:
@@ -94,6 +94,7 @@ class Host:
         self._failed_at = 0.0
         self._suspicion: tuple[float, RankError] | None = None
         self._lost: list[str] = []
+        self._told = threading.Condition(self._lock)  # another one has lost its peers
         self._ordering = threading.Lock()  # keeps calls in one order on all ranks
         self._peers: list[_Peer] = []
         self._ranks: dict[int, _Peer] = {}
@@ -252,6 +253,7 @@ class Host:
         if failure.lost:
             with self._lock:
                 self._lost.append(f"{peer} was at {failure.lost}")
+                self._told.notify_all()
                 text = f"{peer} lost its peers at {failure.lost}: {failure.text}"
                 self._suspicion = self._suspicion or (time.monotonic(), RankError(text))
             return
@@ -280,9 +282,9 @@ class Host:
                 why = ending(child)
                 if child.returncode == -signal.SIGABRT and not self._checked:
                     why += "; if collectives did not match, checked mode names them"
-        if self._pending and self._failure is None:
-            self._over.wait(TELL_S)
-        with self._lock:
+        with self._told:
+            if self._pending and self._failure is None:
+                self._told.wait_for(lambda: len(self._lost) >= self.mesh.size - 1 or self._over.is_set(), TELL_S)
             told = "; ".join([why, *self._lost])
         self.fail(RankError(f"{peer} {told}"))
 
@@ -375,6 +377,8 @@ class Host:
             if self._over.is_set():
                 return
             self._over.set()
+            with self._told:
+                self._told.notify_all()
             error = self._failure or error
             code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
             code = 2 if isinstance(error, NarrowsError) else code
