@@ -3,8 +3,8 @@
 What counts is anonymous memory (``RssAnon`` in /proc/PID/status): what the process made itself and the kernel cannot
 drop. Pages of the mapped checkpoint (``RssFile``) are left out: they are shared by all ranks of a host and are given
 back when memory is short. What is freed goes back to the system at once, so that it is what is held that counts, not
-what glibc's heap keeps for later (0 to 26 MB here, by chance). The process is watched from outside, every millisecond, so that no lock of Python's hides a
-peak.
+what glibc's heap keeps for later (0 to 26 MB here, by chance). The process is watched from outside, every millisecond,
+so that no lock of Python's hides a peak.
 
 The checkpoints are of random numbers, in several files: 220 MB in bfloat16, 100 MB in FP8 (a Llama, and one with
 experts); and one file of 65 MB in Q4_0.
