@@ -12,6 +12,7 @@ from pathlib import Path
 from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
+from narrows.cli.priced import add_priced_flags
 from narrows.cost.devices import Device
 from narrows.cost.profile import device_here, find_device
 from narrows.cost.stage import PHASES, StepShape
@@ -19,8 +20,8 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.code import plan_code
 from narrows.plan.deploy import default_dtype
-from narrows.plan.named import NAMED_LAYOUTS, named_layout
-from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
+from narrows.plan.named import named_layout
+from narrows.plan.planner import Deployment
 from narrows.plan.report import make_report
 from narrows.plan.saved import write_plan
 
@@ -40,28 +41,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or the file of a profile (default: this "
         "machine's profile, see narrows calibrate)",
     )
-    add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
-    add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
     add("--rows", type=int, required=True, metavar="N", help="tokens of the step, over all groups")
     add("--group-rows", metavar="A,B,...", help="tokens of each group (default: spread evenly, larger groups first)")
     add("--logit-rows", type=int, metavar="K", help="tokens whose logits are asked for (default: one per sequence)")
     add("--phase", choices=PHASES, default="prefill", help="what the tokens are (default prefill)")
     add("--context", type=int, default=4096, metavar="C", help="length of each sequence in tokens (default 4096)")
-    add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
-    add(
-        "--layout",
-        action="append",
-        default=[],
-        metavar="L",
-        help=f"a layout to compare; repeat for several (default: all that apply); one of {', '.join(NAMED_LAYOUTS)}",
-    )
-    add(
-        "--encode-rows",
-        choices=tuple(ENCODE_ROWS),
-        default="none",
-        help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
-    )
-    add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
+    add_priced_flags(parser, no_layout="all that apply")
     add("--json", action="store_true", help="print one JSON document instead of tables")
     add("--html", metavar="FILE", help="write a page that draws each layout's layer as a timeline")
     add("--code", action="store_true", help="print the plan as a straight-line program instead of tables")

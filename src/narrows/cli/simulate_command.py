@@ -31,6 +31,7 @@ from narrows.cli.loads import (
     save_answers,
     workload,
 )
+from narrows.cli.priced import add_priced_flags
 from narrows.cli.simulate_tables import print_candidate, print_ranking
 from narrows.cost.devices import Device
 from narrows.cost.profile import find_device
@@ -39,8 +40,8 @@ from narrows.layout import Mesh
 from narrows.loads.workload import Ask
 from narrows.plan.deploy import DEFAULT_ROWS, default_dtype, longest_context
 from narrows.plan.evidence import ranks_line
-from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
-from narrows.plan.planner import DTYPES, ENCODE_ROWS, Deployment
+from narrows.plan.named import applicable_layouts, inapplicable, named_layout
+from narrows.plan.planner import Deployment
 from narrows.sim.costs import StepCosts
 from narrows.sim.engine import simulate
 from narrows.sim.measured import read_step_times
@@ -63,18 +64,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or a profile's file",
     )
-    add("--dp", type=int, default=1, metavar="D", help="attention groups (default 1)")
-    add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
-    add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
-    add(
-        "--layout",
-        action="append",
-        default=[],
-        metavar="L",
-        help=f"repeat to compare several (default auto); one of {', '.join(NAMED_LAYOUTS)}",
-    )
-    add("--encode-rows", choices=tuple(ENCODE_ROWS), default="none", help="before gathers (default none)")
-    add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
+    add_priced_flags(served, no_layout="auto")
     add("--max-rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows per step (default %(default)s)")
     add("--max-context", type=int, metavar="N", help="tokens per sequence (default: the model's, at most 8192)")
     add("--kv-tokens", type=int, metavar="N", help="KV cache per attention group (default: what the memory leaves)")

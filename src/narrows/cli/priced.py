@@ -1,0 +1,32 @@
+"""Flags of the commands that price what need not run here: the mesh, and what is priced on it. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+
+from narrows.plan.named import NAMED_LAYOUTS
+from narrows.plan.planner import DTYPES, ENCODE_ROWS
+
+__all__ = ["add_priced_flags"]
+
+
+def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> None:
+    """``--dp`` to ``--eager``. ``no_layout`` says what is priced if no layout is named."""
+    add = parser.add_argument
+    add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
+    add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
+    add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
+    add(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="L",
+        help=f"repeat to compare several (default: {no_layout}); one of {', '.join(NAMED_LAYOUTS)}",
+    )
+    add(
+        "--encode-rows",
+        choices=tuple(ENCODE_ROWS),
+        default="none",
+        help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
+    )
+    add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
