@@ -40,6 +40,14 @@ def folder(tiny_model) -> Path:
     return tiny_model("v3", num_hidden_layers=3)
 
 
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine allows is of no interest here."""
+    for module in ("probe", "calibrate"):
+        monkeypatch.setattr(f"narrows.bench.{module}.GEMM_SHAPE", (64, 128, 64))
+    monkeypatch.setattr("narrows.bench.calibrate._READ", 1 << 20)
+
+
 def bench(capsys: pytest.CaptureFixture[str], kind: str, folder: Path, *flags: str) -> dict[str, Any]:
     assert main(["bench", kind, str(folder), *QUICK, *flags]) == 0
     out = capsys.readouterr().out
@@ -120,6 +128,8 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
     found = document["summary"]
     assert found["cells"] == 4 and found["right"] == sum(one["within_3_percent"] for one in document["cells"])
     assert [list(variants) for variants in by_work(document).values()] == [layouts] * 4
+    assert document["calibration"]["gemm_flop_per_s"]["count"] == 5, "before the first cell, and after each"
+    assert not any("pace" in note for note in document["notes"]), "there is no profile to be held against"
 
 
 def test_layout_beside_auto_alone_and_prompts_of_a_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,25 @@ def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, caps
     assert main(["plan", "narrows-demo", "--rows", "64", *options[:2], *options[4:]]) == 0
     (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "profile" in note]
     assert "is of 2 rank(s), the mesh has 1" in note
+
+
+def test_bench_layout_says_at_what_pace_of_the_profile_the_machine_runs(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = read_profile(profile)
+    fast = dict(read.figures) | {"tflops_bf16": 4 * read.device.tflops_bf16}
+    write_profile(tmp_path / "fast.json", replace(read, figures=fast))
+    grid = ["--rows", "4", "--phase", "decode", "--context", "8", "--seconds-per-cell", "0", "--layout", "all-reduce"]
+    paces = []
+    for file in (profile, tmp_path / "fast.json"):
+        options = ["--tp", "2", "--dtype", "float32", "--device", str(file)]
+        assert main(["bench", "layout", "narrows-demo", *options, *grid]) == 0
+        notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+        (pace,) = [note for note in notes if note.startswith("pace: ")]
+        paces.append([int(found) for found in re.findall(r"at (\d+)%", pace)])
+    (own, reads), (other, _) = paces
+    assert 20 < own < 250 and 10 < reads < 400, "as when it was calibrated, but for what else runs"
+    assert other < own / 2, "a machine of four times the rate is far from that pace"
 
 
 @pytest.mark.parametrize(

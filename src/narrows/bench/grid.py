@@ -286,7 +286,7 @@ def by_layout(cell: Cell) -> dict[str, PlanTimes]:
     return {name: held[name] for name in sorted(held, key=lambda name: name == "auto")}
 
 
-def grid_of(cells: Sequence[Cell], notes: Sequence[str]) -> Grid:
+def grid_of(cells: Sequence[Cell], notes: Sequence[str], calibration: Mapping[str, Spread] | None = None) -> Grid:
     """The outcome of a run. The series have every layout under its own name, so that all have the same ones."""
     return Grid(
         series=tuple(
@@ -299,5 +299,6 @@ def grid_of(cells: Sequence[Cell], notes: Sequence[str]) -> Grid:
             for cell in cells
         ),
         notes=tuple(notes),
+        calibration=calibration or {},
         cells=tuple(cells),
     )

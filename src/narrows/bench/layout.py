@@ -5,18 +5,20 @@ Knows one engine, its plans, and steps made by hand; what the numbers mean is `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
+from narrows.bench.calibrate import Calibrator, rates
 from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
 from narrows.bench.machine import available_memory
 from narrows.bench.rounds import in_turns
-from narrows.bench.statistics import quantile
+from narrows.bench.statistics import Spread, quantile
 from narrows.bench.step_work import IN_FLIGHT, StepWork, clocked_walks, fill_caches, run_steps, step_title
+from narrows.cost.devices import Device
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
@@ -101,24 +103,40 @@ def layout(
     cells = []
     asked = replace(asked, layout="auto", prefix_cache=False)
     steps, left_out = _that_fit(work.steps(), resolve(asked))
-    with Engine(resolve(work.limits(asked, steps), Forms())) as engine:
+    with Calibrator(resolve(asked)) as calibrator, Engine(resolve(work.limits(asked, steps), Forms())) as engine:
+        allowed = [calibrator.measure()]
         if any(step.phase == "decode" for step in steps):
             fill_caches(engine)
         for step in steps:
             cell = _Cell(engine, step, layouts)
             progress(f"{step_title(step)}: {len(cell.plans)} plans of {len(layouts)} layouts")
             cells.append(cell.measure(rounds, seconds, max(warmup, 1)))
+            allowed.append(calibrator.measure())
         deployment = engine.resolved.deployment
+    calibration = rates(allowed)
     return grid_of(
         cells,
+        calibration=calibration,
         notes=(
             *left_out,
             f"whole step: from a batch handed to the ranks to its tokens, {IN_FLIGHT} steps in flight as in service, "
             "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
             f"predicted for the device {deployment.device.name} in {deployment.dtype}",
+            *_pace(deployment.device, deployment.mesh.size, calibration),
             "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",
         ),
     )
+
+
+def _pace(device: Device, num_ranks: int, calibration: Mapping[str, Spread]) -> list[str]:
+    """How fast the machine was beside how fast it was when it was calibrated, in words; nothing if it was not."""
+    if device.measured is None:
+        return []
+    flops, reads = (calibration[name].median / num_ranks for name in ("gemm_flop_per_s", "read_bytes_per_s"))
+    return [
+        f"pace: products at {flops / (1e12 * device.tflops_bf16):.0%} and reads at {reads / device.hbm_bytes_per_s:.0%} "
+        "of the profile's rates (medians, before and after each cell); prices are of the pace at which they were measured"
+    ]
 
 
 def _that_fit(steps: Sequence[StepWork], resolved: Resolved) -> tuple[list[StepWork], list[str]]:
