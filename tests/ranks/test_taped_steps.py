@@ -100,15 +100,33 @@ def test_every_step_is_seen_once_whoever_makes_it(tiny_model) -> None:  # type: 
 def test_old_tapes_make_room_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         wanted = texts(engine, None)
-    monkeypatch.setattr(tapes, "_MOST_BYTES", 100_000)
+    monkeypatch.setattr(tapes, "_MOST_TAPES", 2)
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         for _ in range(3):
             assert texts(engine, None) == wanted
-    monkeypatch.setattr(tapes, "_MOST_BYTES", 10)
+    monkeypatch.setattr(tapes, "_SCRATCH_BYTES", 64)
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         assert texts(engine, None) == wanted
-        assert [repeated for _, repeated in engine.readings()] == [0]
+        assert [repeated for _, repeated in engine.readings()] == [0], "no walk has room"
+
+
+def test_tapes_of_many_row_counts_stay_side_by_side(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """They share what they allocate, so that a batch may take any size again and find its tape."""
+    monkeypatch.setattr(tapes, "_SCRATCH_BYTES", 50_000)  # a walk of 40 rows takes 40 KB
+    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+        engine.instrument(lab.StepsSeen)
+        steps = []
+        for rows in range(1, 41):
+            work = StepWork(rows=rows, phase="decode", context=10)
+            batch = work.batch_for(engine)
+            steps.append((batch, work.plan(engine, "auto", batch)))
+            run_steps(engine, *steps[-1], 2)  # walked, then walked and recorded
+        engine.readings()
+        for _ in range(2):
+            for batch, plan in steps:
+                run_steps(engine, batch, plan, 1)
+        assert engine.readings() == [(0, 2 * sum(plan.num_steps for _, plan in steps))]
 
 
 def test_checked_ranks_and_float32_walk_every_step(tiny_model) -> None:  # type: ignore[no-untyped-def]

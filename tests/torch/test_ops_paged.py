@@ -70,7 +70,8 @@ def test_write_cache(width, dtype):
 
 
 def test_decode_rows_in_memory_that_stays_are_those_that_are_built_anew():
-    """Rows that grow by one or by several tokens, get pages, change places, shrink, and become other requests'."""
+    """Rows that grow by one or by several tokens, get pages, change places, shrink, leave, come back, and become other
+    requests'."""
     steps = [
         [(5, 1, (4, 2)), (0, 1, (5,)), (7, 1, (9, 8))],
         [(6, 1, (4, 2)), (1, 1, (5,)), (8, 1, (9, 8, 3))],
@@ -78,6 +79,9 @@ def test_decode_rows_in_memory_that_stays_are_those_that_are_built_anew():
         [(9, 1, (4, 2, 6)), (7, 1, (9, 8)), (3, 1, (5,))],
         [(10, 1, (4, 7, 6)), (3, 1, (8,)), (11, 1, (5, 1, 2))],
         [(2, 1, (4,)), (4, 1, (8, 10)), (0, 1, (0,))],
+        [(5, 1, (8, 10)), (1, 1, (0,))],
+        [(6, 1, (8, 10))],
+        [(7, 1, (8, 10)), (3, 1, (4,)), (2, 1, (0,))],
     ]
     held = DecodeRows(3, 12, page_size=4)
     addresses = None

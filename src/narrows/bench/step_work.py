@@ -9,6 +9,7 @@ import random
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -77,9 +78,12 @@ class StepWork:
         return Batch(groups=tuple(groups))
 
     def batch_for(self, engine: Engine) -> Batch:
-        """The step by hand for ``engine``."""
+        """The step by hand for ``engine``, which has room for it (:meth:`limits`)."""
         resolved = engine.resolved
-        return self.batch(resolved.mesh.num_groups, resolved.limits.page_size, resolved.config.vocab_size)
+        batch = self.batch(resolved.mesh.num_groups, resolved.limits.page_size, resolved.config.vocab_size)
+        last, held = max(max(chunk.pages) for chunk in chain(*batch.groups)), resolved.limits.pages_per_group
+        assert last < held, f"{step_title(self)} needs {last + 1} pages per group, but the engine has {held}"
+        return batch
 
     def plan(self, engine: Engine, layout: str, batch: Batch) -> Plan:
         """The plan of exactly this step; if the engine has one plan for every step, that one."""

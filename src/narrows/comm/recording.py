@@ -56,6 +56,11 @@ class Recording:
         self._blocks: tuple[Block, ...] = ()
         self._waiting: tuple[int, float] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the blocks that are this recording's alone."""
+        return sum(block.size for block in self._blocks)
+
     def collective(self, seat: Seat, ranks: tuple[int, ...], stamp: Stamp) -> None:
         self.stamps.append((self.tape.size, seat, ranks, stamp))
 
@@ -66,7 +71,7 @@ class Recording:
         """Keep what came before call ``count`` of the tape, and these blocks for it alone."""
         self.stamps = [entry for entry in self.stamps if entry[0] < count]
         self.exchanges = [entry for entry in self.exchanges if entry[0] < count]
-        self._blocks = tuple(blocks)
+        self._blocks = tuple(dict.fromkeys(blocks))
         for block in blocks:
             block.reserved = True
 

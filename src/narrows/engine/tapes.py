@@ -2,8 +2,9 @@
 
 Knows bound programs, the memory of a step's inputs, and torch's operations as far as to see that there are none; not
 what the compiled calls compute. A walk is recorded when a program meets the same row counts for the second time. What
-changes from step to step (ids, positions, slots, lengths, angles) lies in memory that stays; everything that the walk
-allocated is kept. If an operation computes with torch, the tape ends before it, and the walk goes on from there.
+changes from step to step (ids, positions, slots, lengths, angles) lies in memory that stays; what walks allocate lies
+in one `scratch.py` of all tapes. If an operation computes with torch, the tape ends before it, and the walk goes on
+from there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from narrows.comm.recording import Recording
 from narrows.comm.world import World
 from narrows.engine.program import Frame, Program, Registers, Repeated
 from narrows.engine.sampler import RowSampler
+from narrows.engine.scratch import Scratch
 from narrows.layout import RowSplit
 from narrows.models.parts import Decoder
 from narrows.native import Tape, library
@@ -27,8 +29,12 @@ from narrows.sched.batch import Batch
 
 __all__ = ["Tapes"]
 
+_SCRATCH_BYTES = 64 << 20
+"""What all tapes share for what they allocate; a walk that needs more is not recorded."""
 _MOST_BYTES = 64 << 20
-"""What all tapes may keep. The oldest go first; a walk that needs more alone is not recorded."""
+"""What all tapes may hold of the memory that ranks share. The oldest go first."""
+_MOST_TAPES = 512
+_LEAST_ROWS = 16
 _MOST_COUNTED = 1 << 12
 
 _aten = torch.ops.aten
@@ -48,33 +54,31 @@ Begin = Callable[[Tensor], RowSampler | None]
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[misc]
-    """Sees every operation of torch. Views, and memory as it comes, are no work to be done again."""
+    """Sees every operation of torch. Views, and memory as it comes, are no work to be done again; memory comes from
+    ``scratch``, while there is room."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch) -> None:
         super().__init__()
-        self.computed = False
-        self.kept: list[Tensor] = []
+        self.computed, self.fits = False, True
+        self._scratch = scratch
+        scratch.begin()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _FRESH:
-            self.kept.append(out)
-        elif not func.is_view:
+        if func in _FRESH and out.numel():
+            taken = self._scratch.take(out)
+            self.fits &= taken is not None
+            return out if taken is None else taken
+        if func not in _FRESH and not func.is_view:
             self.computed = True
         return out
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.kept)
 
 
 class _Inputs:
     """The memory of what changes from step to step."""
 
-    def __init__(self, model: Decoder, num_rows: int, spans: Sequence[Span], page_size: int) -> None:
-        self._model = model
-        alone = {"group_slots": 1} if model.place.batch_invariant else {}
-        self._rows = DecodeRows(len(spans), model.place.num_positions, page_size, **alone)
+    def __init__(self, model: Decoder, num_rows: int, spans: Sequence[Span], rows: DecodeRows) -> None:
+        self._model, self._rows = model, rows
         self.ids_T = torch.zeros(num_rows, dtype=torch.int64)
         self._ids = self.ids_T.numpy()
         self.step = model.begin_step(self._rows.set(spans))
@@ -91,13 +95,12 @@ class _Walk:
 
     def __init__(self, program: Program, frame: Frame, inputs: _Inputs) -> None:
         self.program, self.frame, self.inputs = program, frame, inputs
-        self.nbytes = 0
+        self.fits = False
         self._stop = 0
         self._told: list[tuple[int, int, Callable[[float], None]]] = []
         self._registers: Registers = []
-        self._kept: list[Tensor] = []
 
-    def record(self, world: World) -> Registers | None:
+    def record(self, world: World, scratch: Scratch) -> Registers | None:
         """Walk all operations. None: the world cannot repeat its collectives, and nothing was done."""
         self._tape = tape = Tape()
         recording, count = world.record(tape), 0
@@ -106,7 +109,7 @@ class _Walk:
             return None
         self.recording: Recording = recording
         try:
-            with _Watcher() as watcher:
+            with _Watcher(scratch) as watcher:
                 registers = self.program.registers(self.inputs.ids_T.unsqueeze(-1))
                 for number, operation in enumerate(self.program.operations):
                     if not watcher.computed:
@@ -120,7 +123,7 @@ class _Walk:
         finally:
             tape.end(count)
             world.recorded(count)
-        self._kept, self.nbytes = watcher.kept, watcher.nbytes
+        self.fits = watcher.fits
         return registers
 
     @property
@@ -144,6 +147,8 @@ class Tapes:
     def __init__(self, world: World, model: Decoder, page_size: int, logit_split: Split) -> None:
         self._world, self._model, self._page_size = world, model, page_size
         self._logit_split = logit_split
+        self._scratch: Scratch | None = None
+        self._rows: DecodeRows | None = None
         self._walks: dict[Key, _Walk] = {}
         self._met: dict[Key, int] = {}
         place = model.place
@@ -191,15 +196,17 @@ class Tapes:
         self, key: Key, phase: str, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
     ) -> tuple[Registers, RowSampler | None] | None:
         program, rows, logit_rows, _ = key
-        inputs = _Inputs(self._model, len(tokens), spans, self._page_size)
+        inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)))
         sampler = inputs.set(tokens, spans, begin)
         frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)
         walk = _Walk(program, frame, inputs)
-        registers = walk.record(self._world)
+        if self._scratch is None:
+            self._scratch = Scratch(_SCRATCH_BYTES)
+        registers = walk.record(self._world, self._scratch)
         if registers is None:
             self._possible = False  # and the sampler has been begun: the walk is made here all the same
             return program.run(frame, inputs.ids_T.unsqueeze(-1)), sampler
-        if walk.is_worth_it and walk.nbytes <= _MOST_BYTES:
+        if walk.fits and walk.is_worth_it:
             self._keep(key, walk)
         else:
             walk.recording.close()
@@ -208,5 +215,17 @@ class Tapes:
     def _keep(self, key: Key, walk: _Walk) -> None:
         self._walks[key] = walk
         del self._met[key]
-        while sum(held.nbytes for held in self._walks.values()) > _MOST_BYTES:
-            self._walks.pop(next(iter(self._walks))).recording.close()
+        held = sum(walk.recording.nbytes for walk in self._walks.values())
+        while held > _MOST_BYTES or len(self._walks) > _MOST_TAPES:
+            oldest = self._walks.pop(next(iter(self._walks)))
+            held -= oldest.recording.nbytes
+            oldest.recording.close()
+
+    def _rows_for(self, num_rows: int) -> DecodeRows:
+        """What the steps of all tapes write their rows' contexts to: a new one only if there are more rows than ever,
+        which leaves the tapes that there are the old one."""
+        if self._rows is None or self._rows.num_rows < num_rows:
+            most = max(_LEAST_ROWS, 1 << (num_rows - 1).bit_length())
+            alone = {"group_slots": 1} if self._model.place.batch_invariant else {}
+            self._rows = DecodeRows(most, self._model.place.num_positions, self._page_size, **alone)
+        return self._rows

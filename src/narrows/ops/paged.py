@@ -151,14 +151,15 @@ def build_paged_rows(
 
 
 class DecodeRows:
-    """The `PagedRows` of so many decode rows, in memory of its own that each step writes anew where it has changed.
+    """The `PagedRows` of up to so many decode rows, in memory of its own that a step writes anew where it has changed:
+    the tensors of fewer rows are the first rows of the same memory.
 
     ``most_tokens``: the longest context that a row may have. Of the slots of a row only those of its context are
     written; behind them is what was there before. ``group_slots``: as in `build_paged_rows`.
     """
 
     def __init__(self, num_rows: int, most_tokens: int, page_size: int, *, group_slots: int = CPU_GROUP_SLOTS) -> None:
-        self.page_size, self._group_slots = page_size, group_slots
+        self.num_rows, self.page_size, self._group_slots = num_rows, page_size, group_slots
         self._positions_T = torch.zeros(num_rows, dtype=torch.int64)
         self._slots_T = torch.zeros(num_rows, dtype=torch.int64)
         self._lens_B = torch.zeros(num_rows, dtype=torch.int64)
@@ -168,9 +169,14 @@ class DecodeRows:
         self._views = tuple(x.numpy() for x in (self._positions_T, self._slots_T, self._lens_B, self._slots_BL))
         self._offsets = np.arange(page_size)
         self._held: list[tuple[int, Sequence[int]]] = [(0, ())] * num_rows  # tokens and pages that a row's slots are of
+        self._first: dict[int, tuple[Tensor, ...]] = {}  # the tensors of so many rows
 
     def set(self, spans: Sequence[tuple[int, int, Sequence[int]]]) -> PagedRows:
         """As `build_paged_rows` of these spans, of one row each; valid until the next call."""
+        tensors = self._first.get(len(spans))
+        if tensors is None:
+            whole = self._positions_T, self._slots_T, self._rows_B, self._slots_BL, self._lens_B
+            tensors = self._first[len(spans)] = tuple(x[: len(spans)] for x in whole)
         positions, slots, lens, slots_BL = self._views
         size = self.page_size
         for row, (start, num_rows, pages) in enumerate(spans):
@@ -188,13 +194,14 @@ class DecodeRows:
                 first = known // size * size
                 slots_BL[row, first : start + 1] = (new[:, None] * size + self._offsets).ravel()[: start + 1 - first]
             self._held[row] = start + 1, pages
+        positions_T, slots_T, rows_B, slots_BL, lens_B = tensors
         return PagedRows(
-            positions_T=self._positions_T,
-            slots_T=self._slots_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
             prefills=(),
-            decode_rows_B=self._rows_B,
-            decode_slots_BL=self._slots_BL,
-            decode_lens_B=self._lens_B,
+            decode_rows_B=rows_B,
+            decode_slots_BL=slots_BL,
+            decode_lens_B=lens_B,
             decode_groups=_decode_groups([start + 1 for start, _, _ in spans], self._group_slots),
         )
 
