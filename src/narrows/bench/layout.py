@@ -133,9 +133,10 @@ def _pace(device: Device, num_ranks: int, calibration: Mapping[str, Spread]) -> 
     if device.measured is None:
         return []
     flops, reads = (calibration[name].median / num_ranks for name in ("gemm_flop_per_s", "read_bytes_per_s"))
+    products, reads = flops / (1e12 * device.tflops_bf16), reads / device.hbm_bytes_per_s
     return [
-        f"pace: products at {flops / (1e12 * device.tflops_bf16):.0%} and reads at {reads / device.hbm_bytes_per_s:.0%} "
-        "of the profile's rates (medians, before and after each cell); prices are of the pace at which they were measured"
+        f"pace: products at {products:.0%} and reads at {reads:.0%} of the profile's rates (medians, before the first "
+        "cell and after each); prices are of the pace at which they were measured"
     ]
 
 
