@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-full test-npm check eval format train-demo clean
+.PHONY: demo serve test test-full test-plain test-npm check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,10 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
+
+# All tests without compiled code: plain torch everywhere, gloo between processes.
+test-plain: $(VENV)/.dev
+	NARROWS_NATIVE=0 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # OpenAI's npm client against a real server; needs node 20 and npm.
 test-npm: $(VENV)/.runtime

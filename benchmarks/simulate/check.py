@@ -37,7 +37,7 @@ _LOADS = {
     ],
 }
 _TRACE = ["--num-requests", "16", "--scale-lengths", "0.2", "--speed", "10"]
-_WARMUP = 2
+_WARMUP = 16
 _NARROWS = [sys.executable, "-m", "narrows"]
 
 
