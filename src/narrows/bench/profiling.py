@@ -1,42 +1,39 @@
 """Measures a machine's prices: steps of plans as ranks walk them, and collectives alone; gives the tables of a profile.
 
-Knows engines of few layers, clocks around the steps of their plans, probes, and the tables that prices are looked up
-in; prints and writes nothing. Stages and collectives are timed where they run, in a walk: with cold caches, and with
-the waits that there are between ranks. A collective that no such plan makes is timed alone, and scaled by what the
-others cost in a walk against alone. Everything is gone through in rounds, so that a slow while of the machine falls on
-all of it.
+Knows engines of few layers, clocks around the steps of their plans, and probes; what the seconds mean is
+`price_tables.py`'s. Prints and writes nothing. Stages and collectives are timed where they run, in a walk: with cold
+caches, and with the waits that there are between ranks. Everything is gone through in rounds, so that a slow while of
+the machine falls on all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
-from math import prod
 from time import perf_counter
 from typing import Any
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
-from narrows.arch.stages import AttentionCore, Work
 from narrows.bench.calibrate import Calibrator
 from narrows.bench.grid import shared_plans
-from narrows.bench.statistics import Spread, quantile, spread
+from narrows.bench.price_tables import OPS, Calibration, Tables, axis_of
+from narrows.bench.statistics import quantile
 from narrows.bench.step_work import StepWork, clocked_walks, fill_caches, run_steps, step_title
-from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import WalkTimes
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, Move, MoveKind
+from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 from narrows.sched.pages import num_pages_for
 from narrows.weights.pooled import PooledWeights
 
-__all__ = ["Calibration", "Grid", "calibrate", "figures_of", "meshes_of"]
+__all__ = ["Grid", "calibrate", "figures_of", "meshes_of"]
 
 _LAYERS = 3
 """Of the kind that a model has most of, beside one of each other kind: more than caches hold."""
@@ -44,12 +41,6 @@ _MOST_STEPS, _LONG_S = 12, 0.2
 """Of one plan in a row; a step that is so long is run once."""
 _PACE = 4.0
 """How many times its price before anything is measured a step is taken to take, until a longer one was run."""
-_MOVES = {
-    MoveKind.ALL_REDUCE: "all_reduce",
-    MoveKind.REDUCE_SCATTER: "reduce_scatter",
-    MoveKind.ALL_GATHER: "all_gather",
-    MoveKind.COLUMN_GATHER: "column_gather",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +60,6 @@ class Grid:
     seconds_per_cell: float = 0.04
     """In every round, for the steps of one plan over one number of rows. There are rounds until the time is over."""
     most_rounds: int = 40
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """The tables, and the rates that price what they lack: per rank, with all ranks at work."""
-
-    measured: Measured
-    read_bytes_per_s: float
-    flop_per_s: float
-    seconds: float
-    left_out: tuple[str, ...]
 
 
 Progress = Callable[[str, float], None]
@@ -115,7 +95,7 @@ def calibrate(
         raise ConfigError(
             f"{' and '.join(models)} cannot be dealt to {num_ranks} ranks; name another model, or fewer --ranks"
         )
-    tables = _Tables()
+    tables = Tables()
     until, seen = begin, set[Mesh]()
     meshes = [mesh for mesh, _ in jobs]
     shares = [4 if not i else 1 if mesh in meshes[:i] else 2 for i, mesh in enumerate(meshes)]
@@ -140,7 +120,7 @@ def _can_be(config: ModelConfig, mesh: Mesh) -> bool:
 
 
 def _measure(
-    tables: _Tables,
+    tables: Tables,
     asked: EngineConfig,
     mesh: Mesh,
     model: str,
@@ -174,12 +154,12 @@ def _measure(
             _measure_plans(tables, engine, list(dict.fromkeys(layouts)), grid, deadline=deadline, say=say)
 
 
-def _measure_alone(tables: _Tables, alone: Calibrator, mesh: Mesh, grid: Grid) -> None:
+def _measure_alone(tables: Tables, alone: Calibrator, mesh: Mesh, grid: Grid) -> None:
     dtype = alone.resolved.dtype
     for _ in range(3):
         for axes in _axes(mesh):
-            group = len(mesh.group(0, *axes)), _axis(mesh, axes[1])
-            for op in _MOVES.values():
+            group = len(mesh.group(0, *axes)), axis_of(mesh, axes[1])
+            for op in OPS.values():
                 for nbytes in grid.nbytes:
                     repeats = min(max((1 << 20) // nbytes, 1), 25)
                     seconds = alone.ask("exchange", op, axes, nbytes, dtype, repeats)
@@ -192,7 +172,7 @@ def _measure_alone(tables: _Tables, alone: Calibrator, mesh: Mesh, grid: Grid) -
 
 
 def _measure_plans(
-    tables: _Tables,
+    tables: Tables,
     engine: Engine,
     layouts: Sequence[str],
     grid: Grid,
@@ -279,7 +259,7 @@ def _ends_first(rows: Sequence[int]) -> list[int]:
     return out
 
 
-def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> float:
+def _time(tables: Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> float:
     """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took; how
     long one was.
 
@@ -302,139 +282,6 @@ def _time(tables: _Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds:
     return whole
 
 
-class _Tables:
-    """Seconds as they are found, by what a price is looked up by."""
-
-    def __init__(self) -> None:
-        self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
-        self.moves: dict[str, dict[tuple[str, int, str], dict[int, list[float]]]] = {}
-        """By phase."""
-        self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
-        self.copies: dict[int, list[float]] = {}
-        self.steps: dict[str, dict[int, list[float]]] = {}
-        self.rates: list[tuple[float, float]] = []
-        self.left_out: dict[str, None] = {}
-        self.dtype = "bf16"
-
-    def book_walk(self, plan: Plan, seconds: Sequence[float]) -> None:
-        """What the steps of one walk of ``plan`` took, layers of a kind averaged."""
-        found: dict[int, tuple[Step, list[float]]] = {}
-        for (_, step), taken in zip(plan.steps(), seconds, strict=True):
-            found.setdefault(id(step), (step, []))[1].append(taken)
-        for step, taken_s in found.values():
-            mean = sum(taken_s) / len(taken_s)
-            if step.move is not None and step.meets and step.nbytes:
-                op = _MOVES[step.move.kind] if step.stage is None else REDUCE_NORM
-                self._book_move(op, step.move, plan.shape.phase, step.nbytes, mean)
-            elif step.move is None and step.stage is not None and step.rows:
-                self._book_stage(step, plan, mean)
-
-    def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
-        stage, shape = step.stage, plan.shape
-        assert stage is not None and step.kind is StepKind.STAGE
-        work = stage.plain_work if stage.plain_work and not step.fused else stage.work
-        attends = any(isinstance(item, AttentionCore) for item in work)
-        attended = shape.attended(step.rows) if attends else 0.0
-        table = self.stages.setdefault((str(stage.price_class), work, self.dtype, shape.phase), {})
-        table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
-
-    def _book_move(self, op: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
-        key = op, move.num_ranks, _axis(move.mesh, move.last)
-        self.moves.setdefault(phase, {}).setdefault(key, {}).setdefault(nbytes, []).append(seconds)
-
-    def calibration(self, seconds: float) -> Calibration:
-        """Everything measured, as tables."""
-        stages = tuple(
-            StagePoints(
-                price_class=price_class,
-                work=work,
-                dtype=dtype,
-                phase=phase,
-                points=tuple(
-                    StagePoint(rows=rows, attended=attended, seconds=found.median, spread=_width(found))
-                    for (rows, attended), found in sorted((at, spread(s)) for at, s in points.items())
-                ),
-            )
-            for (price_class, work, dtype, phase), points in self.stages.items()
-        )
-        steps = tuple(
-            StepPoints(phase=phase, points=points, spreads=spreads)
-            for phase, table in self.steps.items()
-            for points, spreads in [_table(table)]
-        )
-        measured = Measured(
-            stages=stages, collectives=tuple(self._collectives()), copies=_table(self.copies)[0], steps=steps
-        )
-        return Calibration(
-            measured=measured,
-            read_bytes_per_s=max((read for read, _ in self.rates)),
-            flop_per_s=max((flop for _, flop in self.rates)),
-            seconds=seconds,
-            left_out=tuple(self.left_out),
-        )
-
-    def _collectives(self) -> Iterator[CollectivePoints]:
-        """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
-        for phase, moves in self.moves.items():
-            added = _added(moves, self.alone)
-            for key in dict.fromkeys((*self.alone, *moves)):
-                (op, num_ranks, axis), alone = key, self.alone.get(key, {})
-                table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
-                if walks := moves.get(key):
-                    walks = _merged(walks)
-                    least, most = min(walks), max(walks)
-                    table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
-                if len(table) < 2:
-                    continue
-                points, spreads = _table(table)
-                yield CollectivePoints(
-                    op=op, num_ranks=num_ranks, axis=axis, phase=phase, points=points, spreads=spreads
-                )
-
-
-def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
-    """Sizes that lie within a fifth of each other as one, at their mean: what differs there is the walk."""
-    merged: dict[int, list[float]] = {}
-    together: list[int] = []
-    for nbytes in [*sorted(table), 1 << 62]:
-        if together and nbytes > 1.2 * together[0]:
-            merged[round(sum(together) / len(together))] = [s for n in together for s in table[n]]
-            together = []
-        together.append(nbytes)
-    return merged
-
-
-def _added(
-    moves: dict[tuple[str, int, str], dict[int, list[float]]], alone: dict[tuple[str, int, str], dict[int, list[float]]]
-) -> Callable[[float], float]:
-    """By what factor a collective of so many bytes takes longer in a walk than alone: the median of all those that
-    were seen both ways at about that size, at least 1."""
-    ratios: dict[int, list[float]] = {}
-    for key, table in moves.items():
-        for nbytes, seconds in table.items():
-            near = min(alone.get(key, ()), key=lambda other: abs(other - nbytes), default=None)
-            if near is not None and 0.6 < near / nbytes < 1.7:
-                ratio = quantile(seconds, 0.5) / quantile(alone[key][near], 0.5)
-                ratios.setdefault(nbytes.bit_length() // 2, []).append(ratio)
-
-    def factor(nbytes: float) -> float:
-        if not ratios:
-            return 1.0
-        nearest = min(ratios, key=lambda size: abs(size - int(nbytes).bit_length() // 2))
-        return max(quantile(ratios[nearest], 0.5), 1.0)
-
-    return factor
-
-
-def _table(found: dict[int, list[float]]) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
-    spreads = [(size, spread(seconds)) for size, seconds in sorted(found.items())]
-    return tuple((size, each.median) for size, each in spreads), tuple(_width(each) for _, each in spreads)
-
-
-def _width(found: Spread) -> float:
-    return (found.p90 - found.p10) / found.median
-
-
 def _axes(mesh: Mesh) -> tuple[tuple[int, int], ...]:
     """(first, last) of every run of axes along which more than one rank lies, each group of ranks once."""
     found: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -444,11 +291,6 @@ def _axes(mesh: Mesh) -> tuple[tuple[int, int], ...]:
             if len(ranks) > 1:
                 found.setdefault(ranks, (first, last))
     return tuple(found.values())
-
-
-def _axis(mesh: Mesh, last: int) -> str:
-    """Whether ranks along axes up to ``last`` lie next to each other."""
-    return AXES[0] if prod(mesh.sizes[last:]) == 1 else AXES[1]
 
 
 def _small(resolved: Resolved, grid: Grid) -> Resolved:

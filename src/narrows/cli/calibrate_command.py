@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from narrows.bench.machine import machine
-from narrows.bench.profiling import Calibration, Grid, calibrate, figures_of
+from narrows.bench.price_tables import Calibration
+from narrows.bench.profiling import Grid, calibrate, figures_of
 from narrows.cli.console import console
 from narrows.comm.cores import num_cores
 from narrows.cost.devices import DEVICES, device_of_card

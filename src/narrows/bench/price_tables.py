@@ -1,0 +1,175 @@
+"""What a calibration has found, as it is found, and the tables of a profile that it makes. PURE.
+
+Knows plans, seconds, and what a price is looked up by; measures nothing. A collective that was measured alone is scaled
+by what others of its size cost in a walk against alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from narrows.arch.stages import AttentionCore, Work
+from narrows.bench.statistics import Spread, quantile, spread
+from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.layout import Mesh, Move, MoveKind
+from narrows.plan.plan import Plan, Step, StepKind
+
+__all__ = ["OPS", "Calibration", "Tables", "axis_of"]
+
+OPS = {
+    MoveKind.ALL_REDUCE: "all_reduce",
+    MoveKind.REDUCE_SCATTER: "reduce_scatter",
+    MoveKind.ALL_GATHER: "all_gather",
+    MoveKind.COLUMN_GATHER: "column_gather",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The tables, and the rates that price what they lack: per rank, with all ranks at work."""
+
+    measured: Measured
+    read_bytes_per_s: float
+    flop_per_s: float
+    seconds: float
+    left_out: tuple[str, ...]
+
+
+class Tables:
+    """Seconds as they are found, by what a price is looked up by."""
+
+    def __init__(self) -> None:
+        self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
+        self.moves: dict[str, dict[tuple[str, int, str], dict[int, list[float]]]] = {}
+        """By phase."""
+        self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
+        self.copies: dict[int, list[float]] = {}
+        self.steps: dict[str, dict[int, list[float]]] = {}
+        self.rates: list[tuple[float, float]] = []
+        self.left_out: dict[str, None] = {}
+        self.dtype = "bf16"
+
+    def book_walk(self, plan: Plan, seconds: Sequence[float]) -> None:
+        """What the steps of one walk of ``plan`` took, layers of a kind averaged."""
+        found: dict[int, tuple[Step, list[float]]] = {}
+        for (_, step), taken in zip(plan.steps(), seconds, strict=True):
+            found.setdefault(id(step), (step, []))[1].append(taken)
+        for step, taken_s in found.values():
+            mean = sum(taken_s) / len(taken_s)
+            if step.move is not None and step.meets and step.nbytes:
+                op = OPS[step.move.kind] if step.stage is None else REDUCE_NORM
+                self._book_move(op, step.move, plan.shape.phase, step.nbytes, mean)
+            elif step.move is None and step.stage is not None and step.rows:
+                self._book_stage(step, plan, mean)
+
+    def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
+        stage, shape = step.stage, plan.shape
+        assert stage is not None and step.kind is StepKind.STAGE
+        work = stage.plain_work if stage.plain_work and not step.fused else stage.work
+        attends = any(isinstance(item, AttentionCore) for item in work)
+        attended = shape.attended(step.rows) if attends else 0.0
+        table = self.stages.setdefault((str(stage.price_class), work, self.dtype, shape.phase), {})
+        table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
+
+    def _book_move(self, op: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
+        key = op, move.num_ranks, axis_of(move.mesh, move.last)
+        self.moves.setdefault(phase, {}).setdefault(key, {}).setdefault(nbytes, []).append(seconds)
+
+    def calibration(self, seconds: float) -> Calibration:
+        """Everything measured, as tables."""
+        stages = tuple(
+            StagePoints(
+                price_class=price_class,
+                work=work,
+                dtype=dtype,
+                phase=phase,
+                points=tuple(
+                    StagePoint(rows=rows, attended=attended, seconds=found.median, spread=_width(found))
+                    for (rows, attended), found in sorted((at, spread(s)) for at, s in points.items())
+                ),
+            )
+            for (price_class, work, dtype, phase), points in self.stages.items()
+        )
+        steps = tuple(
+            StepPoints(phase=phase, points=points, spreads=spreads)
+            for phase, table in self.steps.items()
+            for points, spreads in [_table(table)]
+        )
+        measured = Measured(
+            stages=stages, collectives=tuple(self._collectives()), copies=_table(self.copies)[0], steps=steps
+        )
+        return Calibration(
+            measured=measured,
+            read_bytes_per_s=max((read for read, _ in self.rates)),
+            flop_per_s=max((flop for _, flop in self.rates)),
+            seconds=seconds,
+            left_out=tuple(self.left_out),
+        )
+
+    def _collectives(self) -> Iterator[CollectivePoints]:
+        """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
+        for phase, moves in self.moves.items():
+            added = _added(moves, self.alone)
+            for key in dict.fromkeys((*self.alone, *moves)):
+                (op, num_ranks, axis), alone = key, self.alone.get(key, {})
+                table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
+                if walks := moves.get(key):
+                    walks = _merged(walks)
+                    least, most = min(walks), max(walks)
+                    table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
+                if len(table) < 2:
+                    continue
+                points, spreads = _table(table)
+                yield CollectivePoints(
+                    op=op, num_ranks=num_ranks, axis=axis, phase=phase, points=points, spreads=spreads
+                )
+
+
+def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Sizes that lie within a fifth of each other as one, at their mean: what differs there is the walk."""
+    merged: dict[int, list[float]] = {}
+    together: list[int] = []
+    for nbytes in [*sorted(table), 1 << 62]:
+        if together and nbytes > 1.2 * together[0]:
+            merged[round(sum(together) / len(together))] = [s for n in together for s in table[n]]
+            together = []
+        together.append(nbytes)
+    return merged
+
+
+def _added(
+    moves: dict[tuple[str, int, str], dict[int, list[float]]], alone: dict[tuple[str, int, str], dict[int, list[float]]]
+) -> Callable[[float], float]:
+    """By what factor a collective of so many bytes takes longer in a walk than alone: the median of all those that
+    were seen both ways at about that size, at least 1."""
+    ratios: dict[int, list[float]] = {}
+    for key, table in moves.items():
+        for nbytes, seconds in table.items():
+            near = min(alone.get(key, ()), key=lambda other: abs(other - nbytes), default=None)
+            if near is not None and 0.6 < near / nbytes < 1.7:
+                ratio = quantile(seconds, 0.5) / quantile(alone[key][near], 0.5)
+                ratios.setdefault(nbytes.bit_length() // 2, []).append(ratio)
+
+    def factor(nbytes: float) -> float:
+        if not ratios:
+            return 1.0
+        nearest = min(ratios, key=lambda size: abs(size - int(nbytes).bit_length() // 2))
+        return max(quantile(ratios[nearest], 0.5), 1.0)
+
+    return factor
+
+
+def _table(found: dict[int, list[float]]) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
+    spreads = [(size, spread(seconds)) for size, seconds in sorted(found.items())]
+    return tuple((size, each.median) for size, each in spreads), tuple(_width(each) for _, each in spreads)
+
+
+def _width(found: Spread) -> float:
+    return (found.p90 - found.p10) / found.median
+
+
+def axis_of(mesh: Mesh, last: int) -> str:
+    """Whether ranks along axes up to ``last`` lie next to each other."""
+    return AXES[0] if prod(mesh.sizes[last:]) == 1 else AXES[1]

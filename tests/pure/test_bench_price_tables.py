@@ -1,0 +1,92 @@
+"""What a calibration makes of seconds: tables that price the plans they come from at what these took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from narrows.arch.forms import Forms
+from narrows.arch.presets import preset
+from narrows.bench.price_tables import OPS, Tables
+from narrows.cost.devices import device
+from narrows.cost.measured import CollectivePoints, Measured
+from narrows.cost.price import Source
+from narrows.cost.stage import StepShape
+from narrows.layout import Mesh
+from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.planner import Deployment, Planner
+
+CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
+
+
+def plan_of(rows: int, measured: Measured | None = None) -> Plan:
+    hardware = replace(device("cpu-core"), fused_norm_bytes=0, measured=measured)
+    planner = Planner(Deployment(config=CONFIG, mesh=MESH, device=hardware, graph=False), Forms())
+    shape = StepShape.of(MESH, (rows,), phase="decode", context=64)
+    return planner.plan(shape, "attn-tp-input-scattered")
+
+
+def took(step: Step) -> float:
+    """Made-up seconds of a step: by class and rows, or by the bytes of a collective."""
+    if step.kind is StepKind.MOVE:
+        return 1e-5 + 1e-10 * step.nbytes
+    return 1e-5 * (1 + len(step.price_class) + step.rows)
+
+
+def walk(plan: Plan, pace: float) -> Sequence[float]:
+    """Layers of a kind differ by turns, but not on the mean; the odd one is as the mean."""
+    times = {id(step): sum(other is step for _, other in plan.steps()) for _, step in plan.steps()}
+    seconds, nth = [], dict.fromkeys(times, 0)
+    for _, step in plan.steps():
+        nth[id(step)] += 1
+        last_and_odd = nth[id(step)] == times[id(step)] and times[id(step)] % 2
+        seconds.append(pace * took(step) * (1.0 if last_and_odd else 1.4 if nth[id(step)] % 2 else 0.6))
+    return seconds
+
+
+def empty() -> Tables:
+    tables = Tables()
+    tables.rates.append((1e10, 1e11))
+    tables.copies = {512: [1e-6], 8192: [2e-6]}
+    return tables
+
+
+def test_plans_are_priced_at_what_their_walks_took() -> None:
+    tables = empty()
+    plans = [plan_of(rows) for rows in (8, 16, 64)]
+    for plan in plans:
+        for pace in (1.0, 3.0, 0.7):  # the median counts
+            tables.book_walk(plan, walk(plan, pace))
+    measured = tables.calibration(1.0).measured
+    for plan in plans:
+        priced = plan_of(plan.shape.rows.total, measured)
+        assert [step.name for _, step in priced.steps()] == [step.name for _, step in plan.steps()]
+        for _, step in priced.steps():
+            if step.move is not None and step.meets:
+                assert step.seconds == pytest.approx(took(step), rel=0.1), "sizes near each other are one"
+            elif step.kind is StepKind.STAGE and step.stage is not None and step.stage.work:
+                assert step.source is Source.MEASURED and step.seconds == pytest.approx(took(step)), step.name
+
+
+def found(tables: Tables, op: str) -> CollectivePoints:
+    (one,) = [each for each in tables.calibration(1.0).measured.collectives if each.op == op]
+    return one
+
+
+def test_collectives_that_no_walk_makes_cost_what_others_cost_more_in_a_walk_than_alone() -> None:
+    tables = empty()
+    key = "all_reduce", 2, "inner"
+    tables.alone = {(op, 2, "inner"): {1000: [1e-5], 100_000: [4e-5], 10_000_000: [3e-3]} for op in OPS.values()}
+    tables.moves = {"prefill": {key: {1000: [3e-5, 3e-5, 9e-5], 1100: [3e-5], 100_000: [4.4e-5]}}}
+    assert dict(found(tables, "all_reduce").points) == pytest.approx({1050: 3e-5, 100_000: 4.4e-5, 10_000_000: 3.3e-3})
+    assert dict(found(tables, "all_gather").points) == pytest.approx({1000: 3e-5, 100_000: 4.4e-5, 10_000_000: 3.3e-3})
+    assert found(tables, "all_gather").phase == "prefill"
+
+
+def test_a_walk_is_never_cheaper_than_a_collective_alone() -> None:
+    tables = empty()
+    tables.alone = {(op, 2, "inner"): {1000: [1e-5], 100_000: [4e-5]} for op in OPS.values()}
+    tables.moves = {"decode": {("all_reduce", 2, "inner"): {1000: [1e-6]}}}
+    assert dict(found(tables, "reduce_scatter").points) == pytest.approx({1000: 1e-5, 100_000: 4e-5})
