@@ -16,6 +16,7 @@ from narrows.comm import DistWorld, ProcessRanks, ThreadRanks
 from narrows.comm.buffers import Buffers
 from narrows.errors import RankError
 from narrows.layout import Mesh
+from narrows.native import why_absent
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -31,6 +32,8 @@ COUNTS = [(3, 2, 1, 2), (0, 5, 0, 1), (0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0)]
 def pool(request: pytest.FixtureRequest) -> Iterator[ProcessRanks[lab.Lab]]:
     dp, tp, way = request.param
     mesh = Mesh.of(dp=dp, tp=tp)
+    if way == "shared memory" and why_absent():
+        pytest.skip(f"no compiled code: {why_absent()}")
     with pytest.MonkeyPatch.context() as patch:
         if way == "gloo":  # either switch makes it so; the ranks inherit them
             patch.setenv("NARROWS_SHM" if mesh.size == 2 else "NARROWS_NATIVE", "0")

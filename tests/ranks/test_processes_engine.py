@@ -15,6 +15,7 @@ from narrows.engine.core import Engine
 from narrows.engine.llm import LLM
 from narrows.engine.script import Script
 from narrows.errors import CheckpointError, ConfigError
+from narrows.native import why_absent
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.sched.batch import Batch
 
@@ -72,6 +73,8 @@ def test_encoded_rows_have_the_bits_of_threads(
     speaking_v3: Path, encode_rows: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes and scales as bytes of one exchange, among uneven rows: groups of 14 and 1, ranks without any."""
+    if way == "shared memory" and why_absent():
+        pytest.skip(f"no compiled code: {why_absent()}")
     script = Script([PROMPTS[0] * 2, PROMPTS[1][:1]], num_groups=2, num_steps=2, page_size=16)
     asked = EngineConfig(
         model=str(speaking_v3),

@@ -17,9 +17,11 @@ import pytest
 from server_process import ServerProcess, events, eventually
 
 from narrows.cli.main import main
+from narrows.native import why_absent
 
 pytestmark = pytest.mark.timeout(120)
 LONG = {"max_tokens": 1500, "ignore_eos": True}
+to_the_end = pytest.mark.skipif(bool(why_absent()), reason="without compiled code LONG takes minutes")
 
 
 def stream(server: ServerProcess, into: list[str], begun: threading.Event, **fields: object) -> None:
@@ -86,6 +88,7 @@ def test_an_idle_server_notices_too_and_without_restart_it_ends(tmp_path: Path) 
         assert "rank 1" in server.said and "SIGKILL" in server.said
 
 
+@to_the_end
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
     number: int, running: Callable[[], set[int]]
@@ -210,6 +213,7 @@ def test_a_body_of_100_mb_is_refused_and_takes_no_memory(hard_pressed: ServerPro
     assert rss_mb(server) - before < 40 and server.text(max_tokens=4)
 
 
+@to_the_end
 def test_a_client_that_reads_slowly_stops_nobody(hard_pressed: ServerProcess) -> None:
     server = hard_pressed
     body = b'{"prompt": "The sea", "stream": true, "max_tokens": 800, "ignore_eos": true, "n": 4, "logprobs": 5}'
