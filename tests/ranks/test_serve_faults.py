@@ -94,7 +94,7 @@ def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
     number: int, running: Callable[[], set[int]]
 ) -> None:
     before = running()
-    with ServerProcess("--tp", "2", "--drain-timeout", "20") as server:
+    with ServerProcess("--tp", "2", "--drain-timeout", "20", "--batch-invariant") as server:
         expected = server.text(**LONG)
         streams = [streaming(server, **LONG) for _ in range(4)]  # long enough to ask twice meanwhile
         os.killpg(server.process.pid, number)  # as a terminal does: ranks get it too

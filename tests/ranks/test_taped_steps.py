@@ -48,9 +48,18 @@ def texts(engine: Engine, sampling: SamplingParams | None) -> list[tuple[object,
 
 
 @pytest.mark.parametrize(
-    ("dp", "tp", "ranks"), [(1, 1, "threads"), (1, 2, "processes"), (2, 1, "processes"), (2, 2, "processes")]
+    ("kind", "dp", "tp", "ranks"),
+    [
+        ("v3", 1, 1, "threads"),
+        ("v3", 1, 2, "processes"),
+        ("v3", 2, 1, "processes"),
+        ("v3", 2, 2, "processes"),
+        ("llama", 1, 1, "threads"),
+        ("llama", 1, 2, "processes"),
+        pytest.param("llama", 2, 1, "processes", marks=pytest.mark.full),
+        pytest.param("llama", 2, 2, "processes", marks=pytest.mark.full),
+    ],
 )
-@pytest.mark.parametrize("kind", ["v3", "llama"])
 def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
     with Engine(resolve(asked(tiny_model(kind), dp=dp, tp=tp, ranks=ranks))) as engine:
         engine.instrument(lab.NoTapes)

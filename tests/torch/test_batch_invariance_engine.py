@@ -161,7 +161,7 @@ def test_under_every_layout(tiny_model: Any, kind: str, dp: int, tp: int) -> Non
             check(engine)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_where_the_book_would_sum_in_another_order(
     tiny_model: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +178,7 @@ def test_where_the_book_would_sum_in_another_order(
         )
 
 
-@pytest.mark.parametrize("kind", ["llama", "v3"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.full), "v3"])
 def test_the_row_budget_and_the_pages_do_not_matter_either(tiny_model: Any, kind: str) -> None:
     with RecordingEngine(resolved(tiny_model(kind), 1, 2)) as engine:
         alone = check(engine)

@@ -66,7 +66,12 @@ def test_families_without_a_latent(tiny_model: TinyModel, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encode_rows", "dtype"), [("int8-always", "bfloat16"), ("fp8-always", "float32"), ("fp8-always", "bfloat16")]
+    ("encode_rows", "dtype"),
+    [
+        ("int8-always", "bfloat16"),
+        ("fp8-always", "bfloat16"),
+        pytest.param("fp8-always", "float32", marks=pytest.mark.full),
+    ],
 )
 def test_fp8_rows_and_bf16_models(tiny_model: TinyModel, encode_rows: str, dtype: str) -> None:
     encoding = Encoding(encode_rows.removesuffix("-always"))

@@ -423,8 +423,8 @@ MUST_BE_SEEN = {
     "forms",
     [
         Forms(),
-        Forms(qkv_a_proj="column", shared_expert="replicated"),
-        Forms(embed="replicated", experts="whole"),
+        pytest.param(Forms(qkv_a_proj="column", shared_expert="replicated"), marks=pytest.mark.full),
+        pytest.param(Forms(embed="replicated", experts="whole"), marks=pytest.mark.full),
         Forms(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole"),
     ],
     ids=str,
