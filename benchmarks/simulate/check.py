@@ -38,6 +38,7 @@ _LOADS = {
 }
 _TRACE = ["--num-requests", "16", "--scale-lengths", "0.2", "--speed", "10"]
 _WARMUP = 16
+"""Requests of the load sent before it, which do not count: they meet cold code, and steps that are not on tape yet."""
 _NARROWS = [sys.executable, "-m", "narrows"]
 
 

@@ -1,6 +1,7 @@
 """Measures every layout over a grid of row counts, for its price to be held against.
 
-Knows one engine, its plans, and steps made by hand; what the numbers mean is `grid.py`'s.
+Knows one engine, its plans, steps made by hand, and the machine's rates beside them; what the numbers mean is
+`grid.py`'s.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ def _pace(device: Device, num_ranks: int, calibration: Mapping[str, Spread]) -> 
     """How fast the machine was beside how fast it was when it was calibrated, in words; nothing if it was not."""
     if device.measured is None:
         return []
-    flops, reads = (calibration[name].median / num_ranks for name in ("gemm_flop_per_s", "read_bytes_per_s"))
-    products, reads = flops / (1e12 * device.tflops_bf16), reads / device.hbm_bytes_per_s
+    products = calibration["gemm_flop_per_s"].median / num_ranks / (1e12 * device.tflops_bf16)
+    reads = calibration["read_bytes_per_s"].median / num_ranks / device.hbm_bytes_per_s
     return [
         f"pace: products at {products:.0%} and reads at {reads:.0%} of the profile's rates (medians, before the first "
         "cell and after each); prices are of the pace at which they were measured"

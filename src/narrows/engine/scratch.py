@@ -39,9 +39,11 @@ class Scratch:
         self._pieces, self.used = {}, 0
 
     def take(self, like: Tensor) -> Tensor | None:
-        """A tensor of the shape, strides and dtype of ``like`` that lies here; None if there is no room for it."""
-        nbytes = like.untyped_storage().nbytes()
-        size = -(-nbytes // _ALIGN) * _ALIGN
+        """A tensor of the shape, strides and dtype of ``like`` that lies here (``like`` itself if it has no bytes);
+        None if there is no room for it."""
+        size = -(-like.untyped_storage().nbytes() // _ALIGN) * _ALIGN
+        if not size:
+            return like
         pieces = self._pieces.setdefault(size, [])
         for i in range(len(pieces)):
             if sys.getrefcount(pieces[i]) == _UNUSED:

@@ -34,7 +34,9 @@ _SCRATCH_BYTES = 64 << 20
 _MOST_BYTES = 64 << 20
 """What all tapes may hold of the memory that ranks share. The oldest go first."""
 _MOST_TAPES = 512
+"""What is around their calls (arguments, registers, angles) takes some memory too."""
 _LEAST_ROWS = 16
+"""Rows that the first memory for contexts has room for."""
 _MOST_COUNTED = 1 << 12
 
 _aten = torch.ops.aten
@@ -65,13 +67,12 @@ class _Watcher(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _FRESH and out.numel():
-            taken = self._scratch.take(out)
-            self.fits &= taken is not None
-            return out if taken is None else taken
-        if func not in _FRESH and not func.is_view:
-            self.computed = True
-        return out
+        if func not in _FRESH:
+            self.computed |= not func.is_view
+            return out
+        taken = self._scratch.take(out)
+        self.fits &= taken is not None
+        return out if taken is None else taken
 
 
 class _Inputs:
@@ -147,7 +148,7 @@ class Tapes:
     def __init__(self, world: World, model: Decoder, page_size: int, logit_split: Split) -> None:
         self._world, self._model, self._page_size = world, model, page_size
         self._logit_split = logit_split
-        self._scratch: Scratch | None = None
+        self._scratch = Scratch(_SCRATCH_BYTES)
         self._rows: DecodeRows | None = None
         self._walks: dict[Key, _Walk] = {}
         self._met: dict[Key, int] = {}
@@ -200,8 +201,6 @@ class Tapes:
         sampler = inputs.set(tokens, spans, begin)
         frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)
         walk = _Walk(program, frame, inputs)
-        if self._scratch is None:
-            self._scratch = Scratch(_SCRATCH_BYTES)
         registers = walk.record(self._world, self._scratch)
         if registers is None:
             self._possible = False  # and the sampler has been begun: the walk is made here all the same
