@@ -10,7 +10,7 @@ import pytest
 from narrows.layout import deal
 from narrows.plan import expected
 from narrows.plan.book import BookKey
-from narrows.plan.expected import expected_keys
+from narrows.plan.expected import expected_decodes, expected_keys
 
 
 def test_doctests() -> None:
@@ -31,3 +31,12 @@ def test_every_step_that_is_dealt_evenly_finds_its_bucket(num_groups: int) -> No
     assert phases == sorted(phases), "decode before prefill"
     decode = [key.rows for key in keys if key.phase == "decode"]
     assert decode == sorted(decode)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+def test_decode_steps_grow_by_one_row_and_find_their_buckets(num_groups: int) -> None:
+    steps = list(expected_decodes(num_groups, most=24))
+    assert [sum(rows) for rows in steps] == list(range(1, 25))
+    assert all(max(rows) - min(rows) <= 1 for rows in steps)
+    keys = set(expected_keys(num_groups, most_decoding=24, rows_per_step=24))
+    assert {BookKey.of("decode", rows, sum(rows)) for rows in steps} <= keys

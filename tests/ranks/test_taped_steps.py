@@ -8,11 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-import ranks_lab as lab
+import steps_lab as lab
 
 from narrows.arch.forms import Forms
 from narrows.bench.step_work import StepWork, run_steps
-from narrows.engine import tapes
+from narrows.engine import ahead, tapes
+from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.errors import RankError
@@ -84,7 +85,7 @@ def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int
                 work = StepWork(rows=rows, phase="decode", context=20)
                 batch = work.batch_for(engine)
                 plan = work.plan(engine, layout, batch)
-                run_steps(engine, batch, plan, 2)  # walked, then walked and recorded
+                run_steps(engine, batch, plan, 1)  # walked and recorded
                 engine.readings()
                 run_steps(engine, batch, plan, 3)
                 assert engine.readings() == [(0, 3 * plan.num_steps)] * (dp * tp), f"{layout}, {rows} rows"
@@ -130,12 +131,83 @@ def test_tapes_of_many_row_counts_stay_side_by_side(tiny_model, monkeypatch: pyt
             work = StepWork(rows=rows, phase="decode", context=10)
             batch = work.batch_for(engine)
             steps.append((batch, work.plan(engine, "auto", batch)))
-            run_steps(engine, *steps[-1], 2)  # walked, then walked and recorded
+            run_steps(engine, *steps[-1], 1)  # walked and recorded
         engine.readings()
         for _ in range(2):
             for batch, plan in steps:
                 run_steps(engine, batch, plan, 1)
         assert engine.readings() == [(0, 2 * sum(plan.num_steps for _, plan in steps))]
+
+
+def rehearse(engine: Engine) -> int:
+    count = 0
+    while (done := engine.rehearse_ahead()) is not None:
+        done.result()
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
+def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(  # type: ignore[no-untyped-def]
+    tiny_model, dp: int, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are those of an engine that has rehearsed nothing, also when it rehearses between them."""
+    monkeypatch.setattr(ahead, "_MOST_ROWS", 8)
+    config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes")
+    with Engine(resolve(config)) as engine:
+        wanted = [texts(engine, way) for way in WAYS]
+    with Engine(resolve(config)) as engine:
+        engine.instrument(lab.StepsSeen)
+        assert rehearse(engine) == 2 * 8, "1 to 8 rows, drawn or not"
+        assert rehearse(engine) == 0
+        engine.readings()
+        work = StepWork(rows=3 * dp, phase="decode", context=10)
+        batch = work.batch_for(engine)
+        plan = engine.plan_for(batch)
+        run_steps(engine, batch, plan, 1)
+        assert engine.readings() == [(0, plan.num_steps)] * 2
+        for way, want in zip(WAYS, wanted, strict=True):
+            assert texts(engine, way) == want
+            rehearse(engine)
+        engine.instrument(None)
+        assert rehearse(engine) == 2 * 8, "plans are bound anew, so that no tape is left"
+        assert texts(engine, None) == wanted[0]
+
+
+def test_collectives_of_rehearsals_are_nobodys(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(ahead, "_MOST_ROWS", 2)
+    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine:
+        engine.instrument(CollectiveClock)
+        batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
+        plan = engine.plan_for(batch)
+        run_steps(engine, batch, plan, 1)
+        of_one = _calls(engine)
+        assert of_one > 0
+        assert rehearse(engine) == 4, "one of them is on tape already"
+        assert _calls(engine) == 0
+        run_steps(engine, batch, plan, 2)
+        assert _calls(engine) == 2 * of_one
+
+
+def _calls(engine: Engine) -> int:
+    return sum(counted.calls for counts in engine.readings() for counted in counts.values())
+
+
+def test_where_no_step_can_be_on_tape_nothing_is_rehearsed_for_long(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    config = asked(tiny_model("v3"), tp=2, ranks="threads")
+    with Engine(resolve(config)) as engine:
+        assert rehearse(engine) == 1
+
+
+def test_recording_does_not_import_torchs_compiler(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    """Which takes longer than any step, and comes with whatever wraps a mode's method."""
+    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine:
+        engine.instrument(lab.StepsSeen)
+        texts(engine, None)
+        assert all(repeated for _, repeated in engine.readings())
+        engine.instrument(lab.Imported, "imported")
+        for modules in engine.readings("imported"):
+            assert "torch" in modules and "torch._dynamo" not in modules
 
 
 def test_checked_ranks_and_float32_walk_every_step(tiny_model) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import random
 import threading
 import time
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from narrows.engine import ahead, trouble
 from narrows.engine import service as service_module
-from narrows.engine import trouble
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.service import EngineService
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
+from narrows.plan.plan import Plan
+from narrows.sched.batch import Batch
 from narrows.sched.sampling import GREEDY, SamplingParams
 from narrows.sched.serving import Draining, Generation, QueueFull, Unavailable, Update
 
@@ -266,6 +269,50 @@ def test_health_sees_a_step_that_does_not_end(
     assert caller.wait().finish_reason == "error" and "has not ended" in caller.updates[-1].error
     eventually(lambda: service.health().ready)
     assert service.health().num_restarts == 1
+
+
+def test_doctests() -> None:
+    result = doctest.testmod(ahead)
+    assert result.attempted and not result.failed
+
+
+def test_an_idle_service_rehearses_decode_steps_and_goes_on_when_somebody_comes(
+    serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsed: list[int] = []
+    may_go_on = threading.Event()
+
+    def rehearse(worker: Worker, batch: Batch, plan: Plan) -> bool:
+        rehearsed.append(batch.num_rows)
+        assert len(rehearsed) != 5 or may_go_on.wait(10)
+        return True
+
+    monkeypatch.setattr(Worker, "rehearse", rehearse)
+    monkeypatch.setattr(ahead, "_MOST_ROWS", 6)
+    service = serve()
+    eventually(lambda: len(rehearsed) == 5)
+    caller = Caller(service, asked((1, 2, 3)))
+    may_go_on.set()
+    assert caller.wait().finish_reason == "length"
+    eventually(lambda: len(rehearsed) == 12)
+    assert rehearsed == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], "greedy and drawn, each once"
+    assert Caller(service, asked((1, 2, 3))).wait().finish_reason == "length"
+    assert len(rehearsed) == 12
+    assert service.stats().steps == sum(service.stats().plans.values()), "rehearsals are no steps"
+
+
+def test_a_rank_that_fails_in_a_rehearsal_is_a_failure_like_others(
+    serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rehearse(worker: Worker, batch: Batch, plan: Plan) -> bool:
+        if batch.num_rows == 3:
+            raise RuntimeError("no memory")
+        return True
+
+    monkeypatch.setattr(Worker, "rehearse", rehearse)
+    service = serve(restart=False)
+    eventually(lambda: not service.health().ready)
+    assert "no memory" in service.health().detail
 
 
 def test_an_abort_frees_pages_within_one_step(

@@ -12,7 +12,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from narrows.engine.program import Frame, Operation, Registers
+from narrows.engine.program import Frame, Operation, Registers, Repeated
 from narrows.engine.worker import Worker
 from narrows.layout import Encoding, Move, MoveKind
 from narrows.plan.plan import Step
@@ -57,7 +57,7 @@ class CollectiveClock:
         self._counts[kind] = Counted(old.calls + 1, old.nbytes + nbytes, old.seconds + seconds)
 
 
-class _Timed:
+class _Timed(Repeated):
     """A collective with the clock around it; a tape that repeats it tells the clock."""
 
     def __init__(
@@ -83,7 +83,8 @@ class _Timed:
             received(self._move, before, regs[i], encoding)
             for before, i, encoding in zip(held, self._writes, self._encodings, strict=True)
         )
-        self._count(self._kind, self._nbytes, seconds)
+        if not frame.rehearsed:
+            self._count(self._kind, self._nbytes, seconds)
 
     def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
         return partial(self._count, self._kind, self._nbytes)

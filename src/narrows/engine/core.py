@@ -20,6 +20,7 @@ from typing import Any
 
 from narrows.arch.stages import Field
 from narrows.comm.world import World
+from narrows.engine.ahead import Ahead
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import Ranks, start_ranks
@@ -32,7 +33,6 @@ from narrows.ops.int8 import Quantization
 from narrows.plan.book import BookKey, PinnedBook, PlanBook
 from narrows.plan.deploy import book_context
 from narrows.plan.evidence import evidence_line
-from narrows.plan.expected import expected_keys
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
@@ -46,8 +46,6 @@ __all__ = ["Engine", "StepInFlight"]
 
 _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
-_MOST_AHEAD = 128
-"""Buckets whose plans are made before a step asks for them, 20 KB each in every process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +97,9 @@ class Engine:
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
         self._tracer: Tracer | None = None
+        self._rehearsed: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
-        self._to_plan = self._expected()
+        self._ahead = Ahead(resolved.limits, one_plan=resolved.plan is not None)
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -129,20 +128,23 @@ class Engine:
 
     def plan_ahead(self) -> Plan | None:
         """Make one more plan that no step has asked for yet; None: enough of them are made."""
-        found = next(self._to_plan, None)
+        found = self._ahead.bucket()
         if found is None:
             return None
         key, needs_logits = found
         return (self._logits_book if needs_logits else self.book).plan_of(key)
 
-    def _expected(self) -> Iterator[tuple[BookKey, bool]]:
-        limits = self.resolved.limits
-        if self.resolved.plan is None:
-            most = min(limits.requests_per_group * limits.num_groups, limits.rows_per_step)
-            keys = expected_keys(limits.num_groups, most_decoding=most, rows_per_step=limits.rows_per_step)
-            for key in itertools.islice(keys, _MOST_AHEAD):
-                yield key, False
-                yield key, True  # somebody draws, or asks for log-probabilities
+    def rehearse_ahead(self) -> Future[list[Any]] | None:
+        """Have the ranks run one more decode step of nobody's rows, so that the first real one like it finds its tape.
+
+        For when no step is in flight, once the one before is done. None: there are no more, or not while a trace is
+        made, or there is no use in it on these ranks.
+        """
+        if self._rehearsed is not None and not self._rehearsed.result()[0]:
+            self._ahead.end_decodes()
+        batch = None if self._tracer is not None else self._ahead.decode()
+        self._rehearsed = None if batch is None else self.ranks.submit_first("rehearse", batch, self.plan_for(batch))
+        return self._rehearsed
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Have the ranks bind plans, without waiting, so that the first step of a bucket finds its plan there."""
@@ -352,6 +354,7 @@ class Engine:
         makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
         """
         self.ranks.submit("instrument", make, name).result()
+        self._ahead.begin_again()
 
     def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
         """Call something with every step that is handed out from now on, or nothing any more."""
@@ -372,6 +375,7 @@ class Engine:
     def end_trace(self, tracer: Tracer) -> Future[list[Any]]:
         """Record nothing more; what the ranks have recorded, for :meth:`Tracer.run`."""
         self._tracer = None
+        self._ahead.begin_again()
         return tracer.end()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from narrows.comm.device import finished
-from narrows.engine.program import Frame, Operation, Registers
+from narrows.engine.program import Frame, Operation, Registers, Repeated
 from narrows.engine.step_times import share_of_plan
 from narrows.engine.worker import Worker
 from narrows.plan.plan import Plan, Step
@@ -117,7 +117,7 @@ class StepClock:
         return self._counts
 
 
-class _Timed:
+class _Timed(Repeated):
     """A bound step with the clock around it; a tape that repeats it tells the clock."""
 
     def __init__(

@@ -10,9 +10,10 @@ where it enters in float32, and rows selected in between are selected of it too.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +35,15 @@ Wrap = Callable[[int | None, Step, tuple[int, ...], tuple[int, ...], Operation],
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
 
 
-@runtime_checkable
-class Repeated(Protocol):
+class Repeated(ABC):
     """An operation with something around it that need not be there each time: it is told how long a tape took."""
 
+    @abstractmethod
     def __call__(self, registers: Registers, frame: Frame) -> None: ...
 
+    @abstractmethod
     def repeated(self, registers: Registers, frame: Frame) -> Callable[[float], None]:
         """Right after a call that was recorded: what takes the seconds of every repetition of it."""
-        ...
 
 
 _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
@@ -65,6 +66,8 @@ class Frame:
     """Rows that this rank leaves in each layout and row set that a stage writes into a send buffer."""
     phase: str = "prefill"
     """For profiles only: no operation depends on it."""
+    rehearsed: bool = False
+    """The rows are nobody's (:meth:`Worker.rehearse`): what counts steps leaves this one out."""
 
 
 class Program:
@@ -82,7 +85,13 @@ class Program:
         self.outputs = dict(binder.registers)
 
     def frame(
-        self, inputs: StepInputs, rows: RowSplit, logits: RowSplit, logit_rows: Sequence[int], phase: str
+        self,
+        inputs: StepInputs,
+        rows: RowSplit,
+        logits: RowSplit,
+        logit_rows: Sequence[int],
+        phase: str,
+        rehearsed: bool = False,
     ) -> Frame:
         """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected."""
         splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
@@ -101,6 +110,7 @@ class Program:
             selections=tuple(selections),
             out_rows=tuple(splits[row_set].num_rows(layout, self._rank) for layout, row_set in self._outs),
             phase=phase,
+            rehearsed=rehearsed,
         )
 
     def run(self, frame: Frame, ids: Tensor) -> Registers:

@@ -98,6 +98,7 @@ class EngineService:
         self._evidence = ""
         self._before: SchedulerStats | None = None  # of engines that have failed
         self._reading: Future[list[Any]] | None = None
+        self._rehearsal: Future[list[Any]] | None = None
         self._has_clocks, self._num_unread = False, 0
         self._ends_of: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         self._read_at = self._restarted_at = -math.inf
@@ -381,10 +382,15 @@ class EngineService:
     def _wait(self, engine: Engine) -> None:
         """Until something has come or is done; raises what has ended the ranks meanwhile, be they idle.
 
-        Where nothing runs, plans are made that steps may ask for, one at a time: each takes a few milliseconds.
+        Where nothing runs, what steps may ask for is made, a piece at a time, and whoever comes waits for one of them:
+        first plans, a few milliseconds each, then rehearsals, each as long as a step.
         """
         while not (self._awake or engine.in_flight) and (plan := engine.plan_ahead()) is not None:
             engine.prepare((plan,))
+        if not (self._awake or engine.in_flight) and (self._rehearsal is None or self._rehearsal.done()):
+            self._rehearsal = engine.rehearse_ahead()
+            if self._rehearsal is not None:
+                self._rehearsal.add_done_callback(self._wake)
         with self._changed:
             if not self._awake:
                 self._changed.wait(_TICK_S)
@@ -406,7 +412,7 @@ class EngineService:
         if self._has_clocks:
             engine.instrument(CollectiveClock)
         engine.prepare(engine.plans())
-        self._reading, self._num_unread = None, 0
+        self._reading, self._rehearsal, self._num_unread = None, None, 0
         self._ends_of.clear()
         self._times.forget_ranks()
         with self._changed:

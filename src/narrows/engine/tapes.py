@@ -1,7 +1,7 @@
 """Decode steps walked once and recorded, then repeated by one compiled call: the CPU's counterpart of a CUDA graph.
 
 Knows bound programs, the memory of a step's inputs, and torch's operations as far as to see that there are none; not
-what the compiled calls compute. A walk is recorded when a program meets the same row counts for the second time. What
+what the compiled calls compute. A walk is recorded when a program meets row counts for the first time. What
 changes from step to step (ids, positions, slots, lengths, angles) lies in memory that stays; what walks allocate lies
 in one `scratch.py` of all tapes. If an operation computes with torch, the tape ends before it, and the walk goes on
 from there.
@@ -37,7 +37,8 @@ _MOST_TAPES = 512
 """What is around their calls (arguments, registers, angles) takes some memory too."""
 _LEAST_ROWS = 16
 """Rows that the first memory for contexts has room for."""
-_MOST_COUNTED = 1 << 12
+_MOST_UNFIT = 1 << 12
+"""Kinds of steps that are known to be walked, never recorded."""
 
 _aten = torch.ops.aten
 _FRESH = (
@@ -64,6 +65,12 @@ class _Watcher(TorchDispatchMode):  # type: ignore[misc]
         self.computed, self.fits = False, True
         self._scratch = scratch
         scratch.begin()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's own hook: what it would wrap around the next method imports its compiler, for more than a second in
+        the middle of a step."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -134,8 +141,9 @@ class _Walk:
 
     def repeat(self, world: World) -> Registers:
         world.repeat(self.recording)
-        for first, stop, tell in self._told:
-            tell(self._tape.seconds(first, stop))
+        if not self.frame.rehearsed:
+            for first, stop, tell in self._told:
+                tell(self._tape.seconds(first, stop))
         registers = list(self._registers)
         for operation in self.program.operations[self._stop :]:
             operation(registers, self.frame)
@@ -143,7 +151,10 @@ class _Walk:
 
 
 class Tapes:
-    """The recorded walks of one rank. Ranks need not agree: to repeat a walk is to make the same exchanges."""
+    """The recorded walks of one rank. Ranks need not agree: to repeat a walk is to make the same exchanges.
+
+    ``possible``: whether any step can be on tape here, as far as is known.
+    """
 
     def __init__(self, world: World, model: Decoder, page_size: int, logit_split: Split) -> None:
         self._world, self._model, self._page_size = world, model, page_size
@@ -151,16 +162,16 @@ class Tapes:
         self._scratch = Scratch(_SCRATCH_BYTES)
         self._rows: DecodeRows | None = None
         self._walks: dict[Key, _Walk] = {}
-        self._met: dict[Key, int] = {}
+        self._unfit: set[Key] = set()
         place = model.place
-        self._possible = library() is not None and place.device.type == "cpu" and place.dtype == torch.bfloat16
+        self.possible = library() is not None and place.device.type == "cpu" and place.dtype == torch.bfloat16
 
     def forget(self) -> None:
         """Drop all: their programs are bound anew."""
         for walk in self._walks.values():
             walk.recording.close()
         self._walks.clear()
-        self._met.clear()
+        self._unfit.clear()
 
     def run(
         self,
@@ -170,50 +181,48 @@ class Tapes:
         tokens_of: Callable[[Batch], list[int]],
         spans: Sequence[Span],
         begin: Begin,
+        *,
+        rehearsed: bool = False,
     ) -> tuple[Registers, RowSampler | None] | None:
         """The registers after a walk of a decode step, and its sampler; None if it is to be walked without a tape.
 
-        ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them.
+        ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them. ``rehearsed``: as of a frame.
         """
-        if not self._possible or not program.repeatable or batch.phase != "decode":
+        if not self.possible or not program.repeatable or batch.phase != "decode":
             return None
         key = program, rows, batch.logit_rows(), batch.needs_logits
         walk = self._walks.pop(key, None)
         if walk is None:
-            return self._record(key, batch.phase, tokens_of(batch), spans, begin) if self._is_due(key) else None
+            return None if key in self._unfit else self._record(key, tokens_of(batch), spans, begin, rehearsed)
         self._walks[key] = walk  # it is the newest now
         sampler = walk.inputs.set(tokens_of(batch), spans, begin)
-        walk.frame.inputs = walk.inputs.step
+        walk.frame.inputs, walk.frame.rehearsed = walk.inputs.step, rehearsed
         return walk.repeat(self._world), sampler
 
-    def _is_due(self, key: Key) -> bool:
-        """Whether a step like this has come before, once."""
-        if len(self._met) >= _MOST_COUNTED:
-            self._met.clear()
-        self._met[key] = self._met.get(key, 0) + 1
-        return self._met[key] == 2
-
     def _record(
-        self, key: Key, phase: str, tokens: Sequence[int], spans: Sequence[Span], begin: Begin
+        self, key: Key, tokens: Sequence[int], spans: Sequence[Span], begin: Begin, rehearsed: bool
     ) -> tuple[Registers, RowSampler | None] | None:
         program, rows, logit_rows, _ = key
         inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)))
         sampler = inputs.set(tokens, spans, begin)
-        frame = program.frame(inputs.step, rows, self._logit_split(rows, logit_rows), logit_rows, phase)
+        split = self._logit_split(rows, logit_rows)
+        frame = program.frame(inputs.step, rows, split, logit_rows, "decode", rehearsed)
         walk = _Walk(program, frame, inputs)
         registers = walk.record(self._world, self._scratch)
         if registers is None:
-            self._possible = False  # and the sampler has been begun: the walk is made here all the same
+            self.possible = False  # and the sampler has been begun: the walk is made here all the same
             return program.run(frame, inputs.ids_T.unsqueeze(-1)), sampler
         if walk.fits and walk.is_worth_it:
             self._keep(key, walk)
         else:
             walk.recording.close()
+            if len(self._unfit) >= _MOST_UNFIT:
+                self._unfit.clear()
+            self._unfit.add(key)
         return registers, sampler
 
     def _keep(self, key: Key, walk: _Walk) -> None:
         self._walks[key] = walk
-        del self._met[key]
         held = sum(walk.recording.nbytes for walk in self._walks.values())
         while held > _MOST_BYTES or len(self._walks) > _MOST_TAPES:
             oldest = self._walks.pop(next(iter(self._walks)))

@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 
 from narrows.comm.device import finished
-from narrows.engine.program import Frame, Operation, Registers
+from narrows.engine.program import Frame, Operation, Registers, Repeated
 from narrows.engine.worker import Worker
 from narrows.plan.plan import Step
 
@@ -40,7 +40,7 @@ class WalkTimes:
         self._seconds.append(seconds)
 
 
-class _Timed:
+class _Timed(Repeated):
     """A bound step with the clock around it; a tape that repeats it tells the clock."""
 
     def __init__(self, operation: Operation, count: Callable[[float], None], device: torch.device) -> None:

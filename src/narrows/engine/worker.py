@@ -20,7 +20,7 @@ from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.program import Frame, Operation, Program, Registers, Repeated, Wrap, bind
 from narrows.engine.sampler import RowSampler, Sampler
-from narrows.engine.tapes import Begin, Span, Tapes
+from narrows.engine.tapes import Span, Tapes
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
@@ -65,7 +65,7 @@ def logit_split(rows: RowSplit, logit_rows: tuple[int, ...]) -> RowSplit:
     return RowSplit(rows.mesh, tuple(counts))
 
 
-class _Told:
+class _Told(Repeated):
     """Several instruments around one operation, all of which a tape that repeats it tells."""
 
     def __init__(self, layers: Sequence[Repeated]) -> None:
@@ -134,22 +134,40 @@ class Worker:
         reads the result.
         """
         program = self._program(plan)
-        rows = RowSplit.from_groups(self.place.mesh, batch.group_rows)
-        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
-        spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
-        begin = partial(self._sampler.begin, batch)
-        taped = None if keep_logits else self._tapes.run(program, batch, rows, self._tokens, spans, begin)
-        registers, sampler = taped or self._walk(program, batch, rows, spans, begin)
+        registers, sampler = (None if keep_logits else self._taped(program, batch)) or self._walk(program, batch)
         self._samples = registers[program.outputs["next_ids"]].flatten()
         return self._read(registers[program.outputs["logits"]] if keep_logits else None, sampler)
 
-    def _walk(
-        self, program: Program, batch: Batch, rows: RowSplit, spans: list[Span], begin: Begin
-    ) -> tuple[Registers, RowSampler | None]:
-        """The registers after a walk of ``program``, operation by operation."""
+    def rehearse(self, batch: Batch, plan: Plan) -> bool:
+        """Run a decode step whose rows are nobody's and lie in the null page, so that the first real one like it finds
+        its tape. Nothing is kept of what it computes.
+
+        Returns:
+            whether there is any use in it here: False where no step can be on tape.
+        """
+        self._taped(self._program(plan), batch, rehearsed=True)
+        return self._tapes.possible
+
+    def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
+        """How the batch's rows are dealt to ranks, and (start, rows, pages) of every chunk of this rank's group."""
+        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
+        spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
+        return RowSplit.from_groups(self.place.mesh, batch.group_rows), spans
+
+    def _taped(
+        self, program: Program, batch: Batch, *, rehearsed: bool = False
+    ) -> tuple[Registers, RowSampler | None] | None:
+        """As :meth:`_walk`, by or for a tape; None if there can be none."""
+        rows, spans = self._rows_of(batch)
+        begin = partial(self._sampler.begin, batch)
+        return self._tapes.run(program, batch, rows, self._tokens, spans, begin, rehearsed=rehearsed)
+
+    def _walk(self, program: Program, batch: Batch) -> tuple[Registers, RowSampler | None]:
+        """The registers after a walk of ``program``, operation by operation, and what has sampled."""
+        rows, spans = self._rows_of(batch)
         logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
-        sampler = begin(ids_T)
+        sampler = self._sampler.begin(batch, ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler)
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
         return program.run(frame, ids_T.unsqueeze(-1)), sampler  # a column: ids move as every field does

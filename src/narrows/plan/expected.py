@@ -1,4 +1,4 @@
-"""Which buckets of a plan book steps will ask for, most likely ones first: plans can be made before they are needed.
+"""Which steps a server will run, most likely ones first: what they need can be made ready before they come.
 
 Knows limits in numbers; no plan and no price.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from narrows.layout import deal
 from narrows.plan.book import BookKey, bucket
 
-__all__ = ["expected_keys"]
+__all__ = ["expected_decodes", "expected_keys"]
 
 
 def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
@@ -28,6 +28,16 @@ def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) ->
         if key not in seen:
             seen.add(key)
             yield key
+
+
+def expected_decodes(num_groups: int, *, most: int) -> Iterator[tuple[int, ...]]:
+    """The rows of each group in every decode step of 1 to ``most`` rows that are dealt evenly.
+
+    >>> list(expected_decodes(2, most=3))
+    [(1, 0), (1, 1), (2, 1)]
+    """
+    for rows in range(1, most + 1):
+        yield deal(rows, num_groups)
 
 
 def _every(num_groups: int, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
