@@ -12,7 +12,7 @@ import steps_lab as lab
 
 from narrows.arch.forms import Forms
 from narrows.bench.step_work import StepWork, run_steps
-from narrows.engine import ahead, tapes
+from narrows.engine import tapes
 from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
@@ -148,12 +148,9 @@ def rehearse(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
-def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(  # type: ignore[no-untyped-def]
-    tiny_model, dp: int, tp: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
     """Texts are those of an engine that has rehearsed nothing, also when it rehearses between them."""
-    monkeypatch.setattr(ahead, "_MOST_ROWS", 8)
-    config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes")
+    config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", rehearse_rows=8)
     with Engine(resolve(config)) as engine:
         wanted = [texts(engine, way) for way in WAYS]
     with Engine(resolve(config)) as engine:
@@ -174,9 +171,8 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(  # type: ignore
         assert texts(engine, None) == wanted[0]
 
 
-def test_collectives_of_rehearsals_are_nobodys(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(ahead, "_MOST_ROWS", 2)
-    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine:
+def test_collectives_of_rehearsals_are_nobodys(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", rehearse_rows=2))) as engine:
         engine.instrument(CollectiveClock)
         batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
         plan = engine.plan_for(batch)

@@ -288,8 +288,7 @@ def test_an_idle_service_rehearses_decode_steps_and_goes_on_when_somebody_comes(
         return True
 
     monkeypatch.setattr(Worker, "rehearse", rehearse)
-    monkeypatch.setattr(ahead, "_MOST_ROWS", 6)
-    service = serve()
+    service = serve(rehearse_rows=6)
     eventually(lambda: len(rehearsed) == 5)
     caller = Caller(service, asked((1, 2, 3)))
     may_go_on.set()

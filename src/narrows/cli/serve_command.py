@@ -82,6 +82,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="for running texts at the end (default %(default)g)",
     )
+    life.add_argument(
+        "--rehearse-rows",
+        type=int,
+        default=_DEFAULT["rehearse_rows"],
+        metavar="N",
+        help="run decode steps of 1 to N rows while nothing else runs, so that later ones are fast from the first "
+        "(default %(default)s; 0: none)",
+    )
     add_trace_flags(parser, "what POST /start_profile and /stop_profile ask for")
     watch = parser.add_argument_group("predicted and measured")
     watch.add_argument(
@@ -98,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     """Run ``narrows serve``; the ready line goes to standard output, everything else to standard error."""
     options = _options(args)
     _say_to_stderr()
-    engine = engine_options(args, layout=args.layout, **limit_options(args)) | {"ranks": args.ranks or _RANKS}
+    life = {"ranks": args.ranks or _RANKS, "rehearse_rows": args.rehearse_rows}
+    engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch
     asked = EngineConfig(model=args.model, **engine)

@@ -19,8 +19,6 @@ __all__ = ["Ahead", "rehearsal"]
 
 _MOST_PLANS = 128
 """Buckets whose plans are made before a step asks for them, 20 KB each in every process."""
-_MOST_ROWS = 64
-"""Rows of the largest decode step that is rehearsed: with more, a tape saves little of a step."""
 _GREEDY, _DRAWN = (False,), (False, True)
 
 
@@ -28,11 +26,12 @@ class Ahead:
     """The buckets and the decode steps that come next, each once, likely ones first.
 
     Args:
+        rehearse_rows: rows of the largest decode step to rehearse.
         one_plan: one plan runs at every step, so none is to be made; it is rehearsed for greedy rows.
     """
 
-    def __init__(self, limits: Limits, *, one_plan: bool) -> None:
-        self._limits, self._one_plan = limits, one_plan
+    def __init__(self, limits: Limits, rehearse_rows: int, *, one_plan: bool) -> None:
+        self._limits, self._rehearse_rows, self._one_plan = limits, rehearse_rows, one_plan
         self._most = min(limits.requests_per_group * limits.num_groups, limits.rows_per_step)
         self._buckets = self._expected_buckets()
         self.begin_again()
@@ -64,7 +63,7 @@ class Ahead:
 
     def _expected_decodes(self) -> Iterator[Batch]:
         limits = self._limits
-        for group_rows in expected_decodes(limits.num_groups, most=min(self._most, _MOST_ROWS)):
+        for group_rows in expected_decodes(limits.num_groups, most=min(self._most, self._rehearse_rows)):
             for drawn in _GREEDY if self._one_plan else _DRAWN:
                 yield rehearsal(group_rows, limits.page_size, drawn=drawn)
 

@@ -77,6 +77,9 @@ class EngineConfig:
     max_context: int | None = None
     kv_tokens: int | None = None
     page_size: int = PAGE_SIZE
+    rehearse_rows: int = 64
+    """Rows of the largest decode step that a service rehearses when nothing runs (`ahead.py`); with more, a tape saves
+    little of a step. 0: none."""
     seed: int = 0
     ranks: str = "threads"
     threads: int | None = 1
@@ -159,13 +162,14 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
             f"load format {asked.load_format!r}, but {asked.model} is {'' if is_file else 'not '}a .gguf file; "
             "leave --load-format out, and the path decides"
         )
-    for name, size in (
-        ("--max-rows", asked.rows_per_step),
-        ("page size", asked.page_size),
-        ("--threads", threads),
+    for name, size, least in (
+        ("--max-rows", asked.rows_per_step, 1),
+        ("page size", asked.page_size, 1),
+        ("--threads", threads, 1),
+        ("--rehearse-rows", asked.rehearse_rows, 0),
     ):
-        if size < 1:
-            raise ConfigError(f"{name} is {size}; it must be at least 1")
+        if size < least:
+            raise ConfigError(f"{name} is {size}; it must be at least {least}")
     mesh = Mesh.of(dp=asked.dp, tp=tp)
     _check_ranks(asked, mesh)
     notes = list(config.notes)

@@ -99,7 +99,8 @@ class Engine:
         self._tracer: Tracer | None = None
         self._rehearsed: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
-        self._ahead = Ahead(resolved.limits, one_plan=resolved.plan is not None)
+        one_plan = resolved.plan is not None
+        self._ahead = Ahead(resolved.limits, resolved.asked.rehearse_rows, one_plan=one_plan)
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
