@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,32 +254,62 @@ def test_a_hand_written_profile_needs_little(tmp_path: Path) -> None:
     assert device.measured is not None and device.measured.collective("all_reduce", 8, "inner", 1024).seconds == 1e-5  # type: ignore[union-attr]
 
 
+A_GEMM = {"kind": "gemm", "n": 960, "k": 1024}
+A_REDUCE = {"op": "all_reduce", "ranks": 2, "points": [[1, 1], [2, 2]]}
+
+
+def a_stage(**change: Any) -> dict[str, Any]:
+    return {"stage": "qkv_a_proj", "dtype": "bf16", "work": [A_GEMM], "points": [[1, 10]]} | change
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"narrows_profile": 99}, "a profile of version 99, and this narrows reads version 1"),
         ({"narrows_profile": None, "x": 1}, "version None"),
-        ({"device": {"like": "h1000"}}, "device.like is 'h1000'; known devices: h20"),
-        ({"device": {"tflops": 1}}, "device has no field 'tflops'; fields: attention_efficiency"),
-        ({"device": {"tflops_bf16": "fast"}}, "device.tflops_bf16 is 'fast', which is no number"),
-        ({"fits": {"moon": "full"}}, "fits has no field 'moon'"),
-        ({"stages": [{"stage": "sorcery", "points": []}]}, "a stage is 'sorcery'"),
-        ({"stages": [{"stage": "norm", "dtype": "bf16", "work": [], "points": []}]}, "stage norm has no points"),
+        ({"narrows_profile": "1"}, "version '1'"),
+        ({"colectives": []}, "colectives: there is no such field"),
+        ({"device": {"like": "h1000"}}, "device.like: input should be 'h20', 'h20-3e'"),
+        ({"device": "h20"}, "device: input should be an object, not 'h20'"),
+        ({"device": {"tflops": 1}}, "device.tflops: there is no such field"),
+        ({"device": {"tflops_bf16": "fast"}}, "device.tflops_bf16: input should be a valid number, not 'fast'"),
+        ({"device": {"tflops_bf16": None}}, "device.tflops_bf16: input should be a valid number, not None"),
+        ({"device": {"tflops_bf16": 0}}, "device.tflops_bf16: input should be greater than 0, not 0"),
+        ({"device": {"hbm_bytes_per_s": math.nan}}, "device.hbm_bytes_per_s: input should be a finite number, not nan"),
+        ({"device": {"launch_s": -1}}, "device.launch_s: input should be greater than or equal to 0, not -1"),
+        ({"device": {"gemm_efficiency": 5}}, "device.gemm_efficiency: input should be less than or equal to 1"),
+        ({"device": {"memory_bytes": True}}, "device.memory_bytes: input should be a valid number, not True"),
+        ({"device": {"num_links": 0}}, "device.num_links: input should be greater than or equal to 1"),
+        ({"fits": {"moon": "full"}}, "fits.moon: there is no such field"),
+        ({"fits": {"ranks": "2"}}, "fits.ranks: input should be a valid integer, not '2'"),
+        ({"stages": [{"stage": "sorcery", "points": []}]}, "stages.0.stage: input should be 'embed', 'qkv_a_proj'"),
+        ({"stages": [7]}, "stages.0: input should be an object, not 7"),
+        ({"stages": [a_stage(points=[])]}, "stages.0.points: list should have at least 1 item"),
+        ({"stages": [a_stage(points=[[0, 1]])]}, "stages.0.points: the point [0.0, 1.0] has a size or a time of 0"),
+        ({"stages": [a_stage(points=[[1, math.inf]])]}, "stages.0.points.0.1: input should be a finite number"),
+        ({"stages": [a_stage(points=[[1, 2], [1, 3]])]}, "stages.0.points: there are two points at 1"),
+        ({"stages": [a_stage(work=[])]}, "stages.0.work: list should have at least 1 item"),
+        ({"stages": [a_stage(work=["..."])]}, "stages.0.work.0: input should be an object, not '...'"),
+        ({"stages": [a_stage(work=[{"kind": "magic"}])]}, "stages.0.work.0: input tag 'magic' found using 'kind'"),
+        ({"stages": [a_stage(work=[A_GEMM | {"n": "960"}])]}, "stages.0.work.0.n: input should be a valid integer"),
+        ({"stages": [a_stage(work=[A_GEMM | {"k": -1}])]}, "stages.0.work.0.k: input should be greater than or equal"),
         (
-            {"stages": [{"stage": "norm", "dtype": "bf16", "work": [], "points": [[0, 1]]}]},
-            "a point of stage norm is [0, 1]; it is [rows > 0",
+            {"stages": [a_stage(work=[A_GEMM | {"precision": "high"}])]},
+            "stages.0.work.0.precision: input should be 'weights', 'activations' or 'float32_sums', not 'high'",
         ),
-        (
-            {"stages": [{"stage": "norm", "dtype": "bf16", "work": [{"kind": "magic"}], "points": [[1, 1]]}]},
-            "work of kind 'magic'; kinds: gemm",
-        ),
-        ({"collectives": [{"op": "gossip", "ranks": 2, "points": []}]}, "a collective is 'gossip'"),
-        ({"collectives": [{"op": "all_reduce", "ranks": 1, "points": []}]}, "ranks 1 at least 2"),
-        ({"collectives": [{"op": "all_reduce", "ranks": 2, "points": [[1, 1]]}]}, "needs two points or more"),
-        ({"collectives": [{"op": "all_reduce", "ranks": 2}]}, "is not a whole profile: lacks 'points'"),
-        ({"copies": [[1, 1], [1, 2]]}, "copies has two points of one size"),
-        ({"copies": [[1, -1], [2, 2]]}, "a point of copies is [1, -1]"),
-        ({"stages": 7}, "is not a whole profile"),
+        ({"stages": [a_stage(dtype="bfloat16")]}, "stages.0.dtype: input should be 'bf16'"),
+        ({"stages": [a_stage(phase="deocde")]}, "stages.0.phase: input should be 'decode' or 'prefill', not 'deocde'"),
+        ({"stages": [a_stage(), a_stage()]}, "the stage qkv_a_proj has two tables of the same"),
+        ({"collectives": [{"op": "gossip", "ranks": 2, "points": []}]}, "collectives.0.op: input should be 'all_re"),
+        ({"collectives": [{"op": "all_reduce", "ranks": 1, "points": []}]}, "ranks: input should be greater than or"),
+        ({"collectives": [{"op": "all_reduce", "ranks": 2, "points": [[1, 1]]}]}, "list should have at least 2 items"),
+        ({"collectives": [{"op": "all_reduce", "ranks": 2}]}, "collectives.0.points: it is missing"),
+        ({"collectives": [A_REDUCE, A_REDUCE]}, "the collective all_reduce has two tables of the same"),
+        ({"copies": [[1, 1], [1, 2]]}, "copies: there are two points at 1"),
+        ({"copies": [[1, -1], [2, 2]]}, "copies.0.1: input should be greater than or equal to 0, not -1"),
+        ({"copies": [[1, 1]]}, "copies: two points or more are needed"),
+        ({"steps": [{"phase": "dekode", "points": [[1, 1], [2, 2]]}]}, "steps.0.phase: input should be 'decode'"),
+        ({"stages": 7}, "stages: input should be a valid array, not 7"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from narrows.layout import Layout
 
@@ -90,6 +91,9 @@ class Field:
         return self.width * self.itemsize
 
 
+Precision = Literal["weights", "activations", "float32_sums"]
+
+
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """``rows x k`` times ``k x n``.
@@ -100,7 +104,7 @@ class Gemm:
 
     n: int
     k: int
-    precision: str = "weights"
+    precision: Precision = "weights"
 
 
 @dataclass(frozen=True, slots=True)

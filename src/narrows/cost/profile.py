@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
-from narrows.cost.collectives import COLLECTIVES
 from narrows.cost.devices import DEVICES, Device, device
 from narrows.cost.here import Setting, here
-from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.cost.measured import CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.cost.profile_format import MEASURED_OPS, VERSION, WORKS, ProfileDocument, StageTable, parse
 from narrows.errors import ConfigError
 
 __all__ = [
@@ -32,22 +31,9 @@ __all__ = [
     "write_profile",
 ]
 
-VERSION = 1
-MEASURED_OPS = (*COLLECTIVES, "column_gather", REDUCE_NORM)
 _FOLDER_VARIABLE = "NARROWS_PROFILES"
-_WORKS: Mapping[str, type[Work]] = {
-    "gemm": Gemm,
-    "grouped_gemm": GroupedGemm,
-    "norm": Norm,
-    "stream": Stream,
-    "attention": AttentionCore,
-}
-_NAMES = {kind: name for name, kind in _WORKS.items()}
-_DEVICE_FIELDS = frozenset(
-    each.name
-    for each in fields(Device)
-    if each.name not in ("name", "title", "sources", "notes", "collectives", "gemm", "measured")
-)
+_PEAKS = ("tflops_bf16", "tflops_fp32", "tflops_int8", "tflops_fp8")
+_NAMES = {kind: name for name, kind in WORKS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +123,7 @@ def write_profile(path: Path, profile: Profile) -> None:
         "title": profile.device.title,
         "fits": profile.fits.document(),
         "made": dict(profile.made),
-        "device": {"like": profile.like, **profile.figures},
+        "device": {"like": profile.like, **_shorter(profile.figures)},
         "stages": [_stage_document(each) for each in measured.stages],
         "collectives": [
             {
@@ -172,7 +158,8 @@ def read_profile(path: Path) -> Profile:
         ConfigError: it cannot be read, or is no profile that this narrows understands; the text says what is wrong.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; make a profile with: narrows calibrate") from None
     except ValueError as error:
@@ -181,60 +168,55 @@ def read_profile(path: Path) -> Profile:
         raise ConfigError(f"{path} is not a profile; make one with: narrows calibrate (format: docs/profiles.md)")
     if document["narrows_profile"] != VERSION:
         raise ConfigError(
-            f"{path} is a profile of version {document['narrows_profile']}, and this narrows reads version {VERSION}; "
-            "make it anew with: narrows calibrate"
+            f"{path} is a profile of version {document['narrows_profile']!r}, and this narrows reads version "
+            f"{VERSION}; make it anew with: narrows calibrate"
         )
     try:
-        return _profile(document, path.stem)
+        return _profile(parse(text), path.stem)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"{path} is not a whole profile: {what} (format: docs/profiles.md)") from None
+        raise ConfigError(f"{path}: {error} (format: docs/profiles.md)") from None
 
 
-def _profile(document: Mapping[str, Any], stem: str) -> Profile:
-    given = dict(document.get("device", {}))
-    like = given.pop("like", "cpu-core")
-    if like not in DEVICES:
-        raise ConfigError(f"device.like is {like!r}; known devices: {', '.join(DEVICES)}")
-    if unknown := set(given) - _DEVICE_FIELDS:
-        raise ConfigError(f"device has no field {sorted(unknown)[0]!r}; fields: {', '.join(sorted(_DEVICE_FIELDS))}")
-    for name, value in given.items():
-        if not isinstance(value, int | float) and value is not None:
-            raise ConfigError(f"device.{name} is {value!r}, which is no number")
-    fits = {name: value for name, value in document.get("fits", {}).items()}
-    if unknown := set(fits) - {each.name for each in fields(Setting)}:
-        raise ConfigError(f"fits has no field {sorted(unknown)[0]!r}")
-    made = document.get("made", {})
-    base = DEVICES[like]
+def _profile(document: ProfileDocument, stem: str) -> Profile:
+    like, given = document.device.like, document.device.given()
+    base, date = DEVICES[like], document.made.get("date")
     measured = Measured(
-        stages=tuple(_stage(each) for each in document.get("stages", ())),
-        collectives=tuple(_collective(each) for each in document.get("collectives", ())),
-        copies=_points(document.get("copies", ()), "copies")[0],
-        steps=tuple(
-            StepPoints(phase=each["phase"], points=points, spreads=spreads)
-            for each in document.get("steps", ())
-            for points, spreads in [_points(each["points"], f"steps, {each['phase']}")]
+        stages=tuple(_stage(each) for each in document.stages),
+        collectives=tuple(
+            CollectivePoints(op=c.op, num_ranks=c.ranks, axis=c.axis, phase=c.phase or "", **_points(c.points))
+            for c in document.collectives
         ),
-        num_ranks=int(fits.get("ranks", 0)),
+        copies=_points(document.copies)["points"],
+        steps=tuple(StepPoints(phase=each.phase, **_points(each.points)) for each in document.steps),
+        num_ranks=document.fits.ranks,
     )
-    source = f"this profile ({made.get('date', 'no date')}); what it lacks is priced as {like}"
+    source = f"this profile ({date or 'no date'}); what it lacks is priced as {like}"
     return Profile(
         device=replace(
             base,
-            name=document.get("name") or stem,
-            title=document.get("title") or f"{base.title}, as {stem}",
-            **given,
+            name=document.name or stem,
+            title=document.title or f"{base.title}, as {stem}",
+            **_other_rates(base, given),
             measured=measured,
             sources=tuple((group, source) for group, _ in base.sources),
-            notes=f"profile for {fits or 'any setting'}, made {made.get('date', 'at an unknown date')}",
+            notes=f"profile for {document.fits.document() or 'any setting'}, made {date or 'at an unknown date'}",
         ),
-        fits=Setting(**fits),
-        made=made,
+        fits=document.fits,
+        made=document.made,
         like=like,
         figures=given,
     )
+
+
+def _other_rates(base: Device, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given``, and the peaks that it does not say: those of ``base``, as much faster or slower as the first that it
+    does say."""
+    said = next((name for name in _PEAKS if given.get(name)), None)
+    if said is None:
+        return dict(given)
+    factor = given[said] / getattr(base, said)
+    others = {name: getattr(base, name) for name in _PEAKS if name not in given}
+    return {**{name: peak and peak * factor for name, peak in others.items()}, **given}
 
 
 def _stage_document(stage: StagePoints) -> dict[str, Any]:
@@ -243,69 +225,44 @@ def _stage_document(stage: StagePoints) -> dict[str, Any]:
         "stage": stage.price_class,
         "dtype": stage.dtype,
         **({"phase": stage.phase} if stage.phase else {}),
-        "work": [{"kind": _NAMES[type(item)], **asdict(item)} for item in stage.work],
+        "work": [{"kind": _NAMES[type(item)], **_shorter(asdict(item))} for item in stage.work],
         "points": [
-            [p.rows, round(1e6 * p.seconds, 3), round(p.spread, 3), *([p.attended] if attends else [])]
+            [_short(p.rows), round(1e6 * p.seconds, 3), round(p.spread, 3), *([p.attended] if attends else [])]
             for p in stage.points
         ],
     }
 
 
-def _stage(given: Mapping[str, Any]) -> StagePoints:
-    name = str(given["stage"])
-    if name not in list(PriceClass):
-        raise ConfigError(f"a stage is {name!r}; stages: {', '.join(PriceClass)}")
+def _stage(table: StageTable) -> StagePoints:
     points = []
-    for row in given["points"]:
-        rows, us, spread, attended = (*row, *(0.0, 0.0)[len(row) - 2 :]) if len(row) in (2, 3, 4) else (0, 0, 0, 0)
-        if not (isinstance(rows, int | float) and rows > 0 and us > 0 and attended >= 0):
-            raise ConfigError(f"a point of stage {name} is {row}; it is [rows > 0, us > 0, spread, attended tokens]")
+    for row in table.points:
+        rows, us, spread, attended = (*row, *(0.0, 0.0)[len(row) - 2 :])
         points.append(StagePoint(rows=rows, seconds=us / 1e6, spread=spread, attended=attended))
-    if not points:
-        raise ConfigError(f"stage {name} has no points")
+    phase = table.phase or ""
     return StagePoints(
-        price_class=name,
-        work=tuple(_work(item) for item in given["work"]),
-        dtype=str(given["dtype"]),
-        phase=str(given.get("phase", "")),
-        points=tuple(points),
+        price_class=table.stage, work=table.works(), dtype=table.dtype, phase=phase, points=tuple(points)
     )
 
 
-def _work(given: Mapping[str, Any]) -> Work:
-    values = dict(given)
-    kind = values.pop("kind")
-    if kind not in _WORKS:
-        raise ConfigError(f"work of kind {kind!r}; kinds: {', '.join(_WORKS)}")
-    return _WORKS[kind](**values)
-
-
-def _collective(given: Mapping[str, Any]) -> CollectivePoints:
-    op, axis, num_ranks = given["op"], given.get("axis", AXES[0]), given["ranks"]
-    if op not in MEASURED_OPS:
-        raise ConfigError(f"a collective is {op!r}; collectives: {', '.join(MEASURED_OPS)}")
-    if axis not in AXES or not isinstance(num_ranks, int) or num_ranks < 2:
-        raise ConfigError(f"{op}: axis {axis!r} must be one of {', '.join(AXES)}, and ranks {num_ranks!r} at least 2")
-    points, spreads = _points(given["points"], f"{op} of {num_ranks} ranks")
-    if len(points) < 2:
-        raise ConfigError(f"{op} of {num_ranks} ranks needs two points or more")
-    phase = str(given.get("phase", ""))
-    return CollectivePoints(op=op, num_ranks=num_ranks, axis=axis, phase=phase, points=points, spreads=spreads)
-
-
-def _points(given: list[list[float]], of: str) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
-    """[[size, us, spread], ...] as (size, seconds), ascending, and the spreads."""
+def _points(given: Sequence[list[float]]) -> dict[str, Any]:
+    """[[size, us, spread], ...] as points (size, seconds), ascending, and their spreads."""
     rows = sorted(given)
-    for row in rows:
-        if not (len(row) in (2, 3) and row[0] > 0 and row[1] > 0):
-            raise ConfigError(f"a point of {of} is {row}; it is [size > 0, us > 0, spread]")
-    if len({row[0] for row in rows}) != len(rows):
-        raise ConfigError(f"{of} has two points of one size")
-    if len(rows) == 1:
-        raise ConfigError(f"{of} needs two points or more")
-    return tuple((row[0], row[1] / 1e6) for row in rows), tuple(row[2] if len(row) == 3 else 0.0 for row in rows)
+    return {
+        "points": tuple((row[0], row[1] / 1e6) for row in rows),
+        "spreads": tuple(row[2] if len(row) == 3 else 0.0 for row in rows),
+    }
 
 
 def _rows(points: tuple[tuple[float, float], ...], spreads: tuple[float, ...]) -> list[list[float]]:
     known = spreads or (0.0,) * len(points)
-    return [[size, round(1e6 * s, 3), round(spread, 3)] for (size, s), spread in zip(points, known, strict=True)]
+    return [
+        [_short(size), round(1e6 * s, 3), round(spread, 3)] for (size, s), spread in zip(points, known, strict=True)
+    ]
+
+
+def _shorter(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _short(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _short(number: float) -> float:
+    return int(number) if number == int(number) else number

@@ -150,9 +150,9 @@ class Worker:
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
         """How the batch's rows are dealt to ranks, and (start, rows, pages) of every chunk of this rank's group."""
+        rows = RowSplit.from_groups(self.place.mesh, batch.group_rows)
         group = batch.groups[self.place.mesh.group_of(self.place.rank)]
-        spans = [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
-        return RowSplit.from_groups(self.place.mesh, batch.group_rows), spans
+        return rows, [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
 
     def _taped(
         self, program: Program, batch: Batch, *, rehearsed: bool = False
