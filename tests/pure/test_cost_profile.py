@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from narrows.arch.chain import build_chain
 from narrows.arch.presets import load_model_config
 from narrows.arch.stages import Gemm, Norm, PriceClass, RowSet, Stage
-from narrows.cost.devices import DEVICES
+from narrows.cost.devices import DEVICES, Device
 from narrows.cost.here import Setting, here
 from narrows.cost.measured import CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.cost.price import Source
-from narrows.cost.profile import Profile, find_device, read_profile, write_profile
+from narrows.cost.profile import Profile, device_here, find_device, kept_profile, read_profile, write_profile
+from narrows.cost.profile_format import DeviceFigures
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, full, moves_from, owed, scattered
@@ -91,8 +92,19 @@ def test_a_stage_of_other_size_is_scaled_by_the_nearest_and_of_another_kind_is_n
     plain = pricer(Measured(), rows=4096)
     norm = replace(proj, work=(Norm(1024, fused=False),), price_class=PriceClass.NORM)
     assert prices.stage(norm, full(MESH), False, RowSet.ALL) == plain.stage(norm, full(MESH), False, RowSet.ALL)
-    other_dtype = pricer(measured(), rows=4096, dtype="int8").stage(proj, full(MESH), False, RowSet.ALL)
-    assert other_dtype.source is Source.ROOFLINE
+
+
+def test_a_stage_of_another_dtype_is_scaled_by_what_its_products_cost_there() -> None:
+    proj, norm = stage("qkv_a_proj"), stage("input_norm")
+    tables = measured()
+    bf16 = pricer(tables, rows=64).stage(proj, full(MESH), False, RowSet.ALL)
+    int8 = pricer(tables, rows=64, dtype="int8").stage(proj, full(MESH), False, RowSet.ALL)
+    assert bf16.source is Source.MEASURED and int8.source is Source.SCALED
+    assert 0.4 < int8.ps / bf16.ps < 0.7, "half the bytes, and twice the rate"
+    normed = StagePoints(price_class="norm", work=norm.work, dtype="bf16", points=points((64, 3e-5)))
+    tables = Measured(stages=(normed,))
+    (one, other) = (pricer(tables, dtype=dtype).stage(norm, full(MESH), True, RowSet.ALL) for dtype in ("bf16", "int8"))
+    assert one.ps == other.ps == 3 * 10**7, "whose weights are not rounded"
 
 
 def test_attention_is_interpolated_in_rows_and_in_what_rows_attend_to() -> None:
@@ -225,7 +237,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     again = tmp_path / "again.json"
     write_profile(again, read)
     assert again.read_text() == path.read_text()
-    assert find_device(str(path)).measured is not None and find_device("h100") is DEVICES["h100"]
+    assert find_device(str(path))[0].measured is not None and find_device("h100") == (DEVICES["h100"], ())
 
 
 def test_a_profile_fits_what_it_was_made_for() -> None:
@@ -236,6 +248,64 @@ def test_a_profile_fits_what_it_was_made_for() -> None:
         mine.misfit(replace(mine, threads=2, torch="1"))
         == f"threads 1 there, 2 here; torch {mine.torch!r} there, '1' here"
     )
+
+
+def kept(folder: Path, name: str, dtype: str = "bf16", models: tuple[str, ...] = ("dsv3-mini",), **fits: Any) -> None:
+    profile = a_profile(**fits)
+    tables = measured()
+    tables = replace(tables, stages=tuple(replace(each, dtype=dtype) for each in tables.stages))
+    made = {"date": f"2026-11-{len(list(folder.iterdir())) + 1:02}", "models": list(models)}
+    write_profile(folder / name, replace(profile, device=replace(profile.device, measured=tables), made=made))
+
+
+def test_of_the_profiles_that_fit_the_one_of_the_weights_and_of_the_model_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NARROWS_PROFILES", str(tmp_path))
+    setting = here(ranks=2, threads=1, world="shm")
+
+    def taken(dtype: str, model: str = "dsv3-mini") -> tuple[str, str]:
+        file, profile, refused = kept_profile(setting, dtype=dtype, model=model)
+        return file, profile.said(file, dtype) if profile else "; ".join(refused)
+
+    kept(tmp_path, "threads.json", world="threads")
+    file, said = taken("bf16")
+    assert not file and said == "the profile threads.json is not used: world 'threads' there, 'shm' here"
+    kept(tmp_path, "b-int8.json", "int8")
+    file, said = taken("bf16")
+    assert file == "b-int8.json" and said.endswith("it measured int8, by which bf16 is scaled")
+    kept(tmp_path, "a.json")
+    assert taken("bf16") == ("a.json", "prices: the profile a.json, made 2026-11-03")
+    assert taken("int8")[0] == "b-int8.json"
+    kept(tmp_path, "c.json", models=("/some/where/other",))
+    assert taken("bf16")[0] == "a.json", "made with the model, though not the newest"
+    assert taken("bf16", "/else/where/other")[0] == "c.json"
+    assert taken("bf16", "unheard-of")[0] == "c.json", "the newest"
+    assert device_here(2, "int8", "dsv3-mini")[1].startswith("prices: the profile b-int8.json")
+
+
+def test_a_profile_of_another_machine_or_version_says_so_where_it_is_planned_by(tmp_path: Path) -> None:
+    write_profile(tmp_path / "mine.json", a_profile(ranks=8, world="gloo"))
+    file = str(tmp_path / "mine.json")
+    assert find_device(file)[1] == (f"prices: the profile {file}, made 2026-11-27",)
+    write_profile(tmp_path / "mine.json", a_profile(cpu="an abacus", narrows="0.0.7"))
+    (_, other) = find_device(file, "bf16")[1]
+    assert other.startswith(f"the profile {file} is not of this machine: cpu 'an abacus' there") and "0.0.7" in other
+
+
+def test_every_figure_of_a_device_may_be_said() -> None:
+    others = {"name", "title", "sources", "notes", "collectives", "gemm", "measured"}
+    assert set(DeviceFigures.model_fields) - {"like"} == {each.name for each in fields(Device)} - others
+
+
+def test_peaks_that_are_not_said_follow_those_that_are(tmp_path: Path) -> None:
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps({"narrows_profile": 1, "device": {"like": "cpu-core", "tflops_bf16": 0.22}}))
+    device = find_device(str(path))[0]
+    assert device.tflops_int8 == pytest.approx(0.44) and device.tflops_fp32 == pytest.approx(0.03)
+    assert device.tflops_fp8 is None
+    path.write_text(json.dumps({"narrows_profile": 1, "device": {"tflops_bf16": 0.22, "tflops_int8": None}}))
+    assert find_device(str(path))[0].tflops_int8 is None
 
 
 def test_a_hand_written_profile_needs_little(tmp_path: Path) -> None:

@@ -15,15 +15,18 @@ from narrows.engine import service as service_module
 from narrows.engine.collective_clock import CollectiveClock, added
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
-from narrows.engine.profile import Expected, StepClock, profile_rows
+from narrows.engine.profile import BETWEEN, Expected, StepClock, profile_rows
+from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.service import EngineService
 from narrows.engine.service_trace import ServiceTrace
 from narrows.engine.step_times import DriftRule, StepTimes, predicted_collectives
 from narrows.engine.trace_file import TraceFile
+from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.layout import MoveKind
 from narrows.plan.book import BookKey
 from narrows.plan.evidence import Evidence
+from narrows.plan.plan import Step
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.serving import Generation, Update
 
@@ -86,7 +89,10 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     clocked = profile_rows(engine.readings("clock"))
     crossed = sum(sum(walk.received) for step in run.steps for walk in step.walks)
     assert sum(each.nbytes for each in counted.values()) == crossed > 0
-    assert sum(row.calls for row in clocked) == sum(step.plan.num_steps for step in run.steps)
+    num_steps = sum(step.plan.num_steps for step in run.steps)
+    between = [row for row in clocked if row.price_class == BETWEEN]
+    assert sum(row.calls for row in clocked if row not in between) == num_steps
+    assert sum(row.calls for row in between) == num_steps - len(run.steps), "between each two of a walk"
     engine.instrument(None)
     run_all(engine)
     assert profile_rows(engine.readings("clock")), "it is still there"
@@ -116,6 +122,31 @@ def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     assert sum(row.predicted for row in rows) == pytest.approx(total, rel=1e-6)
     slices = [row for row in rows if not row.predicted]
     assert all(row.ratio is None for row in slices) and len(slices) < len(rows)
+
+
+def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(engine: Engine) -> None:
+    pauses = {"embed": (0.2, 0.0), "lm_head": (0.0, 0.02)}  # before and after a step: before the first is between none
+
+    def slow(worker: Worker) -> Wrap:
+        def around(layer: Any, step: Step, reads: Any, writes: Any, operation: Operation) -> Operation:
+            def late(registers: Registers, frame: Frame) -> None:
+                before, after = pauses.get(step.name, (0.0, 0.0))
+                time.sleep(before)
+                operation(registers, frame)
+                time.sleep(after)
+
+            return late
+
+        return around
+
+    engine.instrument(StepClock)
+    engine.instrument(slow, "around it")
+    engine.add((1, 2, 3), 1)
+    for _ in engine.run():
+        pass
+    rows = profile_rows(engine.readings())
+    assert [row.price_class for row in rows].index(BETWEEN) == len(rows) - 1
+    assert 0.02 <= rows[-1].seconds < 0.2
 
 
 def test_a_file_for_engines_one_after_the_other(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
 from narrows.bench.step_work import StepWork, fill_caches
 from narrows.bench.variants import Contestant, Variant, contestants
-from narrows.engine.profile import StepClock, profile_rows
+from narrows.engine.profile import BETWEEN, StepClock, profile_rows
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.plan.evidence import evidence_line
@@ -100,6 +100,7 @@ def _run(one: Contestant, batch: Batch, plan: Plan) -> dict[str, float]:
     seconds = perf_counter() - start
     by_class = dict.fromkeys(map(str, PriceClass), 0.0)
     for row in profile_rows(engine.readings()):
-        by_class[row.price_class] += row.seconds
+        if row.price_class != BETWEEN:
+            by_class[row.price_class] += row.seconds
     walked = sum(by_class.values())
     return published_parts(by_class) | {OUTSIDE: max(seconds - walked, 0.0), TOTAL: seconds}

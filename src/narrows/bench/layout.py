@@ -19,13 +19,13 @@ from narrows.bench.machine import available_memory
 from narrows.bench.rounds import in_turns
 from narrows.bench.statistics import Spread, quantile
 from narrows.bench.step_work import IN_FLIGHT, StepWork, clocked_walks, fill_caches, run_steps, step_title
-from narrows.cost.devices import Device
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import WalkTimes
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
+from narrows.plan.planner import Deployment
 
 __all__ = ["LayoutWork", "layout"]
 
@@ -123,17 +123,19 @@ def layout(
             f"whole step: from a batch handed to the ranks to its tokens, {IN_FLIGHT} steps in flight as in service, "
             "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
             f"predicted for the device {deployment.device.name} in {deployment.dtype}",
-            *_pace(deployment.device, deployment.mesh.size, calibration),
+            *_pace(deployment, calibration),
             "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",
         ),
     )
 
 
-def _pace(device: Device, num_ranks: int, calibration: Mapping[str, Spread]) -> list[str]:
+def _pace(deployment: Deployment, calibration: Mapping[str, Spread]) -> list[str]:
     """How fast the machine was beside how fast it was when it was calibrated, in words; nothing if it was not."""
+    device, num_ranks = deployment.device, deployment.mesh.size
     if device.measured is None:
         return []
-    products = calibration["gemm_flop_per_s"].median / num_ranks / (1e12 * device.tflops_bf16)
+    peak = device.flops_per_s("fp32" if deployment.dtype == "fp32" else "bf16")
+    products = calibration["gemm_flop_per_s"].median / num_ranks / peak
     reads = calibration["read_bytes_per_s"].median / num_ranks / device.hbm_bytes_per_s
     return [
         f"pace: products at {products:.0%} and reads at {reads:.0%} of the profile's rates (medians, before the first "

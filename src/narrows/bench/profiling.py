@@ -324,11 +324,12 @@ def _pages(grid: Grid, page: int) -> int:
     return 1 + max(short, max(grid.long_rows) * num_pages_for(grid.long_context, page))
 
 
-def figures_of(found: Calibration, *, num_ranks: int, memory_bytes: float) -> dict[str, Any]:
-    """Fields of a device from the rates: they price works that no table has."""
+def figures_of(found: Calibration, *, num_ranks: int, memory_bytes: float, dtype: str) -> dict[str, Any]:
+    """Fields of a device from the rates: they price works that no table has. ``dtype``: ``bf16`` or ``fp32``, of the
+    products by which the rate was measured."""
     smallest = min(point.seconds for stage in found.measured.stages for point in stage.points)
     return {
-        "tflops_bf16": round(found.flop_per_s / 1e12, 4),
+        f"tflops_{dtype}": round(found.flop_per_s / 1e12, 4),
         "hbm_bytes_per_s": round(found.read_bytes_per_s),
         "memory_bytes": round(memory_bytes / num_ranks),
         "launch_s": round(smallest, 8),

@@ -147,7 +147,9 @@ def _profile(
     words = [f"{setting.ranks}x{setting.threads}", setting.world]
     words += [args.quantization] if args.quantization != "none" else []
     words += ["fp32"] if args.dtype == "float32" else []
-    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory)
+    words += [Path(model).name for model in models if models != _MODELS]
+    dtype = "fp32" if args.dtype == "float32" else "bf16"
+    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory, dtype=dtype)
     like = (device_of_card(setting.card) or "h100") if setting.card else "cpu-core"
     base = DEVICES[like]
     if setting.card:
@@ -193,5 +195,6 @@ def _print(profile: Profile, found: Calibration, path: Path) -> None:
     for left_out in found.left_out:
         out.print(f"left out, for want of time: {left_out}", markup=False, highlight=False)
     out.print(f"profile: {path}", markup=False, highlight=False, soft_wrap=True)
-    used = f"used by generate, serve and bench on {profile.fits.ranks} such ranks here"
+    flag = {"threads": "--ranks threads", "nccl": "--run-on cuda"}.get(profile.fits.world, "--ranks processes")
+    used = f"used by generate, serve and bench on {profile.fits.ranks} such ranks here ({flag})"
     out.print(f"{used}, and by every command with --device {path}", markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 __all__ = ["console"]
 
-_PIPED_WIDTH = 140
+_PIPED_WIDTH = 200
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:

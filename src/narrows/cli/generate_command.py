@@ -28,7 +28,7 @@ from narrows.cli.arguments import (
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM, Completion, Prompt
-from narrows.engine.profile import Expected, ProfileRow, StepClock, profile_rows
+from narrows.engine.profile import BETWEEN, Expected, ProfileRow, StepClock, profile_rows
 from narrows.engine.ranks import obey_host
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
@@ -183,11 +183,21 @@ def _print_profile(rows: list[ProfileRow], num_ranks: int) -> None:
             console().print(_profile_table(of_phase, phase, num_ranks))
 
 
+def _short(value: float) -> str:
+    """
+    >>> _short(0.01234), _short(12.34), _short(1234.0)
+    ('0.0123', '12.3', '1234')
+    """
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
     """The table of the published work: where the time of one phase went."""
     total = sum(row.seconds for row in rows)
+    between = sum(row.seconds for row in rows if row.price_class == BETWEEN)
     predicted = sum(row.predicted for row in rows)
-    title = f"{phase}: {total * 1e3:.1f} ms in the walk of the plan, mean of {num_ranks} rank(s)"
+    title = f"{phase}: {total * 1e3:.1f} ms in the walk of the plan, {between / total:.1%} of it between steps "
+    title += f"(Python), mean of {num_ranks} rank(s)"
     if predicted:
         title += f"; {predicted * 1e3:.1f} ms were predicted (x {total / predicted:.2f})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -204,10 +214,10 @@ def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
             row.layouts,
             str(row.calls),
             str(row.rows),
-            f"{row.nbytes / 1e6:.1f}",
-            f"{row.seconds * 1e3:.1f}",
+            _short(row.nbytes / 1e6),
+            _short(row.seconds * 1e3),
             f"{100 * row.seconds / total:.1f}",
-            f"{row.predicted * 1e3:.1f}",
+            _short(row.predicted * 1e3) if row.predicted else "",
             f"{row.ratio:.3g}" if row.ratio is not None else "",
         )
     return table

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     mesh = _mesh(args, notes)
     config = load_model_config(args.model)
     layouts = _layouts(args, config, mesh, notes)
-    hardware = find_device(args.device) if args.device != "auto" else _here(mesh, notes)
+    hardware = _hardware(args, mesh, notes)
     dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
     deployment = Deployment(
         config=config,
@@ -104,9 +104,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _here(mesh: Mesh, notes: list[str]) -> Device:
-    """This machine, by this user's profile of as many ranks."""
-    found, note = device_here(mesh.size)
+def _hardware(args: argparse.Namespace, mesh: Mesh, notes: list[str]) -> Device:
+    """What is asked for; if nothing is, this machine, by this user's profile of as many ranks."""
+    if args.device != "auto":
+        found, said = find_device(args.device, args.dtype or "")
+        notes += said
+        return found
+    found, note = device_here(mesh.size, args.dtype or "", args.model)
     notes.append(note)
     return found
 

@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: anything that cannot be, with the numbers; a deployment that does not fit, if it is the only one.
     """
     _check(args)
-    config, hardware = load_model_config(args.model), find_device(args.device)
+    config, (hardware, said) = load_model_config(args.model), find_device(args.device, args.dtype or "")
+    for line in said:
+        print(f"narrows: {line}", file=sys.stderr)
     max_context = longest_context(config, args.max_context)
     asks = workload(args, max_context)
     target = Target(

@@ -122,6 +122,11 @@ class Measured:
         return None if curve is None else curve.at(max(rows, 1))
 
     @cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of the stages that were measured."""
+        return tuple(dict.fromkeys(each.dtype for each in self.stages))
+
+    @cached_property
     def _surfaces(self) -> Mapping[tuple[str, tuple[Work, ...], str], Mapping[str, _Surface]]:
         held: dict[tuple[str, tuple[Work, ...], str], dict[str, tuple[StagePoint, ...]]] = {}
         for each in self.stages:

@@ -47,9 +47,25 @@ class Profile:
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the device that differ from those of ``like``."""
 
-    def said(self, file: str) -> str:
-        """What prices are, in one line, where they are of this profile."""
-        return f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
+    def said(self, file: str, dtype: str = "") -> str:
+        """What prices of weights of ``dtype`` are, in one line, where they are of this profile."""
+        line = f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
+        if self.knows(dtype):
+            return line
+        return f"{line}; it measured {', '.join(self._dtypes)}, by which {dtype} is scaled"
+
+    def knows(self, dtype: str) -> bool:
+        """Whether stages were measured in ``dtype``, or none at all; empty: any will do."""
+        return not (dtype and self._dtypes) or dtype in self._dtypes
+
+    def knows_model(self, model: str) -> bool:
+        """Whether it says that it was made with the model of that name or folder."""
+        models = self.made.get("models")
+        return isinstance(models, list) and Path(model).name in {Path(str(each)).name for each in models}
+
+    @property
+    def _dtypes(self) -> tuple[str, ...]:
+        return self.device.measured.dtypes if self.device.measured is not None else ()
 
 
 def profiles_folder() -> Path:
@@ -59,9 +75,12 @@ def profiles_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "narrows" / "profiles"
 
 
-def kept_profile(setting: Setting, *, whatever: Collection[str] = ()) -> tuple[str, Profile | None, list[str]]:
-    """The profile among this user's that fits ``setting`` and leaves least open, and its file's name; or why those for
-    as many ranks do not fit. ``whatever``: fields of the setting that may differ."""
+def kept_profile(
+    setting: Setting, *, dtype: str, model: str, whatever: Collection[str] = ()
+) -> tuple[str, Profile | None, list[str]]:
+    """The profile among this user's that fits ``setting``, and its file's name; or why those for as many ranks do not
+    fit. Of several, one that measured weights of ``dtype``, then one made with ``model``, then the one that leaves
+    least open, then the newest. ``whatever``: fields of the setting that may differ."""
     fitting, refused = [], []
     for path in sorted(profiles_folder().glob("*.json")):
         try:
@@ -71,29 +90,31 @@ def kept_profile(setting: Setting, *, whatever: Collection[str] = ()) -> tuple[s
             continue
         misfit = profile.fits.misfit(setting, whatever=whatever)
         if not misfit:
-            fitting.append((len(profile.fits.document()), path.name, profile))
-        elif profile.fits.ranks == setting.ranks and ("world" in whatever or profile.fits.world == setting.world):
+            known = profile.knows(dtype), profile.knows_model(model), len(profile.fits.document())
+            fitting.append((*known, str(profile.made.get("date", "")), path.name, profile))
+        elif profile.fits.ranks == setting.ranks:
             refused.append(f"the profile {path.name} is not used: {misfit}")
     if not fitting:
         return "", None, refused
-    _, file, best = max(fitting, key=lambda one: one[:2])
+    *_, file, best = max(fitting, key=lambda one: one[:-1])
     return file, best, []
 
 
-def device_here(num_ranks: int) -> tuple[Device, str]:
+def device_here(num_ranks: int, dtype: str, model: str) -> tuple[Device, str]:
     """The device of this machine's profile for so many ranks, however they exchange; and what it is, in words.
+    ``dtype``: of weights; empty: whatever the profile knows.
 
     Raises:
         ConfigError: there is none.
     """
     setting = here(ranks=num_ranks, threads=1, world="")
-    file, profile, refused = kept_profile(setting, whatever=("threads", "world", "card"))
+    file, profile, refused = kept_profile(setting, dtype=dtype, model=model, whatever=("threads", "world", "card"))
     if profile is None:
         told = (
             "; ".join(refused) or f"there is no profile of this machine for {num_ranks} rank(s) in {profiles_folder()}"
         )
         raise ConfigError(f"{told}; make one with: narrows calibrate --ranks {num_ranks}, or name a --device")
-    return profile.device, profile.said(file)
+    return profile.device, profile.said(file, dtype)
 
 
 def is_profile(name: str) -> bool:
@@ -101,13 +122,19 @@ def is_profile(name: str) -> bool:
     return name.endswith(".json") or os.sep in name
 
 
-def find_device(name: str) -> Device:
-    """The device of the catalogue called ``name``, or that of the profile in the file of that name.
+def find_device(name: str, dtype: str = "") -> tuple[Device, tuple[str, ...]]:
+    """The device of the catalogue called ``name``, or that of the profile in the file of that name; and notes on what
+    its prices are of, since one may plan for another machine, or by what an older version has measured.
 
     Raises:
         ConfigError: there is none, or the file is not a profile.
     """
-    return read_profile(Path(name)).device if is_profile(name) else device(name)
+    if not is_profile(name):
+        return device(name), ()
+    profile = read_profile(Path(name))
+    misfit = profile.fits.misfit(here(ranks=0, threads=0, world=""), whatever=("ranks", "threads", "world", "card"))
+    other = (f"the profile {name} is not of this machine: {misfit}",) if misfit else ()
+    return profile.device, (profile.said(name, dtype), *other)
 
 
 def write_profile(path: Path, profile: Profile) -> None:

@@ -128,36 +128,37 @@ class Pricer:
         """One stage that reads its fields at ``layout``; ``fused``: a norm that adds the residual on the way."""
         rows = self._rows(row_set, layout)
         work = stage.plain_work if stage.plain_work and not fused else stage.work
-        price, nbytes = self._composed(work, rows)
+        price, nbytes = self._composed(work, rows, self.dtype)
         if self.device.measured is not None and rows:
             at_work = self.shape.split(row_set).at_work(layout)
             price = self._measured(self.device.measured, stage.price_class, work, rows, at_work)
         return StepPrice(price.ps, rows, round(nbytes), price.source)
 
-    def _composed(self, work: tuple[Work, ...], rows: int) -> tuple[Price, float]:
+    def _composed(self, work: tuple[Work, ...], rows: int, dtype: str) -> tuple[Price, float]:
         """The price of each item of a stage's work, one after the other, and the bytes that they move."""
         price, nbytes = ZERO, 0.0
         for item in work:
-            item_price, item_bytes = self._work(item, rows)
+            item_price, item_bytes = self._work(item, rows, dtype)
             price, nbytes = price + item_price, nbytes + item_bytes
         return price, nbytes
 
     def _measured(
         self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int, at_work: float
     ) -> Price:
-        """As the stage was measured on this machine; or as its nearest like was, in proportion to their work; or the
-        items of its work one after the other, each as measured where it was."""
+        """As the stage was measured on this machine; or as its nearest like was, of this dtype before others, in
+        proportion to their work; or the items of its work one after the other, each as measured where it was."""
         phase, attended = self.shape.phase, self.shape.attended(rows)
         if (found := measured.stage(price_class, work, self.dtype, at_work, phase, attended)) is not None:
             return found
-        like = measured.nearest(price_class, work, self.dtype)
-        seen = like and measured.stage(price_class, like, self.dtype, at_work, phase, attended)
-        if like and seen:
-            ratio = self._composed(work, rows)[0].seconds / self._composed(like, rows)[0].seconds
-            return Price(seen.seconds * ratio, Source.SCALED)
+        for dtype in (self.dtype, *(other for other in measured.dtypes if other != self.dtype)):
+            like = measured.nearest(price_class, work, dtype)
+            seen = like and measured.stage(price_class, like, dtype, at_work, phase, attended)
+            if like and seen:
+                wanted, known = self._composed(work, rows, self.dtype)[0], self._composed(like, rows, dtype)[0]
+                return Price(seen.seconds * wanted.seconds / known.seconds, Source.SCALED)
         price = ZERO
         for item in work:
-            price += measured.item(item, self.dtype, at_work, phase, attended) or self._work(item, rows)[0]
+            price += measured.item(item, self.dtype, at_work, phase, attended) or self._work(item, rows, self.dtype)[0]
         return price
 
     def step(self) -> StepPrice:
@@ -243,16 +244,16 @@ class Pricer:
         price = price or stream_price(self.device, nbytes)
         return StepPrice(price.ps, rows, rows * row_bytes, price.source)
 
-    def _work(self, item: Work, rows: int) -> tuple[Price, float]:
+    def _work(self, item: Work, rows: int, dtype: str) -> tuple[Price, float]:
         device, size = self.device, self.itemsize
         if isinstance(item, Gemm):
-            dtype = self._gemm_dtype(item.precision)
+            dtype = self._gemm_dtype(item.precision, dtype)
             touched = rows * (item.k + item.n) * size + item.n * item.k * _WEIGHT_BYTES[dtype]
             return gemm_price(device, rows, item.n, item.k, dtype), touched if rows else 0
         if isinstance(item, GroupedGemm):
             pairs = ceil(rows * item.pairs_per_row)
-            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, self.dtype)
-            weights = min(item.experts, pairs) * item.n * item.k * _WEIGHT_BYTES[self.dtype]
+            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, dtype)
+            weights = min(item.experts, pairs) * item.n * item.k * _WEIGHT_BYTES[dtype]
             return price, pairs * (item.n + item.k) * size + weights
         if isinstance(item, Norm):
             moved = rows * item.width * size * (4 if item.fused else 2)
@@ -261,11 +262,11 @@ class Pricer:
             return stream_price(device, rows * item.row_bytes), rows * item.row_bytes
         return self._attention(item, rows)
 
-    def _gemm_dtype(self, precision: str) -> str:
+    def _gemm_dtype(self, precision: str, dtype: str) -> str:
         """The rate a GEMM runs at. Products of bf16 values summed in float32 (the router) are what tensor cores compute
         at their bf16 rate; a CPU without such an instruction for float32 results casts, and multiplies in float32."""
-        if precision == "weights" or self.dtype == "fp32":
-            return self.dtype
+        if precision == "weights" or dtype == "fp32":
+            return dtype
         return "fp32" if precision == "float32_sums" and self.device.shared_memory else "bf16"
 
     def _attention(self, item: AttentionCore, rows: int) -> tuple[Price, float]:

@@ -182,6 +182,8 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         several_hosts=asked.launch is not None and asked.launch.num_here < mesh.size,
         num_ranks=mesh.size,
         threads=threads,
+        dtype=gemm_dtype,
+        model=asked.model,
     )
     notes += said
     deployment = Deployment(

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
-
 from narrows.comm.device import finished
 from narrows.engine.program import Frame, Operation, Registers, Repeated
 from narrows.engine.step_times import share_of_plan
@@ -21,7 +19,11 @@ from narrows.engine.worker import Worker
 from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch
 
-__all__ = ["Counts", "Expected", "ProfileRow", "StepClock", "profile_rows"]
+__all__ = ["BETWEEN", "Counts", "Expected", "ProfileRow", "StepClock", "profile_rows"]
+
+
+BETWEEN = "between"
+"""The class under which is booked what lies between the steps of a walk: Python, registers, clocks."""
 
 
 class _Kind(NamedTuple):
@@ -48,6 +50,9 @@ def _kind(phase: str, step: Step) -> _Kind:
     layouts = str(step.layout) if step.layout == step.leaves else f"{step.layout} -> {step.leaves}"
     return _Kind(phase, step.price_class.value, step.name, where, step.writes, layouts)
 
+
+_IDS = 0
+"""The register that a walk begins with: whoever reads it is the first step."""
 
 Counts = dict[_Kind, _Count]
 """What one rank's clock has read."""
@@ -96,25 +101,39 @@ class Expected:
 
 
 class StepClock:
-    """A clock around every step of one rank; an instrument of :meth:`Engine.instrument`."""
+    """A clock around every step of one rank, and between them; an instrument of :meth:`Engine.instrument`."""
 
     def __init__(self, worker: Worker) -> None:
         self._counts: Counts = {}
-        self._device = worker.place.device
+        self._ended = 0.0
+        self.device = worker.place.device
 
     def readings(self) -> Counts:
         counts, self._counts = self._counts, {}
         return counts
 
+    def begins(self, phase: str, *, first: bool) -> float:
+        """A step of a walk begins now, ``first`` or after another."""
+        now = perf_counter()
+        if not first:
+            between = self._counts.setdefault(_Kind(phase, BETWEEN, "between steps", "", (), ""), _Count())
+            between.calls += 1
+            between.seconds += now - self._ended
+        return now
+
+    def ended(self, kind: _Kind, seconds: float, rows: int, nbytes: int) -> None:
+        """A step has taken so long and left so much."""
+        count = self._counts.setdefault(kind, _Count())
+        count.calls += 1
+        count.seconds += seconds
+        count.rows += rows
+        count.nbytes += nbytes
+        self._ended = perf_counter()
+
     def __call__(
         self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
-        what = _kind("", step)[1:]
-
-        return _Timed(operation, writes, what, self._counts_now, self._device)
-
-    def _counts_now(self) -> Counts:
-        return self._counts
+        return _Timed(self, operation, _IDS in reads, writes, _kind("", step)[1:])
 
 
 class _Timed(Repeated):
@@ -122,40 +141,32 @@ class _Timed(Repeated):
 
     def __init__(
         self,
+        clock: StepClock,
         operation: Operation,
+        is_first: bool,
         writes: tuple[int, ...],
         what: tuple[str, str, str, tuple[str, ...], str],
-        counts: Callable[[], Counts],
-        device: torch.device,
     ) -> None:
-        self._operation, self._writes, self._what = operation, writes, what
-        self._counts, self._device = counts, device
+        self._clock, self._operation, self._is_first = clock, operation, is_first
+        self._writes, self._what = writes, what
 
     def __call__(self, regs: Registers, frame: Frame) -> None:
-        start = perf_counter()
+        start = self._clock.begins(frame.phase, first=self._is_first)
         self._operation(regs, frame)
-        finished(self._device)
+        finished(self._clock.device)
         self.repeated(regs, frame)(perf_counter() - start)
 
     def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
         kind = _Kind(frame.phase, *self._what)
         rows, nbytes = regs[self._writes[0]].shape[0], sum(regs[i].nbytes for i in self._writes)
-
-        def count(seconds: float) -> None:
-            count = self._counts().setdefault(kind, _Count())
-            count.calls += 1
-            count.seconds += seconds
-            count.rows += rows
-            count.nbytes += nbytes
-
-        return count
+        return lambda seconds: self._clock.ended(kind, seconds, rows, nbytes)
 
 
 def profile_rows(ranks: Sequence[Counts], expected: Expected | None = None) -> list[ProfileRow]:
     """The clocks of all ranks as one row per kind of step, prefill before decode, in the order in which the steps
-    first ran; with what was ``expected`` of them."""
+    first ran, and what is between them last; with what was ``expected`` of them."""
     kinds = list(dict.fromkeys(kind for counts in ranks for kind in counts))
-    kinds.sort(key=lambda kind: kind.phase != "prefill")
+    kinds.sort(key=lambda kind: (kind.phase != "prefill", kind.price_class == BETWEEN))
     out: list[ProfileRow] = []
     for kind in kinds:
         held = [counts[kind] for counts in ranks if kind in counts]
