@@ -215,6 +215,7 @@ V3 = "plan deepseek-v3 --device h20"
     ("line", "words"),
     [
         ("plan deepseek-v3 --device h21 --rows 8", "unknown device 'h21'; known devices: h20, h20-3e, h100"),
+        (f"{V3} --rows 8 --json --code", "--code and --json each print what the plan is"),
         (f"{V3} --rows 8 --layout ring", "layout 'ring' is not known; layouts: all-reduce, attn-tp-input-scattered"),
         (f"{V3} --rows 8 --layout norm-before-gather", "layout norm-before-gather cannot apply to deepseek-v3 on dp 1"),
         (f"{V3} --rows 8 --enable-attn-tp-input-scattered", "tp is 1: attention has no ranks to scatter its input"),

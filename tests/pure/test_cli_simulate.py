@@ -130,8 +130,12 @@ def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], 
         (f"{MINI} --max-rows 0", "--max-rows is 0; it must be at least 1"),
         (f"{MINI} --kv-tokens 0", "--kv-tokens is 0; it must be at least 1"),
         (f"{MINI} --num-gpus 8", "say --search too"),
-        (f"{MINI} --search --num-gpus two", "--num-gpus 'two': whole numbers"),
-        (f"{MINI} --search --num-gpus 0", "--num-gpus 0: at least 1 rank is needed"),
+        (f"{MINI} --tp 1 --search --num-gpus two", "--num-gpus 'two': whole numbers"),
+        (f"{MINI} --tp 1 --search --num-gpus 0", "--num-gpus 0: at least 1 rank is needed"),
+        (f"{MINI} --search --num-gpus 4 --dp 2", "leave --dp and --tp out"),
+        (f"{MINI} --temperature -1", "--temperature is -1; it must be at least 0"),
+        (f"{MINI} --temperature nan", "--temperature is nan; a finite number is needed"),
+        (f"{MINI} --scale-lengths inf", "--scale-lengths is inf; a finite number is needed"),
         (f"{MINI} --max-ttft -1", "--max-ttft is -1; it must be more than 0"),
         (f"{MINI} --percentile 101", "--percentile is 101; it must be"),
         (f"{MINI} --step-overhead -1", "--step-overhead is -1; it must be"),
@@ -145,6 +149,18 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert out == "" and words in err
     assert err.startswith("narrows: error: ") and err.count("\n") == 1
+
+
+def test_prompts_that_are_cut_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    rows = [{"timestamp": 0, "input_length": 600 * i, "output_length": 5} for i in (1, 2)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    line = f"simulate dsv3-mini --device cpu-core --tp 2 --trace {trace}"
+    assert main([*line.split(), "--max-context", "1000"]) == 0
+    err = capsys.readouterr().err
+    assert "1 of 2 requests of the trace are longer than a context of 1000 tokens, and lose 205 tokens" in err
+    assert main(line.split()) == 0
+    assert not capsys.readouterr().err
 
 
 def test_a_simulation_never_imports_torch() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from narrows.errors import ConfigError
 from narrows.loads.figures import Answer, Latency, figures, percentile
-from narrows.loads.workload import Prefixes, arrive, prompt_ids, random_lengths, read_trace
+from narrows.loads.workload import Prefixes, arrive, fitted, prompt_ids, random_lengths, read_trace
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.99), st.integers(0, 5))
@@ -63,7 +63,7 @@ def test_both_kinds_of_traces(tmp_path: Path) -> None:
     assert (first.at_s, first.input_tokens, first.output_tokens) == (0.0, 187, 22)
     assert second.at_s == pytest.approx(2.0) and second.input_tokens == 2000
     assert len(read_trace(file, 1)) == 1
-    longest = read_trace(file, 0, longest=1000)[1]
+    longest = fitted(read_trace(file, 0), 1000)[1]
     assert longest.output_tokens == 109 and longest.input_tokens == 891
     rows = [
         {"timestamp": 500, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8]},
@@ -76,6 +76,13 @@ def test_both_kinds_of_traces(tmp_path: Path) -> None:
     assert prompts[1100][:512] == prompts[700][:512] and prompts[1100][512:700] != prompts[700][512:]
 
 
+def test_times_of_a_trace_may_name_their_zone(tmp_path: Path) -> None:
+    file = tmp_path / "trace"
+    times = ("2023-11-16 18:15:46.97+00:00", "2023-11-16 18:15:47.9700000", "2023-11-16T20:15:48.97+02:00")
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{at},5,5\n" for at in times))
+    assert [ask.at_s for ask in read_trace(file, 0)] == pytest.approx([0.0, 1.0, 2.0])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -85,6 +92,12 @@ def test_both_kinds_of_traces(tmp_path: Path) -> None:
         (AZURE + "2023-11-16 18:15:46,x,2\n", "line 4"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n{"timestamp": 1}\n', "line 2"),
         ('{"timestamp": 1,\n', "line 1"),
+        ('{"timestamp": 1, "input_length": 1}\n', "line 1.*there is no output_length"),
+        ('{"timestamp": NaN, "input_length": 1, "output_length": 1}\n', "line 1.*the time is nan"),
+        ('{"timestamp": Infinity, "input_length": 1, "output_length": 1}\n', "line 1.*the time is inf"),
+        (AZURE + "2023-11-16 18:15:46\n", "line 4.*there is no ContextTokens"),
+        (AZURE + "2023-11-16 18:15:46,-5,2\n", "line 4.*-5 tokens in and 2 out; each must be at least 1"),
+        (AZURE + "2023-11-16 18:15:46,5,0\n", "line 4.*5 tokens in and 0 out; each must be at least 1"),
     ],
 )
 def test_traces_that_cannot_be_read_say_where(tmp_path: Path, text: str, said: str) -> None:

@@ -154,6 +154,10 @@ def test_measured_steps_stand_for_prices(tmp_path: Path) -> None:
         ("{", "line 1 of --step-times"),
         ('{"phase": "warm", "rows": 1, "seconds": 1}', "line 1"),
         ('{"phase": "decode", "rows": 1, "seconds": 1}\n[]', "line 2"),
+        ('{"phase": "decode", "rows": 1}', "line 1.*there is no seconds"),
+        ('{"phase": "decode", "rows": 0, "seconds": 1}', "line 1.*a step of 0 rows and 1.0 seconds"),
+        ('{"phase": "decode", "rows": 1, "seconds": NaN}', "line 1.*nan seconds"),
+        ('{"phase": "decode", "rows": 1, "seconds": -1}', "line 1.*-1.0 seconds"),
         ('{"phase": "decode", "rows": 1, "seconds": 1}', "has no prefill step"),
     ],
 )

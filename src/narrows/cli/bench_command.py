@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from narrows.bench.collectives import OTHERS, CollectivesWork, collectives
 from narrows.bench.grid import Grid
@@ -130,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     trace = trace_file(args) if "trace" in args else None
     run_kind = _KINDS[args.bench]
     resolved, outcome = run_kind(args, lambda line: notes.print(f"... {line}", markup=False), trace)
+    outcome = replace(outcome, notes=(*outcome.notes, *resolved.notes))
     if trace is not None:
         notes.print(trace.write(), markup=False)
     title = f"{resolved.config.name}, {_dtype(resolved)}, {resolved.mesh}, {args.threads} thread(s) per rank"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from narrows.errors import ConfigError
 from narrows.loads.figures import Answer, Figures
-from narrows.loads.workload import Ask, Prefixes, arrive, random_lengths, read_trace
+from narrows.loads.workload import Ask, Prefixes, arrive, fitted, random_lengths, read_trace
 
 __all__ = [
     "LOAD",
@@ -89,6 +90,11 @@ def more_than_0(args: argparse.Namespace, name: str) -> None:
         raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be more than 0")
 
 
+def _finite(args: argparse.Namespace, name: str) -> None:
+    if not math.isfinite(value := getattr(args, name)):
+        raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; a finite number is needed")
+
+
 def check_load(args: argparse.Namespace) -> None:
     """Refuse what no load can be.
 
@@ -106,6 +112,10 @@ def check_load(args: argparse.Namespace) -> None:
         at_least(args, name, least)
     for name in ("rate", "burstiness", "speed", "scale_lengths"):
         more_than_0(args, name)
+    for name in ("burstiness", "speed", "scale_lengths", "temperature"):
+        _finite(args, name)
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature is {args.temperature:g}; it must be at least 0")
     if not 0 <= args.spread < 1:
         raise ConfigError(f"--spread is {args.spread:g}; it must be at least 0 and below 1")
 
@@ -119,13 +129,8 @@ def workload(args: argparse.Namespace, longest: int | None) -> list[Ask]:
     if args.trace:
         if math.isfinite(args.rate):
             raise ConfigError("--trace has its own arrivals: leave --rate out (--speed changes them)")
-        return read_trace(
-            Path(args.trace),
-            args.num_requests or 0,
-            speed=args.speed,
-            length_scale=args.scale_lengths,
-            longest=longest,
-        )
+        asks = read_trace(Path(args.trace), args.num_requests or 0, speed=args.speed, length_scale=args.scale_lengths)
+        return asks if longest is None else _fitted(asks, longest)
     asks = random_lengths(
         args.num_requests or 32,
         args.input_length,
@@ -138,6 +143,22 @@ def workload(args: argparse.Namespace, longest: int | None) -> list[Ask]:
     if longest is not None and longest_asked > longest:
         raise ConfigError(f"a request has up to {longest_asked} tokens, but the context holds {longest}")
     return arrive(asks, args.rate, burstiness=args.burstiness, seed=args.seed) if math.isfinite(args.rate) else asks
+
+
+def _fitted(asks: list[Ask], longest: int) -> list[Ask]:
+    """The requests cut to the context; says so if any is."""
+    short = fitted(asks, longest)
+    lost = [
+        before.input_tokens + before.output_tokens - after.input_tokens - after.output_tokens
+        for before, after in zip(asks, short, strict=True)
+    ]
+    if cut := sum(tokens > 0 for tokens in lost):
+        print(
+            f"narrows: {cut} of {len(asks)} requests of the trace are longer than a context of {longest} tokens, and "
+            f"lose {sum(lost)} tokens of their prompts; --max-context",
+            file=sys.stderr,
+        )
+    return short
 
 
 def load_words(args: argparse.Namespace, count: int) -> str:

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: anything that cannot be, with the numbers and what would work.
     """
+    if args.code and args.json:
+        raise ConfigError("--code and --json each print what the plan is: leave one of them out")
     notes: list[str] = []
     mesh = _mesh(args, notes)
     config = load_model_config(args.model)

@@ -55,7 +55,7 @@ def report_page(report: PlanReport) -> str:
         rows=rows,
         totals=totals,
         why=report.why,
-        notes=report.notes,
+        notes=(*filter(None, [report.evidence]), *report.notes),
         width=_WIDTH,
         height=band.height,
         middle=band.middle,

@@ -150,6 +150,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--step-times are of one mesh and layout: leave out --search, and all but one --layout")
     if args.num_gpus and not args.search:
         raise ConfigError("--num-gpus is what --search shares out; say --search too, or --dp and --tp instead")
+    if args.num_gpus and (args.dp, args.tp) != (1, 1):
+        raise ConfigError("--search finds dp and tp for --num-gpus: leave --dp and --tp out")
 
 
 def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh, str]]:

@@ -11,13 +11,14 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 from narrows.errors import ConfigError
 
-__all__ = ["Ask", "Prefixes", "arrive", "prompt_ids", "random_lengths", "read_trace"]
+__all__ = ["Ask", "Prefixes", "arrive", "fitted", "prompt_ids", "random_lengths", "read_trace"]
 
 _BLOCK = 512
 """Tokens of a block of the traces that name their blocks."""
@@ -76,15 +77,12 @@ def arrive(asks: Sequence[Ask], rate: float, *, burstiness: float = 1.0, seed: i
     return [replace(ask, at_s=at) for ask, at in zip(asks, accumulate(gaps), strict=True)]
 
 
-def read_trace(
-    file: Path, count: int, *, speed: float = 1.0, length_scale: float = 1.0, longest: int | None = None
-) -> list[Ask]:
+def read_trace(file: Path, count: int, *, speed: float = 1.0, length_scale: float = 1.0) -> list[Ask]:
     """The first ``count`` requests of a trace (0: all), ``speed`` times as fast and their lengths scaled.
 
     Read are CSV with ``TIMESTAMP,ContextTokens,GeneratedTokens`` (as Azure publishes them) and JSON lines with
     ``timestamp`` in milliseconds, ``input_length``, ``output_length`` and, if they share prefixes, ``hash_ids`` of
-    blocks of 512 tokens (as Mooncake publishes them). ``longest``: most tokens of a request; longer ones lose of their
-    prompt.
+    blocks of 512 tokens (as Mooncake publishes them). Times without a zone are UTC.
 
     Raises:
         ConfigError: the file cannot be read, or is of another form; the line is named.
@@ -101,13 +99,23 @@ def read_trace(
     for row in rows:
         answer = max(1, round(row.output_tokens * length_scale))
         prompt = max(1, round(row.input_tokens * length_scale))
-        if longest is not None:
-            answer = min(answer, longest - 1)
-            prompt = min(prompt, longest - answer)
         blocks = tuple((which, max(1, round(tokens * length_scale))) for which, tokens in row.blocks)
         at_s = (row.at_s - first) / speed
         scaled.append(Ask(at_s=at_s, input_tokens=prompt, output_tokens=answer, blocks=blocks))
     return sorted(scaled, key=lambda ask: ask.at_s)
+
+
+def fitted(asks: Sequence[Ask], longest: int) -> list[Ask]:
+    """The same requests with at most ``longest`` tokens each: longer ones lose of their prompt, then of their text.
+
+    >>> [(a.input_tokens, a.output_tokens) for a in fitted(random_lengths(1, 9, 4, prefixes=Prefixes()), 10)]
+    [(6, 4)]
+    """
+    out = []
+    for ask in asks:
+        answer = min(ask.output_tokens, longest - 1)
+        out.append(replace(ask, input_tokens=min(ask.input_tokens, longest - answer), output_tokens=answer))
+    return out
 
 
 def _rows(lines: Iterator[str], file: Path) -> Iterator[Ask]:
@@ -124,9 +132,12 @@ def _rows(lines: Iterator[str], file: Path) -> Iterator[Ask]:
         raise ConfigError(f"the trace {file} has the columns {have!r}; needed are {', '.join(wanted)}")
     for number, row in enumerate(csv.DictReader(lines, names), 2):
         try:
-            at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            yield Ask(at_s=at_s, input_tokens=int(row["ContextTokens"]), output_tokens=int(row["GeneratedTokens"]))
-        except (TypeError, ValueError) as error:
+            if missing := next((name for name in wanted if row[name] is None), None):
+                raise ValueError(f"there is no {missing}")
+            at = datetime.fromisoformat(row["TIMESTAMP"])
+            at_s = (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp()
+            yield _ask(at_s, row["ContextTokens"], row["GeneratedTokens"])
+        except ValueError as error:
             raise ConfigError(f"line {number} of the trace {file}: {error}") from None
 
 
@@ -134,14 +145,23 @@ def _json_row(line: str, number: int, file: Path) -> Ask:
     try:
         row = json.loads(line)
         blocks = tuple((int(which), _BLOCK) for which in row.get("hash_ids", ()))
-        return Ask(
-            at_s=float(row["timestamp"]) / 1e3,
-            input_tokens=int(row["input_length"]),
-            output_tokens=int(row["output_length"]),
-            blocks=blocks,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"line {number} of the trace {file}: {error!r}") from None
+        return _ask(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"], blocks)
+    except KeyError as error:
+        raise ConfigError(f"line {number} of the trace {file}: there is no {error.args[0]}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"line {number} of the trace {file}: {error}") from None
+
+
+def _ask(at_s: float, prompt: Any, answer: Any, blocks: tuple[tuple[int, int], ...] = ()) -> Ask:
+    """
+    Raises:
+        ValueError: a time or a length that none can have.
+    """
+    if not math.isfinite(at_s):
+        raise ValueError(f"the time is {at_s}")
+    if int(prompt) < 1 or int(answer) < 1:
+        raise ValueError(f"{prompt} tokens in and {answer} out; each must be at least 1")
+    return Ask(at_s=at_s, input_tokens=int(prompt), output_tokens=int(answer), blocks=blocks)
 
 
 def prompt_ids(ask: Ask, number: int, *, vocab_size: int, seed: int = 0) -> list[int]:

@@ -7,6 +7,7 @@ Reads lines of JSON with ``phase``, ``rows`` and ``seconds`` of each step that a
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from pathlib import Path
@@ -51,9 +52,13 @@ def read_step_times(file: Path) -> MeasuredCosts:
         try:
             step = json.loads(line)
             phase, rows, seconds = step["phase"], int(step["rows"]), float(step["seconds"])
+            if rows < 1 or not 0 < seconds < math.inf:
+                raise ValueError(f"a step of {rows} rows and {seconds} seconds")
             steps[phase][bucket(rows)].append((rows, seconds))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ConfigError(f"line {number} of --step-times {file}: {error!r}") from None
+        except KeyError as error:
+            raise ConfigError(f"line {number} of --step-times {file}: there is no {error.args[0]}") from None
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            raise ConfigError(f"line {number} of --step-times {file}: {error}") from None
     for phase, found in steps.items():
         if not found:
             raise ConfigError(f"--step-times {file} has no {phase} step; record a load with prompts and texts")
