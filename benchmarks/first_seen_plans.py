@@ -50,7 +50,7 @@ def main() -> None:
     started = perf_counter()
     with Engine(resolve(asked), warm_s=args.warm) as engine:
         start_s = perf_counter() - started
-        plans = engine.plans()
+        plans = engine.books.plans()
         engine.ranks.submit("prepare", plans).result()
         bind_s = perf_counter() - started - start_s
         found = [measure(engine, phase, rows) for phase, rows in STEPS]
@@ -74,7 +74,7 @@ def measure(engine: Engine, phase: str, rows: int) -> dict[str, Any]:
         return 1e3 * (perf_counter() - start)
 
     start = perf_counter()
-    plan = engine.plan_for(batch)
+    plan = engine.books.plan_for(batch)
     search = 1e3 * (perf_counter() - start)
     empty = median(prepared() for _ in range(5))
     bind = max(prepared(plan) - empty, 0.0)

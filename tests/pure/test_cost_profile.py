@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from narrows.cost.here import Setting, here
 from narrows.cost.measured import CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
 from narrows.cost.price import Source
 from narrows.cost.profile import Profile, device_here, find_device, kept_profile, read_profile, write_profile
-from narrows.cost.profile_format import DeviceFigures
+from narrows.cost.profile_format import DeviceFigures, parse
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, full, moves_from, owed, scattered
@@ -388,6 +389,13 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: dict[str, Any
     with pytest.raises(ConfigError) as error:
         read_profile(path)
     assert said in str(error.value) and "bad.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_example_of_the_page_is_a_profile() -> None:
+    page = Path(__file__).parents[2] / "docs" / "profiles.md"
+    example = re.search(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert example is not None
+    assert {each.stage for each in parse(example[1]).stages} == {"qkv_a_proj", "attention"}
 
 
 def test_files_that_are_no_profiles(tmp_path: Path) -> None:

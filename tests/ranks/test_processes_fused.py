@@ -65,7 +65,7 @@ def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int,
     with Engine(resolve(asked, Forms())) as engine:
         for batch in script:
             for layout in layouts:
-                plan = engine.book_of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                plan = engine.books.of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
                 one = in_one(plan)
                 one.validate()
                 wanted, got = engine.run_plan(batch, plan), engine.run_plan(batch, one)

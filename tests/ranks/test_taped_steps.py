@@ -160,7 +160,7 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: 
         engine.readings()
         work = StepWork(rows=3 * dp, phase="decode", context=10)
         batch = work.batch_for(engine)
-        plan = engine.plan_for(batch)
+        plan = engine.books.plan_for(batch)
         run_steps(engine, batch, plan, 1)
         assert engine.readings() == [(0, plan.num_steps)] * 2
         for way, want in zip(WAYS, wanted, strict=True):
@@ -175,7 +175,7 @@ def test_collectives_of_rehearsals_are_nobodys(tiny_model) -> None:  # type: ign
     with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", rehearse_rows=2))) as engine:
         engine.instrument(CollectiveClock)
         batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
-        plan = engine.plan_for(batch)
+        plan = engine.books.plan_for(batch)
         run_steps(engine, batch, plan, 1)
         of_one = _calls(engine)
         assert of_one > 0

@@ -275,7 +275,7 @@ def test_a_pinned_plan_refuses_other_layouts(folder: Path) -> None:
         Engine(resolve(EngineConfig(model=str(folder), tp=2, batch_invariant=True))) as engine,
         pytest.raises(ConfigError, match="one plan runs at every step"),
     ):
-        engine.use_layout("all-reduce")
+        engine.books.use("all-reduce")
 
 
 def test_ranks_have_the_threads_that_were_asked_for(folder: Path) -> None:

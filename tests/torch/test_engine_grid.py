@@ -177,7 +177,7 @@ class Sharded:
 
     def book(self, layout: str) -> Callable[[Batch], Plan]:
         """How a step gets its plan under a named layout."""
-        book = self.engine.book_of(layout)
+        book = self.engine.books.of(layout)
         return lambda batch: book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
 
     def run(self, where: str, plan_of: Callable[[Batch], Plan]) -> Iterator[tuple[str, Tensor, list[StepResult]]]:
@@ -436,7 +436,7 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
     with sharded(folder, one, forms) as run:
         mesh = run.engine.resolved.mesh
         graph, shape = (
-            Graph(run.engine.planner.chain, mesh, AUTO, fuses_norms=True),
+            Graph(run.engine.books.planner.chain, mesh, AUTO, fuses_norms=True),
             StepShape.of(mesh, (2, 2), phase="prefill", context=4),
         )
         plans = [
@@ -488,7 +488,7 @@ def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable
         resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
         forms = form_choices(resolved.config, resolved.mesh)[index]
         with sharded(folder, one, forms) as run:
-            planner, mesh = run.engine.planner, run.engine.resolved.mesh
+            planner, mesh = run.engine.books.planner, run.engine.resolved.mesh
             graph, d = Graph(planner.chain, mesh, AUTO, fuses_norms=True), planner.deployment
 
             def plan_of(batch: Batch, graph: Graph = graph, d: Deployment = d) -> Plan:
@@ -546,7 +546,7 @@ def test_layouts_that_take_the_same_sums_by_other_moves_give_the_same_bits(
     runs: list[list[list[StepResult]]] = []
     with Engine(resolve(asked_for(folder, steps, dp=dp, tp=tp, dtype=dtype), Forms())) as engine:
         for layout in layouts:
-            books.append(engine.book_of(layout))
+            books.append(engine.books.of(layout))
             runs.append([])
             for _, batch in steps.named:
                 plan = books[-1].plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)

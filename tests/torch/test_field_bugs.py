@@ -236,7 +236,7 @@ def run(
             before(workers)
         for number, batch in enumerate(batches):
             recorder.begin(number)
-            plan = engine.book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+            plan = engine.books.current.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
             out.steps.append(engine.run_plan(batch, plan))
         if after is not None:
             after(workers)
@@ -683,7 +683,7 @@ def test_ranks_that_have_failed_say_so_at_once(
     with noticed(mistake, monkeypatch), monkeypatch.context() as patch:
         fault(patch)
         with Engine(resolve(asked)) as engine:
-            plans = [engine.book.plan_for(b.phase, b.group_rows, b.num_logit_rows) for b in work.batches]
+            plans = [engine.books.current.plan_for(b.phase, b.group_rows, b.num_logit_rows) for b in work.batches]
             steps = [engine.ranks.submit("step", *step, True) for step in zip(work.batches, plans, strict=True)]
             with pytest.raises(CollectiveMismatchError, match=r"ranks 0, 1 .* ranks 2, 3 ") as first:
                 steps[2].result()

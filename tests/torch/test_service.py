@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from narrows.engine import ahead, trouble
+from narrows.engine import rehearsals, trouble
 from narrows.engine import service as service_module
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
@@ -272,7 +272,7 @@ def test_health_sees_a_step_that_does_not_end(
 
 
 def test_doctests() -> None:
-    result = doctest.testmod(ahead)
+    result = doctest.testmod(rehearsals)
     assert result.attempted and not result.failed
 
 

@@ -106,7 +106,8 @@ def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine:
     run = tracer.run(engine.end_trace(tracer).result(), "one")
     decode = [step for step in run.steps if step.phase == "decode"]
     assert {step.plan.shape.rows.total for step in decode} >= {1, 8}
-    assert all(step.plan is engine.book.plan_for("decode", step.group_rows, step.logit_rows) for step in decode)
+    book = engine.books.current
+    assert all(step.plan is book.plan_for("decode", step.group_rows, step.logit_rows) for step in decode)
 
 
 def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
@@ -117,7 +118,7 @@ def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     for _ in engine.run():
         pass
     rows = profile_rows(engine.readings(), expected)
-    plans = engine.book
+    plans = engine.books.current
     total = plans.plan_for("prefill", (3,), 1).seconds + 2 * plans.plan_for("decode", (1,), 1).seconds
     assert sum(row.predicted for row in rows) == pytest.approx(total, rel=1e-6)
     slices = [row for row in rows if not row.predicted]
@@ -183,13 +184,13 @@ def test_a_bucket_that_is_off_is_told_once(engine: Engine) -> None:
     now, lines = 0.0, []
     for _ in range(9):
         for batch, factor in ((slow, 3.0), (fast, 1.9)):
-            plan = engine.plan_for(batch)
+            plan = engine.books.plan_for(batch)
             lines.append(times.ended(batch, plan, [now - 1.0, now + factor * plan.seconds]))  # handed out long before
             now += factor * plan.seconds
     (line,) = filter(None, lines[2:])
     assert lines.index(line) == 4 and line.startswith("decode steps of up to 1 rows (1 sampled; auto) take ")
     assert "(3 times, median of the last 3)" in line and line.endswith("run narrows calibrate")
-    found = times.documents()[id(engine.plan_for(fast))]
+    found = times.documents()[id(engine.books.plan_for(fast))]
     assert found["steps"] == 9 and found["measured_over_predicted"] == pytest.approx(1.9, rel=0.01)
     predicted, measured = times.classes["decode", 2, "auto"]
     assert measured == pytest.approx(1.9 * predicted, rel=0.01)
@@ -200,7 +201,7 @@ def test_a_bucket_that_is_off_is_told_once(engine: Engine) -> None:
 def test_predictions_of_prefill_are_in_proportion_to_rows(engine: Engine) -> None:
     times = StepTimes(DriftRule())
     batch = batch_of(17, "prefill")
-    plan = engine.plan_for(batch)
+    plan = engine.books.plan_for(batch)
     assert plan.shape.rows.total == 24
     times.ended(batch, plan, [0.0, 1.0])
     assert times.classes["prefill", 24, "auto"].predicted == pytest.approx(plan.seconds * 17 / 24)
@@ -215,17 +216,18 @@ def test_predictions_of_prefill_are_in_proportion_to_rows(engine: Engine) -> Non
 
 def test_plans_are_made_while_ranks_load_and_steps_find_them(tiny_model: TinyModel) -> None:
     with Engine(config(tiny_model, tp=2), warm_s=30.0) as engine:
-        made = dict(engine.planned())
+        made = dict(engine.books.planned())
         assert BookKey("decode", 256, 256, 256) in made and BookKey("prefill", 2048, 2048, 1) in made
-        assert engine.plan_ahead() is None, "all that can be expected are made"
-        before = engine.plans()
+        assert engine.books.plan_ahead() is None, "all that can be expected are made"
+        before = engine.books.plans()
         engine.prepare(before)
         run_all(engine)
-        assert engine.plans() == before
-        assert engine.evidence().startswith("predictions for cpu-core rest on unmeasured prices: prefill of 2048 rows")
+        assert engine.books.plans() == before
+        said = "predictions for cpu-core rest on unmeasured prices: prefill of 2048 rows"
+        assert engine.books.evidence().startswith(said)
         assert Evidence.of(*before).unmeasured == 1.0
     with Engine(config(tiny_model)) as engine:
-        assert not engine.planned(), "nothing is planned ahead unless it is asked for"
+        assert not engine.books.planned(), "nothing is planned ahead unless it is asked for"
 
 
 # -- a service ---------------------------------------------------------------------------------------------------------

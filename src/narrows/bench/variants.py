@@ -45,7 +45,7 @@ class Contestant:
     layout: str
 
     def engine(self) -> Engine:
-        self.shared.use_layout(self.layout)
+        self.shared.books.use(self.layout)
         return self.shared
 
     @property

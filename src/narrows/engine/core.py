@@ -20,21 +20,17 @@ from typing import Any
 
 from narrows.arch.stages import Field
 from narrows.comm.world import World
-from narrows.engine.ahead import Ahead
+from narrows.engine.books import Books
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import Ranks, start_ranks
+from narrows.engine.rehearsals import Rehearsals
 from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
-from narrows.layout import Encoding, deal
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
-from narrows.plan.book import BookKey, PinnedBook, PlanBook
-from narrows.plan.deploy import book_context
-from narrows.plan.evidence import evidence_line
 from narrows.plan.plan import Plan
-from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
@@ -89,18 +85,15 @@ class Engine:
         warm_s: float = 0.0,
     ) -> None:
         self.resolved = resolved
-        self.planner = Planner(resolved.deployment, resolved.forms)
-        self._logits_planner = Planner(replace(resolved.deployment, want_logits=True), resolved.forms)
-        self._books: dict[str, tuple[PlanBook, PlanBook]] = {}
-        self.use_layout(resolved.asked.layout)
+        self.books = Books(resolved)
         self.scheduler = Scheduler(resolved.limits)
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
         self._tracer: Tracer | None = None
         self._rehearsed: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
-        one_plan = resolved.plan is not None
-        self._ahead = Ahead(resolved.limits, resolved.asked.rehearse_rows, one_plan=one_plan)
+        drawn = resolved.plan is None  # which may have no step that samples
+        self._rehearsals = Rehearsals(resolved.limits, resolved.asked.rehearse_rows, drawn=drawn)
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -109,31 +102,16 @@ class Engine:
             _make_worker,
             resolved=resolved,
             source=source,
-            fields=self.planner.chain.fields,
+            fields=self.books.planner.chain.fields,
             wrap=wrap,
             validate=validate,
         )
-        planning = threading.Thread(target=self.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
+        planning = threading.Thread(target=self.books.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
         planning.start()  # this process has nothing else to do until the ranks are there
         try:
             self.ranks: Ranks = start_ranks(resolved, make)
         finally:
             planning.join()
-
-    def warm(self, seconds: float) -> int:
-        """Make plans for the buckets that steps will ask for first, for so long; how many were made."""
-        count, end = 0, perf_counter() + seconds
-        while perf_counter() < end and self.plan_ahead() is not None:
-            count += 1
-        return count
-
-    def plan_ahead(self) -> Plan | None:
-        """Make one more plan that no step has asked for yet; None: enough of them are made."""
-        found = self._ahead.bucket()
-        if found is None:
-            return None
-        key, needs_logits = found
-        return (self._logits_book if needs_logits else self.book).plan_of(key)
 
     def rehearse_ahead(self) -> Future[list[Any]] | None:
         """Have the ranks run one more decode step of nobody's rows, so that the first real one like it finds its tape.
@@ -142,9 +120,11 @@ class Engine:
         made, or there is no use in it on these ranks.
         """
         if self._rehearsed is not None and not self._rehearsed.result()[0]:
-            self._ahead.end_decodes()
-        batch = None if self._tracer is not None else self._ahead.decode()
-        self._rehearsed = None if batch is None else self.ranks.submit_first("rehearse", batch, self.plan_for(batch))
+            self._rehearsals.end()
+        batch = None if self._tracer is not None else self._rehearsals.next()
+        self._rehearsed = (
+            None if batch is None else self.ranks.submit_first("rehearse", batch, self.books.plan_for(batch))
+        )
         return self._rehearsed
 
     def prepare(self, plans: Sequence[Plan]) -> None:
@@ -247,7 +227,7 @@ class Engine:
         if batch is None:
             return None
         scheduled = perf_counter()
-        plan = self.plan_for(batch)
+        plan = self.books.plan_for(batch)
         if self._tracer is not None:
             self._tracer.on_host("schedule", start, scheduled)
             self._tracer.on_host("plan", scheduled, perf_counter())
@@ -274,12 +254,12 @@ class Engine:
     ) -> Future[list[StepResult]]:
         """Hand a batch to the ranks; the result lists one :class:`StepResult` per rank.
 
-        ``plan``: None: the one of :meth:`plan_for`. ``keep_logits``: with the whole rows of logits, on every rank.
+        ``plan``: None: the one that the books have. ``keep_logits``: with the whole rows of logits, on every rank.
         ``first_only``: rank 0's result is enough; all ranks choose the same ids.
         """
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
-        plan = plan or self.plan_for(batch, keep_logits=keep_logits)
+        plan = plan or self.books.plan_for(batch, keep_logits=keep_logits)
         if self._observe is not None:
             self._observe(batch, plan)
         if self._tracer is not None and not self._tracer.full:
@@ -289,65 +269,6 @@ class Engine:
         submit = self.ranks.submit_first if first_only else self.ranks.submit
         return submit("step", batch, plan, keep_logits)
 
-    def plan_for(self, batch: Batch, *, keep_logits: bool = False) -> Plan:
-        """The plan that the book has for a batch, or the one that runs at every step."""
-        book = self._book_for(needs_logits=keep_logits or batch.needs_logits)
-        return book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
-
-    def _book_for(self, *, needs_logits: bool) -> PlanBook | PinnedBook:
-        if self.resolved.plan is not None:
-            return PinnedBook(self.resolved.plan)
-        return self._logits_book if needs_logits else self.book
-
-    def book_of(self, layout: str) -> PlanBook:
-        """A book of plans under another layout, for weights held as this engine's are."""
-        return PlanBook(self.planner, layout, book_context(self.resolved.limits.max_context))
-
-    def use_layout(self, layout: str) -> None:
-        """Plan the steps from now on under another layout, for weights held as this engine's are.
-
-        Raises:
-            ConfigError: the layout cannot apply, or a saved plan runs at every step.
-        """
-        if layout != self.resolved.asked.layout and self.resolved.plan is not None:
-            raise ConfigError(f"one plan runs at every step of this engine, so {layout} cannot be used beside it")
-        if layout not in self._books:
-            book = self.book_of(layout)
-            self._books[layout] = book, PlanBook(self._logits_planner, layout, book.context)
-        self.book, self._logits_book = self._books[layout]
-
-    def planned(self) -> tuple[tuple[BookKey | None, Plan], ...]:
-        """Every plan made so far with what it is for; None: any step."""
-        if self.resolved.plan is not None:
-            return ((None, self.resolved.plan),)
-        books = dict.fromkeys(book for pair in list(self._books.values()) for book in pair)
-        return tuple(found for book in books for found in book.plans())
-
-    def evidence(self) -> str:
-        """One line if what is predicted rests on prices that were not measured, of a full prefill step and of a decode
-        step of one row per group; empty if it does not."""
-        resolved, limits = self.resolved, self.resolved.limits
-        device = resolved.deployment.device.name
-        if resolved.plan is not None:
-            return evidence_line(device, {"the plan": resolved.plan})
-        rows, groups = limits.rows_per_step, limits.num_groups
-        return evidence_line(
-            device,
-            {
-                f"prefill of {rows} rows": self.book.plan_for("prefill", deal(rows, groups), 1),
-                f"decode of {groups} row{'s' * (groups > 1)}": self.book.plan_for("decode", (1,) * groups, groups),
-            },
-        )
-
-    def plans(self) -> tuple[Plan, ...]:
-        """Every plan made so far."""
-        return tuple(plan for _, plan in self.planned())
-
-    @property
-    def encodings(self) -> frozenset[Encoding]:
-        """What rows travel as before gathers, where not plain, in the plans made so far."""
-        return frozenset[Encoding]().union(*(plan.encodings for _, plan in self.planned()))
-
     def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Put something around every step of every rank from now on, or nothing any more.
 
@@ -355,7 +276,7 @@ class Engine:
         makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
         """
         self.ranks.submit("instrument", make, name).result()
-        self._ahead.begin_again()
+        self._rehearsals.begin_again()
 
     def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
         """Call something with every step that is handed out from now on, or nothing any more."""
@@ -376,7 +297,7 @@ class Engine:
     def end_trace(self, tracer: Tracer) -> Future[list[Any]]:
         """Record nothing more; what the ranks have recorded, for :meth:`Tracer.run`."""
         self._tracer = None
-        self._ahead.begin_again()
+        self._rehearsals.begin_again()
         return tracer.end()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:

@@ -385,7 +385,7 @@ class EngineService:
         Where nothing runs, what steps may ask for is made, a piece at a time, and whoever comes waits for one of them:
         first plans, a few milliseconds each, then rehearsals, each as long as a step.
         """
-        while not (self._awake or engine.in_flight) and (plan := engine.plan_ahead()) is not None:
+        while not (self._awake or engine.in_flight) and (plan := engine.books.plan_ahead()) is not None:
             engine.prepare((plan,))
         if not (self._awake or engine.in_flight) and (self._rehearsal is None or self._rehearsal.done()):
             self._rehearsal = engine.rehearse_ahead()
@@ -411,13 +411,13 @@ class EngineService:
         self._has_clocks = is_done_when_called(self._resolved.asked.run_on) and self._resolved.mesh.size > 1
         if self._has_clocks:
             engine.instrument(CollectiveClock)
-        engine.prepare(engine.plans())
+        engine.prepare(engine.books.plans())
         self._reading, self._rehearsal, self._num_unread = None, None, 0
         self._ends_of.clear()
         self._times.forget_ranks()
         with self._changed:
             self._not_ready, self._oldest = "", None
-        self._evidence = engine.evidence()
+        self._evidence = engine.books.evidence()
         self._publish(engine)
 
     def _recover(self, error: Exception) -> None:

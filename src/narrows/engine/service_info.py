@@ -29,7 +29,7 @@ def describe(
     """One document. ``steps``: how many were run by (phase, bucket of rows, layout); ``times``: what is known of the
     steps of a plan, by its ``id``."""
     asked, mesh, config = resolved.asked, resolved.mesh, resolved.config
-    planned = engine.planned() if engine is not None else ()
+    planned = engine.books.planned() if engine is not None else ()
     return {
         "model": {
             "name": config.name,

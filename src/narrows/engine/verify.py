@@ -204,7 +204,7 @@ def _run_layout(
     tamper: Callable[[Plan], Plan] | None,
     validate: bool,
 ) -> LayoutReport:
-    resolved, book = engine.resolved, engine.book_of(name)
+    resolved, book = engine.resolved, engine.books.of(name)
     report = LayoutReport(layout=name, forms=str(resolved.forms), tolerance=_tolerance(resolved))
     if recorder is not None:
         recorder.flips = report.flips

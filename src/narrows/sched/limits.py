@@ -54,6 +54,11 @@ class Limits:
         return (self.pages_per_group - 1) * self.page_size
 
     @property
+    def most_decoding(self) -> int:
+        """Rows of the largest decode step."""
+        return min(self.requests_per_group * self.num_groups, self.rows_per_step)
+
+    @property
     def scored_rows(self) -> int:
         """Most rows of scored prompts in a step."""
         return self.scored_rows_per_step or self.rows_per_step

@@ -1,0 +1,67 @@
+"""Decode steps of nobody's rows, run when nothing else runs, so that the first real step like one finds its tape.
+
+Knows limits and batches; not when there is time for one, nor what a tape is (`tapes.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from narrows.plan.expected import expected_decodes
+from narrows.sched.batch import Batch, Chunk
+from narrows.sched.limits import Limits
+from narrows.sched.pages import num_pages_for
+from narrows.sched.sampling import SamplingParams
+
+__all__ = ["Rehearsals", "rehearsal"]
+
+_GREEDY, _DRAWN = (False,), (False, True)
+
+
+class Rehearsals:
+    """The decode steps to rehearse, each once, few rows before many.
+
+    Args:
+        most_rows: of the largest.
+        drawn: rows that are drawn too, not greedy ones alone.
+    """
+
+    def __init__(self, limits: Limits, most_rows: int, *, drawn: bool) -> None:
+        self._limits = limits
+        self._most = min(limits.most_decoding, most_rows)
+        self._ways = _DRAWN if drawn else _GREEDY
+        self.begin_again()
+
+    def next(self) -> Batch | None:
+        """The next one; None: there are no more."""
+        return next(self._left, None)
+
+    def begin_again(self) -> None:
+        """What the ranks had of rehearsals is gone: they bind their plans anew."""
+        self._left = self._all()
+
+    def end(self) -> None:
+        """Rehearse nothing more."""
+        self._left = iter(())
+
+    def _all(self) -> Iterator[Batch]:
+        for group_rows in expected_decodes(self._limits.num_groups, most=self._most):
+            for drawn in self._ways:
+                yield rehearsal(group_rows, self._limits.page_size, drawn=drawn)
+
+
+def rehearsal(group_rows: tuple[int, ...], page_size: int, *, drawn: bool) -> Batch:
+    """A decode step of so many rows per group, all of token 0 at position 1 of the null page; ``drawn``: not greedily.
+
+    >>> rehearsal((2, 1), 16, drawn=False).phase, rehearsal((2, 1), 16, drawn=True).needs_logits
+    ('decode', True)
+    """
+    row = Chunk(
+        request=-1,
+        start=1,
+        tokens=(0,),
+        pages=(0,) * num_pages_for(2, page_size),
+        num_logits=1,
+        sampling=SamplingParams(temperature=1.0, seed=0) if drawn else None,
+    )
+    return Batch(groups=tuple((row,) * rows for rows in group_rows))
