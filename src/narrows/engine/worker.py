@@ -145,7 +145,9 @@ class Worker:
         Returns:
             whether there is any use in it here: False where no step can be on tape.
         """
-        self._taped(self._program(plan), batch, rehearsed=True)
+        program = self._program(plan)
+        if self._taped(program, batch, rehearsed=True) is None:
+            self._walk(program, batch, rehearsed=True)  # other ranks may have a tape, and wait for this one
         return self._tapes.possible
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
@@ -162,14 +164,14 @@ class Worker:
         begin = partial(self._sampler.begin, batch)
         return self._tapes.run(program, batch, rows, self._tokens, spans, begin, rehearsed=rehearsed)
 
-    def _walk(self, program: Program, batch: Batch) -> tuple[Registers, RowSampler | None]:
+    def _walk(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> tuple[Registers, RowSampler | None]:
         """The registers after a walk of ``program``, operation by operation, and what has sampled."""
         rows, spans = self._rows_of(batch)
         logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
         sampler = self._sampler.begin(batch, ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler)
-        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase)
+        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase, rehearsed)
         return program.run(frame, ids_T.unsqueeze(-1)), sampler  # a column: ids move as every field does
 
     def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
