@@ -58,7 +58,7 @@ def measured(**more: Any) -> Measured:
 def pricer(tables: Measured, rows: int = 64, mesh: Mesh = MESH, **options: Any) -> Pricer:
     device = replace(DEVICES["cpu-core"], name="here", measured=tables)
     shape = StepShape.of(mesh, (rows,) * mesh.num_groups, phase="prefill", context=rows)
-    return Pricer(device, mesh, shape, options.pop("dtype", "bf16"), itemsize=2, graph=False)
+    return Pricer(device, mesh, shape, options.pop("dtype", "bf16"), itemsize=options.pop("itemsize", 2), graph=False)
 
 
 def test_a_stage_costs_what_was_measured() -> None:
@@ -106,6 +106,10 @@ def test_a_stage_of_another_dtype_is_scaled_by_what_its_products_cost_there() ->
     tables = Measured(stages=(normed,))
     (one, other) = (pricer(tables, dtype=dtype).stage(norm, full(MESH), True, RowSet.ALL) for dtype in ("bf16", "int8"))
     assert one.ps == other.ps == 3 * 10**7, "whose weights are not rounded"
+    wide = pricer(tables, dtype="fp32", itemsize=4).stage(norm, full(MESH), True, RowSet.ALL)
+    assert 1.2 < wide.ps / one.ps <= 2, "twice the bytes, and a launch"
+    unknown = Measured(stages=(replace(normed, dtype="fp8"),))
+    assert pricer(unknown).stage(norm, full(MESH), True, RowSet.ALL).source is Source.ROOFLINE, "no fp8 on this device"
 
 
 def test_attention_is_interpolated_in_rows_and_in_what_rows_attend_to() -> None:
@@ -275,8 +279,11 @@ def test_of_the_profiles_that_fit_the_one_of_the_weights_and_of_the_model_is_tak
     kept(tmp_path, "b-int8.json", "int8")
     file, said = taken("bf16")
     assert file == "b-int8.json" and said.endswith("it measured int8, by which bf16 is scaled")
+    write_profile(tmp_path / "z-empty.json", replace(a_profile(), device=DEVICES["cpu-core"]))
+    assert taken("bf16")[0] == "b-int8.json", "one without stages measured nothing"
+    (tmp_path / "z-empty.json").write_text('{"narrows_profile": 1, "fits": {"ranks": 9}, "device": {"tflops_fp8": 1}}')
     kept(tmp_path, "a.json")
-    assert taken("bf16") == ("a.json", "prices: the profile a.json, made 2026-11-03")
+    assert taken("bf16") == ("a.json", "prices: the profile a.json, made 2026-11-04")
     assert taken("int8")[0] == "b-int8.json"
     kept(tmp_path, "c.json", models=("/some/where/other",))
     assert taken("bf16")[0] == "a.json", "made with the model, though not the newest"

@@ -95,6 +95,7 @@ def test_times_of_a_trace_may_name_their_zone(tmp_path: Path) -> None:
         ('{"timestamp": 1, "input_length": 1}\n', "line 1.*there is no output_length"),
         ('{"timestamp": NaN, "input_length": 1, "output_length": 1}\n', "line 1.*the time is nan"),
         ('{"timestamp": Infinity, "input_length": 1, "output_length": 1}\n', "line 1.*the time is inf"),
+        ('{"timestamp": 1, "input_length": 1e400, "output_length": 1}\n', "line 1.*infinity"),
         (AZURE + "2023-11-16 18:15:46\n", "line 4.*there is no ContextTokens"),
         (AZURE + "2023-11-16 18:15:46,-5,2\n", "line 4.*-5 tokens in and 2 out; each must be at least 1"),
         (AZURE + "2023-11-16 18:15:46,5,0\n", "line 4.*5 tokens in and 0 out; each must be at least 1"),

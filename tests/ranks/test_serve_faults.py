@@ -89,7 +89,7 @@ def test_an_idle_server_notices_too_and_without_restart_it_ends(tmp_path: Path) 
 
 
 @to_the_end
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
     number: int, running: Callable[[], set[int]]
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_drain_ends_at_its_limit_and_a_second_signal_at_once() -> None:
     with ServerProcess("--drain-timeout", "60") as server:
         for _ in range(4):
             streaming(server, **LONG)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)
         eventually(lambda: server.health().status_code == 503)
         assert server.stop() == 1
 

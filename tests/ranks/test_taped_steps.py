@@ -12,6 +12,7 @@ import steps_lab as lab
 
 from narrows.arch.forms import Forms
 from narrows.bench.step_work import StepWork, run_steps
+from narrows.comm.recording import Recording
 from narrows.engine import tapes
 from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.config import EngineConfig, resolve
@@ -201,6 +202,21 @@ def test_ranks_need_not_agree_on_what_is_on_tape(tiny_model) -> None:  # type: i
         assert texts(engine, None) == wanted
         (_, repeated), (_, never) = engine.readings("seen")
         assert repeated and not never
+
+
+@pytest.mark.parametrize("limit", ["_MOST_TAPES", "_MOST_BYTES"])
+def test_a_rehearsal_drives_no_tape_out(tiny_model, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(tapes, limit, 3)
+    monkeypatch.setattr(Recording, "nbytes", 1)
+    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+        engine.instrument(lab.StepsSeen)
+        batch = StepWork(rows=40, phase="decode", context=10).batch_for(engine)
+        plan = engine.books.plan_for(batch)
+        run_steps(engine, batch, plan, 1)
+        assert rehearse(engine) == 3, "two have room, and with the third that has none they end"
+        engine.readings()
+        run_steps(engine, batch, plan, 1)
+        assert engine.readings() == [(0, plan.num_steps)]
 
 
 def test_where_no_step_can_be_on_tape_nothing_is_rehearsed_for_long(tiny_model) -> None:  # type: ignore[no-untyped-def]

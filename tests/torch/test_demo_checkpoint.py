@@ -81,6 +81,7 @@ def test_one_percent_of_a_norm_on_one_rank_shows_in_eval_and_is_named_by_verify(
     assert named.failure.startswith("layer 3 input_norm: hidden differs") and "on rank 1" in named.failure
 
 
+@pytest.mark.full  # on small models in test_evaluate.py and test_verify.py
 def test_a_reduction_left_out_shows_in_every_figure_and_is_named_by_verify(faults: Any) -> None:
     faults.leave_out_sum("layer 3 post_attn_norm")
     (found,) = run(("all-reduce",), "perplexity", "arithmetic").layouts

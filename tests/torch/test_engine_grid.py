@@ -478,7 +478,10 @@ class Forced:
         )
 
 
-@pytest.mark.parametrize(("dp", "tp"), [mesh for mesh in MESHES if mesh != (1, 1)])
+@pytest.mark.parametrize(
+    ("dp", "tp"),
+    [pytest.param(dp, tp, marks=[pytest.mark.full] * (dp * tp == 8 and tp != 4)) for dp, tp in MESHES if dp * tp > 1],
+)
 def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
     """Both forced on, in the published forms and those furthest from them: groups without rows, one row on 8 ranks."""
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)

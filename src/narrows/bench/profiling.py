@@ -263,8 +263,8 @@ def _time(tables: Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: 
     """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took; how
     long one was.
 
-    Of a long step one run is enough; of a short one the first three do not count: they meet cold code, and are walked
-    without a tape.
+    Of a long step one run is enough; of a short one the first three do not count: they meet cold code, and one is
+    recorded.
     """
     engine.readings()
     times, drop = run_steps(engine, batch, plan, 1), 0

@@ -1,4 +1,4 @@
-"""One console for all commands: no colour guesses in pipes, and wide enough there that tables stay whole."""
+"""One console for all commands: no colour guesses in pipes, and so wide there that neither tables nor lines are cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 
 __all__ = ["console"]
 
-_PIPED_WIDTH = 200
+_PIPED_WIDTH = 1000
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -188,7 +188,7 @@ def _short(value: float) -> str:
     >>> _short(0.01234), _short(12.34), _short(1234.0)
     ('0.0123', '12.3', '1234')
     """
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:

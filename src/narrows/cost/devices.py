@@ -111,6 +111,10 @@ class Device:
             )
         return peak * 1e12
 
+    def has_rate(self, dtype: str) -> bool:
+        """Whether products of ``dtype`` have a price here: whether :meth:`flops_per_s` knows it."""
+        return getattr(self, f"tflops_{'bf16' if dtype == 'int8-weight-only' else dtype}", None) is not None
+
     def source(self, group: str) -> str:
         """Where the figures of ``group`` come from: peaks, memory, collectives, gemm, row work or attention."""
         return dict(self.sources)[group]

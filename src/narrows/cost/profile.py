@@ -52,11 +52,11 @@ class Profile:
         line = f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
         if self.knows(dtype):
             return line
-        return f"{line}; it measured {', '.join(self._dtypes)}, by which {dtype} is scaled"
+        return f"{line}; it measured {', '.join(self.dtypes)}, by which {dtype} is scaled"
 
     def knows(self, dtype: str) -> bool:
         """Whether stages were measured in ``dtype``, or none at all; empty: any will do."""
-        return not (dtype and self._dtypes) or dtype in self._dtypes
+        return not (dtype and self.dtypes) or dtype in self.dtypes
 
     def knows_model(self, model: str) -> bool:
         """Whether it says that it was made with the model of that name or folder."""
@@ -64,7 +64,8 @@ class Profile:
         return isinstance(models, list) and Path(model).name in {Path(str(each)).name for each in models}
 
     @property
-    def _dtypes(self) -> tuple[str, ...]:
+    def dtypes(self) -> tuple[str, ...]:
+        """Of the weights of the stages that were measured."""
         return self.device.measured.dtypes if self.device.measured is not None else ()
 
 
@@ -90,8 +91,10 @@ def kept_profile(
             continue
         misfit = profile.fits.misfit(setting, whatever=whatever)
         if not misfit:
-            known = profile.knows(dtype), profile.knows_model(model), len(profile.fits.document())
-            fitting.append((*known, str(profile.made.get("date", "")), path.name, profile))
+            known = dtype in profile.dtypes, bool(profile.dtypes), profile.knows_model(model)
+            fitting.append(
+                (*known, len(profile.fits.document()), str(profile.made.get("date", "")), path.name, profile)
+            )
         elif profile.fits.ranks == setting.ranks:
             refused.append(f"the profile {path.name} is not used: {misfit}")
     if not fitting:
@@ -238,7 +241,7 @@ def _profile(document: ProfileDocument, stem: str) -> Profile:
 def _other_rates(base: Device, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, and the peaks that it does not say: those of ``base``, as much faster or slower as the first that it
     does say."""
-    said = next((name for name in _PEAKS if given.get(name)), None)
+    said = next((name for name in _PEAKS if given.get(name) and getattr(base, name)), None)
     if said is None:
         return dict(given)
     factor = given[said] / getattr(base, said)

@@ -159,8 +159,8 @@ class ProfileDocument(_Part):
     """All of a profile."""
 
     narrows_profile: Literal[1]
-    name: str = ""
-    title: str = ""
+    name: str | None = None
+    title: str | None = None
     fits: Setting = Setting()
     made: dict[str, JsonValue] = {}
     device: DeviceFigures = DeviceFigures()

@@ -22,6 +22,7 @@ from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
 __all__ = ["NOTHING", "PHASES", "Pricer", "StepPrice", "StepShape"]
 
 PHASES = ("prefill", "decode")
+_ITEMSIZES = {"fp32": 4}
 _WEIGHT_BYTES = {"fp8": 1, "int8": 1, "int8-weight-only": 1, "bf16": 2, "fp32": 4}
 
 
@@ -150,7 +151,8 @@ class Pricer:
         phase, attended = self.shape.phase, self.shape.attended(rows)
         if (found := measured.stage(price_class, work, self.dtype, at_work, phase, attended)) is not None:
             return found
-        for dtype in (self.dtype, *(other for other in measured.dtypes if other != self.dtype)):
+        others = (other for other in measured.dtypes if other != self.dtype and self.device.has_rate(other))
+        for dtype in (self.dtype, *others):
             like = measured.nearest(price_class, work, dtype)
             seen = like and measured.stage(price_class, like, dtype, at_work, phase, attended)
             if like and seen:
@@ -245,7 +247,7 @@ class Pricer:
         return StepPrice(price.ps, rows, rows * row_bytes, price.source)
 
     def _work(self, item: Work, rows: int, dtype: str) -> tuple[Price, float]:
-        device, size = self.device, self.itemsize
+        device, size = self.device, self._itemsize(dtype)
         if isinstance(item, Gemm):
             dtype = self._gemm_dtype(item.precision, dtype)
             touched = rows * (item.k + item.n) * size + item.n * item.k * _WEIGHT_BYTES[dtype]
@@ -260,7 +262,11 @@ class Pricer:
             return norm_price(device, moved, fused=item.fused or item.streamed), moved
         if isinstance(item, Stream):
             return stream_price(device, rows * item.row_bytes), rows * item.row_bytes
-        return self._attention(item, rows)
+        return self._attention(item, rows, size)
+
+    def _itemsize(self, dtype: str) -> int:
+        """Of activations beside weights of ``dtype``."""
+        return self.itemsize if dtype == self.dtype else _ITEMSIZES.get(dtype, 2)
 
     def _gemm_dtype(self, precision: str, dtype: str) -> str:
         """The rate a GEMM runs at. Products of bf16 values summed in float32 (the router) are what tensor cores compute
@@ -269,8 +275,8 @@ class Pricer:
             return dtype
         return "fp32" if precision == "float32_sums" and self.device.shared_memory else "bf16"
 
-    def _attention(self, item: AttentionCore, rows: int) -> tuple[Price, float]:
-        context, size = self.shape.context, self.itemsize
+    def _attention(self, item: AttentionCore, rows: int, size: int) -> tuple[Price, float]:
+        context = self.shape.context
         if self.shape.phase == "decode":
             pairs, kv_rows, dims = rows * context, rows * context, item.decode_dims
         else:

@@ -78,8 +78,8 @@ class EngineConfig:
     kv_tokens: int | None = None
     page_size: int = PAGE_SIZE
     rehearse_rows: int = 64
-    """Rows of the largest decode step that a service rehearses when nothing runs (`ahead.py`); with more, a tape saves
-    little of a step. 0: none."""
+    """Rows of the largest decode step that a service rehearses when nothing runs (`rehearsals.py`); with more, a tape
+    saves little of a step. 0: none."""
     seed: int = 0
     ranks: str = "threads"
     threads: int | None = 1

@@ -92,7 +92,7 @@ class Engine:
         self._tracer: Tracer | None = None
         self._rehearsed: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
-        drawn = resolved.plan is None  # which may have no step that samples
+        drawn = resolved.plan is None or any(step.name == "sample" for _, step in resolved.plan.steps())
         self._rehearsals = Rehearsals(resolved.limits, resolved.asked.rehearse_rows, drawn=drawn)
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")

@@ -153,7 +153,7 @@ class _Walk:
 class Tapes:
     """The recorded walks of one rank. Ranks need not agree: to repeat a walk is to make the same exchanges.
 
-    ``possible``: whether any step can be on tape here, as far as is known.
+    ``possible``: whether any step can be on tape here, as far as is known. ``full``: a rehearsed walk found no room.
     """
 
     def __init__(self, world: World, model: Decoder, page_size: int, logit_split: Split) -> None:
@@ -164,6 +164,7 @@ class Tapes:
         self._walks: dict[Key, _Walk] = {}
         self._unfit: set[Key] = set()
         place = model.place
+        self.full = False
         self.possible = library() is not None and place.device.type == "cpu" and place.dtype == torch.bfloat16
 
     def forget(self) -> None:
@@ -172,6 +173,7 @@ class Tapes:
             walk.recording.close()
         self._walks.clear()
         self._unfit.clear()
+        self.full = False
 
     def run(
         self,
@@ -213,7 +215,7 @@ class Tapes:
             self.possible = False  # and the sampler has been begun: the walk is made here all the same
             return program.run(frame, inputs.ids_T.unsqueeze(-1)), sampler
         if walk.fits and walk.is_worth_it:
-            self._keep(key, walk)
+            self._keep(key, walk, rehearsed)
         else:
             walk.recording.close()
             if len(self._unfit) >= _MOST_UNFIT:
@@ -221,9 +223,14 @@ class Tapes:
             self._unfit.add(key)
         return registers, sampler
 
-    def _keep(self, key: Key, walk: _Walk) -> None:
+    def _keep(self, key: Key, walk: _Walk, rehearsed: bool) -> None:
+        """Hold a walk, in place of the oldest ones if there is no room; one that was only rehearsed drives none out."""
+        held = walk.recording.nbytes + sum(walk.recording.nbytes for walk in self._walks.values())
+        if rehearsed and (held > _MOST_BYTES or len(self._walks) == _MOST_TAPES):
+            walk.recording.close()
+            self.full = True
+            return
         self._walks[key] = walk
-        held = sum(walk.recording.nbytes for walk in self._walks.values())
         while held > _MOST_BYTES or len(self._walks) > _MOST_TAPES:
             oldest = self._walks.pop(next(iter(self._walks)))
             held -= oldest.recording.nbytes

@@ -143,12 +143,12 @@ class Worker:
         its tape. Nothing is kept of what it computes.
 
         Returns:
-            whether there is any use in it here: False where no step can be on tape.
+            whether there is any use in more of them: False where no step can be on tape, or no further one has room.
         """
         program = self._program(plan)
         if self._taped(program, batch, rehearsed=True) is None:
             self._walk(program, batch, rehearsed=True)  # other ranks may have a tape, and wait for this one
-        return self._tapes.possible
+        return self._tapes.possible and not self._tapes.full
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
         """How the batch's rows are dealt to ranks, and (start, rows, pages) of every chunk of this rank's group."""

@@ -148,7 +148,7 @@ def _json_row(line: str, number: int, file: Path) -> Ask:
         return _ask(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"], blocks)
     except KeyError as error:
         raise ConfigError(f"line {number} of the trace {file}: there is no {error.args[0]}") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"line {number} of the trace {file}: {error}") from None
 
 
