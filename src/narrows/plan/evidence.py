@@ -14,7 +14,7 @@ from narrows.plan.plan import Plan
 
 __all__ = ["Evidence", "evidence_line", "ranks_line"]
 
-_WAY_OUT = "narrows calibrate, run on such ranks, measures them"
+_WAY_OUT = "narrows calibrate measures such ranks"
 _LEAST = 0.01
 """The share of unmeasured prices from which on it is said: less cannot have decided much."""
 
