@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from narrows.bench.layer import LayerWork
+from narrows.bench.step_work import StepWork
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.plan.plan import Plan
@@ -60,7 +60,7 @@ def main() -> None:
 def measure(engine: Engine, phase: str, rows: int) -> dict[str, Any]:
     """One bucket: milliseconds of the search, of binding, and of a step (the median of 5)."""
     limits, config = engine.resolved.limits, engine.resolved.config
-    work = LayerWork(rows=rows, phase=phase, context=64 if phase == "decode" else 0)
+    work = StepWork(rows=rows, phase=phase, context=64 if phase == "decode" else 0)
     batch = work.batch(engine.resolved.mesh.num_groups, limits.page_size, config.vocab_size)
 
     def prepared(*plans: Plan) -> float:

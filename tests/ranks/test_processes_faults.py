@@ -121,12 +121,9 @@ def cross() -> None:
     """The field's commonest deadlock: one rank idle and one not."""
     with ProcessRanks(Mesh.of(dp=2, tp=2), lab.Lab, timeout_s=600) as ranks:
         text = without_calls(error_of(ranks, lab.in_different_groups))
-        if text.startswith("rank 1"):
-            assert text.startswith('rank 1 will not come; rank 0 waits at #0 barrier "attention sum"')
-            assert 'rank 1 last came to #1 barrier "idle step" of ranks 0, 1, 2, 3' in text
-        else:  # as true, and known first if they have said first that they are done
-            assert re.match(r'rank [23] will not come; rank 1 waits at #1 barrier "idle step"', text)
-            assert re.search(r'rank [23] last came to #0 barrier "attention sum" of ranks 2, 3; .* had ended', text)
+        assert "rank 1 will not come" in text
+        assert 'rank 0 waits at #0 barrier "attention sum"' in text
+        assert 'rank 1 last came to #1 barrier "idle step" of ranks 0, 1, 2, 3' in text
 
 
 def test_a_rank_that_will_never_come_is_named_at_once() -> None:

@@ -107,7 +107,9 @@ GRID = ("--rows", "1,24", "--context", "8", "--seconds-per-cell", "0.2")
 
 
 def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    document = bench(capsys, "layout", folder, "--tp", "2", *GRID)
+    document = bench(
+        capsys, "layout", folder, "--tp", "2", *GRID, "--rounds", "5"
+    )  # the median of some: one may be bad
     assert [(one["phase"], one["rows"]) for one in document["cells"]] == [
         ("prefill", 1), ("prefill", 24), ("decode", 1), ("decode", 24),
     ]  # fmt: skip
@@ -117,17 +119,14 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
         assert one["regret"] >= 0 and "auto" in one["chosen"] and one["named_pick"] in layouts[:3]
         assert len({plan["rounds"] for plan in one["plans"]}) == 1, "plans take turns"
         for plan in one["plans"]:
-            assert plan["rounds"] >= 2 and plan["outside_ms"] >= 0
+            assert plan["rounds"] >= 5 and plan["outside_ms"] >= 0
+            assert plan["walk_ms"] == pytest.approx(plan["measured_ms"], rel=0.9), "the walk is most of a step"
             assert plan["predicted_ms"] > 0 and plan["sources"] == {"roofline": pytest.approx(1)}
             by_class: dict[str, float] = {}
             for step in plan["steps"]:
                 by_class[step["class"]] = by_class.get(step["class"], 0.0) + step["times"] * step["predicted_us"] / 1e3
             for name, ms in plan["classes_ms"].items():
                 assert ms["measured"] > 0 and ms["predicted"] == pytest.approx(by_class[name])
-    all_plans = [plan for one in document["cells"] for plan in one["plans"]]
-    walks, steps = (sum(plan[name] for plan in all_plans) for name in ("walk_ms", "measured_ms"))
-    # Together, since they are timed apart: on a busy machine either of a plan's two may meet a bad moment.
-    assert 0.2 < walks / steps < 4, "the walk is most of a step"
     found = document["summary"]
     assert found["cells"] == 4 and found["right"] == sum(one["within_3_percent"] for one in document["cells"])
     assert [list(variants) for variants in by_work(document).values()] == [layouts] * 4

@@ -74,6 +74,26 @@ def test_ranks_that_wait_for_each_other_are_stuck_and_those_who_wait_for_a_busy_
     assert watch.verdict(2, 104.0) is None
 
 
+def test_who_is_named_does_not_depend_on_who_came_first() -> None:
+    """Rank 0 waits for 1 in a group of two; 1 waits for all of four; 2 and 3 have done all their calls."""
+    four, low, high = (0, 1, 2, 3), (0, 1), (2, 3)
+    crossed = [at(0, ranks=low), at(1, ranks=four)]
+    crossed += [at(0, ranks=high, waits=False, done=2)] * 2
+    for late in range(4):
+        watch = Watch(4, timeout_s=600)
+        for rank, report in enumerate(crossed):
+            watch.hear(rank, report, 100.4 if rank == late else 100.0)
+        everyone(watch, crossed, 103.1)
+        early = watch.verdict(2, 103.1)
+        if late in low:
+            assert early is None, "not all who are held up have waited so long"
+        else:
+            assert early is not None and early[0] == [1]
+        everyone(watch, crossed, 103.5)
+        ranks, why = watch.verdict(2, 103.5)
+        assert ranks == [1] and why.startswith('will not come; rank 0 waits at #0 all_reduce "layer 0"')
+
+
 def test_a_rank_that_says_nothing_any_more_is_not_judged_by_what_it_said_last() -> None:
     watch = Watch(3, timeout_s=600)
     said = [at(5), at(4, waits=False, done=2), at(5)]

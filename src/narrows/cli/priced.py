@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from narrows.cost.devices import DTYPES
 from narrows.plan.named import NAMED_LAYOUTS
-from narrows.plan.planner import DTYPES, ENCODE_ROWS
+from narrows.plan.planner import ENCODE_ROWS
 
 __all__ = ["add_priced_flags"]
 

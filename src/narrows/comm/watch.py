@@ -4,8 +4,8 @@ Knows stamps and clocks, as plain values; no process, no socket, no tensor. Two 
 
 - *overdue*: a rank has waited ``timeout_s`` at a collective that others of its group have not come to;
 - *stuck*: nobody can move. A rank is idle if it has done all its calls; it waits in vain if one that it waits for
-  is idle or waits in vain. When that has been so for ``STUCK_S``, waiting longer brings nothing, however long
-  ``timeout_s`` is: it is how "one rank idle and one not" ends.
+  is idle or waits in vain. When that has been so for ``STUCK_S`` for all whom it holds up, waiting longer brings
+  nothing, however long ``timeout_s`` is: it is how "one rank idle and one not" ends.
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ class Watch:
             rank for rank in stuck if self._reports[rank].waits and not stuck.intersection(self.missing(rank))
         }:
             stuck -= free
+        heard = {rank for rank, heard in enumerate(self._heard) if now - heard < STUCK_S}
+        if any(stuck.intersection(self.missing(rank)) for rank in heard - stuck):
+            return None  # it came later than the others, and cannot move either: who is named is not left to that
         for rank in sorted(stuck):
             if self._reports[rank].waits:
                 missing = [other for other in self.missing(rank) if other in stuck]

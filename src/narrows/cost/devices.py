@@ -15,7 +15,10 @@ from types import MappingProxyType
 from narrows.cost.measured import Measured
 from narrows.errors import ConfigError
 
-__all__ = ["DEVICES", "CollectiveSource", "Device", "device", "device_of_card"]
+__all__ = ["DEVICES", "DTYPES", "CollectiveSource", "Device", "device", "device_of_card"]
+
+DTYPES = ("bf16", "fp8", "int8", "int8-weight-only", "fp32")
+"""Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
 
 _GROUPS = ("peaks", "memory", "collectives", "gemm", "row work", "attention")
 
@@ -92,16 +95,9 @@ class Device:
         Raises:
             ConfigError: another dtype, or ``fp8`` or ``int8`` on a device without it.
         """
-        peaks = {
-            "bf16": self.tflops_bf16,
-            "fp8": self.tflops_fp8,
-            "int8": self.tflops_int8,
-            "int8-weight-only": self.tflops_bf16,
-            "fp32": self.tflops_fp32,
-        }
-        if dtype not in peaks:
-            raise ConfigError(f"no price for dtype {dtype!r}; there are {', '.join(peaks)}")
-        peak = peaks[dtype]
+        if dtype not in DTYPES:
+            raise ConfigError(f"no price for dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        peak = self._peak(dtype)
         if peak is None:
             able = ", ".join(name for name, other in DEVICES.items() if getattr(other, f"tflops_{dtype}") is not None)
             lacks = "has no fp8 arithmetic" if dtype == "fp8" else f"has no price for {dtype}"
@@ -112,8 +108,12 @@ class Device:
         return peak * 1e12
 
     def has_rate(self, dtype: str) -> bool:
-        """Whether products of ``dtype`` have a price here: whether :meth:`flops_per_s` knows it."""
-        return getattr(self, f"tflops_{'bf16' if dtype == 'int8-weight-only' else dtype}", None) is not None
+        """Whether products of ``dtype``, one of DTYPES, have a price here."""
+        return self._peak(dtype) is not None
+
+    def _peak(self, dtype: str) -> float | None:
+        peak: float | None = getattr(self, f"tflops_{'bf16' if dtype == 'int8-weight-only' else dtype}")
+        return peak
 
     def source(self, group: str) -> str:
         """Where the figures of ``group`` come from: peaks, memory, collectives, gemm, row work or attention."""

@@ -23,16 +23,15 @@ from pydantic import (
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
 from narrows.cost.collectives import COLLECTIVES
-from narrows.cost.devices import DEVICES
+from narrows.cost.devices import DEVICES, DTYPES
 from narrows.cost.here import Setting
 from narrows.cost.measured import AXES, REDUCE_NORM
 from narrows.errors import ConfigError
 
-__all__ = ["MEASURED_OPS", "VERSION", "WORKS", "ProfileDocument", "StageTable", "parse"]
+__all__ = ["MEASURED_OPS", "VERSION", "WORKS", "DeviceFigures", "ProfileDocument", "StageTable", "parse"]
 
 VERSION = 1
 MEASURED_OPS = (*COLLECTIVES, "column_gather", REDUCE_NORM)
-DTYPES = ("bf16", "fp8", "int8", "int8-weight-only", "fp32")
 WORKS: Mapping[str, type[Work]] = {
     "gemm": Gemm,
     "grouped_gemm": GroupedGemm,

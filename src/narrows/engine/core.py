@@ -116,11 +116,14 @@ class Engine:
     def rehearse_ahead(self) -> Future[list[Any]] | None:
         """Have the ranks run one more decode step of nobody's rows, so that the first real one like it finds its tape.
 
-        For when no step is in flight, once the one before is done. None: there are no more, or not while a trace is
+        For when no step is in flight. None: the one before is not done, there are no more, or not while a trace is
         made, or there is no use in it on these ranks.
         """
-        if self._rehearsed is not None and not self._rehearsed.result()[0]:
-            self._rehearsals.end()
+        if self._rehearsed is not None:
+            if not self._rehearsed.done():
+                return None
+            if not self._rehearsed.result()[0]:
+                self._rehearsals.end()
         batch = None if self._tracer is not None else self._rehearsals.next()
         self._rehearsed = (
             None if batch is None else self.ranks.submit_first("rehearse", batch, self.books.plan_for(batch))

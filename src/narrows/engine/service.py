@@ -98,7 +98,6 @@ class EngineService:
         self._evidence = ""
         self._before: SchedulerStats | None = None  # of engines that have failed
         self._reading: Future[list[Any]] | None = None
-        self._rehearsal: Future[list[Any]] | None = None
         self._has_clocks, self._num_unread = False, 0
         self._ends_of: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         self._read_at = self._restarted_at = -math.inf
@@ -387,10 +386,8 @@ class EngineService:
         """
         while not (self._awake or engine.in_flight) and (plan := engine.books.plan_ahead()) is not None:
             engine.prepare((plan,))
-        if not (self._awake or engine.in_flight) and (self._rehearsal is None or self._rehearsal.done()):
-            self._rehearsal = engine.rehearse_ahead()
-            if self._rehearsal is not None:
-                self._rehearsal.add_done_callback(self._wake)
+        if not (self._awake or engine.in_flight) and (rehearsal := engine.rehearse_ahead()) is not None:
+            rehearsal.add_done_callback(self._wake)
         with self._changed:
             if not self._awake:
                 self._changed.wait(_TICK_S)
@@ -412,7 +409,7 @@ class EngineService:
         if self._has_clocks:
             engine.instrument(CollectiveClock)
         engine.prepare(engine.books.plans())
-        self._reading, self._rehearsal, self._num_unread = None, None, 0
+        self._reading, self._num_unread = None, 0
         self._ends_of.clear()
         self._times.forget_ranks()
         with self._changed:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms, check_mesh, form_choices
-from narrows.cost.devices import Device
+from narrows.cost.devices import DTYPES, Device
 from narrows.cost.memory import MemoryUse, memory_use
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
@@ -22,10 +22,7 @@ from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.search import Search
 
-__all__ = ["DTYPES", "ENCODE_ROWS", "Deployment", "Planner", "choose_forms"]
-
-DTYPES = ("fp8", "int8", "int8-weight-only", "bf16", "fp32")
-"""Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
+__all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_forms"]
 
 ENCODE_ROWS = {
     "none": (Encoding.PLAIN, False),
