@@ -313,5 +313,20 @@ def pause() -> None:
         wait_for_the_end_of(pids, 1)
 
 
-def test_a_stopped_rank_is_named_and_all_end_but_when_all_are_stopped_they_go_on() -> None:
-    at_once([lambda: stop(0, 1), lambda: stop(1, 4000), pause])
+def stand_still() -> None:
+    """The host's Python runs nothing for longer than silence is borne, as under one long C call; its ranks bear it."""
+    with start_host("[ranks.submit('run', lab.late, 0, 0.1).result() for i in range(20)]") as host:
+        pids = pids_of(host)
+        os.kill(host.pid, signal.SIGSTOP)
+        try:
+            time.sleep(7.5)
+            assert all(is_alive(pid) for pid in pids)
+        finally:
+            os.kill(host.pid, signal.SIGCONT)
+        assert host.wait(60) == 0
+        assert host.stderr is not None and host.stderr.read() == ""
+        wait_for_the_end_of(pids, 10)
+
+
+def test_a_stopped_rank_is_named_and_all_end_but_a_stopped_host_and_stopped_ranks_go_on() -> None:
+    at_once([lambda: stop(0, 1), lambda: stop(1, 4000), pause, stand_still])

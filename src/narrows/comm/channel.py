@@ -2,6 +2,9 @@
 
 Knows sockets and bytes; not what a message means. What arrives may be unpickled by the reader, so nothing is read from
 a peer before the key is proved; what is sent is not encrypted.
+
+That the other host is still there is the kernels' business: they probe each other (TCP keepalive), whatever the two
+processes compute. A process that ends closes its connections, so its peer learns of it at once.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import socket
 import struct
 import threading
 from time import monotonic
+
+from narrows.comm.messages import SILENCE_S
 
 __all__ = ["Channel", "listen", "resolve"]
 
@@ -55,6 +60,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _probe_the_other_host(sock)
         self._sock = sock
         self._sending = threading.Lock()
         self._received = bytearray()
@@ -171,6 +177,21 @@ class Channel:
         """Ends the connection and gives the socket back; only for when no thread uses it any more."""
         self.shut()
         self._sock.close()
+
+
+def _probe_the_other_host(sock: socket.socket) -> None:
+    """Have the kernel end the connection once the other host's kernel has not answered for ``SILENCE_S`` seconds."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle_s, between_s = 2, 1
+    for name, value in (
+        ("TCP_KEEPIDLE", idle_s),
+        ("TCP_KEEPALIVE", idle_s),  # macOS's name for it
+        ("TCP_KEEPINTVL", between_s),
+        ("TCP_KEEPCNT", int(SILENCE_S) - idle_s),
+        ("TCP_USER_TIMEOUT", int(SILENCE_S * 1000)),  # while sent data is not acknowledged, nothing is probed
+    ):
+        if (option := getattr(socket, name, None)) is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _read(sock: socket.socket, size: int) -> bytes:

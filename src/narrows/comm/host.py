@@ -24,7 +24,6 @@ from narrows.comm.children import GRACE_S, Children, end_children, ending, spawn
 from narrows.comm.launch import JOIN_S, Launch, host_key, open_store, publish
 from narrows.comm.messages import (
     BEAT,
-    BEAT_S,
     CALL,
     DONE,
     END,
@@ -87,6 +86,7 @@ class Host:
         self._packer = Packer(once)
         self._watch = Watch(mesh.size, timeout_s)
         self._tick_s = min(0.25, timeout_s / 4)
+        self._ticked_at = time.monotonic()
         self._lock = threading.Lock()  # of what follows; never held while something is sent
         self._pending: dict[int, _Call] = {}
         self._num_calls = 0
@@ -115,9 +115,11 @@ class Host:
         return self._failure
 
     def silence_s(self) -> tuple[float, ...]:
-        """For how long nothing has been heard of each rank, in seconds; a rank that lives beats every ``BEAT_S``."""
-        now = time.monotonic()
-        return tuple(max(now - self._ranks[rank].heard, 0.0) for rank in range(self.mesh.size))
+        """For how long nothing has been heard of each rank, in seconds; a rank that lives beats every ``BEAT_S``.
+
+        As of the last tick: while this process stood still, it could hear no rank.
+        """
+        return tuple(max(self._ticked_at - self._ranks[rank].heard, 0.0) for rank in range(self.mesh.size))
 
     # --- the beginning
 
@@ -314,14 +316,13 @@ class Host:
             peer.gone.set()
 
     def _tick(self) -> None:
-        """Beats, and judges who is gone; after a failure, ends the ranks."""
-        last = beat = time.monotonic()
+        """Judges which ranks are gone; after a failure, ends the ranks."""
         while not self._over.wait(self._tick_s):
             now = time.monotonic()
-            if now - last > SUSPENDED_S:
+            if now - self._ticked_at > SUSPENDED_S:
                 for peer in self._peers:
                     peer.heard = now
-            last = now
+            self._ticked_at = now
             if self.forgotten:
                 self.end(None)
                 return
@@ -330,11 +331,6 @@ class Host:
                     self.end(None)
                     return
                 continue
-            if now - beat >= BEAT_S:
-                beat = now
-                for peer in list(self._peers):
-                    if now - peer.heard < SUSPENDED_S:
-                        peer.channel.try_send(BEAT)
             self._judge(now)
 
     def _judge(self, now: float) -> None:

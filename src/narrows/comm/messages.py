@@ -1,7 +1,9 @@
 """What the host of the ranks and the ranks say to each other: the kinds of messages, and what each carries.
 
 Knows plain values only. The host is the process that hands out calls; a node is a process that started ranks on another
-host and ends them. Everybody beats; who is silent for ``SILENCE_S`` is taken for gone.
+host and ends them. Ranks and nodes beat; one that is silent for ``SILENCE_S`` is taken for gone. The host does not
+beat: Python work could silence it for longer than that (one C call that keeps the interpreter's lock). Ranks and nodes
+learn from their connection that the host's process has ended or that its machine does not answer.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ __all__ = [
 BEAT_S = 0.5
 SILENCE_S = 6.0
 SUSPENDED_S = 2.0
-"""Who stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against the others."""
+"""A host that stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against the others."""
 
 HELLO = b"h"  # rank or node -> host, once: Hello
 SETUP = b"s"  # host -> rank, once: Setup
@@ -46,7 +48,7 @@ CALL = (
 )
 DONE = b"d"  # rank -> host: (number of the call, result)
 FAILED = b"f"  # rank -> host: Failure
-BEAT = b"b"  # rank -> host: Report; host -> all, node -> host: nothing
+BEAT = b"b"  # rank -> host: Report; node -> host: nothing
 END = b"e"  # host -> all: (exit code, why)
 
 

@@ -13,7 +13,6 @@ import atexit
 import os
 import pickle
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,7 +23,7 @@ from narrows.comm.channel import Channel
 from narrows.comm.children import Children, end_children, ending, spawn
 from narrows.comm.host import Host
 from narrows.comm.launch import Launch, find_host
-from narrows.comm.messages import BEAT, BEAT_S, END, FAILED, HELLO, SILENCE_S, SUSPENDED_S, Failure, hello
+from narrows.comm.messages import BEAT, BEAT_S, END, FAILED, HELLO, Failure, hello
 from narrows.comm.world import World
 from narrows.errors import RankError
 from narrows.layout import Mesh
@@ -153,19 +152,12 @@ def serve_node(launch: Launch) -> int:
 
 def _obey(channel: Channel, children: Children) -> tuple[int, str]:
     """Waits for the host's word. A rank that ends is told to it: it may never have reached the host."""
-    heard = last = time.monotonic()
     told: set[int] = set()
     while True:
         message = channel.receive(BEAT_S)
-        now = time.monotonic()
-        if message is not None or now - last > SUSPENDED_S:
-            heard = now
-        last = now
         if message is not None and message[0] == END:
             code, why = pickle.loads(message[1])
             return code, why
-        if now - heard > SILENCE_S:
-            raise EOFError
         for rank, child in children.items():
             if child.poll() is not None and rank not in told:
                 told.add(rank)
