@@ -15,8 +15,9 @@ from narrows.server.guides import Form
 from narrows.server.prompts import render_chat
 from narrows.server.reasoning import begins_inside
 from narrows.server.respond import Job
-from narrows.server.schema.chat import ChatRequest, NamedTool
+from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
+from narrows.server.tool_use import ToolUse, tool_use
 from narrows.server.turn import Turn
 
 __all__ = ["Conversation", "conversation"]
@@ -30,19 +31,18 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any]) ->
     Raises:
         ApiError: 400, naming the field.
     """
-    _check_tools(state, body)
-    uses_tools = bool(body.tools) and body.tool_choice != "none"
-    prompt, ids = _prompt(state, body, uses_tools)
+    use = tool_use(state, body)
+    prompt, ids = _prompt(state, body, use)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     max_tokens = state.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
     state.check_amount(1, body.num_choices)
     inside = state.reasons and begins_inside(prompt)
-    forms, param = _forms(state, body, uses_tools)
+    forms, param = _forms(state, body, use)
     sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     turns, generations = [], []
     for index in range(body.num_choices):
         guide = make_guide(state, forms, param, reasoning=state.reasons, inside=inside) if forms else None
-        turns.append(Turn(state, body, index, uses_tools, inside, guide))
+        turns.append(Turn(state, body, index, use, inside, guide))
         generations.append(
             Generation(
                 prompt=ids,
@@ -56,28 +56,14 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any]) ->
     return Job(body, head, len(ids), turns, generations)
 
 
-def _check_tools(state: ServerState, body: ChatRequest) -> None:
-    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
-    known = [tool.function.name for tool in body.tools or ()]
-    if len(set(known)) < len(known):
-        raise invalid("tools: two functions have the same name", "tools")
-    if body.tool_choice not in (None, "none") and not known:
-        raise invalid("tool_choice is given, but no tools", "tool_choice")
-    if named is not None and named not in known:
-        raise invalid(f"tool_choice names {named[:64]!r}, which is not among tools", "tool_choice")
-    if known and body.tool_choice != "none" and state.tools is None:
-        message = "the model's chat template knows no tool calls in a format that this server reads"
-        raise invalid(f"{message}; a server started with --tool-call-parser reads one", "tools")
-
-
-def _prompt(state: ServerState, body: ChatRequest, uses_tools: bool) -> tuple[str, tuple[int, ...]]:
+def _prompt(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
     text = render_chat(
         state.tokenizer,
         body.messages,
-        tools=body.tools or () if uses_tools else (),
+        tools=use.tools,
         variables=variables,
         add_generation_prompt=body.add_generation_prompt is not False,
         arguments_as_text=state.tools is not None and state.tools.arguments_as_text,
@@ -91,19 +77,15 @@ def _prompt(state: ServerState, body: ChatRequest, uses_tools: bool) -> tuple[st
     return text, ids
 
 
-def _forms(state: ServerState, body: ChatRequest, uses_tools: bool) -> tuple[list[Form], str]:
+def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
     """What the answer has to be one of, and the field that says so; empty if it may be anything."""
     asked = asked_form(body)
     calls = None
-    if uses_tools and (asked is not None or body.tool_choice not in (None, "auto")):
+    if use.tools and (asked is not None or use.must):
         assert state.tools is not None and state.guides is not None, "checked: a format needs a tokenizer"
-        tools = [tool.function for tool in body.tools or ()]
-        if isinstance(body.tool_choice, NamedTool):
-            tools = [tool for tool in tools if tool.name == body.tool_choice.function.name]
-        functions = [(tool.name, tool.parameters or {"type": "object"}) for tool in tools]
-        many = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
-        calls = Form("calls", state.tools.grammar(functions, state.guides.literal, many))
-    if body.tool_choice not in (None, "auto", "none"):
+        functions = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in use.tools]
+        calls = Form("calls", state.tools.grammar(functions, state.guides.literal, use.many))
+    if use.must:
         if asked is not None:
             raise invalid(f"{asked[1]} and tool_choice both say what the answer is; leave one out", asked[1])
         if body.min_tokens:

@@ -13,6 +13,7 @@ from narrows.server.output import OutputParser
 from narrows.server.reasoning import ReasoningSplit
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
+from narrows.server.tool_use import ToolUse
 from narrows.server.usage import Count
 from narrows.text import GeneratedText
 
@@ -27,7 +28,7 @@ class Turn:
         state: ServerState,
         body: ChatRequest,
         index: int,
-        uses_tools: bool,
+        use: ToolUse,
         inside: bool,
         guide: GrammarGuide | None,
     ) -> None:
@@ -45,8 +46,9 @@ class Turn:
         )
         self._parser = OutputParser(
             reasoning=ReasoningSplit(inside=inside) if state.reasons else None,
-            tools=state.tools.new_parser() if uses_tools and state.tools is not None else None,
+            tools=state.tools.new_parser() if use.tools and state.tools is not None else None,
             max_calls=1 if body.parallel_tool_calls is False else None,
+            names=None if use.strangers else frozenset(tool.function.name for tool in use.tools),
         )
         self._has_calls = False
         self._wants_logprobs = bool(body.logprobs)
