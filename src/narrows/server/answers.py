@@ -9,15 +9,15 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from narrows.server.errors import ApiError
+from narrows.server.errors import ApiError, error_body
 
-__all__ = ["EventStream", "JsonAnswer", "error_answer", "unless_gone"]
+__all__ = ["DataLines", "EventStream", "JsonAnswer", "Wire", "error_answer", "named_event", "unless_gone"]
 
 _LAST_WORDS_S = 1.0
 """How long a stream that is over its time waits for a slow reader to take the error in."""
@@ -38,9 +38,46 @@ class JsonAnswer(Response):
         return to_json(content)
 
 
-def error_answer(error: ApiError) -> JsonAnswer:
-    """The error as an answer of its own."""
-    return JsonAnswer(error.body, status_code=error.status, headers=error.headers)
+def error_answer(error: ApiError, path: str = "") -> JsonAnswer:
+    """The error as an answer of its own, as the API at ``path`` spells errors."""
+    return JsonAnswer(error_body(error, path), status_code=error.status, headers=error.headers)
+
+
+class Wire(Protocol):
+    """How an API writes a stream: each of its events, the one that says why it failed, and its last words."""
+
+    def event(self, event: Any) -> bytes:
+        """An event that the answer consists of."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """What ends a stream that fails."""
+        ...
+
+    @property
+    def end(self) -> bytes:
+        """What ends a stream that is complete."""
+        ...
+
+
+class DataLines:
+    """A :class:`Wire` of ``data:`` lines without names, then ``[DONE]``: chat completions and completions."""
+
+    end = b"data: [DONE]\n\n"
+
+    def event(self, event: Any) -> bytes:
+        """The event as one line."""
+        return b"data: " + to_json(event) + b"\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        """The error's body as the last line; no ``[DONE]`` follows it."""
+        return self.event(error.body)
+
+
+def named_event(event: dict[str, Any]) -> bytes:
+    """A server-sent event whose name is its ``type``, as the responses and messages APIs write theirs."""
+    name: str = event["type"]
+    return b"event: " + name.encode() + b"\ndata: " + to_json(event) + b"\n\n"
 
 
 async def unless_gone(
@@ -70,7 +107,7 @@ async def unless_gone(
 
 
 class EventStream(Response):
-    """``events`` one by one as ``data:`` lines, then ``[DONE]``.
+    """``events`` one by one, as ``wire`` writes them.
 
     An :class:`ApiError` in between becomes the last event. When the client disconnects, or the time is over, ``close``
     is called at once, even while a slow reader keeps a write waiting; and in any case at the end.
@@ -78,10 +115,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Any, None], *, timeout_s: float, close: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[Any, None], wire: Wire, *, timeout_s: float, close: Callable[[], None]
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._wire = wire
         self._timeout_s = timeout_s
         self._close = close
 
@@ -111,14 +151,14 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in events:
-                    await _send(send, b"data: " + to_json(event) + b"\n\n")
+                    await _send(send, self._wire.event(event))
             except ApiError as error:
                 await self._end(send, error)
                 return
-        await _send(send, b"data: [DONE]\n\n", more=False)
+        await _send(send, self._wire.end, more=False)
 
     async def _end(self, send: Send, error: ApiError) -> None:
-        await _send(send, b"data: " + to_json(error.body) + b"\n\n", more=False)
+        await _send(send, self._wire.failure(error), more=False)
 
 
 async def _send(send: Send, body: bytes, *, more: bool = True) -> None:

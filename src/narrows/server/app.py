@@ -190,7 +190,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return error_answer(error)
+        return error_answer(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: Exception) -> Response:
@@ -198,18 +198,19 @@ def _add_errors(app: FastAPI) -> None:
         if request.method == "POST" and "json" not in (sent := request.headers.get("content-type", "")):
             # Read as JSON whatever it says, it could be sent by any web page that the user has open.
             message = f"the body comes as {sent[:100] or 'nothing'!r}; send the header Content-Type: application/json"
-            return error_answer(ApiError(415, message, code="unsupported_media_type"))
-        return error_answer(of_validation(error.errors(), error.body))
+            return error_answer(ApiError(415, message, code="unsupported_media_type"), request.url.path)
+        return error_answer(of_validation(error.errors(), error.body), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_answer(_of_http(request, error))
+        return error_answer(_of_http(request, error), request.url.path)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_answer(ApiError(500, f"the server failed on this request: {type(error).__name__}"))
+        failed = ApiError(500, f"the server failed on this request: {type(error).__name__}")
+        return error_answer(failed, request.url.path)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API spells them: a status and ``{"error": {message, type, param, code}}``. Knows no routes."""
+"""Errors as clients read them: a status, and a body in the shape of OpenAI's API or, on its routes, of Anthropic's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.backend import QueueFull, Unavailable
 
-__all__ = ["ApiError", "invalid", "of_validation", "refused"]
+__all__ = ["ApiError", "error_body", "invalid", "is_messages_path", "of_validation", "refused"]
+
+_MESSAGES_PATH = "/v1/messages"
+"""Where Anthropic's API lives: it and what is below it answer in that API's shapes."""
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+_KINDS_OF_MESSAGES = _KINDS | {
+    403: "permission_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -38,6 +47,25 @@ class ApiError(Exception):
         """What the client reads."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """The error's body as the API at ``path`` spells it; Anthropic's has no place for the field but the message.
+
+    >>> error_body(invalid("is 0", "max_tokens"), "/v1/messages")["error"]
+    {'type': 'invalid_request_error', 'message': 'max_tokens: is 0'}
+    """
+    if not is_messages_path(path):
+        return error.body
+    kind = _KINDS_OF_MESSAGES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    named = error.param is None or error.param in error.message
+    message = error.message if named else f"{error.param}: {error.message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def is_messages_path(path: str) -> bool:
+    """Whether Anthropic's API answers there."""
+    return path == _MESSAGES_PATH or path.startswith(_MESSAGES_PATH + "/")
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

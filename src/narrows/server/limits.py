@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.server.answers import error_answer
-from narrows.server.errors import ApiError
+from narrows.server.errors import ApiError, is_messages_path
 
 __all__ = ["ApiKeys", "BodyLimit"]
 
@@ -20,7 +20,10 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 class ApiKeys:
-    """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; all of them if there are none."""
+    """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; all of them if there are none.
+
+    On Anthropic's routes ``x-api-key: KEY`` does as well: what clients of that API send.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -30,16 +33,27 @@ class ApiKeys:
         """Pass the request on, or answer 401."""
         if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = self._given(scope)
         # Every key is compared, whatever the ones before gave: the time taken says nothing about which was close.
-        fits = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys]
-        if scheme.lower() == "bearer" and any(fits):
+        fits = [hmac.compare_digest(key, given.encode()) for key in self._keys]
+        if given and any(fits):
             return await self._app(scope, receive, send)
         what = "the API key is not one of this server's" if given else "this server asks for an API key"
         message = f"{what}: send the header 'Authorization: Bearer KEY'"
+        if is_messages_path(scope["path"]):
+            message += " or 'x-api-key: KEY'"
         headers = {"www-authenticate": "Bearer"}
-        answer = error_answer(ApiError(401, message, code="invalid_api_key", headers=headers))
+        answer = error_answer(ApiError(401, message, code="invalid_api_key", headers=headers), scope["path"])
         await answer(scope, receive, send)
+
+    @staticmethod
+    def _given(scope: Scope) -> str:
+        """The key that a request carries; empty if none."""
+        sent = Headers(scope=scope)
+        scheme, _, given = sent.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and given.strip():
+            return given.strip()
+        return sent.get("x-api-key", "").strip() if is_messages_path(scope["path"]) else ""
 
 
 class BodyLimit:
@@ -56,7 +70,7 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         told = Headers(scope=scope).get("content-length", "")
         if told.isdecimal() and int(told) > self._max_bytes:
-            answer = error_answer(_too_large(self._max_bytes, f"{int(told)} bytes"))
+            answer = error_answer(_too_large(self._max_bytes, f"{int(told)} bytes"), scope["path"])
             return await answer(scope, receive, send)
         num_bytes = 0
         complete = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from narrows.server.events import Arguments, Content, Event, ToolCall, joined
 from narrows.server.reasoning import ReasoningSplit
 from narrows.server.tools.formats import ToolParser
@@ -12,15 +15,24 @@ __all__ = ["OutputParser"]
 class OutputParser:
     """The parsers that a request needs, one after the other; without any, all text is content.
 
-    ``max_calls``: calls after so many are left out; None: all are kept.
+    ``max_calls``: calls after so many are left out; ``names``: so are those of other functions; None: all are kept.
     """
 
     def __init__(
-        self, *, reasoning: ReasoningSplit | None = None, tools: ToolParser | None = None, max_calls: int | None = None
+        self,
+        *,
+        reasoning: ReasoningSplit | None = None,
+        tools: ToolParser | None = None,
+        max_calls: int | None = None,
+        names: Collection[str] | None = None,
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools
         self._max_calls = max_calls
+        self._names = names
+        self._num_calls = 0
+        self._keeps = True
+        """Whether the call that is being read is handed out."""
 
     @property
     def is_reasoning(self) -> bool:
@@ -45,5 +57,16 @@ class OutputParser:
         return joined(out)
 
     def _kept(self, events: list[Event]) -> list[Event]:
-        most = self._max_calls
-        return [e for e in events if most is None or not isinstance(e, ToolCall | Arguments) or e.index < most]
+        """Without the calls that are left out; those that stay are counted anew."""
+        out: list[Event] = []
+        for event in events:
+            if isinstance(event, ToolCall):
+                wanted = self._names is None or event.name in self._names
+                self._keeps = wanted and (self._max_calls is None or self._num_calls < self._max_calls)
+                self._num_calls += self._keeps
+            if isinstance(event, ToolCall | Arguments):
+                if self._keeps:
+                    out.append(replace(event, index=self._num_calls - 1))
+            else:
+                out.append(event)
+        return out

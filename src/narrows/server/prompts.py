@@ -8,7 +8,7 @@ from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.server.errors import invalid, refused
-from narrows.server.schema.chat import ChatMessage, Tool
+from narrows.server.schema.chat import ChatMessage, ContentPart, Tool
 from narrows.text import Tokenizer
 
 __all__ = ["render_chat"]
@@ -45,15 +45,16 @@ _MUST_SAY = frozenset({"system", "developer", "user", "tool"})
 
 
 def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, Any]:
-    values = message.model_dump(exclude_none=True)
+    values = message.model_dump(exclude_none=True, exclude={"refusal"})
     if message.role == "developer":
         values["role"] = "system"
     if isinstance(message.content, list):
-        for place, part in enumerate(message.content):
-            if part.type not in ("text", "input_text") or part.text is None:
-                where = f"messages.{at}.content.{place}"
-                raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server reads text parts only", where)
-        values["content"] = "".join(part.text or "" for part in message.content)
+        texts = [_text(part, f"messages.{at}.content.{place}") for place, part in enumerate(message.content)]
+        values["content"] = "".join(texts)
+        if thoughts := "".join(part.thinking or "" for part in message.content if part.type == "thinking"):
+            values.setdefault("reasoning_content", thoughts)
+    elif message.content is None and message.role == "assistant" and message.refusal:
+        values["content"] = message.refusal
     elif message.content is None:
         if message.role in _MUST_SAY:
             where = f"messages.{at}.content"
@@ -62,6 +63,20 @@ def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, 
     if message.tool_calls and not arguments_as_text:
         values["tool_calls"] = [_with_object(call) for call in message.tool_calls]
     return values
+
+
+def _text(part: ContentPart, where: str) -> str:
+    """What a part says in the conversation; a past thought is no text of it.
+
+    Raises:
+        ApiError: 400, a part that is not text.
+    """
+    said = part.refusal if part.type == "refusal" else part.text
+    if part.type == "thinking" and part.thinking is not None:
+        return ""
+    if part.type not in ("text", "input_text", "output_text", "refusal") or said is None:
+        raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server reads text parts only", where)
+    return said
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from narrows.server.answers import EventStream, unless_gone
+from narrows.server.answers import DataLines, EventStream, Wire, unless_gone
 from narrows.server.backend import Generation, Update
 from narrows.server.running import Running
 from narrows.server.schema.common import GenerationFields
@@ -73,10 +73,12 @@ async def respond(
     *,
     stream: Callable[[Job[BodyT, ChoiceT], Running], AsyncGenerator[dict[str, Any], None]],
     whole: Callable[[Job[BodyT, ChoiceT], Running], Coroutine[Any, Any, Response]],
+    wire: Wire | None = None,
 ) -> Response:
     """The answer, as ``stream`` or ``whole`` makes it; whatever ends it, the generations are ended with it.
 
-    ``param``: the field that is wrong if the backend refuses a generation.
+    ``param``: the field that is wrong if the backend refuses a generation. ``wire``: how a stream is written; None: as
+    :class:`~narrows.server.answers.DataLines`.
 
     Raises:
         ApiError: the backend takes none of them, or the time is over.
@@ -85,5 +87,5 @@ async def respond(
     running = state.running()
     running.submit(job.generations, param)
     if job.body.stream:
-        return EventStream(stream(job, running), timeout_s=timeout_s, close=running.close)
+        return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=running.close)
     return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)

@@ -1,0 +1,95 @@
+"""A conversation to the generations of its next message: what the APIs of chats, responses and messages share.
+
+Knows fields and ids; not how an API spells its answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from narrows.errors import ConfigError
+from narrows.server.backend import Generation
+from narrows.server.errors import invalid, refused
+from narrows.server.forms import asked_form, make_guide
+from narrows.server.guides import Form
+from narrows.server.prompts import render_chat
+from narrows.server.reasoning import begins_inside
+from narrows.server.respond import Job
+from narrows.server.schema.chat import ChatRequest
+from narrows.server.state import ServerState
+from narrows.server.tool_use import ToolUse, tool_use
+from narrows.server.turn import Turn
+
+__all__ = ["Conversation", "conversation"]
+
+Conversation = Job[ChatRequest, Turn]
+
+
+def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any]) -> Conversation:
+    """The generations that a body comes to; ``head`` is what every piece of the answer begins with.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    use = tool_use(state, body)
+    prompt, ids = _prompt(state, body, use)
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    max_tokens = state.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
+    state.check_amount(1, body.num_choices)
+    inside = state.reasons and begins_inside(prompt)
+    forms, param = _forms(state, body, use)
+    sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    turns, generations = [], []
+    for index in range(body.num_choices):
+        guide = make_guide(state, forms, param, reasoning=state.reasons, inside=inside) if forms else None
+        turns.append(Turn(state, body, index, use, inside, guide))
+        generations.append(
+            Generation(
+                prompt=ids,
+                max_tokens=max_tokens,
+                end_ids=state.end_ids(body),
+                sampling=ServerState.of_choice(sampling, index),
+                priority=body.priority or 0,
+                guide=guide,
+            )
+        )
+    return Job(body, head, len(ids), turns, generations)
+
+
+def _prompt(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    text = render_chat(
+        state.tokenizer,
+        body.messages,
+        tools=use.tools,
+        variables=variables,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        arguments_as_text=state.tools is not None and state.tools.arguments_as_text,
+    )
+    try:
+        ids = tuple(state.tokenizer.encode(text, add_special_tokens=False))
+    except ConfigError as error:
+        raise refused(error, "messages") from error
+    if not ids:
+        raise invalid("the chat template made an empty prompt of these messages", "messages")
+    return text, ids
+
+
+def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
+    """What the answer has to be one of, and the field that says so; empty if it may be anything."""
+    asked = asked_form(body)
+    calls = None
+    if use.tools and (asked is not None or use.must):
+        assert state.tools is not None and state.guides is not None, "checked: a format needs a tokenizer"
+        functions = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in use.tools]
+        calls = Form("calls", state.tools.grammar(functions, state.guides.literal, use.many))
+    if use.must:
+        if asked is not None:
+            raise invalid(f"{asked[1]} and tool_choice both say what the answer is; leave one out", asked[1])
+        if body.min_tokens:
+            raise invalid("min_tokens does not go with a tool_choice that decides where the text ends", "min_tokens")
+        return [calls] if calls is not None else [], "tools"
+    forms = [asked[0]] if asked is not None else []
+    return [*forms, *([calls] if calls is not None else [])], asked[1] if asked is not None else "tools"
