@@ -3,9 +3,15 @@
 import json
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from functools import cache
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from narrows.errors import CheckpointError, ConfigError
 from narrows.text import Tokenizer as FolderTokenizer
@@ -255,3 +261,119 @@ def test_broken_files_are_named(folder, name, content, problem):
 def test_the_room_needs_no_torch():
     check = "import sys, narrows.text; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def sentencepiece(*, fallback=True, normalizer=None):
+    """BPE with a leading ▁, as Llama 2's; ``fallback``: what it lacks becomes bytes, else one unknown token."""
+    alphabet = [*sorted({c for line in CORPUS for c in line} - {" "}), "▁"]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *alphabet]
+    model = models.BPE(
+        vocab={name: i for i, name in enumerate(names)},
+        merges=[],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=fallback,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizer or normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def composing():
+    """Byte-level BPE of composed characters: the text's own bytes may be three times as many."""
+    backend = byte_level()
+    backend.normalizer = normalizers.NFC()
+    return backend
+
+
+TEXTS = st.text(st.sampled_from("the road, é😀\u1112\u1161\u11ab\u0301\n\ud7ff"), max_size=60) | st.text(max_size=40)
+
+
+@pytest.mark.parametrize("build", [byte_level, sentencepiece, composing])
+@given(text=TEXTS)
+def test_a_text_has_at_least_as_many_tokens_as_its_length_says(build, text):
+    tokenizer = loaded(build)
+    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+
+
+@cache
+def loaded(build):
+    with tempfile.TemporaryDirectory() as folder:
+        build().save(f"{folder}/tokenizer.json")
+        return FolderTokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("build", [byte_level, sentencepiece, composing])
+def test_the_length_of_a_long_text_says_much(build):
+    tokenizer = loaded(build)
+    text = "the road " * 10_000
+    assert tokenizer.fewest_tokens(text) > len(tokenizer.encode(text, add_special_tokens=False)) / 40
+
+
+def strips_around_a_token():
+    backend = byte_level()
+    backend.add_special_tokens([AddedToken("<|pad|>", lstrip=True)])
+    return backend
+
+
+def unknown_is_one_token():
+    return sentencepiece(fallback=False)
+
+
+def strips():
+    return sentencepiece(normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.Replace(" ", "▁")]))
+
+
+def drops_spaces():
+    backend = sentencepiece(normalizer=normalizers.NFC())
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+def removes():
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (strips_around_a_token, " " * 5000 + "<|pad|>"),
+        (unknown_is_one_token, "龜" * 5000),
+        (strips, " " * 5000 + "the"),
+        (drops_spaces, " " * 5000 + "the"),
+        (removes, " " * 5000 + "the"),
+    ],
+)
+def test_nothing_is_said_of_the_length_where_text_is_dropped_or_merged(build, text):
+    tokenizer = loaded(build)
+    assert len(tokenizer.encode(text, add_special_tokens=False)) < 10
+    assert tokenizer.fewest_tokens(text) == 0
+
+
+def test_other_threads_run_while_a_long_text_is_encoded_or_decoded():
+    """Counted, not timed: a thread that only counts gets its turns while one call is made."""
+    tokenizer = loaded(byte_level)
+    text = "the narrow road, the wide road " * 40_000
+    for call in (lambda: tokenizer.encode(text), lambda: tokenizer.decode([5] * 1_500_000)):
+        turns, begun, done = [0], threading.Event(), threading.Event()
+
+        def count(turns=turns, begun=begun, done=done):
+            while not done.is_set():
+                turns[0] += 1
+                begun.set()
+                time.sleep(0)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        begun.wait()
+        before = turns[0]
+        call()
+        after = turns[0]
+        done.set()
+        thread.join()
+        assert after - before > 20

@@ -100,7 +100,7 @@ def test_what_each_route_needs(plain: Lab, path: str, body: dict[str, Any], para
         (b'{"prompt": "x", "temperature": NaN}', "temperature"),
         (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
-        (b'{"prompt": ' + b"[" * 100_000, "JSON"),
+        (b'{"prompt": ' + b"[" * 100_000, "more than 100 deep"),
     ],
 )
 def test_bodies_that_are_no_json(plain: Lab, content: bytes, said: str) -> None:

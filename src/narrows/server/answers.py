@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from narrows.server.errors import ApiError, error_body
+from narrows.server.errors import ApiError, ClientGoneError, error_body
 
 __all__ = ["DataLines", "EventStream", "JsonAnswer", "Wire", "error_answer", "named_event", "unless_gone"]
 
@@ -89,6 +89,7 @@ async def unless_gone(
 
     Raises:
         ApiError: 504, the time is over; or what ``work`` raises.
+        ClientGoneError: the client went away.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
@@ -97,7 +98,7 @@ async def unless_gone(
         if task in done:
             return task.result()
         if gone in done:
-            return Response(status_code=499)  # nobody reads it; the number is for logs
+            raise ClientGoneError
         raise _over_time(timeout_s)
     finally:
         close()

@@ -5,7 +5,6 @@ Knows HTTP and which route does what; what the routes do is said in their own fi
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +24,8 @@ from narrows.server.answers import JsonAnswer, error_answer
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
-from narrows.server.errors import ApiError, of_validation, refused
+from narrows.server.errors import ApiError, ClientGoneError, of_validation, refused
+from narrows.server.intake import BoundedRoute
 from narrows.server.limits import ApiKeys, BodyLimit
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
@@ -62,6 +62,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     state = ServerState(backend, model, options)
     app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None)
     app.state.server = state
+    app.router.route_class = BoundedRoute
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     _add_errors(app)
     _add_generation(app, state)
@@ -102,14 +103,14 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         return await complete(state, body, request)
 
     @app.post("/tokenize", response_model=None, responses=_responses(tokens.Tokenized))
-    async def tokenize_(body: tokens.TokenizeRequest) -> Response:
+    async def tokenize_(body: tokens.TokenizeRequest, request: Request) -> Response:
         """Text, or messages through the chat template, to token ids."""
-        return JsonAnswer(await asyncio.to_thread(tokenize, state, body))
+        return JsonAnswer(await state.pools.prepare(request, tokenize, state, body))
 
     @app.post("/detokenize", response_model=None, responses=_responses(tokens.Detokenized))
-    async def detokenize_(body: tokens.DetokenizeRequest) -> Response:
+    async def detokenize_(body: tokens.DetokenizeRequest, request: Request) -> Response:
         """Token ids to text, special tokens spelled out."""
-        return JsonAnswer(await asyncio.to_thread(detokenize, state, body))
+        return JsonAnswer(await state.pools.prepare(request, detokenize, state, body))
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -133,7 +134,7 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
     @app.get("/health", response_model=None, responses=_responses(answers.HealthAnswer))
     async def health() -> Response:
         """Whether requests are served; 503 with the reason when they are not."""
-        found = await asyncio.to_thread(state.backend.health)
+        found = await state.pools.look(state.backend.health)
         if state.draining or not found.ready:
             detail = "the server is ending" if state.draining else found.detail or "the ranks are not ready"
             raise ApiError(503, detail, code="draining" if state.draining else "unavailable")
@@ -144,7 +145,8 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics", response_model=None, responses={**_responses(answers.ModelList), 200: text})
     async def metrics() -> Response:
         """Numbers for Prometheus."""
-        return Response(state.metrics.render(), media_type="text/plain; version=0.0.4")
+        text = await state.pools.look(state.metrics.render)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     @app.get("/server_info", response_model=None, responses=_responses(answers.ServerInfo))
     async def server_info() -> Response:
@@ -162,14 +164,14 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
             "models": list(state.model.names),
             "max_model_len": state.model.max_context,
         }
-        info = await asyncio.to_thread(state.backend.info)
+        info = await state.pools.operate(state.backend.info)
         return JsonAnswer({**body, "server": server, "backend": info})
 
 
 def _add_profile(app: FastAPI, state: ServerState) -> None:
     async def told(call: Callable[[], dict[str, Any]]) -> Response:
         try:
-            return JsonAnswer(await asyncio.to_thread(call))
+            return JsonAnswer(await state.pools.operate(call))
         except NarrowsError as error:
             raise refused(error) from error
 
@@ -195,11 +197,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        if request.method == "POST" and "json" not in (sent := request.headers.get("content-type", "")):
-            # Read as JSON whatever it says, it could be sent by any web page that the user has open.
-            message = f"the body comes as {sent[:100] or 'nothing'!r}; send the header Content-Type: application/json"
-            return error_answer(ApiError(415, message, code="unsupported_media_type"), request.url.path)
         return error_answer(of_validation(error.errors(), error.body), request.url.path)
+
+    @app.exception_handler(ClientGoneError)
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # for the metrics; nobody reads it
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:

@@ -5,7 +5,6 @@ Knows how OpenAI's chat API spells requests and answers; the conversation itself
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -34,7 +33,7 @@ async def chat(state: ServerState, body: ChatRequest, request: Request) -> Respo
     """
     head = {"id": new_id("chatcmpl"), "created": now(), "model": state.check_model(body.model)}
     _check(body)
-    job = await asyncio.to_thread(conversation, state, body, head)
+    job = await state.pools.prepare(request, conversation, state, body, head)
     return await respond(state, request, job, "messages", stream=_stream, whole=_whole)
 
 

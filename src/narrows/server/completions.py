@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams, TokenScore
 from narrows.server.answers import JsonAnswer
 from narrows.server.backend import Generation, Update
-from narrows.server.errors import invalid, refused
+from narrows.server.errors import invalid
 from narrows.server.forms import asked_form, make_guide
 from narrows.server.guides import GrammarGuide
 from narrows.server.logprobs import LogprobColumns
@@ -38,7 +36,7 @@ async def complete(state: ServerState, body: CompletionRequest, request: Request
         ApiError: it cannot be served.
     """
     name = state.check_model(body.model)
-    job = await asyncio.to_thread(_job, state, body, name)
+    job = await state.pools.prepare(request, _job, state, body, name)
     return await respond(state, request, job, "prompt", stream=_stream, whole=_whole)
 
 
@@ -77,11 +75,7 @@ def _check(body: CompletionRequest) -> None:
 
 def _encode(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        try:
-            ids = state.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-        except ConfigError as error:
-            raise refused(error, "prompt") from error
-        prompt = ids
+        prompt = list(state.encode(prompt, "prompt", add_special_tokens=body.add_special_tokens is not False))
     if not prompt:
         raise invalid("prompt is empty: there is no token to go on from", "prompt")
     if max(prompt) >= state.model.vocab_size:

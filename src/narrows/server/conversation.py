@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from narrows.errors import ConfigError
 from narrows.server.backend import Generation
-from narrows.server.errors import invalid, refused
+from narrows.server.errors import invalid
 from narrows.server.forms import asked_form, make_guide
 from narrows.server.guides import Form
 from narrows.server.prompts import render_chat
@@ -68,10 +67,7 @@ def _prompt(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[str, t
         add_generation_prompt=body.add_generation_prompt is not False,
         arguments_as_text=state.tools is not None and state.tools.arguments_as_text,
     )
-    try:
-        ids = tuple(state.tokenizer.encode(text, add_special_tokens=False))
-    except ConfigError as error:
-        raise refused(error, "messages") from error
+    ids = state.encode(text, "messages", add_special_tokens=False)
     if not ids:
         raise invalid("the chat template made an empty prompt of these messages", "messages")
     return text, ids

@@ -9,7 +9,7 @@ from typing import Any
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.backend import QueueFull, Unavailable
 
-__all__ = ["ApiError", "error_body", "invalid", "is_messages_path", "of_validation", "refused"]
+__all__ = ["ApiError", "ClientGoneError", "error_body", "invalid", "is_messages_path", "of_validation", "refused"]
 
 _MESSAGES_PATH = "/v1/messages"
 """Where Anthropic's API lives: it and what is below it answer in that API's shapes."""
@@ -66,6 +66,10 @@ def error_body(error: ApiError, path: str) -> dict[str, Any]:
 def is_messages_path(path: str) -> bool:
     """Whether Anthropic's API answers there."""
     return path == _MESSAGES_PATH or path.startswith(_MESSAGES_PATH + "/")
+
+
+class ClientGoneError(Exception):
+    """The client went away before its answer was begun; nobody reads one."""
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

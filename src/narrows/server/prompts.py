@@ -8,6 +8,7 @@ from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.server.errors import invalid, refused
+from narrows.server.json_body import JsonLimits, check_json
 from narrows.server.schema.chat import ChatMessage, ContentPart, Tool
 from narrows.text import Tokenizer
 
@@ -61,7 +62,9 @@ def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, 
             raise invalid(f"{where}: a message of role {message.role!r} needs content", where)
         values["content"] = ""
     if message.tool_calls and not arguments_as_text:
-        values["tool_calls"] = [_with_object(call) for call in message.tool_calls]
+        values["tool_calls"] = [
+            _with_object(call, f"messages.{at}.tool_calls.{place}") for place, call in enumerate(message.tool_calls)
+        ]
     return values
 
 
@@ -79,13 +82,18 @@ def _text(part: ContentPart, where: str) -> str:
     return said
 
 
-def _with_object(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with its arguments as an object, where they are the JSON text of one."""
+def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """The call with its arguments as an object, where they are the JSON text of one.
+
+    Raises:
+        ApiError: 400, they hold or nest more than a body may.
+    """
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
+        check_json(function["arguments"].encode("utf-8", "surrogatepass"), JsonLimits(), f"{where}: the text of arguments")
         arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
+    except ValueError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -17,8 +17,10 @@ from narrows.sched.sampling import SamplingParams
 from narrows.server.backend import Backend
 from narrows.server.errors import ApiError, invalid, refused
 from narrows.server.guides import GuideMaker
+from narrows.server.intake import Intake
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.pools import Pools
 from narrows.server.reasoning import CLOSE, OPEN, reasoning_parser
 from narrows.server.reasoning import PARSERS as REASONING_PARSERS
 from narrows.server.running import Bridge, Running
@@ -30,6 +32,8 @@ from narrows.text import Tokenizer
 __all__ = ["ServerState", "new_id", "now"]
 
 _MASK63 = 2**63 - 1
+_BODIES_AT_ONCE = 8
+"""Bodies of the largest size that may be read or checked at once; small ones do not count."""
 
 
 class ServerState:
@@ -52,6 +56,8 @@ class ServerState:
         self.model = model
         self.options = options
         self.metrics = Metrics(backend)
+        self.pools = Pools()
+        self.intake = Intake(self.pools, max_held_bytes=_BODIES_AT_ONCE * options.max_body_bytes)
         self.draining = False
         self._bridge: Bridge | None = None
         template = model.tokenizer.chat_template_source if model.tokenizer is not None else ""
@@ -82,6 +88,24 @@ class ServerState:
         if self.model.tokenizer is None:
             raise invalid(f"{self.model.names[0]} has no tokenizer.json: send prompts as token ids to /v1/completions")
         return self.model.tokenizer
+
+    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """The ids of ``text``; one that no context could hold is refused by its length, before it is read.
+
+        Raises:
+            ApiError: 400, too long or not Unicode; naming ``param``.
+        """
+        tokenizer, context = self.tokenizer, self.model.max_context
+        if (fewest := tokenizer.fewest_tokens(text)) > context:
+            message = (
+                f"the model's context holds {context} tokens: a text of {len(text):,} characters has at least "
+                f"{fewest:,}; shorten it"
+            )
+            raise invalid(message, param, "context_length_exceeded")
+        try:
+            return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except ConfigError as error:
+            raise refused(error, param) from error
 
     def check_model(self, name: str | None) -> str:
         """The name under which the request is answered.

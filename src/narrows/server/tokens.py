@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from narrows.errors import ConfigError
-from narrows.server.errors import invalid, refused
+from narrows.server.errors import invalid
 from narrows.server.prompts import render_chat
 from narrows.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from narrows.server.state import ServerState
@@ -33,10 +32,7 @@ def tokenize(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
             arguments_as_text=state.tools is not None and state.tools.arguments_as_text,
         )
         special = False
-    try:
-        ids = state.tokenizer.encode(text, add_special_tokens=special)
-    except ConfigError as error:
-        raise refused(error, "prompt" if body.messages is None else "messages") from error
+    ids = state.encode(text, "prompt" if body.messages is None else "messages", add_special_tokens=special)
     out = {"count": len(ids), "max_model_len": state.model.max_context, "tokens": ids}
     if body.return_token_strs:
         out["token_strs"] = [state.tokenizer.decode([token], skip_special_tokens=False) for token in ids]

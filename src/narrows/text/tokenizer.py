@@ -19,11 +19,15 @@ from narrows.errors import CheckpointError, ConfigError
 from narrows.text.chat import compile_template, plain
 from narrows.text.folder import TokenizerFiles, read_tokenizer_files
 from narrows.text.token_bytes import is_byte_level, token_bytes
+from narrows.text.token_span import most_bytes_per_token
 
 __all__ = ["Message", "Tokenizer"]
 
 Message = Mapping[str, Any]
 """One message of a chat: ``{"role": "user", "content": "hello"}``, and whatever else the template reads."""
+
+_LONG = 4096
+"""A decoded text of more tokens takes milliseconds."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names for one thing; templates read the first
 
@@ -70,6 +74,16 @@ class Tokenizer:
         """Ids are 0 to ``vocab_size - 1``, added tokens included. A model's logits may be wider (padded)."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """The most UTF-8 bytes of a text that one token stands for; None if no such number is known."""
+        return most_bytes_per_token(self._backend, byte_level=self._byte_level)
+
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that ``text`` has at least, by its length alone; costs next to nothing."""
+        most = self.most_bytes_per_token
+        return 0 if most is None else -(-len(text.encode("utf-8", "surrogatepass")) // most)
+
     @property
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a text: those of the generation config, of the model config, and the tokenizer's eos token."""
@@ -93,11 +107,13 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``; with ``add_special_tokens``, whatever the tokenizer's post-processor adds (often bos).
 
-        Special tokens written out in ``text`` become their ids. Raises `ConfigError` for text that is not Unicode
+        Special tokens written out in ``text`` become their ids. Other threads run meanwhile, however long the text is.
+        Raises `ConfigError` for text that is not Unicode
         (half of a surrogate pair, as JSON can carry).
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # `encode` keeps the interpreter's lock for all of a text; batches let it go, and cost no more.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError:
             half = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if half is None:
@@ -109,7 +125,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ids the tokenizer lacks become nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        ids = list(ids)
+        if len(ids) > _LONG:  # lets other threads run
+            return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def is_silent(self, token: int, *, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` leaves ``token`` out: a special token when those are skipped, or an id it lacks."""
@@ -170,11 +189,15 @@ class Tokenizer:
             )
         if not messages:
             raise ConfigError("a chat needs at least one message; 0 were given")
+        try:
+            given = plain({"variables": variables or {}, "tools": tools, "messages": list(map(_prepare, messages))})
+        except RecursionError:
+            raise ConfigError("the messages, tools or variables of a chat nest too deeply to be read") from None
         values = {
             **self._named,
-            **plain(variables or {}),
-            "messages": [_prepare(message) for message in messages],
-            "tools": plain(tools),
+            **given["variables"],
+            "messages": given["messages"],
+            "tools": given["tools"],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

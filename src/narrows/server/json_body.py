@@ -1,0 +1,90 @@
+"""JSON bodies to plain values, after a look at their size that costs no objects.
+
+``json.loads`` builds every value before anything can be refused, keeps the interpreter's lock meanwhile, and recurses
+into whatever nests. So lists, objects, keys and values are counted in the bytes first, piece by piece, and the parser
+sees only what it takes a fraction of a second for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from narrows.server.errors import invalid
+
+__all__ = ["MAX_NESTING", "JsonLimits", "check_json", "parse_json"]
+
+MAX_NESTING = 100
+"""Lists and objects within each other, in a body or in JSON text that a body holds."""
+
+_PIECE = 256 * 1024
+_ALL_BUT_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonLimits:
+    """The most that a body may hold of each. ``values`` counts items of lists and members of objects."""
+
+    nesting: int = MAX_NESTING
+    containers: int = 100_000
+    keys: int = 200_000
+    values: int = 2_097_152  # 1,024 prompts of 2,048 token ids
+
+
+def parse_json(data: bytes, limits: JsonLimits, what: str = "the body") -> Any:
+    """The value of JSON text in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        ApiError: 400, it is not JSON, or holds or nests more than ``limits`` say; the message names ``what``.
+    """
+    try:
+        encoding = json.detect_encoding(data)
+        text = data.decode(encoding, "surrogatepass")
+        check_json(data if encoding in ("utf-8", "utf-8-sig") else text.encode("utf-8", "surrogatepass"), limits, what)
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise invalid(f"{what} is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise invalid(f"{what} cannot be read as JSON: it is no {error.encoding} text at byte {error.start}") from None
+    except ValueError as error:  # a number of more digits than int() takes
+        raise invalid(f"{what} cannot be read as JSON: {' '.join(str(error).split(';')[0].split())}") from None
+
+
+def check_json(data: bytes, limits: JsonLimits, what: str) -> None:
+    """Count what JSON text in UTF-8 holds, without reading it.
+
+    Raises:
+        ApiError: 400, it holds or nests more than ``limits`` say.
+    """
+    containers = keys = values = depth = 0
+    for piece in _outside_strings(data):
+        opened = piece.count(b"[") + piece.count(b"{")
+        containers += opened
+        keys += piece.count(b":")
+        values += piece.count(b",") + opened
+        for bracket in piece.translate(None, _ALL_BUT_BRACKETS):
+            depth += 1 if bracket in b"[{" else -1
+            if depth > limits.nesting:
+                raise invalid(f"{what} nests lists and objects more than {limits.nesting} deep; send something flatter")
+        for count, most, name in (
+            (containers, limits.containers, "lists and objects"),
+            (keys, limits.keys, "keys of objects"),
+            (values, limits.values, "values"),
+        ):
+            if count > most:
+                raise invalid(f"{what} holds more than {most:,} {name}; send less in one request")
+
+
+def _outside_strings(data: bytes) -> Iterator[bytes]:
+    """What of JSON text in UTF-8 is outside of its strings, in pieces."""
+    inside, carried = 0, b""
+    for start in range(0, len(data), _PIECE):
+        piece = carried + data[start : start + _PIECE]
+        carried = b""
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # a backslash belongs to what follows it
+            piece, carried = piece[:-1], b"\\"
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        yield b"".join(parts[inside::2])
+        inside = (inside + len(parts) - 1) % 2

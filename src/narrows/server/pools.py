@@ -1,0 +1,71 @@
+"""The threads of a server, apart by what they are for, so that no kind of work waits for another.
+
+Requests are prepared off the event loop. Whatever is large goes through one thread alone: long calls that keep the
+interpreter's lock then come one at a time, and the event loop gets its turn between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+from starlette.requests import Request
+
+from narrows.server.errors import ClientGoneError
+
+__all__ = ["LARGE_BYTES", "Pools", "disconnected"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LARGE_BYTES = 128 * 1024
+"""A body of more bytes is large."""
+
+
+class Pools:
+    """One for health and metrics, one for what operators ask, and two for requests, by the size of their bodies."""
+
+    def __init__(self) -> None:
+        self._watch = ThreadPoolExecutor(2, thread_name_prefix="narrows watch")
+        self._operate = ThreadPoolExecutor(1, thread_name_prefix="narrows operators")
+        self._small = ThreadPoolExecutor(4, thread_name_prefix="narrows requests")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="narrows large requests")
+
+    async def look(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns; for health and metrics, which answer within milliseconds."""
+        return await asyncio.get_running_loop().run_in_executor(self._watch, call)
+
+    async def operate(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns; for what an operator asks now and then, which may take seconds."""
+        return await asyncio.get_running_loop().run_in_executor(self._operate, call)
+
+    async def prepare(self, request: Request, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What ``call`` returns, computed in the thread for requests of this size.
+
+        Raises:
+            ClientGoneError: the client went away first; a call that had not begun is not made.
+        """
+        size = request.scope.get("narrows.body_bytes", 0)
+        pool = self._large if size > LARGE_BYTES else self._small
+        loop = asyncio.get_running_loop()
+        done = loop.run_in_executor(pool, partial(call, *args, **kwargs))
+        gone = asyncio.ensure_future(disconnected(request))
+        both: set[asyncio.Future[Any]] = {done, gone}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if done.done():
+                return done.result()
+            raise ClientGoneError
+        finally:
+            done.cancel()
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client has gone away; for requests whose body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

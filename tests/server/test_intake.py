@@ -1,0 +1,233 @@
+"""Bodies are bounded before they are read, checked off the event loop, and refused at their first error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server_lab import Lab, error_of
+
+from narrows.server import intake as intake_module
+from narrows.server.errors import ApiError
+from narrows.server.json_body import JsonLimits, check_json, parse_json
+
+HEADERS = {"content-type": "application/json"}
+TIGHT = JsonLimits(nesting=3, containers=6, keys=6, values=12)
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a"\\,:[]{}é\u5b5b'), max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def measure(value: Any, depth: int = 1) -> tuple[int, int, int, int]:
+    """Nesting, containers, keys and values of a parsed body, counted in the objects."""
+    if not isinstance(value, dict | list):
+        return 0, 0, 0, 0
+    inner = [measure(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
+    nesting = 1 + max((each[0] for each in inner), default=0)
+    containers = 1 + sum(each[1] for each in inner)
+    keys = (len(value) if isinstance(value, dict) else 0) + sum(each[2] for each in inner)
+    commas = max(len(value) - 1, 0) + sum(each[3] for each in inner)
+    return nesting, containers, keys, commas
+
+
+@given(values, st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32"]), st.booleans())
+def test_bodies_are_counted_without_being_read(value: Any, encoding: str, ascii_only: bool) -> None:
+    data = json.dumps(value, ensure_ascii=ascii_only).encode(encoding)
+    nesting, containers, keys, commas = measure(value)
+    fits = nesting <= 3 and containers <= 6 and keys <= 6 and commas + containers <= 12
+    if fits:
+        assert parse_json(data, TIGHT) == value
+    else:
+        with pytest.raises(ApiError) as told:
+            parse_json(data, TIGHT)
+        assert told.value.status == 400
+
+
+@pytest.mark.parametrize("shift", range(-3, 4))
+@pytest.mark.parametrize("filler", ["\\", '"', "é", 'a\\"'])
+def test_strings_are_followed_over_the_edges_of_pieces(shift: int, filler: str) -> None:
+    text = (filler * (300_000 // len(filler)))[: 262_144 + shift] + "[{[{[{"
+    data = json.dumps([text, 1], ensure_ascii=False).encode()
+    assert parse_json(data, TIGHT) == [text, 1]
+    with pytest.raises(ApiError, match="more than 3 deep"):
+        check_json(data[:-1] + b",[[[1]]]]", TIGHT, "the body")
+
+
+def post(lab: Lab, content: bytes, path: str = "/v1/chat/completions") -> httpx.Response:
+    async def send() -> httpx.Response:
+        async with lab.client() as client:
+            return await client.post(path, content=content, headers=HEADERS)
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '{"messages":[{"role":"user","content":"x"}],"chat_template_kwargs":{"a":' + "[" * 900 + "]" * 900 + "}}",
+            "deep",
+        ),
+        ('{"messages":[{"role":"user","content":"x","extra":' + "[" * 900 + "]" * 900 + "}]}", "deep"),
+        ('{"messages":[{"role":"user","content":"x"}],"guided_json":' + '{"a":' * 900 + "1" + "}" * 900 + "}", "deep"),
+        ('{"messages":[' + "{}," * 150_000 + "{}]}", "more than 100,000 lists and objects"),
+        ('{"messages":[{' + ",".join(f'"k{i}":1' for i in range(250_000)) + "}]}", "more than 200,000 keys"),
+        ('{"messages":[' + "1," * 2_100_000 + "1]}", "more than 2,097,152 values"),
+        ('{"messages":' + "9" * 5000 + "}", "cannot be read as JSON"),
+    ],
+    ids=["variables", "extra field", "schema", "containers", "keys", "values", "digits"],
+)
+def test_bodies_that_hold_or_nest_too_much(hermes: Lab, content: str, said: str) -> None:
+    answer = post(hermes, content.encode())
+    assert answer.status_code == 400 and said in error_of(answer)["message"]
+
+
+def test_json_text_within_a_body_is_bounded_too(hermes: Lab) -> None:
+    call = {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"a":' + "[" * 900 + "]" * 900 + "}"},
+    }
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    answer = asyncio.run(hermes.post("/v1/chat/completions", {"messages": messages}))
+    assert answer.status_code == 400
+    error = error_of(answer)["message"]
+    assert error.startswith("messages.1.tool_calls.0") and "deep" in error
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", lambda text: {"prompt": text}),
+        ("/v1/completions", lambda text: {"prompt": ["short", text]}),
+        ("/v1/chat/completions", lambda text: {"messages": [{"role": "user", "content": text}]}),
+        ("/tokenize", lambda text: {"prompt": text}),
+        ("/tokenize", lambda text: {"messages": [{"role": "user", "content": text}]}),
+    ],
+    ids=["prompt", "prompts", "chat", "tokenize", "tokenize chat"],
+)
+@pytest.mark.parametrize("text", ["hello world " * 20_000, "x" * 300_000], ids=["words", "one word"])
+def test_a_text_that_no_context_holds_is_not_tokenized(
+    plain: Lab, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, text: str
+) -> None:
+    assert plain.tokenizer is not None
+    lengths: list[int] = []
+    encode = plain.tokenizer.encode
+
+    def counted(text: str, **options: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(plain.tokenizer, "encode", counted)
+    answer = asyncio.run(plain.post(path, body(text)))
+    assert answer.status_code == 400 and max(lengths, default=0) < 1000
+    error = error_of(answer)
+    assert error["code"] == "context_length_exceeded" and "holds 512 tokens" in error["message"]
+
+
+def test_health_and_metrics_answer_while_every_thread_for_requests_is_taken(
+    plain: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plain.tokenizer is not None
+    let_go, entered = threading.Event(), threading.Semaphore(0)
+    encode = plain.tokenizer.encode
+
+    def held(text: str, **options: Any) -> list[int]:
+        entered.release()
+        assert let_go.wait(60)
+        return encode(text, **options)
+
+    monkeypatch.setattr(plain.tokenizer, "encode", held)
+
+    async def run() -> list[int]:
+        requests = [asyncio.ensure_future(plain.complete("hi")) for _ in range(12)]
+        for _ in range(4):
+            await asyncio.to_thread(entered.acquire)
+        async with plain.client() as client:
+            answers = [await client.get(path) for path in ("/health", "/metrics")]
+        assert not any(request.done() for request in requests)
+        let_go.set()
+        return [answer.status_code for answer in [*answers, *await asyncio.gather(*requests)]]
+
+    assert asyncio.run(run()) == [200] * 14
+
+
+def test_work_for_a_client_that_has_left_is_not_begun(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plain.tokenizer is not None
+    let_go, entered = threading.Event(), threading.Semaphore(0)
+    texts: list[str] = []
+
+    def held(text: str, **options: Any) -> list[int]:
+        texts.append(text)
+        entered.release()
+        assert let_go.wait(60)
+        return [1]
+
+    monkeypatch.setattr(plain.tokenizer, "encode", held)
+
+    async def run() -> None:
+        there = [asyncio.ensure_future(plain.complete("stays")) for _ in range(4)]
+        for _ in there:
+            await asyncio.to_thread(entered.acquire)
+        await asyncio.wait_for(request_of_a_client_that_leaves(plain, b'{"prompt": "left"}'), 60)
+        let_go.set()
+        await asyncio.gather(*there)
+
+    asyncio.run(run())
+    assert "left" not in texts
+
+
+async def request_of_a_client_that_leaves(lab: Lab, content: bytes) -> None:
+    """A POST whose client is gone once the body is sent."""
+    incoming = [{"type": "http.request", "body": content}, {"type": "http.disconnect"}]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+        "query_string": b"", "headers": [(b"content-type", b"application/json"), (b"host", b"lab")],
+        "http_version": "1.1", "scheme": "http", "server": ("lab", 80), "client": ("127.0.0.1", 1), "root_path": "",
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return incoming.pop(0) if len(incoming) > 1 else incoming[0]
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    await lab.app(scope, receive, send)  # type: ignore[arg-type]
+
+
+def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake_module, "LARGE_BYTES", 1000)
+    intake = plain.app.state.server.intake
+    intake._max_held_bytes = 6000
+
+    async def run() -> list[int]:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Any:
+            yield b'{"prompt": "' + b"x" * 4000
+            begun.set()
+            await go_on.wait()
+            yield b'"}'
+
+        async with plain.client() as client:
+            first = asyncio.ensure_future(client.post("/v1/completions", content=slow(), headers=HEADERS))
+            await begun.wait()
+            refused = await client.post(
+                "/v1/completions", content=b'{"prompt": "' + b"y" * 4000 + b'"}', headers=HEADERS
+            )
+            assert "4,012 of 6,000 bytes" in error_of(refused)["message"] and refused.headers["retry-after"]
+            small = await client.post("/v1/completions", content=b'{"prompt": "z"}', headers=HEADERS)
+            go_on.set()
+            return [(await first).status_code, refused.status_code, small.status_code]
+
+    assert asyncio.run(run()) == [400, 503, 200]
+    assert intake._held_bytes == 0
