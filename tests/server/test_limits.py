@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -14,7 +15,8 @@ import pytest
 from server_lab import Lab, error_of
 
 from narrows.errors import ConfigError
-from narrows.sched.serving import Health, QueueFull, Unavailable
+from narrows.sched.sampling import SamplingParams
+from narrows.sched.serving import Generation, Health, QueueFull, Unavailable
 from narrows.server.options import ServerOptions
 
 
@@ -266,3 +268,30 @@ def test_a_body_that_does_not_come_ends(make_lab: Callable[..., Lab]) -> None:
     start = time.monotonic()
     answer = asyncio.run(stalls())
     assert answer.status_code == 408 and time.monotonic() - start < 3
+
+
+def test_the_size_of_an_answer_is_bounded(plain: Lab) -> None:
+    """Log-probabilities of many tokens and texts would take gigabytes."""
+    body: dict[str, Any] = {"prompt": ["a"] * 8, "n": 128, "max_tokens": 400, "logprobs": 5}
+    answer = asyncio.run(plain.post("/v1/completions", body))
+    error = error_of(answer)
+    assert answer.status_code == 400 and error["param"] == "logprobs"
+    assert "2,457,600 log-probabilities" in error["message"] and not plain.backend.submitted
+    fewer = asyncio.run(plain.post("/v1/completions", body | {"max_tokens": 16, "prompt": ["a"] * 2}))
+    assert fewer.status_code == 200 and len(fewer.json()["choices"]) == 256
+
+
+def test_others_get_their_turn_while_a_request_of_many_texts_is_taken_in(plain: Lab) -> None:
+    turns: list[int] = []
+
+    async def run() -> None:
+        running = plain.app.state.server.running()
+        generations = [Generation(prompt=(3,), max_tokens=1, sampling=SamplingParams())] * 64
+        submitting = asyncio.ensure_future(running.submit(generations, "prompt"))
+        while not submitting.done():
+            turns.append(len(plain.backend.submitted))
+            await asyncio.sleep(0)
+        running.close()
+
+    asyncio.run(run())
+    assert len(plain.backend.submitted) == 64 and max(b - a for a, b in pairwise(turns)) <= 8

@@ -92,8 +92,9 @@ def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        check_json(function["arguments"].encode("utf-8", "surrogatepass"), JsonLimits(), f"{where}: the text of arguments")
-        arguments = json.loads(function["arguments"])
+        text = function["arguments"]
+        check_json(text.encode("utf-8", "surrogatepass"), JsonLimits(), f"{where}: the text of arguments")
+        arguments = json.loads(text)
     except ValueError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}

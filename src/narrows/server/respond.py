@@ -84,8 +84,9 @@ async def respond(
         ApiError: the backend takes none of them, or the time is over.
     """
     timeout_s = state.options.request_timeout_s
+    state.check_logprobs(job.generations)
     running = state.running()
-    running.submit(job.generations, param)
+    await running.submit(job.generations, param)
     if job.body.stream:
         return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=running.close)
     return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)

@@ -20,6 +20,10 @@ from narrows.server.errors import ApiError, refused
 __all__ = ["Bridge", "Running", "Times"]
 
 
+_AT_ONCE = 8
+"""Generations that are submitted before the event loop goes on: each is looked at in full."""
+
+
 class Times(Protocol):
     """Who wants to know when tokens came; all in seconds."""
 
@@ -75,8 +79,8 @@ class Running:
         self._inbox: list[tuple[int, Update]] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def submit(self, generations: Sequence[Generation], param: str) -> None:
-        """Hand all of them to the backend, or none.
+    async def submit(self, generations: Sequence[Generation], param: str) -> None:
+        """Hand all of them to the backend, or none; others get their turn in between.
 
         Raises:
             ApiError: it refuses one; ``param`` is the field that made it.
@@ -86,10 +90,14 @@ class Running:
                 self._open.add(index)
                 deliver = partial(self._bridge.deliver, self, index)
                 self._numbers.append(self._backend.submit(generation, deliver))
-        except NarrowsError as error:
+                if index % _AT_ONCE == _AT_ONCE - 1:
+                    await asyncio.sleep(0)
+        except BaseException as error:
             self._open.discard(len(self._numbers))
             self.close()
-            raise refused(error, param) from error
+            if isinstance(error, NarrowsError):
+                raise refused(error, param) from error
+            raise
 
     def receive(self, index: int, update: Update, at: float) -> None:
         """An update has come, at that time."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
-from narrows.server.backend import Backend
+from narrows.server.backend import Backend, Generation
 from narrows.server.errors import ApiError, invalid, refused
 from narrows.server.guides import GuideMaker
 from narrows.server.intake import Intake
@@ -32,6 +32,8 @@ from narrows.text import Tokenizer
 __all__ = ["ServerState", "new_id", "now"]
 
 _MASK63 = 2**63 - 1
+_MAX_LOGPROBS = 2**20
+"""Of one answer: each takes some 400 bytes while the answer is made."""
 _BODIES_AT_ONCE = 8
 """Bodies of the largest size that may be read or checked at once; small ones do not count."""
 
@@ -205,6 +207,23 @@ class ServerState:
                 f"{num_prompts} prompts with n {num_choices} are {num_prompts * num_choices} texts; at most {most}"
             )
             raise invalid(f"{message} may be asked for at once", "n")
+
+    @staticmethod
+    def check_logprobs(generations: Sequence[Generation]) -> None:
+        """Raises :class:`ApiError` if an answer may hold more log-probabilities than one may."""
+        total = sum(_num_logprobs(generation) for generation in generations)
+        if total > _MAX_LOGPROBS:
+            message = f"the answer may hold {total:,} log-probabilities; one request may ask for {_MAX_LOGPROBS:,}"
+            raise invalid(f"{message}: ask for fewer tokens, fewer texts, or fewer of each token's best", "logprobs")
+
+
+def _num_logprobs(generation: Generation) -> int:
+    sampling = generation.sampling
+    if sampling is None:
+        return 0
+    of_text = generation.max_tokens * (sampling.logprobs + 1) if sampling.logprobs is not None else 0
+    of_prompt = len(generation.prompt) * (sampling.prompt_logprobs + 1) if sampling.prompt_logprobs is not None else 0
+    return of_text + of_prompt
 
 
 def new_id(prefix: str) -> str:
