@@ -28,6 +28,7 @@ ROUTES = [
     "POST /tokenize",
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /v1/responses",
 ]
 
 

@@ -29,9 +29,11 @@ from narrows.server.errors import ApiError, of_validation, refused
 from narrows.server.limits import ApiKeys, BodyLimit
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.responses.route import create_response
 from narrows.server.schema import answers, profile, tokens
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.completions import CompletionRequest
+from narrows.server.schema.responses import ResponsesRequest
 from narrows.server.state import ServerState
 from narrows.server.tokens import detokenize, tokenize
 
@@ -100,6 +102,11 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What follows a prompt."""
         return await complete(state, body, request)
+
+    @app.post("/v1/responses", response_model=None, responses=_responses(answers.ResponseAnswer, stream=True))
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """The next items of a conversation; nothing of it is kept."""
+        return await create_response(state, body, request)
 
     @app.post("/tokenize", response_model=None, responses=_responses(tokens.Tokenized))
     async def tokenize_(body: tokens.TokenizeRequest) -> Response:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.backend import QueueFull, Unavailable
 
-__all__ = ["ApiError", "error_body", "invalid", "is_messages_path", "of_validation", "refused"]
+__all__ = ["ApiError", "error_body", "invalid", "is_messages_path", "of_validation", "refused", "renamed"]
 
 _MESSAGES_PATH = "/v1/messages"
 """Where Anthropic's API lives: it and what is below it answer in that API's shapes."""
@@ -71,6 +72,26 @@ def is_messages_path(path: str) -> bool:
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Status 400: the request cannot be served as it is."""
     return ApiError(400, message, param=param, code=code)
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name a field of chats name that of another API instead; ``names`` leads from one to the other.
+
+    >>> with renamed({"messages": "input"}):
+    ...     raise invalid("messages: too long", "messages")
+    Traceback (most recent call last):
+    narrows.server.errors.ApiError: input: too long
+    """
+    try:
+        yield
+    except ApiError as error:
+        old = error.param
+        if old is None or old not in names:
+            raise
+        new = names[old]
+        message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
+        raise ApiError(error.status, message, param=new, code=error.code, headers=error.headers) from error
 
 
 def refused(error: NarrowsError, param: str | None = None) -> ApiError:
