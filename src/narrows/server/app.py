@@ -21,18 +21,21 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.errors import NarrowsError
+from narrows.server.absent import why_absent
 from narrows.server.answers import JsonAnswer, error_answer
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
 from narrows.server.errors import ApiError, of_validation, refused
 from narrows.server.limits import ApiKeys, BodyLimit
+from narrows.server.messages.route import count_tokens, create_message
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.server.responses.route import create_response
 from narrows.server.schema import answers, profile, tokens
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.completions import CompletionRequest
+from narrows.server.schema.messages import CountRequest, MessagesRequest
 from narrows.server.schema.responses import ResponsesRequest
 from narrows.server.state import ServerState
 from narrows.server.tokens import detokenize, tokenize
@@ -67,6 +70,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     _add_errors(app)
     _add_generation(app, state)
+    _add_other_apis(app, state)
     _add_models(app, state)
     _add_operations(app, state)
     _add_profile(app, state)
@@ -84,11 +88,13 @@ def state_of(app: FastAPI) -> ServerState:
     return state
 
 
-def _responses(model: Any, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+def _responses(
+    model: Any, *, stream: bool = False, error: Any = answers.ErrorAnswer
+) -> dict[int | str, dict[str, Any]]:
     """What a route may answer, for the OpenAPI document."""
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     content = {"content": {"text/event-stream": {"schema": event}}} if stream else {}
-    errors = {status: {**text, "model": answers.ErrorAnswer} for status, text in _ERRORS.items()}
+    errors = {status: {**text, "model": error} for status, text in _ERRORS.items()}
     return {200: {"model": model, "description": "done", **content}, **errors}
 
 
@@ -103,11 +109,6 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         """What follows a prompt."""
         return await complete(state, body, request)
 
-    @app.post("/v1/responses", response_model=None, responses=_responses(answers.ResponseAnswer, stream=True))
-    async def responses(body: ResponsesRequest, request: Request) -> Response:
-        """The next items of a conversation; nothing of it is kept."""
-        return await create_response(state, body, request)
-
     @app.post("/tokenize", response_model=None, responses=_responses(tokens.Tokenized))
     async def tokenize_(body: tokens.TokenizeRequest) -> Response:
         """Text, or messages through the chat template, to token ids."""
@@ -117,6 +118,25 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def detokenize_(body: tokens.DetokenizeRequest) -> Response:
         """Token ids to text, special tokens spelled out."""
         return JsonAnswer(await asyncio.to_thread(detokenize, state, body))
+
+
+def _add_other_apis(app: FastAPI, state: ServerState) -> None:
+    of_messages = partial(_responses, error=answers.MessageErrorAnswer)
+
+    @app.post("/v1/responses", response_model=None, responses=_responses(answers.ResponseAnswer, stream=True))
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """The next items of a conversation; nothing of it is kept."""
+        return await create_response(state, body, request)
+
+    @app.post("/v1/messages", response_model=None, responses=of_messages(answers.MessageAnswer, stream=True))
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """The next message of a conversation, in Anthropic's words."""
+        return await create_message(state, body, request)
+
+    @app.post("/v1/messages/count_tokens", response_model=None, responses=of_messages(answers.MessageTokens))
+    async def message_tokens(body: CountRequest) -> Response:
+        """How many tokens a conversation has."""
+        return await count_tokens(state, body)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -224,7 +244,8 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
     """What the framework itself refuses."""
     message = str(error.detail)
     if error.status_code == 404:
-        message = f"there is no {request.url.path[:200]} here; /openapi.json lists what there is"
+        why = why_absent(request.url.path) or "/openapi.json lists what there is"
+        message = f"there is no {request.url.path[:200]} here; {why}"
     if error.status_code == 405:
         message = f"{request.url.path} does not answer {request.method}"
     if error.status_code == 400:

@@ -113,6 +113,8 @@ def _messages(body: ResponsesRequest) -> list[Any]:
     else:
         for at, item in enumerate(body.input):
             _add(history, item, f"input.{at}")
+    if not history.messages:
+        raise invalid("input: there is no text in it", "input")
     return history.messages
 
 

@@ -14,6 +14,9 @@ __all__ = [
     "Completion",
     "ErrorAnswer",
     "HealthAnswer",
+    "MessageAnswer",
+    "MessageErrorAnswer",
+    "MessageTokens",
     "ModelCard",
     "ModelList",
     "ResponseAnswer",
@@ -199,6 +202,60 @@ class ResponseAnswer(BaseModel):
     truncation: Literal["disabled"]
     usage: ResponseUsage
     user: str | None
+
+
+class MessageBlock(BaseModel):
+    """Text, a thought or the use of a tool; fields by its type."""
+
+    type: Literal["text", "thinking", "tool_use"]
+    text: str | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+
+
+class MessageUsage(BaseModel):
+    """Tokens of the prompt that were not cached, those that were, and those of the message."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageAnswer(BaseModel):
+    """Answer of ``/v1/messages`` without ``stream``."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[MessageBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageTokens(BaseModel):
+    """Answer of ``/v1/messages/count_tokens``."""
+
+    input_tokens: int
+
+
+class MessageErrorDetail(BaseModel):
+    """What was wrong; the message names the field, if it was one."""
+
+    type: str
+    message: str
+
+
+class MessageErrorAnswer(BaseModel):
+    """Every answer below ``/v1/messages`` that is not a success."""
+
+    type: Literal["error"]
+    error: MessageErrorDetail
 
 
 class ModelCard(BaseModel):

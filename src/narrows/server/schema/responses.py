@@ -55,7 +55,7 @@ class ResponsesTool(Body):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
     type: Annotated[Literal["function"], BeforeValidator(function_kind)]
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: Text | None = None
     parameters: Schema | None = None
     strict: bool | None = None
@@ -65,14 +65,14 @@ class AllowedFunction(Body):
     """A tool by its kind and name."""
 
     type: Annotated[Literal["function"], BeforeValidator(function_kind)]
-    name: str = Field(max_length=64)
+    name: str = Field(max_length=128)
 
 
 class ResponsesToolChoice(Body):
     """The one function that has to be called, of type ``function``; or a choice of them, of type ``allowed_tools``."""
 
     type: Literal["function", "allowed_tools"]
-    name: str | None = Field(default=None, max_length=64)
+    name: str | None = Field(default=None, max_length=128)
     mode: Literal["auto", "required"] | None = None
     tools: Annotated[list[AllowedFunction], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
 
