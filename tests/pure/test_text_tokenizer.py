@@ -9,7 +9,7 @@ import time
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -291,6 +291,7 @@ TEXTS = st.text(st.sampled_from("the road, é😀\u1112\u1161\u11ab\u0301\n\ud7f
 
 
 @pytest.mark.parametrize("build", [byte_level, sentencepiece, composing])
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_a_text_has_at_least_as_many_tokens_as_its_length_says(build, text):
     tokenizer = loaded(build)

@@ -9,13 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_lab import Lab, error_of
 
 from narrows.server import intake as intake_module
 from narrows.server.errors import ApiError
 from narrows.server.json_body import JsonLimits, check_json, parse_json
+from narrows.server.wrong_field import of_validation
 
 HEADERS = {"content-type": "application/json"}
 TIGHT = JsonLimits(nesting=3, containers=6, keys=6, values=12)
@@ -39,6 +40,7 @@ def measure(value: Any, depth: int = 1) -> tuple[int, int, int, int]:
     return nesting, containers, keys, commas
 
 
+@settings(deadline=None)
 @given(values, st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32"]), st.booleans())
 def test_bodies_are_counted_without_being_read(value: Any, encoding: str, ascii_only: bool) -> None:
     data = json.dumps(value, ensure_ascii=ascii_only).encode(encoding)
@@ -231,3 +233,102 @@ def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch
 
     assert asyncio.run(run()) == [400, 503, 200]
     assert intake._held_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        ("completions", {"prompt": "x", "stop": ["a"] * 33}, "stop", "at most 32 are taken, 33 were sent"),
+        ("completions", {"prompt": "x", "stop": ["a", 5]}, "stop.1", "valid string"),
+        ("completions", {"prompt": "x", "stop": "a" * 1001}, "stop", "at most 1,000 characters"),
+        ("completions", {"prompt": ["a"] * 1025}, "prompt", "at most 1,024 are taken, 1,025 were sent"),
+        ("completions", {"prompt": [[1, 2], "a"]}, "prompt.1", "valid list"),
+        ("completions", {"prompt": ["a", [1]]}, "prompt.1", "valid string"),
+        ("completions", {"prompt": [1, 2, -3]}, "prompt.2", "greater than or equal to 0"),
+        ("completions", {"prompt": [[1], [2, -3]]}, "prompt.1.1", "greater than or equal to 0"),
+        ("completions", {"prompt": [1, 2, "a"]}, "prompt.2", "valid integer"),
+        ("completions", {"prompt": []}, "prompt", "at least 1 item"),
+        ("completions", {"prompt": 5}, "prompt", "valid string"),
+        ("completions", {"prompt": "x", "stop_token_ids": [1] * 257}, "stop_token_ids", "at most 256 are taken"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+         "messages.0.content.0.type", "is missing"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, 1]}]},
+         "messages.0.content.1", "valid dictionary"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 7}]}, "messages.0.content", "valid string"),
+        ("chat/completions", {"messages": [{"content": "a"}]}, "messages.0.role", "is missing"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}, 1]}, "messages.1", "valid dictionary"),
+    ],
+)  # fmt: skip
+def test_the_item_that_is_wrong_and_the_limit_that_was_passed_are_named(
+    plain: Lab, path: str, body: dict[str, Any], param: str, said: str
+) -> None:
+    answer = asyncio.run(plain.post(f"/v1/{path}", body))
+    error = error_of(answer)
+    assert answer.status_code == 400 and error["param"] == param and said in error["message"], error
+
+
+WRONG = {
+    "messages": ("/v1/chat/completions", {"messages": [1] * 4000}),
+    "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 4000}]}),
+    "calls": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "tool_calls": [1] * 4000}]}),
+    "tools": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [1] * 400}),
+    "texts": ("/v1/completions", {"prompt": ["a"] * 1000 + [1]}),
+    "ids": ("/v1/completions", {"prompt": [1] * 4000 + ["a"]}),
+    "wrong ids": ("/v1/completions", {"prompt": [-1] * 4000}),
+    "lists of ids": ("/v1/completions", {"prompt": [[-1] * 1000] * 40}),
+    "bias": ("/v1/completions", {"prompt": "x", "logit_bias": {str(i): 1000 for i in range(4000)}}),
+    "stops": ("/v1/completions", {"prompt": "x", "stop": [1] * 4000}),
+    "tokens": ("/detokenize", {"tokens": ["a"] * 4000}),
+    "tokenize": ("/tokenize", {"messages": [1] * 4000}),
+    "items": ("/v1/responses", {"input": [1] * 4000}),
+    "anthropic": ("/v1/messages", {"model": "alias", "max_tokens": 1, "messages": [1] * 4000}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_checking_stops_at_the_first_wrong_item(plain: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    counts: list[int] = []
+
+    def counted(errors: Any, body: Any) -> ApiError:
+        counts.append(len(errors))
+        return of_validation(errors, body)
+
+    monkeypatch.setattr(intake_module, "of_validation", counted)
+    path, body = WRONG[name]
+    answer = asyncio.run(plain.post(path, body))
+    assert answer.status_code == 400 and len(counts) == 1 and counts[0] <= 4
+
+
+def test_every_list_mapping_and_text_of_a_body_has_a_limit(plain: Lab) -> None:
+    document = plain.app.openapi()
+    schemas = document["components"]["schemas"]
+    unbounded: list[str] = []
+    seen: set[str] = set()
+
+    def walk(schema: Any, where: str) -> None:
+        name = schema.get("$ref", "").rpartition("/")[2]
+        if name:
+            if name not in seen:
+                seen.add(name)
+                walk(schemas[name], name)
+            return
+        kind, free = schema.get("type"), "properties" not in schema and schema.get("additionalProperties") is not None
+        for key, wanted in (("array", "maxItems"), ("string", "maxLength")):
+            fixed = {"enum", "const", "pattern"} & set(schema)
+            if kind == key and wanted not in schema and not fixed:
+                unbounded.append(f"{where}: {key}")
+        if kind == "object" and free and "maxProperties" not in schema:
+            unbounded.append(f"{where}: object")
+        for key in ("items", "additionalProperties"):
+            if isinstance(schema.get(key), dict):
+                walk(schema[key], f"{where}[]")
+        for each in (*schema.get("anyOf", ()), *schema.get("oneOf", ()), *schema.get("allOf", ())):
+            walk(each, where)
+        for field, inner in schema.get("properties", {}).items():
+            walk(inner, f"{where}.{field}")
+
+    for path in document["paths"].values():
+        for operation in path.values():
+            content = operation.get("requestBody", {}).get("content", {})
+            walk(content.get("application/json", {}).get("schema", {}), "body")
+    assert len(seen) > 5 and not unbounded, unbounded

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,18 +19,23 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.errors import NarrowsError
+from narrows.server.absent import why_absent
 from narrows.server.answers import JsonAnswer, error_answer
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
-from narrows.server.errors import ApiError, ClientGoneError, of_validation, refused
+from narrows.server.errors import ApiError, ClientGoneError, refused
 from narrows.server.intake import BoundedRoute
 from narrows.server.limits import ApiKeys, BodyLimit
+from narrows.server.messages.route import count_tokens, create_message
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.responses.route import create_response
 from narrows.server.schema import answers, profile, tokens
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.completions import CompletionRequest
+from narrows.server.schema.messages import CountRequest, MessagesRequest
+from narrows.server.schema.responses import ResponsesRequest
 from narrows.server.state import ServerState
 from narrows.server.tokens import detokenize, tokenize
 
@@ -66,6 +70,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     _add_errors(app)
     _add_generation(app, state)
+    _add_other_apis(app, state)
     _add_models(app, state)
     _add_operations(app, state)
     _add_profile(app, state)
@@ -83,11 +88,13 @@ def state_of(app: FastAPI) -> ServerState:
     return state
 
 
-def _responses(model: Any, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+def _responses(
+    model: Any, *, stream: bool = False, error: Any = answers.ErrorAnswer
+) -> dict[int | str, dict[str, Any]]:
     """What a route may answer, for the OpenAPI document."""
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     content = {"content": {"text/event-stream": {"schema": event}}} if stream else {}
-    errors = {status: {**text, "model": answers.ErrorAnswer} for status, text in _ERRORS.items()}
+    errors = {status: {**text, "model": error} for status, text in _ERRORS.items()}
     return {200: {"model": model, "description": "done", **content}, **errors}
 
 
@@ -111,6 +118,25 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def detokenize_(body: tokens.DetokenizeRequest, request: Request) -> Response:
         """Token ids to text, special tokens spelled out."""
         return JsonAnswer(await state.pools.prepare(request, detokenize, state, body))
+
+
+def _add_other_apis(app: FastAPI, state: ServerState) -> None:
+    of_messages = partial(_responses, error=answers.MessageErrorAnswer)
+
+    @app.post("/v1/responses", response_model=None, responses=_responses(answers.ResponseAnswer, stream=True))
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """The next items of a conversation; nothing of it is kept."""
+        return await create_response(state, body, request)
+
+    @app.post("/v1/messages", response_model=None, responses=of_messages(answers.MessageAnswer, stream=True))
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """The next message of a conversation, in Anthropic's words."""
+        return await create_message(state, body, request)
+
+    @app.post("/v1/messages/count_tokens", response_model=None, responses=of_messages(answers.MessageTokens))
+    async def message_tokens(body: CountRequest, request: Request) -> Response:
+        """How many tokens a conversation has."""
+        return await count_tokens(state, body, request)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -194,11 +220,6 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error_answer(error, request.url.path)
 
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_answer(of_validation(error.errors(), error.body), request.url.path)
-
     @app.exception_handler(ClientGoneError)
     async def client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # for the metrics; nobody reads it
@@ -219,7 +240,8 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
     """What the framework itself refuses."""
     message = str(error.detail)
     if error.status_code == 404:
-        message = f"there is no {request.url.path[:200]} here; /openapi.json lists what there is"
+        why = why_absent(request.url.path) or "/openapi.json lists what there is"
+        message = f"there is no {request.url.path[:200]} here; {why}"
     if error.status_code == 405:
         message = f"{request.url.path} does not answer {request.method}"
     if error.status_code == 400:

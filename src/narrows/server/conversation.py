@@ -19,13 +19,15 @@ from narrows.server.state import ServerState
 from narrows.server.tool_use import ToolUse, tool_use
 from narrows.server.turn import Turn
 
-__all__ = ["Conversation", "conversation"]
+__all__ = ["Conversation", "conversation", "conversation_prompt"]
 
 Conversation = Job[ChatRequest, Turn]
 
 
-def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any]) -> Conversation:
+def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *, capped: bool = False) -> Conversation:
     """The generations that a body comes to; ``head`` is what every piece of the answer begins with.
+
+    ``capped``: more tokens may be asked for than the context has room for; then it is as many as there is room for.
 
     Raises:
         ApiError: 400, naming the field.
@@ -33,6 +35,8 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any]) ->
     use = tool_use(state, body)
     prompt, ids = _prompt(state, body, use)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if capped and asked is not None:
+        asked = min(asked, max(1, state.model.max_context - len(ids)))
     max_tokens = state.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
     state.check_amount(1, body.num_choices)
     inside = state.reasons and begins_inside(prompt)
@@ -53,6 +57,15 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any]) ->
             )
         )
     return Job(body, head, len(ids), turns, generations)
+
+
+def conversation_prompt(state: ServerState, body: ChatRequest) -> tuple[str, tuple[int, ...]]:
+    """What the model reads, as text and as tokens.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    return _prompt(state, body, tool_use(state, body))
 
 
 def _prompt(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.backend import QueueFull, Unavailable
 
-__all__ = ["ApiError", "ClientGoneError", "error_body", "invalid", "is_messages_path", "of_validation", "refused"]
+__all__ = [
+    "ApiError",
+    "ClientGoneError",
+    "error_body",
+    "invalid",
+    "is_messages_path",
+    "refused",
+    "renamed",
+]
 
 _MESSAGES_PATH = "/v1/messages"
 """Where Anthropic's API lives: it and what is below it answer in that API's shapes."""
@@ -77,6 +86,26 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name a field of chats name that of another API instead; ``names`` leads from one to the other.
+
+    >>> with renamed({"messages": "input"}):
+    ...     raise invalid("messages: too long", "messages")
+    Traceback (most recent call last):
+    narrows.server.errors.ApiError: input: too long
+    """
+    try:
+        yield
+    except ApiError as error:
+        old = error.param
+        if old is None or old not in names:
+            raise
+        new = names[old]
+        message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
+        raise ApiError(error.status, message, param=new, code=error.code, headers=error.headers) from error
+
+
 def refused(error: NarrowsError, param: str | None = None) -> ApiError:
     """What a backend's or a tokenizer's refusal is over HTTP."""
     message = " ".join(str(error).split())
@@ -88,32 +117,3 @@ def refused(error: NarrowsError, param: str | None = None) -> ApiError:
     if isinstance(error, ConfigError):
         return invalid(message, param)
     return ApiError(500, message, code="engine_error")
-
-
-def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """Status 400, naming the first field that is wrong.
-
-    ``errors`` are pydantic's; their places hold names of types too where a field may be of several, so only what leads
-    through ``body`` is kept.
-    """
-    first = errors[0]
-    place = first["loc"][1:] if first["loc"][:1] in (("body",), ("query",), ("path",)) else first["loc"]
-    if first["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    path: list[str] = []
-    here = body
-    for step in place:
-        if isinstance(here, Mapping) and isinstance(step, str):
-            if step not in here and first["type"] != "missing":
-                continue
-            here = here.get(step)
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
-            here = here[step]
-        else:
-            continue
-        path.append(str(step))
-    param = ".".join(path) or None
-    what = "is missing" if first["type"] == "missing" else first["msg"]
-    if param is None:
-        return invalid(f"the body must be a JSON object with this endpoint's fields: {what}")
-    return invalid(f"{param}: {what}", param)

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from narrows.server.errors import ApiError, ClientGoneError, invalid, of_validation
+from narrows.server.errors import ApiError, ClientGoneError, invalid
 from narrows.server.json_body import JsonLimits, parse_json
 from narrows.server.pools import LARGE_BYTES, Pools
+from narrows.server.wrong_field import of_validation
 
 __all__ = ["BoundedRoute", "Intake"]
 

@@ -86,6 +86,11 @@ class Turn:
         self._has_calls = self._has_calls or any(isinstance(event, ToolCall) for event in events)
         self._events = joined([*self._events, *events])
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; empty if none did."""
+        return self._text.stop_string
+
     def take_events(self) -> tuple[list[Event], list[dict[str, Any]]]:
         """What is new since the last time, and the log-probabilities of its tokens."""
         events, self._events = self._events, []

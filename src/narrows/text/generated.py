@@ -52,6 +52,11 @@ class GeneratedText:
         return self._stop.found
 
     @property
+    def stop_string(self) -> str:
+        """The stop string that has; empty if none has."""
+        return self._stop.which
+
+    @property
     def text(self) -> str:
         """All that has been handed out."""
         return "".join(self._pieces)

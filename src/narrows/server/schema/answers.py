@@ -9,7 +9,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-__all__ = ["ChatCompletion", "Completion", "ErrorAnswer", "HealthAnswer", "ModelCard", "ModelList", "ServerInfo"]
+__all__ = [
+    "ChatCompletion",
+    "Completion",
+    "ErrorAnswer",
+    "HealthAnswer",
+    "MessageAnswer",
+    "MessageErrorAnswer",
+    "MessageTokens",
+    "ModelCard",
+    "ModelList",
+    "ResponseAnswer",
+    "ServerInfo",
+]
 
 
 class ErrorDetail(BaseModel):
@@ -120,6 +132,130 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class ResponsePart(BaseModel):
+    """Text of an item."""
+
+    type: Literal["output_text", "reasoning_text"]
+    text: str
+    annotations: list[dict[str, Any]] | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class ResponseItem(BaseModel):
+    """A message, a thought or a call of a function; fields by its type."""
+
+    id: str
+    type: Literal["message", "reasoning", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"] | None = None
+    content: list[ResponsePart] | None = None
+    summary: list[dict[str, Any]] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class TokensOfInput(BaseModel):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    """Tokens of the conversation and of what was generated."""
+
+    input_tokens: int
+    input_tokens_details: TokensOfInput
+    output_tokens: int
+    output_tokens_details: TokensOfCompletion
+    total_tokens: int
+
+
+class ResponseAnswer(BaseModel):
+    """Answer of ``/v1/responses`` without ``stream``: items, and the request with what was left out filled in."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    model: str
+    status: Literal["completed", "incomplete"]
+    background: Literal[False]
+    store: Literal[False]
+    error: None
+    incomplete_details: dict[str, Any] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    output: list[ResponseItem]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    reasoning: dict[str, Any]
+    service_tier: Literal["default"]
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float
+    truncation: Literal["disabled"]
+    usage: ResponseUsage
+    user: str | None
+
+
+class MessageBlock(BaseModel):
+    """Text, a thought or the use of a tool; fields by its type."""
+
+    type: Literal["text", "thinking", "tool_use"]
+    text: str | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+
+
+class MessageUsage(BaseModel):
+    """Tokens of the prompt that were not cached, those that were, and those of the message."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageAnswer(BaseModel):
+    """Answer of ``/v1/messages`` without ``stream``."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[MessageBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageTokens(BaseModel):
+    """Answer of ``/v1/messages/count_tokens``."""
+
+    input_tokens: int
+
+
+class MessageErrorDetail(BaseModel):
+    """What was wrong; the message names the field, if it was one."""
+
+    type: str
+    message: str
+
+
+class MessageErrorAnswer(BaseModel):
+    """Every answer below ``/v1/messages`` that is not a success."""
+
+    type: Literal["error"]
+    error: MessageErrorDetail
 
 
 class ModelCard(BaseModel):

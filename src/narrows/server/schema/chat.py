@@ -65,7 +65,7 @@ class ChatMessage(Body):
 class Function(Body):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -81,7 +81,7 @@ class Tool(Body):
 class FunctionName(Body):
     """A function by name."""
 
-    name: str = Field(max_length=64)
+    name: str = Field(max_length=128)
 
 
 class AllowedTool(Body):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from narrows.sched.limits import MOST_PRIORITY
 from narrows.sched.sampling import MAX_LOGPROBS
+from narrows.server.schema.body import Body
 
 __all__ = [
     "MAX_STOPS",
@@ -31,12 +32,6 @@ _INT64 = 2**63 - 1
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-
-
-class Body(BaseModel):
-    """A body, or part of one."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(Body):

@@ -1,0 +1,168 @@
+"""A body of the messages API as the chat that it comes to. Knows the fields of both; nothing of answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from narrows.server.errors import invalid
+from narrows.server.history import History
+from narrows.server.schema.chat import ChatMessage, ChatRequest, Function, FunctionName, Tool, ToolChoice
+from narrows.server.schema.common import GenerationFields, JsonSchemaFormat, ResponseFormat
+from narrows.server.schema.messages import (
+    Block,
+    CountRequest,
+    MessagesTool,
+    MessagesToolChoice,
+    PastMessage,
+    ResultBlock,
+    TextBlock,
+)
+
+__all__ = ["CHAT_NAMES", "chat_of"]
+
+CHAT_NAMES = {
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
+}
+"""Fields of chats, and what they are called here."""
+
+_ELSEWHERE = {
+    "n": "an answer of this API is one message; leave it out",
+    "stop": "this API has stop_sequences for it",
+    "response_format": "this API has output_config.format for it",
+}
+"""Fields of the other routes that have no meaning here."""
+
+_UNSUPPORTED = {
+    "container": "this server runs no tools; leave it out",
+    "mcp_servers": "this server calls no others; offer what they can do as tools that your program runs",
+}
+
+
+def chat_of(body: CountRequest) -> ChatRequest:
+    """The conversation to go on with.
+
+    Raises:
+        ApiError: 400, naming a field that this server cannot follow.
+    """
+    _check(body)
+    shared = {name: getattr(body, name) for name in GenerationFields.model_fields if name in body.model_fields_set}
+    choice, config = body.tool_choice, body.output_config
+    asked = {
+        "messages": _messages(body),
+        "stop": list(body.stop_sequences) if body.stop_sequences else None,
+        "response_format": _form(config.format.schema_) if config is not None and config.format is not None else None,
+        "tools": [_tool(tool) for tool in body.tools or ()] or None,
+        "tool_choice": _choice(choice) if choice is not None else None,
+        "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
+        "reasoning_effort": config.effort if config is not None else None,
+        "chat_template_kwargs": _variables(body),
+    }
+    return ChatRequest(**shared | asked)
+
+
+def _check(body: CountRequest) -> None:
+    for name, why in _ELSEWHERE.items():
+        if getattr(body, name) not in (None, 1):
+            raise invalid(f"{name}: {why}", name)
+    for name, why in _UNSUPPORTED.items():
+        if getattr(body, name) not in (None, []):
+            raise invalid(f"{name}: {why}", name)
+    budget = body.thinking.budget_tokens if body.thinking is not None else None
+    if budget is not None and body.max_tokens is not None and budget >= body.max_tokens:
+        message = f"thinking.budget_tokens is {budget}; it must be less than max_tokens, which is {body.max_tokens}"
+        raise invalid(message, "thinking.budget_tokens")
+
+
+def _variables(body: CountRequest) -> dict[str, Any] | None:
+    """Variables of the chat template: ``thinking`` under the names that templates have for it."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.thinking is not None:
+        for name in ("enable_thinking", "thinking"):
+            variables.setdefault(name, body.thinking.type != "disabled")
+    return variables or None
+
+
+def _form(schema: dict[str, Any]) -> ResponseFormat:
+    return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=schema))
+
+
+def _tool(tool: MessagesTool) -> Tool:
+    function = Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
+    return Tool(type="function", function=function)
+
+
+def _choice(asked: MessagesToolChoice) -> Any:
+    if asked.type != "tool":
+        return "required" if asked.type == "any" else asked.type
+    if asked.name is None:
+        raise invalid("tool_choice.name is missing: the tool to use", "tool_choice.name")
+    return ToolChoice(type="function", function=FunctionName(name=asked.name))
+
+
+def _messages(body: CountRequest) -> list[ChatMessage]:
+    """Texts that follow each other and are the same speaker's are one message, as that API has it."""
+    history = History()
+    system = body.system if body.system is None or isinstance(body.system, str) else _lines(body.system)
+    if system:
+        history.say("system", system)
+    for (role, is_text), pieces in groupby(
+        _pieces(body.messages), key=lambda piece: (piece[0], piece[1].type == "text")
+    ):
+        blocks = [(block, where) for _, block, where in pieces]
+        if is_text:
+            texts = [_given(block.text, f"{where}.text") for block, where in blocks]
+            history.say(role, ("" if role == "assistant" else "\n").join(texts))
+        else:
+            for block, where in blocks:
+                _add(history, block, where)
+    if not history.messages:
+        raise invalid("messages: there is no text in them", "messages")
+    return history.messages
+
+
+def _pieces(messages: Sequence[PastMessage]) -> Iterator[tuple[str, Block, str]]:
+    """Whose it is, the block, and its place in the body."""
+    for at, message in enumerate(messages):
+        if isinstance(message.content, str):
+            yield message.role, Block(type="text", text=message.content), f"messages.{at}.content"
+        else:
+            for place, block in enumerate(message.content):
+                yield message.role, block, f"messages.{at}.content.{place}"
+
+
+def _add(history: History, block: Block, where: str) -> None:
+    if block.type == "thinking":
+        history.think(_given(block.thinking, f"{where}.thinking"))
+    elif block.type == "tool_use":
+        number, name = _given(block.id, f"{where}.id"), _given(block.name, f"{where}.name")
+        history.call(number, name, json.dumps(block.input or {}, ensure_ascii=False))
+    elif block.type == "tool_result":
+        history.result(_given(block.tool_use_id, f"{where}.tool_use_id"), _result(block, where))
+    elif block.type != "redacted_thinking":  # another server's thought, which nobody here can read
+        known = "text, thinking, tool_use and tool_result"
+        raise invalid(f"{where}.type: a block of type {block.type[:64]!r}; this server reads {known}", f"{where}.type")
+
+
+def _result(block: Block, where: str) -> str:
+    if block.content is None or isinstance(block.content, str):
+        return block.content or ""
+    for at, part in enumerate(block.content):
+        if part.type != "text" or part.text is None:
+            here = f"{where}.content.{at}"
+            raise invalid(f"{here}: a part of type {part.type[:64]!r}; this server reads text parts only", here)
+    return _lines(block.content)
+
+
+def _lines(blocks: Iterable[TextBlock | ResultBlock]) -> str:
+    """Blocks are paragraphs of their own."""
+    return "\n".join(block.text or "" for block in blocks)
+
+
+def _given(value: str | None, where: str) -> str:
+    if value is None:
+        raise invalid(f"{where} is missing", where)
+    return value

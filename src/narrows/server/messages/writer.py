@@ -1,0 +1,136 @@
+"""What the model says, as the blocks of a message and as the events of its stream. Knows no requests and no HTTP.
+
+The order of the events is the API's: the message begins, then each block begins, comes in pieces and stops, one after
+the other; at the end it is told why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from narrows.server.events import Content, Event, Reasoning, ToolCall
+from narrows.server.state import new_id
+
+__all__ = ["MessageWriter"]
+
+_SIGNATURE = "unsigned"
+"""The API signs thoughts, to know its own when they come back; clients drop those that have no signature at all."""
+
+
+class MessageWriter:
+    """One message on its way. ``usage`` in the words of chats, wherever it is asked for."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": model}
+        self._blocks: list[dict[str, Any]] = []
+        self._open: _Block | None = None
+        self.message: dict[str, Any] = {}
+        """The whole of it after :meth:`end`."""
+
+    def begin(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events before the first token."""
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
+        return [{"type": "message_start", "message": {**self._head, **empty}}, {"type": "ping"}]
+
+    def take(self, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """What is new, as events."""
+        out: list[dict[str, Any]] = []
+        for event in events:
+            kind = _kind(event)
+            if self._open is None or self._open.kind != kind or isinstance(event, ToolCall):
+                out += self._close()
+                out.append(self._begin(kind, event.name if isinstance(event, ToolCall) else ""))
+            if not isinstance(event, ToolCall):
+                assert self._open is not None, "it was begun"
+                out.append(self._open.more(event.text))
+        return out
+
+    def end(self, stop_reason: str, stop_sequence: str | None, usage: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events after the last token."""
+        out: list[dict[str, Any]] = []
+        if self._open is None and not self._blocks:
+            out.append(self._begin("text", ""))
+        out += self._close()
+        why = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
+        self.message = {**self._head, "content": self._blocks, **why, "usage": _usage(usage)}
+        return [*out, {"type": "message_delta", "delta": why, "usage": _usage(usage)}, {"type": "message_stop"}]
+
+    def _begin(self, kind: str, name: str) -> dict[str, Any]:
+        self._open = _Block(kind, len(self._blocks), name)
+        return {"type": "content_block_start", "index": self._open.index, "content_block": self._open.empty()}
+
+    def _close(self) -> list[dict[str, Any]]:
+        block, self._open = self._open, None
+        if block is None:
+            return []
+        self._blocks.append(block.whole())
+        signed = [block.delta("signature_delta", signature=_SIGNATURE)] if block.kind == "thinking" else []
+        return [*signed, {"type": "content_block_stop", "index": block.index}]
+
+
+class _Block:
+    """A block that is being written."""
+
+    def __init__(self, kind: str, index: int, name: str) -> None:
+        self.kind = kind
+        self.index = index
+        self._use = {"id": new_id("toolu"), "name": name}
+        self._pieces: list[str] = []
+
+    def more(self, text: str) -> dict[str, Any]:
+        """More of it, as an event."""
+        self._pieces.append(text)
+        if self.kind == "text":
+            return self.delta("text_delta", text=text)
+        if self.kind == "thinking":
+            return self.delta("thinking_delta", thinking=text)
+        return self.delta("input_json_delta", partial_json=text)
+
+    def delta(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event inside the block."""
+        return {"type": "content_block_delta", "index": self.index, "delta": {"type": kind, **fields}}
+
+    def empty(self) -> dict[str, Any]:
+        """The block as it begins."""
+        if self.kind == "text":
+            return {"type": "text", "text": ""}
+        if self.kind == "thinking":
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        return {"type": "tool_use", **self._use, "input": {}}
+
+    def whole(self) -> dict[str, Any]:
+        """The block as it ended."""
+        text = "".join(self._pieces)
+        if self.kind == "text":
+            return {"type": "text", "text": text}
+        if self.kind == "thinking":
+            return {"type": "thinking", "thinking": text, "signature": _SIGNATURE}
+        return {"type": "tool_use", **self._use, "input": _object(text)}
+
+
+def _kind(event: Event) -> str:
+    if isinstance(event, Content):
+        return "text"
+    return "thinking" if isinstance(event, Reasoning) else "tool_use"
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """A call's arguments; those that are no JSON object, or not yet, under the key that the API has for such."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": arguments}
+
+
+def _usage(of_chat: dict[str, Any]) -> dict[str, Any]:
+    """The prompt's tokens are told in two parts: those that were cached, and the rest."""
+    cached = of_chat["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": of_chat["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": of_chat["completion_tokens"],
+    }
