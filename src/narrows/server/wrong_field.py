@@ -21,9 +21,11 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     places = [_path(error, body) for error in errors]
     first = places[0]
     tries = [at for at, place in enumerate(places) if place[: len(first)] == first]
-    best = max(
-        tries, key=lambda at: (len(places[at]) > len(first), _reached(places[at]), not _is_type_error(errors[at]))
-    )
+
+    def fit(at: int) -> tuple[tuple[int, ...], int, bool]:
+        return _reached(errors[at], places[at]), len(places[at]), not _is_type_error(errors[at])
+
+    best = max(tries, key=fit)
     error, param = errors[best], ".".join(map(str, places[best])) or None
     what = _said(error)
     if param is None:
@@ -48,9 +50,10 @@ def _path(error: Mapping[str, Any], body: Any) -> _Path:
     return tuple(path)
 
 
-def _reached(place: _Path) -> tuple[int, ...]:
-    """How far into the lists on the way the error is."""
-    return tuple(step for step in place if isinstance(step, int))
+def _reached(error: Mapping[str, Any], place: _Path) -> tuple[int, ...]:
+    """How many items of the lists on the way were as they should be."""
+    items = tuple(step for step in place if isinstance(step, int))
+    return (*items, error["ctx"]["max_length"]) if error["type"] == "too_long" else items
 
 
 def _is_type_error(error: Mapping[str, Any]) -> bool:
