@@ -23,10 +23,11 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from statistics import median
+from typing import Literal
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -47,7 +48,24 @@ MAX_GAP_RATIO = 3.0
 MAX_FIRST_S = 5.0
 MAX_GROWTH_MB = 100.0
 ALONE_S = 2.0
+HEAD_START_S = 0.5
+"""What the honest stream has to get going before the attack."""
 SETTLES_S = 5.0
+"""What memory may take to come back once the server does nothing."""
+
+COLUMNS: Mapping[str, Literal["left", "right"]] = {
+    "attack": "left",
+    "health s": "right",
+    "gap ms": "right",
+    "alone ms": "right",
+    "first s": "right",
+    "MB before": "right",
+    "peak": "right",
+    "after": "right",
+    "restarts": "right",
+    "outcomes": "left",
+    "broken": "left",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +103,22 @@ class Figures:
             found.append("memory")
         return found
 
+    @property
+    def cells(self) -> list[str]:
+        """A row of the table."""
+        memory = (f"{mb:.0f}" for mb in (self.before_mb, self.peak_mb, self.after_mb))
+        return [
+            self.name,
+            f"{self.seen.health:.2f}",
+            f"{self.seen.gap * 1000:.0f}",
+            f"{self.gap_alone * 1000:.0f}",
+            f"{self.seen.first:.2f}",
+            *memory,
+            "ended" if self.restarts is None else str(self.restarts),
+            ", ".join(f"{count} x {outcome}" for outcome, count in self.outcomes.items()),
+            ", ".join(self.wrong) or "-",
+        ]
+
 
 def main() -> int:
     """Run it."""
@@ -97,6 +131,7 @@ def main() -> int:
     parser.add_argument("--pid", type=int, help="of --url: the server's first process")
     parser.add_argument("--seconds", type=float, default=6.0, help="what one attack may take (default %(default)g)")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds for calming down (default %(default)g)")
+    parser.add_argument("--log", default=os.devnull, help="file for what the server logs (default: none)")
     parser.add_argument("--body-mb", type=float, default=15.0, help="MB of a large body (default %(default)g)")
     parser.add_argument("serve", nargs="*", default=["--tp", "1"], help="flags of narrows serve")
     args = parser.parse_args()
@@ -125,7 +160,7 @@ def run(attacks: Sequence[Attack], args: argparse.Namespace) -> list[Figures]:
     """Each attack's figures, in order; those so far when Ctrl-C is pressed, or a server that is not ours has ended."""
 
     def begin() -> Victim:
-        victim = Victim(args.url, args.pid) if args.url else start(args.model, args.serve)
+        victim = Victim(args.url, args.pid) if args.url else start(args.model, args.serve, args.log)
         victim.wait(args.patience)
         watched(victim, 3 * ALONE_S)  # a server's first streams are slower
         victim.wait(args.patience)
@@ -138,7 +173,7 @@ def run(attacks: Sequence[Attack], args: argparse.Namespace) -> list[Figures]:
         for attack in attacks:
             figures = trial(attack, victim, alone, args)
             found.append(figures)
-            print(f"{figures.name}: {', '.join(figures.wrong) or 'ok'}", file=sys.stderr, flush=True)
+            print(" | ".join(figures.cells), file=sys.stderr, flush=True)
             if figures.restarts is None or not figures.calm:
                 if args.url:
                     print("the server does not answer: the rest is left out", file=sys.stderr)
@@ -169,6 +204,7 @@ def trial(attack: Attack, victim: Victim, alone: deque[float], args: argparse.Na
     pipe, theirs = context.Pipe()
     process = context.Process(target=attacks, args=(attack, victim.url, args, theirs), daemon=True)
     watch = Watch(victim.url)
+    time.sleep(HEAD_START_S)
     began = time.monotonic()
     process.start()
     peak_mb = before_mb
@@ -186,7 +222,6 @@ def trial(attack: Attack, victim: Victim, alone: deque[float], args: argparse.Na
     calm = victim.wait(args.patience)
     after_mb = settled_mb(victim, before_mb)
     restarts = victim.num_restarts()
-    lasting = restarts is not None and restarts_before is not None
     return Figures(
         name=name_of(attack),
         seen=seen,
@@ -194,7 +229,7 @@ def trial(attack: Attack, victim: Victim, alone: deque[float], args: argparse.Na
         before_mb=before_mb,
         peak_mb=max(peak_mb, after_mb),
         after_mb=after_mb,
-        restarts=restarts - restarts_before if lasting else None,
+        restarts=None if restarts is None or restarts_before is None else restarts - restarts_before,
         calm=calm,
         attack_s=attack_s,
         outcomes=pipe.recv() if pipe.poll() else {},
@@ -236,19 +271,13 @@ def report(found: list[Figures], *, as_json: bool) -> int:
         bounds |= {"restarts": 0, "growth_mb": MAX_GROWTH_MB}
         print(json.dumps({"command": sys.argv, "bounds": bounds, "attacks": rows}))
         return 1 if any(each.wrong for each in found) else 0
-    table = Table(title=f"{len(found)} attacks, {sum(map(bool, (f.wrong for f in found)))} break a bound")
-    for name in ("attack", "health s", "gap ms", "alone ms", "first s", "MB before", "peak", "after", "restarts"):
-        table.add_column(name, justify="left" if name == "attack" else "right")
-    table.add_column("outcomes")
-    table.add_column("broken")
+    title = f"{len(found)} attacks, {sum(bool(each.wrong) for each in found)} break a bound"
+    table = Table(title=title, title_justify="left")
+    for name, justify in COLUMNS.items():
+        table.add_column(name, justify=justify)
     for each in found:
-        seen = each.seen
-        times = (f"{seen.health:.2f}", f"{seen.gap * 1000:.0f}", f"{each.gap_alone * 1000:.0f}", f"{seen.first:.2f}")
-        memory = (f"{mb:.0f}" for mb in (each.before_mb, each.peak_mb, each.after_mb))
-        restarts = "ended" if each.restarts is None else str(each.restarts)
-        outcomes = ", ".join(f"{count} x {outcome}" for outcome, count in each.outcomes.items())
-        table.add_row(each.name, *times, *memory, restarts, outcomes, ", ".join(each.wrong))
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+        table.add_row(*each.cells)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 1 if any(each.wrong for each in found) else 0
 
 

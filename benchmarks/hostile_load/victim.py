@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -11,8 +12,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from soak import family, sample
 
@@ -67,9 +69,9 @@ class Victim:
             try:
                 return self.process.wait(10)
             except subprocess.TimeoutExpired:
-                pids = [*family(self.pid).values()]
-                for pid in pids:
-                    subprocess.run(["kill", "-9", str(pid)], stderr=subprocess.DEVNULL)
+                for pid in family(self.pid).values():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         return self.process.wait(10)
 
     def _has_no_requests(self) -> bool:
@@ -91,7 +93,7 @@ class Victim:
 
         return sum(self._of_each(of))
 
-    def _of_each(self, figure: Any) -> list[float]:
+    def _of_each(self, figure: Callable[[int], float]) -> list[float]:
         found: list[float] = []
         for pid in family(self.pid).values():
             try:
@@ -101,8 +103,8 @@ class Victim:
         return found
 
 
-def start(model: str, flags: list[str]) -> Victim:
-    """A new server, with the limit of descriptors that a login shell has.
+def start(model: str, flags: list[str], log: str) -> Victim:
+    """A new server, with the limit of descriptors that a login shell has; what it logs is appended to the file ``log``.
 
     Raises:
         SystemExit: it did not come up.
@@ -113,7 +115,10 @@ def start(model: str, flags: list[str]) -> Victim:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(_USUAL_DESCRIPTORS, hard), hard))
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=limit)
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True, preexec_fn=limit
+        )
     assert process.stdout is not None
     ready = re.search(r"ready at (http://\S+) ", process.stdout.readline())
     if ready is None:
