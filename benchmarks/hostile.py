@@ -48,6 +48,8 @@ MAX_GAP_RATIO = 3.0
 MAX_FIRST_S = 5.0
 MAX_GROWTH_MB = 100.0
 ALONE_S = 2.0
+MIN_EVENTS = 20
+"""Fewer events of a stream alone are no figure: the server was still busy."""
 HEAD_START_S = 0.5
 """What the honest stream has to get going before the attack."""
 SETTLES_S = 5.0
@@ -168,7 +170,7 @@ def run(attacks: Sequence[Attack], args: argparse.Namespace) -> list[Figures]:
 
     found: list[Figures] = []
     victim = begin()
-    alone: deque[float] = deque((watched(victim, ALONE_S).gap for _ in range(4)), maxlen=5)
+    alone: deque[float] = deque((gap_alone(victim) for _ in range(4)), maxlen=5)
     try:
         for attack in attacks:
             figures = trial(attack, victim, alone, args)
@@ -194,10 +196,22 @@ def watched(victim: Victim, seconds: float) -> Seen:
     return watch.end()
 
 
+def gap_alone(victim: Victim) -> float:
+    """The stream's worst gap without an attack, in seconds.
+
+    Raises:
+        SystemExit: the server streams nothing.
+    """
+    for _ in range(5):
+        if (seen := watched(victim, ALONE_S)).num_events >= MIN_EVENTS:
+            return seen.gap
+    raise SystemExit("the server streams nothing to an honest client, though nothing attacks it")
+
+
 def trial(attack: Attack, victim: Victim, alone: deque[float], args: argparse.Namespace) -> Figures:
     """One attack beside the honest client, from calm to calm."""
     victim.wait(args.patience)
-    alone.append(watched(victim, ALONE_S).gap)
+    alone.append(gap_alone(victim))
     victim.wait(args.patience)
     before_mb, restarts_before = victim.memory_mb(), victim.num_restarts()
     context = multiprocessing.get_context("fork")
