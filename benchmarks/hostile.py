@@ -96,7 +96,7 @@ class Figures:
         if self.seen.first > MAX_FIRST_S:
             found.append("first")
         if self.restarts is None:
-            found.append("ended")
+            found.append("no answer")
         elif self.restarts:
             found.append("restarts")
         if not self.calm:
@@ -116,7 +116,7 @@ class Figures:
             f"{self.gap_alone * 1000:.0f}",
             f"{self.seen.first:.2f}",
             *memory,
-            "ended" if self.restarts is None else str(self.restarts),
+            "?" if self.restarts is None else str(self.restarts),
             ", ".join(f"{count} x {outcome}" for outcome, count in self.outcomes.items()),
             ", ".join(self.wrong) or "-",
         ]

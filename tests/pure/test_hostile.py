@@ -56,7 +56,7 @@ def test_figures_at_their_bounds_are_well(hostile: ModuleType, well: Any) -> Non
     ("field", "value", "wrong"),
     [
         ("restarts", 1, "restarts"),
-        ("restarts", None, "ended"),
+        ("restarts", None, "no answer"),
         ("calm", False, "not calm"),
         ("after_mb", 200.5, "memory"),
         ("gap_alone", 0.12, "gap"),
