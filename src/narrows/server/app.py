@@ -16,17 +16,19 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.errors import NarrowsError
+from narrows.server.addresses import Addresses, TrailingSlash
 from narrows.server.answers import JsonAnswer, error_answer
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
 from narrows.server.errors import ApiError, of_validation, refused
-from narrows.server.limits import ApiKeys, BodyLimit
+from narrows.server.limits import ApiKeys, BodyLimit, Encodings, ReservedPlaces
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.server.schema import answers, profile, tokens
@@ -60,7 +62,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
         ConfigError: options that do not fit the model.
     """
     state = ServerState(backend, model, options)
-    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None)
+    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     _add_errors(app)
@@ -68,10 +70,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     _add_models(app, state)
     _add_operations(app, state)
     _add_profile(app, state)
-    # The last one added comes first: answers are counted, then keys looked at, then bodies read.
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout_s=options.request_timeout_s)
-    app.add_middleware(ApiKeys, keys=options.api_keys)
-    app.add_middleware(_Counted, metrics=state.metrics)
+    _add_middleware(app, state)
     return app
 
 
@@ -80,6 +79,34 @@ def state_of(app: FastAPI) -> ServerState:
     state = app.state.server
     assert isinstance(state, ServerState)
     return state
+
+
+def _add_middleware(app: FastAPI, state: ServerState) -> None:
+    """The last one added comes first: answers are counted, then addresses and keys looked at, then bodies read."""
+    options, limits = state.options, state.options.connections
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=options.max_body_bytes,
+        timeout_s=options.request_timeout_s,
+        wait_s=limits.body_timeout_s,
+        bytes_per_s=limits.body_bytes_per_s,
+    )
+    app.add_middleware(Encodings)
+    app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(Addresses, hosts=options.hosts, origins=options.origins)
+    app.add_middleware(ReservedPlaces)
+    app.add_middleware(_Counted, metrics=state.metrics)
+    app.add_middleware(TrailingSlash)
+    if options.origins:
+        # Around the framework's own errors too: a page may read only answers that allow it.
+        app.middleware_stack = CORSMiddleware(
+            app.build_middleware_stack(),
+            allow_origins=options.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("Retry-After",),
+        )
 
 
 def _responses(model: Any, *, stream: bool = False) -> dict[int | str, dict[str, Any]]:
