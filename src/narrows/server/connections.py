@@ -77,6 +77,8 @@ class Connection(HttpToolsProtocol):
         self._allow(None)
         self._watch_reader(False)
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            _tell_gone(self._running)  # uvicorn tells the last request only
 
     def make_room(self) -> None:
         """Close at once: the place is another's."""
@@ -97,7 +99,7 @@ class Connection(HttpToolsProtocol):
         if self._undigested > self._limits.max_head_bytes:
             self._refuse(self._too_large())
         elif self.pipeline and self._ahead > self._limits.max_head_bytes:
-            self._hear_no_more()
+            self.flow.pause_reading()  # until the next of them begins
         elif not self._works and (self._deadline is None or self._in_head > had_begun):
             self._allow(self._limits.head_timeout_s)
 
@@ -120,12 +122,13 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is complete: a request is under way, or waits behind one that is."""
-        self._in_head, self._in_body = False, True
+        self._in_head = False
         self._undigested = 0
         if len(self.pipeline) >= self._limits.max_pipelined:
             self._hear_no_more()
             raise _Enough
         super().on_headers_complete()
+        self._in_body = True
         self._allow(None)
         if not self._places.works(self):
             self.scope["state"][RESERVED] = True
@@ -242,8 +245,7 @@ class Connection(HttpToolsProtocol):
             else:
                 self._say(error)
         elif last is self._running and last.more_body and not last.response_started:
-            last.disconnected = True
-            last.message_event.set()
+            _tell_gone(last)
             self._say(error)
         else:
             self._hear_no_more()
@@ -304,6 +306,12 @@ def _unread_bytes(transport: asyncio.Transport) -> int:
         sock = transport.get_extra_info("socket")
         held += int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
     return held
+
+
+def _tell_gone(cycle: RequestResponseCycle) -> None:
+    """Have the route of a request see that nobody waits for its answer."""
+    cycle.disconnected = True
+    cycle.message_event.set()
 
 
 def _without_chunks(cycle: RequestResponseCycle, send: Send) -> Send:

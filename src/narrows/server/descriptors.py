@@ -40,7 +40,7 @@ def connections_for(asked: int | None, descriptors: int) -> tuple[int, str]:
     room = descriptors - min(_OWN_DESCRIPTORS, descriptors // 2) - RESERVED_PLACES
     limit = f"this process may open {descriptors} files (ulimit -n), which is room for {room} connections"
     if room < 1:
-        raise ConfigError(f"{limit}; raise the limit to {2 * (RESERVED_PLACES + 1)} at least")
+        raise ConfigError(f"{limit}; raise the limit to {2 * RESERVED_PLACES + 1} at least")
     if asked is not None and asked > room:
         raise ConfigError(f"--max-connections is {asked}; {limit}: raise the limit or ask for fewer")
     if asked is not None:
