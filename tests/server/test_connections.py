@@ -86,6 +86,10 @@ def test_a_large_head_is_let_in(served: Any) -> None:
         assert client.answer().status == 200
         client.send(HEAD + b"X: a\r\n" * 128 + b"\r\n")
         assert client.answer().status == 431
+    for fields in (b"X: " + b"a" * 66_000 + b"\r\n", (b"X: " + b"a" * 660 + b"\r\n") * 100):
+        with RawClient(served.port) as client:
+            client.send(HEAD + fields + b"\r\n")  # complete as soon as it is seen
+            assert client.answer().status == 431
 
 
 def test_what_follows_a_body_is_no_part_of_the_head(served: Any) -> None:
@@ -151,7 +155,8 @@ def test_a_body_that_is_announced_and_not_sent_ends_the_request(make_served: Cal
     with RawClient(served.port) as client:
         client.send(post("/v1/completions", TEXT)[:-10])
         answer = client.answer()
-        assert answer.status == 408 and "bytes have come" in answer.message and client.rest() == b""
+        assert answer.status == 408 and "bytes have come" in answer.message
+        assert answer.headers["connection"] == "close" and client.rest() == b""
 
 
 def test_a_body_that_comes_slowly_has_time_for_what_has_come(make_served: Callable[..., Any]) -> None:
@@ -170,6 +175,14 @@ def test_the_rest_of_a_body_that_was_refused_does_not_keep_a_connection(make_ser
         client.send(CHUNKED.replace(b"chunked", b"gzip, chunked") + b"\r\n")
         assert client.answer().status == 501
         assert any(client.has_come() or not client.send(b"1\r\na\r\n") for _ in slowly(b" " * 2000))
+        assert client.rest() == b""
+
+
+def test_garbage_in_the_rest_of_a_body_gets_no_second_answer(served: Any) -> None:
+    with RawClient(served.port) as client:
+        client.send(CHUNKED.replace(b"chunked", b"gzip, chunked") + b"\r\n")
+        assert client.answer().status == 501
+        client.send(b"no size of a chunk\r\n")
         assert client.rest() == b""
 
 
@@ -329,7 +342,8 @@ def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any
             assert refused.status == 503 and "--max-connections" in refused.message
             assert refused.headers["connection"] == "close" and refused.headers["retry-after"] == "1"
             for path in ("/health", "/health/", "/metrics"):
-                assert get(served, path).status == 200
+                probe = get(served, path)
+                assert probe.status == 200 and probe.headers["connection"] == "close"
         silent = [RawClient(served.port) for _ in range(10)]
         assert get(served, "/health").status == 200
         served.lab.backend.gate.set()

@@ -18,10 +18,10 @@ class Guest:
     """A connection."""
 
     def __init__(self) -> None:
-        self.left = False
+        self.left = 0
 
     def make_room(self) -> None:
-        self.left = True
+        self.left += 1
 
 
 def guests(count: int) -> list[Guest]:
@@ -52,14 +52,14 @@ def test_reserved_places_are_for_when_nobody_waits() -> None:
     first, second, third = guests(3)
     for guest in (first, second, third):
         assert places.take(guest)
-    assert first.left and not second.left and left(here) == []
+    assert first.left == 1 and not second.left and left(here) == []
     assert not places.works(second) and not places.works(third)
     assert not places.take(Guest()) and len(places) == 4
     places.leave(here[0])
     assert places.works(second) and not places.works(third), "there is one place, so one may move"
     places.leave(second)
     places.waits(here[1])
-    assert places.works(third) and here[1].left is False
+    assert places.works(third) and not here[1].left
     assert places.take(Guest())
 
 
@@ -78,6 +78,7 @@ def test_one_that_has_left_takes_no_place_with_it() -> None:
         places.leave(old)
     places.waits(old)
     assert len(places) == 1 and places.works(new)
+    assert places.take(Guest()) and old.left == 1
 
 
 def test_it_is_said_once_until_places_were_free_for_a_minute(

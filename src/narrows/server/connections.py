@@ -316,14 +316,11 @@ def _tell_gone(cycle: RequestResponseCycle) -> None:
 
 def _without_chunks(cycle: RequestResponseCycle, send: Send) -> Send:
     """``send`` for HTTP/1.0, which has no chunks: a body whose length is not told ends with the connection."""
-    told = False
 
     async def sent(message: Message) -> None:
-        nonlocal told
         if message["type"] == "http.response.start":
-            told = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
-            cycle.chunked_encoding = None if told else False
-        elif not told:
+            cycle.chunked_encoding = False
+        else:
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)
 
