@@ -44,13 +44,16 @@ _LOG = logging.getLogger("narrows.server")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "a field is wrong, or too much was asked for; param names the field"},
     401: {"description": "no API key, or a wrong one"},
+    403: {"description": "a Host or an Origin that is not let in (--allow-host, --allow-origin)"},
     404: {"description": "no such model"},
-    408: {"description": "the body did not come in time"},
+    408: {"description": "the headers or the body did not come in time"},
     413: {"description": "the body is too large"},
-    415: {"description": "the body is not sent as application/json"},
+    415: {"description": "the body is not sent as application/json, or compressed"},
     429: {"description": "too many requests wait; retry-after says when to try again"},
+    431: {"description": "the headers are too large, or too many"},
     500: {"description": "the engine failed"},
-    503: {"description": "the server is starting, restarting its ranks, or ending"},
+    501: {"description": "the body comes in a transfer coding other than chunked"},
+    503: {"description": "the server is starting, restarting its ranks, ending, or out of places for connections"},
     504: {"description": "the request was not done within --request-timeout"},
 }
 
