@@ -143,7 +143,8 @@ class Clock:
 class Wire:
     """A transport whose reader the test is."""
 
-    def __init__(self) -> None:
+    def __init__(self, sock: Any = None) -> None:
+        self._socket = sock or NoSocket()
         self.unread = 0
         self.written = b""
         self.aborted = self.closing = self.paused = self.ended = False
@@ -152,7 +153,7 @@ class Wire:
         return self.unread
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return NoSocket()
+        return self._socket
 
     def is_closing(self) -> bool:
         return self.closing

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 from narrows.server.connections import Connection
 from narrows.server.options import ConnectionLimits
 from narrows.server.places import Places
+from narrows.server.readers import unread_bytes
 
 Eventually = Callable[..., None]
 HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
@@ -278,10 +279,10 @@ def test_a_body_is_asked_for_where_the_client_waits_for_that(served: Any) -> Non
 # Answers that are not read
 
 
-def make_connection(loop: Any, wire: Wire, app: Any = None) -> tuple[Connection, Wire]:
+def make_connection(loop: Any, wire: Wire, app: Any = None, **limits: Any) -> tuple[Connection, Wire]:
     """A connection without a server."""
     config = uvicorn.Config(app or never_answers, interface="asgi3", log_level="error", ws="none", lifespan="off")
-    made = Connection(config, ServerState(), {}, loop, limits=ConnectionLimits(), places=Places(1, 1))
+    made = Connection(config, ServerState(), {}, loop, limits=ConnectionLimits(**limits), places=Places(1, 1))
     made.connection_made(wire)  # type: ignore[arg-type]
     return made, wire
 
@@ -312,8 +313,45 @@ def test_a_connection_that_closes_waits_for_its_reader_as_long() -> None:
     wire.unread = 9
     connection.timeout_keep_alive_handler()
     assert wire.closing and not wire.aborted and len(loop.timers) == 1
+    connection.resume_writing()  # little is left now, but something is
+    assert len(loop.timers) == 1
     loop.ring()
     assert wire.aborted
+
+
+def test_an_answer_that_breaks_off_waits_for_its_reader_as_long() -> None:
+    async def breaks_off(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        wire.unread = 9
+
+    async def main() -> None:
+        connection, _ = make_connection(asyncio.get_running_loop(), wire, app=breaks_off, send_timeout_s=0.01)
+        connection.data_received(HEAD + b"\r\n")
+        while not wire.aborted:
+            await asyncio.sleep(0.01)
+        assert wire.closing
+        connection.connection_lost(None)
+
+    wire = Wire()
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_what_the_system_holds_is_unread_too(eventually: Eventually) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(listening.getsockname())
+        writer, _ = listening.accept()
+        with writer:
+            writer.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    writer.send(b"x" * 10_000)
+            wire = Wire(writer)
+            wire.unread = 5
+            before = unread_bytes(wire)  # type: ignore[arg-type]
+            assert before > 5
+            reader.recv(2000, socket.MSG_WAITALL)
+            eventually(lambda: reader.recv(100_000) != b"" and unread_bytes(wire) < before, 20)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,9 +6,6 @@ Knows HTTP's bytes and uvicorn's protocol, of which it overrides a few methods; 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import struct
-import termios
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -24,6 +21,7 @@ from narrows.server.errors import ApiError
 from narrows.server.limits import RESERVED
 from narrows.server.options import ConnectionLimits
 from narrows.server.places import Places
+from narrows.server.readers import ReaderWatch
 
 __all__ = ["Connection"]
 
@@ -52,8 +50,6 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self._places = places
         self._deadline: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None
-        self._unread_bytes = 0
         self._running: RequestResponseCycle | None = None
         self._refusal: ApiError | None = None
         self._deaf = False  # whatever else it sends is thrown away
@@ -66,6 +62,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: it waits at a place, or has to go at once."""
         super().connection_made(transport)
+        self._reader = ReaderWatch(self.loop, transport, self._limits.send_timeout_s)
         if self._places.take(self):
             self._allow(self._limits.head_timeout_s)
         else:
@@ -75,7 +72,7 @@ class Connection(HttpToolsProtocol):
         """The connection is gone, whoever ended it."""
         self._places.leave(self)
         self._allow(None)
-        self._watch_reader(False)
+        self._reader.stop()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
             _tell_gone(self._running)  # uvicorn tells the last request only
@@ -165,12 +162,12 @@ class Connection(HttpToolsProtocol):
         try:
             await app(scope, receive, send)
         finally:
-            self.loop.call_soon(self._watch_closing)  # when uvicorn has seen how it ended
+            self.loop.call_soon(self._reader.start_if_closing)  # when uvicorn has seen how it ended
 
     def on_response_complete(self) -> None:
         """An answer is written: the next request begins, or the connection waits."""
         super().on_response_complete()
-        self._watch_closing()
+        self._reader.start_if_closing()
         if self._works or self.transport.is_closing():
             return
         if not self.flow.write_paused:
@@ -182,20 +179,20 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """More of an answer waits to be read than is to be held."""
         super().pause_writing()
-        self._watch_reader(True)
+        self._reader.start()
 
     def resume_writing(self) -> None:
         """The client has read on."""
         super().resume_writing()
-        self._watch_reader(False)
-        self._watch_closing()
+        self._reader.stop()
+        self._reader.start_if_closing()
         if not self._works and not self.transport.is_closing():
             self._places.waits(self)
 
     def timeout_keep_alive_handler(self) -> None:
         """It was idle for too long."""
         super().timeout_keep_alive_handler()
-        self._watch_closing()
+        self._reader.start_if_closing()
 
     # Limits
 
@@ -234,7 +231,7 @@ class Connection(HttpToolsProtocol):
             self._say(ApiError(408, message, code="request_timeout"))
         else:  # a client that has asked nothing expects no answer
             self.transport.close()
-            self._watch_closing()
+            self._reader.start_if_closing()
 
     def _refuse(self, error: ApiError) -> None:
         """Take no more from the client, for a fault in what has come last."""
@@ -274,38 +271,9 @@ class Connection(HttpToolsProtocol):
         self.cycle = last
         self.cycle.keep_alive = False
 
-    # Readers
-
-    def _watch_closing(self) -> None:
-        if self.transport.is_closing() and self._unread is None and self.transport.get_write_buffer_size():
-            self._watch_reader(True)
-
-    def _watch_reader(self, watch: bool) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-        self._unread = None
-        if watch:
-            self._unread_bytes = _unread_bytes(self.transport)
-            self._unread = self.loop.call_later(self._limits.send_timeout_s, self._has_read)
-
-    def _has_read(self) -> None:
-        if _unread_bytes(self.transport) < self._unread_bytes:
-            self._watch_reader(True)
-        else:
-            self.transport.abort()
-
 
 class _Enough(Exception):  # noqa: N818 - ends the parser's call, is no error
     """No more is parsed."""
-
-
-def _unread_bytes(transport: asyncio.Transport) -> int:
-    """What the other end has not taken in: bytes held here, and those that the system still sends, if it tells."""
-    held = transport.get_write_buffer_size()
-    with suppress(OSError):
-        sock = transport.get_extra_info("socket")
-        held += int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
-    return held
 
 
 def _tell_gone(cycle: RequestResponseCycle) -> None:
