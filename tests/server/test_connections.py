@@ -391,6 +391,22 @@ def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any
     assert get(served, "/v1/models").status == 200
 
 
+def test_a_client_that_still_sends_can_read_that_there_is_no_place(
+    make_served: Callable[..., Any], eventually: Eventually
+) -> None:
+    served = make_served(max_connections=1, reserved_places=1)
+    with held(served, 1, eventually):
+        for more in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            with RawClient(served.port) as client:
+                assert client.send(post("/v1/completions", {"prompt": "x" * 10_000_000}) + more), "hung up on"
+                answer = client.answer()
+                assert answer.status == 503 and answer.headers["connection"] == "close"
+                assert client.rest() == b""
+        with RawClient(served.port) as client:
+            client.send(post("/v1/completions", {**TEXT, "stream": True}, version="1.0"))
+            assert client.answer().status == 503 and client.rest() == b""
+
+
 def test_a_client_that_got_a_reserved_place_may_ask_for_anything_once_there_is_room(
     make_served: Callable[..., Any], eventually: Eventually
 ) -> None:

@@ -53,6 +53,7 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._refusal: ApiError | None = None
         self._deaf = False  # whatever else it sends is thrown away
+        self._is_last = False  # no request follows the one that is being answered
         self._in_head = self._in_body = False
         self._head_bytes = 0
         self._head_fields = 0
@@ -129,7 +130,6 @@ class Connection(HttpToolsProtocol):
         self._allow(None)
         if not self._places.works(self):
             self.scope["state"][RESERVED] = True
-            self.cycle.keep_alive = False
         if self.pipeline:
             self.flow.resume_reading()  # uvicorn would not notice that the client leaves
 
@@ -159,13 +159,20 @@ class Connection(HttpToolsProtocol):
         if scope["http_version"] in ("0.9", "1.0"):
             cycle.waiting_for_100_continue = False
             send = _without_chunks(cycle, send)
+        if RESERVED in cycle.scope["state"]:
+            self._is_last = True
+            send = _without_close(cycle, send)
         try:
             await app(scope, receive, send)
         finally:
             self.loop.call_soon(self._reader.start_if_closing)  # when uvicorn has seen how it ended
 
     def on_response_complete(self) -> None:
-        """An answer is written: the next request begins, or the connection waits."""
+        """An answer is written: the next request begins, or the connection waits, or it was the last one here."""
+        if self._is_last:
+            self.pipeline.clear()
+            self.cycle = self._running  # type: ignore[assignment]
+            return self._part()
         super().on_response_complete()
         self._reader.start_if_closing()
         if self._works or self.transport.is_closing():
@@ -248,12 +255,16 @@ class Connection(HttpToolsProtocol):
             self._hear_no_more()
 
     def _say(self, error: ApiError) -> None:
-        """Answer outside of any route, and close once the client has read it, or soon."""
+        """Answer outside of any route, and close."""
         body = to_json(error.body)
         head = [*self.server_state.default_headers, (b"content-type", b"application/json")]
         head += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         lines = b"".join(b"%s: %s\r\n" % field for field in head)
         self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
+        self._part()
+
+    def _part(self) -> None:
+        """Close once the client, which may still send, has read what is written; or soon."""
         self._deaf = True
         self.flow.resume_reading()
         self._places.waits(self)
@@ -280,6 +291,17 @@ def _tell_gone(cycle: RequestResponseCycle) -> None:
     """Have the route of a request see that nobody waits for its answer."""
     cycle.disconnected = True
     cycle.message_event.set()
+
+
+def _without_close(cycle: RequestResponseCycle, send: Send) -> Send:
+    """``send`` for a last answer: it says ``Connection: close``, but leaves the closing to another."""
+
+    async def sent(message: Message) -> None:
+        cycle.keep_alive = message["type"] != "http.response.start"
+        await send(message)
+        cycle.keep_alive = True
+
+    return sent
 
 
 def _without_chunks(cycle: RequestResponseCycle, send: Send) -> Send:
