@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -165,7 +167,8 @@ def test_ten_thousand_junk_requests(hard_pressed: ServerProcess) -> None:
         b'{"prompt": "x", "response_format": {"type": "regex", "pattern": "("}}',
     ]  # fmt: skip
     heads = [
-        f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST /v1/{route} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         for route in ("completions", "chat/completions")
         for body in bodies
     ]
@@ -203,7 +206,7 @@ def test_ten_thousand_junk_requests(hard_pressed: ServerProcess) -> None:
 def test_a_body_of_100_mb_is_refused_and_takes_no_memory(hard_pressed: ServerProcess) -> None:
     server = hard_pressed
     before = rss_mb(server)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
     for told, first in ((b"Content-Length: 104857600\r\n\r\n", b""), (b"Transfer-Encoding: chunked\r\n\r\n", chunk)):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
@@ -220,7 +223,8 @@ def test_a_client_that_reads_slowly_stops_nobody(hard_pressed: ServerProcess) ->
     server = hard_pressed
     body = b'{"prompt": "The sea", "stream": true, "max_tokens": 800, "ignore_eos": true, "n": 4, "logprobs": 5}'
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -230,6 +234,43 @@ def test_a_client_that_reads_slowly_stops_nobody(hard_pressed: ServerProcess) ->
         assert server.text(max_tokens=8)
         eventually(lambda: server.metric("requests_running") == 0, 60)  # its texts are done, though nobody reads them
         assert server.metric("kv_pages_used") == 0 and server.text(max_tokens=8)
+
+
+def test_more_silent_connections_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("this machine lets a process open too few files for a client of 1,100 connections")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -n 1024\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ServerProcess(log=tmp_path / "log") as server, ExitStack() as stack:
+        try:
+            for index in range(1100):
+                sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: local"[: index % 2 * 99])
+            assert server.health().status_code == 200 and server.text(max_tokens=4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "may open 1024 files (ulimit -n), which is room for 752 connections" in server.said
+        assert server.said.count("all 752 places for connections are taken") == 1
+        assert server.stop() == 0
+
+
+def test_on_loopback_only_this_machine_and_its_pages_are_let_in() -> None:
+    with ServerProcess("--allow-host", "box.lan", "--allow-origin", "https://app.example") as server:
+        for headers, status in (
+            ({}, 200),
+            ({"Host": "box.lan:80", "Origin": "https://app.example"}, 200),
+            ({"Host": "evil.example"}, 403),
+            ({"Origin": "https://evil.example"}, 403),
+        ):
+            answer = httpx.get(f"{server.url}/v1/models/", headers=headers)
+            assert answer.status_code == status
+    with ServerProcess("--api-key", "secret") as server:
+        key = {"Authorization": "Bearer secret", "Host": "box.lan"}
+        assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
 
 
 def test_a_full_disk_for_logs_ends_nothing() -> None:
@@ -257,6 +298,10 @@ def test_wrong_starts_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             (["narrows-demo", "--tp", "2", "--layout", "norm-before-gather"], "norm-before-gather"),
             (["no-such-model"], "no-such-model"),
             (["narrows-demo", "--api-key", ""], "API key"),
+            (["narrows-demo", "--max-connections", "0"], "--max-connections is 0; it must be between 1 and"),
+            (["narrows-demo", "--port", "0", "--max-connections", "1000000"], "files (ulimit -n), which is room for"),
+            (["narrows-demo", "--port", "0", "--allow-host", "http://x"], "--allow-host is 'http://x'; it must be"),
+            (["narrows-demo", "--port", "0", "--allow-origin", "x.y/"], "--allow-origin is 'x.y/'; it must be"),
             (["narrows-demo", "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         ):
             assert main(["serve", *options]) == 2

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import server_lab as lab
 
-from narrows.server.options import ServerOptions
+from narrows.server.options import ConnectionLimits, ServerOptions
 from narrows.server.run import bind, serve, url_of
 from narrows.text import Tokenizer
 
@@ -65,6 +65,7 @@ class Served:
         self._thread.start()
         assert ready.wait(10)
         self.url = url_of(bound)
+        self.bound, self.port = bound, int(bound.getsockname()[1])
 
     def stop(self) -> None:
         self.lab.backend.failure = "the test is over"
@@ -77,6 +78,20 @@ def served(make_lab: Callable[..., lab.Lab], hermes_tokenizer: Tokenizer) -> Ite
     server = Served(make_lab(tokenizer=hermes_tokenizer, options=ServerOptions(max_body_bytes=100_000)))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def make_served(make_lab: Callable[..., lab.Lab]) -> Iterator[Callable[..., Served]]:
+    """Servers with the connection limits that are given."""
+    made: list[Served] = []
+
+    def make(**limits: Any) -> Served:
+        made.append(Served(make_lab(ServerOptions(connections=ConnectionLimits(**limits)))))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, time
 from types import FrameType
@@ -28,8 +29,10 @@ from narrows.engine.service import EngineService
 from narrows.engine.service_trace import ServiceTrace
 from narrows.engine.step_times import DriftRule
 from narrows.errors import ConfigError
+from narrows.server.addresses import checked_origins, hosts_to_check
 from narrows.server.app import create_app
-from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.descriptors import MAX_CONNECTIONS, RESERVED_PLACES, connections_for, raise_descriptor_limit
+from narrows.server.options import ConnectionLimits, ServedModel, ServerOptions
 from narrows.server.reasoning import PARSERS as REASONING_PARSERS
 from narrows.server.run import bind, curl_line, serve, url_of
 from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
@@ -67,6 +70,24 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     http.add_argument(
         "--request-timeout", type=float, default=_SERVER["request_timeout_s"], metavar="S", help="of a request, in all"
+    )
+    http.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help=f"at once (default {MAX_CONNECTIONS}, or what the limit of open files has room for)",
+    )
+    http.add_argument(
+        "--allow-host",
+        action="append",
+        metavar="HOST",
+        help="let requests for this Host in; repeatable. Without a key, a server on loopback lets in none but its own",
+    )
+    http.add_argument(
+        "--allow-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="let web pages of this origin use the server (CORS), *: all; repeatable (default: none)",
     )
     text = parser.add_argument_group("what is read in the model's text (auto: the format of its chat template)")
     text.add_argument("--tool-call-parser", default="auto", choices=TOOL_PARSERS, help="default: auto")
@@ -117,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():
+        hosts = hosts_to_check(bound.getsockname()[0], args.host, args.allow_host, has_key=bool(options.api_keys))
+        options = replace(options, hosts=hosts, connections=_connection_limits(args.max_connections))
         resolved = resolve(asked)
         model = _served_model(args, resolved)
         # The other hosts' part of the ranks ends with them, so those cannot be started again from here.
@@ -162,17 +185,26 @@ def _options(args: argparse.Namespace) -> ServerOptions:
         ("--request-timeout", args.request_timeout, 0.001, _DAY_S),
         ("--max-body-mb", args.max_body_mb, 0.001, 1 << 20),
         ("--max-queue", args.max_queue, 1, 1 << 30),
+        ("--max-connections", 1 if args.max_connections is None else args.max_connections, 1, 1 << 20),
     ):
         if not least <= value <= most:
             raise ConfigError(f"{flag} is {value:g}; it must be between {least:g} and {most}")
     keys = args.api_key or [key for key in [os.environ.get(_KEY_VARIABLE)] if key]
     return ServerOptions(
+        origins=checked_origins(args.allow_origin),
         api_keys=tuple(keys),
         max_body_bytes=int(args.max_body_mb * _MB),
         request_timeout_s=args.request_timeout,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
     )
+
+
+def _connection_limits(asked: int | None) -> ConnectionLimits:
+    connections, told = connections_for(asked, raise_descriptor_limit())
+    if told:
+        logging.getLogger("narrows.server").warning("%s", told)
+    return ConnectionLimits(max_connections=connections, reserved_places=RESERVED_PLACES)
 
 
 def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:

@@ -14,19 +14,21 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.errors import NarrowsError
 from narrows.server.absent import why_absent
+from narrows.server.addresses import Addresses, TrailingSlash
 from narrows.server.answers import JsonAnswer, error_answer
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
 from narrows.server.errors import ApiError, ClientGoneError, refused
 from narrows.server.intake import BoundedRoute
-from narrows.server.limits import ApiKeys, BodyLimit
+from narrows.server.limits import ApiKeys, BodyLimit, Encodings, ReservedPlaces
 from narrows.server.messages.route import count_tokens, create_message
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
@@ -46,13 +48,16 @@ _LOG = logging.getLogger("narrows.server")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "a field is wrong, or too much was asked for; param names the field"},
     401: {"description": "no API key, or a wrong one"},
+    403: {"description": "a Host or an Origin that is not let in (--allow-host, --allow-origin)"},
     404: {"description": "no such model"},
-    408: {"description": "the body did not come in time"},
+    408: {"description": "the headers or the body did not come in time"},
     413: {"description": "the body is too large"},
-    415: {"description": "the body is not sent as application/json"},
+    415: {"description": "the body is not sent as application/json, or compressed"},
     429: {"description": "too many requests wait; retry-after says when to try again"},
+    431: {"description": "the headers are too large, or too many"},
     500: {"description": "the engine failed"},
-    503: {"description": "the server is starting, restarting its ranks, or ending"},
+    501: {"description": "the body comes in a transfer coding other than chunked"},
+    503: {"description": "the server is starting, restarting its ranks, ending, or out of places for connections"},
     504: {"description": "the request was not done within --request-timeout"},
 }
 
@@ -64,7 +69,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
         ConfigError: options that do not fit the model.
     """
     state = ServerState(backend, model, options)
-    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None)
+    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
     app.router.route_class = BoundedRoute
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -74,10 +79,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     _add_models(app, state)
     _add_operations(app, state)
     _add_profile(app, state)
-    # The last one added comes first: answers are counted, then keys looked at, then bodies read.
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes, timeout_s=options.request_timeout_s)
-    app.add_middleware(ApiKeys, keys=options.api_keys)
-    app.add_middleware(_Counted, metrics=state.metrics)
+    _add_middleware(app, state)
     return app
 
 
@@ -86,6 +88,34 @@ def state_of(app: FastAPI) -> ServerState:
     state = app.state.server
     assert isinstance(state, ServerState)
     return state
+
+
+def _add_middleware(app: FastAPI, state: ServerState) -> None:
+    """The last one added comes first: answers are counted, then addresses and keys looked at, then bodies read."""
+    options, limits = state.options, state.options.connections
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=options.max_body_bytes,
+        timeout_s=options.request_timeout_s,
+        wait_s=limits.body_timeout_s,
+        bytes_per_s=limits.body_bytes_per_s,
+    )
+    app.add_middleware(Encodings)
+    app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(Addresses, hosts=options.hosts, origins=options.origins)
+    app.add_middleware(ReservedPlaces)
+    app.add_middleware(_Counted, metrics=state.metrics)
+    app.add_middleware(TrailingSlash)
+    if options.origins:
+        # Around the framework's own errors too: a page may read only answers that allow it.
+        app.middleware_stack = CORSMiddleware(
+            app.build_middleware_stack(),
+            allow_origins=options.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=("Retry-After",),
+        )
 
 
 def _responses(

@@ -1,9 +1,10 @@
-"""Who may come in, and how large a body may be: ASGI middleware, before any route. Knows no models and no tokens."""
+"""Who may come in, and what a body may be: ASGI middleware, before any route. Knows no models and no tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -13,10 +14,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from narrows.server.answers import error_answer
 from narrows.server.errors import ApiError, is_messages_path
 
-__all__ = ["ApiKeys", "BodyLimit"]
+__all__ = ["RESERVED", "ApiKeys", "BodyLimit", "Encodings", "ReservedPlaces"]
 
 OPEN_PATHS = frozenset({"/health"})
 """What answers without a key: load balancers have none."""
+
+PROBES = OPEN_PATHS | {"/metrics"}
+"""What answers when all other places for connections are taken."""
+
+RESERVED = "narrows.reserved"
+"""In a scope's state: the connection has a reserved place, so it may ask for :data:`PROBES` only."""
+
+
+class ReservedPlaces:
+    """Answers 503 to requests on reserved places, unless they are probes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 503."""
+        if scope["type"] != "http" or scope["path"] in PROBES or not scope.get("state", {}).get(RESERVED):
+            return await self._app(scope, receive, send)
+        message = "all places for connections are taken (--max-connections); try again in a second"
+        headers = {"connection": "close", "retry-after": "1"}
+        answer = error_answer(ApiError(503, message, code="too_many_connections", headers=headers), scope["path"])
+        await answer(scope, receive, send)
 
 
 class ApiKeys:
@@ -56,13 +79,42 @@ class ApiKeys:
         return sent.get("x-api-key", "").strip() if is_messages_path(scope["path"]) else ""
 
 
-class BodyLimit:
-    """Refuses bodies of more than ``max_bytes`` (413), told beforehand or found out, and those that stall (408)."""
+class Encodings:
+    """Refuses bodies that are compressed: 415 for ``Content-Encoding``, 501 for ``Transfer-Encoding``."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or name the encoding that is not undone here."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        for status, header, plain in ((415, "content-encoding", "identity"), (501, "transfer-encoding", "chunked")):
+            given = [each.strip() for value in headers.getlist(header) for each in value.lower().split(",")]
+            unknown = ", ".join(each for each in given if each and each != plain)
+            if unknown:
+                message = f"the body comes with {header.title()}: {unknown[:100]}; this server takes it as it is only"
+                error = ApiError(status, message, code="unsupported_encoding", headers={"accept-encoding": "identity"})
+                return await error_answer(error, scope["path"])(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies of more than ``max_bytes`` (413), told beforehand or found out, and those that stall (408).
+
+    A body has ``timeout_s`` in all; its client may keep the server waiting for ``wait_s``, and a second more for each
+    ``bytes_per_s`` that have come.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, timeout_s: float, *, wait_s: float = math.inf, bytes_per_s: int = 1
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._wait_s = wait_s
+        self._bytes_per_s = bytes_per_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, with a body that is counted as it comes."""
@@ -72,19 +124,24 @@ class BodyLimit:
         if told.isdecimal() and int(told) > self._max_bytes:
             answer = error_answer(_too_large(self._max_bytes, f"{int(told)} bytes"), scope["path"])
             return await answer(scope, receive, send)
+        now = asyncio.get_running_loop().time
         num_bytes = 0
         complete = False
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        waited = 0.0
+        end = now() + self._timeout_s
 
         async def counted() -> Message:
-            nonlocal num_bytes, complete
+            nonlocal num_bytes, complete, waited
             if complete:
                 return await receive()
+            begun = now()
+            allowed = min(end, begun - waited + self._wait_s + num_bytes / self._bytes_per_s)
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(allowed):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body did not come within {self._timeout_s:g} s") from None
+                raise self._too_slow(num_bytes, in_time=allowed < end) from None
+            waited += now() - begun
             num_bytes += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if num_bytes > self._max_bytes:
@@ -92,6 +149,13 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+    def _too_slow(self, num_bytes: int, *, in_time: bool) -> HTTPException:
+        message = f"the body did not come within {self._timeout_s:g} s"
+        if in_time:
+            rate = f"{self._wait_s:g} s and a second more for each {self._bytes_per_s} bytes"
+            message = f"the body comes too slowly: of it, {num_bytes} bytes have come; this server waits {rate}"
+        return HTTPException(408, message, headers={"connection": "close"})
 
 
 def _too_large(max_bytes: int, size: str) -> ApiError:

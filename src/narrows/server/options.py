@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from narrows.errors import ConfigError
 from narrows.text import GenerationConfig, Tokenizer
 
-__all__ = ["ServedModel", "ServerOptions"]
+__all__ = ["ConnectionLimits", "ServedModel", "ServerOptions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +28,43 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """What a connection may take before, between and beside its requests.
+
+    ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's head
+    has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
+    ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it. At most ``max_pipelined`` requests wait
+    behind the one that is being answered. A connection is closed when it has been idle for ``keep_alive_s``, or when
+    its client has read nothing of a waiting answer for ``send_timeout_s``.
+
+    Raises:
+        ConfigError: a limit that would let nothing in.
+    """
+
+    max_connections: int = 512
+    reserved_places: int = 16
+    max_head_bytes: int = 64 * 1024
+    max_headers: int = 128
+    max_pipelined: int = 16
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 20.0
+    body_bytes_per_s: int = 1024
+    keep_alive_s: float = 5.0
+    send_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not getattr(self, each.name) > 0:
+                raise ConfigError(f"{each.name} is {getattr(self, each.name):g}; it must be more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """``api_keys``: any of them is good; none: all may come in. ``request_timeout_s``: a request's time in all.
 
     ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (the chat template tells) or ``none``.
-    ``max_generations``: most texts of a request, prompts times ``n``.
+    ``max_generations``: most texts of a request, prompts times ``n``. ``hosts``: names that a request's Host may have
+    beside this machine's own; None: any. ``origins``: web pages that may use the server; ``*``: all of them.
 
     Raises:
         ConfigError: a limit that would let nothing in, an empty key.
@@ -44,6 +76,9 @@ class ServerOptions:
     max_generations: int = 1024
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    hosts: frozenset[str] | None = None
+    origins: tuple[str, ...] = ()
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
         if any(not key or not key.isascii() for key in self.api_keys):

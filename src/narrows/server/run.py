@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from fastapi import FastAPI
 from narrows.errors import ConfigError
 from narrows.server.app import state_of
 from narrows.server.backend import Backend
+from narrows.server.connections import Connection
+from narrows.server.places import Places
 
 __all__ = ["Drainable", "bind", "curl_line", "serve", "url_of"]
 
@@ -95,12 +98,17 @@ def serve(
         bound.listen(_BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {url_of(bound)}: {error}; give another --port") from None
+    limits = state_of(app).options.connections
+    places = Places(limits.max_connections, limits.reserved_places)
     config = uvicorn.Config(
         app,
+        http=partial(Connection, limits=limits, places=places),  # type: ignore[arg-type]
+        ws="none",
         log_level="error",
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]
         timeout_graceful_shutdown=_GRACE_S,
     )
     server = _Server(config, app, backend, drain_timeout_s, when_ready)

@@ -1,0 +1,162 @@
+"""Who gets a place when there are none left, who leaves for it, and how often that is said."""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+import pytest
+
+from narrows.errors import ConfigError
+from narrows.server import descriptors
+from narrows.server.descriptors import connections_for, raise_descriptor_limit
+from narrows.server.options import ConnectionLimits, ServerOptions
+from narrows.server.places import Places
+
+
+class Guest:
+    """A connection."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def make_room(self) -> None:
+        self.left += 1
+
+
+def guests(count: int) -> list[Guest]:
+    return [Guest() for _ in range(count)]
+
+
+def left(of: list[Guest]) -> list[int]:
+    return [index for index, guest in enumerate(of) if guest.left]
+
+
+def test_the_one_that_has_waited_longest_makes_room() -> None:
+    places, here = Places(4, 1), guests(4)
+    assert all(places.take(guest) for guest in here)
+    places.works(here[0])
+    places.works(here[1])
+    places.waits(here[0])  # it has been busy meanwhile: it waits only since now
+    for _ in range(2):
+        assert places.take(new := Guest()) and places.works(new)
+    assert left(here) == [2, 3]
+    assert places.take(new := Guest()) and places.works(new)
+    assert left(here) == [0, 2, 3] and len(places) == 4
+
+
+def test_reserved_places_are_for_when_nobody_waits() -> None:
+    places, here = Places(2, 2), guests(2)
+    for guest in here:
+        assert places.take(guest) and places.works(guest)
+    first, second, third = guests(3)
+    for guest in (first, second, third):
+        assert places.take(guest)
+    assert first.left == 1 and not second.left and left(here) == []
+    assert not places.works(second) and not places.works(third)
+    assert not places.take(Guest()) and len(places) == 4
+    places.leave(here[0])
+    assert places.works(second) and not places.works(third), "there is one place, so one may move"
+    places.leave(second)
+    places.waits(here[1])
+    assert places.works(third) and not here[1].left
+    assert places.take(Guest())
+
+
+def test_a_request_on_a_reserved_place_may_take_that_of_one_that_waits() -> None:
+    places, busy, late = Places(1, 1), Guest(), Guest()
+    assert places.take(busy) and places.works(busy)
+    assert places.take(late)
+    places.waits(busy)
+    assert places.works(late) and busy.left
+
+
+def test_one_that_has_left_takes_no_place_with_it() -> None:
+    places, old, new = Places(1, 1), Guest(), Guest()
+    assert places.take(old) and places.take(new) and old.left
+    for _ in range(2):
+        places.leave(old)
+    places.waits(old)
+    assert len(places) == 1 and places.works(new)
+    assert places.take(Guest()) and old.left == 1
+
+
+def test_it_is_said_once_until_places_were_free_for_a_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("narrows"), "propagate", True)
+    now = [100.0]
+    places = Places(1, 1, clock=lambda: now[0])
+    lines = []
+
+    def come_and_go(after: float) -> None:
+        """One place is taken, somebody else comes ``after`` seconds later, and both go."""
+        now[0] += after
+        pair = guests(2)
+        for guest in pair:
+            places.take(guest)
+        for guest in pair:
+            places.leave(guest)
+        lines.append(len(caplog.records))
+
+    with caplog.at_level(logging.WARNING, "narrows.server"):
+        for after in (0.0, 1.0, 59.0, 59.5, 60.0, 1.0, 3600.0):
+            come_and_go(after)
+        assert lines == [1, 1, 1, 1, 2, 2, 3]
+        held = Guest()
+        places.take(held)
+        places.works(held)
+        for _ in range(3):  # it is never free meanwhile, however long that takes
+            now[0] += 1000.0
+            places.take(Guest())
+        assert len(caplog.records) == 4
+    assert "all 1 places" in caplog.text and "--max-connections" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("descriptors_", "room"), [(1 << 20, 4096), (4368, 4096), (4367, 4095), (1024, 752), (256, 112), (33, 1)]
+)
+def test_connections_leave_room_for_other_files(descriptors_: int, room: int) -> None:
+    found, line = connections_for(None, descriptors_)
+    assert found == room
+    if room == 4096:
+        assert line == ""
+    else:
+        assert f"{descriptors_} files" in line and f"{room} connections" in line
+    assert connections_for(1, descriptors_) == (1, "")
+    with pytest.raises(ConfigError, match=r"--max-connections is 2000000; .* ask for fewer"):
+        connections_for(2_000_000, descriptors_)
+    with pytest.raises(ConfigError, match="raise the limit to 33 at least"):
+        connections_for(None, 32)
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless, most = resource.RLIM_INFINITY, 1 << 20
+    for (soft, hard), wanted, limit in (
+        ((1024, 4096), (4096, 4096), 4096),
+        ((4096, 4096), None, 4096),
+        ((1024, endless), (most, endless), most),
+        ((1024, most * 2), (most, most * 2), most),
+        ((endless, endless), None, most),
+    ):
+        was_set: list[tuple[int, int]] = []
+        monkeypatch.setattr(descriptors.resource, "getrlimit", lambda which, it=(soft, hard): it)
+        monkeypatch.setattr(descriptors.resource, "setrlimit", lambda which, it, to=was_set: to.append(it))
+        assert raise_descriptor_limit() == limit
+        assert was_set == ([wanted] if wanted else [])
+
+
+def test_a_soft_limit_that_stays_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(which: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr(descriptors.resource, "setrlimit", refuse)
+    assert raise_descriptor_limit() == 256
+
+
+def test_limits_that_let_nothing_in_are_refused() -> None:
+    for name in ("max_connections", "head_timeout_s", "body_bytes_per_s"):
+        with pytest.raises(ConfigError, match=f"{name} is 0; it must be more than 0"):
+            ConnectionLimits(**{name: 0})
+    assert ServerOptions().connections == ConnectionLimits()
