@@ -170,8 +170,6 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is written: the next request begins, or the connection waits, or it was the last one here."""
         if self._is_last:
-            self.pipeline.clear()
-            self.cycle = self._running  # type: ignore[assignment]
             return self._part()
         super().on_response_complete()
         self._reader.start_if_closing()

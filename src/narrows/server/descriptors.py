@@ -13,7 +13,7 @@ MAX_CONNECTIONS = 4096
 """Connections at once unless a flag says otherwise: more than texts may run and wait."""
 
 RESERVED_PLACES = 16
-"""Connections beyond those, which may ask for the open routes only."""
+"""Connections beyond those, which may ask for /health and /metrics only."""
 
 _MOST_DESCRIPTORS = 1 << 20
 _OWN_DESCRIPTORS = 256

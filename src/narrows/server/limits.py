@@ -1,4 +1,4 @@
-"""Who may come in, and how large a body may be: ASGI middleware, before any route. Knows no models and no tokens."""
+"""Who may come in, and what a body may be: ASGI middleware, before any route. Knows no models and no tokens."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Occupant(Protocol):
 
 
 class Places:
-    """``num`` places, and ``num_reserved`` more for connections that may ask for the open routes only.
+    """``num`` places, and ``num_reserved`` more for connections that may ask for /health and /metrics only.
 
     A connection that comes when all places are taken takes that of the oldest one without a request under way. If
     there is none, it gets a reserved place. The log says once that places have run out, and again only after some were
