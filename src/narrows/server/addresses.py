@@ -45,11 +45,15 @@ class Addresses:
         for host in headers.getlist("host"):
             if host and not self._knows(_without_port(host)):
                 message = f"the Host {host[:200]!r} is not this server's; start it with --allow-host or --api-key"
-                return await error_answer(ApiError(403, message, code="foreign_host"), scope["path"])(scope, receive, send)
+                return await error_answer(ApiError(403, message, code="foreign_host"), scope["path"])(
+                    scope, receive, send
+                )
         for origin in headers.getlist("origin"):
             if not self._may_come_from(origin):
                 message = f"pages of {origin[:200]!r} may not use this server; start it with --allow-origin"
-                return await error_answer(ApiError(403, message, code="foreign_origin"), scope["path"])(scope, receive, send)
+                return await error_answer(ApiError(403, message, code="foreign_origin"), scope["path"])(
+                    scope, receive, send
+                )
         await self._app(scope, receive, send)
 
     def _knows(self, host: str) -> bool:

@@ -31,14 +31,19 @@ class ServedModel:
 class ConnectionLimits:
     """What a connection may take before, between and beside its requests.
 
-    ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's head
-    has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
-    ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it. At most ``max_pipelined`` requests wait
-    behind the one that is being answered. A connection is closed when it has been idle for ``keep_alive_s``, or when
-    its client has read nothing of a waiting answer for ``send_timeout_s``.
+    <<<<<<< HEAD
+        ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's head
+        has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
+    =======
+        ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's
+        head has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
+    >>>>>>> connections
+        ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it. At most ``max_pipelined`` requests wait
+        behind the one that is being answered. A connection is closed when it has been idle for ``keep_alive_s``, or when
+        its client has read nothing of a waiting answer for ``send_timeout_s``.
 
-    Raises:
-        ConfigError: a limit that would let nothing in.
+        Raises:
+            ConfigError: a limit that would let nothing in.
     """
 
     max_connections: int = 512
