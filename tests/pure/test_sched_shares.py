@@ -21,9 +21,7 @@ def text(
     """A text whose prompt no other begins with."""
     sampling = SamplingParams(prompt_logprobs=0) if scored else None
     tokens = tuple(range(number * 10_000, number * 10_000 + prompt))
-    return Request(
-        id=number, prompt=tokens, max_tokens=max_tokens, client=client, priority=priority, sampling=sampling
-    )
+    return Request(id=number, prompt=tokens, max_tokens=max_tokens, client=client, priority=priority, sampling=sampling)
 
 
 def add(scheduler: Scheduler, *texts: Request) -> None:

@@ -144,7 +144,13 @@ class Serving(RuleBasedStateMachine):
         return len(self.unrun) + len(self.uncommitted)
 
     @precondition(lambda self: self.limits.max_context > 1)
-    @rule(data=st.data(), max_tokens=st.integers(0, 12), scored=st.booleans(), priority=st.integers(-1, 1), n=st.integers(1, 3))
+    @rule(
+        data=st.data(),
+        max_tokens=st.integers(0, 12),
+        scored=st.booleans(),
+        priority=st.integers(-1, 1),
+        n=st.integers(1, 3),
+    )
     def arrive(self, data: st.DataObject, max_tokens: int, scored: bool, priority: int, n: int) -> None:
         max_tokens = max_tokens if scored else max(max_tokens, 1)
         length = data.draw(st.integers(1, self.limits.max_context - min(max_tokens, 1)))

@@ -13,14 +13,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from narrows.server.answers import error_answer
 from narrows.server.errors import ApiError
 
-__all__ = ["ApiKeys", "BodyLimit"]
+__all__ = ["ApiKeys", "BodyLimit", "key_of"]
 
 OPEN_PATHS = frozenset({"/health"})
 """What answers without a key: load balancers have none."""
 
 
+_KEY = "narrows.api_key"
+"""Where a request's scope has the number of its key."""
+
+
+def key_of(scope: Scope) -> int | None:
+    """Which of the server's API keys a request came with, counted from 0; None: the server asks for none."""
+    key = scope.get(_KEY)
+    assert key is None or isinstance(key, int)
+    return key
+
+
 class ApiKeys:
-    """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; all of them if there are none."""
+    """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; all of them if there are none.
+
+    Which of them it was, :func:`key_of` says.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -34,6 +48,7 @@ class ApiKeys:
         # Every key is compared, whatever the ones before gave: the time taken says nothing about which was close.
         fits = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys]
         if scheme.lower() == "bearer" and any(fits):
+            scope[_KEY] = fits.index(True)
             return await self._app(scope, receive, send)
         what = "the API key is not one of this server's" if given else "this server asks for an API key"
         message = f"{what}: send the header 'Authorization: Bearer KEY'"

@@ -32,7 +32,8 @@ class ServerOptions:
     """``api_keys``: any of them is good; none: all may come in. ``request_timeout_s``: a request's time in all.
 
     ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (the chat template tells) or ``none``.
-    ``max_generations``: most texts of a request, prompts times ``n``.
+    ``max_generations``: most texts of a request, prompts times ``n``. ``allow_priority``: requests may be more urgent
+    than normal (``priority`` below 0).
 
     Raises:
         ConfigError: a limit that would let nothing in, an empty key.
@@ -42,6 +43,7 @@ class ServerOptions:
     max_body_bytes: int = 16 * 1024 * 1024
     request_timeout_s: float = 600.0
     max_generations: int = 1024
+    allow_priority: bool = False
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
 

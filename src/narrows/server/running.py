@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Protocol
@@ -62,10 +63,14 @@ class Bridge:
 
 
 class Running:
-    """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more."""
+    """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more.
 
-    def __init__(self, backend: Backend, bridge: Bridge, times: Times) -> None:
+    ``client``: on whose behalf they run; clients share what the backend has.
+    """
+
+    def __init__(self, backend: Backend, bridge: Bridge, times: Times, client: str) -> None:
         self._backend = backend
+        self._client = client
         self._bridge = bridge
         self._times = times
         self._started_at = perf_counter()
@@ -85,7 +90,7 @@ class Running:
             for index, generation in enumerate(generations):
                 self._open.add(index)
                 deliver = partial(self._bridge.deliver, self, index)
-                self._numbers.append(self._backend.submit(generation, deliver))
+                self._numbers.append(self._backend.submit(replace(generation, client=self._client), deliver))
         except NarrowsError as error:
             self._open.discard(len(self._numbers))
             self.close()
