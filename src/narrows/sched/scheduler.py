@@ -26,6 +26,7 @@ from narrows.errors import ConfigError
 from narrows.sched.admission import Place, choose_place, choose_yielding
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.chunks import next_chunk, next_rows
+from narrows.sched.integrity import check_integrity
 from narrows.sched.limits import MOST_PRIORITY, Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request
@@ -394,23 +395,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Pages are free, cached, or held by running requests; found by what is in them; turns are in order."""
-        size = self.limits.page_size
-        for group, pool in enumerate(self.pools):
-            pool.check_integrity(page for request in self.running[group] for page in request.pages)
-            for request in self.running[group]:
-                assert request.group == group and not request.finish_reason, "a request runs that should not"
-                held = len(request.pages)
-                assert held >= num_pages_for(request.num_cached, size) or request.is_through, "rows without a page"
-                hashes = request.hashes_of(min(held, request.num_known // size), size)
-                for index, page in enumerate(request.pages):
-                    found_by = pool.hash_of(page)
-                    if found_by is not None:
-                        assert (index + 1) * size <= request.num_cached, "a page still written can be found"
-                        assert found_by == hashes[index], "a page is found by what is not in it"
-        for request in self.waiting:
-            assert request.group == -1 and not request.pages and not request.num_cached, "a waiting request holds pages"
-        for queue in (self.waiting, *self.running):
-            assert queue == sorted(queue, key=_TURN), "requests are out of turn"
+        check_integrity(self.limits, self.waiting, self.running, self.pools)
 
 
 def _rows_ahead(order: Sequence[Request], request: Request) -> tuple[int, int]:
