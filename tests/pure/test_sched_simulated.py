@@ -241,7 +241,7 @@ class Serving(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(2000):
+        for _ in range(20_000):  # a row for each, however often texts are put back
             if not (self.scheduler.has_work or self.in_flight):
                 break
             if self.in_flight < 2:
