@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from random import Random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -143,8 +144,14 @@ class Serving(RuleBasedStateMachine):
         return len(self.unrun) + len(self.uncommitted)
 
     @precondition(lambda self: self.limits.max_context > 1)
-    @rule(data=st.data(), max_tokens=st.integers(0, 12), scored=st.booleans(), priority=st.integers(-1, 1))
-    def arrive(self, data: st.DataObject, max_tokens: int, scored: bool, priority: int) -> None:
+    @rule(
+        data=st.data(),
+        max_tokens=st.integers(0, 12),
+        scored=st.booleans(),
+        priority=st.integers(-1, 1),
+        n=st.integers(1, 3),
+    )
+    def arrive(self, data: st.DataObject, max_tokens: int, scored: bool, priority: int, n: int) -> None:
         max_tokens = max_tokens if scored else max(max_tokens, 1)
         length = data.draw(st.integers(1, self.limits.max_context - min(max_tokens, 1)))
         length = min(length, self.limits.tokens_per_group)
@@ -153,17 +160,20 @@ class Serving(RuleBasedStateMachine):
             earlier = data.draw(st.sampled_from(self.requests))
             shared = self.ranks.texts[earlier.id][: data.draw(st.integers(0, length))]
             prompt = (shared + prompt)[:length]
-        request = Request(
-            id=len(self.requests),
-            prompt=prompt,
-            max_tokens=max_tokens,
-            eos_ids=EOS,
-            sampling=SamplingParams(prompt_logprobs=0) if scored else None,
-            priority=priority,
-        )
-        self.scheduler.add(request)
-        self.ranks.texts[request.id] = prompt + tuple(plain_loop(prompt, request.max_tokens)[0])
-        self.requests.append(request)
+        client = data.draw(st.sampled_from(("a", "b", f"own {len(self.requests)}")))
+        for _ in range(n):
+            request = Request(
+                id=len(self.requests),
+                prompt=prompt,
+                max_tokens=max_tokens,
+                eos_ids=EOS,
+                sampling=SamplingParams(prompt_logprobs=0) if scored else None,
+                priority=priority,
+                client=client,
+            )
+            self.scheduler.add(request)
+            self.ranks.texts[request.id] = prompt + tuple(plain_loop(prompt, request.max_tokens)[0])
+            self.requests.append(request)
 
     @precondition(lambda self: self.in_flight < 2)
     @rule()
@@ -185,8 +195,8 @@ class Serving(RuleBasedStateMachine):
             request, stop = self.requests[chunk.request], chunk.start + len(chunk.tokens)
             before = self.cached.get(chunk.request)
             assert request.group == index
-            if chunk.start != before:  # found in the cache, or again from where the cache ends
-                assert before is None or (preempted and chunk.start < before), "rows lost or doubled"
+            if chunk.start != before:  # found in the cache (more than it had, if its like went on), or run again
+                assert before is None or preempted, "rows lost or doubled"
                 assert chunk.start == request.num_found and chunk.start % self.limits.page_size == 0
                 assert before is not None or chunk.start == request.num_cached_prompt
                 assert self.limits.prefix_cache or chunk.start == 0
@@ -231,7 +241,7 @@ class Serving(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(2000):
+        for _ in range(20_000):  # a row for each, however often texts are put back
             if not (self.scheduler.has_work or self.in_flight):
                 break
             if self.in_flight < 2:
@@ -257,9 +267,9 @@ TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
 
 
-def crowd(rng: Random) -> tuple[int, int]:
+def crowd(rng: Random, clients: Sequence[str] = ()) -> tuple[int, int]:
     """Many requests with few different tokens, shared beginnings and few pages, run to the end; preemptions, and prompt
-    tokens found in the cache."""
+    tokens found in the cache. Each is a client of its own, or one of ``clients``."""
     page_size, num_pages, rows = rng.randint(1, 4), rng.randint(4, 14), rng.randint(1, 12)
     chunk = rng.choice((0, 0, rng.randint(0, min(4, rows))))
     limits = Limits(
@@ -291,7 +301,13 @@ def crowd(rng: Random) -> tuple[int, int]:
             number, priority = len(requests), rng.randint(-1, 1)
             most = min(most, limits.tokens_per_group + 1 - length)
             request = Request(
-                id=number, prompt=prompt, max_tokens=most, eos_ids=frozenset({0}), sampling=sampling, priority=priority
+                id=number,
+                prompt=prompt,
+                max_tokens=most,
+                eos_ids=frozenset({0}),
+                sampling=sampling,
+                priority=priority,
+                client=rng.choice(clients or (f"own {number}",)),
             )
             scheduler.add(request)
             requests.append(request)
@@ -323,6 +339,7 @@ def crowd(rng: Random) -> tuple[int, int]:
     return stats.preemptions, stats.cached_prompt_tokens
 
 
-def test_a_crowd_in_a_small_cache() -> None:
-    seen = [crowd(Random(seed)) for seed in range(150)]
+@pytest.mark.parametrize("clients", [(), ("a", "a", "a", "b", "c")])
+def test_a_crowd_in_a_small_cache(clients: Sequence[str]) -> None:
+    seen = [crowd(Random(seed), clients) for seed in range(150)]
     assert sum(preempted for preempted, _ in seen) > 100 and sum(found for _, found in seen) > 1000

@@ -72,6 +72,25 @@ def test_batch_invariant_texts_are_the_same_bits_after_a_preemption(tiny_model: 
             assert (got.output, got.logprobs) == (expected.output, expected.logprobs)
 
 
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"batch_invariant": True}, {"dp": 2}])
+def test_texts_that_are_put_back_for_other_clients_are_those_of_each_request_alone(
+    tiny_model: TinyModel, options: dict[str, Any]
+) -> None:
+    with engine(tiny_model("llama"), page_size=4, prefix_cache=False) as one:
+        alone = [run(one, [i])[0].output for i in range(len(PROMPTS))]
+    kv_tokens = 160 // options.get("dp", 1)
+    with engine(tiny_model("llama"), page_size=4, kv_tokens=kv_tokens, rows_per_step=256, **options) as shared:
+        requests = [shared.add(PROMPTS[i], NUM_TOKENS, sampling=PARAMS[i], client="flood") for i in range(len(PROMPTS))]
+        own: list[Request] = []
+        for count, _ in enumerate(shared.run()):
+            shared.scheduler.check_integrity()
+            if count % 9 == 8 and (which := len(own)) < len(PROMPTS):  # pages are short: texts of the flood go for it
+                own.append(shared.add(PROMPTS[which], NUM_TOKENS, sampling=PARAMS[which], client=f"own {which}"))
+        assert shared.scheduler.stats().kv_pages_used == 0 and shared.scheduler.stats().preemptions > 2
+        assert [request.output for request in requests] == alone
+        assert [request.output for request in own] == alone
+
+
 class Even:
     """Allows even tokens below 67 only, one bit each."""
 

@@ -173,6 +173,34 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Callable[..., E
         assert caller.wait().finish_reason == "length"
 
 
+def test_one_client_that_fills_the_queue_does_not_close_it_to_others(serve: Callable[..., EngineService]) -> None:
+    service = serve(max_queue=6)
+    held = threading.Event()
+    first = threading.Event()
+
+    def slow(update: Update) -> None:
+        first.set()
+        held.wait(10)
+
+    service.submit(asked((1, 2), client="flood"), slow)  # the loop stands while its caller does
+    assert first.wait(10)
+
+    def fill(client: str) -> list[Caller]:
+        callers: list[Caller] = []
+        with pytest.raises(QueueFull, match="generations wait already, and --max-queue is 6"):
+            while True:
+                callers.append(Caller(service, asked((3,), client=client)))
+        return callers
+
+    flood, second, third = fill("flood"), fill("second"), fill("third")
+    assert [len(each) for each in (flood, second, third)] == [6, 6 // 2, 6 // 3], "all, then even parts"
+    assert fill("second") == [], "what is refused is its own excess"
+    assert [len(fill(f"own {number}")) for number in range(4)] == [1, 1, 1, 0], "six clients: as many as may wait"
+    held.set()
+    for caller in flood + second + third:
+        assert caller.wait().finish_reason == "length"
+
+
 def test_a_caller_that_raises_does_not_stop_the_others(serve: Callable[..., EngineService]) -> None:
     service = serve()
 

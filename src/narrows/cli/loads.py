@@ -18,18 +18,22 @@ from rich.table import Table
 
 from narrows.errors import ConfigError
 from narrows.loads.figures import Answer, Figures
-from narrows.loads.workload import Ask, Prefixes, arrive, fitted, random_lengths, read_trace
+from narrows.loads.workload import Ask, Prefixes, arrive, fitted, flood, random_lengths, read_trace
 
 __all__ = [
+    "FLOOD",
     "LOAD",
+    "add_flood_flags",
     "add_load_flags",
     "at_least",
+    "check_flood",
     "check_load",
     "figures_table",
     "load_words",
     "more_than_0",
     "plain",
     "save_answers",
+    "with_flood",
     "workload",
 ]
 
@@ -49,6 +53,9 @@ LOAD = (
 )
 """What decides a load, by the names of the flags."""
 
+FLOOD = ("flood", "flood_input_length", "flood_output_length", "flood_at", "fair_shares")
+"""What decides the client that asks for many texts at once beside it."""
+
 
 def add_load_flags(load: argparse._ArgumentGroup) -> None:
     """How many requests come when, how long they are, and what they share."""
@@ -66,6 +73,43 @@ def add_load_flags(load: argparse._ArgumentGroup) -> None:
     load.add_argument("--scale-lengths", type=float, default=1.0, metavar="F", help="of the trace (default 1)")
     load.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default 0)")
     load.add_argument("--seed", type=int, default=0, help="of lengths, arrivals and prompts (default 0)")
+
+
+def add_flood_flags(load: argparse._ArgumentGroup) -> None:
+    """One client that asks for many texts at once, beside the load."""
+    load.add_argument("--flood", type=int, default=0, metavar="N", help="one more client asks for N texts at once")
+    load.add_argument("--flood-input-length", type=int, default=512, metavar="N", help="(default %(default)s)")
+    load.add_argument("--flood-output-length", type=int, default=1024, metavar="N", help="(default %(default)s)")
+    load.add_argument("--flood-at", type=float, default=0.0, metavar="S", help="seconds from the start (default 0)")
+    load.add_argument(
+        "--no-fair-shares", dest="fair_shares", action="store_false", help="first come, first served, whoever it is"
+    )
+
+
+def check_flood(args: argparse.Namespace) -> None:
+    """Refuse what no flood can be.
+
+    Raises:
+        ConfigError: with the flag and its bounds.
+    """
+    for name, least in (("flood", 0), ("flood_input_length", 1), ("flood_output_length", 1)):
+        at_least(args, name, least)
+    if not 0 <= args.flood_at < math.inf:
+        raise ConfigError(f"--flood-at is {args.flood_at:g}; it must be at least 0 seconds")
+    if args.flood and args.concurrency:
+        raise ConfigError("--flood comes all at once: leave --concurrency out (--rate spreads the other requests)")
+
+
+def with_flood(args: argparse.Namespace, asks: Sequence[Ask], longest: int) -> list[Ask]:
+    """The requests, and those of the flood if there is one; none has more than ``longest`` tokens.
+
+    Raises:
+        ConfigError: the flood's are longer.
+    """
+    tokens = args.flood_input_length + args.flood_output_length
+    if args.flood and tokens > longest:
+        raise ConfigError(f"a text of the flood has {tokens} tokens, but the context holds {longest}")
+    return [*asks, *flood(args.flood, args.flood_input_length, args.flood_output_length, at_s=args.flood_at)]
 
 
 def at_least(args: argparse.Namespace, name: str, least: int) -> None:

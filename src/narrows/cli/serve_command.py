@@ -89,6 +89,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="let web pages of this origin use the server (CORS), *: all; repeatable (default: none)",
     )
+    http.add_argument(
+        "--allow-priority", action="store_true", help="let requests be more urgent than normal (priority below 0)"
+    )
     text = parser.add_argument_group("what is read in the model's text (auto: the format of its chat template)")
     text.add_argument("--tool-call-parser", default="auto", choices=TOOL_PARSERS, help="default: auto")
     text.add_argument("--reasoning-parser", default="auto", choices=REASONING_PARSERS, help="default: auto")
@@ -195,6 +198,7 @@ def _options(args: argparse.Namespace) -> ServerOptions:
         api_keys=tuple(keys),
         max_body_bytes=int(args.max_body_mb * _MB),
         request_timeout_s=args.request_timeout,
+        allow_priority=args.allow_priority,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
     )

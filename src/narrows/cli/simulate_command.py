@@ -21,14 +21,18 @@ from narrows.arch.forms import form_words
 from narrows.arch.presets import load_model_config
 from narrows.cli.console import console
 from narrows.cli.loads import (
+    FLOOD,
     LOAD,
+    add_flood_flags,
     add_load_flags,
     at_least,
+    check_flood,
     check_load,
     load_words,
     more_than_0,
     plain,
     save_answers,
+    with_flood,
     workload,
 )
 from narrows.cli.priced import add_priced_flags
@@ -71,7 +75,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute all of every prompt")
     add("--step-overhead", type=float, default=0.0, metavar="US", help="microseconds of every step beside its plan")
     add("--step-times", default="", metavar="FILE", help="measured steps in place of prices (docs/simulate.md)")
-    add_load_flags(parser.add_argument_group("load"))
+    load = parser.add_argument_group("load")
+    add_load_flags(load)
+    add_flood_flags(load)
     target = parser.add_argument_group("target and search")
     target.add_argument("--max-ttft", type=float, metavar="MS", help="time to the first token that is asked for")
     target.add_argument("--max-tpot", type=float, metavar="MS", help="time per output token that is asked for")
@@ -100,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     for line in said:
         print(f"narrows: {line}", file=sys.stderr)
     max_context = longest_context(config, args.max_context)
-    asks = workload(args, max_context)
+    asks = with_flood(args, workload(args, max_context), max_context)
     target = Target(
         ttft_s=None if args.max_ttft is None else args.max_ttft / 1e3,
         tpot_s=None if args.max_tpot is None else args.max_tpot / 1e3,
@@ -139,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     check_load(args)
+    check_flood(args)
     at_least(args, "max_rows", 1)
     for name in ("max_ttft", "max_tpot"):
         more_than_0(args, name)
@@ -217,7 +224,7 @@ def _candidate(
         forms=form_words(config, found.forms),
         kv_tokens=found.limits.tokens_per_group,
         memory=found.memory,
-        outcome=simulate(found.limits, costs, asks, concurrency=args.concurrency),
+        outcome=simulate(found.limits, costs, asks, concurrency=args.concurrency, fair=args.fair_shares),
     )
 
 
@@ -227,7 +234,7 @@ def _document(
     return {
         "simulate": config.name,
         "device": args.device,
-        "load": {name: plain(getattr(args, name)) for name in LOAD} | {"requests": count},
+        "load": {name: plain(getattr(args, name)) for name in (*LOAD, *FLOOD)} | {"requests": count},
         "target": asdict(target),
         "command": shlex.join(["narrows", *sys.argv[1:]]),
         "candidates": [_entry(candidate, target) for candidate in candidates],
@@ -255,5 +262,6 @@ def _entry(candidate: Candidate, target: Target) -> dict[str, Any]:
         "sources_s": outcome.sources,
         "kv_pages_most": outcome.kv_pages_most,
         "scheduler": asdict(outcome.stats),
+        "fairness": None if outcome.fairness is None else plain(asdict(outcome.fairness)),
         "plans": [asdict(use) for use in outcome.plans],
     }

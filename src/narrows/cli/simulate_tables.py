@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrows.cli.loads import figures_table
+from narrows.loads.fairness import Fairness
 from narrows.sim.engine import Outcome
 from narrows.sim.search import Candidate, Target
 
@@ -30,6 +31,9 @@ def print_candidate(candidate: Candidate, title: str, target: Target, out: Conso
         out.print(f"{where}: {candidate.refusal}\n", markup=False)
         return
     out.print(figures_table(outcome.figures, f"{title}; {where}"))
+    if outcome.fairness is not None:
+        out.print(_clients(outcome.fairness))
+        out.print(_fairness_words(outcome.fairness), markup=False)
     for error, count in outcome.figures.errors.items():
         out.print(f"{count} can never run: {error}", markup=False)
     if target.is_set:
@@ -39,6 +43,27 @@ def print_candidate(candidate: Candidate, title: str, target: Target, out: Conso
     if outcome.plans:
         out.print(_plans(outcome))
     out.print("")
+
+
+def _clients(found: Fairness) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("client", overflow="fold")
+    for name in ("requests", "tokens out", "TTFT median, ms", "TTFT p99, ms", "E2E median, ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found.by_client:
+        times = (each.ttft_ms.median, each.ttft_ms.p99, each.e2e_ms.median)
+        row = (str(each.requests), str(each.output_tokens), *(f"{value:.1f}" for value in times))
+        table.add_row(Text(each.name), *row)
+    return table
+
+
+def _fairness_words(found: Fairness) -> str:
+    if not found.clients:
+        return "places: no client waited while another ran"
+    return (
+        f"places while texts waited: Jain's index {found.jain:.3f} over {found.clients} clients; the least that one "
+        f"had is {found.least:.0%} of its fair share"
+    )
 
 
 def _target_words(target: Target, outcome: Outcome) -> str:

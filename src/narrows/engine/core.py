@@ -144,6 +144,7 @@ class Engine:
         *,
         priority: int = 0,
         guide: Guide | None = None,
+        client: str = "",
     ) -> Request:
         """Queue a prompt; the arguments are a :class:`~narrows.sched.serving.Generation`'s.
 
@@ -158,6 +159,7 @@ class Engine:
                 sampling=sampling,
                 priority=priority,
                 guide=guide,
+                client=client,
             )
         )
         self.scheduler.add(request)
@@ -184,6 +186,7 @@ class Engine:
             sampling=sampling,
             priority=asked.priority,
             guide=asked.guide,
+            client=asked.client,
         )
         self.scheduler.check(request)
         return request

@@ -58,7 +58,8 @@ class EngineService:
     """A backend over planned ranks.
 
     Args:
-        max_queue: generations that may wait for a place; more are refused.
+        max_queue: generations that may wait for a place; more are refused, except those of a client that has fewer
+            of them waiting than its even part.
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
         drift: when it is said that steps take another time than was predicted for them.
         trace: what writes traces; by default nothing can.
@@ -88,6 +89,7 @@ class EngineService:
         self._tickets: dict[int, Ticket] = {}
         self._ends: deque[float] = deque(maxlen=_RATE_OF)
         self._scheduled: SchedulerStats | None = None
+        self._waiting: dict[str, int] = {}  # in the scheduler, by client
         self._oldest: tuple[float, float] | None = None  # the oldest step in flight: since when, and seconds expected
         self._plans: Counter[tuple[str, int, str]] = Counter()
         self._collectives: dict[tuple[str, str], Counted] = {}
@@ -147,13 +149,13 @@ class EngineService:
 
         Raises:
             ConfigError: it can never run here (too long, an id outside the vocabulary).
-            QueueFull: as many wait as may.
+            QueueFull: as many wait as may, and of this client not fewer than its even part.
             Draining, Unavailable: nothing is taken now.
         """
-        engine = self._taking()
+        engine = self._taking(generation.client)
         request = engine.request(generation)  # outside the lock: it may be long
         with self._changed:
-            if (taking := self._taking()) is not engine:  # ranks were started anew meanwhile
+            if (taking := self._taking(generation.client)) is not engine:  # ranks were started anew meanwhile
                 request = taking.request(generation)
             number, self._num_taken = self._num_taken, self._num_taken + 1
             ticket = Ticket(number, generation, deliver, request)
@@ -162,8 +164,8 @@ class EngineService:
         self._wake()
         return number
 
-    def _taking(self) -> Engine:
-        """The engine that takes a new generation."""
+    def _taking(self, client: str) -> Engine:
+        """The engine that takes a new generation of this client."""
         with self._changed:
             engine = self._engine
             if self._draining:
@@ -171,12 +173,18 @@ class EngineService:
             if self._not_ready or engine is None:
                 raise Unavailable(f"no request can be taken now: {self._not_ready}")
             waiting = len(self._arrived) + (self._scheduled.waiting if self._scheduled else 0)
-            if waiting >= self._max_queue:
+            if waiting >= self._max_queue and not self._has_fewer_than_its_part(client):
                 raise QueueFull(
                     f"{waiting} generations wait already, and --max-queue is {self._max_queue}; try again later",
                     self._place_free_in_s(),
                 )
             return engine
+
+    def _has_fewer_than_its_part(self, client: str) -> bool:
+        """Whether fewer of its generations wait than it may have in any case: a queue that others have filled."""
+        waiting = Counter(self._waiting)
+        waiting.update(ticket.generation.client for ticket in self._arrived)
+        return waiting[client] < self._max_queue // len(waiting.keys() | {client})
 
     def _place_free_in_s(self) -> float:
         """Seconds until a place in the queue becomes free, by how often that has happened lately."""
@@ -358,9 +366,9 @@ class EngineService:
 
     def _publish(self, engine: Engine) -> None:
         """The scheduler's numbers for whoever asks from another thread."""
-        now = engine.scheduler.stats()
+        now, waiting = engine.scheduler.stats(), engine.scheduler.shares.waiting
         with self._changed:
-            self._scheduled = _summed(now, self._before)
+            self._scheduled, self._waiting = _summed(now, self._before), waiting
 
     def _tell_news(self, request: Request) -> None:
         ticket = self._of_request.get(request.id)

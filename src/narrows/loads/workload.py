@@ -18,10 +18,12 @@ from typing import Any
 
 from narrows.errors import ConfigError
 
-__all__ = ["Ask", "Prefixes", "arrive", "fitted", "prompt_ids", "random_lengths", "read_trace"]
+__all__ = ["Ask", "Prefixes", "arrive", "fitted", "flood", "prompt_ids", "random_lengths", "read_trace"]
 
 _BLOCK = 512
 """Tokens of a block of the traces that name their blocks."""
+_FLOOD = -1
+"""The block that a flood's prompt is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +31,14 @@ class Ask:
     """One request: when it comes (seconds from the start), and how long its prompt and text are, in tokens.
 
     ``blocks``: what its prompt begins with, as (which, tokens): equal ones are the same tokens in every request.
+    ``client``: on whose behalf it comes; empty: a client that asks for nothing else.
     """
 
     at_s: float
     input_tokens: int
     output_tokens: int
     blocks: tuple[tuple[int, int], ...] = ()
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +81,20 @@ def arrive(asks: Sequence[Ask], rate: float, *, burstiness: float = 1.0, seed: i
     return [replace(ask, at_s=at) for ask, at in zip(asks, accumulate(gaps), strict=True)]
 
 
+def flood(count: int, input_tokens: int, output_tokens: int, *, at_s: float = 0.0) -> list[Ask]:
+    """``count`` texts of one prompt that one client, ``flood``, asks for at once."""
+    blocks = ((_FLOOD, input_tokens),)
+    ask = Ask(at_s=at_s, input_tokens=input_tokens, output_tokens=output_tokens, blocks=blocks, client="flood")
+    return [ask] * count
+
+
 def read_trace(file: Path, count: int, *, speed: float = 1.0, length_scale: float = 1.0) -> list[Ask]:
     """The first ``count`` requests of a trace (0: all), ``speed`` times as fast and their lengths scaled.
 
     Read are CSV with ``TIMESTAMP,ContextTokens,GeneratedTokens`` (as Azure publishes them) and JSON lines with
     ``timestamp`` in milliseconds, ``input_length``, ``output_length`` and, if they share prefixes, ``hash_ids`` of
-    blocks of 512 tokens (as Mooncake publishes them). Times without a zone are UTC.
+    blocks of 512 tokens (as Mooncake publishes them). There ``client`` may say on whose behalf a request comes. Times
+    without a zone are UTC.
 
     Raises:
         ConfigError: the file cannot be read, or is of another form; the line is named.
@@ -101,7 +113,7 @@ def read_trace(file: Path, count: int, *, speed: float = 1.0, length_scale: floa
         prompt = max(1, round(row.input_tokens * length_scale))
         blocks = tuple((which, max(1, round(tokens * length_scale))) for which, tokens in row.blocks)
         at_s = (row.at_s - first) / speed
-        scaled.append(Ask(at_s=at_s, input_tokens=prompt, output_tokens=answer, blocks=blocks))
+        scaled.append(replace(row, at_s=at_s, input_tokens=prompt, output_tokens=answer, blocks=blocks))
     return sorted(scaled, key=lambda ask: ask.at_s)
 
 
@@ -145,7 +157,8 @@ def _json_row(line: str, number: int, file: Path) -> Ask:
     try:
         row = json.loads(line)
         blocks = tuple((int(which), _BLOCK) for which in row.get("hash_ids", ()))
-        return _ask(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"], blocks)
+        ask = _ask(float(row["timestamp"]) / 1e3, row["input_length"], row["output_length"], blocks)
+        return replace(ask, client=str(row.get("client", "")))
     except KeyError as error:
         raise ConfigError(f"line {number} of the trace {file}: there is no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, OverflowError) as error:

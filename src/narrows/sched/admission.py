@@ -2,11 +2,13 @@
 
 A group has room if it can hold all tokens that the request has, and one page more for each of its requests that may
 still need one: so those that run go on for a page's length before anyone has to be put back. A group without requests
-has room for any request that was accepted at all.
+has room for any request that was accepted at all. Where no group has room, it also says which of the requests that are
+to yield would make some.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from narrows.sched.limits import Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request
 
-__all__ = ["Place", "choose_place"]
+__all__ = ["Place", "choose_place", "choose_yielding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,54 @@ def _most_found(request: Request, limits: Limits) -> int:
         return 0
     tokens = request.num_tokens - 1
     return (min(tokens, request.num_scored) if request.scores_prompt else tokens) // limits.page_size
+
+
+def choose_yielding(
+    request: Request,
+    may_yield: Sequence[Request],
+    pools: Sequence[PagePool],
+    running: Sequence[Sequence[Request]],
+    limits: Limits,
+) -> tuple[Request, ...]:
+    """The fewest running requests of one group without which it has room; empty if no group can have any.
+
+    ``may_yield``: in the order in which they are to be put back. At a tie the first group's.
+    """
+    hashes = request.hashes_of(_most_found(request, limits), limits.page_size)
+    chosen: tuple[Request, ...] = ()
+    for group, pool in enumerate(pools):
+        others = [other for other in may_yield if other.group == group]
+        found = _enough(request, others, pool, running[group], pool.find(hashes), limits)
+        if found and (not chosen or len(found) < len(chosen)):
+            chosen = found
+    return chosen
+
+
+def _enough(
+    request: Request,
+    may_yield: Sequence[Request],
+    pool: PagePool,
+    running: Sequence[Request],
+    found: tuple[int, ...],
+    limits: Limits,
+) -> tuple[Request, ...]:
+    """The first of ``may_yield`` without which the group has room; empty if all of them are not enough."""
+    size = limits.page_size
+    pages = num_pages_for(request.num_tokens, size)
+    spare, num_left = sum(other.may_grow(len(other.pages), size) for other in running), len(running)
+    given_up: Counter[int] = Counter()
+    free = set[int]()
+    if pool.num_free + sum(len(other.pages) for other in may_yield) < pages - len(found):
+        return ()
+    for count, other in enumerate(may_yield, 1):
+        spare, num_left = spare - other.may_grow(len(other.pages), size), num_left - 1
+        given_up.update(other.pages)
+        free.update(page for page in other.pages if given_up[page] == pool.num_holders(page))
+        unheld = pool.num_unheld(found) + sum(page in free for page in found)
+        needed = pages - len(found) + unheld + (spare + request.may_grow(pages, size) if num_left else 0)
+        if num_left < limits.requests_per_group and pool.num_free + len(free) >= needed:
+            return tuple(may_yield[:count])
+    return ()
 
 
 def _has_room(

@@ -82,6 +82,10 @@ class PagePool:
             pages.append(page)
         return tuple(pages)
 
+    def num_holders(self, page: int) -> int:
+        """How often a page is held: by so many requests."""
+        return self._holders[page]
+
     def num_unheld(self, pages: Iterable[int]) -> int:
         """How many of these cached pages nobody holds: holding them makes so many fewer free."""
         return sum(page in self._unheld for page in pages)

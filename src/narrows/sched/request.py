@@ -20,6 +20,7 @@ class Request:
     """``finish_reason`` is empty until it is ``stop``, ``length``, or what it was aborted with.
 
     ``priority``: lower runs earlier, equal ones first come, first served. ``guide``: what may be generated.
+    ``client``: on whose behalf it runs; clients share what there is (:mod:`narrows.sched.shares`).
     """
 
     id: int
@@ -29,6 +30,7 @@ class Request:
     sampling: SamplingParams | None = None
     priority: int = 0
     guide: Guide | None = None
+    client: str = ""
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     """One per token of ``output``, if ``sampling`` asks for them."""
@@ -43,6 +45,10 @@ class Request:
     """How many requests were added before it."""
     turn: tuple[int, int] = (0, 0)
     """Requests are served by rising turn: when it came, priority counted in, then arrival."""
+    since: tuple[int, int] = (0, 0)
+    """Its turn beside the running requests of other clients: its own, or later if its client had rows meanwhile."""
+    rank: int = 0
+    """How many running requests of its client go before it."""
     group: int = -1
     """Its attention group while it runs; -1 while it waits."""
     pages: list[int] = field(default_factory=list)

@@ -4,8 +4,9 @@ One scheduler sees all attention groups, so no rank decides anything. Each step 
 (its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of what
 has to be prefilled, by turn. A request is admitted when its turn comes within the budget and a group has room for the
 tokens it has (:mod:`narrows.sched.admission`); it takes more pages as it grows. When a group's pages run out, its
-request with the last turn is put back and begins again later, with what it has generated. ``docs/scheduling.md``
-says the rules in words.
+request with the last turn is put back and begins again later, with what it has generated. Where several clients
+compete, turns are by fair shares (:mod:`narrows.sched.shares`), and requests beyond their client's share are put back
+for one of a client that runs fewer. ``docs/scheduling.md`` says the rules in words.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
 A request that turns out to have ended by then has one row too many in flight; its sample is dropped. Ranks run steps in
@@ -16,19 +17,21 @@ after the step that wrote it.
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from narrows.errors import ConfigError
-from narrows.sched.admission import choose_place
+from narrows.sched.admission import Place, choose_place, choose_yielding
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.chunks import next_chunk, next_rows
+from narrows.sched.integrity import check_integrity
 from narrows.sched.limits import MOST_PRIORITY, Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request
 from narrows.sched.sampling import Logprobs, TokenScore
+from narrows.sched.shares import Shares
 from narrows.sched.stats import SchedulerStats
 
 __all__ = ["Limits", "Request", "Scheduler"]
@@ -52,6 +55,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[list[Request]] = [[] for _ in range(limits.num_groups)]
         self.pools = [PagePool(limits.pages_per_group) for _ in range(limits.num_groups)]
+        self.shares = Shares(limits)
         self._ended: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._steps_held = 0
@@ -76,6 +80,7 @@ class Scheduler:
         request.turn = (self._num_steps + request.priority * self.limits.aging_steps, request.arrival)
         self._num_added += 1
         insort(self.waiting, request, key=_TURN)
+        self.shares.came(request)
 
     def check(self, request: Request) -> None:
         """Cut its ``max_tokens`` to the context, and see whether it can run here. Any thread may ask.
@@ -119,6 +124,7 @@ class Scheduler:
         """The next step, or None when no request has a row to run: never while there is work and none in flight."""
         assert len(self._in_flight) <= 1, "a token can refer to the previous step's samples only: commit a step first"
         chunks: list[list[Chunk]] = [[] for _ in self.running]
+        self._make_room()
         budget = self._decode(chunks, self.limits.rows_per_step)
         self._admit(budget)
         self._prefill(chunks, budget)
@@ -129,21 +135,27 @@ class Scheduler:
         self._fly(batch)
         return batch
 
+    def _order(self, *more: Request) -> list[Request]:
+        """The running requests, and ``more`` as if they ran, in the order in which they get rows."""
+        return self.shares.order([*(request for group in self.running for request in group), *more])
+
     def _decode(self, chunks: list[list[Chunk]], budget: int) -> int:
         """A row of every request that only has its newest sample to run; what is left of the budget."""
-        ready = sorted((r for group in self.running for r in group if r.prefilled and r.wants_rows), key=_TURN)
-        for request in ready:
-            if not budget:
-                break
-            if request.group >= 0 and self._grow(request):  # else it has been put back
+        order = self._order()
+        rows, taken = self.shares.row_shares(order), Counter[str]()
+        for request in [each for each in order if each.prefilled and each.wants_rows]:
+            if budget <= (0 if taken[request.client] < rows.most else rows.kept):
+                continue
+            if request.group >= 0 and self._grow(request, order):  # else it has been put back
                 chunks[request.group].append(self._chunk(request, 1))
+                taken[request.client] += 1
                 budget -= 1
         return budget
 
-    def _grow(self, request: Request) -> bool:
+    def _grow(self, request: Request, order: Sequence[Request]) -> bool:
         """Pages for its next row; False if it was put back for want of them.
 
-        Whoever is put back has a later turn than all that have rows in this step, as those are served by turn.
+        Whoever is put back comes later in the order than all that have rows in this step, as those are served by it.
         """
         pool = self.pools[request.group]
         count = num_pages_for(request.num_cached + 1, self.limits.page_size) - len(request.pages)
@@ -152,48 +164,88 @@ class Scheduler:
                 if other.is_through:  # nothing of it is to run: its pages serve nobody
                     self._release(other)
         while count > pool.num_free:
-            last = max((other for other in self.running[request.group] if not other.is_through), key=_TURN)
+            last = next(other for other in reversed(order) if other.group == request.group and not other.is_through)
             self._put_back(last)
             if last is request:
                 return False
         request.pages += pool.take(count)
         return True
 
-    def _admit(self, budget: int) -> None:
-        """Give waiting requests a place, by turn, as long as the step has room for a row of them."""
-        index = 0
-        while index < len(self.waiting):
-            request = self.waiting[index]
-            ahead = [other for other in self._unfilled() if other.turn < request.turn]
-            scored = sum(other.rows_left for other in ahead if other.scores_prompt)
-            plain = sum(other.rows_left for other in ahead if not other.scores_prompt)
-            if plain + min(scored, self.limits.scored_rows) >= budget:
+    def _make_room(self) -> None:
+        """Place requests of clients that run fewer than others; if need be, others' are put back for them.
+
+        Before anybody has rows, so that whoever is put back has none in this step.
+        """
+        while self.shares.compete and (found := self._next_in_line(None)) is not None:
+            request, order = found
+            may_yield = [other for other in reversed(order) if self._yields(other, request)]
+            if not may_yield:
                 return
-            if request.scores_prompt and scored >= self.limits.scored_rows:
-                index += 1  # it waits for the budget of those that score; for others there is room
-                continue
             place = choose_place(request, self.pools, self.running, self.limits)
             if place is None:
-                return  # nobody passes it: first come, first served
-            del self.waiting[index]
-            pool = self.pools[place.group]
-            pool.share(place.found)
-            count = num_pages_for(request.num_tokens, self.limits.page_size) - len(place.found)
-            request.group, request.pages = place.group, [*place.found, *pool.take(count)]
-            request.num_registered = len(place.found)
-            request.num_found = request.num_cached = len(place.found) * self.limits.page_size
-            insort(self.running[place.group], request, key=_TURN)
+                for other in choose_yielding(request, may_yield, self.pools, self.running, self.limits):
+                    self._put_back(other)
+                place = choose_place(request, self.pools, self.running, self.limits)
+            if place is None:
+                return
+            self._place(request, place)
 
-    def _unfilled(self) -> list[Request]:
-        """Running requests with rows to run that are not the newest sample's alone, or were found unrun, by turn."""
-        return sorted((r for group in self.running for r in group if r.rows_left and r.wants_rows), key=_TURN)
+    def _yields(self, running: Request, waiting: Request) -> bool:
+        """Whether it may be put back for the other: its client keeps as many as the other's client then has, or more.
+
+        Never for one that is less urgent.
+        """
+        fewest = self.shares.running(waiting.client) + 1
+        return running.rank >= fewest and running.priority >= waiting.priority and not running.is_through
+
+    def _admit(self, budget: int) -> None:
+        """Give waiting requests a place, by turn, as long as the step has room for a row of them."""
+        while (found := self._next_in_line(budget)) is not None:
+            request, _ = found
+            place = choose_place(request, self.pools, self.running, self.limits)
+            if place is None:
+                return  # nobody passes it
+            self._place(request, place)
+
+    def _next_in_line(self, budget: int | None) -> tuple[Request, list[Request]] | None:
+        """The waiting request whose turn it is, and the order with it among those that run; None: no row is left.
+
+        ``budget``: rows for prompts; None: what fair shares leave of the next step's.
+        """
+        scores_wait = False
+        while True:
+            request = self.shares.first(each for each in self.waiting if not (scores_wait and each.scores_prompt))
+            if request is None:
+                return None
+            request.since = self.shares.since(request)
+            order = self._order(request)
+            plain, scored = _rows_ahead(order, request)
+            rows = self.shares.row_shares(order).for_prompts if budget is None else budget
+            if plain + min(scored, self.limits.scored_rows) >= rows:
+                return None
+            if not request.scores_prompt or scored < self.limits.scored_rows:
+                return request, order
+            scores_wait = True  # for the budget of those that score; for others there is room
+
+    def _place(self, request: Request, place: Place) -> None:
+        self.waiting.remove(request)
+        pool = self.pools[place.group]
+        pool.share(place.found)
+        count = num_pages_for(request.num_tokens, self.limits.page_size) - len(place.found)
+        request.group, request.pages = place.group, [*place.found, *pool.take(count)]
+        request.num_registered = len(place.found)
+        request.num_found = request.num_cached = len(place.found) * self.limits.page_size
+        insort(self.running[place.group], request, key=_TURN)
+        self.shares.placed(request)
 
     def _prefill(self, chunks: list[list[Chunk]], budget: int) -> None:
-        requests = self._unfilled()
+        requests = [request for request in self._order() if request.rows_left and request.wants_rows]
         if self._holds_back(requests, any(chunks)):
             return
         scored = self.limits.scored_rows
         for request in requests:
+            if request.prefilled and num_pages_for(request.num_cached + 1, self.limits.page_size) > len(request.pages):
+                continue  # it left its row to prompts, and takes a page when it has one
             room = min(budget, scored) if request.scores_prompt else budget
             while request.rows_left and (rows := next_rows(request, room, self.limits)):
                 chunks[request.group].append(self._chunk(request, rows))
@@ -286,6 +338,7 @@ class Scheduler:
         request.finish_reason = reason
         if request.num_fed:
             self._ended.append(request.id)
+        self.shares.ended(request, self._num_steps, ran=request.group >= 0)
         if request.group < 0:
             self.waiting.remove(request)
         else:
@@ -300,6 +353,7 @@ class Scheduler:
         request.num_cached = request.num_found = 0
         insort(self.waiting, request, key=_TURN)
         self._num_preempted += 1
+        self.shares.put_back(request, self._num_steps)
 
     def _release(self, request: Request) -> None:
         self._register(request)
@@ -341,23 +395,14 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Pages are free, cached, or held by running requests; found by what is in them; turns are in order."""
-        size = self.limits.page_size
-        for group, pool in enumerate(self.pools):
-            pool.check_integrity(page for request in self.running[group] for page in request.pages)
-            for request in self.running[group]:
-                assert request.group == group and not request.finish_reason, "a request runs that should not"
-                held = len(request.pages)
-                assert held >= num_pages_for(request.num_cached, size) or request.is_through, "rows without a page"
-                hashes = request.hashes_of(min(held, request.num_known // size), size)
-                for index, page in enumerate(request.pages):
-                    found_by = pool.hash_of(page)
-                    if found_by is not None:
-                        assert (index + 1) * size <= request.num_cached, "a page still written can be found"
-                        assert found_by == hashes[index], "a page is found by what is not in it"
-        for request in self.waiting:
-            assert request.group == -1 and not request.pages and not request.num_cached, "a waiting request holds pages"
-        for queue in (self.waiting, *self.running):
-            assert queue == sorted(queue, key=_TURN), "requests are out of turn"
+        check_integrity(self.limits, self.waiting, self.running, self.pools)
+
+
+def _rows_ahead(order: Sequence[Request], request: Request) -> tuple[int, int]:
+    """Rows of prompts that come before it in the order: of those that are not scored, and of those that are."""
+    ahead = [other for other in order[: order.index(request)] if other.rows_left and other.wants_rows]
+    scored = sum(other.rows_left for other in ahead if other.scores_prompt)
+    return sum(other.rows_left for other in ahead) - scored, scored
 
 
 def _ended_with(request: Request, token: int) -> str:

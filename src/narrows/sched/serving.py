@@ -37,7 +37,7 @@ class Generation:
 
     ``end_ids`` end the text and are its last token. ``sampling``: how tokens are chosen; None: the best one.
     ``priority``: lower runs earlier; equal ones first come, first served. ``guide``: what may be generated, token by
-    token; None: anything.
+    token; None: anything. ``client``: on whose behalf; clients share places, pages and the queue.
     """
 
     prompt: tuple[int, ...]
@@ -46,6 +46,7 @@ class Generation:
     sampling: SamplingParams | None = None
     priority: int = 0
     guide: Guide | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ class Backend(Protocol):
 
         Raises:
             ConfigError: it can never run here (too long, an id outside the vocabulary).
-            QueueFull: as many wait as may.
+            QueueFull: as many wait as may, and of this client not fewer than its even part.
             Draining, Unavailable: nothing is taken now.
         """
         ...

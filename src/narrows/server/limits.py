@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from narrows.server.answers import error_answer
 from narrows.server.errors import ApiError, is_messages_path
 
-__all__ = ["RESERVED", "ApiKeys", "BodyLimit", "Encodings", "ReservedPlaces"]
+__all__ = ["RESERVED", "ApiKeys", "BodyLimit", "Encodings", "ReservedPlaces", "key_of"]
 
 OPEN_PATHS = frozenset({"/health"})
 """What answers without a key: load balancers have none."""
@@ -42,10 +42,22 @@ class ReservedPlaces:
         await answer(scope, receive, send)
 
 
+_KEY = "narrows.api_key"
+"""Where a request's scope has the number of its key."""
+
+
+def key_of(scope: Scope) -> int | None:
+    """Which of the server's API keys a request came with, counted from 0; None: the server asks for none."""
+    key = scope.get(_KEY)
+    assert key is None or isinstance(key, int)
+    return key
+
+
 class ApiKeys:
     """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; all of them if there are none.
 
-    On Anthropic's routes ``x-api-key: KEY`` does as well: what clients of that API send.
+    On Anthropic's routes ``x-api-key: KEY`` does as well: what clients of that API send. Which of them it was,
+    :func:`key_of` says.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -60,6 +72,7 @@ class ApiKeys:
         # Every key is compared, whatever the ones before gave: the time taken says nothing about which was close.
         fits = [hmac.compare_digest(key, given.encode()) for key in self._keys]
         if given and any(fits):
+            scope[_KEY] = fits.index(True)
             return await self._app(scope, receive, send)
         what = "the API key is not one of this server's" if given else "this server asks for an API key"
         message = f"{what}: send the header 'Authorization: Bearer KEY'"

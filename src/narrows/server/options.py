@@ -31,19 +31,14 @@ class ServedModel:
 class ConnectionLimits:
     """What a connection may take before, between and beside its requests.
 
-    <<<<<<< HEAD
-        ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's head
-        has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
-    =======
-        ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's
-        head has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
-    >>>>>>> connections
-        ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it. At most ``max_pipelined`` requests wait
-        behind the one that is being answered. A connection is closed when it has been idle for ``keep_alive_s``, or when
-        its client has read nothing of a waiting answer for ``send_timeout_s``.
+    ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's
+    head has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
+    ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it. At most ``max_pipelined`` requests wait
+    behind the one that is being answered. A connection is closed when it has been idle for ``keep_alive_s``, or when
+    its client has read nothing of a waiting answer for ``send_timeout_s``.
 
-        Raises:
-            ConfigError: a limit that would let nothing in.
+    Raises:
+        ConfigError: a limit that would let nothing in.
     """
 
     max_connections: int = 512
@@ -68,8 +63,9 @@ class ServerOptions:
     """``api_keys``: any of them is good; none: all may come in. ``request_timeout_s``: a request's time in all.
 
     ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (the chat template tells) or ``none``.
-    ``max_generations``: most texts of a request, prompts times ``n``. ``hosts``: names that a request's Host may have
-    beside this machine's own; None: any. ``origins``: web pages that may use the server; ``*``: all of them.
+    ``max_generations``: most texts of a request, prompts times ``n``. ``allow_priority``: requests may be more urgent
+    than normal (``priority`` below 0). ``hosts``: names that a request's Host may have beside this machine's own; None:
+    any. ``origins``: web pages that may use the server; ``*``: all of them.
 
     Raises:
         ConfigError: a limit that would let nothing in, an empty key.
@@ -79,6 +75,7 @@ class ServerOptions:
     max_body_bytes: int = 16 * 1024 * 1024
     request_timeout_s: float = 600.0
     max_generations: int = 1024
+    allow_priority: bool = False
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     hosts: frozenset[str] | None = None

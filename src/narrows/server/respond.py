@@ -10,8 +10,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from narrows.sched.limits import MOST_PRIORITY
 from narrows.server.answers import DataLines, EventStream, Wire, unless_gone
 from narrows.server.backend import Generation, Update
+from narrows.server.errors import invalid
+from narrows.server.limits import key_of
 from narrows.server.running import Running
 from narrows.server.schema.common import GenerationFields
 from narrows.server.state import ServerState
@@ -81,12 +84,29 @@ async def respond(
     :class:`~narrows.server.answers.DataLines`.
 
     Raises:
-        ApiError: the backend takes none of them, or the time is over.
+        ApiError: the backend takes none of them, a priority that is not allowed, or the time is over.
     """
     timeout_s = state.options.request_timeout_s
+    _check_priority(state, job.body)
     state.check_logprobs(job.generations)
-    running = state.running()
+    running = state.running(_client_of(state, request))
     await running.submit(job.generations, param)
     if job.body.stream:
         return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=running.close)
     return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)
+
+
+def _client_of(state: ServerState, request: Request) -> str:
+    """Its API key, if there are several to tell clients by; empty: none but the request itself."""
+    key = key_of(request.scope)
+    return "" if key is None or len(state.options.api_keys) < 2 else f"key {key}"
+
+
+def _check_priority(state: ServerState, body: GenerationFields) -> None:
+    """
+    Raises:
+        ApiError: 400, more urgent than normal where that is not allowed.
+    """
+    if (body.priority or 0) < 0 and not state.options.allow_priority:
+        message = f"priority is {body.priority}: to be more urgent than normal (0) needs a server with --allow-priority"
+        raise invalid(f"{message}; 1 to {MOST_PRIORITY} are less urgent", "priority")

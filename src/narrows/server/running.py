@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Protocol
@@ -66,10 +67,14 @@ class Bridge:
 
 
 class Running:
-    """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more."""
+    """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more.
 
-    def __init__(self, backend: Backend, bridge: Bridge, times: Times) -> None:
+    ``client``: on whose behalf they run; clients share what the backend has.
+    """
+
+    def __init__(self, backend: Backend, bridge: Bridge, times: Times, client: str) -> None:
         self._backend = backend
+        self._client = client
         self._bridge = bridge
         self._times = times
         self._started_at = perf_counter()
@@ -89,7 +94,7 @@ class Running:
             for index, generation in enumerate(generations):
                 self._open.add(index)
                 deliver = partial(self._bridge.deliver, self, index)
-                self._numbers.append(self._backend.submit(generation, deliver))
+                self._numbers.append(self._backend.submit(replace(generation, client=self._client), deliver))
                 if index % _AT_ONCE == _AT_ONCE - 1:
                     await asyncio.sleep(0)
         except BaseException as error:

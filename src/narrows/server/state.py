@@ -123,8 +123,8 @@ class ServerState:
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
-    def running(self) -> Running:
-        """Generations of a new request.
+    def running(self, client: str = "") -> Running:
+        """Generations of a new request, on behalf of ``client``; empty: the request is a client of its own.
 
         Raises:
             ApiError: 503, the server is ending.
@@ -135,7 +135,7 @@ class ServerState:
         loop = asyncio.get_running_loop()
         if self._bridge is None or self._bridge.loop is not loop:
             self._bridge = Bridge(loop)
-        return Running(self.backend, self._bridge, self.metrics)
+        return Running(self.backend, self._bridge, self.metrics, client or new_id("request"))
 
     def end_ids(self, body: GenerationFields) -> frozenset[int]:
         """The tokens that end the text."""

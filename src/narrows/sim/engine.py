@@ -2,18 +2,20 @@
 
 Knows requests, batches and what they cost; no model. It goes through the same motions as the service that serves
 (:mod:`narrows.engine.service`): take in what has come, commit the step that is done, hand out the next one, tell the
-callers; at most two steps are with the ranks. Tokens are dummies and texts as long as they may be. Who sends does it as
+callers; at most two steps are with the ranks. A request is a client of its own, unless the load says whose it is, as
+over HTTP. Tokens are dummies and texts as long as they may be. Who sends does it as
 ``narrows bench serve``: each request at its time, at most so many at once. Equal loads give equal runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from narrows.errors import ConfigError
+from narrows.loads.fairness import Fairness, by_client
 from narrows.loads.figures import Answer, Figures, figures
 from narrows.loads.workload import Ask
 from narrows.plan.explain import describe
@@ -24,6 +26,7 @@ from narrows.sched.request import Request
 from narrows.sched.scheduler import Scheduler
 from narrows.sched.stats import SchedulerStats
 from narrows.sim.costs import StepCost, StepCosts
+from narrows.sim.places import PlacesHeld
 
 __all__ = ["Outcome", "PlanUse", "simulate"]
 
@@ -52,7 +55,8 @@ class PlanUse:
 class Outcome:
     """One load's simulation. ``seconds``: the ranks' time by what it was for; ``sources``: by where it is known from.
 
-    ``kv_pages_most``: most pages that requests held at once, all groups together.
+    ``kv_pages_most``: most pages that requests held at once, all groups together. ``fairness``: how clients fared; None
+    where each sent one request.
     """
 
     figures: Figures
@@ -63,6 +67,7 @@ class Outcome:
     seconds: dict[str, float]
     sources: dict[str, float]
     plans: tuple[PlanUse, ...]
+    fairness: Fairness | None = None
 
 
 @dataclass(slots=True)
@@ -87,14 +92,16 @@ def simulate(
     asks: Sequence[Ask],
     *,
     concurrency: int = 0,
+    fair: bool = True,
     watch: Callable[[Batch, StepCost], None] | None = None,
 ) -> Outcome:
     """Run a load to its end.
 
     A request that can never run here is answered with its error, as a server would. ``concurrency``: most requests at
-    once (0: no limit). ``watch``: told of every step as it is handed to the ranks.
+    once (0: no limit). ``fair`` false: the scheduler takes all for one client. ``watch``: told of every step as it is
+    handed to the ranks.
     """
-    return _Run(limits, costs, asks, concurrency, watch).outcome()
+    return _Run(limits, costs, asks, concurrency, fair, watch).outcome()
 
 
 class _Run:
@@ -106,9 +113,11 @@ class _Run:
         costs: StepCosts,
         asks: Sequence[Ask],
         concurrency: int,
+        fair: bool,
         watch: Callable[[Batch, StepCost], None] | None,
     ) -> None:
-        self._costs, self._asks, self._watch = costs, asks, watch
+        self._costs, self._asks, self._fair, self._watch = costs, asks, fair, watch
+        self._places_held = PlacesHeld() if any(ask.client for ask in asks) else None
         self._places = concurrency or len(asks)
         self._scheduler = Scheduler(limits)
         self._unsent = deque(sorted(range(len(asks)), key=lambda number: asks[number].at_s))
@@ -147,6 +156,7 @@ class _Run:
             seconds=dict(seconds),
             sources=dict(sources),
             plans=self._uses(),
+            fairness=self._fairness(answers),
         )
 
     def _is_over(self) -> bool:
@@ -168,7 +178,12 @@ class _Run:
         while self._unsent and len(self._sent) < self._places and self._asks[self._unsent[0]].at_s <= self._now:
             number = self._unsent.popleft()
             ask, sent = self._asks[number], True
-            request = Request(id=number, prompt=_prompt(ask, number), max_tokens=ask.output_tokens)
+            request = Request(
+                id=number,
+                prompt=_prompt(ask, number),
+                max_tokens=ask.output_tokens,
+                client=self._client(number) if self._fair else "",
+            )
             try:
                 self._scheduler.add(request)
             except ConfigError as error:
@@ -176,6 +191,9 @@ class _Run:
             else:
                 self._sent[number] = _Sent(number, request, self._now)
         return sent
+
+    def _client(self, number: int) -> str:
+        return self._asks[number].client or f"request {number}"
 
     def _tell(self, request: Request) -> None:
         sent = self._sent[request.id]
@@ -219,12 +237,27 @@ class _Run:
         for part, seconds in cost.parts.items():
             self._seconds[part] += seconds
         self._kv_pages_most = max(self._kv_pages_most, sum(pool.num_used for pool in self._scheduler.pools))
+        if self._places_held is not None:
+            running = Counter(self._client(each.id) for group in self._scheduler.running for each in group)
+            waiting = Counter(self._client(each.id) for each in self._scheduler.waiting)
+            self._places_held.note(cost.seconds, running, waiting)
         if cost.plan is not None:
             _, used = self._plans.setdefault((batch.phase, id(cost.plan)), (cost.plan, [0, 0.0]))
             used[0] += 1
             used[1] += cost.seconds
         if self._watch is not None:
             self._watch(batch, cost)
+
+    def _fairness(self, answers: Sequence[Answer]) -> Fairness | None:
+        if self._places_held is None:
+            return None
+        parts = self._places_held.parts
+        return Fairness(
+            jain=self._places_held.jain,
+            least=min(parts, default=1.0),
+            clients=len(parts),
+            by_client=by_client(self._asks, answers),
+        )
 
     def _uses(self) -> tuple[PlanUse, ...]:
         """The plans by what they do, the longest first."""

@@ -85,7 +85,12 @@ class GenerationFields(Body):
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=256)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: int | None = Field(default=None, ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="lower runs earlier")
+    priority: int | None = Field(
+        default=None,
+        ge=-MOST_PRIORITY,
+        le=MOST_PRIORITY,
+        description="lower runs earlier; below 0: if the server allows it",
+    )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_regex: str | None = Field(default=None, max_length=10_000)

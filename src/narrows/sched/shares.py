@@ -1,0 +1,174 @@
+"""Whose turn it is when several clients ask for more than there is: places, pages and rows by max-min fair shares.
+
+Knows what each client has in one scheduler: its texts, how many of them run, and when one last did. Where every text is
+a client of its own, or all are one client's, turns alone decide. Else a client's second running text comes after every
+other's first, and so on; ``docs/scheduling.md`` says the rules in words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from narrows.sched.limits import Limits
+from narrows.sched.request import Request
+
+__all__ = ["RowShares", "Shares"]
+
+_TURN = attrgetter("turn")
+_SINCE = attrgetter("since")
+_RANK = attrgetter("rank", "since")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowShares:
+    """How clients share the rows of one step.
+
+    ``most``: rows of single tokens that a client has whatever others want. ``kept``: rows that its further ones leave
+    to the prompts of clients that have fewer. ``for_prompts``: rows that are left if no client has more than ``most``.
+    """
+
+    most: int
+    kept: int
+    for_prompts: int
+
+
+class Shares:
+    """The clients of one scheduler, told of every text that comes, runs, stops running and ends."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._num_texts = 0
+        self._texts: Counter[str] = Counter()
+        self._running: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        self._stopped: dict[str, tuple[int, int]] = {}  # of each client: when a text last stopped running, and which
+
+    # -- what it is told -----------------------------------------------------------------------------------------------
+
+    def came(self, request: Request) -> None:
+        """A text waits for its first place."""
+        self._num_texts += 1
+        self._texts[request.client] += 1
+        self._waiting[request.client] += 1
+
+    def placed(self, request: Request) -> None:
+        """A text that waited runs."""
+        request.since = self.since(request)
+        _less(self._waiting, request.client)
+        self._running[request.client] += 1
+
+    def put_back(self, request: Request, step: int) -> None:
+        """A text that ran waits again."""
+        self._stop(request, step)
+        self._waiting[request.client] += 1
+
+    def ended(self, request: Request, step: int, *, ran: bool) -> None:
+        """A text is no more; ``ran``: until now, else it waited."""
+        if ran:
+            self._stop(request, step)
+        else:
+            _less(self._waiting, request.client)
+        self._num_texts -= 1
+        _less(self._texts, request.client)
+        if request.client not in self._texts:
+            self._stopped.pop(request.client, None)
+
+    def _stop(self, request: Request, step: int) -> None:
+        _less(self._running, request.client)
+        self._stopped[request.client] = step + 1, request.id
+
+    # -- what it says --------------------------------------------------------------------------------------------------
+
+    @property
+    def compete(self) -> bool:
+        """Whether there are several clients, and one of them has several texts."""
+        return 1 < len(self._texts) < self._num_texts
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many texts of each client wait."""
+        return dict(self._waiting)
+
+    def running(self, client: str) -> int:
+        """How many of its texts run."""
+        return self._running[client]
+
+    def since(self, request: Request) -> tuple[int, int]:
+        """Its turn beside other clients' texts: as if it had come when another of its client's last stopped running."""
+        step, number = self._stopped.get(request.client, (0, request.id))
+        if number == request.id:
+            return request.turn
+        return max(request.turn, (step + request.priority * self._limits.aging_steps, request.arrival))
+
+    def first(self, waiting: Iterable[Request]) -> Request | None:
+        """Which of those that wait, in the order of turns, gets the next place; None if there are none.
+
+        Of those as urgent as the first in turn, or more: the first of the client that has the fewest texts running.
+        """
+        heads: dict[str, Request] = {}
+        least_urgent = 0
+        for request in waiting:
+            if not heads:
+                if not self.compete or (not self._running[request.client] and self.since(request) == request.turn):
+                    return request
+                least_urgent = request.priority
+            if request.priority <= least_urgent:
+                heads.setdefault(request.client, request)
+        return min(heads.values(), key=lambda head: (self._running[head.client], self.since(head)), default=None)
+
+    def order(self, running: Iterable[Request]) -> list[Request]:
+        """Texts that run in the order in which they get rows; the last is the first to be put back.
+
+        Sets the ``rank`` of each: how many of its client's texts go before it.
+        """
+        if not self.compete:
+            return sorted(running, key=_TURN)
+        seen: Counter[str] = Counter()
+        texts = sorted(running, key=_SINCE)
+        for text in texts:
+            text.rank = seen[text.client]
+            seen[text.client] += 1
+        return list(_by_rank(texts))
+
+    def row_shares(self, order: Sequence[Request]) -> RowShares:
+        """How the clients of these texts, which run or are about to, share the rows of the next step."""
+        rows, chunk = self._limits.rows_per_step, self._limits.prefill_chunk
+        if not self.compete:
+            return RowShares(most=rows, kept=0, for_prompts=rows)
+        tokens: Counter[str] = Counter()
+        prompts: Counter[str] = Counter()
+        for text in order:
+            if text.wants_rows and text.rows_left:
+                (tokens if text.prefilled else prompts)[text.client] += text.rows_left
+        most = max((rows - chunk) // max(len(tokens | prompts), 1), 1)
+        kept = sum(min(wanted, max(most - tokens[client], 0)) for client, wanted in prompts.items())
+        if kept:
+            kept = max(kept, chunk)  # a chunk that may not be cut needs room for all of it
+        return RowShares(most=most, kept=kept, for_prompts=rows - sum(min(each, most) for each in tokens.values()))
+
+
+def _less(counts: Counter[str], client: str) -> None:
+    """One fewer; a client that has none is forgotten."""
+    counts[client] -= 1
+    if not counts[client]:
+        del counts[client]
+
+
+def _by_rank(texts: Sequence[Request]) -> Iterator[Request]:
+    """Texts of rising ``since`` by rank, except that a less urgent one passes none that comes before it.
+
+    Of those left, the first decides how urgent the next must be at least; of these it is the one of the lowest rank.
+    """
+    levels: dict[int, list[Request]] = {}
+    for text in sorted(texts, key=_RANK, reverse=True):
+        levels.setdefault(text.priority, []).append(text)
+    done: set[Request] = set()
+    for first in texts:
+        while first not in done:
+            heads = (level for priority, level in levels.items() if level and priority <= first.priority)
+            chosen = min(heads, key=lambda level: _RANK(level[-1])).pop()
+            done.add(chosen)
+            yield chosen
