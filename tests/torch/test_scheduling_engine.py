@@ -12,6 +12,7 @@ import torch
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.errors import ConfigError
+from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request
 
@@ -72,7 +73,7 @@ def test_batch_invariant_texts_are_the_same_bits_after_a_preemption(tiny_model: 
             assert (got.output, got.logprobs) == (expected.output, expected.logprobs)
 
 
-class Even:
+class Even(Guide):
     """Allows even tokens below 67 only, one bit each."""
 
     def allowed(self) -> bytes:

@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from narrows.server.errors import ApiError
 
 __all__ = ["EventStream", "JsonAnswer", "error_answer", "unless_gone"]
+
+T = TypeVar("T")
 
 _LAST_WORDS_S = 1.0
 """How long a stream that is over its time waits for a slow reader to take the error in."""
@@ -44,9 +46,10 @@ def error_answer(error: ApiError) -> JsonAnswer:
 
 
 async def unless_gone(
-    request: Request, work: Coroutine[Any, Any, Response], *, timeout_s: float, close: Callable[[], None]
-) -> Response:
-    """The answer that ``work`` makes; it is cancelled when the client disconnects or the time is over.
+    request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None]
+) -> T | Response:
+    """What ``work`` makes; it is cancelled when the client disconnects, for an answer that nobody reads, or the time is
+    over.
 
     ``close`` is called in any case, at the end.
 

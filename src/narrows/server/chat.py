@@ -18,8 +18,9 @@ from narrows.server.answers import JsonAnswer
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid, refused
 from narrows.server.events import Arguments, Content, Event, Reasoning, ToolCall, joined
-from narrows.server.forms import asked_form, make_guide
-from narrows.server.guides import Form, GrammarGuide
+from narrows.server.forms import Constraint, asked_form
+from narrows.server.grammar.compiled import GrammarGuide
+from narrows.server.guides import Form
 from narrows.server.logprobs import chat_logprob
 from narrows.server.output import OutputParser
 from narrows.server.prompts import render_chat
@@ -58,8 +59,7 @@ def _job(state: ServerState, body: ChatRequest, name: str) -> _Job:
     sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     choices, generations = [], []
     for index in range(body.num_choices):
-        guide = make_guide(state, forms, param, reasoning=state.reasons, inside=inside) if forms else None
-        choices.append(_Choice(state, body, index, uses_tools, inside, guide))
+        choices.append(_Choice(state, body, index, uses_tools, inside))
         generations.append(
             Generation(
                 prompt=ids,
@@ -67,11 +67,13 @@ def _job(state: ServerState, body: ChatRequest, name: str) -> _Job:
                 end_ids=state.end_ids(body),
                 sampling=ServerState.of_choice(sampling, index),
                 priority=body.priority or 0,
-                guide=guide,
             )
         )
     head = {"id": new_id("chatcmpl"), "created": now(), "model": name}
-    return Job(body, head, len(ids), choices, generations)
+    constraint = None
+    if forms:
+        constraint = Constraint(forms=tuple(forms), param=param, reasoning=state.reasons, inside=inside)
+    return Job(body, head, len(ids), choices, generations, constraint)
 
 
 def _check(state: ServerState, body: ChatRequest) -> None:
@@ -148,13 +150,12 @@ class _Choice:
         index: int,
         uses_tools: bool,
         inside: bool,
-        guide: GrammarGuide | None,
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.count = Count()
         self._tokenizer = state.tokenizer
-        self._guide = guide
+        self.guide: GrammarGuide | None = None
         self._text = GeneratedText(
             state.tokenizer,
             stop=body.stops,
@@ -192,8 +193,8 @@ class _Choice:
         return False
 
     def _end(self, reason: str) -> None:
-        if self._guide is not None and self._guide.problem:
-            raise invalid(f"the text had to end before its form was complete: {self._guide.problem}")
+        if self.guide is not None and self.guide.problem:
+            raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
         if text := self._text.finish():
             self._add(self._parser.push(text))
         self._add(self._parser.finish())

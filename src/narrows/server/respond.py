@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from narrows.server.answers import EventStream, unless_gone
 from narrows.server.backend import Generation, Update
+from narrows.server.forms import Constraint, make_guides
+from narrows.server.grammar.compiled import GrammarGuide
 from narrows.server.running import Running
 from narrows.server.schema.common import GenerationFields
 from narrows.server.state import ServerState
@@ -21,7 +23,9 @@ __all__ = ["Choice", "Job", "respond"]
 
 
 class Choice(Protocol):
-    """One text on its way."""
+    """One text on its way. ``guide``: what holds it to its form, if there is one."""
+
+    guide: GrammarGuide | None
 
     @property
     def count(self) -> Count:
@@ -39,7 +43,10 @@ ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[BodyT, ChoiceT]):
-    """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run."""
+    """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run.
+
+    ``constraint``: what the texts have to be; their guides are made when the job is answered.
+    """
 
     body: BodyT
     head: dict[str, Any]
@@ -47,6 +54,7 @@ class Job(Generic[BodyT, ChoiceT]):
     num_prompt_tokens: int
     choices: list[ChoiceT]
     generations: list[Generation]
+    constraint: Constraint | None = None
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -82,8 +90,17 @@ async def respond(
         ApiError: the backend takes none of them, or the time is over.
     """
     timeout_s = state.options.request_timeout_s
+    generations = job.generations
+    if job.constraint is not None:
+        making = make_guides(state, job.constraint, len(job.choices))
+        guides = await unless_gone(request, making, timeout_s=timeout_s, close=lambda: None)
+        if isinstance(guides, Response):
+            return guides
+        for choice, guide in zip(job.choices, guides, strict=True):
+            choice.guide = guide
+        generations = [replace(each, guide=guide) for each, guide in zip(generations, guides, strict=False)]
     running = state.running()
-    running.submit(job.generations, param)
+    running.submit(generations, param)
     if job.body.stream:
         return EventStream(stream(job, running), timeout_s=timeout_s, close=running.close)
     return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)

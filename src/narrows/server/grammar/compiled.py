@@ -1,0 +1,222 @@
+"""A grammar that is compiled, and the guides that follow it: one per text, all from one compilation.
+
+Knows llguidance and token ids; not where masks are made (:mod:`narrows.server.grammar.masks`), nor who samples. Copies
+of a matcher share its lexer, whose states grow with the texts that it has seen, and which allows one at a time: so all
+work on one grammar is done in turn, and a lexer that has become too large for one text fails for all. A text that
+others may have brought to that begins again on a lexer of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter, thread_time
+from typing import Protocol
+
+import llguidance
+
+from narrows.errors import ConfigError
+from narrows.sched.guide import Guide
+from narrows.server.grammar.limits import GrammarLimits, in_words
+
+__all__ = ["Grammar", "GrammarGuide", "Lane", "Memory"]
+
+_SLOW_S = 0.002
+"""A mask that takes longer is slow."""
+_CALM = 16
+"""So many masks after a slow one have to be quick until the grammar is quick again."""
+_MOVES = 2
+"""How often a text begins again with a new lexer."""
+
+
+class Lane(Protocol):
+    """Where guides are taken forward, in threads."""
+
+    def submit(self, guide: GrammarGuide) -> None:
+        """Have :meth:`GrammarGuide.make` called soon, in turn with others of its grammar."""
+        ...
+
+
+class Memory:
+    """Bytes of all grammars that are alive."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> None:
+        """So many more are used; fewer, if it is negative."""
+        with self._lock:
+            self.used += nbytes
+
+
+class Grammar:
+    """One grammar, compiled, with its first mask. It has passed a trial, so it is known to fit into the limits.
+
+    ``nbytes``: what it takes, as its trial has found; ``memory`` counts it as long as it lives.
+
+    Raises:
+        ConfigError: it is not valid all the same.
+    """
+
+    def __init__(
+        self, text: str, nbytes: int, tokens: llguidance.LLTokenizer, limits: GrammarLimits, memory: Memory
+    ) -> None:
+        self.text, self.nbytes, self.limits = text, nbytes, limits
+        self._tokens, self._memory = tokens, memory
+        self._fresh = llguidance.LLMatcher(tokens, text, log_level=0, limits=limits.of_parser())
+        first = self._fresh.deep_copy()
+        self.first_mask: bytes = first.compute_bitmask()
+        if first.is_error():
+            raise ConfigError(in_words(first.get_error(), limits))
+        began = perf_counter()  # what is made once has been made by now
+        self._fresh.deep_copy().compute_bitmask()
+        self._num_quick = 0 if perf_counter() - began > _SLOW_S else _CALM
+        memory.take(nbytes)
+        weakref.finalize(self, memory.take, -nbytes)
+        self.num_guides = 0
+        self.is_broken = False
+        """Whether its lexer has failed a text, so that it may fail others."""
+        self.renewed: Grammar | None = None
+        """The same grammar with a lexer of its own, if one was made."""
+        # Guides that wait for their turn; the lane's own.
+        self.turn = threading.Lock()
+        self.waiting: deque[GrammarGuide] = deque()
+        self.is_scheduled = False
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its masks have been slow lately."""
+        return self._num_quick < _CALM
+
+    def took(self, seconds: float) -> None:
+        """A mask was made in so much time."""
+        self._num_quick = 0 if seconds > _SLOW_S else self._num_quick + 1
+
+    def new_matcher(self) -> llguidance.LLMatcher:
+        """A matcher at the beginning, which shares this grammar's lexer."""
+        return self._fresh.deep_copy()
+
+    def renew(self) -> Grammar:
+        """The same grammar with a new lexer, compiled once; not on two threads at a time."""
+        if self.renewed is None:
+            self.renewed = Grammar(self.text, self.nbytes, self._tokens, self.limits, self._memory)
+        return self.renewed
+
+
+class GrammarGuide(Guide):
+    """One text's constraint.
+
+    When nothing may follow, or the grammar became too large to go on (``problem``), no token is allowed any more.
+    """
+
+    def __init__(self, grammar: Grammar, lane: Lane) -> None:
+        grammar.num_guides += 1
+        self.grammar = grammar
+        self.problem = ""
+        """Why the text had to end before its form was fulfilled; empty if it did not."""
+        self._lane = lane
+        self._matcher: llguidance.LLMatcher | None = None
+        self._taken: list[int] = []
+        self._mask = grammar.first_mask
+        self._there = threading.Event()
+        self._there.set()
+        self._call: Callable[[], None] | None = None
+        self._has_ended = False
+        self._begins_again = False
+        self._moves_left = _MOVES
+
+    def allowed(self) -> bytes:
+        """The tokens that may come next, one bit each; those that end the text are among them where it may end."""
+        assert self._there.is_set(), "the mask is not there yet"
+        return self._mask
+
+    def advance(self, token: int) -> None:
+        """Take in the token that was chosen; the next mask comes from the lane."""
+        self._taken.append(token)
+        self._call = None
+        self._there.clear()
+        self._lane.submit(self)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the mask of the next token is there."""
+        return self._there.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for it, but not for that of a grammar whose masks are slow."""
+        return self._there.is_set() if self.grammar.is_slow else self._there.wait(timeout_s)
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Call once it is there."""
+        self._call = call
+        if self._there.is_set():
+            call()
+
+    def end(self) -> None:
+        """No more masks are wanted; one that waits for its turn is not made."""
+        self._has_ended = True
+
+    # -- on a thread of the lane ---------------------------------------------------------------------------------------
+
+    def make(self) -> None:
+        """Make the mask of the next token, and say that it is there."""
+        if self._has_ended:
+            return
+        began, spent = perf_counter(), thread_time()
+        mask = self._next_mask()
+        self.grammar.took(perf_counter() - began)
+        spent = thread_time() - spent
+        if mask is None:  # it begins again, in its turn
+            self._lane.submit(self)
+            return
+        if spent > self.grammar.limits.mask_s and not self.problem:
+            self.problem = self.grammar.limits.slow_mask(spent)
+        self._bring(bytes(len(mask)) if self.problem else mask)
+
+    def fail(self, problem: str) -> None:
+        """It cannot go on, and why."""
+        self.grammar.is_broken = True
+        self.problem = problem
+        self._bring(bytes(len(self.grammar.first_mask)))
+
+    def _bring(self, mask: bytes) -> None:
+        if self.problem:
+            self._matcher = None
+        self._mask = mask
+        self._there.set()
+        if (call := self._call) is not None:
+            call()
+
+    def _next_mask(self) -> bytes | None:
+        """The mask; None if the grammar's lexer has failed, and another one is there now."""
+        if self._begins_again:
+            self._begins_again = False
+            self.grammar, self._matcher = self.grammar.renew(), None
+            self.grammar.num_guides += 1
+            return None
+        if self._matcher is None:
+            self._matcher = self.grammar.new_matcher()
+            self._matcher.consume_tokens(self._taken)
+        else:
+            self._matcher.consume_token(self._taken[-1])
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            return self._failed(mask)
+        return bytes(len(mask)) if self._matcher.is_stopped() else mask
+
+    def _failed(self, mask: bytes) -> bytes | None:
+        """The lexer is too large: by this text, or by others that shared it."""
+        assert self._matcher is not None, "a matcher has failed"
+        grammar = self.grammar
+        grammar.is_broken = True
+        if grammar.num_guides > 1 and self._moves_left:
+            self._moves_left -= 1
+            self._begins_again = True
+            grammar.took(math.inf)  # compiling is for the slow ones' threads
+            return None
+        self.problem = in_words(self._matcher.get_error(), grammar.limits)
+        return mask
