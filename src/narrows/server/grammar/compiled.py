@@ -24,19 +24,19 @@ from narrows.server.grammar.limits import GrammarLimits, in_words
 
 __all__ = ["Grammar", "GrammarGuide", "Lane", "Memory"]
 
-_SLOW_S = 0.002
-"""A mask that takes longer is slow."""
-_CALM = 16
-"""So many masks after a slow one have to be quick until the grammar is quick again."""
+_SLOW_S, _SLOW_CPU_S = 0.002, 0.001
+"""A mask that takes longer by the clock, and as much of the processor, is slow: a busy machine alone makes none so."""
+_CALM, _MOST_CALM = 8, 4096
+"""So many quick masks prove a grammar, at first and after many slow ones: each slow one doubles it."""
 _MOVES = 2
 """How often a text begins again with a new lexer."""
 
 
 class Lane(Protocol):
-    """Where guides are taken forward, in threads."""
+    """Where guides are taken forward."""
 
     def submit(self, guide: GrammarGuide) -> None:
-        """Have :meth:`GrammarGuide.make` called soon, in turn with others of its grammar."""
+        """Have :meth:`GrammarGuide.make` called, in turn with others of its grammar: at once, or soon on a thread."""
         ...
 
 
@@ -72,9 +72,12 @@ class Grammar:
         self.first_mask: bytes = first.compute_bitmask()
         if first.is_error():
             raise ConfigError(in_words(first.get_error(), limits))
-        began = perf_counter()  # what is made once has been made by now
-        self._fresh.deep_copy().compute_bitmask()
-        self._num_quick = 0 if perf_counter() - began > _SLOW_S else _CALM
+        self.is_slow = self.is_proven = False
+        """Whether a mask was slow and none of many since; whether many were quick and none slow since."""
+        self._num_quick, self._calm = 0, _CALM
+        began, spent = perf_counter(), thread_time()
+        self._fresh.deep_copy().compute_bitmask()  # what is made once has been made by now
+        self.took(perf_counter() - began, thread_time() - spent)
         memory.take(nbytes)
         weakref.finalize(self, memory.take, -nbytes)
         self.num_guides = 0
@@ -87,14 +90,16 @@ class Grammar:
         self.waiting: deque[GrammarGuide] = deque()
         self.is_scheduled = False
 
-    @property
-    def is_slow(self) -> bool:
-        """Whether its masks have been slow lately."""
-        return self._num_quick < _CALM
-
-    def took(self, seconds: float) -> None:
-        """A mask was made in so much time."""
-        self._num_quick = 0 if seconds > _SLOW_S else self._num_quick + 1
+    def took(self, seconds: float, cpu_s: float | None) -> None:
+        """A mask was made in so much time; ``cpu_s`` None: of the processor's it is not known."""
+        if seconds <= _SLOW_S or (cpu_s is not None and cpu_s <= _SLOW_CPU_S):
+            self._num_quick += 1
+            if self._num_quick >= self._calm:
+                self.is_slow, self.is_proven = False, True
+            return
+        self.is_proven, self._num_quick = False, 0
+        if cpu_s is not None:
+            self.is_slow, self._calm = True, min(2 * self._calm, _MOST_CALM)
 
     def new_matcher(self) -> llguidance.LLMatcher:
         """A matcher at the beginning, which shares this grammar's lexer."""
@@ -122,8 +127,8 @@ class GrammarGuide(Guide):
         self._matcher: llguidance.LLMatcher | None = None
         self._taken: list[int] = []
         self._mask = grammar.first_mask
-        self._there = threading.Event()
-        self._there.set()
+        self._is_there = True
+        self._awaited: threading.Event | None = None
         self._call: Callable[[], None] | None = None
         self._has_ended = False
         self._begins_again = False
@@ -131,50 +136,59 @@ class GrammarGuide(Guide):
 
     def allowed(self) -> bytes:
         """The tokens that may come next, one bit each; those that end the text are among them where it may end."""
-        assert self._there.is_set(), "the mask is not there yet"
+        assert self._is_there, "the mask is not there yet"
         return self._mask
 
     def advance(self, token: int) -> None:
         """Take in the token that was chosen; the next mask comes from the lane."""
         self._taken.append(token)
         self._call = None
-        self._there.clear()
+        self._awaited, self._is_there = None, False
         self._lane.submit(self)
 
     @property
     def ready(self) -> bool:
         """Whether the mask of the next token is there."""
-        return self._there.is_set()
+        return self._is_there
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for it, but not for that of a grammar whose masks are slow."""
-        return self._there.is_set() if self.grammar.is_slow else self._there.wait(timeout_s)
+        if self._is_there or self.grammar.is_slow:
+            return self._is_there
+        awaited = self._awaited = threading.Event()
+        return self._is_there or awaited.wait(timeout_s)
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Call once it is there."""
         self._call = call
-        if self._there.is_set():
+        if self._is_there:
             call()
 
     def end(self) -> None:
         """No more masks are wanted; one that waits for its turn is not made."""
         self._has_ended = True
 
-    # -- on a thread of the lane ---------------------------------------------------------------------------------------
+    # -- in its turn --------------------------------------------------------------------------------------------------
 
     def make(self) -> None:
         """Make the mask of the next token, and say that it is there."""
         if self._has_ended:
             return
-        began, spent = perf_counter(), thread_time()
-        mask = self._next_mask()
-        self.grammar.took(perf_counter() - began)
-        spent = thread_time() - spent
+        grammar = self.grammar
+        if grammar.is_proven:  # not worth a look at the processor's clock
+            began = perf_counter()
+            mask = self._next_mask()
+            grammar.took(perf_counter() - began, None)
+        else:
+            began, spent = perf_counter(), thread_time()
+            mask = self._next_mask()
+            spent = thread_time() - spent
+            grammar.took(perf_counter() - began, spent)
+            if mask is not None and spent > grammar.limits.mask_s and not self.problem:
+                self.problem = grammar.limits.slow_mask(spent)
         if mask is None:  # it begins again, in its turn
             self._lane.submit(self)
             return
-        if spent > self.grammar.limits.mask_s and not self.problem:
-            self.problem = self.grammar.limits.slow_mask(spent)
         self._bring(bytes(len(mask)) if self.problem else mask)
 
     def fail(self, problem: str) -> None:
@@ -187,7 +201,9 @@ class GrammarGuide(Guide):
         if self.problem:
             self._matcher = None
         self._mask = mask
-        self._there.set()
+        self._is_there = True  # before the two are looked at: who asks later sees it
+        if (awaited := self._awaited) is not None:
+            awaited.set()
         if (call := self._call) is not None:
             call()
 
@@ -216,7 +232,7 @@ class GrammarGuide(Guide):
         if grammar.num_guides > 1 and self._moves_left:
             self._moves_left -= 1
             self._begins_again = True
-            grammar.took(math.inf)  # compiling is for the slow ones' threads
+            grammar.took(math.inf, math.inf)  # compiling is for the slow ones' threads
             return None
         self.problem = in_words(self._matcher.get_error(), grammar.limits)
         return mask

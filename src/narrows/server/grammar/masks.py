@@ -1,7 +1,10 @@
-"""Threads that take guides forward: one for grammars whose masks come quickly, others for those whose masks do not.
+"""Where guides are taken forward: on threads, but at once for grammars whose masks have all come quickly lately.
 
 Knows guides and turns. Guides of one grammar go one at a time, in the order in which they came; grammars take turns, so
-that one with many texts does not keep the others waiting.
+that one with many texts does not keep the others waiting. One thread is for grammars that are not known yet, others for
+those that are known to be slow. To hand some microseconds of work to a thread costs more than they, and most masks are
+no more: so whoever asks for the mask of a proven grammar makes it. If that one is slow all the same, the limits on its
+steps bound it (:mod:`narrows.server.grammar.limits`), and the next ones are made on threads.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _NUM_SLOW = 2
 
 
 class MaskThreads:
-    """A lane for guides, with two queues. Its threads start with the first guide, and end with :meth:`close`."""
+    """A lane with two queues. Its threads start when there is something for them, and end with :meth:`close`."""
 
     def __init__(self) -> None:
         self._quick: SimpleQueue[Grammar | None] = SimpleQueue()
@@ -31,13 +34,15 @@ class MaskThreads:
 
     def submit(self, guide: GrammarGuide) -> None:
         """Have the guide's next mask made."""
-        if not self._has_started:
-            self._start()
         grammar = guide.grammar
         with grammar.turn:
-            grammar.waiting.append(guide)
+            at_once = grammar.is_proven and not grammar.is_scheduled
+            if not at_once:
+                grammar.waiting.append(guide)
             begins, grammar.is_scheduled = not grammar.is_scheduled, True
-        if begins:
+        if at_once:
+            self._make(grammar, guide)
+        elif begins:
             self._put(grammar)
 
     def close(self) -> None:
@@ -47,6 +52,8 @@ class MaskThreads:
                 queue.put(None)
 
     def _put(self, grammar: Grammar) -> None:
+        if not self._has_started:
+            self._start()
         (self._slow if grammar.is_slow else self._quick).put(grammar)
 
     def _start(self) -> None:
@@ -61,14 +68,17 @@ class MaskThreads:
 
     def _work(self, queue: SimpleQueue[Grammar | None]) -> None:
         while (grammar := queue.get()) is not None:
-            guide = grammar.waiting.popleft()
-            try:
-                guide.make()
-            except BaseException as error:  # llguidance's panics are no Exceptions
-                _LOG.exception("a mask could not be made")
-                guide.fail(f"the mask of its next token could not be made ({type(error).__name__})")
-            with grammar.turn:
-                goes_on = grammar.is_scheduled = bool(grammar.waiting)
-            if goes_on:
-                self._put(grammar)
-            del guide, grammar  # nothing is kept alive while the queue is empty
+            self._make(grammar, grammar.waiting.popleft())
+            del grammar  # it is kept alive by nothing while the queue is empty
+
+    def _make(self, grammar: Grammar, guide: GrammarGuide) -> None:
+        """The turn of a guide; then the next of its grammar, after other grammars."""
+        try:
+            guide.make()
+        except BaseException as error:  # llguidance's panics are no Exceptions
+            _LOG.exception("a mask could not be made")
+            guide.fail(f"the mask of its next token could not be made ({type(error).__name__})")
+        with grammar.turn:
+            goes_on = grammar.is_scheduled = bool(grammar.waiting)
+        if goes_on:
+            self._put(grammar)
