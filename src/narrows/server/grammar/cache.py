@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
 import llguidance
@@ -123,26 +124,25 @@ class Grammars:
 
     def _find(self, text: str) -> Grammar | None:
         """One that is kept and good for new texts."""
-        found = self._kept.pop(text, None)
-        while found is not None and found.is_broken:
-            found = found.renewed
-        if found is not None:
-            self._kept[text] = found
-        return found
+        kept = self._kept.pop(text, None)
+        if kept is None or (kept := kept.latest()).is_broken:
+            return None
+        self._kept[text] = kept
+        return kept
 
     def _begin(self, text: str) -> _Pending:
         if self._pool.num_waiting >= self._limits.num_waiting:
             message = f"{self._limits.num_waiting} constraints wait already to be compiled; try again later"
             raise QueueFull(message, _RETRY_S)
         pending = self._pending[text] = _Pending(self._pool.submit(text))
-        pending.future.add_done_callback(lambda future: self._done(text, pending))
+        pending.future.add_done_callback(partial(self._done, text))
         return pending
 
-    def _done(self, text: str, pending: _Pending) -> None:
+    def _done(self, text: str, future: Future[Grammar]) -> None:
         """It was compiled, or failed, or was dropped; on whatever thread that was."""
-        future = pending.future
         with self._lock:
-            if self._pending.get(text) is pending:
+            pending = self._pending.get(text)
+            if pending is not None and pending.future is future:
                 del self._pending[text]
             if future.cancelled():
                 return

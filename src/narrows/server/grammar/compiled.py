@@ -85,6 +85,7 @@ class Grammar:
         """Whether its lexer has failed a text, so that it may fail others."""
         self.renewed: Grammar | None = None
         """The same grammar with a lexer of its own, if one was made."""
+        self._renewing = threading.Lock()
         # Guides that wait for their turn; the lane's own.
         self.turn = threading.Lock()
         self.waiting: deque[GrammarGuide] = deque()
@@ -105,11 +106,22 @@ class Grammar:
         """A matcher at the beginning, which shares this grammar's lexer."""
         return self._fresh.deep_copy()
 
+    def latest(self) -> Grammar:
+        """Itself, or the last of those that were made in its place."""
+        found = self
+        while found.renewed is not None:
+            found = found.renewed
+        return found
+
     def renew(self) -> Grammar:
-        """The same grammar with a new lexer, compiled once; not on two threads at a time."""
-        if self.renewed is None:
-            self.renewed = Grammar(self.text, self.nbytes, self._tokens, self.limits, self._memory)
-        return self.renewed
+        """The same grammar with a lexer that has not failed; compiled, where there is none yet."""
+        found = self.latest()
+        if not found.is_broken:
+            return found
+        with found._renewing:
+            if found.renewed is None:
+                found.renewed = Grammar(self.text, self.nbytes, self._tokens, self.limits, self._memory)
+            return found.renewed
 
 
 class GrammarGuide(Guide):
