@@ -8,6 +8,7 @@ import pytest
 
 from narrows.errors import ConfigError
 from narrows.sched.batch import Batch, sample_ref
+from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Limits, Request, Scheduler
 
@@ -251,7 +252,7 @@ def test_a_prompt_that_is_under_way_is_not_held_up_again() -> None:
     assert seen == [(1, 0), (1, 7), (1, 7), (1, 6)]
 
 
-class Countdown:
+class Countdown(Guide):
     """Allows token 8 until it came ``left`` times, then nothing."""
 
     def __init__(self, left: int) -> None:

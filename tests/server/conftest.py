@@ -40,7 +40,7 @@ def make_lab(plain_tokenizer: Tokenizer) -> Iterator[Callable[..., lab.Lab]]:
 
     yield make
     for each in made:
-        each.backend.close()
+        each.close()
 
 
 @pytest.fixture

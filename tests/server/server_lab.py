@@ -21,7 +21,7 @@ import httpx
 from narrows.checkpoints import model_path
 from narrows.errors import ConfigError
 from narrows.sched.sampling import TokenScore
-from narrows.server.app import create_app
+from narrows.server.app import create_app, state_of
 from narrows.server.backend import Draining, Generation, Health, Stats, Update
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.text import GenerationConfig, Tokenizer
@@ -60,6 +60,17 @@ class Live:
     tokens: Sequence[int]
     at: int = 0
     rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+
+def _is_late(live: Live) -> bool:
+    """Whether the mask of its next token is still being made."""
+    return live.generation.guide is not None and not live.generation.guide.ready
+
+
+def _is_fulfilled(live: Live) -> bool:
+    """Whether nothing may follow, as far as is known."""
+    guide = live.generation.guide
+    return guide is not None and guide.ready and not any(guide.allowed())
 
 
 class FakeBackend:
@@ -164,7 +175,11 @@ class FakeBackend:
             with self._lock:
                 if not self._live:
                     self._lock.wait(0.5)
+                elif all(_is_late(live) for live in self._live):
+                    self._lock.wait(0.001)
                 for live in list(self._live):
+                    if _is_late(live):
+                        continue  # it waits alone
                     update = self._step(live)
                     if update.finish_reason:
                         self._live.remove(live)
@@ -180,8 +195,8 @@ class FakeBackend:
         if not live.generation.max_tokens:
             return Update(prompt_logprobs=scores, finish_reason="length")
         new: list[int] = []
-        reason = ""
-        while len(new) < self.per_update and not reason:
+        reason = "stop" if live.at and _is_fulfilled(live) else ""
+        while len(new) < self.per_update and not reason and not _is_late(live):
             if live.at == self.fail_after:
                 return Update(finish_reason="error", error="rank 1 died")
             token = self._choose(live)
@@ -189,7 +204,7 @@ class FakeBackend:
             live.at += 1
             if live.generation.guide is not None:
                 live.generation.guide.advance(token)
-                if not any(live.generation.guide.allowed()):
+                if _is_fulfilled(live):
                     reason = "stop"
             if token in live.generation.end_ids:
                 reason = "stop"
@@ -240,6 +255,12 @@ class Lab:
         }
         self.model = ServedModel(names=(MODEL, "alias"), tokenizer=tokenizer, **(values | model))
         self.app = create_app(self.backend, self.model, options or ServerOptions())
+
+    def close(self) -> None:
+        """End its threads and processes."""
+        self.backend.close()
+        if (guides := state_of(self.app).guides) is not None:
+            guides.close()
 
     def _script(self, generation: Generation) -> list[int]:
         assert self.tokenizer is not None

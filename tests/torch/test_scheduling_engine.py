@@ -12,6 +12,7 @@ import torch
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.errors import ConfigError
+from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request
 
@@ -91,7 +92,7 @@ def test_texts_that_are_put_back_for_other_clients_are_those_of_each_request_alo
         assert [request.output for request in own] == alone
 
 
-class Even:
+class Even(Guide):
     """Allows even tokens below 67 only, one bit each."""
 
     def allowed(self) -> bytes:

@@ -42,6 +42,9 @@ __all__ = ["Engine", "StepInFlight"]
 
 _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
+_MASK_S = 0.002
+_MASK_EACH_S = 0.0002
+"""How long a step is held for the masks of its guided rows: so long, and so long more for each of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,9 @@ class Engine:
         self.scheduler = Scheduler(resolved.limits)
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
+        self._mask_came = threading.Event()
+        self.when_mask_comes: Callable[[], None] = self._mask_came.set
+        """Called, from any thread, when a mask that was late is there, so that :meth:`settle` is worth a call."""
         self._tracer: Tracer | None = None
         self._rehearsed: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
@@ -218,8 +224,14 @@ class Engine:
         """
         while self.scheduler.has_work or self.in_flight:
             # Steps in flight are kept, whoever stops listening when: what comes next may refer to their samples.
-            if self.push() is None or len(self.in_flight) == _AHEAD:
+            yield from self.settle()
+            if self.push() is not None and len(self.in_flight) < _AHEAD:
+                continue
+            if self.in_flight:
                 yield from self.take()
+            elif self.scheduler.late:  # nothing else can run
+                self._mask_came.wait()
+                self._mask_came.clear()
 
     def push(self) -> StepInFlight | None:
         """Schedule the next step and hand it to the ranks, without waiting.
@@ -253,7 +265,26 @@ class Engine:
         touched = self.scheduler.commit(result.ids, result.logprobs, result.scores)
         if self._tracer is not None:
             self._tracer.on_host("commit", start, perf_counter())
-        return touched
+        self._hold_for_masks([request for request in touched if request.mask_late])
+        return list(dict.fromkeys([*touched, *self.settle()]))
+
+    def settle(self) -> list[Request]:
+        """Take in masks that have come late; those requests that have ended by that. Never waits."""
+        ended = self.scheduler.settle() if self.scheduler.late else []
+        for request in self.scheduler.late:
+            assert request.guide is not None, "a mask is awaited of a guide"
+            request.guide.when_ready(self.when_mask_comes)
+        return ended
+
+    def _hold_for_masks(self, requests: list[Request]) -> None:
+        """Wait a little for the masks of this step's requests, so that those that run together go on together.
+
+        The last is asked first: masks are made in the order of their requests, so that one wait is most often enough.
+        """
+        end = perf_counter() + _MASK_S + _MASK_EACH_S * len(requests)
+        for request in reversed(requests):
+            assert request.guide is not None, "a mask is awaited of a guide"
+            request.guide.wait(max(0.0, end - perf_counter()))
 
     def submit(
         self, batch: Batch, *, plan: Plan | None = None, keep_logits: bool = False, first_only: bool = False

@@ -302,6 +302,7 @@ class EngineService:
                 touched, worked = engine.take(), True
                 self._time_oldest(engine)
                 self._count(step)
+            touched += engine.settle()
             if step := engine.push():
                 worked = True
                 self._handed_out(engine, step)
@@ -392,9 +393,10 @@ class EngineService:
         Where nothing runs, what steps may ask for is made, a piece at a time, and whoever comes waits for one of them:
         first plans, a few milliseconds each, then rehearsals, each as long as a step.
         """
-        while not (self._awake or engine.in_flight) and (plan := engine.books.plan_ahead()) is not None:
+        busy = engine.in_flight or engine.scheduler.late
+        while not (self._awake or busy) and (plan := engine.books.plan_ahead()) is not None:
             engine.prepare((plan,))
-        if not (self._awake or engine.in_flight) and (rehearsal := engine.rehearse_ahead()) is not None:
+        if not (self._awake or busy) and (rehearsal := engine.rehearse_ahead()) is not None:
             rehearsal.add_done_callback(self._wake)
         with self._changed:
             if not self._awake:
@@ -413,6 +415,7 @@ class EngineService:
         """Serve with this engine from now on; it is closed with the service, whatever happens here."""
         with self._changed:
             self._engine = engine
+        engine.when_mask_comes = self._wake
         self._has_clocks = is_done_when_called(self._resolved.asked.run_on) and self._resolved.mesh.size > 1
         if self._has_clocks:
             engine.instrument(CollectiveClock)
@@ -439,6 +442,8 @@ class EngineService:
         begun = [ticket for ticket in self._of_request.values() if ticket.request.num_fed or not again]
         for ticket in begun:
             self._forget(ticket)
+            if ticket.request.guide is not None:
+                ticket.request.guide.end()
             tell(ticket, Update(finish_reason="error", error=f"the ranks failed while this text was made: {reason}"))
         waiting = [*self._of_request.values(), *arrived]
         self._of_request.clear()

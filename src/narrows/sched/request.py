@@ -64,6 +64,8 @@ class Request:
     """Samples that have been scheduled; those not yet in ``output`` are still on the ranks."""
     num_scored: int = 0
     """Rows of the prompt whose scores have been scheduled."""
+    mask_late: bool = False
+    """Whether its guide was seen still making the mask of the next token."""
     last_slot: int = -1
     """Where its newest sample stands among the samples of the step it was scheduled in."""
     hashes: list[bytes] = field(default_factory=list)
@@ -102,7 +104,7 @@ class Request:
     @property
     def wants_rows(self) -> bool:
         """Whether rows may be scheduled: it takes more samples, and what they depend on is known."""
-        return not self.is_through and (self.guide is None or not self.awaits_sample)
+        return not self.is_through and (self.guide is None or not (self.awaits_sample or self.mask_late))
 
     @property
     def is_through(self) -> bool:

@@ -56,6 +56,8 @@ class Scheduler:
         self.running: list[list[Request]] = [[] for _ in range(limits.num_groups)]
         self.pools = [PagePool(limits.pages_per_group) for _ in range(limits.num_groups)]
         self.shares = Shares(limits)
+        self.late: list[Request] = []
+        """Guided requests whose next mask is not there yet; :meth:`settle` looks again."""
         self._ended: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._steps_held = 0
@@ -81,6 +83,7 @@ class Scheduler:
         self._num_added += 1
         insort(self.waiting, request, key=_TURN)
         self.shares.came(request)
+        self._see_mask(request)
 
     def check(self, request: Request) -> None:
         """Cut its ``max_tokens`` to the context, and see whether it can run here. Any thread may ask.
@@ -115,13 +118,14 @@ class Scheduler:
                 f"the request needs KV cache for {request.most_tokens} tokens, but a group has "
                 f"{limits.tokens_per_group}; ask for fewer tokens or raise --kv-tokens to {request.most_tokens}"
             )
-        if request.guide is not None and not any(request.guide.allowed()):
+        if request.guide is not None and request.guide.ready and not any(request.guide.allowed()):
             raise ConfigError("the constraint on the answer allows no first token; change it")
 
     # -- the next step -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Batch | None:
-        """The next step, or None when no request has a row to run: never while there is work and none in flight."""
+        """The next step, or None when no request has a row to run: while there is work, because samples or masks are
+        awaited."""
         assert len(self._in_flight) <= 1, "a token can refer to the previous step's samples only: commit a step first"
         chunks: list[list[Chunk]] = [[] for _ in self.running]
         self._make_room()
@@ -327,7 +331,27 @@ class Scheduler:
             self._output_tokens += 1
             if reason := _ended_with(request, sampled_ids[slot]):
                 self._finish(request, reason)
+            elif request.guide is not None:
+                request.guide.advance(sampled_ids[slot])
+                self._see_mask(request)
         return touched
+
+    def settle(self) -> list[Request]:
+        """Look again for masks that were late; those requests that ended because nothing may follow."""
+        late, self.late = self.late, []
+        for request in late:
+            self._see_mask(request)
+        return [request for request in late if request.finish_reason]
+
+    def _see_mask(self, request: Request) -> None:
+        """Whether its next mask is there, and if so, whether anything may follow. Never waits for it."""
+        if request.guide is None:
+            return
+        request.mask_late = not request.guide.ready
+        if request.mask_late:
+            self.late.append(request)
+        elif not any(request.guide.allowed()):
+            self._finish(request, "stop")  # the constraint is fulfilled
 
     def abort(self, request: Request, reason: str = "abort") -> None:
         """End a request now, for ``reason``; what it still has in flight is dropped."""
@@ -336,6 +360,10 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
+        if request.guide is not None:
+            request.guide.end()
+        if request.mask_late:
+            self.late.remove(request)
         if request.num_fed:
             self._ended.append(request.id)
         self.shares.ended(request, self._num_steps, ran=request.group >= 0)
@@ -396,6 +424,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Pages are free, cached, or held by running requests; found by what is in them; turns are in order."""
         check_integrity(self.limits, self.waiting, self.running, self.pools)
+        for request in self.late:
+            assert request.mask_late and not request.finish_reason, "a mask is awaited for no request"
 
 
 def _rows_ahead(order: Sequence[Request], request: Request) -> tuple[int, int]:
@@ -406,13 +436,7 @@ def _rows_ahead(order: Sequence[Request], request: Request) -> tuple[int, int]:
 
 
 def _ended_with(request: Request, token: int) -> str:
-    """Why the request ends with this token, its newest; empty if it goes on. Tells its guide of the token."""
+    """Why the request ends with this token, its newest; empty if it goes on."""
     if token in request.eos_ids:
         return "stop"
-    if len(request.output) >= request.max_tokens:
-        return "length"
-    if request.guide is not None:
-        request.guide.advance(token)
-        if not any(request.guide.allowed()):
-            return "stop"  # the constraint is fulfilled, and nothing may follow
-    return ""
+    return "length" if len(request.output) >= request.max_tokens else ""

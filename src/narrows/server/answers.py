@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from narrows.server.errors import ApiError, ClientGoneError, error_body
 
 __all__ = ["DataLines", "EventStream", "JsonAnswer", "Wire", "error_answer", "named_event", "unless_gone"]
+
+T = TypeVar("T")
 
 _LAST_WORDS_S = 1.0
 """How long a stream that is over its time waits for a slow reader to take the error in."""
@@ -81,9 +83,9 @@ def named_event(event: dict[str, Any]) -> bytes:
 
 
 async def unless_gone(
-    request: Request, work: Coroutine[Any, Any, Response], *, timeout_s: float, close: Callable[[], None]
-) -> Response:
-    """The answer that ``work`` makes; it is cancelled when the client disconnects or the time is over.
+    request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None]
+) -> T:
+    """What ``work`` makes; it is cancelled when the client disconnects or the time is over.
 
     ``close`` is called in any case, at the end.
 

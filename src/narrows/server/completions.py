@@ -13,8 +13,8 @@ from narrows.sched.sampling import SamplingParams, TokenScore
 from narrows.server.answers import JsonAnswer
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
-from narrows.server.forms import asked_form, make_guide
-from narrows.server.guides import GrammarGuide
+from narrows.server.forms import Constraint, asked_form
+from narrows.server.grammar.compiled import GrammarGuide
 from narrows.server.logprobs import LogprobColumns
 from narrows.server.respond import Job, respond
 from narrows.server.running import Running
@@ -56,12 +56,12 @@ def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
     runs = bool(max_tokens) or scored is not None
     for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
         for choice in range(body.num_choices):
-            guide = make_guide(state, [form[0]], form[1]) if form and max_tokens else None
             echoed = text if isinstance(text, str) else None
-            choices.append(_Choice(state, body, len(choices), at, prompt, echoed, guide))
-            generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, guide))
+            choices.append(_Choice(state, body, len(choices), at, prompt, echoed))
+            generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice))
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
-    return Job(body, head, sum(map(len, prompts)), choices, generations if runs else [])
+    constraint = Constraint(forms=(form[0],), param=form[1]) if form and max_tokens else None
+    return Job(body, head, sum(map(len, prompts)), choices, generations if runs else [], constraint)
 
 
 def _check(body: CompletionRequest) -> None:
@@ -91,7 +91,6 @@ def _generation(
     end_ids: frozenset[int],
     sampling: SamplingParams,
     choice: int,
-    guide: GrammarGuide | None,
 ) -> Generation:
     return Generation(
         prompt=prompt,
@@ -99,7 +98,6 @@ def _generation(
         end_ids=end_ids,
         sampling=ServerState.of_choice(sampling, choice),
         priority=body.priority or 0,
-        guide=guide,
     )
 
 
@@ -114,13 +112,12 @@ class _Choice:
         prompt_index: int,
         prompt: tuple[int, ...],
         echoed: str | None,
-        guide: GrammarGuide | None,
     ) -> None:
         self.index = index
         self.count = Count(prompt_index)
         self.finish_reason: str | None = None
         self._prompt = prompt
-        self._guide = guide
+        self.guide: GrammarGuide | None = None
         tokenizer = state.model.tokenizer
         skips = body.skip_special_tokens is not False
         self._end_ids = state.end_ids(body)
@@ -160,8 +157,8 @@ class _Choice:
 
     def end(self, reason: str) -> None:
         """No more tokens come."""
-        if self._guide is not None and self._guide.problem:
-            raise invalid(f"the text had to end before its form was complete: {self._guide.problem}")
+        if self.guide is not None and self.guide.problem:
+            raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
         self.text += self._text.finish()
         self.finish_reason = "stop" if self._text.stopped else reason
 

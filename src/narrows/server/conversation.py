@@ -9,7 +9,7 @@ from typing import Any
 
 from narrows.server.backend import Generation
 from narrows.server.errors import invalid
-from narrows.server.forms import asked_form, make_guide
+from narrows.server.forms import Constraint, asked_form
 from narrows.server.guides import Form
 from narrows.server.prompts import render_chat
 from narrows.server.reasoning import begins_inside
@@ -44,8 +44,7 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *,
     sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     turns, generations = [], []
     for index in range(body.num_choices):
-        guide = make_guide(state, forms, param, reasoning=state.reasons, inside=inside) if forms else None
-        turns.append(Turn(state, body, index, use, inside, guide))
+        turns.append(Turn(state, body, index, use, inside))
         generations.append(
             Generation(
                 prompt=ids,
@@ -53,10 +52,12 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *,
                 end_ids=state.end_ids(body),
                 sampling=ServerState.of_choice(sampling, index),
                 priority=body.priority or 0,
-                guide=guide,
             )
         )
-    return Job(body, head, len(ids), turns, generations)
+    constraint = None
+    if forms:
+        constraint = Constraint(forms=tuple(forms), param=param, reasoning=state.reasons, inside=inside)
+    return Job(body, head, len(ids), turns, generations, constraint)
 
 
 def conversation_prompt(state: ServerState, body: ChatRequest) -> tuple[str, tuple[int, ...]]:

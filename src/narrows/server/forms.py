@@ -5,15 +5,17 @@ Knows fields; not how a form is kept.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from narrows.errors import ConfigError
-from narrows.server.errors import invalid
-from narrows.server.guides import Form, GrammarGuide, choice_form, json_form, regex_form
+from narrows.errors import ConfigError, NarrowsError
+from narrows.server.errors import invalid, refused
+from narrows.server.grammar.compiled import GrammarGuide
+from narrows.server.guides import Form, choice_form, json_form, regex_form
 from narrows.server.schema.common import GenerationFields, StructuredOutputs
 from narrows.server.state import ServerState
 
-__all__ = ["asked_form", "make_guide"]
+__all__ = ["Constraint", "asked_form", "make_guides"]
 
 
 def asked_form(body: GenerationFields) -> tuple[Form, str] | None:
@@ -31,20 +33,34 @@ def asked_form(body: GenerationFields) -> tuple[Form, str] | None:
     return found[0] if found else None
 
 
-def make_guide(
-    state: ServerState, forms: list[Form], param: str, *, reasoning: bool = False, inside: bool = False
-) -> GrammarGuide:
-    """A new guide for one generation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """What the texts of a request have to be: one of ``forms``, as the field ``param`` asks.
+
+    ``reasoning``: a thought may come first; ``inside``: it has begun already.
+    """
+
+    forms: tuple[Form, ...]
+    param: str
+    reasoning: bool = False
+    inside: bool = False
+
+
+async def make_guides(state: ServerState, asked: Constraint, count: int) -> list[GrammarGuide]:
+    """New guides, one for each of so many generations.
 
     Raises:
-        ApiError: 400, naming ``param``: the form cannot be kept.
+        ApiError: 400, naming the field: the form cannot be kept; 429: too many others wait.
     """
+    param = asked.param
     if state.guides is None:
         raise invalid(f"{state.model.names[0]} has no tokenizer.json, so {param} cannot be kept", param)
     try:
-        return state.guides.guide(forms, reasoning=reasoning, inside=inside)
+        return await state.guides.guides(asked.forms, count, reasoning=asked.reasoning, inside=asked.inside)
     except ConfigError as error:
         raise invalid(f"{param}: {error}", param) from error
+    except NarrowsError as error:
+        raise refused(error, param) from error
 
 
 def _of_response_format(body: GenerationFields) -> list[tuple[Form, str]]:

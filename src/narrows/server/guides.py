@@ -1,20 +1,26 @@
-"""What a text may look like, as a grammar, and the guide that holds a generation to it token by token.
+"""What a text may look like, as a grammar, and the guides that hold generations to it token by token.
 
-Knows llguidance, grammars and token ids; not requests over HTTP, nor how tokens are chosen.
+Knows forms, grammars and a model's tokens; not requests over HTTP, nor how tokens are chosen. How grammars are compiled
+and followed is said in :mod:`narrows.server.grammar`.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
 from typing import Any
 
 import llguidance
 
-from narrows.errors import ConfigError
+from narrows.server.grammar.cache import Grammars
+from narrows.server.grammar.compiled import GrammarGuide
+from narrows.server.grammar.limits import GrammarLimits
+from narrows.server.grammar.masks import MaskThreads
+from narrows.server.grammar.process import TrialProcess
+from narrows.server.grammar.trial import told_to
 from narrows.server.json_rule import json_rule
 from narrows.server.reasoning import CLOSE, OPEN
 from narrows.text import Tokenizer
@@ -46,43 +52,26 @@ def choice_form(texts: Sequence[str]) -> Form:
     return Form("choice", f"choice: {' | '.join(json.dumps(text) for text in texts)}")
 
 
-class GrammarGuide:
-    """One generation's constraint: a :class:`~narrows.sched.guide.Guide`.
-
-    When nothing may follow, or the grammar became too large to go on (``problem``), no token is allowed any more.
-    """
-
-    def __init__(self, matcher: llguidance.LLMatcher, num_bytes: int) -> None:
-        self._matcher = matcher
-        self._nothing = bytes(num_bytes)
-        self._mask: bytes | None = None
-
-    @property
-    def problem(self) -> str:
-        """Why the text had to end before its form was fulfilled; empty if it did not."""
-        return " ".join(self._matcher.get_error().split()) if self._matcher.is_error() else ""
-
-    def allowed(self) -> bytes:
-        """The tokens that may come next, one bit each; those that end the text are among them where it may end."""
-        if self._mask is None:
-            mask = self._nothing if self._matcher.is_stopped() else self._matcher.compute_bitmask()
-            self._mask = self._nothing if self._matcher.is_error() else mask
-        return self._mask
-
-    def advance(self, token: int) -> None:
-        """Take in the token that was chosen."""
-        self._mask = None
-        self._matcher.consume_token(token)
-
-
 class GuideMaker:
     """Makes guides for one model's tokens. Safe to share between threads."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, end_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        end_ids: Collection[int],
+        limits: GrammarLimits | None = None,
+        num_trials: int = 2,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._end_ids = sorted(end_ids)
-        self._lock = Lock()
+        self._lock = threading.Lock()
+        self.limits = limits or GrammarLimits()
+        self.trials = [TrialProcess(self._told, self.limits) for _ in range(num_trials)]
+        self.grammars = Grammars(lambda: self.tokens, self.trials, self.limits)
+        self._masks = MaskThreads()
 
     def literal(self, text: str) -> str:
         """``text`` in a Lark rule. What the tokenizer holds as special tokens stands there as such."""
@@ -97,22 +86,25 @@ class GuideMaker:
             plain = plain[at + len(name) :]
         return " ".join([*parts, *([json.dumps(plain)] if plain or not parts else [])])
 
-    def guide(self, forms: Sequence[Form], *, reasoning: bool = False, inside: bool = False) -> GrammarGuide:
-        """The text is one of ``forms``. ``reasoning``: a thought may come first; ``inside``: it has begun already.
+    async def guides(
+        self, forms: Sequence[Form], count: int, *, reasoning: bool = False, inside: bool = False
+    ) -> list[GrammarGuide]:
+        """A guide for each of ``count`` texts, which are one of ``forms``.
+
+        ``reasoning``: a thought may come first; ``inside``: it has begun already. Whoever is cancelled meanwhile leaves
+        no work behind.
 
         Raises:
-            ConfigError: a form that is not valid, or asks for more than can be done; the message says what.
+            ConfigError: a form that is not valid, or passes a limit; the message says what.
+            QueueFull: too many other grammars wait, or take too much memory.
         """
-        grammar = self._grammar(forms, reasoning=reasoning, inside=inside)
-        with self._lock:  # the tokenizer's table is made once
-            tokens = self._tokens
-        problem = llguidance.LLMatcher.validate_grammar(grammar, tokens)
-        if problem and not problem.startswith("WARNING"):
-            raise ConfigError(_first_line(problem))
-        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
-        if matcher.is_error():
-            raise ConfigError(_first_line(matcher.get_error()))
-        return GrammarGuide(matcher, -(-self._vocab_size // 32) * 4)
+        grammar = await self.grammars.get(self._grammar(forms, reasoning=reasoning, inside=inside))
+        return [GrammarGuide(grammar, self._masks) for _ in range(count)]
+
+    def close(self) -> None:
+        """End the threads and processes that compile grammars and make masks."""
+        self.grammars.close()
+        self._masks.close()
 
     def _grammar(self, forms: Sequence[Form], *, reasoning: bool, inside: bool) -> str:
         rules = [f"body: {' | '.join(form.name for form in forms)}", *(form.rules for form in forms)]
@@ -132,13 +124,17 @@ class GuideMaker:
         ids = filter(tokenizer.is_special, range(tokenizer.vocab_size))
         return {tokenizer.decode([token], skip_special_tokens=False): token for token in ids}
 
+    @property
+    def tokens(self) -> llguidance.LLTokenizer:
+        """The model's tokens; made once, in some tenths of a second for a large vocabulary, without letting go."""
+        with self._lock:
+            return self._tokens
+
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:
         return llguidance.LLTokenizer(
             self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._end_ids or None
         )
 
-
-def _first_line(problem: str) -> str:
-    """llguidance says more below, about its own state."""
-    return next((line.strip() for line in problem.splitlines() if line.strip()), "not valid")[:500]
+    def _told(self) -> dict[str, Any]:
+        return told_to(self._tokenizer.to_json(), self._vocab_size, self._end_ids, self.limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -14,6 +14,8 @@ from narrows.sched.limits import MOST_PRIORITY
 from narrows.server.answers import DataLines, EventStream, Wire, unless_gone
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
+from narrows.server.forms import Constraint, make_guides
+from narrows.server.grammar.compiled import GrammarGuide
 from narrows.server.limits import key_of
 from narrows.server.running import Running
 from narrows.server.schema.common import GenerationFields
@@ -24,7 +26,9 @@ __all__ = ["Choice", "Job", "respond"]
 
 
 class Choice(Protocol):
-    """One text on its way."""
+    """One text on its way. ``guide``: what holds it to its form, if there is one."""
+
+    guide: GrammarGuide | None
 
     @property
     def count(self) -> Count:
@@ -42,7 +46,10 @@ ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[BodyT, ChoiceT]):
-    """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run."""
+    """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run.
+
+    ``constraint``: what the texts have to be; their guides are made when the job is answered.
+    """
 
     body: BodyT
     head: dict[str, Any]
@@ -50,6 +57,7 @@ class Job(Generic[BodyT, ChoiceT]):
     num_prompt_tokens: int
     choices: list[ChoiceT]
     generations: list[Generation]
+    constraint: Constraint | None = None
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -89,8 +97,15 @@ async def respond(
     timeout_s = state.options.request_timeout_s
     _check_priority(state, job.body)
     state.check_logprobs(job.generations)
+    generations = job.generations
+    if job.constraint is not None:
+        making = make_guides(state, job.constraint, len(job.choices))
+        guides = await unless_gone(request, making, timeout_s=timeout_s, close=lambda: None)
+        for choice, guide in zip(job.choices, guides, strict=True):
+            choice.guide = guide
+        generations = [replace(each, guide=guide) for each, guide in zip(generations, guides, strict=False)]
     running = state.running(_client_of(state, request))
-    await running.submit(job.generations, param)
+    await running.submit(generations, param)
     if job.body.stream:
         return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=running.close)
     return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)

@@ -7,7 +7,7 @@ from typing import Any
 from narrows.server.backend import Update
 from narrows.server.errors import invalid
 from narrows.server.events import Event, ToolCall, joined
-from narrows.server.guides import GrammarGuide
+from narrows.server.grammar.compiled import GrammarGuide
 from narrows.server.logprobs import chat_logprob
 from narrows.server.output import OutputParser
 from narrows.server.reasoning import ReasoningSplit
@@ -30,13 +30,12 @@ class Turn:
         index: int,
         use: ToolUse,
         inside: bool,
-        guide: GrammarGuide | None,
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.count = Count()
         self._tokenizer = state.tokenizer
-        self._guide = guide
+        self.guide: GrammarGuide | None = None
         self._text = GeneratedText(
             state.tokenizer,
             stop=body.stops,
@@ -75,8 +74,8 @@ class Turn:
         return False
 
     def _end(self, reason: str) -> None:
-        if self._guide is not None and self._guide.problem:
-            raise invalid(f"the text had to end before its form was complete: {self._guide.problem}")
+        if self.guide is not None and self.guide.problem:
+            raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
         if text := self._text.finish():
             self._add(self._parser.push(text))
         self._add(self._parser.finish())

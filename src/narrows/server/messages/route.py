@@ -34,15 +34,16 @@ async def create_message(state: ServerState, body: MessagesRequest, request: Req
     name = state.check_model(body.model)
     job = await state.pools.prepare(request, _job, state, body)
     writer = MessageWriter(name)
-    return await respond(
-        state,
-        request,
-        job,
-        "messages",
-        stream=partial(_stream, writer),
-        whole=partial(_whole, writer),
-        wire=_Wire(),
-    )
+    with renamed(CHAT_NAMES):
+        return await respond(
+            state,
+            request,
+            job,
+            "messages",
+            stream=partial(_stream, writer),
+            whole=partial(_whole, writer),
+            wire=_Wire(),
+        )
 
 
 async def count_tokens(state: ServerState, body: CountRequest, request: Request) -> Response:

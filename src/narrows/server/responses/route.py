@@ -33,15 +33,16 @@ async def create_response(state: ServerState, body: ResponsesRequest, request: R
     name = state.check_model(body.model)
     job = await state.pools.prepare(request, _job, state, body, name)
     writer = ResponseWriter(_head(body, job, name), scored=bool(job.body.logprobs))
-    return await respond(
-        state,
-        request,
-        job,
-        "input",
-        stream=partial(_stream, writer),
-        whole=partial(_whole, writer),
-        wire=_Wire(writer),
-    )
+    with renamed(CHAT_NAMES):
+        return await respond(
+            state,
+            request,
+            job,
+            "input",
+            stream=partial(_stream, writer),
+            whole=partial(_whole, writer),
+            wire=_Wire(writer),
+        )
 
 
 def _job(state: ServerState, body: ResponsesRequest, name: str) -> Conversation:

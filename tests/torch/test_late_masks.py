@@ -1,0 +1,158 @@
+"""Late masks through engine and service: the others' steps go on; the late text goes on, ends, or is aborted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.core import Engine
+from narrows.engine.service import EngineService
+from narrows.sched.guide import Guide
+from narrows.sched.sampling import GREEDY
+from narrows.sched.serving import Generation, Update
+
+TinyModel = Callable[..., Path]
+EVEN, NOTHING = b"\x55" * 9, b"\x00" * 9
+
+
+class Held(Guide):
+    """Its first mask is there; each later one is made on a thread, when ``gate`` is open."""
+
+    def __init__(self, *, open_: bool = False, masks: int = 100) -> None:
+        self.gate = threading.Event()
+        self.left = masks
+        self.num_taken = 0
+        self.has_ended = threading.Event()
+        self._mask = EVEN
+        self._there = True
+        self._call: Callable[[], None] | None = None
+        if open_:
+            self.gate.set()
+
+    def allowed(self) -> bytes:
+        assert self._there
+        return self._mask
+
+    def advance(self, token: int) -> None:
+        assert token % 2 == 0
+        self.num_taken += 1
+        self._call, self._there = None, False
+        threading.Thread(target=self._make, daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        return self._there
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        self._call = call
+        if self._there:
+            call()
+
+    def end(self) -> None:
+        self.has_ended.set()
+
+    def _make(self) -> None:
+        assert self.gate.wait(60)
+        self.left -= 1
+        self._mask = EVEN if self.left else NOTHING
+        self._there = True
+        if (call := self._call) is not None:
+            call()
+
+
+class Caller:
+    def __init__(
+        self, service: EngineService, prompt: tuple[int, ...], max_tokens: int, guide: Guide | None = None
+    ) -> None:
+        self.tokens: list[int] = []
+        self.reason = ""
+        self.over = threading.Event()
+        self.first = threading.Event()
+        asked = Generation(prompt=prompt, max_tokens=max_tokens, sampling=GREEDY, guide=guide)
+        self.number = service.submit(asked, self._take)
+
+    def _take(self, update: Update) -> None:
+        self.tokens += update.token_ids
+        self.reason = update.finish_reason
+        self.first.set()
+        if update.finish_reason:
+            self.over.set()
+
+    def wait(self) -> str:
+        assert self.over.wait(60), "it did not end"
+        return self.reason
+
+
+@pytest.fixture
+def service(tiny_model: TinyModel) -> Iterator[EngineService]:
+    options: dict[str, Any] = {"dtype": "float32", "max_context": 64, "page_size": 4}
+    made = EngineService(resolve(EngineConfig(model=str(tiny_model("llama")), **options)), max_queue=64, restart=True)
+    made.start()
+    yield made
+    made.close()
+
+
+def test_the_others_go_on_while_one_mask_is_late_and_its_text_goes_on_when_it_comes(service: EngineService) -> None:
+    guide = Held()
+    late = Caller(service, (1, 2, 3), 6, guide)
+    assert late.first.wait(60)
+    others = [Caller(service, (5, number), 40) for number in range(3)]
+    assert [other.wait() for other in others] == ["length"] * 3
+    assert len(late.tokens) == 1 and not late.over.is_set()
+    guide.gate.set()
+    assert late.wait() == "length" and len(late.tokens) == 6 and guide.num_taken == 5
+
+
+def test_masks_that_come_from_threads_give_the_text_of_masks_that_are_there(
+    service: EngineService, tiny_model: TinyModel
+) -> None:
+    class Even(Guide):
+        def allowed(self) -> bytes:
+            return EVEN
+
+        def advance(self, token: int) -> None:
+            assert token % 2 == 0
+
+    expected = Caller(service, (1, 2, 3), 12, Even())
+    expected.wait()
+    threaded = Caller(service, (1, 2, 3), 12, Held(open_=True))
+    assert threaded.wait() == "length" and threaded.tokens == expected.tokens
+    config = EngineConfig(model=str(tiny_model("llama")), dtype="float32", max_context=64)
+    with Engine(resolve(config)) as engine:  # without a service there is nobody to wake
+        alone = engine.add((1, 2, 3), 12, sampling=GREEDY, guide=Held(open_=True))
+        for _ in engine.run():
+            engine.scheduler.check_integrity()
+    assert alone.output == expected.tokens
+
+
+def test_a_late_mask_that_allows_nothing_ends_the_text(service: EngineService) -> None:
+    guide = Held(masks=1)
+    late = Caller(service, (1, 2, 3), 6, guide)
+    assert late.first.wait(60) and not late.over.is_set()
+    guide.gate.set()
+    assert late.wait() == "stop" and len(late.tokens) == 1 and guide.has_ended.wait(60)
+
+
+def test_an_abort_while_the_mask_is_late_frees_its_pages(service: EngineService) -> None:
+    guide = Held()
+    late = Caller(service, (1, 2, 3), 6, guide)
+    assert late.first.wait(60)
+    service.abort(late.number)
+    assert late.wait() == "abort" and guide.has_ended.wait(60)
+    assert Caller(service, (5, 6), 3).wait() == "length"
+    assert service.stats().kv_pages_used == 0 and service.stats().running == 0
+    guide.gate.set()
+
+
+def test_a_drain_waits_for_late_masks(service: EngineService) -> None:
+    guide = Held()
+    late = Caller(service, (1, 2, 3), 6, guide)
+    assert late.first.wait(60)
+    assert not service.drain(0.05)
+    guide.gate.set()
+    assert service.drain(60) and late.wait() == "length" and len(late.tokens) == 6
