@@ -229,6 +229,18 @@ def test_a_less_urgent_flood_yields_and_a_less_urgent_request_takes_nothing() ->
     assert places(scheduler) == {"flood": 3, "a": 1}
 
 
+def test_for_a_less_urgent_request_nothing_is_put_back_and_it_passes_nobody() -> None:
+    scheduler = Scheduler(Limits(requests_per_group=4))
+    add(scheduler, *(text(number, "many", max_tokens=5 if number else 2) for number in range(4)))
+    step(scheduler)
+    scheduler.add(less := text(20, "b", priority=1))
+    step(scheduler)
+    assert (places(scheduler), scheduler.stats().preemptions) == ({"many": 3}, 0), "the first has ended by itself"
+    scheduler.add(more := text(4, "many"))
+    step(scheduler)
+    assert (more.group, less.group) == (0, -1)
+
+
 def test_urgent_texts_go_before_others_whatever_their_clients_run_and_share_among_themselves() -> None:
     scheduler = Scheduler(Limits(requests_per_group=4))
     add(scheduler, *(text(number, "urgent", priority=-100, max_tokens=1000) for number in range(9)))
