@@ -48,7 +48,7 @@ def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
     prompts = [_encode(state, body, prompt) for prompt in body.prompts]
     state.check_amount(len(prompts), body.num_choices)
     longest = max(len(prompt) for prompt in prompts)
-    max_tokens = state.max_tokens(body.max_tokens, body.min_tokens, _DEFAULT_TOKENS, longest, "prompt")
+    max_tokens = state.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, longest, "prompt")
     form = asked_form(body)
     scored = body.logprobs if body.echo else None
     sampling = state.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored)
@@ -67,8 +67,6 @@ def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
 
 
 def _check(body: CompletionRequest) -> None:
-    if body.suffix:
-        raise invalid("suffix is not supported: this server only goes on where a prompt ends", "suffix")
     if body.best_of is not None and body.best_of != body.num_choices:
         raise invalid(f"best_of is {body.best_of}; it must equal n, which is {body.num_choices}", "best_of")
     if body.stream_options is not None and not body.stream:

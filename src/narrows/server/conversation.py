@@ -10,12 +10,12 @@ from typing import Any
 from narrows.errors import ConfigError
 from narrows.server.backend import Generation
 from narrows.server.errors import invalid, refused
-from narrows.server.forms import asked_form, make_guide
+from narrows.server.forms import asked_form, closed, make_guide
 from narrows.server.guides import Form
 from narrows.server.prompts import render_chat
 from narrows.server.reasoning import begins_inside
 from narrows.server.respond import Job
-from narrows.server.schema.chat import ChatRequest
+from narrows.server.schema.chat import ChatRequest, Function
 from narrows.server.state import ServerState
 from narrows.server.tool_use import ToolUse, tool_use
 from narrows.server.turn import Turn
@@ -35,7 +35,7 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *,
     """
     use = tool_use(state, body)
     prompt, ids = _prompt(state, body, use)
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.most_tokens
     if capped and asked is not None:
         asked = min(asked, max(1, state.model.max_context - len(ids)))
     max_tokens = state.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
@@ -96,7 +96,7 @@ def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Fo
     calls = None
     if use.tools and (asked is not None or use.must):
         assert state.tools is not None and state.guides is not None, "checked: a format needs a tokenizer"
-        functions = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in use.tools]
+        functions = [(tool.function.name, _arguments(tool.function)) for tool in use.tools]
         calls = Form("calls", state.tools.grammar(functions, state.guides.literal, use.many))
     if use.must:
         if asked is not None:
@@ -106,3 +106,10 @@ def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Fo
         return [calls] if calls is not None else [], "tools"
     forms = [asked[0]] if asked is not None else []
     return [*forms, *([calls] if calls is not None else [])], asked[1] if asked is not None else "tools"
+
+
+def _arguments(function: Function) -> dict[str, Any]:
+    """The JSON schema of a function's arguments."""
+    if not function.parameters:
+        return {"type": "object"}
+    return closed(function.parameters, "tools") if function.strict else function.parameters

@@ -31,7 +31,6 @@ class CompletionRequest(GenerationFields):
     )
     return_tokens_as_token_ids: bool | None = Field(default=None, description="write tokens as token_id:123")
     best_of: int | None = Field(default=None, ge=1, description="must equal n")
-    suffix: str | None = Field(default=None, description="not supported; must be empty")
 
     @property
     def prompts(self) -> list[str | list[int]]:
