@@ -128,7 +128,13 @@ class _Choice:
         tokenizer = state.model.tokenizer
         skips = body.skip_special_tokens is not False
         self._end_ids = state.end_ids(body)
-        self._text = GeneratedText(tokenizer, stop=body.stops, end_ids=self._end_ids, skip_special_tokens=skips)
+        self._text = GeneratedText(
+            tokenizer,
+            stop=body.stops,
+            keep_stop=body.keeps_stop,
+            end_ids=self._end_ids,
+            skip_special_tokens=skips,
+        )
         self._columns: LogprobColumns | None = None
         if body.logprobs is not None:
             as_ids = bool(body.return_tokens_as_token_ids)

@@ -43,6 +43,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = frozenset(added)
         self._silent = frozenset(i for i, token in added.items() if token.special)
+        self._special = {token.content: i for i, token in added.items() if token.special}
         eos_id = backend.token_to_id(self._named["eos_token"]) if "eos_token" in self._named else None
         self._eos_ids = files.eos_ids | (frozenset() if eos_id is None else {eos_id})
         # ByteFallback turns tokens named <0x41> into bytes, and no other decoder does.
@@ -125,6 +126,11 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Whether ``token`` is a special token, which texts leave out."""
         return token in self._silent
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of all special tokens by their text."""
+        return self._special
 
     def bytes_of(self, token: int) -> bytes:
         """What ``token`` alone stands for; may be part of a character. Empty for an id that the tokenizer lacks."""
