@@ -35,6 +35,9 @@ def asked_form(body: GenerationFields) -> Asked | None:
         raise invalid(f"{names} both say what the text looks like; leave one out", found[1][1])
     if found and body.min_tokens:
         raise invalid(f"min_tokens does not go with {found[0][1]}: the form decides where the text ends", "min_tokens")
+    if found and body.allowed_token_ids is not None:
+        message = f"allowed_token_ids and {found[0][1]} both say which tokens may come; leave one out"
+        raise invalid(message, "allowed_token_ids")
     return found[0] if found else None
 
 

@@ -1,7 +1,7 @@
 """Stop strings with special tokens in them, over a text that leaves special tokens out. Knows text and ids only.
 
-A special token that a stop string names gets a mark, half of a surrogate pair, which no decoded text has. The mark is put
-into the text that is searched, and taken out of what is passed on.
+A special token that a stop string names gets a mark, half of a surrogate pair, which no decoded text has. The mark is
+put into the text that is searched, and taken out of what is passed on.
 """
 
 from __future__ import annotations

@@ -108,6 +108,13 @@ class Tokenizer:
                 f"(U+{ord(text[half]):04X}); remove it or send the whole pair"
             ) from None
 
+    @cached_property
+    def added_around(self) -> tuple[int, int]:
+        """How many special tokens ``encode`` adds before a text, and how many after it."""
+        plain, whole = self.encode("a", add_special_tokens=False), self.encode("a")
+        before = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        return before, max(len(whole) - len(plain) - before, 0)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ids the tokenizer lacks become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
