@@ -31,7 +31,6 @@ _TAGS = "structural tags are not read here; use a grammar, or tools with tool_ch
 _CUT_REASONING = "reasoning has no budget of its own here; use max_completion_tokens"
 
 REFUSED: Mapping[str, Refused] = {
-    "allowed_tools": Refused("it belongs into tool_choice"),
     "audio": Refused(_NO_MEDIA),
     "bad_words": Refused("words cannot be forbidden; use logit_bias with -100 for tokens, or a grammar", ([],)),
     "best_of": Refused("texts are not ranked; use n", (1,)),
@@ -41,7 +40,6 @@ REFUSED: Mapping[str, Refused] = {
     "documents": Refused("put what the documents say into a message", ([],)),
     "dry_multiplier": Refused(_NO_SAMPLER + "; repetition_penalty is there", (0,)),
     "dynatemp_range": Refused(_NO_SAMPLER, (0,)),
-    "early_stopping": Refused(_NO_BEAMS, (False,)),
     "echo": Refused("a chat is not repeated in its answer; use continue_final_message and join the texts", (False,)),
     "function_call": Refused(_OLD_FUNCTIONS, ("none",)),
     "functions": Refused(_OLD_FUNCTIONS, ([],)),
@@ -55,7 +53,6 @@ REFUSED: Mapping[str, Refused] = {
     "logits_processors": Refused(_NO_PLUGINS, ([],)),
     "lora": Refused(_NO_ADAPTERS, ([],)),
     "lora_path": Refused(_NO_ADAPTERS),
-    "lora_request": Refused(_NO_ADAPTERS),
     "max_dynamic_patch": Refused(_NO_MEDIA),
     "media_io_kwargs": Refused(_NO_MEDIA, ({},)),
     "min_dynamic_patch": Refused(_NO_MEDIA),
@@ -69,7 +66,6 @@ REFUSED: Mapping[str, Refused] = {
     "n_keep": Refused("the context is never shifted: a text ends where it is full", (0, -1)),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "prompt_logprobs": Refused("use echo with logprobs in /v1/completions"),
-    "reasoning_budget_tokens": Refused(_CUT_REASONING, (-1,)),
     "reasoning_control": Refused("reasoning cannot be ended from outside; leave it out", (False,)),
     "reasoning_format": Refused(
         "reasoning comes as reasoning_content; a server started with --reasoning-parser none leaves it in the text",
@@ -89,7 +85,6 @@ REFUSED: Mapping[str, Refused] = {
     "t_max_predict_ms": Refused("a text is bounded in tokens; use max_tokens", (0, -1)),
     "task": Refused("put it into the messages or chat_template_kwargs"),
     "tfs_z": Refused(_NO_SAMPLER, (1,)),
-    "thinking_budget_tokens": Refused(_CUT_REASONING, (-1,)),
     "thinking_token_budget": Refused(_CUT_REASONING, (-1,)),
     "top_n_sigma": Refused(_NO_SAMPLER, (-1, 0)),
     "typical_p": Refused(_NO_SAMPLER, (1,)),
@@ -114,7 +109,7 @@ IGNORED: Mapping[str, str] = {
     **dict.fromkeys(("cache_prompt", "cache_salt", "extra_key", "n_cache_reuse", "ngram_corpus_id"), _PLACES),
     **dict.fromkeys(("prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), _PLACES),
     **dict.fromkeys(("service_tier", "session_id", "sse_ping_interval", "stream_interval"), _PLACES),
-    **dict.fromkeys(("guided_decoding_backend", "truncation_strategy"), _PLACES),
+    **dict.fromkeys(("guided_decoding_backend",), _PLACES),
     **dict.fromkeys(("custom_labels", "metadata", "request_id", "rid", "safety_identifier", "store", "user"), _KEEPS),
     **dict.fromkeys(("logprob_token_ids", "n_probs", "post_sampling_probs", "return_cached_tokens_details"), _ADDS),
     **dict.fromkeys(("return_hidden_states", "return_meta_info", "return_mm_kwargs", "return_progress"), _ADDS),
