@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 __all__ = ["MAX_ENTRIES", "MAX_TEXT", "AtMost", "JsonObject", "JsonSchema", "OneOf", "Text", "kind_of"]
@@ -31,13 +32,20 @@ class AtMost:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """The type's own validation, after the count."""
         inner: Any = dict(handler(source))
-        if inner["type"] in ("list", "dict", "str"):
+        if inner["type"] in ("list", "dict"):  # of a text, the length is not known to pydantic if it is not Unicode
             inner["max_length"] = self.count
             if self.least:
                 inner["min_length"] = self.least
         if inner["type"] == "list":
             inner["fail_fast"] = True
         return core_schema.no_info_before_validator_function(self._checked, inner)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The type's own schema; a text's says its length too."""
+        found = handler(schema)
+        if found.get("type") == "string":
+            found |= {"maxLength": self.count} | ({"minLength": self.least} if self.least else {})
+        return found
 
     def _checked(self, value: Any) -> Any:
         if not isinstance(value, str | list | dict):
