@@ -15,8 +15,8 @@ _HEAD = """\
 # Fields of requests
 
 What the routes of chats and completions do with the fields of OpenAI's API, vLLM, SGLang and llama.cpp.
-Printed by `python -m narrows.server.schema.fields_page`; `tests/server/test_field_table.py` holds it to the code, and the
-code to the servers' own lists (`tests/server/request_fields.json`).
+Printed by `python -m narrows.server.schema.fields_page`. `tests/server/test_field_table.py` holds it to the code, and
+the code to the servers' own lists (`tests/server/request_fields.json`).
 
 A field that decides the text works, or is a 400 that names it; one that cannot change the text may be ignored. So are
 fields that no server knows.
