@@ -129,12 +129,12 @@ def refusal_of(name: str, value: Any) -> str | None:
     >>> refusal_of("mirostat", 0), refusal_of("use_beam_search", False), refusal_of("no_field_at_all", 1)
     (None, None, None)
     >>> refusal_of("length_penalty", 2.0)
-    'is not supported: this server samples, it does not search; leave it out'
+    'not supported: this server samples, it does not search; leave it out'
     """
     found = REFUSED.get(name)
     if found is None or value is None or any(_same(value, harmless) for harmless in found.harmless):
         return None
-    return f"is not supported: {found.reason}"
+    return f"not supported: {found.reason}"
 
 
 def _same(value: Any, harmless: Any) -> bool:
