@@ -14,6 +14,7 @@ from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
+from narrows.server.allowed import AllowedTokens
 from narrows.server.backend import Backend, Generation
 from narrows.server.errors import ApiError, invalid, refused
 from narrows.server.guides import GuideMaker
@@ -91,14 +92,16 @@ class ServerState:
             raise invalid(f"{self.model.names[0]} has no tokenizer.json: send prompts as token ids to /v1/completions")
         return self.model.tokenizer
 
-    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    def encode(self, text: str, param: str, *, add_special_tokens: bool, cut: bool = False) -> tuple[int, ...]:
         """The ids of ``text``; one that no context could hold is refused by its length, before it is read.
+
+        ``cut``: only some of the ids will be kept, so that no text is too long.
 
         Raises:
             ApiError: 400, too long or not Unicode; naming ``param``.
         """
         tokenizer, context = self.tokenizer, self.model.max_context
-        if (fewest := tokenizer.fewest_tokens(text)) > context:
+        if not cut and (fewest := tokenizer.fewest_tokens(text)) > context:
             message = (
                 f"the model's context holds {context} tokens: a text of {len(text):,} characters has at least "
                 f"{fewest:,}; shorten it"
@@ -191,6 +194,19 @@ class ServerState:
                 raise invalid(f"logit_bias: {message}", "logit_bias")
             bias[int(key)] = value
         return tuple(sorted(bias.items()))
+
+    def allowed(self, body: GenerationFields) -> AllowedTokens | None:
+        """What holds a text to ``allowed_token_ids``; None if any token may come.
+
+        Raises:
+            ApiError: 400, an id that the model does not have.
+        """
+        if body.allowed_token_ids is None:
+            return None
+        if (largest := max(body.allowed_token_ids)) >= self.model.vocab_size:
+            message = f"token id {largest} is outside the model's vocabulary of {self.model.vocab_size}"
+            raise invalid(f"allowed_token_ids: {message}", "allowed_token_ids")
+        return AllowedTokens(body.allowed_token_ids, self.model.vocab_size)
 
     @staticmethod
     def of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
