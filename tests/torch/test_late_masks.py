@@ -124,9 +124,13 @@ def test_masks_that_come_from_threads_give_the_text_of_masks_that_are_there(
     assert threaded.wait() == "length" and threaded.tokens == expected.tokens
     config = EngineConfig(model=str(tiny_model("llama")), dtype="float32", max_context=64)
     with Engine(resolve(config)) as engine:  # without a service there is nobody to wake
-        alone = engine.add((1, 2, 3), 12, sampling=GREEDY, guide=Held(open_=True))
+        guide = Held()
+        alone = engine.add((1, 2, 3), 12, sampling=GREEDY, guide=guide)
+        opens = threading.Timer(0.1, guide.gate.set)
+        opens.start()
         for _ in engine.run():
             engine.scheduler.check_integrity()
+        opens.join()
     assert alone.output == expected.tokens
 
 
