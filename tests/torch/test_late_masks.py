@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.service import EngineService
+from narrows.engine.worker import Worker
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import GREEDY
 from narrows.sched.serving import Generation, Update
 
 TinyModel = Callable[..., Path]
 EVEN, NOTHING = b"\x55" * 9, b"\x00" * 9
+BAD = 65
+"""The token whose prompt makes a rank raise."""
 
 
 class Held(Guide):
@@ -124,9 +128,13 @@ def test_masks_that_come_from_threads_give_the_text_of_masks_that_are_there(
     assert threaded.wait() == "length" and threaded.tokens == expected.tokens
     config = EngineConfig(model=str(tiny_model("llama")), dtype="float32", max_context=64)
     with Engine(resolve(config)) as engine:  # without a service there is nobody to wake
-        alone = engine.add((1, 2, 3), 12, sampling=GREEDY, guide=Held(open_=True))
+        guide = Held()
+        alone = engine.add((1, 2, 3), 12, sampling=GREEDY, guide=guide)
+        opens = threading.Timer(0.1, guide.gate.set)
+        opens.start()
         for _ in engine.run():
             engine.scheduler.check_integrity()
+        opens.join()
     assert alone.output == expected.tokens
 
 
@@ -156,3 +164,28 @@ def test_a_drain_waits_for_late_masks(service: EngineService) -> None:
     assert not service.drain(0.05)
     guide.gate.set()
     assert service.drain(60) and late.wait() == "length" and len(late.tokens) == 6
+
+
+def test_ranks_that_fail_while_a_mask_is_late_end_its_text_and_others_run_on_the_next_ones(
+    service: EngineService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Worker.step
+
+    def step(worker: Worker, batch: Any, *args: Any) -> Any:
+        if any(BAD in chunk.tokens for group in batch.groups for chunk in group):
+            raise RuntimeError("bad luck")
+        return real(worker, batch, *args)
+
+    monkeypatch.setattr(Worker, "step", step)
+    guide = Held()
+    late = Caller(service, (1, 2, 3), 6, guide)
+    assert late.first.wait(60)
+    assert Caller(service, (1, BAD), 6).wait() == "error"
+    assert late.wait() == "error" and guide.has_ended.wait(60)
+    after = Held(open_=True)
+    while not service.health().ready:
+        time.sleep(0.01)
+    again = Caller(service, (1, 2, 3), 6, after)
+    assert again.wait() == "length" and after.num_taken == 5
+    guide.gate.set()  # its mask comes to nobody
+    assert Caller(service, (5, 6), 3).wait() == "length"
