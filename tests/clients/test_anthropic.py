@@ -19,6 +19,7 @@ class Person(BaseModel):
     tall: bool
 
 
+GREEDY: Any = {"extra_body": {"temperature": 0}}
 HI: Any = [{"role": "user", "content": "Hello"}]
 
 
@@ -49,7 +50,7 @@ def test_a_message_and_its_stream(client: anthropic.Anthropic) -> None:
 
 
 def test_stop_sequences_and_counted_tokens(client: anthropic.Anthropic) -> None:
-    ask: dict[str, Any] = {"model": MODEL, "messages": HI, "max_tokens": 24, "extra_body": {"temperature": 0}}
+    ask: dict[str, Any] = {"model": MODEL, "messages": HI, "max_tokens": 24, **GREEDY}
     (block,) = client.messages.create(**ask).content
     stop = block.text.strip()[1:3]
     cut = client.messages.create(stop_sequences=[stop, "\u2603"], **ask)
@@ -85,6 +86,6 @@ def test_errors_are_those_that_the_client_knows(client: anthropic.Anthropic, ser
     with pytest.raises(anthropic.BadRequestError, match=r"tools\.0\.type"):
         search: Any = {"type": "web_search_20250305", "name": "web_search"}
         client.messages.create(model=MODEL, max_tokens=5, messages=HI, tools=[search])
-    with anthropic.Anthropic(base_url=server, api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(anthropic.AuthenticationError, match="x-api-key"):
-            stranger.messages.create(model=MODEL, max_tokens=5, messages=HI)
+    stranger = anthropic.Anthropic(base_url=server, api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(anthropic.AuthenticationError, match="x-api-key"):
+        stranger.messages.create(model=MODEL, max_tokens=5, messages=HI)
