@@ -1,5 +1,6 @@
 """Generated ids to text with stop strings and special tokens spelled out; the bytes of single tokens."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,50 @@ def test_a_stop_string_ends_the_text_and_is_counted_as_settled() -> None:
         text.push(token)
     assert text.stopped and text.text == "a b " and text.num_chars == len("a b c d e")
     assert text.push(1) == text.finish() == ""
+
+
+USER = TOKENIZER.id_of("<|user|>")
+
+
+def written(ids: list[int], **how) -> GeneratedText:
+    text = GeneratedText(TOKENIZER, **how)
+    pieces = [text.push(token) for token in ids] + [text.finish()]
+    assert "".join(pieces) == text.text
+    return text
+
+
+@pytest.mark.parametrize("stop", ["<|user|>", "one<|user|>", "<|user|> two", "e<|user|> t", "ne<|user|><|user|>"])
+@pytest.mark.parametrize("how", [{}, {"skip_special_tokens": False}, {"spelled_out": {USER}}])
+@pytest.mark.parametrize("as_tokens", [True, False])
+def test_a_stop_string_with_a_special_token_in_it_stops_there(stop: str, how, as_tokens: bool) -> None:
+    source = "one<|user|><|user|> two three" if stop.endswith("><|user|>") else "one<|user|> two three"
+    ids = encoded(source, as_tokens)
+    text = written(ids, stop=(stop, "never"), **how)
+    assert text.stopped and text.stop_string == stop
+    assert text.text == source[: source.index(stop)]
+    kept = written(ids, stop=(stop,), keep_stop=True, **how)
+    assert kept.text == source[: source.index(stop) + len(stop)]
+
+
+def encoded(source: str, as_tokens: bool) -> list[int]:
+    """The ids of a text whose special tokens are such, or are spelled by ordinary tokens."""
+    pieces = (
+        [source] if as_tokens else [piece for whole in source.split("<|user|>") for piece in (whole, "<|", "user|>")]
+    )
+    pieces = pieces if as_tokens else pieces[:-2]
+    return [token for piece in pieces for token in TOKENIZER.encode(piece, add_special_tokens=False)]
+
+
+def test_special_tokens_that_no_stop_string_names_end_nothing_and_leave_no_trace() -> None:
+    ids = TOKENIZER.encode("a<|assistant|>b<|user|>c", add_special_tokens=False)
+    assert written(ids, stop=("<|user|>d", "user", "<|user", "\ud800", "ab<|user|>x")).text == "abc"
+    found = written(ids, stop=("<|user|>c",))
+    assert found.text == "ab" and found.num_chars == len("abc")
+
+
+def test_half_of_a_surrogate_pair_stops_nothing() -> None:
+    ids = TOKENIZER.encode("a<|user|>b", add_special_tokens=False)
+    assert written(ids, stop=("\ud800", "<|user|>x")).text == "ab"
 
 
 def test_a_checkpoint_that_says_how_to_sample_decides() -> None:

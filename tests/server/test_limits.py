@@ -35,7 +35,7 @@ def post(of: Lab, path: str, body: Any, **options: Any) -> httpx.Response:
         ({"n": 10**30}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
         ({"stop": 7}, "stop"),
         ({"seed": "x"}, "seed"),
         ({"seed": 2**70}, "seed"),

@@ -18,12 +18,13 @@ from narrows.server.errors import invalid, refused
 from narrows.server.forms import asked_form, make_guide
 from narrows.server.guides import GrammarGuide
 from narrows.server.logprobs import LogprobColumns
+from narrows.server.prompts import truncated
 from narrows.server.respond import Job, respond
 from narrows.server.running import Running
 from narrows.server.schema.completions import CompletionRequest
 from narrows.server.state import ServerState, new_id, now
 from narrows.server.usage import Count
-from narrows.text import GeneratedText
+from narrows.text import GeneratedText, TokenPlaces
 
 __all__ = ["complete"]
 
@@ -48,7 +49,7 @@ def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
     prompts = [_encode(state, body, prompt) for prompt in body.prompts]
     state.check_amount(len(prompts), body.num_choices)
     longest = max(len(prompt) for prompt in prompts)
-    max_tokens = state.max_tokens(body.max_tokens, body.min_tokens, _DEFAULT_TOKENS, longest, "prompt")
+    max_tokens = state.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, longest, "prompt")
     form = asked_form(body)
     scored = body.logprobs if body.echo else None
     sampling = state.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored)
@@ -59,16 +60,14 @@ def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
     for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
         for choice in range(body.num_choices):
             guide = make_guide(state, [form[0]], form[1]) if form and max_tokens else None
-            echoed = text if isinstance(text, str) else None
+            echoed = text if isinstance(text, str) and body.truncate_prompt_tokens is None else None
             choices.append(_Choice(state, body, len(choices), at, prompt, echoed, guide))
-            generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, guide))
+            generations.append(_generation(state, body, prompt, max_tokens, end_ids, sampling, choice, guide))
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
     return Job(body, head, sum(map(len, prompts)), choices, generations if runs else [])
 
 
 def _check(body: CompletionRequest) -> None:
-    if body.suffix:
-        raise invalid("suffix is not supported: this server only goes on where a prompt ends", "suffix")
     if body.best_of is not None and body.best_of != body.num_choices:
         raise invalid(f"best_of is {body.best_of}; it must equal n, which is {body.num_choices}", "best_of")
     if body.stream_options is not None and not body.stream:
@@ -87,10 +86,11 @@ def _encode(state: ServerState, body: CompletionRequest, prompt: str | list[int]
     if max(prompt) >= state.model.vocab_size:
         message = f"token id {max(prompt)} is outside the model's vocabulary of {state.model.vocab_size}"
         raise invalid(f"prompt: {message}", "prompt")
-    return tuple(prompt)
+    return truncated(state, body, tuple(prompt), "prompt")
 
 
 def _generation(
+    state: ServerState,
     body: CompletionRequest,
     prompt: tuple[int, ...],
     max_tokens: int,
@@ -105,7 +105,7 @@ def _generation(
         end_ids=end_ids,
         sampling=ServerState.of_choice(sampling, choice),
         priority=body.priority or 0,
-        guide=guide,
+        guide=guide if guide is not None else state.allowed(body),
     )
 
 
@@ -130,19 +130,27 @@ class _Choice:
         tokenizer = state.model.tokenizer
         skips = body.skip_special_tokens is not False
         self._end_ids = state.end_ids(body)
-        self._text = GeneratedText(tokenizer, stop=body.stops, end_ids=self._end_ids, skip_special_tokens=skips)
+        self._text = GeneratedText(
+            tokenizer,
+            stop=body.stops,
+            keep_stop=body.keeps_stop,
+            end_ids=self._end_ids,
+            skip_special_tokens=skips,
+        )
         self._columns: LogprobColumns | None = None
         if body.logprobs is not None:
             as_ids = bool(body.return_tokens_as_token_ids)
             self._columns = LogprobColumns(tokenizer, num_best=body.logprobs, as_ids=as_ids)
         self.text = ""
         """What is new of the text."""
-        self._offset = 0
-        self._prompt_text = GeneratedText(tokenizer, skip_special_tokens=skips)
+        adds = tokenizer is not None and echoed is not None and body.add_special_tokens is not False
+        self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
+        self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
         if body.echo:
             decoded = tokenizer.decode(prompt, skip_special_tokens=skips) if tokenizer is not None else ""
             self.text = decoded if echoed is None else echoed
-            self._offset = len(self.text)
+
+        self._places = TokenPlaces(tokenizer, start=len(self.text), skip_special_tokens=skips, left_out=self._end_ids)
 
     def take(self, update: Update) -> bool:
         """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
@@ -155,7 +163,7 @@ class _Choice:
             self.count.generated += 1
             if self._columns is not None:
                 logprob, best = update.logprobs[place]
-                self._columns.add(token, self._offset + self._text.num_chars, logprob, best)
+                self._columns.add(token, self._places.push(token), logprob, best)
             self.text += self._text.push(token)
             if self._text.stopped:
                 self.finish_reason = "stop"
@@ -174,11 +182,11 @@ class _Choice:
     def _add_prompt(self, scores: tuple[TokenScore, ...]) -> None:
         columns = self._columns
         assert columns is not None, "scores were asked for with logprobs"
-        text = self._prompt_text
         for place, token in enumerate(self._prompt):
             score = scores[place - 1] if place else None
-            columns.add(token, text.num_chars, score and score.logprob, score.best if score else ())
-            text.push(token)
+            added = place < self._added[0] or place >= len(self._prompt) - self._added[1]
+            offset = self._prompt_places.here if added else self._prompt_places.push(token)
+            columns.add(token, offset, score and score.logprob, score.best if score else ())
 
     def entry(self) -> dict[str, Any]:
         """What is new, as an entry of ``choices``."""

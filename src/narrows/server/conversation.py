@@ -10,12 +10,12 @@ from typing import Any
 from narrows.errors import ConfigError
 from narrows.server.backend import Generation
 from narrows.server.errors import invalid, refused
-from narrows.server.forms import asked_form, make_guide
+from narrows.server.forms import asked_form, closed, make_guide
 from narrows.server.guides import Form
-from narrows.server.prompts import render_chat
+from narrows.server.prompts import render_chat, truncated
 from narrows.server.reasoning import begins_inside
 from narrows.server.respond import Job
-from narrows.server.schema.chat import ChatRequest
+from narrows.server.schema.chat import ChatRequest, Function
 from narrows.server.state import ServerState
 from narrows.server.tool_use import ToolUse, tool_use
 from narrows.server.turn import Turn
@@ -35,13 +35,16 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *,
     """
     use = tool_use(state, body)
     prompt, ids = _prompt(state, body, use)
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = body.most_tokens
     if capped and asked is not None:
         asked = min(asked, max(1, state.model.max_context - len(ids)))
     max_tokens = state.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
     state.check_amount(1, body.num_choices)
     inside = state.reasons and begins_inside(prompt)
     forms, param = _forms(state, body, use)
+    if forms and body.allowed_token_ids is not None:
+        message = f"allowed_token_ids and {param} both say which tokens may come; leave one out"
+        raise invalid(message, "allowed_token_ids")
     sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     turns, generations = [], []
     for index in range(body.num_choices):
@@ -54,7 +57,7 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *,
                 end_ids=state.end_ids(body),
                 sampling=ServerState.of_choice(sampling, index),
                 priority=body.priority or 0,
-                guide=guide,
+                guide=guide if guide is not None else state.allowed(body),
             )
         )
     return Job(body, head, len(ids), turns, generations)
@@ -70,6 +73,9 @@ def conversation_prompt(state: ServerState, body: ChatRequest) -> tuple[str, tup
 
 
 def _prompt(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "the last message goes on, or an answer begins; set add_generation_prompt false"
+        raise invalid(f"continue_final_message: {message}", "continue_final_message")
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
@@ -79,15 +85,16 @@ def _prompt(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[str, t
         tools=use.tools,
         variables=variables,
         add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
         arguments_as_text=state.tools is not None and state.tools.arguments_as_text,
     )
     try:
-        ids = tuple(state.tokenizer.encode(text, add_special_tokens=False))
+        ids = tuple(state.tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens)))
     except ConfigError as error:
         raise refused(error, "messages") from error
     if not ids:
         raise invalid("the chat template made an empty prompt of these messages", "messages")
-    return text, ids
+    return text, truncated(state, body, ids, "messages")
 
 
 def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
@@ -96,7 +103,7 @@ def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Fo
     calls = None
     if use.tools and (asked is not None or use.must):
         assert state.tools is not None and state.guides is not None, "checked: a format needs a tokenizer"
-        functions = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in use.tools]
+        functions = [(tool.function.name, _arguments(tool.function)) for tool in use.tools]
         calls = Form("calls", state.tools.grammar(functions, state.guides.literal, use.many))
     if use.must:
         if asked is not None:
@@ -106,3 +113,10 @@ def _forms(state: ServerState, body: ChatRequest, use: ToolUse) -> tuple[list[Fo
         return [calls] if calls is not None else [], "tools"
     forms = [asked[0]] if asked is not None else []
     return [*forms, *([calls] if calls is not None else [])], asked[1] if asked is not None else "tools"
+
+
+def _arguments(function: Function) -> dict[str, Any]:
+    """The JSON schema of a function's arguments."""
+    if not function.parameters:
+        return {"type": "object"}
+    return closed(function.parameters, "tools") if function.strict else function.parameters

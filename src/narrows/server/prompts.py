@@ -9,9 +9,14 @@ from typing import Any
 from narrows.errors import ConfigError
 from narrows.server.errors import invalid, refused
 from narrows.server.schema.chat import ChatMessage, ContentPart, Tool
+from narrows.server.schema.common import GenerationFields
+from narrows.server.state import ServerState
 from narrows.text import Tokenizer
 
-__all__ = ["render_chat"]
+__all__ = ["render_chat", "truncated"]
+
+_OPEN_END = "\ue000the text goes on here\ue000 "
+"""Stands at the end of the message that goes on while the template is rendered; its last space tells of trimming."""
 
 
 def render_chat(
@@ -21,23 +26,64 @@ def render_chat(
     tools: Sequence[Tool] = (),
     variables: dict[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     arguments_as_text: bool = False,
 ) -> str:
     """The prompt's text. ``arguments_as_text``: the template wants arguments of past calls as JSON text.
+
+    ``continue_final_message``: it ends where the last message, an assistant's, does; nothing closes it.
 
     Raises:
         ApiError: 400, naming the message that cannot be read; or the template's own refusal.
     """
     plain = [_plain(message, at, arguments_as_text) for at, message in enumerate(messages)]
+    if continue_final_message:
+        _leave_open(plain)
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             plain,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
             tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
             variables=variables,
         )
     except ConfigError as error:
         raise refused(error, "messages") from error
+    return _cut_open(text) if continue_final_message else text
+
+
+def truncated(state: ServerState, body: GenerationFields, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
+    """What ``truncate_prompt_tokens`` leaves of a prompt; -1: as many tokens as there is room for beside the answer.
+
+    Raises:
+        ApiError: 400, nothing would be left.
+    """
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    if keep == -1:
+        keep = state.model.max_context - max(body.most_tokens or 1, 1)
+    if keep < 1:
+        raise invalid(f"{param}: no token would be left of the prompt", "truncate_prompt_tokens")
+    return ids[:keep] if body.truncation_side == "right" else ids[-keep:]
+
+
+def _leave_open(messages: list[dict[str, Any]]) -> None:
+    """Mark where the last message ends."""
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls") or not last["content"]:
+        message = "the last message must be the assistant's, with text and without tool calls"
+        raise invalid(f"continue_final_message: {message}", "continue_final_message")
+    last["content"] += _OPEN_END
+
+
+def _cut_open(text: str) -> str:
+    """The text up to the mark."""
+    at = text.rfind(_OPEN_END.rstrip())
+    if at < 0:
+        message = "the chat template does not write the last message as it is, so it cannot go on"
+        raise invalid(f"continue_final_message: {message}", "continue_final_message")
+    trims = not text.startswith(_OPEN_END, at)  # then it would have trimmed the message itself, too
+    return text[:at].rstrip() if trims else text[:at]
 
 
 _MUST_SAY = frozenset({"system", "developer", "user", "tool"})

@@ -14,6 +14,7 @@ from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
+from narrows.server.allowed import AllowedTokens
 from narrows.server.backend import Backend
 from narrows.server.errors import ApiError, invalid, refused
 from narrows.server.guides import GuideMaker
@@ -165,6 +166,19 @@ class ServerState:
                 raise invalid(f"logit_bias: {message}", "logit_bias")
             bias[int(key)] = value
         return tuple(sorted(bias.items()))
+
+    def allowed(self, body: GenerationFields) -> AllowedTokens | None:
+        """What holds a text to ``allowed_token_ids``; None if any token may come.
+
+        Raises:
+            ApiError: 400, an id that the model does not have.
+        """
+        if body.allowed_token_ids is None:
+            return None
+        if (largest := max(body.allowed_token_ids)) >= self.model.vocab_size:
+            message = f"token id {largest} is outside the model's vocabulary of {self.model.vocab_size}"
+            raise invalid(f"allowed_token_ids: {message}", "allowed_token_ids")
+        return AllowedTokens(body.allowed_token_ids, self.model.vocab_size)
 
     @staticmethod
     def of_choice(sampling: SamplingParams, index: int) -> SamplingParams:

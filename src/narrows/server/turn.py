@@ -40,6 +40,7 @@ class Turn:
         self._text = GeneratedText(
             state.tokenizer,
             stop=body.stops,
+            keep_stop=body.keeps_stop,
             end_ids=state.end_ids(body),
             skip_special_tokens=body.skip_special_tokens is not False,
             spelled_out=state.spelled_out,

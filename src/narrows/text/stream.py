@@ -47,6 +47,11 @@ class TextStream:
             self._forget()
         return piece
 
+    @property
+    def held(self) -> str:
+        """What is held back so far, as it will be if nothing changes it; without a character that is not complete."""
+        return self._decode(self._ids)[self._num_given :].rstrip("\ufffd")
+
     def finish(self) -> str:
         """The text that was held back; call it once, after the last id."""
         return self._give(self._decode(self._ids))

@@ -43,6 +43,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = frozenset(added)
         self._silent = frozenset(i for i, token in added.items() if token.special)
+        self._special = {token.content: i for i, token in added.items() if token.special}
         eos_id = backend.token_to_id(self._named["eos_token"]) if "eos_token" in self._named else None
         self._eos_ids = files.eos_ids | (frozenset() if eos_id is None else {eos_id})
         # ByteFallback turns tokens named <0x41> into bytes, and no other decoder does.
@@ -107,6 +108,13 @@ class Tokenizer:
                 f"(U+{ord(text[half]):04X}); remove it or send the whole pair"
             ) from None
 
+    @cached_property
+    def added_around(self) -> tuple[int, int]:
+        """How many special tokens ``encode`` adds before a text, and how many after it."""
+        plain, whole = self.encode("a", add_special_tokens=False), self.encode("a")
+        before = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        return before, max(len(whole) - len(plain) - before, 0)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ids the tokenizer lacks become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -125,6 +133,11 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Whether ``token`` is a special token, which texts leave out."""
         return token in self._silent
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of all special tokens by their text."""
+        return self._special
 
     def bytes_of(self, token: int) -> bytes:
         """What ``token`` alone stands for; may be part of a character. Empty for an id that the tokenizer lacks."""

@@ -7,11 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from narrows.server.schema.common import Body, GenerationFields, TopLogprobs
+from narrows.server.schema.common import Body, GenerationFields, Name, TopLogprobs
+from narrows.server.schema.limits import AtMost, JsonObject, OneOf, Text
 
 __all__ = ["MAX_TOOLS", "ChatMessage", "ChatRequest", "ContentPart", "Function", "Tool", "ToolChoice", "function_kind"]
 
 MAX_TOOLS = 512
+MAX_MESSAGES = 10_000
+MAX_PARTS = 1_000
 
 
 def function_kind(kind: Any) -> Any:
@@ -43,9 +46,9 @@ class ContentPart(Body):
     """A part of a message; this server reads text. ``refusal`` and ``thinking`` are parts of past answers."""
 
     type: str = Field(max_length=64)
-    text: str | None = None
-    refusal: str | None = None
-    thinking: str | None = None
+    text: Text | None = None
+    refusal: Text | None = None
+    thinking: Text | None = None
 
 
 class ChatMessage(Body):
@@ -54,20 +57,26 @@ class ChatMessage(Body):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: str = Field(max_length=64)
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = Field(default=None, description="of a past answer without content: what it said instead")
+    content: (
+        Annotated[
+            str | list[ContentPart],
+            OneOf({"a text": Text, "a list": Annotated[list[ContentPart], AtMost(MAX_PARTS, "parts of a message")]}),
+        ]
+        | None
+    ) = None
+    name: Name | None = None
+    tool_call_id: Name | None = None
+    tool_calls: Annotated[list[JsonObject], AtMost(MAX_TOOLS, "tool calls of a message")] | None = None
+    reasoning_content: Text | None = None
+    refusal: Text | None = Field(default=None, description="of a past answer without content: what it said instead")
 
 
 class Function(Body):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    description: Text | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -95,7 +104,7 @@ class AllowedTools(Body):
     """Those of ``tools`` that may be called now: if the model wants to, or one at least."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[AllowedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[AllowedTool], AtMost(MAX_TOOLS, "allowed tools", least=1)]
 
 
 class ToolChoice(Body):
@@ -109,13 +118,28 @@ class ToolChoice(Body):
 class ChatRequest(GenerationFields):
     """A conversation to go on with."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], AtMost(MAX_MESSAGES, "messages", least=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tools: Annotated[list[Tool], AtMost(MAX_TOOLS, "tools")] | None = None
+    tool_choice: (
+        Annotated[
+            Literal["none", "auto", "required"] | ToolChoice,
+            OneOf({"a text": Literal["none", "auto", "required"], "an object": ToolChoice}),
+        ]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = Field(default=None, description="a variable of the chat template")
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="variables of the chat template")
+    reasoning_effort: Name | None = Field(default=None, description="a variable of the chat template")
+    chat_template_kwargs: JsonObject | None = Field(default=None, description="variables of the chat template")
     add_generation_prompt: bool | None = Field(default=None, description="whether the answer's beginning is written")
+    continue_final_message: bool | None = Field(
+        default=None, description="the assistant's last message is left open, and the answer is what follows in it"
+    )
+    add_special_tokens: bool | None = Field(default=None, description="also those that the template does not write")
+
+    @property
+    def most_tokens(self) -> int | None:
+        """``max_completion_tokens``, or ``max_tokens`` by either name."""
+        return super().most_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from narrows.server.schema.chat import ChatMessage, Tool
-from narrows.server.schema.common import Body, TokenId
+from narrows.server.schema.chat import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool
+from narrows.server.schema.common import MAX_IDS, Body, Name, TokenId
+from narrows.server.schema.limits import AtMost, JsonObject, Text
 
 __all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized"]
 
@@ -15,13 +16,13 @@ __all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized"]
 class TokenizeRequest(Body):
     """A text, or a conversation, which goes through the chat template."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], AtMost(MAX_MESSAGES, "messages", least=1)] | None = None
+    tools: Annotated[list[Tool], AtMost(MAX_TOOLS, "tools")] | None = None
     add_special_tokens: bool | None = Field(default=None, description="of a prompt; true if absent")
     add_generation_prompt: bool | None = Field(default=None, description="of messages; true if absent")
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
     return_token_strs: bool | None = None
 
 
@@ -37,8 +38,8 @@ class Tokenized(Body):
 class DetokenizeRequest(Body):
     """Ids to text, special tokens spelled out."""
 
-    model: str | None = None
-    tokens: list[TokenId]
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], AtMost(MAX_IDS, "token ids")]
 
 
 class Detokenized(Body):

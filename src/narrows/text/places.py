@@ -1,0 +1,90 @@
+"""Where each token of a text begins in it, in characters. Knows text and ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from narrows.text.stream import TextStream
+from narrows.text.tokenizer import Tokenizer
+
+__all__ = ["TokenPlaces"]
+
+_FAR = 64
+"""So many characters of a client's text may be what the tokenizer's normalizer leaves out between two tokens."""
+
+
+class TokenPlaces:
+    """Places of tokens in the order in which they stand; never falling.
+
+    A token whose text is whole characters begins at its place. One that is not in the text (a special token that is
+    left out, part of a character) has the place where it would stand.
+
+    Args:
+        tokenizer: None for a model that has none: then there is no text.
+        start: characters before the first token.
+        skip_special_tokens: the text leaves special tokens out.
+        left_out: further tokens that the text leaves out.
+        text: what was encoded, if the text is not what the ids decode to; special tokens that it does not spell out
+            are taken as left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        start: int = 0,
+        skip_special_tokens: bool = True,
+        left_out: Collection[int] = frozenset(),
+        text: str | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens and text is None
+        self._stream = TextStream(tokenizer, skip_special_tokens=self._skip) if tokenizer is not None else None
+        self._left_out = left_out
+        self._text = text
+        self._at = start
+        self._last = start
+
+    @property
+    def here(self) -> int:
+        """The place of a token that comes next and is not in the text."""
+        held = self._stream.held if self._stream is not None else ""
+        self._last = max(self._last, self._at + len(held))
+        return self._last
+
+    def push(self, token: int) -> int:
+        """The place of ``token``, which comes next."""
+        if self._stream is not None and self._tokenizer is not None:
+            before = self._at + len(self._stream.held)
+            place = before
+            if not self._is_left_out(self._tokenizer, token, before):
+                piece = self._stream.push(token)
+                self._go_past(piece)
+                own = _whole(self._tokenizer.bytes_of(token))
+                place = self._at - len(own) if own and piece.endswith(own) else before
+            self._last = max(self._last, place)
+        return self._last
+
+    def _is_left_out(self, tokenizer: Tokenizer, token: int, before: int) -> bool:
+        if token in self._left_out or tokenizer.is_silent(token, skip_special_tokens=self._skip):
+            return True
+        if self._text is None or not tokenizer.is_special(token):
+            return False
+        name = _whole(tokenizer.bytes_of(token))
+        return not self._text.startswith(name, before)
+
+    def _go_past(self, piece: str) -> None:
+        if self._text is None or self._text.startswith(piece, self._at):
+            self._at += len(piece)
+            return
+        found = self._text.find(piece, self._at, self._at + len(piece) + _FAR)
+        begin = found if found >= 0 else self._at
+        self._at = min(begin + len(piece), len(self._text))
+
+
+def _whole(data: bytes) -> str:
+    """The text of bytes that are whole characters; empty for others."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""

@@ -1,0 +1,58 @@
+"""The table of request fields against the servers' own lists, and the page that is printed from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+
+from narrows.server.schema.chat import ChatRequest
+from narrows.server.schema.common import GenerationFields
+from narrows.server.schema.completions import CompletionRequest
+from narrows.server.schema.fields import IGNORED, REFUSED
+from narrows.server.schema.fields_page import fields_page
+
+LISTS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "request_fields.json").read_text())
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+OPENAI = [
+    {"server": "OpenAI", "route": CHAT, "fields": [*get_type_hints(chat_params.CompletionCreateParamsStreaming)]},
+    {
+        "server": "OpenAI",
+        "route": COMPLETION,
+        "fields": [*get_type_hints(text_params.CompletionCreateParamsStreaming)],
+    },
+]
+BODIES: dict[str, type[GenerationFields]] = {CHAT: ChatRequest, COMPLETION: CompletionRequest}
+UNLISTED = {"tfs_z", "top_n_sigma", "grammar_lazy", "grammar_triggers"}
+"""llama.cpp's, in its code or older releases, not in the page that was read."""
+
+
+@pytest.mark.parametrize("listed", [*LISTS, *OPENAI], ids=lambda listed: f"{listed['server']}-{listed['route'][4:]}")
+def test_every_field_of_a_server_works_or_is_refused_or_is_ignored_for_a_reason(listed: dict[str, Any]) -> None:
+    assert len(listed["fields"]) > 10
+    known = {*BODIES[listed["route"]].model_fields, *REFUSED, *IGNORED}
+    assert sorted(set(listed["fields"]) - known) == []
+
+
+def test_the_table_has_no_field_that_no_server_has() -> None:
+    published = {name for listed in [*LISTS, *OPENAI] for name in listed["fields"]}
+    assert sorted(({*REFUSED, *IGNORED} - published) ^ UNLISTED) == []
+
+
+def test_a_field_has_one_fate() -> None:
+    assert not set(REFUSED) & set(IGNORED)
+    assert not set(GenerationFields.model_fields) & {*REFUSED, *IGNORED}
+
+
+def test_the_lists_say_where_they_are_from() -> None:
+    assert all(len(listed["commit"]) == 40 and listed["repository"] and listed["path"] for listed in LISTS)
+    assert {listed["server"] for listed in LISTS} == {"vLLM", "SGLang", "llama.cpp"}
+
+
+def test_the_page_is_what_the_table_prints() -> None:
+    page = Path(__file__).parents[2] / "docs" / "request-fields.md"
+    assert page.read_text() == fields_page(), "python -m narrows.server.schema.fields_page > docs/request-fields.md"
