@@ -189,6 +189,14 @@ def test_arguments_that_are_cut_are_told_as_such(hermes: Lab) -> None:
     assert message["content"][0]["input"] == {"INVALID_JSON": '{"a": '}
 
 
+def test_the_assistant_s_last_message_is_gone_on_with(hermes: Lab) -> None:
+    ask(hermes, [*HI, {"role": "assistant", "content": [{"type": "text", "text": "The best"}]}])
+    assert prompt_of(hermes) == "<|begin|>[user]hi[assistant]The best"
+    use = {"type": "tool_use", "id": "1", "name": "add", "input": {"a": 1}}
+    ask(hermes, [*HI, {"role": "assistant", "content": [{"type": "text", "text": "So"}, use]}], tools=TOOLS[:1])
+    assert prompt_of(hermes).endswith("So<tool_call>[('a', 1)]</tool_call>[assistant]")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_form_is_kept(plain: Lab, seed: int) -> None:
     form = {"type": "json_schema", "schema": ADD}
