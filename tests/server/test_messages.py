@@ -15,8 +15,10 @@ import pytest
 from server_lab import Lab
 
 from narrows.sched.serving import QueueFull
+from narrows.server.messages.request import chat_of
 from narrows.server.options import ServerOptions
 from narrows.server.schema.answers import MessageAnswer
+from narrows.server.schema.messages import CountRequest
 
 PATH = "/v1/messages"
 ADD = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -159,6 +161,15 @@ def test_the_blocks_of_an_answer_can_be_sent_back(wide: Lab) -> None:
     empty = {"type": "tool_result", "tool_use_id": use["id"]}
     ask(wide, [*back[:2], {"role": "user", "content": [empty]}], tools=TOOLS)
     assert prompt_of(wide).endswith("[tool][assistant]")
+
+
+def test_a_thought_that_comes_back_belongs_to_its_message() -> None:
+    thought = {"type": "thinking", "thinking": "hm", "signature": "unsigned"}
+    unread = {"type": "redacted_thinking", "data": "x"}
+    content = [unread, thought, {"type": "text", "text": "yes"}]
+    body = CountRequest.model_validate({"messages": [{"role": "assistant", "content": content}]})
+    (message,) = chat_of(body).messages
+    assert (message.reasoning_content, message.content) == ("hm", "yes")
 
 
 @pytest.mark.parametrize("seed", range(3))

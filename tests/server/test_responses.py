@@ -15,7 +15,9 @@ from pydantic import BaseModel, TypeAdapter
 from server_lab import Lab, error_of
 
 from narrows.server.options import ServerOptions
+from narrows.server.responses.request import chat_of
 from narrows.server.schema.answers import ResponseAnswer
+from narrows.server.schema.responses import ResponsesRequest
 
 PATH = "/v1/responses"
 ADD = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -165,6 +167,22 @@ def test_the_items_of_an_answer_can_be_sent_back(wide: Lab) -> None:
     refused = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
     ask(wide, [refused, {"role": "developer", "content": "d"}, {"type": "reasoning", "summary": [], "id": "rs_1"}])
     assert prompt_of(wide) == "<|begin|>[assistant]no[system]d[assistant]"
+
+
+def test_a_thought_that_comes_back_belongs_to_the_answer_after_it() -> None:
+    thought = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    short = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "so"}]}
+    call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+    said = {"role": "assistant", "content": "yes"}
+    body = ResponsesRequest.model_validate({"input": [thought, said, call, short, said]})
+    first, second = chat_of(body).messages
+    assert (first.reasoning_content, first.content, second.reasoning_content, second.content) == (
+        "hm",
+        "yes",
+        "so",
+        "yes",
+    )
+    assert [each["id"] for each in first.tool_calls or ()] == ["c"] and second.tool_calls is None
 
 
 @pytest.mark.parametrize("seed", range(3))
