@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-full test-plain test-npm check eval format train-demo clean
+.PHONY: demo serve test test-full test-plain test-npm test-clients check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -23,10 +23,25 @@ test-full: $(VENV)/.dev
 test-plain: $(VENV)/.dev
 	NARROWS_NATIVE=0 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# OpenAI's npm client against a real server; needs node 20 and npm.
+# OpenAI's npm client and the AI SDK against a real server; needs node 20 and npm.
 test-npm: $(VENV)/.runtime
 	mkdir -p runs/npm && cp tests/npm/* runs/npm && cd runs/npm && npm install --no-audit --no-fund --no-package-lock --silent
 	cd runs/npm && NARROWS=$(CURDIR)/$(BIN)/narrows node --test
+
+# Python libraries that people call servers with (openai, anthropic, LiteLLM, LangChain, Instructor) against a real one.
+CLIENTS := runs/clients
+test-clients: $(VENV)/.runtime $(CLIENTS)/.others $(CLIENTS)/.instructor
+	cp tests/clients/*.py tests/clients/pytest.ini $(CLIENTS)
+	cd $(CLIENTS) && for set in others instructor; do \
+	  NARROWS=$(CURDIR)/$(BIN)/narrows $$set/bin/python -m pytest || exit 1; \
+	done
+
+$(CLIENTS)/.others: tests/clients/requirements.txt
+$(CLIENTS)/.instructor: tests/clients/requirements-instructor.txt
+$(CLIENTS)/.others $(CLIENTS)/.instructor:
+	$(PYTHON) -m venv $(CLIENTS)/$(@F:.%=%)
+	$(CLIENTS)/$(@F:.%=%)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 
+collect_ignore = ["clients"]
+"""Run by `make test-clients`, in a venv of its own."""
+
 
 def pytest_configure() -> None:
     """Before anything is imported, and inherited by every process that tests start."""

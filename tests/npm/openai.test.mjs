@@ -98,6 +98,21 @@ test("a schema is kept, and a tool that has to be called is", async () => {
   assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)).sort(), ["age", "name"]);
 });
 
+test("a response, its stream, a form and a tool", async () => {
+  const ask = { model, input: "Hello", max_output_tokens: 16, temperature: 0 };
+  const whole = await client.responses.create(ask);
+  let text = "";
+  for await (const event of client.responses.stream(ask)) if (event.type === "response.output_text.delta") text += event.delta;
+  assert.equal(text, whole.output_text);
+  const format = { type: "json_schema", name: "p", schema, strict: true };
+  const formed = await client.responses.create({ model, input: "Who?", max_output_tokens: 150, text: { format } });
+  assert.deepEqual(Object.keys(JSON.parse(formed.output_text)).sort(), ["age", "name"]);
+  const tool = { type: "function", name: "add", parameters: schema, strict: true };
+  const choice = { tool_choice: { type: "function", name: "add" }, tools: [tool] };
+  const { output } = await client.responses.create({ model, input: "Add", max_output_tokens: 150, ...choice });
+  assert.deepEqual(output.map((item) => [item.type, item.name]), [["function_call", "add"]]);
+});
+
 test("errors are those that the client knows, and an aborted stream frees its pages", async () => {
   await assert.rejects(client.completions.create({ model: "no", prompt }), OpenAI.NotFoundError);
   await assert.rejects(client.completions.create({ model, prompt, temperature: -1 }), (error) => {

@@ -15,8 +15,10 @@ import pytest
 from server_lab import Lab
 
 from narrows.sched.serving import QueueFull
+from narrows.server.messages.request import chat_of
 from narrows.server.options import ServerOptions
 from narrows.server.schema.answers import MessageAnswer
+from narrows.server.schema.messages import CountRequest
 
 PATH = "/v1/messages"
 ADD = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -161,6 +163,15 @@ def test_the_blocks_of_an_answer_can_be_sent_back(wide: Lab) -> None:
     assert prompt_of(wide).endswith("[tool][assistant]")
 
 
+def test_a_thought_that_comes_back_belongs_to_its_message() -> None:
+    thought = {"type": "thinking", "thinking": "hm", "signature": "unsigned"}
+    unread = {"type": "redacted_thinking", "data": "x"}
+    content = [unread, thought, {"type": "text", "text": "yes"}]
+    body = CountRequest.model_validate({"messages": [{"role": "assistant", "content": content}]})
+    (message,) = chat_of(body).messages
+    assert (message.reasoning_content, message.content) == ("hm", "yes")
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("choice", "names"), [({"type": "any"}, {"add", "sub"}), ({"type": "tool", "name": "sub"}, {"sub"})]
@@ -187,6 +198,14 @@ def test_arguments_that_are_cut_are_told_as_such(hermes: Lab) -> None:
     message = ask(hermes, tools=TOOLS[:1], max_tokens=cut)
     assert message["stop_reason"] == "max_tokens"
     assert message["content"][0]["input"] == {"INVALID_JSON": '{"a": '}
+
+
+def test_the_assistant_s_last_message_is_gone_on_with(hermes: Lab) -> None:
+    ask(hermes, [*HI, {"role": "assistant", "content": [{"type": "text", "text": "The best"}]}])
+    assert prompt_of(hermes) == "<|begin|>[user]hi[assistant]The best"
+    use = {"type": "tool_use", "id": "1", "name": "add", "input": {"a": 1}}
+    ask(hermes, [*HI, {"role": "assistant", "content": [{"type": "text", "text": "So"}, use]}], tools=TOOLS[:1])
+    assert prompt_of(hermes).endswith("So<tool_call>[('a', 1)]</tool_call>[assistant]")
 
 
 @pytest.mark.parametrize("seed", range(3))

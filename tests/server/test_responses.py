@@ -15,7 +15,9 @@ from pydantic import BaseModel, TypeAdapter
 from server_lab import Lab, error_of
 
 from narrows.server.options import ServerOptions
+from narrows.server.responses.request import chat_of
 from narrows.server.schema.answers import ResponseAnswer
+from narrows.server.schema.responses import ResponsesRequest
 
 PATH = "/v1/responses"
 ADD = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
@@ -167,6 +169,22 @@ def test_the_items_of_an_answer_can_be_sent_back(wide: Lab) -> None:
     assert prompt_of(wide) == "<|begin|>[assistant]no[system]d[assistant]"
 
 
+def test_a_thought_that_comes_back_belongs_to_the_answer_after_it() -> None:
+    thought = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    short = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "so"}]}
+    call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+    said = {"role": "assistant", "content": "yes"}
+    body = ResponsesRequest.model_validate({"input": [thought, said, call, short, said]})
+    first, second = chat_of(body).messages
+    assert (first.reasoning_content, first.content, second.reasoning_content, second.content) == (
+        "hm",
+        "yes",
+        "so",
+        "yes",
+    )
+    assert [each["id"] for each in first.tool_calls or ()] == ["c"] and second.tool_calls is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("choice", "names"),
@@ -217,7 +235,8 @@ def test_log_probabilities_are_those_of_the_text(hermes: Lab) -> None:
     (done,) = [event for event in events if event.type == "response.output_text.done"]
     assert [(entry.token, entry.logprob) for entry in done.logprobs] == [(s.token, s.logprob) for s in scores]
     deltas = [entry for e in events if e.type == "response.output_text.delta" for entry in e.logprobs]
-    assert "".join(entry.token for entry in deltas) == "Hello world"
+    spelled = "".join(entry.token for entry in deltas)
+    assert spelled.removesuffix("<|end|>") == "Hello world", "the end comes with the last piece if both come at once"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
+
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.backend import QueueFull, Unavailable
 
@@ -18,6 +20,7 @@ __all__ = [
     "is_messages_path",
     "refused",
     "renamed",
+    "translated",
 ]
 
 _MESSAGES_PATH = "/v1/messages"
@@ -104,6 +107,24 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         new = names[old]
         message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
         raise ApiError(error.status, message, param=new, code=error.code, headers=error.headers) from error
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """What another API allows and a chat does not is the client's error, named as chats name it.
+
+    >>> from narrows.server.schema.chat import ChatMessage
+    >>> with translated():
+    ...     ChatMessage(role="r" * 65)
+    Traceback (most recent call last):
+    narrows.server.errors.ApiError: role: String should have at most 64 characters
+    """
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise invalid(f"{place}: {first['msg']}", place) from error
 
 
 def refused(error: NarrowsError, param: str | None = None) -> ApiError:

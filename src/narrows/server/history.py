@@ -34,11 +34,6 @@ class History:
         self._end_answer()
         return self._messages
 
-    @property
-    def ends_in_text(self) -> bool:
-        """Whether the model has begun to say something, which another answer would go on with."""
-        return self._text is not None and not self._calls
-
     def think(self, text: str) -> None:
         """The model thought this."""
         if self._text is not None or self._calls:

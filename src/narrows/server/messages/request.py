@@ -24,6 +24,7 @@ from narrows.server.schema.messages import (
 __all__ = ["CHAT_NAMES", "chat_of"]
 
 CHAT_NAMES = {
+    "continue_final_message": "messages",
     "response_format.json_schema.schema": "output_config.format.schema",
     "response_format": "output_config.format",
 }
@@ -51,8 +52,11 @@ def chat_of(body: CountRequest) -> ChatRequest:
     _check(body)
     shared = {name: getattr(body, name) for name in GenerationFields.model_fields if name in body.model_fields_set}
     choice, config = body.tool_choice, body.output_config
+    messages = _messages(body)
+    last = messages[-1]
     asked = {
-        "messages": _messages(body),
+        "messages": messages,
+        "continue_final_message": True if last.role == "assistant" and last.content and not last.tool_calls else None,
         "stop": list(body.stop_sequences) if body.stop_sequences else None,
         "response_format": _form(config.format.schema_) if config is not None and config.format is not None else None,
         "tools": [_tool(tool) for tool in body.tools or ()] or None,

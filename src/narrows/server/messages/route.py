@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from narrows.server.answers import JsonAnswer, named_event
 from narrows.server.conversation import Conversation, conversation, conversation_prompt
-from narrows.server.errors import ApiError, error_body, renamed
+from narrows.server.errors import ApiError, error_body, renamed, translated
 from narrows.server.messages.request import CHAT_NAMES, chat_of
 from narrows.server.messages.writer import MessageWriter
 from narrows.server.respond import respond
 from narrows.server.running import Running
+from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.messages import CountRequest, MessagesRequest
 from narrows.server.state import ServerState
 
@@ -53,12 +54,17 @@ async def count_tokens(state: ServerState, body: CountRequest, request: Request)
         ApiError: it cannot be read.
     """
     state.check_model(body.model)
-    _, ids = await state.pools.prepare(request, conversation_prompt, state, chat_of(body))
+    _, ids = await state.pools.prepare(request, conversation_prompt, state, _chat(body))
     return JsonAnswer({"input_tokens": len(ids)})
 
 
+def _chat(body: CountRequest) -> ChatRequest:
+    with translated():
+        return chat_of(body)
+
+
 def _job(state: ServerState, body: MessagesRequest) -> Conversation:
-    chat = chat_of(body)
+    chat = _chat(body)
     with renamed(CHAT_NAMES):
         return conversation(state, chat, {}, capped=True)
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from narrows.sched.sampling import SamplingParams
 from narrows.server.answers import JsonAnswer, named_event
 from narrows.server.conversation import Conversation, conversation
-from narrows.server.errors import ApiError, renamed
+from narrows.server.errors import ApiError, renamed, translated
 from narrows.server.respond import respond
 from narrows.server.responses.request import CHAT_NAMES, chat_of
 from narrows.server.responses.writer import ResponseWriter
@@ -46,7 +46,8 @@ async def create_response(state: ServerState, body: ResponsesRequest, request: R
 
 
 def _job(state: ServerState, body: ResponsesRequest, name: str) -> Conversation:
-    chat = chat_of(body)
+    with translated():
+        chat = chat_of(body)
     with renamed(CHAT_NAMES):
         return conversation(state, chat, {"model": name})
 
