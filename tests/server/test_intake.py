@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from server_lab import Lab, error_of
 
 from narrows.server import intake as intake_module
+from narrows.server import pools as pools_module
 from narrows.server.errors import ApiError
 from narrows.server.json_body import JsonLimits, check_json, parse_json
 from narrows.server.wrong_field import of_validation
@@ -332,3 +333,27 @@ def test_every_list_mapping_and_text_of_a_body_has_a_limit(plain: Lab) -> None:
             content = operation.get("requestBody", {}).get("content", {})
             walk(content.get("application/json", {}).get("schema", {}), "body")
     assert len(seen) > 5 and not unbounded, unbounded
+
+
+def test_memory_is_given_back_once_for_all_large_work_that_ends_soon(
+    plain: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools_module, "_FREE_AFTER_S", 0.2)
+    monkeypatch.setattr(pools_module, "LARGE_BYTES", 100)
+    pools = plain.app.state.server.pools
+    called = threading.Event()
+    calls: list[int] = []
+
+    def counted() -> None:
+        calls.append(1)
+        called.set()
+
+    pools._give_back = counted
+
+    async def run() -> None:
+        for text in ("small", "large " * 30, "large " * 30):
+            await plain.complete(text)
+        await asyncio.to_thread(called.wait, 60)
+
+    asyncio.run(run())
+    assert len(calls) == 1

@@ -15,11 +15,15 @@ from typing import Any, ParamSpec, TypeVar
 from starlette.requests import Request
 
 from narrows.server.errors import ClientGoneError
+from narrows.server.free_memory import give_back
 
 __all__ = ["LARGE_BYTES", "Pools", "disconnected"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_FREE_AFTER_S = 2.0
+"""How long after the work: what follows at once would only ask for the memory again."""
 
 LARGE_BYTES = 128 * 1024
 """A body of more bytes is large."""
@@ -33,6 +37,8 @@ class Pools:
         self._operate = ThreadPoolExecutor(1, thread_name_prefix="narrows operators")
         self._small = ThreadPoolExecutor(4, thread_name_prefix="narrows requests")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="narrows large requests")
+        self._give_back = give_back
+        self._is_asked = False
 
     async def look(self, call: Callable[[], T]) -> T:
         """What ``call`` returns; for health and metrics, which answer within milliseconds."""
@@ -41,6 +47,16 @@ class Pools:
     async def operate(self, call: Callable[[], T]) -> T:
         """What ``call`` returns; for what an operator asks now and then, which may take seconds."""
         return await asyncio.get_running_loop().run_in_executor(self._operate, call)
+
+    def free_memory_soon(self) -> None:
+        """Work that took much memory has ended: what is free goes back to the system, once for all that ends soon."""
+        if not self._is_asked:
+            self._is_asked = True
+            asyncio.get_running_loop().call_later(_FREE_AFTER_S, self._free_memory)
+
+    def _free_memory(self) -> None:
+        self._is_asked = False
+        self._watch.submit(self._give_back)
 
     async def prepare(self, request: Request, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``call`` returns, computed in the thread for requests of this size.
@@ -62,6 +78,8 @@ class Pools:
         finally:
             done.cancel()
             gone.cancel()
+            if pool is self._large:
+                self.free_memory_soon()
             await asyncio.gather(gone, return_exceptions=True)
 
 

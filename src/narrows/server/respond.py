@@ -106,9 +106,16 @@ async def respond(
         generations = [replace(each, guide=guide) for each, guide in zip(generations, guides, strict=False)]
     running = state.running(_client_of(state, request))
     await running.submit(generations, param)
+
+    def close() -> None:
+        running.close()
+        if job.constraint is not None and state.guides is not None:
+            state.guides.grammars.forget_broken()
+            state.pools.free_memory_soon()
+
     if job.body.stream:
-        return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=running.close)
-    return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=running.close)
+        return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=close)
+    return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=close)
 
 
 def _client_of(state: ServerState, request: Request) -> str:

@@ -115,6 +115,12 @@ class Grammars:
             if drops:
                 self._pool.drop(pending.future)
 
+    def forget_broken(self) -> None:
+        """Keep no grammar whose lexer has failed: the memory it has grown to is free once its texts have ended."""
+        with self._lock:
+            for text in [text for text, kept in self._kept.items() if kept.latest().is_broken]:
+                del self._kept[text]
+
     def close(self) -> None:
         """End the threads and processes."""
         self._pool.close()

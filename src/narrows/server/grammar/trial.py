@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import llguidance
 
+from narrows.server.free_memory import give_back
 from narrows.server.grammar.limits import GrammarLimits
 
 __all__ = ["PROGRAM", "run", "told_to"]
@@ -60,6 +61,7 @@ def run(told: dict[str, Any]) -> None:
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         answer = _try(tokens, text, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        give_back()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
