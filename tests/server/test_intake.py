@@ -335,7 +335,7 @@ def test_every_list_mapping_and_text_of_a_body_has_a_limit(plain: Lab) -> None:
     assert len(seen) > 5 and not unbounded, unbounded
 
 
-def test_memory_is_given_back_once_for_all_large_work_that_ends_soon(
+def test_memory_is_given_back_once_for_all_large_work(
     plain: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pools_module, "_FREE_AFTER_S", 0.2)
