@@ -6,6 +6,8 @@ import argparse
 import logging
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -30,7 +32,7 @@ from narrows.engine.service_trace import ServiceTrace
 from narrows.engine.step_times import DriftRule
 from narrows.errors import ConfigError
 from narrows.server.addresses import checked_origins, hosts_to_check
-from narrows.server.app import create_app
+from narrows.server.app import create_app, state_of
 from narrows.server.descriptors import MAX_CONNECTIONS, RESERVED_PLACES, connections_for, raise_descriptor_limit
 from narrows.server.options import ConnectionLimits, ServedModel, ServerOptions
 from narrows.server.reasoning import PARSERS as REASONING_PARSERS
@@ -44,6 +46,9 @@ _SERVER = {name: field.default for name, field in ServerOptions.__dataclass_fiel
 _KEY_VARIABLE = "NARROWS_API_KEY"
 _MB = 1024 * 1024
 _DAY_S = 24 * 60 * 60
+_SWITCH_S = 0.001
+"""How long a thread that prepares a request may keep the interpreter's lock while the engine's loop or the event loop
+waits for it: a step takes milliseconds, and Python's own 5 ms would be added to each."""
 _RANKS = "processes"
 """What ranks are here: HTTP and tokenizing have a process of their own."""
 
@@ -130,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``narrows serve``; the ready line goes to standard output, everything else to standard error."""
     options = _options(args)
     _say_to_stderr()
+    sys.setswitchinterval(_SWITCH_S)
     life = {"ranks": args.ranks or _RANKS, "rehearse_rows": args.rehearse_rows}
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
     if (launch := launch_of(args, os.environ)) is not None:
@@ -150,7 +156,10 @@ def run(args: argparse.Namespace) -> int:
         service = EngineService(resolved, max_queue=args.max_queue, restart=restart, drift=drift, trace=trace)
         try:
             app = create_app(service, model, options)
+            preparing = threading.Thread(target=state_of(app).prepare, name="narrows prepares", daemon=True)
+            preparing.start()  # while the ranks load
             service.start()
+            preparing.join()
             if service.evidence:
                 logging.getLogger("narrows.engine").warning("%s", service.evidence)
 

@@ -73,6 +73,10 @@ class GuideMaker:
         self.grammars = Grammars(lambda: self.tokens, self.trials, self.limits)
         self._masks = MaskThreads()
 
+    def prepare(self) -> None:
+        """Make the tables of the model's tokens that constraints need: half a second for 100,000 tokens, once."""
+        _ = self.tokens, self._special
+
     def literal(self, text: str) -> str:
         """``text`` in a Lark rule. What the tokenizer holds as special tokens stands there as such."""
         parts: list[str] = []

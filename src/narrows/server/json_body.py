@@ -28,9 +28,9 @@ class JsonLimits:
     """The most that a body may hold of each. ``values`` counts items of lists and members of objects."""
 
     nesting: int = MAX_NESTING
-    containers: int = 100_000
-    keys: int = 200_000
-    values: int = 2_097_152  # 1,024 prompts of 2,048 token ids
+    containers: int = 50_000
+    keys: int = 50_000
+    values: int = 1_048_576  # 512 prompts of 2,048 token ids
 
 
 def parse_json(data: bytes, limits: JsonLimits, what: str = "the body") -> Any:

@@ -72,6 +72,13 @@ class ServerState:
         self.defaults: Mapping[str, float | int] = model.generation.sampling(samples_by_default=True)
         self.spelled_out = self._spelled_out()
 
+    def prepare(self) -> None:
+        """Make the tables of the tokenizer now that first requests would wait for, with the interpreter's lock held."""
+        if self.guides is not None:
+            self.guides.prepare()
+        if self.model.tokenizer is not None:
+            self.model.tokenizer.fewest_tokens("")
+
     def _spelled_out(self) -> frozenset[int]:
         """Special tokens that the parsers have to see in the text."""
         tokenizer = self.model.tokenizer
