@@ -29,7 +29,7 @@ class JsonLimits:
 
     nesting: int = MAX_NESTING
     containers: int = 50_000
-    keys: int = 50_000
+    keys: int = 200_000  # a bias for every token of a large vocabulary
     values: int = 1_048_576  # 512 prompts of 2,048 token ids
 
 
