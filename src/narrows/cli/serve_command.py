@@ -154,9 +154,10 @@ def run(args: argparse.Namespace) -> int:
         # The other hosts' part of the ranks ends with them, so those cannot be started again from here.
         restart = not args.no_restart and launch is None
         service = EngineService(resolved, max_queue=args.max_queue, restart=restart, drift=drift, trace=trace)
+        app = create_app(service, model, options)
+        state = state_of(app)
         try:
-            app = create_app(service, model, options)
-            preparing = threading.Thread(target=state_of(app).prepare, name="narrows prepares", daemon=True)
+            preparing = threading.Thread(target=state.prepare, name="narrows prepares", daemon=True)
             preparing.start()  # while the ranks load
             service.start()
             preparing.join()
@@ -179,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
                 return 1
             return code
         finally:
+            state.close()
             service.close()
 
 

@@ -79,6 +79,11 @@ class ServerState:
         if self.model.tokenizer is not None:
             self.model.tokenizer.fewest_tokens("")
 
+    def close(self) -> None:
+        """End the processes and threads that constraints need; for when no request is served any more."""
+        if self.guides is not None:
+            self.guides.close()
+
     def _spelled_out(self) -> frozenset[int]:
         """Special tokens that the parsers have to see in the text."""
         tokenizer = self.model.tokenizer
