@@ -33,14 +33,15 @@ CLIENTS := runs/clients
 test-clients: $(VENV)/.runtime $(CLIENTS)/.others $(CLIENTS)/.instructor
 	cp tests/clients/*.py tests/clients/pytest.ini $(CLIENTS)
 	cd $(CLIENTS) && for set in others instructor; do \
-	  NARROWS=$(CURDIR)/$(BIN)/narrows $$set/bin/python -m pytest || exit 1; \
+	  NARROWS=$(CURDIR)/$(BIN)/narrows venv-$$set/bin/python -m pytest || exit 1; \
 	done
 
+# No venv has a library's name: from the folder beside it, the import would find the venv.
 $(CLIENTS)/.others: tests/clients/requirements.txt
 $(CLIENTS)/.instructor: tests/clients/requirements-instructor.txt
 $(CLIENTS)/.others $(CLIENTS)/.instructor:
-	$(PYTHON) -m venv $(CLIENTS)/$(@F:.%=%)
-	$(CLIENTS)/$(@F:.%=%)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	$(PYTHON) -m venv $(CLIENTS)/$(@F:.%=venv-%)
+	$(CLIENTS)/$(@F:.%=venv-%)/bin/python -m pip install -qq --disable-pip-version-check -r $<
 	@touch $@
 
 check: $(VENV)/.dev

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import pytest
 from conftest import KEY, MODEL
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 
 class Person(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(max_length=8)
+    name: Literal["Ann", "Bob"]  # the client turns a maxLength into a sentence of the description
     tall: bool
 
 

@@ -9,7 +9,7 @@ from conftest import KEY, MODEL
 from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 
 class Person(BaseModel):
@@ -17,7 +17,7 @@ class Person(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(max_length=8)
+    name: Literal["Ann", "Bob"]  # Anthropic's client turns a maxLength into a sentence of the description
     sign: Literal["ram", "bull"]
 
 
