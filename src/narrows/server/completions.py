@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -151,6 +151,9 @@ class _Choice:
         elif body.echo and tokenizer is not None:
             before = tokenizer.decode(prompt, skip_special_tokens=skips)
         self._pieces = [before]  # what is new of the text
+        self._num_scored = 0  # of the prompt's tokens
+        if body.echo and self._columns is not None:
+            self._add_prompt((None,))  # nothing comes before the first
         self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=end_ids)
 
     def take(self, update: Update) -> bool:
@@ -180,11 +183,13 @@ class _Choice:
         self._pieces.append(self._text.finish())
         self.finish_reason = "stop" if self._text.stopped else reason
 
-    def _add_prompt(self, scores: tuple[TokenScore, ...]) -> None:
+    def _add_prompt(self, scores: Sequence[TokenScore | None]) -> None:
+        """The next tokens of the prompt, which have these scores."""
         columns = self._columns
         assert columns is not None, "scores were asked for with logprobs"
-        for place, token in enumerate(self._prompt):
-            score = scores[place - 1] if place else None
+        for score in scores:
+            place, self._num_scored = self._num_scored, self._num_scored + 1
+            token = self._prompt[place]
             added = place < self._added[0] or place >= len(self._prompt) - self._added[1]
             offset = self._prompt_places.here if added else self._prompt_places.push(token)
             columns.add(token, offset, score and score.logprob, score.best if score else ())
