@@ -107,6 +107,23 @@ def test_json_text_within_a_body_is_bounded_too(hermes: Lab) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ('{"a":' * 150 + "{}" + "}" * 150, "more than 100 deep"),
+        ('{"enum":[' + "{}," * 150_000 + "{}]}", "more than 100,000 lists and objects"),
+        ('{"enum":[', "must be JSON"),
+        ('{"const":' + "9" * 5000 + "}", "must be JSON"),
+    ],
+    ids=["nesting", "containers", "cut", "digits"],
+)
+def test_a_schema_as_json_text_is_bounded_as_a_body_is(plain: Lab, schema: str, said: str) -> None:
+    answer = asyncio.run(plain.complete(guided_json=schema))
+    assert answer.status_code == 400 and not plain.backend.submitted
+    error = error_of(answer)
+    assert error["param"] == "guided_json" and said in error["message"], error
+
+
+@pytest.mark.parametrize(
     ("path", "body"),
     [
         ("/v1/completions", lambda text: {"prompt": text}),
