@@ -374,6 +374,20 @@ def test_what_is_wrong_with_a_regex_is_not_cut(plain: lab.Lab, pattern: str, rea
         assert error["param"] == param and reason in error["message"] and "regex parse error" in error["message"]
 
 
+def test_the_tokenizer_is_written_out_once_for_all_trial_processes(
+    plain_tokenizer: Tokenizer, maker: Callable[..., GuideMaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    to_json = plain_tokenizer.to_json
+    monkeypatch.setattr(plain_tokenizer, "to_json", lambda: calls.append("written") or to_json())
+    guides = maker()
+    (first, second) = guides.trials
+    assert first.try_out(grammar("one"), lambda: True) >= 0
+    first.end()
+    assert first.try_out(grammar("two"), lambda: True) >= 0 and second.try_out(grammar("one"), lambda: True) >= 0
+    assert (first.num_started, second.num_started, len(calls)) == (2, 1, 1)
+
+
 def test_words_of_one_line_are_made_of_whatever_is_said() -> None:
     limits = GrammarLimits()
     assert in_words("", limits) == "not valid"
