@@ -2,7 +2,7 @@
 
 ``json.loads`` builds every value before anything can be refused, keeps the interpreter's lock meanwhile, and recurses
 into whatever nests. So lists, objects, keys and values are counted in the bytes first, piece by piece, and the parser
-sees only what it takes a fraction of a second for.
+only gets what it can read in a fraction of a second.
 """
 
 from __future__ import annotations
