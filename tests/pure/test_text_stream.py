@@ -135,3 +135,33 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text():
     for token in tokenizer.encode(WORDS * 200):
         stream.push(token)
         assert len(stream._ids) <= 1
+
+
+class Counted:
+    """A tokenizer that keeps how many ids it decodes at once."""
+
+    def __init__(self, tokenizer: FolderTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.most = 0
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        self.most = max(self.most, len(ids))
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+
+@given(st.lists(st.sampled_from([0x80, 0xE4, 0xBD, 0xA0, 0xF0, 0x41]), min_size=1, max_size=3), st.integers(20, 60))
+def test_parts_of_characters_without_end_cost_no_more_than_a_few_tokens_each(codes: list[int], times: int) -> None:
+    tokenizer = make(byte_level)
+    tokens = {
+        tokenizer.bytes_of(token): token for token in range(tokenizer.vocab_size) if not tokenizer.is_special(token)
+    }
+    ids = [tokens[bytes([code])] for code in codes] * times
+    counted = Counted(tokenizer)
+    stream = TextStream(counted)
+    pieces = [stream.push(token) for token in ids]
+    most = counted.most
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    assert most <= 24

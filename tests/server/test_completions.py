@@ -105,6 +105,26 @@ def test_a_prompt_is_scored_and_nothing_generated(plain: lab.Lab) -> None:
     assert len(body["choices"][0]["logprobs"]["tokens"]) == len(plain.tokenizer.encode("The cat"))
 
 
+def test_a_prompt_of_one_token_is_echoed_with_its_column(plain: lab.Lab) -> None:
+    of_prompt, of_text = (ask(plain, [40], echo=True, logprobs=1, max_tokens=most)["choices"][0] for most in (0, 1))
+    assert of_prompt["logprobs"]["token_logprobs"] == [None]
+    assert of_text["logprobs"]["token_logprobs"] == [None, of_text["logprobs"]["token_logprobs"][1]]
+    assert of_text["logprobs"]["text_offset"] == [0, len(of_prompt["text"])]
+
+
+def test_a_long_prompt_is_scored_in_parts_and_in_order(plain: lab.Lab) -> None:
+    ids = [20 + place % 400 for place in range(500)]
+    whole = ask(plain, [ids], echo=True, logprobs=1, max_tokens=1)["choices"][0]["logprobs"]
+    body = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 1}
+    events = asyncio.run(plain.events("/v1/completions", body))
+    columns = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    assert max(len(each["tokens"]) for each in columns) < 200
+    joined = {name: [value for each in columns for value in each[name]] for name in whole}
+    assert joined == whole and len(whole["tokens"]) == 501
+    scores = [-0.25 if token % 2 == 0 else -1.5 for token in ids]
+    assert whole["token_logprobs"][:500] == [None, *scores[1:]]
+
+
 def test_an_echo_alone_needs_no_backend(plain: lab.Lab) -> None:
     body = ask(plain, "The cat", echo=True, max_tokens=0)
     assert body["choices"][0]["text"] == "The cat" and not plain.backend.submitted

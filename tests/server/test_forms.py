@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import server_lab as lab
 
+from narrows.errors import ConfigError
 from narrows.server.gbnf import gbnf_to_lark
 from narrows.server.strict import close_objects
 
@@ -215,6 +216,27 @@ def test_parts_of_one_object_let_each_others_properties_pass(
         plain.backend.prefer = plain.tokenizer.encode(text, add_special_tokens=False)
         answer = post(plain, "/v1/completions", strict_format(True, schema))
         assert (answer.json()["choices"][0]["text"].startswith(text)) == (text in texts), text
+
+
+@pytest.mark.parametrize("properties", [5, "ab", [[1]], [{"a": {}}]])
+@pytest.mark.parametrize("key", ["properties", "patternProperties"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_strict_leaves_what_is_no_schema_to_the_compiler(
+    plain: lab.Lab, key: str, properties: Any, inside: bool
+) -> None:
+    schema = {"type": "object", key: properties}
+    answer = post(
+        plain, "/v1/completions", strict_format(True, {"type": "object", "allOf": [schema]} if inside else schema)
+    )
+    assert answer.status_code == 400, answer.text
+    assert lab.error_of(answer)["param"] == "response_format.json_schema.schema"
+
+
+def test_properties_count_as_often_as_they_are_read() -> None:
+    many = {"type": "object", "properties": dict.fromkeys(map(str, range(3000)), True)}
+    assert close_objects(many)["additionalProperties"] is False
+    with pytest.raises(ConfigError, match="strict reads at most"):
+        close_objects({"$defs": {"many": many}, "type": "object", "allOf": [{"$ref": "#/$defs/many"}] * 15})
 
 
 @pytest.mark.parametrize(

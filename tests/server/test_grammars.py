@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import server_lab as lab
 
-from narrows.errors import ConfigError
+from narrows.errors import ConfigError, NarrowsError
 from narrows.sched.serving import QueueFull
 from narrows.server.app import state_of
 from narrows.server.grammar.cache import Grammars
 from narrows.server.grammar.compiled import Grammar, Memory
 from narrows.server.grammar.limits import GrammarLimits, in_words
+from narrows.server.grammar.pool import GrammarPool
 from narrows.server.grammar.process import Ended
 from narrows.server.guides import Form, GuideMaker, choice_form, json_form, regex_form
 from narrows.text import Tokenizer
@@ -187,6 +188,33 @@ def test_kept_grammars_make_room_and_those_in_use_refuse(grammars: Callable[...,
         assert (await found.get(grammar("f"))).text == grammar("f") and found.memory.used <= 2 * size
 
     asyncio.run(ask())
+
+
+class Panic(BaseException):
+    """As llguidance's own, which is no Exception."""
+
+
+@pytest.mark.parametrize("place", ["trial", "compiling"])
+def test_a_thread_that_compiles_outlives_a_panic(place: str) -> None:
+    def fail(text: str) -> None:
+        if text == "a":
+            raise Panic
+
+    class Failing(FakeTrial):
+        def try_out(self, text: str, wanted: Callable[[], bool]) -> int:
+            if place == "trial":
+                fail(text)
+            return 1
+
+    def compile_(text: str, nbytes: int) -> str:
+        fail(text)
+        return text
+
+    pool: GrammarPool[str] = GrammarPool([Failing()], compile_)
+    with pytest.raises(NarrowsError, match="could not be compiled"):
+        pool.submit("a").result(30)
+    assert pool.submit("b").result(30) == "b"
+    pool.close()
 
 
 def test_too_many_that_wait_are_refused(grammars: Callable[..., Grammars]) -> None:
@@ -372,6 +400,20 @@ def test_what_is_wrong_with_a_regex_is_not_cut(plain: lab.Lab, pattern: str, rea
     for fields, param in (({"guided_regex": pattern}, "guided_regex"), ({"guided_json": schema}, "guided_json")):
         error = lab.error_of(asyncio.run(plain.chat(**fields)))
         assert error["param"] == param and reason in error["message"] and "regex parse error" in error["message"]
+
+
+def test_the_tokenizer_is_written_out_once_for_all_trial_processes(
+    plain_tokenizer: Tokenizer, maker: Callable[..., GuideMaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    to_json = plain_tokenizer.to_json
+    monkeypatch.setattr(plain_tokenizer, "to_json", lambda: calls.append("written") or to_json())
+    guides = maker()
+    (first, second) = guides.trials
+    assert first.try_out(grammar("one"), lambda: True) >= 0
+    first.end()
+    assert first.try_out(grammar("two"), lambda: True) >= 0 and second.try_out(grammar("one"), lambda: True) >= 0
+    assert (first.num_started, second.num_started, len(calls)) == (2, 1, 1)
 
 
 def test_words_of_one_line_are_made_of_whatever_is_said() -> None:

@@ -108,6 +108,23 @@ def test_json_text_within_a_body_is_bounded_too(hermes: Lab) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ('{"a":' * 150 + "{}" + "}" * 150, "more than 100 deep"),
+        ('{"enum":[' + "{}," * 150_000 + "{}]}", "more than 100,000 lists and objects"),
+        ('{"enum":[', "must be JSON"),
+        ('{"const":' + "9" * 5000 + "}", "must be JSON"),
+    ],
+    ids=["nesting", "containers", "cut", "digits"],
+)
+def test_a_schema_as_json_text_is_bounded_as_a_body_is(plain: Lab, schema: str, said: str) -> None:
+    answer = asyncio.run(plain.complete(guided_json=schema))
+    assert answer.status_code == 400 and not plain.backend.submitted
+    error = error_of(answer)
+    assert error["param"] == "guided_json" and said in error["message"], error
+
+
+@pytest.mark.parametrize(
     ("path", "body"),
     [
         ("/v1/completions", lambda text: {"prompt": text}),
@@ -253,6 +270,12 @@ def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch
         ("completions", {"prompt": "x", "stop_token_ids": [1] * 257}, "stop_token_ids", "at most 256 token ids"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
          "messages.0.content.0.type", "is missing"),
+        ("responses", {"input": []}, "input", "must not be empty"),
+        ("responses", {"input": 5}, "input", "must be a text or a list"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "text"}] * 1001}]}, "input.0.content",
+         "at most 1000 parts, but there are 1001"),
+        ("responses", {"input": "x", "tool_choice": "some"}, "tool_choice", "'none', 'auto' or 'required'"),
+        ("responses", {"input": "x", "metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 entries"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, 1]}]},
          "messages.0.content.1", "valid dictionary"),
         ("chat/completions", {"messages": [{"role": "user", "content": 7}]}, "messages.0.content", "a text or a list"),

@@ -129,7 +129,8 @@ class LLM:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = self.default_sampling if sampling is None else sampling
         end_ids = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.eos_ids)
-        texts = [GeneratedText(self.tokenizer, stop=stop, end_ids=end_ids) for _ in prompts]
+        text = GeneratedText(self.tokenizer, stop=stop, end_ids=end_ids)
+        texts = [text.another() for _ in prompts]
         encoded = [self.encode(prompt) for prompt in prompts]
         requests: list[Request] = []
         self._streaming = True

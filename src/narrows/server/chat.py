@@ -5,6 +5,7 @@ Knows how OpenAI's chat API spells requests and answers; the conversation itself
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -106,13 +107,19 @@ async def _whole(job: Conversation, running: Running) -> Response:
 def _message(events: list[Event]) -> dict[str, Any]:
     content = "".join(event.text for event in events if isinstance(event, Content))
     reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-    calls: list[dict[str, Any]] = []
+    arguments: dict[int, list[str]] = defaultdict(list)
     for event in events:
-        if isinstance(event, ToolCall):
-            function = {"name": event.name, "arguments": ""}
-            calls.append({"id": new_id("call"), "type": "function", "function": function})
-        elif isinstance(event, Arguments):
-            calls[event.index]["function"]["arguments"] += event.text
+        if isinstance(event, Arguments):
+            arguments[event.index].append(event.text)
+    calls = [
+        {
+            "id": new_id("call"),
+            "type": "function",
+            "function": {"name": event.name, "arguments": "".join(arguments[event.index])},
+        }
+        for event in events
+        if isinstance(event, ToolCall)
+    ]
     message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
     if reasoning:
         message["reasoning_content"] = reasoning

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -59,11 +59,19 @@ def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
     choices: list[_Choice] = []
     generations: list[Generation] = []
     end_ids, allowed = state.end_ids(body), state.allowed(body)
+    generated = GeneratedText(
+        state.model.tokenizer,
+        stop=body.stops,
+        keep_stop=body.keeps_stop,
+        end_ids=end_ids,
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
     runs = bool(max_tokens) or scored is not None
     for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
         for choice in range(body.num_choices):
             echoed = text if isinstance(text, str) and body.truncate_prompt_tokens is None else None
-            choices.append(_Choice(state, body, len(choices), at, prompt, echoed))
+            new = generated.another()
+            choices.append(_Choice(state, body, len(choices), at, prompt, echoed, new, end_ids))
             generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, allowed))
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
     constraint = Constraint(forms=(form[0],), param=form[1]) if form and max_tokens else None
@@ -119,6 +127,8 @@ class _Choice:
         prompt_index: int,
         prompt: tuple[int, ...],
         echoed: str | None,
+        generated: GeneratedText,
+        end_ids: frozenset[int],
     ) -> None:
         self.index = index
         self.count = Count(prompt_index)
@@ -127,28 +137,24 @@ class _Choice:
         self.guide: GrammarGuide | None = None
         tokenizer = state.model.tokenizer
         skips = body.skip_special_tokens is not False
-        self._end_ids = state.end_ids(body)
-        self._text = GeneratedText(
-            tokenizer,
-            stop=body.stops,
-            keep_stop=body.keeps_stop,
-            end_ids=self._end_ids,
-            skip_special_tokens=skips,
-        )
+        self._text = generated
         self._columns: LogprobColumns | None = None
         if body.logprobs is not None:
             as_ids = bool(body.return_tokens_as_token_ids)
             self._columns = LogprobColumns(tokenizer, num_best=body.logprobs, as_ids=as_ids)
-        self.text = ""
-        """What is new of the text."""
         adds = tokenizer is not None and echoed is not None and body.add_special_tokens is not False
         self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
         self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
-        if body.echo:
-            decoded = tokenizer.decode(prompt, skip_special_tokens=skips) if tokenizer is not None else ""
-            self.text = decoded if echoed is None else echoed
-
-        self._places = TokenPlaces(tokenizer, start=len(self.text), skip_special_tokens=skips, left_out=self._end_ids)
+        before = ""
+        if body.echo and echoed is not None:
+            before = echoed
+        elif body.echo and tokenizer is not None:
+            before = tokenizer.decode(prompt, skip_special_tokens=skips)
+        self._pieces = [before]  # what is new of the text
+        self._num_scored = 0  # of the prompt's tokens
+        if body.echo and self._columns is not None:
+            self._add_prompt((None,))  # nothing comes before the first
+        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=end_ids)
 
     def take(self, update: Update) -> bool:
         """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
@@ -162,7 +168,7 @@ class _Choice:
             if self._columns is not None:
                 logprob, best = update.logprobs[place]
                 self._columns.add(token, self._places.push(token), logprob, best)
-            self.text += self._text.push(token)
+            self._pieces.append(self._text.push(token))
             if self._text.stopped:
                 self.finish_reason = "stop"
                 return not update.finish_reason
@@ -174,21 +180,23 @@ class _Choice:
         """No more tokens come."""
         if self.guide is not None and self.guide.problem:
             raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
-        self.text += self._text.finish()
+        self._pieces.append(self._text.finish())
         self.finish_reason = "stop" if self._text.stopped else reason
 
-    def _add_prompt(self, scores: tuple[TokenScore, ...]) -> None:
+    def _add_prompt(self, scores: Sequence[TokenScore | None]) -> None:
+        """The next tokens of the prompt, which have these scores."""
         columns = self._columns
         assert columns is not None, "scores were asked for with logprobs"
-        for place, token in enumerate(self._prompt):
-            score = scores[place - 1] if place else None
+        for score in scores:
+            place, self._num_scored = self._num_scored, self._num_scored + 1
+            token = self._prompt[place]
             added = place < self._added[0] or place >= len(self._prompt) - self._added[1]
             offset = self._prompt_places.here if added else self._prompt_places.push(token)
             columns.add(token, offset, score and score.logprob, score.best if score else ())
 
     def entry(self) -> dict[str, Any]:
         """What is new, as an entry of ``choices``."""
-        text, self.text = self.text, ""
+        text, self._pieces = "".join(self._pieces), []
         logprobs = self._columns.take() if self._columns is not None else None
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 

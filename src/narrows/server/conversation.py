@@ -18,6 +18,7 @@ from narrows.server.schema.chat import ChatRequest, Function
 from narrows.server.state import ServerState
 from narrows.server.tool_use import ToolUse, tool_use
 from narrows.server.turn import Turn
+from narrows.text import GeneratedText
 
 __all__ = ["Conversation", "conversation", "conversation_prompt"]
 
@@ -46,14 +47,22 @@ def conversation(state: ServerState, body: ChatRequest, head: dict[str, Any], *,
         raise invalid(message, "allowed_token_ids")
     sampling = state.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     turns, generations = [], []
-    allowed = state.allowed(body)
+    allowed, end_ids = state.allowed(body), state.end_ids(body)
+    text = GeneratedText(
+        state.tokenizer,
+        stop=body.stops,
+        keep_stop=body.keeps_stop,
+        end_ids=end_ids,
+        skip_special_tokens=body.skip_special_tokens is not False,
+        spelled_out=state.spelled_out,
+    )
     for index in range(body.num_choices):
-        turns.append(Turn(state, body, index, use, inside))
+        turns.append(Turn(state, body, index, use, inside, text.another()))
         generations.append(
             Generation(
                 prompt=ids,
                 max_tokens=max_tokens,
-                end_ids=state.end_ids(body),
+                end_ids=end_ids,
                 sampling=ServerState.of_choice(sampling, index),
                 priority=body.priority or 0,
                 guide=allowed,

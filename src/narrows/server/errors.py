@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,12 +16,15 @@ __all__ = [
     "ApiError",
     "ClientGoneError",
     "error_body",
+    "given",
     "invalid",
     "is_messages_path",
     "refused",
     "renamed",
     "translated",
 ]
+
+T = TypeVar("T")
 
 _MESSAGES_PATH = "/v1/messages"
 """Where Anthropic's API lives: it and what is below it answer in that API's shapes."""
@@ -87,6 +90,17 @@ class ClientGoneError(Exception):
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Status 400: the request cannot be served as it is."""
     return ApiError(400, message, param=param, code=code)
+
+
+def given(value: T | None, param: str) -> T:
+    """The value of a field that may not be left out here.
+
+    Raises:
+        ApiError: 400, it is.
+    """
+    if value is None:
+        raise invalid(f"{param} is missing", param)
+    return value
 
 
 @contextmanager

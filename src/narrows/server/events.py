@@ -73,14 +73,22 @@ class Trimmed:
     def __init__(self, *, begun: bool = False) -> None:
         """``begun``: white space at the beginning stays."""
         self.begun = begun
-        self.held = ""
+        self._held: list[str] = []
+
+    @property
+    def held(self) -> str:
+        """The white space that may be its end."""
+        return "".join(self._held)
 
     def push(self, text: str) -> str:
         """What is known to belong to the text."""
-        text = self.held + text
         if not self.begun:
             text = text.lstrip()
             self.begun = bool(text)
-        out = text.rstrip()
-        self.held = text[len(out) :]
+        settled = text.rstrip()
+        if not settled:
+            self._held.append(text)
+            return ""
+        out = self.held + settled
+        self._held = [text[len(settled) :]]
         return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from narrows.errors import ConfigError
@@ -18,7 +19,7 @@ MOST_REPEATS = 100_000
 MOST_NESTED = 100
 _TOKEN = re.compile(
     r"""(?P<space>(?:\s|\#[^\n]*)+)
-    |(?P<rule>[A-Za-z0-9_.-]+(?=\s*::=))
+    |(?P<rule>(?<![A-Za-z0-9_.-])[A-Za-z0-9_.-]++(?=\s*::=))
     |(?P<name>[A-Za-z_][A-Za-z0-9_-]*|[0-9][A-Za-z0-9_-]*)
     |(?P<text>"(?:\\.|[^"\\\n])*")
     |(?P<characters>\[\^?(?:\\.|[^\]\\\n])*\])
@@ -62,7 +63,7 @@ class _Reader:
         self._place = 0
         self._depth = 0
         rules = [piece.text for piece in self._pieces if piece.kind == "rule"]
-        twice = next((name for place, name in enumerate(rules) if name in rules[:place]), None)
+        twice = next((name for name, count in Counter(rules).items() if count > 1), None)
         if twice is not None:
             raise ConfigError(f"the rule {twice[:60]!r} is defined twice")
         if "root" not in rules:

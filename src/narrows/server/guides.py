@@ -69,7 +69,7 @@ class GuideMaker:
         self._end_ids = sorted(end_ids)
         self._lock = threading.Lock()
         self.limits = limits or GrammarLimits()
-        self.trials = [TrialProcess(self._told, self.limits) for _ in range(num_trials)]
+        self.trials = [TrialProcess(self._tell, self.limits) for _ in range(num_trials)]
         self.grammars = Grammars(lambda: self.tokens, self.trials, self.limits)
         self._masks = MaskThreads()
 
@@ -82,7 +82,11 @@ class GuideMaker:
         parts: list[str] = []
         plain = text
         while plain:
-            found = [(at, token, name) for name, token in self._special.items() if (at := plain.find(name)) >= 0]
+            found = [
+                (at, token, name)
+                for name, token in self._tokenizer.special_tokens.items()
+                if (at := plain.find(name)) >= 0
+            ]
             if not found:
                 break
             at, token, name = min(found)
@@ -114,19 +118,12 @@ class GuideMaker:
         rules = [f"body: {' | '.join(form.name for form in forms)}", *(form.rules for form in forms)]
         if not reasoning:
             return "\n".join(["start: body", *rules])
-        if CLOSE in self._special:
+        if CLOSE in self._tokenizer.special_tokens:
             thought = f"thought: /(?s:.*)/ {self.literal(CLOSE)}"
         else:
             thought = f"thought[suffix={json.dumps(CLOSE)}]: /(?s:.*)/"
         start = "start: thought gap body" if inside else f"start: ({self.literal(OPEN)} thought gap)? body"
         return "\n".join([start, thought, r"gap: /\n{0,2}/", *rules])
-
-    @cached_property
-    def _special(self) -> dict[str, int]:
-        """Special tokens by name."""
-        tokenizer = self._tokenizer
-        ids = filter(tokenizer.is_special, range(tokenizer.vocab_size))
-        return {tokenizer.decode([token], skip_special_tokens=False): token for token in ids}
 
     @property
     def tokens(self) -> llguidance.LLTokenizer:
@@ -140,5 +137,11 @@ class GuideMaker:
             self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._end_ids or None
         )
 
-    def _told(self) -> dict[str, Any]:
+    def _tell(self) -> bytes:
+        """What trial processes are told: made once, as it may be tens of megabytes, and processes end often."""
+        with self._lock:
+            return self._told
+
+    @cached_property
+    def _told(self) -> bytes:
         return told_to(self._tokenizer.to_json(), self._vocab_size, self._end_ids, self.limits)

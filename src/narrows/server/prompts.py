@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.server.errors import invalid, refused
-from narrows.server.json_body import JsonLimits, check_json
+from narrows.server.json_body import JsonLimits, read_json
 from narrows.server.schema.chat import ChatMessage, ContentPart, Tool
 from narrows.server.schema.common import GenerationFields
 from narrows.server.state import ServerState
@@ -138,9 +137,7 @@ def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        text = function["arguments"]
-        check_json(text.encode("utf-8", "surrogatepass"), JsonLimits(), f"{where}: the text of arguments")
-        arguments = json.loads(text)
+        arguments = read_json(function["arguments"], JsonLimits(), f"{where}: the text of arguments")
     except ValueError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}

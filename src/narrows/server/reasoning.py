@@ -36,7 +36,8 @@ class ReasoningSplit:
 
     def __init__(self, *, inside: bool) -> None:
         self.inside = inside
-        self._begin: str | None = None if inside else ""
+        self._begin: list[str] | None = None if inside else []
+        self._tag = ""  # of the beginning, what follows its white space
         self._close = StopStrings((CLOSE,))
         self._thought = Trimmed()
         self._after_thought = False
@@ -45,14 +46,14 @@ class ReasoningSplit:
         """The events that are settled by ``text``."""
         events: list[Event] = []
         if self._begin is not None:
-            self._begin += text
-            stripped = self._begin.lstrip()
-            if stripped.startswith(OPEN):
-                self.inside, self._begin, text = True, None, stripped.removeprefix(OPEN)
-            elif OPEN.startswith(stripped):
+            self._begin.append(text)
+            self._tag = (self._tag + text).lstrip()
+            if self._tag.startswith(OPEN):
+                self.inside, self._begin, text = True, None, self._tag.removeprefix(OPEN)
+            elif OPEN.startswith(self._tag):
                 return []
             else:
-                text, self._begin = self._begin, None
+                text, self._begin = "".join(self._begin), None
         if self.inside:
             events.append(Reasoning(self._thought.push(self._close.push(text))))
             if not self._close.found:
@@ -66,5 +67,5 @@ class ReasoningSplit:
     def finish(self) -> list[Event]:
         """What was held back, once no more text comes."""
         if self._begin:
-            return [Content(self._begin)]
+            return [Content("".join(self._begin))]
         return [Reasoning(self._thought.push(self._close.finish()))] if self.inside else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -23,6 +23,8 @@ __all__ = ["Bridge", "Running", "Times"]
 
 _AT_ONCE = 8
 """Generations that are submitted before the event loop goes on: each is looked at in full."""
+_TOKENS_AT_ONCE = 128
+"""Tokens that are read before the event loop goes on: each may take 0.1 ms."""
 
 
 class Times(Protocol):
@@ -118,6 +120,8 @@ class Running:
     async def updates(self) -> AsyncGenerator[list[tuple[int, Update]], None]:
         """What has come since the last, as (index of the generation, update), until all have ended.
 
+        If that is much (a slow reader, a long prompt that is scored), it comes in parts; others get their turn between.
+
         Raises:
             ApiError: a generation failed, or was ended by somebody else.
         """
@@ -128,7 +132,10 @@ class Running:
             inbox, self._inbox = self._inbox, []
             for _, update in inbox:
                 _check(update)
-            yield inbox
+            for number, part in enumerate(_parts(inbox)):
+                if number:
+                    await asyncio.sleep(0)
+                yield part
 
     def abort(self, index: int) -> None:
         """Nobody wants this one any more."""
@@ -154,6 +161,31 @@ class Running:
             self._latest[index] = at
         if update.finish_reason:
             self._times.ended(at - self._started_at, update.finish_reason)
+
+
+def _parts(inbox: Sequence[tuple[int, Update]]) -> Iterator[list[tuple[int, Update]]]:
+    """Updates in lists of about as many tokens as are read at once."""
+    part: list[tuple[int, Update]] = []
+    size = 0
+    for index, whole in inbox:
+        for update in _cut(whole):
+            part.append((index, update))
+            size += max(1, len(update.token_ids) + len(update.prompt_logprobs))
+            if size >= _TOKENS_AT_ONCE:
+                yield part
+                part, size = [], 0
+    if part:
+        yield part
+
+
+def _cut(update: Update) -> Iterator[Update]:
+    """The update as several, if it has many scores of a prompt."""
+    scores = update.prompt_logprobs
+    last = max(len(scores) - 1, 0) // _TOKENS_AT_ONCE * _TOKENS_AT_ONCE
+    for start in range(0, last, _TOKENS_AT_ONCE):
+        some = scores[start : start + _TOKENS_AT_ONCE]
+        yield Update(prompt_logprobs=some, num_cached_prompt=update.num_cached_prompt)
+    yield replace(update, prompt_logprobs=scores[last:]) if last else update
 
 
 def _check(update: Update) -> None:

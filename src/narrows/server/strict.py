@@ -23,7 +23,7 @@ _SAME_VALUE = ("allOf", "anyOf", "oneOf")
 _SAYS_IT = ("additionalProperties", "unevaluatedProperties")
 _MOST_REFS = 64
 _MOST_NESTED = 200
-_MOST_SCHEMAS = 20_000
+_MOST_READ = 40_000
 """References to references could make a small schema endlessly large."""
 
 
@@ -45,7 +45,7 @@ def close_objects(schema: Schema) -> dict[str, Any]:
 class _Closer:
     def __init__(self, root: Schema) -> None:
         self._root = root
-        self._num_schemas = 0
+        self._num_read = 0
         self._depth = 0
 
     def closed(self, schema: Schema, beside: Schema) -> dict[str, Any]:
@@ -58,10 +58,10 @@ class _Closer:
         self._depth -= 1
         return out
 
-    def _count(self) -> None:
-        self._num_schemas += 1
-        if self._num_schemas > _MOST_SCHEMAS:
-            raise ConfigError(f"strict reads at most {_MOST_SCHEMAS} schemas, counting each reference to one")
+    def _count(self, more: int = 1) -> None:
+        self._num_read += more
+        if self._num_read > _MOST_READ:
+            raise ConfigError(f"strict reads at most {_MOST_READ} schemas and properties, counting each reference")
 
     def _close_others(self, schema: Schema) -> dict[str, Any]:
         """A copy whose schemas of other values are closed."""
@@ -102,7 +102,7 @@ class _Closer:
         if (parts or beside) and not _is_object(schema):
             return out
         for kind in ("properties", "patternProperties"):
-            if merged := {**shared[kind], **out.get(kind, {})}:
+            if isinstance(out.get(kind, {}), Mapping) and (merged := {**shared[kind], **_map(out, kind)}):
                 out[kind] = merged
         return {**out, "additionalProperties": False}
 
@@ -111,7 +111,9 @@ class _Closer:
         found: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}}
         for each in self._about(schema):
             for kind, names in found.items():
-                names.update(dict.fromkeys(each.get(kind) or {}, True))
+                named = _map(each, kind)
+                self._count(len(named))
+                names.update(dict.fromkeys(named, True))
         return found
 
     def _about(self, schema: Schema, depth: int = 0) -> Iterator[Schema]:
@@ -133,6 +135,7 @@ class _Closer:
             target = self._at(part["$ref"])
             if target is None:
                 return part
+            self._count(len(target))
             part = {**target, **{key: value for key, value in part.items() if key != "$ref"}}
         return part
 
@@ -148,6 +151,11 @@ class _Closer:
 def _list(schema: Schema, key: str) -> list[Any]:
     found = schema.get(key)
     return found if isinstance(found, list) else []
+
+
+def _map(schema: Schema, key: str) -> Schema:
+    found = schema.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _is_object(schema: Schema) -> bool:

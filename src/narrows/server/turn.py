@@ -30,20 +30,14 @@ class Turn:
         index: int,
         use: ToolUse,
         inside: bool,
+        text: GeneratedText,
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.count = Count()
         self._tokenizer = state.tokenizer
         self.guide: GrammarGuide | None = None
-        self._text = GeneratedText(
-            state.tokenizer,
-            stop=body.stops,
-            keep_stop=body.keeps_stop,
-            end_ids=state.end_ids(body),
-            skip_special_tokens=body.skip_special_tokens is not False,
-            spelled_out=state.spelled_out,
-        )
+        self._text = text
         self._parser = OutputParser(
             reasoning=ReasoningSplit(inside=inside) if state.reasons else None,
             tools=state.tools.new_parser() if use.tools and state.tools is not None else None,

@@ -7,6 +7,7 @@ Built on :class:`~narrows.text.stream.TextStream`, :class:`~narrows.text.stop.St
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 
 from narrows.text.special_stops import SpecialStops
 from narrows.text.stop import StopStrings
@@ -42,17 +43,24 @@ class GeneratedText:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._stream = self._new_stream()
         self._keep_stop = keep_stop
         self._end_ids = end_ids
         self._spelled_out = spelled_out if skip_special_tokens else frozenset()
         left_out = tokenizer.special_tokens if tokenizer is not None and skip_special_tokens else {}
         hidden = {name: token for name, token in left_out.items() if token not in self._spelled_out}
         self._special = SpecialStops(stop, hidden)
+        self._begin()
+
+    def another(self) -> GeneratedText:
+        """A text of its own by the same rules, which are not made anew."""
+        text = copy(self)
+        text._begin()
+        return text
+
+    def _begin(self) -> None:
+        self._stream = self._new_stream()
         self._stop = StopStrings(self._special.searched)
         self._pieces: list[str] = []
-        self.num_chars = 0
-        """Characters that the tokens so far have settled, those of a stop string included."""
 
     @property
     def stopped(self) -> bool:
@@ -90,7 +98,6 @@ class GeneratedText:
         return rest + held
 
     def _give(self, text: str) -> str:
-        self.num_chars += len(self._special.visible(text))
         if self._stop.found:
             return ""
         text = self._special.visible(self._stop.push(text))

@@ -9,6 +9,8 @@ A piece may end in what could become a stop string, so that much is held back un
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from narrows.errors import ConfigError
 
 __all__ = ["StopStrings"]
@@ -34,6 +36,8 @@ class StopStrings:
         self.rest = ""
         """What came after it in the piece that completed it."""
         self._held = ""
+        self._sorted = sorted(stops)  # those with the same beginning stand together
+        self._longest = max(map(len, stops), default=0)
 
     def push(self, text: str) -> str:
         """The text that is now known to come before any stop string."""
@@ -58,9 +62,9 @@ class StopStrings:
 
     def _possible_start(self) -> int:
         """Length of the longest end of the text that a stop string could begin with."""
-        longest = max((len(stop) for stop in self.stops), default=0)
-        for length in range(min(longest - 1, len(self._held)), 0, -1):
+        for length in range(min(self._longest - 1, len(self._held)), 0, -1):
             end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self.stops):
+            at = bisect_left(self._sorted, end)
+            if at < len(self._sorted) and self._sorted[at].startswith(end):
                 return length
         return 0

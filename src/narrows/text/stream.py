@@ -16,6 +16,9 @@ from narrows.text.tokenizer import Tokenizer
 
 __all__ = ["TextStream"]
 
+_MANY, _KEPT = 16, 8
+"""Of more ids than that, whose text ends in U+FFFD, so many are kept: a character has four bytes."""
+
 
 class TextStream:
     """Incremental detokenisation of one sequence of ids.
@@ -45,6 +48,8 @@ class TextStream:
         piece = self._give(settled)
         if len(settled) == len(text):
             self._forget()
+        elif len(self._ids) > _MANY:
+            self._forget_front(text)
         return piece
 
     @property
@@ -67,6 +72,13 @@ class TextStream:
         text = self._decode(last)
         if text:
             self._ids, self._num_given = last, len(text)
+
+    def _forget_front(self, text: str) -> None:
+        """Keep the last ids only, unless they begin inside a character: of parts of characters there is no end."""
+        front, back = self._ids[:-_KEPT], self._ids[-_KEPT:]
+        before, after = self._decode(front), self._decode(back)
+        if after and before + after == text:
+            self._ids, self._num_given = back, self._num_given - len(before)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

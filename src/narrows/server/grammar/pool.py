@@ -7,16 +7,21 @@ thread can be ended.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
+from narrows.errors import NarrowsError
 from narrows.server.grammar.process import Ended
 
 __all__ = ["GrammarPool", "Trial"]
+
+_LOG = logging.getLogger("narrows.server")
 
 T = TypeVar("T")
 
@@ -88,14 +93,15 @@ class GrammarPool(Generic[T]):
             text, future = job
             try:
                 nbytes = self._tried(trial, text, future)
-                if not future.set_running_or_notify_cancel():
-                    continue
-                future.set_result(self._compile(text, nbytes))
+                if future.set_running_or_notify_cancel():
+                    future.set_result(self._compile(text, nbytes))
             except Ended:
                 future.cancel()
             except Exception as error:
-                if not future.cancelled():
-                    future.set_exception(error)
+                _fail(future, error)
+            except BaseException as error:  # llguidance's panics are no Exceptions
+                _LOG.exception("a constraint could not be compiled")
+                _fail(future, NarrowsError(f"the constraint could not be compiled ({type(error).__name__})"))
 
     def _tried(self, trial: Trial, text: str, future: Future[T]) -> int:
         try:
@@ -115,6 +121,11 @@ class GrammarPool(Generic[T]):
             job = self._jobs.popleft()
             self._trying[job[1]] = trial
             return job
+
+
+def _fail(future: Future[T], error: Exception) -> None:
+    with suppress(InvalidStateError):  # nobody waits for it any more, since a moment ago
+        future.set_exception(error)
 
 
 def _end_all(trials: Sequence[Trial]) -> None:

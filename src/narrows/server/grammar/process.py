@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.grammar.limits import GrammarLimits, in_words
@@ -28,10 +27,10 @@ class TrialProcess:
     """Tries grammars one after another, on one thread; :meth:`end` may be called from any.
 
     Args:
-        told: what the process has to know, asked for at each start.
+        told: the line of JSON that says what the process has to know; asked for at each start.
     """
 
-    def __init__(self, told: Callable[[], dict[str, Any]], limits: GrammarLimits) -> None:
+    def __init__(self, told: Callable[[], bytes], limits: GrammarLimits) -> None:
         self._told, self._limits = told, limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,7 +90,7 @@ class TrialProcess:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._why_ended = ""
             self.num_started += 1
-        _write(process, json.dumps(self._told()).encode() + b"\n")
+        _write(process, self._told())
         return process
 
     def _death(self, process: subprocess.Popen[bytes]) -> NarrowsError:

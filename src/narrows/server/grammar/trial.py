@@ -35,23 +35,24 @@ _NICE = 10
 """Trials give way to the server and the ranks."""
 
 
-def told_to(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> dict[str, Any]:
-    """What a trial process is told first."""
-    return {
+def told_to(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> bytes:
+    """What a trial process is told first: a line of JSON."""
+    told = {
         "path": sys.path,
         "tokenizer": tokenizer,
         "num_tokens": num_tokens,
         "end_ids": end_ids,
         "limits": asdict(limits),
     }
+    return json.dumps(told).encode() + b"\n"
 
 
 def run(told: dict[str, Any]) -> None:
     """Answer grammars until stdin ends."""
+    os.nice(_NICE)
     limits = GrammarLimits(**told["limits"])
     tokens = llguidance.LLTokenizer(told["tokenizer"], n_vocab=told["num_tokens"], eos_token=told["end_ids"] or None)
     del told["tokenizer"]
-    os.nice(_NICE)
     _bound(resource.RLIMIT_STACK, _STACK_BYTES)
     _bound(resource.RLIMIT_CORE, 0)
     _bound(resource.RLIMIT_AS, _memory_mapped() + limits.memory_bytes)

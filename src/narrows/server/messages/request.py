@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from narrows.server.errors import invalid
+from narrows.server.errors import given, invalid
 from narrows.server.history import History
 from narrows.server.schema.chat import ChatMessage, ChatRequest, Function, FunctionName, Tool, ToolChoice
 from narrows.server.schema.common import GenerationFields, JsonSchemaFormat, ResponseFormat
@@ -118,7 +118,7 @@ def _messages(body: CountRequest) -> list[ChatMessage]:
     ):
         blocks = [(block, where) for _, block, where in pieces]
         if is_text:
-            texts = [_given(block.text, f"{where}.text") for block, where in blocks]
+            texts = [given(block.text, f"{where}.text") for block, where in blocks]
             history.say(role, ("" if role == "assistant" else "\n").join(texts))
         else:
             for block, where in blocks:
@@ -140,12 +140,12 @@ def _pieces(messages: Sequence[PastMessage]) -> Iterator[tuple[str, Block, str]]
 
 def _add(history: History, block: Block, where: str) -> None:
     if block.type == "thinking":
-        history.think(_given(block.thinking, f"{where}.thinking"))
+        history.think(given(block.thinking, f"{where}.thinking"))
     elif block.type == "tool_use":
-        number, name = _given(block.id, f"{where}.id"), _given(block.name, f"{where}.name")
+        number, name = given(block.id, f"{where}.id"), given(block.name, f"{where}.name")
         history.call(number, name, json.dumps(block.input or {}, ensure_ascii=False))
     elif block.type == "tool_result":
-        history.result(_given(block.tool_use_id, f"{where}.tool_use_id"), _result(block, where))
+        history.result(given(block.tool_use_id, f"{where}.tool_use_id"), _result(block, where))
     elif block.type != "redacted_thinking":  # another server's thought, which nobody here can read
         known = "text, thinking, tool_use and tool_result"
         raise invalid(f"{where}.type: a block of type {block.type[:64]!r}; this server reads {known}", f"{where}.type")
@@ -164,9 +164,3 @@ def _result(block: Block, where: str) -> str:
 def _lines(blocks: Iterable[TextBlock | ResultBlock]) -> str:
     """Blocks are paragraphs of their own."""
     return "\n".join(block.text or "" for block in blocks)
-
-
-def _given(value: str | None, where: str) -> str:
-    if value is None:
-        raise invalid(f"{where} is missing", where)
-    return value

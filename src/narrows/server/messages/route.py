@@ -54,13 +54,19 @@ async def count_tokens(state: ServerState, body: CountRequest, request: Request)
         ApiError: it cannot be read.
     """
     state.check_model(body.model)
-    _, ids = await state.pools.prepare(request, conversation_prompt, state, _chat(body))
-    return JsonAnswer({"input_tokens": len(ids)})
+    return JsonAnswer({"input_tokens": await state.pools.prepare(request, _count, state, body)})
 
 
 def _chat(body: CountRequest) -> ChatRequest:
     with translated():
         return chat_of(body)
+
+
+def _count(state: ServerState, body: CountRequest) -> int:
+    chat = _chat(body)
+    with renamed(CHAT_NAMES):
+        _, ids = conversation_prompt(state, chat)
+    return len(ids)
 
 
 def _job(state: ServerState, body: MessagesRequest) -> Conversation:

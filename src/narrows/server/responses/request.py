@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from narrows.server.errors import invalid
+from narrows.server.errors import given, invalid
 from narrows.server.history import History
 from narrows.server.schema.chat import AllowedTool, AllowedTools, ChatRequest, Function, FunctionName, Tool, ToolChoice
 from narrows.server.schema.common import GenerationFields, JsonSchemaFormat, ResponseFormat
@@ -121,27 +121,21 @@ def _messages(body: ResponsesRequest) -> list[Any]:
 def _add(history: History, item: InputItem, where: str) -> None:
     kind = item.type or "message"
     if kind == "message":
-        history.say(_given(item.role, f"{where}.role"), _text(item.content, f"{where}.content"))
+        history.say(given(item.role, f"{where}.role"), _text(item.content, f"{where}.content"))
     elif kind == "reasoning":
         thought = item.content or item.summary
         if thought:
             history.think(_text(thought, f"{where}.{'content' if item.content else 'summary'}"))
     elif kind == "function_call":
-        name, arguments = _given(item.name, f"{where}.name"), _given(item.arguments, f"{where}.arguments")
-        history.call(_given(item.call_id, f"{where}.call_id"), name, arguments)
+        name, arguments = given(item.name, f"{where}.name"), given(item.arguments, f"{where}.arguments")
+        history.call(given(item.call_id, f"{where}.call_id"), name, arguments)
     elif kind == "function_call_output":
-        history.result(_given(item.call_id, f"{where}.call_id"), _text(item.output, f"{where}.output"))
+        history.result(given(item.call_id, f"{where}.call_id"), _text(item.output, f"{where}.output"))
     elif kind == "item_reference":
         raise invalid(f"{where}.type: this server stores no items to refer to; send the item itself", f"{where}.type")
     else:
         known = "message, reasoning, function_call and function_call_output"
         raise invalid(f"{where}.type: an item of type {kind[:64]!r}; this server reads {known}", f"{where}.type")
-
-
-def _given(value: str | None, where: str) -> str:
-    if value is None:
-        raise invalid(f"{where} is missing", where)
-    return value
 
 
 def _text(content: str | list[InputPart] | None, where: str) -> str:

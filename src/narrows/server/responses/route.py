@@ -1,4 +1,4 @@
-"""``/v1/responses``: input to output items, whole or streamed. Nothing is stored. Knows HTTP and both halves' names."""
+"""``/v1/responses``: input to output items, whole or streamed. Nothing is stored. Knows HTTP only."""
 
 from __future__ import annotations
 

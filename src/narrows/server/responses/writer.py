@@ -165,9 +165,10 @@ def _from_text(logprobs: list[dict[str, Any]], text: str) -> list[dict[str, Any]
     """Without the tokens in front of ``text``: those that ended a thought, or white space that belongs to nothing."""
     spelled, begin = b"".join(bytes(entry["bytes"]) for entry in logprobs), text.encode()
     at = spelled.find(begin) if begin else -1
-    while at > 0 and (first := len(logprobs[0]["bytes"])) <= at:
-        logprobs, at = logprobs[1:], at - first
-    return logprobs
+    first = 0
+    while at > 0 and (size := len(logprobs[first]["bytes"])) <= at:
+        first, at = first + 1, at - size
+    return logprobs[first:]
 
 
 def _kind(event: Event) -> str:

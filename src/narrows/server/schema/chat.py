@@ -10,14 +10,26 @@ from pydantic_core import PydanticCustomError
 from narrows.server.schema.common import Body, GenerationFields, Name, TopLogprobs
 from narrows.server.schema.limits import AtMost, JsonObject, OneOf, Text
 
-__all__ = ["MAX_TOOLS", "ChatMessage", "ChatRequest", "ContentPart", "Function", "Tool", "ToolChoice", "function_kind"]
+__all__ = [
+    "MAX_MESSAGES",
+    "MAX_PARTS",
+    "MAX_TOOLS",
+    "ChatMessage",
+    "ChatRequest",
+    "ContentPart",
+    "Function",
+    "FunctionKind",
+    "Tool",
+    "ToolChoice",
+    "ToolName",
+]
 
 MAX_TOOLS = 512
 MAX_MESSAGES = 10_000
 MAX_PARTS = 1_000
 
 
-def function_kind(kind: Any) -> Any:
+def _function_kind(kind: Any) -> Any:
     """A tool's ``type`` as it is, if this server can offer such a tool to the model.
 
     Raises:
@@ -39,7 +51,8 @@ def function_kind(kind: Any) -> Any:
     )
 
 
-FunctionKind = Annotated[Literal["function"], BeforeValidator(function_kind)]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+FunctionKind = Annotated[Literal["function"], BeforeValidator(_function_kind)]
 
 
 class ContentPart(Body):
@@ -74,7 +87,7 @@ class ChatMessage(Body):
 class Function(Body):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    name: ToolName
     description: Text | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None

@@ -39,6 +39,7 @@ StopString = Annotated[str, AtMost(1000, "characters of a stop string", least=1)
 Pattern = Annotated[str, AtMost(10_000, "characters of a regex")]
 Grammar = Annotated[str, AtMost(32_768, "characters of a grammar")]
 Choices = Annotated[list[Annotated[str, AtMost(10_000, "characters of a choice")]], AtMost(1000, "choices", least=1)]
+Word = Annotated[str, AtMost(256, "characters of a word")]
 Name = Annotated[str, AtMost(1000, "characters of a name")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -10,6 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from narrows.server.errors import ApiError
+from narrows.server.json_body import JsonLimits, read_json
 
 __all__ = ["MAX_ENTRIES", "MAX_TEXT", "AtMost", "JsonObject", "JsonSchema", "OneOf", "Text", "kind_of"]
 
@@ -102,12 +104,14 @@ JsonObject = Annotated[dict[str, Any], AtMost(MAX_ENTRIES, "entries")]
 
 
 def _schema_of(value: Any) -> Any:
-    """A JSON schema that comes as JSON text is read; a body is read so deep by others, its texts are not."""
+    """The schema, read if it comes as JSON text, which may hold no more than a body."""
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
+        found = read_json(value, JsonLimits(), "a JSON schema as text")
+    except ApiError as error:
+        raise PydanticCustomError("json_schema", "{said}", {"said": error.message}) from None
+    except ValueError:
         raise PydanticCustomError("json_schema", "a JSON schema as text must be JSON, and this is not") from None
     if not isinstance(found, dict):
         raise PydanticCustomError("json_schema", "a JSON schema must be an object")

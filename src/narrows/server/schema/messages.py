@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from narrows.server.schema.chat import MAX_TOOLS
-from narrows.server.schema.common import MAX_STOPS, Body, GenerationFields, StopString
+from narrows.server.schema.chat import MAX_MESSAGES, MAX_TOOLS, ToolName
+from narrows.server.schema.common import MAX_STOPS, Body, GenerationFields, StopString, Word
+from narrows.server.schema.limits import AtMost, JsonObject, OneOf, Text
 
 __all__ = [
     "Block",
@@ -21,16 +22,10 @@ __all__ = [
     "TextBlock",
 ]
 
-MAX_MESSAGES = 10_000
 MAX_BLOCKS = 1_000
-MAX_CHARS = 2**24
-
-Text = Annotated[str, Field(max_length=MAX_CHARS)]
-Word = Annotated[str, Field(max_length=256)]
-Schema = Annotated[dict[str, Any], Field(max_length=1_000)]
 
 
-def client_tool(kind: Any) -> Any:
+def _client_tool(kind: Any) -> Any:
     """A tool's ``type`` as it is, if it is one that its name, description and schema say all about.
 
     Raises:
@@ -68,25 +63,34 @@ class Block(Body):
     thinking: Text | None = None
     id: Word | None = None
     name: Word | None = None
-    input: Schema | None = None
+    input: JsonObject | None = None
     tool_use_id: Word | None = None
-    content: Text | Annotated[list[ResultBlock], Field(max_length=MAX_BLOCKS)] | None = None
+    content: (
+        Annotated[
+            str | list[ResultBlock],
+            OneOf({"a text": Text, "a list": Annotated[list[ResultBlock], AtMost(MAX_BLOCKS, "parts of a result")]}),
+        ]
+        | None
+    ) = None
 
 
 class PastMessage(Body):
     """One message; if the last is the assistant's, its text is gone on with."""
 
     role: Literal["user", "assistant", "system"]
-    content: Text | Annotated[list[Block], Field(max_length=MAX_BLOCKS)]
+    content: Annotated[
+        str | list[Block],
+        OneOf({"a text": Text, "a list": Annotated[list[Block], AtMost(MAX_BLOCKS, "blocks of a message")]}),
+    ]
 
 
 class MessagesTool(Body):
     """A tool that the client runs; ``input_schema`` is a JSON schema of its arguments."""
 
-    type: Annotated[Literal["custom"], BeforeValidator(client_tool)] | None = None
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    type: Annotated[Literal["custom"], BeforeValidator(_client_tool)] | None = None
+    name: ToolName
     description: Text | None = None
-    input_schema: Schema
+    input_schema: JsonObject
     strict: bool | None = None
 
 
@@ -94,7 +98,7 @@ class MessagesToolChoice(Body):
     """Whether a tool is used: if the model wants to, any one, the one of that name, or none."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = Field(default=None, max_length=128)
+    name: Word | None = None
     disable_parallel_tool_use: bool | None = None
 
 
@@ -109,7 +113,7 @@ class OutputFormat(Body):
     """A JSON schema that the text has to fulfil."""
 
     type: Literal["json_schema"]
-    schema_: Schema = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
 
 
 class OutputConfig(Body):
@@ -122,14 +126,20 @@ class OutputConfig(Body):
 class CountRequest(GenerationFields):
     """A conversation, as the model would read it."""
 
-    messages: Annotated[list[PastMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Text | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS)] | None = None
-    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[PastMessage], AtMost(MAX_MESSAGES, "messages", least=1)]
+    system: (
+        Annotated[
+            str | list[TextBlock],
+            OneOf({"a text": Text, "a list": Annotated[list[TextBlock], AtMost(MAX_BLOCKS, "blocks of a prompt")]}),
+        ]
+        | None
+    ) = None
+    tools: Annotated[list[MessagesTool], AtMost(MAX_TOOLS, "tools")] | None = None
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    chat_template_kwargs: Schema | None = Field(default=None, description="variables of the chat template")
+    stop_sequences: Annotated[list[StopString], AtMost(MAX_STOPS, "stops")] | None = None
+    chat_template_kwargs: JsonObject | None = Field(default=None, description="variables of the chat template")
     container: Any = Field(default=None, description="not supported; must be null")
     mcp_servers: Any = Field(default=None, description="not supported; must be null or empty")
 

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from narrows.server.schema.chat import MAX_TOOLS, function_kind
-from narrows.server.schema.common import Body, GenerationFields, TopLogprobs
+from narrows.server.schema.chat import MAX_PARTS, MAX_TOOLS, FunctionKind, ToolName
+from narrows.server.schema.common import Body, GenerationFields, TopLogprobs, Word
+from narrows.server.schema.limits import AtMost, JsonObject, OneOf, Text
 
 __all__ = ["InputItem", "InputPart", "ResponsesRequest", "ResponsesTool", "ResponsesToolChoice", "TextFormat"]
 
 MAX_ITEMS = 10_000
-MAX_PARTS = 1_000
-MAX_CHARS = 2**24
-
-Text = Annotated[str, Field(max_length=MAX_CHARS)]
-Word = Annotated[str, Field(max_length=256)]
-Schema = Annotated[dict[str, Any], Field(max_length=1_000)]
 
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, AtMost(512, "characters of a value")]],
+    AtMost(16, "entries"),
 ]
 
 
@@ -35,7 +31,8 @@ class InputPart(Body):
     refusal: Text | None = None
 
 
-Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
+Parts = Annotated[list[InputPart], AtMost(MAX_PARTS, "parts")]
+TextOrParts = Annotated[str | list[InputPart], OneOf({"a text": Text, "a list": Parts})]
 
 
 class InputItem(Body):
@@ -43,28 +40,28 @@ class InputItem(Body):
 
     type: Word | None = Field(default=None, description="left out: message")
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Text | Parts | None = None
+    content: TextOrParts | None = None
     name: Word | None = None
     call_id: Word | None = None
     arguments: Text | None = None
-    output: Text | Parts | None = None
+    output: TextOrParts | None = None
     summary: Parts | None = None
 
 
 class ResponsesTool(Body):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
-    type: Annotated[Literal["function"], BeforeValidator(function_kind)]
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    type: FunctionKind
+    name: ToolName
     description: Text | None = None
-    parameters: Schema | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
 class AllowedFunction(Body):
     """A tool by its kind and name."""
 
-    type: Annotated[Literal["function"], BeforeValidator(function_kind)]
+    type: FunctionKind
     name: str = Field(max_length=128)
 
 
@@ -72,9 +69,9 @@ class ResponsesToolChoice(Body):
     """The one function that has to be called, of type ``function``; or a choice of them, of type ``allowed_tools``."""
 
     type: Literal["function", "allowed_tools"]
-    name: str | None = Field(default=None, max_length=128)
+    name: Word | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[AllowedFunction], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[AllowedFunction], AtMost(MAX_TOOLS, "allowed tools", least=1)] | None = None
 
 
 class TextFormat(Body):
@@ -83,7 +80,7 @@ class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: Word | None = None
     description: Text | None = None
-    schema_: Schema | None = Field(default=None, alias="schema")
+    schema_: JsonObject | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -117,21 +114,30 @@ Include = Literal[
 class ResponsesRequest(GenerationFields):
     """A text or a list of items to answer. Nothing is stored: every request has to bring the whole conversation."""
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
+    input: Annotated[
+        str | list[InputItem],
+        OneOf({"a text": Text, "a list": Annotated[list[InputItem], AtMost(MAX_ITEMS, "items", least=1)]}),
+    ]
     instructions: Text | None = Field(default=None, description="a system message in front of the input")
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     text: TextConfig | None = None
-    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
+    tools: Annotated[list[ResponsesTool], AtMost(MAX_TOOLS, "tools")] | None = None
+    tool_choice: (
+        Annotated[
+            Literal["none", "auto", "required"] | ResponsesToolChoice,
+            OneOf({"a text": Literal["none", "auto", "required"], "an object": ResponsesToolChoice}),
+        ]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
-    include: Annotated[list[Include], Field(max_length=32)] | None = None
+    include: Annotated[list[Include], AtMost(32, "things to include")] | None = None
     top_logprobs: TopLogprobs | None = None
     metadata: Metadata | None = Field(default=None, description="comes back with the answer")
-    user: Annotated[str, Field(max_length=512)] | None = None
+    user: Annotated[str, AtMost(512, "characters of a user")] | None = None
     store: bool | None = Field(default=None, description="whatever it says, nothing is stored; the answer says false")
     truncation: Literal["auto", "disabled"] | None = Field(default=None, description="nothing is ever left out")
-    chat_template_kwargs: Schema | None = Field(default=None, description="variables of the chat template")
+    chat_template_kwargs: JsonObject | None = Field(default=None, description="variables of the chat template")
     background: bool | None = Field(default=None, description="not supported; must be false")
     previous_response_id: Word | None = Field(default=None, description="not supported; must be null")
     conversation: Any = Field(default=None, description="not supported; must be null")

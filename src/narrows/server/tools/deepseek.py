@@ -53,7 +53,7 @@ class DeepseekParser:
             }[state]
         )
         if state == "name":
-            self._name = ""
+            self._name: list[str] = []
         if state == "arguments":
             self._arguments = Trimmed()
 
@@ -81,13 +81,13 @@ class DeepseekParser:
         if self._state == "content":
             events.append(Content(self._content.push(text)))
         elif self._state == "name":
-            self._name += text
+            self._name.append(text)
         elif self._state == "arguments":
             events.append(Arguments(self._num_calls - 1, self._arguments.push(text)))
 
     def _leave(self, mark: str, events: list[Event]) -> None:
         if self._state == "name":
-            events.append(ToolCall(self._num_calls, self._name.strip()))
+            events.append(ToolCall(self._num_calls, "".join(self._name).strip()))
             self._num_calls += 1
         if mark == CALL_END and (self._state == "fence" or not self._arguments.begun):
             events.append(Arguments(self._num_calls - 1, "{}"))

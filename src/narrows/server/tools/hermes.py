@@ -30,7 +30,7 @@ class HermesParser:
         self._call: CallObject | None = None
         self._announced = False
         self._after: str | None = None
-        """What follows a call, while it may be the closing tag; None elsewhere."""
+        """What follows a call and its white space, while it may be the closing tag; None elsewhere."""
 
     def push(self, text: str) -> list[Event]:
         """The events that are settled by ``text``."""
@@ -53,7 +53,7 @@ class HermesParser:
         if self._call is not None:
             return [] if self._announced else self._as_content(self._call.raw)
         rest = self._after if self._after is not None else self._open.finish()
-        if self._after is not None and (not rest.strip() or CLOSE.startswith(rest.lstrip())):
+        if self._after is not None and CLOSE.startswith(rest):
             return []
         content = self._content.push(rest)
         return [Content(content + (self._content.held if not self._num_calls else ""))]
@@ -82,12 +82,11 @@ class HermesParser:
     def _skip_close(self, text: str) -> str:
         """Past the closing tag and the white space before it; a model that leaves it out goes on with content."""
         assert self._after is not None, "a call has ended"
-        self._after += text
-        stripped = self._after.lstrip()
-        if not stripped or (CLOSE.startswith(stripped) and stripped != CLOSE):
+        self._after = after = (self._after + text).lstrip()
+        if CLOSE.startswith(after) and after != CLOSE:
             return ""
         self._after = None
-        return stripped.removeprefix(CLOSE)
+        return after.removeprefix(CLOSE)
 
 
 def hermes_grammar(functions: Sequence[tuple[str, dict[str, Any]]], literal: Callable[[str], str], many: bool) -> str:

@@ -26,38 +26,44 @@ class CallObject:
     def __init__(self) -> None:
         self.name: str | None = None
         self.state: _State = "open"
-        self.raw = ""
-        """All that was read."""
-        self._arguments = ""
+        self._raw: list[str] = []
+        self._arguments: list[str] = []
         self._has_arguments = False
-        self._key = ""
-        self._value = ""
+        self._key: list[str] = []
+        self._field = ""  # what the key says
+        self._first = ""  # character of the value
+        self._value: list[str] = []  # all of it, unless it is handed out as it comes
         self._depth = 0
         self._in_string = False
         self._escaped = False
+
+    @property
+    def raw(self) -> str:
+        """All that was read."""
+        return "".join(self._raw)
 
     def push(self, text: str) -> tuple[str, str]:
         """``(arguments, rest)``: what is new of the arguments, and what comes after the object ended or failed."""
         for place, character in enumerate(text):
             if self.state in ("done", "failed"):
                 return self._take(), text[place:]
-            self.raw += character
+            self._raw.append(character)
             self._read(character)
         return self._take(), ""
 
     def _take(self) -> str:
         if self.state == "done" and not self._has_arguments:
-            self._arguments, self._has_arguments = "{}", True
+            self._arguments, self._has_arguments = ["{}"], True
         if self.name is None:
             return ""
-        out, self._arguments = self._arguments, ""
-        return out
+        out, self._arguments = self._arguments, []
+        return "".join(out)
 
     def _read(self, character: str) -> None:
         if self.state == "in key":
-            self._key += character
+            self._key.append(character)
             if self._string_ends(character):
-                self._key = _text_of(self._key) or ""
+                self._field = _text_of("".join(self._key)) or ""
                 self.state = "colon"
         elif self.state == "in value":
             self._read_value(character)
@@ -66,7 +72,7 @@ class CallObject:
         elif self.state == "open":
             self.state = "key" if character == "{" else "failed"
         elif self.state == "key":
-            self._key = character
+            self._key = [character]
             if character == "}":
                 self._after_value(character)
             else:
@@ -81,21 +87,19 @@ class CallObject:
             self._after_value(character)
 
     def _begin_value(self, character: str) -> None:
-        self._value = ""
+        self._first, self._value = character, []
         self._depth, self._in_string, self._escaped = 0, False, False
         self.state = "in value"
         self._read_value(character)
 
     def _read_value(self, character: str) -> None:
-        bare = self._value[:1] not in ("", '"', "{", "[")
-        if bare and character in _SPACE + ",}":
+        bare = self._first not in ('"', "{", "[")
+        if bare and self._value and character in _SPACE + ",}":
             self._end_value()
             if character not in _SPACE:
                 self._after_value(character)
             return
-        self._value += character
-        if self._streams:
-            self._arguments += character
+        (self._arguments if self._streams else self._value).append(character)
         if self._in_string:
             if self._string_ends(character):
                 self._in_string = False
@@ -113,19 +117,20 @@ class CallObject:
     @property
     def _streams(self) -> bool:
         """Whether the value is arguments that can be handed out as they come: an object or a list."""
-        return self._key in _ARGUMENTS and self._value[:1] in ("{", "[") and not self._has_arguments
+        return self._field in _ARGUMENTS and self._first in ("{", "[") and not self._has_arguments
 
     def _end_value(self) -> None:
         self.state = "comma"
-        if self._key == "name" and self.name is None:
-            self.name = _text_of(self._value)
+        value = "".join(self._value)
+        if self._field == "name" and self.name is None:
+            self.name = _text_of(value)
             if self.name is None:
                 self.state = "failed"
-        elif self._key in _ARGUMENTS and not self._has_arguments:
+        elif self._field in _ARGUMENTS and not self._has_arguments:
             self._has_arguments = True
-            if self._value[:1] not in ("{", "["):
-                text = _text_of(self._value)
-                self._arguments = "{}" if self._value == "null" else self._value if text is None else text
+            if self._first not in ("{", "["):
+                text = _text_of(value)
+                self._arguments = ["{}" if value == "null" else value if text is None else text]
 
     def _after_value(self, character: str) -> None:
         if character == "," or (character == "}" and self.name is not None):
