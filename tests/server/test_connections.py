@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -160,14 +161,22 @@ def test_a_body_that_is_announced_and_not_sent_ends_the_request(make_served: Cal
         assert answer.headers["connection"] == "close" and client.rest() == b""
 
 
-def test_a_body_that_comes_slowly_has_time_for_what_has_come(make_served: Callable[..., Any]) -> None:
-    served = make_served(body_timeout_s=0.2, body_bytes_per_s=2)
+def test_a_body_that_comes_slowly_but_steadily_is_waited_for(make_served: Callable[..., Any]) -> None:
+    served = make_served(body_timeout_s=4.0, body_bytes_per_s=2)
     data = post("/v1/completions", {**TEXT, "user": "x" * 60})
     with RawClient(served.port) as client:
-        client.send(data[:-10])
-        asyncio.run(asyncio.sleep(0.6))  # it has half a minute for the bytes that have come
-        client.send(data[-10:])
+        client.send(data[:-30])
+        for piece in (data[-30:-20], data[-20:-10], data[-10:]):  # 4.5 s in all, each of which wins 5 s back
+            time.sleep(1.5)
+            client.send(piece)
         assert client.answer().status == 200
+
+
+def test_a_body_that_came_fast_may_stall_no_longer_for_it(make_served: Callable[..., Any]) -> None:
+    served = make_served(body_timeout_s=0.3, body_bytes_per_s=1)
+    with RawClient(served.port) as client:
+        client.send(post("/v1/completions", {**TEXT, "user": "x" * 400})[:-1])
+        assert client.answer().status == 408
 
 
 def test_the_rest_of_a_body_that_was_refused_does_not_keep_a_connection(make_served: Callable[..., Any]) -> None:

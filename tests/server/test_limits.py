@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,8 @@ from server_lab import Lab, error_of
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.serving import Generation, Health, QueueFull, Unavailable
+from narrows.server import respond as respond_module
+from narrows.server.answers import to_json_in_turns
 from narrows.server.options import ServerOptions
 
 
@@ -295,3 +298,30 @@ def test_others_get_their_turn_while_a_request_of_many_texts_is_taken_in(plain: 
 
     asyncio.run(run())
     assert len(plain.backend.submitted) == 64 and max(b - a for a, b in pairwise(turns)) <= 8
+
+
+def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(
+    plain: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 40}
+    body = {"messages": [{"role": "user", "content": "hi"}], **asked}
+    whole = asyncio.run(plain.post("/v1/chat/completions", body)).json()
+    monkeypatch.setattr(respond_module, "_MANY_LOGPROBS", 0)
+    threads: list[str] = []
+
+    def noted(value: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return to_json_in_turns(value)
+
+    monkeypatch.setattr(respond_module, "to_json_in_turns", noted)
+    answer = asyncio.run(plain.post("/v1/chat/completions", body))
+    assert [name.startswith("narrows requests") for name in threads] == [True]
+    assert answer.json()["choices"] == whole["choices"] and answer.headers["content-type"] == "application/json"
+
+
+def test_a_single_text_may_have_the_log_probabilities_of_all_its_tokens(make_lab: Callable[..., Lab]) -> None:
+    """Without max_tokens that is the whole context."""
+    lab = make_lab(max_context=100_000)
+    fields = {"logprobs": True, "top_logprobs": 20}
+    one, two = (asyncio.run(lab.chat("hi", **fields, n=n)) for n in (1, 2))
+    assert (one.status_code, two.status_code) == (200, 400)

@@ -13,7 +13,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from narrows.server.answers import JsonAnswer
 from narrows.server.conversation import Conversation, conversation
 from narrows.server.errors import invalid
 from narrows.server.events import Arguments, Content, Event, Reasoning, ToolCall
@@ -83,7 +82,7 @@ def _delta(event: Event) -> dict[str, Any]:
     return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
 
 
-async def _whole(job: Conversation, running: Running) -> Response:
+async def _whole(job: Conversation, running: Running) -> dict[str, Any]:
     events: list[list[Event]] = [[] for _ in job.choices]
     logprobs: list[list[dict[str, Any]]] = [[] for _ in job.choices]
     async with aclosing(job.updates(running)) as updates:
@@ -101,7 +100,7 @@ async def _whole(job: Conversation, running: Running) -> Response:
         }
         for turn in job.choices
     ]
-    return JsonAnswer({**job.head, "object": "chat.completion", "choices": entries, "usage": job.usage})
+    return {**job.head, "object": "chat.completion", "choices": entries, "usage": job.usage}
 
 
 def _message(events: list[Event]) -> dict[str, Any]:

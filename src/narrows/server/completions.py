@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from narrows.sched.sampling import SamplingParams, TokenScore
 from narrows.server.allowed import AllowedTokens
-from narrows.server.answers import JsonAnswer
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
 from narrows.server.forms import Constraint, asked_form
@@ -227,9 +226,9 @@ async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any],
         yield {**job.head, "choices": [], "usage": job.usage}
 
 
-async def _whole(job: _Job, running: Running) -> Response:
+async def _whole(job: _Job, running: Running) -> dict[str, Any]:
     async with aclosing(_updates(job, running)) as updates:
         async for _ in updates:
             pass
     entries = [choice.entry() for choice in job.choices]
-    return JsonAnswer({**job.head, "choices": entries, "usage": job.usage})
+    return {**job.head, "choices": entries, "usage": job.usage}

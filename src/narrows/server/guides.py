@@ -74,8 +74,8 @@ class GuideMaker:
         self._masks = MaskThreads()
 
     def prepare(self) -> None:
-        """Make the tables of the model's tokens that constraints need: half a second for 100,000 tokens, once."""
-        _ = self.tokens, self._special
+        """Make the table of the model's tokens that constraints need: half a second for 100,000 tokens, once."""
+        _ = self.tokens
 
     def literal(self, text: str) -> str:
         """``text`` in a Lark rule. What the tokenizer holds as special tokens stands there as such."""

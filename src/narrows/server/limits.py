@@ -116,8 +116,8 @@ class Encodings:
 class BodyLimit:
     """Refuses bodies of more than ``max_bytes`` (413), told beforehand or found out, and those that stall (408).
 
-    A body has ``timeout_s`` in all; its client may keep the server waiting for ``wait_s``, and a second more for each
-    ``bytes_per_s`` that have come.
+    A body has ``timeout_s`` in all. Its client may keep the server waiting for ``wait_s``; each ``bytes_per_s`` that
+    come win a second of that back, and never more than ``wait_s``.
     """
 
     def __init__(
@@ -140,22 +140,23 @@ class BodyLimit:
         now = asyncio.get_running_loop().time
         num_bytes = 0
         complete = False
-        waited = 0.0
+        credit_s = self._wait_s
         end = now() + self._timeout_s
 
         async def counted() -> Message:
-            nonlocal num_bytes, complete, waited
+            nonlocal num_bytes, complete, credit_s
             if complete:
                 return await receive()
             begun = now()
-            allowed = min(end, begun - waited + self._wait_s + num_bytes / self._bytes_per_s)
+            allowed = min(end, begun + credit_s)
             try:
                 async with asyncio.timeout_at(allowed):
                     message = await receive()
             except TimeoutError:
                 raise self._too_slow(num_bytes, in_time=allowed < end) from None
-            waited += now() - begun
-            num_bytes += len(message.get("body", b""))
+            num_new = len(message.get("body", b""))
+            num_bytes += num_new
+            credit_s = min(credit_s - (now() - begun) + num_new / self._bytes_per_s, self._wait_s)
             complete = not message.get("more_body", False)
             if num_bytes > self._max_bytes:
                 raise HTTPException(413, _too_large(self._max_bytes, "more").message)
@@ -166,7 +167,7 @@ class BodyLimit:
     def _too_slow(self, num_bytes: int, *, in_time: bool) -> HTTPException:
         message = f"the body did not come within {self._timeout_s:g} s"
         if in_time:
-            rate = f"{self._wait_s:g} s and a second more for each {self._bytes_per_s} bytes"
+            rate = f"{self._wait_s:g} s, or for {self._bytes_per_s} bytes a second"
             message = f"the body comes too slowly: of it, {num_bytes} bytes have come; this server waits {rate}"
         return HTTPException(408, message, headers={"connection": "close"})
 

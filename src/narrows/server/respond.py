@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.sched.limits import MOST_PRIORITY
-from narrows.server.answers import DataLines, EventStream, Wire, unless_gone
+from narrows.server.answers import DataLines, EventStream, JsonAnswer, Wire, to_json_in_turns, unless_gone
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
 from narrows.server.forms import Constraint, make_guides
@@ -23,6 +23,9 @@ from narrows.server.state import ServerState
 from narrows.server.usage import Count, usage
 
 __all__ = ["Choice", "Job", "respond"]
+
+_MANY_LOGPROBS = 20_000
+"""An answer that may hold more is written off the event loop: some tens of milliseconds of work."""
 
 
 class Choice(Protocol):
@@ -83,7 +86,7 @@ async def respond(
     param: str,
     *,
     stream: Callable[[Job[BodyT, ChoiceT], Running], AsyncGenerator[dict[str, Any], None]],
-    whole: Callable[[Job[BodyT, ChoiceT], Running], Coroutine[Any, Any, Response]],
+    whole: Callable[[Job[BodyT, ChoiceT], Running], Coroutine[Any, Any, dict[str, Any]]],
     wire: Wire | None = None,
 ) -> Response:
     """The answer, as ``stream`` or ``whole`` makes it; whatever ends it, the generations are ended with it.
@@ -96,7 +99,7 @@ async def respond(
     """
     timeout_s = state.options.request_timeout_s
     _check_priority(state, job.body)
-    state.check_logprobs(job.generations)
+    num_logprobs = state.check_logprobs(job.generations)
     generations = job.generations
     if job.constraint is not None:
         making = make_guides(state, job.constraint, len(job.choices))
@@ -115,7 +118,10 @@ async def respond(
 
     if job.body.stream:
         return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=close)
-    return await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=close)
+    answer = await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=close)
+    if num_logprobs > _MANY_LOGPROBS:
+        return JsonAnswer(await state.pools.prepare(request, to_json_in_turns, answer))
+    return JsonAnswer(answer)
 
 
 def _client_of(state: ServerState, request: Request) -> str:

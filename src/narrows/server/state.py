@@ -237,12 +237,17 @@ class ServerState:
             raise invalid(f"{message} may be asked for at once", "n")
 
     @staticmethod
-    def check_logprobs(generations: Sequence[Generation]) -> None:
-        """Raises :class:`ApiError` if an answer may hold more log-probabilities than one may."""
+    def check_logprobs(generations: Sequence[Generation]) -> int:
+        """How many log-probabilities an answer may hold. A single text may have them for all its tokens.
+
+        Raises:
+            ApiError: 400, several texts with too many.
+        """
         total = sum(_num_logprobs(generation) for generation in generations)
-        if total > _MAX_LOGPROBS:
+        if total > _MAX_LOGPROBS and len(generations) > 1:
             message = f"the answer may hold {total:,} log-probabilities; one request may ask for {_MAX_LOGPROBS:,}"
             raise invalid(f"{message}: ask for fewer tokens, fewer texts, or fewer of each token's best", "logprobs")
+        return total
 
 
 def _num_logprobs(generation: Generation) -> int:

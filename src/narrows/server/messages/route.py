@@ -100,11 +100,11 @@ async def _stream(writer: MessageWriter, job: Conversation, running: Running) ->
         yield event
 
 
-async def _whole(writer: MessageWriter, job: Conversation, running: Running) -> Response:
+async def _whole(writer: MessageWriter, job: Conversation, running: Running) -> dict[str, Any]:
     async with aclosing(_stream(writer, job, running)) as events:
         async for _ in events:
             pass
-    return JsonAnswer(writer.message)
+    return writer.message
 
 
 def _why(job: Conversation) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.sched.sampling import SamplingParams
-from narrows.server.answers import JsonAnswer, named_event
+from narrows.server.answers import named_event
 from narrows.server.conversation import Conversation, conversation
 from narrows.server.errors import ApiError, renamed, translated
 from narrows.server.respond import respond
@@ -115,8 +115,8 @@ async def _stream(writer: ResponseWriter, job: Conversation, running: Running) -
         yield event
 
 
-async def _whole(writer: ResponseWriter, job: Conversation, running: Running) -> Response:
+async def _whole(writer: ResponseWriter, job: Conversation, running: Running) -> dict[str, Any]:
     async with aclosing(_stream(writer, job, running)) as events:
         async for _ in events:
             pass
-    return JsonAnswer(writer.response)
+    return writer.response
