@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=30.0, help="seconds for calming down (default %(default)g)")
     parser.add_argument("--log", default=os.devnull, help="file for what the server logs (default: none)")
     parser.add_argument("--body-mb", type=float, default=15.0, help="MB of a large body (default %(default)g)")
-    parser.add_argument("serve", nargs="*", default=["--tp", "1"], help="flags of narrows serve")
+    parser.add_argument("serve", nargs="*", default=["--tp", "1", "--threads", "1"], help="flags of narrows serve")
     args = parser.parse_args()
     if args.list:
         for attack in ATTACKS:

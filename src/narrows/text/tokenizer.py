@@ -83,7 +83,10 @@ class Tokenizer:
     def fewest_tokens(self, text: str) -> int:
         """Tokens that ``text`` has at least, by its length alone; costs next to nothing."""
         most = self.most_bytes_per_token
-        return 0 if most is None else -(-len(text.encode("utf-8", "surrogatepass")) // most)
+        if most is None:
+            return 0
+        num_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        return -(-num_bytes // most)
 
     @property
     def eos_ids(self) -> frozenset[int]:
