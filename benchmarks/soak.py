@@ -56,10 +56,13 @@ def main() -> int:
 
 
 def family(pid: int) -> dict[str, int]:
-    """The server and its ranks."""
+    """The server, its ranks, and the processes that try constraints."""
     children = Path(f"/proc/{pid}/task").glob("*/children")
-    ranks = sorted(int(child) for path in children for child in path.read_text().split())
-    return {"server": pid} | {f"rank {i}": child for i, child in enumerate(ranks)}
+    all_of_them = sorted(int(child) for path in children for child in path.read_text().split())
+    ranks = [child for child in all_of_them if b"rank_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    trials = [child for child in all_of_them if child not in ranks]  # that compile constraints
+    named = [(f"rank {i}", child) for i, child in enumerate(ranks)] + [(f"trial {i}", c) for i, c in enumerate(trials)]
+    return {"server": pid} | dict(named)
 
 
 def sample(pid: int) -> dict[str, float]:
@@ -142,6 +145,22 @@ async def forms(session: aiohttp.ClientSession, source: random.Random) -> int:
         return answer.status
 
 
+async def responses(session: aiohttp.ClientSession, source: random.Random) -> int:
+    body = {"input": prompt(source), "max_output_tokens": source.randint(1, 60), "stream": True}
+    async with session.post("/v1/responses", json=body) as answer:
+        async for _ in answer.content:
+            pass
+        return answer.status
+
+
+async def messages(session: aiohttp.ClientSession, source: random.Random) -> int:
+    said = [{"role": "user", "content": prompt(source)}]
+    body = {"messages": said, "max_tokens": source.randint(1, 60)}
+    async with session.post("/v1/messages", json=body) as answer:
+        await answer.read()
+        return answer.status
+
+
 async def scores(session: aiohttp.ClientSession, source: random.Random) -> int:
     body = {"prompt": prompt(source), "max_tokens": 0, "echo": True, "logprobs": 1}
     async with session.post("/v1/completions", json=body) as answer:
@@ -163,7 +182,7 @@ async def looks(session: aiohttp.ClientSession, source: random.Random) -> int:
         return answer.status
 
 
-KINDS = (streams, streams, vanishes, chats, forms, scores, errs, looks)
+KINDS = (streams, streams, vanishes, chats, responses, messages, forms, scores, errs, looks)
 
 
 def report(
