@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -92,6 +93,18 @@ def make_served(make_lab: Callable[..., lab.Lab]) -> Iterator[Callable[..., Serv
     yield make
     for each in made:
         each.stop()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the server writes to its log, whatever other tests have made of the logger above it."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("narrows.server")
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
 
 
 @pytest.fixture
