@@ -359,8 +359,7 @@ def test_every_list_mapping_and_text_of_a_body_has_a_limit(plain: Lab) -> None:
 
 
 def test_memory_is_given_back_once_for_all_large_work(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools_module, "_FREE_AFTER_S", 0.2)
-    monkeypatch.setattr(pools_module, "LARGE_BYTES", 100)
+    monkeypatch.setattr(pools_module, "_FREE_AFTER_S", 0.0)
     pools = plain.app.state.server.pools
     called = threading.Event()
     calls: list[int] = []
@@ -372,12 +371,22 @@ def test_memory_is_given_back_once_for_all_large_work(plain: Lab, monkeypatch: p
     pools._give_back = counted
 
     async def run() -> None:
-        for text in ("small", "large " * 30, "large " * 30):
-            await plain.complete(text)
+        for _ in range(3):  # before the loop goes on
+            pools.free_memory_soon()
         await asyncio.to_thread(called.wait, 60)
 
     asyncio.run(run())
     assert len(calls) == 1
+
+
+def test_memory_is_given_back_after_large_bodies_alone(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools_module, "LARGE_BYTES", 100)
+    asked: list[int] = []
+    monkeypatch.setattr(plain.app.state.server.pools, "free_memory_soon", lambda: asked.append(1))
+    asyncio.run(plain.complete("small"))
+    assert not asked
+    asyncio.run(plain.complete("large " * 30))
+    assert asked
 
 
 def test_what_first_requests_would_wait_for_is_made_before(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
