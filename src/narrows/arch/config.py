@@ -6,13 +6,15 @@ Knows the checkpoint's own field names and nothing of ranks, stages or torch. Fi
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from narrows.arch.config_file import config_file
 from narrows.errors import CheckpointError, ConfigError
+from narrows.files import read_json_object
 
 __all__ = ["GQA", "MLA", "MoE", "ModelConfig", "Quantization", "read_config"]
 
@@ -135,16 +137,8 @@ def read_config(source: Path | Mapping[str, Any], name: str = "") -> ModelConfig
         ConfigError: an architecture or a variant of one that narrows does not know.
     """
     if isinstance(source, Path):
-        file = source / "config.json" if source.is_dir() else source
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file; a model is a folder with config.json, or a preset name")
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not valid JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{file}: holds a JSON {type(raw).__name__}, where an object is needed")
-        return _Reader(raw, str(file), name or file.parent.name).model()
+        file = config_file(source)
+        return _Reader(read_json_object(file), str(file), name or Path(os.path.abspath(file)).parent.name).model()
     return _Reader(source, name or "config", name or "config").model()
 
 

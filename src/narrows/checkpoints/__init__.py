@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 __all__ = ["built_in", "model_path"]
@@ -15,9 +16,12 @@ def built_in() -> tuple[str, ...]:
 
 
 def model_path(model: str) -> str:
-    """The folder of a built-in checkpoint's name, unless something of that name is here; all else as it is.
+    """The folder of a built-in checkpoint's name, unless something of that name is here; ``~`` is the user's home; all
+    else as it is.
 
     >>> model_path("a/folder")
     'a/folder'
     """
-    return str(_FOLDER / model) if model in built_in() and not Path(model).exists() else model
+    if model in built_in() and not Path(model).exists():
+        return str(_FOLDER / model)
+    return os.path.expanduser(model)

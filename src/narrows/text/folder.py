@@ -17,9 +17,12 @@ from typing import Any
 from tokenizers import AddedToken
 
 from narrows.errors import CheckpointError
-from narrows.text.generation_config import read_generation_config, read_json_object
+from narrows.files import file_in, read_json_object, read_text
+from narrows.text.generation_config import read_generation_config
 
 __all__ = ["TokenizerFiles", "read_tokenizer_files"]
+
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -52,24 +55,49 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
     Raises `CheckpointError` when it is missing, or when one of the others is not what its name says.
     """
-    if not (folder / "tokenizer.json").is_file():
+    if file_in(folder, "tokenizer.json") is None:
         raise CheckpointError(_missing(folder))
-    config = read_json_object(folder / "tokenizer_config.json")
-    added = {int(i): _token(folder, token) for i, token in config.get("added_tokens_decoder", {}).items()}
-    tokens = config if added else {**config, **read_json_object(folder / "special_tokens_map.json")}
-    extra = tokens.get("extra_special_tokens") or tokens.get("additional_special_tokens") or []
-    # Model-specific roles (`image_token`, and the values of a mapping) are special tokens like the named ones.
-    own_roles = [v for k, v in tokens.items() if k.endswith("_token") and k not in NAMED_TOKENS and isinstance(v, str)]
-    extra = [*own_roles, *(extra.values() if isinstance(extra, dict) else extra)]
+    config_file = folder / "tokenizer_config.json"
+    config = read_json_object(file_in(folder, config_file.name))
+    added = _added(config_file, config.get("added_tokens_decoder") or {})
+    tokens = config if added else {**config, **read_json_object(file_in(folder, "special_tokens_map.json"))}
+    named = {key: _token(folder, tokens[key]) for key in NAMED_TOKENS if tokens.get(key) is not None}
     return TokenizerFiles(
         folder=folder,
-        named={key: _token(folder, tokens[key]) for key in NAMED_TOKENS if tokens.get(key) is not None},
+        named=named,
         added=added,
-        extra=tuple(_token(folder, token) for token in extra),
+        extra=_extra(folder, tokens),
         templates=_templates(folder, config.get("chat_template")),
         eos_ids=frozenset(read_generation_config(folder).eos_token_id),
-        split_special_tokens=bool(config.get("split_special_tokens", False)),
+        split_special_tokens=_flag(config_file, config, "split_special_tokens") or False,
     )
+
+
+def _added(file: Path, raw: Any) -> dict[int, AddedToken]:
+    """``added_tokens_decoder``: tokens by their ids, which JSON writes as texts."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: added_tokens_decoder is {raw!r}; it must be an object from ids to tokens")
+    wrong = next((key for key in raw if not (key.isascii() and key.isdigit())), None)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: added_tokens_decoder has the key {wrong!r}; it must be a token id")
+    return {int(key): _token(file.parent, token) for key, token in raw.items()}
+
+
+def _extra(folder: Path, tokens: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+    """Special tokens without a role, and those of a model's own roles (``image_token``, the values of a mapping)."""
+    extra = tokens.get("extra_special_tokens") or tokens.get("additional_special_tokens") or []
+    if not isinstance(extra, dict | list):
+        raise CheckpointError(f"{folder}: the further special tokens are {extra!r}; they must be a list or an object")
+    own_roles = [v for k, v in tokens.items() if k.endswith("_token") and k not in NAMED_TOKENS and isinstance(v, str)]
+    values = extra.values() if isinstance(extra, dict) else extra
+    return tuple(_token(folder, token) for token in (*own_roles, *values))
+
+
+def _flag(file: Path, config: Mapping[str, Any], field: str) -> bool | None:
+    value = config.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{file}: {field} is {value!r}; it must be true or false")
+    return value
 
 
 def _missing(folder: Path) -> str:
@@ -77,12 +105,12 @@ def _missing(folder: Path) -> str:
         return f"no tokenizer: {folder} is not a folder; give the folder that holds tokenizer.json"
     others = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
     found = [name for name in others if (folder / name).is_file()]
-    way_out = (
-        f"it has {', '.join(found)}, which narrows does not read: save the tokenizer once with transformers' "
-        "AutoTokenizer.from_pretrained(...).save_pretrained(...), which writes tokenizer.json"
-        if found
-        else "download it with the model's other files"
-    )
+    way_out = "download it with the model's other files"
+    if found:
+        way_out = (
+            f"it has {', '.join(found)}, which narrows does not read: write one with transformers: AutoTokenizer"
+            f".from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
     return f"{folder} has no tokenizer.json; {way_out}"
 
 
@@ -90,21 +118,33 @@ def _token(folder: Path, value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        return AddedToken(value["content"], **{"special": True, **{k: value[k] for k in flags if k in value}})
-    raise CheckpointError(f"{folder}: a special token is {value!r}, neither a text nor an object with 'content'")
+        flags = {
+            key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in value
+        }
+        if all(isinstance(flag, bool) for flag in flags.values()):
+            return AddedToken(value["content"], **{"special": True, **flags})
+    raise CheckpointError(
+        f"{folder}: a special token is {value!r}; it must be a text, or an object with 'content' and flags"
+    )
 
 
 def _templates(folder: Path, in_config: Any) -> dict[str, str]:
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
-        files["default"] = folder / "chat_template.jinja"
-    if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    more = sorted(f"{_MORE_TEMPLATES}/{path.name}" for path in (folder / _MORE_TEMPLATES).glob("*.jinja"))
+    files = {Path(name).stem: file_in(folder, name) for name in more}
+    files["default"] = file_in(folder, _TEMPLATE) or files.get("default")
+    found = {name: read_text(path) for name, path in files.items() if path is not None}
+    if found:
+        return found
     if in_config is None:
         return {}
     if isinstance(in_config, str):
         return {"default": in_config}
-    if isinstance(in_config, list) and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in in_config):
-        return {t["name"]: t["template"] for t in in_config}
+    if isinstance(in_config, dict) and all(isinstance(template, str) for template in in_config.values()):
+        return in_config
+    if isinstance(in_config, list) and all(map(_is_named_template, in_config)):
+        return {template["name"]: template["template"] for template in in_config}
     raise CheckpointError(f"{folder}/tokenizer_config.json: chat_template is neither a text nor a list of named ones")
+
+
+def _is_named_template(raw: Any) -> bool:
+    return isinstance(raw, dict) and all(isinstance(raw.get(key), str) for key in ("name", "template"))

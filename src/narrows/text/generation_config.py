@@ -6,7 +6,6 @@ that the checkpoint leaves out is None: whoever samples decides then.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from narrows.errors import CheckpointError
+from narrows.files import file_in, read_json_object
 
-__all__ = ["GenerationConfig", "parse_generation_config", "read_generation_config", "read_json_object"]
+__all__ = ["GenerationConfig", "parse_generation_config", "read_generation_config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         CheckpointError: one of them is not JSON, or a value is not what it should be; the message names it.
     """
     path = folder / "generation_config.json"
-    raw, config = read_json_object(path), read_json_object(folder / "config.json")
+    raw, config = (read_json_object(file_in(folder, name)) for name in (path.name, "config.json"))
     if config.get("eos_token_id") is None and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     more = _ids(folder / "config.json", config.get("eos_token_id"))
@@ -86,19 +86,6 @@ def parse_generation_config(raw: Mapping[str, Any], where: str, *, more_eos: tup
         min_p=_number(where, raw, "min_p", "between 0 and 1", lambda x: 0 <= x <= 1),
         repetition_penalty=_number(where, raw, "repetition_penalty", "more than 0", lambda x: x > 0),
     )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty where there is no such file; `CheckpointError` for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; fetch it again")
-    return value
 
 
 def _ids(where: Path | str, ids: Any) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import jinja2
 import tokenizers
 
 from narrows.errors import CheckpointError, ConfigError
+from narrows.files import read_text
 from narrows.text.chat import compile_template, plain
 from narrows.text.folder import TokenizerFiles, read_tokenizer_files
 from narrows.text.token_bytes import is_byte_level, token_bytes
@@ -64,8 +65,9 @@ class Tokenizer:
         ``tokenizer.json`` is missing or one of them cannot be read.
         """
         files = read_tokenizer_files(Path(folder))
+        text = read_text(files.tokenizer_json)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(files.tokenizer_json))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
             raise CheckpointError(f"{files.tokenizer_json} cannot be read ({error}); fetch it again") from error
         return cls(backend, files)
@@ -109,7 +111,10 @@ class Tokenizer:
         return "default" in self._templates
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``; with ``add_special_tokens``, whatever the tokenizer's post-processor adds (often bos).
+        """Ids of ``text``; with ``add_special_tokens``, whatever the tokenizer adds (often bos).
+
+        That is what ``tokenizer.json`` adds, but for bos and eos where ``tokenizer_config.json`` says whether they are
+        added (:mod:`narrows.text.text_ends`).
 
         Special tokens written out in ``text`` become their ids. Other threads run meanwhile, however long the text is.
         Raises `ConfigError` for text that is not Unicode

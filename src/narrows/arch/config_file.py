@@ -1,0 +1,39 @@
+"""Finds a model's ``config.json``, or says what is there instead of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from narrows.errors import CheckpointError
+from narrows.files import file_in
+
+__all__ = ["config_file"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def config_file(path: Path) -> Path:
+    """The ``config.json`` that ``path`` is, or is the folder of.
+
+    Raises:
+        CheckpointError: there is none, or it is not the folder's own; the message says what is there instead.
+    """
+    if not path.is_dir():
+        if path.suffix in _WEIGHTS:
+            raise CheckpointError(f"{path}: a model is the folder of such a file, with its config.json: give that")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; a model is a folder with config.json, or a preset name")
+        return path
+    file = file_in(path, "config.json")
+    if file is not None:
+        return file
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path}: holds an adapter (adapter_config.json), not a model: merge it into its base model with peft's "
+            "merge_and_unload(), save that, and give its folder"
+        )
+    ggufs = sorted(each.name for each in path.glob("*.gguf"))
+    more = f"; it holds {len(ggufs)} GGUF file(s): give one itself, such as {path / ggufs[0]}" if ggufs else ""
+    raise CheckpointError(
+        f"{path / 'config.json'}: no such file; a model is a folder with config.json, or a preset name{more}"
+    )
