@@ -81,6 +81,25 @@ def test_bos_is_added_once(folder):
     assert tokenizer.encode_chat(HELLO).count(1) == 1
 
 
+@pytest.mark.parametrize("in_file", [False, True], ids=["tokenizer.json adds none", "tokenizer.json adds bos"])
+@pytest.mark.parametrize("bos", [None, False, True])
+@pytest.mark.parametrize("eos", [None, False, True])
+def test_the_config_says_whether_bos_and_eos_are_added(folder, in_file, bos, eos):
+    flags = {"add_bos_token": bos, "add_eos_token": eos}
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    path = folder(byte_level(bos=in_file), "{{ bos_token }}the", tokenizer_config=config | flags)
+    tokenizer = FolderTokenizer.from_folder(path)
+    plain = tokenizer.encode("the", add_special_tokens=False)
+    assert plain and 1 not in plain and 2 not in plain
+    begin, end = [1] * (in_file if bos is None else bos), [2] * bool(eos)
+    assert tokenizer.encode("the") == [*begin, *plain, *end]
+    assert tokenizer.encode("") == [*begin, *end]
+    assert tokenizer.added_around == (len(begin), len(end))
+    assert tokenizer.encode_chat(HELLO) == [1, *plain]  # the template's own
+    if not in_file:  # a chat's text, sent as a plain prompt
+        assert tokenizer.encode("<|im_start|>the") == [1, *plain, *end]
+
+
 def test_saved_truncation_and_padding_are_off(folder):
     backend = byte_level()
     backend.enable_truncation(max_length=2)
@@ -243,10 +262,21 @@ def test_folder_errors_say_what_is_missing(tmp_path):
     ("name", "content", "problem"),
     [
         ("tokenizer.json", "{", "cannot be read"),
-        ("tokenizer_config.json", "{", "is not JSON"),
-        ("generation_config.json", "[]", "holds a list"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("generation_config.json", "[]", "holds a JSON list"),
         ("tokenizer_config.json", '{"eos_token": 3}', "a special token is 3"),
+        ("tokenizer_config.json", '{"eos_token": {"content": "x", "lstrip": "no"}}', "a special token is"),
         ("tokenizer_config.json", '{"chat_template": 3}', "neither a text nor"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}', "neither a text nor"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "a", "template": 3}]}', "neither a text nor"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["x"]}', "added_tokens_decoder is"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "must be a token id"),
+        ("tokenizer_config.json", '{"additional_special_tokens": "x"}', "further special tokens are 'x'"),
+        ("tokenizer_config.json", '{"additional_special_tokens": [["x"]]}', "a special token is"),
+        ("tokenizer_config.json", '{"split_special_tokens": "no"}', "split_special_tokens is 'no'; it must be true"),
+        ("tokenizer_config.json", '{"add_bos_token": 1}', "add_bos_token is 1; it must be true or false"),
+        ("tokenizer_config.json", '{"add_bos_token": true}', "add_bos_token is true, but no bos_token is named"),
+        ("tokenizer_config.json", '{"add_eos_token": true, "eos_token": null}', "but no eos_token is named"),
         ("chat_template.jinja", "{% for %}", "is not valid"),
     ],
 )

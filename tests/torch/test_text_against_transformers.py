@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from narrows.text import Tokenizer as FolderTokenizer
 
@@ -95,7 +95,7 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_tok
 CONFIGS = {
     "plain": {},
     "named": NAMED,
-    "flags nobody heeds": {**NAMED, "add_bos_token": True, "add_eos_token": True, "clean_up_tokenization_spaces": True},
+    "a flag nobody heeds": {**NAMED, "clean_up_tokenization_spaces": True},
     "tokens of the config": {**NAMED, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
     "roles of its own": {
         **NAMED,
@@ -138,6 +138,21 @@ def test_ids_and_text_are_equal(pair, build, config):
             assert ids == theirs.encode(text, add_special_tokens=special), text
             for skip in (True, False):
                 assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("build", [byte_level, byte_level_with_bos, sentencepiece])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_ends_of_a_text_are_those_of_flags_given_to_transformers(tmp_path, build, bos, eos):
+    """transformers 5 drops the flags of the file, and obeys its caller's: the rule that version 4 had for both."""
+    flags = {"add_bos_token": bos, "add_eos_token": eos}
+    build().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMED | flags))
+    ours = FolderTokenizer.from_folder(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **NAMED, **flags)
+    for text in TEXTS:
+        if not text.startswith("<s>") and not text.endswith("</s>"):
+            assert ours.encode(text) == theirs.encode(text), text
 
 
 def test_special_tokens_map_alone(pair):

@@ -34,6 +34,7 @@ class TokenizerFiles:
     ``named`` maps ``bos_token`` and the like to their token; ``added`` are the tokens of ``added_tokens_decoder`` by
     id; ``extra`` are further special tokens without a role; ``templates`` maps a name (``default``, ``tool_use``) to a
     chat template; ``eos_ids`` are the end-of-text ids of the model's own configs, without the tokenizer's.
+    ``adds_bos`` and ``adds_eos`` say whether a text begins and ends with these; None: as ``tokenizer.json`` has it.
     """
 
     folder: Path
@@ -43,6 +44,8 @@ class TokenizerFiles:
     templates: Mapping[str, str]
     eos_ids: frozenset[int]
     split_special_tokens: bool
+    adds_bos: bool | None = None
+    adds_eos: bool | None = None
 
     @property
     def tokenizer_json(self) -> Path:
@@ -70,6 +73,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         templates=_templates(folder, config.get("chat_template")),
         eos_ids=frozenset(read_generation_config(folder).eos_token_id),
         split_special_tokens=_flag(config_file, config, "split_special_tokens") or False,
+        adds_bos=_adds(config_file, config, "bos_token", named),
+        adds_eos=_adds(config_file, config, "eos_token", named),
     )
 
 
@@ -98,6 +103,14 @@ def _flag(file: Path, config: Mapping[str, Any], field: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{file}: {field} is {value!r}; it must be true or false")
     return value
+
+
+def _adds(file: Path, config: Mapping[str, Any], role: str, named: Mapping[str, AddedToken]) -> bool | None:
+    """What ``add_bos_token`` or ``add_eos_token`` says."""
+    flag = _flag(file, config, f"add_{role}")
+    if flag and role not in named:
+        raise CheckpointError(f"{file}: add_{role} is true, but no {role} is named; name it there, or say false")
+    return flag
 
 
 def _missing(folder: Path) -> str:

@@ -19,6 +19,7 @@ from narrows.errors import CheckpointError, ConfigError
 from narrows.files import read_text
 from narrows.text.chat import compile_template, plain
 from narrows.text.folder import TokenizerFiles, read_tokenizer_files
+from narrows.text.text_ends import TextEnds
 from narrows.text.token_bytes import is_byte_level, token_bytes
 from narrows.text.token_span import most_bytes_per_token
 
@@ -54,6 +55,7 @@ class Tokenizer:
         # ByteFallback turns tokens named <0x41> into bytes, and no other decoder does.
         self._bytes_fall_back = backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A"
         self._byte_level = is_byte_level(backend)
+        self._ends = TextEnds(backend, files)
         self._templates = {name: self._compile(name, source) for name, source in files.templates.items()}
 
     @classmethod
@@ -122,7 +124,7 @@ class Tokenizer:
         """
         try:
             # `encode` keeps the interpreter's lock for all of a text; batches let it go, and cost no more.
-            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError:
             half = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if half is None:
@@ -131,6 +133,7 @@ class Tokenizer:
                 f"the text is not valid Unicode: character {half} of {len(text)} is half of a surrogate pair "
                 f"(U+{ord(text[half]):04X}); remove it or send the whole pair"
             ) from None
+        return self._ends.put(ids) if add_special_tokens else ids
 
     @cached_property
     def added_around(self) -> tuple[int, int]:
