@@ -15,6 +15,8 @@ import pytest
 
 from narrows.cli.main import main
 
+FP8 = "the checkpoint's weights are fp8 in blocks of 128 x 128, "
+DEQUANTISED = "which are dequantised when they are loaded"
 PUBLISHED = "plan deepseek-v3 --device h20 --dp 1 --tp 8 --rows 32768 --dtype fp8"
 SMALL = "plan deepseek-v2-lite --device h100 --dp 2 --tp 2 --rows 1024"
 
@@ -110,7 +112,7 @@ def test_flags_reach_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     line = "plan qwen3-30b-a3b --device a100 --dp 2 --tp 2 --rows 100 --layout auto"
     found = document(capsys, f"{line} --phase decode --context 777 --group-rows 70,30 --logit-rows 10")
     assert found["shape"] == {"phase": "decode", "rows": 100, "group_rows": [70, 30], "logit_rows": 10, "context": 777}
-    assert found["dtype"] == "bf16" and found["notes"] == ["dtype bf16: no --dtype was given"]
+    assert found["dtype"] == "bf16" and found["notes"] == ["dtype bf16: the checkpoint's weights are bfloat16"]
     uneven = document(capsys, f"{line[:-14]} --rows 101")
     assert uneven["shape"]["group_rows"] == [51, 50]
     eager, graph = (document(capsys, f"{line} --phase decode{flag}") for flag in (" --eager", ""))
@@ -121,9 +123,9 @@ def test_flags_reach_the_step(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "dtype", "because"),
     [
-        ("plan deepseek-v3 --device h200 --tp 8 --rows 8", "fp8", "as the checkpoints of this model are published"),
-        ("plan deepseek-v3 --device a100 --tp 8 --rows 8", "bf16", "a100 has no fp8"),
-        ("plan llama-3.1-8b --device h200 --rows 8", "bf16", "no --dtype was given"),
+        ("plan deepseek-v3 --device h200 --tp 8 --rows 8", "fp8", FP8 + "which h200 multiplies as they are"),
+        ("plan deepseek-v3 --device a100 --tp 8 --rows 8", "bf16", FP8 + DEQUANTISED + ": a100 has no fp8"),
+        ("plan llama-3.1-8b --device h200 --rows 8", "bf16", "the checkpoint's weights are bfloat16"),
     ],
 )
 def test_the_dtype_that_was_chosen_is_said(
@@ -177,7 +179,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert rows["against"][-2:] == ["x", "1.000"]
     assert rows["memory"].count("does") == 5
-    assert "does not fit: needs 86.5 GB for weights, the device has 80.0 GB (73.6 GB usable)" in out
+    assert "does not fit: needs 86.7 GB for weights, the device has 85.5 GB (" in out
     for name in ("input_norm", "qkv_a_proj", "attention", "router", "experts", "lm_head", "> all-gather dp x tp"):
         assert any(line.startswith(name) for line in lines), name
     assert "multi-token-prediction layer(s) of the checkpoint are skipped" in out

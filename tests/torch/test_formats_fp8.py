@@ -261,15 +261,15 @@ METHODS = {
 
 
 @pytest.mark.parametrize(("quantization", "problem"), METHODS.values(), ids=METHODS)
-def test_other_methods_are_refused_when_weights_are_opened(tmp_path: Path, quantization: dict, problem: str) -> None:
+def test_other_methods_are_refused_before_anything_is_loaded(tmp_path: Path, quantization: dict, problem: str) -> None:
     v3().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    resolved = resolve(EngineConfig(model=str(tmp_path)))  # planning needs no weights
-    assert any("quantised" in note for note in resolved.notes)
     with pytest.raises(ConfigError, match=problem) as caught:
-        resolved.weights()
+        resolve(EngineConfig(model=str(tmp_path)))
     assert "[128, 128]" in one_line(caught)
+    resolved = resolve(EngineConfig(model=str(tmp_path), load_format="dummy"))
+    assert any("dequantised" in note for note in resolved.notes)
 
 
 BAD_CONFIGS = {

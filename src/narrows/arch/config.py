@@ -215,20 +215,15 @@ class _Reader:
             bos_token_id=self.raw.get("bos_token_id"),
             mlp_bias=bool(self.raw.get("mlp_bias", False)),
             quantization=quantization,
-            notes=self.notes(quantization),
+            notes=self.notes(),
         )
 
-    def notes(self, quantization: Quantization | None) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         num_mtp = self.integer("num_nextn_predict_layers", default=0)
         notes: tuple[str, ...] = ()
         if num_mtp:
             notes += (
                 f"{num_mtp} multi-token-prediction layer(s) of the checkpoint are skipped: narrows predicts one token",
-            )
-        if quantization is not None:
-            notes += (
-                f"the checkpoint's weights are quantised ({quantization.quant_method}), narrows computes with "
-                "dequantised ones: plans, prices and memory are those of the dtype that runs",
             )
         return notes
 

@@ -41,6 +41,8 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+"""As DeepSeek-V3, R1 and Kimi-K2 were published; the others are bfloat16."""
 _DEEPSEEK_V3 = _deepseek(
     3,
     hidden_size=7168,
@@ -60,6 +62,7 @@ _DEEPSEEK_V3 = _deepseek(
     vocab_size=129280,
     num_nextn_predict_layers=1,
     rope_scaling=_YARN,
+    quantization_config=_FP8,
 )
 _DEEPSEEK_MINI = {
     "hidden_size": 1024,

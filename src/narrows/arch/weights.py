@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from narrows.arch.config import GQA, MLA, ModelConfig
 from narrows.arch.forms import Forms, deal_blocks, head_spans, kv_head_spans
@@ -22,7 +23,9 @@ class Weight:
 
     ``spans`` along ``dim`` are per rank of the attention group, or per rank of the world if ``over_world``; without
     ``dim`` every rank takes it whole. ``experts`` are the experts each rank of the world takes. ``quantized``: stored
-    with one byte per value and block scales in an FP8 checkpoint.
+    with one byte per value and block scales in an FP8 checkpoint. ``float32``: held in float32 whatever else runs.
+    ``once_in``: held by the first rank of each ``group`` or of the ``world`` alone, because it is an addend of a sum
+    over those ranks.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Weight:
     over_world: bool = False
     experts: tuple[Span, ...] = ()
     quantized: bool = False
+    float32: bool = False
+    once_in: Literal["", "group", "world"] = ""
 
     @property
     def int8(self) -> bool:
@@ -51,13 +56,22 @@ class Weight:
         start, stop = self.experts[rank]
         return stop - start
 
+    def is_held(self, mesh: Mesh, rank: int) -> bool:
+        """Whether the rank has any of it: not of an addend that another rank brings into the sum."""
+        return not self.once_in or rank % (mesh.group_size if self.once_in == "group" else mesh.size) == 0
+
+    def local_shape(self, mesh: Mesh, rank: int) -> tuple[int, ...]:
+        """Shape of the rank's slice, of one expert where there are several."""
+        span = self.span(mesh, rank)
+        if span is None:
+            return self.shape
+        return tuple(span[1] - span[0] if dim == self.dim else size for dim, size in enumerate(self.shape))
+
     def num_values(self, mesh: Mesh, rank: int) -> int:
         """Number of values the rank holds."""
-        span = self.span(mesh, rank)
-        values = prod(self.shape)
-        if span is not None and self.dim is not None:
-            values = values // self.shape[self.dim] * (span[1] - span[0])
-        return values * self.num_experts(rank)
+        if not self.is_held(mesh, rank):
+            return 0
+        return prod(self.local_shape(mesh, rank)) * self.num_experts(rank)
 
 
 def _scaled(spans: tuple[Span, ...], unit: int) -> tuple[Span, ...]:
@@ -163,7 +177,7 @@ def _gqa_weights(config: ModelConfig, gqa: GQA, mesh: Mesh, prefix: str) -> dict
         name=prefix + "o_proj.weight", shape=(hidden, q_rows), dim=1, spans=q_spans, quantized=True
     )
     if gqa.o_bias:
-        weights["o_proj.bias"] = Weight(name=prefix + "o_proj.bias", shape=(hidden,))
+        weights["o_proj.bias"] = Weight(name=prefix + "o_proj.bias", shape=(hidden,), once_in="group")
     return weights
 
 
@@ -192,7 +206,7 @@ def _mlp_weights(hidden: int, intermediate: int, mesh: Mesh, prefix: str, bias: 
         quantized=True,
     )
     if bias:
-        weights["down_proj.bias"] = Weight(name=f"{prefix}down_proj.bias", shape=(hidden,))
+        weights["down_proj.bias"] = Weight(name=f"{prefix}down_proj.bias", shape=(hidden,), once_in="world")
     return weights
 
 
@@ -200,10 +214,10 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, forms: Forms, prefix: str) -> 
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
     num_experts, size = moe.n_routed_experts, moe.moe_intermediate_size
-    weights = {"gate": Weight(name=prefix + "gate.weight", shape=(num_experts, hidden))}
+    weights = {"gate": Weight(name=prefix + "gate.weight", shape=(num_experts, hidden), float32=True)}
     if moe.topk_method == "noaux_tc":
         weights["gate.e_score_correction_bias"] = Weight(
-            name=prefix + "gate.e_score_correction_bias", shape=(num_experts,)
+            name=prefix + "gate.e_score_correction_bias", shape=(num_experts,), float32=True
         )
     whole = forms.experts == "whole"
     held = starts(deal(num_experts, mesh.size)) if whole else ((0, num_experts),) * mesh.size

@@ -19,7 +19,7 @@ from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.code import plan_code
-from narrows.plan.deploy import default_dtype
+from narrows.plan.deploy import planned_dtype
 from narrows.plan.named import named_layout
 from narrows.plan.planner import Deployment
 from narrows.plan.report import make_report
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_model_config(args.model)
     layouts = _layouts(args, config, mesh, notes)
     hardware = _hardware(args, mesh, notes)
-    dtype = args.dtype or _default_dtype(config.model_type, hardware, notes)
+    dtype = args.dtype or _planned_dtype(args.model, config, hardware, notes)
     deployment = Deployment(
         config=config,
         mesh=mesh,
@@ -149,8 +149,8 @@ def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
     return mesh
 
 
-def _default_dtype(model_type: str, hardware: Device, notes: list[str]) -> str:
-    dtype, because = default_dtype(model_type, hardware)
+def _planned_dtype(model: str, config: ModelConfig, hardware: Device, notes: list[str]) -> str:
+    dtype, because = planned_dtype(config, hardware, model)
     notes.append(f"dtype {dtype}: {because}")
     return dtype
 

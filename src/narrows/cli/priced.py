@@ -16,7 +16,11 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
     add = parser.add_argument
     add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
     add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")
-    add("--dtype", choices=DTYPES, help="of linear weights and their GEMMs (default fp8 for DeepSeek-V3, else bf16)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of linear weights and their GEMMs (default: what the checkpoint has)",
+    )
     add(
         "--layout",
         action="append",

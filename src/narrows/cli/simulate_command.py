@@ -42,7 +42,7 @@ from narrows.cost.profile import find_device
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.loads.workload import Ask
-from narrows.plan.deploy import DEFAULT_ROWS, default_dtype, longest_context
+from narrows.plan.deploy import DEFAULT_ROWS, longest_context, planned_dtype
 from narrows.plan.evidence import ranks_line
 from narrows.plan.named import applicable_layouts, inapplicable, named_layout
 from narrows.plan.planner import Deployment
@@ -113,10 +113,11 @@ def run(args: argparse.Namespace) -> int:
         quantile=args.percentile,
     )
     asked = _asked(args, config)
+    dtype, because = _dtype(args, config, hardware)
     quiet = len(asked) == 1 or not sys.stderr.isatty()
     with Progress(console=console(stderr=True), transient=True, disable=quiet) as bar:
         candidates = [
-            _candidate(args, config, hardware, mesh, layout, asks, max_context)
+            _candidate(args, config, hardware, dtype, mesh, layout, asks, max_context)
             for mesh, layout in bar.track(asked, description="simulations")
         ]
     if all(candidate.outcome is None for candidate in candidates):
@@ -129,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         title = f"{config.name} on {hardware.title}, {best.dtype}: {load_words(args, len(asks))}"
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
-            if line := ranks_line(hardware, candidate.mesh.size):
+            said = f"dtype {dtype}: {because}" if because else ""
+            for line in filter(None, (said, ranks_line(hardware, candidate.mesh.size))):
                 out.print(f"note: {line}", markup=False, highlight=False)
         if len(candidates) > 1:
             print_ranking(best_first, target, out)
@@ -181,17 +183,22 @@ def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh
     ]
 
 
+def _dtype(args: argparse.Namespace, config: ModelConfig, hardware: Device) -> tuple[str, str]:
+    """As asked for, or as the checkpoint's weights are on the device; and why."""
+    return (args.dtype, "") if args.dtype else planned_dtype(config, hardware, args.model)
+
+
 def _candidate(
     args: argparse.Namespace,
     config: ModelConfig,
     hardware: Device,
+    dtype: str,
     mesh: Mesh,
     layout: str,
     asks: Sequence[Ask],
     max_context: int,
 ) -> Candidate:
     """One simulation, or why there is none."""
-    dtype = args.dtype or default_dtype(config.model_type, hardware)[0]
     if reason := inapplicable(layout, config, mesh):
         return Candidate(mesh=mesh, layout=layout, dtype=dtype, refusal=f"cannot apply: {reason}")
     deployment = Deployment(

@@ -52,6 +52,8 @@ class Device:
     """Vector FMA peak, which a float32 router GEMM runs at. From memory on every GPU: verify before quoting."""
     hbm_bytes_per_s: float
     memory_bytes: float
+    """As the driver reports it (``nvidia-smi``: MiB), which is neither the name's GB nor all free: a process's context
+    and buffers come out of it (:mod:`narrows.cost.memory`)."""
     link_bytes_per_s: float
     """To the other ranks, per direction, all links together."""
     num_links: int = 1
@@ -132,7 +134,9 @@ def device(name: str) -> Device:
         raise ConfigError(f"unknown device {name!r}; known devices: {', '.join(DEVICES)}") from None
 
 
+_MIB = 1 << 20
 _AIC = "NVIDIA AIConfigurator (Apache-2.0)"
+_SMI = "nvidia-smi as users printed it"
 _OWN_CURVES = f"measured with nccl-tests and a custom all-reduce kernel, {_AIC}"
 _OWN_GEMMS = f"measured, 8 shapes of DeepSeek-V3 by 16 row counts, {_AIC}; others by the nearest shapes' efficiency"
 _H20_FIT = "efficiencies and launch fitted to the published H20 profile"
@@ -159,12 +163,12 @@ _H20 = Device(
     tflops_fp8=296,
     tflops_fp32=44,
     hbm_bytes_per_s=4.0e12,
-    memory_bytes=96e9,
+    memory_bytes=97_871 * _MIB,
     link_bytes_per_s=450e9,
     collectives=CollectiveSource(table="h100", time_factor=1 / 0.888),
     gemm_efficiency=0.97,
     attention_efficiency=0.85,
-    sources=_sources(f"vendor; {_FP32}", "vendor", _H20_COLLECTIVES, _H20_GEMM, _H20_FIT, _H20_ATTENTION),
+    sources=_sources(f"vendor; {_FP32}", f"vendor; {_SMI}", _H20_COLLECTIVES, _H20_GEMM, _H20_FIT, _H20_ATTENTION),
     notes="The device of the published profile. Its links are as fast as an H100's; its collectives were not measured.",
 )
 
@@ -175,12 +179,19 @@ _H20_3E = Device(
     tflops_fp8=296,
     tflops_fp32=44,
     hbm_bytes_per_s=4.8e12,
-    memory_bytes=141e9,
+    memory_bytes=143_771 * _MIB,
     link_bytes_per_s=450e9,
     collectives=CollectiveSource(table="h100", time_factor=1 / 0.888),
     gemm_efficiency=0.97,
     attention_efficiency=0.85,
-    sources=_sources("from memory", "from memory", _H20_COLLECTIVES, _H20_GEMM, _H20_FIT, _H20_ATTENTION),
+    sources=_sources(
+        "from memory",
+        "bandwidth from memory; taken to hold what an H200 does",
+        _H20_COLLECTIVES,
+        _H20_GEMM,
+        _H20_FIT,
+        _H20_ATTENTION,
+    ),
     notes="As the H20, with HBM3e.",
 )
 
@@ -191,12 +202,12 @@ _H100 = Device(
     tflops_fp8=1979,
     tflops_fp32=67,
     hbm_bytes_per_s=3.35e12,
-    memory_bytes=80e9,
+    memory_bytes=81_559 * _MIB,
     link_bytes_per_s=450e9,
     collectives=CollectiveSource(table="h100"),
     gemm="h100",
     attention_efficiency=0.60,
-    sources=_sources(f"{_AIC}; {_FP32}", _AIC, _OWN_CURVES, _OWN_GEMMS, _H20_FIT, _HOPPER_ATTENTION),
+    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GEMMS, _H20_FIT, _HOPPER_ATTENTION),
 )
 
 _H200 = Device(
@@ -206,12 +217,12 @@ _H200 = Device(
     tflops_fp8=1979,
     tflops_fp32=67,
     hbm_bytes_per_s=4.8e12,
-    memory_bytes=141e9,
+    memory_bytes=143_771 * _MIB,
     link_bytes_per_s=450e9,
     collectives=CollectiveSource(table="h200"),
     gemm="h200",
     attention_efficiency=0.60,
-    sources=_sources(f"{_AIC}; {_FP32}", _AIC, _OWN_CURVES, _OWN_GEMMS, _H20_FIT, _HOPPER_ATTENTION),
+    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GEMMS, _H20_FIT, _HOPPER_ATTENTION),
 )
 
 _H800 = Device(
@@ -221,7 +232,7 @@ _H800 = Device(
     tflops_fp8=1979,
     tflops_fp32=67,
     hbm_bytes_per_s=3.35e12,
-    memory_bytes=80e9,
+    memory_bytes=81_559 * _MIB,
     link_bytes_per_s=200e9,
     # Chosen so that an all-reduce of 512 MiB among 8 has a bus bandwidth (2 x 7/8 x bytes / time) of 215 GB/s.
     collectives=CollectiveSource(table="h100", byte_factor=2.187),
@@ -229,7 +240,7 @@ _H800 = Device(
     attention_efficiency=0.60,
     sources=_sources(
         f"vendor; {_FP32}",
-        "vendor",
+        f"vendor; {_SMI} of an H100, the same memory",
         "H100's curves with the bus slowed to the published 215 GB/s (large all-reduce among 8), same latency",
         "the same chip as the H100, whose table is taken",
         _H20_FIT,
@@ -245,14 +256,14 @@ _A100 = Device(
     tflops_fp8=None,
     tflops_fp32=19.5,
     hbm_bytes_per_s=2.04e12,
-    memory_bytes=80e9,
+    memory_bytes=81_920 * _MIB,
     link_bytes_per_s=300e9,
     collectives=CollectiveSource(table="a100"),
     gemm="a100",
     attention_efficiency=0.60,
     sources=_sources(
         f"{_AIC}; {_FP32}",
-        _AIC,
+        f"{_AIC}; {_SMI}",
         _OWN_CURVES,
         _OWN_GEMMS,
         _H20_FIT,
@@ -267,12 +278,14 @@ _B200 = Device(
     tflops_fp8=4500,
     tflops_fp32=80,
     hbm_bytes_per_s=7.7e12,
-    memory_bytes=180e9,
+    memory_bytes=183_359 * _MIB,
     link_bytes_per_s=900e9,
     collectives=CollectiveSource(table="b200"),
     gemm="b200",
     attention_efficiency=0.50,
-    sources=_sources(f"{_AIC}; {_FP32}", _AIC, _OWN_CURVES, _OWN_GEMMS, _H20_FIT, "assumed 50 % of bf16 peak"),
+    sources=_sources(
+        f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GEMMS, _H20_FIT, "assumed 50 % of bf16 peak"
+    ),
 )
 
 _GB200 = Device(
@@ -282,14 +295,14 @@ _GB200 = Device(
     tflops_fp8=5000,
     tflops_fp32=80,
     hbm_bytes_per_s=8.0e12,
-    memory_bytes=185e9,
+    memory_bytes=189_471 * _MIB,
     link_bytes_per_s=900e9,
     collectives=CollectiveSource(table="gb200", lender="b200"),
     gemm="b200",
     attention_efficiency=0.50,
     sources=_sources(
         f"{_AIC}; {_FP32}",
-        _AIC,
+        f"{_AIC}, its size too",
         f"2 and 4 GPUs: nccl-tests, {_AIC}; 8 GPUs, and the custom all-reduce kernel: B200's curves",
         "B200's efficiencies on this roofline",
         _H20_FIT,
@@ -304,14 +317,14 @@ _L40S = Device(
     tflops_fp8=733,
     tflops_fp32=91.6,
     hbm_bytes_per_s=0.864e12,
-    memory_bytes=45e9,
+    memory_bytes=46_068 * _MIB,
     link_bytes_per_s=32e9,
     collectives=CollectiveSource(table="l40s"),
     gemm="l40s",
     attention_efficiency=0.50,
     sources=_sources(
         f"{_AIC}; {_FP32}",
-        _AIC,
+        f"{_AIC}; {_SMI}",
         f"measured with nccl-tests over PCIe 4, {_AIC}; no custom kernel",
         _OWN_GEMMS,
         _H20_FIT,
@@ -326,7 +339,7 @@ _MI300X = Device(
     tflops_fp8=2615,
     tflops_fp32=163.4,
     hbm_bytes_per_s=5.3e12,
-    memory_bytes=192e9,
+    memory_bytes=206_141_652_992,
     link_bytes_per_s=7 * 48e9,
     num_links=7,
     link_latency_s=25e-6,
@@ -334,7 +347,7 @@ _MI300X = Device(
     attention_efficiency=0.40,
     sources=_sources(
         "from memory",
-        "vendor",
+        "vendor; rocm-smi as users printed it",
         "roofline: 7 links of about 48 usable GB/s (vendor), one to each peer; 25 us latency assumed",
         "roofline at an assumed 55 % of peak",
         f"{_H20_FIT}, taken over",

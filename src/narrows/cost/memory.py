@@ -12,8 +12,8 @@ from narrows.layout import Mesh
 
 __all__ = ["MemoryUse", "kv_token_bytes", "memory_use", "weight_bytes"]
 
-FP8_BLOCK = 128 * 128
-"""Values that share one float32 scale in a block-scaled FP8 checkpoint."""
+FP8_BLOCK = (128, 128)
+"""Rows and columns that share one float32 scale in FP8, where the checkpoint does not say."""
 RESERVED = 0.08
 """Share of the device's memory kept for activations, collectives' buffers and the runtime."""
 
@@ -43,20 +43,14 @@ class MemoryUse:
 
 
 def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: int) -> int:
-    """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with block scales, ``int8`` in
-    one with a scale per output, ``bf16`` all in two, ``fp32`` all in four."""
+    """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with scales by block, ``int8`` in
+    one with a scale per output, ``bf16`` in two, ``fp32`` in four. What is not linear is as wide as the activations,
+    and the router's are float32 always."""
+    stored = config.quantization
+    block = (stored.weight_block_size if stored else None) or FP8_BLOCK
 
-    def nbytes(weights: dict[str, Weight]) -> float:
-        total = 0.0
-        for weight in weights.values():
-            values = weight.num_values(mesh, rank)
-            if dtype == "fp8" and weight.quantized:
-                total += values * (1 + 4 / FP8_BLOCK)
-            elif dtype in ("int8", "int8-weight-only") and weight.int8:
-                total += values * (1 + 8 / weight.shape[1])
-            else:
-                total += values * (4 if dtype == "fp32" else 2)
-        return total
+    def nbytes(weights: dict[str, Weight]) -> int:
+        return sum(_held_bytes(weight, mesh, rank, dtype, block) for weight in weights.values())
 
     moe = config.moe
     num_dense = config.num_hidden_layers if moe is None else min(moe.first_k_dense_replace, config.num_hidden_layers)
@@ -70,7 +64,20 @@ def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank
         total += num_dense * nbytes(layer_weights(config, mesh, forms, 0))
     if num_moe:
         total += num_moe * nbytes(layer_weights(config, mesh, forms, config.num_hidden_layers - 1))
-    return round(total)
+    return total
+
+
+def _held_bytes(weight: Weight, mesh: Mesh, rank: int, dtype: str, block: tuple[int, int]) -> int:
+    """Bytes of one weight on a rank, of all its experts there, with its scales."""
+    values = weight.num_values(mesh, rank)
+    if weight.float32 or dtype == "fp32":
+        return 4 * values
+    if dtype == "fp8" and weight.quantized:
+        rows, columns = weight.local_shape(mesh, rank)
+        return values + 4 * -(-rows // block[0]) * -(-columns // block[1]) * weight.num_experts(rank)
+    if dtype in ("int8", "int8-weight-only") and weight.int8:
+        return values + 4 * weight.local_shape(mesh, rank)[0] * weight.num_experts(rank)
+    return 2 * values
 
 
 def kv_token_bytes(config: ModelConfig, mesh: Mesh, itemsize: int = 2) -> int:

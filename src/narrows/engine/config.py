@@ -14,6 +14,7 @@ import torch
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
+from narrows.arch.quantization import check_loadable
 from narrows.checkpoints import model_path
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_config import is_gguf
@@ -26,7 +27,15 @@ from narrows.layout import Mesh
 from narrows.models.registry import check_executable
 from narrows.ops.compiled import int8_library
 from narrows.ops.int8 import Quantization
-from narrows.plan.deploy import DEFAULT_ROWS, PAGE_SIZE, book_context, form_mix, limits_of, longest_context
+from narrows.plan.deploy import (
+    DEFAULT_ROWS,
+    PAGE_SIZE,
+    book_context,
+    form_mix,
+    limits_of,
+    loaded_dtype,
+    longest_context,
+)
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
@@ -173,6 +182,8 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     mesh = Mesh.of(dp=asked.dp, tp=tp)
     _check_ranks(asked, mesh)
     notes = list(config.notes)
+    if asked.load_format != "dummy":
+        check_loadable(config.quantization, asked.model)
     dtype, gemm_dtype = _dtype(asked, config, notes)
     gemm_dtype = _quantized(asked, gemm_dtype, notes)
     device, said = priced_for(
@@ -233,13 +244,14 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
 
 
 def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:
-    name = config.dtype if asked.dtype == "auto" else asked.dtype
-    if asked.dtype == "auto" and name not in _DTYPES:
-        notes.append(f"the checkpoint's dtype {name} runs as bfloat16")
-        name = "bfloat16"
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype {name!r} is not known; dtypes: auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if asked.dtype == "auto":
+        found, because = loaded_dtype(config)
+        if config.quantization is not None or config.dtype not in _DTYPES:
+            notes.append(f"dtype {found}: {because}")
+        return next(both for both in _DTYPES.values() if both[1] == found)
+    if asked.dtype not in _DTYPES:
+        raise ConfigError(f"dtype {asked.dtype!r} is not known; dtypes: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[asked.dtype]
 
 
 def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:

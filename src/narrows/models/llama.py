@@ -42,7 +42,7 @@ class LlamaLayer(DecoderLayer):
             self.qkv_bias = load.stacked(self.weights, "q_proj.bias", "k_proj.bias", "v_proj.bias")
         self.o_proj = load.linear(self.weights, "o_proj")
         self.o_bias_H: Tensor | None = None
-        if gqa.o_bias and tp_index == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
+        if gqa.o_bias and self.weights["o_proj.bias"].is_held(place.mesh, place.rank):
             self.o_bias_H = load(self.weights["o_proj.bias"])
         cache = (place.num_slots, self.num_kv_heads, gqa.head_dim)
         self.k_cache_SKD = empty_cache(cache, place.dtype, place.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig
@@ -31,7 +30,7 @@ class MoeLayer(DecoderLayer):
         self.adds_shared = False
         if self.moe is None:
             return
-        self.gate_EH = load(weights["gate"], torch.float32)
+        self.gate_EH = load(weights["gate"])
         bias = weights.get("gate.e_score_correction_bias")
         self.rule: dict[str, Any] = {
             "top_k": self.moe.num_experts_per_tok,
@@ -41,7 +40,7 @@ class MoeLayer(DecoderLayer):
             "topk_group": self.moe.topk_group,
             "norm_topk_prob": self.moe.norm_topk_prob,
             "routed_scaling_factor": self.moe.routed_scaling_factor,
-            "correction_bias_E": load(bias, torch.float32) if bias else None,
+            "correction_bias_E": load(bias) if bias else None,
         }
         self.experts_gate_up_EF2H, self.experts_down_EHF, self.first_expert = load.experts(weights)
         if self.moe.n_shared_experts:

@@ -70,11 +70,11 @@ class Loader:
         self.room = LargePages().empty
         """Where packed weights lie."""
 
-    def __call__(self, weight: Weight, dtype: torch.dtype | None = None) -> Tensor:
+    def __call__(self, weight: Weight) -> Tensor:
         place = self.place
         tensor = self.source.take(weight, weight.span(place.mesh, place.rank))
         # A copy, also where nothing changes: a view of the checkpoint would keep its whole file mapped.
-        return tensor.to(device=place.device, dtype=dtype or place.dtype, copy=True)
+        return tensor.to(device=place.device, dtype=torch.float32 if weight.float32 else place.dtype, copy=True)
 
     def stacked(self, weights: Mapping[str, Weight], *roles: str) -> Tensor:
         """Several vectors one after the other."""
@@ -158,7 +158,7 @@ class DecoderLayer:
             self.down_HF = load.linear(self.weights, "down_proj")
             if config.mlp_bias:
                 self.gate_up_bias_F2 = load.stacked(self.weights, "gate_proj.bias", "up_proj.bias")
-                if place.rank == 0:  # a bias is an addend of the owed sum: it joins once, not once per rank
+                if self.weights["down_proj.bias"].is_held(place.mesh, place.rank):
                     self.down_bias_H = load(self.weights["down_proj.bias"])
 
     def norm_of(self, stage: str) -> tuple[Tensor, float]:

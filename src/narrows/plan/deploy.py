@@ -7,13 +7,23 @@ the same functions, so that the one is priced as the other runs.
 from __future__ import annotations
 
 from narrows.arch.config import ModelConfig
+from narrows.arch.quantization import check_loadable
 from narrows.cost.devices import Device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.sched.limits import Limits
 
-__all__ = ["DEFAULT_ROWS", "PAGE_SIZE", "book_context", "default_dtype", "form_mix", "limits_of", "longest_context"]
+__all__ = [
+    "DEFAULT_ROWS",
+    "PAGE_SIZE",
+    "book_context",
+    "form_mix",
+    "limits_of",
+    "loaded_dtype",
+    "longest_context",
+    "planned_dtype",
+]
 
 DEFAULT_ROWS = 2048
 """Most rows of a step, all attention groups together."""
@@ -82,11 +92,35 @@ def form_mix(mesh: Mesh, rows: int, max_context: int) -> list[tuple[StepShape, f
     return [(prefill, 1.0), (decode, 64.0)]
 
 
-def default_dtype(model_type: str, device: Device) -> tuple[str, str]:
-    """The dtype of a model's weights where none is asked for, and why: FP8 for the models whose checkpoints are
-    published in it (V3, R1, Kimi-K2), on a device that has it."""
-    if model_type != "deepseek_v3":
-        return "bf16", "no --dtype was given"
-    if device.tflops_fp8 is None:
-        return "bf16", f"{device.name} has no fp8"
-    return "fp8", "as the checkpoints of this model are published"
+def loaded_dtype(config: ModelConfig) -> tuple[str, str]:
+    """What the checkpoint's weights are held as where none of their stored forms is computed with, and why: float32
+    stays float32, all else becomes bfloat16."""
+    dtype = "fp32" if config.dtype == "float32" else "bf16"
+    if config.quantization is not None:
+        return dtype, f"{_stored(config)}, which are dequantised when they are loaded"
+    if config.dtype in ("float32", "bfloat16"):
+        return dtype, f"the checkpoint's weights are {config.dtype}"
+    return dtype, f"the checkpoint's weights are {config.dtype}, which runs as bfloat16"
+
+
+def planned_dtype(config: ModelConfig, device: Device, name: str) -> tuple[str, str]:
+    """What the checkpoint's weights are on ``device`` where no dtype is asked for, and why: FP8 in blocks as it is
+    where the device multiplies FP8, else as :func:`loaded_dtype`. ``name``: the model's, for an error.
+
+    Raises:
+        ConfigError: weights stored in a way that nothing here loads, in the words of who would load them.
+    """
+    check_loadable(config.quantization, name)
+    if config.quantization is None:
+        return loaded_dtype(config)
+    if device.tflops_fp8 is not None:
+        return "fp8", f"{_stored(config)}, which {device.name} multiplies as they are"
+    dtype, because = loaded_dtype(config)
+    return dtype, f"{because}: {device.name} has no fp8"
+
+
+def _stored(config: ModelConfig) -> str:
+    assert config.quantization is not None
+    block = config.quantization.weight_block_size
+    blocks = f" in blocks of {block[0]} x {block[1]}" if block else ""
+    return f"the checkpoint's weights are {config.quantization.quant_method}{blocks}"

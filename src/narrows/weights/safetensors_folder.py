@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from narrows.arch.config import Quantization
+from narrows.arch.quantization import check_loadable
 from narrows.arch.weights import Weight
-from narrows.errors import CheckpointError, ConfigError
+from narrows.errors import CheckpointError
 from narrows.weights.fp8 import covering_blocks, dequantize_blocks, scale_shape
 
-__all__ = ["SafetensorsFolder", "check_loadable"]
+__all__ = ["SafetensorsFolder"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -28,23 +29,6 @@ _FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"  # behind the name of the tensor that it scales
 _MAPPED = 128 << 20
 """Bytes read through one mapping of a file: then it is mapped anew, so that what was read need not stay in memory."""
-
-
-def check_loadable(quantization: Quantization | None, name: str) -> None:
-    """Refuse a quantisation that is not read here; ``name`` is the model's.
-
-    Raises:
-        ConfigError: naming the one that is.
-    """
-    if quantization is None or (quantization.quant_method == "fp8" and quantization.weight_block_size is not None):
-        return
-    method = repr(quantization.quant_method)
-    if quantization.quant_method == "fp8":
-        method += " without weight_block_size (one scale per tensor or channel)"
-    raise ConfigError(
-        f"{name}: its weights are quantised by {method}; supported: none, or 'fp8' with a weight_block_size such as "
-        "[128, 128] (DeepSeek's); take the unquantised checkpoint, or a GGUF file of a Llama or Qwen2 model"
-    )
 
 
 class SafetensorsFolder:
