@@ -10,7 +10,9 @@ from http.client import HTTPResponse
 from io import BufferedReader
 from typing import Any
 
-__all__ = ["Answer", "Clock", "RawClient", "Wire", "post"]
+from narrows.server.turns import Kind, Turns
+
+__all__ = ["Answer", "AtOnce", "Clock", "RawClient", "Wire", "post"]
 
 
 class Answer:
@@ -138,6 +140,13 @@ class Clock:
     def ring(self) -> None:
         """The last one's time has come."""
         self.timers.pop().call()
+
+
+class AtOnce(Turns):
+    """Every piece of work has its turn at once: for what is tested without an event loop."""
+
+    def call(self, kind: Kind, work: Callable[[], None]) -> None:
+        work()
 
 
 class Wire:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import uvicorn
-from raw_client import Answer, Clock, RawClient, Wire, post
+from raw_client import Answer, AtOnce, Clock, RawClient, Wire, post
 from uvicorn.server import ServerState
 
 from narrows.server.connections import Connection
 from narrows.server.options import ConnectionLimits
 from narrows.server.places import Places
 from narrows.server.readers import unread_bytes
+from narrows.server.turns import Turns
 
 Eventually = Callable[..., None]
 HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
@@ -287,10 +288,14 @@ def test_a_body_is_asked_for_where_the_client_waits_for_that(served: Any) -> Non
 # Answers that are not read
 
 
-def make_connection(loop: Any, wire: Wire, app: Any = None, **limits: Any) -> tuple[Connection, Wire]:
+def make_connection(
+    loop: Any, wire: Wire, app: Any = None, turns: Turns | None = None, **limits: Any
+) -> tuple[Connection, Wire]:
     """A connection without a server."""
     config = uvicorn.Config(app or never_answers, interface="asgi3", log_level="error", ws="none", lifespan="off")
-    made = Connection(config, ServerState(), {}, loop, limits=ConnectionLimits(**limits), places=Places(1, 1))
+    made = Connection(
+        config, ServerState(), {}, loop, limits=ConnectionLimits(**limits), places=Places(1, 1), turns=turns or AtOnce()
+    )
     made.connection_made(wire)  # type: ignore[arg-type]
     return made, wire
 

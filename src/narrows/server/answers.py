@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from narrows.server.errors import ApiError, ClientGoneError, error_body
+from narrows.server.turns import Kind, Turns
 
 __all__ = [
     "DataLines",
@@ -24,6 +25,7 @@ __all__ = [
     "Wire",
     "error_answer",
     "named_event",
+    "to_json",
     "to_json_in_turns",
     "unless_gone",
 ]
@@ -98,7 +100,7 @@ def named_event(event: dict[str, Any]) -> bytes:
 
 
 async def unless_gone(
-    request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None]
+    request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None], turns: Turns
 ) -> T:
     """What ``work`` makes; it is cancelled when the client disconnects or the time is over.
 
@@ -115,6 +117,7 @@ async def unless_gone(
         if task in done:
             return task.result()
         if gone in done:
+            await turns.wait(Kind.RUNNING)
             raise ClientGoneError
         raise _over_time(timeout_s)
     finally:
@@ -134,7 +137,13 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[Any, None], wire: Wire, *, timeout_s: float, close: Callable[[], None]
+        self,
+        events: AsyncGenerator[Any, None],
+        wire: Wire,
+        *,
+        timeout_s: float,
+        close: Callable[[], None],
+        turns: Turns,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -142,6 +151,7 @@ class EventStream(Response):
         self._wire = wire
         self._timeout_s = timeout_s
         self._close = close
+        self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; returns when it has ended or nobody reads it."""
@@ -151,6 +161,8 @@ class EventStream(Response):
             await asyncio.wait({gone, writing}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 return writing.result()
+            if gone.done():  # many may leave at once
+                await self._turns.wait(Kind.RUNNING)
             self._close()
             writing.cancel()
             with suppress(asyncio.CancelledError):

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from narrows.errors import NarrowsError
 from narrows.server.absent import why_absent
 from narrows.server.addresses import Addresses, TrailingSlash
-from narrows.server.answers import JsonAnswer, error_answer
+from narrows.server.answers import JsonAnswer, error_answer, to_json
 from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
@@ -38,6 +38,7 @@ from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.completions import CompletionRequest
 from narrows.server.schema.messages import CountRequest, MessagesRequest
 from narrows.server.schema.responses import ResponsesRequest
+from narrows.server.shared_calls import SharedCall
 from narrows.server.state import ServerState
 from narrows.server.tokens import detokenize, tokenize
 
@@ -62,6 +63,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_NO_PAGES: dict[str, Any] = {"openapi_url": None, "docs_url": None, "redoc_url": None, "redirect_slashes": False}
+"""Pages of the framework that are not there; the document is written once, by a route of ours."""
+_METRICS_PAUSE_S, _INFO_PAUSE_S = 0.1, 0.25
+"""Between two times that metrics, and what runs, are put together, for however many who ask."""
+
+
 def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> FastAPI:
     """The application. ``app.state.server`` is what its routes share.
 
@@ -69,7 +76,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
         ConfigError: options that do not fit the model.
     """
     state = ServerState(backend, model, options)
-    app = FastAPI(title="narrows", version=version("narrows"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="narrows", version=version("narrows"), **_NO_PAGES)
     app.state.server = state
     app.router.route_class = BoundedRoute
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -198,11 +205,13 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 
+    rendered = SharedCall(partial(state.pools.look, state.metrics.render), _METRICS_PAUSE_S)
+    described = SharedCall(lambda: state.pools.operate(state.backend.info), _INFO_PAUSE_S)
+
     @app.get("/metrics", response_model=None, responses={**_responses(answers.ModelList), 200: text})
     async def metrics() -> Response:
         """Numbers for Prometheus."""
-        text = await state.pools.look(state.metrics.render)
-        return Response(text, media_type="text/plain; version=0.0.4")
+        return Response(await rendered.get(), media_type="text/plain; version=0.0.4")
 
     @app.get("/server_info", response_model=None, responses=_responses(answers.ServerInfo))
     async def server_info() -> Response:
@@ -220,8 +229,12 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
             "models": list(state.model.names),
             "max_model_len": state.model.max_context,
         }
-        info = await state.pools.operate(state.backend.info)
-        return JsonAnswer({**body, "server": server, "backend": info})
+        return JsonAnswer({**body, "server": server, "backend": await described.get()})
+
+    @app.get("/openapi.json", response_model=None, include_in_schema=False)
+    async def document() -> Response:
+        """The document of all routes, written once."""
+        return JsonAnswer(await state.pools.operate(partial(_document, app)))
 
 
 def _add_profile(app: FastAPI, state: ServerState) -> None:
@@ -309,3 +322,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             for operation in path.values():
                 operation["responses"].pop("422", None)
     return app.openapi_schema
+
+
+def _document(app: FastAPI) -> bytes:
+    if not hasattr(app.state, "document"):
+        app.state.document = to_json(app.openapi())
+    document: bytes = app.state.document
+    return document

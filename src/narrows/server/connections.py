@@ -18,15 +18,19 @@ from uvicorn.server import ServerState
 
 from narrows.server.answers import to_json
 from narrows.server.errors import ApiError
-from narrows.server.limits import RESERVED
+from narrows.server.limits import PROBES, RESERVED
 from narrows.server.options import ConnectionLimits
 from narrows.server.places import Places
 from narrows.server.readers import ReaderWatch
+from narrows.server.turns import Kind, Turns
 
 __all__ = ["Connection"]
 
 _LAST_WORDS_S = 2.0
 """How long a client that still sends may take to read why it was refused."""
+_FEW_CHUNKS = 1024
+"""Chunks that a body may come in, however small they are."""
+_PROBES = tuple(f"GET {path}".encode() for path in PROBES)
 
 
 class Connection(HttpToolsProtocol):
@@ -45,10 +49,12 @@ class Connection(HttpToolsProtocol):
         *,
         limits: ConnectionLimits,
         places: Places,
+        turns: Turns,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
         self._places = places
+        self._turns = turns
         self._deadline: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._refusal: ApiError | None = None
@@ -59,6 +65,9 @@ class Connection(HttpToolsProtocol):
         self._head_fields = 0
         self._undigested = 0  # bytes that no part of a request has come of yet
         self._ahead = 0  # bytes that came while a request waited behind another
+        self._arrived: list[bytes] = []  # what waits for its turn to be parsed
+        self._has_turn = False
+        self._num_chunks = self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: it waits at a place, or has to go at once."""
@@ -74,6 +83,7 @@ class Connection(HttpToolsProtocol):
         self._places.leave(self)
         self._allow(None)
         self._reader.stop()
+        self._arrived.clear()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
             _tell_gone(self._running)  # uvicorn tells the last request only
@@ -85,6 +95,29 @@ class Connection(HttpToolsProtocol):
     # What the client sends
 
     def data_received(self, data: bytes) -> None:
+        """Parse a body's bytes at once, which is short work; what may be requests, in its turn."""
+        if self._deaf:
+            return
+        if self._in_body and not self._arrived:
+            return self._parse(data)
+        self._arrived.append(data)
+        if len(self._arrived) == 1:
+            self._turns.call(Kind.PROBE if data.startswith(_PROBES) else Kind.NEW, self._parse_arrived)
+            if self._arrived:
+                self.flow.pause_reading()
+
+    def _parse_arrived(self) -> None:
+        data = b"".join(self._arrived)
+        self._arrived.clear()
+        if data and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._has_turn = True
+            try:
+                self._parse(data)
+            finally:
+                self._has_turn = False
+
+    def _parse(self, data: bytes) -> None:
         """Parse, and see what is not done yet: a head has a deadline, and nothing grows without end."""
         if self._deaf:
             return
@@ -127,6 +160,7 @@ class Connection(HttpToolsProtocol):
             raise _Enough
         super().on_headers_complete()
         self._in_body = True
+        self._num_chunks = self._body_bytes = 0
         self._allow(None)
         if not self._places.works(self):
             self.scope["state"][RESERVED] = True
@@ -134,8 +168,13 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()  # uvicorn would not notice that the client leaves
 
     def on_body(self, body: bytes) -> None:
-        """A part of a body has come."""
+        """A part of a body has come: a chunk, or what came of it together."""
         self._undigested = 0
+        self._num_chunks += 1
+        self._body_bytes += len(body)
+        if self._num_chunks > _FEW_CHUNKS + self._body_bytes // self._limits.min_chunk_bytes:
+            self._refusal = self._too_small()
+            raise _Enough
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -153,7 +192,13 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
+        if self._has_turn:
+            return self._begin(cycle, app)
+        self._turns.call(Kind.NEW, partial(self._begin, cycle, app))  # it waited behind another
+
+    def _begin(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if not self.transport.is_closing():
+            super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
 
     async def _answer(self, cycle: RequestResponseCycle, app: Any, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["http_version"] in ("0.9", "1.0"):
@@ -221,6 +266,14 @@ class Connection(HttpToolsProtocol):
         most = self._limits.max_head_bytes
         message = f"the request's line and headers have more than {most} bytes, the most that this server takes"
         return ApiError(431, message, code="headers_too_large")
+
+    def _too_small(self) -> ApiError:
+        mean, least = self._body_bytes / self._num_chunks, self._limits.min_chunk_bytes
+        message = (
+            f"the body comes in chunks of {mean:.0f} bytes on the average; beyond the first {_FEW_CHUNKS:,}, this "
+            f"server takes no body in chunks of less than {least}"
+        )
+        return ApiError(400, message, code="chunks_too_small")
 
     def _allow(self, seconds: float | None) -> None:
         """From now on, the client has so long to send a head; None: as long as it likes."""

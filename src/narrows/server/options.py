@@ -33,7 +33,8 @@ class ConnectionLimits:
 
     ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's
     head has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
-    ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it. At most ``max_pipelined`` requests wait
+    ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it; its chunks, if it comes in many, have at
+    least ``min_chunk_bytes`` on the average. At most ``max_pipelined`` requests wait
     behind the one that is being answered. A connection is closed when it has been idle for ``keep_alive_s``, or when
     its client has read nothing of a waiting answer for ``send_timeout_s``.
 
@@ -49,6 +50,7 @@ class ConnectionLimits:
     head_timeout_s: float = 10.0
     body_timeout_s: float = 20.0
     body_bytes_per_s: int = 1024
+    min_chunk_bytes: int = 256
     keep_alive_s: float = 5.0
     send_timeout_s: float = 60.0
 

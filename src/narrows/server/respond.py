@@ -103,7 +103,7 @@ async def respond(
     generations = job.generations
     if job.constraint is not None:
         making = make_guides(state, job.constraint, len(job.choices))
-        guides = await unless_gone(request, making, timeout_s=timeout_s, close=lambda: None)
+        guides = await unless_gone(request, making, timeout_s=timeout_s, close=lambda: None, turns=state.turns)
         for choice, guide in zip(job.choices, guides, strict=True):
             choice.guide = guide
         generations = [replace(each, guide=guide) for each, guide in zip(generations, guides, strict=False)]
@@ -117,8 +117,10 @@ async def respond(
             state.pools.free_memory_soon()
 
     if job.body.stream:
-        return EventStream(stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=close)
-    answer = await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=close)
+        return EventStream(
+            stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=close, turns=state.turns
+        )
+    answer = await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=close, turns=state.turns)
     if num_logprobs > _MANY_LOGPROBS:
         return JsonAnswer(await state.pools.prepare(request, to_json_in_turns, answer))
     return JsonAnswer(answer)

@@ -6,6 +6,7 @@ port is closed and the process ends. Second signal: it ends at once.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from narrows.errors import ConfigError
 from narrows.server.app import state_of
 from narrows.server.backend import Backend
 from narrows.server.connections import Connection
+from narrows.server.door import Door
 from narrows.server.places import Places
 
 __all__ = ["Drainable", "bind", "curl_line", "serve", "url_of"]
@@ -102,7 +104,7 @@ def serve(
     places = Places(limits.max_connections, limits.reserved_places)
     config = uvicorn.Config(
         app,
-        http=partial(Connection, limits=limits, places=places),  # type: ignore[arg-type]
+        http=partial(Connection, limits=limits, places=places, turns=state_of(app).turns),  # type: ignore[arg-type]
         ws="none",
         log_level="error",
         access_log=False,
@@ -134,6 +136,14 @@ class _Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._when_ready = when_ready
         self._drains: threading.Thread | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Uvicorn's, with doors of our own in place of its servers."""
+        await super().startup(sockets=[])
+        loop = asyncio.get_running_loop()
+        given = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        make: Callable[[], asyncio.Protocol] = partial(self.config.http_protocol_class, **given)
+        self.servers = [Door(loop, each, make) for each in sockets or ()]  # type: ignore[misc]
 
     async def main_loop(self) -> None:
         """Uvicorn's, once the ready line is out."""

@@ -17,14 +17,18 @@ from typing import Protocol
 from narrows.errors import NarrowsError
 from narrows.server.backend import Backend, Generation, Update
 from narrows.server.errors import ApiError, refused
+from narrows.server.turns import Kind, Turns
 
 __all__ = ["Bridge", "Running", "Times"]
 
 
 _AT_ONCE = 8
-"""Generations that are submitted before the event loop goes on: each is looked at in full."""
-_TOKENS_AT_ONCE = 128
-"""Tokens that are read before the event loop goes on: each may take 0.1 ms."""
+"""Generations that are submitted in one turn: each is looked at in full."""
+_FREE_UPDATES = 2
+"""So many updates of one token each are read without a turn: what a stream of one text gets at a time."""
+_WORK_AT_ONCE = 32
+"""What is read in one turn: a token counts for one, and each of its log-probabilities for a quarter more."""
+_OF_LOGPROB = 0.25
 
 
 class Times(Protocol):
@@ -74,8 +78,9 @@ class Running:
     ``client``: on whose behalf they run; clients share what the backend has.
     """
 
-    def __init__(self, backend: Backend, bridge: Bridge, times: Times, client: str) -> None:
+    def __init__(self, backend: Backend, bridge: Bridge, times: Times, turns: Turns, client: str) -> None:
         self._backend = backend
+        self._turns = turns
         self._client = client
         self._bridge = bridge
         self._times = times
@@ -94,11 +99,11 @@ class Running:
         """
         try:
             for index, generation in enumerate(generations):
+                if not index % _AT_ONCE:
+                    await self._turns.wait(Kind.RUNNING)
                 self._open.add(index)
                 deliver = partial(self._bridge.deliver, self, index)
                 self._numbers.append(self._backend.submit(replace(generation, client=self._client), deliver))
-                if index % _AT_ONCE == _AT_ONCE - 1:
-                    await asyncio.sleep(0)
         except BaseException as error:
             self._open.discard(len(self._numbers))
             self.close()
@@ -132,9 +137,9 @@ class Running:
             inbox, self._inbox = self._inbox, []
             for _, update in inbox:
                 _check(update)
-            for number, part in enumerate(_parts(inbox)):
-                if number:
-                    await asyncio.sleep(0)
+            for number, (part, work) in enumerate(_parts(inbox)):
+                if number or work > _FREE_UPDATES:
+                    await self._turns.wait(Kind.RUNNING)
                 yield part
 
     def abort(self, index: int) -> None:
@@ -163,27 +168,39 @@ class Running:
             self._times.ended(at - self._started_at, update.finish_reason)
 
 
-def _parts(inbox: Sequence[tuple[int, Update]]) -> Iterator[list[tuple[int, Update]]]:
-    """Updates in lists of about as many tokens as are read at once."""
+def _parts(inbox: Sequence[tuple[int, Update]]) -> Iterator[tuple[list[tuple[int, Update]], float]]:
+    """Updates in lists of about as much work as is done in one turn, each with its work."""
     part: list[tuple[int, Update]] = []
-    size = 0
+    work = 0.0
     for index, whole in inbox:
         for update in _cut(whole):
             part.append((index, update))
-            size += max(1, len(update.token_ids) + len(update.prompt_logprobs))
-            if size >= _TOKENS_AT_ONCE:
-                yield part
-                part, size = [], 0
+            work += _work_of(update)
+            if work >= _WORK_AT_ONCE:
+                yield part, work
+                part, work = [], 0.0
     if part:
-        yield part
+        yield part, work
+
+
+def _work_of(update: Update) -> float:
+    scores = len(update.prompt_logprobs)
+    tokens = len(update.token_ids) + scores
+    best = len(update.logprobs[0][1]) if update.logprobs else 0
+    best_of_prompt = len(update.prompt_logprobs[-1].best) if scores else 0
+    return max(1, tokens) + _OF_LOGPROB * (len(update.logprobs) * best + scores * best_of_prompt)
 
 
 def _cut(update: Update) -> Iterator[Update]:
     """The update as several, if it has many scores of a prompt."""
     scores = update.prompt_logprobs
-    last = max(len(scores) - 1, 0) // _TOKENS_AT_ONCE * _TOKENS_AT_ONCE
-    for start in range(0, last, _TOKENS_AT_ONCE):
-        some = scores[start : start + _TOKENS_AT_ONCE]
+    if not scores:
+        yield update
+        return
+    at_once = max(1, int(_WORK_AT_ONCE / (1 + _OF_LOGPROB * len(scores[-1].best))))
+    last = (len(scores) - 1) // at_once * at_once
+    for start in range(0, last, at_once):
+        some = scores[start : start + at_once]
         yield Update(prompt_logprobs=some, num_cached_prompt=update.num_cached_prompt)
     yield replace(update, prompt_logprobs=scores[last:]) if last else update
 

@@ -28,6 +28,7 @@ from narrows.server.running import Bridge, Running
 from narrows.server.schema.common import GenerationFields
 from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
 from narrows.server.tools.formats import tool_format
+from narrows.server.turns import Turns
 from narrows.text import Tokenizer
 
 __all__ = ["ServerState", "new_id", "now"]
@@ -60,6 +61,7 @@ class ServerState:
         self.options = options
         self.metrics = Metrics(backend)
         self.pools = Pools()
+        self.turns = Turns()
         self.intake = Intake(self.pools, max_held_bytes=_BODIES_AT_ONCE * options.max_body_bytes)
         self.draining = False
         self._bridge: Bridge | None = None
@@ -150,7 +152,7 @@ class ServerState:
         loop = asyncio.get_running_loop()
         if self._bridge is None or self._bridge.loop is not loop:
             self._bridge = Bridge(loop)
-        return Running(self.backend, self._bridge, self.metrics, client or new_id("request"))
+        return Running(self.backend, self._bridge, self.metrics, self.turns, client or new_id("request"))
 
     def end_ids(self, body: GenerationFields) -> frozenset[int]:
         """The tokens that end the text."""

@@ -35,7 +35,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names for one thin
 
 
 class Tokenizer:
-    """The tokenizer of one model folder. Safe to share between threads: nothing changes after construction."""
+    """The tokenizer of one model folder. Safe to share between threads: it only remembers what it has found."""
 
     def __init__(self, backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
         """Take over ``backend``, adding the tokens that only ``files`` know; use `from_folder`."""
@@ -56,6 +56,7 @@ class Tokenizer:
         self._bytes_fall_back = backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A"
         self._byte_level = is_byte_level(backend)
         self._ends = TextEnds(backend, files)
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
         self._templates = {name: self._compile(name, source) for name, source in files.templates.items()}
 
     @classmethod
@@ -171,12 +172,13 @@ class Tokenizer:
 
     def bytes_of(self, token: int) -> bytes:
         """What ``token`` alone stands for; may be part of a character. Empty for an id that the tokenizer lacks."""
-        name = self._backend.id_to_token(token)
-        if name is None:
-            return b""
-        text = self.decode([token], skip_special_tokens=False)
-        byte_level = self._byte_level and token not in self._added
-        return token_bytes(name, text, byte_level=byte_level, is_byte=self.is_byte(token))
+        known = self._bytes.get(token)
+        if known is None and (name := self._backend.id_to_token(token)) is not None:
+            text = self.decode([token], skip_special_tokens=False)
+            byte_level = self._byte_level and token not in self._added
+            known = token_bytes(name, text, byte_level=byte_level, is_byte=self.is_byte(token))
+            self._bytes[token] = known
+        return known or b""
 
     def id_of(self, token: str) -> int | None:
         """The id of a token of the vocabulary by its name, added tokens included; None if there is none."""
