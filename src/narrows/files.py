@@ -63,27 +63,44 @@ def _refuse_outside(folder: Path, path: Path) -> None:
     )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, strict: bool = False) -> Any:
     """What a JSON file holds: UTF-8, or UTF-16 and UTF-32 with a byte order mark.
+
+    ``strict``: a name that stands twice in an object is an error, of which Python keeps the last without a word, and so
+    are NaN and Infinity, which JSON does not have.
 
     Raises:
         CheckpointError: it cannot be read, or is not JSON.
     """
+    hooks: dict[str, Any] = {"object_pairs_hook": _object, "parse_constant": _no_constant} if strict else {}
     try:
-        return json.loads(_read(path))
+        return json.loads(_read(path), **hooks)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
 
 
-def read_json_object(path: Path | None) -> dict[str, Any]:
-    """The object that a JSON file holds; empty where there is no such file (None).
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the field {name!r} stands twice in one object")
+        fields[name] = value
+    return fields
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def read_json_object(path: Path | None, *, strict: bool = False) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where there is no such file (None). ``strict``: as `read_json` has it.
 
     Raises:
         CheckpointError: it cannot be read, or holds anything else.
     """
     if path is None:
         return {}
-    value = read_json(path)
+    value = read_json(path, strict=strict)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, where an object is needed")
     return value

@@ -256,7 +256,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
 
 def test_a_broken_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    for content, words in (("{", "not valid JSON"), ('{"model_type": "mamba"}', "architecture 'mamba' is not known")):
+    for content, words in (("{", "not valid JSON"), ('{"model_type": "mamba"}', 'architecture "mamba" is not known')):
         file.write_text(content, encoding="utf-8")
         assert main(["plan", str(tmp_path), "--device", "h20", "--rows", "8"]) == 2
         err = capsys.readouterr().err
