@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from narrows.errors import ConfigError
 from narrows.sched.batch import Batch
 from narrows.sched.sampling import SamplingParams, TokenScore
 from narrows.sched.scheduler import Limits, Request, Scheduler
@@ -353,3 +354,28 @@ def test_no_client_gets_a_place_while_one_waits_that_has_fewer(seed: int, monkey
         elif count >= 60:
             break
     assert not scheduler.has_work and sum(looked) > 50
+
+
+# -- how long a step may become ----------------------------------------------------------------------------------------
+
+
+def test_prompts_have_few_rows_in_a_step_in_which_texts_go_on() -> None:
+    scheduler = Scheduler(Limits(rows_per_step=512, prompt_rows=32, pages_per_group=ROOMY))
+    add(scheduler, text(0, "long", prompt=600, max_tokens=4))
+    assert step(scheduler).num_rows == 512, "nobody else reads anything"
+    step(scheduler)
+    reader = text(1, "reader", max_tokens=60)
+    add(scheduler, reader)
+    step(scheduler)
+    add(scheduler, text(2, "a", prompt=300), text(3, "b", prompt=300, scored=True), text(4, "b", prompt=300))
+    rows = [step(scheduler) for _ in range(45)]
+    ahead = [sum(len(chunk.tokens) for group in batch.groups for chunk in group if len(chunk.tokens) > 1)
+             for batch in rows]  # fmt: skip
+    assert max(ahead) <= 32 and len(reader.output) >= 45, "it has a token of every step"
+    assert sum(ahead) >= 890, "and prompts have the rest"
+
+
+def test_a_chunk_that_may_not_be_cut_fits_into_what_prompts_have() -> None:
+    with pytest.raises(ConfigError, match="raise --prompt-rows to at least 256"):
+        Limits(prefill_chunk=256, prompt_rows=64)
+    Limits(prefill_chunk=256, prompt_rows=256)

@@ -105,6 +105,21 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--max-queue", type=int, default=1024, metavar="N", help="texts that may wait (default %(default)s)"
     )
     life.add_argument(
+        "--max-running",
+        type=int,
+        default=_DEFAULT["max_running"],
+        metavar="N",
+        help="texts that run at once, per attention group (default %(default)s)",
+    )
+    life.add_argument(
+        "--prompt-rows",
+        type=int,
+        default=_DEFAULT["prompt_rows"],
+        metavar="N",
+        help="rows of prompts in a step in which texts go on: with few, no long prompt holds up who reads a text, and "
+        "prompts take longer (default: as many as --max-rows leaves)",
+    )
+    life.add_argument(
         "--drain-timeout",
         type=float,
         default=30.0,
@@ -136,7 +151,8 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     _say_to_stderr()
     sys.setswitchinterval(_SWITCH_S)
-    life = {"ranks": args.ranks or _RANKS, "rehearse_rows": args.rehearse_rows}
+    life = {name: getattr(args, name) for name in ("rehearse_rows", "prompt_rows", "max_running")}
+    life["ranks"] = args.ranks or _RANKS
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch

@@ -83,6 +83,10 @@ class EngineConfig:
     device: str = "auto"
     load_format: str = "auto"
     rows_per_step: int = DEFAULT_ROWS
+    prompt_rows: int = 0
+    """Most rows of prompts in a step in which texts go on; 0: as many as rows."""
+    max_running: int = 256
+    """Texts that run at once, per attention group."""
     max_context: int | None = None
     kv_tokens: int | None = None
     page_size: int = PAGE_SIZE
@@ -176,6 +180,8 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         ("page size", asked.page_size, 1),
         ("--threads", threads, 1),
         ("--rehearse-rows", asked.rehearse_rows, 0),
+        ("--prompt-rows", asked.prompt_rows, 0),
+        ("--max-running", asked.max_running, 1),
     ):
         if size < least:
             raise ConfigError(f"{name} is {size}; it must be at least {least}")
@@ -282,6 +288,8 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh, itemsize: int)
         max_context=context,
         kv_tokens=kv_tokens,
         page_size=asked.page_size,
+        prompt_rows=asked.prompt_rows,
+        requests_per_group=asked.max_running,
         # The same tokens computed in rows cut elsewhere, or one by one, may differ in their last bits.
         prefix_cache=asked.prefix_cache and not asked.batch_invariant,
         prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,

@@ -59,6 +59,8 @@ def limits_of(
     page_size: int = PAGE_SIZE,
     prefix_cache: bool = True,
     prefill_chunk: int = 0,
+    prompt_rows: int = 0,
+    requests_per_group: int = 256,
 ) -> Limits:
     """The scheduler's limits for so many tokens of KV cache per attention group.
 
@@ -74,6 +76,8 @@ def limits_of(
         pages_per_group=1 + -(-kv_tokens // page_size),
         max_context=max_context,
         prefill_chunk=prefill_chunk,
+        prompt_rows=prompt_rows,
+        requests_per_group=requests_per_group,
         prefix_cache=prefix_cache,
         scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
     )

@@ -19,6 +19,8 @@ class Limits:
     ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step; tokens
     that were generated before a preemption run again one row at a time, as they did the first time.
     ``scored_rows_per_step``: most rows of scored prompts in a step, at least one such chunk; 0: as many as rows.
+    ``prompt_rows``: most rows of prompts in a step in which texts go on, so that long prompts do not hold up who reads
+    them; 0: as many as rows.
     ``prefix_cache``: pages whose tokens another request has in the same places are used again.
     ``aging_steps``: a request goes before one of the next more urgent priority that came so many steps after it.
     ``load_gap``: tokens by which a group may be fuller than the emptiest and still get a request for its cached prefix.
@@ -36,6 +38,7 @@ class Limits:
     max_context: int = 2048
     prefill_chunk: int = 0
     scored_rows_per_step: int = 0
+    prompt_rows: int = 0
     prefix_cache: bool = True
     aging_steps: int = 256
     load_gap: int = 1024
@@ -46,6 +49,11 @@ class Limits:
             raise ConfigError(
                 f"prompts are cut into chunks of {self.prefill_chunk} rows, but a step may hold {self.rows_per_step}; "
                 f"raise --max-rows to at least {self.prefill_chunk}"
+            )
+        if 0 < self.prompt_rows < self.prefill_chunk:
+            raise ConfigError(
+                f"prompts are cut into chunks of {self.prefill_chunk} rows, but beside other texts they may have "
+                f"{self.prompt_rows}; raise --prompt-rows to at least {self.prefill_chunk}"
             )
 
     @property

@@ -130,6 +130,8 @@ class Scheduler:
         chunks: list[list[Chunk]] = [[] for _ in self.running]
         self._make_room()
         budget = self._decode(chunks, self.limits.rows_per_step)
+        if any(chunks) and self.limits.prompt_rows:
+            budget = min(budget, self.limits.prompt_rows)
         self._admit(budget)
         self._prefill(chunks, budget)
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
