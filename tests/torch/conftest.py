@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ from narrows.engine.config import Resolved
 from narrows.layout import Mesh
 from narrows.weights.dummy import DummyWeights
 from narrows.weights.source import WeightSource
+
+sys.path.insert(0, str(Path(__file__).parent))
+"""Where the modules lie that several test files share."""
 
 _COMMON = {
     "vocab_size": 67,

@@ -1,4 +1,4 @@
-"""``narrows verify``: the same numbers under every layout, against one rank. Parses, calls the engine, prints.
+"""``narrows verify``: the same numbers under every layout, against one rank or against transformers.
 
 Exit code 0 if every layout agrees, 1 if one does not.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
+from pathlib import Path
 
 import torch
 from rich import box
@@ -19,6 +21,7 @@ from narrows.cli.console import console
 from narrows.comm.launch import Launch
 from narrows.engine.config import EngineConfig
 from narrows.engine.model_text import load_model_text
+from narrows.engine.transformers_model import load_transformers, transformers_version
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
 from narrows.errors import ConfigError
 
@@ -37,6 +40,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_prompt_flags(parser, default=" (default: three short texts)")
     parser.set_defaults(dtype="float32")
     parser.add_argument("--layout", action="append", metavar="NAME", help="a layout; repeatable (default: all)")
+    parser.add_argument(
+        "--against",
+        choices=("transformers",),
+        help="compare with what transformers computes of the checkpoint in float32 (docs/formats.md) instead of with "
+        "one rank; needs pip install 'narrows[against]'",
+    )
     parser.add_argument("--steps", type=int, default=8, help="decode steps after the prompts (default %(default)s)")
 
 
@@ -47,8 +56,15 @@ def run(args: argparse.Namespace) -> int:
     if Launch.of_torchrun(os.environ, size=None) is not None:
         raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
     asked = EngineConfig(model=args.model, **engine_options(args))
-    report = verify(asked, _token_ids(args, asked.model), num_decode=args.steps, layouts=args.layout or ())
-    _print(report, console())
+    outside, reference = None, "one rank"
+    if args.against is not None:
+        if asked.load_format == "dummy":
+            raise ConfigError("--load-format dummy has no checkpoint that --against transformers could read")
+        reference = f"transformers {transformers_version()}"
+        outside = partial(load_transformers, Path(asked.model))
+    prompts = _token_ids(args, asked.model)
+    report = verify(asked, prompts, num_decode=args.steps, layouts=args.layout or (), outside=outside)
+    _print(report, reference, console())
     return 0 if report.ok else 1
 
 
@@ -64,27 +80,30 @@ def _token_ids(args: argparse.Namespace, model: str) -> list[list[int]]:
     return [[byte * 31 % vocab_size for byte in text.encode()] for text in texts]
 
 
-def _print(report: VerifyReport, out: Console) -> None:
+def _print(report: VerifyReport, reference: str, out: Console) -> None:
     resolved = report.resolved
     rows = max((layout.num_rows for layout in report.layouts), default=0)
+    whole = "the logits'" if report.outside else "a stage's"
     out.print(
-        f"{resolved.config.name}: {resolved.mesh} against one rank, {str(resolved.dtype).removeprefix('torch.')}, "
-        f"{report.num_steps} steps, {rows} rows; tolerance {report.tolerance:g} of a stage's size"
+        f"{resolved.config.name}: {resolved.mesh} against {reference}, {str(resolved.dtype).removeprefix('torch.')}, "
+        f"{report.num_steps} steps, {rows} rows; tolerance {report.tolerance:g} of {whole} size"
     )
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("layout")
-    for name in ("logits: max", "mean", "KL (nats)", "greedy equal", "worst stage", "expert flips"):
+    worst = "of their size" if report.outside else "worst stage"
+    for name in ("logits: max", "prompt:token", "mean", "KL (nats)", "greedy equal", worst, "expert flips"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for layout in report.layouts:
         table.add_row(
             layout.layout,
             f"{layout.max_logit_difference:.1e}",
+            "-" if layout.largest_at is None else f"{layout.largest_at[0]}:{layout.largest_at[1]}",
             f"{layout.mean_logit_difference:.1e}",
             f"{max(layout.kl, 0.0):.1e}",
             f"{100 * layout.agreement:.2f} %",
             f"{layout.worst:.1e}",
-            "-" if report.logits_alone else _flips(layout),
+            "-" if report.own_experts else _flips(layout),
             "ok" if layout.ok else "DIFFERS",
         )
     out.print(table)
@@ -98,7 +117,9 @@ def _print(report: VerifyReport, out: Console) -> None:
             )
         if layout.failure:
             out.print(f"{layout.layout}: {layout.failure}")
-    if report.logits_alone:
+    if report.outside and not report.ok:
+        out.print(_where_to_look(report, reference))
+    if report.own_experts:
         out.print("ranks as processes: logits alone were compared, no stages; every rank's own choice of experts stood")
     if resolved.dtype is not torch.float32:
         out.print(
@@ -109,6 +130,20 @@ def _print(report: VerifyReport, out: Console) -> None:
         out.print(f"not run: {name}: {why}")
     for note in resolved.notes:
         out.print(f"note: {note}")
+
+
+def _where_to_look(report: VerifyReport, reference: str) -> str:
+    """What it means that layouts differ from an outside reference."""
+    wrong = [layout.layout for layout in report.layouts if not layout.ok]
+    if len(wrong) == len(report.layouts):
+        return (
+            f"every layout differs from {reference}: look at what they share, that is how config.json is read, the "
+            "weights, and the arithmetic of the model; without --against layouts are compared with each other"
+        )
+    return (
+        f"only {', '.join(wrong)} differs from {reference}, so the model is read as it should be: without --against "
+        "the first stage that is wrong is named"
+    )
 
 
 def _flips(layout: LayoutReport) -> str:

@@ -43,6 +43,9 @@ class Flip:
     row: int
     margin: float
 
+    def __str__(self) -> str:
+        return f"layer {self.layer}, row {self.row} of step {self.step} (margin {self.margin:.1e})"
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:

@@ -89,6 +89,7 @@ class Script:
                         tokens=tuple(sequence.tokens[start : start + rows]),
                         pages=sequence.pages,
                         num_logits=1 if few else rows,
+                        num_prompt=sequence.prompt_length,
                     )
                 )
         batch = Batch(groups=tuple(tuple(group) for group in groups))
@@ -112,6 +113,7 @@ class Script:
                 tokens=chunk.tokens,
                 pages=tuple(page + group * per_group for page in chunk.pages),
                 num_logits=chunk.num_logits,
+                num_prompt=chunk.num_prompt,
             )
             for group, chunks in enumerate(batch.groups)
             for chunk in chunks

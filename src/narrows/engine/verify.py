@@ -1,4 +1,5 @@
-"""The proof that layouts agree: the same batches under every layout, against one rank, stage by stage.
+"""The proof that layouts agree: the same batches under every layout, against one rank, stage by stage; or against
+transformers, logit by logit.
 
 Knows engines, plans and tensors; not text. One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed
 with decode, decode, steps that leave groups without rows) and keeps what every stage left. Each layout then runs the
@@ -14,24 +15,30 @@ reported apart, with their margin.
 
 Ranks that are processes share no memory with the recorder: of them the logits alone are compared, and their own choice
 of experts stands.
+
+What all layouts do alike (a field of the config that is misread, a wrong constant in an operation) shows in none of
+these comparisons. So the reference may be an outside one: transformers runs the steps, its greedy tokens are fed, and
+its logits and its choice of experts take the place of the one rank's. It keeps no stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.stages import RowSet
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.recorder import Copy, Flip, Recorder, Spot
 from narrows.engine.script import Script
+from narrows.engine.transformers_model import TransformersModel
 from narrows.engine.worker import StepResult, logit_split
-from narrows.errors import PlanError
+from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, RowSplit
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
@@ -74,7 +81,8 @@ class Difference:
 class LayoutReport:
     """One layout against one rank. ``failure`` says in one line what is wrong, and is empty when all is well.
 
-    Differences of logits are absolute; ``kl`` is the mean KL divergence per row in nats; ``agreement`` the share of
+    Differences of logits are absolute, and ``largest_at`` is where the largest is: the prompt's number and the position
+    in it, both from 0. ``kl`` is the mean KL divergence per row in nats; ``agreement`` the share of
     rows whose greedy token is the same; ``worst`` the largest relative difference of any stage; ``tolerance`` is the
     last step's, and ``encodings`` what rows travelled as where they were not plain.
     """
@@ -85,6 +93,7 @@ class LayoutReport:
     encodings: frozenset[Encoding] = frozenset()
     num_rows: int = 0
     max_logit_difference: float = 0.0
+    largest_at: tuple[int, int] | None = None
     mean_logit_difference: float = 0.0
     kl: float = 0.0
     agreement: float = 0.0
@@ -107,9 +116,11 @@ class VerifyReport:
     num_steps: int
     layouts: tuple[LayoutReport, ...]
     skipped: dict[str, str]
+    outside: bool = False
+    """Whether the reference was transformers; then no stages were compared."""
 
     @property
-    def logits_alone(self) -> bool:
+    def own_experts(self) -> bool:
         """Whether no stage was compared and no choice of experts replayed, since ranks were processes."""
         return self.resolved.asked.ranks != "threads"
 
@@ -130,6 +141,7 @@ def verify(
     num_decode: int = 8,
     layouts: Sequence[str] = (),
     source: WeightSource | None = None,
+    outside: Callable[[ModelConfig], TransformersModel] | None = None,
     tamper: Callable[[Plan], Plan] | None = None,
     validate: bool = True,
 ) -> VerifyReport:
@@ -140,6 +152,7 @@ def verify(
         num_decode: steps after the prompts.
         layouts: names to run instead of all that apply.
         source: weights, if not those of ``asked.model``.
+        outside: loads the model of transformers that takes the one rank's place; it is let go before ranks load.
         tamper, validate: for tests that plant a fault: change each plan before it runs, and run it unchecked.
 
     Raises:
@@ -155,10 +168,13 @@ def verify(
         rules = named_layout(name, sharded.config, sharded.mesh)
         by_forms.setdefault(rules.forms or sharded.forms, []).append(name)
 
-    reference = _Reference(asked, script, source)
+    if outside is None:
+        reference = _one_rank(asked, script, source)
+    else:
+        reference = _outside(sharded.config, outside(sharded.config), prompts, script)
     reports: dict[str, LayoutReport] = {}
     for forms, group in by_forms.items():
-        recorder = Recorder(sharded.mesh.size, replay=reference.recorder.routing) if asked.ranks == "threads" else None
+        recorder = Recorder(sharded.mesh.size, replay=reference.routing) if asked.ranks == "threads" else None
         wrap = recorder.wrap if recorder else None
         with Engine(resolve(asked, forms), source=source, wrap=wrap, validate=validate) as engine:
             for name in group:
@@ -169,31 +185,69 @@ def verify(
         num_steps=len(reference.batches),
         layouts=tuple(reports[name] for name in names),
         skipped={name: why for name in NAMED_LAYOUTS if (why := inapplicable(name, sharded.config, sharded.mesh))},
+        outside=outside is not None,
     )
 
 
+@dataclass(slots=True)
 class _Reference:
-    """One rank's run of the script: the batches it made, every stage's output and the logits of each."""
+    """A run of the script that others are compared with: the batches it made, and of each every stage's output and the
+    logits; and the experts it chose, by (step, layer). ``outside``: it was no run of an engine."""
 
-    def __init__(self, asked: EngineConfig, script: Script, source: WeightSource | None) -> None:
-        kv_tokens = script.kv_tokens * asked.dp
-        # Rows are selected before the head: up to there whatever a layout leaves can be compared, and replayed.
-        one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
-        self.recorder = Recorder(1)
-        self.batches: list[Batch] = []
-        self.tensors: list[dict[Spot, Copy]] = []
-        self.logits: list[Tensor] = []
-        with Engine(one, source=source, wrap=self.recorder.wrap) as engine:
-            for step, batch in enumerate(script):
-                merged = script.merged(batch)
-                self.recorder.begin(step)
-                (result,) = engine.submit(merged, keep_logits=True).result()
-                assert result.logits is not None
-                script.sampled(batch, result.ids)
-                self.batches.append(batch)
-                copies = self.recorder.copies(*_splits(one, merged))
-                self.tensors.append({spot: copy for spot, (copy,) in copies.items()})
-                self.logits.append(result.logits)
+    batches: list[Batch] = field(default_factory=list)
+    tensors: list[dict[Spot, Copy]] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    routing: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    outside: bool = False
+
+
+def _one_rank(asked: EngineConfig, script: Script, source: WeightSource | None) -> _Reference:
+    kv_tokens = script.kv_tokens * asked.dp
+    # Rows are selected before the head: up to there whatever a layout leaves can be compared, and replayed.
+    one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
+    recorder = Recorder(1)
+    reference = _Reference(routing=recorder.routing)
+    with Engine(one, source=source, wrap=recorder.wrap) as engine:
+        for step, batch in enumerate(script):
+            merged = script.merged(batch)
+            recorder.begin(step)
+            (result,) = engine.submit(merged, keep_logits=True).result()
+            assert result.logits is not None
+            script.sampled(batch, result.ids)
+            reference.batches.append(batch)
+            copies = recorder.copies(*_splits(one, merged))
+            reference.tensors.append({spot: copy for spot, (copy,) in copies.items()})
+            reference.logits.append(result.logits)
+    return reference
+
+
+def _outside(
+    config: ModelConfig, model: TransformersModel, prompts: Sequence[Sequence[int]], script: Script
+) -> _Reference:
+    reference = _Reference(outside=True)
+    model.begin(prompts)
+    for step, batch in enumerate(script):
+        result = model.step(batch)
+        _check_routing(config, result.routing)
+        script.sampled(batch, tuple(result.logits.argmax(-1).tolist()))
+        reference.batches.append(batch)
+        reference.tensors.append({})
+        reference.logits.append(result.logits)
+        reference.routing |= {(step, layer): ids_TK for layer, ids_TK in result.routing.items()}
+    return reference
+
+
+def _check_routing(config: ModelConfig, routing: Mapping[int, Tensor]) -> None:
+    """Refuse to replay what cannot be: both must have routed experts in the same layers, and as many for a row."""
+    top_k = config.moe.num_experts_per_tok if config.moe else 0
+    here = {layer: top_k for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)}
+    there = {layer: ids_TK.shape[-1] for layer, ids_TK in routing.items()}
+    for layer in sorted(here.keys() | there.keys()):
+        if here.get(layer) != there.get(layer):
+            raise ConfigError(
+                f"{config.name}: a row goes to {there.get(layer, 0)} routed experts in layer {layer} of transformers' "
+                f"model, and to {here.get(layer, 0)} here: config.json is read in two ways"
+            )
 
 
 def _run_layout(
@@ -224,12 +278,14 @@ def _run_layout(
         results = engine.run_plan(batch, plan)
         if recorder is not None:
             _compare_stages(report, step, reference.tensors[step], recorder, resolved, batch)
-        _compare_logits(report, step, reference.logits[step], results)
+        _compare_logits(report, step, batch, reference.logits[step], results)
     report.mean_logit_difference /= max(report.num_rows, 1)
     report.kl /= max(report.num_rows, 1)
     report.agreement /= max(report.num_rows, 1)
     if report.first_difference is not None:
         report.failure = str(report.first_difference)
+    elif reference.outside and (others := [flip for flip in report.flips if flip.margin > report.tolerance]):
+        report.failure = f"{len(others)} rows go to other experts, and not by a near-tie: first {others[0]}"
     return report
 
 
@@ -314,7 +370,9 @@ def _compare(
         )
 
 
-def _compare_logits(report: LayoutReport, step: int, expected: Tensor, results: Sequence[StepResult]) -> None:
+def _compare_logits(
+    report: LayoutReport, step: int, batch: Batch, expected: Tensor, results: Sequence[StepResult]
+) -> None:
     """Every rank's logits count: the differences are those of the rank that is furthest off."""
     if expected.shape[0] == 0:
         return
@@ -327,7 +385,10 @@ def _compare_logits(report: LayoutReport, step: int, expected: Tensor, results: 
         # Not a stage's output but what the moves after the LM head made of it.
         _compare(report, step, Spot(None, "gathered", "logits"), wanted, got, lambda row, rank=rank: rank)  # type: ignore[misc]
         difference = (got - wanted).abs().nan_to_num(nan=float("inf"))
-        report.max_logit_difference = max(report.max_logit_difference, difference.max().item())
+        largest = difference.max().item()
+        if report.largest_at is None or largest > report.max_logit_difference:
+            report.max_logit_difference = largest
+            report.largest_at = _logit_places(batch)[int(difference.amax(-1).argmax())]
         mean = max(mean, difference.mean(-1).sum().item())
         divergence = (log_p.exp() * (log_p - got.log_softmax(-1))).sum().nan_to_num(nan=float("inf"))
         kl = max(kl, divergence.item())
@@ -336,3 +397,13 @@ def _compare_logits(report: LayoutReport, step: int, expected: Tensor, results: 
     report.mean_logit_difference += mean
     report.kl += kl
     report.agreement += agreed
+
+
+def _logit_places(batch: Batch) -> list[tuple[int, int]]:
+    """(request, position) of every row that asks for logits, in their order."""
+    return [
+        (chunk.request, chunk.start + row)
+        for group in batch.groups
+        for chunk in group
+        for row in range(len(chunk.tokens) - chunk.num_logits, len(chunk.tokens))
+    ]
