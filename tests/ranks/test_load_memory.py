@@ -7,7 +7,7 @@ what glibc's heap keeps for later (0 to 26 MB here, by chance). The process is w
 so that no lock of Python's hides a peak.
 
 The checkpoints are of random numbers, in several files: 220 MB in bfloat16, 100 MB in FP8 (a Llama, and one with
-experts); and one file of 65 MB in Q4_0.
+experts), experts stacked in bfloat16; and one file of 65 MB in Q4_0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="memory is read from /proc, which only Linux has"
 )
 
+INDEX = "model.safetensors.index.json"
 RANKS, RANK = 4, 1
 MB = 1 << 20
 SLACK = 8 * MB  # torch's own first allocations
@@ -129,7 +130,28 @@ def write_safetensors(folder: Path, raw: dict[str, object], num_files: int = 4) 
         file = f"model-{i + 1:05}-of-{num_files:05}.safetensors"
         save_file(tensors, folder / file)
         where |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def write_stacked(folder: Path, raw: dict[str, object]) -> Path:
+    """The same in bfloat16, all experts of a layer in two tensors, as transformers 5 holds them."""
+    write_safetensors(folder, raw)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = {name: value for name, value in load_file(file).items() if ".experts." not in name}
+        save_file(tensors, file)
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    where = {name: file for name, file in index.items() if ".experts." not in name}
+    for block in sorted({name.split(".experts.")[0] for name in index.keys() - where.keys()}):
+        num, rows, hidden = (raw[key] for key in ("n_routed_experts", "moe_intermediate_size", "hidden_size"))
+        shapes = {
+            f"{block}.experts.gate_up_proj": (num, 2 * rows, hidden),
+            f"{block}.experts.down_proj": (num, hidden, rows),
+        }
+        file = f"{block}.safetensors"
+        save_file({name: random_tensor(shape, torch.bfloat16) for name, shape in shapes.items()}, folder / file)
+        where |= dict.fromkeys(shapes, file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
     return folder
 
 
@@ -221,6 +243,7 @@ FORMATS = {
     "bfloat16": (lambda folder: write_safetensors(folder, LLAMA), 0.3),
     "fp8": (lambda folder: write_safetensors(folder, LLAMA | FP8), 0.7),
     "fp8 experts": (lambda folder: write_safetensors(folder, V3 | FP8), 0.7),
+    "stacked experts": (lambda folder: write_stacked(folder, V3), 0.3),
     "gguf": (lambda folder: write_gguf(folder, LLAMA), 0.9),
 }
 

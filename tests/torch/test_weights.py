@@ -168,6 +168,7 @@ def test_a_truncated_file(folder: Path, kept: int) -> None:
 
 
 def test_a_shard_that_is_no_safetensors_file_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "page.safetensors"}}), encoding="utf-8")
     (folder / "page.safetensors").write_text("<!doctype html> 404 not found " * 20, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"page\.safetensors: not a whole safetensors file \(600 bytes"):
@@ -191,10 +192,12 @@ def test_a_shard_that_is_no_safetensors_file_at_all(folder: Path) -> None:
     ],
 )
 def test_an_index_that_is_none(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / INDEX).write_bytes(content.encode("utf-16" if content == "\ufffe" else "utf-8"))
     with pytest.raises(CheckpointError) as error:
         SafetensorsFolder(folder)
-    assert "not a safetensors index" in said(error) and INDEX in said(error)
+    words = said(error)
+    assert INDEX in words and ("not a safetensors index" in words or "not valid JSON" in words)
 
 
 def test_a_tensor_that_is_missing(folder: Path) -> None:
@@ -268,9 +271,9 @@ def test_a_file_is_mapped_anew_after_so_many_bytes(
     config = read_config(folder)
     want = by_name(config, Mesh.of(dp=1, tp=1), Forms()).values()
     opened: list[Path] = []
-    true_open = safetensors_folder._open
+    true_open = safetensors_folder.open_file
     monkeypatch.setattr(safetensors_folder, "_MAPPED", 4096)
-    monkeypatch.setattr(safetensors_folder, "_open", lambda path: opened.append(path) or true_open(path))
+    monkeypatch.setattr(safetensors_folder, "open_file", lambda path: opened.append(path) or true_open(path))
     source = SafetensorsFolder(folder)
     stored = load_file(folder / "model.safetensors")
     for weight in (weight for weight in want if not weight.experts):

@@ -16,6 +16,8 @@ from narrows.layout import Mesh, Span, deal, starts
 
 __all__ = ["Weight", "embed_weights", "head_weights", "layer_weights"]
 
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
@@ -25,7 +27,8 @@ class Weight:
     ``dim`` every rank takes it whole. ``experts`` are the experts each rank of the world takes. ``quantized``: stored
     with one byte per value and block scales in an FP8 checkpoint. ``float32``: held in float32 whatever else runs.
     ``once_in``: held by the first rank of each ``group`` or of the ``world`` alone, because it is an addend of a sum
-    over those ranks.
+    over those ranks. ``stored_as``: names under which a checkpoint may hold it, of which the first that is there
+    counts; none: ``name``.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Weight:
     quantized: bool = False
     float32: bool = False
     once_in: Literal["", "group", "world"] = ""
+    stored_as: tuple[str, ...] = ()
 
     @property
     def int8(self) -> bool:
@@ -81,21 +85,23 @@ def _scaled(spans: tuple[Span, ...], unit: int) -> tuple[Span, ...]:
 def embed_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> dict[str, Weight]:
     """The input embedding, ``[vocab_size, hidden_size]``."""
     shape = (config.vocab_size, config.hidden_size)
-    name = "model.embed_tokens.weight"
+    names = (_EMBED, _HEAD) if config.tie_word_embeddings else ()
     if forms.embed == "replicated":
-        return {"embed_tokens": Weight(name=name, shape=shape)}
+        return {"embed_tokens": Weight(name=_EMBED, shape=shape, stored_as=names)}
     spans = deal_blocks(config.vocab_size, mesh.size)
-    return {"embed_tokens": Weight(name=name, shape=shape, dim=0, spans=spans, over_world=True)}
+    return {
+        "embed_tokens": Weight(name=_EMBED, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names),
+    }
 
 
 def head_weights(config: ModelConfig, mesh: Mesh) -> dict[str, Weight]:
     """The final norm and the LM head, whose vocabulary is sharded over the world. Tied heads name the embedding."""
-    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    name, names = (_EMBED, (_EMBED, _HEAD)) if config.tie_word_embeddings else (_HEAD, ())
     spans = deal_blocks(config.vocab_size, mesh.size)
     shape = (config.vocab_size, config.hidden_size)
     return {
         "norm": Weight(name="model.norm.weight", shape=(config.hidden_size,)),
-        "lm_head": Weight(name=name, shape=shape, dim=0, spans=spans, over_world=True),
+        "lm_head": Weight(name=name, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names),
     }
 
 

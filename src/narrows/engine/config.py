@@ -41,6 +41,7 @@ from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
 from narrows.plan.saved import read_plan
 from narrows.sched.scheduler import Limits
+from narrows.weights.checkpoint_fit import fit_checkpoint
 from narrows.weights.dummy import DummyWeights
 from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
@@ -148,9 +149,12 @@ class Resolved:
         if is_gguf(path):
             return GgufWeights(path, dtype=self.dtype)
         if not path.is_dir():
+            what = (
+                f"is a file: give its folder, {path.parent}" if path.is_file() else "is a preset, which has no weights"
+            )
             raise ConfigError(
-                f"{self.asked.model} is a preset, which has no weights; give a checkpoint folder or a .gguf file, "
-                "or --load-format dummy to run it with random weights"
+                f"{self.asked.model} {what}; a checkpoint folder or a .gguf file is needed, or --load-format dummy to "
+                "run with random weights"
             )
         return SafetensorsFolder(path, quantization=self.config.quantization, dtype=self.dtype)
 
@@ -163,6 +167,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     """
     config = load_model_config(asked.model)
     check_executable(config)
+    config, facts = _checkpoint(asked, config)
     if asked.run_on not in RUN_ON:
         raise ConfigError(f"--run-on {asked.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
     tp, threads = fit(config, dp=asked.dp, tp=asked.tp, threads=asked.threads, run_on=asked.run_on, launch=asked.launch)
@@ -187,7 +192,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
             raise ConfigError(f"{name} is {size}; it must be at least {least}")
     mesh = Mesh.of(dp=asked.dp, tp=tp)
     _check_ranks(asked, mesh)
-    notes = list(config.notes)
+    notes = [*config.notes, *facts]
     if asked.load_format != "dummy":
         check_loadable(config.quantization, asked.model)
     dtype, gemm_dtype = _dtype(asked, config, notes)
@@ -234,6 +239,13 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         limits=limits,
         notes=tuple(notes),
     )
+
+
+def _checkpoint(asked: EngineConfig, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The config as a folder's tensors have it, and what is worth saying of them; a broken folder is known here."""
+    if asked.load_format == "dummy" or not Path(asked.model).is_dir():
+        return config, ()
+    return fit_checkpoint(SafetensorsFolder(Path(asked.model), quantization=config.quantization), config)
 
 
 def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:

@@ -1,34 +1,45 @@
 """Hugging Face safetensors folders: memory mapped, one file or several with an index; only what is asked for is read.
 
-Knows files, tensor names and how they are stored (plain, or FP8 with scales by block); not which rank asks or why.
-Errors say which file or tensor is wrong, with the numbers.
+Plain values, or FP8 with scales by block, which are multiplied in. `tensor_files.py` says which file, `tensor_names.py`
+under which name. Errors say which file or tensor is wrong, with the numbers.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from narrows.arch.config import Quantization
 from narrows.arch.quantization import check_loadable
 from narrows.arch.weights import Weight
 from narrows.errors import CheckpointError
+from narrows.layout import Span
 from narrows.weights.fp8 import covering_blocks, dequantize_blocks, scale_shape
+from narrows.weights.tensor_files import open_file, tensor_files
+from narrows.weights.tensor_names import Stored, TensorNames, is_vocabulary
 
 __all__ = ["SafetensorsFolder"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"  # behind the name of the tensor that it scales
 _MAPPED = 128 << 20
 """Bytes read through one mapping of a file: then it is mapped anew, so that what was read need not stay in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """An unread tensor of scales. The blocks of a matrix in it begin at ``first_block``, the matrix ``first_row`` rows
+    into these: blocks of a stack run over gate and up as one matrix, or over each of the two."""
+
+    view: Any
+    first_block: int = 0
+    first_row: int = 0
 
 
 class SafetensorsFolder:
@@ -37,6 +48,10 @@ class SafetensorsFolder:
     Args:
         quantization: what ``config.json`` says of how weights are stored.
         dtype: of weights that are dequantised; others keep the checkpoint's.
+
+    Raises:
+        CheckpointError: files are missing or broken.
+        ConfigError: another quantisation than those that are read.
     """
 
     def __init__(
@@ -45,119 +60,124 @@ class SafetensorsFolder:
         check_loadable(quantization, str(folder))
         self.folder, self.dtype = folder, dtype
         self._block = quantization.weight_block_size if quantization else None
-        self._files = {path: _open(path) for path in self._paths()}
-        self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        found = tensor_files(folder)
+        self._files, self._where, self._absent = found.files, found.where, found.absent
+        self.names = TensorNames(self._where.keys(), str(folder))
+        self.notes = found.notes
+        """What of the folder is worth saying."""
         self._num_read = dict.fromkeys(self._files, 0)
 
-    def _paths(self) -> list[Path]:
-        index = self.folder / _INDEX
-        if not index.is_file():
-            if (self.folder / _SINGLE).is_file():
-                return [self.folder / _SINGLE]
-            raise CheckpointError(
-                f"{self.folder}: holds neither {_SINGLE} nor {_INDEX}; put the weights there, "
-                "or use --load-format dummy to run with random ones"
-            )
-        names = _shard_names(index)
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{self.folder}: {len(missing)} of the {len(names)} files that {_INDEX} names are missing, "
-                f"first {missing[0]}; download the checkpoint again"
-            )
-        return [self.folder / name for name in names]
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
+        return iter(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a stored tensor."""
+        return tuple(self._view(name).get_shape())
 
     def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
-        name = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
-        path = self._where.get(name)
-        if path is None:
+        stored = self.names.find(weight, expert)
+        if stored is None:
+            raise CheckpointError(self.missing(weight, expert))
+        view = self._view(stored.name)
+        self._check_shape(stored, tuple(view.get_shape()), padded=is_vocabulary(weight))
+        rows, columns = (
+            span if span is not None and dim == (weight.dim or 0) else (0, size)
+            for dim, size in enumerate((*weight.shape, 1)[:2])
+        )
+        dtype = view.get_dtype()
+        if dtype not in (*_PLAIN, _FP8):
             raise CheckpointError(
-                f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
-                "the checkpoint is incomplete, or not the architecture that config.json names"
+                f"{self._file(stored)}: {stored.name} is stored as {dtype}; supported: {', '.join(_PLAIN)}, and {_FP8} "
+                "with scales by block"
             )
-        view = self._files[path].get_slice(name)
-        shape = tuple(view.get_shape())
-        if shape != weight.shape:
-            raise CheckpointError(f"{path.name}: {name} has shape {shape}, but config.json implies {weight.shape}")
-        stored = view.get_dtype()
-        if stored == _FP8:
-            return self._dequantized(name, weight, span)
-        if stored not in _PLAIN:
-            raise CheckpointError(
-                f"{path.name}: {name} is stored as {stored}; supported: {', '.join(_PLAIN)}, and {_FP8} with scales "
-                "by block"
-            )
-        lo, hi = span or (0, shape[weight.dim or 0])
-        taken: Tensor = view[:, lo:hi].contiguous() if weight.dim == 1 else view[lo:hi]
-        self._note(path, taken.nbytes)
-        return taken
+        values = _cut(view, stored, (rows[0] + stored.first_row, rows[1] + stored.first_row), columns)
+        self._note(self._where[stored.name], values.nbytes)
+        return values.contiguous() if dtype != _FP8 else self._dequantized(values, weight, stored, rows, columns)
+
+    def missing(self, weight: Weight, expert: int | None = None) -> str:
+        """What to say of a weight that is not there."""
+        asked = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
+        name = self.names.local(asked)
+        if name in self._absent:
+            file = self._absent[name].name
+            return f"{self.folder}: the index puts {name} into {file}, which lacks it; download that file again"
+        said = f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
+        if asked == "lm_head.weight" and not self._absent:
+            return said + 'a head that shares the embedding takes "tie_word_embeddings": true in config.json'
+        return f"{said}the checkpoint is incomplete, or not the architecture that config.json names"
+
+    def _view(self, name: str) -> Any:
+        return self._files[self._where[name]].get_slice(name)
+
+    def _file(self, stored: Stored) -> str:
+        return self._where[stored.name].name
+
+    def _check_shape(self, stored: Stored, shape: tuple[int, ...], *, padded: bool) -> None:
+        want = stored.shape
+        if shape == want or (padded and len(shape) == len(want) and shape[0] > want[0] and shape[1:] == want[1:]):
+            return
+        hint = "; vocab_size there is larger than the checkpoint's" if padded and shape[:1] < want[:1] else ""
+        raise CheckpointError(
+            f"{self._file(stored)}: {stored.name} has shape {shape}, but config.json implies {want}{hint}"
+        )
 
     def _note(self, path: Path, nbytes: int) -> None:
         """Counts what was read of a file. Threads may count too little: then the next one maps it anew."""
         self._num_read[path] += nbytes
         if self._num_read[path] > _MAPPED:
             self._num_read[path] = 0
-            self._files[path] = _open(path)
+            self._files[path] = open_file(path)
 
-    def _dequantized(self, name: str, weight: Weight, span: tuple[int, int] | None) -> Tensor:
-        """The span of an FP8 tensor times its scales; only the blocks that cover it are read."""
+    def _dequantized(self, values: Tensor, weight: Weight, stored: Stored, rows: Span, columns: Span) -> Tensor:
+        """FP8 values times their scales; only the scales of the blocks that cover them are read."""
         block = self._block
         if block is None or len(weight.shape) != 2:
             raise CheckpointError(
-                f"{self._where[name].name}: {name} {weight.shape} is stored as {_FP8}, which takes a matrix and a "
+                f"{self._file(stored)}: {stored.name} {weight.shape} is stored as {_FP8}, which takes a matrix and a "
                 "quantization_config with weight_block_size in config.json"
             )
-        scales = self._scales(name, scale_shape((weight.shape[0], weight.shape[1]), block), block)
-        rows, columns = [
-            span if span is not None and dim == (weight.dim or 0) else (0, weight.shape[dim]) for dim in (0, 1)
-        ]
-        self._note(self._where[name], (rows[1] - rows[0]) * (columns[1] - columns[0]))
-        (b_lo, b_hi), (c_lo, c_hi) = covering_blocks(rows, block[0]), covering_blocks(columns, block[1])
+        scales = self._scales(stored, (weight.shape[0], weight.shape[1]), block)
+        lo, hi = rows[0] + scales.first_row, rows[1] + scales.first_row
+        (b_lo, b_hi), (c_lo, c_hi) = covering_blocks((lo, hi), block[0]), covering_blocks(columns, block[1])
         return dequantize_blocks(
-            self._files[self._where[name]].get_slice(name)[rows[0] : rows[1], columns[0] : columns[1]],
-            scales[b_lo:b_hi, c_lo:c_hi],
+            values,
+            _cut(scales.view, stored, (b_lo + scales.first_block, b_hi + scales.first_block), (c_lo, c_hi)),
             block,
-            (rows[0] - b_lo * block[0], columns[0] - c_lo * block[1]),
+            (lo - b_lo * block[0], columns[0] - c_lo * block[1]),
             self.dtype,
         )
 
-    def _scales(self, name: str, shape: tuple[int, int], block: tuple[int, int]) -> Any:
-        """The tensor of scales, unread, after its shape and dtype were checked."""
-        path = self._where.get(name + _SCALE)
-        if path is None:
+    def _scales(self, stored: Stored, shape: tuple[int, int], block: tuple[int, int]) -> _Scales:
+        """The scales of a matrix of ``shape``, after their shape and dtype were checked."""
+        stack, matrix = stored.shape[:-2], (stored.shape[-2], stored.shape[-1])
+        name = stored.name + _SCALE
+        own, fused = scale_shape(shape, block), scale_shape(matrix, block)
+        if name not in self._where:
             raise CheckpointError(
-                f"{self.folder}: {name} is stored as {_FP8}, but its scales {name + _SCALE} {shape} are missing; "
-                "download the checkpoint again"
+                f"{self.folder}: {stored.name} is stored as {_FP8}, but its scales {name} {(*stack, *fused)} are "
+                "missing; download the checkpoint again"
             )
-        view = self._files[path].get_slice(name + _SCALE)
-        found = tuple(view.get_shape())
-        if found != shape:
-            raise CheckpointError(
-                f"{path.name}: {name + _SCALE} has shape {found}, but blocks of {block[0]} x {block[1]} make it {shape}"
-            )
+        view, file = self._view(name), self._where[name].name
         if view.get_dtype() not in _PLAIN:
+            raise CheckpointError(f"{file}: {name} is stored as {view.get_dtype()}; supported: {', '.join(_PLAIN)}")
+        found, each = tuple(view.get_shape()), (own[0] * (matrix[0] // shape[0]), own[1])
+        if fused == each and matrix != shape and shape[0] % block[0]:
             raise CheckpointError(
-                f"{path.name}: {name + _SCALE} is stored as {view.get_dtype()}; supported: {', '.join(_PLAIN)}"
+                f"{file}: {name} {found} may be of blocks of {block[0]} rows over {matrix[0]} rows, or over {shape[0]} "
+                "twice; save the experts one by one (transformers' save_pretrained does)"
             )
-        return view
-
-
-def _shard_names(index: Path) -> list[str]:
-    try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError:
-        raw = None
-    where = raw.get("weight_map") if isinstance(raw, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index}: not a safetensors index (no 'weight_map' object from tensors to files)")
-    return sorted(set(where.values()))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.is_file() else 0
+        if found == (*stack, *fused):
+            return _Scales(view, first_row=stored.first_row)
+        if found == (*stack, *each):
+            return _Scales(view, first_block=own[0] if stored.first_row else 0)
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({size} bytes; {str(error).strip()}); download it again"
-        ) from None
+            f"{file}: {name} has shape {found}, but blocks of {block[0]} x {block[1]} make it {(*stack, *fused)}"
+        )
+
+
+def _cut(view: Any, stored: Stored, rows: Span, columns: Span) -> Tensor:
+    """Values of an unread tensor, in the place of the stack that ``stored`` says."""
+    place: tuple[Any, ...] = (slice(*rows), slice(*columns))[: len(stored.shape) - (stored.expert is not None)]
+    cut: Tensor = view[place if stored.expert is None else (stored.expert, *place)]
+    return cut
