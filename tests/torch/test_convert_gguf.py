@@ -261,21 +261,21 @@ def test_an_existing_target_stays(tmp_path):
 SMALL = np.zeros((4, 4), np.float32)
 REFUSED = {
     "architecture": ({"general.architecture": "mamba"}, {}, r"'mamba'; supported: 'llama', 'qwen2'"),
-    "tokenizer": ({"tokenizer.ggml.model": "llama"}, {}, r"kind 'llama'; supported: 'gpt2'"),
-    "pre-tokenizer": ({"tokenizer.ggml.pre": "tekken"}, {}, r"'tekken'; supported: 'smollm', 'qwen2'"),
-    "parts": ({"split.count": 3}, {}, "one of 3 parts"),
-    "scaled positions": ({"llama.rope.scaling.type": "yarn"}, {}, "'yarn'"),
+    "tokenizer": ({"tokenizer.ggml.model": "t5"}, {}, r"kind 't5'; supported: 'gpt2'"),
+    "pre-tokenizer": ({"tokenizer.ggml.pre": "falcon"}, {}, r"'falcon'; supported: 'llama-bpe', .*'smollm'"),
+    "scaled positions": ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
     "scaled by tensor": ({}, {"rope_freqs.weight": (SMALL, Kind.F32)}, "scales its rotary positions"),
     "partial rotation": ({"llama.rope.dimension_count": 8}, {}, "dimension_count 8 but heads of 16"),
-    "heads by layer": ({"llama.attention.head_count_kv": [3, 2]}, {}, r"\[3, 2\] key-value heads"),
+    "heads by layer": ({"llama.attention.head_count_kv": [3, 2]}, {}, r"head_count_kv differs by layer .*\[3, 2\]"),
     "uneven heads": ({"llama.attention.head_count_kv": 4}, {}, "6 attention heads and 4 key-value heads"),
     "experts": ({}, {"blk.0.ffn_gate_inp.weight": (SMALL, Kind.F32)}, "1 tensors .* first blk.0.ffn_gate_inp.weight"),
     "encoding": ({}, {"output_norm.weight": (np.zeros(96, np.int32), Kind.I32)}, "weight is encoded as I32"),
 }
 CONTRADICTIONS = {
+    "parts": ({"split.count": 3}, {}, "one of 3 parts"),
     "no merges": ({"tokenizer.ggml.merges": None}, {}, "has no tokenizer.ggml.merges"),
     "a merge of nothing": ({"tokenizer.ggml.merges": ["t qqq"]}, {}, "merges do not fit"),
-    "repeated tokens": ({"tokenizer.ggml.tokens": ["a", "a"]}, {}, "1 of 2 tokens are repeated"),
+    "repeated tokens": ({"tokenizer.ggml.tokens": ["a", "a", "b"]}, {}, "1 of 3 tokens are repeated"),
     "an eos outside": ({"tokenizer.ggml.eos_token_id": 300}, {}, "eos token id 300 is outside the 300"),
     "bos without name": (
         {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.add_bos_token": True},

@@ -208,7 +208,7 @@ def test_a_broken_header_is_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [7, "text", [1, 2], ["a"], 2.5, [1.5]], ids=repr)
 def test_metadata_of_another_type_is_one_clear_line(tmp_path: Path, value: object) -> None:
-    keys = [*GgufHeader(write(tmp_path / "m.gguf")).keys()]
+    keys = [*GgufHeader(write(tmp_path / "m.gguf")).metadata]
     more = ("general.sampling.temp", "split.count", "llama.rope.scaling.type", "tokenizer.chat_templates")
     refused = 0
     for key in [*keys, "tokenizer.ggml.add_bos_token", "tokenizer.ggml.eot_token_id", *more]:
@@ -220,7 +220,7 @@ def test_metadata_of_another_type_is_one_clear_line(tmp_path: Path, value: objec
             load_model_text(path)
             GgufWeights(path)
         except ConfigError as error:
-            assert str(path) in str(error) and len(str(error)) < 400 and "\n" not in str(error)
+            assert str(path) in str(error) and len(str(error)) < 600 and "\n" not in str(error)
             refused += 1
     assert refused >= 15
 
@@ -584,12 +584,15 @@ WRONG_FILES = {
         lambda path: write(path, tensors={"output_norm.weight": (np.zeros(HIDDEN, np.int32), Kind.I32)}),
         "output_norm.weight is encoded as I32, which gguf cannot decode; tested: F32,",
     ),
-    "tokenizer": (lambda path: write(path, metadata={"tokenizer.ggml.model": "llama"}), "tokenizer of kind 'llama'"),
+    "tokenizer": (lambda path: write(path, metadata={"tokenizer.ggml.model": "bert"}), "tokenizer of kind 'bert'"),
     "types of tokens": (
         lambda path: write(path, metadata={"tokenizer.ggml.token_type": [3, 3]}),
         "300 tokens but 2 in tokenizer.ggml.token_type",
     ),
-    "part": (lambda path: write(path, metadata={"split.count": 3}), "is one of 3 parts; join them with"),
+    "part": (
+        lambda path: write(path, metadata={"split.count": 3}),
+        "says that it is one of 3 parts; parts are found by their names",
+    ),
     "missing tensor": (
         lambda path: write(path, drop=["blk.1.ffn_up.weight"]),
         "lacks 1 of 21 tensors, first blk.1.ffn",

@@ -6,14 +6,17 @@ Only what prices need is exact here (dimensions, layer counts, routing); tokens 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from narrows.arch.config import ModelConfig, read_config
 from narrows.checkpoints import built_in, model_path
-from narrows.convert.gguf_config import gguf_config, is_gguf
-from narrows.convert.gguf_header import GgufHeader
+from narrows.convert.gguf_config import gguf_config
+from narrows.convert.gguf_header import GgufHeader, find_gguf
+from narrows.convert.gguf_keys import gguf_notes
+from narrows.convert.gguf_tensors import gguf_targets
 from narrows.errors import ConfigError
 
 __all__ = ["PRESETS", "load_model_config", "preset"]
@@ -220,8 +223,17 @@ def load_model_config(model: str) -> ModelConfig:
     file, or a preset name."""
     model = model_path(model)
     path = Path(model)
-    if is_gguf(path):
-        return read_config(gguf_config(GgufHeader(path)), path.stem)
+    if (file := find_gguf(path)) is not None:
+        return _read_gguf(file)
     if path.exists() or "/" in model or model.endswith(".json"):
         return read_config(path)
     return preset(model)
+
+
+def _read_gguf(file: Path) -> ModelConfig:
+    """The model of a GGUF file whose metadata and tensors agree: so no size of it is beyond what the file holds."""
+    header = GgufHeader(file)
+    raw = gguf_config(header)
+    gguf_targets(header, raw)
+    config = read_config(raw, header.path.stem)
+    return replace(config, notes=(*config.notes, *gguf_notes(header)))

@@ -1,4 +1,4 @@
-"""The values of a GGUF file's tensors, mapped into memory and dequantised a piece at a time. Knows no architecture.
+"""The values of a GGUF model's tensors, mapped into memory and dequantised a piece at a time.
 
 Only the rows, and of a row only the blocks, that a caller asks for are read; the arithmetic is the gguf package's.
 """
@@ -11,7 +11,8 @@ from math import prod
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from narrows.convert.gguf_header import GgufHeader, TensorInfo
+from narrows.convert.gguf_header import GgufHeader
+from narrows.convert.gguf_part import TensorInfo
 from narrows.errors import ConfigError
 
 __all__ = ["GgufFile"]
@@ -20,31 +21,32 @@ PIECE = 1 << 18  # values dequantised at once: 1 MiB in float32, which stays in 
 
 
 class GgufFile:
-    """The tensors of the file that ``header`` describes. Only read, so threads may share it."""
+    """The tensors of the files that ``header`` describes. Only read, so threads may share it."""
 
     def __init__(self, header: GgufHeader) -> None:
-        """Map the file.
+        """Map the files.
 
         Raises:
-            CheckpointError: it is cut off.
+            CheckpointError: one is cut off.
             ConfigError: an encoding that the gguf package cannot decode.
         """
         self.header = header
         self._kinds = {name: _kind(header, info) for name, info in header.tensors.items()}
-        mapped = np.memmap(header.path, np.uint8, "r")
-        self._rows = {name: self._raw_rows(mapped, info) for name, info in header.tensors.items()}
+        mapped = [np.memmap(part.path, np.uint8, "r") for part in header.parts]
+        self._rows = {name: self._raw_rows(mapped[info.part], info) for name, info in header.tensors.items()}
 
     def _raw_rows(self, mapped: np.ndarray, info: TensorInfo) -> np.ndarray:
-        """The tensor's bytes as [rows, bytes of a row]; a vector is one row."""
+        """The tensor's bytes as [rows, bytes of a row]; a vector is one row, of several matrices the rows follow."""
+        part = self.header.parts[info.part]
         block, block_bytes = GGML_QUANT_SIZES[self._kinds[info.name]]
         num_columns = info.shape[-1] if info.shape else 1
         num_rows = prod(info.shape[:-1])
         if num_columns % block:
-            raise self.header.incomplete(f"{info.name} has rows of {num_columns} values in blocks of {block}")
+            raise part.incomplete(f"{info.name} has rows of {num_columns} values in blocks of {block}")
         row_bytes = num_columns // block * block_bytes
         stop = info.offset + num_rows * row_bytes
-        if stop > self.header.size:
-            raise self.header.incomplete(f"{info.name} ends at byte {stop}")
+        if stop > part.size:
+            raise part.incomplete(f"{info.name} ends at byte {stop}")
         return mapped[info.offset : stop].reshape(num_rows, row_bytes)
 
     def pieces(self, name: str, rows: np.ndarray, columns: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -3,7 +3,7 @@
 GGUF                              folder
 metadata                          config.json, generation_config.json       (gguf_config)
 tokenizer.ggml.*                  tokenizer.json, tokenizer_config.json     (gguf_tokenizer)
-tensors, quantised                model.safetensors, dequantised            (gguf_tensors, gguf_file)
+tensors, quantised                model.safetensors, dequantised            (gguf_tensors, gguf_values)
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import numpy as np
-
 from narrows.convert.gguf_config import gguf_config, gguf_generation_config
 from narrows.convert.gguf_file import GgufFile
-from narrows.convert.gguf_header import GgufHeader
-from narrows.convert.gguf_tensors import Target, gguf_targets, row_order
+from narrows.convert.gguf_header import GgufHeader, find_gguf
+from narrows.convert.gguf_tensors import Target, gguf_targets
 from narrows.convert.gguf_tokenizer import tokenizer_backend, write_tokenizer
+from narrows.convert.gguf_values import target_pieces
 from narrows.convert.safetensors_stream import TensorEntry, check_dtype, write_safetensors
 from narrows.errors import ConfigError
 
@@ -30,7 +29,9 @@ __all__ = ["convert_gguf"]
 
 
 def convert_gguf(source: Path, target: Path, *, dtype: str = "bfloat16") -> Path:
-    """Write the Hugging Face folder ``target`` from the GGUF file ``source``, and return ``target``.
+    """Write the Hugging Face folder ``target`` from the GGUF model ``source``, and return ``target``.
+
+    ``source``: a file, any part of a split model, or a folder that holds one model.
 
     Weights are dequantised, then rounded to ``dtype`` (bfloat16, float16, float32). The folder appears whole or not at
     all: it is written beside ``target`` under another name and renamed at the end. Raises `ConfigError` for what cannot
@@ -39,15 +40,12 @@ def convert_gguf(source: Path, target: Path, *, dtype: str = "bfloat16") -> Path
     source, target = Path(source), Path(target)
     check_dtype(dtype)
     _refuse_existing(target)
-    header = GgufHeader(source)
-    targets = gguf_targets(header)
-    tokenizer_backend(header)  # refuse a tokenizer before the long part
+    header = GgufHeader(find_gguf(source) or source)
     config = gguf_config(header, dtype=dtype)
+    targets = gguf_targets(header, config)
+    tokenizer_backend(header)  # refuse a tokenizer before the long part
     file = GgufFile(header)
-    entries = [
-        TensorEntry(name=to.name, shape=to.shape, pieces=partial(_pieces, file, name, to))
-        for name, to in targets.items()
-    ]
+    entries = [entry for to in targets.values() for entry in _entries(file, to)]
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         part.mkdir(parents=True)
@@ -73,10 +71,9 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _pieces(file: GgufFile, name: str, to: Target) -> Iterator[np.ndarray]:
-    """Float32 values of a tensor, some rows at a time, in Hugging Face's row order."""
-    order = row_order(to)
-    if len(to.shape) == 1:
-        yield np.concatenate([piece[0] for piece in file.pieces(name, np.zeros(1, int), (0, to.shape[0]))])[order]
-        return
-    yield from file.pieces(name, order, (0, to.shape[1]))
+def _entries(file: GgufFile, to: Target) -> Iterator[TensorEntry]:
+    """The tensor, or one per expert, as files hold them."""
+    rows, columns = (0, to.shape[0]), (0, to.shape[-1])
+    for expert in range(to.experts or 1):
+        pieces = partial(target_pieces, file, to, rows, columns, expert)
+        yield TensorEntry(name=to.name.replace("{expert}", str(expert)), shape=to.shape, pieces=pieces)

@@ -17,7 +17,7 @@ from narrows.arch.presets import load_model_config
 from narrows.arch.quantization import check_loadable
 from narrows.checkpoints import model_path
 from narrows.comm.launch import Launch
-from narrows.convert.gguf_config import is_gguf
+from narrows.convert.gguf_header import find_gguf
 from narrows.cost.memory import kv_token_bytes
 from narrows.cost.stage import StepShape
 from narrows.engine.machine_fit import fit
@@ -146,8 +146,8 @@ class Resolved:
         if self.asked.load_format == "dummy":
             return DummyWeights(seed=self.asked.seed, dtype=self.dtype)
         path = Path(self.asked.model)
-        if is_gguf(path):
-            return GgufWeights(path, dtype=self.dtype)
+        if (file := find_gguf(path)) is not None:
+            return GgufWeights(file, dtype=self.dtype)
         if not path.is_dir():
             what = (
                 f"is a file: give its folder, {path.parent}" if path.is_file() else "is a preset, which has no weights"
@@ -174,7 +174,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     asked = replace(asked, tp=tp, threads=threads)
     if asked.load_format not in LOAD_FORMATS:
         raise ConfigError(f"load format {asked.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")
-    is_file = is_gguf(Path(asked.model))
+    is_file = find_gguf(Path(asked.model)) is not None
     if asked.load_format == ("safetensors" if is_file else "gguf"):
         raise ConfigError(
             f"load format {asked.load_format!r}, but {asked.model} is {'' if is_file else 'not '}a .gguf file; "
@@ -243,9 +243,10 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
 
 def _checkpoint(asked: EngineConfig, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
     """The config as a folder's tensors have it, and what is worth saying of them; a broken folder is known here."""
-    if asked.load_format == "dummy" or not Path(asked.model).is_dir():
+    folder = Path(asked.model)
+    if asked.load_format == "dummy" or not folder.is_dir() or find_gguf(folder) is not None:
         return config, ()
-    return fit_checkpoint(SafetensorsFolder(Path(asked.model), quantization=config.quantization), config)
+    return fit_checkpoint(SafetensorsFolder(folder, quantization=config.quantization), config)
 
 
 def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from narrows.convert.gguf_config import gguf_generation_config, is_gguf, special_token_ids
-from narrows.convert.gguf_header import GgufHeader
+from narrows.convert.gguf_config import gguf_generation_config, special_token_ids
+from narrows.convert.gguf_header import GgufHeader, find_gguf
 from narrows.convert.gguf_tokenizer import chat_templates, tokenizer_backend
 from narrows.text import GenerationConfig, Tokenizer
 from narrows.text.folder import TokenizerFiles
@@ -36,8 +36,8 @@ def load_model_text(model: str | Path) -> ModelText:
         ConfigError: a GGUF file with a kind of tokenizer that is not supported.
     """
     path = Path(model)
-    if is_gguf(path):
-        return _of_gguf(GgufHeader(path))
+    if (file := find_gguf(path)) is not None:
+        return _of_gguf(GgufHeader(file))
     if not path.is_dir():
         return ModelText(tokenizer=None, generation=GenerationConfig())
     has_tokenizer = (path / "tokenizer.json").is_file()

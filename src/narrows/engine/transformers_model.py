@@ -18,7 +18,7 @@ from torch import Tensor
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
-from narrows.convert.gguf_config import is_gguf
+from narrows.convert.gguf_header import find_gguf
 from narrows.cost.memory import weight_bytes
 from narrows.engine.free_memory import free_memory
 from narrows.errors import ConfigError
@@ -119,7 +119,7 @@ def load_transformers(path: Path, config: ModelConfig, *, room: int | None = Non
         ConfigError: transformers is missing or cannot load it, or it does not fit.
     """
     auto_model = _transformers().AutoModelForCausalLM
-    if is_gguf(path):
+    if find_gguf(path) is not None:
         raise ConfigError(
             f"{path}: --against transformers reads folders, not GGUF; make one with `narrows convert {path} FOLDER` "
             "(its weights are the dequantised ones) and verify that"
