@@ -144,27 +144,6 @@ def test_no_more_requests_per_group_than_the_limit() -> None:
     assert [request.id for request in scheduler.waiting] == [2]
 
 
-def test_a_request_goes_to_the_group_with_the_fewest_tokens_the_first_at_a_tie() -> None:
-    scheduler = make(num_groups=3, rows_per_step=64)
-    sizes = (20, 4, 8, 4, 1)
-    requests = [add(scheduler, i, prompt=size, max_tokens=1) for i, size in enumerate(sizes)]
-    step(scheduler)
-    assert [request.group for request in requests] == [0, 1, 2, 1, 1]
-
-
-@pytest.mark.parametrize(("load_gap", "group"), [(22, 0), (21, 1)])
-def test_a_cached_prefix_draws_a_request_to_its_group_unless_that_is_too_full(load_gap: int, group: int) -> None:
-    scheduler = make(num_groups=2, rows_per_step=64, load_gap=load_gap)
-    first = add(scheduler, 0, prompt=21, max_tokens=9)
-    step(scheduler)
-    commit(scheduler, (7,))
-    second = add(scheduler, 1, prompt=22, max_tokens=9)  # the first has 22 tokens by now
-    while second.group < 0:
-        commit(scheduler, (7,) * step(scheduler).num_logit_rows)
-    assert (first.group, second.group) == (0, group)
-    assert second.num_found == (20 if group == 0 else 0)
-
-
 # -- the prefix cache, preemption, priorities, alignment, guides -------------------------------------------------------
 
 

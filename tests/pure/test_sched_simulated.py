@@ -98,7 +98,7 @@ class Serving(RuleBasedStateMachine):
         scored_rows=st.integers(0, 5),
         prefix_cache=st.booleans(),
         aging_steps=st.integers(0, 3),
-        load_gap=st.integers(0, 12),
+        decode_weight=st.integers(0, 12),
         align_steps=st.integers(0, 3),
     )
     def begin(
@@ -113,7 +113,7 @@ class Serving(RuleBasedStateMachine):
         scored_rows: int,
         prefix_cache: bool,
         aging_steps: int,
-        load_gap: int,
+        decode_weight: int,
         align_steps: int,
     ) -> None:
         self.limits = Limits(
@@ -127,7 +127,7 @@ class Serving(RuleBasedStateMachine):
             scored_rows_per_step=max(scored_rows, min(prefill_chunk, rows_per_step)),
             prefix_cache=prefix_cache,
             aging_steps=aging_steps,
-            load_gap=load_gap,
+            decode_weight=decode_weight,
             align_steps=align_steps,
         )
         self.scheduler = Scheduler(self.limits)
@@ -283,7 +283,7 @@ def crowd(rng: Random, clients: Sequence[str] = ()) -> tuple[int, int]:
         scored_rows_per_step=max(rng.randint(0, 5), chunk),
         prefix_cache=rng.random() < 0.8,
         aging_steps=rng.randint(0, 4),
-        load_gap=rng.randint(0, 20),
+        decode_weight=rng.randint(0, 20),
         align_steps=rng.randint(0, 3),
     )
     scheduler, ranks = Scheduler(limits), Ranks(limits)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import operator
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -489,5 +490,10 @@ def _summed(now: SchedulerStats, before: SchedulerStats | None) -> SchedulerStat
     if before is None:
         return now
     totals = ("preemptions", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "steps")
-    idle = tuple(a + b for a, b in zip(now.idle_rows, before.idle_rows, strict=True))
-    return replace(now, **{name: getattr(now, name) + getattr(before, name) for name in totals}, idle_rows=idle)
+    by_group = ("idle_rows", "group_preemptions", "short_steps")
+    return replace(
+        now,
+        **{name: getattr(now, name) + getattr(before, name) for name in totals},
+        **{name: tuple(map(operator.add, getattr(now, name), getattr(before, name))) for name in by_group},
+        bound_steps={bound: steps + before.bound_steps.get(bound, 0) for bound, steps in now.bound_steps.items()},
+    )

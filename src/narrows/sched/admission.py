@@ -9,42 +9,75 @@ to yield would make some.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from narrows.sched.limits import Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request
 
-__all__ = ["Place", "choose_place", "choose_yielding"]
+__all__ = ["Place", "choose_hold", "choose_place", "choose_yielding", "pages_lacking"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A group, the cached pages there that the request's text begins with, and the tokens that its requests have."""
+    """A group, and the cached pages there that the request's text begins with."""
 
     group: int
     found: tuple[int, ...]
-    load: int
 
 
 def choose_place(
-    request: Request, pools: Sequence[PagePool], running: Sequence[Sequence[Request]], limits: Limits
+    request: Request,
+    pools: Sequence[PagePool],
+    running: Sequence[Sequence[Request]],
+    limits: Limits,
+    closed: Container[int] = (),
 ) -> Place | None:
-    """The group with the longest cached prefix, of those at most ``limits.load_gap`` tokens above the least loaded.
+    """The group that then has the least to compute: rows of prompts, the request's own that its cache does not hold
+    among them, and ``limits.decode_weight`` for each running request.
 
-    Equal ones: the least loaded, then the first. Only groups with room count; None if there is none.
+    So a cached prefix draws as far as it saves rows. Equal ones: the fewest tokens, then the first. Only groups with
+    room that are not ``closed`` count; None if there is none.
     """
     hashes = request.hashes_of(_most_found(request, limits), limits.page_size)
-    places = [
-        Place(group=group, found=found, load=sum(other.num_tokens for other in running[group]))
-        for group, pool in enumerate(pools)
-        if len(running[group]) < limits.requests_per_group
-        and _has_room(request, found := pool.find(hashes), pool, running[group], limits.page_size)
-    ]
-    most = min((place.load for place in places), default=0) + limits.load_gap
-    near = [place for place in places if place.load <= most]
-    return max(near, key=lambda place: (len(place.found), -place.load, -place.group), default=None)
+    best: tuple[tuple[int, int, int], Place] | None = None
+    for group, pool in enumerate(pools):
+        if group in closed or len(running[group]) >= limits.requests_per_group:
+            continue
+        found = pool.find(hashes)
+        if _lacking(request, found, pool, running[group], limits.page_size) > 0:
+            continue
+        rows = request.num_tokens - len(found) * limits.page_size + _rows_to_compute(running[group])
+        load = sum(other.num_tokens for other in running[group])
+        key = rows + limits.decode_weight * len(running[group]), load, group
+        if best is None or key < best[0]:
+            best = key, Place(group=group, found=found)
+    return best and best[1]
+
+
+def _rows_to_compute(running: Sequence[Request]) -> int:
+    return sum(other.rows_left for other in running if not other.prefilled)
+
+
+def choose_hold(
+    request: Request,
+    pools: Sequence[PagePool],
+    running: Sequence[Sequence[Request]],
+    limits: Limits,
+    closed: Container[int],
+) -> int:
+    """The group that lacks the fewest pages for it, of those that are not ``closed``; at a tie the first."""
+    groups = (group for group in range(limits.num_groups) if group not in closed)
+    return min(groups, key=lambda group: pages_lacking(request, group, pools, running, limits))
+
+
+def pages_lacking(
+    request: Request, group: int, pools: Sequence[PagePool], running: Sequence[Sequence[Request]], limits: Limits
+) -> int:
+    """Pages that the group has too few for it; 0 or less: it has room."""
+    found = pools[group].find(request.hashes_of(_most_found(request, limits), limits.page_size))
+    return _lacking(request, found, pools[group], running[group], limits.page_size)
 
 
 def _most_found(request: Request, limits: Limits) -> int:
@@ -106,12 +139,13 @@ def _enough(
     return ()
 
 
-def _has_room(
+def _lacking(
     request: Request, found: tuple[int, ...], pool: PagePool, others: Sequence[Request], page_size: int
-) -> bool:
+) -> int:
+    """Pages that a group has too few for it; 0 or less: it has room."""
     pages = num_pages_for(request.num_tokens, page_size)
     spare = 0
     if others:
         spare = sum(other.may_grow(len(other.pages), page_size) for other in others)
         spare += request.may_grow(pages, page_size)
-    return pool.num_free - pool.num_unheld(found) >= pages - len(found) + spare
+    return pages - len(found) + spare - (pool.num_free - pool.num_unheld(found))

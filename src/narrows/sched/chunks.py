@@ -13,13 +13,14 @@ from narrows.sched.request import Request
 __all__ = ["next_chunk", "next_rows"]
 
 
-def next_rows(request: Request, room: int, limits: Limits) -> int:
-    """Rows of its next chunk in a step that has room for so many; 0: none now."""
+def next_rows(request: Request, room: int, limits: Limits, begun: int = 0) -> int:
+    """Rows of its next chunk, behind ``begun`` more rows, in a step that has room for so many; 0: none now."""
     if not limits.prefill_chunk:
-        return min(request.rows_left, room)
-    left = len(request.prompt) - request.num_cached
+        return min(request.rows_left - begun, room)
+    at = request.num_cached + begun
+    left = len(request.prompt) - at
     # Behind the prompt each row runs alone, as it did when it was new.
-    rows = min(left, limits.prefill_chunk - request.num_cached % limits.prefill_chunk) if left > 0 else 1
+    rows = min(left, limits.prefill_chunk - at % limits.prefill_chunk) if left > 0 else 1
     return rows if rows <= room else 0
 
 

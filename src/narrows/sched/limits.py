@@ -23,7 +23,8 @@ class Limits:
     them; 0: as many as rows.
     ``prefix_cache``: pages whose tokens another request has in the same places are used again.
     ``aging_steps``: a request goes before one of the next more urgent priority that came so many steps after it.
-    ``load_gap``: tokens by which a group may be fuller than the emptiest and still get a request for its cached prefix.
+    ``decode_weight``: rows of prompts that a running request counts for, beside those it has left, where the group with
+    the least to compute is looked for.
     ``align_steps``: most steps that a prompt waits for one of another group, while others decode.
 
     Raises:
@@ -41,7 +42,7 @@ class Limits:
     prompt_rows: int = 0
     prefix_cache: bool = True
     aging_steps: int = 256
-    load_gap: int = 1024
+    decode_weight: int = 256
     align_steps: int = 2
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ class Request:
     """How many running requests of its client go before it."""
     group: int = -1
     """Its attention group while it runs; -1 while it waits."""
+    holds: int = -1
+    """The group that takes nobody who comes after it until it has a place; -1: none."""
     pages: list[int] = field(default_factory=list)
     num_found: int = 0
     """Tokens whose KV was found in the cache when it was admitted last."""

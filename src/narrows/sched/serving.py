@@ -85,7 +85,8 @@ class Stats:
     ``plans``: steps run by (phase, bucket of rows, layout). ``plan_seconds``: of those that have ended, the seconds
     predicted and taken; empty where one plan runs every step. ``collectives``: by (layout, collective): how many, bytes
     that crossed ranks, seconds; empty when they are not measured. ``predicted_collectives``: seconds predicted for
-    them. ``idle_rows``: by group, rows that it waited for.
+    them. The numbers of the scheduler are those of
+    :class:`~narrows.sched.stats.SchedulerStats`.
     """
 
     running: int = 0
@@ -98,6 +99,11 @@ class Stats:
     output_tokens: int = 0
     steps: int = 0
     idle_rows: tuple[int, ...] = ()
+    group_running: tuple[int, ...] = ()
+    group_kv_pages_used: tuple[int, ...] = ()
+    group_preemptions: tuple[int, ...] = ()
+    short_steps: tuple[int, ...] = ()
+    bound_steps: Mapping[str, int] = field(default_factory=dict)
     plans: Mapping[tuple[str, int, str], int] = field(default_factory=dict)
     plan_seconds: Mapping[tuple[str, int, str], tuple[float, float]] = field(default_factory=dict)
     collectives: Mapping[tuple[str, str], tuple[int, int, float]] = field(default_factory=dict)

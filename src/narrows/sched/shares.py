@@ -133,6 +133,24 @@ class Shares:
             seen[text.client] += 1
         return list(_by_rank(texts))
 
+    def waves(self, order: Sequence[Request]) -> Iterator[list[Request]]:
+        """Texts in their order, cut where no text in one group may take rows from another in another group.
+
+        None takes them from a more urgent one before it, nor a client's further text from another's first.
+        """
+        left = list(order)
+        while left:
+            first, wave, rest = left[0], list[Request](), list[Request]()
+            closed = set[int]()  # groups in which an earlier text goes with a later wave
+            firsts_only = self.compete and not first.rank
+            for text in left:
+                late = text.priority > first.priority or (firsts_only and text.rank > 0) or text.group in closed
+                (rest if late else wave).append(text)
+                if late:
+                    closed.add(text.group)
+            left = rest
+            yield wave
+
     def row_shares(self, order: Sequence[Request]) -> RowShares:
         """How the clients of these texts, which run or are about to, share the rows of the next step."""
         rows, chunk = self._limits.rows_per_step, self._limits.prefill_chunk

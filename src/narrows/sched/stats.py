@@ -1,20 +1,37 @@
-"""What the scheduler has done and holds, in numbers. Knows nothing of how they come about."""
+"""What the scheduler has done and holds, in numbers: totals that it counts, and what it tells of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 
-__all__ = ["SchedulerStats"]
+from narrows.sched.request import Request
+
+__all__ = ["Bound", "SchedulerStats", "Totals"]
+
+
+class Bound(StrEnum):
+    """What keeps somebody from rows in a step: it has no more rows, groups no more requests, or no more KV pages."""
+
+    ROWS = "rows"
+    REQUESTS = "requests"
+    KV_PAGES = "kv_pages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """``running``, ``waiting`` and ``kv_*`` are of this moment, the rest totals since the start.
+    """``running``, ``waiting``, ``kv_*`` and ``group_running`` are of this moment, the rest totals since the start.
 
     ``kv_pages`` of all groups, the null pages not counted; ``kv_pages_used``: held by requests (pages that are only
     kept to be found again are not used). ``prompt_tokens`` of prompts that have begun to run, ``cached_prompt_tokens``
-    of them found in the prefix cache. ``idle_rows`` by group: summed over steps, the rows of the step's largest group
-    less the group's own, since every group waits for the largest.
+    of them found in the prefix cache. ``bound_steps``: steps in which somebody got fewer rows than it wanted, or no
+    place, by what there was too little of.
+
+    By group: ``idle_rows``, summed over steps, the rows of the step's largest group less its own, since every group
+    waits for the largest; ``short_steps``, steps in which it had too few pages for one of its requests, or for one that
+    found no place in any group.
     """
 
     running: int
@@ -27,3 +44,48 @@ class SchedulerStats:
     output_tokens: int
     steps: int
     idle_rows: tuple[int, ...]
+    group_running: tuple[int, ...] = ()
+    group_kv_pages_used: tuple[int, ...] = ()
+    group_preemptions: tuple[int, ...] = ()
+    short_steps: tuple[int, ...] = ()
+    bound_steps: Mapping[str, int] = field(default_factory=dict)
+
+
+class Totals:
+    """Counts of one scheduler, and of the step that it is making what binds."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.steps = self.prompt_tokens = self.cached_prompt_tokens = self.output_tokens = 0
+        self.preemptions = [0] * num_groups
+        self.idle_rows = [0] * num_groups
+        self.short_steps = [0] * num_groups
+        self.bound_steps = Counter[Bound]()
+        self._binds = set[Bound]()
+        self._short = set[int]()
+
+    def begin_step(self) -> None:
+        """Nothing binds yet."""
+        self._binds.clear()
+        self._short.clear()
+
+    def binds(self, what: Bound) -> None:
+        """Somebody gets no row or place in this step for want of it."""
+        self._binds.add(what)
+
+    def short_of_pages(self, group: int) -> None:
+        """The group has too few pages in this step."""
+        self._binds.add(Bound.KV_PAGES)
+        self._short.add(group)
+
+    def begun(self, request: Request) -> None:
+        """Its first rows are scheduled."""
+        self.prompt_tokens += len(request.prompt)
+        self.cached_prompt_tokens += request.num_cached_prompt
+
+    def stepped(self, group_rows: Sequence[int]) -> None:
+        """The step is made."""
+        self.steps += 1
+        self.bound_steps.update(self._binds)
+        for group, rows in enumerate(group_rows):
+            self.idle_rows[group] += max(group_rows) - rows
+            self.short_steps[group] += group in self._short

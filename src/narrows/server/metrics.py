@@ -5,7 +5,7 @@ Knows numbers; not where they come from. Names begin with ``narrows_``; docs/ser
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -95,6 +95,8 @@ def _now(stats: Stats) -> Iterator[Metric]:
         ("prefix_cache_hit_ratio", "Prompt tokens found in the prefix cache, of all", cached / max(asked, 1)),
     ):
         yield GaugeMetricFamily(f"narrows_{name}", what, value)
+    yield _by_group(GaugeMetricFamily, "group_requests_running", "Texts being generated", stats.group_running)
+    yield _by_group(GaugeMetricFamily, "group_kv_pages_used", "Pages in use", stats.group_kv_pages_used)
 
 
 def _totals(stats: Stats) -> Iterator[Metric]:
@@ -106,10 +108,25 @@ def _totals(stats: Stats) -> Iterator[Metric]:
         ("steps", "Steps run", stats.steps),
     ):
         yield CounterMetricFamily(f"narrows_{name}", what, value)
-    idle = CounterMetricFamily("narrows_idle_rows", "Rows that a group waited for", labels=["group"])
-    for group, rows in enumerate(stats.idle_rows):
-        idle.add_metric([str(group)], rows)
-    yield idle
+    for name, what, values in (
+        ("idle_rows", "Rows that a group waited for", stats.idle_rows),
+        ("group_preemptions", "Texts that the group put back", stats.group_preemptions),
+        ("group_short_steps", "Steps in which the group had too few pages", stats.short_steps),
+    ):
+        yield _by_group(CounterMetricFamily, name, what, values)
+    bound = CounterMetricFamily("narrows_bound_steps", "Steps in which somebody waited for it", labels=["limit"])
+    for limit, steps in stats.bound_steps.items():
+        bound.add_metric([limit], steps)
+    yield bound
+
+
+def _by_group(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, what: str, values: Sequence[int]
+) -> Metric:
+    family = kind(f"narrows_{name}", what, labels=["group"])
+    for group, value in enumerate(values):
+        family.add_metric([str(group)], value)
+    return family
 
 
 def _by_plan(stats: Stats) -> Iterator[Metric]:

@@ -1,0 +1,124 @@
+"""Who of those that wait gets a place in the next step, and whom others' requests are put back for.
+
+Places are given by turn while the step has a row for one more. A request for which no group has room holds the group
+that lacks the fewest pages: until it runs, nobody behind it gets a place there. So it waits no longer than if nobody
+passed it, and a group that is short of pages does not stall the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from narrows.sched.admission import choose_hold, choose_place, choose_yielding, pages_lacking
+from narrows.sched.dealing import has_row_left
+from narrows.sched.places import Places
+from narrows.sched.request import Request
+from narrows.sched.stats import Bound, Totals
+
+__all__ = ["Line"]
+
+
+class Line:
+    """Those that wait for one of a scheduler's places."""
+
+    def __init__(self, places: Places, totals: Totals) -> None:
+        self._places, self._totals, self._limits = places, totals, places.limits
+
+    def admit(self, budget: int) -> None:
+        """Places for as many as get a row of a step with so many rows for prompts."""
+        places, groups = self._places, range(self._limits.num_groups)
+        full, held = {group for group in groups if places.is_full(group)}, set[int]()
+        passed: list[Request] = []
+        while len(passed) < len(groups):
+            closed = full | held
+            found = self._next(budget, [group for group in groups if group not in closed] or groups, passed)
+            if found is None:
+                return
+            request, _ = found
+            place = choose_place(request, places.pools, places.running, self._limits, closed)
+            if place is not None:
+                places.place(request, place)
+                if places.is_full(place.group):
+                    full.add(place.group)
+                continue
+            self._note_want(request)
+            if len(closed) == len(groups):
+                return
+            if request.holds < 0 or request.holds in held:
+                request.holds = choose_hold(request, places.pools, places.running, self._limits, closed)
+            held.add(request.holds)
+            passed.append(request)
+            if len(full | held) == len(groups):
+                return
+
+    def _note_want(self, request: Request) -> None:
+        """Say what it is that groups lack for it."""
+        for group in range(self._limits.num_groups):
+            if pages_lacking(request, group, self._places.pools, self._places.running, self._limits) > 0:
+                self._totals.short_of_pages(group)
+            elif self._places.is_full(group):
+                self._totals.binds(Bound.REQUESTS)
+
+    def make_room(self) -> None:
+        """Place requests of clients that run fewer than others; if need be, others' are put back for them.
+
+        Before anybody has rows, so that whoever is put back has none in this step.
+        """
+        places, groups = self._places, range(self._limits.num_groups)
+        while places.shares.compete and (found := self._next(None, groups, ())) is not None:
+            request, order = found
+            may_yield = [other for other in reversed(order) if self._yields(other, request)]
+            if not may_yield:
+                return
+            place = choose_place(request, places.pools, places.running, self._limits)
+            if place is None:
+                for other in choose_yielding(request, may_yield, places.pools, places.running, self._limits):
+                    places.put_back(other)
+                place = choose_place(request, places.pools, places.running, self._limits)
+            if place is None:
+                return
+            places.place(request, place)
+
+    def _yields(self, running: Request, waiting: Request) -> bool:
+        """Whether it may be put back for the other: its client keeps as many as the other's client then has, or more.
+
+        Never for one that is less urgent.
+        """
+        fewest = self._places.shares.running(waiting.client) + 1
+        return running.rank >= fewest and running.priority >= waiting.priority and not running.is_through
+
+    def _next(
+        self, budget: int | None, groups: Sequence[int], passed: Collection[Request]
+    ) -> tuple[Request, list[Request]] | None:
+        """Whose turn it is, and the order with it among those that run; None: nobody's, or ``groups`` have no row left.
+
+        ``budget``: rows for prompts; None: what fair shares leave of the next step's. ``passed``: it is none of these.
+        """
+        places, scored_rows = self._places, self._limits.scored_rows
+        scores_wait = False
+        while True:
+            line = (each for each in places.waiting if each not in passed and not (scores_wait and each.scores_prompt))
+            request = places.shares.first(line)
+            if request is None:
+                return None
+            request.since = places.shares.since(request)
+            order = places.order(request)
+            plain, scored = _rows_ahead(order, request, self._limits.num_groups)
+            rows = places.shares.row_shares(order).for_prompts if budget is None else budget
+            ahead = [count + min(more, scored_rows) for count, more in zip(plain, scored, strict=True)]
+            if not has_row_left(ahead, groups, rows):
+                if budget is not None:
+                    self._totals.binds(Bound.ROWS)
+                return None
+            if not request.scores_prompt or sum(scored) < scored_rows:
+                return request, order
+            scores_wait = True  # for the budget of those that score; for others there is room
+
+
+def _rows_ahead(order: Sequence[Request], request: Request, num_groups: int) -> tuple[list[int], list[int]]:
+    """Rows of prompts that come before it in the order, by group: of plain ones, and of scored ones."""
+    plain, scored = [0] * num_groups, [0] * num_groups
+    for other in order[: order.index(request)]:
+        if other.rows_left and other.wants_rows:
+            (scored if other.scores_prompt else plain)[other.group] += other.rows_left
+    return plain, scored
