@@ -172,3 +172,49 @@ def test_a_simulation_never_imports_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def uneven_trace(folder: Path) -> Path:
+    """One long prompt and five more that begin with it and grow long, and short ones beside them."""
+    long = {"input_length": 1024, "output_length": 400, "hash_ids": [1, 2]}
+    rows = [{"timestamp": 0, **long}, *({"timestamp": 4000 + number, **long} for number in range(5))]
+    rows += [{"timestamp": 4100 + 200 * number, "input_length": 90, "output_length": 20} for number in range(40)]
+    file = folder / "uneven.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return file
+
+
+def test_a_group_that_is_short_of_pages_is_named_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRT-LLM #17379, #17978: one attention-DP rank out of KV pages stalled them all in silence."""
+    line = "simulate dsv3-mini --device cpu-core --dp 2 --kv-tokens 2048"
+    out, found = run(capsys, f"{line} --trace {uneven_trace(tmp_path)} --save-requests {tmp_path}/answers.jsonl")
+    (one,) = found["candidates"]
+    stats = one["scheduler"]
+    assert one["figures"]["completed"] == 46 and one["figures"]["failed"] == 0
+    assert stats["group_preemptions"][0] > 0 and stats["group_preemptions"][1] == 0
+    assert stats["short_steps"][0] > 0 and stats["bound_steps"]["kv_pages"] > 0
+    words = " ".join(out.split())
+    assert (
+        f"preemptions (by group: {stats['group_preemptions'][0]}, 0)" in words and "KV pages (--kv-tokens) in" in words
+    )
+    rows = [json.loads(row) for row in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    short = [row["ended_s"] - row["sent_s"] for row in rows if row["input_tokens"] == 90]
+    assert len(short) == 40 and max(short) < 3.0, "20 steps of at most 90 ms, and the wait for its first"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--max-rows 4096 --requests-per-group 2", "requests per group (--requests-per-group) in"),
+        ("--max-rows 64", "rows (--max-rows) in"),
+        ("--max-rows 4096 --kv-tokens 512", "KV pages (--kv-tokens) in"),
+        ("--max-rows 4096", "of the steps: none"),
+    ],
+)
+def test_the_limit_that_binds_is_named(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out, found = run(capsys, f"simulate dsv3-mini --device cpu-core --dp 2 {LOAD} {flags}")
+    assert words in " ".join(out.split())
+    steps = found["candidates"][0]["scheduler"]["bound_steps"]
+    assert sum(map(bool, steps.values())) == (not words.endswith("none"))

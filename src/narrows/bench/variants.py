@@ -24,7 +24,7 @@ __all__ = ["Contestant", "Variant", "contestants", "memory_of", "parse_variants"
 _YES = {"yes": True, "no": False}
 _CHANGEABLE = (
     *("dp", "tp", "threads", "ranks", "dtype", "quantization", "encode_rows"),
-    *("rows_per_step", "page_size", "checked", "batch_invariant", "plan_file"),
+    *("rows_per_step", "requests_per_group", "page_size", "checked", "batch_invariant", "plan_file"),
 )
 
 

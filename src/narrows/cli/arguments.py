@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from narrows.cli.priced import add_requests_flag
 from narrows.comm.launch import Launch
 from narrows.engine.config import LOAD_FORMATS, QUANTIZATIONS, RANKS, RUN_ON, EngineConfig
 from narrows.engine.trace_file import TraceFile
@@ -115,6 +116,7 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--max-rows", type=int, default=_DEFAULT["rows_per_step"], help="rows per step (default %(default)s)"
     )
+    add_requests_flag(limits)
     limits.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
     limits.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
     limits.add_argument(
@@ -127,7 +129,7 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
 
 def limit_options(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_limit_flags` parsed."""
-    names = ("plan_file", "max_context", "kv_tokens", "batch_invariant", "prefix_cache")
+    names = ("plan_file", "requests_per_group", "max_context", "kv_tokens", "batch_invariant", "prefix_cache")
     return {name: getattr(args, name) for name in names} | {"rows_per_step": args.max_rows}
 
 

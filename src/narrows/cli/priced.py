@@ -1,14 +1,15 @@
-"""Flags of the commands that price what need not run here: the mesh, and what is priced on it. Needs no torch."""
+"""Flags of the commands that price what need not run here: the mesh, what is priced on it, limits. Needs no torch."""
 
 from __future__ import annotations
 
 import argparse
 
 from narrows.cost.devices import DTYPES
+from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
 from narrows.plan.planner import ENCODE_ROWS
 
-__all__ = ["add_priced_flags"]
+__all__ = ["add_priced_flags", "add_requests_flag"]
 
 
 def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> None:
@@ -35,3 +36,14 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
         help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
     )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
+
+
+def add_requests_flag(limits: argparse._ActionsContainer) -> None:
+    """How many requests run at once in an attention group; vLLM's ``--max-num-seqs`` is the same number."""
+    limits.add_argument(
+        "--requests-per-group",
+        type=int,
+        default=DEFAULT_REQUESTS,
+        metavar="N",
+        help="requests that run at once in each attention group (default %(default)s)",
+    )

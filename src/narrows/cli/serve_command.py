@@ -105,13 +105,6 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--max-queue", type=int, default=1024, metavar="N", help="texts that may wait (default %(default)s)"
     )
     life.add_argument(
-        "--max-running",
-        type=int,
-        default=_DEFAULT["max_running"],
-        metavar="N",
-        help="texts that run at once, per attention group (default %(default)s)",
-    )
-    life.add_argument(
         "--prompt-rows",
         type=int,
         default=_DEFAULT["prompt_rows"],
@@ -151,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     _say_to_stderr()
     sys.setswitchinterval(_SWITCH_S)
-    life = {name: getattr(args, name) for name in ("rehearse_rows", "prompt_rows", "max_running")}
+    life = {name: getattr(args, name) for name in ("rehearse_rows", "prompt_rows")}
     life["ranks"] = args.ranks or _RANKS
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
     if (launch := launch_of(args, os.environ)) is not None:

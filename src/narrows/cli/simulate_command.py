@@ -35,7 +35,7 @@ from narrows.cli.loads import (
     with_flood,
     workload,
 )
-from narrows.cli.priced import add_priced_flags
+from narrows.cli.priced import add_priced_flags, add_requests_flag
 from narrows.cli.simulate_tables import print_candidate, print_ranking
 from narrows.cost.devices import Device
 from narrows.cost.profile import find_device
@@ -70,6 +70,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     add_priced_flags(served, no_layout="auto")
     add("--max-rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows per step (default %(default)s)")
+    add_requests_flag(served)
     add("--max-context", type=int, metavar="N", help="tokens per sequence (default: the model's, at most 8192)")
     add("--kv-tokens", type=int, metavar="N", help="KV cache per attention group (default: what the memory leaves)")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute all of every prompt")
@@ -216,6 +217,7 @@ def _candidate(
             rows_per_step=args.max_rows,
             max_context=max_context,
             kv_tokens=args.kv_tokens,
+            requests_per_group=args.requests_per_group,
             prefix_cache=args.prefix_cache,
         )
     except DoesNotFit as error:

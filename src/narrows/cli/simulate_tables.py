@@ -14,6 +14,7 @@ from rich.text import Text
 
 from narrows.cli.loads import figures_table
 from narrows.loads.fairness import Fairness
+from narrows.sched.stats import Bound, SchedulerStats
 from narrows.sim.engine import Outcome
 from narrows.sim.search import Candidate, Target
 
@@ -87,8 +88,9 @@ def _lines(candidate: Candidate, outcome: Outcome) -> list[str]:
         lines.append(f"rows that groups waited for: {', '.join(map(str, stats.idle_rows))}")
     lines.append(
         f"KV cache: {candidate.kv_tokens} tokens per attention group; most pages in use {outcome.kv_pages_most} of "
-        f"{stats.kv_pages} ({used:.0%}); {stats.preemptions} preemptions"
+        f"{stats.kv_pages} ({used:.0%}); {stats.preemptions} preemptions{_by_group(stats.group_preemptions)}"
     )
+    lines.append(_bound(stats))
     if memory is not None:
         lines.append(
             f"memory per rank: weights {memory.weights / 1e9:.1f} GB, KV cache "
@@ -97,6 +99,25 @@ def _lines(candidate: Candidate, outcome: Outcome) -> list[str]:
         )
     lines.append(f"prices rest on (of the time): {_shares(outcome.sources)}")
     return lines
+
+
+def _bound(stats: SchedulerStats) -> str:
+    """Which limits kept somebody waiting, in what part of the steps."""
+    names = {
+        Bound.ROWS: "rows (--max-rows)",
+        Bound.REQUESTS: "requests per group (--requests-per-group)",
+        Bound.KV_PAGES: "KV pages (--kv-tokens)",
+    }
+    parts = []
+    for bound, name in names.items():
+        if count := stats.bound_steps[bound]:
+            short = [f"{steps / stats.steps:.1%}" for steps in stats.short_steps] if bound is Bound.KV_PAGES else []
+            parts.append(f"{name} in {count / stats.steps:.1%}{_by_group(short)}")
+    return f"limits that kept somebody waiting, of the steps: {', '.join(parts) or 'none'}"
+
+
+def _by_group(values: Sequence[object]) -> str:
+    return f" (by group: {', '.join(map(str, values))})" if len(values) > 1 and any(values) else ""
 
 
 def _shares(seconds: Mapping[str, float]) -> str:

@@ -28,6 +28,7 @@ from narrows.models.registry import check_executable
 from narrows.ops.compiled import int8_library
 from narrows.ops.int8 import Quantization
 from narrows.plan.deploy import (
+    DEFAULT_REQUESTS,
     DEFAULT_ROWS,
     PAGE_SIZE,
     book_context,
@@ -68,7 +69,8 @@ class EngineConfig:
     by a profile's file; ``auto`` is the one they run on, by this user's profile of it where there is one. ``ranks``:
     ``threads`` of this process, or ``processes``, with ``threads`` torch threads each. ``timeout_s``: how long a rank
     that lives may keep the others waiting.
-    ``rows_per_step``: most rows (tokens) in one step, all groups together. ``kv_tokens``: tokens of KV cache per
+    ``rows_per_step``: most rows (tokens) in one step, all groups together. ``requests_per_group``: most that
+    run at once in an attention group. ``kv_tokens``: tokens of KV cache per
     attention group. ``checked``: collectives and shapes are compared between ranks at every step.
     """
 
@@ -86,8 +88,7 @@ class EngineConfig:
     rows_per_step: int = DEFAULT_ROWS
     prompt_rows: int = 0
     """Most rows of prompts in a step in which texts go on; 0: as many as rows."""
-    max_running: int = 256
-    """Texts that run at once, per attention group."""
+    requests_per_group: int = DEFAULT_REQUESTS
     max_context: int | None = None
     kv_tokens: int | None = None
     page_size: int = PAGE_SIZE
@@ -186,7 +187,6 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         ("--threads", threads, 1),
         ("--rehearse-rows", asked.rehearse_rows, 0),
         ("--prompt-rows", asked.prompt_rows, 0),
-        ("--max-running", asked.max_running, 1),
     ):
         if size < least:
             raise ConfigError(f"{name} is {size}; it must be at least {least}")
@@ -300,9 +300,9 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh, itemsize: int)
         rows_per_step=asked.rows_per_step,
         max_context=context,
         kv_tokens=kv_tokens,
+        requests_per_group=asked.requests_per_group,
         page_size=asked.page_size,
         prompt_rows=asked.prompt_rows,
-        requests_per_group=asked.max_running,
         # The same tokens computed in rows cut elsewhere, or one by one, may differ in their last bits.
         prefix_cache=asked.prefix_cache and not asked.batch_invariant,
         prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,

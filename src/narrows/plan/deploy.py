@@ -15,6 +15,7 @@ from narrows.layout import Mesh, deal
 from narrows.sched.limits import Limits
 
 __all__ = [
+    "DEFAULT_REQUESTS",
     "DEFAULT_ROWS",
     "PAGE_SIZE",
     "book_context",
@@ -27,6 +28,8 @@ __all__ = [
 
 DEFAULT_ROWS = 2048
 """Most rows of a step, all attention groups together."""
+DEFAULT_REQUESTS = 256
+"""Most requests that run at once in an attention group."""
 PAGE_SIZE = 16
 """Tokens of a page of the KV cache."""
 _DEFAULT_CONTEXT = 8192
@@ -56,28 +59,30 @@ def limits_of(
     rows_per_step: int,
     max_context: int,
     kv_tokens: int,
+    requests_per_group: int = DEFAULT_REQUESTS,
     page_size: int = PAGE_SIZE,
     prefix_cache: bool = True,
     prefill_chunk: int = 0,
     prompt_rows: int = 0,
-    requests_per_group: int = 256,
 ) -> Limits:
     """The scheduler's limits for so many tokens of KV cache per attention group.
 
     Raises:
-        ConfigError: no token of KV cache, or a step without room for a chunk of a prompt.
+        ConfigError: no token of KV cache, no request, or a step without room for a chunk of a prompt.
     """
     if kv_tokens < 1:
         raise ConfigError(f"--kv-tokens is {kv_tokens}; it must be at least 1")
+    if requests_per_group < 1:
+        raise ConfigError(f"--requests-per-group is {requests_per_group}; it must be at least 1")
     return Limits(
         num_groups=mesh.num_groups,
         rows_per_step=rows_per_step,
+        requests_per_group=requests_per_group,
         page_size=page_size,
         pages_per_group=1 + -(-kv_tokens // page_size),
         max_context=max_context,
         prefill_chunk=prefill_chunk,
         prompt_rows=prompt_rows,
-        requests_per_group=requests_per_group,
         prefix_cache=prefix_cache,
         scored_rows_per_step=max(_SCORED_LOGITS // config.vocab_size, prefill_chunk, 1),
     )

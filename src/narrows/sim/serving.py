@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from narrows.arch.forms import Forms
 from narrows.cost.memory import MemoryUse
 from narrows.errors import ConfigError
-from narrows.plan.deploy import PAGE_SIZE, book_context, form_mix, limits_of
+from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, book_context, form_mix, limits_of
 from narrows.plan.named import named_layout
 from narrows.plan.planner import Deployment, Planner, choose_forms
 from narrows.sched.limits import Limits
@@ -47,6 +47,7 @@ def serving(
     rows_per_step: int,
     max_context: int,
     kv_tokens: int | None = None,
+    requests_per_group: int = DEFAULT_REQUESTS,
     prefix_cache: bool = True,
 ) -> Serving:
     """Decide what is left open. ``kv_tokens``: tokens of KV cache per attention group; None: as many as fit.
@@ -67,6 +68,7 @@ def serving(
         rows_per_step=rows_per_step,
         max_context=max_context,
         kv_tokens=_tokens_that_fit(deployment, memory) if kv_tokens is None else kv_tokens,
+        requests_per_group=requests_per_group,
         prefix_cache=prefix_cache,
     )
     if not memory.holds(limits.tokens_per_group if kv_tokens is None else kv_tokens):
