@@ -42,8 +42,10 @@ class PagePool:
                 f"a KV cache of {num_pages} pages holds nothing: page 0 is the null page, so 2 are needed"
             )
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, 0, -1))
-        self._holders = [0] * num_pages
+        # What was never taken is a number, not a list: a small model's cache has billions of pages on a large device.
+        self._fresh = 1
+        self._free: list[int] = []
+        self._holders: Counter[int] = Counter()
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._unheld: OrderedDict[int, None] = OrderedDict()  # cached, unused longest first
@@ -51,7 +53,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be taken: the free ones, and the cached ones that nobody holds."""
-        return len(self._free) + len(self._unheld)
+        return self.num_pages - self._fresh + len(self._free) + len(self._unheld)
 
     @property
     def num_used(self) -> int:
@@ -66,6 +68,9 @@ class PagePool:
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()
+        elif self._fresh < self.num_pages:
+            page = self._fresh
+            self._fresh += 1
         else:
             page, _ = self._unheld.popitem(last=False)
             del self._page_of[self._hash_of.pop(page)]
@@ -115,6 +120,7 @@ class PagePool:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
+            del self._holders[page]
             if page in self._hash_of:
                 self._unheld[page] = None
             else:
@@ -130,10 +136,13 @@ class PagePool:
     def check_integrity(self, held: Iterable[int]) -> None:
         """Every page is free, cached or held, and held exactly as often as ``held`` lists it."""
         free, unheld, counts = set(self._free), set(self._unheld), Counter(held)
-        in_use = {page for page, holders in enumerate(self._holders) if holders}
+        in_use = set(self._holders)
         assert len(free) == len(self._free) and 0 not in free | unheld | in_use, "a page was given back twice"
         assert not (free & unheld or free & in_use or unheld & in_use), "a page is free and in use"
-        assert len(free) + len(unheld) + len(in_use) == self.num_pages - 1, "a page is lost"
+        assert max(free | unheld | in_use, default=0) < self._fresh <= self.num_pages, (
+            "a page is in use and was never taken"
+        )
+        assert len(free) + len(unheld) + len(in_use) == self._fresh - 1, "a page is lost"
         assert counts == {page: self._holders[page] for page in in_use}, "the holders of a page were counted wrongly"
         assert {page: key for key, page in self._page_of.items()} == self._hash_of, "a hash finds another page"
         assert unheld <= self._hash_of.keys() and not free & self._hash_of.keys(), "a free page can be found"
