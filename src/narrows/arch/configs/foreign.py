@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["Foreign", "foreign"]
+from narrows.arch.configs.shown import shown
+from narrows.errors import ConfigError
+
+__all__ = ["is_foreign"]
 
 _SCALED = "scaled activations (Granite, MiniCPM, Cohere, Falcon-H1, Llama 4)"
 _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -55,6 +57,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             r"(use_)?bias|(use_)?qkv_bias|(lm_head|out|attention_out|mlp|attention)_bias|enable_bias|add_bias_linear",
         ),
         "norms or clips of queries and keys": (r"(use_)?qk_(layer_?)?norm\w*|clip_qkv|qk_l2_\w+",),
+        "differential attention (DiffLlama)": (r"lambda_\w+",),
         "gates (gpt-oss, Qwen3-Next)": (
             r"swiglu_(limit|alpha)|gating|attn_output_gate|use_attention_gate|output_gate_type",
         ),
@@ -69,21 +72,18 @@ _UNSET: tuple[object, ...] = (None, False, 0, "", "rope", "rotary", [], {})
 """What says that a part is not there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """A part of another architecture, in words, and the values that say that it is not there."""
+def is_foreign(field: str, value: object, within: str = "") -> bool:
+    """Whether ``field`` (of the object ``within``) belongs to a part of another architecture and says that it is not
+    there.
 
-    words: str
-    unset: tuple[object, ...]
-
-    def is_set(self, value: object) -> bool:
-        """Whether ``value`` asks for the part."""
-        return value not in self.unset
-
-
-def foreign(field: str) -> Foreign | None:
-    """What ``field`` reveals, if it belongs to a part of another architecture."""
+    Raises:
+        ConfigError: it says that the part is there.
+    """
     for words, patterns in _PATTERNS.items():
-        if any(re.fullmatch(pattern, field) for pattern in patterns):
-            return Foreign(words, (*_UNSET, 1) if words is _SCALED else _UNSET)
-    return None
+        if not any(re.fullmatch(pattern, field) for pattern in patterns):
+            continue
+        if value in _UNSET or (words is _SCALED and value == 1):
+            return True
+        where = f"{within}.{field}" if within else field
+        raise ConfigError(f"{where} is {shown(value)}, which stands for {words}; this model_type has none")
+    return False

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any
 
+from narrows.arch.configs.foreign import is_foreign
 from narrows.arch.configs.needs import Factor, Flag, Needs, NotNegative, Part, Positions, Share, Theta, validated
 from narrows.arch.configs.shown import shown
 from narrows.arch.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, RopeScaling, YarnRope
@@ -235,14 +236,14 @@ def _rotated_columns(head: Head, partial: float) -> int:
 def _scaling(
     name: str, kind: str, numbers: dict[str, Any], head: Head, columns: int
 ) -> tuple[RopeScaling | None, tuple[str, ...]]:
-    if kind == "default":
-        return None, tuple(f"{name}.{key}" for key in sorted(numbers) if key not in _Place.model_fields)
-    schema = ROPE_TYPES[kind]
-    read = {key: each for key, each in numbers.items() if key in schema.model_fields}
-    scaling = validated(schema, read, name).scaling(head, columns)
-    unused = numbers.keys() - read.keys() - _Place.model_fields.keys()
-    if head.latent and "mscale_all_dim" in unused:
-        unused -= {"mscale_all_dim"}
-        scaled = validated(_Latent, {"mscale_all_dim": numbers["mscale_all_dim"]}, name)
-        scaling = replace(scaling, mscale_all_dim=scaled.mscale_all_dim)
-    return scaling, tuple(f"{name}.{key}" for key in sorted(unused))
+    """The scaling, and the names of the numbers that it does not use."""
+    fields = ROPE_TYPES[kind].model_fields if kind in ROPE_TYPES else {}
+    unused = {key: each for key, each in numbers.items() if key not in fields and key not in _Place.model_fields}
+    scaling = None
+    if kind in ROPE_TYPES:
+        read = {key: each for key, each in numbers.items() if key in fields}
+        scaling = validated(ROPE_TYPES[kind], read, name).scaling(head, columns)
+        if head.latent and "mscale_all_dim" in unused:
+            latent = validated(_Latent, {"mscale_all_dim": unused.pop("mscale_all_dim")}, name)
+            scaling = replace(scaling, mscale_all_dim=latent.mscale_all_dim)
+    return scaling, tuple(f"{name}.{key}" for key in sorted(unused) if not is_foreign(key, unused[key], name))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
-from narrows.arch.configs.foreign import foreign
+from narrows.arch.configs.foreign import is_foreign
 from narrows.arch.configs.harmless import HARMLESS
 from narrows.arch.configs.needs import (
     Epsilon,
@@ -37,15 +37,14 @@ ELSEWHERE = ("dtype", "torch_dtype", "quantization_config", *ROPE_FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """A field of which one value is computed, and why no other is; null stands for it where ``or_null``."""
+    """A field of which one value is computed, and why no other is; null stands for it."""
 
     value: Any
     why: str
-    or_null: bool = True
 
     def admits(self, value: object) -> bool:
         same = value == self.value and isinstance(value, bool) == isinstance(self.value, bool)
-        return same or (value is None and self.or_null)
+        return same or value is None
 
 
 EVERYWHERE: Mapping[str, Only] = MappingProxyType(
@@ -196,13 +195,7 @@ class Schema(Part):
                     raise ConfigError(f"{name} is {shown(value)}; only {shown(only.value)} is computed: {only.why}")
             elif name in ELSEWHERE or name in cls.harmless or name in HARMLESS or name.startswith("_"):
                 pass
-            elif (what := foreign(name)) is not None:
-                if what.is_set(value):
-                    raise ConfigError(
-                        f"{name} is {shown(value)}, which stands for {what.words}; "
-                        f"model_type {shown(cls.model_types[0])} has none"
-                    )
-            elif value is not None:
+            elif not is_foreign(name, value) and value is not None:
                 unknown.append(shown(name).strip('"'))
         return read, tuple(sorted(unknown))
 
