@@ -144,6 +144,17 @@ def test_variants_are_carried_to_who_computes_them() -> None:
     assert schema(Qwen2, hidden_act="swish").hidden_act == "silu"
 
 
+def test_quantised_weights_are_seen_under_their_other_names() -> None:
+    mlx = {"group_size": 64, "bits": 4}
+    for changes, method in (
+        ({"quantization": mlx, "quantization_config": mlx}, "mlx"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ):
+        quantization = read("qwen3", **changes).quantization
+        assert quantization is not None and quantization.quant_method == method
+
+
 # -- once refused although legal ---------------------------------------------------------------------------------------
 
 

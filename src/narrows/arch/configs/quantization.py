@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from narrows.arch.configs.shown import shown
 from narrows.arch.model import Quantization
 from narrows.errors import CheckpointError
 
-__all__ = ["DTYPES", "read_dtype", "read_quantization"]
+__all__ = ["DTYPES", "OTHER_NAMES", "read_dtype", "read_quantization"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 """What ``dtype`` may name."""
+
+OTHER_NAMES: Mapping[str, str] = MappingProxyType({"compression_config": "compressed-tensors", "quantization": "mlx"})
+"""Where older compressed-tensors and MLX say how they store weights."""
 
 
 def read_dtype(raw: Mapping[str, Any]) -> str:
@@ -35,11 +39,15 @@ def read_dtype(raw: Mapping[str, Any]) -> str:
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
-    """What ``quantization_config`` says. Whether such weights can be loaded is for who opens them to say.
+    """What ``quantization_config`` says, or one of its other names. Whether such weights can be loaded is for who opens
+    them to say.
 
     Raises:
         CheckpointError: it names no method, or blocks that are none.
     """
+    for field, method in OTHER_NAMES.items():
+        if raw.get(field) not in (None, {}):
+            return Quantization(quant_method=method)
     given = raw.get("quantization_config")
     if given is None:
         return None

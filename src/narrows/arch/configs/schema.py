@@ -23,7 +23,7 @@ from narrows.arch.configs.needs import (
     Width,
     validated,
 )
-from narrows.arch.configs.quantization import read_dtype, read_quantization
+from narrows.arch.configs.quantization import OTHER_NAMES, read_dtype, read_quantization
 from narrows.arch.configs.rope import ROPE_FIELDS, Head, read_rope
 from narrows.arch.configs.shown import shown
 from narrows.arch.model import GQA, MLA, ModelConfig, MoE
@@ -31,7 +31,7 @@ from narrows.errors import CheckpointError, ConfigError
 
 __all__ = ["ELSEWHERE", "EVERYWHERE", "Only", "Schema"]
 
-ELSEWHERE = ("dtype", "torch_dtype", "quantization_config", *ROPE_FIELDS)
+ELSEWHERE = ("dtype", "torch_dtype", "quantization_config", *OTHER_NAMES, *ROPE_FIELDS)
 """Fields of every family that ``quantization.py`` and ``rope.py`` read."""
 
 
