@@ -399,8 +399,14 @@ def test_tokens_without_a_name_and_unknown_ones(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 320
 
 
-@pytest.mark.parametrize("pre", [None, "default", "falcon", "no-such-thing"])
-def test_unknown_ways_to_cut_are_refused_by_name(tmp_path: Path, pre: str | None) -> None:
+@pytest.mark.parametrize("pre", ["default", "falcon", "no-such-thing"])
+def test_unknown_ways_to_cut_are_refused_by_name(tmp_path: Path, pre: str) -> None:
     fields = byte_level("gpt-2") | {"tokenizer.ggml.pre": pre}
     with pytest.raises(ConfigError, match=rf"cuts text by the pre-tokenizer {pre!r}; supported: 'llama-bpe', "):
+        load_model_text(write(tmp_path / "m.gguf", fields))
+
+
+def test_a_file_that_does_not_say_how_it_cuts(tmp_path: Path) -> None:
+    fields = {key: value for key, value in byte_level("gpt-2").items() if key != "tokenizer.ggml.pre"}
+    with pytest.raises(ConfigError, match=r"does not say how its tokenizer cuts text \(tokenizer.ggml.pre\)"):
         load_model_text(write(tmp_path / "m.gguf", fields))

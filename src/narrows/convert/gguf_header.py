@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from narrows.convert.gguf_part import GgufPart, TensorInfo
+from narrows.convert.gguf_part import GgufPart, TensorInfo, shown
 from narrows.errors import CheckpointError, ConfigError
 
 __all__ = ["GgufHeader", "find_gguf"]
@@ -71,7 +71,9 @@ class GgufHeader:
         infos = [info for part in self.parts for info in part.tensors]
         self.tensors: dict[str, TensorInfo] = {info.name: info for info in infos}
         if twice := [name for name, count in Counter(info.name for info in infos).items() if count > 1]:
-            raise self.parts[0].incomplete(f"{len(twice)} of {len(infos)} tensors stand there twice, first {twice[0]}")
+            raise self.parts[0].incomplete(
+                f"{len(twice)} of {len(infos)} tensors stand there twice, first {shown(twice[0])}"
+            )
         total = self.get("split.tensors.count", int, len(infos))
         if total != len(infos):
             raise CheckpointError(

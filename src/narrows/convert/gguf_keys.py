@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from narrows.convert.gguf_header import GgufHeader
+from narrows.convert.gguf_part import shown
 from narrows.errors import ConfigError
 
 __all__ = ["HARMLESS", "NEUTRAL", "OBEYED", "OBEYED_BY", "REFUSED", "check_keys", "gguf_notes"]
@@ -254,8 +255,8 @@ def check_keys(file: GgufHeader) -> None:
             if value not in neutral.get(name, ()):
                 way_out = f"supported: {' or '.join(map(str, neutral[name]))}, " if name in neutral else "supported: "
                 raise ConfigError(
-                    f"{file.path}: {key} is {value!r:.60}, which narrows does not obey for the architecture {arch!r}; "
-                    f"{way_out}files without it"
+                    f"{file.path}: {shown(key)} is {value!r:.60}, which narrows does not obey for the architecture "
+                    f"{arch!r}; {way_out}files without it"
                 )
 
 
@@ -266,5 +267,5 @@ def gguf_notes(file: GgufHeader) -> tuple[str, ...]:
         name = key.removeprefix(prefix)
         if name == key or name in SAMPLING_OBEYED | SAMPLING_DETAILS or value in SAMPLING_NEUTRAL.get(name, ()):
             continue
-        left.append(f"{name} {value!r:.40}")
+        left.append(f"{shown(name)} {value!r:.40}")
     return (f"the file recommends sampling that narrows does not have, left out: {', '.join(left)}",) if left else ()

@@ -17,7 +17,7 @@ from typing import Any
 
 from narrows.errors import CheckpointError, ConfigError
 
-__all__ = ["GgufPart", "TensorInfo"]
+__all__ = ["GgufPart", "TensorInfo", "shown"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -77,7 +77,7 @@ class GgufPart:
         for _ in range(num_fields):
             key = cursor.text()
             if key in self.metadata:
-                raise ValueError(f"the key {key!r:.80} stands there twice")
+                raise ValueError(f"the key {shown(key)} stands there twice")
             self.metadata[key] = cursor.value(cursor.number("I"))
         infos = [self._tensor(cursor) for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -89,7 +89,7 @@ class GgufPart:
     def _tensor(self, cursor: _Cursor) -> TensorInfo:
         name, num_dims = cursor.text(), cursor.number("I")
         if num_dims > MAX_DIMS:
-            raise ValueError(f"the tensor {name!r:.80} has {num_dims} dimensions")
+            raise ValueError(f"the tensor {shown(name)} has {num_dims} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(num_dims))[::-1]
         encoding, offset = cursor.number("I"), cursor.number("Q")
         return TensorInfo(name=name, shape=shape, encoding=encoding, offset=offset, part=self.number)
@@ -97,6 +97,11 @@ class GgufPart:
     def incomplete(self, why: str) -> CheckpointError:
         """The error of a file that ends too early or makes no sense."""
         return CheckpointError(f"{self.path} ({self.size} bytes) is not complete GGUF, cut off or broken: {why}")
+
+
+def shown(name: str) -> str:
+    """A name from a file, as one short line: quoted where it is not printable, cut where it is long."""
+    return name if name.isprintable() and len(name) <= 80 else f"{name[:80]!r}"
 
 
 class _Cursor:

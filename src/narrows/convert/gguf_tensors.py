@@ -20,6 +20,7 @@ from typing import Any
 
 from narrows.convert.gguf_families import Family, gguf_family
 from narrows.convert.gguf_header import GgufHeader
+from narrows.convert.gguf_part import shown
 from narrows.convert.gguf_rope import ROPE_FACTORS
 from narrows.errors import CheckpointError, ConfigError
 
@@ -75,7 +76,7 @@ def gguf_targets(file: GgufHeader, config: Mapping[str, Any]) -> dict[str, Targe
     unknown = [name for name in file.tensors if name not in allowed and not _is_passed_by(name, layers, family)]
     if unknown:
         raise ConfigError(
-            f"{file.path} has {len(unknown)} tensors that a {family.hf_class} does not, first {unknown[0]}; "
+            f"{file.path} has {len(unknown)} tensors that a {family.hf_class} does not, first {shown(unknown[0])}; "
             "narrows would ignore what they do to the model, so it refuses the file"
         )
     for name, shape in names.used.items():

@@ -71,6 +71,11 @@ def _types(source: GgufHeader) -> list[int]:
 
 def _byte_level(source: GgufHeader, tokens: list[str]) -> Tokenizer:
     pre = source.get("tokenizer.ggml.pre", str)
+    if pre is None:
+        raise ConfigError(
+            f"{source.path} does not say how its tokenizer cuts text (tokenizer.ggml.pre), as files before May 2024; "
+            "convert the model again"
+        )
     if pre not in PRE_TOKENIZERS:
         raise ConfigError(
             f"{source.path} cuts text by the pre-tokenizer {pre!r}; supported: {', '.join(map(repr, PRE_TOKENIZERS))}"
