@@ -251,7 +251,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 4"),
     ("qwen2", {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, 'layer_types names "chunked_attention"'),
     ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types names sliding_attention for 4 layers, but"),
-    ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 4}, "leave max_window_layers out"),
     ("qwen2", {"attention_bias": False}, "attention_bias is false; only true is computed"),
     ("deepseek_v3", {"mlp_bias": True}, "mlp_bias is true; only false is computed"),
     ("deepseek_v3", {"index_topk": 2048, "index_n_heads": 64}, "index_topk is 2048, which stands for attention by an"),

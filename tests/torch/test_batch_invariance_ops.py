@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from narrows.ops.act_mul import act_mul
 from narrows.ops.argmax import pick, shard_argmax
 from narrows.ops.embedding import embedding
 from narrows.ops.experts import experts_mlp
@@ -23,7 +24,6 @@ from narrows.ops.rms_norm import add_rms_norm, rms_norm
 from narrows.ops.rope import apply_rope
 from narrows.ops.route import route
 from narrows.ops.sample import sample
-from narrows.ops.silu_mul import silu_mul
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 NUM_ROWS = 67
@@ -122,7 +122,7 @@ def test_norms_and_silu(dtype: torch.dtype, width: int) -> None:
     )
     check(lambda x: rms_norm(x, weight, 1e-6), x)
     check(lambda x, residual: add_rms_norm(x, residual, weight, 1e-6), x, residual)
-    check(silu_mul, torch.cat((x, residual), dim=1))
+    check(act_mul, torch.cat((x, residual), dim=1))
     wide = randn(NUM_ROWS, width + 7, dtype=dtype)  # a part of each row, as the norms of the latents take it
     check(lambda x: rms_norm(x[:, 3 : 3 + width], weight, 1e-6), wide)
     heads = randn(NUM_ROWS, 3, width, dtype=dtype)

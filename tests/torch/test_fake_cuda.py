@@ -92,6 +92,17 @@ _QWEN3 = {
     "max_position_embeddings": 40960,
     "rope_theta": 1000000.0,
 }
+_MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**PRESETS["deepseek-v2"], **_FEWER},
     "deepseek_v2 without q_lora_rank": {**PRESETS["deepseek-v2-lite"], **_FEWER},
@@ -100,6 +111,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_QWEN2, "num_hidden_layers": 1},
     "qwen3": {**_QWEN3, "num_hidden_layers": 1},
     "qwen3_moe": {**PRESETS["qwen3-30b-a3b"], "num_hidden_layers": 1, "num_experts": 64},
+    "mistral with windows": {**_MISTRAL, "sliding_window": 8, "hidden_act": "relu2"},
+    "mistral by length": {
+        **_MISTRAL,
+        "max_position_embeddings": 4,
+        "rope_scaling": {"type": "dynamic", "factor": 2000.0},
+    },
+    "glm4_moe": {**PRESETS["glm-4.5"], "num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 64},
 }
 IN_CI_OR_FULL = [
     pytest.param(name, marks=pytest.mark.full if name == "deepseek_v2" else ())  # its parts are those of two others
@@ -483,14 +501,14 @@ def test_a_fault_in_an_op_is_found_and_its_stage_named(
     fault: str, llama: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant, error = FAULTS[fault]
-    silu_mul = mlp.silu_mul
+    act_mul = mlp.act_mul
 
-    def faulty(x: Tensor) -> Tensor:
+    def faulty(x: Tensor, hidden_act: str) -> Tensor:
         plant(x)
-        return silu_mul(x)
+        return act_mul(x, hidden_act)
 
     llama.walk([PREFILL], "auto")
-    monkeypatch.setattr(mlp, "silu_mul", faulty)
+    monkeypatch.setattr(mlp, "act_mul", faulty)
     with pytest.raises(error) as found:
         llama.walk([PREFILL], "auto")
     assert "in mlp, layer 0, rank 0" in found.value.__notes__

@@ -21,7 +21,7 @@ from narrows.ops.compiled import attention_library, torch_brgemm
 from narrows.ops.gqa_attention import gqa_attention, gqa_attention_reference, head_blocks
 from narrows.ops.kv_b import PackedKeys, plain_halves, split_kv_b
 from narrows.ops.mla_attention import mla_attention, mla_attention_reference
-from narrows.ops.paged import build_paged_rows, write_cache
+from narrows.ops.paged import DecodeRows, build_paged_rows, windowed_rows, write_cache
 from narrows.ops.rope import mla_softmax_scale
 
 
@@ -463,3 +463,71 @@ def test_mla_of_any_step(shapes, decodes, heads, dims, page):
     nope, pe, rank, value = dims
     mla = Mla(num_rows(spans), torch.bfloat16, heads=heads, dims=(nope, 2 * pe, rank, value), slots=slots, scale=0.1)
     torch.testing.assert_close(mla(mla_attention, rows).double(), exact_mla(mla, rows), rtol=2e-2, atol=3e-2)
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+WINDOWS = pytest.mark.parametrize("window", [1, 3, 8, 22, 23, 99])
+
+
+@WINDOWS
+@DTYPES
+@pytest.mark.parametrize("num_rows", [1, 5, 23])
+@torch.inference_mode()
+def test_a_window_hides_what_lies_before_it(num_rows, dtype, window, monkeypatch):
+    monkeypatch.setattr(causal_module, "BLOCK_ROWS", 4)
+    q, k, v = (torch.randn(shape).to(dtype) for shape in ((2, 3, num_rows, 6), (2, 23, 6), (2, 23, 5)))
+    got = causal_attention(q, k, v, 0.4, window=window)
+    torch.testing.assert_close(got, causal_attention_reference(q, k, v, 0.4, window=window), **TOLERANCE[dtype])
+    hidden = 23 - num_rows + 1 - window  # tokens that no row sees
+    if hidden > 0:
+        k[:, :hidden], v[:, :hidden] = float("nan"), float("nan")
+        assert torch.equal(causal_attention(q, k, v, 0.4, window=window), got)
+    if window < 23:  # one token more in the window is seen
+        assert not torch.equal(causal_attention(q, k, v, 0.4, window=window + 1), got)
+
+
+@STEP
+@DTYPES
+@WINDOWS
+@torch.inference_mode()
+def test_gqa_within_a_window(step, dtype, window):
+    """Against every row alone, its slots cut off before the window by hand."""
+    whole = build_paged_rows(STEPS[step], PAGE)
+    rows = windowed_rows(whole, window)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((num_rows(STEPS[step]), 4, 8), *((96, 2, 8),) * 2)
+    )
+    got = gqa_attention(q, k, v, rows, (0, 0, 1, 1), 0.3)
+    want = torch.cat(
+        [
+            gqa_attention_reference(q[row : row + 1], k, v, alone, (0, 0, 1, 1), 0.3)
+            for row, alone in enumerate(alone_in_a_window(STEPS[step], window))
+        ]
+        or [got]
+    )
+    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+    torch.testing.assert_close(gqa_attention_reference(q, k, v, rows, (0, 0, 1, 1), 0.3), want, **TOLERANCE[dtype])
+
+
+def alone_in_a_window(spans, window):
+    """For each row of a step, a step of it alone that has only the slots of its window."""
+    for start, count, pages in spans:
+        for position in range(start, start + count):
+            seen = range(max(0, position + 1 - window), position + 1)
+            slots = tuple(pages[at // PAGE] * PAGE + at % PAGE for at in seen)
+            yield build_paged_rows([(len(slots) - 1, 1, slots)], 1)
+
+
+@torch.inference_mode()
+def test_windowed_rows_stay_in_the_memory_they_are_given():
+    """As a tape needs it: the addresses of a step are those of the one before."""
+    held = DecodeRows(2, 40, PAGE)
+    first = windowed_rows(held.set([(5, 1, PAGES[0]), (0, 1, PAGES[3])]), 4)
+    addresses = first.decode_slots_BL.data_ptr(), first.decode_lens_B.data_ptr()
+    then = windowed_rows(held.set([(6, 1, PAGES[0]), (1, 1, PAGES[3])]), 4, into=first)
+    assert (then.decode_slots_BL.data_ptr(), then.decode_lens_B.data_ptr()) == addresses
+    assert then.decode_lens_B.tolist() == [4, 2] and then.decode_groups[0].max_len == 4
+    assert then.decode_slots_BL.tolist() == [[31, 12, 13, 14], [24, 25, 0, 0]]

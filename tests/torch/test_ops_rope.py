@@ -24,6 +24,7 @@ from narrows.ops.rope import (
     rope_inverse_frequencies,
     rope_table,
 )
+from narrows.ops.rope_angles import RopeAngles
 from narrows.ops.rope_cache import (
     rope_write_heads,
     rope_write_heads_reference,
@@ -95,6 +96,74 @@ def test_frequencies_are_transformers(name):
     assert factor == expected_factor
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 9.0],
+    "original_max_position_embeddings": 32,
+}
+BY_LENGTH = {
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "longrope": LONGROPE,
+    "longrope-factor": {**LONGROPE, "factor": 5.0},
+    "longrope-attention-factor": {**LONGROPE, "attention_factor": 1.25},
+}
+
+
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 128, 300])
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_frequencies_by_length_are_transformers(name, length):
+    scaling = BY_LENGTH[name]
+    most = 32 if name == "dynamic" else 128
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=most)
+    config.rope_parameters = {**scaling, "rope_theta": 1e4}
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, seq_len=torch.tensor(length))
+    inv_freq, factor = rope_inverse_frequencies(8, 1e4, scaling=scaling, max_position=most, length=length)
+    torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0)
+    assert factor == expected_factor
+
+
+@pytest.mark.parametrize("name", [None, *BY_LENGTH])
+def test_angles_are_those_of_each_rows_own_sequence(name):
+    """Rows of a prompt take the whole prompt's length, others their own: as the module rotates one sequence alone."""
+    most = 32 if name == "dynamic" else 128
+    scaling = None if name is None else BY_LENGTH[name]
+    angles = RopeAngles(
+        8,
+        1e4,
+        scaling=scaling,
+        max_position=most,
+        num_positions=64,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert angles.by_length == (name is not None)
+    positions = [0, 5, 40, 31, 32, 63, 7]
+    lengths = [6, 6, 50, 32, 33, 64, 60]
+    cos, sin = angles.rows(torch.tensor(positions), lengths)
+    for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):
+        inv_freq, factor = rope_inverse_frequencies(8, 1e4, scaling=scaling, max_position=most, length=length)
+        want_cos, want_sin = rope_table(inv_freq, factor, position + 1, torch.float32)
+        torch.testing.assert_close(cos[row], want_cos[-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(sin[row], want_sin[-1], rtol=0, atol=1e-5)
+    alone, _ = angles.rows(torch.tensor(positions))  # without lengths each is the last of its sequence
+    own, _ = angles.rows(torch.tensor(positions), [position + 1 for position in positions])
+    assert torch.equal(alone, own)
+    room = torch.empty_like(cos), torch.empty_like(sin)
+    into = angles.rows(torch.tensor(positions), lengths, cos=room[0], sin=room[1])
+    assert into[0] is room[0] and torch.equal(room[0], cos) and torch.equal(room[1], sin)
+
+
+def test_dynamic_needs_more_than_one_pair():
+    with pytest.raises(ConfigError, match="more than 2 rotated columns"):
+        rope_inverse_frequencies(2, 1e4, scaling={"rope_type": "dynamic", "factor": 2.0}, max_position=8)
+
+
+def test_longrope_needs_a_number_for_each_pair():
+    with pytest.raises(ConfigError, match="5 numbers for 'short_factor'"):
+        rope_inverse_frequencies(10, 1e4, scaling=LONGROPE, max_position=128)
+
+
 @pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default"}])
 def test_default_frequencies(scaling):
     expected, expected_factor = llama.LlamaRotaryEmbedding.compute_default_rope_parameters(
@@ -110,12 +179,12 @@ def test_original_length_defaults_to_the_configs():
     assert torch.equal(got, rope_inverse_frequencies(64, 1e6, scaling=QWEN_YARN, max_position=99)[0])
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "su", None])
+@pytest.mark.parametrize("rope_type", ["su", "axial", None])
 def test_unknown_types_are_refused_by_name(rope_type):
     scaling = {"rope_type": rope_type, "factor": 2.0}
-    with pytest.raises(ConfigError, match="default, linear, llama3, yarn"):
+    with pytest.raises(ConfigError, match="default, dynamic, linear, llama3, longrope, yarn"):
         rope_inverse_frequencies(64, 1e4, scaling=scaling, max_position=2048)
-    with pytest.raises(ConfigError, match="default, linear, llama3, yarn"):
+    with pytest.raises(ConfigError, match="default, dynamic, linear, llama3, longrope, yarn"):
         mla_softmax_scale(192, scaling)
 
 

@@ -1,16 +1,18 @@
-"""rms_norm, linear, silu_mul, embedding, argmax: against their twins and against transformers."""
+"""rms_norm, linear, act_mul, embedding, argmax: against their twins and against transformers."""
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers.activations import ACT2FN
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
+from narrows.arch.model import HIDDEN_ACTS
+from narrows.ops.act_mul import ACTIVATIONS, act_mul
 from narrows.ops.add_rows import add_rows
 from narrows.ops.argmax import pick, pick_reference, shard_argmax
 from narrows.ops.embedding import embedding, embedding_reference
 from narrows.ops.linear import linear, linear_reference
 from narrows.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from narrows.ops.silu_mul import silu_mul
 
 
 @pytest.fixture(autouse=True)
@@ -100,15 +102,28 @@ def test_linear_out_is_linear(dtype, with_bias, num_rows):
     assert (wide[:, 24:] == 7).all()
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@torch.inference_mode()
+def test_activations_are_transformers(name):
+    x = torch.cat((torch.linspace(-12, 12, 97), torch.zeros(1))).unsqueeze(0)
+    up = torch.randn_like(x)
+    want = ACT2FN[name](x) * up
+    torch.testing.assert_close(act_mul(torch.cat((x, up), dim=1), name), want, rtol=2e-6, atol=1e-6)
+
+
+def test_no_activation_is_left_out():
+    assert ACTIVATIONS.keys() == HIDDEN_ACTS == ACT2FN.keys() - {"prelu", "xielu", "swish"}  # silu's other name
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 @torch.inference_mode()
-def test_silu_mul(dtype, num_rows):
+def test_act_mul(dtype, num_rows):
     gate_up = torch.randn((num_rows, 20)).to(dtype)
     expected = functional.silu(gate_up[:, :10]) * gate_up[:, 10:]
     out = torch.empty((num_rows, 10), dtype=dtype)
-    assert torch.equal(silu_mul(gate_up), expected)
-    assert silu_mul(gate_up, out=out) is out and torch.equal(out, expected)
+    assert torch.equal(act_mul(gate_up), expected)
+    assert act_mul(gate_up, out=out) is out and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("split", [(11,), (4, 7), (0, 5, 0, 6), (1,) * 11])

@@ -65,14 +65,18 @@ def build_chain(
     check_mesh(config, mesh)
     builder = _Builder(config, mesh, forms or Forms(), itemsize)
     layer_types: list[LayerType] = []
-    kinds: list[tuple[str, bool]] = []
+    kinds: list[tuple[bool, int | None, bool]] = []
     layers: list[int] = []
     for layer in range(config.num_hidden_layers):
-        kind = "moe" if config.is_moe_layer(layer) else "dense", layer == config.num_hidden_layers - 1
+        kind = is_moe, window, is_last = (
+            config.is_moe_layer(layer),
+            config.sliding_window(layer),
+            layer == config.num_hidden_layers - 1,
+        )
         if kind not in kinds:
             kinds.append(kind)
-            name, is_last = kind
-            stages = builder.layer(name)
+            name = ("moe" if is_moe else "dense") + (" sliding" if window is not None else "")
+            stages = builder.layer(is_moe, window)
             layer_types.append(LayerType(name=name, stages=_for_any_rows(stages) if is_last else stages))
         layers.append(kinds.index(kind))
     return Chain(
@@ -141,9 +145,9 @@ class _Builder:
 
     # -- one decoder layer -------------------------------------------------------------------------------------------
 
-    def layer(self, name: str) -> tuple[Stage, ...]:
-        attention = self.mla() if isinstance(self.config.attention, MLA) else self.gqa()
-        feed_forward = self.moe() if name == "moe" else (self.mlp(),)
+    def layer(self, is_moe: bool, window: int | None) -> tuple[Stage, ...]:
+        attention = self.mla() if isinstance(self.config.attention, MLA) else self.gqa(window)
+        feed_forward = self.moe() if is_moe else (self.mlp(),)
         return (self.norm("input_norm"), *attention, self.norm("post_attn_norm"), *feed_forward)
 
     def norm(self, name: str) -> Stage:
@@ -216,7 +220,7 @@ class _Builder:
     def _group_columns(self) -> Layout:
         return Layout.on(self.mesh, "S" * (self.mesh.num_axes - 1) + "C")
 
-    def gqa(self) -> tuple[Stage, ...]:
+    def gqa(self, window: int | None) -> tuple[Stage, ...]:
         config, gqa = self.config, self.config.attention
         assert not isinstance(gqa, MLA)
         tp = self.mesh.group_size
@@ -240,6 +244,7 @@ class _Builder:
             ),
             accepts=self.group,
             leaves=self.owed_group,
+            window=window,
         )
         return (attention,)
 

@@ -16,7 +16,6 @@ from narrows.arch.configs.mistral import Mistral
 from narrows.arch.configs.qwen import Qwen2, Qwen3, Qwen3Moe
 from narrows.arch.configs.schema import Schema
 from narrows.arch.configs.shown import shown
-from narrows.arch.configs.uncomputed import check_computed
 from narrows.arch.model import GQA, MLA, ModelConfig, MoE, Quantization
 from narrows.errors import CheckpointError, ConfigError
 from narrows.files import read_json_object
@@ -49,13 +48,11 @@ def read_config(source: Path | Mapping[str, Any], name: str = "") -> ModelConfig
 
 def _read(raw: Mapping[str, Any], where: str, name: str) -> ModelConfig:
     try:
-        config = _schema(raw).read(raw, name)
-        check_computed(config)
+        return _schema(raw).read(raw, name)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return config
 
 
 def _schema(raw: Mapping[str, Any]) -> type[Schema]:

@@ -117,9 +117,10 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
             f"on {mesh.size} ranks these work: {', '.join(works[:4])}"
         )
     sizes = {"vocab_size": config.vocab_size}
-    if config.moe is None or config.moe.first_k_dense_replace:
+    is_moe = {config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)}
+    if False in is_moe:
         sizes["intermediate_size"] = config.intermediate_size
-    if config.moe is not None:
+    if config.moe is not None and True in is_moe:
         sizes["moe_intermediate_size"] = config.moe.moe_intermediate_size
     for name, size in sizes.items():
         if mesh.size > size:

@@ -12,7 +12,34 @@ from typing import Any
 
 from narrows.arch.rope import Rope
 
-__all__ = ["GQA", "MLA", "MoE", "ModelConfig", "Quantization"]
+__all__ = ["GQA", "HIDDEN_ACTS", "MLA", "MoE", "ModelConfig", "Quantization"]
+
+HIDDEN_ACTS = frozenset(
+    (
+        "gelu",
+        "gelu_10",
+        "gelu_accurate",
+        "gelu_fast",
+        "gelu_new",
+        "gelu_python",
+        "gelu_python_tanh",
+        "gelu_pytorch_tanh",
+        "hardswish",
+        "laplace",
+        "leaky_relu",
+        "linear",
+        "mish",
+        "quick_gelu",
+        "relu",
+        "relu2",
+        "relu6",
+        "sigmoid",
+        "silu",
+        "sqrtsoftplus",
+        "tanh",
+    )
+)
+"""What ``hidden_act`` may be: the functions of transformers' ``ACT2FN`` that have no weights, each by one name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

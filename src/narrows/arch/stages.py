@@ -161,7 +161,8 @@ class Stage:
     ``reads`` are fields it needs, ``writes`` those it makes anew, ``frees`` those whose last reader it is. A sharded
     stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
     costs when the residual was added before; ``work`` what it costs fused. ``any_rows``: it may also run on the rows
-    whose logits are asked for alone, because no stage from it on looks at other rows of a sequence.
+    whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
+    its context that a row sees at most, where that is not all.
     """
 
     name: str
@@ -176,6 +177,12 @@ class Stage:
     leaves: Layout | None = None
     row_set: RowSet = RowSet.ALL
     any_rows: bool = False
+    window: int | None = None
+
+    @property
+    def key(self) -> tuple[str, bool, int | None]:
+        """What tells it from every other stage of its chain: those of a name differ in nothing else."""
+        return self.name, self.any_rows, self.window
 
     @property
     def after_selection(self) -> bool:
@@ -185,8 +192,8 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerType:
-    """A kind of decoder layer and its stages in forward order: dense or MoE, and either once more as the last layer,
-    whose stages after attention may run on the rows whose logits are asked for alone."""
+    """A kind of decoder layer and its stages in forward order: dense or MoE, with or without a window, and each once
+    more as the last layer, whose stages after attention may run on the rows whose logits are asked for alone."""
 
     name: str
     stages: tuple[Stage, ...]

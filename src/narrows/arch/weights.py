@@ -137,6 +137,11 @@ def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, forms: Forms, prefix
         spans = tuple((min(max(lo - at, 0), rows), min(max(hi - at, 0), rows)) for lo, hi in cut)
         return Weight(name=f"{prefix}{name}.weight", shape=shape, dim=0, spans=spans, quantized=True)
 
+    def bias(of: Weight) -> Weight:
+        """As many numbers as ``of`` has rows, cut as those are."""
+        name = of.name.removesuffix("weight") + "bias"
+        return Weight(name=name, shape=of.shape[:1], dim=of.dim, spans=of.spans)
+
     def by_head(name: str, per_head: int, k: int) -> Weight:
         shape = (config.num_attention_heads * per_head, k)
         spans = _scaled(heads, per_head)
@@ -159,6 +164,11 @@ def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, forms: Forms, prefix
         spans=_scaled(heads, mla.v_head_dim),
         quantized=True,
     )
+    if mla.attention_bias:
+        for name in ("q_a_proj", "kv_a_proj_with_mqa"):
+            if name in weights:
+                weights[f"{name}.bias"] = bias(weights[name])
+        weights["o_proj.bias"] = Weight(name=prefix + "o_proj.bias", shape=(hidden,), once_in="group")
     return weights
 
 
@@ -245,8 +255,9 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, forms: Forms, prefix: str) -> 
     if moe.n_shared_experts:
         one = Mesh.of(**dict.fromkeys(mesh.names, 1))
         where = one if forms.shared_expert == "replicated" else mesh
-        shared = _mlp_weights(hidden, moe.shared_intermediate_size, where, prefix + "shared_experts.")
+        size = moe.shared_intermediate_size
+        shared = _mlp_weights(hidden, size, where, prefix + "shared_experts.", config.mlp_bias)
         for role, weight in shared.items():
-            whole_copy = Weight(name=weight.name, shape=weight.shape, quantized=True)
+            whole_copy = Weight(name=weight.name, shape=weight.shape, quantized=weight.quantized)
             weights[f"shared_experts.{role}"] = whole_copy if where is one else weight
     return weights

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
+from narrows.arch.positions import most_positions
 from narrows.bench.calibrate import Calibrator, rates
 from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
 from narrows.bench.machine import available_memory
@@ -76,7 +77,7 @@ class LayoutWork:
             raise ConfigError("--rows: whole numbers above 0 with commas between are needed; for example 1,8,64,512")
         if "decode" in self.phases and self.context < 2:
             raise ConfigError(f"a decode step needs --context of 2 or more, not {self.context}")
-        longest, most = self._longest(), config.max_position_embeddings
+        longest, most = self._longest(), most_positions(config)
         if longest > most:
             raise ConfigError(
                 f"sequences of {longest} tokens are longer than the {most} positions of {config.name}: lower "

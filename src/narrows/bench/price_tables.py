@@ -69,7 +69,7 @@ class Tables:
         assert stage is not None and step.kind is StepKind.STAGE
         work = stage.plain_work if stage.plain_work and not step.fused else stage.work
         attends = any(isinstance(item, AttentionCore) for item in work)
-        attended = shape.attended(step.rows) if attends else 0.0
+        attended = shape.attended(step.rows, stage.window) if attends else 0.0
         table = self.stages.setdefault((str(stage.price_class), work, self.dtype, shape.phase), {})
         table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
 

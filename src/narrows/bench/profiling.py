@@ -296,10 +296,12 @@ def _axes(mesh: Mesh) -> tuple[tuple[int, int], ...]:
 def _small(resolved: Resolved, grid: Grid) -> Resolved:
     """``resolved`` with few layers, and room for every step of the grid."""
     config = resolved.config
-    moe = config.moe
-    dense = 0 if moe is None else min(moe.first_k_dense_replace, 1)
+    kinds = {config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)}
+    moe, dense = config.moe if True in kinds else None, len(kinds) - 1
     if moe is not None:
-        moe = replace(moe, first_k_dense_replace=dense)
+        moe = replace(
+            moe, first_k_dense_replace=dense, moe_layer_freq=1, decoder_sparse_step=1, mlp_only_layers=frozenset()
+        )
     longest = max(*grid.rows, grid.long_context) + 1
     config = replace(
         config,

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from narrows.arch.config import ModelConfig
+from narrows.arch.positions import most_positions
 from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
 from narrows.cli.priced import add_priced_flags
@@ -85,10 +86,8 @@ def run(args: argparse.Namespace) -> int:
     shape = StepShape.of(
         mesh, _group_rows(args, mesh), phase=args.phase, context=args.context, logit_rows=args.logit_rows
     )
-    if args.context > config.max_position_embeddings:
-        notes.append(
-            f"context {args.context} is beyond the {config.max_position_embeddings} positions of {config.name}"
-        )
+    if args.context > (positions := most_positions(config)):
+        notes.append(f"context {args.context} is beyond the {positions} positions of {config.name}")
     report = make_report(deployment, shape, layouts, logit_rows=args.logit_rows, notes=notes)
     one = report.entries[0] if len(report.entries) == 1 else report.auto
     if args.html:

@@ -6,6 +6,7 @@ Knows a report and rich; computes nothing but units.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -124,12 +125,13 @@ def _totals(report: PlanReport) -> Table:
 def _print_plan(page: _Page, plan: Plan) -> None:
     """Each kind of layer once, as most of its layers run it; layers that differ in a few steps in one line."""
     page.title(f"The plan {plan.layout_name}, step by step ({plan.num_steps} steps in all)")
+    segments = _gathered(plan.segments)
     usual: dict[str, Segment] = {}
-    for segment in plan.segments:
+    for segment in segments:
         if segment.name not in usual or segment.times > usual[segment.name].times:
             usual[segment.name] = segment
     table = _step_table(header=True)
-    for segment in plan.segments:
+    for segment in segments:
         if segment is usual[segment.name]:
             page.put(table)
             page.put(Text(_segment_title(segment), "bold"))
@@ -144,11 +146,31 @@ def _print_plan(page: _Page, plan: Plan) -> None:
             page.put(Padding(Text(like), (0, 0, 0, 2)))
 
 
+def _gathered(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments of the same steps as one, where the first of them stands: kinds of layers may come in turns."""
+    gathered: list[Segment] = []
+    for segment in segments:
+        same = next(
+            (i for i, one in enumerate(gathered) if (one.name, one.steps) == (segment.name, segment.steps)), None
+        )
+        if same is None:
+            gathered.append(segment)
+        else:
+            gathered[same] = replace(gathered[same], layers=gathered[same].layers + segment.layers)
+    return gathered
+
+
 def _segment_name(segment: Segment) -> str:
     if not segment.layers:
         return f"{segment.name} the layers"
-    first, last = segment.layers[0], segment.layers[-1]
-    return f"{segment.name} layer {first}" if first == last else f"{segment.name} layers {first}-{last}"
+    runs: list[tuple[int, int]] = []
+    for layer in segment.layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1] = runs[-1][0], layer
+        else:
+            runs.append((layer, layer))
+    words = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"{segment.name} layer{'s' if len(segment.layers) > 1 else ''} {words}"
 
 
 def _segment_title(segment: Segment) -> str:

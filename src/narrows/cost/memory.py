@@ -52,18 +52,14 @@ def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank
     def nbytes(weights: dict[str, Weight]) -> int:
         return sum(_held_bytes(weight, mesh, rank, dtype, block) for weight in weights.values())
 
-    moe = config.moe
-    num_dense = config.num_hidden_layers if moe is None else min(moe.first_k_dense_replace, config.num_hidden_layers)
-    num_moe = config.num_hidden_layers - num_dense
     total = nbytes(embed_weights(config, mesh, forms))
     head = head_weights(config, mesh)
     if config.tie_word_embeddings:
         del head["lm_head"]  # a slice of the embedding, which is held already
     total += nbytes(head)
-    if num_dense:
-        total += num_dense * nbytes(layer_weights(config, mesh, forms, 0))
-    if num_moe:
-        total += num_moe * nbytes(layer_weights(config, mesh, forms, config.num_hidden_layers - 1))
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    for kind in set(kinds):  # all layers of a kind hold as much
+        total += kinds.count(kind) * nbytes(layer_weights(config, mesh, forms, kinds.index(kind)))
     return total
 
 

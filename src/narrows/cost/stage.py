@@ -81,11 +81,18 @@ class StepShape:
             return rows * self.context
         return max(rows, self.context) if rows else 0
 
-    def attended(self, rows: int) -> float:
-        """Tokens of context that each of ``rows`` rows of a group attends to, on average."""
-        if self.phase == "decode":
-            return self.context
-        return self.context / 2 if rows >= self.context else self.context - rows / 2
+    def attended(self, rows: int, window: int | None = None) -> float:
+        """Tokens of context that each of ``rows`` rows of a group attends to, on average; at most ``window`` each."""
+        if window is None or window >= self.context:
+            if self.phase == "decode":
+                return self.context
+            return self.context / 2 if rows >= self.context else self.context - rows / 2
+        first = self.context if self.phase == "decode" else max(0, self.context - rows)
+        if first >= window:
+            return window
+        # Rows grow up to the window, and those behind it see as much as it holds.
+        growing = (window**2 - first**2) / 2
+        return (growing + window * (self.context - window)) / (self.context - first)
 
     def split(self, row_set: RowSet) -> RowSplit:
         return self.rows if row_set is RowSet.ALL else self.logits
@@ -117,16 +124,29 @@ class Pricer:
     """Prices steps of one shape on one device.
 
     ``dtype`` is that of the GEMMs (``bf16`` or ``fp8``); activations are ``itemsize`` bytes wide. ``graph``: launched
-    from a CUDA graph rather than eagerly.
+    from a CUDA graph rather than eagerly. ``window``: tokens that a row attends to at most.
     """
 
-    def __init__(self, device: Device, mesh: Mesh, shape: StepShape, dtype: str, *, itemsize: int, graph: bool) -> None:
+    def __init__(
+        self,
+        device: Device,
+        mesh: Mesh,
+        shape: StepShape,
+        dtype: str,
+        *,
+        itemsize: int,
+        graph: bool,
+        window: int | None = None,
+    ) -> None:
         self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
-        self.itemsize, self.graph = itemsize, graph
+        self.itemsize, self.graph, self.window = itemsize, graph, window
+        self._windowed: dict[int, Pricer] = {}
         self._largest: dict[tuple[RowSet, Layout], int] = {}
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
         """One stage that reads its fields at ``layout``; ``fused``: a norm that adds the residual on the way."""
+        if stage.window != self.window and stage.window is not None:
+            return self._within(stage.window).stage(stage, layout, fused, row_set)
         rows = self._rows(row_set, layout)
         work = stage.plain_work if stage.plain_work and not fused else stage.work
         price, nbytes = self._composed(work, rows, self.dtype)
@@ -134,6 +154,20 @@ class Pricer:
             at_work = self.shape.split(row_set).at_work(layout)
             price = self._measured(self.device.measured, stage.price_class, work, rows, at_work)
         return StepPrice(price.ps, rows, round(nbytes), price.source)
+
+    def _within(self, window: int) -> Pricer:
+        """A pricer of the same to which a row attends to so many tokens at most."""
+        if window not in self._windowed:
+            self._windowed[window] = Pricer(
+                self.device,
+                self.mesh,
+                self.shape,
+                self.dtype,
+                itemsize=self.itemsize,
+                graph=self.graph,
+                window=window,
+            )
+        return self._windowed[window]
 
     def _composed(self, work: tuple[Work, ...], rows: int, dtype: str) -> tuple[Price, float]:
         """The price of each item of a stage's work, one after the other, and the bytes that they move."""
@@ -148,7 +182,7 @@ class Pricer:
     ) -> Price:
         """As the stage was measured on this machine; or as its nearest like was, of this dtype before others, in
         proportion to their work; or the items of its work one after the other, each as measured where it was."""
-        phase, attended = self.shape.phase, self.shape.attended(rows)
+        phase, attended = self.shape.phase, self.shape.attended(rows, self.window)
         if (found := measured.stage(price_class, work, self.dtype, at_work, phase, attended)) is not None:
             return found
         others = (other for other in measured.dtypes if other != self.dtype and self.device.has_rate(other))
@@ -276,15 +310,13 @@ class Pricer:
         return "fp32" if precision == "float32_sums" and self.device.shared_memory else "bf16"
 
     def _attention(self, item: AttentionCore, rows: int, size: int) -> tuple[Price, float]:
-        context = self.shape.context
+        pairs = round(rows * self.shape.attended(rows, self.window))
         if self.shape.phase == "decode":
-            pairs, kv_rows, dims = rows * context, rows * context, item.decode_dims
+            kv_rows, dims = pairs, item.decode_dims
         else:
-            pairs, kv_rows, dims = (
-                round(rows * self.shape.attended(rows)),
-                max(rows, context) if rows else 0,
-                item.prefill_dims,
-            )
+            kv_rows, dims = max(rows, self.shape.context) if rows else 0, item.prefill_dims
+            if self.window is not None:
+                kv_rows = min(kv_rows, rows + self.window)
         kv_bytes = kv_rows * item.kv_row_bytes
         flops = 2 * pairs * item.heads * dims
         dtype = "bf16" if size == 2 else "fp32"

@@ -18,6 +18,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+from narrows.arch.positions import cache_salt
 from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.books import Books
@@ -193,6 +194,7 @@ class Engine:
             priority=asked.priority,
             guide=asked.guide,
             client=asked.client,
+            cache_salt=cache_salt(self.resolved.config, len(asked.prompt)),
         )
         self.scheduler.check(request)
         return request

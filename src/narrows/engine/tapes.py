@@ -53,6 +53,8 @@ Span = tuple[int, int, tuple[int, ...]]
 Key = tuple[Program, RowSplit, tuple[int, ...], bool]
 """A program, the rows of each rank, the rows that ask for logits, and whether there is a sampler for them."""
 Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
+Lengths = Sequence[int] | None
+"""Tokens of the sequence that each row of this rank's group belongs to, where angles depend on it."""
 Begin = Callable[[Tensor], RowSampler | None]
 
 
@@ -85,16 +87,18 @@ class _Watcher(TorchDispatchMode):  # type: ignore[misc]
 class _Inputs:
     """The memory of what changes from step to step."""
 
-    def __init__(self, model: Decoder, num_rows: int, spans: Sequence[Span], rows: DecodeRows) -> None:
+    def __init__(
+        self, model: Decoder, num_rows: int, spans: Sequence[Span], rows: DecodeRows, lengths: Lengths
+    ) -> None:
         self._model, self._rows = model, rows
         self.ids_T = torch.zeros(num_rows, dtype=torch.int64)
         self._ids = self.ids_T.numpy()
-        self.step = model.begin_step(self._rows.set(spans))
+        self.step = model.begin_step(self._rows.set(spans), lengths=lengths)
 
-    def set(self, tokens: Sequence[int], spans: Sequence[Span], begin: Begin) -> RowSampler | None:
+    def set(self, tokens: Sequence[int], spans: Sequence[Span], begin: Begin, lengths: Lengths) -> RowSampler | None:
         self._ids[:] = tokens
         sampler = begin(self.ids_T)
-        self.step = self._model.begin_step(self._rows.set(spans), sampler, into=self.step)
+        self.step = self._model.begin_step(self._rows.set(spans), sampler, lengths=lengths, into=self.step)
         return sampler
 
 
@@ -184,29 +188,37 @@ class Tapes:
         spans: Sequence[Span],
         begin: Begin,
         *,
+        lengths: Lengths = None,
         rehearsed: bool = False,
     ) -> tuple[Registers, RowSampler | None] | None:
         """The registers after a walk of a decode step, and its sampler; None if it is to be walked without a tape.
 
-        ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them. ``rehearsed``: as of a frame.
+        ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them. ``lengths``: as
+        :meth:`Decoder.begin_step` takes them. ``rehearsed``: as of a frame.
         """
         if not self.possible or not program.repeatable or batch.phase != "decode":
             return None
         key = program, rows, batch.logit_rows(), batch.needs_logits
         walk = self._walks.pop(key, None)
         if walk is None:
-            return None if key in self._unfit else self._record(key, tokens_of(batch), spans, begin, rehearsed)
+            return None if key in self._unfit else self._record(key, tokens_of(batch), spans, begin, lengths, rehearsed)
         self._walks[key] = walk  # it is the newest now
-        sampler = walk.inputs.set(tokens_of(batch), spans, begin)
+        sampler = walk.inputs.set(tokens_of(batch), spans, begin, lengths)
         walk.frame.inputs, walk.frame.rehearsed = walk.inputs.step, rehearsed
         return walk.repeat(self._world), sampler
 
     def _record(
-        self, key: Key, tokens: Sequence[int], spans: Sequence[Span], begin: Begin, rehearsed: bool
+        self,
+        key: Key,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        begin: Begin,
+        lengths: Lengths,
+        rehearsed: bool,
     ) -> tuple[Registers, RowSampler | None] | None:
         program, rows, logit_rows, _ = key
-        inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)))
-        sampler = inputs.set(tokens, spans, begin)
+        inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)), lengths)
+        sampler = inputs.set(tokens, spans, begin, lengths)
         split = self._logit_split(rows, logit_rows)
         frame = program.frame(inputs.step, rows, split, logit_rows, "decode", rehearsed)
         walk = _Walk(program, frame, inputs)

@@ -156,13 +156,22 @@ class Worker:
         group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         return rows, [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
 
+    def _lengths(self, batch: Batch) -> list[int] | None:
+        """Tokens of the sequence that each of this group's rows belongs to, where the model's angles depend on it."""
+        if not self.model.angles.by_length:
+            return None
+        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
+        return [length for chunk in group for length in chunk.lengths()]
+
     def _taped(
         self, program: Program, batch: Batch, *, rehearsed: bool = False
     ) -> tuple[Registers, RowSampler | None] | None:
         """As :meth:`_walk`, by or for a tape; None if there can be none."""
         rows, spans = self._rows_of(batch)
         begin = partial(self._sampler.begin, batch)
-        return self._tapes.run(program, batch, rows, self._tokens, spans, begin, rehearsed=rehearsed)
+        return self._tapes.run(
+            program, batch, rows, self._tokens, spans, begin, lengths=self._lengths(batch), rehearsed=rehearsed
+        )
 
     def _walk(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> tuple[Registers, RowSampler | None]:
         """The registers after a walk of ``program``, operation by operation, and what has sampled."""
@@ -170,7 +179,7 @@ class Worker:
         logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
         sampler = self._sampler.begin(batch, ids_T)
-        inputs = self.model.begin_step(self._paged_rows(spans), sampler)
+        inputs = self.model.begin_step(self._paged_rows(spans), sampler, lengths=self._lengths(batch))
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase, rehearsed)
         return program.run(frame, ids_T.unsqueeze(-1)), sampler  # a column: ids move as every field does
 

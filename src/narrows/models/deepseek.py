@@ -39,19 +39,24 @@ class DeepseekLayer(MoeLayer):
         self.q_rank = mla.q_lora_rank or 0
         low_rank = ("q_a_proj", "kv_a_proj_with_mqa") if self.q_rank else ("kv_a_proj_with_mqa",)
         self.qkv_a_CH = load.linear(weights, *low_rank)
+        self.qkv_a_bias_C: Tensor | None = None
+        self.o_bias_H: Tensor | None = None
+        if mla.attention_bias:
+            self.qkv_a_bias_C = load.stacked(weights, *(f"{name}.bias" for name in low_rank))
+            self.o_bias_H = load.if_held(weights["o_proj.bias"])
         self.q_a_layernorm = load(weights["q_a_layernorm"]) if self.q_rank else None
         self.kv_a_layernorm_R = load(weights["kv_a_layernorm"])
         self.q_proj = load.linear(weights, "q_b_proj" if self.q_rank else "q_proj")
         kv_b_NXR = load(weights["kv_b_proj"]).unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
         self.w_uk_NDR, self.w_uv_NVR = split_kv_b(kv_b_NXR, mla.qk_nope_head_dim, load.room)
         self.o_proj = load.linear(weights, "o_proj")
-        self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope_scaling)
+        self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope.as_mapping())
         place = load.place
         self.cache_SC = empty_cache((place.num_slots, mla.latent_dim), place.dtype, place.device)
 
     def qkv_a_proj(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """Queries' latent, keys' and values' latent, and the shared rotary key, side by side (this rank's columns)."""
-        return self.linear(hidden_TH, self.qkv_a_CH)
+        return self.linear(hidden_TH, self.qkv_a_CH, self.qkv_a_bias_C)
 
     def latent_norm(self, step: StepInputs, latent_TC: Tensor) -> Tensor:
         """RMSNorm of the queries' latent and of the keys' and values' latent, each alone; the rotary key as it is."""
@@ -67,7 +72,15 @@ class DeepseekLayer(MoeLayer):
         query_from = latent_TC[:, :q] if q else inputs[0]
         q_TND = self.linear(query_from, self.q_proj).unflatten(-1, (-1, mla.qk_head_dim))
         q_nope_TND, q_pe_TNP = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        rope_write_latents(q_pe_TNP, latent_TC[:, q:], step.cos_TD2, step.sin_TD2, self.cache_SC, step.rows.slots_T)
+        rope_write_latents(
+            q_pe_TNP,
+            latent_TC[:, q:],
+            step.cos_TD2,
+            step.sin_TD2,
+            self.cache_SC,
+            step.rows.slots_T,
+            interleaved=self.config.rope.interleaved,
+        )
         attended = mla_attention(
             q_nope_TND,
             q_pe_TNP,
@@ -78,7 +91,7 @@ class DeepseekLayer(MoeLayer):
             self.scale,
             batch_invariant=self.place.batch_invariant,
         )
-        return self.linear(attended, self.o_proj, out=out)
+        return self.linear(attended, self.o_proj, self.o_bias_H, out=out)
 
 
 class Deepseek(Decoder):

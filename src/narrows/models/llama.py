@@ -1,6 +1,7 @@
-"""Llama: grouped-query attention and a SwiGLU MLP, in the order of the forward pass.
+"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and a gated MLP, in the order of the forward pass.
 
-Knows one rank's heads, MLP columns and KV cache. Source of the numbers: transformers ``LlamaForCausalLM``.
+What tells these families apart is in the config: biases, windows, norms of each query and key head. Sources of the
+numbers: transformers' ``LlamaForCausalLM``, ``MistralForCausalLM``, ``Qwen2ForCausalLM`` and ``Qwen3ForCausalLM``.
 
 Letters: T rows, H hidden_size, N this rank's query heads, K its key-value heads, D head_dim, S cache slots.
 """
@@ -20,10 +21,7 @@ __all__ = ["Llama", "LlamaLayer"]
 
 
 class LlamaLayer(DecoderLayer):
-    """input_norm, attention, post_attn_norm, mlp. Families that norm each query and key head have the weights."""
-
-    q_norm_D: Tensor | None = None
-    k_norm_D: Tensor | None = None
+    """input_norm, attention (which norms each query and key head where the model does), post_attn_norm, mlp."""
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__(config, load, layer)
@@ -36,14 +34,17 @@ class LlamaLayer(DecoderLayer):
         self.num_heads, self.num_kv_heads, self.head_dim = q_hi - q_lo, kv_hi - kv_lo, gqa.head_dim
         self.kv_index = tuple(head // per_group - kv_lo for head in range(q_lo, q_hi))
         self.scale = gqa.head_dim**-0.5
+        self.window = config.sliding_window(layer)
         self.qkv_proj = load.linear(self.weights, "q_proj", "k_proj", "v_proj")
         self.qkv_bias: Tensor | None = None
         if gqa.qkv_bias:
             self.qkv_bias = load.stacked(self.weights, "q_proj.bias", "k_proj.bias", "v_proj.bias")
+        self.q_norm_D = load(self.weights["q_norm"]) if gqa.qk_norm else None
+        self.k_norm_D = load(self.weights["k_norm"]) if gqa.qk_norm else None
         self.o_proj = load.linear(self.weights, "o_proj")
         self.o_bias_H: Tensor | None = None
-        if gqa.o_bias and self.weights["o_proj.bias"].is_held(place.mesh, place.rank):
-            self.o_bias_H = load(self.weights["o_proj.bias"])
+        if gqa.o_bias:
+            self.o_bias_H = load.if_held(self.weights["o_proj.bias"])
         cache = (place.num_slots, self.num_kv_heads, gqa.head_dim)
         self.k_cache_SKD = empty_cache(cache, place.dtype, place.device)
         self.v_cache_SKD = empty_cache(cache, place.dtype, place.device)
@@ -63,7 +64,8 @@ class LlamaLayer(DecoderLayer):
             k_norm_D=self.k_norm_D,
             eps=self.eps,
         )
-        attended = gqa_attention(q_TND, self.k_cache_SKD, self.v_cache_SKD, step.rows, self.kv_index, self.scale)
+        rows = step.rows if self.window is None else step.windowed[self.window]
+        attended = gqa_attention(q_TND, self.k_cache_SKD, self.v_cache_SKD, rows, self.kv_index, self.scale)
         return self.linear(attended, self.o_proj, self.o_bias_H, out=out)
 
 
@@ -74,5 +76,6 @@ class Llama(Decoder):
 
     def __init__(self, config: ModelConfig, load: Loader) -> None:
         assert isinstance(config.attention, GQA)
-        super().__init__(config, load, rope_dim=config.attention.head_dim)
+        rotated = int(config.attention.head_dim * config.rope.partial_rotary_factor)
+        super().__init__(config, load, rope_dim=rotated)
         self.layers = [self.layer_class(config, load, layer) for layer in range(config.num_hidden_layers)]

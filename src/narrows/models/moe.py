@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrows.arch.config import ModelConfig
 from narrows.models.parts import DecoderLayer, Loader, StepInputs
-from narrows.ops.experts import experts_mlp
+from narrows.ops.experts import SharedMlp, experts_mlp
 from narrows.ops.linear import linear
 from narrows.ops.route import Routing, route, router
 
@@ -21,7 +21,7 @@ __all__ = ["MoeLayer"]
 
 
 class MoeLayer(DecoderLayer):
-    """A decoder layer that may have routed experts: ``first_k_dense_replace`` layers have an MLP instead."""
+    """A decoder layer that may have routed experts; the config says which have an MLP instead."""
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__(config, load, layer)
@@ -47,6 +47,11 @@ class MoeLayer(DecoderLayer):
             self.shared_gate_up_F2H = load.gate_up(weights, "shared_experts.gate_proj", "shared_experts.up_proj")
             self.shared_down_HF = load.linear(weights, "shared_experts.down_proj")
             self.adds_shared = load.place.forms.shared_expert == "sharded"
+            self.shared: SharedMlp = self.shared_gate_up_F2H, self.shared_down_HF
+            if config.mlp_bias:
+                names = "shared_experts.gate_proj.bias", "shared_experts.up_proj.bias"
+                down_bias_H = load.if_held(weights["shared_experts.down_proj.bias"])
+                self.shared = *self.shared[:2], load.stacked(weights, *names), down_bias_H
 
     def route(self, hidden_TH: Tensor, forced_ids_TK: Tensor | None = None, *, with_margin: bool = False) -> Routing:
         """Each row's experts and their weights. The reference multiplies in float32, so this does.
@@ -62,7 +67,7 @@ class MoeLayer(DecoderLayer):
 
     def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
-        return self.gated_mlp(hidden_TH, self.shared_gate_up_F2H, self.shared_down_HF)
+        return self.gated_mlp(hidden_TH, *self.shared)
 
     def experts(
         self,
@@ -81,7 +86,8 @@ class MoeLayer(DecoderLayer):
             self.experts_gate_up_EF2H,
             self.experts_down_EHF,
             first_expert=self.first_expert,
-            shared=(self.shared_gate_up_F2H, self.shared_down_HF) if self.adds_shared else None,
+            shared=self.shared if self.adds_shared else None,
+            hidden_act=self.config.hidden_act,
             out=out,
             batch_invariant=self.place.batch_invariant,
         )

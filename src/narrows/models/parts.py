@@ -26,9 +26,9 @@ from narrows.ops.large_pages import LargePages
 from narrows.ops.linear import linear
 from narrows.ops.mlp import mlp
 from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
-from narrows.ops.paged import PagedRows
+from narrows.ops.paged import PagedRows, windowed_rows
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
-from narrows.ops.rope import rope_inverse_frequencies, rope_table
+from narrows.ops.rope_angles import RopeAngles
 from narrows.weights.source import WeightSource
 
 __all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
@@ -54,19 +54,21 @@ class Place:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """What stages need to know of a step: how its group's rows meet the cache, their rotary angles, and how to sample
-    (None: the best token)."""
+    (None: the best token). ``windowed``: the same rows for each window that a layer may have."""
 
     rows: PagedRows
     cos_TD2: Tensor
     sin_TD2: Tensor
+    windowed: Mapping[int, PagedRows]
     sampler: Callable[[Tensor], Tensor] | None = None
 
 
 class Loader:
     """Takes one rank's slices from a source, on its device and in its dtype."""
 
-    def __init__(self, source: WeightSource, place: Place) -> None:
+    def __init__(self, source: WeightSource, place: Place, hidden_act: str = "silu") -> None:
         self.source, self.place = source, place
+        self._gated = hidden_act == "silu"
         self.room = LargePages().empty
         """Where packed weights lie."""
 
@@ -75,6 +77,10 @@ class Loader:
         tensor = self.source.take(weight, weight.span(place.mesh, place.rank))
         # A copy, also where nothing changes: a view of the checkpoint would keep its whole file mapped.
         return tensor.to(device=place.device, dtype=torch.float32 if weight.float32 else place.dtype, copy=True)
+
+    def if_held(self, weight: Weight) -> Tensor | None:
+        """As a call, where this rank holds any of it: an addend of a sum over ranks joins once."""
+        return self(weight) if weight.is_held(self.place.mesh, self.place.rank) else None
 
     def stacked(self, weights: Mapping[str, Weight], *roles: str) -> Tensor:
         """Several vectors one after the other."""
@@ -97,7 +103,9 @@ class Loader:
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
         place, shape = self.place, self._shape(weights[gate])
-        ready = empty_gate_up(shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room)
+        ready = empty_gate_up(
+            shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room, gated=self._gated
+        )
         self._fill(ready, weights, (gate, up))
         return ready
 
@@ -130,7 +138,7 @@ class Loader:
         columns = gate.shape[0] if span is None else span[1] - span[0]
         hidden = gate.shape[1]
         gate_up_EF2H, down_EHF = empty_experts(
-            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate), self.room
+            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate), self.room, gated=self._gated
         )
         for i in range(stop - first):
             fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
@@ -146,7 +154,7 @@ class DecoderLayer:
         place = load.place
         self.config, self.place = config, place
         self.linear = partial(linear, batch_invariant=place.batch_invariant)
-        self.gated_mlp = partial(mlp, batch_invariant=place.batch_invariant)
+        self.gated_mlp = partial(mlp, hidden_act=config.hidden_act, batch_invariant=place.batch_invariant)
         self.weights = layer_weights(config, place.mesh, place.forms, layer)
         self.eps = config.rms_norm_eps
         self.input_layernorm_H = load(self.weights["input_layernorm"])
@@ -158,8 +166,7 @@ class DecoderLayer:
             self.down_HF = load.linear(self.weights, "down_proj")
             if config.mlp_bias:
                 self.gate_up_bias_F2 = load.stacked(self.weights, "gate_proj.bias", "up_proj.bias")
-                if self.weights["down_proj.bias"].is_held(place.mesh, place.rank):
-                    self.down_bias_H = load(self.weights["down_proj.bias"])
+                self.down_bias_H = load.if_held(self.weights["down_proj.bias"])
 
     def norm_of(self, stage: str) -> tuple[Tensor, float]:
         """Weight and epsilon of the norm that ``stage`` is."""
@@ -179,7 +186,7 @@ class DecoderLayer:
         return _norm(hidden_TH, residual_TH, self.post_attention_layernorm_H, self.eps)
 
     def mlp(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """``down(silu(gate(x)) * up(x))`` over this rank's columns: an addend of the sum over the world."""
+        """``down(act(gate(x)) * up(x))`` over this rank's columns: an addend of the sum over the world."""
         return self.gated_mlp(
             hidden_TH, self.gate_up_F2H, self.down_HF, self.gate_up_bias_F2, self.down_bias_H, out=out
         )
@@ -221,27 +228,41 @@ class Decoder:
         else:
             self.lm_head_VH = load.linear(head, "lm_head")
         self.norm_H = load(head["norm"])
-        inv_freq_D2, factor = rope_inverse_frequencies(
-            rope_dim, config.rope_theta, scaling=config.rope_scaling, max_position=config.max_position_embeddings
-        )
-        self.cos_PD2, self.sin_PD2 = (
-            table.to(place.device)
-            for table in rope_table(inv_freq_D2, factor, place.num_positions, rope_dtype or place.dtype)
+        of_layers = (config.sliding_window(layer) for layer in range(config.num_hidden_layers))
+        self.windows = tuple(sorted({window for window in of_layers if window is not None}))
+        self.angles = RopeAngles(
+            rope_dim,
+            config.rope.rope_theta,
+            scaling=config.rope.as_mapping(),
+            max_position=config.max_position_embeddings,
+            num_positions=place.num_positions,
+            dtype=rope_dtype or place.dtype,
+            device=place.device,
         )
 
     def begin_step(
-        self, rows: PagedRows, sampler: Callable[[Tensor], Tensor] | None = None, *, into: StepInputs | None = None
+        self,
+        rows: PagedRows,
+        sampler: Callable[[Tensor], Tensor] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        into: StepInputs | None = None,
     ) -> StepInputs:
         """What the stages need of a step in which this rank's group has these rows.
 
-        ``into``: an earlier step's inputs of as many rows, in whose memory the angles are put.
+        ``lengths``: tokens of each row's sequence, as ``angles`` takes them. ``into``: an earlier step's inputs of as
+        many rows, in whose memory the angles are put.
         """
-        positions = rows.positions_T
-        cos_TD2, sin_TD2 = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
+        cos, sin = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
+        cos_TD2, sin_TD2 = self.angles.rows(rows.positions_T, lengths, cos=cos, sin=sin)
         return StepInputs(
             rows=rows,
-            cos_TD2=torch.index_select(self.cos_PD2, 0, positions, out=cos_TD2),
-            sin_TD2=torch.index_select(self.sin_PD2, 0, positions, out=sin_TD2),
+            cos_TD2=cos_TD2,
+            sin_TD2=sin_TD2,
+            windowed={
+                window: windowed_rows(rows, window, None if into is None else into.windowed[window])
+                for window in self.windows
+            },
             sampler=sampler,
         )
 

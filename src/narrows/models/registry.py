@@ -9,8 +9,8 @@ from narrows.arch.config import ModelConfig
 from narrows.errors import ConfigError
 from narrows.models.deepseek import Deepseek
 from narrows.models.llama import Llama
+from narrows.models.llama_moe import LlamaMoe
 from narrows.models.parts import Decoder, Loader, Place
-from narrows.models.qwen import Qwen2, Qwen3, Qwen3Moe
 from narrows.weights.source import WeightSource
 
 __all__ = ["EXECUTABLE", "build_model", "check_executable"]
@@ -20,9 +20,11 @@ EXECUTABLE: Mapping[str, Callable[[ModelConfig, Loader], Decoder]] = MappingProx
         "deepseek_v2": Deepseek,
         "deepseek_v3": Deepseek,
         "llama": Llama,
-        "qwen2": Qwen2,
-        "qwen3": Qwen3,
-        "qwen3_moe": Qwen3Moe,
+        "mistral": Llama,
+        "qwen2": Llama,
+        "qwen3": Llama,
+        "qwen3_moe": LlamaMoe,
+        "glm4_moe": LlamaMoe,
     }
 )
 
@@ -48,4 +50,4 @@ def build_model(config: ModelConfig, source: WeightSource, place: Place) -> Deco
         CheckpointError: a tensor is missing or has another shape.
     """
     check_executable(config)
-    return EXECUTABLE[config.model_type](config, Loader(source, place))
+    return EXECUTABLE[config.model_type](config, Loader(source, place, config.hidden_act))

@@ -20,9 +20,15 @@ BLOCK_SCORES = 1 << 22
 
 
 def causal_attention(
-    q_KGTD: Tensor, k_KLD: Tensor, v_KLV: Tensor, scale: float, *, out: Tensor | None = None
+    q_KGTD: Tensor,
+    k_KLD: Tensor,
+    v_KLV: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(scale * q k^T + mask) v`` where row t sees tokens 0 .. L - T + t.
+    """``softmax(scale * q k^T + mask) v`` where row t sees tokens 0 .. L - T + t, or the last ``window`` of them.
 
     Shapes: q [K, G, T, D], k [K, L, D], v [K, L, V] with 1 <= T <= L, any strides, -> [T, K, G, V] in q's dtype.
     Scores and softmax in float32 (float64 for float64), probabilities rounded to q's dtype before they meet v.
@@ -40,7 +46,7 @@ def causal_attention(
     if out is None:
         out = q_KGTD.new_empty((num_rows, num_kv, group, value_dim))
     if q_KGTD.device.type != "cpu" and q_KGTD.dtype.itemsize == 2:
-        return _fused(q_KGTD, k_KLD, v_KLV, scale, out)
+        return _fused(q_KGTD, k_KLD, v_KLV, scale, window, out)
     wide = torch.promote_types(q_KGTD.dtype, torch.float32)
     block_rows = max(1, min(BLOCK_ROWS, num_rows, BLOCK_SCORES // max(1, group * context_len)))
     block_heads = max(1, min(num_kv, BLOCK_SCORES // max(1, group * block_rows * context_len)))
@@ -53,28 +59,38 @@ def causal_attention(
         for start in range(0, num_rows, block_rows):
             stop = min(start + block_rows, num_rows)
             seen, rows = context_len - num_rows + stop, stop - start
+            first = 0 if window is None else max(0, seen - rows + 1 - window)  # the oldest token that any row sees
             q_KMD = (q_KGTD[heads, :, start:stop].to(wide) * scale).flatten(1, 2)
-            score_KML = buffer[: num_heads * group * rows * seen].view(num_heads, group * rows, seen)
-            torch.bmm(q_KMD, kt_KDL[:, :, :seen], out=score_KML)
+            width = seen - first
+            score_KML = buffer[: num_heads * group * rows * width].view(num_heads, group * rows, width)
+            torch.bmm(q_KMD, kt_KDL[:, :, first:seen], out=score_KML)
             # Only the block's own tokens can lie in some row's future.
-            score_KML.unflatten(1, (group, rows))[..., seen - rows :].masked_fill_(
-                above_diagonal_MM[:rows, :rows], float("-inf")
-            )
+            score_KGML = score_KML.unflatten(1, (group, rows))
+            score_KGML[..., width - rows :].masked_fill_(above_diagonal_MM[:rows, :rows], float("-inf"))
+            if window is not None:
+                score_KGML.masked_fill_(_left_behind(rows, width, window, score_KML.device), float("-inf"))
             p_KML = torch.softmax(score_KML, dim=-1, out=score_KML).to(q_KGTD.dtype)
-            o_KMV = torch.bmm(p_KML, v_KLV[heads, :seen])
+            o_KMV = torch.bmm(p_KML, v_KLV[heads, first:seen])
             out[start:stop, heads] = o_KMV.unflatten(1, (group, rows)).permute(2, 0, 1, 3)
     return out
 
 
-def _fused(q_KGTD: Tensor, k_KLD: Tensor, v_KLV: Tensor, scale: float, out: Tensor) -> Tensor:
+def _left_behind(num_rows: int, num_tokens: int, window: int, device: torch.device) -> Tensor:
+    """Which tokens lie before the windows of the last ``num_rows`` of ``num_tokens`` tokens: [rows, tokens]."""
+    return torch.ones((num_rows, num_tokens), dtype=torch.bool, device=device).tril_(num_tokens - num_rows - window)
+
+
+def _fused(q_KGTD: Tensor, k_KLD: Tensor, v_KLV: Tensor, scale: float, window: int | None, out: Tensor) -> Tensor:
     """One kernel for all heads and rows. Keys may be wider than the queries' dtype: they came from it."""
     shape = (q_KGTD.shape[0], q_KGTD.shape[1])
     k_KGLD, v_KGLV = (x.to(q_KGTD.dtype).unsqueeze(1).expand(*shape, *x.shape[1:]) for x in (k_KLD, v_KLV))
     num_rows, context_len = q_KGTD.shape[2], k_KLD.shape[1]
     sees_TL: Tensor | None = None  # row t sees tokens 0 .. L - T + t
-    if num_rows < context_len:
+    if num_rows < context_len or window is not None:
         sees_TL = torch.ones((num_rows, context_len), dtype=torch.bool, device=q_KGTD.device)
         sees_TL = sees_TL.tril_(context_len - num_rows)
+    if window is not None and sees_TL is not None:
+        sees_TL &= ~_left_behind(num_rows, context_len, window, q_KGTD.device)
     o_KGTV = functional.scaled_dot_product_attention(
         q_KGTD, k_KGLD, v_KGLV, attn_mask=sees_TL, is_causal=sees_TL is None, scale=scale
     )
@@ -82,7 +98,13 @@ def _fused(q_KGTD: Tensor, k_KLD: Tensor, v_KLV: Tensor, scale: float, out: Tens
 
 
 def causal_attention_reference(
-    q_KGTD: Tensor, k_KLD: Tensor, v_KLV: Tensor, scale: float, *, out: Tensor | None = None
+    q_KGTD: Tensor,
+    k_KLD: Tensor,
+    v_KLV: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Twin of `causal_attention`: all scores at once, in float32 throughout, rounded at the end."""
     wide = torch.promote_types(q_KGTD.dtype, torch.float32)
@@ -91,6 +113,9 @@ def causal_attention_reference(
     future_TL = torch.ones((num_rows, context_len), dtype=torch.bool, device=q_KGTD.device).triu_(
         context_len - num_rows + 1
     )
+    if window is not None:
+        at_T1 = torch.arange(context_len - num_rows, context_len, device=q_KGTD.device)[:, None]
+        future_TL |= torch.arange(context_len, device=q_KGTD.device) <= at_T1 - window
     p_KGTL = score_KGTL.masked_fill(future_TL, float("-inf")).softmax(dim=-1)
     o_TKGV = (p_KGTL @ v_KLV.to(wide).unsqueeze(1)).permute(2, 0, 1, 3).to(q_KGTD.dtype)
     return o_TKGV if out is None else out.copy_(o_TKGV)

@@ -8,18 +8,22 @@ Letters: T rows, K experts chosen per row, E experts held here, F intermediate c
 """
 
 from ctypes import byref
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from narrows.ops.act_mul import act_mul
 from narrows.ops.compiled import Pair, brgemm, gemm_library
-from narrows.ops.int8 import Int8Stack
 from narrows.ops.mlp import mlp, mlp_reference
 from narrows.ops.packed import ExpertStack, LinearWeight, PackedLinear, PackedStack
-from narrows.ops.silu_mul import silu_mul
 
-__all__ = ["experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
+__all__ = ["SharedMlp", "experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
+
+
+SharedMlp = tuple[LinearWeight, LinearWeight] | tuple[LinearWeight, LinearWeight, Tensor | None, Tensor | None]
+"""Of an MLP that every row goes through: gate and up, down, and where it has biases theirs, in that order."""
 
 
 def experts_mlp(
@@ -30,30 +34,32 @@ def experts_mlp(
     down_EHF: ExpertStack,
     *,
     first_expert: int,
-    shared: tuple[LinearWeight, LinearWeight] | None = None,
+    shared: SharedMlp | None = None,
+    hidden_act: str = "silu",
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """``y[t] = sum_k weight[t, k] * down_e (silu(gate_e x[t]) * up_e x[t])`` over the chosen e that are held here.
+    """``y[t] = sum_k weight[t, k] * down_e (act(gate_e x[t]) * up_e x[t])`` over the chosen e that are held here.
 
     Shapes: x [T, H], ids [T, K] int64 or int32 (distinct in a row; an id outside ``first_expert <= id < first_expert +
     E`` adds nothing, and so does a dead row's -1), weights [T, K] float32, gate_up [E, 2F, H] (gate first), down [E,
     H, F] -> [T, H] in x's dtype (or ``out``'s: a float32 ``out`` receives the unrounded sum).
 
-    ``shared``: gate and up, and down, of an MLP (`mlp`) that every row goes through; it is added last, with weight 1.
+    ``shared``: the weights of an MLP (`mlp`) that every row goes through; it is added last, with weight 1.
+    ``hidden_act``: a name of `act_mul.ACTIVATIONS`, for all of them.
 
     A row's sum is taken in float32, by rising expert id, and rounded once. The order does not depend on the other
     rows; the products may, unless ``batch_invariant`` asks for `linear`'s remedy (on CPU; elsewhere it does nothing).
 
-    Packed weights: one call (native/csrc/experts.cpp) for all experts; no product is rounded before the sum, and the
-    bits are `linear`'s affair. Plain ones on CPU: rows sorted by expert, a loop over the experts that were
-    chosen, never over rows; the segment lengths are read on the host, which is free there. Elsewhere:
+    Weights packed for silu: one call (native/csrc/experts.cpp) for all experts; no product is rounded before the sum,
+    and the bits are `linear`'s affair. Others on CPU: rows sorted by expert, a loop over the experts that were chosen,
+    never over rows; the segment lengths are read on the host, which is free there. Elsewhere:
     `experts_mlp_grouped`. Measured on CPU the loop and that take the same time when all experts are held here (torch's
     grouped product is such a loop); with a share of them only the loop skips the rest.
     Source: transformers ``DeepseekV3Experts`` and its fused weights, which rounds after each expert instead.
     """
-    if isinstance(gate_up_EF2H, PackedStack):
-        assert isinstance(down_EHF, PackedStack)
+    if isinstance(gate_up_EF2H, PackedStack) and gate_up_EF2H.gated:
+        assert isinstance(down_EHF, PackedStack) and hidden_act == "silu"
         return _packed_experts(
             x_TH,
             topk_ids_TK,
@@ -65,9 +71,8 @@ def experts_mlp(
             out,
             None if batch_invariant else brgemm(),
         )
-    assert isinstance(gate_up_EF2H, Tensor | Int8Stack) and isinstance(down_EHF, Tensor | Int8Stack)
     if x_TH.device.type != "cpu":
-        assert isinstance(gate_up_EF2H, Tensor) and isinstance(down_EHF, Tensor), "int8 weights are for CPUs"
+        assert isinstance(gate_up_EF2H, Tensor) and isinstance(down_EHF, Tensor), "these weights are for CPUs"
         return experts_mlp_grouped(
             x_TH,
             topk_ids_TK,
@@ -76,6 +81,7 @@ def experts_mlp(
             down_EHF,
             first_expert=first_expert,
             shared=shared,
+            hidden_act=hidden_act,
             out=out,
         )
     num_experts, top_k = gate_up_EF2H.shape[0], topk_ids_TK.shape[1]
@@ -87,17 +93,18 @@ def experts_mlp(
     x_XH = x_TH.index_select(0, row_X)
     wide = torch.promote_types(x_TH.dtype, torch.float32)
     sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
+    expert_mlp = partial(mlp, hidden_act=hidden_act, batch_invariant=batch_invariant)
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
             continue
         segment = slice(start, start + count)
-        y_XH = mlp(x_XH[segment], gate_up_EF2H[expert], down_EHF[expert], batch_invariant=batch_invariant)
+        y_XH = expert_mlp(x_XH[segment], gate_up_EF2H[expert], down_EHF[expert])
         # A row is at most once in an expert's segment: no two of these additions meet.
         sum_TH.index_add_(0, row_X[segment], y_XH.to(wide).mul_(weight_X1[segment]))
         start += count
     if shared is not None:
-        sum_TH += mlp(x_TH, *shared, batch_invariant=batch_invariant)
+        sum_TH += expert_mlp(x_TH, *shared)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 
@@ -109,7 +116,8 @@ def experts_mlp_grouped(
     down_EHF: Tensor,
     *,
     first_expert: int,
-    shared: tuple[LinearWeight, LinearWeight] | None = None,
+    shared: SharedMlp | None = None,
+    hidden_act: str = "silu",
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -128,7 +136,7 @@ def experts_mlp_grouped(
     of_expert_E = torch.arange(num_experts, device=x_TH.device)
     ends_E = torch.searchsorted(expert_TK.flatten()[pair_X], of_expert_E, right=True).to(torch.int32)
     x_XH = x_TH.index_select(0, pair_X // top_k)
-    inner_XF = silu_mul(functional.grouped_mm(x_XH, gate_up_EF2H.transpose(1, 2), offs=ends_E))
+    inner_XF = act_mul(functional.grouped_mm(x_XH, gate_up_EF2H.transpose(1, 2), offs=ends_E), hidden_act)
     y_XH = functional.grouped_mm(inner_XF, down_EHF.transpose(1, 2), offs=ends_E)
     place_TK = (
         torch.empty_like(pair_X)
@@ -143,7 +151,7 @@ def experts_mlp_grouped(
         y_TH.masked_fill_((expert_TK[:, choice] == num_experts).unsqueeze(-1), 0)
         sum_TH += y_TH.mul_(weight_TK[:, choice : choice + 1])
     if shared is not None:
-        sum_TH += mlp(x_TH, *shared)
+        sum_TH += mlp(x_TH, *shared, hidden_act=hidden_act)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 
@@ -155,7 +163,8 @@ def experts_mlp_reference(
     down_EHF: ExpertStack,
     *,
     first_expert: int,
-    shared: tuple[LinearWeight, LinearWeight] | None = None,
+    shared: SharedMlp | None = None,
+    hidden_act: str = "silu",
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -164,10 +173,10 @@ def experts_mlp_reference(
     sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
     for expert in range(gate_up_EF2H.shape[0]):
         weight_T = torch.where(topk_ids_TK == first_expert + expert, topk_weights_TK, 0).sum(dim=-1)
-        y_TH = mlp_reference(x_TH, gate_up_EF2H[expert], down_EHF[expert])
+        y_TH = mlp_reference(x_TH, gate_up_EF2H[expert], down_EHF[expert], hidden_act=hidden_act)
         sum_TH += y_TH.to(wide) * weight_T.unsqueeze(-1)
     if shared is not None:
-        sum_TH += mlp_reference(x_TH, *shared)
+        sum_TH += mlp_reference(x_TH, *shared, hidden_act=hidden_act)
     return _rounded(sum_TH, x_TH.dtype, out)
 
 
@@ -188,7 +197,7 @@ def _packed_experts(
     gate_up: PackedStack,
     down: PackedStack,
     first_expert: int,
-    shared: tuple[LinearWeight, LinearWeight] | None,
+    shared: SharedMlp | None,
     out: Tensor | None,
     many: Pair | None,
 ) -> Tensor:
@@ -201,12 +210,17 @@ def _packed_experts(
     if out is not None and (out.stride(1) != 1 or out.dtype not in (torch.bfloat16, torch.float32)):
         y_TH = _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, shared, None, many)
         return out.copy_(y_TH)
+    if shared is not None and len(shared) == 4:
+        # The compiled call has no biases: that MLP is added to its unrounded sum.
+        sum_TH = torch.empty((num_rows, hidden), dtype=torch.float32)
+        _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, None, sum_TH, many)
+        return _rounded(sum_TH.add_(mlp(x_TH, *shared, batch_invariant=many is None)), x_TH.dtype, out)
     y_TH = torch.empty((num_rows, hidden), dtype=torch.bfloat16) if out is None else out
     assert y_TH.shape == (num_rows, hidden)
     ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
     of_shared: tuple[object, object, int] = (None, None, 0)
     if shared is not None:
-        shared_gate_up, shared_down = shared
+        shared_gate_up, shared_down = shared[0], shared[1]
         assert isinstance(shared_gate_up, PackedLinear) and isinstance(shared_down, PackedLinear)
         assert shared_gate_up.given[0] == shared_down.given[0] == gate_up.given[0] == down.given[0], "kinds of weights"
         of_shared = (byref(shared_gate_up.address), byref(shared_down.address), shared_down.num_inputs)

@@ -51,34 +51,25 @@ def gqa_attention(
     (`head_blocks`; an even split is one block).
 
     bf16 on CPUs with products for it: compiled kernels, which read decode rows' slots in place, each row by itself (its
-    bits do not depend on others), and spans in blocks of tokens (docs/kernels.md). Else decode rows go through
-    ``scaled_dot_product_attention`` in `PagedRows.decode_groups` (1.1 to 3 times faster than products here, and 16
-    times faster than its own ``enable_gqa`` in bf16), prefill spans through `causal_attention`.
+    bits do not depend on others), and spans without a window in blocks of tokens (docs/kernels.md). Else decode rows
+    go through ``scaled_dot_product_attention`` in `PagedRows.decode_groups` (1.1 to 3 times faster than products here,
+    and 16 times faster than its own ``enable_gqa`` in bf16), prefill spans through `causal_attention`.
     Source: Ainslie et al., "GQA" (2023); transformers ``LlamaAttention``, ``Qwen3Attention``.
     """
     num_rows, num_heads, head_dim = q_TND.shape
     if out is None:
         out = q_TND.new_empty((num_rows, num_heads * head_dim))
     out_TND = out.view(num_rows, num_heads, head_dim)
-    if _is_compiled(q_TND, k_cache_SKD, v_cache_SKD, out_TND):
-        for span in rows.prefills:
-            of_span = slice(span.row_start, span.row_stop)
-            causal_heads(q_TND[of_span], k_cache_SKD, v_cache_SKD, span, kv_index, scale, out_TND[of_span])
-        if rows.decode_groups:
-            _compiled_decode(q_TND, k_cache_SKD, v_cache_SKD, rows, kv_index, scale, out_TND)
-        return out
-    blocks = head_blocks(kv_index)
+    compiled, blocks = _is_compiled(q_TND, k_cache_SKD, v_cache_SKD, out_TND), head_blocks(kv_index)
     for span in rows.prefills:
         of_span = slice(span.row_start, span.row_stop)
-        k_KLD = k_cache_SKD.index_select(0, span.slots_L).transpose(0, 1)
-        v_KLD = v_cache_SKD.index_select(0, span.slots_L).transpose(0, 1)
-        for block in blocks:
-            heads, kv_heads = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
-            shape = (block.kv_stop - block.kv_start, -1)
-            q_KGTD = q_TND[of_span, heads].unflatten(1, shape).permute(1, 2, 0, 3)
-            out_TKGD = out_TND[of_span, heads].unflatten(1, shape)
-            causal_attention(q_KGTD, k_KLD[kv_heads], v_KLD[kv_heads], scale, out=out_TKGD)
-    if rows.decode_groups:
+        if compiled and span.window is None:
+            causal_heads(q_TND[of_span], k_cache_SKD, v_cache_SKD, span, kv_index, scale, out_TND[of_span])
+        else:
+            _prefill(q_TND[of_span], k_cache_SKD, v_cache_SKD, span, blocks, scale, out_TND[of_span])
+    if compiled and rows.decode_groups:
+        _compiled_decode(q_TND, k_cache_SKD, v_cache_SKD, rows, kv_index, scale, out_TND)
+    elif rows.decode_groups:
         if rows.prefills:
             o_BND = _decode(q_TND[rows.decode_rows_B], k_cache_SKD, v_cache_SKD, rows, blocks, scale)
             out_TND.index_copy_(0, rows.decode_rows_B, o_BND)
@@ -207,6 +198,25 @@ def head_blocks(kv_index: tuple[int, ...]) -> tuple[HeadBlock, ...]:
             blocks.append(HeadBlock(q_start=start, q_stop=stop, kv_start=kv_head, kv_stop=kv_head + 1))
         start = stop
     return tuple(blocks)
+
+
+def _prefill(
+    q_TND: Tensor,
+    k_cache_SKD: Tensor,
+    v_cache_SKD: Tensor,
+    span: PrefillSpan,
+    blocks: tuple[HeadBlock, ...],
+    scale: float,
+    out_TND: Tensor,
+) -> None:
+    k_KLD = k_cache_SKD.index_select(0, span.slots_L).transpose(0, 1)
+    v_KLD = v_cache_SKD.index_select(0, span.slots_L).transpose(0, 1)
+    for block in blocks:
+        heads, kv_heads = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+        shape = (block.kv_stop - block.kv_start, -1)
+        q_KGTD = q_TND[:, heads].unflatten(1, shape).permute(1, 2, 0, 3)
+        out_TKGD = out_TND[:, heads].unflatten(1, shape)
+        causal_attention(q_KGTD, k_KLD[kv_heads], v_KLD[kv_heads], scale, window=span.window, out=out_TKGD)
 
 
 def _decode(

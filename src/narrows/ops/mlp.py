@@ -8,10 +8,10 @@ Letters: T rows, H columns, F inner columns held here.
 import torch
 from torch import Tensor
 
+from narrows.ops.act_mul import act_mul
 from narrows.ops.compiled import Pair, brgemm, gemm_library
 from narrows.ops.linear import linear
 from narrows.ops.packed import LinearWeight, PackedLinear, plain
-from narrows.ops.silu_mul import silu_mul
 
 __all__ = ["mlp", "mlp_reference"]
 
@@ -23,20 +23,25 @@ def mlp(
     gate_up_bias_F2: Tensor | None = None,
     down_bias_H: Tensor | None = None,
     *,
+    hidden_act: str = "silu",
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """``down(silu(gate x + bias) * (up x + bias)) + bias``.
+    """``down(act(gate x + bias) * (up x + bias)) + bias``.
 
     Shapes: x [T, H], gate_up [2F, H] (gate first), down [H, F], biases [2F] and [H] -> [T, H] in x's dtype.
+    ``hidden_act``: a name of `act_mul.ACTIVATIONS`.
 
-    With packed weights the activation is taken of the unrounded products and rounded once, and nothing 2F wide is ever
-    written. Else gate and up, silu, and their product are rounded each, as transformers' modules do.
+    With a gate-and-up weight packed for it, silu is taken of the unrounded products and rounded once, and nothing 2F
+    wide is ever written. Else gate and up, the activation, and their product are rounded each, as transformers' modules
+    do.
     """
-    if isinstance(gate_up_F2H, PackedLinear):
+    if isinstance(gate_up_F2H, PackedLinear) and gate_up_F2H.gated:
+        assert hidden_act == "silu", "a weight whose gates and ups are packed together is for silu"
         inner_TF = _packed_gate_up(x_TH, gate_up_F2H, gate_up_bias_F2, None if batch_invariant else brgemm())
     else:
-        inner_TF = silu_mul(linear(x_TH, gate_up_F2H, gate_up_bias_F2, batch_invariant=batch_invariant))
+        gate_up_TF2 = linear(x_TH, gate_up_F2H, gate_up_bias_F2, batch_invariant=batch_invariant)
+        inner_TF = act_mul(gate_up_TF2, hidden_act)
     return linear(inner_TF, down_HF, down_bias_H, out=out, batch_invariant=batch_invariant)
 
 
@@ -47,11 +52,12 @@ def mlp_reference(
     gate_up_bias_F2: Tensor | None = None,
     down_bias_H: Tensor | None = None,
     *,
+    hidden_act: str = "silu",
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `mlp`, each step rounded."""
-    inner_TF = silu_mul(torch.nn.functional.linear(x_TH, plain(gate_up_F2H), gate_up_bias_F2))
+    inner_TF = act_mul(torch.nn.functional.linear(x_TH, plain(gate_up_F2H), gate_up_bias_F2), hidden_act)
     y_TH = torch.nn.functional.linear(inner_TF, plain(down_HF), down_bias_H)
     return y_TH if out is None else out.copy_(y_TH)
 

@@ -138,9 +138,11 @@ def empty_gate_up(
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
     room: Room = _anywhere,
+    *,
+    gated: bool = True,
 ) -> LinearWeight:
-    """Room for a weight [2F, I], gates first."""
-    if not _packs(dtype, device, quantization):
+    """Room for a weight [2F, I], gates first. ``gated``: packed for silu, which compiled products have in them."""
+    if not gated or not _packs(dtype, device, quantization):
         return empty_linear(2 * num_inner, num_inputs, dtype, device, quantization, room)
     return _stack(1, 2 * num_inner, num_inputs, True, quantization, room)[0]
 
@@ -153,11 +155,13 @@ def empty_experts(
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
     room: Room = _anywhere,
+    *,
+    gated: bool = True,
 ) -> tuple[ExpertStack, ExpertStack]:
-    """Room for gate and up [E, 2F, H], gates first, and down [E, H, F]."""
+    """Room for gate and up [E, 2F, H], gates first, and down [E, H, F]. ``gated``: see :func:`empty_gate_up`."""
     if _packs(dtype, device, quantization):
         return (
-            _stack(num_experts, 2 * num_inner, hidden, True, quantization, room),
+            _stack(num_experts, 2 * num_inner, hidden, gated, quantization, room),
             _stack(num_experts, hidden, num_inner, False, quantization, room),
         )
     if quantization.kind:

@@ -12,7 +12,7 @@ Letters: T rows of the step, B decode rows, L tokens in a context, S slots.
 
 import mmap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "build_paged_rows",
     "empty_cache",
     "row_contexts",
+    "windowed_rows",
     "write_cache",
 ]
 
@@ -40,13 +41,15 @@ CPU_GROUP_SLOTS = 1024
 class PrefillSpan:
     """Rows [row_start, row_stop) of the step: the last tokens of a context of ``context_len`` tokens, in order.
 
-    ``slots_L`` [context_len] int64: the slot of each token of the context, these rows' own included.
+    ``slots_L`` [context_len] int64: the slot of each token of the context, these rows' own included. ``window``: a row
+    sees only so many of them, its own the last; None: all up to its own.
     """
 
     row_start: int
     row_stop: int
     context_len: int
     slots_L: Tensor
+    window: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +209,41 @@ class DecodeRows:
         )
 
 
+def windowed_rows(rows: PagedRows, window: int, into: PagedRows | None = None) -> PagedRows:
+    """``rows`` where each sees only the last ``window`` tokens of its context, itself included. Nothing is written
+    elsewhere than before.
+
+    ``into``: an earlier result of as many decode rows, in whose memory theirs are put.
+    """
+    lens_B, slots_BL = rows.decode_lens_B, rows.decode_slots_BL
+    most = min(window, slots_BL.shape[1])
+    lens, slots = (None, None) if into is None else (into.decode_lens_B, into.decode_slots_BL)
+    at_L = torch.arange(most, device=lens_B.device)
+    first_B1 = (lens_B - window).clamp_(min=0).unsqueeze(-1)
+    decode_lens_B = torch.clamp(lens_B, max=window, out=lens)
+    decode_slots_BL = torch.gather(slots_BL, 1, first_B1 + at_L, out=slots)
+    decode_slots_BL.masked_fill_(at_L >= decode_lens_B.unsqueeze(-1), 0)
+    return replace(
+        rows,
+        prefills=tuple(_windowed_span(span, window) for span in rows.prefills),
+        decode_slots_BL=decode_slots_BL,
+        decode_lens_B=decode_lens_B,
+        decode_groups=tuple(replace(each, max_len=min(each.max_len, window)) for each in rows.decode_groups),
+    )
+
+
+def _windowed_span(span: PrefillSpan, window: int) -> PrefillSpan:
+    num_rows = span.row_stop - span.row_start
+    unseen = max(0, span.context_len - num_rows + 1 - window)
+    context_len = span.context_len - unseen
+    return replace(
+        span,
+        context_len=context_len,
+        slots_L=span.slots_L[unseen:],
+        window=window if context_len > window else None,
+    )
+
+
 def write_cache(cache_SW: Tensor, rows_TW: Tensor, slots_T: Tensor) -> None:
     """``cache[slots[t]] = rows[t]``, in place.
 
@@ -219,7 +257,8 @@ def row_contexts(rows: PagedRows) -> Iterator[tuple[int, Tensor]]:
     """Each row with the slots that it sees, its own the last: prefill rows, then decode rows. For twins: it syncs."""
     for span in rows.prefills:
         for row in range(span.row_start, span.row_stop):
-            yield row, span.slots_L[: span.context_len - span.row_stop + row + 1]
+            stop = span.context_len - span.row_stop + row + 1
+            yield row, span.slots_L[0 if span.window is None else max(0, stop - span.window) : stop]
     lens = zip(rows.decode_rows_B.tolist(), rows.decode_lens_B.tolist(), strict=True)
     for b, (row, length) in enumerate(lens):
         yield row, rows.decode_slots_BL[b, :length]

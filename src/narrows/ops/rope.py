@@ -20,26 +20,27 @@ __all__ = [
     "apply_rope",
     "apply_rope_reference",
     "compiled_types",
+    "dynamic_base",
     "mla_softmax_scale",
     "rope_inverse_frequencies",
     "rope_table",
 ]
 
-KNOWN_TYPES = ("default", "linear", "llama3", "yarn")
+KNOWN_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 
 MOST_COLUMNS = 1024
 """Rotated columns per head up to which the compiled rotation keeps a head (native/csrc/rope.cpp)."""
 
 
 def rope_inverse_frequencies(
-    dim: int, theta: float, *, scaling: Mapping[str, object] | None, max_position: int
+    dim: int, theta: float, *, scaling: Mapping[str, object] | None, max_position: int, length: int = 0
 ) -> tuple[Tensor, float]:
     """``1 / theta^(2i / dim)`` for i < dim / 2, rescaled as the checkpoint asks, and the factor on cos and sin.
 
     ``dim``: rotated columns per head; ``scaling``: the ``rope_scaling`` or ``rope_parameters`` dictionary of
     config.json (its ``rope_type`` or, in older files, ``type`` says which rule), or None; ``theta`` and
-    ``max_position``: the config's ``rope_theta`` and ``max_position_embeddings``, in positions. Returns (float32 [dim
-    / 2] on CPU, float).
+    ``max_position``: the config's ``rope_theta`` and ``max_position_embeddings``, in positions; ``length``: tokens of
+    the sequence, for the types that depend on it. Returns (float32 [dim / 2] on CPU, float).
 
     - ``default``: as above; ``linear``: divided by ``factor``.
     - ``llama3``: wavelengths above ``original / low_freq_factor`` divided by ``factor``, below
@@ -49,8 +50,12 @@ def rope_inverse_frequencies(
       false. Factor on cos and sin: ``attention_factor``, else ``m(mscale) / m(mscale_all_dim)``, else ``m(1)``, with
       ``m(s) = 0.1 s ln(factor) + 1``.
 
-    Errors: `ConfigError` for any other type (``dynamic`` and ``longrope`` change with the length of the request,
-    which a table made once cannot follow) and for a missing number.
+    - ``dynamic``: in sequences longer than ``max_position`` the base grows with the length (:func:`dynamic_base`).
+    - ``longrope``: each column divided by its own factor, of ``long_factor`` in sequences longer than ``original``,
+      else of ``short_factor``. Factor on cos and sin, at any length: ``attention_factor``, else
+      ``sqrt(1 + ln(factor) / ln(original))``, 1 for a factor <= 1.
+
+    Errors: `ConfigError` for any other type and for a missing number.
     Source: Su et al. (2021); Peng et al., "YaRN" (2023); transformers ``ROPE_INIT_FUNCTIONS``, to the bit.
     """
     rope_type = _rope_type(scaling)
@@ -59,13 +64,31 @@ def rope_inverse_frequencies(
     inv_freq_D2 = 1.0 / pos_freqs_D2
     if scaling is None or rope_type == "default":
         return inv_freq_D2, 1.0
+    if rope_type == "dynamic":
+        return 1.0 / dynamic_base(dim, theta, scaling, max_position, torch.tensor(length)) ** exponent_D2, 1.0
     if rope_type == "linear":
         return inv_freq_D2 / _number(scaling, "factor"), 1.0
     original = _number(scaling, "original_max_position_embeddings", default=max_position)
     if rope_type == "llama3":
         return _llama3(inv_freq_D2, scaling, original), 1.0
     factor = _number(scaling, "factor", default=max_position / original)
+    if rope_type == "longrope":
+        by_column_D2 = _factors(scaling, "long_factor" if length > original else "short_factor", dim // 2)
+        return 1.0 / (by_column_D2 * pos_freqs_D2), _long_attention_factor(scaling, factor, original)
     return _yarn(pos_freqs_D2, scaling, theta, factor, original), _yarn_attention_factor(scaling, factor)
+
+
+def dynamic_base(dim: int, theta: float, scaling: Mapping[str, object], max_position: int, lengths: Tensor) -> Tensor:
+    """The base of ``dynamic`` for sequences of ``lengths`` tokens (int64, any shape), float32 of that shape.
+
+    ``theta (factor l / max_position - (factor - 1))^(dim / (dim - 2))`` with l the length, at least ``max_position``.
+    Source: "NTK-aware" scaling by length, transformers ``_compute_dynamic_ntk_parameters``.
+    """
+    if dim <= 2:
+        raise ConfigError(f"rope type 'dynamic' needs more than 2 rotated columns per head, got {dim}")
+    factor = _number(scaling, "factor")
+    longer = lengths.clamp(min=max_position).to(torch.float32)
+    return theta * (factor * longer / max_position - (factor - 1)) ** (dim / (dim - 2))
 
 
 def rope_table(
@@ -227,6 +250,19 @@ def _yarn_attention_factor(scaling: Mapping[str, object], factor: float) -> floa
         mscale, mscale_all_dim = _number(scaling, "mscale"), _number(scaling, "mscale_all_dim")
         return _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
     return _yarn_mscale(factor, 1.0)
+
+
+def _factors(scaling: Mapping[str, object], key: str, num_columns: int) -> Tensor:
+    value = scaling.get(key)
+    if not isinstance(value, list | tuple) or len(value) != num_columns:
+        raise ConfigError(f"rope_scaling of type 'longrope' needs {num_columns} numbers for {key!r}, got {value!r}")
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _long_attention_factor(scaling: Mapping[str, object], factor: float, original: float) -> float:
+    if scaling.get("attention_factor") is not None:
+        return _number(scaling, "attention_factor")
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

@@ -18,23 +18,33 @@ __all__ = ["rope_write_heads", "rope_write_heads_reference", "rope_write_latents
 
 
 def rope_write_latents(
-    q_pe_TNP: Tensor, latents_TC: Tensor, cos_TD2: Tensor, sin_TD2: Tensor, cache_SC: Tensor, slots_T: Tensor
+    q_pe_TNP: Tensor,
+    latents_TC: Tensor,
+    cos_TD2: Tensor,
+    sin_TD2: Tensor,
+    cache_SC: Tensor,
+    slots_T: Tensor,
+    *,
+    interleaved: bool = True,
 ) -> None:
     """Rotates q_pe in place; writes each row's latent and its rotated key to its slot: ``cache[slots[t]]``.
 
     Shapes: q_pe [T, N, P] (any strides), latents [T, C] (latent, then the key that all heads share), cos and sin
-    [T, P/2], cache [S, C], slots [T] int64. Pairs of neighbours are rotated, and left in halves; the bits are those of
-    `apply_rope`.
+    [T, P/2], cache [S, C], slots [T] int64. Pairs of neighbours are rotated (``interleaved`` false: halves), and left
+    in halves; the bits are those of `apply_rope`. Halves take a pass more: no published checkpoint has them.
     """
     library = rope_library()
     types = compiled_types(q_pe_TNP, cos_TD2, sin_TD2)
     if (
         library is None
         or types is None
+        or not interleaved
         or latents_TC.stride(1) != 1
         or not (q_pe_TNP.dtype == latents_TC.dtype == cache_SC.dtype)
     ):
-        return rope_write_latents_reference(q_pe_TNP, latents_TC, cos_TD2, sin_TD2, cache_SC, slots_T)
+        return rope_write_latents_reference(
+            q_pe_TNP, latents_TC, cos_TD2, sin_TD2, cache_SC, slots_T, interleaved=interleaved
+        )
     num_rows, num_heads, rope_dim = q_pe_TNP.shape
     library.narrows_rope_latents(
         q_pe_TNP.data_ptr(),
@@ -57,12 +67,19 @@ def rope_write_latents(
 
 
 def rope_write_latents_reference(
-    q_pe_TNP: Tensor, latents_TC: Tensor, cos_TD2: Tensor, sin_TD2: Tensor, cache_SC: Tensor, slots_T: Tensor
+    q_pe_TNP: Tensor,
+    latents_TC: Tensor,
+    cos_TD2: Tensor,
+    sin_TD2: Tensor,
+    cache_SC: Tensor,
+    slots_T: Tensor,
+    *,
+    interleaved: bool = True,
 ) -> None:
     """Twin of `rope_write_latents`, of the ops it is made of."""
     rank = latents_TC.shape[1] - q_pe_TNP.shape[2]
-    apply_rope(q_pe_TNP, cos_TD2, sin_TD2, interleaved=True, out=q_pe_TNP)
-    k_pe_T1P = apply_rope(latents_TC[:, None, rank:], cos_TD2, sin_TD2, interleaved=True)
+    apply_rope(q_pe_TNP, cos_TD2, sin_TD2, interleaved=interleaved, out=q_pe_TNP)
+    k_pe_T1P = apply_rope(latents_TC[:, None, rank:], cos_TD2, sin_TD2, interleaved=interleaved)
     write_cache(cache_SC, torch.cat((latents_TC[:, :rank], k_pe_T1P.squeeze(1)), dim=-1), slots_T)
 
 
@@ -81,7 +98,8 @@ def rope_write_heads(
     """The rotated queries, [T, N, D], a view of ``qkv``; keys rotated and values as they are go to their slots.
 
     Shapes: qkv [T, N + 2K, D] (query, key, value heads; changed in place), cos and sin [T, D/2], caches [S, K, D],
-    slots [T] int64. With weights [D] each query and key head is normed before (see `rms_norm`). Halves are rotated.
+    slots [T] int64. With weights [D] each query and key head is normed before (see `rms_norm`). Halves are rotated, of
+    the columns that cos and sin are for: a narrower table rotates the first ones and leaves the rest.
     """
     library = rope_library()
     types = compiled_types(qkv_TND, cos_TD2, sin_TD2)
@@ -92,6 +110,7 @@ def rope_write_heads(
         or types is None
         or not (k_cache_SKD.is_contiguous() and v_cache_SKD.is_contiguous())
         or qkv_TND.stride(1) != dim
+        or 2 * cos_TD2.shape[1] != dim
         or qkv_TND.dtype != k_cache_SKD.dtype
     ):
         return rope_write_heads_reference(
@@ -136,6 +155,9 @@ def rope_write_heads_reference(
     if q_norm_D is not None and k_norm_D is not None:
         q_TND.copy_(rms_norm(q_TND, q_norm_D, eps))
         k_TKD.copy_(rms_norm(k_TKD, k_norm_D, eps))
-    write_cache(k_cache_SKD, apply_rope(k_TKD, cos_TD2, sin_TD2, interleaved=False), slots_T)
+    for x_TND in (q_TND, k_TKD):
+        rotated_TND = x_TND[..., : 2 * cos_TD2.shape[1]]
+        apply_rope(rotated_TND, cos_TD2, sin_TD2, interleaved=False, out=rotated_TND)
+    write_cache(k_cache_SKD, k_TKD, slots_T)
     write_cache(v_cache_SKD, v_TKD, slots_T)
-    return apply_rope(q_TND, cos_TD2, sin_TD2, interleaved=False, out=q_TND)
+    return q_TND

@@ -7,6 +7,7 @@ the same functions, so that the one is priced as the other runs.
 from __future__ import annotations
 
 from narrows.arch.config import ModelConfig
+from narrows.arch.positions import most_positions
 from narrows.arch.quantization import check_loadable
 from narrows.cost.devices import Device
 from narrows.cost.stage import StepShape
@@ -45,7 +46,7 @@ def longest_context(config: ModelConfig, asked: int | None) -> int:
     Raises:
         ConfigError: fewer than 2, or more than the model has positions.
     """
-    longest = config.max_position_embeddings
+    longest = most_positions(config)
     context = min(longest, _DEFAULT_CONTEXT) if asked is None else asked
     if not 2 <= context <= longest:
         raise ConfigError(f"--max-context {context} must be between 2 and the model's {longest} positions")

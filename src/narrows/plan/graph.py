@@ -96,7 +96,7 @@ class Graph:
         self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
         self._ask_of: dict[Step, int] = {}
-        self._nodes: dict[tuple[str, bool, State], Node] = {}
+        self._nodes: dict[tuple[tuple[str, bool, int | None], State], Node] = {}
 
     def start(self) -> State:
         """Before the first stage: the token ids, everywhere."""
@@ -106,10 +106,10 @@ class Graph:
         return tuple(state)
 
     def node(self, stage: Stage, state: State) -> Node:
-        """The node of ``state`` before ``stage``; stages are told apart by name, and the last layer's from others."""
-        node = self._nodes.get((stage.name, stage.any_rows, state))
+        """The node of ``state`` before ``stage``; stages are told apart by their keys."""
+        node = self._nodes.get((stage.key, state))
         if node is None:
-            node = self._nodes[stage.name, stage.any_rows, state] = Node(state)
+            node = self._nodes[stage.key, state] = Node(state)
             node.runs = tuple(self._runs(state, stage))
         return node
 
@@ -248,7 +248,7 @@ class Graph:
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def _stage(self, stage: Stage, index: int, leaves: int, fused: bool, selected: int) -> Edge:
-        cost = ("stage", stage.name, index, fused, selected)
+        cost = ("stage", stage.name, stage.window, index, fused, selected)
         key = (*cost, stage.any_rows)
         if (made := self._made.get(key)) is not None:
             return made

@@ -70,7 +70,7 @@ class Search:
     def __init__(self, graph: Graph, prices: Prices) -> None:
         self.graph, self.chain = graph, graph.chain
         self._weights = _Weights(graph, prices)
-        self._tables: dict[tuple[tuple[tuple[str, bool], ...], State], Frontier] = {}
+        self._tables: dict[tuple[tuple[tuple[str, bool, int | None], ...], State], Frontier] = {}
 
     # -- whole models ------------------------------------------------------------------------------------------------
 
@@ -155,13 +155,13 @@ class Search:
         return frontier
 
     def _block(self, block: tuple[Stage, ...], entry: State) -> Frontier:
-        names = tuple((stage.name, stage.any_rows) for stage in block)
-        table = self._tables.get((names, entry))
+        keys = tuple(stage.key for stage in block)
+        table = self._tables.get((keys, entry))
         if table is None:
             table = {entry: _ROOT}
             for stage in block:
                 table = self._advance(table, stage)
-            self._tables[names, entry] = table
+            self._tables[keys, entry] = table
         return table
 
     # -- one stage ---------------------------------------------------------------------------------------------------

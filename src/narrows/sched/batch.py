@@ -33,7 +33,7 @@ class Chunk:
     ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows ask for
     logits. The first of those are scored: of ``targets``, the tokens that follow them in the prompt, the probability is
     asked. If one is left over, it is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
-    tokens of the request's prompt: rows from there on are its own output.
+    tokens of the request's prompt: rows from there on are its own output. 0: the prompt ends with these rows.
 
     ``skipped``: of a request that penalises, the tokens right before ``start`` that no batch has had as rows, since
     their KV was found in the cache. ``allowed``: the mask of what may be sampled (see :meth:`Guide.allowed`); empty:
@@ -62,6 +62,11 @@ class Chunk:
         if not (self.targets or self.skipped or self.allowed or self.banned):
             return _chunk, usual
         return _chunk, (*usual, self.targets, self.skipped, self.allowed, self.banned)
+
+    def lengths(self) -> list[int]:
+        """For each row, the tokens of the sequence that it belongs to: the prompt's, or those up to its own output."""
+        stop = self.start + len(self.tokens)
+        return [max(self.num_prompt or stop, position + 1) for position in range(self.start, stop)]
 
     @property
     def is_sampled(self) -> bool:

@@ -20,7 +20,8 @@ class Request:
     """``finish_reason`` is empty until it is ``stop``, ``length``, or what it was aborted with.
 
     ``priority``: lower runs earlier, equal ones first come, first served. ``guide``: what may be generated.
-    ``client``: on whose behalf it runs; clients share what there is (:mod:`narrows.sched.shares`).
+    ``client``: on whose behalf it runs; clients share what there is (:mod:`narrows.sched.shares`). ``cache_salt``: only
+    requests of one salt find each other's pages; not 16 bytes long, as hashes are.
     """
 
     id: int
@@ -31,6 +32,7 @@ class Request:
     priority: int = 0
     guide: Guide | None = None
     client: str = ""
+    cache_salt: bytes = b""
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     """One per token of ``output``, if ``sampling`` asks for them."""
@@ -135,6 +137,6 @@ class Request:
     def hashes_of(self, num_pages: int, page_size: int) -> list[bytes]:
         """The hashes of its first pages, which are full and known."""
         for page in range(len(self.hashes), num_pages):
-            parent = self.hashes[-1] if self.hashes else b""
+            parent = self.hashes[-1] if self.hashes else self.cache_salt
             self.hashes.append(page_hash(parent, self.tokens(page * page_size, (page + 1) * page_size)))
         return self.hashes[:num_pages]

@@ -135,17 +135,16 @@ class Qwen3Moe(GroupedQuery):
         return self.intermediate_size or 0
 
     def attention(self) -> GQA:
-        if self.use_sliding_window and self.max_window_layers is not None:
-            raise ConfigError(
-                f"use_sliding_window is true and max_window_layers {self.max_window_layers}: transformers' Qwen3-MoE "
-                "slides in every layer, Qwen's own rule only from that one on; leave max_window_layers out, or turn "
-                "use_sliding_window off"
-            )
         bias = self.attention_bias
         window = self.sliding_window if self.use_sliding_window else None
         return self.grouped(
             qkv_bias=bias, o_bias=bias, qk_norm=True, window=window, sliding=range(self.num_hidden_layers)
         )
+
+    def notes(self) -> tuple[str, ...]:
+        if not self.use_sliding_window or self.sliding_window is None or self.max_window_layers is None:
+            return ()
+        return ("max_window_layers is not used: as in transformers, every layer of a Qwen3-MoE slides or none does",)
 
     def moe(self) -> MoE:
         return check_routing(

@@ -26,7 +26,7 @@ from narrows.arch.configs.needs import (
 from narrows.arch.configs.quantization import OTHER_NAMES, read_dtype, read_quantization
 from narrows.arch.configs.rope import ROPE_FIELDS, Head, read_rope
 from narrows.arch.configs.shown import shown
-from narrows.arch.model import GQA, MLA, ModelConfig, MoE
+from narrows.arch.model import GQA, HIDDEN_ACTS, MLA, ModelConfig, MoE
 from narrows.errors import CheckpointError, ConfigError
 
 __all__ = ["ELSEWHERE", "EVERYWHERE", "Only", "Schema"]
@@ -128,6 +128,10 @@ class Schema(Part):
 
     def _model(self, raw: Mapping[str, Any], name: str, rope: Any, unused: tuple[str, ...]) -> ModelConfig:
         moe, eos = self.moe(), self.eos_token_id
+        hidden_act = "silu" if self.hidden_act == "swish" else self.hidden_act
+        if hidden_act not in HIDDEN_ACTS:
+            known = ", ".join(sorted(HIDDEN_ACTS))
+            raise ConfigError(f"hidden_act {shown(hidden_act)} is not known; narrows knows {known}")
         notes = self.notes()
         if unused:
             notes += (f"config.json has fields that narrows does not know and does not use: {', '.join(unused)}",)
@@ -144,7 +148,7 @@ class Schema(Part):
             rms_norm_eps=self.rms_norm_eps,
             max_position_embeddings=self.max_position_embeddings,
             rope=rope,
-            hidden_act="silu" if self.hidden_act == "swish" else self.hidden_act,
+            hidden_act=hidden_act,
             tie_word_embeddings=self.tie_word_embeddings,
             dtype=read_dtype(raw),
             eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
