@@ -73,6 +73,8 @@ def test_a_search_ranks_what_there_is_and_says_why(capsys: pytest.CaptureFixture
     best = found["candidates"][0]
     assert best["mesh"]["dp"] * best["mesh"]["tp"] == 8 and not best["misses"]
     refused = [one["refusal"] for one in found["candidates"] if one["refusal"]]
+    first = out.splitlines()[0]
+    assert first.startswith("WARNING: 5 of ") and "do not fit memory; the first does not fit: " in first
     assert sum("does not fit: " in text and "GB usable on h200" in text for text in refused) == 5
     assert sum("cannot apply: dp is 1" in text for text in refused) == 2
     assert all(one["refusal"] for one in found["candidates"][-len(refused) :])
@@ -129,6 +131,7 @@ def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], 
         (f"{MINI} --max-context 99999", "--max-context 99999 must be between 2 and the model's 16384 positions"),
         (f"{MINI} --max-rows 0", "--max-rows is 0; it must be at least 1"),
         (f"{MINI} --kv-tokens 0", "--kv-tokens is 0; it must be at least 1"),
+        (f"{MINI} --requests-per-group 0", "--requests-per-group is 0; it must be at least 1"),
         (f"{MINI} --num-gpus 8", "say --search too"),
         (f"{MINI} --tp 1 --search --num-gpus two", "--num-gpus 'two': whole numbers"),
         (f"{MINI} --tp 1 --search --num-gpus 0", "--num-gpus 0: at least 1 rank is needed"),

@@ -36,7 +36,7 @@ from narrows.cli.loads import (
     workload,
 )
 from narrows.cli.priced import add_priced_flags, add_requests_flag
-from narrows.cli.simulate_tables import print_candidate, print_ranking
+from narrows.cli.simulate_tables import print_candidate, print_ranking, print_unfit
 from narrows.cost.devices import Device
 from narrows.cost.profile import find_device
 from narrows.errors import ConfigError
@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         out = console()
         title = f"{config.name} on {hardware.title}, {best.dtype}: {load_words(args, len(asks))}"
+        print_unfit(candidates, out)
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
             said = f"dtype {dtype}: {because}" if because else ""

@@ -18,10 +18,20 @@ from narrows.sched.stats import Bound, SchedulerStats
 from narrows.sim.engine import Outcome
 from narrows.sim.search import Candidate, Target
 
-__all__ = ["print_candidate", "print_ranking"]
+__all__ = ["print_candidate", "print_ranking", "print_unfit"]
 
 _LEAST_SHARE = 0.005
 """Of the time; less is not worth a word."""
+
+
+def print_unfit(candidates: Sequence[Candidate], out: Console) -> None:
+    """What does not fit memory, in one line before anything else; the ranking says it of each."""
+    unfit = [candidate for candidate in candidates if candidate.refusal.startswith("does not fit")]
+    if not unfit:
+        return
+    meshes = ", ".join(dict.fromkeys(str(candidate.mesh) for candidate in unfit))
+    what = f"{len(unfit)} of {len(candidates)} ({meshes}) do not fit memory; the first {unfit[0].refusal}"
+    out.print(f"WARNING: {what}\n", style="bold", markup=False, highlight=False)
 
 
 def print_candidate(candidate: Candidate, title: str, target: Target, out: Console) -> None:
