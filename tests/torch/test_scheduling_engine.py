@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,38 @@ def test_texts_that_are_put_back_for_other_clients_are_those_of_each_request_alo
         assert shared.scheduler.stats().kv_pages_used == 0 and shared.scheduler.stats().preemptions > 2
         assert [request.output for request in requests] == alone
         assert [request.output for request in own] == alone
+
+
+def test_texts_of_a_group_that_is_short_of_pages_are_right_and_the_other_groups_steps_go_on(
+    tiny_model: TinyModel,
+) -> None:
+    """TRT-LLM #17379, #17978: texts that grow long, all on the group that has their prefix, and one on the other."""
+    ends = torch.randint(0, 67, (4, 2), generator=GENERATOR).tolist()
+    long, other = [(*SHARED[:12], *end) for end in ends], tuple(range(20))
+    with engine(tiny_model("v3"), page_size=4) as one:
+        alone = []
+        for prompt in (*long, other):
+            alone.append(one.add(prompt, 40))
+            list(one.run())
+    resolved = resolve(
+        EngineConfig(model=str(tiny_model("v3")), dp=2, dtype="float32", max_context=64, page_size=4, kv_tokens=120)
+    )
+    limits = replace(resolved.limits, decode_weight=0)  # else so short a prefix draws nobody
+    with Engine(replace(resolved, limits=limits)) as tight:
+        requests = [tight.add(long[0], 40)]
+        steps = 0
+        for count, _ in enumerate(tight.run()):
+            tight.scheduler.check_integrity()
+            if not count:
+                requests += [tight.add(prompt, 40) for prompt in (*long[1:], other)]
+            elif count == 3:
+                assert [request.group for request in requests] == [0, 0, 0, 0, 1]
+            if not requests[-1].finish_reason:
+                steps = tight.scheduler.stats().steps
+        stats = tight.scheduler.stats()
+    assert [request.output for request in requests] == [request.output for request in alone]
+    assert stats.group_preemptions[0] > 0 and stats.group_preemptions[1] == 0
+    assert stats.short_steps[0] > 0 and steps <= 45, "a row of the other text was in every step"
 
 
 class Even(Guide):
