@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -384,6 +385,23 @@ def test_rows_of_an_embedding_beyond_the_vocabulary_are_not_read(
     ):
         pass
     assert "has shape (60, 32), but config.json implies (67, 32); vocab_size there is larger" in said(error)
+
+
+def test_a_model_of_the_hubs_cache_is_its_folder_or_its_snapshot(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, repo = tiny_model("llama"), tmp_path / "models--org--tiny"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    for folder in (repo / "blobs", repo / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40, encoding="utf-8")
+    for i, file in enumerate(source.iterdir()):
+        copyfile(file, repo / "blobs" / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    want = ours(source)
+    assert ours(repo) == ours(snapshot) == want
+    with LLM(repo, revision="a" * 40, max_context=64) as llm:
+        assert llm.resolved.config.name == "org/tiny" and llm.resolved.asked.model == str(snapshot)
 
 
 # -- files and the index ---------------------------------------------------------------------------------------------

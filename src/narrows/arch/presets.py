@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from narrows.arch.config import ModelConfig, read_config
-from narrows.checkpoints import built_in, model_path
+from narrows.checkpoints import built_in, local_model, name_of
 from narrows.convert.gguf_config import gguf_config
 from narrows.convert.gguf_header import GgufHeader, find_gguf
 from narrows.convert.gguf_keys import gguf_notes
@@ -218,15 +218,15 @@ def preset(name: str) -> ModelConfig:
     return read_config(raw, name.lower())
 
 
-def load_model_config(model: str) -> ModelConfig:
+def load_model_config(model: str, revision: str = "") -> ModelConfig:
     """The model named on a command line: a checkpoint folder or a built-in one's name, a ``config.json``, a ``.gguf``
-    file, or a preset name."""
-    model = model_path(model)
+    file, a name of the hub (``org/name``, whose ``config.json`` alone is fetched), or a preset name."""
+    model = local_model(model, revision=revision, needed="config")
     path = Path(model)
     if (file := find_gguf(path)) is not None:
         return _read_gguf(file)
     if path.exists() or "/" in model or model.endswith(".json"):
-        return read_config(path)
+        return read_config(path, name_of(path) if path.is_dir() else "")
     return preset(model)
 
 

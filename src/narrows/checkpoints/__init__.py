@@ -1,11 +1,19 @@
-"""Checkpoints that come with the package, by name. PURE: knows their folders; not what is in them."""
+"""Models by name: checkpoints that come with the package, and those of the Hugging Face hub. PURE.
+
+``model_path`` makes no request; ``local_model`` may.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["built_in", "model_path"]
+from narrows.checkpoints.hub_cache import is_hub_name, is_repo_folder, name_of, repo_folder, snapshot_of
+from narrows.errors import CheckpointError, ConfigError
+
+__all__ = ["built_in", "local_model", "model_path", "name_of"]
 
 _FOLDER = Path(__file__).parent
 
@@ -15,13 +23,47 @@ def built_in() -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in _FOLDER.glob("*/config.json")))
 
 
-def model_path(model: str) -> str:
-    """The folder of a built-in checkpoint's name, unless something of that name is here; ``~`` is the user's home; all
-    else as it is.
+def model_path(model: str, revision: str = "") -> str:
+    """The folder of a built-in checkpoint's name, unless something of that name is here; the snapshot's of a model's
+    folder in the hub's cache; ``~`` is the user's home; all else as it is.
 
     >>> model_path("a/folder")
     'a/folder'
+
+    Raises:
+        CheckpointError: the cache's folder has no such snapshot.
+        ConfigError: a ``revision`` of what has none.
     """
     if model in built_in() and not Path(model).exists():
-        return str(_FOLDER / model)
-    return os.path.expanduser(model)
+        path = str(_FOLDER / model)
+    else:
+        path = os.path.expanduser(model)
+        if is_repo_folder(Path(path)):
+            return str(snapshot_of(Path(path), revision))
+    if revision and not is_hub_name(path):
+        raise ConfigError(f"--revision {revision}: {model} has no revisions; models of the hub (org/name) have")
+    return path
+
+
+def local_model(model: str, *, revision: str = "", needed: Literal["config", "text", "weights"]) -> str:
+    """The path of a model on this machine. A hub's name (``org/name``, if no such folder is here) is fetched: the
+    ``config.json`` alone, all but the weights, or everything. A ``config.json`` that the cache has is not asked for.
+
+    Raises:
+        ConfigError: neither hub nor cache has it; the message says why.
+    """
+    path = model_path(model, revision)
+    if not is_hub_name(path):
+        return path
+    if needed == "config" and (cached := _cached_config(path, revision)) is not None:
+        return str(cached)
+    # imported for hub names alone: it takes longer than a whole `narrows plan`
+    return str(import_module("narrows.checkpoints.hub").fetch(path, revision, needed))
+
+
+def _cached_config(name: str, revision: str) -> Path | None:
+    try:
+        folder = snapshot_of(repo_folder(name, os.environ), revision or "main")
+    except CheckpointError:
+        return None
+    return folder if (folder / "config.json").is_file() else None

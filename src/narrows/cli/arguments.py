@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from narrows.cli.priced import add_requests_flag
+from narrows.cli.priced import add_requests_flag, add_revision_flag
 from narrows.comm.launch import Launch
 from narrows.engine.config import LOAD_FORMATS, QUANTIZATIONS, RANKS, RUN_ON, EngineConfig
 from narrows.engine.trace_file import TraceFile
@@ -39,8 +39,11 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
     number, default = (_count_or_auto, "auto") if chosen else (int, "1")
     what = ", or auto" if chosen else ""
     parser.add_argument(
-        "model", metavar="MODEL", help="a checkpoint folder (config.json, safetensors, tokenizer.json), or a .gguf file"
+        "model",
+        metavar="MODEL",
+        help="a checkpoint folder (config.json, safetensors, tokenizer.json), a .gguf file, or org/name of the hub",
     )
+    add_revision_flag(parser)
     mesh = parser.add_argument_group("mesh: world = dp x tp ranks")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
     mesh.add_argument("--tp", type=number, default=number(default), help=f"ranks per group{what} (default {default})")
@@ -94,6 +97,7 @@ _count_or_auto.__name__ = "number, or auto"  # what argparse calls it in its err
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The fields of :class:`EngineConfig` that :func:`add_engine_flags` parsed."""
     names = (
+        "revision",
         "dp",
         "tp",
         "threads",

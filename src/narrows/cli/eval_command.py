@@ -14,7 +14,7 @@ from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_opti
 from narrows.cli.console import console
 from narrows.cli.eval_tables import document, print_evaluation
 from narrows.comm.launch import Launch
-from narrows.engine.config import EngineConfig, resolve
+from narrows.engine.config import EngineConfig, at_hand, resolve
 from narrows.errors import ConfigError
 from narrows.evaluate.evaluation import default_files, evaluate
 from narrows.evaluate.tasks import FILES, Setting
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")
     if Launch.of_torchrun(os.environ, size=None) is not None:
         raise ConfigError("eval starts its ranks itself, on one host: run it without torchrun")
-    asked = EngineConfig(model=args.model, **engine_options(args, **limit_options(args)))
+    asked = at_hand(EngineConfig(model=args.model, **engine_options(args, **limit_options(args))))
     files = _files(args, asked.model)
     layouts, skipped = _layouts(args, asked)
     notes = console(stderr=True)

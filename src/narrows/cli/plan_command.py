@@ -34,7 +34,11 @@ _SCATTERED = "attn-tp-input-scattered"
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows plan``."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a preset such as deepseek-v3, a checkpoint folder, or a config.json")
+    add(
+        "model",
+        metavar="MODEL",
+        help="a preset such as deepseek-v3, a checkpoint folder, org/name of the hub, or a config.json",
+    )
     add(
         "--device",
         default="auto",
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--code and --json each print what the plan is: leave one of them out")
     notes: list[str] = []
     mesh = _mesh(args, notes)
-    config = load_model_config(args.model)
+    config = load_model_config(args.model, args.revision)
     layouts = _layouts(args, config, mesh, notes)
     hardware = _hardware(args, mesh, notes)
     dtype = args.dtype or _planned_dtype(args.model, config, hardware, notes)

@@ -9,11 +9,19 @@ from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
 from narrows.plan.planner import ENCODE_ROWS
 
-__all__ = ["add_priced_flags", "add_requests_flag"]
+__all__ = ["add_priced_flags", "add_requests_flag", "add_revision_flag"]
+
+
+def add_revision_flag(parser: argparse._ActionsContainer) -> None:
+    """Which files of a model of the hub."""
+    parser.add_argument(
+        "--revision", default="", metavar="REV", help="branch, tag or commit of a model of the hub (default: main)"
+    )
 
 
 def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> None:
     """``--dp`` to ``--eager``. ``no_layout`` says what is priced if no layout is named."""
+    add_revision_flag(parser)
     add = parser.add_argument
     add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
     add("--tp", type=int, default=1, metavar="T", help="ranks in each attention group (default 1)")

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter, time
 from types import FrameType
 
+from narrows.checkpoints import name_of
 from narrows.cli.arguments import (
     add_engine_flags,
     add_host_flags,
@@ -159,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
         hosts = hosts_to_check(bound.getsockname()[0], args.host, args.allow_host, has_key=bool(options.api_keys))
         options = replace(options, hosts=hosts, connections=_connection_limits(args.max_connections))
         resolved = resolve(asked)
+        for fact in resolved.facts:
+            logging.getLogger("narrows.engine").warning("%s", fact)
         model = _served_model(args, resolved)
         # The other hosts' part of the ranks ends with them, so those cannot be started again from here.
         restart = not args.no_restart and launch is None
@@ -235,7 +238,7 @@ def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:
     text = load_model_text(resolved.asked.model)
     more = text.tokenizer.eos_ids if text.tokenizer is not None else frozenset()
     return ServedModel(
-        names=tuple(args.served_model_name or [Path(args.model).name]),
+        names=tuple(args.served_model_name or [name_of(Path(resolved.asked.model))]),
         tokenizer=text.tokenizer,
         generation=text.generation,
         max_context=resolved.limits.max_context,

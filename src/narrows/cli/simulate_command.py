@@ -58,7 +58,9 @@ __all__ = ["add_parser", "run"]
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows simulate``."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a preset such as deepseek-v3, a checkpoint folder, or a .gguf file"
+        "model",
+        metavar="MODEL",
+        help="a preset such as deepseek-v3, a checkpoint folder, a .gguf file, or org/name of the hub",
     )
     served = parser.add_argument_group("deployment")
     add = served.add_argument
@@ -103,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: anything that cannot be, with the numbers; a deployment that does not fit, if it is the only one.
     """
     _check(args)
-    config, (hardware, said) = load_model_config(args.model), find_device(args.device, args.dtype or "")
+    config = load_model_config(args.model, args.revision)
+    hardware, said = find_device(args.device, args.dtype or "")
     for line in said:
         print(f"narrows: {line}", file=sys.stderr)
     max_context = longest_context(config, args.max_context)

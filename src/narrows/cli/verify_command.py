@@ -19,7 +19,7 @@ from narrows.arch.presets import load_model_config
 from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
 from narrows.comm.launch import Launch
-from narrows.engine.config import EngineConfig
+from narrows.engine.config import EngineConfig, at_hand
 from narrows.engine.model_text import load_model_text
 from narrows.engine.transformers_model import load_transformers, transformers_version
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
     if Launch.of_torchrun(os.environ, size=None) is not None:
         raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
-    asked = EngineConfig(model=args.model, **engine_options(args))
+    asked = at_hand(EngineConfig(model=args.model, **engine_options(args)))
     outside, reference = None, "one rank"
     if args.against is not None:
         if asked.load_format == "dummy":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
 from narrows.arch.quantization import check_loadable
-from narrows.checkpoints import model_path
+from narrows.checkpoints import local_model, model_path
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.memory import kv_token_bytes
@@ -48,7 +49,7 @@ from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
-__all__ = ["LOAD_FORMATS", "QUANTIZATIONS", "RANKS", "RUN_ON", "EngineConfig", "Resolved", "resolve"]
+__all__ = ["LOAD_FORMATS", "QUANTIZATIONS", "RANKS", "RUN_ON", "EngineConfig", "Resolved", "at_hand", "resolve"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 RANKS = ("threads", "processes")
@@ -64,7 +65,8 @@ INVARIANT_CHUNK = 256
 class EngineConfig:
     """An engine as asked for.
 
-    ``model``: a checkpoint folder, a built-in one's name (which becomes its folder), a ``.gguf`` file, or a preset.
+    ``model``: a checkpoint folder, a built-in one's name (which becomes its folder), a ``.gguf`` file, ``org/name`` of
+    the hub (fetched by :func:`at_hand`), or a preset.
     ``run_on``: what ranks compute on. ``device``: the device that steps are priced for, by its name in the catalogue or
     by a profile's file; ``auto`` is the one they run on, by this user's profile of it where there is one. ``ranks``:
     ``threads`` of this process, or ``processes``, with ``threads`` torch threads each. ``timeout_s``: how long a rank
@@ -75,6 +77,8 @@ class EngineConfig:
     """
 
     model: str
+    revision: str = ""
+    """Of a model of the hub: a branch, a tag or a commit; empty: its main branch."""
     dp: int = 1
     tp: int | None = 1
     """None: as many ranks per group as the machine has cores or GPUs for (see :mod:`narrows.engine.machine_fit`)."""
@@ -115,7 +119,8 @@ class EngineConfig:
     """What rows may travel as before a gather: one of ``plan.planner.ENCODE_ROWS``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", model_path(self.model))
+        if not self.revision:
+            object.__setattr__(self, "model", model_path(self.model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +137,8 @@ class Resolved:
     dtype: torch.dtype
     limits: Limits
     notes: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    """Those of the notes that are of the checkpoint's files."""
 
     @property
     def num_slots(self) -> int:
@@ -166,6 +173,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
     Raises:
         ConfigError: a model, mesh, layout, device, dtype or size that cannot be; the message says what would work.
     """
+    asked = at_hand(asked)
     config = load_model_config(asked.model)
     check_executable(config)
     config, facts = _checkpoint(asked, config)
@@ -238,7 +246,18 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         dtype=dtype,
         limits=limits,
         notes=tuple(notes),
+        facts=facts,
     )
+
+
+def at_hand(asked: EngineConfig) -> EngineConfig:
+    """The same, its model a path on this machine: what a name of the hub stands for is fetched.
+
+    Raises:
+        ConfigError: neither hub nor cache has it.
+    """
+    needed: Literal["text", "weights"] = "text" if asked.load_format == "dummy" else "weights"
+    return replace(asked, model=local_model(asked.model, revision=asked.revision, needed=needed), revision="")
 
 
 def _checkpoint(asked: EngineConfig, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
