@@ -463,7 +463,6 @@ def test_folders_without_safetensors_say_what_they_have(tiny_model: Callable[...
     for name, words in (
         ("", "put the weights there, or use --load-format dummy"),
         ("pytorch_model.bin", "but pickles (pytorch_model.bin), which can run code"),
-        ("model.Q8_0.gguf", "give one itself, such as"),
         ("model-00001-of-00002.safetensors", "which says what model-00001-of-00002.safetensors and others hold"),
     ):
         if name:

@@ -32,8 +32,6 @@ def config_file(path: Path) -> Path:
             f"{path}: holds an adapter (adapter_config.json), not a model: merge it into its base model with peft's "
             "merge_and_unload(), save that, and give its folder"
         )
-    ggufs = sorted(each.name for each in path.glob("*.gguf"))
-    more = f"; it holds {len(ggufs)} GGUF file(s): give one itself, such as {path / ggufs[0]}" if ggufs else ""
     raise CheckpointError(
-        f"{path / 'config.json'}: no such file; a model is a folder with config.json, or a preset name{more}"
+        f"{path / 'config.json'}: no such file; a model is a folder with config.json, or a preset name"
     )

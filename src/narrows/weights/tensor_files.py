@@ -109,8 +109,6 @@ def _nothing(folder: Path) -> str:
     said = f"{folder}: holds neither {_SINGLE} nor {_INDEX}"
     if shards := there("*.safetensors"):
         return f"{said}, which says what {shards[0]} and others hold; download it from where they came from"
-    if ggufs := there("*.gguf"):
-        return f"{said}, but {len(ggufs)} GGUF file(s): give one itself, such as {folder / ggufs[0]}"
     if pickles := there(*_PICKLES):
         return (
             f"{said}, but pickles ({pickles[0]}), which can run code when they are opened; write safetensors once with "
