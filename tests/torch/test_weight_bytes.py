@@ -139,7 +139,7 @@ def test_an_engine_here_holds_what_a_plan_for_here_says(
     tmp_path: Path, v3: dict[str, Any], fields: dict[str, Any], on_fp8: str, elsewhere: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(v3 | fields))
-    resolved = resolve(EngineConfig(model=str(tmp_path)))
+    resolved = resolve(EngineConfig(model=str(tmp_path), load_format="dummy"))
     assert resolved.deployment.dtype == elsewhere
     assert resolved.dtype == DTYPES[elsewhere][0]
     config, one = resolved.config, Mesh.of(dp=1, tp=1)
