@@ -42,6 +42,15 @@ def save_random_model(folder: Path, draw: random.Random) -> None:
             else:
                 tensor.normal_(0, 1.4 * tensor.shape[-1] ** -0.5)
     saved = folder / "saved"
-    model.save_pretrained(saved)
+    tied = bool(model.config.tie_word_embeddings)
+    match draw.choice(("one file", "one file", "shards", "stacked experts", "names without model.")):
+        case "shards":
+            model.save_pretrained(saved, max_shard_size="40KB")
+        case "stacked experts":
+            model.save_pretrained(saved, save_original_format=False)
+        case "names without model." if tied:  # else there is no head in them
+            model.model.save_pretrained(saved)
+        case _:
+            model.save_pretrained(saved)
     for file in saved.glob("*.safetensors*"):
         file.rename(folder / file.name)

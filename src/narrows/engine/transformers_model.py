@@ -83,12 +83,15 @@ class TransformersModel:
         """All rows' logits and experts."""
         self._routing = {}
         self._forget_lengths()
-        out = self.model(
-            input_ids=torch.tensor([list(tokens)]),
-            position_ids=torch.arange(start, start + len(tokens)).unsqueeze(0),
-            past_key_values=self._caches.get(request),
-            use_cache=True,
-        )
+        try:
+            out = self.model(
+                input_ids=torch.tensor([list(tokens)]),
+                position_ids=torch.arange(start, start + len(tokens)).unsqueeze(0),
+                past_key_values=self._caches.get(request),
+                use_cache=True,
+            )
+        except Exception as error:  # as when it is loaded: about this checkpoint, whatever it is
+            raise ConfigError(_cannot("run", self.model.name_or_path, error)) from error
         self._caches[request] = out.past_key_values
         return ReferenceStep(out.logits[0].float(), self._routing)
 
@@ -145,10 +148,7 @@ def load_transformers(path: Path, config: ModelConfig, *, room: int | None = Non
                 output_loading_info=True,
             )
     except Exception as error:  # whatever it raises, of whatever library, is about this checkpoint
-        said = " ".join(str(error).split())
-        raise ConfigError(
-            f"{path}: transformers {transformers_version()} cannot load it ({type(error).__name__}: {said[:300]})"
-        ) from error
+        raise ConfigError(_cannot("load", path, error)) from error
     # What it does not find transformers draws at random.
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
@@ -159,6 +159,11 @@ def load_transformers(path: Path, config: ModelConfig, *, room: int | None = Non
 def transformers_version() -> str:
     """The version that is installed."""
     return str(_transformers().__version__)
+
+
+def _cannot(do: str, path: Path | str, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"{path}: transformers {transformers_version()} cannot {do} it ({type(error).__name__}: {said[:300]})"
 
 
 def _transformers() -> Any:
