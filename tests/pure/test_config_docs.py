@@ -1,6 +1,6 @@
 """docs/formats.md lists the fields of every family: the list is that of the schemas.
 
-``python tests/pure/test_config_docs.py`` prints it.
+``python tests/pure/test_config_docs.py`` writes it anew.
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ def listed() -> str:
     return "\n".join(lines)
 
 
+def with_list(page: str) -> str:
+    """``page`` with the list of the schemas as they are."""
+    return f"{page[: page.index(BEGIN)]}{BEGIN}\n\n{listed().strip()}\n\n{page[page.index(END) :]}"
+
+
 def test_the_page_lists_the_fields_of_the_schemas() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page[page.index(BEGIN) + len(BEGIN) : page.index(END)].strip() == listed().strip()
+    assert page == with_list(page)
 
 
 if __name__ == "__main__":
-    print(listed())
+    PAGE.write_text(with_list(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

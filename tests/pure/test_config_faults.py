@@ -165,6 +165,8 @@ def test_legal_configs_are_read() -> None:
     assert read("deepseek_v3", n_group=None, topk_group=None).moe is not None
     assert read("llama", index_topk=None, num_experts=0, logits_scaling=1.0, rope_interleaved=False).notes == ()
     assert read("llama", _name_or_path="x", auto_map={}, torch_dtype="torch.float16").dtype == "float16"
+    unset = {"bias": "none", "attention_scale": 1.0, "position_embedding_type": "rope", "rope_type": "default"}
+    assert read("llama", **unset).notes == ()
     (note,) = read("llama", embed_magic=3, rope_scaling=LINEAR | {"finetuned": True}).notes
     assert note.endswith(": embed_magic, rope_scaling.finetuned")
 
@@ -265,6 +267,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         'architectures is ["Olmo2ForCausalLM"], where model_type "llama"',
     ),
     ("llama", {"architectures": "LlamaForCausalLM"}, "architectures is"),
+    ("llama", {"rotary_base": 1e6}, "rotary_base is 1000000.0, which stands for other positions"),
+    ("llama", {"rope_ratio": 500}, "rope_ratio is 500, which stands for other positions"),
+    ("qwen2", {"softmax_scale": 0.5}, "softmax_scale is 0.5, which stands for scaled activations"),
+    ("mistral", {"hidden_activation": "gelu"}, 'hidden_activation is "gelu"; only "silu" is computed'),
     ("llama", {"is_causal": False}, "is_causal is false; only true is computed"),
     ("llama", {"model_type": None}, "model_type is missing"),
     ("llama", {"model_type": 3}, "model_type is 3, where a text is needed"),

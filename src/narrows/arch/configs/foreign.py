@@ -25,7 +25,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             r"layer_group_size|attn_type_list|hybrid_\w+|layers_block_type",
         ),
         "state-space or convolution layers (Mamba, Jamba, LFM2)": (
-            r"(use_)?mamba_\w+|ssm_\w+|time_step_\w+|state_size|conv_\w+|attn_layer_\w+|lru_width|block_types",
+            r"(use_)?mamba_\w+|ssm_\w+|time_step_\w+|state_size|conv_(kernel\w*|L_cache|bias|dim\w*)|attn_layer_\w+|lru_width|block_types",
         ),
         "latent attention (DeepSeek)": (r"(q|kv|o)_lora_rank|qk_(nope|rope)_head_dim|(qk|v)_head_dim|o_groups",),
         "routed experts": (
@@ -36,14 +36,16 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "several residual streams (DeepSeek-V4)": (r"hc_\w+|compress_\w+|n(um)?_hash_layers|\w*residual_streams?",),
         "parts of Gemma": (
             r"\w*soft_?cap(ping)?|query_pre_attn_scalar|altup_\w+|laurel_\w+|hidden_size_per_layer_input",
-            r"num_kv_shared_layers|activation_sparsity_pattern|attention_k_eq_v|hidden_activation",
+            r"num_kv_shared_layers|activation_sparsity_pattern|attention_k_eq_v",
         ),
         _SCALED: (
             r"\w+_multipliers?|logits_scaling|logit_scale|scale_emb|scale_depth|dim_model_base|mup_\w+",
-            r"embedding_scale|attention_value_scale|attn_scale|floor_scale|attn_temperature_tuning|llama_4_scaling\w*",
+            r"(attention|attn|softmax|qk|residual|embedding|output|logits?|floor)_scal\w+|attention_value_scale",
+            r"attn_temperature_tuning|llama_4_scaling\w*",
         ),
-        "positions that are not rotary, or not in all layers (SmolLM3, Llama 4, GPT-NeoX)": (
-            r"no_rope_\w+|(use_)?nope(_\w+)?|(use_)?alibi|position_embedding_type|rotary_(dim|pct|emb_base)|rope_dim",
+        "other positions, or not in all layers (SmolLM3, Llama 4, GPT-NeoX, Qwen 1)": (
+            r"no_rope_\w+|(use_)?nope(_\w+)?|(use_)?alibi|position_embedding_type",
+            r"rope_\w+|rotary_\w+|use_(dynamic_ntk|logn_attn)",
         ),
         "attention to a part of the context": (
             r"sliding_window\w*|use_sliding_window|max_window_layers|layer_types|swa_\w+|global_attn_\w+|window_size",
@@ -59,7 +61,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "norms or clips of queries and keys": (r"(use_)?qk_(layer_?)?norm\w*|clip_qkv|qk_l2_\w+",),
         "differential attention (DiffLlama)": (r"lambda_\w+",),
         "gates (gpt-oss, Qwen3-Next)": (
-            r"swiglu_(limit|alpha)|gating|attn_output_gate|use_attention_gate|output_gate_type",
+            r"swiglu_(limit|alpha)|activation_(params|kwargs)|gating|attn_output_gate|use_attention_gate|output_gate_type",
         ),
         "a model of more than text": (r"(text|vision|audio|speech|image|video|thinker|talker)_config|mrope_section",),
         "an encoder": (r"cross_attention_\w+|num_decoder_layers|num_encoder_layers|encoder_layers|decoder_layers",),
@@ -68,7 +70,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-_UNSET: tuple[object, ...] = (None, False, 0, "", "rope", "rotary", [], {})
+_UNSET: tuple[object, ...] = (None, False, 0, "", "none", "default", "rope", "rotary", [], {})
 """What says that a part is not there."""
 
 

@@ -49,6 +49,8 @@ class Only:
 
 EVERYWHERE: Mapping[str, Only] = MappingProxyType(
     {
+        "hidden_activation": Only("silu", "hidden_act is the field of these families"),
+        "activation_function": Only("silu", "hidden_act is the field of these families"),
         "is_encoder_decoder": Only(False, "narrows runs decoders"),
         "add_cross_attention": Only(False, "narrows runs decoders"),
         "is_causal": Only(True, "a token sees those before it"),
