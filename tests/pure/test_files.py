@@ -12,7 +12,7 @@ import pytest
 
 from narrows.arch.config import read_config
 from narrows.arch.presets import load_model_config
-from narrows.errors import CheckpointError
+from narrows.errors import CheckpointError, ConfigError
 from narrows.files import file_in, read_json, read_json_object, read_text
 from narrows.text import Tokenizer
 from narrows.text.folder import read_tokenizer_files
@@ -268,3 +268,32 @@ def test_names_of_folders_as_people_write_them(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(folder)
     for given in (str(folder), f"{folder}/", f"~/{name}", ".", "./", f"../{name}", "config.json", f"{folder}/./"):
         assert load_model_config(given).name == name, given
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("", "the model's name is empty"),
+        ("a" * 5000, "cannot be opened (File name too long)"),
+        ("a\0b", "cannot be opened (embedded null byte)"),
+        ("loop", "cannot be opened (Too many levels of symbolic links)"),
+    ],
+)
+def test_paths_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_model_config(model)
+    assert words in said(error)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(ConfigError, match=r"cannot be opened \(Permission denied\)"):
+        load_model_config(str(tmp_path))

@@ -22,7 +22,7 @@ from narrows.arch.config import read_config
 from narrows.arch.forms import Forms, form_choices
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM
-from narrows.errors import CheckpointError
+from narrows.errors import CheckpointError, ConfigError
 from narrows.layout import Mesh
 from narrows.weights.fp8 import dequantize_blocks
 from narrows.weights.safetensors_folder import SafetensorsFolder
@@ -496,6 +496,27 @@ def test_headers_that_lie(tmp_path: Path, header: str, size: int) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         SafetensorsFolder(tmp_path)
+
+
+def test_weights_without_permission(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("narrows.weights.tensor_files.safe_open", fail)
+    assert "model.safetensors: cannot be read (Permission denied)" in refused(tiny_model("llama"))
+
+
+def test_a_text_for_a_folder_with_another_tokenizer_says_how_to_convert_it(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write(tmp_path, "llama", load_file(tiny_model("llama") / "model.safetensors"))
+    (folder / "tokenizer.model").touch()
+    with LLM(folder, max_context=64) as llm, pytest.raises(ConfigError) as error:
+        llm.generate(["text"])
+    text = said(error)
+    assert "it has tokenizer.model" in text and "save_pretrained" in text and text.endswith("prompts as token ids")
 
 
 def test_dtypes_that_are_not_read(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

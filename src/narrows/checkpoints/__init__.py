@@ -54,11 +54,28 @@ def local_model(model: str, *, revision: str = "", needed: Literal["config", "te
     """
     path = model_path(model, revision)
     if not is_hub_name(path):
+        _check_open(model, path)
         return path
     if needed == "config" and (cached := _cached_config(path, revision)) is not None:
         return str(cached)
     # imported for hub names alone: it takes longer than a whole `narrows plan`
     return str(import_module("narrows.checkpoints.hub").fetch(path, revision, needed))
+
+
+def _check_open(model: str, path: str) -> None:
+    """Refuse a path that cannot be looked at; that nothing is there is for others to say."""
+    if not model:
+        raise ConfigError("the model's name is empty; give a folder, a .gguf file, org/name of the hub, or a preset")
+    try:
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # no permission, links in a circle, a name that is too long or has a NUL
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{model[:200]!r} cannot be opened ({why})") from None
 
 
 def _cached_config(name: str, revision: str) -> Path | None:

@@ -236,6 +236,8 @@ def _connection_limits(asked: int | None) -> ConnectionLimits:
 
 def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:
     text = load_model_text(resolved.asked.model)
+    if text.lack:
+        logging.getLogger("narrows.engine").warning("%s; requests must send token ids", text.lack)
     more = text.tokenizer.eos_ids if text.tokenizer is not None else frozenset()
     return ServedModel(
         names=tuple(args.served_model_name or [name_of(Path(resolved.asked.model))]),

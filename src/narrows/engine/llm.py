@@ -75,6 +75,7 @@ class LLM:
         text = load_model_text(self.resolved.asked.model)
         self.tokenizer: Tokenizer | None = text.tokenizer
         self.generation: GenerationConfig = text.generation
+        self._lack = text.lack
         self.engine = Engine(self.resolved, wrap=wrap)
         self._streaming = False
 
@@ -174,7 +175,7 @@ class LLM:
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return tuple(prompt)  # type: ignore[arg-type]
         if self.tokenizer is None:
-            raise ConfigError(f"{self.resolved.config.name} has no tokenizer.json; give prompts as token ids")
+            raise ConfigError(f"{self._lack}; or give prompts as token ids")
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt))
         return tuple(self.tokenizer.encode_chat(prompt))  # type: ignore[arg-type]

@@ -13,8 +13,9 @@ from tokenizers import AddedToken
 from narrows.convert.gguf_config import gguf_generation_config, special_token_ids
 from narrows.convert.gguf_header import GgufHeader, find_gguf
 from narrows.convert.gguf_tokenizer import chat_templates, tokenizer_backend
+from narrows.files import file_in
 from narrows.text import GenerationConfig, Tokenizer
-from narrows.text.folder import TokenizerFiles
+from narrows.text.folder import TokenizerFiles, missing_tokenizer
 from narrows.text.generation_config import parse_generation_config, read_generation_config
 
 __all__ = ["ModelText", "load_model_text"]
@@ -22,10 +23,12 @@ __all__ = ["ModelText", "load_model_text"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelText:
-    """``tokenizer`` is None where the model has none (a preset, a folder without ``tokenizer.json``)."""
+    """``tokenizer`` is None where the model has none (a preset, a folder without ``tokenizer.json``); then ``lack`` is
+    why."""
 
     tokenizer: Tokenizer | None
     generation: GenerationConfig
+    lack: str = ""
 
 
 def load_model_text(model: str | Path) -> ModelText:
@@ -39,11 +42,11 @@ def load_model_text(model: str | Path) -> ModelText:
     if (file := find_gguf(path)) is not None:
         return _of_gguf(GgufHeader(file))
     if not path.is_dir():
-        return ModelText(tokenizer=None, generation=GenerationConfig())
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    return ModelText(
-        tokenizer=Tokenizer.from_folder(path) if has_tokenizer else None, generation=read_generation_config(path)
-    )
+        return ModelText(tokenizer=None, generation=GenerationConfig(), lack=f"{model} has no tokenizer.json")
+    generation = read_generation_config(path)
+    if file_in(path, "tokenizer.json") is None:
+        return ModelText(tokenizer=None, generation=generation, lack=missing_tokenizer(path))
+    return ModelText(tokenizer=Tokenizer.from_folder(path), generation=generation)
 
 
 def _of_gguf(header: GgufHeader) -> ModelText:

@@ -23,6 +23,7 @@ from narrows.evaluate.batches import ForcedStep, forced_steps, pick_texts
 from narrows.evaluate.compare import Outcome, Score, score_of
 from narrows.evaluate.divergence import Baseline, Distance, measure, run_rows
 from narrows.evaluate.tasks import FILES, Setting, Task, make_task, spread
+from narrows.files import file_in
 from narrows.sched.scheduler import Limits
 
 __all__ = ["Evaluation", "LayoutResult", "Measured", "default_files", "evaluate"]
@@ -90,8 +91,8 @@ class Evaluation:
 
 def default_files(model: str) -> dict[str, Path]:
     """The tasks whose files the model's folder brings along, in ``eval``."""
-    folder = Path(model) / "eval"
-    return {task: folder / name for task, name in FILES.items() if (folder / name).is_file()}
+    found = {task: file_in(Path(model), f"eval/{name}") for task, name in FILES.items()}
+    return {task: file for task, file in found.items() if file is not None}
 
 
 def evaluate(

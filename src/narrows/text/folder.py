@@ -20,7 +20,7 @@ from narrows.errors import CheckpointError
 from narrows.files import file_in, read_json_object, read_text
 from narrows.text.generation_config import read_generation_config
 
-__all__ = ["TokenizerFiles", "read_tokenizer_files"]
+__all__ = ["TokenizerFiles", "missing_tokenizer", "read_tokenizer_files"]
 
 _TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
@@ -59,7 +59,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     Raises `CheckpointError` when it is missing, or when one of the others is not what its name says.
     """
     if file_in(folder, "tokenizer.json") is None:
-        raise CheckpointError(_missing(folder))
+        raise CheckpointError(missing_tokenizer(folder))
     config_file = folder / "tokenizer_config.json"
     config = read_json_object(file_in(folder, config_file.name))
     added = _added(config_file, config.get("added_tokens_decoder") or {})
@@ -113,7 +113,8 @@ def _adds(file: Path, config: Mapping[str, Any], role: str, named: Mapping[str, 
     return flag
 
 
-def _missing(folder: Path) -> str:
+def missing_tokenizer(folder: Path) -> str:
+    """What to say of a folder without ``tokenizer.json``, by what it has."""
     if not folder.is_dir():
         return f"no tokenizer: {folder} is not a folder; give the folder that holds tokenizer.json"
     others = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")

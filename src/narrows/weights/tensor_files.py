@@ -68,6 +68,8 @@ def open_file(path: Path) -> Any:
     """
     try:
         return safe_open(str(path), framework="pt")
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise CheckpointError(
