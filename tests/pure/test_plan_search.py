@@ -59,6 +59,10 @@ def tiny(family: str, layers: int) -> ModelConfig:
             "moe_intermediate_size": 64,
         },
     }
+    fields["in turns"] = fields["qwen3-moe"] | {"decoder_sparse_step": 2}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"] * layers
+    fields["windows"] = {"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": kinds[:layers]}
+    fields["windows"] |= {"use_sliding_window": True, "sliding_window": 4}
     common = {
         "hidden_size": 64,
         "num_hidden_layers": layers,
@@ -80,7 +84,7 @@ class RandomPrices:
     scale: int
 
     def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
-        return self._price("stage", stage.name, layout, fused, row_set)
+        return self._price("stage", stage.name, stage.window, layout, fused, row_set)
 
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
@@ -104,7 +108,7 @@ class RandomPrices:
 
 seeds = st.integers(0, 10**6)
 scales = st.sampled_from([3, 50, 10**6])
-families = st.sampled_from(["v3", "v2-lite", "llama", "qwen3-moe"])
+families = st.sampled_from(["v3", "v2-lite", "llama", "qwen3-moe", "in turns", "windows"])
 meshes = st.sampled_from(MESHES)
 
 

@@ -161,6 +161,16 @@ def test_a_prompt_that_is_all_cached_still_runs_its_last_token_and_scored_prompt
     assert step(scheduler).groups[0][0].start == 0
 
 
+def test_pages_are_found_by_requests_of_the_same_salt_alone() -> None:
+    scheduler = make(page_size=4)
+    for number, (salt, found) in enumerate(((b"", 0), (b"a", 0), (b"", 4), (b"a", 4), (b"b", 0))):
+        request = Request(id=number, prompt=tuple(range(8)), max_tokens=1, cache_salt=salt)
+        scheduler.add(request)
+        step(scheduler)
+        commit(scheduler, (7,))
+        assert request.num_cached_prompt == found
+
+
 def test_no_page_is_found_with_the_prefix_cache_off() -> None:
     scheduler = make(prefix_cache=False)
     for number in range(2):

@@ -22,7 +22,7 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
     """Of a prompt of ``length`` tokens whose last row is sampled, two per product and sum.
 
     Attention is causal and in its expanded form: every query meets the keys up to its own, ``length (length + 1) / 2``
-    pairs per head.
+    pairs per head, or within a window those in it.
     """
     chain = build_chain(config, Mesh.of(dp=1, tp=1))
     layers = [stage for kind in chain.layers for stage in chain.layer_types[kind].stages]
@@ -38,8 +38,14 @@ def _flops(stage: Stage, rows: int) -> int:
         elif isinstance(item, GroupedGemm):
             flops += 2 * rows * item.pairs_per_row * item.n * item.k
         elif isinstance(item, AttentionCore):
-            flops += rows * (rows + 1) * item.heads * item.prefill_dims
+            flops += 2 * _pairs(rows, stage.window) * item.heads * item.prefill_dims
     return round(flops)
+
+
+def _pairs(rows: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, of a whole prompt."""
+    hidden = 0 if window is None else max(rows - window, 0)
+    return (rows * (rows + 1) - hidden * (hidden + 1)) // 2
 
 
 def decode_weight_bytes(
@@ -52,7 +58,9 @@ def decode_weight_bytes(
     """
 
     def nbytes(weight: Weight) -> float:
-        return prod(weight.shape) * (1 + 4 / weight.shape[1] if int8 and weight.int8 else itemsize)
+        if int8 and weight.int8:
+            return prod(weight.shape) * (1 + 4 / weight.shape[1])
+        return prod(weight.shape) * (4 if weight.float32 else itemsize)
 
     mesh, forms = Mesh.of(dp=1, tp=1), Forms()
     weights: list[Weight] = list(head_weights(config, mesh).values())
@@ -66,12 +74,13 @@ def decode_weight_bytes(
 
 
 def decode_kv_bytes(config: ModelConfig, itemsize: int, *, rows: int, context: int) -> int:
-    """Bytes of KV cache that a decode step reads once: ``rows`` sequences of ``context`` tokens."""
+    """Bytes of KV cache that a decode step reads once: ``rows`` sequences of ``context`` tokens, in windows less."""
     attention = config.attention
     width = (
         attention.latent_dim if isinstance(attention, MLA) else 2 * attention.num_key_value_heads * attention.head_dim
     )
-    return itemsize * width * config.num_hidden_layers * rows * context
+    windows = (config.sliding_window(layer) for layer in range(config.num_hidden_layers))
+    return itemsize * width * rows * sum(context if window is None else min(context, window) for window in windows)
 
 
 def decode_bound(
@@ -102,8 +111,9 @@ def decode_bound(
                 nbytes = itemsize * item.n * item.k * experts_hit / num_moe
                 flops = 2.0 * rows * item.pairs_per_row * item.n * item.k
             elif isinstance(item, AttentionCore):
-                nbytes = float(rows * context * item.kv_row_bytes)
-                flops = 2.0 * rows * context * item.heads * item.decode_dims
+                seen = context if stage.window is None else min(context, stage.window)
+                nbytes = float(rows * seen * item.kv_row_bytes)
+                flops = 2.0 * rows * seen * item.heads * item.decode_dims
             else:
                 continue
             seconds += max(nbytes / bytes_per_s, flops / flop_per_s)
