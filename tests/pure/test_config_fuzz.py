@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +112,7 @@ def test_the_smallest_config_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(changes=CHANGES, without=st.sets(st.sampled_from(NAMES), max_size=2))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_config_is_a_model_or_one_line(name: str, changes: dict[str, Any], without: set[str]) -> None:
     raw = {field: value for field, value in (base(name) | changes).items() if field not in without}
     config = outcome(raw | {"model_type": name})
@@ -121,6 +124,35 @@ def test_any_config_is_a_model_or_one_line(name: str, changes: dict[str, Any], w
 @settings(max_examples=100, deadline=None)
 def test_any_object_is_a_model_or_one_line(raw: dict[str, Any]) -> None:
     outcome(raw)
+
+
+PLAUSIBLE = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.integers(1, 9) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")},
+        **{name: st.integers(1, 70) for name in ("hidden_size", "intermediate_size", "vocab_size", "kv_lora_rank")},
+        **{name: st.integers(1, 9) for name in ("n_routed_experts", "num_experts", "num_experts_per_tok", "n_group")},
+        **{name: st.sampled_from([2, 4, 6]) for name in ("head_dim", "qk_rope_head_dim")},
+        **{name: st.integers(0, 3) for name in ("n_shared_experts", "first_k_dense_replace", "max_window_layers")},
+        "tie_word_embeddings": st.booleans(),
+        "use_sliding_window": st.booleans(),
+    },
+)
+
+
+@given(name=st.sampled_from(sorted(FAMILIES)), changes=PLAUSIBLE, mesh=st.sampled_from(["--tp 1", "--dp 2 --tp 2"]))
+@settings(max_examples=12, deadline=None)
+def test_what_is_read_is_planned(name: str, changes: dict[str, Any], mesh: str) -> None:
+    fields = FAMILIES[name].model_fields.keys() | base(name).keys()
+    raw = base(name) | {field: value for field, value in changes.items() if field in fields}
+    out, err = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(out), redirect_stderr(err):
+        (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        code = main(["plan", folder, *mesh.split(), "--device", "h200", "--rows", "32", "--json"])
+    if code:
+        assert code == 2 and err.getvalue().startswith("narrows: error: ") and err.getvalue().count("\n") == 1
+    else:
+        assert json.loads(out.getvalue())["layouts"]
 
 
 ODD_TEXTS = {
