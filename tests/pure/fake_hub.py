@@ -33,6 +33,8 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.asked: list[str] = []
         self.status = 0
+        self.page = b""
+        """What all are answered instead, if anything."""
         self.cut_after = -1
         """Bytes of a file after which the connection is closed; -1: never."""
         self.url = ""
@@ -75,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(f"{self.command} {path}")
         if self.hub.status:
             return self.refuse(self.hub.status, "")
+        if self.hub.page:
+            return self.send(self.hub.page, "text/html")
         parts = path.removeprefix("/api/models").strip("/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
         repo = self.hub.repos.get(name)
@@ -107,9 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def send_json(self, value: object) -> None:
-        data = json.dumps(value).encode()
+        self.send(json.dumps(value).encode(), "application/json")
+
+    def send(self, data: bytes, kind: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

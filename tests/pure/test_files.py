@@ -247,7 +247,7 @@ def test_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
 
 def test_a_folder_without_config_says_what_is_there(tmp_path: Path) -> None:
     for name, words in (
-        ("", r"config\.json: no such file; a model is a folder with config\.json, or a preset name$"),
+        ("", r"config\.json: no such file; a model is a folder with config\.json, org/name of the hub, or a preset$"),
         ("adapter_config.json", "holds an adapter .* merge it"),
     ):
         if name:

@@ -261,6 +261,23 @@ def test_a_hub_that_refuses(hub: FakeHub, caplog: pytest.LogCaptureFixture, stat
     assert f"org/name is read as the cache has it, commit {COMMIT}" in record.getMessage()
 
 
+@pytest.mark.parametrize("page", [b"<html>log in first</html>", b"[]", b'"x"', b"{}"])
+def test_what_is_no_hub(hub: FakeHub, page: bytes) -> None:
+    hub.page = page
+    assert f"{hub.url} answers as no hub does" in refused("org/name")
+
+
+def test_a_download_that_breaks_off(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.repos["org/name"] = Repo(FILES | {"model.safetensors": b"weights" * 1000})
+    hub.cut_after = 2000
+    text = refused("org/name")
+    assert "the download from" in text and "broke off" in text and "run the command again" in text
+    hub.cut_after = -1
+    local = Path(local_model("org/name", needed="weights"))
+    assert (local / "model.safetensors").read_bytes() == b"weights" * 1000
+
+
 def test_without_a_network_the_cache_is_read_if_it_is_whole(hub: FakeHub, silence: Callable[[], None]) -> None:
     parts = sharded("a.safetensors", "b.safetensors")
     for name in ("org/whole", "org/text"):

@@ -9,6 +9,7 @@ from narrows.files import file_in
 
 __all__ = ["config_file"]
 
+_MODEL = "a model is a folder with config.json, org/name of the hub, or a preset"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -22,7 +23,7 @@ def config_file(path: Path) -> Path:
         if path.suffix in _WEIGHTS:
             raise CheckpointError(f"{path}: a model is the folder of such a file, with its config.json: give that")
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; a model is a folder with config.json, or a preset name")
+            raise CheckpointError(f"{path}: no such file; {_MODEL}")
         return path
     file = file_in(path, "config.json")
     if file is not None:
@@ -32,6 +33,4 @@ def config_file(path: Path) -> Path:
             f"{path}: holds an adapter (adapter_config.json), not a model: merge it into its base model with peft's "
             "merge_and_unload(), save that, and give its folder"
         )
-    raise CheckpointError(
-        f"{path / 'config.json'}: no such file; a model is a folder with config.json, or a preset name"
-    )
+    raise CheckpointError(f"{path / 'config.json'}: no such file; {_MODEL}")

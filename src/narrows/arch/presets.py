@@ -212,8 +212,8 @@ def preset(name: str) -> ModelConfig:
     raw = PRESETS.get(name.lower())
     if raw is None:
         raise ConfigError(
-            f"{name!r} is neither a folder with a config.json, nor a .gguf file, nor a preset; "
-            f"built in: {', '.join(built_in()) or 'none'}; presets: {', '.join(PRESETS)}"
+            f"{name!r} is neither a folder with a config.json, nor a .gguf file, nor org/name of the hub, nor a preset"
+            f"; built in: {', '.join(built_in()) or 'none'}; presets: {', '.join(PRESETS)}"
         )
     return read_config(raw, name.lower())
 

@@ -27,11 +27,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 from huggingface_hub.utils.tqdm import tqdm
 
 from narrows.checkpoints.hub_cache import repo_folder, snapshot_of
-from narrows.errors import CheckpointError, ConfigError
+from narrows.errors import CheckpointError, ConfigError, NarrowsError
 from narrows.files import read_json_object
 
 __all__ = ["Needed", "fetch"]
@@ -190,6 +191,8 @@ def _in_one_line(name: str, revision: str) -> Iterator[None]:
     hub = constants.ENDPOINT
     try:
         yield
+    except NarrowsError:
+        raise
     except HFValidationError:
         raise ConfigError(f"{name!r} is neither a folder here nor a name of the hub (org/name)") from None
     except GatedRepoError:
@@ -205,10 +208,12 @@ def _in_one_line(name: str, revision: str) -> Iterator[None]:
         raise ConfigError(f"{name} has no revision {revision or 'main'!r}; {hub}/{name}/tree/main lists them") from None
     except HfHubHTTPError as error:
         raise ConfigError(_refused(name, error)) from None
-    except (httpx2.HTTPError, LocalEntryNotFoundError) as error:
+    except (httpx2.HTTPError, LocalEntryNotFoundError, XetDownloadError, RuntimeError) as error:
         raise ConfigError(
             f"{name}: the download from {hub} broke off ({_words(error)}); run the command again, it goes on from there"
         ) from None
+    except (ValueError, TypeError, KeyError) as error:  # what was answered is not what the library reads
+        raise ConfigError(f"{name}: {hub} answers as no hub does ({_words(error)}); check HF_ENDPOINT") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full; {_ROOM}") from None
