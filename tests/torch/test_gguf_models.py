@@ -59,7 +59,6 @@ def test_logits_are_transformers_over_ranks(tmp_path: Path, name: str) -> None:
     path = lab.write_model(tmp_path / "m.gguf", model, kinds=MIXED)
     expected = theirs(model)
     assert expected.std() > 0.1
-    close(ours(path), expected)
     close(ours(path, dp=2, tp=2), expected)
 
 

@@ -138,7 +138,7 @@ BROKEN: dict[str, tuple[Callable[[list[Path]], Path], str]] = {
     "a renamed part": (renamed, "one of 4 parts; parts are found by their names, NAME-00001-of-0000N.gguf"),
     "another count in the names": (recounted, "says that it is one of 4 parts"),
     "a part under another's name": (swapped, "is by its name part 3 of 4, but its split.no is 1"),
-    "a part of another model": (of_another_split, "tensors"),
+    "a part of another model": (of_another_split, "the 4 parts hold 51 tensors, but split.tensors.count is 52"),
     "a part that is there twice": (twice, "tensors stand there twice, first blk"),
     "a part that is cut off": (cut, "m-00004-of-00004.gguf ("),
     "a part that is something else": (

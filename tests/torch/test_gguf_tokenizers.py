@@ -72,11 +72,12 @@ def pieces() -> list[str]:
 
 
 def sentencepiece(**more: Any) -> dict[str, Any]:
-    """The metadata of a sentencepiece vocabulary, as llama.cpp's converter writes it: ids by score, best first."""
-    found = pieces()
+    """The metadata of a sentencepiece vocabulary, with ids in another order than scores."""
+    ranks = {piece: rank for rank, piece in enumerate(pieces())}
+    found = random.Random(2).sample(list(ranks), len(ranks))
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *found, "<|end|>", "tool call"]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(found), CONTROL, USER]
-    scores = [0.0] * 259 + [-float(rank) for rank in range(len(found))] + [-1000.0] * 2
+    scores = [0.0] * 259 + [-float(ranks[piece]) for piece in found] + [-1000.0] * 2
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
