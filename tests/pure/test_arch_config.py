@@ -170,7 +170,7 @@ def test_defaults_of_fields_that_may_be_missing() -> None:
     del raw["rms_norm_eps"], raw["tie_word_embeddings"]
     config = read_config(raw)
     assert config.attention == GQA(num_key_value_heads=16, head_dim=64)
-    assert (config.rope_theta, config.rope_scaling, config.dtype, config.eos_token_id) == (
+    assert (config.rope.rope_theta, config.rope.as_mapping(), config.dtype, config.eos_token_id) == (
         10000.0,
         None,
         "bfloat16",

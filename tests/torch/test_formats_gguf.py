@@ -447,11 +447,11 @@ def test_llama3s_rotary_factors(tmp_path: Path, factor: float) -> None:
     assert len(set(factors.tolist())) > 3  # kept, divided, and blended ones
     path = write(tmp_path / "m.gguf", tensors={"rope_freqs.weight": (factors, Kind.F32)})
     config = load_model_config(str(path))
-    assert config.rope_scaling["rope_type"] == "llama3" and config.rope_scaling["factor"] == factor
-    got, _ = rope_inverse_frequencies(HEAD_DIM, THETA, scaling=config.rope_scaling, max_position=128)
+    assert config.rope.as_mapping()["rope_type"] == "llama3" and config.rope.as_mapping()["factor"] == factor
+    got, _ = rope_inverse_frequencies(HEAD_DIM, THETA, scaling=config.rope.as_mapping(), max_position=128)
     plain, _ = rope_inverse_frequencies(HEAD_DIM, THETA, scaling=None, max_position=128)
     torch.testing.assert_close(got, plain / torch.from_numpy(factors), rtol=1e-5, atol=0)
-    parameters = {"rope_theta": THETA, **config.rope_scaling}
+    parameters = {"rope_theta": THETA, **config.rope.as_mapping()}
     theirs = LlamaConfig(
         hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, head_dim=HEAD_DIM, rope_parameters=parameters
     )
@@ -461,7 +461,7 @@ def test_llama3s_rotary_factors(tmp_path: Path, factor: float) -> None:
     assert torch.equal(scaled, engine_logits(folder))
     ones = np.ones(HEAD_DIM // 2, np.float32)
     unscaled = write(tmp_path / "one.gguf", tensors={"rope_freqs.weight": (ones, Kind.F32)})
-    assert load_model_config(str(unscaled)).rope_scaling is None
+    assert load_model_config(str(unscaled)).rope.scaling is None
     assert not torch.equal(scaled, engine_logits(unscaled))
 
 

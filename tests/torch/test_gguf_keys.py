@@ -203,7 +203,7 @@ def test_a_window_that_never_slides(tmp_path: Path, model: Any) -> None:
 def frequencies(path: str) -> tuple[torch.Tensor, float]:
     config = load_model_config(path)
     return rope_inverse_frequencies(
-        16, config.rope_theta, scaling=config.rope_scaling, max_position=config.max_position_embeddings
+        16, config.rope.rope_theta, scaling=config.rope.as_mapping(), max_position=config.max_position_embeddings
     )
 
 

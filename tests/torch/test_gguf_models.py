@@ -177,8 +177,8 @@ def test_which_deepseek_a_file_holds(tmp_path: Path) -> None:
     assert moe is not None
     assert (moe.scoring_func, moe.topk_method, moe.n_group, moe.topk_group) == ("sigmoid", "noaux_tc", 4, 2)
     assert (moe.norm_topk_prob, moe.routed_scaling_factor, moe.first_k_dense_replace) == (True, 2.5, 1)
-    assert config.rope_scaling is not None
-    assert (config.rope_scaling["mscale"], config.rope_scaling["mscale_all_dim"]) == (0.707, 0.707)
+    assert config.rope.as_mapping() is not None
+    assert (config.rope.as_mapping()["mscale"], config.rope.as_mapping()["mscale_all_dim"]) == (0.707, 0.707)
     # Files without keys for groups, as they were written until late 2025, have none: as llama.cpp computes them.
     plain = lab.write_model(
         tmp_path / "1.gguf", v3, metadata={"expert_group_count": None, "expert_group_used_count": None}

@@ -64,7 +64,7 @@ def test_any_part_and_the_folder_stand_for_the_whole(tmp_path: Path, whole: Path
     expected = logits(whole, tp=2)
     for model in (*parts, tmp_path / "split"):
         got = load_model_config(str(model))
-        assert got.name == "m-00001-of-00004" and got.moe == config.moe and got.rope_scaling == config.rope_scaling
+        assert got.name == "m-00001-of-00004" and got.moe == config.moe and got.rope == config.rope
         found = load_model_text(model)
         assert found.generation == text.generation and found.tokenizer is not None and text.tokenizer is not None
         assert found.tokenizer.to_json() == text.tokenizer.to_json()

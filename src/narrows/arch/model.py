@@ -6,9 +6,7 @@ side. ``configs/`` makes one from a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from narrows.arch.rope import Rope
 
@@ -161,14 +159,6 @@ class ModelConfig:
     mlp_bias: bool = False
     quantization: Quantization | None = None
     notes: tuple[str, ...] = ()
-
-    @property
-    def rope_theta(self) -> float:
-        return self.rope.rope_theta
-
-    @property
-    def rope_scaling(self) -> Mapping[str, Any] | None:
-        return self.rope.as_mapping()
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether ``layer`` has routed experts (:meth:`MoE.in_layer`); else it has an MLP of ``intermediate_size``."""
