@@ -259,8 +259,7 @@ class Lab:
     def close(self) -> None:
         """End its threads and processes."""
         self.backend.close()
-        if (guides := state_of(self.app).guides) is not None:
-            guides.close()
+        state_of(self.app).close()
 
     def _script(self, generation: Generation) -> list[int]:
         assert self.tokenizer is not None

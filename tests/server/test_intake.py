@@ -170,7 +170,7 @@ def test_health_and_metrics_answer_while_every_thread_for_requests_is_taken(
 
     async def run() -> list[int]:
         requests = [asyncio.ensure_future(plain.complete("hi")) for _ in range(12)]
-        for _ in range(4):
+        for _ in range(2):
             await asyncio.to_thread(entered.acquire)
         async with plain.client() as client:
             answers = [await client.get(path) for path in ("/health", "/metrics")]
@@ -195,7 +195,7 @@ def test_work_for_a_client_that_has_left_is_not_begun(plain: Lab, monkeypatch: p
     monkeypatch.setattr(plain.tokenizer, "encode", held)
 
     async def run() -> None:
-        there = [asyncio.ensure_future(plain.complete("stays")) for _ in range(4)]
+        there = [asyncio.ensure_future(plain.complete("stays")) for _ in range(2)]
         for _ in there:
             await asyncio.to_thread(entered.acquire)
         await asyncio.wait_for(request_of_a_client_that_leaves(plain, b'{"prompt": "left"}'), 60)

@@ -98,6 +98,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--allow-priority", action="store_true", help="let requests be more urgent than normal (priority below 0)"
     )
+    http.add_argument(
+        "--intake",
+        choices=("process", "threads"),
+        default="process",
+        help="where bodies of more than 16 KB are read; threads: for debugging (default %(default)s)",
+    )
     text = parser.add_argument_group("what is read in the model's text (auto: the format of its chat template)")
     text.add_argument("--tool-call-parser", default="auto", choices=TOOL_PARSERS, help="default: auto")
     text.add_argument("--reasoning-parser", default="auto", choices=REASONING_PARSERS, help="default: auto")
@@ -224,6 +230,7 @@ def _options(args: argparse.Namespace) -> ServerOptions:
         allow_priority=args.allow_priority,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
+        intake_process=args.intake == "process",
     )
 
 

@@ -27,12 +27,14 @@ from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
 from narrows.server.errors import ApiError, ClientGoneError, refused
-from narrows.server.intake import BoundedRoute
+from narrows.server.intake import Body
 from narrows.server.limits import ApiKeys, BodyLimit, Encodings, ReservedPlaces
 from narrows.server.messages.route import count_tokens, create_message
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.reading import Reading
 from narrows.server.responses.route import create_response
+from narrows.server.route import BoundedRoute
 from narrows.server.schema import answers, profile, tokens
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.schema.completions import CompletionRequest
@@ -137,43 +139,43 @@ def _responses(
 
 def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses=_responses(answers.ChatCompletion, stream=True))
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(body: Body[ChatRequest], request: Request) -> Response:
         """The next message of a conversation."""
         return await chat(state, body, request)
 
     @app.post("/v1/completions", response_model=None, responses=_responses(answers.Completion, stream=True))
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    async def completions(body: Body[CompletionRequest], request: Request) -> Response:
         """What follows a prompt."""
         return await complete(state, body, request)
 
     @app.post("/tokenize", response_model=None, responses=_responses(tokens.Tokenized))
-    async def tokenize_(body: tokens.TokenizeRequest, request: Request) -> Response:
+    async def tokenize_(body: Body[tokens.TokenizeRequest]) -> Response:
         """Text, or messages through the chat template, to token ids."""
-        return JsonAnswer(await state.pools.prepare(request, tokenize, state, body))
+        return JsonAnswer(await body.read(tokenize))
 
     @app.post("/detokenize", response_model=None, responses=_responses(tokens.Detokenized))
-    async def detokenize_(body: tokens.DetokenizeRequest, request: Request) -> Response:
+    async def detokenize_(body: Body[tokens.DetokenizeRequest]) -> Response:
         """Token ids to text, special tokens spelled out."""
-        return JsonAnswer(await state.pools.prepare(request, detokenize, state, body))
+        return JsonAnswer(await body.read(detokenize))
 
 
 def _add_other_apis(app: FastAPI, state: ServerState) -> None:
     of_messages = partial(_responses, error=answers.MessageErrorAnswer)
 
     @app.post("/v1/responses", response_model=None, responses=_responses(answers.ResponseAnswer, stream=True))
-    async def responses(body: ResponsesRequest, request: Request) -> Response:
+    async def responses(body: Body[ResponsesRequest], request: Request) -> Response:
         """The next items of a conversation; nothing of it is kept."""
         return await create_response(state, body, request)
 
     @app.post("/v1/messages", response_model=None, responses=of_messages(answers.MessageAnswer, stream=True))
-    async def messages(body: MessagesRequest, request: Request) -> Response:
+    async def messages(body: Body[MessagesRequest], request: Request) -> Response:
         """The next message of a conversation, in Anthropic's words."""
         return await create_message(state, body, request)
 
     @app.post("/v1/messages/count_tokens", response_model=None, responses=of_messages(answers.MessageTokens))
-    async def message_tokens(body: CountRequest, request: Request) -> Response:
+    async def message_tokens(body: Body[CountRequest]) -> Response:
         """How many tokens a conversation has."""
-        return await count_tokens(state, body, request)
+        return await count_tokens(body)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -245,9 +247,9 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
             raise refused(error) from error
 
     @app.post("/start_profile", response_model=None, responses=_responses(profile.TraceStarted))
-    async def start_profile(body: profile.StartProfileRequest | None = None) -> Response:
+    async def start_profile(body: Body[profile.StartProfileRequest] | None = None) -> Response:
         """Begin to write a trace of the next steps of the engine, on every rank."""
-        asked = body or profile.StartProfileRequest()
+        asked = profile.StartProfileRequest() if body is None else await body.read(_as_it_is)
         steps = asked.steps if asked.steps is not None else asked.num_steps
         return await told(partial(state.backend.start_trace, steps))
 
@@ -255,6 +257,10 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
     async def stop_profile() -> Response:
         """End the trace; answered when its file is written."""
         return await told(state.backend.stop_trace)
+
+
+def _as_it_is(reading: Reading, body: profile.StartProfileRequest) -> profile.StartProfileRequest:
+    return body
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -13,28 +13,35 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from narrows.server.conversation import Conversation, conversation
+from narrows.server.conversation import Conversation, Conversing, begin_conversation, read_conversation
 from narrows.server.errors import invalid
 from narrows.server.events import Arguments, Content, Event, Reasoning, ToolCall
+from narrows.server.ids import new_id, now
+from narrows.server.intake import Body
+from narrows.server.reading import Reading
 from narrows.server.respond import respond
 from narrows.server.running import Running
 from narrows.server.schema.chat import ChatRequest
-from narrows.server.state import ServerState, new_id, now
+from narrows.server.state import ServerState
 from narrows.server.turn import Turn
 
 __all__ = ["chat"]
 
 
-async def chat(state: ServerState, body: ChatRequest, request: Request) -> Response:
+async def chat(state: ServerState, body: Body[ChatRequest], request: Request) -> Response:
     """Answer a request.
 
     Raises:
         ApiError: it cannot be served.
     """
-    head = {"id": new_id("chatcmpl"), "created": now(), "model": state.check_model(body.model)}
-    _check(body)
-    job = await state.pools.prepare(request, conversation, state, body, head)
+    job = await body.begin(begin_conversation, _read)
     return await respond(state, request, job, "messages", stream=_stream, whole=_whole)
+
+
+def _read(reading: Reading, body: ChatRequest) -> Conversing:
+    name = reading.check_model(body.model)
+    _check(body)
+    return read_conversation(reading, body, {"id": new_id("chatcmpl"), "created": now(), "model": name})
 
 
 def _check(body: ChatRequest) -> None:
@@ -49,7 +56,7 @@ def _check(body: ChatRequest) -> None:
 
 async def _stream(job: Conversation, running: Running) -> AsyncGenerator[dict[str, Any], None]:
     head = {**job.head, "object": "chat.completion.chunk"}
-    no_usage = {"usage": None} if job.body.wants_usage else {}
+    no_usage = {"usage": None} if job.wishes.wants_usage else {}
 
     def chunk(turn: Turn, delta: dict[str, Any], logprobs: list[dict[str, Any]], finish: str | None) -> Any:
         scores = {"content": logprobs} if logprobs else None
@@ -67,7 +74,7 @@ async def _stream(job: Conversation, running: Running) -> AsyncGenerator[dict[st
                     logprobs = []
                 if logprobs or turn.finish_reason is not None:
                     yield chunk(turn, {}, logprobs, turn.finish_reason)
-    if job.body.wants_usage:
+    if job.wishes.wants_usage:
         yield {**head, "choices": [], "usage": job.usage}
 
 
@@ -95,7 +102,7 @@ async def _whole(job: Conversation, running: Running) -> dict[str, Any]:
         {
             "index": turn.index,
             "message": _message(events[turn.index]),
-            "logprobs": {"content": logprobs[turn.index]} if job.body.logprobs else None,
+            "logprobs": {"content": logprobs[turn.index]} if job.wishes.logprobs is not None else None,
             "finish_reason": turn.finish_reason,
         }
         for turn in job.choices

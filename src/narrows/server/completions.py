@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from narrows.sched.sampling import SamplingParams, TokenScore
-from narrows.server.allowed import AllowedTokens
+from narrows.sched.sampling import TokenScore
+from narrows.server.asked import Asked, Wishes
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
 from narrows.server.forms import Constraint, asked_form
 from narrows.server.grammar.compiled import GrammarGuide
+from narrows.server.ids import new_id, now
+from narrows.server.intake import Body
 from narrows.server.logprobs import LogprobColumns
 from narrows.server.prompts import truncated
+from narrows.server.reading import Reading
 from narrows.server.respond import Job, respond
 from narrows.server.running import Running
 from narrows.server.schema.completions import CompletionRequest
-from narrows.server.state import ServerState, new_id, now
+from narrows.server.state import ServerState
 from narrows.server.usage import Count
 from narrows.text import GeneratedText, TokenPlaces
 
@@ -30,51 +35,80 @@ _DEFAULT_TOKENS = 16
 """OpenAI's default of ``max_tokens`` in this API."""
 
 
-async def complete(state: ServerState, body: CompletionRequest, request: Request) -> Response:
+async def complete(state: ServerState, body: Body[CompletionRequest], request: Request) -> Response:
     """Answer a request.
 
     Raises:
         ApiError: it cannot be served.
     """
-    name = state.check_model(body.model)
-    job = await state.pools.prepare(request, _job, state, body, name)
+    job = await body.begin(_begin, _read)
     return await respond(state, request, job, "prompt", stream=_stream, whole=_whole)
 
 
-def _job(state: ServerState, body: CompletionRequest, name: str) -> _Job:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Completing(Asked):
+    """What a body comes to. ``texts``: prompts as they were written, None: as ids, or cut. ``runs``: not all is there.
+
+    ``adds_special``: tokens were added around a text; ``as_ids``: tokens are named by their ids.
+    """
+
+    texts: tuple[str | None, ...]
+    echoes: bool
+    runs: bool
+    adds_special: bool
+    as_ids: bool
+
+
+def _read(reading: Reading, body: CompletionRequest) -> _Completing:
     """What a body comes to."""
+    name = reading.check_model(body.model)
     _check(body)
-    state.check_amount(len(body.prompts), body.num_choices)
-    prompts: list[tuple[int, ...]] = []
+    reading.check_amount(len(body.prompts), body.num_choices)
+    prompts: list[array[int]] = []
     rooms: list[int] = []
     for asked in body.prompts:  # the first one that is too long is the last one that is read
-        prompts.append(_encode(state, body, asked))
-        room = state.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, len(prompts[-1]), "prompt")
-        rooms.append(room)
+        prompts.append(array("I", _encode(reading, body, asked)))
+        rooms.append(reading.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, len(prompts[-1]), "prompt"))
     max_tokens = min(rooms)
     form = asked_form(body)
     scored = body.logprobs if body.echo else None
-    sampling = state.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored)
+    whole = body.truncate_prompt_tokens is None
+    return _Completing(
+        wishes=Wishes.of(body, logprobs=body.logprobs),
+        head={"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name},
+        prompts=tuple(prompts),
+        max_tokens=max_tokens,
+        end_ids=reading.end_ids(body),
+        sampling=reading.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored),
+        allowed=reading.allowed(body),
+        constraint=Constraint(forms=(form[0],), param=form[1]) if form and max_tokens else None,
+        texts=tuple(text if isinstance(text, str) and whole and body.echo else None for text in body.prompts),
+        echoes=bool(body.echo),
+        runs=bool(max_tokens) or scored is not None,
+        adds_special=whole and body.add_special_tokens is not False,
+        as_ids=bool(body.return_tokens_as_token_ids),
+    )
+
+
+def _begin(reading: Reading, asked: _Completing) -> _Job:
+    """Its texts, before their first token."""
+    wishes = asked.wishes
     choices: list[_Choice] = []
     generations: list[Generation] = []
-    end_ids, allowed = state.end_ids(body), state.allowed(body)
     generated = GeneratedText(
-        state.model.tokenizer,
-        stop=body.stops,
-        keep_stop=body.keeps_stop,
-        end_ids=end_ids,
-        skip_special_tokens=body.skip_special_tokens is not False,
+        reading.model.tokenizer,
+        stop=wishes.stops,
+        keep_stop=wishes.keeps_stop,
+        end_ids=asked.end_ids,
+        skip_special_tokens=wishes.skips_special,
     )
-    runs = bool(max_tokens) or scored is not None
-    for at, (text, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
-        for choice in range(body.num_choices):
-            echoed = text if isinstance(text, str) and body.truncate_prompt_tokens is None else None
-            new = generated.another()
-            choices.append(_Choice(state, body, len(choices), at, prompt, echoed, new, end_ids))
-            generations.append(_generation(body, prompt, max_tokens, end_ids, sampling, choice, allowed))
-    head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name}
-    constraint = Constraint(forms=(form[0],), param=form[1]) if form and max_tokens else None
-    return Job(body, head, sum(map(len, prompts)), choices, generations if runs else [], constraint)
+    for at, ids in enumerate(asked.prompts):
+        prompt = tuple(ids)
+        for choice in range(wishes.num_choices):
+            choices.append(_Choice(reading, asked, len(choices), at, prompt, generated.another()))
+            generations.append(asked.generation(prompt, choice))
+    total = sum(map(len, asked.prompts))
+    return Job(wishes, asked.head, total, choices, generations if asked.runs else [], asked.constraint)
 
 
 def _check(body: CompletionRequest) -> None:
@@ -84,35 +118,16 @@ def _check(body: CompletionRequest) -> None:
         raise invalid("stream_options goes with stream: true only", "stream_options")
 
 
-def _encode(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
+def _encode(reading: Reading, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
         special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
-        prompt = list(state.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
+        prompt = list(reading.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
     if not prompt:
         raise invalid("prompt is empty: there is no token to go on from", "prompt")
-    if max(prompt) >= state.model.vocab_size:
-        message = f"token id {max(prompt)} is outside the model's vocabulary of {state.model.vocab_size}"
+    if max(prompt) >= reading.model.vocab_size:
+        message = f"token id {max(prompt)} is outside the model's vocabulary of {reading.model.vocab_size}"
         raise invalid(f"prompt: {message}", "prompt")
-    return truncated(state, body, tuple(prompt), "prompt")
-
-
-def _generation(
-    body: CompletionRequest,
-    prompt: tuple[int, ...],
-    max_tokens: int,
-    end_ids: frozenset[int],
-    sampling: SamplingParams,
-    choice: int,
-    allowed: AllowedTokens | None,
-) -> Generation:
-    return Generation(
-        prompt=prompt,
-        max_tokens=max_tokens,
-        end_ids=end_ids,
-        sampling=ServerState.of_choice(sampling, choice),
-        priority=body.priority or 0,
-        guide=allowed,
-    )
+    return truncated(reading, body, tuple(prompt), "prompt")
 
 
 class _Choice:
@@ -120,40 +135,37 @@ class _Choice:
 
     def __init__(
         self,
-        state: ServerState,
-        body: CompletionRequest,
+        reading: Reading,
+        asked: _Completing,
         index: int,
         prompt_index: int,
         prompt: tuple[int, ...],
-        echoed: str | None,
         generated: GeneratedText,
-        end_ids: frozenset[int],
     ) -> None:
         self.index = index
         self.count = Count(prompt_index)
         self.finish_reason: str | None = None
         self._prompt = prompt
         self.guide: GrammarGuide | None = None
-        tokenizer = state.model.tokenizer
-        skips = body.skip_special_tokens is not False
+        tokenizer = reading.model.tokenizer
+        skips, echoed = asked.wishes.skips_special, asked.texts[prompt_index]
         self._text = generated
         self._columns: LogprobColumns | None = None
-        if body.logprobs is not None:
-            as_ids = bool(body.return_tokens_as_token_ids)
-            self._columns = LogprobColumns(tokenizer, num_best=body.logprobs, as_ids=as_ids)
-        adds = tokenizer is not None and echoed is not None and body.add_special_tokens is not False
+        if asked.wishes.logprobs is not None:
+            self._columns = LogprobColumns(tokenizer, num_best=asked.wishes.logprobs, as_ids=asked.as_ids)
+        adds = tokenizer is not None and echoed is not None and asked.adds_special
         self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
         self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
         before = ""
-        if body.echo and echoed is not None:
+        if asked.echoes and echoed is not None:
             before = echoed
-        elif body.echo and tokenizer is not None:
+        elif asked.echoes and tokenizer is not None:
             before = tokenizer.decode(prompt, skip_special_tokens=skips)
         self._pieces = [before]  # what is new of the text
         self._num_scored = 0  # of the prompt's tokens
-        if body.echo and self._columns is not None:
+        if asked.echoes and self._columns is not None:
             self._add_prompt((None,))  # nothing comes before the first
-        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=end_ids)
+        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=asked.end_ids)
 
     def take(self, update: Update) -> bool:
         """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
@@ -200,7 +212,7 @@ class _Choice:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
-_Job = Job[CompletionRequest, _Choice]
+_Job = Job[_Choice]
 
 
 async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice], None]:
@@ -215,14 +227,14 @@ async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice],
 
 
 async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
-    no_usage = {"usage": None} if job.body.wants_usage else {}
+    no_usage = {"usage": None} if job.wishes.wants_usage else {}
     async with aclosing(_updates(job, running)) as updates:
         async for choices in updates:
             for choice in choices:
                 entry = choice.entry()
                 if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
                     yield {**job.head, "choices": [entry], **no_usage}
-    if job.body.wants_usage:
+    if job.wishes.wants_usage:
         yield {**job.head, "choices": [], "usage": job.usage}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -56,6 +57,10 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values: dict[str, Any] = {"param": self.param, "code": self.code, "headers": self.headers}
+        return partial(ApiError, **values), (self.status, self.message)
 
     @property
     def body(self) -> dict[str, Any]:

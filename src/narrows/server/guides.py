@@ -25,7 +25,7 @@ from narrows.server.json_rule import json_rule
 from narrows.server.reasoning import CLOSE, OPEN
 from narrows.text import Tokenizer
 
-__all__ = ["Form", "GrammarGuide", "GuideMaker", "choice_form", "json_form", "regex_form"]
+__all__ = ["Form", "GrammarGuide", "GuideMaker", "choice_form", "json_form", "literal", "regex_form"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,20 @@ def regex_form(pattern: str) -> Form:
 def choice_form(texts: Sequence[str]) -> Form:
     """One of the texts."""
     return Form("choice", f"choice: {' | '.join(json.dumps(text) for text in texts)}")
+
+
+def literal(tokenizer: Tokenizer, text: str) -> str:
+    """``text`` in a Lark rule. What the tokenizer holds as special tokens stands there as such."""
+    parts: list[str] = []
+    plain = text
+    while plain:
+        found = [(at, token, name) for name, token in tokenizer.special_tokens.items() if (at := plain.find(name)) >= 0]
+        if not found:
+            break
+        at, token, name = min(found)
+        parts += [json.dumps(plain[:at])] * bool(at) + [f"<[{token}]>"]
+        plain = plain[at + len(name) :]
+    return " ".join([*parts, *([json.dumps(plain)] if plain or not parts else [])])
 
 
 class GuideMaker:
@@ -77,23 +91,6 @@ class GuideMaker:
         """Make the table of the model's tokens that constraints need: half a second for 100,000 tokens, once."""
         _ = self.tokens
 
-    def literal(self, text: str) -> str:
-        """``text`` in a Lark rule. What the tokenizer holds as special tokens stands there as such."""
-        parts: list[str] = []
-        plain = text
-        while plain:
-            found = [
-                (at, token, name)
-                for name, token in self._tokenizer.special_tokens.items()
-                if (at := plain.find(name)) >= 0
-            ]
-            if not found:
-                break
-            at, token, name = min(found)
-            parts += [json.dumps(plain[:at])] * bool(at) + [f"<[{token}]>"]
-            plain = plain[at + len(name) :]
-        return " ".join([*parts, *([json.dumps(plain)] if plain or not parts else [])])
-
     async def guides(
         self, forms: Sequence[Form], count: int, *, reasoning: bool = False, inside: bool = False
     ) -> list[GrammarGuide]:
@@ -119,10 +116,10 @@ class GuideMaker:
         if not reasoning:
             return "\n".join(["start: body", *rules])
         if CLOSE in self._tokenizer.special_tokens:
-            thought = f"thought: /(?s:.*)/ {self.literal(CLOSE)}"
+            thought = f"thought: /(?s:.*)/ {literal(self._tokenizer, CLOSE)}"
         else:
             thought = f"thought[suffix={json.dumps(CLOSE)}]: /(?s:.*)/"
-        start = "start: thought gap body" if inside else f"start: ({self.literal(OPEN)} thought gap)? body"
+        start = "start: thought gap body" if inside else f"start: ({literal(self._tokenizer, OPEN)} thought gap)? body"
         return "\n".join([start, thought, r"gap: /\n{0,2}/", *rules])
 
     @property

@@ -1,48 +1,136 @@
-"""How a body comes in: read within a budget, parsed and validated off the event loop, refused at its first error.
+"""How a body comes in: its bytes within a budget; then read, with all it takes to refuse it, where its size belongs.
 
-A route declares its body as a pydantic model, as FastAPI's routes do; :class:`BoundedRoute` reads it.
+Reading is all work on a body before its texts are begun: parsing, limits, validation, the chat template, tokenizing. A
+small body is read on a thread. A large one is read in a process of its own (:mod:`narrows.server.intake_process`),
+since one call on it may keep the interpreter's lock for tens of milliseconds; so nothing of it is parsed here.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
 from narrows.server.errors import ApiError, ClientGoneError, invalid
 from narrows.server.json_body import JsonLimits, parse_json
 from narrows.server.pools import LARGE_BYTES, Pools
+from narrows.server.reading import Reading
 from narrows.server.wrong_field import of_validation
 
-__all__ = ["BoundedRoute", "Intake"]
+if TYPE_CHECKING:
+    from narrows.server.intake_process import IntakeProcess
+
+__all__ = ["Body", "Intake", "read_body"]
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def read_body(data: bytes, model: type[BodyT], limits: JsonLimits) -> BodyT:
+    """The body as ``model``.
+
+    Raises:
+        ApiError: 400, naming the first field that is wrong.
+    """
+    value = parse_json(data, limits)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise of_validation(error.errors(include_url=False, include_input=False), value) from None
+
+
+class Body(Generic[BodyT]):
+    """A request's body, which is read once. ``held``: how many of its bytes count as held until then."""
+
+    def __init__(self, intake: Intake, request: Request, model: type[BodyT]) -> None:
+        self._intake, self._request, self._model = intake, request, model
+        self.data = b""
+        self.held = 0
+
+    def drop(self) -> None:
+        """It has been read, or never will be."""
+        held, self.held = self.held, 0
+        self.data = b""
+        self._intake.release(held)
+
+    async def read(self, call: Callable[Concatenate[Reading, BodyT, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What ``call`` makes of it, on a thread or in a process.
+
+        ``call`` is a function of a module; what it is given and returns can be pickled, and is small.
+
+        Raises:
+            ApiError: 400, naming the first field that is wrong; or what ``call`` raises.
+            ClientGoneError: the client went away meanwhile.
+        """
+        return await self.begin(_as_it_is, call, *args, **kwargs)
+
+    async def begin(
+        self,
+        then: Callable[[Any, T], U],
+        call: Callable[Concatenate[Reading, BodyT, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> U:
+        """What ``then`` makes of that, with the server's state and on a thread of the server."""
+        reading = partial(self._made, self.data, then, call, args, kwargs)
+        try:
+            return await self._intake.pools.prepare(self._request, reading)
+        finally:
+            self.drop()
+
+    def _made(self, data: bytes, then: Callable[[Any, T], U], call: Callable[..., T], args: Any, kwargs: Any) -> U:
+        intake = self._intake
+        if intake.process is not None and len(data) > LARGE_BYTES:
+            found: T = intake.process.ask(data, self._model, intake.limits, partial(_call, call, args, kwargs))
+        else:
+            found = _call(call, args, kwargs, intake.state, read_body(data, self._model, intake.limits))
+        return then(intake.state, found)
+
+
+def _call(call: Callable[..., T], args: Any, kwargs: Any, reading: Reading, body: BaseModel) -> T:
+    return call(reading, body, *args, **kwargs)
+
+
+def _as_it_is(state: Any, value: T) -> T:
+    return value
 
 
 class Intake:
-    """Reads bodies. ``max_held_bytes``: the most that all large bodies being read or checked may take together."""
+    """Reads bodies. ``max_held_bytes``: the most that all large bodies being read or checked may take together.
 
-    def __init__(self, pools: Pools, *, max_held_bytes: int, limits: JsonLimits | None = None) -> None:
-        self.pools = pools
+    ``process``: where large bodies are read; None: on a thread, as small ones are.
+    """
+
+    def __init__(
+        self,
+        state: Reading,
+        pools: Pools,
+        process: IntakeProcess | None,
+        *,
+        max_held_bytes: int,
+        limits: JsonLimits | None = None,
+    ) -> None:
+        self.state, self.pools, self.process = state, pools, process
         self.limits = limits or JsonLimits()
         self._max_held_bytes = max_held_bytes
         self._held_bytes = 0
 
-    async def read(self, request: Request, model: type[BodyT], *, optional: bool = False) -> BodyT | None:
-        """The body as ``model``; None if there is none and it is ``optional``.
+    async def take(self, request: Request, model: type[BodyT], *, optional: bool = False) -> Body[BodyT] | None:
+        """The request's body, which counts as held until it was read or dropped; None: there is none, if ``optional``.
 
         Raises:
-            ApiError: 400, naming the first field that is wrong; 415; 503, too many large bodies at once.
+            ApiError: 400, there is none; 415; 503, too many large bodies at once.
             ClientGoneError: the client went away meanwhile.
         """
-        async with self._bytes_of(request) as data:
-            if not data and optional:
+        body = Body(self, request, model)
+        try:
+            await self._fill(body, request)
+            if not body.data and optional:
                 return None
             if "json" not in (sent := request.headers.get("content-type", "")):
                 # Read as JSON whatever it says, it could be sent by any web page that the user has open.
@@ -50,74 +138,37 @@ class Intake:
                     f"the body comes as {sent[:100] or 'nothing'!r}; send the header Content-Type: application/json"
                 )
                 raise ApiError(415, message, code="unsupported_media_type")
-            if not data:
+            if not body.data:
                 raise invalid("the body is empty; send a JSON object with this endpoint's fields")
-            request.scope["narrows.body_bytes"] = len(data)
-            return await self.pools.prepare(request, self._validated, data, model)
+        except BaseException as error:
+            body.drop()
+            if isinstance(error, ClientDisconnect):
+                raise ClientGoneError from None
+            raise
+        request.scope["narrows.body_bytes"] = len(body.data)
+        return body
 
-    def _validated(self, data: bytes, model: type[BodyT]) -> BodyT:
-        value = parse_json(data, self.limits)
-        try:
-            return model.model_validate(value)
-        except ValidationError as error:
-            raise of_validation(error.errors(include_url=False, include_input=False), value) from None
-
-    @asynccontextmanager
-    async def _bytes_of(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, counted as held until the block is left."""
+    async def _fill(self, body: Body[BodyT], request: Request) -> None:
         chunks: list[bytes] = []
-        size = counted = 0
-        try:
-            async for chunk in request.stream():
-                chunks.append(chunk)
-                size += len(chunk)
-                if size <= LARGE_BYTES:
-                    continue
-                self._held_bytes += size - counted
-                counted = size
-                if self._held_bytes > self._max_held_bytes:
-                    message = (
-                        f"large bodies of other requests hold {self._held_bytes - counted:,} of "
-                        f"{self._max_held_bytes:,} bytes already; try again later"
-                    )
-                    raise ApiError(503, message, code="busy", headers={"retry-after": "1"})
-            yield b"".join(chunks)
-        except ClientDisconnect:
-            raise ClientGoneError from None
-        finally:
-            self._held_bytes -= counted
+        size = 0
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size <= LARGE_BYTES:
+                continue
+            self._hold(body, size - body.held)
+        body.data = b"".join(chunks)
 
+    def _hold(self, body: Body[BodyT], num_more: int) -> None:
+        self._held_bytes += num_more
+        body.held += num_more
+        if self._held_bytes > self._max_held_bytes:
+            message = (
+                f"large bodies of other requests hold {self._held_bytes - body.held:,} of "
+                f"{self._max_held_bytes:,} bytes already; try again later"
+            )
+            raise ApiError(503, message, code="busy", headers={"retry-after": "1"})
 
-class BoundedRoute(APIRoute):
-    """A route whose endpoint takes a parameter ``body``, a pydantic model or None, and maybe ``request``.
-
-    FastAPI documents it; the body is read by the application's :class:`Intake` (``app.state.server.intake``).
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The route's function from request to response."""
-        if self.body_field is None:
-            return super().get_route_handler()
-        parameters = inspect.signature(self.endpoint).parameters
-        hints = get_type_hints(self.endpoint)
-        optional = parameters["body"].default is None
-        model = _model_of(hints["body"])
-        unknown = set(parameters) - {"body", "request"}
-        assert not unknown, f"{self.path}: a route with a body is handed body and request only, not {unknown}"
-
-        async def handle(request: Request) -> Response:
-            body = await request.app.state.server.intake.read(request, model, optional=optional)
-            values = {"body": body} | ({"request": request} if "request" in parameters else {})
-            answer = await self.endpoint(**values)
-            assert isinstance(answer, Response)
-            return answer
-
-        return handle
-
-
-def _model_of(hint: Any) -> type[BaseModel]:
-    """The model of ``Model`` or ``Model | None``."""
-    for each in (hint, *getattr(hint, "__args__", ())):
-        if inspect.isclass(each) and issubclass(each, BaseModel):
-            return each
-    raise AssertionError(f"a body is a pydantic model, not {hint}")
+    def release(self, num_bytes: int) -> None:
+        """So many bytes are held no more."""
+        self._held_bytes -= num_bytes

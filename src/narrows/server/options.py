@@ -67,7 +67,8 @@ class ServerOptions:
     ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (the chat template tells) or ``none``.
     ``max_generations``: most texts of a request, prompts times ``n``. ``allow_priority``: requests may be more urgent
     than normal (``priority`` below 0). ``hosts``: names that a request's Host may have beside this machine's own; None:
-    any. ``origins``: web pages that may use the server; ``*``: all of them.
+    any. ``origins``: web pages that may use the server; ``*``: all of them. ``intake_process``: large bodies are
+    read in a process of their own.
 
     Raises:
         ConfigError: a limit that would let nothing in, an empty key.
@@ -82,6 +83,7 @@ class ServerOptions:
     reasoning_parser: str = "auto"
     hosts: frozenset[str] | None = None
     origins: tuple[str, ...] = ()
+    intake_process: bool = False
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """The threads of a server, apart by what they are for, so that no kind of work waits for another.
 
-Requests are prepared off the event loop. Whatever is large goes through one thread alone: long calls that keep the
-interpreter's lock then come one at a time, and the event loop gets its turn between them.
+Requests are prepared off the event loop. Whatever is large goes through one thread alone, which has a process do most
+of it (:mod:`narrows.server.intake`); what is small is short work, for two threads: more would only wait for the
+interpreter's lock, and make those wait longer who stream.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ T = TypeVar("T")
 _FREE_AFTER_S = 2.0
 """How long after the work: what follows at once would only ask for the memory again."""
 
-LARGE_BYTES = 128 * 1024
+LARGE_BYTES = 16 * 1024
 """A body of more bytes is large."""
 
 
@@ -35,7 +36,7 @@ class Pools:
     def __init__(self) -> None:
         self._watch = ThreadPoolExecutor(2, thread_name_prefix="narrows watch")
         self._operate = ThreadPoolExecutor(1, thread_name_prefix="narrows operators")
-        self._small = ThreadPoolExecutor(4, thread_name_prefix="narrows requests")
+        self._small = ThreadPoolExecutor(2, thread_name_prefix="narrows requests")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="narrows large requests")
         self._give_back = give_back
         self._is_asked = False

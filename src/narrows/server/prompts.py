@@ -8,9 +8,9 @@ from typing import Any
 from narrows.errors import ConfigError
 from narrows.server.errors import invalid, refused
 from narrows.server.json_body import JsonLimits, read_json
+from narrows.server.reading import Reading
 from narrows.server.schema.chat import ChatMessage, ContentPart, Tool
 from narrows.server.schema.common import GenerationFields
-from narrows.server.state import ServerState
 from narrows.text import Tokenizer
 
 __all__ = ["render_chat", "truncated"]
@@ -51,7 +51,7 @@ def render_chat(
     return _cut_open(text) if continue_final_message else text
 
 
-def truncated(state: ServerState, body: GenerationFields, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
+def truncated(reading: Reading, body: GenerationFields, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
     """What ``truncate_prompt_tokens`` leaves of a prompt; -1: as many tokens as there is room for beside the answer.
 
     Raises:
@@ -61,7 +61,7 @@ def truncated(state: ServerState, body: GenerationFields, ids: tuple[int, ...], 
     if keep is None:
         return ids
     if keep == -1:
-        keep = state.model.max_context - max(body.most_tokens or 1, 1)
+        keep = reading.model.max_context - max(body.most_tokens or 1, 1)
     if keep < 1:
         raise invalid(f"{param}: no token would be left of the prompt", "truncate_prompt_tokens")
     return ids[:keep] if body.truncation_side == "right" else ids[-keep:]

@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from narrows.sched.limits import MOST_PRIORITY
 from narrows.server.answers import DataLines, EventStream, JsonAnswer, Wire, to_json_in_turns, unless_gone
+from narrows.server.asked import Wishes
 from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
 from narrows.server.forms import Constraint, make_guides
 from narrows.server.grammar.compiled import GrammarGuide
 from narrows.server.limits import key_of
 from narrows.server.running import Running
-from narrows.server.schema.common import GenerationFields
 from narrows.server.state import ServerState
 from narrows.server.usage import Count, usage
 
@@ -43,18 +43,17 @@ class Choice(Protocol):
         ...
 
 
-BodyT = TypeVar("BodyT", bound=GenerationFields)
 ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 
 @dataclass(frozen=True, slots=True)
-class Job(Generic[BodyT, ChoiceT]):
+class Job(Generic[ChoiceT]):
     """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run.
 
     ``constraint``: what the texts have to be; their guides are made when the job is answered.
     """
 
-    body: BodyT
+    wishes: Wishes
     head: dict[str, Any]
     """What every piece of the answer begins with."""
     num_prompt_tokens: int
@@ -82,11 +81,11 @@ class Job(Generic[BodyT, ChoiceT]):
 async def respond(
     state: ServerState,
     request: Request,
-    job: Job[BodyT, ChoiceT],
+    job: Job[ChoiceT],
     param: str,
     *,
-    stream: Callable[[Job[BodyT, ChoiceT], Running], AsyncGenerator[dict[str, Any], None]],
-    whole: Callable[[Job[BodyT, ChoiceT], Running], Coroutine[Any, Any, dict[str, Any]]],
+    stream: Callable[[Job[ChoiceT], Running], AsyncGenerator[dict[str, Any], None]],
+    whole: Callable[[Job[ChoiceT], Running], Coroutine[Any, Any, dict[str, Any]]],
     wire: Wire | None = None,
 ) -> Response:
     """The answer, as ``stream`` or ``whole`` makes it; whatever ends it, the generations are ended with it.
@@ -98,7 +97,7 @@ async def respond(
         ApiError: the backend takes none of them, a priority that is not allowed, or the time is over.
     """
     timeout_s = state.options.request_timeout_s
-    _check_priority(state, job.body)
+    _check_priority(state, job.wishes.priority)
     num_logprobs = state.check_logprobs(job.generations)
     generations = job.generations
     if job.constraint is not None:
@@ -116,7 +115,7 @@ async def respond(
             state.guides.grammars.forget_broken()
             state.pools.free_memory_soon()
 
-    if job.body.stream:
+    if job.wishes.stream:
         return EventStream(
             stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=close, turns=state.turns
         )
@@ -132,11 +131,11 @@ def _client_of(state: ServerState, request: Request) -> str:
     return "" if key is None or len(state.options.api_keys) < 2 else f"key {key}"
 
 
-def _check_priority(state: ServerState, body: GenerationFields) -> None:
+def _check_priority(state: ServerState, priority: int) -> None:
     """
     Raises:
         ApiError: 400, more urgent than normal where that is not allowed.
     """
-    if (body.priority or 0) < 0 and not state.options.allow_priority:
-        message = f"priority is {body.priority}: to be more urgent than normal (0) needs a server with --allow-priority"
+    if priority < 0 and not state.options.allow_priority:
+        message = f"priority is {priority}: to be more urgent than normal (0) needs a server with --allow-priority"
         raise invalid(f"{message}; 1 to {MOST_PRIORITY} are less urgent", "priority")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from narrows.server.errors import invalid
+from narrows.server.reading import Reading
 from narrows.server.schema.chat import ChatRequest, Tool, ToolChoice
-from narrows.server.state import ServerState
 
-__all__ = ["ToolUse", "tool_use"]
+__all__ = ["Calls", "ToolUse", "tool_use"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +23,22 @@ class ToolUse:
     many: bool = True
     strangers: bool = True
 
+    def calls(self, *, parallel: bool) -> Calls:
+        """What is read in the model's text."""
+        names = None if self.strangers else frozenset(tool.function.name for tool in self.tools)
+        return Calls(are_read=bool(self.tools), most=None if parallel else 1, names=names)
 
-def tool_use(state: ServerState, body: ChatRequest) -> ToolUse:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """Which calls are read in a text: none, or so many at ``most``, of these ``names`` (None: of any)."""
+
+    are_read: bool
+    most: int | None
+    names: frozenset[str] | None
+
+
+def tool_use(reading: Reading, body: ChatRequest) -> ToolUse:
     """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` come to.
 
     Raises:
@@ -38,7 +52,7 @@ def tool_use(state: ServerState, body: ChatRequest) -> ToolUse:
         raise invalid("tool_choice is given, but no tools", "tool_choice")
     if not tools or choice == "none":
         return ToolUse()
-    if state.tools is None:
+    if reading.tools is None:
         message = "the model's chat template knows no tool calls in a format that this server reads"
         raise invalid(f"{message}; a server started with --tool-call-parser reads one", "tools")
     many = body.parallel_tool_calls is not False

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from narrows.server.asked import Wishes
 from narrows.server.backend import Update
 from narrows.server.errors import invalid
 from narrows.server.events import Event, ToolCall, joined
 from narrows.server.grammar.compiled import GrammarGuide
 from narrows.server.logprobs import chat_logprob
 from narrows.server.output import OutputParser
+from narrows.server.reading import Reading
 from narrows.server.reasoning import ReasoningSplit
-from narrows.server.schema.chat import ChatRequest
-from narrows.server.state import ServerState
-from narrows.server.tool_use import ToolUse
+from narrows.server.tool_use import Calls
 from narrows.server.usage import Count
 from narrows.text import GeneratedText
 
@@ -25,27 +25,27 @@ class Turn:
 
     def __init__(
         self,
-        state: ServerState,
-        body: ChatRequest,
+        reading: Reading,
+        wishes: Wishes,
         index: int,
-        use: ToolUse,
+        calls: Calls,
         inside: bool,
         text: GeneratedText,
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.count = Count()
-        self._tokenizer = state.tokenizer
+        self._tokenizer = reading.tokenizer
         self.guide: GrammarGuide | None = None
         self._text = text
         self._parser = OutputParser(
-            reasoning=ReasoningSplit(inside=inside) if state.reasons else None,
-            tools=state.tools.new_parser() if use.tools and state.tools is not None else None,
-            max_calls=1 if body.parallel_tool_calls is False else None,
-            names=None if use.strangers else frozenset(tool.function.name for tool in use.tools),
+            reasoning=ReasoningSplit(inside=inside) if reading.reasons else None,
+            tools=reading.tools.new_parser() if calls.are_read and reading.tools is not None else None,
+            max_calls=calls.most,
+            names=calls.names,
         )
         self._has_calls = False
-        self._wants_logprobs = bool(body.logprobs)
+        self._wants_logprobs = wishes.logprobs is not None
         self._events: list[Event] = []
         self._logprobs: list[dict[str, Any]] = []
 

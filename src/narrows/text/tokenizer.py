@@ -75,6 +75,9 @@ class Tokenizer:
             raise CheckpointError(f"{files.tokenizer_json} cannot be read ({error}); fetch it again") from error
         return cls(backend, files)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._backend, self._files)  # templates are compiled anew
+
     @cached_property
     def vocab_size(self) -> int:
         """Ids are 0 to ``vocab_size - 1``, added tokens included. A model's logits may be wider (padded)."""

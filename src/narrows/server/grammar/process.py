@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
 from narrows.errors import ConfigError, NarrowsError
+from narrows.server import child
 from narrows.server.grammar.limits import GrammarLimits, in_words
 from narrows.server.grammar.trial import PROGRAM
 
 __all__ = ["Ended", "TrialProcess"]
-
-_HEARD = {signal.SIGINT, signal.SIGTERM}
-"""Sent to a whole process group; the process is born deaf to them, and ends when its stdin does."""
 
 
 class Ended(NarrowsError):  # noqa: N818 - what happened
@@ -77,27 +74,18 @@ class TrialProcess:
                 raise Ended("nobody waits for the grammar any more")
             if self._process is not None and self._process.poll() is None and not self._why_ended:
                 return self._process
-            _close(self._process)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
-            try:
-                self._process = process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", PROGRAM, "narrows grammar trial"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            child.close(self._process)
+            self._process = process = child.start(PROGRAM, "narrows grammar trial")
             self._why_ended = ""
             self.num_started += 1
-        _write(process, self._told())
+        child.write(process, self._told())
         return process
 
     def _death(self, process: subprocess.Popen[bytes]) -> NarrowsError:
         """What it means that the process has ended amid a grammar."""
         code = process.wait()
         with self._lock:
-            _close(process)
+            child.close(process)
             self._process, why = None, self._why_ended
             self._why_ended = ""
         if why == "ended":
@@ -115,28 +103,6 @@ class TrialProcess:
 
 def _ask(process: subprocess.Popen[bytes], body: bytes) -> bytes:
     """The line that is answered; empty if the process has ended."""
-    _write(process, len(body).to_bytes(8, "little") + body)
+    child.write(process, len(body).to_bytes(8, "little"), body)
     assert process.stdout is not None, "its output is a pipe"
     return process.stdout.readline()
-
-
-def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
-    assert process.stdin is not None, "its input is a pipe"
-    try:
-        process.stdin.write(data)
-        process.stdin.flush()
-    except (BrokenPipeError, ValueError):
-        return  # seen when the answer is read
-
-
-def _close(process: subprocess.Popen[bytes] | None) -> None:
-    if process is None:
-        return
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                continue

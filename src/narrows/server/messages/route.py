@@ -11,10 +11,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.server.answers import JsonAnswer, named_event
-from narrows.server.conversation import Conversation, conversation, conversation_prompt
+from narrows.server.conversation import (
+    Conversation,
+    Conversing,
+    begin_conversation,
+    conversation_prompt,
+    read_conversation,
+)
 from narrows.server.errors import ApiError, error_body, renamed, translated
+from narrows.server.intake import Body
 from narrows.server.messages.request import CHAT_NAMES, chat_of
 from narrows.server.messages.writer import MessageWriter
+from narrows.server.reading import Reading
 from narrows.server.respond import respond
 from narrows.server.running import Running
 from narrows.server.schema.chat import ChatRequest
@@ -26,15 +34,14 @@ __all__ = ["PATH", "count_tokens", "create_message"]
 PATH = "/v1/messages"
 
 
-async def create_message(state: ServerState, body: MessagesRequest, request: Request) -> Response:
+async def create_message(state: ServerState, body: Body[MessagesRequest], request: Request) -> Response:
     """Answer a request.
 
     Raises:
         ApiError: it cannot be served.
     """
-    name = state.check_model(body.model)
-    job = await state.pools.prepare(request, _job, state, body)
-    writer = MessageWriter(name)
+    job = await body.begin(begin_conversation, _read)
+    writer = MessageWriter(job.head["model"])
     with renamed(CHAT_NAMES):
         return await respond(
             state,
@@ -47,14 +54,13 @@ async def create_message(state: ServerState, body: MessagesRequest, request: Req
         )
 
 
-async def count_tokens(state: ServerState, body: CountRequest, request: Request) -> Response:
+async def count_tokens(body: Body[CountRequest]) -> Response:
     """How many tokens the conversation has, as the model would read it.
 
     Raises:
         ApiError: it cannot be read.
     """
-    state.check_model(body.model)
-    return JsonAnswer({"input_tokens": await state.pools.prepare(request, _count, state, body)})
+    return JsonAnswer({"input_tokens": await body.read(_count)})
 
 
 def _chat(body: CountRequest) -> ChatRequest:
@@ -62,17 +68,19 @@ def _chat(body: CountRequest) -> ChatRequest:
         return chat_of(body)
 
 
-def _count(state: ServerState, body: CountRequest) -> int:
+def _count(reading: Reading, body: CountRequest) -> int:
+    reading.check_model(body.model)
     chat = _chat(body)
     with renamed(CHAT_NAMES):
-        _, ids = conversation_prompt(state, chat)
+        _, ids = conversation_prompt(reading, chat)
     return len(ids)
 
 
-def _job(state: ServerState, body: MessagesRequest) -> Conversation:
+def _read(reading: Reading, body: MessagesRequest) -> Conversing:
+    name = reading.check_model(body.model)
     chat = _chat(body)
     with renamed(CHAT_NAMES):
-        return conversation(state, chat, {}, capped=True)
+        return read_conversation(reading, chat, {"model": name}, capped=True)
 
 
 class _Wire:
@@ -113,7 +121,7 @@ def _why(job: Conversation) -> tuple[str, str | None]:
     if turn.finish_reason == "tool_calls":
         return "tool_use", None
     if turn.finish_reason == "length":
-        asked = job.body.max_tokens
+        asked = job.wishes.most_tokens
         cut = asked is not None and job.generations[0].max_tokens < asked
         return "model_context_window_exceeded" if cut else "max_tokens", None
     return ("stop_sequence", turn.stop_string) if turn.stop_string else ("end_turn", None)

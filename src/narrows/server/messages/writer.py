@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from narrows.server.events import Content, Event, Reasoning, ToolCall
-from narrows.server.state import new_id
+from narrows.server.ids import new_id
 
 __all__ = ["MessageWriter"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,27 +13,29 @@ from starlette.responses import Response
 
 from narrows.sched.sampling import SamplingParams
 from narrows.server.answers import named_event
-from narrows.server.conversation import Conversation, conversation
+from narrows.server.conversation import Conversation, Conversing, begin_conversation, read_conversation
 from narrows.server.errors import ApiError, renamed, translated
+from narrows.server.ids import new_id, now
+from narrows.server.intake import Body
+from narrows.server.reading import Reading
 from narrows.server.respond import respond
 from narrows.server.responses.request import CHAT_NAMES, chat_of
 from narrows.server.responses.writer import ResponseWriter
 from narrows.server.running import Running
 from narrows.server.schema.responses import ResponsesRequest
-from narrows.server.state import ServerState, new_id, now
+from narrows.server.state import ServerState
 
 __all__ = ["create_response"]
 
 
-async def create_response(state: ServerState, body: ResponsesRequest, request: Request) -> Response:
+async def create_response(state: ServerState, body: Body[ResponsesRequest], request: Request) -> Response:
     """Answer a request.
 
     Raises:
         ApiError: it cannot be served.
     """
-    name = state.check_model(body.model)
-    job = await state.pools.prepare(request, _job, state, body, name)
-    writer = ResponseWriter(_head(body, job, name), scored=bool(job.body.logprobs))
+    job = await body.begin(begin_conversation, _read)
+    writer = ResponseWriter(job.head, scored=job.wishes.logprobs is not None)
     with renamed(CHAT_NAMES):
         return await respond(
             state,
@@ -45,16 +48,17 @@ async def create_response(state: ServerState, body: ResponsesRequest, request: R
         )
 
 
-def _job(state: ServerState, body: ResponsesRequest, name: str) -> Conversation:
+def _read(reading: Reading, body: ResponsesRequest) -> Conversing:
+    name = reading.check_model(body.model)
     with translated():
         chat = chat_of(body)
     with renamed(CHAT_NAMES):
-        return conversation(state, chat, {"model": name})
+        asked = read_conversation(reading, chat, {})
+    return replace(asked, head=_head(body, asked.sampling, name))
 
 
-def _head(body: ResponsesRequest, job: Conversation, name: str) -> dict[str, Any]:
+def _head(body: ResponsesRequest, sampling: SamplingParams, name: str) -> dict[str, Any]:
     """All of a response that is known before the model speaks: the request, with what was left out filled in."""
-    sampling = job.generations[0].sampling or SamplingParams()
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text is not None else {}
     choice = body.tool_choice if body.tool_choice is not None else "auto"
     return {

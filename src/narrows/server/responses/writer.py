@@ -11,7 +11,7 @@ from typing import Any
 
 from narrows.server.errors import ApiError
 from narrows.server.events import Content, Event, Reasoning, ToolCall
-from narrows.server.state import new_id, now
+from narrows.server.ids import new_id, now
 
 __all__ = ["ResponseWriter"]
 

@@ -1,0 +1,181 @@
+"""What it takes to read bodies: the model as clients see it, and what fields come to. Knows text and ids, no backend.
+
+It is all that a process needs that reads bodies for the server (:mod:`narrows.server.intake_worker`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from narrows.errors import ConfigError
+from narrows.sched.sampling import SamplingParams
+from narrows.server.allowed import AllowedTokens
+from narrows.server.errors import ApiError, invalid, refused
+from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.reasoning import CLOSE, OPEN, reasoning_parser
+from narrows.server.reasoning import PARSERS as REASONING_PARSERS
+from narrows.server.schema.common import GenerationFields
+from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
+from narrows.server.tools.formats import tool_format
+from narrows.text import Tokenizer
+
+__all__ = ["Reading"]
+
+_MASK63 = 2**63 - 1
+
+
+class Reading:
+    """A model with its text and defaults, and a server's options.
+
+    Raises:
+        ConfigError: a parser that is not known, or one for a model without a tokenizer.
+    """
+
+    def __init__(self, model: ServedModel, options: ServerOptions) -> None:
+        for flag, asked, known in (
+            ("--tool-call-parser", options.tool_call_parser, TOOL_PARSERS),
+            ("--reasoning-parser", options.reasoning_parser, REASONING_PARSERS),
+        ):
+            if asked not in known:
+                raise ConfigError(f"{flag} {asked!r} is not known; there are: {', '.join(known)}")
+            if asked not in ("auto", "none") and model.tokenizer is None:
+                raise ConfigError(f"{flag} {asked} reads text, but {model.names[0]} has no tokenizer.json")
+        self.model = model
+        self.options = options
+        template = model.tokenizer.chat_template_source if model.tokenizer is not None else ""
+        self.tools = tool_format(options.tool_call_parser, template)
+        self.reasons = reasoning_parser(options.reasoning_parser, template) != "none"
+        self.defaults: Mapping[str, float | int] = model.generation.sampling(samples_by_default=True)
+        self.spelled_out = self._spelled_out()
+
+    def _spelled_out(self) -> frozenset[int]:
+        """Special tokens that the parsers have to see in the text."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            return frozenset()
+        names = (self.tools.markers if self.tools else ()) + ((OPEN, CLOSE) if self.reasons else ())
+        ids = (tokenizer.id_of(name) for name in names)
+        return frozenset(token for token in ids if token is not None and tokenizer.is_special(token))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ApiError: it has none.
+        """
+        if self.model.tokenizer is None:
+            raise invalid(f"{self.model.names[0]} has no tokenizer.json: send prompts as token ids to /v1/completions")
+        return self.model.tokenizer
+
+    def encode(self, text: str, param: str, *, add_special_tokens: bool, cut: bool = False) -> tuple[int, ...]:
+        """The ids of ``text``; one that no context could hold is refused by its length, before it is read.
+
+        ``cut``: only some of the ids will be kept, so that no text is too long.
+
+        Raises:
+            ApiError: 400, too long or not Unicode; naming ``param``.
+        """
+        tokenizer, context = self.tokenizer, self.model.max_context
+        if not cut and (fewest := tokenizer.fewest_tokens(text)) > context:
+            message = (
+                f"the model's context holds {context} tokens: a text of {len(text):,} characters has at least "
+                f"{fewest:,}; shorten it"
+            )
+            raise invalid(message, param, "context_length_exceeded")
+        try:
+            return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except ConfigError as error:
+            raise refused(error, param) from error
+
+    def check_model(self, name: str | None) -> str:
+        """The name under which the request is answered.
+
+        Raises:
+            ApiError: 404, another model.
+        """
+        if name is None:
+            return self.model.names[0]
+        if name not in self.model.names:
+            served = ", ".join(self.model.names)
+            message = f"the model {name[:200]!r} does not exist here; this server has: {served}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
+
+    def end_ids(self, body: GenerationFields) -> frozenset[int]:
+        """The tokens that end the text."""
+        eos = frozenset() if body.ignore_eos else self.model.eos_ids
+        return eos | frozenset(body.stop_token_ids or ())
+
+    def max_tokens(self, asked: int | None, least: int | None, default: int | None, longest: int, param: str) -> int:
+        """How many tokens may be generated after a prompt of ``longest``; ``default`` None: as many as fit.
+
+        Raises:
+            ApiError: 400, more than the context holds, or fewer than ``least``, the body's ``min_tokens``.
+        """
+        context = self.model.max_context
+        room = context - longest
+        if longest > context or (asked is None and room < 1) or (asked is not None and asked > room):
+            wanted = f"{asked} were asked for" if asked is not None else "there is no room for any"
+            message = (
+                f"the model's context holds {context} tokens: the prompt has {longest}, and of the text {wanted}; "
+                "shorten the prompt or ask for fewer"
+            )
+            raise invalid(message, param, "context_length_exceeded")
+        most = asked if asked is not None else room if default is None else min(default, room)
+        if least is not None and least > most:
+            raise invalid(f"min_tokens is {least}, but max_tokens {most}", "min_tokens")
+        return most
+
+    def sampling(
+        self, body: GenerationFields, *, logprobs: int | None = None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
+        """How tokens are chosen: what the body says, else the checkpoint's generation config, else OpenAI's defaults.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        values: dict[str, Any] = dict(self.defaults)
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        values |= {name: value for name in (*names, "min_tokens") if (value := getattr(body, name)) is not None}
+        if body.top_k is not None:
+            values["top_k"] = max(body.top_k, 0)
+        if body.seed is not None:
+            values["seed"] = body.seed & _MASK63
+        values["logit_bias"] = self._bias(body)
+        try:
+            return SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        except ConfigError as error:
+            raise refused(error, str(error).split(maxsplit=1)[0]) from error
+
+    def _bias(self, body: GenerationFields) -> tuple[tuple[int, float], ...]:
+        bias: dict[int, float] = {}
+        for key, value in (body.logit_bias or {}).items():
+            if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < self.model.vocab_size):
+                message = f"{key[:40]!r} is not a token id of this model: ids are 0 to {self.model.vocab_size - 1}"
+                raise invalid(f"logit_bias: {message}", "logit_bias")
+            bias[int(key)] = value
+        return tuple(sorted(bias.items()))
+
+    def allowed(self, body: GenerationFields) -> AllowedTokens | None:
+        """What holds a text to ``allowed_token_ids``; None if any token may come.
+
+        Raises:
+            ApiError: 400, an id that the model does not have.
+        """
+        if body.allowed_token_ids is None:
+            return None
+        if (largest := max(body.allowed_token_ids)) >= self.model.vocab_size:
+            message = f"token id {largest} is outside the model's vocabulary of {self.model.vocab_size}"
+            raise invalid(f"allowed_token_ids: {message}", "allowed_token_ids")
+        return AllowedTokens(body.allowed_token_ids, self.model.vocab_size)
+
+    def check_amount(self, num_prompts: int, num_choices: int) -> None:
+        """Raises :class:`ApiError` if a request asks for more texts than one may."""
+        most = self.options.max_generations
+        if num_prompts * num_choices > most:
+            message = (
+                f"{num_prompts} prompts with n {num_choices} are {num_prompts * num_choices} texts; at most {most}"
+            )
+            raise invalid(f"{message} may be asked for at once", "n")
