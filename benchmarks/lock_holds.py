@@ -2,7 +2,9 @@
 
     python benchmarks/lock_holds.py
 
-A second thread sleeps half a millisecond again and again; its longest lateness is the longest hold. Prints a table.
+Twice: on a thread of the server (``--intake threads``), and with the process that ``narrows serve`` has for it, where
+the server only sends the bytes and takes in what comes of them. A second thread sleeps half a millisecond again and
+again; its longest lateness is the longest hold, on a machine that does nothing else. Prints a table.
 """
 
 from __future__ import annotations
@@ -12,9 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from narrows.server.json_body import JsonLimits, parse_json
+from narrows.checkpoints import model_path
+from narrows.engine.model_text import load_model_text
+from narrows.server import completions
+from narrows.server.errors import ApiError
+from narrows.server.intake import read_body
+from narrows.server.intake_process import IntakeProcess
+from narrows.server.json_body import JsonLimits
+from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.reading import Reading
 from narrows.server.schema.completions import CompletionRequest
 
 
@@ -32,29 +43,55 @@ def longest_hold(work: Callable[[], Any]) -> tuple[float, float]:
     thread = threading.Thread(target=sleeps)
     thread.start()
     began = time.perf_counter()
-    work()
+    with suppress(ApiError):
+        work()
     took = time.perf_counter() - began
     over.set()
     thread.join()
     return took, late[0]
 
 
+def _read(reading: Reading, data: bytes, limits: JsonLimits) -> Any:
+    return completions.read(reading, read_body(data, CompletionRequest, limits))
+
+
 def main() -> None:
     """Run it."""
     sys.setswitchinterval(0.001)
-    limits = JsonLimits()
-    text = json.dumps({"prompt": "hello world " * 1_250_000}).encode()
-    ids = json.dumps({"prompt": [5] * 1_000_000}).encode()
-    escapes = b'{"prompt":"' + b"\\n" * 7_400_000 + b'"}'
-    parsed = parse_json(ids, limits)
-    for name, work in (
-        ("15 MB of text, parsed", lambda: parse_json(text, limits)),
-        ("15 MB of escapes, parsed", lambda: parse_json(escapes, limits)),
-        ("1,000,000 token ids, parsed", lambda: parse_json(ids, limits)),
-        ("1,000,000 token ids, checked", lambda: CompletionRequest.model_validate(parsed)),
-    ):
-        took, hold = longest_hold(work)
-        print(f"{name:30} {took * 1000:4.0f} ms, longest hold {hold * 1000:4.0f} ms")
+    path = model_path("narrows-demo")
+    text = load_model_text(path)
+    assert text.tokenizer is not None
+    model = ServedModel(
+        names=("demo",),
+        tokenizer=text.tokenizer,
+        generation=text.generation,
+        max_context=2048,
+        vocab_size=text.tokenizer.vocab_size,
+        eos_ids=text.tokenizer.eos_ids,
+    )
+    reading, limits = Reading(model, ServerOptions()), JsonLimits()
+    process = IntakeProcess(model, ServerOptions())
+    bodies = {
+        "15 MB of text": json.dumps({"prompt": "hello world " * 1_250_000}).encode(),
+        "15 MB of escapes": b'{"prompt":"' + b"\\n" * 7_400_000 + b'"}',
+        "1,000,000 token ids": json.dumps({"prompt": [5] * 1_000_000}).encode(),
+        "500 prompts of 2,000 token ids": json.dumps({"prompt": [[5] * 2000] * 500, "max_tokens": 1}).encode(),
+        "4 MB of wrong items": b'{"prompt":[' + b"1," * 500_000 + b'"a"]}',
+    }
+    process.ask(b'{"prompt":"x"}', CompletionRequest, limits, completions.read)  # until it is ready
+    try:
+        for name, data in bodies.items():
+            for where, work in (
+                (
+                    "on a thread",
+                    lambda data=data: completions.read(reading, read_body(data, CompletionRequest, limits)),
+                ),
+                ("in a process", lambda data=data: process.ask(data, CompletionRequest, limits, completions.read)),
+            ):
+                took, hold = longest_hold(work)
+                print(f"{name:32} {where:12} {took * 1000:5.0f} ms, longest hold {hold * 1000:4.0f} ms")
+    finally:
+        process.end()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from narrows.server.options import ServerOptions
         ("/v1/images/generations", "text only"),
         ("/v1/responses/resp_1", "keeps nothing between requests"),
         ("/v1/files", "no files"),
+        ("/tokenizer_info", "checkpoint's folder"),
         ("/api/chat", "/v1/chat/completions"),
         ("/v1/embeddingsx", "/openapi.json"),
         ("/v2", "/openapi.json"),

@@ -22,6 +22,7 @@ from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 from narrows.sched.sampling import GREEDY, SamplingParams
+from narrows.sched.scheduler import Request, Scheduler
 from narrows.sched.serving import Draining, Generation, QueueFull, Unavailable, Update
 
 TinyModel = Callable[..., Path]
@@ -209,6 +210,25 @@ def test_a_caller_that_raises_does_not_stop_the_others(serve: Callable[..., Engi
 
     service.submit(asked((1, 2), 4), broken)
     assert Caller(service, asked((3, 4), 4)).wait().finish_reason == "length"
+
+
+def test_a_request_that_cannot_be_taken_in_ends_alone(
+    serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    add = Scheduler.add
+
+    def odd(scheduler: Scheduler, request: Request) -> None:
+        if request.prompt[0] == BAD:
+            raise ZeroDivisionError("how odd")
+        add(scheduler, request)
+
+    monkeypatch.setattr(Scheduler, "add", odd)
+    bad, good = Caller(service, asked((BAD,))), Caller(service, asked((5,)))
+    assert bad.wait().finish_reason == "error" and "how odd" in bad.wait().error
+    assert good.wait().finish_reason == "length"
+    assert service.health().ready and not service.health().num_restarts
+    assert service.drain(10), "it is not waited for"
 
 
 def test_a_drain_finishes_what_is_there_and_takes_nothing_new(serve: Callable[..., EngineService]) -> None:

@@ -322,13 +322,26 @@ class EngineService:
             self._unwanted = []
             self._changed.notify_all()
         for ticket in arrived:
-            self._of_request[ticket.request.id] = ticket
-            engine.scheduler.add(ticket.request)
+            try:
+                engine.scheduler.add(ticket.request)
+            except Exception as error:
+                self._give_up(ticket, error)
+            else:
+                self._of_request[ticket.request.id] = ticket
         for ticket in unwanted:
             engine.scheduler.abort(ticket.request)
             self._of_request.pop(ticket.request.id, None)
             tell(ticket, Update(finish_reason="abort"))
         return bool(arrived or unwanted)
+
+    def _give_up(self, ticket: Ticket, error: Exception) -> None:
+        """End one generation that cannot be run after all; the others go on."""
+        if not isinstance(error, ConfigError):
+            _LOG.error("generation %d cannot be run", ticket.number, exc_info=error)
+        with self._changed:
+            self._tickets.pop(ticket.number, None)
+            self._changed.notify_all()
+        tell(ticket, Update(finish_reason="error", error=f"it cannot be run: {' '.join(str(error).split())}"))
 
     def _handed_out(self, engine: Engine, step: StepInFlight) -> None:
         """Count a step that the ranks have been given."""
@@ -459,11 +472,15 @@ class EngineService:
         except Exception as final:
             self._fail_for_good(" ".join(str(final).split()) or type(final).__name__, waiting)
             return
+        for ticket in list(waiting):
+            try:
+                ticket.request = engine.request(ticket.generation)
+            except Exception as error:
+                waiting.remove(ticket)
+                self._give_up(ticket, error)
         with self._changed:
             self._num_restarts += 1
-            for ticket in waiting:  # one that nobody wants any more is found among them by its number
-                ticket.request = engine.request(ticket.generation)
-            self._arrived[:0] = waiting
+            self._arrived[:0] = waiting  # one that nobody wants any more is found among them by its number
         _LOG.warning("the ranks are ready again")
 
     def _end_engine(self) -> None:
@@ -474,6 +491,7 @@ class EngineService:
         if engine is not None:
             engine.close()
         del engine
+        gc.unfreeze()  # the engine that a server began with
         gc.collect()  # what raised holds frames, and those the weights of ranks that are threads
 
     def _fail_for_good(self, reason: str, waiting: list[Ticket]) -> None:

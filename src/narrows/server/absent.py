@@ -41,6 +41,11 @@ _ABSENT = (
         "this server keeps no files and no batches; send requests as they are, many at once",
     ),
     _Absent(
+        ("/tokenizer_info", "/get_tokenizer_info"),
+        "this server hands out no tokenizer's files; they are in the checkpoint's folder, and /tokenize and "
+        "/detokenize do what they say",
+    ),
+    _Absent(
         ("/v1/complete", "/generate", "/generate_stream", "/api/chat", "/api/generate", "/api/tags", "/api/show"),
         "this server speaks OpenAI's API (/v1/chat/completions, /v1/completions, /v1/responses) and Anthropic's "
         "(/v1/messages)",

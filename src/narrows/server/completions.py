@@ -29,7 +29,7 @@ from narrows.server.state import ServerState
 from narrows.server.usage import Count
 from narrows.text import GeneratedText, TokenPlaces
 
-__all__ = ["complete"]
+__all__ = ["begin", "complete", "read"]
 
 _DEFAULT_TOKENS = 16
 """OpenAI's default of ``max_tokens`` in this API."""
@@ -41,7 +41,7 @@ async def complete(state: ServerState, body: Body[CompletionRequest], request: R
     Raises:
         ApiError: it cannot be served.
     """
-    job = await body.begin(_begin, _read)
+    job = await body.begin(begin, read)
     return await respond(state, request, job, "prompt", stream=_stream, whole=_whole)
 
 
@@ -59,8 +59,12 @@ class _Completing(Asked):
     as_ids: bool
 
 
-def _read(reading: Reading, body: CompletionRequest) -> _Completing:
-    """What a body comes to."""
+def read(reading: Reading, body: CompletionRequest) -> _Completing:
+    """What a body comes to.
+
+    Raises:
+        ApiError: 400, naming the field; 404, another model.
+    """
     name = reading.check_model(body.model)
     _check(body)
     reading.check_amount(len(body.prompts), body.num_choices)
@@ -90,7 +94,7 @@ def _read(reading: Reading, body: CompletionRequest) -> _Completing:
     )
 
 
-def _begin(reading: Reading, asked: _Completing) -> _Job:
+def begin(reading: Reading, asked: _Completing) -> _Job:
     """Its texts, before their first token."""
     wishes = asked.wishes
     choices: list[_Choice] = []
