@@ -58,8 +58,8 @@ def held_bytes(model: Decoder) -> int:
         elif isinstance(value, Int8Stack):
             note(value.values_EOI)
             note(value.scales_EO)
-        elif isinstance(value, dict):
-            for each in value.values():
+        elif isinstance(value, dict | tuple):
+            for each in value.values() if isinstance(value, dict) else value:
                 note(each)
 
     for part in (model, *model.layers):
@@ -89,7 +89,26 @@ def model_of(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: in
 def test_planned_bytes_are_the_bytes_that_ranks_hold(
     tiny_model: TinyModel, kind: str, dtype: str, plain_weights: None
 ) -> None:
-    config = read_config(tiny_model(kind))
+    all_ranks_hold_what_is_planned(read_config(tiny_model(kind)), dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("v2", {"attention_bias": True, "mlp_bias": True}),
+        ("v2-lite", {"attention_bias": True, "hidden_act": "relu"}),
+        ("v3", {"attention_bias": True, "num_hidden_layers": 4, "first_k_dense_replace": 0, "moe_layer_freq": 2}),
+        ("qwen3-moe", {"mlp_only_layers": [1]}),
+        ("qwen3-moe", {"mlp_only_layers": [0, 1, 2]}),
+    ],
+)
+def test_so_are_those_of_biases_and_of_kinds_of_layers_in_turns(
+    tiny_model: TinyModel, kind: str, changes: dict[str, Any], plain_weights: None
+) -> None:
+    all_ranks_hold_what_is_planned(read_config(tiny_model(kind, **changes)), "bf16")
+
+
+def all_ranks_hold_what_is_planned(config: ModelConfig, dtype: str) -> None:
     for mesh in (Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=3), Mesh.of(dp=2, tp=2)):
         choices = form_choices(config, mesh)
         for forms in {choices[0], choices[-1]}:
