@@ -15,6 +15,7 @@ import server_lab as lab
 from narrows.errors import ConfigError, NarrowsError
 from narrows.sched.serving import QueueFull
 from narrows.server.app import state_of
+from narrows.server.grammar import process as process_module
 from narrows.server.grammar.cache import Grammars
 from narrows.server.grammar.compiled import Grammar, Memory
 from narrows.server.grammar.limits import GrammarLimits, in_words
@@ -334,6 +335,17 @@ def test_a_process_in_the_midst_of_a_grammar_is_ended(maker: Callable[..., Guide
     assert trial.try_out('start: "a"', lambda: True) >= 0 and trial.num_started == 2
     with pytest.raises(Ended):
         trial.try_out('start: "a"', lambda: False)
+
+
+def test_a_process_that_has_grown_is_ended_and_its_memory_is_back(
+    maker: Callable[..., GuideMaker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = maker().trials[0]
+    assert trial.try_out('start: "a"', lambda: True) >= 0
+    assert trial.try_out('start: "b"', lambda: True) >= 0 and trial.num_started == 1, "it has not grown"
+    monkeypatch.setattr(process_module, "_GROWN_BYTES", -(1 << 40))
+    assert trial.try_out('start: "c"', lambda: True) >= 0 and trial.num_started == 1
+    assert trial.try_out('start: "d"', lambda: True) >= 0 and trial.num_started == 2
 
 
 # -- limits ----------------------------------------------------------------------------------------------------------

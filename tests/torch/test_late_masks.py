@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from narrows.engine import core
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.service import EngineService
 from narrows.engine.worker import Worker
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import GREEDY
+from narrows.sched.scheduler import Request
 from narrows.sched.serving import Generation, Update
 
 TinyModel = Callable[..., Path]
@@ -189,3 +191,25 @@ def test_ranks_that_fail_while_a_mask_is_late_end_its_text_and_others_run_on_the
     assert again.wait() == "length" and after.num_taken == 5
     guide.gate.set()  # its mask comes to nobody
     assert Caller(service, (5, 6), 3).wait() == "length"
+
+
+def test_a_step_is_held_for_a_bounded_time_however_many_masks_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never(Guide):
+        def __init__(self) -> None:
+            self.waited = 0.0
+
+        def wait(self, timeout_s: float) -> bool:
+            self.waited = timeout_s
+            return False
+
+        def allowed(self) -> bytes:
+            return EVEN
+
+        def advance(self, token: int) -> None: ...
+
+    monkeypatch.setattr(core, "perf_counter", lambda: 100.0)
+    for count, seconds in ((10, 0.004), (1000, 0.02)):
+        guides = [Never() for _ in range(count)]
+        requests = [Request(id=number, prompt=(1,), max_tokens=1, guide=guide) for number, guide in enumerate(guides)]
+        Engine._hold_for_masks(None, requests)  # type: ignore[arg-type]
+        assert [guide.waited for guide in guides] == [pytest.approx(seconds)] * count

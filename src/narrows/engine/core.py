@@ -45,7 +45,8 @@ _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
 _MASK_S = 0.002
 _MASK_EACH_S = 0.0002
-"""How long a step is held for the masks of its guided rows: so long, and so long more for each of them."""
+_MASK_MOST_S = 0.02
+"""How long a step is held for the masks of its guided rows: so long, and so long more for each, up to a bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +284,7 @@ class Engine:
 
         The last is asked first: masks are made in the order of their requests, so that one wait is most often enough.
         """
-        end = perf_counter() + _MASK_S + _MASK_EACH_S * len(requests)
+        end = perf_counter() + min(_MASK_S + _MASK_EACH_S * len(requests), _MASK_MOST_S)
         for request in reversed(requests):
             assert request.guide is not None, "a mask is awaited of a guide"
             request.guide.wait(max(0.0, end - perf_counter()))

@@ -16,6 +16,10 @@ from narrows.server.grammar.trial import PROGRAM
 __all__ = ["Ended", "TrialProcess"]
 
 
+_GROWN_BYTES = 32 << 20
+"""A process that keeps more after a grammar is ended."""
+
+
 class Ended(NarrowsError):  # noqa: N818 - what happened
     """The process was ended from here while it tried a grammar."""
 
@@ -54,8 +58,9 @@ class TrialProcess:
         if not line:
             raise self._death(process)
         answer = json.loads(line)
+        if answer.get("memory") or answer["grown"] > _GROWN_BYTES:
+            self.end()  # and its memory is back; another is started when it is needed
         if answer.get("memory"):
-            self.end()
             raise ConfigError(self._limits.too_much_memory)
         if answer["problem"]:
             raise ConfigError(in_words(answer["problem"], self._limits))

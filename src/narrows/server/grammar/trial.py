@@ -57,12 +57,14 @@ def run(told: dict[str, Any]) -> None:
     _bound(resource.RLIMIT_CORE, 0)
     _bound(resource.RLIMIT_AS, _memory_mapped() + limits.memory_bytes)
     source, answers = sys.stdin.buffer, sys.stdout
+    resident = _memory_pages(1)
     while (text := _next(source)) is not None:
         # Passing this ends the process, whatever code it is in: the signal has no handler.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         answer = _try(tokens, text, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         give_back()
+        answer["grown"] = _memory_pages(1) - resident
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -95,8 +97,13 @@ def _bound(what: int, value: int) -> None:
 
 def _memory_mapped() -> int:
     """Bytes of address space that this process has."""
+    return _memory_pages(0)
+
+
+def _memory_pages(which: int) -> int:
+    """Bytes of address space (0) or of memory (1) that this process has."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+        return int(file.read().split()[which]) * resource.getpagesize()
 
 
 class _MallInfo(ctypes.Structure):
