@@ -41,12 +41,7 @@ from narrows.arch.stages import (
 )
 from narrows.layout import Layout, Mesh, deal, full, group, owed
 
-__all__ = ["WHOLE_EXPERTS_IMBALANCE", "build_chain"]
-
-WHOLE_EXPERTS_IMBALANCE = 1.2
-"""How many times its even share of (row, expert) pairs the fullest rank is assumed to get when whole experts are dealt
-to ranks. An assumption, not a measurement: real routing is skewed, and a step lasts as long as its fullest rank. Split
-experts are balanced by construction."""
+__all__ = ["build_chain"]
 
 
 def build_chain(
@@ -273,7 +268,7 @@ class _Builder:
         lo, hi = deal_blocks(moe.moe_intermediate_size, world)[0]
         columns = moe.moe_intermediate_size if whole else hi - lo
         held = deal(moe.n_routed_experts, world)[0] if whole else moe.n_routed_experts
-        pairs = top_k * held / moe.n_routed_experts * (WHOLE_EXPERTS_IMBALANCE if whole else 1.0)
+        pairs = top_k * held / moe.n_routed_experts
         router = Stage(
             name="router",
             kind=StageKind.ROW,
@@ -282,11 +277,13 @@ class _Builder:
             writes=("topk_ids", "topk_weights"),
             work=(Gemm(moe.n_routed_experts, hidden, "float32_sums"), Stream(4 * 4 * moe.n_routed_experts)),
         )
+        ranks = world if whole else 1
+        inner, sums = 3 * columns * size * pairs, pairs * hidden * size
         experts_work = (
-            GroupedGemm(held, pairs, 2 * columns, hidden),
-            Stream(3 * columns * size * pairs),
-            GroupedGemm(held, pairs, hidden, columns),
-            Stream((pairs + 1) * hidden * size),
+            GroupedGemm(held, pairs, 2 * columns, hidden, ranks),
+            Stream(0.0, inner) if whole else Stream(inner),
+            GroupedGemm(held, pairs, hidden, columns, ranks),
+            Stream(hidden * size, sums) if whole else Stream(hidden * size + sums),
         )
         replicated = self.forms.shared_expert == "replicated" and moe.n_shared_experts > 0
         shared_columns = deal_blocks(max(moe.shared_intermediate_size, 1), world)[0][1]

@@ -109,12 +109,17 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class GroupedGemm:
-    """``rows * pairs_per_row`` rows spread over ``experts`` weight matrices of ``k x n`` held on the rank."""
+    """``rows * pairs_per_row`` rows spread over ``experts`` weight matrices of ``k x n`` held on the rank.
+
+    ``ranks``: to how many whole experts are dealt. Then ``pairs_per_row`` is the even share, and the fullest rank's are
+    for who prices to count; 1: each rank has a part of every expert, and all get the same.
+    """
 
     experts: int
     pairs_per_row: float
     n: int
     k: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +137,11 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Element-wise work that moves this many bytes per row."""
+    """Element-wise work that moves this many bytes per row. ``dealt_bytes`` more go with the pairs of whole experts
+    (see :class:`GroupedGemm`): per row if those were even."""
 
     row_bytes: float
+    dealt_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

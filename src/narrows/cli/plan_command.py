@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=dtype,
         graph=not args.eager,
         encode_rows=args.encode_rows,
+        expert_skew=args.expert_skew,
     )
     shape = StepShape.of(
         mesh, _group_rows(args, mesh), phase=args.phase, context=args.context, logit_rows=args.logit_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from narrows.cost.devices import DTYPES
+from narrows.cost.imbalance import DEFAULT_SKEW
 from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
 from narrows.plan.planner import ENCODE_ROWS
@@ -42,6 +43,13 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
         choices=tuple(ENCODE_ROWS),
         default="none",
         help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
+    )
+    add(
+        "--expert-skew",
+        type=float,
+        default=DEFAULT_SKEW,
+        metavar="A",
+        help="exponent of the power law that experts are chosen by; 0: all alike (default %(default)s)",
     )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
 

@@ -213,6 +213,7 @@ def _candidate(
         dtype=dtype,
         graph=not args.eager and not hardware.shared_memory,  # there steps are launched one by one, always
         encode_rows=args.encode_rows,
+        expert_skew=args.expert_skew,
     )
     try:
         found = serving(

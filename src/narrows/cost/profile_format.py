@@ -7,7 +7,7 @@ misspelt one would leave a price to the roofline without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
@@ -109,7 +109,7 @@ def _item(name: str, kind: type[Work]) -> Any:
     for each in fields(kind):
         is_size = hints[each.name] in (int, float)
         hint = Annotated[hints[each.name], Field(ge=0)] if is_size else hints[each.name]
-        given[each.name] = (hint, ... if not isinstance(each.default, str | bool) else each.default)
+        given[each.name] = (hint, ... if each.default is MISSING else each.default)
     return create_model(name, __base__=_Part, **given)
 
 

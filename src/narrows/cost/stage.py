@@ -13,6 +13,7 @@ from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, 
 from narrows.cost.collectives import collective_price
 from narrows.cost.devices import Device
 from narrows.cost.gemm import gemm_price, grouped_gemm_price
+from narrows.cost.imbalance import DEFAULT_SKEW, imbalance
 from narrows.cost.kernels import attention_price, norm_price, stream_price
 from narrows.cost.measured import AXES, REDUCE_NORM, Measured
 from narrows.cost.price import ZERO, Price, Source
@@ -124,7 +125,9 @@ class Pricer:
     """Prices steps of one shape on one device.
 
     ``dtype`` is that of the GEMMs (``bf16`` or ``fp8``); activations are ``itemsize`` bytes wide. ``graph``: launched
-    from a CUDA graph rather than eagerly. ``window``: tokens that a row attends to at most.
+    from a CUDA graph rather than eagerly. ``window``: tokens that a row attends to at most. ``expert_skew``: how
+    unequally experts are chosen (:mod:`narrows.cost.imbalance`), which decides what the fullest rank gets of whole
+    experts.
     """
 
     def __init__(
@@ -137,9 +140,10 @@ class Pricer:
         itemsize: int,
         graph: bool,
         window: int | None = None,
+        expert_skew: float = DEFAULT_SKEW,
     ) -> None:
         self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
-        self.itemsize, self.graph, self.window = itemsize, graph, window
+        self.itemsize, self.graph, self.window, self.expert_skew = itemsize, graph, window, expert_skew
         self._windowed: dict[int, Pricer] = {}
         self._largest: dict[tuple[RowSet, Layout], int] = {}
 
@@ -166,14 +170,15 @@ class Pricer:
                 itemsize=self.itemsize,
                 graph=self.graph,
                 window=window,
+                expert_skew=self.expert_skew,
             )
         return self._windowed[window]
 
     def _composed(self, work: tuple[Work, ...], rows: int, dtype: str) -> tuple[Price, float]:
         """The price of each item of a stage's work, one after the other, and the bytes that they move."""
-        price, nbytes = ZERO, 0.0
+        price, nbytes, uneven = ZERO, 0.0, self._uneven(work, rows)
         for item in work:
-            item_price, item_bytes = self._work(item, rows, dtype)
+            item_price, item_bytes = self._work(item, rows, dtype, uneven)
             price, nbytes = price + item_price, nbytes + item_bytes
         return price, nbytes
 
@@ -192,10 +197,19 @@ class Pricer:
             if like and seen:
                 wanted, known = self._composed(work, rows, self.dtype)[0], self._composed(like, rows, dtype)[0]
                 return Price(seen.seconds * wanted.seconds / known.seconds, Source.SCALED)
-        price = ZERO
+        price, uneven = ZERO, self._uneven(work, rows)
         for item in work:
-            price += measured.item(item, self.dtype, at_work, phase, attended) or self._work(item, rows, self.dtype)[0]
+            found = measured.item(item, self.dtype, at_work, phase, attended)
+            price += found or self._work(item, rows, self.dtype, uneven)[0]
         return price
+
+    def _uneven(self, work: tuple[Work, ...], rows: int) -> float:
+        """How many times its even share of whole experts the fullest rank gets."""
+        for item in work:
+            if isinstance(item, GroupedGemm) and item.ranks > 1:
+                experts, top_k = item.experts * item.ranks, max(1, round(item.pairs_per_row * item.ranks))
+                return imbalance(item.ranks, rows, experts=experts, top_k=top_k, skew=self.expert_skew)
+        return 1.0
 
     def step(self) -> StepPrice:
         """What a step costs beside the walk of its plan: handing it to the ranks, its inputs, its result. Nothing where
@@ -280,14 +294,14 @@ class Pricer:
         price = price or stream_price(self.device, nbytes)
         return StepPrice(price.ps, rows, rows * row_bytes, price.source)
 
-    def _work(self, item: Work, rows: int, dtype: str) -> tuple[Price, float]:
+    def _work(self, item: Work, rows: int, dtype: str, uneven: float) -> tuple[Price, float]:
         device, size = self.device, self._itemsize(dtype)
         if isinstance(item, Gemm):
             dtype = self._gemm_dtype(item.precision, dtype)
             touched = rows * (item.k + item.n) * size + item.n * item.k * _WEIGHT_BYTES[dtype]
             return gemm_price(device, rows, item.n, item.k, dtype), touched if rows else 0
         if isinstance(item, GroupedGemm):
-            pairs = ceil(rows * item.pairs_per_row)
+            pairs = ceil(rows * item.pairs_per_row * (uneven if item.ranks > 1 else 1.0))
             price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, dtype)
             weights = min(item.experts, pairs) * item.n * item.k * _WEIGHT_BYTES[dtype]
             return price, pairs * (item.n + item.k) * size + weights
@@ -295,7 +309,8 @@ class Pricer:
             moved = rows * item.width * size * (4 if item.fused else 2)
             return norm_price(device, moved, fused=item.fused or item.streamed), moved
         if isinstance(item, Stream):
-            return stream_price(device, rows * item.row_bytes), rows * item.row_bytes
+            moved = rows * (item.row_bytes + item.dealt_bytes * uneven)
+            return stream_price(device, moved), moved
         return self._attention(item, rows, size)
 
     def _itemsize(self, dtype: str) -> int:

@@ -13,6 +13,7 @@ from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.cost.devices import DTYPES, Device
+from narrows.cost.imbalance import DEFAULT_SKEW, LARGEST_SKEW
 from narrows.cost.memory import MemoryUse, memory_use
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
@@ -40,7 +41,7 @@ class Deployment:
     """A model on a mesh of one kind of device. ``graph``: steps are launched from a CUDA graph.
 
     ``want_logits``: every rank needs whole rows of logits, not only the chosen token. ``encode_rows``: one of
-    ENCODE_ROWS.
+    ENCODE_ROWS. ``expert_skew``: how unequally experts are chosen (:mod:`narrows.cost.imbalance`).
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class Deployment:
     graph: bool = True
     want_logits: bool = False
     encode_rows: str = "none"
+    expert_skew: float = DEFAULT_SKEW
 
     def __post_init__(self) -> None:
         if self.encode_rows not in ENCODE_ROWS:
@@ -57,6 +59,8 @@ class Deployment:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known; dtypes: {', '.join(DTYPES)}")
         self.device.flops_per_s(self.dtype)  # refuses fp8 on a device without it, naming those that have it
+        if not 0 <= self.expert_skew <= LARGEST_SKEW:
+            raise ConfigError(f"--expert-skew is {self.expert_skew:g}; it must be between 0 and {LARGEST_SKEW:g}")
         check_mesh(self.config, self.mesh)
 
     @property
@@ -106,7 +110,7 @@ class Planner:
             ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
         """
         d, graph = self.deployment, self.graph(layout)
-        prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
+        prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph, expert_skew=d.expert_skew)
         segments = Search(graph, prices).solve()
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, host=prices.step())
 

@@ -68,6 +68,7 @@ class PlanReport:
             "dtype": deployment.dtype,
             "graph": deployment.graph,
             "encode_rows": deployment.encode_rows,
+            "expert_skew": deployment.expert_skew,
             "shape": {
                 "phase": shape.phase,
                 "rows": shape.rows.total,
