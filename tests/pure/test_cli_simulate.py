@@ -221,3 +221,22 @@ def test_the_limit_that_binds_is_named(flags: str, words: str, capsys: pytest.Ca
     assert words in " ".join(out.split())
     steps = found["candidates"][0]["scheduler"]["bound_steps"]
     assert sum(map(bool, steps.values())) == (not words.endswith("none"))
+
+
+def test_a_load_near_saturation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "simulate dsv3-mini --device cpu-core --tp 2 --num-requests 8 --input-length 64 --output-length 8"
+    used = {}
+    for rate in (0.5, 500.0):
+        out, found = run(capsys, f"{line} --rate {rate}")
+        used[rate] = found["utilisation"]
+        assert "utilisation: requests come at" in out
+        assert ("near saturation" in " ".join(out.split())) is (used[rate] >= 0.85)
+    assert used[0.5] < 0.5 and used[500.0] > 1
+    out, found = run(capsys, line)
+    assert found["utilisation"] is None and "utilisation" not in out.split("{")[0]
+
+
+def test_a_target_that_nothing_meets_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "simulate dsv3-mini --device cpu-core --search --num-gpus 2 --layout auto --num-requests 2 --max-tpot 0.001"
+    assert main(line.split()) == 1
+    assert "none of these 2 meets the target" in capsys.readouterr().out

@@ -169,7 +169,9 @@ class Stage:
     stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
     costs when the residual was added before; ``work`` what it costs fused. ``any_rows``: it may also run on the rows
     whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
-    its context that a row sees at most, where that is not all.
+    its context that a row sees at most, where that is not all. ``row_context_bytes``: held at once per row and token
+    of the context, where a kernel has whole rows of scores (the float32 logits of an indexer of sparse attention); 0
+    where it works in blocks.
     """
 
     name: str
@@ -185,6 +187,7 @@ class Stage:
     row_set: RowSet = RowSet.ALL
     any_rows: bool = False
     window: int | None = None
+    row_context_bytes: float = 0.0
 
     @property
     def key(self) -> tuple[str, bool, int | None]:

@@ -15,12 +15,11 @@ from rich.text import Text
 
 from narrows.arch.forms import Forms, form_words
 from narrows.cli.console import console
-from narrows.cost.memory import MemoryUse
 from narrows.layout import Mesh, MoveKind
 from narrows.plan.crossovers import RowRange
 from narrows.plan.explain import compare, fields_words, layout_words, segment_difference
 from narrows.plan.plan import Plan, Segment, Step, StepKind
-from narrows.plan.report import PlanReport
+from narrows.plan.report import Entry, PlanReport
 
 __all__ = ["print_report"]
 
@@ -31,6 +30,8 @@ _LEGEND = "prices: m measured, i interpolated, s scaled from another device, siz
 def print_report(report: PlanReport) -> None:
     """Print everything that the report has to say on standard output."""
     page = _Page(console())
+    if report.warning:
+        page.put(Text(f"WARNING: {report.warning}", "bold"))
     _print_header(page, report)
     page.put(_totals(report))
     _print_plan(page, report.auto.plan)
@@ -233,12 +234,25 @@ def _memory(report: PlanReport) -> list[str]:
     auto, published = report.auto, Forms()
     for entry in (*report.entries, auto):
         whose = "published forms" if entry.forms == published else "forms of auto"
-        lines[whose] = f"{whose}: {_fit(entry.memory, report.shape.kv_tokens)}"
+        lines[whose] = f"{whose}: {_fit(entry, report.shape.kv_tokens)}"
     return list(lines.values())
 
 
-def _fit(memory: MemoryUse, step_tokens: int) -> str:
-    has = f"the device has {memory.device / 1e9:.1f} GB ({memory.usable / 1e9:.1f} GB usable)"
+def _fit(entry: Entry, step_tokens: int) -> str:
+    """Of the layout among those of these forms that comes last; `auto` if it is one."""
+    memory, step = entry.memory, entry.workspace
+    parts = (
+        ("activations", step.activations),
+        ("kept by kernels", step.kept),
+        ("collectives", step.collectives),
+        ("logits", step.logits),
+    )
+    words = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in parts if nbytes)
+    has = (
+        f"the device has {memory.device / 1e9:.1f} GB, {memory.usable / 1e9:.1f} GB usable: less "
+        f"{memory.process / 1e9:.2f} GB for the process and {memory.workspace / 1e9:.2f} GB for such a step"
+        f"{f' ({words})' if words else ''}"
+    )
     if not memory.fits:
         return f"does not fit: needs {memory.weights / 1e9:.1f} GB for weights, {has}"
     line = (

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ from narrows.sim.search import Candidate, Target, meshes, ranked
 from narrows.sim.serving import DoesNotFit, serving
 
 __all__ = ["add_parser", "run"]
+
+_SATURATED = 0.85
+"""Utilisation from which on waiting is most of what requests do."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +133,11 @@ def run(args: argparse.Namespace) -> int:
     best_first = ranked(candidates, target)
     best = best_first[0]
     assert best.outcome is not None
+    used: float | None = None
+    if len(candidates) == 1 and not args.concurrency and (math.isfinite(args.rate) or args.trace):
+        crowd = [replace(ask, at_s=0.0) for ask in asks]
+        at_once = _candidate(args, config, hardware, dtype, best.mesh, best.layout, crowd, max_context)
+        used = _utilisation(asks, at_once)
     if not args.json:
         out = console()
         title = f"{config.name} on {hardware.title}, {best.dtype}: {load_words(args, len(asks))}"
@@ -136,13 +145,15 @@ def run(args: argparse.Namespace) -> int:
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
             said = f"dtype {dtype}: {because}" if because else ""
-            for line in filter(None, (said, ranks_line(hardware, candidate.mesh.size))):
+            for line in filter(None, (said, ranks_line(hardware, candidate.mesh.size), _saturation(used))):
                 out.print(f"note: {line}", markup=False, highlight=False)
+        if target.is_set and len(candidates) > 1 and target.misses(best.outcome):
+            out.print(f"none of these {len(candidates)} meets the target; the nearest comes first", markup=False)
         if len(candidates) > 1:
             print_ranking(best_first, target, out)
     if args.save_requests:
         save_answers(best.outcome.answers, args.save_requests)
-    print(json.dumps(_document(args, config, best_first if args.search else candidates, target, len(asks))))
+    print(json.dumps(_document(args, config, best_first if args.search else candidates, target, len(asks), used)))
     if target.is_set and args.search:
         return 1 if target.misses(best.outcome) else 0
     return (
@@ -186,6 +197,26 @@ def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh
         for mesh in meshes(config, count)
         for layout in layouts or applicable_layouts(config, mesh)
     ]
+
+
+def _utilisation(asks: Sequence[Ask], at_once: Candidate) -> float | None:
+    """Requests that come per second over those that are answered per second if all come ``at_once``."""
+    last = max(ask.at_s for ask in asks)
+    most = at_once.outcome.figures.request_throughput if at_once.outcome is not None else 0.0
+    return len(asks) / last / most if most and last else None
+
+
+def _saturation(used: float | None) -> str:
+    """How near what the ranks can serve a load comes, and what that says of the figures."""
+    if used is None:
+        return ""
+    line = f"utilisation: requests come at {used:.0%} of the rate at which they are answered when all come at once"
+    if used < _SATURATED:
+        return line
+    return (
+        f"{line}: near saturation, where waiting grows faster than load, so that TTFT and E2E are far less certain "
+        "than prices are"
+    )
 
 
 def _dtype(args: argparse.Namespace, config: ModelConfig, hardware: Device) -> tuple[str, str]:
@@ -243,7 +274,12 @@ def _candidate(
 
 
 def _document(
-    args: argparse.Namespace, config: ModelConfig, candidates: Sequence[Candidate], target: Target, count: int
+    args: argparse.Namespace,
+    config: ModelConfig,
+    candidates: Sequence[Candidate],
+    target: Target,
+    count: int,
+    used: float | None,
 ) -> dict[str, Any]:
     return {
         "simulate": config.name,
@@ -252,6 +288,7 @@ def _document(
         "target": asdict(target),
         "command": shlex.join(["narrows", *sys.argv[1:]]),
         "candidates": [_entry(candidate, target) for candidate in candidates],
+        "utilisation": used,
     }
 
 

@@ -58,6 +58,8 @@ class Device:
     """To the other ranks, per direction, all links together."""
     num_links: int = 1
     """Links behind that figure, one per peer; 1: a switch, so that any group has all of it."""
+    is_cpu: bool = False
+    """What a rank's process takes, and how its kernels use memory, is a CPU's."""
     shared_memory: bool = False
     """Ranks read each other's memory: collectives cost copies at ``hbm_bytes_per_s`` and use no link."""
     fused_norm_bytes: int = 0
@@ -367,6 +369,7 @@ def _xeon(name: str, title: str, bf16: float, fp32: float, memory: float, link: 
         tflops_fp32=fp32,
         hbm_bytes_per_s=memory,
         memory_bytes=512e9,
+        is_cpu=True,
         link_bytes_per_s=link,
         gemm_efficiency=0.70,
         attention_efficiency=0.30,
@@ -393,6 +396,7 @@ _CPU_CORE = Device(
     tflops_fp32=0.15,
     hbm_bytes_per_s=10e9,
     memory_bytes=12e9,
+    is_cpu=True,
     link_bytes_per_s=10e9,
     shared_memory=True,
     fused_norm_bytes=1 << 15,

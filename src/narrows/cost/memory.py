@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from narrows.arch.config import MLA, ModelConfig
-from narrows.arch.forms import Forms, kv_head_spans
+from narrows.arch.forms import Forms, head_spans, kv_head_spans
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.cost.devices import Device
 from narrows.layout import Mesh
@@ -14,24 +14,35 @@ __all__ = ["MemoryUse", "kv_token_bytes", "memory_use", "weight_bytes"]
 
 FP8_BLOCK = (128, 128)
 """Rows and columns that share one float32 scale in FP8, where the checkpoint does not say."""
-RESERVED = 0.08
-"""Share of the device's memory kept for activations, collectives' buffers and the runtime."""
+CPU_PROCESS = 185e6
+"""Of a rank process on a CPU before its weights: the interpreter and torch, memory of its own (benchmarks/memory.py).
+Libraries that all processes map are not counted."""
+GPU_PROCESS = 3.5e9
+"""Of a rank on a GPU: the context, kernels, graphs and workspaces of libraries. NVIDIA AIConfigurator's figure."""
+GPU_COLLECTIVES = 0.4e9
+"""Of NCCL, where there are several ranks; from the same place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes on the rank that holds most. ``context_tokens`` is how many tokens of KV cache an attention group can hold
-    in what is left, 0 if the weights alone do not fit."""
+    """Bytes on the rank that holds most. ``process``: what a rank takes before its weights, ``workspace``: what its
+    largest step takes beside them."""
 
     weights: int
     kv_per_token: int
     device: float
-    context_tokens: int
+    process: float
+    workspace: int = 0
 
     @property
     def usable(self) -> float:
         """Bytes of the device that weights and KV cache may take."""
-        return self.device * (1 - RESERVED)
+        return max(0.0, self.device - self.process - self.workspace)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of KV cache that an attention group can hold in what is left; 0 if the weights alone do not fit."""
+        return max(0, int((self.usable - self.weights) // self.kv_per_token))
 
     @property
     def fits(self) -> bool:
@@ -87,15 +98,29 @@ def kv_token_bytes(config: ModelConfig, mesh: Mesh, itemsize: int = 2) -> int:
     return values * itemsize * config.num_hidden_layers
 
 
-def memory_use(config: ModelConfig, mesh: Mesh, forms: Forms, device: Device, dtype: str) -> MemoryUse:
-    """Weights and KV cache on the rank that holds most weights, and what fits beside them."""
+def memory_use(
+    config: ModelConfig, mesh: Mesh, forms: Forms, device: Device, dtype: str, workspace: int = 0
+) -> MemoryUse:
+    """Weights and KV cache on the rank that holds most weights, and what fits beside them where steps take
+    ``workspace`` bytes."""
     itemsize = 4 if dtype == "fp32" else 2
     weights = max(weight_bytes(config, mesh, forms, dtype, rank) for rank in range(mesh.size))
-    per_token = kv_token_bytes(config, mesh, itemsize)
-    left = device.memory_bytes * (1 - RESERVED) - weights
     return MemoryUse(
         weights=weights,
-        kv_per_token=per_token,
+        kv_per_token=kv_token_bytes(config, mesh, itemsize),
         device=device.memory_bytes,
-        context_tokens=max(0, int(left // per_token)),
+        process=_process_bytes(config, mesh, device, dtype),
+        workspace=workspace,
     )
+
+
+def _process_bytes(config: ModelConfig, mesh: Mesh, device: Device, dtype: str) -> float:
+    if not device.is_cpu:
+        return GPU_PROCESS + (GPU_COLLECTIVES if mesh.size > 1 else 0.0)
+    attention = config.attention
+    if dtype == "fp32" or not isinstance(attention, MLA):
+        return CPU_PROCESS
+    # Packed for two products: latents to keys, and queries to latents (ops/kv_b.py).
+    lo, hi = head_spans(config, mesh.group_size)[0]
+    twice = 2 * (hi - lo) * attention.qk_nope_head_dim * attention.kv_lora_rank
+    return CPU_PROCESS + twice * config.num_hidden_layers

@@ -83,6 +83,7 @@ class DeviceFigures(_Part):
     memory_bytes: _Rate = _UNSAID
     link_bytes_per_s: _Rate = _UNSAID
     num_links: Annotated[int, Field(ge=1)] = _UNSAID
+    is_cpu: bool = _UNSAID
     shared_memory: bool = _UNSAID
     fused_norm_bytes: Annotated[int, Field(ge=0)] = _UNSAID
     link_latency_s: _Seconds = _UNSAID

@@ -309,8 +309,8 @@ class Pricer:
             moved = rows * item.width * size * (4 if item.fused else 2)
             return norm_price(device, moved, fused=item.fused or item.streamed), moved
         if isinstance(item, Stream):
-            moved = rows * (item.row_bytes + item.dealt_bytes * uneven)
-            return stream_price(device, moved), moved
+            streamed = rows * (item.row_bytes + item.dealt_bytes * uneven)
+            return stream_price(device, streamed), streamed
         return self._attention(item, rows, size)
 
     def _itemsize(self, dtype: str) -> int:

@@ -6,6 +6,7 @@ load, so they are chosen once per deployment, for a stated mix of steps; layouts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from narrows.plan.graph import Graph
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.search import Search
+from narrows.plan.workspace import Kernels, Workspace, workspace
 
 __all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_forms"]
 
@@ -68,9 +70,15 @@ class Deployment:
         """Bytes per value of the activations."""
         return 4 if self.dtype == "fp32" else 2
 
-    def memory(self, forms: Forms) -> MemoryUse:
-        """Weights and KV cache on the fullest rank."""
-        return memory_use(self.config, self.mesh, forms, self.device, self.dtype)
+    def memory(self, forms: Forms, workspace: int = 0) -> MemoryUse:
+        """Weights and KV cache on the fullest rank, where steps take ``workspace`` bytes beside them."""
+        return memory_use(self.config, self.mesh, forms, self.device, self.dtype, workspace)
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes on its ranks, as far as memory depends on it."""
+        cpu = self.device.is_cpu
+        return Kernels(cpu=cpu, compiled=cpu and self.dtype != "fp32", itemsize=self.itemsize, skew=self.expert_skew)
 
 
 class Planner:
@@ -114,6 +122,15 @@ class Planner:
         segments = Search(graph, prices).solve()
         return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, host=prices.step())
 
+    def workspace(self, plan: Plan) -> Workspace:
+        """What a step of one of its plans takes beside weights and KV cache."""
+        return workspace(plan, self.chain.fields, self.deployment.kernels)
+
+    def memory(self, *plans: Plan) -> MemoryUse:
+        """Weights, KV cache, and room for the largest step of ``plans``, on the fullest rank."""
+        most = max((self.workspace(plan).total for plan in plans), default=0)
+        return self.deployment.memory(self.forms, most)
+
 
 def choose_forms(
     deployment: Deployment,
@@ -122,21 +139,19 @@ def choose_forms(
 ) -> Forms:
     """The forms that fit memory and cost least over ``mix``: (shape of a step, how often it runs).
 
-    To fit is to leave room for the KV cache of each of those steps. Ties go to the set nearest the published one. If
+    To fit is to leave room for each of those steps and its KV cache. Ties go to the set nearest the published one. If
     nothing fits it is the published set: what such a plan says is then at least about layouts. ``planner_of``: planners
     of this deployment that are there already, for who asks often.
     """
     choices = form_choices(deployment.config, deployment.mesh)
-    uses = [deployment.memory(forms) for forms in choices]
     tokens = max((shape.kv_tokens for shape, _ in mix), default=0)
-    fitting = [forms for forms, use in zip(choices, uses, strict=True) if use.holds(tokens)]
-    if not fitting:
-        return choices[0]
-    if len(fitting) == 1:
-        return fitting[0]
-
-    def cost(forms: Forms) -> float:
+    best, least = choices[0], math.inf
+    for forms in choices:
+        if not deployment.memory(forms).holds(tokens):
+            continue  # not even without room for a step
         planner = planner_of(forms) if planner_of else Planner(deployment, forms)
-        return sum(planner.plan(shape).ps * weight for shape, weight in mix)
-
-    return min(fitting, key=cost)
+        plans = [planner.plan(shape) for shape, _ in mix]
+        cost = sum(plan.ps * weight for plan, (_, weight) in zip(plans, mix, strict=True))
+        if cost < least and planner.memory(*plans).holds(tokens):
+            best, least = forms, cost
+    return best

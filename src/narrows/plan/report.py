@@ -18,6 +18,7 @@ from narrows.plan.explain import why
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.workspace import Workspace
 
 __all__ = ["Entry", "PlanReport", "make_report"]
 
@@ -32,6 +33,7 @@ class Entry:
     plan: Plan
     forms: Forms
     memory: MemoryUse
+    workspace: Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,24 @@ class PlanReport:
     best_named: tuple[RowRange, ...]
     best_auto: tuple[RowRange, ...]
     notes: tuple[str, ...]
+
+    @property
+    def warning(self) -> str:
+        """What does not fit memory, in one line with the way out; empty if all does."""
+        memory, tokens = self.auto.memory, self.shape.kv_tokens
+        rank = f"a rank of {self.deployment.device.name} has {memory.usable / 1e9:.1f} GB usable"
+        if not memory.fits:
+            return (
+                f"does not fit: {memory.weights / 1e9:.1f} GB of {self.deployment.dtype} weights per rank on "
+                f"{self.deployment.mesh}, where {rank}; more ranks, fewer rows, or another dtype would"
+            )
+        if not memory.holds(tokens):
+            return (
+                f"does not fit: beside {memory.weights / 1e9:.1f} GB of weights {memory.context_tokens} tokens of KV "
+                f"cache fit in an attention group, and this step needs {tokens}, where {rank}; more ranks, fewer rows "
+                "or a shorter context would"
+            )
+        return ""
 
     @property
     def evidence(self) -> str:
@@ -78,6 +98,7 @@ class PlanReport:
             },
             "layouts": [self._entry(entry) for entry in self.entries],
             "inapplicable": dict(self.inapplicable),
+            "warning": self.warning,
             "why": list(self.why),
             "evidence": self.evidence,
             "crossovers": {
@@ -101,6 +122,9 @@ class PlanReport:
                 "weights_gb": _round(memory.weights / 1e9),
                 "device_gb": _round(memory.device / 1e9),
                 "usable_gb": _round(memory.usable / 1e9),
+                "process_gb": _round(memory.process / 1e9),
+                "workspace_gb": {name: _round(nbytes / 1e9) for name, nbytes in asdict(entry.workspace).items()}
+                | {"total": _round(memory.workspace / 1e9)},
                 "fits": memory.fits,
                 "kv_bytes_per_token": memory.kv_per_token,
                 "context_tokens_per_group": memory.context_tokens,
@@ -159,7 +183,8 @@ def make_report(
     planner = published if forms == published.forms else Planner(deployment, forms)
 
     def entry(name: str, by: Planner) -> Entry:
-        return Entry(plan=by.plan(shape, name), forms=by.forms, memory=deployment.memory(by.forms))
+        plan = by.plan(shape, name)
+        return Entry(plan=plan, forms=by.forms, memory=by.memory(plan), workspace=by.workspace(plan))
 
     auto = entry("auto", planner)
     entries = tuple(auto if name == "auto" else entry(name, published) for name in asked)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 from narrows.arch.forms import Forms
 from narrows.cost.memory import MemoryUse
+from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
+from narrows.layout import deal
 from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, book_context, form_mix, limits_of
 from narrows.plan.named import named_layout
 from narrows.plan.planner import Deployment, Planner, choose_forms
@@ -61,7 +63,7 @@ def serving(
         raise ConfigError(f"--max-rows is {rows_per_step}; it must be at least 1")
     rules = named_layout(layout, config, mesh)
     forms = rules.forms or choose_forms(deployment, form_mix(mesh, rows_per_step, max_context))
-    memory = deployment.memory(forms)
+    memory = _memory(deployment, forms, layout, rows_per_step, max_context)
     limits = limits_of(
         config,
         mesh,
@@ -78,6 +80,13 @@ def serving(
             f"{_weights(deployment, memory)}: lower --kv-tokens to {memory.context_tokens}"
         )
     return Serving(deployment=deployment, layout=layout, forms=forms, limits=limits, memory=memory)
+
+
+def _memory(deployment: Deployment, forms: Forms, layout: str, rows: int, max_context: int) -> MemoryUse:
+    """With room for a full step of prompts at the longest context."""
+    planner, mesh = Planner(deployment, forms), deployment.mesh
+    shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=max_context)
+    return planner.memory(planner.plan(shape, layout))
 
 
 def _tokens_that_fit(deployment: Deployment, memory: MemoryUse) -> int:

@@ -1,0 +1,113 @@
+"""Peak memory of rank processes over one prefill step, beside what a plan says that it takes.
+
+Measured is memory of the ranks' own (anonymous) and what they share with each other (PSS), from outside, while the step
+runs; files that processes map, libraries above all, are left out, since they are shared with whatever else runs here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from narrows.comm.processes import ProcessRanks
+from narrows.cost.memory import MemoryUse
+from narrows.cost.stage import StepShape
+from narrows.engine.config import EngineConfig
+from narrows.engine.llm import LLM
+from narrows.plan.planner import Planner
+from narrows.plan.workspace import Workspace
+
+__all__ = ["PeakMemory", "peak_memory"]
+
+_INTERVAL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakMemory:
+    """Bytes on the fullest rank. ``tokens``: of KV cache that the step wrote, per attention group."""
+
+    memory: MemoryUse
+    workspace: Workspace
+    tokens: int
+    loaded: int
+    peak: int
+
+    @property
+    def predicted_loaded(self) -> float:
+        return self.memory.process + self.memory.weights
+
+    @property
+    def predicted(self) -> float:
+        return self.predicted_loaded + self.memory.workspace + self.tokens * self.memory.kv_per_token
+
+
+def peak_memory(asked: EngineConfig, *, rows: int, length: int) -> PeakMemory:
+    """Run ``rows`` rows in prompts of ``length`` tokens as one step, and watch.
+
+    Args:
+        asked: with ranks that are processes of this host.
+    """
+    prompts = rows // length
+    asked = replace(
+        asked,
+        ranks="processes",
+        rows_per_step=rows,
+        max_context=length + asked.page_size,
+        kv_tokens=-(-prompts // asked.dp) * (length + 2 * asked.page_size),
+    )
+    options = {name: getattr(asked, name) for name in asked.__dataclass_fields__ if name != "model"}
+    with LLM(asked.model, **options) as llm:
+        resolved, ranks = llm.resolved, llm.engine.ranks
+        assert isinstance(ranks, ProcessRanks)
+        pids = tuple(ranks.pids)
+        each = [rows // asked.dp] * asked.dp
+        shape = StepShape.of(resolved.mesh, tuple(each), phase="prefill", context=length)
+        planner = Planner(resolved.deployment, resolved.forms)
+        plan = planner.plan(shape, asked.layout)
+        loaded = max(map(_own_bytes, pids))
+        with _Watch(pids) as watch:
+            most = resolved.config.vocab_size
+            llm.generate([[(7 * i + 13 * j) % most for j in range(length)] for i in range(prompts)], max_tokens=1)
+    return PeakMemory(
+        memory=planner.memory(plan),
+        workspace=planner.workspace(plan),
+        tokens=each[0],
+        loaded=loaded,
+        peak=watch.peak,
+    )
+
+
+class _Watch:
+    """The most that one of some processes was seen to have."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self.peak = 0
+        self._pids, self._stop = pids, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="narrows watches memory", daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_INTERVAL_S):
+            self.peak = max(self.peak, *map(_own_bytes, self._pids))
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, *map(_own_bytes, self._pids))
+
+
+def _own_bytes(pid: int) -> int:
+    """Anonymous memory of a process, and its part of what several share."""
+    total = 0
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name in ("Pss_Anon", "Pss_Shmem"):
+                total += int(value.split()[0]) << 10
+    return total

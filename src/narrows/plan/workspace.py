@@ -1,0 +1,167 @@
+"""What a step takes beside weights and KV cache on the rank with most rows: activations, stages' own memory, buffers.
+
+A plan says which rows of which field a rank holds at every step, so that the peak is counted, not assumed: fields live
+until they are written again, as the engine's registers do; a stage holds what is between its products; a collective
+has a buffer on the way. Which of these a kernel needs depends on what computes: compiled code on CPUs, plain torch in
+float32 there, torch on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from narrows.arch.stages import AttentionCore, Field, Gemm, GroupedGemm, PriceClass, RowSet, Stage, Stream
+from narrows.cost.imbalance import imbalance
+from narrows.cost.stage import StepShape
+from narrows.layout import Layout, MoveKind
+from narrows.plan.plan import Plan, Step, StepKind
+
+__all__ = ["Kernels", "Workspace", "workspace"]
+
+EXPANDED_VALUES = 1 << 24
+"""Values of keys and values that plain latent attention expands at once (`ops/mla_attention.py`)."""
+SCORES = 1 << 22
+"""Scores that plain attention on CPUs holds at once (`ops/causal_attention.py`)."""
+HEAP = 2.0
+"""What glibc's heap takes for tensors of many sizes over what they hold (benchmarks/memory.py)."""
+POOL = 1.1
+"""The same of a GPU's caching allocator, assumed."""
+SAMPLED_ROWS = 3
+"""Rows of float32 logits that sampling holds for each: as they came, changed, and sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What computes. ``cpu``: ranks of one host; ``compiled``: products on packed weights (bf16 and int8 on CPUs);
+    ``itemsize``: bytes of an activation; ``skew``: of the choice of experts (:mod:`narrows.cost.imbalance`)."""
+
+    cpu: bool
+    compiled: bool
+    itemsize: int
+    skew: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Bytes of one step on the rank that needs most. ``activations``: fields and what stages hold between their
+    products, at the step where they are most; ``kept``: what kernels keep for their next call; ``collectives``: buffers
+    that ranks exchange through; ``logits``: rows of float32 logits while tokens are sampled."""
+
+    activations: int = 0
+    kept: int = 0
+    collectives: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.kept + self.collectives + self.logits
+
+    def most(self, other: Workspace) -> Workspace:
+        """The one that takes more."""
+        return max(self, other, key=lambda each: each.total)
+
+
+def workspace(plan: Plan, fields: Mapping[str, Field], kernels: Kernels) -> Workspace:
+    """The peak over the steps of ``plan``. ``fields`` are those of its chain."""
+    shape = plan.shape
+    held: dict[str, float] = {}
+    peak = kept = buffers = logits = 0.0
+    for segment in plan.segments:
+        for step in segment.steps:
+            written = {
+                name: _field_bytes(fields[name], layout, step.row_set, shape)
+                for name, layout in zip(step.writes, step.writes_at, strict=True)
+            }
+            if step.kind is StepKind.ADD and step.joins:  # the addend waits for the sum, whatever its field becomes
+                held[f"{step.reads[1]} before {step.boundary}"] = held.get(step.reads[1], 0.0)
+            inside, keeps, sampled = 0.0, 0.0, 0.0
+            if step.kind is StepKind.STAGE and step.stage is not None:
+                inside, keeps, sampled = _stage(step.stage, step, shape, kernels)
+            peak = max(peak, sum(held.values()) + sum(written.values()) + inside)
+            kept, logits = max(kept, keeps), max(logits, sampled)
+            buffers = max(buffers, _buffer(step, fields, shape))
+            held |= written
+    return Workspace(
+        activations=round(peak * (HEAP if kernels.cpu else POOL)),
+        kept=round(kept),
+        collectives=round(2 * buffers),  # one is read by others while the next is written
+        logits=round(logits),
+    )
+
+
+def _field_bytes(field: Field, layout: Layout, row_set: RowSet, shape: StepShape) -> float:
+    """Of the fullest rank."""
+    rows = shape.split(row_set).largest(layout)
+    if layout.holds_columns and field.columns:
+        return rows * max(field.columns) * field.itemsize
+    return rows * field.row_bytes
+
+
+def _buffer(step: Step, fields: Mapping[str, Field], shape: StepShape) -> float:
+    """What a collective sends, and what an all-reduce makes on the way."""
+    if step.move is None or step.move.kind is MoveKind.SLICE:
+        return 0.0
+    sent = sum(
+        _field_bytes(fields[name], layout, step.row_set, shape)
+        for name, layout in zip(step.reads, step.reads_at, strict=True)
+    )
+    return sent * (1 + 1 / step.move.num_ranks) if step.move.kind is MoveKind.ALL_REDUCE else sent
+
+
+def _stage(stage: Stage, step: Step, shape: StepShape, kernels: Kernels) -> tuple[float, float, float]:
+    """What a stage holds while it runs, what its kernels keep afterwards, and float32 logits."""
+    rows = shape.split(step.row_set).largest(step.layout)
+    inside = rows * shape.context * stage.row_context_bytes
+    if stage.price_class is PriceClass.ATTENTION:
+        return inside + _attention(stage, rows, shape, kernels), 0.0, 0.0
+    if stage.price_class in (PriceClass.MLP, PriceClass.EXPERTS):
+        more, keeps = _products(stage, rows, kernels)
+        return inside + more, keeps, 0.0
+    if stage.price_class is PriceClass.ROUTER:
+        scores = 0.0 if kernels.compiled else sum(4.0 * item.n for item in stage.work if isinstance(item, Gemm))
+        return inside + 3 * rows * scores, 0.0, 0.0  # logits, scores, and what the choice is made of
+    if stage.name == "sample":
+        width = sum(item.row_bytes for item in stage.work if isinstance(item, Stream))
+        return inside, 0.0, SAMPLED_ROWS * rows * width
+    return inside, 0.0, 0.0
+
+
+def _attention(stage: Stage, rows: int, shape: StepShape, kernels: Kernels) -> float:
+    """Queries, what attends to them, and what plain torch needs beside: expanded keys and values, and scores."""
+    gemms = [item for item in stage.work if isinstance(item, Gemm)]
+    size, context = kernels.itemsize, max(shape.context, 1)
+    between = rows * (gemms[0].n + gemms[-1].k) * size
+    if kernels.compiled or shape.phase == "decode":
+        return between
+    expanded = sum(min(context * item.n, EXPANDED_VALUES) * (4 + size) for item in gemms[1:-1])
+    if not kernels.cpu:
+        return between + expanded  # the kernels for 16 bits hold no scores
+    heads = sum(item.heads for item in stage.work if isinstance(item, AttentionCore))
+    return between + expanded + 4 * min(heads * min(rows, 64) * context, SCORES) * 2
+
+
+def _products(stage: Stage, rows: int, kernels: Kernels) -> tuple[float, float]:
+    """What is between the products of an MLP or of experts, and the float32 sums that compiled experts keep."""
+    size, inside, keeps = kernels.itemsize, 0.0, 0.0
+    grouped = [item for item in stage.work if isinstance(item, GroupedGemm)]
+    gemms = [item for item in stage.work if isinstance(item, Gemm)]
+    if gemms:
+        up = gemms[-2].n
+        inside = rows * size * (up / 2 if kernels.compiled else 1.5 * up)
+    if grouped:
+        first, last = grouped[0], grouped[-1]
+        hidden = first.k
+        ranks = first.ranks
+        top_k = first.pairs_per_row * ranks if ranks > 1 else first.pairs_per_row
+        uneven = imbalance(ranks, rows, experts=first.experts * ranks, top_k=max(1, round(top_k)), skew=kernels.skew)
+        pairs = rows * first.pairs_per_row * uneven
+        sums = 4.0 * rows * hidden
+        if kernels.compiled:
+            keeps, inside = sums + 16 * pairs, 0.0
+        elif kernels.cpu:
+            inside += sums + pairs * hidden * size + pairs / max(first.experts, 1) * (1.5 * first.n + 2 * hidden) * size
+        else:
+            laid_out = rows * top_k  # all pairs, with those of other ranks' experts at the end
+            inside += sums + laid_out * size * (hidden + max(1.5 * first.n, last.k + hidden))
+    return inside, keeps

@@ -1,0 +1,123 @@
+"""What a step takes beside weights: it grows with rows, with rows x context where kernels need it, and is per rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from narrows.arch.forms import Forms
+from narrows.arch.presets import preset
+from narrows.arch.stages import LayerType
+from narrows.cli.main import main
+from narrows.cost import device
+from narrows.cost.memory import GPU_COLLECTIVES, GPU_PROCESS
+from narrows.cost.stage import StepShape
+from narrows.layout import Mesh, deal
+from narrows.plan.planner import Deployment, Planner
+from narrows.plan.workspace import Kernels, Workspace, workspace
+
+
+def planner(name: str = "deepseek-v3", on: str = "h200", dtype: str = "fp8", dp: int = 1, tp: int = 8) -> Planner:
+    deployment = Deployment(config=preset(name), mesh=Mesh.of(dp=dp, tp=tp), device=device(on), dtype=dtype)
+    return Planner(deployment, Forms())
+
+
+def of(by: Planner, rows: int, context: int = 4096, layout: str = "all-reduce", phase: str = "prefill") -> Workspace:
+    mesh = by.deployment.mesh
+    return by.workspace(by.plan(StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=context), layout))
+
+
+def test_usable_memory_falls_with_rows() -> None:
+    """sglang #35201: a reserve that is the same at 2048 and at 32768 rows ends in an out-of-memory."""
+    by = planner()
+    uses = [
+        by.memory(by.plan(StepShape.of(by.deployment.mesh, (rows,), phase="prefill", context=131072), "auto"))
+        for rows in (2048, 8192, 32768)
+    ]
+    usable = [use.usable for use in uses]
+    assert usable == sorted(usable, reverse=True) and usable[0] - usable[-1] > 5e9
+    assert [use.context_tokens for use in uses] == sorted((use.context_tokens for use in uses), reverse=True)
+    assert usable[0] == uses[0].device - GPU_PROCESS - GPU_COLLECTIVES - uses[0].workspace
+
+
+def test_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for rows in (2048, 32768):
+        line = f"plan deepseek-v3 --device h200 --tp 8 --rows {rows} --context 131072 --layout auto --json"
+        assert main(line.split()) == 0
+        (entry,) = json.loads(capsys.readouterr().out)["layouts"]
+        found[rows] = entry["memory"]
+    assert found[32768]["usable_gb"] < found[2048]["usable_gb"] - 5
+    parts = found[32768]["workspace_gb"]
+    assert sum(parts[name] for name in ("activations", "kept", "collectives", "logits")) == pytest.approx(
+        parts["total"]
+    )
+
+
+def test_activations_are_rows_times_widths() -> None:
+    """By hand, for a Llama on one rank in bf16: at the MLP hidden, residual, the result, and three inner widths."""
+    by = planner("llama-3.1-8b", "a100", "bf16", tp=1)
+    rows, hidden, inner = 8192, 4096, 14336
+    assert of(by, rows).activations == pytest.approx(1.1 * rows * 2 * (3 * hidden + 3 * inner), rel=0.01)
+
+
+def test_it_is_in_proportion_to_rows() -> None:
+    by = planner("llama-3.1-8b", "a100", "bf16", tp=2)
+    assert of(by, 16384).total == pytest.approx(2 * of(by, 8192).total, rel=0.01)
+
+
+def test_scattered_rows_are_divided_by_the_ranks() -> None:
+    """sglang #28884: what a rank holds is counted after rows are divided over groups and ranks."""
+    wide, split = of(planner(dp=1, tp=8), 32768), of(planner(dp=8, tp=1), 32768)
+    by = planner("llama-3.1-70b", "h200", "bf16", dp=1, tp=8)
+    assert of(by, 8192, layout="sequence-parallel").activations < of(by, 8192).activations
+    assert split.total < 1.2 * wide.total  # as many rows in all: no rank has eight times as much
+
+
+def test_a_stage_with_scores_of_all_rows_and_context_is_counted() -> None:
+    by = planner()
+    chain = by.chain
+    indexed = tuple(
+        LayerType(
+            name=kind.name,
+            stages=tuple(
+                replace(stage, row_context_bytes=4.0) if stage.name == "attention" else stage for stage in kind.stages
+            ),
+        )
+        for kind in chain.layer_types
+    )
+    other = planner()
+    other.chain = replace(chain, layer_types=indexed)
+    rows, context = 8192, 131072
+    extra = of(other, rows, context).activations - of(by, rows, context).activations
+    assert 0.5 * rows * context * 4 < extra < 1.2 * rows * context * 4
+
+
+def test_sampling_holds_float32_logits_of_the_rows_that_have_them() -> None:
+    deployment = Deployment(
+        config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h200"), dtype="fp8", want_logits=True
+    )
+    by = Planner(deployment, Forms())
+    few, many = (of(by, rows, phase="decode").logits for rows in (64, 256))
+    assert many == 4 * few == 3 * 256 * 4 * 129280
+    assert of(planner(), 256, phase="decode").logits == 0  # each shard's best alone
+
+
+def test_on_cpus_compiled_experts_keep_their_sums() -> None:
+    by = planner("dsv3-mini", "cpu-core", "bf16", tp=2)
+    assert of(by, 4096).kept == pytest.approx(4 * 4096 * 1024 + 16 * 4096 * 4, rel=0.01)
+    assert of(planner("dsv3-mini", "cpu-core", "fp32", tp=2), 4096).kept == 0
+
+
+def test_one_rank_has_no_collectives() -> None:
+    by = planner("llama-3.1-8b", "a100", "bf16", tp=1)
+    assert of(by, 4096).collectives == 0
+    assert by.deployment.memory(Forms()).process == GPU_PROCESS
+
+
+def test_no_rows_need_nothing() -> None:
+    by = planner("llama-3.1-8b", "a100", "bf16", dp=2, tp=1)
+    plan = by.plan(StepShape.of(by.deployment.mesh, (0, 0), phase="decode", context=1), "auto")
+    assert workspace(plan, by.chain.fields, Kernels(cpu=False, compiled=False, itemsize=2, skew=0.0)) == Workspace()
