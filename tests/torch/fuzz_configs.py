@@ -23,6 +23,7 @@ from random_configs import LONGEST, Config, Draw, damaged, legal
 from random_models import save_random_model
 
 from narrows.arch.config import ModelConfig, read_config
+from narrows.arch.quantization import check_loadable
 from narrows.engine.config import EngineConfig
 from narrows.engine.transformers_model import TransformersModel, load_transformers
 from narrows.engine.verify import verify
@@ -72,7 +73,7 @@ def check(config: Config, seed: int, *, is_legal: bool, meshes: Meshes = MESHES)
 
 def _check(folder: Path, config: Config, draw: Draw, *, is_legal: bool, meshes: Meshes) -> Outcome:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    if refused := _one_line(lambda: check_executable(read_config(folder))):
+    if refused := _one_line(lambda: _check_read(read_config(folder))):
         return Outcome(refused=refused.removeprefix(f"{folder}/config.json: "))
     read = read_config(folder)
     if (rule := _unread_rule(read)) is not None:
@@ -101,6 +102,11 @@ def _check(folder: Path, config: Config, draw: Draw, *, is_legal: bool, meshes: 
     return Outcome()
 
 
+def _check_read(read: ModelConfig) -> None:
+    check_executable(read)
+    check_loadable(read.quantization, read.name)
+
+
 def _unread_rule(read: ModelConfig) -> str | None:
     """A rule of routing that is obeyed here, as in DeepSeek's own code, and that transformers does not read."""
     if read.moe is None or read.model_type not in ("deepseek_v2", "deepseek_v3"):
@@ -111,11 +117,11 @@ def _unread_rule(read: ModelConfig) -> str | None:
     return read.moe.topk_method if method and read.moe.topk_method != method else None
 
 
-def _compare(asked: EngineConfig, layout: str, prompts: list[list[int]], reference: TransformersModel) -> None:
-    report = verify(asked, prompts, num_decode=DECODE, layouts=[layout], outside=lambda _: reference)
+def _compare(asked: EngineConfig, name: str, prompts: list[list[int]], reference: TransformersModel) -> None:
+    report = verify(asked, prompts, num_decode=DECODE, layouts=[name], outside=lambda _: reference)
     (layout,) = report.layouts
     if not report.ok and (layout.first_difference is None or layout.worst > _ROUNDINGS * _rounding(reference, prompts)):
-        raise MismatchError(f"dp {asked.dp} x tp {asked.tp}, {layout}: {layout.failure}")
+        raise MismatchError(f"dp {asked.dp} x tp {asked.tp}, {layout.layout}: {layout.failure}")
 
 
 def _rounding(reference: TransformersModel, prompts: list[list[int]]) -> float:

@@ -245,7 +245,10 @@ def _linear(draw: Draw, config: Config) -> Config:
 
 
 def _dynamic(draw: Draw, config: Config) -> Config:
-    return {"factor": draw.choice((1.5, 2.0, 4))}
+    """It shows only in texts that are longer than the positions, of which there are then ``factor`` times as many."""
+    factor, positions = draw.choice(((1.5, 100), (2.0, 80), (4, 48), (4, 4096)))
+    config["max_position_embeddings"] = positions
+    return {"factor": factor}
 
 
 def _yarn(draw: Draw, config: Config) -> Config:

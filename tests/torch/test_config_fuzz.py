@@ -36,8 +36,9 @@ REFUSED_AND_DAMAGED = (
     r"attention heads",
 )
 """What a line says where it names none of the fields that were damaged: these belong to several."""
-MOST_ACCEPTED_HERE_ALONE = 0.05
-"""Share of damaged configs that narrows runs and transformers does not, since it minds fields that change nothing."""
+MOST_ACCEPTED_HERE_ALONE = 0.12
+"""Share of a slice of damaged configs that narrows runs and transformers does not, since it minds fields that change
+nothing. Of a thousand it is some 3 %."""
 
 
 def run(config: Config, seed: int, *, is_legal: bool, meshes: Meshes = MESHES) -> Outcome:
