@@ -128,6 +128,20 @@ def test_a_gguf_file_is_compared_once_it_is_a_folder(tmp_path: Path, capsys: pyt
     assert main(["verify", str(to), "--against", "transformers", "--layout", "auto", "--steps", "2"]) == 0
 
 
+def test_a_prompts_reference_does_not_depend_on_those_before_it(tmp_path: Path) -> None:
+    """Rotary positions of type dynamic remember the longest text of all: 20 tokens after 30 would be those of 30."""
+    config = {"model_type": "llama", "vocab_size": 67, "hidden_size": 16, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 16}
+    config |= {"rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_random_model(tmp_path, random.Random(1))
+    model = load_transformers(tmp_path, read_config(tmp_path))
+    first, longer = prompts(20, 30)
+    model.begin([first, longer, first])
+    alone, _, after = model._prompts
+    assert torch.equal(alone.logits, after.logits)
+
+
 # -- what all layouts do alike ---------------------------------------------------------------------------------------
 
 
