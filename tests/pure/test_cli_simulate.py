@@ -117,7 +117,7 @@ def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], 
     ("line", "words"),
     [
         (f"{V3} --tp 4", "does not fit: 169.4 GB of fp8 weights per rank on dp 1 x tp 4, of "),
-        (f"{V3} --tp 8 --kv-tokens 900000", "lower --kv-tokens to 7"),
+        (f"{V3} --tp 8 --kv-tokens 900000", "lower --kv-tokens to 8"),
         (f"{V3} --search --num-gpus 2", "does not fit: "),
         (f"{V3} --tp 8 --layout ring", "layout 'ring' is not known"),
         (f"{V3} --tp 8 --layout norm-before-gather", "cannot apply to deepseek-v3 on dp 1 x tp 8"),
