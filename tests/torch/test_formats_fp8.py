@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig
 
 from narrows.arch.config import Quantization, read_config
+from narrows.arch.forms import Forms
 from narrows.arch.weights import Weight
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
@@ -110,14 +111,13 @@ def test_plain_tensors_keep_their_dtype_and_scales_may_be_bfloat16(tmp_path: Pat
 # -- a model ----------------------------------------------------------------------------------------------------------
 
 
-def v3() -> torch.nn.Module:
+def v3(intermediate_size: int = 70, moe_intermediate_size: int = 28) -> torch.nn.Module:
     """A random DeepSeek V3, with sizes that few blocks divide (transformers needs multiples of 4)."""
-    torch.manual_seed(2)
     config = DeepseekV3Config(
         vocab_size=67,
         hidden_size=52,
-        intermediate_size=70,
-        moe_intermediate_size=28,
+        intermediate_size=intermediate_size,
+        moe_intermediate_size=moe_intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=3,
@@ -133,10 +133,32 @@ def v3() -> torch.nn.Module:
         v_head_dim=6,
         max_position_embeddings=64,
     )
+    return random_model(config)
+
+
+def llama(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.nn.Module:
+    """A random Llama of five blocks of 128 inner columns."""
+    return random_model(
+        LlamaConfig(
+            vocab_size=67,
+            hidden_size=240,
+            intermediate_size=640,
+            num_hidden_layers=2,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def random_model(config: PretrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * 0.2 + (1.0 if "norm" in name else 0.0))
+            spread = min(0.2, 2 / weight.shape[-1] ** 0.5)
+            weight.copy_(torch.randn_like(weight) * spread + (1.0 if "norm" in name else 0.0))
     return model
 
 
@@ -145,10 +167,10 @@ def is_quantised(name: str) -> bool:
     return "_proj" in name
 
 
-def write_both(folder: Path, block: tuple[int, int]) -> tuple[Path, Path]:
+def write_both(folder: Path, block: tuple[int, int], model: torch.nn.Module | None = None) -> tuple[Path, Path]:
     """An FP8 checkpoint in two files with an index, and the same weights dequantised, as float32."""
     plain, fp8 = folder / "plain", folder / "fp8"
-    v3().save_pretrained(plain)
+    (v3() if model is None else model).save_pretrained(plain)
     tensors: dict[str, Tensor] = {}
     restored: dict[str, Tensor] = {}
     for name, weight in load_file(plain / "model.safetensors").items():
@@ -157,7 +179,10 @@ def write_both(folder: Path, block: tuple[int, int]) -> tuple[Path, Path]:
             tensors[name], scale = quantise(weight, block)
             tensors[f"{name}_scale_inv"] = scale
             restored[name] = dequantise(tensors[name], scale, block)
-    assert sum(tensor.dtype == FP8 for tensor in tensors.values()) == 5 + 3 + 5 + 4 * 3 + 3
+    unquantised = {name.split(".")[-2] for name, weight in restored.items() if weight.ndim == 2} - {
+        name.split(".")[-2] for name, tensor in tensors.items() if tensor.dtype == FP8
+    }
+    assert unquantised <= {"embed_tokens", "lm_head", "gate"}
     save_file(restored, plain / "model.safetensors", {"format": "pt"})
     fp8.mkdir()
     config = json.loads((plain / "config.json").read_text())
@@ -179,10 +204,10 @@ def write_both(folder: Path, block: tuple[int, int]) -> tuple[Path, Path]:
 PROMPTS = [(5, 9, 2, 33, 60, 1, 0, 7), (66, 3, 3)]
 
 
-def engine_logits(model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32") -> Tensor:
+def engine_logits(model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32", forms: Forms | None = None) -> Tensor:
     """Of the prompts' last tokens, prefilled together."""
     asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=32, want_logits=True)
-    with Engine(resolve(asked)) as engine:
+    with Engine(resolve(asked, forms)) as engine:
         for prompt in PROMPTS:
             engine.add(prompt, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits
@@ -200,6 +225,29 @@ def test_an_fp8_model_is_its_dequantised_twin(tmp_path: Path, block: tuple[int, 
     for dp, tp in ((1, 2), (2, 1), (1, 3), (2, 2)):
         sharded = engine_logits(fp8, dp, tp)
         assert torch.equal(sharded, engine_logits(plain, dp, tp)), (dp, tp)
+        torch.testing.assert_close(sharded, expected, rtol=1e-4, atol=1e-4)
+
+
+CUT_BLOCKS = {
+    # 640 columns are 5 blocks of 128: 214 on the first of 3 ranks, 320 on each of 2. Heads of 24 and 40 rows too.
+    "intermediate 640": (lambda: llama(3, 3, 40), "whole", ((1, 3), (1, 2), (2, 2))),
+    "heads that ranks share unevenly": (lambda: llama(5, 5, 24), "whole", ((1, 2), (1, 3))),
+    "heads that ranks hold twice": (lambda: llama(6, 2, 40), "whole", ((1, 3), (2, 3))),
+    "moe 192, split": (lambda: v3(640, 192), "split", ((1, 2), (1, 3), (2, 2))),
+    "moe 192, whole": (lambda: v3(640, 192), "whole", ((1, 2), (1, 3))),
+}
+
+
+@pytest.mark.parametrize(("model", "experts", "meshes"), CUT_BLOCKS.values(), ids=CUT_BLOCKS)
+def test_blocks_that_ranks_share(tmp_path: Path, model, experts: str, meshes) -> None:
+    """vllm #55649, sglang #31475: a rank's part begins within a block of 128, whose scale both neighbours need."""
+    plain, fp8 = write_both(tmp_path, (128, 128), model())
+    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.stack([reference(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
+    torch.testing.assert_close(engine_logits(fp8), expected, rtol=1e-4, atol=1e-4)
+    for dp, tp in meshes:
+        sharded = engine_logits(fp8, dp, tp, forms=Forms(experts=experts))
         torch.testing.assert_close(sharded, expected, rtol=1e-4, atol=1e-4)
 
 
