@@ -1,12 +1,13 @@
 """Attention groups on CPU ranks: the servers of two checkouts in turns under the same loads, medians and ratios.
 
     git worktree add --detach OTHER e6bbb16
-    python benchmarks/groups.py OTHER [--model dsv3-mini] [--loads prefixes,lengths] [--rounds 5] [--rate 1.5]
+    python benchmarks/make_mini.py FOLDER
+    python benchmarks/groups.py OTHER --model FOLDER [--loads prefixes,lengths] [--rounds 5] [--rate 1.5]
 
 Each round starts the other checkout's `narrows serve --dp 2`, sends it the load with this checkout's `narrows bench
-serve`, ends it, and does the same with this checkout's; every second round the other way round. Random weights. The
-compiled library must be built in both. ``prefixes``: 10 prefixes of 1,024 tokens, which the cache of one group does not
-hold all; ``lengths``: prompts of 50 to 950 tokens in bursts, no prefixes.
+serve`, ends it, and does the same with this checkout's; every second round the other way round. The compiled library
+must be built in both, and the model needs a tokenizer, else no first token is seen. ``prefixes``: 10 prefixes of 1,024
+tokens, which the cache of one group does not hold all; ``lengths``: prompts of 50 to 950 tokens in bursts, no prefixes.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ _FIGURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the checkout to compare with")
-    parser.add_argument("--model", default="dsv3-mini")
+    parser.add_argument("--model", default="narrows-demo", help="a checkpoint with a tokenizer (default %(default)s)")
     parser.add_argument("--kv-tokens", default="10000", help="per group (default %(default)s)")
     parser.add_argument("--loads", default=",".join(_LOADS), help="(default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rate", default="1.5", help="requests per second (default %(default)s)")
     parser.add_argument("--num-requests", type=int, default=0, help="other than the load has")
     args = parser.parse_args()
-    serve = f"serve {args.model} --dp 2 --tp 1 --load-format dummy --kv-tokens {args.kv_tokens} --port 0".split()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
+    serve = f"serve {args.model} --dp 2 --tp 1 --kv-tokens {args.kv_tokens} --port 0".split()
     trees = {"other": args.other.resolve(), "here": _HERE}
     document = {}
     for name in args.loads.split(","):
