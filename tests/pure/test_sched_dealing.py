@@ -121,6 +121,16 @@ def test_chunks_stay_whole_and_groups_differ_by_one_of_them(
         assert all(max(rows) < rows[each.group] + 2 * chunk for each in plain), "another has two chunks more"
 
 
+def test_a_chunk_that_does_not_fit_is_passed_by_no_smaller_one_of_another_group() -> None:
+    queue = [prompt(0, 0, 8), prompt(1, 1, 8), prompt(2, 2, 2)]
+    assert by_group(deal_rows([queue], 11, limits(chunk=8))) == [8, 0, 0, 0]
+
+
+def test_the_next_chunk_goes_to_the_group_that_has_least() -> None:
+    queue = [prompt(0, 0, 8), prompt(1, 1, 1), prompt(2, 1, 8)]
+    assert by_group(deal_rows([queue], 9, limits(chunk=4))) == [4, 5, 0, 0]
+
+
 @given(prompts(scored=True), st.integers(0, 150), st.integers(0, 9), st.integers(0, 40))
 def test_one_group_is_served_by_turn(queue: list[Request], budget: int, chunk: int, scored: int) -> None:
     found = limits(chunk=chunk, scored=max(scored, chunk))

@@ -124,6 +124,20 @@ def test_a_cached_prefix_draws_as_far_as_it_saves_rows(pending: int, group: int)
     assert place is not None and (place.group, len(place.found)) == (group, 10 if group == 0 else 0)
 
 
+@pytest.mark.parametrize(("running", "group"), [(14, 0), (16, 1)])
+def test_each_running_request_counts_as_256_rows_against_a_cached_prefix(running: int, group: int) -> None:
+    """3,840 cached tokens are worth 15 of them."""
+    scheduler = make(num_groups=2, rows_per_step=4000, page_size=16)
+    add(scheduler, 0, 1, shared=3840, max_tokens=1)
+    step(scheduler)
+    for number in range(running):
+        decoding = Request(id=50 + number, prompt=(3,), max_tokens=9, group=0, num_cached=1, num_sampled=1)
+        scheduler.running[0].append(decoding)
+    like = Request(id=1, prompt=(*range(3840), 7, 7, 7), max_tokens=8)
+    place = choose_place(like, scheduler.pools, scheduler.running, scheduler.limits)
+    assert place is not None and place.group == group
+
+
 def test_running_requests_count_too_so_that_a_prefix_leaves_no_group_idle() -> None:
     """Two prefixes, as reinforcement learning sends them: what they save must not keep half of the groups empty."""
     scheduler = make(rows_per_step=2048, page_size=16)
@@ -223,6 +237,22 @@ def test_only_the_group_whose_texts_grow_too_long_puts_any_back_and_the_stats_na
     while scheduler.has_work:
         step(scheduler)
     assert {request.finish_reason for request in long} == {"length"}
+
+
+def test_a_text_that_its_group_puts_back_goes_on_in_another_and_the_group_is_named() -> None:
+    """Group 1 is the one that is short; what it puts back finds room in group 0 at once, so that nobody ever waits."""
+    scheduler = make(num_groups=2, pages_per_group=31, max_context=200, decode_weight=0)
+    add(scheduler, 0, 60, max_tokens=8)
+    pair = [add(scheduler, 1, 4, shared=40, max_tokens=60)]
+    step(scheduler)
+    pair.append(add(scheduler, 2, 4, shared=40, max_tokens=60))
+    step(scheduler)
+    assert [request.group for request in pair] == [1, 1]
+    while scheduler.has_work:
+        step(scheduler)
+        assert not scheduler.waiting
+    stats = scheduler.stats()
+    assert (stats.group_preemptions, stats.short_steps, stats.bound_steps["kv_pages"]) == ((0, 1), (0, 1), 1)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ class _Step:
             scoring = sum(any(request.scores_prompt for request in queue) for queue in queues.values())
             scored = max(self._scored // max(scoring, 1), 1)
             for group in sorted(queues, key=self._has.__getitem__):  # equal ones by turn, as the wave is
-                self._serve(queues[group], share, scored)
+                if not self.is_full:
+                    self._serve(queues[group], share, scored)
             queues = {group: left for group, queue in queues.items() if (left := [*filter(self._left, queue)])}
 
     def _serve(self, queue: Sequence[Request], share: int, scored: int) -> None:
