@@ -5,8 +5,8 @@ Knows the model's config and the machine's limits in numbers; starts nothing.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,12 @@ from narrows.arch.quantization import check_loadable
 from narrows.checkpoints import local_model, model_path
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_header import find_gguf
-from narrows.cost.memory import kv_token_bytes
 from narrows.cost.stage import StepShape
+from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
 from narrows.engine.prices import priced_for
 from narrows.errors import ConfigError
-from narrows.layout import Mesh
+from narrows.layout import Mesh, deal
 from narrows.models.registry import check_executable
 from narrows.ops.compiled import int8_library
 from narrows.ops.int8 import Quantization
@@ -138,7 +138,7 @@ class Resolved:
     limits: Limits
     notes: tuple[str, ...]
     facts: tuple[str, ...] = ()
-    """Those of the notes that are of the checkpoint's files."""
+    """Those of the notes that a service logs as it starts: of the checkpoint's files and of this host."""
 
     @property
     def num_slots(self) -> int:
@@ -167,8 +167,8 @@ class Resolved:
         return SafetensorsFolder(path, quantization=self.config.quantization, dtype=self.dtype)
 
 
-def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
-    """Decide everything that ``asked`` leaves open; ``forms`` pins the forms.
+def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None = None) -> Resolved:
+    """Decide everything that ``asked`` leaves open; ``forms`` pins the forms. ``host``: in place of this one.
 
     Raises:
         ConfigError: a model, mesh, layout, device, dtype or size that cannot be; the message says what would work.
@@ -200,7 +200,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
             raise ConfigError(f"{name} is {size}; it must be at least {least}")
     mesh = Mesh.of(dp=asked.dp, tp=tp)
     _check_ranks(asked, mesh)
-    notes = [*config.notes, *facts]
+    notes = list(config.notes)
     if asked.load_format != "dummy":
         check_loadable(config.quantization, asked.model)
     dtype, gemm_dtype = _dtype(asked, config, notes)
@@ -226,7 +226,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         encode_rows=asked.encode_rows,
     )
     rules = named_layout(asked.layout, config, mesh)
-    limits = _limits(asked, config, mesh, dtype.itemsize)
+    limits = _limits(asked, config, mesh)
     plan = None
     if asked.plan_file:
         plan, forms = read_plan(Path(asked.plan_file), config, mesh)
@@ -236,6 +236,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         forms = rules.forms or choose_forms(deployment, form_mix(mesh, rows, limits.max_context))
     if asked.batch_invariant and plan is None:
         plan = _pinned_plan(deployment, forms, asked.layout, limits)
+    facts = (*facts, *_fit_host(asked, deployment, forms, plan, limits, dtype.itemsize, host or Host.here()))
     return Resolved(
         asked=asked,
         config=config,
@@ -245,7 +246,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None) -> Resolved:
         plan=plan,
         dtype=dtype,
         limits=limits,
-        notes=tuple(notes),
+        notes=(*notes, *facts),
         facts=facts,
     )
 
@@ -310,10 +311,10 @@ def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
     return asked.quantization
 
 
-def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh, itemsize: int) -> Limits:
+def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
     context = longest_context(config, asked.max_context)
     kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
-    limits = limits_of(
+    return limits_of(
         config,
         mesh,
         rows_per_step=asked.rows_per_step,
@@ -326,22 +327,41 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh, itemsize: int)
         prefix_cache=asked.prefix_cache and not asked.batch_invariant,
         prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,
     )
-    _check_cache(kv_tokens, itemsize, asked, config, mesh)
-    return limits
 
 
-def _check_cache(kv_tokens: int, itemsize: int, asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> None:
-    """A cache that this host cannot hold is refused here: pages take memory as they are written, long after."""
-    if asked.run_on != "cpu":
-        return
-    num_ranks = mesh.size if asked.launch is None else len(asked.launch.ranks)
-    needed = kv_tokens * kv_token_bytes(config, mesh, itemsize) * num_ranks
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ConfigError(
-            f"a KV cache of {kv_tokens} tokens per attention group takes {needed / 1e9:.1f} GB on {num_ranks} rank(s), "
-            f"and this host has {there / 1e9:.1f} GB; lower --kv-tokens (or --max-context, whose double is the default)"
-        )
+def _fit_host(
+    asked: EngineConfig,
+    deployment: Deployment,
+    forms: Forms,
+    plan: Plan | None,
+    limits: Limits,
+    itemsize: int,
+    host: Host,
+) -> list[str]:
+    """What CPU ranks take of this host is refused where it has not as much; what is worth saying of it otherwise."""
+    if asked.run_on != "cpu" or (asked.load_format != "dummy" and not Path(asked.model).exists()):
+        return []  # a preset has no weights, which `Resolved.weights` says
+    mesh = deployment.mesh
+    planner = Planner(deployment, forms)
+    if plan is None:
+        rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a place in the cache
+        shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=limits.max_context)
+        plan = planner.plan(shape, asked.layout)
+    needs_of = partial(
+        Needs.of,
+        deployment,
+        forms,
+        ranks=range(mesh.size) if asked.launch is None else asked.launch.ranks,
+        in_threads=asked.ranks == "threads",
+        kv_tokens=limits.tokens_per_group,
+    )
+    rounded = asked.quantization if asked.quantization != Quantization.NONE.value else ""
+    step = planner.workspace(plan).total
+    needs = needs_of(dtype=rounded or ("fp32" if itemsize == 4 else "bf16"), step=step)
+    said = [check_memory(needs, host, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
+    if asked.dtype == "auto" and itemsize == 2 and not rounded:
+        said.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), host))
+    return [line for line in said if line]
 
 
 def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limits) -> Plan:

@@ -1,11 +1,11 @@
-"""Bytes of memory that this process can still take: of the machine, or of the container that it runs in."""
+"""Bytes of memory that this process can take, still and in all: of the machine, or of the container it runs in."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["free_memory"]
+__all__ = ["free_memory", "total_memory"]
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -23,6 +23,16 @@ def free_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     machine = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
     left = _left_in_container(cgroup)
     return machine if left is None else min(machine, left)
+
+
+def total_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes of the machine, and no more than a container's limit (cgroup v2), whoever holds them."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        return machine if limit == "max" else min(machine, int(limit))
+    except (OSError, ValueError):
+        return machine
 
 
 def _left_in_container(cgroup: Path) -> int | None:

@@ -1,0 +1,117 @@
+"""What this host has for CPU ranks: memory for what a plan says that they take, and a CPU that multiplies bf16 or not.
+
+Takes numbers and returns texts; the numbers come from the machine in `Host.here` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from narrows.arch.forms import Forms
+from narrows.cost.here import cpu_facts
+from narrows.cost.memory import kv_token_bytes, weight_bytes
+from narrows.engine.free_memory import free_memory, total_memory
+from narrows.errors import ConfigError
+from narrows.plan.planner import Deployment
+
+__all__ = ["Host", "Needs", "check_memory", "slow_bf16"]
+
+_BF16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+"""By the names in /proc/cpuinfo; the last is ARM's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """``memory``: bytes of the machine, or of the container that this process is in; ``free``: of these, what nobody
+    holds. ``cpu_features``: those of ``cost.here.CPU_FEATURES`` that the CPU has; none where nothing says."""
+
+    memory: int
+    free: int
+    cpu_features: tuple[str, ...] = ()
+
+    @classmethod
+    def here(cls) -> Host:
+        """This one, now."""
+        return cls(memory=total_memory(), free=free_memory(), cpu_features=cpu_facts()[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes that the ranks of one host take together. ``step``: of the largest step, beside weights and cache."""
+
+    ranks: int
+    weights: int
+    cache: int
+    processes: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.processes + self.step
+
+    @classmethod
+    def of(
+        cls,
+        deployment: Deployment,
+        forms: Forms,
+        *,
+        ranks: Sequence[int],
+        in_threads: bool,
+        dtype: str,
+        kv_tokens: int,
+        step: int = 0,
+    ) -> Needs:
+        """As `plan` counts them. ``ranks``: those on this host; ``dtype``: of weights, by the name that prices use;
+        ``step``: of one rank."""
+        config, mesh = deployment.config, deployment.mesh
+        per_token = kv_token_bytes(config, mesh, 4 if dtype == "fp32" else 2)
+        process = deployment.memory(forms).process
+        return cls(
+            ranks=len(ranks),
+            weights=sum(weight_bytes(config, mesh, forms, dtype, rank) for rank in ranks),
+            cache=kv_tokens * per_token * len(ranks),
+            processes=round(process * (1 if in_threads else len(ranks))),
+            step=step * len(ranks),
+        )
+
+
+def check_memory(needs: Needs, host: Host, *, kv_tokens: int, rows: int) -> str:
+    """What to say of memory that is not free now; empty if it is. ``kv_tokens``: per attention group.
+
+    Raises:
+        ConfigError: the host has less than the ranks will take; pages of the cache take theirs as they are written, so
+            this would show long after the start.
+    """
+    takes = (
+        f"{needs.total / 1e9:.1f} GB on {needs.ranks} rank(s) here: weights {needs.weights / 1e9:.1f}, a KV cache of "
+        f"{kv_tokens} tokens per attention group {needs.cache / 1e9:.1f}, steps of {rows} rows "
+        f"{needs.step / 1e9:.1f}, processes {needs.processes / 1e9:.1f}"
+    )
+    if needs.total <= host.memory:
+        if needs.total <= host.free:
+            return ""
+        return f"full use takes {takes}; {host.free / 1e9:.1f} GB are free now"
+    way_out = (
+        "the weights alone are too much: take a narrower --dtype or --quantization int8, or more hosts (--nnodes)"
+        if needs.weights > host.memory
+        else "lower --kv-tokens (or --max-context, whose double is the default), or --max-rows"
+    )
+    raise ConfigError(f"this takes {takes}; this host has {host.memory / 1e9:.1f} GB: {way_out}")
+
+
+def slow_bf16(bfloat16: Needs, float32: Needs, host: Host) -> str:
+    """What to say where the checkpoint's bfloat16 runs on a CPU that has no products for it; empty where it has."""
+    if not host.cpu_features or _BF16_PRODUCTS & set(host.cpu_features):
+        return ""
+    line = (
+        "this CPU has no bf16 products (neither AVX-512 BF16 nor AMX), so prompts and batches are faster in float32: "
+        f"--dtype float32, for {_size(float32.weights)} of weights here in place of {_size(bfloat16.weights)}"
+    )
+    if float32.total > host.free:
+        line += f"; it takes {float32.total / 1e9:.1f} GB in all, and {host.free / 1e9:.1f} are free now"
+    return line
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
