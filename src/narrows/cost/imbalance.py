@@ -12,6 +12,7 @@ back; beyond, a rank's load is its experts' popularity and a Gaussian of the var
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
@@ -93,7 +94,7 @@ def _draw(random: Random, spans: tuple[Span, ...], experts: int, top_k: int, ske
 
 def _chosen(random: Random, experts: int, top_k: int, skew: float) -> list[float]:
     """How often a row chooses each expert: popularity, cut at once per row, adding up to ``top_k``."""
-    powers = [_power_law(random.random(), skew) if skew else 1.0 for _ in range(experts)]
+    powers = _popularities(random, experts, skew)
     total = sum(powers)
     chosen = [top_k * power / total for power in powers]
     while (most := max(chosen)) > 1 + 1e-9:
@@ -107,23 +108,26 @@ def _chosen(random: Random, experts: int, top_k: int, skew: float) -> list[float
     return chosen
 
 
-def _power_law(u: float, skew: float) -> float:
-    """The value below which a share ``u`` of the power law lies."""
+def _popularities(random: Random, experts: int, skew: float) -> list[float]:
+    """Drawn from the power law, by the share of it that lies below each."""
+    if not skew:
+        return [1.0] * experts
     if abs(skew - 1) < 1e-9:
-        return math.exp(u * math.log(_RANGE))
+        return [math.exp(random.random() * math.log(_RANGE)) for _ in range(experts)]
     exponent = 1 - skew
-    return float((1 + u * (_RANGE**exponent - 1)) ** (1 / exponent))
+    whole, root = _RANGE**exponent - 1, 1 / exponent
+    return [(1 + random.random() * whole) ** root for _ in range(experts)]
 
 
 def _distinct(random: Random, cumulated: list[float], chosen: list[float], top_k: int) -> set[int]:
     """The experts of one row, all different."""
-    experts = range(len(chosen))
-    found = set(random.choices(experts, cum_weights=cumulated, k=top_k))
-    tries = 0
-    while len(found) < top_k and tries < 4:
-        found.update(random.choices(experts, cum_weights=cumulated, k=1))
-        tries += 1
-    if len(found) < top_k:  # few experts, or a few that nearly all rows choose
+    experts, total, last = range(len(chosen)), cumulated[-1], len(chosen) - 1
+    found: set[int] = set()
+    for _ in range(top_k + 4):
+        found.add(bisect(cumulated, random.random() * total, 0, last))
+        if len(found) == top_k:
+            break
+    else:  # few experts, or a few that nearly all rows choose
         rest = sorted(
             (e for e in experts if e not in found), key=lambda e: -(random.random() ** (1 / max(chosen[e], 1e-12)))
         )

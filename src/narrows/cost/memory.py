@@ -57,21 +57,32 @@ def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank
     """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with scales by block, ``int8`` in
     one with a scale per output, ``bf16`` in two, ``fp32`` in four. What is not linear is as wide as the activations,
     and the router's are float32 always."""
-    stored = config.quantization
-    block = (stored.weight_block_size if stored else None) or FP8_BLOCK
+    return _rank_bytes(_kinds_of_weights(config, mesh, forms), _scale_block(config), mesh, dtype, rank)
 
-    def nbytes(weights: dict[str, Weight]) -> int:
-        return sum(_held_bytes(weight, mesh, rank, dtype, block) for weight in weights.values())
 
-    total = nbytes(embed_weights(config, mesh, forms))
+def _kinds_of_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> list[tuple[int, list[Weight]]]:
+    """Weights that a model has so many times, which are the same question for every rank."""
     head = head_weights(config, mesh)
     if config.tie_word_embeddings:
         del head["lm_head"]  # a slice of the embedding, which is held already
-    total += nbytes(head)
+    found = [(1, [*embed_weights(config, mesh, forms).values(), *head.values()])]
     kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
     for kind in set(kinds):  # all layers of a kind hold as much
-        total += kinds.count(kind) * nbytes(layer_weights(config, mesh, forms, kinds.index(kind)))
-    return total
+        found.append((kinds.count(kind), list(layer_weights(config, mesh, forms, kinds.index(kind)).values())))
+    return found
+
+
+def _scale_block(config: ModelConfig) -> tuple[int, int]:
+    stored = config.quantization
+    return (stored.weight_block_size if stored else None) or FP8_BLOCK
+
+
+def _rank_bytes(
+    kinds: list[tuple[int, list[Weight]]], block: tuple[int, int], mesh: Mesh, dtype: str, rank: int
+) -> int:
+    return sum(
+        times * sum(_held_bytes(weight, mesh, rank, dtype, block) for weight in weights) for times, weights in kinds
+    )
 
 
 def _held_bytes(weight: Weight, mesh: Mesh, rank: int, dtype: str, block: tuple[int, int]) -> int:
@@ -104,7 +115,8 @@ def memory_use(
     """Weights and KV cache on the rank that holds most weights, and what fits beside them where steps take
     ``workspace`` bytes."""
     itemsize = 4 if dtype == "fp32" else 2
-    weights = max(weight_bytes(config, mesh, forms, dtype, rank) for rank in range(mesh.size))
+    kinds, block = _kinds_of_weights(config, mesh, forms), _scale_block(config)
+    weights = max(_rank_bytes(kinds, block, mesh, dtype, rank) for rank in range(mesh.size))
     return MemoryUse(
         weights=weights,
         kv_per_token=kv_token_bytes(config, mesh, itemsize),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
@@ -146,12 +146,20 @@ def choose_forms(
     choices = form_choices(deployment.config, deployment.mesh)
     tokens = max((shape.kv_tokens for shape, _ in mix), default=0)
     best, least = choices[0], math.inf
+    dearest_first = sorted(mix, key=lambda each: -each[1])
     for forms in choices:
-        if not deployment.memory(forms).holds(tokens):
+        memory = deployment.memory(forms)
+        if not memory.holds(tokens):
             continue  # not even without room for a step
         planner = planner_of(forms) if planner_of else Planner(deployment, forms)
-        plans = [planner.plan(shape) for shape, _ in mix]
-        cost = sum(plan.ps * weight for plan, (_, weight) in zip(plans, mix, strict=True))
-        if cost < least and planner.memory(*plans).holds(tokens):
-            best, least = forms, cost
+        plans, cost = [], 0.0
+        for shape, weight in dearest_first:
+            plans.append(plan := planner.plan(shape))
+            cost += plan.ps * weight
+            if cost >= least:
+                break  # the rest only adds to it
+        else:
+            most = max((planner.workspace(plan).total for plan in plans), default=0)
+            if replace(memory, workspace=most).holds(tokens):
+                best, least = forms, cost
     return best
