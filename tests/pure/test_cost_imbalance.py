@@ -78,6 +78,16 @@ def test_no_rank_gets_more_than_there_is() -> None:
         assert imbalance(8, rows, experts=8, top_k=2) <= 8 / 2 + 1e-6  # one expert a rank, at most one pair of a row
 
 
+def test_a_row_chooses_an_expert_once_however_popular() -> None:
+    many = -1
+    assert max(largest_loads(8, 8, 2, 2.0)[many]) <= 1.02 * 8 / 2
+
+
+def test_ranks_with_more_experts_are_not_uneven_for_that() -> None:
+    """10 experts on 4 ranks are 3, 3, 2, 2: chosen alike, the fullest rank has what its 3 make it expect."""
+    assert 1.0 <= imbalance(4, 65536, experts=10, top_k=2, skew=0.0) < 1.02
+
+
 def test_uneven_shares_are_shares_of_the_fullest_rank() -> None:
     assert 1.0 <= imbalance(7, 65536, experts=160, top_k=6, skew=0.0) < 1.02
 
