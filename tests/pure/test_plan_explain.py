@@ -254,6 +254,18 @@ def test_forms_are_the_cheapest_that_leave_room_for_the_step() -> None:
     assert choose_forms(planner(TP8, "h100").deployment, [(shape, 1.0)]) == Forms()  # nothing fits: the published ones
 
 
+def test_forms_leave_room_for_what_the_step_itself_takes() -> None:
+    """The cheapest set's weights and KV cache fit, half of the step's activations do not."""
+    deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 4096)
+    dear = choose_forms(deployment, [(shape, 1.0)])
+    use = Planner(deployment, dear).memory(Planner(deployment, dear).plan(shape))
+    room = use.weights + use.process + shape.kv_tokens * use.kv_per_token + use.workspace // 2
+    tight = replace(deployment, device=replace(deployment.device, memory_bytes=float(room)))
+    assert tight.memory(dear).holds(shape.kv_tokens)
+    by = Planner(tight, choose_forms(tight, [(shape, 1.0)]))
+    assert by.forms != dear and by.memory(by.plan(shape)).holds(shape.kv_tokens)
+
+
 def test_kv_tokens_of_a_step() -> None:
     assert StepShape.of(DP2, (300, 5000), phase="prefill", context=4096).kv_tokens == 5000
     assert StepShape.of(DP2, (300, 100), phase="prefill", context=4096).kv_tokens == 4096
