@@ -366,15 +366,15 @@ def test_inapplicable_agrees_with_what_can_be_planned() -> None:
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 8), (2, 4), (8, 1)])
-def test_a_plan_of_61_layers_takes_less_than_50_ms(dp: int, tp: int) -> None:
+def test_a_plan_of_61_layers_takes_less_than_50_ms_of_the_processor(dp: int, tp: int) -> None:
     mesh = Mesh.of(dp=dp, tp=tp)
     deployment = Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device("h100"), dtype="fp8")
     seconds = []
     for rows in (16384, 16383, 16381):
         shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=4096)
-        started = time.perf_counter()
+        started = time.process_time()
         Planner(deployment, Forms()).plan(shape)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert min(seconds) < 0.050
 
 

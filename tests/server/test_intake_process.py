@@ -218,7 +218,8 @@ def test_many_at_once_are_all_answered(apart: Lab, nothing_is_read_here: None) -
     async def run() -> list[httpx.Response]:
         return list(await asyncio.gather(*(apart.complete("x" * number, max_tokens=1) for number in range(1, 30))))
 
+    threads = threading.active_count()
     answers = asyncio.run(run())
     assert [answer.status_code for answer in answers] == [200] * 29
     assert error_of(asyncio.run(apart.complete(5)))["param"] == "prompt"
-    assert threading.active_count() < 60
+    assert threading.active_count() < threads + 10, "a thread per request"

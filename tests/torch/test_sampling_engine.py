@@ -6,6 +6,7 @@ The reference is a loop written here over transformers' logits: one request, one
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -416,7 +417,7 @@ def test_the_end_of_sequence_token_ends_a_text_unless_it_is_ignored(
     eos = whole.token_ids[8]
     first = whole.token_ids.index(eos)
     for file in models["llama"].folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        shutil.copy(file, tmp_path)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with LLM(tmp_path, dp=2, dtype="float32", max_context=128) as ending:
@@ -469,7 +470,7 @@ def test_stop_strings_need_a_tokenizer_and_may_not_be_empty(models: dict[str, Mo
         generate(llm, stop=[""])
     for file in models["llama"].folder.iterdir():
         if file.name != "tokenizer.json":
-            (tmp_path / file.name).symlink_to(file)
+            shutil.copy(file, tmp_path)
     with LLM(tmp_path, dtype="float32", max_context=128) as bare, pytest.raises(ConfigError, match="stop strings"):
         generate(bare, stop=["x"])
 

@@ -16,9 +16,9 @@ from narrows.ops.packed import LinearWeight, PackedLinear, plain
 
 __all__ = ["linear", "linear_reference", "padded_rows"]
 
-MIN_ROWS = 4
-"""Rows from which on every row of a product is computed alike. MKL takes another kernel for float32 products of 1 to 3
-rows, torch for bf16 ones of 1 row."""
+MIN_ROWS = {torch.float32: 16, torch.bfloat16: 4}
+"""Rows from which on every row of a product is computed alike. MKL takes other kernels for float32 products of 1 to 3
+rows on an AMD EPYC (Zen 4), of 1 to 15 on a Xeon (Ice Lake); torch for bf16 ones of 1 row."""
 
 FEW_ROWS = 4
 """bf16 rows up to which a plain weight on CPU is read by the compiled product: at the speed of memory, torch at less
@@ -48,9 +48,8 @@ def linear(
     (measured: 2048 x 1408, 1 to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
 
     ``batch_invariant``, of a plain weight: the bits of a row do not depend on how many rows there are, nor on which:
-    few rows are filled up with zeros (`padded_rows`). One row in float32 then takes up to twice the time (it is 4
-    rows, and no longer a product of a matrix and a vector), 2 or 3 take what they took or less; in bf16 there is no
-    difference to measure.
+    few rows are filled up with zeros (`padded_rows`). One row in float32 is then 16, and no longer a product of a
+    matrix and a vector; in bf16 there is no difference to measure.
     That the kernels are such is checked by a test of every product here, on the machine that runs it; it is not what
     MKL or oneDNN promise.
     Source: ``torch.nn.functional.linear``.
@@ -81,7 +80,7 @@ def padded_rows(x_T: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
     Shapes: x [T, ...] -> [max(T, M), ...]; itself if there are enough already, or none.
     """
     num_rows = x_T.shape[0]
-    missing = max(MIN_ROWS, -(-MIN_PRODUCTS // max(1, num_inputs * num_outputs))) - num_rows
+    missing = max(MIN_ROWS.get(x_T.dtype, 1), -(-MIN_PRODUCTS // max(1, num_inputs * num_outputs))) - num_rows
     if num_rows == 0 or missing <= 0:
         return x_T
     return torch.cat((x_T, x_T.new_zeros((missing, *x_T.shape[1:]))))
