@@ -98,7 +98,7 @@ def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
 ) -> None:
     before = running()
     with ServerProcess("--tp", "2", "--drain-timeout", "120", "--batch-invariant") as server:
-        longer = LONG | {"max_tokens": 1000}
+        longer = LONG | {"max_tokens": 500}
         expected = server.text(**longer)
         streams = [streaming(server, **longer) for _ in range(4)]  # long enough to ask twice meanwhile
         os.killpg(server.process.pid, number)  # as a terminal does: ranks get it too
