@@ -16,43 +16,16 @@ from typing import Any
 
 from torch import Tensor
 
+from narrows.bench.routing import ExpertChoices
 from narrows.cost.imbalance import imbalance
 from narrows.engine.llm import LLM
-from narrows.engine.program import Frame, Operation, Registers
-from narrows.engine.worker import Worker
 from narrows.layout import deal, starts
-from narrows.plan.plan import Step
 
 RANKS = (2, 4, 8)
 WINDOWS = (1, 8, 64, 512)
 SKEWS = (0.0, 0.6, 1.01)
 TOKENS = 1024
 """Of each text."""
-
-
-class Choices:
-    """Notes which experts each row of a prefill step is sent to, layer by layer."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._ids: list[Tensor] = []
-
-    def readings(self) -> list[Tensor]:
-        ids, self._ids = self._ids, []
-        return ids
-
-    def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
-    ) -> Operation:
-        if step.name != "experts":
-            return operation
-        at = reads[step.reads.index("topk_ids")]
-
-        def noted(regs: Registers, frame: Frame) -> None:
-            if frame.phase == "prefill":
-                self._ids.append(regs[at].clone())
-            operation(regs, frame)
-
-        return noted
 
 
 def loads(ids_TK: Tensor, experts: int, ranks: int, rows: int) -> Iterator[float]:
@@ -72,7 +45,7 @@ def main(model: str = "narrows-demo", *files: str) -> None:
         moe = llm.resolved.config.moe
         assert moe is not None, f"{model} has no routed experts"
         engine: Any = llm.engine
-        engine.instrument(Choices)
+        engine.instrument(ExpertChoices)
         for page in pages:
             prompt = llm.tokenizer.encode(page.read_text(encoding="utf-8"))[:TOKENS]
             llm.generate([prompt], max_tokens=1)

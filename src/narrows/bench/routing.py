@@ -1,26 +1,27 @@
-"""Counts the experts that decode steps really send rows to. An instrument; knows bound steps, changes nothing."""
+"""Instruments that look at which experts steps send rows to."""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from narrows.engine.program import Frame, Operation, Registers
 from narrows.engine.worker import Worker
 from narrows.plan.plan import Step
 
-__all__ = ["ExpertCounter"]
+__all__ = ["ExpertChoices", "ExpertCounter"]
 
 Hits = dict[int, tuple[int, int]]
 """By the rows of the step: (layers counted, experts hit in them)."""
 
 
-class ExpertCounter:
-    """Looks at what the experts' stage is given, which is all rows on every rank, in decode steps."""
+class _ExpertWatch:
+    """Looks at what the experts' stage is given, which is all rows on every rank, in steps of one phase."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._hits: Hits = {}
+    phase: str
 
-    def readings(self) -> Hits:
-        hits, self._hits = self._hits, {}
-        return hits
+    def see(self, ids_TK: Tensor) -> None:
+        """The experts of all rows in one layer of one step."""
+        raise NotImplementedError
 
     def __call__(
         self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
@@ -29,11 +30,42 @@ class ExpertCounter:
             return operation
         at = reads[step.reads.index("topk_ids")]
 
-        def counted(regs: Registers, frame: Frame) -> None:
-            if frame.phase == "decode":
-                ids = regs[at]
-                layers, hit = self._hits.get(len(ids), (0, 0))
-                self._hits[len(ids)] = layers + 1, hit + ids.unique().numel()
+        def watched(regs: Registers, frame: Frame) -> None:
+            if frame.phase == self.phase:
+                self.see(regs[at])
             operation(regs, frame)
 
-        return counted
+        return watched
+
+
+class ExpertCounter(_ExpertWatch):
+    """Counts the experts that decode steps hit."""
+
+    phase = "decode"
+
+    def __init__(self, worker: Worker) -> None:
+        self._hits: Hits = {}
+
+    def readings(self) -> Hits:
+        hits, self._hits = self._hits, {}
+        return hits
+
+    def see(self, ids_TK: Tensor) -> None:
+        layers, hit = self._hits.get(len(ids_TK), (0, 0))
+        self._hits[len(ids_TK)] = layers + 1, hit + len(set(ids_TK.flatten().tolist()))
+
+
+class ExpertChoices(_ExpertWatch):
+    """Keeps the experts of every row of prefill steps: one tensor [T, K] for each layer of each step."""
+
+    phase = "prefill"
+
+    def __init__(self, worker: Worker) -> None:
+        self._ids: list[Tensor] = []
+
+    def readings(self) -> list[Tensor]:
+        ids, self._ids = self._ids, []
+        return ids
+
+    def see(self, ids_TK: Tensor) -> None:
+        self._ids.append(ids_TK.clone())

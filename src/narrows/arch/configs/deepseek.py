@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from narrows.arch.configs.needs import ExpertCount, Experts, Factor, Flag, LayerCount, Layers, Positions, Text, Width
 from narrows.arch.configs.rope import Head
-from narrows.arch.configs.routing import check_routing
+from narrows.arch.configs.routing import routed_experts
 from narrows.arch.configs.schema import Only, Schema
 from narrows.arch.configs.shown import shown
 from narrows.arch.model import MLA, MoE
@@ -103,21 +103,12 @@ class DeepseekV2(_Latent):
         return self.mlp_bias
 
     def moe(self) -> MoE:
-        return check_routing(
-            MoE(
-                n_routed_experts=self.n_routed_experts,
-                num_experts_per_tok=self.num_experts_per_tok,
-                moe_intermediate_size=self.moe_intermediate_size,
-                n_shared_experts=self.n_shared_experts,
-                first_k_dense_replace=self.first_k_dense_replace,
-                scoring_func=self.scoring_func or "softmax",
-                topk_method=self.topk_method or "greedy",
-                n_group=self.n_group or 1,
-                topk_group=self.topk_group or 1,
-                norm_topk_prob=False,
-                routed_scaling_factor=self.routed_scaling_factor,
-                moe_layer_freq=self.moe_layer_freq,
-            )
+        return routed_experts(
+            self,
+            scoring_func=self.scoring_func or "softmax",
+            topk_method=self.topk_method or "greedy",
+            norm_topk_prob=False,
+            moe_layer_freq=self.moe_layer_freq,
         )
 
     def notes(self) -> tuple[str, ...]:
@@ -156,21 +147,12 @@ class DeepseekV3(_Latent):
         return bool(self.rope_interleave)
 
     def moe(self) -> MoE:
-        return check_routing(
-            MoE(
-                n_routed_experts=self.n_routed_experts,
-                num_experts_per_tok=self.num_experts_per_tok,
-                moe_intermediate_size=self.moe_intermediate_size,
-                n_shared_experts=self.n_shared_experts,
-                first_k_dense_replace=self.first_k_dense_replace,
-                scoring_func=self.scoring_func or "sigmoid",
-                topk_method=self.topk_method or "noaux_tc",
-                n_group=self.n_group or 1,
-                topk_group=self.topk_group or 1,
-                norm_topk_prob=bool(self.norm_topk_prob),
-                routed_scaling_factor=self.routed_scaling_factor,
-                moe_layer_freq=self.moe_layer_freq,
-            )
+        return routed_experts(
+            self,
+            scoring_func=self.scoring_func or "sigmoid",
+            topk_method=self.topk_method or "noaux_tc",
+            norm_topk_prob=bool(self.norm_topk_prob),
+            moe_layer_freq=self.moe_layer_freq,
         )
 
     def notes(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from narrows.arch.configs.gqa import PLAIN_HALVES, GroupedQuery
 from narrows.arch.configs.needs import Epsilon, ExpertCount, Experts, Factor, Flag, Heads, LayerCount, Positions, Width
 from narrows.arch.configs.rope import Head
-from narrows.arch.configs.routing import check_routing
+from narrows.arch.configs.routing import routed_experts
 from narrows.arch.configs.schema import Only
 from narrows.arch.model import GQA, MoE
 
@@ -60,18 +60,4 @@ class Glm4Moe(GroupedQuery):
         return self.grouped(qkv_bias=self.attention_bias, qk_norm=self.use_qk_norm)
 
     def moe(self) -> MoE:
-        return check_routing(
-            MoE(
-                n_routed_experts=self.n_routed_experts,
-                num_experts_per_tok=self.num_experts_per_tok,
-                moe_intermediate_size=self.moe_intermediate_size,
-                n_shared_experts=self.n_shared_experts,
-                first_k_dense_replace=self.first_k_dense_replace,
-                scoring_func="sigmoid",
-                topk_method="noaux_tc",
-                n_group=self.n_group,
-                topk_group=self.topk_group,
-                norm_topk_prob=self.norm_topk_prob,
-                routed_scaling_factor=self.routed_scaling_factor,
-            )
-        )
+        return routed_experts(self, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=self.norm_topk_prob)

@@ -1,15 +1,60 @@
-"""Whether a routing rule can be followed at all."""
+"""Routed experts, made of the fields that DeepSeek and GLM share, and whether a routing rule can be followed at all."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 from narrows.arch.configs.shown import shown
 from narrows.arch.model import MoE
 from narrows.errors import CheckpointError, ConfigError
 
-__all__ = ["METHODS", "SCORES", "check_routing"]
+__all__ = ["METHODS", "SCORES", "check_routing", "routed_experts"]
 
 SCORES = ("softmax", "sigmoid")
 METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+
+
+class _Fields(Protocol):
+    """What a schema says of its experts under DeepSeek's names."""
+
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_shared_experts: int
+    first_k_dense_replace: int
+    routed_scaling_factor: float
+
+    @property
+    def n_group(self) -> int | None: ...
+
+    @property
+    def topk_group(self) -> int | None: ...
+
+
+def routed_experts(
+    fields: _Fields, *, scoring_func: str, topk_method: str, norm_topk_prob: bool, moe_layer_freq: int = 1
+) -> MoE:
+    """The experts of ``fields``, chosen by this rule; groups that are null are one.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`check_routing`.
+    """
+    return check_routing(
+        MoE(
+            n_routed_experts=fields.n_routed_experts,
+            num_experts_per_tok=fields.num_experts_per_tok,
+            moe_intermediate_size=fields.moe_intermediate_size,
+            n_shared_experts=fields.n_shared_experts,
+            first_k_dense_replace=fields.first_k_dense_replace,
+            scoring_func=scoring_func,
+            topk_method=topk_method,
+            n_group=fields.n_group or 1,
+            topk_group=fields.topk_group or 1,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=fields.routed_scaling_factor,
+            moe_layer_freq=moe_layer_freq,
+        )
+    )
 
 
 def check_routing(moe: MoE) -> MoE:
