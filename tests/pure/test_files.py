@@ -18,16 +18,8 @@ from narrows.text import Tokenizer
 from narrows.text.folder import read_tokenizer_files
 from narrows.text.generation_config import read_generation_config
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "vocab_size": 8,
-    "rms_norm_eps": 1e-6,
-}
+from .smallest import LLAMA
+
 TOKENIZER = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
 
 

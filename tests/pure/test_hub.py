@@ -21,19 +21,10 @@ from narrows.cli.main import main
 from narrows.errors import ConfigError
 
 from .fake_hub import FakeHub, Repo, running_hub
+from .smallest import LLAMA
 
 DEMO = Path(model_path("narrows-demo"))
 COMMIT = "c0ffee" + "0" * 34
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "vocab_size": 8,
-    "rms_norm_eps": 1e-6,
-}
 TEXT = {name: b"{}" for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
 FILES = {"config.json": json.dumps(LLAMA).encode(), **TEXT, "chat_template.jinja": b"x"}
 NOISE = {
