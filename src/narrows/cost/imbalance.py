@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from random import Random
@@ -64,12 +63,8 @@ def largest_loads(ranks: int, experts: int, top_k: int, skew: float) -> tuple[tu
     spans = starts(deal(experts, ranks))
     even = top_k * (spans[0][1] - spans[0][0]) / experts
     draws = [_draw(Random(trial), spans, experts, top_k, skew) for trial in range(_TRIALS)]
-    return tuple(tuple(pairs / (rows * even) for pairs in found) for rows, found in _by_rows(draws))
-
-
-def _by_rows(draws: list[list[float]]) -> Iterator[tuple[int, tuple[float, ...]]]:
-    for power, found in enumerate(zip(*draws, strict=True)):
-        yield 1 << power, found
+    by_rows = zip(*draws, strict=True)
+    return tuple(tuple(pairs / ((1 << power) * even) for pairs in found) for power, found in enumerate(by_rows))
 
 
 def _draw(random: Random, spans: tuple[Span, ...], experts: int, top_k: int, skew: float) -> list[float]:

@@ -109,8 +109,9 @@ class IntakeProcess:
     def _death(self, process: subprocess.Popen[bytes]) -> ApiError:
         code = process.wait()
         self._replace()
+        seconds = self._limits.wall_s if self._is_late else self._limits.cpu_s
         if self._is_late or code == -signal.SIGPROF:
-            return invalid(f"the body takes more than {self._limits.cpu_s:g} s to read; send less in one request")
+            return invalid(f"the body takes more than {seconds:g} s to read; send less in one request")
         _LOG.error("the process that reads bodies ended with code %d", code)
         return ApiError(503, "the body could not be read; try again, or send less in one request", code="unavailable")
 
