@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from PIL import Image
 
 from narrows.cli.main import main
@@ -97,7 +98,7 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
     ]
     flags += ["--window-size=1180,900", "--force-device-scale-factor=1", f"--screenshot={picture}", page.as_uri()]
     assert BROWSER is not None
-    subprocess.run([BROWSER, *flags], check=True, timeout=60, capture_output=True)
+    subprocess.run([BROWSER, *flags], check=True, timeout=PATIENCE_S, capture_output=True)
     with Image.open(picture) as image:
         assert image.size == (1180, 900)
         counts = {colour[:3]: count for count, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 from narrows.cli.main import main
 
@@ -173,7 +174,7 @@ def test_a_simulation_never_imports_torch() -> None:
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'safetensors'}), "
         "file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stderr.strip() == "[]"
 
 

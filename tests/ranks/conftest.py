@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import eventually
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -67,10 +67,7 @@ def nothing_left_behind() -> Iterator[None]:
     os.environ[name] = value
     before, memory = marked(), shared_memory()
     yield
-    end = time.monotonic() + 3
-    while left := left_behind(before):
-        assert time.monotonic() < end, f"processes {sorted(left)} are left behind"
-        time.sleep(0.05)
+    eventually(lambda: not left_behind(before))
     assert not shared_memory() - memory
 
 

@@ -8,23 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import httpx
+from patience import PATIENCE_S
 
-__all__ = ["ServerProcess", "events", "eventually"]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:
-    """Waits until it is true; how long that took."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, f"it did not come true within {seconds} s"
-        time.sleep(0.02)
-    return time.monotonic() - start
+__all__ = ["ServerProcess", "events"]
 
 
 class ServerProcess:
@@ -62,7 +53,7 @@ class ServerProcess:
 
     def complete(self, prompt: Any = "The sea", **fields: Any) -> httpx.Response:
         body = {"prompt": prompt, "temperature": 0, **fields}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S)
 
     def text(self, prompt: Any = "The sea", **fields: Any) -> str:
         answer = self.complete(prompt, **fields)
@@ -70,19 +61,19 @@ class ServerProcess:
         return str(answer.json()["choices"][0]["text"])
 
     def health(self) -> httpx.Response:
-        return httpx.get(f"{self.url}/health", timeout=10)
+        return httpx.get(f"{self.url}/health", timeout=PATIENCE_S)
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
-        for line in httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text.splitlines():
             if line.startswith(f"narrows_{name} "):
                 return float(line.split()[1])
         raise AssertionError(f"there is no metric {name}")
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal; its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(seconds)
+        return self.process.wait(PATIENCE_S)
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -91,7 +82,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

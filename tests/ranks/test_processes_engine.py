@@ -19,8 +19,6 @@ from narrows.native import why_absent
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.sched.batch import Batch
 
-pytestmark = pytest.mark.timeout(100)
-
 PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,)]
 
 

@@ -15,8 +15,6 @@ from narrows.engine.core import Engine
 from narrows.engine.script import Script
 from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Step
 
-pytestmark = pytest.mark.timeout(100)
-
 PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,)]
 
 

@@ -12,8 +12,6 @@ from narrows.engine.core import Engine
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request
 
-pytestmark = pytest.mark.timeout(100)
-
 PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 150, (33,)]
 PARAMS = [
     SamplingParams(temperature=1.0, top_p=0.9, seed=3),

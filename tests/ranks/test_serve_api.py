@@ -12,13 +12,13 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from server_process import ServerProcess, eventually
+from patience import PATIENCE_S, eventually
+from server_process import ServerProcess
 
 from narrows import LLM
 from narrows.native import why_absent
 from narrows.sched.sampling import SamplingParams
 
-pytestmark = pytest.mark.timeout(120)
 MODEL = "narrows-demo"
 SEA = "The sea was"
 NEAR = SamplingParams(logprobs=2)
@@ -273,7 +273,7 @@ def test_64_streams_of_all_lengths_with_aborts_are_each_the_text_alone(server: S
     lengths = [60] * 64
     together = {"model": MODEL, "prompt": prompts[:16], "temperature": 0, "max_tokens": 60, "ignore_eos": True}
     headers = {"Authorization": "Bearer secret"}
-    answer = httpx.post(f"{server.url}/v1/completions", json=together, headers=headers, timeout=60).json()
+    answer = httpx.post(f"{server.url}/v1/completions", json=together, headers=headers, timeout=PATIENCE_S).json()
     assert all(choice["text"].startswith(expected(choice["index"])) for choice in answer["choices"])
 
     def metric(name: str) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
-from server_process import ServerProcess, eventually
+from patience import PATIENCE_S, eventually
+from server_process import ServerProcess
 
-pytestmark = pytest.mark.timeout(120)
 MODEL = "narrows-demo"
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 PERSON = {
@@ -37,7 +37,7 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 def message(server: ServerProcess, **fields: Any) -> httpx.Response:
     body = {"model": MODEL, "max_tokens": 24, "system": "Be brief.", "messages": ASKED[1:], "temperature": 0, **fields}
-    return httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": "secret"}, timeout=60)
+    return httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": "secret"}, timeout=PATIENCE_S)
 
 
 def test_the_same_text_comes_from_each(server: ServerProcess, client: OpenAI) -> None:
@@ -78,7 +78,7 @@ def test_a_stream_that_is_left_frees_its_pages(server: ServerProcess, path: str)
     body = {"max_tokens": 1500} if "messages" in path else {}
     headers = {"authorization": "Bearer secret"}
     fields = {**asked, **body, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", server.url + path, json=fields, headers=headers, timeout=60) as answer:
+    with httpx.stream("POST", server.url + path, json=fields, headers=headers, timeout=PATIENCE_S) as answer:
         next(line for line in answer.iter_lines() if "delta" in line)
 
     def pages() -> float:

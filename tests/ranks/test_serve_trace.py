@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
+from patience import PATIENCE_S
 from server_process import ServerProcess
-
-pytestmark = pytest.mark.timeout(120)
 
 
 def check(document: dict[str, Any], num_steps: int) -> None:
@@ -36,7 +34,10 @@ def test_a_trace_over_http(tmp_path: Path) -> None:
     file = tmp_path / "trace.json.gz"
     options = ("--tp", "2", "--trace", str(file), "--trace-steps", "64", "--api-key", "secret")
     headers = {"authorization": "Bearer secret"}
-    with ServerProcess(*options) as server, httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+    with (
+        ServerProcess(*options) as server,
+        httpx.Client(base_url=server.url, headers=headers, timeout=PATIENCE_S) as client,
+    ):
         assert httpx.post(f"{server.url}/start_profile").status_code == 401
         refused = client.post("/stop_profile")
         assert refused.status_code == 400 and "no trace is being made" in refused.json()["error"]["message"]
@@ -57,7 +58,7 @@ def test_generate_leaves_a_trace(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     command = [sys.executable, "-m", "narrows", "generate", "narrows-demo", "--tp", "2", "--ranks", "processes"]
     more = ["--prompt", "The sea", "--max-tokens", "8", "--ignore-eos", "--trace", str(file), "--trace-steps", "5"]
-    done = subprocess.run([*command, *more, "--profile"], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, *more, "--profile"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert "trace: 5 steps, " in done.stderr and "the 3 steps after them are not in it" in done.stderr
     assert "were predicted (x " in done.stdout

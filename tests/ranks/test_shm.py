@@ -15,6 +15,7 @@ import ranks_lab as lab
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -33,7 +34,6 @@ from narrows.ops.compiled import rows_library
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
 
 pytestmark = [
-    pytest.mark.timeout(120),
     pytest.mark.skipif(functions() is None, reason=f"no compiled code: {why_absent()}"),
 ]
 
@@ -368,7 +368,7 @@ def test_ranks_that_cannot_open_each_others_memory_do_not_share_it(monkeypatch: 
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
         return out
 
     together = found(range(3))

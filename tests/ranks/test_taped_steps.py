@@ -23,7 +23,6 @@ from narrows.plan.named import applicable_layouts
 from narrows.sched.sampling import SamplingParams
 
 pytestmark = [
-    pytest.mark.timeout(100),
     pytest.mark.skipif(gemm_library() is None, reason="no compiled products with bf16 weights here"),
 ]
 

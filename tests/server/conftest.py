@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,13 +64,13 @@ class Served:
         kwargs = {"drain_timeout_s": 1.0, "when_ready": ready.set}
         self._thread = threading.Thread(target=serve, args=(of.app, of.backend, bound), kwargs=kwargs, daemon=True)
         self._thread.start()
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE_S)
         self.url = url_of(bound)
         self.bound, self.port = bound, int(bound.getsockname()[1])
 
     def stop(self) -> None:
         self.lab.backend.failure = "the test is over"
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
 
@@ -105,14 +105,3 @@ def said() -> Iterator[list[str]]:
     log.addHandler(handler)
     yield lines
     log.removeHandler(handler)
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
-    def wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "it did not come true in time"
-            time.sleep(0.005)
-
-    return wait

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from patience import PATIENCE_S
 
 from narrows.checkpoints import model_path
 from narrows.errors import ConfigError
@@ -166,7 +167,7 @@ class FakeBackend:
             each.deliver(Update(finish_reason="abort", error="the server has ended"))
         self.gate.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(5)
+            self._thread.join(PATIENCE_S)
 
     def _run(self) -> None:
         while not self._ended:

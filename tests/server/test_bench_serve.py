@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from patience import PATIENCE_S
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -70,7 +71,7 @@ def slow() -> Iterator[Slow]:
     running = Slow()
     yield running
     running.server.should_exit = True
-    running.thread.join(5)
+    running.thread.join(PATIENCE_S)
 
 
 def bench(slow: Slow, capsys: pytest.CaptureFixture[str], *options: str, code: int = 0) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import server_lab as lab
+from patience import eventually
 
 from narrows.sched.sampling import SamplingParams
 from narrows.server.schema.answers import Completion
@@ -62,9 +63,7 @@ def test_several_texts_of_one_seed_have_seeds_of_their_own(plain: lab.Lab) -> No
 
 
 @pytest.mark.parametrize("per_update", [1, 3])
-def test_a_stop_string_across_tokens_ends_the_text_and_the_generation(
-    plain: lab.Lab, per_update: int, eventually
-) -> None:
+def test_a_stop_string_across_tokens_ends_the_text_and_the_generation(plain: lab.Lab, per_update: int) -> None:
     plain.text = "one two three four five six seven"
     plain.backend.per_update = per_update
     body = ask(plain, stop=["ee fo", "never"], max_tokens=50)

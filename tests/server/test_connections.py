@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from patience import eventually
 from raw_client import Answer, AtOnce, Clock, RawClient, Wire, post
 from uvicorn.server import ServerState
 
@@ -22,7 +23,6 @@ from narrows.server.places import Places
 from narrows.server.readers import unread_bytes
 from narrows.server.turns import Turns
 
-Eventually = Callable[..., None]
 HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
 TEXT = {"prompt": "hi", "max_tokens": 4}
@@ -34,7 +34,7 @@ def get(served: Any, path: str) -> Answer:
 
 
 @contextmanager
-def held(served: Any, count: int, eventually: Eventually, **fields: Any) -> Iterator[list[RawClient]]:
+def held(served: Any, count: int, **fields: Any) -> Iterator[list[RawClient]]:
     """Clients whose requests are under way, until the block ends."""
     backend = served.lab.backend
     backend.gate.clear()
@@ -206,9 +206,9 @@ def test_requests_in_a_row_are_answered_in_order(served: Any) -> None:
         assert client.get("/health").status == 200
 
 
-def test_requests_without_end_are_not_kept(make_served: Callable[..., Any], eventually: Eventually) -> None:
+def test_requests_without_end_are_not_kept(make_served: Callable[..., Any]) -> None:
     served = make_served(max_pipelined=5)
-    with held(served, 1, eventually) as (client,):
+    with held(served, 1) as (client,):
         assert client.send((HEAD + b"\r\n") * 50_000)  # 2 MB, of which next to nothing is kept
         served.lab.backend.gate.set()
         answers = [client.answer() for _ in range(6)]
@@ -239,23 +239,19 @@ async def never_answers(scope: Any, receive: Any, send: Any) -> None:
         pass
 
 
-def test_a_client_that_leaves_is_noticed_behind_waiting_requests(
-    make_served: Callable[..., Any], eventually: Eventually
-) -> None:
+def test_a_client_that_leaves_is_noticed_behind_waiting_requests(make_served: Callable[..., Any]) -> None:
     served = make_served()
-    with held(served, 1, eventually, stream=True) as (client,):
+    with held(served, 1, stream=True) as (client,):
         client.send(HEAD + b"\r\n")
         client.send(HEAD + b"\r\n")
         client.close()
         eventually(lambda: served.lab.backend.num_live == 0)
 
 
-def test_garbage_behind_a_request_does_not_get_into_its_answer(
-    make_served: Callable[..., Any], eventually: Eventually
-) -> None:
+def test_garbage_behind_a_request_does_not_get_into_its_answer(make_served: Callable[..., Any]) -> None:
     served = make_served()
     for stream in (False, True):
-        with held(served, 1, eventually, stream=stream) as (client,):
+        with held(served, 1, stream=stream) as (client,):
             client.send(b"\0\1\2 no HTTP\r\n\r\n" * 10)
             served.lab.backend.gate.set()
             answer = client.answer()
@@ -349,7 +345,7 @@ def test_an_answer_that_breaks_off_waits_for_its_reader_as_long() -> None:
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_what_the_system_holds_is_unread_too(eventually: Eventually) -> None:
+def test_what_the_system_holds_is_unread_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(listening.getsockname())
@@ -364,30 +360,28 @@ def test_what_the_system_holds_is_unread_too(eventually: Eventually) -> None:
             before = unread_bytes(wire)  # type: ignore[arg-type]
             assert before > 5
             reader.recv(2000, socket.MSG_WAITALL)
-            eventually(lambda: reader.recv(100_000) != b"" and unread_bytes(wire) < before, 20)  # type: ignore[arg-type]
+            eventually(lambda: reader.recv(100_000) != b"" and unread_bytes(wire) < before)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_is_never_read_frees_its_place(
-    make_served: Callable[..., Any], eventually: Eventually, stream: bool
-) -> None:
+def test_an_answer_that_is_never_read_frees_its_place(make_served: Callable[..., Any], stream: bool) -> None:
     served = make_served(max_connections=1, send_timeout_s=0.3)
     served.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
     served.lab.text = "word " * 200
     body = {"prompt": "hi", "n": 128, "max_tokens": 150, "logprobs": 5, "stream": stream}
     with RawClient(served.port, receive_buffer=4096) as client:
         client.send(post("/v1/completions", body))
-        eventually(lambda: len(served.lab.backend.submitted) == 128, 60)
-        eventually(lambda: get(served, "/v1/models").status == 200, 60)
+        eventually(lambda: len(served.lab.backend.submitted) == 128)
+        eventually(lambda: get(served, "/v1/models").status == 200)
         assert not client.rest().endswith((b"0\r\n\r\n", b"}"))
 
 
 # Places
 
 
-def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any], eventually: Eventually) -> None:
+def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any]) -> None:
     served = make_served(max_connections=3, reserved_places=2)
-    with held(served, 3, eventually) as clients:
+    with held(served, 3) as clients:
         for _ in range(5):
             refused = get(served, "/v1/models")
             assert refused.status == 503 and "--max-connections" in refused.message
@@ -404,11 +398,9 @@ def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any
     assert get(served, "/v1/models").status == 200
 
 
-def test_a_client_that_still_sends_can_read_that_there_is_no_place(
-    make_served: Callable[..., Any], eventually: Eventually
-) -> None:
+def test_a_client_that_still_sends_can_read_that_there_is_no_place(make_served: Callable[..., Any]) -> None:
     served = make_served(max_connections=1, reserved_places=1)
-    with held(served, 1, eventually):
+    with held(served, 1):
         for more in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
             with RawClient(served.port) as client:
                 assert client.send(post("/v1/completions", {"prompt": "x" * 10_000_000}) + more), "hung up on"
@@ -421,10 +413,10 @@ def test_a_client_that_still_sends_can_read_that_there_is_no_place(
 
 
 def test_a_client_that_got_a_reserved_place_may_ask_for_anything_once_there_is_room(
-    make_served: Callable[..., Any], eventually: Eventually
+    make_served: Callable[..., Any],
 ) -> None:
     served = make_served(max_connections=1, reserved_places=1)
-    with held(served, 1, eventually) as (client,), RawClient(served.port) as late:
+    with held(served, 1) as (client,), RawClient(served.port) as late:
         served.lab.backend.gate.set()
         assert client.answer().status == 200
         assert late.get("/v1/models").status == 200
@@ -432,11 +424,10 @@ def test_a_client_that_got_a_reserved_place_may_ask_for_anything_once_there_is_r
 
 def test_the_oldest_silent_connections_make_room(
     make_served: Callable[..., Any],
-    eventually: Eventually,
     said: list[str],
 ) -> None:
     served = make_served(max_connections=10, head_timeout_s=100.0)
-    with held(served, 1, eventually) as (busy,), ExitStack() as stack:
+    with held(served, 1) as (busy,), ExitStack() as stack:
         silent = [stack.enter_context(RawClient(served.port)) for _ in range(100)]
         for client in silent[50:]:
             client.send(b"GET / HT")

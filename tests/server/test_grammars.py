@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import server_lab as lab
+from patience import PATIENCE_S, eventually
 
 from narrows.errors import ConfigError, NarrowsError
 from narrows.sched.serving import QueueFull
@@ -213,8 +214,8 @@ def test_a_thread_that_compiles_outlives_a_panic(place: str) -> None:
 
     pool: GrammarPool[str] = GrammarPool([Failing()], compile_)
     with pytest.raises(NarrowsError, match="could not be compiled"):
-        pool.submit("a").result(30)
-    assert pool.submit("b").result(30) == "b"
+        pool.submit("a").result(PATIENCE_S)
+    assert pool.submit("b").result(PATIENCE_S) == "b"
     pool.close()
 
 
@@ -297,7 +298,7 @@ def test_when_the_last_who_waits_has_gone_its_trial_is_ended(grammars: Callable[
     assert [text[-2] for text in trial.begun] == ["a", "b", "a"], "c was never begun"
 
 
-def test_a_client_that_leaves_frees_the_place_of_its_grammar(served: Any, eventually: Any) -> None:
+def test_a_client_that_leaves_frees_the_place_of_its_grammar(served: Any) -> None:
     guides = state_of(served.lab.app).guides
     trial = FakeTrial()
     trial.gate.clear()
@@ -314,7 +315,7 @@ def test_a_client_that_leaves_frees_the_place_of_its_grammar(served: Any, eventu
     guides.grammars.close()
 
 
-def test_a_process_in_the_midst_of_a_grammar_is_ended(maker: Callable[..., GuideMaker], eventually: Any) -> None:
+def test_a_process_in_the_midst_of_a_grammar_is_ended(maker: Callable[..., GuideMaker]) -> None:
     trial = maker(cpu_s=3600.0).trials[0]
     text = f"start: json_text\n{json_form(HOSTILE).rules}"
     said: list[type[BaseException]] = []

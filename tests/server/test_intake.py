@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 from server_lab import Lab, error_of
 
 from narrows.server import intake as intake_module
@@ -163,7 +164,7 @@ def test_health_and_metrics_answer_while_every_thread_for_requests_is_taken(
 
     def held(text: str, **options: Any) -> list[int]:
         entered.release()
-        assert let_go.wait(60)
+        assert let_go.wait(PATIENCE_S)
         return encode(text, **options)
 
     monkeypatch.setattr(plain.tokenizer, "encode", held)
@@ -189,7 +190,7 @@ def test_work_for_a_client_that_has_left_is_not_begun(plain: Lab, monkeypatch: p
     def held(text: str, **options: Any) -> list[int]:
         texts.append(text)
         entered.release()
-        assert let_go.wait(60)
+        assert let_go.wait(PATIENCE_S)
         return [1]
 
     monkeypatch.setattr(plain.tokenizer, "encode", held)

@@ -6,13 +6,13 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
+from patience import PATIENCE_S, eventually
 from server_lab import Lab, error_of
 
 from narrows.errors import ConfigError
@@ -217,9 +217,7 @@ def test_an_engine_that_fails_is_an_error_of_the_answer(plain: Lab) -> None:
 def test_a_request_that_takes_too_long_ends_with_its_generations(make_lab: Callable[..., Lab], stream: bool) -> None:
     of = make_lab(ServerOptions(request_timeout_s=0.2))
     of.backend.gate.clear()
-    start = time.monotonic()
     answer = post(of, "/v1/completions", {"prompt": "x", "n": 2, "stream": stream})
-    assert time.monotonic() - start < 2
     if stream:
         assert "--request-timeout" in answer.text
     else:
@@ -230,9 +228,7 @@ def test_a_request_that_takes_too_long_ends_with_its_generations(make_lab: Calla
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_client_that_goes_away_ends_its_generations(
-    served: Any, eventually: Callable[[Callable[[], bool]], None], path: str, stream: bool
-) -> None:
+def test_a_client_that_goes_away_ends_its_generations(served: Any, path: str, stream: bool) -> None:
     backend = served.lab.backend
     before = len(backend.aborted)
     backend.gate.clear()
@@ -251,7 +247,7 @@ def test_large_bodies_are_refused_before_or_while_they_come(served: Any) -> None
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     chunk = b"2710\r\n" + b" " * 10_000 + b"\r\n"
     for sent in (b"Content-Length: 200000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 11):
-        with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=10) as sock:
+        with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=PATIENCE_S) as sock:
             sock.sendall(head + sent)
             answer = sock.recv(100_000)
         assert answer.startswith(b"HTTP/1.1 413 ") and b"100000 bytes at most" in answer
@@ -263,14 +259,13 @@ def test_a_body_that_does_not_come_ends(make_lab: Callable[..., Lab]) -> None:
     async def stalls() -> httpx.Response:
         async def slow() -> Any:
             yield b"{"
-            await asyncio.sleep(5)
+            await asyncio.sleep(3600)
 
         async with of.client() as client:
             return await client.post("/v1/completions", content=slow(), headers={"content-type": "application/json"})
 
-    start = time.monotonic()
     answer = asyncio.run(stalls())
-    assert answer.status_code == 408 and time.monotonic() - start < 3
+    assert answer.status_code == 408
 
 
 def test_the_size_of_an_answer_is_bounded(plain: Lab) -> None:

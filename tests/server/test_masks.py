@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import server_lab as lab
+from patience import PATIENCE_S
 
 from narrows.server.grammar import compiled
 from narrows.server.grammar.compiled import Grammar, GrammarGuide, Memory
@@ -166,7 +167,7 @@ def made_on(guide: GrammarGuide, token: int) -> str:
     guide.make = make  # type: ignore[method-assign]
     guide.advance(token)
     guide.when_ready(done.set)
-    assert done.wait(30)
+    assert done.wait(PATIENCE_S)
     guide.make = real  # type: ignore[method-assign]
     return names[0]
 
@@ -195,17 +196,17 @@ def test_a_proven_grammar_that_is_at_work_elsewhere_is_not_waited_for(
 
     def held() -> None:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE_S)
         real()
 
     first.make = held  # type: ignore[method-assign]
     first.advance(a)
-    assert begun.wait(30)
+    assert begun.wait(PATIENCE_S)
     prove(grammar)
     second.advance(a)  # a lock that its matcher shares may be taken
     assert not second.ready
     go_on.set()
-    assert first.wait(30) and second.wait(30)
+    assert first.wait(PATIENCE_S) and second.wait(PATIENCE_S)
 
 
 def test_grammars_take_turns_and_each_goes_on_in_order(
@@ -221,7 +222,7 @@ def test_grammars_take_turns_and_each_goes_on_in_order(
 
         def make() -> None:
             if hold:
-                assert gate.wait(30)
+                assert gate.wait(PATIENCE_S)
             order.append(name)
             real()
             if len(order) == 5:
@@ -236,7 +237,7 @@ def test_grammars_take_turns_and_each_goes_on_in_order(
         noted(GrammarGuide(many, threads), f"many {number}").advance(a)
     noted(GrammarGuide(other, threads), "other").advance(a)
     gate.set()
-    assert done.wait(30)
+    assert done.wait(PATIENCE_S)
     assert order == ["many 0", "other", "many 1", "many 2", "many 3"]
 
 
@@ -252,7 +253,7 @@ def test_a_mask_that_cannot_be_made_ends_its_text_alone(
     broken.make = fails  # type: ignore[method-assign]
     broken.advance(a)
     sound.advance(a)
-    assert broken.wait(30) and sound.wait(30)
+    assert broken.wait(PATIENCE_S) and sound.wait(PATIENCE_S)
     assert "RuntimeError" in broken.problem and not any(broken.allowed())
     assert not sound.problem and any(sound.allowed()) and grammar.is_broken
 

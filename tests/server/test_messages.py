@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import eventually
 from server_lab import Lab
 
 from narrows.sched.serving import QueueFull
@@ -332,7 +333,7 @@ def test_a_failure_ends_the_stream_as_an_error(plain: Lab) -> None:
     assert answer.status_code == 500 and "rank 1 died" in error_of(answer)["message"]
 
 
-def test_a_client_that_leaves_ends_the_generation(plain: Lab, eventually: Callable[..., None]) -> None:
+def test_a_client_that_leaves_ends_the_generation(plain: Lab) -> None:
     plain.backend.gate.clear()
 
     async def leave() -> None:

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
+from patience import eventually
 from pydantic import BaseModel, TypeAdapter
 from server_lab import Lab, error_of
 
@@ -301,7 +302,7 @@ def test_a_failure_ends_the_stream(hermes: Lab) -> None:
     assert answer.status_code == 500 and "rank 1 died" in error_of(answer)["message"]
 
 
-def test_a_client_that_leaves_ends_the_generation(plain: Lab, eventually: Callable[..., None]) -> None:
+def test_a_client_that_leaves_ends_the_generation(plain: Lab) -> None:
     plain.text = "word " * 200
     plain.backend.gate.clear()
 

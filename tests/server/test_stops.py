@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import server_lab as lab
+from patience import eventually
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 
@@ -35,7 +36,7 @@ def ask(of: lab.Lab, path: str, stream: bool, fields: dict[str, Any]) -> tuple[s
     ],
 )
 def test_a_special_tokens_text_is_a_stop_string_as_any_other(
-    plain: lab.Lab, path: str, stream: bool, stop: Any, text: str, kept: str, eventually: Any
+    plain: lab.Lab, path: str, stream: bool, stop: Any, text: str, kept: str
 ) -> None:
     plain.text = "one<|user|> two three<|user|> four five"
     assert ask(plain, path, stream, {"stop": stop}) == (text, "stop")

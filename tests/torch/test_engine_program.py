@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import Tensor
 
 from narrows.arch.config import read_config
@@ -349,18 +349,16 @@ def failing(times: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def test_a_rank_that_raises_inside_a_step_ends_all_with_its_error_and_nothing_runs_after(
     tiny_model: TinyModel, stage: str
 ) -> None:
-    begun = time.monotonic()
     wrap = patched(2, 1, stage, failing(2))
     with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), Forms()), wrap=wrap) as engine:
         assert len(run(engine, prefill(2), "auto")) == 4
         futures = [engine.submit(prefill(2)) for _ in range(3)]
-        errors = [future.exception(timeout=10) for future in futures]
-        later = engine.submit(prefill(2)).exception(timeout=10)
+        errors = [future.exception(PATIENCE_S) for future in futures]
+        later = engine.submit(prefill(2)).exception(PATIENCE_S)
         assert isinstance(errors[0], ArithmeticError) and str(errors[0]) == "a stage broke"
         assert errors[1] is errors[0] and errors[2] is errors[0] and later is errors[0]
         assert "raised on rank 2" in "".join(errors[0].__notes__)
     assert rank_threads() == []
-    assert time.monotonic() - begun < 15  # a rank that is waited for is given up after 60
 
 
 def test_generation_ends_with_the_error_of_the_rank_that_failed(tiny_model: TinyModel) -> None:
@@ -391,12 +389,10 @@ def test_a_rank_that_cannot_load_ends_the_others_and_leaves_no_thread(tiny_model
 
 
 def test_a_batch_of_the_wrong_number_of_groups_is_an_error_and_not_a_hang(tiny_model: TinyModel) -> None:
-    begun = time.monotonic()
     with Engine(resolve(asked_for(tiny_model("v3"), 2, 2))) as engine:
         plan = plan_of(engine, prefill(2), "auto")
         with pytest.raises(ValueError, match="2 attention groups, but rows are given for 1"):
             engine.run_plan(prefill(1), plan)
-    assert time.monotonic() - begun < 15  # a rank that is waited for is given up after 60
 
 
 # -- plans and programs ----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ A sharded run is put beside one rank's run of the same rows. Ranks are threads, 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -89,7 +88,7 @@ def planted(*mistakes: Mistake) -> pytest.MarkDecorator:
 
 @contextmanager
 def noticed(mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch, *, here: bool = True) -> Iterator[None]:
-    """What is inside must pass, or, with a mistake put in, fail in the way that the mistake says, and soon.
+    """What is inside must pass, or, with a mistake put in, fail in the way that the mistake says.
 
     ``here`` False: the mistake does no harm in this case, which is why others did not see it; it must pass then too.
     """
@@ -100,10 +99,8 @@ def noticed(mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch, *, here: b
         if mistake is None or not here:
             yield
             return
-        start = time.monotonic()
         with pytest.raises(mistake.seen, match=mistake.words):
             yield
-        assert time.monotonic() - start < 20, "noticed, but not within seconds"
 
 
 # -- work, and runs of it ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 from narrows.engine import core
 from narrows.engine.config import EngineConfig, resolve
@@ -63,7 +64,7 @@ class Held(Guide):
         self.has_ended.set()
 
     def _make(self) -> None:
-        assert self.gate.wait(60)
+        assert self.gate.wait(PATIENCE_S)
         self.left -= 1
         self._mask = EVEN if self.left else NOTHING
         self._there = True
@@ -90,7 +91,7 @@ class Caller:
             self.over.set()
 
     def wait(self) -> str:
-        assert self.over.wait(60), "it did not end"
+        assert self.over.wait(PATIENCE_S), "it did not end"
         return self.reason
 
 
@@ -106,7 +107,7 @@ def service(tiny_model: TinyModel) -> Iterator[EngineService]:
 def test_the_others_go_on_while_one_mask_is_late_and_its_text_goes_on_when_it_comes(service: EngineService) -> None:
     guide = Held()
     late = Caller(service, (1, 2, 3), 6, guide)
-    assert late.first.wait(60)
+    assert late.first.wait(PATIENCE_S)
     others = [Caller(service, (5, number), 40) for number in range(3)]
     assert [other.wait() for other in others] == ["length"] * 3
     assert len(late.tokens) == 1 and not late.over.is_set()
@@ -143,17 +144,17 @@ def test_masks_that_come_from_threads_give_the_text_of_masks_that_are_there(
 def test_a_late_mask_that_allows_nothing_ends_the_text(service: EngineService) -> None:
     guide = Held(masks=1)
     late = Caller(service, (1, 2, 3), 6, guide)
-    assert late.first.wait(60) and not late.over.is_set()
+    assert late.first.wait(PATIENCE_S) and not late.over.is_set()
     guide.gate.set()
-    assert late.wait() == "stop" and len(late.tokens) == 1 and guide.has_ended.wait(60)
+    assert late.wait() == "stop" and len(late.tokens) == 1 and guide.has_ended.wait(PATIENCE_S)
 
 
 def test_an_abort_while_the_mask_is_late_frees_its_pages(service: EngineService) -> None:
     guide = Held()
     late = Caller(service, (1, 2, 3), 6, guide)
-    assert late.first.wait(60)
+    assert late.first.wait(PATIENCE_S)
     service.abort(late.number)
-    assert late.wait() == "abort" and guide.has_ended.wait(60)
+    assert late.wait() == "abort" and guide.has_ended.wait(PATIENCE_S)
     assert Caller(service, (5, 6), 3).wait() == "length"
     assert service.stats().kv_pages_used == 0 and service.stats().running == 0
     guide.gate.set()
@@ -162,7 +163,7 @@ def test_an_abort_while_the_mask_is_late_frees_its_pages(service: EngineService)
 def test_a_drain_waits_for_late_masks(service: EngineService) -> None:
     guide = Held()
     late = Caller(service, (1, 2, 3), 6, guide)
-    assert late.first.wait(60)
+    assert late.first.wait(PATIENCE_S)
     assert not service.drain(0.05)
     guide.gate.set()
     assert service.drain(60) and late.wait() == "length" and len(late.tokens) == 6
@@ -181,9 +182,9 @@ def test_ranks_that_fail_while_a_mask_is_late_end_its_text_and_others_run_on_the
     monkeypatch.setattr(Worker, "step", step)
     guide = Held()
     late = Caller(service, (1, 2, 3), 6, guide)
-    assert late.first.wait(60)
+    assert late.first.wait(PATIENCE_S)
     assert Caller(service, (1, BAD), 6).wait() == "error"
-    assert late.wait() == "error" and guide.has_ended.wait(60)
+    assert late.wait() == "error" and guide.has_ended.wait(PATIENCE_S)
     after = Held(open_=True)
     while not service.health().ready:
         time.sleep(0.01)

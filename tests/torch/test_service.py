@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S, eventually
 
 from narrows.engine import rehearsals, trouble
 from narrows.engine import service as service_module
@@ -49,7 +50,7 @@ class Caller:
         return [token for update in self.updates for token in update.token_ids]
 
     def wait(self) -> Update:
-        assert self.over.wait(30), "it did not end"
+        assert self.over.wait(PATIENCE_S), "it did not end"
         return self.updates[-1]
 
 
@@ -73,13 +74,6 @@ def serve(tiny_model: TinyModel) -> Iterator[Callable[..., EngineService]]:
     yield start
     for service in made:
         service.close()
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
@@ -161,10 +155,10 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Callable[..., E
 
     def slow(update: Update) -> None:
         first.set()
-        held.wait(10)
+        held.wait(PATIENCE_S)
 
     service.submit(asked((1, 2)), slow)  # the loop stands while its caller does
-    assert first.wait(10)
+    assert first.wait(PATIENCE_S)
     callers = [Caller(service, asked((3,))) for _ in range(3)]
     with pytest.raises(QueueFull, match="3 generations wait already, and --max-queue is 3") as refused:
         service.submit(asked((4,)), lambda update: None)
@@ -181,10 +175,10 @@ def test_one_client_that_fills_the_queue_does_not_close_it_to_others(serve: Call
 
     def slow(update: Update) -> None:
         first.set()
-        held.wait(10)
+        held.wait(PATIENCE_S)
 
     service.submit(asked((1, 2), client="flood"), slow)  # the loop stands while its caller does
-    assert first.wait(10)
+    assert first.wait(PATIENCE_S)
 
     def fill(client: str) -> list[Caller]:
         callers: list[Caller] = []
@@ -274,7 +268,7 @@ def test_ranks_that_fail_are_started_again_once_and_what_waited_runs_there(
     expected.wait()
     steps = service.stats().steps
     held = threading.Event()
-    blocker = service.submit(asked((5,), 2), lambda update: held.wait(10) and None)
+    blocker = service.submit(asked((5,), 2), lambda update: held.wait(PATIENCE_S) and None)
     bad = Caller(service, asked((1, BAD), 14))  # takes the whole cache
     waits = Caller(service, asked((1, 2), 6))
     held.set()
@@ -307,12 +301,12 @@ def test_health_sees_a_step_that_does_not_end(
     real, held = Worker.step, threading.Event()
     service = serve(timeout_s=0.3)
     assert service.health().ready
-    monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(10) and real(self, *args))
+    monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(PATIENCE_S) and real(self, *args))
     monkeypatch.setattr(trouble, "_SLOW_S", 0.2)
     monkeypatch.setattr(trouble, "_SLOW_FACTOR", 0.0)
     caller = Caller(service, asked((1, 2), 6))
     eventually(lambda: "a step runs" in service.health().detail)
-    eventually(lambda: caller.over.is_set(), 5)
+    eventually(lambda: caller.over.is_set())
     held.set()
     assert caller.wait().finish_reason == "error" and "has not ended" in caller.updates[-1].error
     eventually(lambda: service.health().ready)
@@ -332,7 +326,7 @@ def test_an_idle_service_rehearses_decode_steps_and_goes_on_when_somebody_comes(
 
     def rehearse(worker: Worker, batch: Batch, plan: Plan) -> bool:
         rehearsed.append(batch.num_rows)
-        assert len(rehearsed) != 5 or may_go_on.wait(10)
+        assert len(rehearsed) != 5 or may_go_on.wait(PATIENCE_S)
         return True
 
     monkeypatch.setattr(Worker, "rehearse", rehearse)
@@ -365,14 +359,22 @@ def test_a_rank_that_fails_in_a_rehearsal_is_a_failure_like_others(
 def test_an_abort_frees_pages_within_one_step(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Worker.step
-    monkeypatch.setattr(Worker, "step", lambda self, *args: time.sleep(0.1) or real(self, *args))
+    real, steps, go_on = Worker.step, [], threading.Event()
+
+    def step(self: Worker, *args: Any) -> Any:
+        steps.append(None)
+        assert len(steps) != 2 or go_on.wait(PATIENCE_S)
+        return real(self, *args)
+
+    monkeypatch.setattr(Worker, "step", step)
     service = serve()
     caller = Caller(service, asked((1, 2), 60))
-    eventually(lambda: service.stats().kv_pages_used > 0)
+    eventually(lambda: len(steps) == 2 and service.stats().kv_pages_used > 0)
     service.abort(caller.number)
-    eventually(lambda: not service.stats().kv_pages_used, 0.3)
-    assert caller.wait().finish_reason == "abort" and len(caller.tokens) < 60
+    go_on.set()
+    assert caller.wait().finish_reason == "abort"
+    eventually(lambda: not service.stats().kv_pages_used)
+    assert len(steps) <= 3 and len(caller.tokens) <= 2
 
 
 def test_a_step_may_take_longer_the_longer_its_texts_are(tiny_model: TinyModel) -> None:

@@ -4,13 +4,14 @@ that are made ahead. Ranks are threads."""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import eventually
 
+from narrows.engine import profile as profile_module
 from narrows.engine import service as service_module
 from narrows.engine.collective_clock import CollectiveClock, added
 from narrows.engine.config import EngineConfig, resolve
@@ -125,16 +126,20 @@ def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     assert all(row.ratio is None for row in slices) and len(slices) < len(rows)
 
 
-def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(engine: Engine) -> None:
+def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pauses = {"embed": (0.2, 0.0), "lm_head": (0.0, 0.02)}  # before and after a step: before the first is between none
+    now = [0.0]
+    monkeypatch.setattr(profile_module, "perf_counter", lambda: now[0])
 
     def slow(worker: Worker) -> Wrap:
         def around(layer: Any, step: Step, reads: Any, writes: Any, operation: Operation) -> Operation:
             def late(registers: Registers, frame: Frame) -> None:
                 before, after = pauses.get(step.name, (0.0, 0.0))
-                time.sleep(before)
+                now[0] += before
                 operation(registers, frame)
-                time.sleep(after)
+                now[0] += after
 
             return late
 
@@ -147,7 +152,7 @@ def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(engine: Engine)
         pass
     rows = profile_rows(engine.readings())
     assert [row.price_class for row in rows].index(BETWEEN) == len(rows) - 1
-    assert 0.02 <= rows[-1].seconds < 0.2
+    assert rows[-1].seconds == pytest.approx(0.02)
 
 
 def test_a_file_for_engines_one_after_the_other(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -252,10 +257,7 @@ def serve(tiny_model: TinyModel, tmp_path: Path) -> Iterator[Callable[..., Engin
 def ask(service: EngineService, tokens: int = 5) -> None:
     updates: list[Update] = []
     service.submit(Generation(prompt=(1, 2, 3), max_tokens=tokens), updates.append)
-    end = time.monotonic() + 20
-    while not (updates and updates[-1].finish_reason):
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    eventually(lambda: bool(updates and updates[-1].finish_reason))
 
 
 def test_a_service_traces_when_it_is_asked(serve: Callable[..., EngineService], tmp_path: Path) -> None:
@@ -328,8 +330,5 @@ def test_where_one_plan_runs_every_step_nothing_is_held_against_it(
 def test_an_idle_service_plans_ahead(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "_WARM_S", 0.0)
     service = serve()
-    end = time.monotonic() + 60
-    while len(service.info()["plan_book"]) < 250:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    eventually(lambda: len(service.info()["plan_book"]) >= 250)
     ask(service)
