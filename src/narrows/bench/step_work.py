@@ -132,7 +132,7 @@ def clocked_walks(engine: Engine, plan: Plan) -> list[list[float]]:
     """Seconds that each step cost in every walk of ``plan`` since the last call: see :func:`without_waits`. All ranks
     have had :class:`WalkTimes` around their steps, and walked no other plan."""
     asked, num = engine.resolved.asked, plan.num_steps
-    at_once = num_cores() / (asked.threads or 1) if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
+    at_once = num_cores() / engine.resolved.threads if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
     meets = [step.meets for _, step in plan.steps()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "add_limit_flags",
     "add_prompt_flags",
     "add_trace_flags",
+    "defaults",
     "engine_options",
     "launch_of",
     "limit_options",
@@ -28,7 +30,13 @@ __all__ = [
     "trace_file",
 ]
 
-_DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+
+def defaults(kind: Any) -> dict[str, Any]:
+    """The default of every field of a dataclass that has one."""
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
+_DEFAULT = defaults(EngineConfig)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["ranks"], chosen: bool = False) -> None:

@@ -28,6 +28,7 @@ from narrows.cli.arguments import (
     add_engine_flags,
     add_limit_flags,
     add_trace_flags,
+    defaults,
     engine_options,
     limit_options,
     trace_file,
@@ -43,7 +44,7 @@ from narrows.plan.named import applicable_layouts, named_layout
 
 __all__ = ["add_parser", "run"]
 
-_DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+_DEFAULT = defaults(EngineConfig)
 _SIZES = "2K,32K,2M,16M,64M"
 Progress = Callable[[str], None]
 

@@ -130,7 +130,7 @@ def _asked(args: argparse.Namespace) -> EngineConfig:
 
 def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
     if args.ranks is None:
-        return max(num_cores() // args.threads, 1)
+        return max(num_cores() // int(args.threads), 1)
     if args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}; it must be at least 1")
     most = _MOST_RANKS_PER_CORE * num_cores()

@@ -19,6 +19,7 @@ from narrows.cli.arguments import (
     add_limit_flags,
     add_prompt_flags,
     add_trace_flags,
+    defaults,
     engine_options,
     launch_of,
     limit_options,
@@ -35,7 +36,7 @@ from narrows.sched.sampling import SamplingParams
 
 __all__ = ["add_parser", "run"]
 
-_DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
+_DEFAULT = defaults(EngineConfig)
 _SAMPLING = {name: field for name, field in SamplingParams.__dataclass_fields__.items() if name != "logit_bias"}
 
 
@@ -104,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
         done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args)
         seconds = perf_counter() - started
         generated = sum(len(completion.token_ids) for completion in done)
-        given = sum(len(completion.prompt_token_ids) for completion in done)
+        num_given = sum(len(completion.prompt_token_ids) for completion in done)
         notes.print(
-            f"{given} prompt tokens and {generated} generated tokens in {seconds:.2f} s "
+            f"{num_given} prompt tokens and {generated} generated tokens in {seconds:.2f} s "
             f"({generated / seconds:.1f} generated tokens/s)"
         )
         if any(completion.logprobs or completion.prompt_logprobs for completion in done):

@@ -22,6 +22,7 @@ from narrows.cli.arguments import (
     add_host_flags,
     add_limit_flags,
     add_trace_flags,
+    defaults,
     engine_options,
     launch_of,
     limit_options,
@@ -43,8 +44,8 @@ from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
 
 __all__ = ["add_parser", "run"]
 
-_DEFAULT = {name: field.default for name, field in EngineConfig.__dataclass_fields__.items()}
-_SERVER = {name: field.default for name, field in ServerOptions.__dataclass_fields__.items()}
+_DEFAULT = defaults(EngineConfig)
+_SERVER = defaults(ServerOptions)
 _KEY_VARIABLE = "NARROWS_API_KEY"
 _MB = 1024 * 1024
 _DAY_S = 24 * 60 * 60

@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
         print_unfit(candidates, out)
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
-            said = f"dtype {dtype}: {because}" if because else ""
-            for line in filter(None, (said, ranks_line(hardware, candidate.mesh.size), _saturation(used))):
+            dtype_line = f"dtype {dtype}: {because}" if because else ""
+            for line in filter(None, (dtype_line, ranks_line(hardware, candidate.mesh.size), _saturation(used))):
                 out.print(f"note: {line}", markup=False, highlight=False)
         if target.is_set and len(candidates) > 1 and target.misses(best.outcome):
             out.print(f"none of these {len(candidates)} meets the target; the nearest comes first", markup=False)

@@ -123,5 +123,5 @@ def received(move: Move, held: int, left: Any, encoding: Encoding) -> int:
     came = int(left.nbytes) - held
     if encoding is Encoding.PLAIN or not came:
         return came
-    row_bytes = left.shape[-1] * left.element_size()
+    row_bytes = int(left.shape[-1] * left.element_size())
     return came // row_bytes * encoding.row_bytes(left.shape[-1], left.element_size())

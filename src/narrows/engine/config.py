@@ -141,6 +141,12 @@ class Resolved:
     """Those of the notes that a service logs as it starts: of the checkpoint's files and of this host."""
 
     @property
+    def threads(self) -> int:
+        """torch threads per rank."""
+        assert self.asked.threads is not None, "resolve() decides how many"
+        return self.asked.threads
+
+    @property
     def num_slots(self) -> int:
         """Slots of KV cache per rank, the null page's among them."""
         return self.limits.pages_per_group * self.limits.page_size

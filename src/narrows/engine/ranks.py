@@ -65,7 +65,7 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
             make,
             checked=asked.checked,
             timeout_s=asked.timeout_s,
-            num_threads=asked.threads,
+            num_threads=resolved.threads,
             device=asked.run_on,
         )
     return ProcessRanks(
@@ -73,7 +73,7 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
         make,
         checked=asked.checked,
         timeout_s=asked.timeout_s,
-        num_threads=asked.threads,
+        num_threads=resolved.threads,
         launch=asked.launch,
         once=(Plan,),
         device=asked.run_on,

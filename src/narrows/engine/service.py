@@ -224,7 +224,7 @@ class EngineService:
             **values,
             plans=plans,
             plan_seconds=plan_seconds,
-            collectives={kind: tuple(read) for kind, read in collectives.items()},
+            collectives=dict(collectives),
             predicted_collectives=predicted,
         )
 
@@ -304,9 +304,9 @@ class EngineService:
                 self._time_oldest(engine)
                 self._count(step)
             touched += engine.settle()
-            if step := engine.push():
+            if handed := engine.push():
                 worked = True
-                self._handed_out(engine, step)
+                self._handed_out(engine, handed)
             self._read_clocks(engine)
             self._publish(engine)
             for request in touched:  # after the ranks have been given work
@@ -509,9 +509,10 @@ def _summed(now: SchedulerStats, before: SchedulerStats | None) -> SchedulerStat
         return now
     totals = ("preemptions", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "steps")
     by_group = ("idle_rows", "group_preemptions", "short_steps")
+    summed: dict[str, Any] = {name: getattr(now, name) + getattr(before, name) for name in totals}
+    summed |= {name: tuple(map(operator.add, getattr(now, name), getattr(before, name))) for name in by_group}
     return replace(
         now,
-        **{name: getattr(now, name) + getattr(before, name) for name in totals},
-        **{name: tuple(map(operator.add, getattr(now, name), getattr(before, name))) for name in by_group},
+        **summed,
         bound_steps={bound: steps + before.bound_steps.get(bound, 0) for bound, steps in now.bound_steps.items()},
     )

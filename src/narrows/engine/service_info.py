@@ -52,7 +52,7 @@ def describe(
         "limits": asdict(resolved.limits),
         "kv_tokens_per_group": resolved.limits.tokens_per_group,
         "priced_for": resolved.deployment.device.name,
-        "plan_book": [_plan(key, plan) | times.get(id(plan), {"steps": 0}) for key, plan in planned],
+        "plan_book": [{**_plan(key, plan), **times.get(id(plan), {"steps": 0})} for key, plan in planned],
         "steps_run": [
             {"phase": phase, "rows_up_to": rows, "layout": layout, "steps": count}
             for (phase, rows, layout), count in sorted(steps.items())

@@ -58,12 +58,12 @@ Lengths = Sequence[int] | None
 Begin = Callable[[Tensor], RowSampler | None]
 
 
-class _Watcher(TorchDispatchMode):  # type: ignore[misc]
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation of torch. Views, and memory as it comes, are no work to be done again; memory comes from
     ``scratch``, while there is room."""
 
     def __init__(self, scratch: Scratch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.computed, self.fits = False, True
         self._scratch = scratch
         scratch.begin()

@@ -53,7 +53,8 @@ class Recorded(NamedTuple):
         if number >= len(self.bounds):
             return Walk((), (), (), ())
         start, stop = self.bounds[number - 1] if number else 0, self.bounds[number]
-        return Walk(*(kept[start:stop] for kept in self[1:]))
+        own = slice(start, stop)
+        return Walk(self.starts[own], self.ends[own], self.rows[own], self.received[own])
 
 
 class StepTracer:

@@ -47,7 +47,7 @@ class DeepseekLayer(MoeLayer):
         self.q_a_layernorm = load(weights["q_a_layernorm"]) if self.q_rank else None
         self.kv_a_layernorm_R = load(weights["kv_a_layernorm"])
         self.q_proj = load.linear(weights, "q_b_proj" if self.q_rank else "q_proj")
-        kv_b_NXR = load(weights["kv_b_proj"]).unflatten(0, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
+        kv_b_NXR = torch.unflatten(load(weights["kv_b_proj"]), 0, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
         self.w_uk_NDR, self.w_uv_NVR = split_kv_b(kv_b_NXR, mla.qk_nope_head_dim, load.room)
         self.o_proj = load.linear(weights, "o_proj")
         self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope.as_mapping())
@@ -70,8 +70,8 @@ class DeepseekLayer(MoeLayer):
         latent_TC = inputs[-1]
         mla, q = self.mla, self.q_rank
         query_from = latent_TC[:, :q] if q else inputs[0]
-        q_TND = self.linear(query_from, self.q_proj).unflatten(-1, (-1, mla.qk_head_dim))
-        q_nope_TND, q_pe_TNP = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        q_TND = torch.unflatten(self.linear(query_from, self.q_proj), -1, (-1, mla.qk_head_dim))
+        q_nope_TND, q_pe_TNP = torch.split(q_TND, [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         rope_write_latents(
             q_pe_TNP,
             latent_TC[:, q:],

@@ -8,6 +8,7 @@ Letters: T rows, H hidden_size, N this rank's query heads, K its key-value heads
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from narrows.arch.config import GQA, ModelConfig
@@ -52,7 +53,8 @@ class LlamaLayer(DecoderLayer):
     def attention(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""
         num_q, num_kv, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv_TND = self.linear(hidden_TH, self.qkv_proj, self.qkv_bias).unflatten(-1, (num_q + 2 * num_kv, dim))
+        qkv_TC = self.linear(hidden_TH, self.qkv_proj, self.qkv_bias)
+        qkv_TND = torch.unflatten(qkv_TC, -1, (num_q + 2 * num_kv, dim))
         q_TND = rope_write_heads(
             qkv_TND,
             step.cos_TD2,

@@ -72,7 +72,7 @@ def pick(candidates_T2W: Tensor) -> Tensor:
             ids_T.data_ptr(), candidates_T2W.data_ptr(), candidates_T2W.stride(0), num_rows, width // 2
         )
         return ids_T
-    pairs_TW2 = candidates_T2W.unflatten(-1, (-1, 2))
+    pairs_TW2 = torch.unflatten(candidates_T2W, -1, (-1, 2))
     values_TW, ids_TW = pairs_TW2.unbind(-1)
     best_T1 = values_TW.amax(dim=-1, keepdim=True)
     # amax passes NaN on, and NaN equals nothing: the NaNs themselves are then the best.

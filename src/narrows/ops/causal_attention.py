@@ -65,13 +65,13 @@ def causal_attention(
             score_KML = buffer[: num_heads * group * rows * width].view(num_heads, group * rows, width)
             torch.bmm(q_KMD, kt_KDL[:, :, first:seen], out=score_KML)
             # Only the block's own tokens can lie in some row's future.
-            score_KGML = score_KML.unflatten(1, (group, rows))
+            score_KGML = torch.unflatten(score_KML, 1, (group, rows))
             score_KGML[..., width - rows :].masked_fill_(above_diagonal_MM[:rows, :rows], float("-inf"))
             if window is not None:
                 score_KGML.masked_fill_(_left_behind(rows, width, window, score_KML.device), float("-inf"))
             p_KML = torch.softmax(score_KML, dim=-1, out=score_KML).to(q_KGTD.dtype)
             o_KMV = torch.bmm(p_KML, v_KLV[heads, first:seen])
-            out[start:stop, heads] = o_KMV.unflatten(1, (group, rows)).permute(2, 0, 1, 3)
+            out[start:stop, heads] = torch.unflatten(o_KMV, 1, (group, rows)).permute(2, 0, 1, 3)
     return out
 
 

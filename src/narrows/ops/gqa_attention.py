@@ -214,8 +214,8 @@ def _prefill(
     for block in blocks:
         heads, kv_heads = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
         shape = (block.kv_stop - block.kv_start, -1)
-        q_KGTD = q_TND[:, heads].unflatten(1, shape).permute(1, 2, 0, 3)
-        out_TKGD = out_TND[:, heads].unflatten(1, shape)
+        q_KGTD = torch.unflatten(q_TND[:, heads], 1, shape).permute(1, 2, 0, 3)
+        out_TKGD = torch.unflatten(out_TND[:, heads], 1, shape)
         causal_attention(q_KGTD, k_KLD[kv_heads], v_KLD[kv_heads], scale, window=span.window, out=out_TKGD)
 
 
@@ -241,13 +241,13 @@ def _decode(
             mask_B11L = (tokens_L < rows.decode_lens_B[of_group].unsqueeze(-1))[:, None, None]
         # functional.embedding, not cache[slots]: an eighth of the time on CPU.
         k_BKLD, v_BKLD = (
-            functional.embedding(slots_BL, cache_SKD.flatten(1)).unflatten(-1, (num_kv, head_dim)).transpose(1, 2)
+            functional.embedding(slots_BL, cache_SKD.flatten(1)).view(*slots_BL.shape, num_kv, head_dim).transpose(1, 2)
             for cache_SKD in (k_cache_SKD, v_cache_SKD)
         )
         for block in blocks:
             heads, kv_heads = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
             shape = (block.kv_stop - block.kv_start, -1)
-            q_BKGD = q_BND[of_group, heads].unflatten(1, shape)
+            q_BKGD = torch.unflatten(q_BND[of_group, heads], 1, shape)
             o_BKGD = functional.scaled_dot_product_attention(
                 q_BKGD, k_BKLD[:, kv_heads], v_BKLD[:, kv_heads], attn_mask=mask_B11L, scale=scale
             )

@@ -54,8 +54,8 @@ def plain_halves(w_uk: KeyWeight, w_uv: ValueWeight) -> tuple[Tensor, Tensor]:
 
 
 def _heads(weight_NOI: Tensor, room: Room | None) -> Tensor | PackedStack:
-    given = {} if room is None else {"room": room}
-    ready = empty_heads(*weight_NOI.shape, weight_NOI.dtype, weight_NOI.device, **given)
+    num_heads, num_outputs, num_inputs = weight_NOI.shape
+    ready = empty_heads(num_heads, num_outputs, num_inputs, weight_NOI.dtype, weight_NOI.device, room)
     if isinstance(ready, Tensor):
         return ready.copy_(weight_NOI)
     for head in range(weight_NOI.shape[0]):

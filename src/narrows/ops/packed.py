@@ -181,12 +181,12 @@ def empty_heads(
     num_inputs: int,
     dtype: torch.dtype,
     device: torch.device,
-    room: Room = _anywhere,
+    room: Room | None = None,
 ) -> Tensor | PackedStack:
-    """Room for one weight [O, I] per head."""
+    """Room for one weight [O, I] per head; ``room``: what gives memory for packed ones."""
     if not _packs(dtype, device, Quantization.NONE):
         return torch.empty((num_heads, num_outputs, num_inputs), dtype=dtype, device=device)
-    return _stack(num_heads, num_outputs, num_inputs, False, Quantization.NONE, room)
+    return _stack(num_heads, num_outputs, num_inputs, False, Quantization.NONE, room or _anywhere)
 
 
 def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
@@ -239,7 +239,7 @@ def plain(weight: LinearWeight) -> Tensor:
         values = (values.float() - 128) * weight.int8.values.view(-1, PANEL, 1)
     if not weight.gated:
         return values.flatten(0, 1)[: weight.num_outputs].clone()
-    gates, ups = values.unflatten(1, (2, PANEL // 2)).unbind(1)
+    gates, ups = torch.unflatten(values, 1, (2, PANEL // 2)).unbind(1)
     num_inner = weight.num_outputs // 2
     return torch.cat([half.flatten(0, 1)[:num_inner] for half in (gates, ups)])
 

@@ -180,7 +180,7 @@ class DecodeRows:
         if tensors is None:
             whole = self._positions_T, self._slots_T, self._rows_B, self._slots_BL, self._lens_B
             tensors = self._first[len(spans)] = tuple(x[: len(spans)] for x in whole)
-        positions, slots, lens, slots_BL = self._views
+        positions, slots, lens, slots_of = self._views
         size = self.page_size
         for row, (start, num_rows, pages) in enumerate(spans):
             assert num_rows == 1 and start < len(pages) * size, f"{start + 1} tokens do not fit in {len(pages)} pages"
@@ -191,11 +191,11 @@ class DecodeRows:
             same = tokens <= start and pages[:num_held] == held[:num_held]  # the same request, some tokens later
             known = tokens if same else 0
             if known == start:
-                slots_BL[row, start] = slot
+                slots_of[row, start] = slot
             else:
                 new = np.asarray(pages[known // size : start // size + 1])
                 first = known // size * size
-                slots_BL[row, first : start + 1] = (new[:, None] * size + self._offsets).ravel()[: start + 1 - first]
+                slots_of[row, first : start + 1] = (new[:, None] * size + self._offsets).ravel()[: start + 1 - first]
             self._held[row] = start + 1, pages
         positions_T, slots_T, rows_B, slots_BL, lens_B = tensors
         return PagedRows(

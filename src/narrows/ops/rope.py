@@ -148,7 +148,7 @@ def apply_rope_reference(
 ) -> Tensor:
     """Twin of `apply_rope`: bring the pairs into halves, then ``x cos + rotate_half(x) sin`` at full width."""
     if interleaved:
-        x_TND = x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        x_TND = torch.unflatten(x_TND, -1, (-1, 2)).transpose(-1, -2).flatten(-2)
     a, b = x_TND.chunk(2, dim=-1)
     cos_T1D, sin_T1D = (torch.cat((half, half), dim=-1).unsqueeze(-2) for half in (cos_TD2, sin_TD2))
     y_TND = (x_TND * cos_T1D + torch.cat((-b, a), dim=-1) * sin_T1D).to(x_TND.dtype)
@@ -168,7 +168,7 @@ def _rotated_by_torch(x_TND: Tensor, cos_TD2: Tensor, sin_TD2: Tensor, interleav
     half = x_TND.shape[-1] // 2
     if interleaved:
         # One copy: arithmetic on every second column is 3 times slower in bf16 (no vector loads).
-        a, b = x_TND.unflatten(-1, (half, 2)).movedim(-1, 0).contiguous()
+        a, b = torch.unflatten(x_TND, -1, (half, 2)).movedim(-1, 0).contiguous()
     else:
         a, b = x_TND[..., :half], x_TND[..., half:]
     a_cos, b_sin, b_cos, a_sin = a * cos_T1D2, b * sin_T1D2, b * cos_T1D2, a * sin_T1D2
@@ -186,7 +186,7 @@ def mla_softmax_scale(qk_head_dim: int, scaling: Mapping[str, object] | None) ->
     (``yarn_apply_mscale``), so there is no flag: m applies for every rope type but ``default`` if ``mscale_all_dim`` is
     there and not 0, and m = 1 for factor <= 1.
     """
-    scale = qk_head_dim**-0.5
+    scale: float = qk_head_dim**-0.5
     if scaling is None or _rope_type(scaling) == "default" or not scaling.get("mscale_all_dim"):
         return scale
     mscale = _yarn_mscale(_number(scaling, "factor"), _number(scaling, "mscale_all_dim"))

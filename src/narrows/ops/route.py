@@ -226,7 +226,7 @@ def _route(
     margins: list[Tensor] = []
     if method != "greedy" and num_groups is not None and num_groups > 1:
         assert topk_group is not None and top_k <= topk_group * (logits_TE.shape[1] // num_groups)
-        choice_TGE = choice_TE.unflatten(-1, (num_groups, -1))
+        choice_TGE = torch.unflatten(choice_TE, -1, (num_groups, -1))
         group_choice_TG = _group_choice(choice_TGE, method)
         groups_TG = top_ids(group_choice_TG, topk_group)
         left_out_TG = torch.ones_like(group_choice_TG, dtype=torch.bool).scatter_(1, groups_TG, False)

@@ -78,8 +78,11 @@ def sample(
     for start in range(0, logits_TV.shape[0], BLOCK_ROWS):
         rows_B = (temperature_T[start : start + BLOCK_ROWS] > 0).nonzero().squeeze(-1) + start
         if rows_B.numel():
-            numbers = [x[rows_B].unsqueeze(-1) for x in (uniform_T, temperature_T, top_k_T, top_p_T, min_p_T)]
-            ids_T[rows_B] = _draw_rows(logits_TV[rows_B], *numbers, num_candidates)
+            ids_T[rows_B] = _draw_rows(
+                logits_TV[rows_B],
+                *(x[rows_B].unsqueeze(-1) for x in (uniform_T, temperature_T, top_k_T, top_p_T, min_p_T)),
+                num_candidates=num_candidates,
+            )
     return ids_T
 
 
@@ -124,6 +127,7 @@ def _draw_rows(
     top_k_T1: Tensor,
     top_p_T1: Tensor,
     min_p_T1: Tensor,
+    *,
     num_candidates: int,
 ) -> Tensor:
     """`sample` of rows with a temperature, from candidates, or from all tokens where those do not settle it."""
@@ -196,7 +200,7 @@ def token_scores(logits_TV: Tensor, rows_S: Tensor, targets_S: Tensor) -> tuple[
     """
     logprobs_S, ranks_S = [], []
     ids_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
-    for rows_B, targets_B in zip(rows_S.split(BLOCK_ROWS), targets_S.split(BLOCK_ROWS), strict=True):
+    for rows_B, targets_B in zip(torch.split(rows_S, BLOCK_ROWS), torch.split(targets_S, BLOCK_ROWS), strict=True):
         logits_BV = logits_TV[rows_B].float()
         target_B1 = targets_B.unsqueeze(-1)
         logit_B1 = logits_BV.gather(-1, target_B1)
