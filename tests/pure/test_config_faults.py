@@ -208,7 +208,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "high_freq_factor 1 of rope_type llama3 must be above",
     ),
     ("llama", {"rope_scaling": YARN | {"mrope_section": [1]}}, "rope_scaling.mrope_section is [1], which stands for"),
-    ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "rope_parameters differs by kind of layer"),
+    ("llama", {"rope_parameters": {"full_attention": LINEAR}}, 'differs by kind of layer, ["full_attention"], which'),
+    ("llama", {"rope_parameters": {"\x1f\x7f": LINEAR}}, r'differs by kind of layer, ["\u001f\u007f"], which'),
     (
         "llama",
         {"partial_rotary_factor": 0.5},

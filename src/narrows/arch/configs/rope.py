@@ -176,7 +176,7 @@ def _dictionary(name: str, value: object) -> Mapping[str, Any]:
         raise CheckpointError(f"{name} is {shown(value)}, where an object or null is needed")
     nested = [key for key, each in value.items() if isinstance(each, Mapping)]
     if nested:
-        raise ConfigError(f"{name} differs by kind of layer ({', '.join(nested)}), which narrows does not compute")
+        raise ConfigError(f"{name} differs by kind of layer, {shown(nested)}, which narrows does not compute")
     return value
 
 
