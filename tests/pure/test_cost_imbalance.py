@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from math import comb
+from random import Random
 from statistics import median
 
 import pytest
@@ -13,6 +14,7 @@ from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
 from narrows.cost import device
+from narrows.cost import imbalance as module
 from narrows.cost.imbalance import DEFAULT_SKEW, imbalance, largest_loads
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -90,6 +92,33 @@ def test_ranks_with_more_experts_are_not_uneven_for_that() -> None:
 
 def test_uneven_shares_are_shares_of_the_fullest_rank() -> None:
     assert 1.0 <= imbalance(7, 65536, experts=160, top_k=6, skew=0.0) < 1.02
+
+
+class Counting(Random):
+    """How many numbers all of them have drawn."""
+
+    drawn = 0
+
+    def random(self) -> float:
+        Counting.drawn += 1
+        return super().random()
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 33, 1024, 4096, 8191, 8192])
+def test_the_most_experts_take_a_bounded_number_of_draws(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A popularity of each expert in each trial, and the experts of a few rows, some of them drawn again."""
+    monkeypatch.setattr(module, "Random", Counting)
+    monkeypatch.setattr(Counting, "drawn", 0)
+    assert len(largest_loads(2, 8192, top_k, DEFAULT_SKEW)) == 17
+    assert Counting.drawn < 600_000
+
+
+def test_fewer_draws_find_what_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = largest_loads(4, 2048, 512, DEFAULT_SKEW)
+    monkeypatch.setattr(module, "_PAIRS", 512 << 3)
+    monkeypatch.setattr(module, "_POPULARITIES", 2048 * 96)
+    for few, many in zip(bounded, largest_loads(4, 2048, 512, DEFAULT_SKEW), strict=True):
+        assert sum(few) / len(few) == pytest.approx(sum(many) / len(many), rel=0.02)
 
 
 def experts_ps(rows: int, skew: float, experts: str, mesh: Mesh) -> int:

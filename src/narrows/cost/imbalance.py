@@ -6,7 +6,9 @@ balanced experts). And few rows fall unevenly even on equal experts, as balls do
 rank, and a model's layers each draw anew, so what counts is the mean of the largest load over many draws.
 
 The draws are seeded and the same everywhere. Up to 32 rows each row's experts are drawn one by one, without putting
-back; beyond, a rank's load is its experts' popularity and a Gaussian of the variance that so many rows leave.
+back; beyond, a rank's load is its experts' popularity and a Gaussian of the variance that so many rows leave. Their
+number is bounded whatever the model: rows of more than 32 experts are drawn one by one up to fewer rows, and more than
+1024 experts fewer times.
 """
 
 from __future__ import annotations
@@ -27,8 +29,12 @@ LARGEST_SKEW = 4.0
 
 _RANGE = 0.8 * 4096
 _TRIALS = 128
+_POPULARITIES = _TRIALS * 1024
+"""Drawn in all trials together; of more experts there are fewer trials."""
 _EXACT = 5
-"""Rows up to 2 ** this are drawn one by one."""
+"""Rows up to 2 ** this are drawn one by one..."""
+_PAIRS = 32 << _EXACT
+"""... and, of several, those with no more (row, expert) pairs than these."""
 _LAST = 16
 """Beyond 2 ** this rows chance adds nothing."""
 
@@ -62,7 +68,8 @@ def largest_loads(ranks: int, experts: int, top_k: int, skew: float) -> tuple[tu
     """The fullest rank's load over its even share in each of the draws, at 1, 2, 4, ... 65536 rows."""
     spans = starts(deal(experts, ranks))
     even = top_k * (spans[0][1] - spans[0][0]) / experts
-    draws = [_draw(Random(trial), spans, experts, top_k, skew) for trial in range(_TRIALS)]
+    trials = min(_TRIALS, max(_POPULARITIES // experts, 1))
+    draws = [_draw(Random(trial), spans, experts, top_k, skew) for trial in range(trials)]
     by_rows = zip(*draws, strict=True)
     return tuple(tuple(pairs / ((1 << power) * even) for pairs in found) for power, found in enumerate(by_rows))
 
@@ -73,7 +80,8 @@ def _draw(random: Random, spans: tuple[Span, ...], experts: int, top_k: int, ske
     found: list[float] = []
     owner = [rank for rank, (lo, hi) in enumerate(spans) for _ in range(lo, hi)]
     cumulated, counts = list(accumulate(chosen)), [0] * len(spans)
-    for row in range(1, (1 << _EXACT) + 1):
+    exact = max(0, min(_EXACT, (_PAIRS // top_k).bit_length() - 1))
+    for row in range(1, (1 << exact) + 1):
         for expert in _distinct(random, cumulated, chosen, top_k):
             counts[owner[expert]] += 1
         if row & (row - 1) == 0:
@@ -81,7 +89,7 @@ def _draw(random: Random, spans: tuple[Span, ...], experts: int, top_k: int, ske
     rates = [sum(chosen[lo:hi]) for lo, hi in spans]
     left = (experts - top_k) / max(experts - 1, 1)
     spreads = [math.sqrt(max(rate * (1 - rate / top_k) * left, 0.0)) * random.gauss(0, 1) for rate in rates]
-    for power in range(_EXACT + 1, _LAST + 1):
+    for power in range(exact + 1, _LAST + 1):
         rows = 1 << power
         found.append(max(rows * rate + math.sqrt(rows) * spread for rate, spread in zip(rates, spreads, strict=True)))
     return found
@@ -89,6 +97,8 @@ def _draw(random: Random, spans: tuple[Span, ...], experts: int, top_k: int, ske
 
 def _chosen(random: Random, experts: int, top_k: int, skew: float) -> list[float]:
     """How often a row chooses each expert: popularity, cut at once per row, adding up to ``top_k``."""
+    if top_k == experts:
+        return [1.0] * experts
     powers = _popularities(random, experts, skew)
     total = sum(powers)
     chosen = [top_k * power / total for power in powers]
