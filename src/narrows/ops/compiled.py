@@ -21,6 +21,7 @@ __all__ = [
     "attention_library",
     "brgemm",
     "gemm_library",
+    "has_amx",
     "int8_library",
     "rope_library",
     "rows_library",
@@ -106,7 +107,13 @@ def brgemm() -> Pair | None:
     It uses AMX's tiles (several times the rate of AVX-512) and takes weights packed as ours are. Its bits are oneDNN's
     affair, so who promises them (``batch_invariant``) does without.
     """
-    return torch_brgemm() if torch.cpu.get_capabilities().get("amx_bf16") else None
+    return torch_brgemm() if has_amx() else None
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices in tiles."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @cache

@@ -6,19 +6,25 @@ owed.
 Letters: T rows, I inputs, O outputs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.compiled import Pair, brgemm, gemm_library, has_amx
 from narrows.ops.int8 import Int8Linear, int8_linear
 from narrows.ops.packed import LinearWeight, PackedLinear, plain
 
-__all__ = ["linear", "linear_reference", "padded_rows"]
+__all__ = ["linear", "linear_reference", "rows_alike"]
 
 MIN_ROWS = {torch.float32: 16, torch.bfloat16: 4}
 """Rows from which on every row of a product is computed alike. MKL takes other kernels for float32 products of 1 to 3
 rows on an AMD EPYC (Zen 4), of 1 to 15 on a Xeon (Ice Lake); torch for bf16 ones of 1 row."""
+
+AMX_ROWS = 32
+"""bf16 rows of one product on CPUs with AMX. From one number of rows to another, up to hundreds, oneDNN sums in other
+orders there, so no number of rows is enough: every product is one of this many."""
 
 FEW_ROWS = 4
 """bf16 rows up to which a plain weight on CPU is read by the compiled product: at the speed of memory, torch at less
@@ -48,8 +54,8 @@ def linear(
     (measured: 2048 x 1408, 1 to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
 
     ``batch_invariant``, of a plain weight: the bits of a row do not depend on how many rows there are, nor on which:
-    few rows are filled up with zeros (`padded_rows`). One row in float32 is then 16, and no longer a product of a
-    matrix and a vector; in bf16 there is no difference to measure.
+    few rows are filled up with zeros, and many bf16 rows are several products on CPUs with AMX (`rows_alike`). One row
+    in float32 is then 16, and no longer a product of a matrix and a vector; in bf16 there is no difference to measure.
     That the kernels are such is checked by a test of every product here, on the machine that runs it; it is not what
     MKL or oneDNN promise.
     Source: ``torch.nn.functional.linear``.
@@ -62,11 +68,8 @@ def linear(
     if not batch_invariant and _few(x_TI, weight_OI, out):
         return _few_rows(x_TI, weight_OI, bias_O, out)
     if batch_invariant:
-        num_rows = x_TI.shape[0]
-        x_TI = padded_rows(x_TI, *weight_OI.shape)
-        if x_TI.shape[0] > num_rows:
-            y_TO = functional.linear(x_TI, weight_OI, bias_O)[:num_rows]
-            return y_TO if out is None else out.copy_(y_TO)
+        y_TO = rows_alike(lambda x: functional.linear(x, weight_OI, bias_O), x_TI, *weight_OI.shape)
+        return y_TO if out is None else out.copy_(y_TO)
     if out is None:
         return functional.linear(x_TI, weight_OI, bias_O)
     if bias_O is None:
@@ -74,16 +77,28 @@ def linear(
     return torch.addmm(bias_O, x_TI, weight_OI.t(), out=out)
 
 
-def padded_rows(x_T: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
-    """``x`` with rows of zeros behind it, as many as make its product with [inputs, outputs] one of many rows.
+def rows_alike(product: Callable[[Tensor], Tensor], x_T: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
+    """``product(x)``, where the bits of a row depend neither on how many others there are nor on which.
 
-    Shapes: x [T, ...] -> [max(T, M), ...]; itself if there are enough already, or none.
+    ``product`` is that of each row with [inputs, outputs]. It gets as many rows as have kernels that treat all alike:
+    zeros behind them where there are fewer.
+
+    Shapes: x [T, ...] -> [T, ...].
     """
     num_rows = x_T.shape[0]
-    missing = max(MIN_ROWS.get(x_T.dtype, 1), -(-MIN_PRODUCTS // max(1, num_inputs * num_outputs))) - num_rows
-    if num_rows == 0 or missing <= 0:
-        return x_T
-    return torch.cat((x_T, x_T.new_zeros((missing, *x_T.shape[1:]))))
+    if num_rows == 0:
+        return product(x_T)
+    if x_T.dtype == torch.bfloat16 and x_T.is_cpu and has_amx():
+        blocks = [product(_filled(block, AMX_ROWS)) for block in x_T.split(AMX_ROWS)]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_rows]
+    least = max(MIN_ROWS.get(x_T.dtype, 1), -(-MIN_PRODUCTS // max(1, num_inputs * num_outputs)))
+    return product(_filled(x_T, least))[:num_rows]
+
+
+def _filled(x_T: Tensor, num_rows: int) -> Tensor:
+    """With zeros behind it, where there are fewer rows."""
+    missing = num_rows - x_T.shape[0]
+    return x_T if missing <= 0 else torch.cat((x_T, x_T.new_zeros((missing, *x_T.shape[1:]))))
 
 
 def linear_reference(

@@ -17,7 +17,7 @@ from narrows.ops.causal_attention import causal_attention
 from narrows.ops.compiled import attention_library, brgemm
 from narrows.ops.gqa_attention import causal_heads
 from narrows.ops.kv_b import KeyWeight, PackedKeys, ValueWeight, plain_halves
-from narrows.ops.linear import padded_rows
+from narrows.ops.linear import rows_alike
 from narrows.ops.packed import PackedStack
 from narrows.ops.paged import PagedRows, PrefillSpan, row_contexts
 
@@ -313,7 +313,8 @@ def _expanded_values(c_TNR: Tensor, w_uv_NVR: Tensor, batch_invariant: bool = Fa
 
 def _per_head(x_TNI: Tensor, weight_NIO: Tensor, batch_invariant: bool) -> Tensor:
     """``x[t, n] @ weight[n]``, [T, N, O]."""
-    num_rows = x_TNI.shape[0]
-    if batch_invariant:
-        x_TNI = padded_rows(x_TNI, *weight_NIO.shape[1:])
-    return torch.bmm(x_TNI.transpose(0, 1), weight_NIO).transpose(0, 1)[:num_rows]
+
+    def product(x: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), weight_NIO).transpose(0, 1)
+
+    return rows_alike(product, x_TNI, *weight_NIO.shape[1:]) if batch_invariant else product(x_TNI)
