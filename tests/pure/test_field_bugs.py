@@ -158,7 +158,7 @@ def any_plans(mesh: Mesh, forms: Forms | None = None, number: int = 25) -> Itera
     graph = Graph(build_chain(tiny(), mesh, forms), mesh, AUTO)
     for seed in range(number):
         segments = Search(graph, RandomPrices(seed)).solve()
-        yield Plan(layout_name="any", mesh=mesh, shape=shape_of(mesh, 8), segments=segments)
+        yield Plan(layout_name="any", mesh=mesh, shape=shape_of(mesh, 8), segments=segments, roles=graph.chain.roles)
 
 
 Place = tuple[int, int]

@@ -156,8 +156,8 @@ def test_how_an_odd_layer_differs_is_said_in_a_line() -> None:
     plan = planner(TP8).plan(step_of(TP8, 32768), "attn-tp-input-scattered")
     first = next(segment for segment in plan.segments if segment.layers == (0,))
     usual = next(segment for segment in plan.segments if segment.layers == (1, 2))
-    assert segment_difference(plan.mesh, usual, usual) == ""
-    assert segment_difference(plan.mesh, usual, first) == (
+    assert segment_difference(plan, usual, usual) == ""
+    assert segment_difference(plan, usual, first) == (
         "without slice of residual to SCATTERED; without input_norm of hidden, residual at SCATTERED; "
         "with input_norm of hidden at SCATTERED"
     )

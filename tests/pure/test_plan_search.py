@@ -16,7 +16,7 @@ from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig, read_config
 from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import preset
-from narrows.arch.stages import Chain, RowSet, Stage, StageKind
+from narrows.arch.stages import Chain, Role, RowSet, Stage, StageKind
 from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.stage import StepPrice, StepShape
@@ -121,7 +121,7 @@ def chains(draw: st.DrawFn, layers: st.SearchStrategy[int]) -> tuple[Chain, Mesh
 def plan_of(graph: Graph, prices: RandomPrices) -> Plan:
     shape = StepShape.of(graph.mesh, (1,) * graph.mesh.num_groups, phase="decode", context=1)
     segments = Search(graph, prices).solve()
-    return Plan(layout_name=graph.rules.name, mesh=graph.mesh, shape=shape, segments=segments)
+    return Plan(layout_name=graph.rules.name, mesh=graph.mesh, shape=shape, segments=segments, roles=graph.chain.roles)
 
 
 @settings(deadline=None, max_examples=120)
@@ -348,7 +348,7 @@ def test_other_wrong_plans_are_refused() -> None:
 
 def test_rules_that_leave_no_way_name_the_stage() -> None:
     config, mesh = tiny("v3", 2), Mesh.of(dp=1, tp=4)
-    rules = NamedLayout(name="impossible", summary="a sum that may not be taken", sums_by={"post_attn_norm": ()})
+    rules = NamedLayout(name="impossible", summary="a sum that may not be taken", sums_by={Role.MLP_NORM: ()})
     search = Search(Graph(build_chain(config, mesh), mesh, rules), RandomPrices(1, 100))
     with pytest.raises(PlanError, match="layout impossible leaves no way to run post_attn_norm on dp 1 x tp 4"):
         search.solve()
@@ -407,7 +407,7 @@ class Recoding(RandomPrices):
 def solved(chain: Chain, mesh: Mesh, prices: RandomPrices, *encoding: Encoding, always: bool = False) -> Plan:
     graph = Graph(chain, mesh, AUTO, *encoding, always=always)
     shape = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=1)
-    plan = Plan(layout_name="auto", mesh=mesh, shape=shape, segments=Search(graph, prices).solve())
+    plan = Plan(layout_name="auto", mesh=mesh, shape=shape, segments=Search(graph, prices).solve(), roles=chain.roles)
     assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
     return plan
 

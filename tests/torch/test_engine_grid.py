@@ -440,7 +440,13 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
             StepShape.of(mesh, (2, 2), phase="prefill", context=4),
         )
         plans = [
-            Plan(layout_name="random", mesh=mesh, shape=shape, segments=Search(graph, RandomPrices(seed)).solve())
+            Plan(
+                layout_name="random",
+                mesh=mesh,
+                shape=shape,
+                segments=Search(graph, RandomPrices(seed)).solve(),
+                roles=graph.chain.roles,
+            )
             for seed in range(250)
         ]
         found = [(plan, ways(plan)) for plan in plans]
@@ -500,7 +506,7 @@ def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable
                 )
                 prices = Forced(Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph))
                 segments = Search(graph, prices).solve()  # type: ignore[arg-type]
-                plan = Plan(layout_name="forced", mesh=d.mesh, shape=shape, segments=segments)
+                plan = Plan(layout_name="forced", mesh=d.mesh, shape=shape, segments=segments, roles=graph.chain.roles)
                 plan.validate()
                 seen.update(ways(plan))
                 return plan

@@ -29,11 +29,13 @@ from narrows.arch.stages import (
     AttentionCore,
     Chain,
     Field,
+    FieldRoles,
     Gemm,
     GroupedGemm,
     LayerType,
     Norm,
     PriceClass,
+    Role,
     RowSet,
     Stage,
     StageKind,
@@ -74,12 +76,22 @@ def build_chain(
             stages = builder.layer(is_moe, window)
             layer_types.append(LayerType(name=name, stages=_for_any_rows(stages) if is_last else stages))
         layers.append(kinds.index(kind))
+    fields = builder.fields()
     return Chain(
         prologue=(builder.embed(),),
         layer_types=tuple(layer_types),
         layers=tuple(layers),
         epilogue=builder.epilogue(want_logits),
-        fields=builder.fields(),
+        fields=fields,
+        roles=FieldRoles(
+            input="ids",
+            output="next_ids",
+            stream="hidden",
+            residual="residual",
+            addends=("shared", "residual"),
+            encodable=frozenset({"hidden", "qkv_latent"} & set(fields)),
+            bundle_of={field.name: field.bundle for field in fields.values()},
+        ),
     )
 
 
@@ -143,10 +155,15 @@ class _Builder:
     def layer(self, is_moe: bool, window: int | None) -> tuple[Stage, ...]:
         attention = self.mla() if isinstance(self.config.attention, MLA) else self.gqa(window)
         feed_forward = self.moe() if is_moe else (self.mlp(),)
-        return (self.norm("input_norm"), *attention, self.norm("post_attn_norm"), *feed_forward)
+        return (
+            self.norm("input_norm", Role.ATTENTION_NORM),
+            *attention,
+            self.norm("post_attn_norm", Role.MLP_NORM),
+            *feed_forward,
+        )
 
-    def norm(self, name: str) -> Stage:
-        final = name == "final_norm"
+    def norm(self, name: str, role: Role) -> Stage:
+        final = role is Role.FINAL_NORM
         hidden = self.config.hidden_size
         return Stage(
             name=name,
@@ -158,6 +175,8 @@ class _Builder:
             work=(Norm(hidden, fused=True),),
             plain_work=(Norm(hidden, fused=False),),
             any_rows=final,
+            role=role,
+            cut_after=True,
         )
 
     def mla(self) -> tuple[Stage, ...]:
@@ -179,6 +198,7 @@ class _Builder:
             work=(Gemm(width, hidden),),
             accepts=self.group if column else None,
             leaves=self._group_columns() if column else None,
+            role=Role.LATENT_PROJ,
         )
         latent_norm = Stage(
             name="latent_norm",
@@ -187,6 +207,7 @@ class _Builder:
             reads=("qkv_latent",),
             writes=("qkv_latent",),
             work=(Norm((mla.q_lora_rank or 0) + mla.kv_lora_rank, fused=False, streamed=True),),
+            role=Role.LATENT_NORM,
         )
         q_input = hidden if mla.q_lora_rank is None else mla.q_lora_rank
         attention = Stage(
@@ -209,6 +230,7 @@ class _Builder:
             ),
             accepts=self.group,
             leaves=self.owed_group,
+            cut_after=True,
         )
         return qkv_a_proj, latent_norm, attention
 
@@ -239,6 +261,7 @@ class _Builder:
             ),
             accepts=self.group,
             leaves=self.owed_group,
+            cut_after=True,
             window=window,
         )
         return (attention,)
@@ -276,6 +299,7 @@ class _Builder:
             reads=("hidden",),
             writes=("topk_ids", "topk_weights"),
             work=(Gemm(moe.n_routed_experts, hidden, "float32_sums"), Stream(4 * 4 * moe.n_routed_experts)),
+            role=Role.ROUTER,
         )
         ranks = world if whole else 1
         inner, sums = 3 * columns * size * pairs, pairs * hidden * size
@@ -328,6 +352,7 @@ class _Builder:
             accepts=self.full,
             leaves=columns,
             row_set=RowSet.LOGITS,
+            role=Role.LM_HEAD,
         )
         sample = Stage(
             name="sample",
@@ -339,9 +364,10 @@ class _Builder:
             accepts=self.full,
             leaves=self.full,
             row_set=RowSet.LOGITS,
+            role=Role.SAMPLE,
         )
         if want_logits or one_rank:
-            return self.norm("final_norm"), lm_head, sample
+            return self.norm("final_norm", Role.FINAL_NORM), lm_head, sample
         shard_argmax = Stage(
             name="shard_argmax",
             kind=StageKind.SHARDED,
@@ -366,4 +392,4 @@ class _Builder:
             leaves=self.full,
             row_set=RowSet.LOGITS,
         )
-        return self.norm("final_norm"), lm_head, shard_argmax, pick
+        return self.norm("final_norm", Role.FINAL_NORM), lm_head, shard_argmax, pick

@@ -6,34 +6,30 @@ rank with the largest share, because a step lasts as long as its slowest rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
 from typing import Literal
 
 from narrows.layout import Layout
 
 __all__ = [
-    "ENCODABLE",
     "AttentionCore",
     "Chain",
     "Field",
+    "FieldRoles",
     "Gemm",
     "GroupedGemm",
     "LayerType",
     "Norm",
     "PriceClass",
+    "Role",
     "RowSet",
     "Stage",
     "StageKind",
     "Stream",
     "Work",
 ]
-
-
-ENCODABLE = frozenset({"hidden", "qkv_latent"})
-"""Fields whose rows may be rounded to a byte per value on their way through a gather, and then only to be read by the
-stages up to the next norm. Never what is, or is about to be added to, the residual stream (``residual``, ``shared``,
-``hidden`` before a norm): every later layer would keep those errors. Never the choice of experts, logits or ids."""
 
 
 class PriceClass(StrEnum):
@@ -67,9 +63,46 @@ class StageKind(StrEnum):
     ROW = "row"
     """Works on each row alone: whole rows in any layout, the same layout out."""
     NORM = "norm"
-    """A row stage over ``hidden`` that first adds ``residual`` where that is still apart (fused), and writes both."""
+    """A row stage over the stream that first adds the residual where that is still apart (fused), and writes both."""
     SHARDED = "sharded"
     """Weights split over ranks: accepts one layout, leaves another."""
+
+
+class Role(Enum):
+    """What a stage is to its layer. `plan` speaks of stages by their roles; their names are the model's own."""
+
+    ATTENTION_NORM = "the norm before attention"
+    LATENT_PROJ = "the projection to the narrow latent that attention reads"
+    LATENT_NORM = "the norm of that latent"
+    MLP_NORM = "the norm before the MLP or the experts"
+    ROUTER = "the choice of experts"
+    FINAL_NORM = "the norm after the last layer"
+    LM_HEAD = "the product that makes logits"
+    SAMPLE = "the choice of tokens from whole rows of logits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldRoles:
+    """What fields are to a plan, whatever they are called.
+
+    ``input``: there before the first stage, on every rank: token ids. ``output``: the chosen tokens. ``stream``: what
+    sharded stages leave as a sum still owed, and norms read. ``addends``: what a step must add to the stream before the
+    next norm, in the order in which the search tries them; ``residual``: the one of them that a norm can add itself.
+
+    ``encodable``: fields whose rows may be rounded to a byte per value on their way through a gather, and then only to
+    be read by the stages up to the next norm. Never what is, or is about to be added to, the residual stream (addends,
+    the stream before a norm): every later layer would keep those errors. Never the choice of experts, logits or ids.
+
+    ``bundle_of``: for each field the name of what it always travels with (see :class:`Field`).
+    """
+
+    input: str
+    output: str
+    stream: str
+    residual: str
+    addends: tuple[str, ...]
+    encodable: frozenset[str]
+    bundle_of: Mapping[str, str] = field(hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +204,8 @@ class Stage:
     whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
     its context that a row sees at most, where that is not all. ``row_context_bytes``: held at once per row and token
     of the context, where a kernel has whole rows of scores (the float32 logits of an indexer of sparse attention); 0
-    where it works in blocks.
+    where it works in blocks. ``role``: what it is to its layer, where a layout may have rules for that. ``cut_after``:
+    few states are possible after it, so that the search may solve the stages up to it and those after it apart.
     """
 
     name: str
@@ -188,6 +222,8 @@ class Stage:
     any_rows: bool = False
     window: int | None = None
     row_context_bytes: float = 0.0
+    role: Role | None = None
+    cut_after: bool = False
 
     @property
     def key(self) -> tuple[str, bool, int | None]:
@@ -218,3 +254,4 @@ class Chain:
     layers: tuple[int, ...]
     epilogue: tuple[Stage, ...]
     fields: dict[str, Field]
+    roles: FieldRoles

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from narrows.arch.forms import Forms, form_words
 from narrows.cli.console import console
-from narrows.layout import Mesh, MoveKind
+from narrows.layout import MoveKind
 from narrows.plan.crossovers import RowRange
 from narrows.plan.explain import compare, fields_words, layout_words, segment_difference
 from narrows.plan.plan import Plan, Segment, Step, StepKind
@@ -138,11 +138,11 @@ def _print_plan(page: _Page, plan: Plan) -> None:
             page.put(Text(_segment_title(segment), "bold"))
             table = _step_table(header=False)
             for step in segment.steps:
-                table.add_row(*_step(plan.mesh, step, segment.times))
+                table.add_row(*_step(plan, step, segment.times))
             page.put(table)
             table = _step_table(header=False)
         else:
-            changes = segment_difference(plan.mesh, usual[segment.name], segment)
+            changes = segment_difference(plan, usual[segment.name], segment)
             like = f"{_segment_name(segment)}: as the other {segment.name} layers, but {changes}"
             page.put(Padding(Text(like), (0, 0, 0, 2)))
 
@@ -191,15 +191,15 @@ def _step_table(*, header: bool) -> Table:
     return table
 
 
-def _step(mesh: Mesh, step: Step, times: int) -> tuple[str, ...]:
-    reads, leaves = layout_words(mesh, step.layout), layout_words(mesh, step.leaves)
+def _step(plan: Plan, step: Step, times: int) -> tuple[str, ...]:
+    reads, leaves = layout_words(plan.mesh, step.layout), layout_words(plan.mesh, step.leaves)
     name, before = step.name, "" if step.kind is StepKind.STAGE else step.boundary
     if step.move is not None:
         name = f"{name.replace('_', '-')} {step.move.axes}"
     return (
         f"> {name}" if before else name,
         before,
-        fields_words(step.reads, step.encoded),
+        fields_words(plan.roles.bundle_of, step.reads, step.encoded),
         reads if reads == leaves else f"{reads} -> {leaves}",
         str(step.rows),
         _amount(step.nbytes / 1e6),

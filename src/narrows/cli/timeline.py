@@ -116,7 +116,8 @@ def row_bytes(step: Step) -> float:
 def step_title(plan: Plan, step: Step, times: str) -> str:
     """What a step is, over which rows, for how long (``times``), and what it carries."""
     places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (step.layout, step.leaves)))
-    title = f"{step.name} of {fields_words(step.reads, step.encoded)}: {places}, {step.rows} rows, {times}"
+    fields = fields_words(plan.roles.bundle_of, step.reads, step.encoded)
+    title = f"{step.name} of {fields}: {places}, {step.rows} rows, {times}"
     return f"{title}, {row_bytes(step):.0f} bytes per row" if step.kind is StepKind.MOVE else title
 
 

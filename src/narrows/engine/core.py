@@ -100,7 +100,7 @@ class Engine:
         self._tracer: Tracer | None = None
         self._rehearsed: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
-        drawn = resolved.plan is None or any(step.name == "sample" for _, step in resolved.plan.steps())
+        drawn = resolved.plan is None or resolved.plan.gives_logits
         self._rehearsals = Rehearsals(resolved.limits, resolved.asked.rehearse_rows, drawn=drawn)
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
@@ -214,7 +214,7 @@ class Engine:
         saved = self.resolved.plan
         if saved is None or (guide is None and (sampling is None or not sampling.needs_logits)):
             return
-        if not any(step.name == "sample" for _, step in saved.steps()):
+        if not saved.gives_logits:
             raise ConfigError(
                 "the saved plan ends in each shard's best token, so it cannot sample, penalise or give "
                 "log-probabilities; run greedily, or leave --plan out"

@@ -161,7 +161,7 @@ class _Binder:
         self.plan, self.model, self.world, self.fields = plan, model, world, fields
         self.operations: list[Operation] = []
         self.repeatable = not checked
-        self.registers: dict[str, int] = {"ids": 0}
+        self.registers: dict[str, int] = {plan.roles.input: 0}
         self.moves: list[tuple[Mover, RowSet]] = []
         self.selected: list[Layout] = []
         self.outs: list[tuple[Layout, RowSet]] = []

@@ -73,7 +73,7 @@ def _plan(key: BookKey | None, plan: Plan) -> dict[str, Any]:
     return {
         "for": asdict(key) if key is not None else "every step",
         "layout": plan.layout_name,
-        "gives_logits": any(step.name == "sample" for _, step in plan.steps()),
+        "gives_logits": plan.gives_logits,
         "predicted_ms": round(plan.seconds * 1e3, 4),
         "moves": dict(moves),
         "price_sources": dict(sources),

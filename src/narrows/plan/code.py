@@ -23,7 +23,7 @@ def plan_code(plan: Plan) -> str:
         f"# layout {plan.layout_name} on {plan.mesh}: a {shape.phase} step of {shape.rows.total} rows, context "
         f"{shape.context}, logits of {shape.logits.total}; {plan.seconds * 1e3:.3f} ms predicted",
         "# names in comments: (placements), rows of the rank that has most, microseconds",
-        "def step(model, ids):",
+        f"def step(model, {plan.roles.input}):",
     ]
     joined: list[str] = []
     for segment in plan.segments:
@@ -34,7 +34,7 @@ def plan_code(plan: Plan) -> str:
             indent, receiver = "        ", "layer"
         for step in segment.steps:
             lines += _lines(plan.mesh, step, indent, receiver, joined)
-    lines.append("    return next_ids")
+    lines.append(f"    return {plan.roles.output}")
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +47,7 @@ def _lines(mesh: Mesh, step: Step, indent: str, receiver: str, joined: list[str]
     writes = ", ".join(step.writes)
     if step.kind is StepKind.ADD and step.joins:
         joined.append(step.reads[1])
-        yield f"{indent}# {step.reads[1]} joins the sum that hidden owes"
+        yield f"{indent}# {step.reads[1]} joins the sum that {step.reads[0]} owes"
         return
     if step.kind is StepKind.STAGE:
         code = f"{writes} = {receiver}.{step.name}({', '.join(step.reads)})"

@@ -62,22 +62,24 @@ def layout_words(mesh: Mesh, layout: Layout) -> str:
     return layout.title(mesh) or str(layout)
 
 
-def fields_words(fields: tuple[str, ...], encoded: Mapping[str, Encoding] = MappingProxyType({})) -> str:
-    """Names of fields as they are printed; those of the routing, which always go together, as one.
+def fields_words(
+    bundle_of: Mapping[str, str], fields: tuple[str, ...], encoded: Mapping[str, Encoding] = MappingProxyType({})
+) -> str:
+    """Names of fields as they are printed; those that always go together, as one.
 
-    >>> fields_words(("hidden", "topk_ids", "topk_weights"), {"hidden": Encoding.INT8})
-    'hidden int8, topk'
+    >>> fields_words({"x": "x", "gate_ids": "gate", "gates": "gate"}, ("x", "gate_ids", "gates"), {"x": Encoding.INT8})
+    'x int8, gate'
     """
-    words = {name: f"{name} {encoded[name]}" if name in encoded else name for name in fields}
-    return ", ".join(dict.fromkeys("topk" if name.startswith("topk_") else words[name] for name in fields))
+    words = (f"{bundle_of[name]} {encoded[name]}" if name in encoded else bundle_of[name] for name in fields)
+    return ", ".join(dict.fromkeys(words))
 
 
-def move_words(step: Step) -> str:
-    """A move in a few words: what it is, over which axes if there are several, and of what unless plain ``hidden``."""
+def move_words(plan: Plan, step: Step) -> str:
+    """A move in a few words: what it is, over which axes if there are several, and of what unless the plain stream."""
     words = _kind_words(step)
-    if "hidden" in step.reads and not step.encoded:
+    if plan.roles.stream in step.reads and not step.encoded:
         return words
-    return f"{words} of {fields_words(step.reads, step.encoded)}"
+    return f"{words} of {fields_words(plan.roles.bundle_of, step.reads, step.encoded)}"
 
 
 def _kind_words(step: Step) -> str:
@@ -96,7 +98,7 @@ def describe(plan: Plan) -> str:
     """How rows travel in most layers: the moves into each stage whose weights are sharded, such as
     ``reduce-scatter + all-gather of qkv_latent into attention; all-reduce into experts``."""
     by_target = _moves_by_target(main_segment(plan).steps)
-    return "; ".join(f"{_moves_words(moves) or 'no move'} into {target}" for target, moves in by_target.items())
+    return "; ".join(f"{_moves_words(plan, moves) or 'no move'} into {target}" for target, moves in by_target.items())
 
 
 def _moves_by_target(steps: Sequence[Step]) -> dict[str, list[Step]]:
@@ -120,21 +122,22 @@ def _is_free(step: Step) -> bool:
     return step.move is not None and step.move.kind is MoveKind.SLICE
 
 
-def _moves_words(steps: Sequence[Step]) -> str:
-    return " + ".join(move_words(step) for step in steps)
+def _moves_words(plan: Plan, steps: Sequence[Step]) -> str:
+    return " + ".join(move_words(plan, step) for step in steps)
 
 
-def step_words(mesh: Mesh, step: Step) -> str:
+def step_words(plan: Plan, step: Step) -> str:
     """A step as a few words, for saying how one layer differs from another."""
+    fields = fields_words(plan.roles.bundle_of, step.reads, step.encoded)
     if step.move is not None:
-        return f"{_kind_words(step)} of {fields_words(step.reads, step.encoded)} to {layout_words(mesh, step.leaves)}"
-    at = layout_words(mesh, step.layout)
+        return f"{_kind_words(step)} of {fields} to {layout_words(plan.mesh, step.leaves)}"
+    at = layout_words(plan.mesh, step.layout)
     if step.kind is StepKind.STAGE:
-        return f"{step.name} of {fields_words(step.reads)} at {at}"
+        return f"{step.name} of {fields} at {at}"
     return f"{step.name} before {step.boundary} at {at}"
 
 
-def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
+def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
     """How the steps of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
     by that step."""
 
@@ -150,8 +153,8 @@ def segment_difference(mesh: Mesh, usual: Segment, odd: Segment) -> str:
         )
 
     here, there = {what(step): step for step in odd.steps}, {what(step): step for step in usual.steps}
-    changes = [f"without {step_words(mesh, there[key])}" for key in there if key not in here]
-    changes += [f"with {step_words(mesh, here[key])}" for key in here if key not in there]
+    changes = [f"without {step_words(plan, there[key])}" for key in there if key not in here]
+    changes += [f"with {step_words(plan, here[key])}" for key in here if key not in there]
     return "; ".join(changes)
 
 
@@ -220,7 +223,7 @@ def _causes(auto: Plan, other: Plan) -> dict[PriceClass, dict[str, int]]:
             more = sum(step.ps for step in its) - sum(step.ps for step in mine)
             if more:
                 price_class, target = place
-                words = _difference(auto.mesh, mine, its, target)
+                words = _difference(auto, mine, its, target)
                 by_words = causes.setdefault(price_class, {})
                 by_words[words] = by_words.get(words, 0) + more * times
     return causes
@@ -249,12 +252,12 @@ def _by_place(segment: Segment) -> dict[Place, list[Step]]:
     return places
 
 
-def _difference(mesh: Mesh, mine: Sequence[Step], its: Sequence[Step], target: str) -> str:
+def _difference(plan: Plan, mine: Sequence[Step], its: Sequence[Step], target: str) -> str:
     """What the other plan does at a place, and what auto does instead."""
     some = (its or mine)[0]
     if some.stage is None:
-        there = _moves_words([step for step in mine if step.move and not _is_free(step)])
-        here = _moves_words([step for step in its if step.move and not _is_free(step)])
+        there = _moves_words(plan, [step for step in mine if step.move and not _is_free(step)])
+        here = _moves_words(plan, [step for step in its if step.move and not _is_free(step)])
         where = f"into {target}"
         if some.move is None:
             here, there, where = _added(its), _added(mine), f"before {target}"
@@ -269,7 +272,7 @@ def _difference(mesh: Mesh, mine: Sequence[Step], its: Sequence[Step], target: s
         return f"{some.name}, which auto does not run" if its else f"no {some.name}, which auto runs"
     its_step, my_step = its[0], mine[0]
     if its_step.rows != my_step.rows:
-        at, instead = layout_words(mesh, its_step.layout), layout_words(mesh, my_step.layout)
+        at, instead = layout_words(plan.mesh, its_step.layout), layout_words(plan.mesh, my_step.layout)
         if at == instead:
             return f"{some.name} on {its_step.rows} rows instead of {my_step.rows}"
         return f"{some.name} at {at} ({its_step.rows} rows) instead of {instead} ({my_step.rows})"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, Protocol
 
-from narrows.arch.stages import ENCODABLE, Chain, Field, PriceClass, RowSet, Stage, StageKind
+from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
 from narrows.cost.stage import StepPrice
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
@@ -25,7 +25,6 @@ State = tuple[int, ...]
 """Layout index of each bundle (ABSENT if not live), then 0 for all rows or 1 once rows are selected."""
 
 ABSENT = -1
-_ADDENDS = ("shared", "residual")
 _ROW_SETS = (RowSet.ALL, RowSet.LOGITS)
 
 
@@ -87,7 +86,10 @@ class Graph:
         for field in chain.fields.values():
             bundles.setdefault(field.bundle, []).append(field)
         self._bundles = tuple(bundles)
-        self._slot = {bundle: i for i, bundle in enumerate(self._bundles)}
+        self._slot = {name: self._bundles.index(field.bundle) for name, field in chain.fields.items()}
+        self._stream = self._slot[chain.roles.stream]
+        self._residual = self._slot[chain.roles.residual]
+        self._others = [self._slot[name] for name in chain.roles.addends if name != chain.roles.residual]
         self._names = [tuple(field.name for field in fields) for fields in bundles.values()]
         self._row_bytes = [sum(field.row_bytes for field in fields) for fields in bundles.values()]
         self._encoded_bytes = [
@@ -101,7 +103,7 @@ class Graph:
     def start(self) -> State:
         """Before the first stage: the token ids, everywhere."""
         state = [ABSENT] * (len(self._bundles) + 1)
-        state[self._slot["ids"]] = self._index[full(self.mesh)]
+        state[self._slot[self.chain.roles.input]] = self._index[full(self.mesh)]
         state[-1] = 0
         return tuple(state)
 
@@ -150,27 +152,27 @@ class Graph:
                             yield tuple(after), self._move(move, dst, chosen, encoded, state, stage)
 
     def _adds(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
-        hidden = state[self._slot["hidden"]]
-        if hidden == ABSENT:
+        stream = state[self._stream]
+        if stream == ABSENT:
             return
-        layout = self._layouts[hidden]
-        allowed = self.rules.residual.get(stage.name)
-        for name in _ADDENDS:
+        layout = self._layouts[stream]
+        allowed = self.rules.residual_of(stage)
+        for name in self.chain.roles.addends:
             slot = self._slot[name]
             if state[slot] == ABSENT:
                 continue
             joins = layout.owes_sum
             # An addend may join an owed sum only where it is sharded over the axes that owe it: else it counts twice.
-            if state[slot] != (self._scattered if joins else hidden) or layout.holds_columns:
+            if state[slot] != (self._scattered if joins else stream) or layout.holds_columns:
                 continue
-            if name == "residual" and allowed is not None and ("joined" if joins else "added") not in allowed:
+            if slot == self._residual and allowed is not None and ("joined" if joins else "added") not in allowed:
                 continue
             after = list(state)
             after[slot] = ABSENT
-            yield tuple(after), self._add(name, hidden, state[slot], state[-1], stage)
+            yield tuple(after), self._add(name, stream, state[slot], state[-1], stage)
 
     def _may_select(self, stage: Stage) -> bool:
-        return self.rules.select_before is None or stage.name in self.rules.select_before
+        return self.rules.select_before is None or stage.role in self.rules.select_before
 
     def _encodable(self, move: Move, slots: tuple[int, ...], stage: Stage) -> Iterator[tuple[int, ...]]:
         """Which of ``slots`` may travel encoded together: no slot first, so that ties go to plain rows.
@@ -183,13 +185,13 @@ class Graph:
             and move.kind is MoveKind.ALL_GATHER
             and stage.kind is not StageKind.NORM
         ):
-            may = tuple(slot for slot in slots if ENCODABLE.issuperset(self._names[slot]))
+            may = tuple(slot for slot in slots if self.chain.roles.encodable.issuperset(self._names[slot]))
         for size in range(len(may) if self._always else 0, len(may) + 1):
             yield from combinations(may, size)
 
     def _may_move(self, move: Move, stage: Stage) -> bool:
         if move.src.owes_sum:
-            allowed = self.rules.sums_by.get(stage.name)
+            allowed = self.rules.sums_before(stage)
             return allowed is None or move.kind in allowed
         return True
 
@@ -198,14 +200,14 @@ class Graph:
         if not (stage.after_selection if state[-1] else stage.row_set is RowSet.ALL):
             return None
         fused = False
-        reads = {self._slot[self.chain.fields[name].bundle] for name in stage.reads}
+        reads = {self._slot[name] for name in stage.reads}
         if stage.kind is StageKind.NORM:
-            if state[self._slot["shared"]] != ABSENT:
+            if any(state[slot] != ABSENT for slot in self._others):
                 return None
-            fused = state[self._slot["residual"]] != ABSENT
+            fused = state[self._residual] != ABSENT
             if not fused:
-                reads.discard(self._slot["residual"])
-            allowed = self.rules.residual.get(stage.name)
+                reads.discard(self._residual)
+            allowed = self.rules.residual_of(stage)
             if fused and allowed is not None and "fused" not in allowed:
                 return None
         held = {state[slot] for slot in reads}
@@ -221,16 +223,16 @@ class Graph:
         leaves = index if stage.leaves is None else self._index[stage.leaves]
         after = list(state)
         for name in stage.frees:
-            after[self._slot[self.chain.fields[name].bundle]] = ABSENT
+            after[self._slot[name]] = ABSENT
         for name in stage.writes:
-            after[self._slot[self.chain.fields[name].bundle]] = leaves
+            after[self._slot[name]] = leaves
         return tuple(after), self._stage(stage, index, leaves, fused, state[-1])
 
     def _runs(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
         run = self._run(state, stage)
         if run is not None:
             yield run
-        slot = self._slot["hidden"]
+        slot = self._stream
         if not self._fuses_norms or stage.kind is not StageKind.NORM or state[slot] == ABSENT:
             return
         for move, dst in self._moves[state[slot]]:
@@ -242,7 +244,7 @@ class Graph:
                     yield after, self._reduce_norm(move, dst, normed, state, stage)
 
     def _row_stage_at(self, stage: Stage, index: int) -> bool:
-        titles = self.rules.rows_at.get(stage.name)
+        titles = self.rules.rows_of(stage)
         return titles is None or any(self._titles[title] == index for title in titles)
 
     # -- the steps ---------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ class Graph:
         layout, row_set = self._layouts[index], _ROW_SETS[selected]
         reads = stage.reads
         if stage.kind is StageKind.NORM and not fused:
-            reads = tuple(name for name in reads if name != "residual")
+            reads = tuple(name for name in reads if name != self.chain.roles.residual)
         return self._edge(
             key,
             cost,
@@ -313,8 +315,8 @@ class Graph:
         )
 
     def _reduce_norm(self, move: Move, dst: int, normed: Step, state: State, stage: Stage) -> Edge:
-        """``move`` of hidden and ``normed``, the norm after it, as one step."""
-        slot, selected, fused = self._slot["hidden"], state[-1], normed.fused
+        """``move`` of the stream and ``normed``, the norm after it, as one step."""
+        slot, selected, fused = self._stream, state[-1], normed.fused
         cost = (ALL_REDUCE_NORM, stage.name, state[slot], dst, fused, selected)
         key = (*cost, stage.any_rows)
         if (made := self._made.get(key)) is not None:
@@ -338,26 +340,26 @@ class Graph:
             fused=fused,
         )
 
-    def _add(self, addend: str, hidden: int, at: int, selected: int, stage: Stage) -> Edge:
-        row_bytes, row_set, layout = self._row_bytes[self._slot["hidden"]], _ROW_SETS[selected], self._layouts[at]
+    def _add(self, addend: str, stream: int, at: int, selected: int, stage: Stage) -> Edge:
+        row_bytes, row_set, layout = self._row_bytes[self._stream], _ROW_SETS[selected], self._layouts[at]
+        name, to = self.chain.roles.stream, self._layouts[stream]
         return self._edge(
-            ("add", stage.name, addend, hidden, at, selected),
-            ("add", at, selected, self._layouts[hidden].owes_sum),
-            lambda prices: prices.add(layout, row_bytes, row_set, joins=self._layouts[hidden].owes_sum),
+            ("add", stage.name, addend, stream, at, selected),
+            ("add", at, selected, to.owes_sum),
+            lambda prices: prices.add(layout, row_bytes, row_set, joins=to.owes_sum),
             kind=StepKind.ADD,
             name=f"add_{addend}",
             boundary=stage.name,
             price_class=PriceClass.ADD,
-            reads=("hidden", addend),
-            reads_at=(self._layouts[hidden], layout),
-            writes=("hidden",),
-            writes_at=(self._layouts[hidden],),
+            reads=(name, addend),
+            reads_at=(to, layout),
+            writes=(name,),
+            writes_at=(to,),
             row_set=row_set,
         )
 
     def _select(self, state: State, stage: Stage) -> tuple[State, Edge]:
-        hidden = self._slot["hidden"]
-        slots = sorted((i for i, at in enumerate(state[:-1]) if at != ABSENT), key=lambda i: i != hidden)
+        slots = sorted((i for i, at in enumerate(state[:-1]) if at != ABSENT), key=lambda i: i != self._stream)
         names = tuple(name for slot in slots for name in self._names[slot])
         layouts = tuple(self._layouts[state[slot]] for slot in slots for _ in self._names[slot])
         row_bytes = sum(self._row_bytes[slot] for slot in slots)

@@ -1,7 +1,8 @@
 """Named layouts: the published ways through a layer, each said as the edges that the search may use.
 
-Knows stage names and layouts' titles; decides nothing by itself. A named layout is the same search over fewer edges,
-with the forms of the published code pinned. Where one cannot apply to a model or a mesh it says which condition fails.
+Knows the roles of stages and layouts' titles; decides nothing by itself. A named layout is the same search over fewer
+edges, with the forms of the published code pinned. Where one cannot apply to a model or a mesh it says which condition
+fails.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 from narrows.arch.config import MLA, ModelConfig
 from narrows.arch.forms import Forms
+from narrows.arch.stages import Role, Stage
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, MoveKind
 
@@ -32,11 +34,23 @@ class NamedLayout:
     name: str
     summary: str
     forms: Forms | None = None
-    rows_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    sums_by: Mapping[str, tuple[MoveKind, ...]] = field(default_factory=dict)
-    residual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    select_before: tuple[str, ...] | None = None
+    rows_at: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    sums_by: Mapping[Role, tuple[MoveKind, ...]] = field(default_factory=dict)
+    residual: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    select_before: tuple[Role, ...] | None = None
     fuses_norms: bool = False
+
+    def rows_of(self, stage: Stage) -> tuple[str, ...] | None:
+        """``rows_at`` of a row stage; None: anywhere."""
+        return self.rows_at.get(stage.role) if stage.role else None
+
+    def sums_before(self, stage: Stage) -> tuple[MoveKind, ...] | None:
+        """``sums_by`` of a stage; None: by any move."""
+        return self.sums_by.get(stage.role) if stage.role else None
+
+    def residual_of(self, stage: Stage) -> tuple[str, ...] | None:
+        """``residual`` of a norm; None: in any way."""
+        return self.residual.get(stage.role) if stage.role else None
 
 
 AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed", fuses_norms=True)
@@ -45,8 +59,9 @@ _ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequen
 NAMED_LAYOUTS = (*_ORDER, "auto")
 
 _PINNED = Forms()
-_GROUP_LATENTS = {"qkv_a_proj": ("GROUP",), "latent_norm": ("GROUP",)}
-_SUMS_ALL_REDUCED = {name: (ALL_REDUCE,) for name in ("input_norm", "post_attn_norm", "final_norm")}
+_NORMS = (Role.ATTENTION_NORM, Role.MLP_NORM, Role.FINAL_NORM)
+_GROUP_LATENTS = {Role.LATENT_PROJ: ("GROUP",), Role.LATENT_NORM: ("GROUP",)}
+_SUMS_ALL_REDUCED = dict.fromkeys(_NORMS, (ALL_REDUCE,))
 
 
 def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
@@ -69,40 +84,40 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
             summary="every owed sum completed at once by all-reduce; norms on all rows they meet",
             forms=_PINNED,
             rows_at={
-                "input_norm": ("GROUP",),
+                Role.ATTENTION_NORM: ("GROUP",),
                 **_GROUP_LATENTS,
-                "post_attn_norm": ("FULL",),
-                "router": ("FULL",),
-                "final_norm": ("FULL",),
+                Role.MLP_NORM: ("FULL",),
+                Role.ROUTER: ("FULL",),
+                Role.FINAL_NORM: ("FULL",),
             },
             sums_by=_SUMS_ALL_REDUCED,
             residual={
-                "input_norm": ("fused",),
-                "post_attn_norm": ("added", "joined") if several_groups else ("fused",),
-                "final_norm": ("fused",),
+                Role.ATTENTION_NORM: ("fused",),
+                Role.MLP_NORM: ("added", "joined") if several_groups else ("fused",),
+                Role.FINAL_NORM: ("fused",),
             },
-            select_before=("lm_head",),
+            select_before=(Role.LM_HEAD,),
         )
     if name == "attn-tp-input-scattered":
         return NamedLayout(
             name=name,
-            summary="reduce-scatter into attention, norm and qkv_a_proj on scattered rows, gather the narrow latent",
+            summary="reduce-scatter into attention, norm and projection on scattered rows, gather the narrow latent",
             forms=_PINNED,
             rows_at={
-                "input_norm": ("SCATTERED",),
-                "qkv_a_proj": ("SCATTERED",),
-                "latent_norm": ("GROUP",),
-                "post_attn_norm": ("FULL",),
-                "router": ("FULL",),
-                "final_norm": ("FULL",),
+                Role.ATTENTION_NORM: ("SCATTERED",),
+                Role.LATENT_PROJ: ("SCATTERED",),
+                Role.LATENT_NORM: ("GROUP",),
+                Role.MLP_NORM: ("FULL",),
+                Role.ROUTER: ("FULL",),
+                Role.FINAL_NORM: ("FULL",),
             },
             sums_by={
-                "input_norm": (REDUCE_SCATTER,),
-                "post_attn_norm": (ALL_REDUCE,),
-                "final_norm": (ALL_REDUCE,),
+                Role.ATTENTION_NORM: (REDUCE_SCATTER,),
+                Role.MLP_NORM: (ALL_REDUCE,),
+                Role.FINAL_NORM: (ALL_REDUCE,),
             },
-            residual={"input_norm": ("fused",), "post_attn_norm": ("joined",), "final_norm": ("fused",)},
-            select_before=("lm_head",),
+            residual={Role.ATTENTION_NORM: ("fused",), Role.MLP_NORM: ("joined",), Role.FINAL_NORM: ("fused",)},
+            select_before=(Role.LM_HEAD,),
         )
     if name == "norm-before-gather":
         return NamedLayout(
@@ -110,30 +125,30 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
             summary="norm on the attention group's own rows, then gather them for the experts",
             forms=_PINNED,
             rows_at={
-                "input_norm": ("GROUP",),
+                Role.ATTENTION_NORM: ("GROUP",),
                 **_GROUP_LATENTS,
-                "post_attn_norm": ("GROUP",),
-                "router": ("FULL",),
-                "final_norm": ("GROUP",),
+                Role.MLP_NORM: ("GROUP",),
+                Role.ROUTER: ("FULL",),
+                Role.FINAL_NORM: ("GROUP",),
             },
             sums_by=_SUMS_ALL_REDUCED,
-            residual=dict.fromkeys(("input_norm", "post_attn_norm", "final_norm"), ("fused",)),
-            select_before=("lm_head",),
+            residual=dict.fromkeys(_NORMS, ("fused",)),
+            select_before=(Role.LM_HEAD,),
         )
     return NamedLayout(
         name=name,
         summary="every norm on scattered rows, every gather at full width (Megatron's sequence parallelism)",
         forms=_PINNED,
         rows_at={
-            "input_norm": ("SCATTERED",),
+            Role.ATTENTION_NORM: ("SCATTERED",),
             **_GROUP_LATENTS,
-            "post_attn_norm": ("SCATTERED",),
-            "router": ("FULL",),
-            "final_norm": ("SCATTERED",),
+            Role.MLP_NORM: ("SCATTERED",),
+            Role.ROUTER: ("FULL",),
+            Role.FINAL_NORM: ("SCATTERED",),
         },
-        sums_by={name: (REDUCE_SCATTER,) for name in ("input_norm", "post_attn_norm", "final_norm")},
-        residual=dict.fromkeys(("input_norm", "post_attn_norm", "final_norm"), ("fused",)),
-        select_before=("lm_head",),
+        sums_by=dict.fromkeys(_NORMS, (REDUCE_SCATTER,)),
+        residual=dict.fromkeys(_NORMS, ("fused",)),
+        select_before=(Role.LM_HEAD,),
     )
 
 

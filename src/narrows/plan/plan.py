@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from narrows.arch.stages import ENCODABLE, PriceClass, RowSet, Stage, StageKind
+from narrows.arch.stages import FieldRoles, PriceClass, Role, RowSet, Stage, StageKind
 from narrows.cost.price import Source
 from narrows.cost.stage import NOTHING, StepPrice, StepShape
 from narrows.errors import PlanError
@@ -37,14 +37,14 @@ class Step:
     """One step on every rank.
 
     ``reads_at`` and ``writes_at`` are the layouts of the fields in ``reads`` and ``writes``, one each. An ADD reads
-    ``hidden`` and then an addend: where ``hidden`` still owes a sum (``joins``) the addend, scattered, joins it.
+    the stream and then an addend: where the stream still owes a sum (``joins``) the addend, scattered, joins it.
     ``boundary`` is the stage that the step prepares, or is. ``rows`` are those of the rank that has the most,
     ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
     predicted picoseconds: integers, so that sums do not depend on their order. ``encodings``: how each field read by a
     gather travels; such a step is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
 
-    A MOVE with a stage is a reduction and the norm after it in one step, with a price of its own: it reads ``hidden``
-    where its sum is owed and, ``fused``, the residual where the norm leaves both.
+    A MOVE with a stage is a reduction and the norm after it in one step, with a price of its own: it reads the
+    stream where its sum is owed and, ``fused``, the residual where the norm leaves both.
     """
 
     kind: StepKind
@@ -114,13 +114,15 @@ class Segment:
 class Plan:
     """Steps for a whole model on one mesh and one shape of step, under one named layout.
 
-    ``host``: what the step costs beside the walk, the same whatever the plan; nothing where that was never measured.
+    ``roles``: what the fields of its steps are to the model. ``host``: what the step costs beside the walk, the same
+    whatever the plan; nothing where that was never measured.
     """
 
     layout_name: str
     mesh: Mesh
     shape: StepShape
     segments: tuple[Segment, ...]
+    roles: FieldRoles
     host: StepPrice = NOTHING
 
     @property
@@ -158,6 +160,11 @@ class Plan:
         steps = (step for segment in self.segments for step in segment.steps)
         return frozenset(encoding for step in steps for encoding in step.encoded.values())
 
+    @property
+    def gives_logits(self) -> bool:
+        """Whether it ends in whole rows of logits, of which tokens may be drawn, rather than in each shard's best."""
+        return any(step.stage is not None and step.stage.role is Role.SAMPLE for step in self.segments[-1].steps)
+
     def signature(self) -> tuple[object, ...]:
         """What the plan does, without rows and prices: equal signatures run the same steps."""
         return tuple(
@@ -180,7 +187,7 @@ class Plan:
                 all; a field is encoded that must not be, or an encoded one would enter the residual stream. The stage
                 that the step is, or prepares, is named.
         """
-        state: dict[str, Layout] = {"ids": full(self.mesh)}
+        state: dict[str, Layout] = {self.roles.input: full(self.mesh)}
         selected = False
         rounded: dict[str, Encoding] = {}
         for layer, step in self.steps():
@@ -190,11 +197,11 @@ class Plan:
             for name, wanted in zip(step.reads, step.reads_at, strict=True):
                 self._check(where, state, name, wanted, step)
             selected = _check_rows(where, step, selected, state)
-            _check_encodings(where, step, rounded)
+            _check_encodings(where, step, rounded, self.roles.encodable)
             if step.stage is not None and step.stage.kind is StageKind.NORM:
-                for addend in ("residual", "shared"):
+                for addend in self.roles.addends:
                     if addend in state and addend not in step.reads:
-                        raise PlanError(f"{where} would lose {addend}, which no step has added to hidden")
+                        raise PlanError(f"{where} would lose {addend}, which no step has added to {self.roles.stream}")
             if step.kind is StepKind.ADD:
                 state.pop(step.reads[1])
             state |= zip(step.writes, step.writes_at, strict=True)
@@ -244,17 +251,16 @@ def _check_rows(where: str, step: Step, selected: bool, state: dict[str, Layout]
     return selected
 
 
-def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding]) -> None:
+def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding], encodable: frozenset[str]) -> None:
     """``rounded``: the fields whose rows have been encoded on their way to where they are; kept up to date."""
     if step.encodings and (step.move is None or step.move.kind is not MoveKind.ALL_GATHER):
         raise PlanError(f"{where} encodes rows, but only an all_gather may: sums are of whole values")
     if step.encodings and len(step.encodings) != len(step.reads):
         raise PlanError(f"{where} has {len(step.encodings)} encodings for {len(step.reads)} fields")
     for name, encoding in step.encoded.items():
-        if name not in ENCODABLE:
-            raise PlanError(
-                f"{where} would send {name} as {encoding}; only {', '.join(sorted(ENCODABLE))} may be encoded"
-            )
+        if name not in encodable:
+            may = ", ".join(sorted(encodable))
+            raise PlanError(f"{where} would send {name} as {encoding}; only {may} may be encoded")
         rounded[name] = encoding
     is_norm = step.stage is not None and step.stage.kind is StageKind.NORM
     for name in step.reads:

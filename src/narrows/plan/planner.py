@@ -120,7 +120,9 @@ class Planner:
         d, graph = self.deployment, self.graph(layout)
         prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph, expert_skew=d.expert_skew)
         segments = Search(graph, prices).solve()
-        return Plan(layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, host=prices.step())
+        return Plan(
+            layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, roles=graph.chain.roles, host=prices.step()
+        )
 
     def workspace(self, plan: Plan) -> Workspace:
         """What a step of one of its plans takes beside weights and KV cache."""

@@ -138,6 +138,7 @@ def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain
     return Plan(
         layout_name=document["layout"],
         mesh=mesh,
+        roles=chain.roles,
         shape=StepShape(
             rows=RowSplit(mesh, tuple(shape["rows"])),
             logits=RowSplit(mesh, tuple(shape["logit_rows"])),

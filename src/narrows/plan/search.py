@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
-from narrows.arch.stages import Stage, StageKind
+from narrows.arch.stages import Stage
 from narrows.cost.stage import StepPrice
 from narrows.errors import PlanError
 from narrows.plan.graph import Edge, Graph, Node, Prices, State
@@ -221,6 +221,6 @@ def _extend(frontier: Frontier, table_of: Callable[[State], Frontier]) -> Fronti
 
 
 def _blocks(stages: tuple[Stage, ...]) -> tuple[tuple[Stage, ...], ...]:
-    """``stages`` cut after each norm and after attention, where few states are possible."""
-    cuts = [i + 1 for i, stage in enumerate(stages) if stage.kind is StageKind.NORM or stage.name == "attention"]
+    """``stages`` cut where few states are possible."""
+    cuts = [i + 1 for i, stage in enumerate(stages) if stage.cut_after]
     return tuple(stages[start:end] for start, end in pairwise(sorted({0, *cuts, len(stages)})))

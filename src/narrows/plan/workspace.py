@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from narrows.arch.stages import AttentionCore, Field, Gemm, GroupedGemm, PriceClass, RowSet, Stage, Stream
+from narrows.arch.stages import AttentionCore, Field, Gemm, GroupedGemm, PriceClass, Role, RowSet, Stage, Stream
 from narrows.cost.imbalance import imbalance
 from narrows.cost.stage import StepShape
 from narrows.layout import Layout, MoveKind
@@ -121,7 +121,7 @@ def _stage(stage: Stage, step: Step, shape: StepShape, kernels: Kernels) -> tupl
     if stage.price_class is PriceClass.ROUTER:
         scores = 0.0 if kernels.compiled else sum(4.0 * item.n for item in stage.work if isinstance(item, Gemm))
         return inside + 3 * rows * scores, 0.0, 0.0  # logits, scores, and what the choice is made of
-    if stage.name == "sample":
+    if stage.role is Role.SAMPLE:
         width = sum(item.row_bytes for item in stage.work if isinstance(item, Stream))
         return inside, 0.0, SAMPLED_ROWS * rows * width
     return inside, 0.0, 0.0
