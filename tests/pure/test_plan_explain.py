@@ -23,7 +23,7 @@ from narrows.plan.crossovers import RowRange, Sweep, row_ranges, spread
 from narrows.plan.explain import compare, describe, main_segment, segment_difference, why
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import Plan
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, choose_forms, known_forms
 from narrows.plan.report import make_report
 
 TP8, DP2 = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4)
@@ -264,6 +264,22 @@ def test_forms_leave_room_for_what_the_step_itself_takes() -> None:
     assert tight.memory(dear).holds(shape.kv_tokens)
     by = Planner(tight, choose_forms(tight, [(shape, 1.0)]))
     assert by.forms != dear and by.memory(by.plan(shape)).holds(shape.kv_tokens)
+
+
+def test_forms_are_searched_once_for_equal_deployments_and_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 77)
+    chosen = known_forms(deployment, ((shape, 1.0),))
+    assert chosen == choose_forms(deployment, [(shape, 1.0)])
+    searched: list[Deployment] = []
+
+    def search(deployment: Deployment, _mix: object) -> Forms:
+        searched.append(deployment)
+        return Forms()
+
+    monkeypatch.setattr("narrows.plan.planner.choose_forms", search)
+    assert known_forms(replace(deployment), ((step_of(TP8, 77), 1.0),)) == chosen and searched == []
+    other = replace(deployment, expert_skew=0.125)
+    assert known_forms(other, ((shape, 1.0),)) == Forms() and searched == [other]
 
 
 def test_kv_tokens_of_a_step() -> None:

@@ -40,7 +40,7 @@ from narrows.plan.deploy import (
 )
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, known_forms
 from narrows.plan.saved import read_plan
 from narrows.sched.scheduler import Limits
 from narrows.weights.checkpoint_fit import fit_checkpoint
@@ -239,7 +239,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None =
         notes.append(f"the plan in {asked.plan_file} (layout {plan.layout_name}) runs at every step")
     elif forms is None:
         rows = DEFAULT_ROWS if asked.batch_invariant else limits.rows_per_step
-        forms = rules.forms or choose_forms(deployment, form_mix(mesh, rows, limits.max_context))
+        forms = rules.forms or known_forms(deployment, tuple(form_mix(mesh, rows, limits.max_context)))
     if asked.batch_invariant and plan is None:
         plan = _pinned_plan(deployment, forms, asked.layout, limits)
     facts = (*facts, *_fit_host(asked, deployment, forms, plan, limits, dtype.itemsize, host or Host.here()))

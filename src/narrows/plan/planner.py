@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
@@ -25,7 +26,7 @@ from narrows.plan.plan import Plan
 from narrows.plan.search import Search
 from narrows.plan.workspace import Kernels, Workspace, workspace
 
-__all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_forms"]
+__all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_forms", "known_forms"]
 
 ENCODE_ROWS = {
     "none": (Encoding.PLAIN, False),
@@ -165,3 +166,10 @@ def choose_forms(
             if replace(memory, workspace=most).holds(tokens):
                 best, least = forms, cost
     return best
+
+
+@lru_cache(maxsize=32)
+def known_forms(deployment: Deployment, mix: tuple[tuple[StepShape, float], ...]) -> Forms:
+    """:func:`choose_forms`, searched once per process: it is most of what it takes to resolve a deployment, and every
+    engine, run and replay of one resolves it anew."""
+    return choose_forms(deployment, mix)

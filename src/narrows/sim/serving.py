@@ -15,7 +15,7 @@ from narrows.errors import ConfigError
 from narrows.layout import deal
 from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, book_context, form_mix, limits_of
 from narrows.plan.named import named_layout
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, known_forms
 from narrows.sched.limits import Limits
 from narrows.sim.costs import PlannedCosts
 
@@ -62,7 +62,7 @@ def serving(
     if rows_per_step < 1:
         raise ConfigError(f"--max-rows is {rows_per_step}; it must be at least 1")
     rules = named_layout(layout, config, mesh)
-    forms = rules.forms or choose_forms(deployment, form_mix(mesh, rows_per_step, max_context))
+    forms = rules.forms or known_forms(deployment, tuple(form_mix(mesh, rows_per_step, max_context)))
     memory = _memory(deployment, forms, layout, rows_per_step, max_context)
     limits = limits_of(
         config,
