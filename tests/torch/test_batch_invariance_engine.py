@@ -7,6 +7,7 @@ decode beside it and how long their contexts are, whether anybody samples, and w
 from __future__ import annotations
 
 from concurrent.futures import Future
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from narrows.sched.batch import Batch, Chunk
 from narrows.sched.sampling import SamplingParams
 
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+IN_CI = {("llama", "float32", 2, 1), ("llama", "bfloat16", 1, 2), ("v3", "float32", 2, 2), ("v3", "bfloat16", 1, 1)}
 LENGTHS = (300, 5, 1, 513, 17, 257, 256)
 NUM_TOKENS = (9, 14, 12, 5, 20, 7, 3)
 DRAWN = SamplingParams(temperature=1.0, top_p=0.95, seed=5)
@@ -131,9 +133,14 @@ def apart(got: Tensor, expected: Tensor) -> str:
     return f"{(got != expected).sum()} numbers, by up to {(got.double() - expected.double()).abs().max():.1e}"
 
 
-@pytest.mark.parametrize(("dp", "tp"), MESHES)
-@pytest.mark.parametrize("kind", ["llama", "v3"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "dp", "tp"),
+    [
+        pytest.param(*case, marks=() if case in IN_CI else pytest.mark.full)
+        for kind, dtype in product(("llama", "v3"), ("float32", "bfloat16"))
+        for case in ((kind, dtype, *mesh) for mesh in MESHES)
+    ],
+)
 def test_logits_alone_and_in_company_are_the_same_bits(
     tiny_model: Any, kind: str, dtype: str, dp: int, tp: int
 ) -> None:

@@ -74,7 +74,13 @@ V3 = {
     "topk_group": 1,
     "norm_topk_prob": True,
 }
-MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def full(*case: object) -> Any:
+    """A case of ``make test-full``: in ``make test`` each of its values is in another case."""
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
 PROMPT_LENGTHS = (9, 1, 30, 4, 17)
 TEXT = {"".join((chr(97 + i // 26), chr(97 + i % 26))): i for i in range(VOCAB)}
@@ -193,8 +199,19 @@ def test_drawn_text_is_the_straight_loops(
         assert len(set(alone[name][i])) > 8, "a text that loops proves little"
 
 
-@pytest.mark.parametrize("name", ["llama", "v3"])
-@pytest.mark.parametrize(("dp", "tp"), MESHES)
+@pytest.mark.parametrize(
+    ("name", "dp", "tp"),
+    [
+        full("llama", 1, 1),
+        ("llama", 1, 2),
+        full("llama", 2, 1),
+        full("llama", 2, 2),
+        full("v3", 1, 1),
+        full("v3", 1, 2),
+        ("v3", 2, 1),
+        ("v3", 2, 2),
+    ],
+)
 def test_the_same_seed_gives_the_same_text_in_every_company(
     models: dict[str, Model], alone: dict[str, list[list[int]]], name: str, dp: int, tp: int
 ) -> None:
@@ -250,9 +267,19 @@ PENALTIES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama", "v3"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("name", "temperature", "dp", "tp"),
+    [
+        ("llama", 0.0, 1, 1),
+        full("llama", 0.0, 2, 2),
+        full("llama", 0.8, 1, 1),
+        ("llama", 0.8, 2, 2),
+        full("v3", 0.0, 1, 1),
+        ("v3", 0.0, 2, 2),
+        full("v3", 0.8, 1, 1),
+        full("v3", 0.8, 2, 2),
+    ],
+)
 def test_penalties_are_the_straight_loops(
     models: dict[str, Model], name: str, temperature: float, dp: int, tp: int
 ) -> None:
@@ -309,8 +336,19 @@ def test_ranks_drop_the_history_of_requests_that_ended(models: dict[str, Model])
 # -- log-probabilities -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "v3"])
-@pytest.mark.parametrize(("dp", "tp"), MESHES)
+@pytest.mark.parametrize(
+    ("name", "dp", "tp"),
+    [
+        ("llama", 1, 1),
+        full("llama", 1, 2),
+        full("llama", 2, 1),
+        full("llama", 2, 2),
+        full("v3", 1, 1),
+        ("v3", 1, 2),
+        ("v3", 2, 1),
+        ("v3", 2, 2),
+    ],
+)
 def test_logprobs_are_transformers(models: dict[str, Model], name: str, dp: int, tp: int) -> None:
     params = [
         SamplingParams(logprobs=5),
