@@ -119,11 +119,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**PRESETS["glm-4.5"], "num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 64},
 }
-IN_CI_OR_FULL = [
-    pytest.param(name, marks=pytest.mark.full if name == "deepseek_v2" else ())  # its parts are those of two others
-    for name in FAMILIES
-]
+AUTO_IN_CI = {
+    "chosen": set(FAMILIES) - {"deepseek_v2"},  # its parts are those of two others
+    "furthest from the published": {"deepseek_v3", "llama", "qwen3_moe"},  # they have all that forms are of
+}
+LAYOUTS_IN_CI = {"deepseek_v3", "llama", "glm4_moe"}  # each has other stages
+
+
+def full(*case: object) -> Any:
+    """A case of ``make test-full``."""
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
 MESH = Mesh.of(dp=2, tp=2)
+RANKS = [(0, 3), pytest.param((1, 2), marks=pytest.mark.full)]  # each: both groups, both places in a group
 
 
 class StepError(AssertionError):
@@ -283,13 +292,14 @@ def _nccl() -> Iterator[None]:
 
 
 class Ranks:
-    """All ranks of one family, one after the other, with weights held as ``forms`` say."""
+    """Ranks of one family, one after the other, with weights held as ``forms`` say."""
 
     def __init__(
         self,
         raw: dict[str, Any],
         folder: Path,
         forms: Forms | None,
+        ranks: Sequence[int] = (0, 3),
         *,
         batch_invariant: bool = False,
         encode_rows: str = "none",
@@ -315,7 +325,8 @@ class Ranks:
             for want_logits in (False, True)
         }
         with torch.inference_mode(), self.fake:
-            self.workers = [self._worker(rank) for rank in range(MESH.size)]
+            self.workers = [self._worker(rank) for rank in ranks]
+        self.books: dict[str, dict[bool, PlanBook]] = {}
 
     def _worker(self, rank: int) -> FakeWorker:
         resolved: Resolved = self.resolved
@@ -360,8 +371,10 @@ class Ranks:
         return around
 
     def walk(self, batches: Sequence[Batch], layout: str) -> None:
-        """Run the batches, in order, on every rank."""
-        books = {want: PlanBook(planner, layout, 1024) for want, planner in self.planners.items()}
+        """Run the batches, in order, on every one of the ranks."""
+        if layout not in self.books:
+            self.books[layout] = {want: PlanBook(planner, layout, 1024) for want, planner in self.planners.items()}
+        books = self.books[layout]
         for worker in self.workers:
             for batch in batches:
                 plan = books[batch.needs_logits].plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
@@ -434,37 +447,62 @@ def test_every_executable_family_is_here() -> None:
     assert {raw["model_type"] for raw in FAMILIES.values()} == set(EXECUTABLE)
 
 
-@pytest.mark.parametrize("family", IN_CI_OR_FULL)
-def test_every_named_layout_stays_on_the_device_and_never_waits(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize("family", [name if name in LAYOUTS_IN_CI else full(name) for name in FAMILIES])
+def test_every_named_layout_stays_on_the_device_and_never_waits(
+    family: str, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
     config = read_config(FAMILIES[family])
     names = [name for name in applicable_layouts(config, MESH) if name != "auto"]
     assert names
-    ranks = Ranks(FAMILIES[family], tmp_path, named_layout(names[0], config, MESH).forms)
+    run = Ranks(FAMILIES[family], tmp_path, named_layout(names[0], config, MESH).forms, ranks)
     for name in names:
-        assert named_layout(name, config, MESH).forms == ranks.resolved.forms
-        ranks.walk(STEPS, name)
+        assert named_layout(name, config, MESH).forms == run.resolved.forms
+        run.walk(STEPS, name)
 
 
-@pytest.mark.parametrize("forms", ["chosen", "furthest from the published"])
-@pytest.mark.parametrize("family", IN_CI_OR_FULL)
-def test_auto_stays_on_the_device_and_never_waits(family: str, forms: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "forms"),
+    [
+        (name, forms) if name in AUTO_IN_CI[forms] else full(name, forms)
+        for name in FAMILIES
+        for forms in ("chosen", "furthest from the published")
+    ],
+)
+def test_auto_stays_on_the_device_and_never_waits(
+    family: str, forms: str, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
     config = read_config(FAMILIES[family])
-    ranks = Ranks(FAMILIES[family], tmp_path, None if forms == "chosen" else form_choices(config, MESH)[-1])
-    ranks.walk((*STEPS, SAMPLED, SAMPLED_AGAIN), "auto")
+    run = Ranks(FAMILIES[family], tmp_path, None if forms == "chosen" else form_choices(config, MESH)[-1], ranks)
+    run.walk((*STEPS, SAMPLED, SAMPLED_AGAIN), "auto")
 
 
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("family", ["deepseek_v2 without q_lora_rank", "qwen3_moe"])
-def test_batch_invariant_steps_stay_on_the_device_and_never_wait(family: str, tmp_path: Path) -> None:
-    Ranks(FAMILIES[family], tmp_path, None, batch_invariant=True).walk(STEPS, "auto")
+def test_batch_invariant_steps_stay_on_the_device_and_never_wait(
+    family: str, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    Ranks(FAMILIES[family], tmp_path, None, ranks, batch_invariant=True).walk(STEPS, "auto")
 
 
-@pytest.mark.parametrize("encode_rows", ["int8-always", "fp8-always"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2 without q_lora_rank"])
-def test_encoded_rows_stay_on_the_device_and_never_wait(family: str, encode_rows: str, tmp_path: Path) -> None:
-    ranks = Ranks(FAMILIES[family], tmp_path, Forms(), encode_rows=encode_rows)
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "encode_rows"),
+    [
+        ("deepseek_v3", "int8-always"),
+        full("deepseek_v3", "fp8-always"),
+        full("deepseek_v2 without q_lora_rank", "int8-always"),
+        ("deepseek_v2 without q_lora_rank", "fp8-always"),
+    ],
+)
+def test_encoded_rows_stay_on_the_device_and_never_wait(
+    family: str, encode_rows: str, ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    run = Ranks(FAMILIES[family], tmp_path, Forms(), ranks, encode_rows=encode_rows)
     for layout in ("sequence-parallel", "norm-before-gather"):
-        assert ranks.planners[False].plan(PlanBook(ranks.planners[False], layout, 1024).shape(KEY), layout).encodings
-        ranks.walk(STEPS, layout)
+        assert run.planners[False].plan(PlanBook(run.planners[False], layout, 1024).shape(KEY), layout).encodings
+        run.walk(STEPS, layout)
 
 
 # Planted faults. Each is put into an op, or where the step hands tensors to ops, and must be found in a llama.
@@ -493,7 +531,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor], object], type[Exception]]] = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(FAMILIES["llama"], tmp_path_factory.mktemp("llama"), None)
+    return Ranks(FAMILIES["llama"], tmp_path_factory.mktemp("llama"), None, ranks=(0,))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -523,7 +561,7 @@ def test_experts_counted_on_the_host_are_found(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(moe, "experts_mlp", counted)
     with pytest.raises(DynamicOutputShapeException) as found:
-        Ranks(FAMILIES["qwen3_moe"], tmp_path, None).walk([PREFILL], "auto")
+        Ranks(FAMILIES["qwen3_moe"], tmp_path, None, ranks=(0,)).walk([PREFILL], "auto")
     assert "in experts, layer 0, rank 0" in found.value.__notes__
 
 
