@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 
 from narrows.arch.chain import build_chain
 from narrows.arch.presets import load_model_config
-from narrows.arch.stages import Gemm, Norm, PriceClass, RowSet, Stage
+from narrows.arch.stages import Gemm, Norm, PriceClass, RowSet, Stage, Work
 from narrows.cost.devices import DEVICES, Device
 from narrows.cost.here import Setting, here
-from narrows.cost.measured import CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.cost.measured import CollectiveTable, Measured, StageTable, StepTable
 from narrows.cost.price import Source
-from narrows.cost.profile import Profile, device_here, find_device, kept_profile, read_profile, write_profile
-from narrows.cost.profile_format import DeviceFigures, parse
+from narrows.cost.profile import DeviceFigures, Profile, choose_device, read_profile, write_profile
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, full, moves_from, owed, scattered
@@ -36,23 +35,26 @@ def stage(name: str) -> Stage:
     return next(each for kind in chain.layer_types for each in kind.stages if each.name == name)
 
 
-def points(*pairs: tuple[int, float], attended: float = 0.0) -> tuple[StagePoint, ...]:
-    return tuple(StagePoint(rows=rows, seconds=seconds, attended=attended) for rows, seconds in pairs)
+def points(*pairs: tuple[float, float], attended: float = 0.0) -> list[list[float]]:
+    return [[rows, us, 0.0, *([attended] if attended else [])] for rows, us in pairs]
 
 
-def measured(**more: Any) -> Measured:
-    proj = stage("qkv_a_proj")
-    return Measured(
-        stages=(
-            StagePoints(price_class="qkv_a_proj", work=proj.work, dtype="bf16", points=points((1, 1e-4), (64, 6e-4))),
-        ),
-        collectives=(
-            CollectivePoints(op="all_reduce", num_ranks=2, axis="inner", points=((2048, 1e-5), (1 << 20, 1e-3))),
-        ),
-        copies=((512, 1e-6), (1 << 20, 1e-4)),
-        steps=(StepPoints(phase="prefill", points=((1, 2e-3), (64, 3e-3))),),
-        **more,
-    )
+def table(stage: str, work: tuple[Work, ...], points: list[list[float]], **more: Any) -> StageTable:
+    return StageTable(stage=PriceClass(stage), work=list(work), points=points, **({"dtype": "bf16"} | more))
+
+
+def tables(dtype: str = "bf16") -> dict[str, Any]:
+    """One table of each kind, as a profile holds them."""
+    return {
+        "stages": [table("qkv_a_proj", stage("qkv_a_proj").work, points((1, 100), (64, 600)), dtype=dtype)],
+        "collectives": [CollectiveTable(op="all_reduce", ranks=2, axis="inner", points=[[2048, 10], [1 << 20, 1000]])],
+        "copies": [[512, 1], [1 << 20, 100]],
+        "steps": [StepTable(phase="prefill", points=[[1, 2000], [64, 3000]])],
+    }
+
+
+def measured() -> Measured:
+    return Measured(**tables())
 
 
 def pricer(tables: Measured, rows: int = 64, mesh: Mesh = MESH, **options: Any) -> Pricer:
@@ -74,10 +76,8 @@ def test_a_stage_costs_what_was_measured() -> None:
 def test_ranks_without_rows_leave_the_machine_to_the_others() -> None:
     """One row: on every rank, or on one of two."""
     proj = stage("qkv_a_proj")
-    table = StagePoints(price_class="qkv_a_proj", work=proj.work, dtype="bf16", points=(
-        StagePoint(rows=0.5, seconds=1e-4), StagePoint(rows=1, seconds=2e-4), StagePoint(rows=2, seconds=2e-4),
-    ))  # fmt: skip
-    prices = pricer(Measured(stages=(table,)), rows=1)
+    found = table("qkv_a_proj", proj.work, points((0.5, 100), (1, 200), (2, 200)))
+    prices = pricer(Measured(stages=[found]), rows=1)
     assert prices.stage(proj, full(MESH), False, RowSet.ALL).ps == 2 * 10**8
     assert prices.stage(proj, scattered(MESH), False, RowSet.ALL).ps == 10**8
 
@@ -97,58 +97,43 @@ def test_a_stage_of_other_size_is_scaled_by_the_nearest_and_of_another_kind_is_n
 
 def test_a_stage_of_another_dtype_is_scaled_by_what_its_products_cost_there() -> None:
     proj, norm = stage("qkv_a_proj"), stage("input_norm")
-    tables = measured()
-    bf16 = pricer(tables, rows=64).stage(proj, full(MESH), False, RowSet.ALL)
-    int8 = pricer(tables, rows=64, dtype="int8").stage(proj, full(MESH), False, RowSet.ALL)
+    bf16 = pricer(measured(), rows=64).stage(proj, full(MESH), False, RowSet.ALL)
+    int8 = pricer(measured(), rows=64, dtype="int8").stage(proj, full(MESH), False, RowSet.ALL)
     assert bf16.source is Source.MEASURED and int8.source is Source.SCALED
     assert 0.4 < int8.ps / bf16.ps < 0.7, "half the bytes, and twice the rate"
-    normed = StagePoints(price_class="norm", work=norm.work, dtype="bf16", points=points((64, 3e-5)))
-    tables = Measured(stages=(normed,))
-    (one, other) = (pricer(tables, dtype=dtype).stage(norm, full(MESH), True, RowSet.ALL) for dtype in ("bf16", "int8"))
+    by_norm = Measured(stages=[table("norm", norm.work, points((64, 30)))])
+    (one, other) = (
+        pricer(by_norm, dtype=dtype).stage(norm, full(MESH), True, RowSet.ALL) for dtype in ("bf16", "int8")
+    )
     assert one.ps == other.ps == 3 * 10**7, "whose weights are not rounded"
-    wide = pricer(tables, dtype="fp32", itemsize=4).stage(norm, full(MESH), True, RowSet.ALL)
+    wide = pricer(by_norm, dtype="fp32", itemsize=4).stage(norm, full(MESH), True, RowSet.ALL)
     assert 1.2 < wide.ps / one.ps <= 2, "twice the bytes, and a launch"
-    unknown = Measured(stages=(replace(normed, dtype="fp8"),))
+    unknown = Measured(stages=[table("norm", norm.work, points((64, 30)), dtype="fp8")])
     assert pricer(unknown).stage(norm, full(MESH), True, RowSet.ALL).source is Source.ROOFLINE, "no fp8 on this device"
 
 
 def test_attention_is_interpolated_in_rows_and_in_what_rows_attend_to() -> None:
     attention = stage("attention")
-    table = StagePoints(
-        price_class="attention",
-        work=attention.work,
-        dtype="bf16",
-        phase="prefill",
-        points=(
-            *points((8, 1e-3), (32, 3e-3), attended=10.0),
-            *points((8, 2e-3), (32, 7e-3), attended=110.0),
-        ),
-    )
-    tables = Measured(stages=(table,))
+    lines = points((8, 1000), (32, 3000), attended=10.0) + points((8, 2000), (32, 7000), attended=110.0)
+    found = Measured(stages=[table("attention", attention.work, lines, phase="prefill")])
     args = ("attention", attention.work, "bf16")
-    assert tables.stage(*args, 8, "prefill", 110.0).seconds == 2e-3  # type: ignore[union-attr]
-    middle = tables.stage(*args, 32, "prefill", 60.0)
+    assert found.stage(*args, 8, "prefill", 110.0).seconds == 2e-3  # type: ignore[union-attr]
+    middle = found.stage(*args, 32, "prefill", 60.0)
     assert middle is not None and middle.seconds == pytest.approx(5e-3) and middle.source is Source.INTERPOLATED
-    inside = tables.stage(*args, 16, "prefill", 60.0)
+    inside = found.stage(*args, 16, "prefill", 60.0)
     assert inside is not None and inside.seconds == pytest.approx((1.5e-3 * 5e-3) ** 0.5)
-    outside = tables.stage(*args, 32, "prefill", 210.0)
+    outside = found.stage(*args, 32, "prefill", 210.0)
     assert outside is not None and outside.seconds == pytest.approx(11e-3) and outside.source is Source.SCALED
-    assert tables.stage(*args, 32, "decode", 60.0) is None
+    assert found.stage(*args, 32, "decode", 60.0) is None
 
 
 @given(st.integers(1, 5000), st.floats(0, 9000))
 def test_more_rows_and_more_context_never_cost_less(rows: int, attended: float) -> None:
     work = stage("attention").work
-    table = StagePoints(
-        price_class="attention",
-        work=work,
-        dtype="bf16",
-        phase="decode",
-        points=(*points((1, 1e-4), (64, 2e-3), attended=64.0), *points((1, 3e-4), (64, 9e-3), attended=1024.0)),
-    )
-    tables = Measured(stages=(table,))
+    lines = points((1, 100), (64, 2000), attended=64.0) + points((1, 300), (64, 9000), attended=1024.0)
+    found = Measured(stages=[table("attention", work, lines, phase="decode")])
     price, more_rows, more_context = (
-        tables.stage("attention", work, "bf16", r, "decode", a)
+        found.stage("attention", work, "bf16", r, "decode", a)
         for r, a in ((rows, attended), (rows + 1, attended), (rows, attended + 10))
     )
     assert price is not None and more_rows is not None and more_context is not None
@@ -157,27 +142,19 @@ def test_more_rows_and_more_context_never_cost_less(rows: int, attended: float) 
 
 def test_each_phase_has_its_own_prices_and_goes_on_by_the_others() -> None:
     norm = stage("input_norm")
-    prefill = StagePoints(
-        price_class="norm",
-        work=norm.work,
-        dtype="bf16",
-        phase="prefill",
-        points=points((1, 9e-3), (8, 9e-3), (64, 1e-2)),
-    )
-    decode = replace(prefill, phase="decode", points=points((1, 1e-3), (8, 2e-3)))
+    prefill = table("norm", norm.work, points((1, 9000), (8, 9000), (64, 10_000)), phase="prefill")
+    decode = table("norm", norm.work, points((1, 1000), (8, 2000)), phase="decode")
     of_stage = ("norm", norm.work, "bf16")
     both = Measured(stages=(prefill, decode))
     found = [both.stage(*of_stage, rows, phase, 0.0) for phase in ("prefill", "decode") for rows in (1, 8, 64)]
     assert [price and price.seconds for price in found] == [9e-3, 9e-3, 1e-2, 1e-3, 2e-3, 1e-2]
     alone = Measured(stages=(prefill,)).stage(*of_stage, 1, "decode", 0.0)
     assert alone is not None and alone.seconds == 9e-3, "the other phase's, where there is nothing else"
-    one = CollectivePoints(
-        op="all_reduce", num_ranks=2, axis="inner", phase="decode", points=((1024, 1e-5), (2048, 2e-5))
-    )
-    other = replace(one, phase="prefill", points=((1024, 5e-5), (4096, 9e-5)))
-    tables = Measured(collectives=(one, other))
+    one = CollectiveTable(op="all_reduce", ranks=2, phase="decode", points=[[1024, 10], [2048, 20]])
+    other = CollectiveTable(op="all_reduce", ranks=2, phase="prefill", points=[[1024, 50], [4096, 90]])
+    exchanges = Measured(collectives=[one, other])
     moved = [
-        tables.collective("all_reduce", 2, "inner", n, phase)
+        exchanges.collective("all_reduce", 2, "inner", n, phase)
         for phase, n in (("decode", 1024), ("decode", 4096), ("prefill", 1024), ("prefill", 4096))
     ]
     assert [price and price.seconds for price in moved] == [1e-5, 9e-5, 5e-5, 9e-5]
@@ -185,10 +162,12 @@ def test_each_phase_has_its_own_prices_and_goes_on_by_the_others() -> None:
 
 def test_collectives_are_of_their_group_size_and_place() -> None:
     mesh = Mesh.of(dp=2, tp=2)
-    inner = CollectivePoints(op="reduce_scatter", num_ranks=2, axis="inner", points=((1, 1e-3), (1 << 30, 1e-3)))
-    outer = replace(inner, axis="outer", points=((1, 2e-3), (1 << 30, 2e-3)))
-    both = replace(inner, num_ranks=4, points=((1, 3e-3), (1 << 30, 3e-3)))
-    prices = pricer(Measured(collectives=(inner, outer, both)), mesh=mesh)
+    given = ((2, "inner", 1000), (2, "outer", 2000), (4, "inner", 3000))
+    found = [
+        CollectiveTable(op="reduce_scatter", ranks=ranks, axis=axis, points=[[1, us], [1 << 30, us]])
+        for ranks, axis, us in given
+    ]
+    prices = pricer(Measured(collectives=found), mesh=mesh)
     world = {str(move): prices.move(move, 2048, RowSet.ALL).ps for move in moves_from(mesh, owed(mesh))}
     assert world["reduce_scatter over dp: (P,P) -> (S,P)"] == 2 * 10**9
     assert world["reduce_scatter over dp x tp: (P,P) -> (S,S)"] == 3 * 10**9
@@ -213,36 +192,60 @@ def test_a_plan_holds_what_a_step_costs_beside_its_walk() -> None:
     assert sum(plan.totals().values()) == pytest.approx(plan.seconds)
 
 
-def a_profile(**fits: Any) -> Profile:
-    setting = here(ranks=2, threads=1, world="shm")
-    device = replace(DEVICES["cpu-core"], name="mine", title="two cores", measured=measured(), tflops_bf16=0.5)
+def a_profile(dtype: str = "bf16", made: dict[str, Any] | None = None, **fits: Any) -> Profile:
     return Profile(
-        device=device,
-        fits=replace(setting, **fits),
-        made={"date": "2026-11-27", "models": ["dsv3-mini"]},
-        figures={"tflops_bf16": 0.5},
+        name="mine",
+        title="two cores",
+        fits=replace(here(ranks=2, threads=1, world="shm"), **fits),
+        made={"date": "2026-11-27", "models": ["dsv3-mini"]} | (made or {}),
+        device=DeviceFigures(tflops_bf16=0.5),
+        **tables(dtype),
     )
+
+
+def planned(asked: str, ranks: int = 2, **more: Any) -> tuple[Device, list[str]]:
+    return choose_device(asked, lambda: here(ranks=ranks, threads=1, world=""), runs=False, **more)
+
+
+def running(asked: str = "auto", **more: Any) -> tuple[Device, list[str]]:
+    return choose_device(asked, lambda: here(ranks=2, threads=1, world="shm"), runs=True, **more)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     profile, path = a_profile(), tmp_path / "folder" / "mine.json"
     write_profile(path, profile)
-    read = read_profile(path)
-    assert (read.fits, read.made, read.device.name, read.device.tflops_bf16) == (
-        profile.fits,
-        profile.made,
-        "mine",
-        0.5,
-    )
-    tables, before = read.device.measured, profile.device.measured
-    assert tables is not None and before is not None
-    assert (tables.stages, tables.copies) == (before.stages, before.copies)
-    for found, was in ((tables.collectives[0], before.collectives[0]), (tables.steps[0], before.steps[0])):
-        assert found.points == was.points
+    assert read_profile(path) == profile
     again = tmp_path / "again.json"
-    write_profile(again, read)
+    write_profile(again, read_profile(path))
     assert again.read_text() == path.read_text()
-    assert find_device(str(path))[0].measured is not None and find_device("h100") == (DEVICES["h100"], ())
+    assert '"points": [[2048, 10.0], [1048576, 1000.0]]' in path.read_text(), "sizes without a point"
+    document = json.loads(path.read_text())
+    assert document["device"] == {"like": "cpu-core", "tflops_bf16": 0.5}
+    assert document["fits"]["ranks"] == 2 and "card" not in document["fits"], "what is left open is not there"
+    assert document["stages"][0]["work"][0]["kind"] == "gemm"
+    assert document["stages"][0]["points"] == [[1, 100.0, 0.0], [64, 600.0, 0.0]]
+
+
+def test_one_door_to_a_device(tmp_path: Path) -> None:
+    """The tables that a device is priced by are those of the file, not copies."""
+    path = tmp_path / "mine.json"
+    write_profile(path, a_profile())
+    for door in (planned, running):
+        device, notes = door(str(path))
+        assert device.measured is not None and device.tflops_bf16 == 0.5 and notes[0].startswith("prices: the profile")
+        assert door("h100") == (DEVICES["h100"], [])
+        with pytest.raises(ConfigError, match="unknown device 'h1000'"):
+            door("h1000")
+    profile = read_profile(path)
+    assert profile.device.measured is not None and profile.device.measured.stages is profile.stages
+
+
+def never() -> Setting:
+    raise AssertionError("a named device holds wherever it is asked for")
+
+
+def test_a_named_device_asks_nothing_of_this_machine() -> None:
+    assert choose_device("h20", never, runs=True) == choose_device("h20", never, runs=False) == (DEVICES["h20"], [])
 
 
 def test_a_profile_fits_what_it_was_made_for() -> None:
@@ -256,48 +259,53 @@ def test_a_profile_fits_what_it_was_made_for() -> None:
 
 
 def kept(folder: Path, name: str, dtype: str = "bf16", models: tuple[str, ...] = ("dsv3-mini",), **fits: Any) -> None:
-    profile = a_profile(**fits)
-    tables = measured()
-    tables = replace(tables, stages=tuple(replace(each, dtype=dtype) for each in tables.stages))
     made = {"date": f"2026-11-{len(list(folder.iterdir())) + 1:02}", "models": list(models)}
-    write_profile(folder / name, replace(profile, device=replace(profile.device, measured=tables), made=made))
+    write_profile(folder / name, a_profile(dtype, made, **fits))
 
 
 def test_of_the_profiles_that_fit_the_one_of_the_weights_and_of_the_model_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NARROWS_PROFILES", str(tmp_path))
-    setting = here(ranks=2, threads=1, world="shm")
 
-    def taken(dtype: str, model: str = "dsv3-mini") -> tuple[str, str]:
-        file, profile, refused = kept_profile(setting, dtype=dtype, model=model)
-        return file, profile.said(file, dtype) if profile else "; ".join(refused)
+    def taken(dtype: str, model: str = "dsv3-mini") -> str:
+        (note,) = running(dtype=dtype, model=model)[1]
+        return note
 
     kept(tmp_path, "threads.json", world="threads")
-    file, said = taken("bf16")
-    assert not file and said == "the profile threads.json is not used: world 'threads' there, 'shm' here"
+    assert running()[0] == DEVICES["cpu-core"], "no profile fits"
+    assert taken("bf16") == (
+        "the profile threads.json is not used: world 'threads' there, 'shm' here; anew: narrows calibrate --ranks 2"
+    )
     kept(tmp_path, "b-int8.json", "int8")
-    file, said = taken("bf16")
-    assert file == "b-int8.json" and said.endswith("it measured int8, by which bf16 is scaled")
-    write_profile(tmp_path / "z-empty.json", replace(a_profile(), device=DEVICES["cpu-core"]))
-    assert taken("bf16")[0] == "b-int8.json", "one without stages measured nothing"
+    scaled = "prices: the profile b-int8.json, made 2026-11-02; it measured int8, by which bf16 is scaled"
+    assert taken("bf16") == f"{scaled}; narrows calibrate --ranks 2 measures it"
+    who_plans = planned("auto", dtype="bf16", model="dsv3-mini")[1]
+    assert who_plans == ["prices: the profile threads.json, made 2026-11-01"], "however its ranks exchange"
+    empty = a_profile().model_copy(update={"stages": [], "collectives": [], "copies": [], "steps": []})
+    write_profile(tmp_path / "z-empty.json", empty)
+    assert "b-int8.json" in taken("bf16"), "one without stages measured nothing"
     (tmp_path / "z-empty.json").write_text('{"narrows_profile": 1, "fits": {"ranks": 9}, "device": {"tflops_fp8": 1}}')
     kept(tmp_path, "a.json")
-    assert taken("bf16") == ("a.json", "prices: the profile a.json, made 2026-11-04")
-    assert taken("int8")[0] == "b-int8.json"
+    assert taken("bf16") == "prices: the profile a.json, made 2026-11-04"
+    assert "b-int8.json" in taken("int8")
     kept(tmp_path, "c.json", models=("/some/where/other",))
-    assert taken("bf16")[0] == "a.json", "made with the model, though not the newest"
-    assert taken("bf16", "/else/where/other")[0] == "c.json"
-    assert taken("bf16", "unheard-of")[0] == "c.json", "the newest"
-    assert device_here(2, "int8", "dsv3-mini")[1].startswith("prices: the profile b-int8.json")
+    assert "a.json" in taken("bf16"), "made with the model, though not the newest"
+    assert "c.json" in taken("bf16", "/else/where/other")
+    assert "c.json" in taken("bf16", "unheard-of"), "the newest"
+    assert planned("auto", dtype="int8", model="dsv3-mini")[1][0].startswith("prices: the profile b-int8.json")
+    with pytest.raises(ConfigError, match=r"no profile of this machine for 3 rank\(s\).*calibrate --ranks 3, or name"):
+        planned("auto", 3)
 
 
 def test_a_profile_of_another_machine_or_version_says_so_where_it_is_planned_by(tmp_path: Path) -> None:
     write_profile(tmp_path / "mine.json", a_profile(ranks=8, world="gloo"))
     file = str(tmp_path / "mine.json")
-    assert find_device(file)[1] == (f"prices: the profile {file}, made 2026-11-27",)
+    assert planned(file)[1] == [f"prices: the profile {file}, made 2026-11-27"]
+    with pytest.raises(ConfigError, match=r"made for something else \(ranks 8 there, 2 here; .*--out .*mine.json"):
+        running(file, dtype="bf16")
     write_profile(tmp_path / "mine.json", a_profile(cpu="an abacus", narrows="0.0.7"))
-    (_, other) = find_device(file, "bf16")[1]
+    (_, other) = planned(file, dtype="bf16")[1]
     assert other.startswith(f"the profile {file} is not of this machine: cpu 'an abacus' there") and "0.0.7" in other
 
 
@@ -309,11 +317,11 @@ def test_every_figure_of_a_device_may_be_said() -> None:
 def test_peaks_that_are_not_said_follow_those_that_are(tmp_path: Path) -> None:
     path = tmp_path / "slow.json"
     path.write_text(json.dumps({"narrows_profile": 1, "device": {"like": "cpu-core", "tflops_bf16": 0.22}}))
-    device = find_device(str(path))[0]
+    device = planned(str(path))[0]
     assert device.tflops_int8 == pytest.approx(0.44) and device.tflops_fp32 == pytest.approx(0.03)
     assert device.tflops_fp8 is None
     path.write_text(json.dumps({"narrows_profile": 1, "device": {"tflops_bf16": 0.22, "tflops_int8": None}}))
-    assert find_device(str(path))[0].tflops_int8 is None
+    assert planned(str(path))[0].tflops_int8 is None
 
 
 def test_a_hand_written_profile_needs_little(tmp_path: Path) -> None:
@@ -402,7 +410,7 @@ def test_the_example_of_the_page_is_a_profile() -> None:
     page = Path(__file__).parents[2] / "docs" / "profiles.md"
     example = re.search(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert example is not None
-    assert {each.stage for each in parse(example[1]).stages} == {"qkv_a_proj", "attention"}
+    assert {each.stage for each in Profile.model_validate_json(example[1]).stages} == {"qkv_a_proj", "attention"}
 
 
 def test_files_that_are_no_profiles(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.cost.devices import device
-from narrows.cost.measured import Measured, StepPoints
+from narrows.cost.measured import Measured, StepTable
 from narrows.cost.stage import Pricer
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
@@ -85,9 +85,7 @@ def test_a_step_that_fills_its_bucket_costs_what_its_plan_says(model: str, dp: i
 
 
 def test_what_a_device_needs_between_steps_is_part_of_every_step() -> None:
-    steps = tuple(
-        StepPoints(phase=phase, points=((1, 1e-3), (64, 2e-3), (4096, 9e-3))) for phase in ("decode", "prefill")
-    )
+    steps = [StepTable(phase=phase, points=[[1, 1000], [64, 2000], [4096, 9000]]) for phase in ("decode", "prefill")]
     machine = replace(device("cpu-core"), name="here", measured=Measured(steps=steps))
     deployment = Deployment(config=preset("dsv3-mini"), mesh=Mesh.of(dp=1, tp=2), device=machine)
     found = PlannedCosts(Planner(deployment, Forms()), "auto", CONTEXT).cost(batch([(CONTEXT - 1, 1)] * 64))

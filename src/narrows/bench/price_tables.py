@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from narrows.arch.stages import AttentionCore, Work
-from narrows.bench.statistics import Spread, quantile, spread
-from narrows.cost.measured import AXES, REDUCE_NORM, CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
+from narrows.arch.stages import AttentionCore, PriceClass, Work
+from narrows.bench.statistics import quantile, spread
+from narrows.cost.measured import AXES, REDUCE_NORM, CollectiveTable, Measured, StageTable, StepTable
 from narrows.layout import Mesh, Move, MoveKind
 from narrows.plan.plan import Plan, Step, StepKind
 
@@ -41,7 +41,7 @@ class Tables:
     """Seconds as they are found, by what a price is looked up by."""
 
     def __init__(self) -> None:
-        self.stages: dict[tuple[str, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
+        self.stages: dict[tuple[PriceClass, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
         self.moves: dict[str, dict[tuple[str, int, str], dict[int, list[float]]]] = {}
         """By phase."""
         self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
@@ -70,7 +70,7 @@ class Tables:
         work = stage.plain_work if stage.plain_work and not step.fused else stage.work
         attends = any(isinstance(item, AttentionCore) for item in work)
         attended = shape.attended(step.rows, stage.window) if attends else 0.0
-        table = self.stages.setdefault((str(stage.price_class), work, self.dtype, shape.phase), {})
+        table = self.stages.setdefault((stage.price_class, work, self.dtype, shape.phase), {})
         table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
 
     def _book_move(self, op: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
@@ -79,26 +79,11 @@ class Tables:
 
     def calibration(self, seconds: float) -> Calibration:
         """Everything measured, as tables."""
-        stages = tuple(
-            StagePoints(
-                price_class=price_class,
-                work=work,
-                dtype=dtype,
-                phase=phase,
-                points=tuple(
-                    StagePoint(rows=rows, attended=attended, seconds=found.median, spread=_width(found))
-                    for (rows, attended), found in sorted((at, spread(s)) for at, s in points.items())
-                ),
-            )
-            for (price_class, work, dtype, phase), points in self.stages.items()
-        )
-        steps = tuple(
-            StepPoints(phase=phase, points=points, spreads=spreads)
-            for phase, table in self.steps.items()
-            for points, spreads in [_table(table)]
-        )
         measured = Measured(
-            stages=stages, collectives=tuple(self._collectives()), copies=_table(self.copies)[0], steps=steps
+            stages=tuple(self._stages()),
+            collectives=tuple(self._collectives()),
+            copies=_rows(self.copies),
+            steps=tuple(StepTable(phase=phase, points=_rows(table)) for phase, table in self.steps.items()),
         )
         return Calibration(
             measured=measured,
@@ -108,7 +93,16 @@ class Tables:
             left_out=tuple(self.left_out),
         )
 
-    def _collectives(self) -> Iterator[CollectivePoints]:
+    def _stages(self) -> Iterator[StageTable]:
+        for (price_class, work, dtype, phase), found in self.stages.items():
+            attends = any(attended for _, attended in found)
+            points = [
+                [rows, *_figures(found[rows, attended]), *([attended] if attends else [])]
+                for rows, attended in sorted(found)
+            ]
+            yield StageTable(stage=price_class, work=list(work), dtype=dtype, phase=phase, points=points)
+
+    def _collectives(self) -> Iterator[CollectiveTable]:
         """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
         for phase, moves in self.moves.items():
             added = _added(moves, self.alone)
@@ -121,10 +115,7 @@ class Tables:
                     table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
                 if len(table) < 2:
                     continue
-                points, spreads = _table(table)
-                yield CollectivePoints(
-                    op=op, num_ranks=num_ranks, axis=axis, phase=phase, points=points, spreads=spreads
-                )
+                yield CollectiveTable(op=op, ranks=num_ranks, axis=axis, phase=phase, points=_rows(table))
 
 
 def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
@@ -161,13 +152,15 @@ def _added(
     return factor
 
 
-def _table(found: dict[int, list[float]]) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
-    spreads = [(size, spread(seconds)) for size, seconds in sorted(found.items())]
-    return tuple((size, each.median) for size, each in spreads), tuple(_width(each) for _, each in spreads)
+def _rows(found: dict[int, list[float]]) -> list[list[float]]:
+    """[size, us, spread] of each size."""
+    return [[size, *_figures(found[size])] for size in sorted(found)]
 
 
-def _width(found: Spread) -> float:
-    return (found.p90 - found.p10) / found.median
+def _figures(seconds: list[float]) -> tuple[float, float]:
+    """Microseconds, and how far p90 lies above p10 as a share of them."""
+    found = spread(seconds)
+    return 1e6 * found.median, (found.p90 - found.p10) / found.median
 
 
 def axis_of(mesh: Mesh, last: int) -> str:

@@ -329,7 +329,7 @@ def _pages(grid: Grid, page: int) -> int:
 def figures_of(found: Calibration, *, num_ranks: int, memory_bytes: float, dtype: str) -> dict[str, Any]:
     """Fields of a device from the rates: they price works that no table has. ``dtype``: ``bf16`` or ``fp32``, of the
     products by which the rate was measured."""
-    smallest = min(point.seconds for stage in found.measured.stages for point in stage.points)
+    smallest = min(row[1] for stage in found.measured.stages for row in stage.points) / 1e6
     return {
         f"tflops_{dtype}": round(found.flop_per_s / 1e12, 4),
         "hbm_bytes_per_s": round(found.read_bytes_per_s),

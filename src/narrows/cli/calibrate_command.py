@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from narrows.bench.price_tables import Calibration
 from narrows.bench.profiling import Grid, calibrate, figures_of
 from narrows.cli.console import console
 from narrows.comm.cores import num_cores
-from narrows.cost.devices import DEVICES, device_of_card
 from narrows.cost.here import Setting
-from narrows.cost.profile import Profile, profiles_folder, write_profile
+from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
 from narrows.engine.prices import setting_of, world_name
 from narrows.errors import ConfigError
@@ -103,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
     profile = _profile(args, setting, found, models, where["memory_gib"] * (1 << 30), where["date"])
-    path = Path(args.out) if args.out else profiles_folder() / f"{profile.device.name}.json"
+    path = Path(args.out) if args.out else profiles_folder() / f"{profile.name}.json"
     write_profile(path, profile)
     _print(profile, found, path)
     return 0
@@ -150,15 +148,11 @@ def _profile(
     words += [Path(model).name for model in models if models != _MODELS]
     dtype = "fp32" if args.dtype == "float32" else "bf16"
     figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory, dtype=dtype)
-    like = (device_of_card(setting.card) or "h100") if setting.card else "cpu-core"
-    base = DEVICES[like]
     if setting.card:
         del figures["memory_bytes"]  # the host's, and not its GPUs'
-    name = "-".join(words)
     return Profile(
-        device=replace(
-            base, name=name, title=f"{setting.ranks} ranks of {setting.cpu}", measured=found.measured, **figures
-        ),
+        name="-".join(words),
+        title=f"{setting.ranks} ranks of {setting.cpu}",
         fits=setting,
         made={
             "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -167,20 +161,23 @@ def _profile(
             "seconds": round(found.seconds, 1),
             "left_out": list(found.left_out),
         },
-        like=like,
-        figures=figures,
+        device=DeviceFigures(like=nearest_device(setting) or "h100", **figures),
+        stages=list(found.measured.stages),
+        collectives=list(found.measured.collectives),
+        copies=[list(row) for row in found.measured.copies],
+        steps=list(found.measured.steps),
     )
 
 
 def _print(profile: Profile, found: Calibration, path: Path) -> None:
     out, measured = console(), found.measured
-    table = Table(title=f"{profile.device.title}: {found.seconds:.0f} s", title_justify="left", box=None)
+    table = Table(title=f"{profile.title}: {found.seconds:.0f} s", title_justify="left", box=None)
     for column, justify in (("what", "left"), ("tables", "right"), ("points", "right"), ("spread, median", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    spreads = sorted(point.spread for stage in measured.stages for point in stage.points)
+    spreads = sorted(row[2] for stage in measured.stages for row in stage.points)
     points = len(spreads)
     table.add_row("stages", str(len(measured.stages)), str(points), f"{spreads[points // 2]:.1%}")
-    exchanged = sorted(spread for each in measured.collectives for spread in each.spreads)
+    exchanged = sorted(row[2] for each in measured.collectives for row in each.points)
     if exchanged:
         middle = f"{exchanged[len(exchanged) // 2]:.1%}"
         table.add_row("collectives", str(len(measured.collectives)), str(len(exchanged)), middle)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from narrows.arch.config import ModelConfig
@@ -15,7 +16,8 @@ from narrows.arch.presets import load_model_config
 from narrows.cli.plan_tables import print_report
 from narrows.cli.priced import add_priced_flags
 from narrows.cost.devices import Device
-from narrows.cost.profile import device_here, find_device
+from narrows.cost.here import here
+from narrows.cost.profile import choose_device
 from narrows.cost.stage import PHASES, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
@@ -112,12 +114,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _hardware(args: argparse.Namespace, mesh: Mesh, notes: list[str]) -> Device:
     """What is asked for; if nothing is, this machine, by this user's profile of as many ranks."""
-    if args.device != "auto":
-        found, said = find_device(args.device, args.dtype or "")
-        notes += said
-        return found
-    found, note = device_here(mesh.size, args.dtype or "", args.model)
-    notes.append(note)
+    setting = partial(here, ranks=mesh.size, threads=1, world="")
+    found, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
+    notes += said
     return found
 
 

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from narrows.cli.loads import (
 from narrows.cli.priced import add_priced_flags, add_requests_flag
 from narrows.cli.simulate_tables import print_candidate, print_ranking, print_unfit
 from narrows.cost.devices import Device
-from narrows.cost.profile import find_device
+from narrows.cost.here import here
+from narrows.cost.profile import choose_device
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.loads.workload import Ask
@@ -72,7 +74,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--device",
         required=True,
         metavar="NAME",
-        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or a profile's file",
+        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., a profile's file, or auto: "
+        "this machine's profile",
     )
     add_priced_flags(served, no_layout="auto")
     add("--max-rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows per step (default %(default)s)")
@@ -110,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     config = load_model_config(args.model, args.revision)
-    hardware, said = find_device(args.device, args.dtype or "")
+    asked = _asked(args, config)
+    setting = partial(here, ranks=max((mesh.size for mesh, _ in asked), default=1), threads=1, world="")
+    hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
     for line in said:
         print(f"narrows: {line}", file=sys.stderr)
     max_context = longest_context(config, args.max_context)
@@ -120,7 +125,6 @@ def run(args: argparse.Namespace) -> int:
         tpot_s=None if args.max_tpot is None else args.max_tpot / 1e3,
         quantile=args.percentile,
     )
-    asked = _asked(args, config)
     dtype, because = _dtype(args, config, hardware)
     quiet = len(asked) == 1 or not sys.stderr.isatty()
     with Progress(console=console(stderr=True), transient=True, disable=quiet) as bar:

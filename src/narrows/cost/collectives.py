@@ -14,13 +14,11 @@ from functools import cache, lru_cache
 from types import MappingProxyType
 
 from narrows.cost.devices import CollectiveSource, Device
+from narrows.cost.measured import COLLECTIVES
 from narrows.cost.price import ZERO, Price, Source
 from narrows.cost.tables import Curve, read_rows
 
 __all__ = ["COLLECTIVES", "collective_price"]
-
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
-"""The operations that have a price."""
 
 
 def collective_price(device: Device, op: str, num_ranks: int, nbytes: int, *, graph: bool = True) -> Price:

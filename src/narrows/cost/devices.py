@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from narrows.cost.measured import Measured
+from narrows.cost.measured import DTYPES, Measured
 from narrows.errors import ConfigError
 
 __all__ = ["DEVICES", "DTYPES", "CollectiveSource", "Device", "device", "device_of_card"]
-
-DTYPES = ("bf16", "fp8", "int8", "int8-weight-only", "fp32")
-"""Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
 
 _GROUPS = ("peaks", "memory", "collectives", "gemm", "row work", "attention")
 

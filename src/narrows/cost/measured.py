@@ -1,24 +1,55 @@
 """What was measured on one machine, and the price that follows: stages by rows, collectives by bytes and group, copies.
 
-Knows works, row counts and bytes as keys and curves; not how they were measured, nor the machine. A stage is looked up
-by what it computes (its price class and work), so a table made with one model serves every model whose ranks do the
-same work. What was not measured is priced by its nearest neighbour's share of the roofline, and says `scaled`.
+The tables are held as a profile has them (docs/profiles.md): the classes here are what is read, priced by, and written.
+A stage is looked up by what it computes (its price class and work), so a table made with one model serves every model
+whose ranks do the same work. What was not measured is priced by its nearest neighbour's share of the roofline, and says
+`scaled`.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, astuple, dataclass, fields
 from functools import cached_property
-from typing import TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from narrows.arch.stages import AttentionCore, Work
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    create_model,
+    field_validator,
+)
+
+from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
 from narrows.cost.price import Price, Source
 from narrows.cost.tables import Curve
 
-__all__ = ["AXES", "REDUCE_NORM", "CollectivePoints", "Measured", "StagePoint", "StagePoints", "StepPoints"]
+__all__ = [
+    "AXES",
+    "COLLECTIVES",
+    "DTYPES",
+    "MEASURED_OPS",
+    "REDUCE_NORM",
+    "WORKS",
+    "CollectiveTable",
+    "Measured",
+    "Part",
+    "SizeRow",
+    "StageTable",
+    "StepTable",
+]
+
+DTYPES = ("bf16", "fp8", "int8", "int8-weight-only", "fp32")
+"""Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
+
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+"""The operations that have a price on every device."""
 
 AXES = ("inner", "outer")
 """Of a group's ranks: next to each other (along the last axes of a mesh), or apart with other groups between them."""
@@ -26,68 +57,152 @@ AXES = ("inner", "outer")
 REDUCE_NORM = "all_reduce_norm"
 """An all-reduce and the norm of its rows as one step; its bytes are those of the all-reduce."""
 
+MEASURED_OPS = (*COLLECTIVES, "column_gather", REDUCE_NORM)
+WORKS: Mapping[str, type[Work]] = {
+    "gemm": Gemm,
+    "grouped_gemm": GroupedGemm,
+    "norm": Norm,
+    "stream": Stream,
+    "attention": AttentionCore,
+}
+_NAMES = {kind: name for name, kind in WORKS.items()}
+
 _Table = TypeVar("_Table")
 _Point = TypeVar("_Point")
 
-Points = tuple[tuple[float, float], ...]
-"""(size, seconds) in ascending order of size."""
+Point = tuple[float, float]
+"""(size, seconds)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePoint:
-    """Seconds of a stage over ``rows`` of the largest rank; below 1: of the mean rank, where some have none (see
-    :meth:`RowSplit.at_work`). ``attended``: tokens of context that a row attends to, on average; 0 where
-    the stage does not attend. ``spread``: how far p90 lies above p10, as a share of the median."""
-
-    rows: float
-    seconds: float
-    attended: float = 0.0
-    spread: float = 0.0
+# -- the tables --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePoints:
-    """One stage: what it computes on the largest rank, in which dtype, and the points. ``phase``: of which steps;
-    empty: of all. Steps of few rows cost less in decode, where they are on tape; attention may run in another form."""
+class Part(BaseModel):
+    """A part of a profile. An unknown field is an error: a misspelt one would leave a price to the roofline unsaid."""
 
-    price_class: str
-    work: tuple[Work, ...]
-    dtype: str
-    phase: str = ""
-    points: tuple[StagePoint, ...]
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+    )
+
+    @field_validator("points", "copies", check_fields=False)
+    @classmethod
+    def _real_points(cls, rows: list[list[float]]) -> list[list[float]]:
+        seen: set[tuple[float, ...]] = set()
+        for row in rows:
+            if not (row[0] and row[1]):
+                raise ValueError(f"the point {row} has a size or a time of 0")
+            at = (row[0], *row[3:])
+            if at in seen:
+                raise ValueError(f"there are two points at {' and '.join(f'{x:g}' for x in at)}")
+            seen.add(at)
+        return rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectivePoints:
-    """Seconds of one collective among ``num_ranks``, over the bytes of the whole tensor; ``axis`` is one of AXES. All
-    groups of the world exchange at once. ``phase``: of which steps; empty: of all."""
-
-    op: str
-    num_ranks: int
-    axis: str
-    phase: str = ""
-    points: Points
-    spreads: tuple[float, ...] = ()
+def short(number: float) -> float:
+    """A whole number without its point, for files that people read."""
+    return int(number) if number == int(number) else number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPoints:
-    """Seconds of a step outside of the walk of its plan, over its rows: handing it out, its inputs, its result."""
+def _row(row: Sequence[float]) -> list[float]:
+    """A row as it is written: microseconds and spread to three places."""
+    return [short(row[0]), *(round(x, 3) for x in row[1:3]), *map(short, row[3:])]
 
-    phase: str
-    points: Points
-    spreads: tuple[float, ...] = ()
+
+def _document(item: object) -> object:
+    """An item of work as a profile has it: its fields, and which kind it is."""
+    if type(item) not in _NAMES:
+        return item
+    values = {name: short(x) if isinstance(x, float) else x for name, x in asdict(item).items()}  # type: ignore[call-overload]
+    return {"kind": _NAMES[type(item)], **values}  # type: ignore[index]
+
+
+def _item(name: str, kind: type[Work]) -> Any:
+    """The document of one item of work: the fields of its class, and ``kind``."""
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {"kind": (Literal[name], ...)}
+    for each in fields(kind):
+        is_size = hints[each.name] in (int, float)
+        hint = Annotated[hints[each.name], Field(ge=0)] if is_size else hints[each.name]
+        given[each.name] = (hint, ... if each.default is MISSING else each.default)
+    return create_model(name, __base__=Part, **given)
+
+
+_Item: Any = (
+    _item("gemm", Gemm)
+    | _item("grouped_gemm", GroupedGemm)
+    | _item("norm", Norm)
+    | _item("stream", Stream)
+    | _item("attention", AttentionCore)
+)
+_Work: Any = Annotated[
+    Annotated[_Item, Field(discriminator="kind")],
+    BeforeValidator(_document),
+    AfterValidator(lambda item: WORKS[item.kind](**item.model_dump(exclude={"kind"}))),
+    PlainSerializer(_document),
+]
+_Phase: Any = Literal["decode", "prefill"]
+_Number = Annotated[float, Field(ge=0)]
+_StageRow = Annotated[list[_Number], Field(min_length=2, max_length=4), PlainSerializer(_row, return_type=Any)]
+SizeRow = Annotated[list[_Number], Field(min_length=2, max_length=3), PlainSerializer(_row, return_type=Any)]
+"""[size, us, spread]; the last may be left out."""
+_SizeRows = Annotated[list[SizeRow], Field(min_length=2)]
+
+
+class StageTable(Part):
+    """Microseconds of one stage: what it computes on the largest rank, in which dtype, and the points.
+
+    ``phase``: of which steps; None: of all. Steps of few rows cost less in decode, where they are on tape; attention
+    may run in another form. ``points``: [rows, us, spread, attended]; the last two may be left out. ``rows`` are the
+    largest rank's; below 1: of the mean rank, where some have none (see :meth:`RowSplit.at_work`). ``spread``: how far
+    p90 lies above p10, as a share of the median. ``attended``: tokens of context that a row attends to, on average.
+    """
+
+    stage: PriceClass
+    dtype: Literal[DTYPES]  # type: ignore[valid-type]
+    phase: _Phase | None = None
+    work: Annotated[list[_Work], Field(min_length=1)]
+    points: Annotated[list[_StageRow], Field(min_length=1)]
+
+    @cached_property
+    def works(self) -> tuple[Work, ...]:
+        """The work as the chain of a model states it."""
+        return tuple(self.work)
+
+
+class CollectiveTable(Part):
+    """Microseconds of one collective in groups of ``ranks``, over the bytes of the whole tensor. All groups of the
+    world exchange at once. ``axis``: one of AXES; ``phase``: of which steps; None: of all. ``points``: [bytes, us,
+    spread]."""
+
+    op: Literal[MEASURED_OPS]  # type: ignore[valid-type]
+    ranks: Annotated[int, Field(ge=2)]
+    axis: Literal[AXES] = AXES[0]  # type: ignore[valid-type]
+    phase: _Phase | None = None
+    points: _SizeRows
+
+
+class StepTable(Part):
+    """Microseconds of a step outside of the run of its plan, over its rows: handing it out, its inputs, its result."""
+
+    phase: _Phase
+    points: _SizeRows
+
+
+# -- prices ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Measured:
-    """All tables of one machine. ``copies``: one pass that reads and writes, over the bytes of both. ``num_ranks``: the
+    """All tables of one machine. ``copies``: one pass that reads and writes, [bytes of both, us]. ``num_ranks``: the
     ranks that were at work together; 0: not said."""
 
-    stages: tuple[StagePoints, ...] = ()
-    collectives: tuple[CollectivePoints, ...] = ()
-    copies: Points = ()
-    steps: tuple[StepPoints, ...] = ()
+    stages: Sequence[StageTable] = ()
+    collectives: Sequence[CollectiveTable] = ()
+    copies: Sequence[Sequence[float]] = ()
+    steps: Sequence[StepTable] = ()
     num_ranks: int = 0
 
     def stage(
@@ -128,9 +243,10 @@ class Measured:
 
     @cached_property
     def _surfaces(self) -> Mapping[tuple[str, tuple[Work, ...], str], Mapping[str, _Surface]]:
-        held: dict[tuple[str, tuple[Work, ...], str], dict[str, tuple[StagePoint, ...]]] = {}
+        held: dict[tuple[str, tuple[Work, ...], str], dict[str, tuple[_StagePoint, ...]]] = {}
         for each in self.stages:
-            held.setdefault((each.price_class, each.work, each.dtype), {})[each.phase] = each.points
+            points = tuple(map(_stage_point, each.points))
+            held.setdefault((each.stage, each.works, each.dtype), {})[each.phase or ""] = points
         return {
             key: {phase: _Surface(points) for phase, points in _phases(tables, _rows, alike=not _attends(key[1]))}
             for key, tables in held.items()
@@ -140,30 +256,30 @@ class Measured:
     def _kinds(self) -> Mapping[tuple[str, str, tuple[object, ...]], tuple[tuple[Work, ...], ...]]:
         found: dict[tuple[str, str, tuple[object, ...]], dict[tuple[Work, ...], None]] = {}
         for each in self.stages:
-            found.setdefault((each.price_class, each.dtype, _kind(each.work)), {})[each.work] = None
+            found.setdefault((each.stage, each.dtype, _kind(each.works)), {})[each.works] = None
         return {kind: tuple(works) for kind, works in found.items()}
 
     @cached_property
     def _single(self) -> Mapping[tuple[Work, str], str]:
-        return {(each.work[0], each.dtype): each.price_class for each in self.stages if len(each.work) == 1}
+        return {(each.works[0], each.dtype): each.stage for each in self.stages if len(each.works) == 1}
 
     @cached_property
     def _collectives(self) -> Mapping[tuple[str, int, str], Mapping[str, Curve]]:
-        held: dict[tuple[str, int, str], dict[str, Points]] = {}
+        held: dict[tuple[str, int, str], dict[str, tuple[Point, ...]]] = {}
         for each in self.collectives:
-            held.setdefault((each.op, each.num_ranks, each.axis), {})[each.phase] = each.points
+            held.setdefault((each.op, each.ranks, each.axis), {})[each.phase or ""] = _points(each.points)
         return {
-            key: {phase: Curve.of(points) for phase, points in _phases(tables, _nbytes, alike=True)}
+            key: {phase: Curve.of(points) for phase, points in _phases(tables, _size, alike=True)}
             for key, tables in held.items()
         }
 
     @cached_property
     def _copies(self) -> Curve | None:
-        return Curve.of(self.copies) if self.copies else None
+        return Curve.of(_points(self.copies)) if self.copies else None
 
     @cached_property
     def _steps(self) -> Mapping[str, Curve]:
-        return {each.phase: Curve.of(each.points) for each in self.steps}
+        return {each.phase: Curve.of(_points(each.points)) for each in self.steps}
 
 
 def _of_phase(tables: Mapping[str, _Table], phase: str) -> _Table | None:
@@ -184,21 +300,34 @@ def _phases(
         yield phase, points
 
 
-def _rows(point: StagePoint) -> float:
-    return point.rows
+def _points(rows: Sequence[Sequence[float]]) -> tuple[Point, ...]:
+    """[size, us, ...] in seconds."""
+    return tuple((row[0], row[1] / 1e6) for row in rows)
 
 
-def _nbytes(point: tuple[float, float]) -> float:
+def _size(point: Point) -> float:
+    return point[0]
+
+
+_StagePoint = tuple[float, float, float]
+"""(rows, attended, seconds)."""
+
+
+def _stage_point(row: Sequence[float]) -> _StagePoint:
+    return row[0], row[3] if len(row) == 4 else 0.0, row[1] / 1e6
+
+
+def _rows(point: _StagePoint) -> float:
     return point[0]
 
 
 class _Surface:
     """Seconds over rows and attended tokens: a straight line in what is attended, log-log in rows."""
 
-    def __init__(self, points: Iterable[StagePoint]) -> None:
+    def __init__(self, points: Iterable[_StagePoint]) -> None:
         by_rows: dict[float, list[tuple[float, float]]] = {}
-        for point in points:
-            by_rows.setdefault(point.rows, []).append((point.attended, point.seconds))
+        for rows, attended, seconds in points:
+            by_rows.setdefault(rows, []).append((attended, seconds))
         self._rows = sorted(by_rows)
         self._lines = [sorted(by_rows[rows]) for rows in self._rows]
         assert self._rows and self._rows[0] > 0, "a stage is measured at one row or more"

@@ -1,51 +1,146 @@
-"""Profiles: a machine's prices in a file, whoever wrote it. Reads, checks and writes them (format: docs/profiles.md).
+"""Profiles: a machine's prices in a file, and the one door by which a command finds the device it plans for.
 
-Knows devices, measured tables and JSON. A profile names what it was made for (a :class:`Setting`); who runs ranks
-refuses one that is of another machine or version, who only plans may take any.
+:class:`Profile` is the file (docs/profiles.md): what is read and written is what prices come from. A profile names what
+it was made for (a :class:`Setting`). Ranks that run here refuse one that was made elsewhere, since their plans would
+rest on prices that do not hold; who only plans may take any.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from narrows.cost.devices import DEVICES, Device, device
-from narrows.cost.here import Setting, here
-from narrows.cost.measured import CollectivePoints, Measured, StagePoint, StagePoints, StepPoints
-from narrows.cost.profile_format import MEASURED_OPS, VERSION, WORKS, ProfileDocument, StageTable, parse
+from pydantic import BaseModel, Field, JsonValue, ValidationError, field_serializer, model_serializer, model_validator
+
+from narrows.cost.devices import DEVICES, Device, device, device_of_card
+from narrows.cost.here import Setting
+from narrows.cost.measured import WORKS, CollectiveTable, Measured, Part, SizeRow, StageTable, StepTable, short
 from narrows.errors import ConfigError
+from narrows.native import why_absent
 
 __all__ = [
-    "MEASURED_OPS",
+    "DeviceFigures",
     "Profile",
-    "device_here",
-    "find_device",
-    "is_profile",
-    "kept_profile",
+    "calibrate_command",
+    "choose_device",
+    "nearest_device",
     "profiles_folder",
     "read_profile",
     "write_profile",
 ]
 
+VERSION = 1
 _FOLDER_VARIABLE = "NARROWS_PROFILES"
 _PEAKS = ("tflops_bf16", "tflops_fp32", "tflops_int8", "tflops_fp8")
-_NAMES = {kind: name for name, kind in WORKS.items()}
+_PLANNED = ("threads", "world", "card")
+"""What may differ between a profile and ranks that are only planned."""
+
+_Rate = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Seconds = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """A device with measured prices, and what it was made for. ``made``: date, command, models; for people."""
+# -- the file ----------------------------------------------------------------------------------------------------------
 
-    device: Device
-    fits: Setting
-    made: Mapping[str, Any] = field(default_factory=dict)
-    like: str = "cpu-core"
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the device that differ from those of ``like``."""
+_UNSAID: Any = None
+
+
+class DeviceFigures(Part):
+    """Figures of a :class:`~narrows.cost.devices.Device`; what is left out is that of ``like``."""
+
+    like: Literal[tuple(DEVICES)] = "cpu-core"  # type: ignore[valid-type]
+    tflops_bf16: _Rate = _UNSAID
+    tflops_fp8: _Rate | None = _UNSAID
+    tflops_int8: _Rate | None = _UNSAID
+    tflops_fp32: _Rate = _UNSAID
+    hbm_bytes_per_s: _Rate = _UNSAID
+    memory_bytes: _Rate = _UNSAID
+    link_bytes_per_s: _Rate = _UNSAID
+    num_links: Annotated[int, Field(ge=1)] = _UNSAID
+    is_cpu: bool = _UNSAID
+    shared_memory: bool = _UNSAID
+    fused_norm_bytes: Annotated[int, Field(ge=0)] = _UNSAID
+    link_latency_s: _Seconds = _UNSAID
+    gemm_efficiency: _Share = _UNSAID
+    gemm_memory_efficiency: _Share = _UNSAID
+    norm_plain_efficiency: _Share = _UNSAID
+    norm_fused_efficiency: _Share = _UNSAID
+    stream_efficiency: _Share = _UNSAID
+    attention_efficiency: _Share = _UNSAID
+    launch_s: _Seconds = _UNSAID
+    gemm_launch_s: _Seconds = _UNSAID
+
+    def given(self) -> dict[str, Any]:
+        """The figures that are said. Of fp8 and int8 it may be said that the device has no such rate."""
+        return {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set - {"like"}
+        }
+
+    @model_serializer
+    def _said(self) -> dict[str, Any]:
+        return {
+            "like": self.like,
+            **{name: short(x) if isinstance(x, float) else x for name, x in self.given().items()},
+        }
+
+
+class Profile(Part):
+    """A machine's prices, and what they were made for. ``made``: date, command, models; for people."""
+
+    narrows_profile: Literal[1] = 1
+    name: str | None = None
+    title: str | None = None
+    fits: Setting = Setting()
+    made: dict[str, JsonValue] = Field(default_factory=dict)
+    figures: DeviceFigures = Field(default=DeviceFigures(), alias="device")
+    stages: list[StageTable] = Field(default_factory=list)
+    collectives: list[CollectiveTable] = Field(default_factory=list)
+    copies: list[SizeRow] = Field(default_factory=list)
+    steps: list[StepTable] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Profile:
+        if len(self.copies) == 1:
+            raise ValueError("copies: two points or more are needed")
+        keys: list[tuple[str, object]] = [(f"the stage {s.stage}", (s.dtype, s.phase, s.works)) for s in self.stages]
+        keys += [(f"the collective {c.op}", (c.ranks, c.axis, c.phase)) for c in self.collectives]
+        keys += [("steps", s.phase) for s in self.steps]
+        seen: set[tuple[str, object]] = set()
+        for key in keys:
+            if key in seen:
+                raise ValueError(f"{key[0]} has two tables of the same")
+            seen.add(key)
+        return self
+
+    @field_serializer("fits")
+    def _fits(self, fits: Setting) -> dict[str, str | int]:
+        return fits.document()
+
+    @property
+    def device(self) -> Device:
+        """What plans are priced for: the device that it is like, with its figures and tables."""
+        base, given = DEVICES[self.figures.like], self.figures.given()
+        date = self.made.get("date")
+        source = f"this profile ({date or 'no date'}); what it lacks is priced as {base.name}"
+        return replace(
+            base,
+            name=self.name or "profile",
+            title=self.title or f"{base.title}, as {self.name}",
+            **_other_rates(base, given),
+            measured=Measured(
+                stages=self.stages,
+                collectives=self.collectives,
+                copies=self.copies,
+                steps=self.steps,
+                num_ranks=self.fits.ranks,
+            ),
+            sources=tuple((group, source) for group, _ in base.sources),
+            notes=f"profile for {self.fits.document() or 'any setting'}, made {date or 'at an unknown date'}",
+        )
 
     def said(self, file: str, dtype: str = "") -> str:
         """What prices of weights of ``dtype`` are, in one line, where they are of this profile."""
@@ -66,78 +161,7 @@ class Profile:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Of the weights of the stages that were measured."""
-        return self.device.measured.dtypes if self.device.measured is not None else ()
-
-
-def profiles_folder() -> Path:
-    """Where this user's profiles are kept: $NARROWS_PROFILES, else narrows/profiles among the user's data."""
-    if folder := os.environ.get(_FOLDER_VARIABLE):
-        return Path(folder)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "narrows" / "profiles"
-
-
-def kept_profile(
-    setting: Setting, *, dtype: str, model: str, whatever: Collection[str] = ()
-) -> tuple[str, Profile | None, list[str]]:
-    """The profile among this user's that fits ``setting``, and its file's name; or why those for as many ranks do not
-    fit. Of several, one that measured weights of ``dtype``, then one made with ``model``, then the one that leaves
-    least open, then the newest. ``whatever``: fields of the setting that may differ."""
-    fitting, refused = [], []
-    for path in sorted(profiles_folder().glob("*.json")):
-        try:
-            profile = read_profile(path)
-        except ConfigError as error:
-            refused.append(f"not used: {error}")
-            continue
-        misfit = profile.fits.misfit(setting, whatever=whatever)
-        if not misfit:
-            known = dtype in profile.dtypes, bool(profile.dtypes), profile.knows_model(model)
-            fitting.append(
-                (*known, len(profile.fits.document()), str(profile.made.get("date", "")), path.name, profile)
-            )
-        elif profile.fits.ranks == setting.ranks:
-            refused.append(f"the profile {path.name} is not used: {misfit}")
-    if not fitting:
-        return "", None, refused
-    *_, file, best = max(fitting, key=lambda one: one[:-1])
-    return file, best, []
-
-
-def device_here(num_ranks: int, dtype: str, model: str) -> tuple[Device, str]:
-    """The device of this machine's profile for so many ranks, however they exchange; and what it is, in words.
-    ``dtype``: of weights; empty: whatever the profile knows.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    setting = here(ranks=num_ranks, threads=1, world="")
-    file, profile, refused = kept_profile(setting, dtype=dtype, model=model, whatever=("threads", "world", "card"))
-    if profile is None:
-        told = (
-            "; ".join(refused) or f"there is no profile of this machine for {num_ranks} rank(s) in {profiles_folder()}"
-        )
-        raise ConfigError(f"{told}; make one with: narrows calibrate --ranks {num_ranks}, or name a --device")
-    return profile.device, profile.said(file, dtype)
-
-
-def is_profile(name: str) -> bool:
-    """Whether a device is named by a file."""
-    return name.endswith(".json") or os.sep in name
-
-
-def find_device(name: str, dtype: str = "") -> tuple[Device, tuple[str, ...]]:
-    """The device of the catalogue called ``name``, or that of the profile in the file of that name; and notes on what
-    its prices are of, since one may plan for another machine, or by what an older version has measured.
-
-    Raises:
-        ConfigError: there is none, or the file is not a profile.
-    """
-    if not is_profile(name):
-        return device(name), ()
-    profile = read_profile(Path(name))
-    misfit = profile.fits.misfit(here(ranks=0, threads=0, world=""), whatever=("ranks", "threads", "world", "card"))
-    other = (f"the profile {name} is not of this machine: {misfit}",) if misfit else ()
-    return profile.device, (profile.said(name, dtype), *other)
+        return tuple(dict.fromkeys(each.dtype for each in self.stages))
 
 
 def write_profile(path: Path, profile: Profile) -> None:
@@ -146,33 +170,11 @@ def write_profile(path: Path, profile: Profile) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    measured = profile.device.measured or Measured()
-    document = {
-        "narrows_profile": VERSION,
-        "name": profile.device.name,
-        "title": profile.device.title,
-        "fits": profile.fits.document(),
-        "made": dict(profile.made),
-        "device": {"like": profile.like, **_shorter(profile.figures)},
-        "stages": [_stage_document(each) for each in measured.stages],
-        "collectives": [
-            {
-                "op": c.op,
-                "ranks": c.num_ranks,
-                "axis": c.axis,
-                **({"phase": c.phase} if c.phase else {}),
-                "points": _rows(c.points, c.spreads),
-            }
-            for c in measured.collectives
-        ],
-        "copies": _rows(measured.copies, ()),
-        "steps": [{"phase": each.phase, "points": _rows(each.points, each.spreads)} for each in measured.steps],
-    }
+    document = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
     lists = ("stages", "collectives", "steps")
-    head = {name: value for name, value in document.items() if name not in lists}
-    text = json.dumps(head, indent=1)[:-2]
+    text = json.dumps({name: value for name, value in document.items() if name not in lists}, indent=1)[:-2]
     for name in lists:  # a line for each table, so that a person can read and compare files
-        lines = ",\n  ".join(json.dumps(each) for each in document[name])  # type: ignore[attr-defined]
+        lines = ",\n  ".join(json.dumps(each) for each in document[name])
         text += f',\n "{name}": [\n  {lines}\n ]'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,40 +204,10 @@ def read_profile(path: Path) -> Profile:
             f"{VERSION}; make it anew with: narrows calibrate"
         )
     try:
-        return _profile(parse(text), path.stem)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error} (format: docs/profiles.md)") from None
-
-
-def _profile(document: ProfileDocument, stem: str) -> Profile:
-    like, given = document.device.like, document.device.given()
-    base, date = DEVICES[like], document.made.get("date")
-    measured = Measured(
-        stages=tuple(_stage(each) for each in document.stages),
-        collectives=tuple(
-            CollectivePoints(op=c.op, num_ranks=c.ranks, axis=c.axis, phase=c.phase or "", **_points(c.points))
-            for c in document.collectives
-        ),
-        copies=_points(document.copies)["points"],
-        steps=tuple(StepPoints(phase=each.phase, **_points(each.points)) for each in document.steps),
-        num_ranks=document.fits.ranks,
-    )
-    source = f"this profile ({date or 'no date'}); what it lacks is priced as {like}"
-    return Profile(
-        device=replace(
-            base,
-            name=document.name or stem,
-            title=document.title or f"{base.title}, as {stem}",
-            **_other_rates(base, given),
-            measured=measured,
-            sources=tuple((group, source) for group, _ in base.sources),
-            notes=f"profile for {document.fits.document() or 'any setting'}, made {date or 'at an unknown date'}",
-        ),
-        fits=document.fits,
-        made=document.made,
-        like=like,
-        figures=given,
-    )
+        profile = Profile.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first(error.errors())} (format: docs/profiles.md)") from None
+    return profile if profile.name else profile.model_copy(update={"name": path.stem})
 
 
 def _other_rates(base: Device, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,50 +221,110 @@ def _other_rates(base: Device, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: peak and peak * factor for name, peak in others.items()}, **given}
 
 
-def _stage_document(stage: StagePoints) -> dict[str, Any]:
-    attends = any(point.attended for point in stage.points)
-    return {
-        "stage": stage.price_class,
-        "dtype": stage.dtype,
-        **({"phase": stage.phase} if stage.phase else {}),
-        "work": [{"kind": _NAMES[type(item)], **_shorter(asdict(item))} for item in stage.work],
-        "points": [
-            [_short(p.rows), round(1e6 * p.seconds, 3), round(p.spread, 3), *([p.attended] if attends else [])]
-            for p in stage.points
-        ],
-    }
+def _first(errors: Sequence[Any]) -> str:
+    error = errors[0]
+    where = ".".join(str(part) for part in error["loc"] if part not in WORKS)
+    what = {
+        "extra_forbidden": "there is no such field",
+        "unexpected_keyword_argument": "there is no such field",
+        "missing": "it is missing",
+    }.get(error["type"])
+    if what is None:
+        what = error["msg"].removeprefix("Value error, ")
+        if not isinstance(error["input"], dict | list | BaseModel):
+            what += f", not {error['input']!r}"
+    return f"{where}: {what[0].lower()}{what[1:]}" if where else what
 
 
-def _stage(table: StageTable) -> StagePoints:
-    points = []
-    for row in table.points:
-        rows, us, spread, attended = (*row, *(0.0, 0.0)[len(row) - 2 :])
-        points.append(StagePoint(rows=rows, seconds=us / 1e6, spread=spread, attended=attended))
-    phase = table.phase or ""
-    return StagePoints(
-        price_class=table.stage, work=table.works(), dtype=table.dtype, phase=phase, points=tuple(points)
-    )
+# -- the door ----------------------------------------------------------------------------------------------------------
 
 
-def _points(given: Sequence[list[float]]) -> dict[str, Any]:
-    """[[size, us, spread], ...] as points (size, seconds), ascending, and their spreads."""
-    rows = sorted(given)
-    return {
-        "points": tuple((row[0], row[1] / 1e6) for row in rows),
-        "spreads": tuple(row[2] if len(row) == 3 else 0.0 for row in rows),
-    }
+def profiles_folder() -> Path:
+    """Where this user's profiles are kept: $NARROWS_PROFILES, else narrows/profiles among the user's data."""
+    if folder := os.environ.get(_FOLDER_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "narrows" / "profiles"
 
 
-def _rows(points: tuple[tuple[float, float], ...], spreads: tuple[float, ...]) -> list[list[float]]:
-    known = spreads or (0.0,) * len(points)
-    return [
-        [_short(size), round(1e6 * s, 3), round(spread, 3)] for (size, s), spread in zip(points, known, strict=True)
-    ]
+def choose_device(
+    asked: str, setting: Callable[[], Setting], *, dtype: str = "", model: str = "", runs: bool
+) -> tuple[Device, list[str]]:
+    """The device that plans are priced for, and notes on what its prices rest on.
+
+    Args:
+        asked: a device of the catalogue; the file of a profile; or ``auto``: the profile among this user's that fits.
+        setting: says this machine and its ranks; asked for only where a profile may be taken.
+        dtype: of weights, by the name that prices use. Empty: whatever the profile knows.
+        model: that the steps are of: its name or folder.
+        runs: ranks run here by these prices. They refuse a profile of another setting, and without a profile take the
+            nearest device of the catalogue. Who only plans is told of a profile's other setting, and needs one.
+
+    Raises:
+        ConfigError: no such device, no such profile, or one that does not hold here; what to do is said.
+    """
+    if asked == "auto":
+        return _kept(setting(), dtype, model, runs)
+    if not (asked.endswith(".json") or os.sep in asked):
+        return device(asked), []
+    profile, mine = read_profile(Path(asked)), setting()
+    misfit = profile.fits.misfit(mine, whatever=() if runs else ("ranks", *_PLANNED))
+    if not runs:
+        other = [f"the profile {asked} is not of this machine: {misfit}"] if misfit else []
+        return profile.device, [profile.said(asked, dtype), *other]
+    if misfit:
+        raise ConfigError(
+            f"the profile {asked} was made for something else ({misfit}), so its prices do not hold for these "
+            f"ranks; make one with: {calibrate_command(mine, dtype)} --out {asked}"
+        )
+    return profile.device, [_said(profile, asked, mine, dtype)]
 
 
-def _shorter(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _short(value) if isinstance(value, float) else value for name, value in values.items()}
+def _kept(setting: Setting, dtype: str, model: str, runs: bool) -> tuple[Device, list[str]]:
+    """By the profile among this user's that fits. Of several, one that measured weights of ``dtype``, then one made
+    with ``model``, then the one that leaves least open, then the newest. If there is none: why those for as many ranks
+    do not fit."""
+    fitting, refused = [], []
+    for path in sorted(profiles_folder().glob("*.json")):
+        try:
+            profile = read_profile(path)
+        except ConfigError as error:
+            refused.append(f"not used: {error}")
+            continue
+        misfit = profile.fits.misfit(setting, whatever=() if runs else _PLANNED)
+        if not misfit:
+            known = dtype in profile.dtypes, bool(profile.dtypes), profile.knows_model(model)
+            rank = (*known, len(profile.fits.document()), str(profile.made.get("date", "")), path.name)
+            fitting.append((rank, profile))
+        elif profile.fits.ranks == setting.ranks:
+            refused.append(f"the profile {path.name} is not used: {misfit}")
+    if fitting:
+        (*_, file), best = max(fitting, key=lambda one: one[0])
+        return best.device, [_said(best, str(file), setting, dtype) if runs else best.said(str(file), dtype)]
+    if not runs:
+        ranks = setting.ranks
+        none = f"there is no profile of this machine for {ranks} rank(s) in {profiles_folder()}"
+        way_out = f"make one with: narrows calibrate --ranks {ranks}, or name a --device"
+        raise ConfigError(f"{'; '.join(refused) or none}; {way_out}")
+    nearest = nearest_device(setting)
+    if nearest is None:
+        raise ConfigError(f"there are no prices for {setting.card!r} here; name the most similar device with --device")
+    return device(nearest), [f"{line}; anew: {calibrate_command(setting, dtype)}" for line in refused]
 
 
-def _short(number: float) -> float:
-    return int(number) if number == int(number) else number
+def nearest_device(setting: Setting) -> str | None:
+    """The name of the device of the catalogue that is most like one rank of ``setting``; None for an unknown GPU."""
+    return device_of_card(setting.card) if setting.card else "cpu-core"
+
+
+def _said(profile: Profile, file: str, setting: Setting, dtype: str) -> str:
+    line = profile.said(file, dtype)
+    return line if profile.knows(dtype) else f"{line}; {calibrate_command(setting, dtype)} measures it"
+
+
+def calibrate_command(setting: Setting, dtype: str) -> str:
+    """What makes a profile for ``setting`` and weights of ``dtype``."""
+    threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
+    world = "" if setting.world in ("shm", "alone") else f" --world {setting.world}"
+    switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
+    weights = {"bf16": "", "fp32": " --dtype float32"}.get(dtype, f" --quantization {dtype}")
+    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{world}{weights}"

@@ -19,10 +19,11 @@ from narrows.arch.quantization import check_loadable
 from narrows.checkpoints import local_model, model_path
 from narrows.comm.launch import Launch
 from narrows.convert.gguf_header import find_gguf
+from narrows.cost.profile import choose_device
 from narrows.cost.stage import StepShape
 from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
-from narrows.engine.prices import priced_for
+from narrows.engine.prices import setting_of
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.models.registry import check_executable
@@ -211,16 +212,15 @@ def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None =
         check_loadable(config.quantization, asked.model)
     dtype, gemm_dtype = _dtype(asked, config, notes)
     gemm_dtype = _quantized(asked, gemm_dtype, notes)
-    device, said = priced_for(
-        asked.device,
+    setting = partial(
+        setting_of,
         run_on=asked.run_on,
         ranks=asked.ranks,
         several_hosts=asked.launch is not None and asked.launch.num_here < mesh.size,
         num_ranks=mesh.size,
         threads=threads,
-        dtype=gemm_dtype,
-        model=asked.model,
     )
+    device, said = choose_device(asked.device, setting, dtype=gemm_dtype, model=asked.model, runs=True)
     notes += said
     deployment = Deployment(
         config=config,
