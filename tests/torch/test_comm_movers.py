@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import paths_from
 from torch import Tensor
 
 from narrows.comm import Geometry, Mover, World, assemble, run_ranks, scatter
@@ -25,8 +26,6 @@ from narrows.layout import (
     legal_layouts,
     moves_from,
     owed,
-    reachable,
-    route,
     scattered,
 )
 
@@ -69,7 +68,7 @@ def follow(world: World, path: Sequence[Move], split: RowSplit, x: Tensor, colum
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_every_legal_pair_of_layouts_is_connected_and_keeps_the_tensor(mesh: Mesh, dtype: torch.dtype) -> None:
-    pairs = [p for p in itertools.product(legal_layouts(mesh), repeat=2) if reachable(mesh, *p)]
+    paths = {(src, dst): path for src in legal_layouts(mesh) for dst, path in paths_from(mesh, src).items()}
     splits = [
         RowSplit(mesh, deal(2 * mesh.size + 1, mesh.size)),
         RowSplit(mesh, tuple(3 * (rank % 2) + rank % 3 for rank in range(mesh.size))),
@@ -77,14 +76,14 @@ def test_every_legal_pair_of_layouts_is_connected_and_keeps_the_tensor(mesh: Mes
         RowSplit.from_groups(mesh, (*(0,) * (mesh.num_groups - 1), 1)),
         RowSplit(mesh, (0,) * mesh.size),
     ]
-    cases = [(split, src, dst) for split in splits for src, dst in pairs]
+    cases = [(split, src, dst) for split in splits for src, dst in paths]
     wants = {split: value(split.total, WIDTH, dtype) for split in splits}
     columns = {src: columns_of(mesh, src, WIDTH) for src in legal_layouts(mesh)}
     starts = [scatter(src, split, wants[split], columns[src]) for split, src, _ in cases]
 
     def rank(world: World) -> list[Tensor]:
         return [
-            follow(world, route(mesh, src, dst), split, shards[world.rank], columns[src])
+            follow(world, paths[src, dst], split, shards[world.rank], columns[src])
             for (split, src, dst), shards in zip(cases, starts, strict=True)
         ]
 

@@ -4,7 +4,7 @@ from narrows.layout.deal import Span, deal, starts
 from narrows.layout.encoding import Encoding
 from narrows.layout.layout import Layout, full, group, legal_layouts, owed, picture, scattered
 from narrows.layout.mesh import Mesh
-from narrows.layout.moves import Move, MoveKind, moves_from, reachable, route
+from narrows.layout.moves import Move, MoveKind, moves_from
 from narrows.layout.rows import RowSplit
 
 __all__ = [
@@ -22,8 +22,6 @@ __all__ = [
     "moves_from",
     "owed",
     "picture",
-    "reachable",
-    "route",
     "scattered",
     "starts",
 ]

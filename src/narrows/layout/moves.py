@@ -1,7 +1,9 @@
 """Moves: the single collectives and local operations that change a layout, and which layouts they connect.
 
-Knows layouts, not rows, tensors or prices. A move changes the layout along consecutive axes by ONE operation; a route
-of several moves is a path that the planner finds.
+Knows layouts, not rows, tensors or prices. A move changes the layout along consecutive axes by ONE operation; several
+moves in a row are a path that the planner finds. Every layout of whole rows can be reached from every legal layout. A
+sum can be taken but not owed anew, and columns are only left by a stage whose weights are sharded by column, so a
+layout with ``P`` or ``C`` is reached only where fewer axes owe the sum: (P,P) -> (S,P).
 
     slice           (S*,R) -> more S      local: each rank keeps its own rows
     all_gather      more S -> (S*,R)      rows of the ranks along the axes
@@ -24,11 +26,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
-from narrows.errors import LayoutError
 from narrows.layout.layout import Layout
 from narrows.layout.mesh import Mesh
 
-__all__ = ["Move", "MoveKind", "moves_from", "reachable", "route"]
+__all__ = ["Move", "MoveKind", "moves_from"]
 
 
 class MoveKind(StrEnum):
@@ -92,37 +93,3 @@ def moves_from(mesh: Mesh, layout: Layout) -> tuple[Move, ...]:
         for start in range(first):
             offer(MoveKind.ALL_GATHER, "S" * start + "R" * (end - start), start, first)
     return tuple(found.values())
-
-
-def route(mesh: Mesh, src: Layout, dst: Layout) -> tuple[Move, ...]:
-    """A shortest sequence of moves from ``src`` to ``dst`` (fewest moves, not cheapest; prices are the planner's).
-
-    Every layout of whole rows is reachable from every legal layout. A sum can be taken but not owed anew, and columns
-    are only left by a stage whose weights are sharded by column, so a layout with ``P`` or ``C`` is reachable only
-    from itself, or where fewer axes owe the sum: (P,P) -> (S,P).
-
-    Raises:
-        LayoutError: no sequence of moves connects them; both are named.
-    """
-    frontier: dict[Layout, tuple[Move, ...]] = {src: ()}
-    seen = set(frontier)
-    while frontier:
-        if dst in frontier:
-            return frontier[dst]
-        reached: dict[Layout, tuple[Move, ...]] = {}
-        for layout, path in frontier.items():
-            for move in moves_from(mesh, layout):
-                if move.dst not in seen:
-                    seen.add(move.dst)
-                    reached[move.dst] = (*path, move)
-        frontier = reached
-    raise LayoutError(f"no move leads from {src} to {dst} on {mesh}: a sum or a column cut cannot be made by moving")
-
-
-def reachable(mesh: Mesh, src: Layout, dst: Layout) -> bool:
-    """Whether some sequence of moves leads from ``src`` to ``dst``."""
-    try:
-        route(mesh, src, dst)
-    except LayoutError:
-        return False
-    return True
