@@ -86,6 +86,21 @@ def planted(*mistakes: Mistake) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("mistake", [None, *mistakes], ids=lambda m: m.name if m else "as-it-is")
 
 
+def planted_in_one(names: str | tuple[str, ...], cases: Sequence[Any], *mistakes: Mistake) -> pytest.MarkDecorator:
+    """Every case as it is, and each mistake in one of them, the next mistake in the next; in the others it is for
+    ``make test-full``."""
+    found = []
+    for place, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        ids = "-".join(map(str, values))
+        found.append(pytest.param(*values, None, id=f"{ids}-as-it-is"))
+        for number, mistake in enumerate(mistakes):
+            marks = () if number % len(cases) == place else pytest.mark.full
+            found.append(pytest.param(*values, mistake, id=f"{ids}-{mistake.name}", marks=marks))
+    names = (names,) if isinstance(names, str) else names
+    return pytest.mark.parametrize((*names, "mistake"), found)
+
+
 @contextmanager
 def noticed(mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch, *, here: bool = True) -> Iterator[None]:
     """What is inside must pass, or, with a mistake put in, fail in the way that the mistake says.
@@ -347,12 +362,13 @@ def _experts_reduce_too(patch: pytest.MonkeyPatch) -> None:
     _sums_taken(patch, scaled)
 
 
-@planted(
+@planted_in_one(
+    "layout",
+    LAYOUTS,
     Mistake("every-sum-twice", _twice),
     Mistake("no-sum-at-all", _never),
     Mistake("one-experts-output-times-the-ranks", _experts_reduce_too),
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sum_is_taken_once(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,8 +394,11 @@ def _lost_from_the_fourth_step(patch: pytest.MonkeyPatch) -> None:
     _sums_taken(patch, lost)
 
 
-@planted(Mistake("a-sum-is-lost-from-the-fourth-step", _lost_from_the_fourth_step, words=r"step 3 of .* differ"))
-@pytest.mark.parametrize("layout", ["all-reduce", "sequence-parallel"])
+@planted_in_one(
+    "layout",
+    ["all-reduce", "sequence-parallel"],
+    Mistake("a-sum-is-lost-from-the-fourth-step", _lost_from_the_fourth_step, words=r"step 3 of .* differ"),
+)
 def test_later_tokens_are_as_right_as_the_first(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,8 +483,7 @@ def _complete_embeddings(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(parts, "embed_weights", complete)
 
 
-@planted(Mistake("complete-embeddings-handed-in", _complete_embeddings))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@planted_in_one("layout", LAYOUTS, Mistake("complete-embeddings-handed-in", _complete_embeddings))
 def test_embeddings_are_reduced_only_if_they_owe_a_sum(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,8 +531,7 @@ def _zero_to_local(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Mover, "_slice", sliced)
 
 
-@planted(Mistake("zero-to-local-on-every-rank", _zero_to_local))
-@pytest.mark.parametrize(
+@planted_in_one(
     ("dp", "tp", "layout"),
     [
         (1, 4, "attn-tp-input-scattered"),
@@ -523,6 +540,7 @@ def _zero_to_local(patch: pytest.MonkeyPatch) -> None:
         (2, 2, "all-reduce"),
         (4, 1, "all-reduce"),
     ],
+    Mistake("zero-to-local-on-every-rank", _zero_to_local),
 )
 def test_each_rank_s_slice_of_the_residual_is_its_own(
     beside: Beside, dp: int, tp: int, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
@@ -638,7 +656,9 @@ def _skips_without_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Mover, "__call__", call)
 
 
-@planted(
+@planted_in_one(
+    "layout",
+    LAYOUTS,
     Mistake(
         "ranks-without-rows-skip-moves",
         _skips_without_rows,
@@ -646,7 +666,6 @@ def _skips_without_rows(patch: pytest.MonkeyPatch) -> None:
         r'ranks 0, 1 came to #\d+ .*layer 0 .*hidden.*, ranks 2, 3 to #\d+ column_gather "sample',
     ),
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_without_rows_takes_part_and_one_that_does_not_is_named(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -766,8 +785,7 @@ def test_fewer_rows_than_ranks(
         beside.check(work, 1, 8, "attn-tp-input-scattered")
 
 
-@planted(IDLE_GETS_A_ROW)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@planted_in_one("layout", LAYOUTS, IDLE_GETS_A_ROW)
 def test_a_group_without_rows(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -888,7 +906,15 @@ NO_EXPERT = Mistake("without-an-expert-nothing-is-written", _no_expert_no_write,
 @pytest.mark.parametrize(
     ("layout", "whole", "mistake"),
     [
-        *((layout, False, mistake) for layout in LAYOUTS for mistake in (None, FOREIGN_IDS, BEHIND)),
+        *((layout, False, None) for layout in LAYOUTS),
+        ("sequence-parallel", False, FOREIGN_IDS),
+        ("norm-before-gather", False, BEHIND),
+        *(
+            pytest.param(layout, False, mistake, marks=pytest.mark.full)
+            for layout in LAYOUTS
+            for mistake in (FOREIGN_IDS, BEHIND)
+            if (layout, mistake) not in (("sequence-parallel", FOREIGN_IDS), ("norm-before-gather", BEHIND))
+        ),
         *(("auto", True, mistake) for mistake in (None, NO_EXPERT)),
         *(("all-reduce, batch invariant", False, mistake) for mistake in (None, FOREIGN_IDS)),
     ],
@@ -1047,8 +1073,7 @@ def _routes_padding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MoeLayer, "experts", experts)
 
 
-@planted(Mistake("padding-is-routed", _routes_padding, AssertionError, "expert pairs"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@planted_in_one("layout", LAYOUTS, Mistake("padding-is-routed", _routes_padding, AssertionError, "expert pairs"))
 def test_padded_rows_are_never_routed_to_experts(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1108,10 +1133,10 @@ def _one_row_needs_no_sum(patch: pytest.MonkeyPatch) -> None:
     _sums_taken(patch, unless_one)
 
 
-@planted(Mistake("one-row-needs-no-sum", _one_row_needs_no_sum))
-@pytest.mark.parametrize(
+@planted_in_one(
     ("layout", "dp", "tp"),
     [(layout, dp, tp) for dp, tp in ((1, 4), (2, 2)) for layout in LAYOUTS if dp > 1 or layout != "norm-before-gather"],
+    Mistake("one-row-needs-no-sum", _one_row_needs_no_sum),
 )
 def test_one_request_at_a_time_gives_what_a_batch_gives(
     beside: Beside, layout: str, dp: int, tp: int, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
