@@ -248,7 +248,11 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize(("write", "least"), FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(
+    ("write", "least"),
+    [pytest.param(*how, marks=[pytest.mark.full] * (name == "fp8")) for name, how in FORMATS.items()],
+    ids=FORMATS,
+)
 def test_a_rank_holds_its_share_and_one_tensor_at_most(tmp_path: Path, write, least: float) -> None:
     model = write(tmp_path)
     share, largest, whole = bounds(model)

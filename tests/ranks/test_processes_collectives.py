@@ -19,13 +19,14 @@ from narrows.errors import RankError
 from narrows.layout import Mesh
 from narrows.native import why_absent
 
-MESHES = [(1, 2), (2, 1), (2, 2), (1, 3)]
+POOLS = [(1, 2, "shared memory"), (2, 2, "shared memory"), (1, 3, "shared memory"), (2, 2, "gloo")]
+VARIANTS = [(2, 1, "shared memory"), (1, 2, "gloo")]
 COUNTS = [(3, 2, 1, 2), (0, 5, 0, 1), (0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0)]
 
 
 @pytest.fixture(
     scope="module",
-    params=[*((*mesh, "shared memory") for mesh in MESHES), (1, 2, "gloo"), (2, 2, "gloo")],
+    params=[*POOLS, *(pytest.param(pool, marks=pytest.mark.full) for pool in VARIANTS)],
     ids=lambda case: f"dp{case[0]}-tp{case[1]}-{case[2].split()[0]}",
 )
 def pool(request: pytest.FixtureRequest) -> Iterator[ProcessRanks[lab.Lab]]:
@@ -35,7 +36,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[ProcessRanks[lab.Lab]]:
         pytest.skip(f"no compiled code: {why_absent()}")
     with pytest.MonkeyPatch.context() as patch:
         if way == "gloo":  # either switch makes it so; the ranks inherit them
-            patch.setenv("NARROWS_SHM" if mesh.size == 2 else "NARROWS_NATIVE", "0")
+            patch.setenv("NARROWS_SHM" if mesh.size == 4 else "NARROWS_NATIVE", "0")
         ranks = ProcessRanks(mesh, lab.Lab, checked=(dp, tp) != (1, 2), once=(lab.Big,))
     with ranks:
         assert ranks.transport.startswith(way)

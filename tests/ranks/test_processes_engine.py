@@ -29,7 +29,7 @@ def generated(engine: Engine) -> list[list[int]]:
     return [request.output for request in requests]
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full), (2, 2)])
 def test_processes_give_the_bits_of_threads_under_every_layout(speaking_v3: Path, dp: int, tp: int) -> None:
     script = Script(PROMPTS, num_groups=dp, num_steps=3, page_size=16)
     asked = EngineConfig(

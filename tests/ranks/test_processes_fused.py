@@ -43,8 +43,15 @@ def in_one(plan: Plan) -> Plan:
     return replace(plan, segments=tuple(replace(segment, steps=merged(segment.steps)) for segment in plan.segments))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("dp", "tp", "dtype"),
+    [
+        (1, 2, "bfloat16"),
+        (2, 2, "float32"),
+        pytest.param(1, 2, "float32", marks=pytest.mark.full),
+        pytest.param(2, 2, "bfloat16", marks=pytest.mark.full),
+    ],
+)
 def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int, dtype: str) -> None:
     """Groups with other rows and without any, prefill beside decode, few logits; residuals apart and joined."""
     script = Script(PROMPTS, num_groups=dp, num_steps=6, page_size=16, few_logits=True)

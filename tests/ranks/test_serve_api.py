@@ -33,7 +33,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    # A cache so small that 64 texts at once do not fit: some are put back and computed again.
+    # A cache so small that 16 long texts at once do not fit: some are put back and computed again.
     options = ("--tp", "2", "--dtype", "float32", "--tool-call-parser", "hermes", "--kv-tokens", "320")
     names = ("--served-model-name", MODEL, "--served-model-name", "other")
     with ServerProcess(*options, *names, "--api-key", "secret") as running:
@@ -236,10 +236,13 @@ def test_errors_are_those_that_the_client_knows(server: ServerProcess, client: O
     assert httpx.get(f"{server.url}/health").status_code == 200, "it needs no key"
 
 
-def test_64_streams_of_all_lengths_with_aborts_are_each_the_text_alone(server: ServerProcess, alone: LLM) -> None:
+@pytest.mark.parametrize("number", [20, pytest.param(64, marks=pytest.mark.full)])
+def test_many_streams_of_all_lengths_with_aborts_are_each_the_text_alone(
+    server: ServerProcess, alone: LLM, number: int
+) -> None:
     words = [f"word{i} and" for i in range(18)]
-    prompts = [" ".join(words[i % 7 : i % 7 + 1 + i % 11]) for i in range(64)]
-    lengths = [1 + (i * 37) % 60 for i in range(64)]
+    prompts = [" ".join(words[i % 7 : i % 7 + 1 + i % 11]) for i in range(number)]
+    lengths = [1 + (i * 37) % 60 for i in range(number)]
     completions = alone.generate(prompts, max_tokens=60, ignore_eos=True, sampling=NEAR)
 
     async def one(client: AsyncOpenAI, i: int) -> str:
@@ -255,7 +258,7 @@ def test_64_streams_of_all_lengths_with_aborts_are_each_the_text_alone(server: S
 
     async def every() -> list[str]:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
-            return await asyncio.gather(*(one(client, i) for i in range(64)))
+            return await asyncio.gather(*(one(client, i) for i in range(number)))
 
     def expected(i: int) -> str:
         """Up to where the two best are closer than float32 sums in another order may move them."""
@@ -270,7 +273,7 @@ def test_64_streams_of_all_lengths_with_aborts_are_each_the_text_alone(server: S
         else:
             assert text.startswith(expected(i)), i
     # All of one request are there at once, and grow beyond the cache together.
-    lengths = [60] * 64
+    lengths = [60] * number
     together = {"model": MODEL, "prompt": prompts[:16], "temperature": 0, "max_tokens": 60, "ignore_eos": True}
     headers = {"Authorization": "Bearer secret"}
     answer = httpx.post(f"{server.url}/v1/completions", json=together, headers=headers, timeout=PATIENCE_S).json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_a_trace_over_http(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_generate_leaves_a_trace(tmp_path: Path) -> None:
+def test_generate_leaves_a_trace_and_a_profile_of_processes(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     command = [sys.executable, "-m", "narrows", "generate", "narrows-demo", "--tp", "2", "--ranks", "processes"]
     more = ["--prompt", "The sea", "--max-tokens", "8", "--ignore-eos", "--trace", str(file), "--trace-steps", "5"]
@@ -62,4 +63,6 @@ def test_generate_leaves_a_trace(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "trace: 5 steps, " in done.stderr and "the 3 steps after them are not in it" in done.stderr
     assert "were predicted (x " in done.stdout
+    assert "prefill: " in done.stdout and "decode: " in done.stdout and "mean of 2 rank(s)" in done.stdout
+    assert re.search(r"communication +(reduce_scatter|all_reduce|all_gather|all_reduce_norm) ", done.stdout)
     check(json.loads(file.read_text()), 5)

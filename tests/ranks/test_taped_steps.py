@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,10 @@ def texts(engine: Engine, sampling: SamplingParams | None) -> list[tuple[object,
     [
         ("v3", 1, 1, "threads"),
         ("v3", 1, 2, "processes"),
-        ("v3", 2, 1, "processes"),
+        pytest.param("v3", 2, 1, "processes", marks=pytest.mark.full),
         ("v3", 2, 2, "processes"),
         ("llama", 1, 1, "threads"),
-        ("llama", 1, 2, "processes"),
+        pytest.param("llama", 1, 2, "processes", marks=pytest.mark.full),
         pytest.param("llama", 2, 1, "processes", marks=pytest.mark.full),
         pytest.param("llama", 2, 2, "processes", marks=pytest.mark.full),
     ],
@@ -75,7 +76,9 @@ def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int
         assert texts(engine, None) == wanted[0]
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("dp", "tp"), [(1, 2), (2, 2), *(pytest.param(*mesh, marks=pytest.mark.full) for mesh in ((2, 1), (1, 4)))]
+)
 def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
     resolved = resolve(asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), Forms())
     with Engine(resolved) as engine:
@@ -91,16 +94,21 @@ def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int
                 assert engine.readings() == [(0, 3 * plan.num_steps)] * (dp * tp), f"{layout}, {rows} rows"
 
 
-def test_every_step_is_seen_once_whoever_makes_it(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    config = asked(tiny_model("v3"), tp=2, ranks="processes")
-    with Engine(resolve(config)) as engine:
-        engine.instrument(lab.StepsSeen)
-        seen = []
-        for max_tokens in (1, 20, 40):
-            engine.add(PROMPTS[0], max_tokens)
-            for _ in engine.run():
-                pass
-            seen.append([made + repeated for made, repeated in engine.readings()])
+@pytest.fixture(scope="module")
+def rehearsing(tiny_model) -> Iterator[Engine]:  # type: ignore[no-untyped-def]
+    """An engine over two processes, for tests that put an instrument of their own into it."""
+    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", rehearse_rows=2))) as engine:
+        yield engine
+
+
+def test_every_step_is_seen_once_whoever_makes_it(rehearsing: Engine) -> None:
+    engine, seen = rehearsing, []
+    engine.instrument(lab.StepsSeen)
+    for max_tokens in (1, 20, 40):
+        engine.add(PROMPTS[0], max_tokens)
+        for _ in engine.run():
+            pass
+        seen.append([made + repeated for made, repeated in engine.readings()])
     # One prefill; then decode steps, of which one more may have been on its way when the last token came.
     for prefill, short, long in zip(*seen, strict=True):
         of_one = (long - short) // 20
@@ -147,15 +155,15 @@ def rehearse(engine: Engine) -> int:
     return count
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full)])
 def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
-    """Texts are those of an engine that has rehearsed nothing, also when it rehearses between them."""
+    """Texts are those before anything was rehearsed, also when the engine rehearses between them."""
     config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", rehearse_rows=8)
     with Engine(resolve(config)) as engine:
+        engine.instrument(lab.NoTapes)
         wanted = [texts(engine, way) for way in WAYS]
-    with Engine(resolve(config)) as engine:
         engine.instrument(lab.StepsSeen)
-        assert rehearse(engine) == 2 * 8, "1 to 8 rows, drawn or not"
+        assert rehearse(engine) == 2 * 8, "plans are bound anew, and none is on tape: 1 to 8 rows, drawn or not"
         assert rehearse(engine) == 0
         engine.readings()
         work = StepWork(rows=3 * dp, phase="decode", context=10)
@@ -171,18 +179,18 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: 
         assert texts(engine, None) == wanted[0]
 
 
-def test_collectives_of_rehearsals_are_nobodys(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", rehearse_rows=2))) as engine:
-        engine.instrument(CollectiveClock)
-        batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
-        plan = engine.books.plan_for(batch)
-        run_steps(engine, batch, plan, 1)
-        of_one = _calls(engine)
-        assert of_one > 0
-        assert rehearse(engine) == 4, "one of them is on tape already"
-        assert _calls(engine) == 0
-        run_steps(engine, batch, plan, 2)
-        assert _calls(engine) == 2 * of_one
+def test_collectives_of_rehearsals_are_nobodys(rehearsing: Engine) -> None:
+    engine = rehearsing
+    engine.instrument(CollectiveClock)
+    batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
+    plan = engine.books.plan_for(batch)
+    run_steps(engine, batch, plan, 1)
+    of_one = _calls(engine)
+    assert of_one > 0
+    assert rehearse(engine) == 4, "one of them is on tape already"
+    assert _calls(engine) == 0
+    run_steps(engine, batch, plan, 2)
+    assert _calls(engine) == 2 * of_one
 
 
 def _calls(engine: Engine) -> int:
@@ -237,8 +245,10 @@ def test_no_step_imports_anything(tiny_model) -> None:  # type: ignore[no-untype
 
 
 def test_checked_ranks_and_float32_walk_every_step(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    for options in ({"checked": True}, {"dtype": "float32"}):
-        config = asked(tiny_model("v3"), tp=2, ranks="processes")
+    for config, options in (
+        (asked(tiny_model("v3"), tp=2, ranks="processes"), {"checked": True}),
+        (asked(tiny_model("v3"), ranks="threads"), {"dtype": "float32"}),
+    ):
         with Engine(resolve(EngineConfig(**{**_fields(config), **options}))) as engine:
             engine.instrument(lab.StepsSeen)
             texts(engine, None)
