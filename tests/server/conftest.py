@@ -49,6 +49,21 @@ def plain(make_lab: Callable[..., lab.Lab]) -> lab.Lab:
     return make_lab()
 
 
+@pytest.fixture(scope="module")
+def module_lab(plain_tokenizer: Tokenizer) -> Iterator[lab.Lab]:
+    made = lab.Lab(plain_tokenizer)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def shared(module_lab: lab.Lab) -> lab.Lab:
+    """Like ``plain``, for many cases of one module that look at their own answer and at what was submitted for it."""
+    module_lab.backend.submitted.clear()
+    module_lab.backend.prefer = []
+    return module_lab
+
+
 @pytest.fixture
 def hermes(make_lab: Callable[..., lab.Lab], hermes_tokenizer: Tokenizer) -> lab.Lab:
     return make_lab(tokenizer=hermes_tokenizer)

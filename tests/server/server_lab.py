@@ -63,6 +63,13 @@ class Live:
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
 
+_BITS = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
+
+
+def _is_in(token: int, mask: bytes) -> bool:
+    return bool(mask[token // 8] >> token % 8 & 1)
+
+
 def _is_late(live: Live) -> bool:
     """Whether the mask of its next token is still being made."""
     return live.generation.guide is not None and not live.generation.guide.ready
@@ -228,11 +235,13 @@ class FakeBackend:
         if guide is None:
             return live.tokens[live.at] if live.at < len(live.tokens) else EOS
         mask = guide.allowed()
-        allowed = [token for token in range(self.vocab) if mask[token // 8] >> (token % 8) & 1]
-        if live.at < len(self.prefer) and self.prefer[live.at] in allowed:
+        if live.at < len(self.prefer) and _is_in(self.prefer[live.at], mask):
             return self.prefer[live.at]
         # A text that may end ends more often than a fair draw would let it.
-        return EOS if EOS in allowed and live.rng.random() < 0.2 else live.rng.choice(allowed)
+        if _is_in(EOS, mask) and live.rng.random() < 0.2:
+            return EOS
+        places = [8 * at + bit for at, byte in enumerate(mask) if byte for bit in _BITS[byte]]
+        return live.rng.choice([token for token in places if token < self.vocab])
 
     @staticmethod
     def _score(token: int, count: int) -> tuple[float, int, tuple[tuple[int, float], ...]]:

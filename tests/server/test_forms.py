@@ -58,17 +58,17 @@ def post(of: lab.Lab, path: str, fields: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("fields", "pattern"), KEPT)
 def test_the_text_is_of_the_form_that_the_field_asks_for(
-    plain: lab.Lab, path: str, fields: dict[str, Any], pattern: str
+    shared: lab.Lab, path: str, fields: dict[str, Any], pattern: str
 ) -> None:
     for seed in range(4):
-        answer = post(plain, path, fields | {"seed": seed})
+        answer = post(shared, path, fields | {"seed": seed})
         assert answer.status_code == 200, answer.text
         choice = answer.json()["choices"][0]
         if choice["finish_reason"] == "length":
             continue  # a random text may be long
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         assert re.fullmatch(pattern, text), text
-    assert plain.sent.guide is not None
+    assert shared.sent.guide is not None
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -95,13 +95,13 @@ def test_the_text_is_of_the_form_that_the_field_asks_for(
     ],
 )
 def test_a_form_that_cannot_be_kept_is_named(
-    plain: lab.Lab, path: str, fields: dict[str, Any], param: str | None, says: str
+    shared: lab.Lab, path: str, fields: dict[str, Any], param: str | None, says: str
 ) -> None:
-    answer = post(plain, path, fields)
+    answer = post(shared, path, fields)
     error = lab.error_of(answer)
     assert answer.status_code == 400 and says in error["message"], error
     assert param is None or error["param"] == param
-    assert not plain.backend.submitted
+    assert not shared.backend.submitted
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_a_form_that_cannot_be_kept_is_named(
     ],
 )
 def test_a_grammar_says_here_what_it_says_in_llama_cpp(
-    plain: lab.Lab, grammar: str, texts: list[str], others: list[str]
+    shared: lab.Lab, grammar: str, texts: list[str], others: list[str]
 ) -> None:
-    assert post(plain, "/v1/completions", {"grammar": grammar}).status_code == 200
+    assert post(shared, "/v1/completions", {"grammar": grammar}).status_code == 200
     for text in [*texts, *others]:
-        assert follows(plain, grammar, text) == (text in texts), text
+        assert follows(shared, grammar, text) == (text in texts), text
 
 
 def follows(of: lab.Lab, grammar: str, text: str) -> bool:
@@ -135,8 +135,8 @@ def follows(of: lab.Lab, grammar: str, text: str) -> bool:
 
 
 @pytest.mark.parametrize("grammar", ["root ::= " + "(" * 2000, 'root ::= "' + "a" * 40_000 + '"', "::=" * 5000])
-def test_a_hostile_grammar_is_refused(plain: lab.Lab, grammar: str) -> None:
-    answer = post(plain, "/v1/completions", {"grammar": grammar})
+def test_a_hostile_grammar_is_refused(shared: lab.Lab, grammar: str) -> None:
+    answer = post(shared, "/v1/completions", {"grammar": grammar})
     assert answer.status_code == 400 and lab.error_of(answer)["param"] == "grammar"
 
 
@@ -153,9 +153,9 @@ OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
 @pytest.mark.parametrize("strict", [True, False, None])
-def test_strict_closes_objects_of_a_response_format(plain: lab.Lab, strict: bool | None) -> None:
-    plain.backend.prefer = plain.tokenizer.encode('{"b": 1}', add_special_tokens=False)
-    answer = post(plain, "/v1/completions", strict_format(strict, OPEN) | {"max_tokens": 5})
+def test_strict_closes_objects_of_a_response_format(shared: lab.Lab, strict: bool | None) -> None:
+    shared.backend.prefer = shared.tokenizer.encode('{"b": 1}', add_special_tokens=False)
+    answer = post(shared, "/v1/completions", strict_format(strict, OPEN) | {"max_tokens": 5})
     text = answer.json()["choices"][0]["text"]
     assert text.startswith('{"b"') == (strict is not True), text
 
@@ -210,11 +210,11 @@ def test_an_object_that_says_it_stays_open_and_its_parts_are_closed() -> None:
     ],
 )
 def test_parts_of_one_object_let_each_others_properties_pass(
-    plain: lab.Lab, schema: dict[str, Any], texts: list[str], others: list[str]
+    shared: lab.Lab, schema: dict[str, Any], texts: list[str], others: list[str]
 ) -> None:
     for text in [*texts, *others]:
-        plain.backend.prefer = plain.tokenizer.encode(text, add_special_tokens=False)
-        answer = post(plain, "/v1/completions", strict_format(True, schema))
+        shared.backend.prefer = shared.tokenizer.encode(text, add_special_tokens=False)
+        answer = post(shared, "/v1/completions", strict_format(True, schema))
         assert (answer.json()["choices"][0]["text"].startswith(text)) == (text in texts), text
 
 
@@ -222,11 +222,11 @@ def test_parts_of_one_object_let_each_others_properties_pass(
 @pytest.mark.parametrize("key", ["properties", "patternProperties"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_strict_leaves_what_is_no_schema_to_the_compiler(
-    plain: lab.Lab, key: str, properties: Any, inside: bool
+    shared: lab.Lab, key: str, properties: Any, inside: bool
 ) -> None:
     schema = {"type": "object", key: properties}
     answer = post(
-        plain, "/v1/completions", strict_format(True, {"type": "object", "allOf": [schema]} if inside else schema)
+        shared, "/v1/completions", strict_format(True, {"type": "object", "allOf": [schema]} if inside else schema)
     )
     assert answer.status_code == 400, answer.text
     assert lab.error_of(answer)["param"] == "response_format.json_schema.schema"
@@ -246,7 +246,7 @@ def test_properties_count_as_often_as_they_are_read() -> None:
         {"$defs": {f"n{i}": {"type": "object", "anyOf": [{"$ref": f"#/$defs/n{i + 1}"}] * 2} for i in range(60)}},
     ],
 )
-def test_references_that_multiply_are_refused(plain: lab.Lab, schema: dict[str, Any]) -> None:
-    answer = post(plain, "/v1/completions", strict_format(True, schema))
+def test_references_that_multiply_are_refused(shared: lab.Lab, schema: dict[str, Any]) -> None:
+    answer = post(shared, "/v1/completions", strict_format(True, schema))
     assert answer.status_code == 400, answer.text
     assert lab.error_of(answer)["param"] == "response_format.json_schema.schema"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
+from effort import examples
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -60,7 +61,7 @@ def test_whatever_the_document_allows_gets_an_answer_that_it_names(lab: Lab, rou
 
     @given(case=operation.as_strategy())
     @settings(
-        max_examples=60 if method == "POST" else 8,
+        max_examples=examples(60) if method == "POST" else 8,
         deadline=None,
         phases=(Phase.explicit, Phase.generate),
         suppress_health_check=list(HealthCheck),

@@ -49,9 +49,9 @@ def refusal(of: lab.Lab, path: str, fields: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_the_limit_or_the_item_is_named(
-    plain: lab.Lab, path: str, fields: dict[str, Any], param: str, says: str
+    shared: lab.Lab, path: str, fields: dict[str, Any], param: str, says: str
 ) -> None:
-    error = refusal(plain, path, fields)
+    error = refusal(shared, path, fields)
     assert error["param"] == param and says in error["message"], error
 
 
@@ -68,8 +68,8 @@ def test_the_limit_or_the_item_is_named(
         (7, "prompt", "must be a text, token ids, or a list of either"),
     ],
 )
-def test_a_prompt_that_is_none_is_told_why(plain: lab.Lab, prompt: Any, param: str, says: str) -> None:
-    error = lab.error_of(asyncio.run(plain.complete(prompt)))
+def test_a_prompt_that_is_none_is_told_why(shared: lab.Lab, prompt: Any, param: str, says: str) -> None:
+    error = lab.error_of(asyncio.run(shared.complete(prompt)))
     assert error["param"] == param and says in error["message"], error
 
 
@@ -87,31 +87,31 @@ def test_a_prompt_that_is_none_is_told_why(plain: lab.Lab, prompt: Any, param: s
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages.0.content.0", "text parts only"),
     ],
 )
-def test_a_message_that_is_none_is_told_why(plain: lab.Lab, message: Any, param: str, says: str) -> None:
-    error = refusal(plain, PATHS[1], {"messages": [message]})
+def test_a_message_that_is_none_is_told_why(shared: lab.Lab, message: Any, param: str, says: str) -> None:
+    error = refusal(shared, PATHS[1], {"messages": [message]})
     assert error["param"] == param and says in error["message"], error
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_cannot_be_obeyed_is_refused_unless_it_asks_for_nothing(plain: lab.Lab, path: str, name: str) -> None:
+def test_what_cannot_be_obeyed_is_refused_unless_it_asks_for_nothing(shared: lab.Lab, path: str, name: str) -> None:
     if name in ("best_of", "echo") and "chat" not in path:
         return  # fields of this route's own
-    error = refusal(plain, path, {name: {"some": "thing"}})
+    error = refusal(shared, path, {name: {"some": "thing"}})
     assert error["param"] == name and REFUSED[name].reason in error["message"], error
     for value in (None, *REFUSED[name].harmless):
-        assert post(plain, path, {name: value}).status_code == 200, (name, value)
+        assert post(shared, path, {name: value}).status_code == 200, (name, value)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_unknown_fields_are_ignored(plain: lab.Lab, path: str) -> None:
-    assert post(plain, path, {"no_server_has_this": {"a": [1]}, "user": "me"}).status_code == 200
+def test_unknown_fields_are_ignored(shared: lab.Lab, path: str) -> None:
+    assert post(shared, path, {"no_server_has_this": {"a": [1]}, "user": "me"}).status_code == 200
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_only_allowed_tokens_are_generated(plain: lab.Lab, path: str) -> None:
-    post(plain, path, {"allowed_token_ids": [70, 71, 300], "max_tokens": 20})
-    guide = plain.sent.guide
+def test_only_allowed_tokens_are_generated(shared: lab.Lab, path: str) -> None:
+    post(shared, path, {"allowed_token_ids": [70, 71, 300], "max_tokens": 20})
+    guide = shared.sent.guide
     assert guide is not None
     mask = guide.allowed()
     assert {token for token in range(lab.VOCAB) if mask[token // 8] >> token % 8 & 1} == {70, 71, 300}
@@ -128,21 +128,21 @@ def test_only_allowed_tokens_are_generated(plain: lab.Lab, path: str) -> None:
         ({"truncate_prompt_tokens": -1, "max_tokens": 12}, slice(-500, None)),
     ],
 )
-def test_a_prompt_is_cut_as_asked(plain: lab.Lab, fields: dict[str, Any], kept: slice) -> None:
+def test_a_prompt_is_cut_as_asked(shared: lab.Lab, fields: dict[str, Any], kept: slice) -> None:
     ids = [70 + place % 50 for place in range(600 if -1 in fields.values() else 10)]
-    body = asyncio.run(plain.complete(ids, echo=True, **({"max_tokens": 2} | fields))).json()
-    assert plain.sent.prompt == tuple(ids[kept])
-    assert body["choices"][0]["text"].startswith(plain.tokenizer.decode(ids[kept]))
+    body = asyncio.run(shared.complete(ids, echo=True, **({"max_tokens": 2} | fields))).json()
+    assert shared.sent.prompt == tuple(ids[kept])
+    assert body["choices"][0]["text"].startswith(shared.tokenizer.decode(ids[kept]))
     text = "one two three four five six"
-    body = asyncio.run(plain.complete(text, echo=True, truncate_prompt_tokens=2, max_tokens=2)).json()
-    assert body["choices"][0]["text"].startswith(plain.tokenizer.decode(plain.tokenizer.encode(text)[-2:]))
+    body = asyncio.run(shared.complete(text, echo=True, truncate_prompt_tokens=2, max_tokens=2)).json()
+    assert body["choices"][0]["text"].startswith(shared.tokenizer.decode(shared.tokenizer.encode(text)[-2:]))
 
 
-def test_n_predict_is_max_tokens(plain: lab.Lab) -> None:
-    post(plain, PATHS[0], {"n_predict": 7})
-    assert plain.sent.max_tokens == 7
-    post(plain, PATHS[0], {"n_predict": -1})
-    assert plain.sent.max_tokens == 16
+def test_n_predict_is_max_tokens(shared: lab.Lab) -> None:
+    post(shared, PATHS[0], {"n_predict": 7})
+    assert shared.sent.max_tokens == 7
+    post(shared, PATHS[0], {"n_predict": -1})
+    assert shared.sent.max_tokens == 16
 
 
 @pytest.fixture(scope="module")
