@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-full test-plain test-npm test-clients check eval format train-demo clean
+.PHONY: demo serve quick test test-full test-plain test-npm test-clients check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -12,12 +12,20 @@ demo: $(VENV)/.runtime
 serve: $(VENV)/.runtime
 	$(BIN)/narrows serve narrows-demo --tp 2 --ranks processes
 
+# What needs no torch, in half a minute: tests/pure, and the examples in rooms that may not import it.
+quick: $(VENV)/.dev
+	$(BIN)/python -c 'import os, tomllib; \
+	  (pure,) = (c for c in tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"] if c["type"] == "forbidden"); \
+	  paths = ["src/" + name.replace(".", "/") for name in pure["source_modules"]]; \
+	  print("tests/pure", *(path if os.path.isdir(path) else path + ".py" for path in paths))' \
+	  | PYTHONPATH=tests:$$PYTHONPATH xargs $(BIN)/python -m pytest -p no_torch -n 2 --dist worksteal -m "not full and not slow"
+
 # Two workers: most tests are one thread's work, or wait.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
+	NARROWS_TESTS=full $(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
 
 # All tests without compiled code: plain torch everywhere, gloo between processes.
 test-plain: $(VENV)/.dev

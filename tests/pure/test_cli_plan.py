@@ -38,6 +38,7 @@ def document(capsys: pytest.CaptureFixture[str], line: str) -> dict[str, Any]:
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_six_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, f"{PUBLISHED} --layout all-reduce --layout attn-tp-input-scattered")
     before, after = found["layouts"]
@@ -51,6 +52,7 @@ def test_the_six_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
         assert layout["total_ms"] == layout["totals_ms"]["total"] == pytest.approx(sum(parts.values()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, SMALL)
     assert set(found) == {
@@ -83,6 +85,7 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(" costs " in text or " is " in text for text in found["why"])
 
 
+@pytest.mark.slow
 def test_layouts_are_exactly_those_asked_for_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     def names(line: str) -> list[str]:
         return [layout["name"] for layout in document(capsys, line)["layouts"]]
@@ -92,6 +95,7 @@ def test_layouts_are_exactly_those_asked_for_in_order(capsys: pytest.CaptureFixt
     assert names(f"{SMALL} --layout auto --layout auto") == ["auto"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dp", "tp"), [(8, 1), (2, 4)])
 def test_publication_b(capsys: pytest.CaptureFixture[str], dp: int, tp: int) -> None:
     line = f"plan deepseek-v3 --device h20 --dp {dp} --tp {tp} --rows 16384"
@@ -108,6 +112,7 @@ def test_publication_b(capsys: pytest.CaptureFixture[str], dp: int, tp: int) -> 
     assert layouts[1]["totals_ms"]["norm"] < layouts[0]["totals_ms"]["norm"]
 
 
+@pytest.mark.slow
 def test_flags_reach_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     line = "plan qwen3-30b-a3b --device a100 --dp 2 --tp 2 --rows 100 --layout auto"
     found = document(capsys, f"{line} --phase decode --context 777 --group-rows 70,30 --logit-rows 10")
@@ -120,6 +125,7 @@ def test_flags_reach_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert eager["layouts"][0]["total_ms"] > graph["layouts"][0]["total_ms"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "dtype", "because"),
     [
@@ -139,6 +145,7 @@ def test_the_dtype_that_was_chosen_is_said(
 # -- the published switches --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dp_attention_counts_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(
         capsys, "plan deepseek-v3 --device h20 --tp 8 --dp 2 --enable-dp-attention --rows 64 --layout auto"
@@ -147,6 +154,7 @@ def test_dp_attention_counts_all_ranks(capsys: pytest.CaptureFixture[str]) -> No
     assert "--enable-dp-attention: --tp 8 counts all ranks, so --dp 2 makes this the mesh dp 2 x tp 4" in found["notes"]
 
 
+@pytest.mark.slow
 def test_input_scattered_is_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     switch = "--enable-attn-tp-input-scattered"
     found = document(capsys, f"{PUBLISHED} {switch} --layout all-reduce")
@@ -160,6 +168,7 @@ def test_input_scattered_is_a_layout(capsys: pytest.CaptureFixture[str]) -> None
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "plan deepseek-v3 --device h100 --dp 2 --tp 4 --rows 16384 --dtype fp8")
     lines = [line.rstrip() for line in out.splitlines()]
@@ -188,6 +197,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "multi-token-prediction layer(s) of the checkpoint are skipped" in out
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_does_not_apply_and_what_forms_were_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "plan deepseek-v3 --device h200 --tp 8 --rows 4096 --layout all-reduce")
     assert "forms of auto, chosen for this one step: " in out
@@ -289,6 +299,7 @@ def test_errors_of_the_process() -> None:
     assert done.stderr.startswith("narrows: error: unknown device 'h21'") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_never_imports_torch() -> None:
     code = (
         "import sys; import narrows.cli.plan_command; from narrows.cli.main import main; "
@@ -310,6 +321,7 @@ def test_help_is_instant() -> None:
     assert done.stderr.strip() == "['narrows.cli', 'narrows.cli.main', 'narrows.errors']"
 
 
+@pytest.mark.slow
 def test_output_into_a_closed_pipe_is_no_error() -> None:
     line = [sys.executable, "-c", "from narrows.cli.main import main; raise SystemExit(main())", *SMALL.split()]
     read, write = os.pipe()

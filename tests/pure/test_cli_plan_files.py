@@ -15,6 +15,7 @@ from narrows.cli.main import main
 COMMAND = ("plan", "deepseek-v3", "--device", "h20", "--dp", "2", "--tp", "4", "--rows", "4096")
 
 
+@pytest.mark.slow
 def test_code_prints_a_program_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--layout", "norm-before-gather", "--code"]) == 0
     out = capsys.readouterr().out
@@ -22,6 +23,7 @@ def test_code_prints_a_program_and_nothing_else(capsys: pytest.CaptureFixture[st
     compile(out, "plan", "exec")
 
 
+@pytest.mark.slow
 def test_save_keeps_the_layout_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--layout", "sequence-parallel", "--save", str(tmp_path / "plan.json")]) == 0
     assert '"layout": "sequence-parallel"' in (tmp_path / "plan.json").read_text()
@@ -29,6 +31,7 @@ def test_save_keeps_the_layout_that_was_asked_for(tmp_path: Path, capsys: pytest
     assert '"layout": "auto"' in (tmp_path / "plan.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--html", str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -52,6 +55,7 @@ def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_draws_every_layout(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = _Links()
@@ -71,6 +75,7 @@ def test_the_page_is_self_contained_and_draws_every_layout(page: Path) -> None:
         assert right <= float(drawing.attrib["width"])
 
 
+@pytest.mark.slow
 def test_a_narrow_gather_is_drawn_narrow(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     drawing = text.split('aria-label="attn-tp-input-scattered"')[1].split("</svg>")[0]

@@ -25,6 +25,7 @@ def run(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[s
     return out, json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_figures_shares_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
     out, found = run(capsys, f"{MINI} --rate 4 --kv-tokens 4096")
     assert "12 requests, 200 in / 20 out, 4 per second; dp 1 x tp 2, auto" in " ".join(out.split())
@@ -45,6 +46,7 @@ def test_figures_shares_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["simulate"], found["load"]["rate"], found["load"]["requests"]) == ("dsv3-mini", 4.0, 12)
 
 
+@pytest.mark.slow
 def test_json_alone_and_the_same_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     out, found = run(capsys, f"{MINI} --concurrency 3 --json")
     assert out.count("\n") == 1
@@ -54,6 +56,7 @@ def test_json_alone_and_the_same_each_time(capsys: pytest.CaptureFixture[str]) -
     assert json.loads(other)["candidates"] != found["candidates"]
 
 
+@pytest.mark.slow
 def test_layouts_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     out, found = run(capsys, f"{V3} --tp 8 --layout sequence-parallel --layout auto")
     assert [one["layout"] for one in found["candidates"]] == ["sequence-parallel", "auto"]
@@ -65,6 +68,7 @@ def test_layouts_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert titles.rindex("dp 1 x tp 8 auto") < titles.rindex("dp 1 x tp 8 sequence-parallel")  # the best first
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_there_is_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     out, found = run(capsys, f"{V3} --search --num-gpus 4,8 --layout auto --layout norm-before-gather --max-tpot 17")
     ranks = [(tuple(one["mesh"].values()), one["layout"]) for one in found["candidates"]]
@@ -87,6 +91,7 @@ def test_a_search_ranks_what_there_is_and_says_why(capsys: pytest.CaptureFixture
     assert all(one["misses"] and one["goodput"] == 0 for one in missed["candidates"])
 
 
+@pytest.mark.slow
 def test_sampled_texts_and_overhead_cost_more(capsys: pytest.CaptureFixture[str]) -> None:
     def busy(more: str) -> float:
         _, found = run(capsys, f"{MINI} --json {more}")
@@ -98,6 +103,7 @@ def test_sampled_texts_and_overhead_cost_more(capsys: pytest.CaptureFixture[str]
     assert one["seconds"]["host"] == pytest.approx(1e-3 * one["scheduler"]["steps"])
 
 
+@pytest.mark.slow
 def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace, steps, requests = tmp_path / "trace", tmp_path / "steps", tmp_path / "requests"
     rows = [{"timestamp": 1000 * i, "input_length": 600, "output_length": 5, "hash_ids": [1, 2 + i]} for i in range(4)]
@@ -114,6 +120,7 @@ def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], 
     assert [row["sent_s"] for row in saved] == [0, 1, 2, 3] and len(saved[0]["pieces_s"]) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -155,6 +162,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
     assert err.startswith("narrows: error: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_prompts_that_are_cut_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     rows = [{"timestamp": 0, "input_length": 600 * i, "output_length": 5} for i in (1, 2)]
@@ -167,6 +175,7 @@ def test_prompts_that_are_cut_are_told(capsys: pytest.CaptureFixture[str], tmp_p
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_simulation_never_imports_torch() -> None:
     code = (
         "import sys; from narrows.cli.main import main; "
@@ -188,6 +197,7 @@ def uneven_trace(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_group_that_is_short_of_pages_is_named_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +218,7 @@ def test_a_group_that_is_short_of_pages_is_named_and_the_others_go_on(
     assert len(short) == 40 and max(short) < 3.0, "20 steps of at most 90 ms, and the wait for its first"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -224,6 +235,7 @@ def test_the_limit_that_binds_is_named(flags: str, words: str, capsys: pytest.Ca
     assert sum(map(bool, steps.values())) == (not words.endswith("none"))
 
 
+@pytest.mark.slow
 def test_a_load_near_saturation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     line = "simulate dsv3-mini --device cpu-core --tp 2 --num-requests 8 --input-length 64 --output-length 8"
     used = {}
@@ -237,6 +249,7 @@ def test_a_load_near_saturation_says_so(capsys: pytest.CaptureFixture[str]) -> N
     assert found["utilisation"] is None and "utilisation" not in out.split("{")[0]
 
 
+@pytest.mark.slow
 def test_a_target_that_nothing_meets_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     line = "simulate dsv3-mini --device cpu-core --search --num-gpus 2 --layout auto --num-requests 2 --max-tpot 0.001"
     assert main(line.split()) == 1

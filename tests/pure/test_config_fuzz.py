@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +113,7 @@ def test_the_smallest_config_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(changes=CHANGES, without=st.sets(st.sampled_from(NAMES), max_size=2))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_config_is_a_model_or_one_line(name: str, changes: dict[str, Any], without: set[str]) -> None:
     raw = {field: value for field, value in (base(name) | changes).items() if field not in without}
     config = outcome(raw | {"model_type": name})
@@ -121,7 +122,7 @@ def test_any_config_is_a_model_or_one_line(name: str, changes: dict[str, Any], w
 
 
 @given(raw=st.dictionaries(st.text(max_size=4) | st.just("model_type"), JUNK | st.sampled_from(sorted(FAMILIES))))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_any_object_is_a_model_or_one_line(raw: dict[str, Any]) -> None:
     outcome(raw)
 
@@ -141,7 +142,7 @@ PLAUSIBLE = st.fixed_dictionaries(
 
 
 @given(name=st.sampled_from(sorted(FAMILIES)), changes=PLAUSIBLE, mesh=st.sampled_from(["--tp 1", "--dp 2 --tp 2"]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_what_is_read_is_planned(name: str, changes: dict[str, Any], mesh: str) -> None:
     fields = FAMILIES[name].model_fields.keys() | base(name).keys()
     raw = base(name) | {field: value for field, value in changes.items() if field in fields}
@@ -198,6 +199,7 @@ ODD_MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ODD_MODELS.values(), ids=ODD_MODELS)
 def test_odd_models_are_planned_or_refused_in_one_line(
     case: tuple[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]

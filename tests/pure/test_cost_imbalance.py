@@ -47,6 +47,7 @@ def test_one_row_on_so_many_ranks_is_what_can_be_counted() -> None:
     assert imbalance(2, 1, **V3, skew=0.0) == pytest.approx(exact, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize(("experts", "top_k"), [(256, 8), (160, 6), (32, 4), (8, 2)])
 def test_it_rises_with_ranks_and_falls_with_rows(experts: int, top_k: int, skew: float) -> None:
@@ -104,6 +105,7 @@ class Counting(Random):
         return super().random()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 8, 33, 1024, 4096, 8191, 8192])
 def test_the_most_experts_take_a_bounded_number_of_draws(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A popularity of each expert in each trial, and the experts of a few rows, some of them drawn again."""
@@ -113,6 +115,7 @@ def test_the_most_experts_take_a_bounded_number_of_draws(top_k: int, monkeypatch
     assert Counting.drawn < 600_000
 
 
+@pytest.mark.slow
 def test_fewer_draws_find_what_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
     bounded = largest_loads(4, 2048, 512, DEFAULT_SKEW)
     monkeypatch.setattr(module, "_PAIRS", 512 << 3)

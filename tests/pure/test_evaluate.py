@@ -181,6 +181,7 @@ def test_the_paired_test_is_the_two_sided_binomial(gained: int, lost: int) -> No
     assert paired_p_value(gained, lost) == paired_p_value(lost, gained) <= 1.0
 
 
+@pytest.mark.slow
 def test_errors_of_shares_and_the_one_threshold() -> None:
     assert binomial_error(0.5, 100) == pytest.approx(0.05) and math.isnan(binomial_error(0.5, 0))
     assert significance() == pytest.approx(6.334e-5, rel=1e-3) and SIGMAS == 4.0

@@ -286,6 +286,7 @@ def _join_where_replicated(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Graph, "__init__", init)
 
 
+@pytest.mark.slow
 @planted(Mistake("joins-on-every-rank", _join_where_replicated, PlanError, "where it would not be added once"))
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_replicated_shared_expert_joins_a_sum_only_as_a_slice(

@@ -370,6 +370,7 @@ def test_no_other_name_imports_the_hubs_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_names_are_said_without_noise_in_a_pipe(hub: FakeHub, tmp_path: Path) -> None:
     hub.repos["org/demo"] = Repo({"config.json": (DEMO / "config.json").read_bytes()})
     env = os.environ | {"HF_HOME": str(tmp_path / "home")}

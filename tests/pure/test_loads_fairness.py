@@ -79,6 +79,7 @@ class EachStep:
         return StepCost(seconds=1.0, parts={("work", "assumed"): 1.0})
 
 
+@pytest.mark.slow
 def test_a_flood_moves_others_only_where_shares_are_not_fair() -> None:
     honest = [Ask(at_s=10.0 * n, input_tokens=20, output_tokens=4) for n in range(1, 9)]
     asks = [*honest, *flood(64, 20, 200)]
@@ -98,6 +99,7 @@ def test_where_each_sends_one_request_nothing_depends_on_shares() -> None:
     assert fair == unfair and fair.fairness is None
 
 
+@pytest.mark.slow
 def test_the_command_tells_how_clients_fared(capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         "simulate dsv3-mini --device cpu-core --tp 2 --num-requests 4 --rate 2 --input-length 60 --output-length 5 "

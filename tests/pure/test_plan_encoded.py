@@ -152,6 +152,7 @@ def test_a_saved_plan_keeps_its_encodings_and_one_without_them_still_reads(tmp_p
     assert not older.encodings and older.num_steps == plan.num_steps
 
 
+@pytest.mark.slow
 def test_words_code_tables_and_pages_name_the_encoding() -> None:
     by = planner("int8")
     plan = by.plan(step_of(TP8, 16384))

@@ -89,6 +89,7 @@ def test_why_of_several_axes_names_them() -> None:
     assert "input_norm at GROUP (8192 rows) instead of SCATTERED (2048)" in text
 
 
+@pytest.mark.slow
 def test_every_difference_has_a_cause() -> None:
     """The causes that `why` picks from add up, per class, to the difference of the totals."""
     for mesh, rows in itertools.product((TP8, DP2, Mesh.of(dp=8, tp=1)), (4, 1023, 16384)):
@@ -199,6 +200,7 @@ def test_spread_keeps_proportions(rows: int, like: list[int]) -> None:
     assert spread(sum(like), tuple(like)) == tuple(like)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "on"), [(TP8, "h20"), (DP2, "b200")], ids=str)
 def test_ranges_agree_with_plans_at_their_ends(mesh: Mesh, on: str) -> None:
     plans = planner(mesh, on)
@@ -242,6 +244,7 @@ def test_a_sweep_keeps_groups_phase_and_logit_rows() -> None:
 # -- forms and the whole report ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_forms_are_the_cheapest_that_leave_room_for_the_step() -> None:
     deployment = planner(TP8, "h200").deployment
     shape = step_of(TP8, 16384)
@@ -254,6 +257,7 @@ def test_forms_are_the_cheapest_that_leave_room_for_the_step() -> None:
     assert choose_forms(planner(TP8, "h100").deployment, [(shape, 1.0)]) == Forms()  # nothing fits: the published ones
 
 
+@pytest.mark.slow
 def test_forms_leave_room_for_what_the_step_itself_takes() -> None:
     """The cheapest set's weights and KV cache fit, half of the step's activations do not."""
     deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 4096)
@@ -296,6 +300,7 @@ def test_logit_rows_by_default_are_one_per_sequence_of_each_group() -> None:
     assert StepShape.of(DP2, (6, 3), phase="prefill", context=4, logit_rows=3).logits.counts == (1, 1, 0, 0, 1, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_report_in_python() -> None:
     deployment = planner(TP8, "h200").deployment
     report = make_report(deployment, step_of(TP8, 4096))

@@ -196,6 +196,7 @@ def test_a_projection_by_columns_is_priced_as_its_share_and_its_gather() -> None
     assert costs[1] < costs[0]
 
 
+@pytest.mark.slow
 def test_a_projection_by_columns_is_chosen_at_few_rows_where_the_gather_is_cheap() -> None:
     """On cores that share memory a gather of few rows is little beside reading eight times the weights."""
     mesh = Mesh.of(dp=1, tp=8)
@@ -210,6 +211,7 @@ def test_a_projection_by_columns_is_chosen_at_few_rows_where_the_gather_is_cheap
     assert choose_forms(d, [(prefill, 1.0)]).qkv_a_proj == "replicated"
 
 
+@pytest.mark.slow
 def test_a_shared_expert_and_an_embedding_are_replicated_where_that_pays() -> None:
     mesh = Mesh.of(dp=8, tp=1)
     assert cheapest(mesh, 4096, "h200").shared_expert == "replicated"

@@ -43,6 +43,7 @@ def test_a_saved_plan_comes_back_equal_under_every_layout(mesh: Mesh, tmp_path: 
         assert read_plan(tmp_path / "plan.json", config, mesh) == (plan, Forms())
 
 
+@pytest.mark.slow
 def test_a_saved_plan_keeps_its_forms_and_its_logits(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     for forms in form_choices(config, MESH):

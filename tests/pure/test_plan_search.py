@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,7 +125,8 @@ def plan_of(graph: Graph, prices: RandomPrices) -> Plan:
     return Plan(layout_name=graph.rules.name, mesh=graph.mesh, shape=shape, segments=segments, roles=graph.chain.roles)
 
 
-@settings(deadline=None, max_examples=120)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=examples(120))
 @given(chains(st.integers(1, 6)), seeds, scales)
 def test_chained_tables_equal_a_plain_search(built: tuple[Chain, Mesh], seed: int, scale: int) -> None:
     chain, mesh = built
@@ -137,7 +139,7 @@ def test_chained_tables_equal_a_plain_search(built: tuple[Chain, Mesh], seed: in
     )  # deterministic, and no state is left in a graph
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=examples(10))
 @given(meshes, seeds, scales)
 def test_61_layers_equal_a_plain_search(mesh: Mesh, seed: int, scale: int) -> None:
     config = preset("deepseek-v3")
@@ -236,7 +238,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: boo
 SMALL = [Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=4), Mesh.of(dp=4, tp=1)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(families, st.sampled_from(SMALL), seeds, scales)
 def test_no_cheaper_way_exists(family: str, mesh: Mesh, seed: int, scale: int) -> None:
     config = tiny(family, 2)
@@ -248,7 +250,7 @@ def test_no_cheaper_way_exists(family: str, mesh: Mesh, seed: int, scale: int) -
         assert plan.ps == cheapest(chain, mesh, prices, fuses_norms=fuses)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])
 def test_no_cheaper_way_exists_on_two_axes(seed: int) -> None:
     mesh, config = Mesh.of(dp=2, tp=2), tiny("v3", 1)
     forms = Forms(qkv_a_proj="column") if seed % 2 else Forms()
@@ -261,7 +263,8 @@ def test_no_cheaper_way_exists_on_two_axes(seed: int) -> None:
 # -- named layouts, and plans that are wrong ---------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=examples(60))
 @given(families, meshes, seeds, scales)
 def test_auto_is_never_dearer_than_a_named_layout(family: str, mesh: Mesh, seed: int, scale: int) -> None:
     config, prices = tiny(family, 3), RandomPrices(seed, scale)
@@ -289,8 +292,16 @@ def real_plans(name: str, mesh: Mesh, rows: int) -> Iterator[Plan]:
 CASES = [("deepseek-v3", 16384), ("deepseek-v3", 7), ("deepseek-v2-lite", 1023), ("llama-3.1-8b", 1), ("glm-4.5", 4096)]
 
 
-@pytest.mark.parametrize("mesh", [Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4), Mesh.of(dp=8, tp=1)], ids=str)
-@pytest.mark.parametrize(("name", "rows"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows", "mesh"),
+    [
+        pytest.param(*case, mesh, marks=[] if i % 3 == j else [pytest.mark.full])
+        for i, case in enumerate(CASES)
+        for j, mesh in enumerate((Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4), Mesh.of(dp=8, tp=1)))
+    ],
+    ids=str,
+)
 def test_a_plan_with_one_sum_not_taken_is_refused(name: str, rows: int, mesh: Mesh) -> None:
     """Whichever reduction is taken out, the stage that would read an owed sum is named."""
     seen = 0
@@ -354,6 +365,7 @@ def test_rules_that_leave_no_way_name_the_stage() -> None:
         search.solve()
 
 
+@pytest.mark.slow
 def test_inapplicable_agrees_with_what_can_be_planned() -> None:
     """Every layout that is said to apply has a plan, on every mesh and model."""
     for family, mesh in itertools.product(("v3", "v2-lite", "llama", "qwen3-moe"), MESHES):
@@ -412,7 +424,8 @@ def solved(chain: Chain, mesh: Mesh, prices: RandomPrices, *encoding: Encoding, 
     return plan
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=examples(60))
 @given(chains(st.integers(1, 4)), seeds, scales)
 def test_off_or_too_dear_changes_nothing_and_more_edges_never_cost(built: tuple, seed: int, scale: int) -> None:
     chain, mesh = built
@@ -424,7 +437,8 @@ def test_off_or_too_dear_changes_nothing_and_more_edges_never_cost(built: tuple,
     assert free.ps <= off.ps
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=examples(60))
 @given(chains(st.integers(1, 4)), seeds, st.booleans())
 def test_only_what_norms_and_gemms_made_is_encoded(built: tuple, seed: int, always: bool) -> None:
     """Never an owed sum, the residual stream, ids or the choice of experts, however cheap that were."""

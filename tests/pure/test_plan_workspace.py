@@ -42,6 +42,7 @@ def test_usable_memory_falls_with_rows() -> None:
     assert usable[0] == uses[0].device - GPU_PROCESS - GPU_COLLECTIVES - uses[0].workspace
 
 
+@pytest.mark.slow
 def test_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for rows in (2048, 32768):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from random import Random
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -277,8 +278,9 @@ def test_the_limit_that_binds_is_named(limits: dict[str, int], bound: set[str]) 
 # -- any load ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_no_group_with_prompts_waits_while_another_has_more_than_its_share(seed: int) -> None:
     rng = Random(seed)
     scheduler = make(

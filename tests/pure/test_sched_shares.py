@@ -6,6 +6,7 @@ from collections import Counter
 from random import Random
 
 import pytest
+from effort import examples
 
 from narrows.errors import ConfigError
 from narrows.sched.batch import Batch
@@ -60,6 +61,7 @@ def steps_until(scheduler: Scheduler, request: Request, most: int) -> int:
 # -- one request cannot hold everything --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "most"),
     [
@@ -71,7 +73,7 @@ def steps_until(scheduler: Scheduler, request: Request, most: int) -> int:
         (Limits(rows_per_step=300, prefill_chunk=256, pages_per_group=ROOMY), 4),
     ],
 )
-@pytest.mark.parametrize("came_after", [3, 60])
+@pytest.mark.parametrize("came_after", [3, pytest.param(60, marks=pytest.mark.full)])
 def test_a_request_beside_eight_prompts_with_n_128_has_its_first_token_after_few_steps(
     limits: Limits, most: int, came_after: int
 ) -> None:
@@ -311,16 +313,18 @@ def crowd(seed: int, name: str) -> tuple[list[Batch | None], int]:
     return batches, scheduler.stats().preemptions
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_whether_all_are_one_client_or_each_is_its_own() -> None:
     preemptions = 0
-    for seed in range(40):
+    for seed in range(examples(42)):
         one, own = crowd(seed, "one"), crowd(seed, "{}")
         assert one == own
         preemptions += own[1]
     assert preemptions > 10
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(10, 40))])
 def test_no_client_gets_a_place_while_one_waits_that_has_fewer(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = Random(seed)
     scheduler = Scheduler(

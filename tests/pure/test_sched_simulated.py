@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
+from effort import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -263,8 +264,8 @@ class Serving(RuleBasedStateMachine):
                 assert request.prompt_logprobs == expected
 
 
-TestServing = Serving.TestCase
-TestServing.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestServing = pytest.mark.slow(Serving.TestCase)
+TestServing.settings = settings(max_examples=examples(120), stateful_step_count=60, deadline=None)
 
 
 def crowd(rng: Random, clients: Sequence[str] = ()) -> tuple[int, int]:
@@ -339,7 +340,8 @@ def crowd(rng: Random, clients: Sequence[str] = ()) -> tuple[int, int]:
     return stats.preemptions, stats.cached_prompt_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [(), ("a", "a", "a", "b", "c")])
 def test_a_crowd_in_a_small_cache(clients: Sequence[str]) -> None:
-    seen = [crowd(Random(seed), clients) for seed in range(150)]
-    assert sum(preempted for preempted, _ in seen) > 100 and sum(found for _, found in seen) > 1000
+    seen = [crowd(Random(seed), clients) for seed in range(examples(150))]
+    assert sum(preempted for preempted, _ in seen) > 30 and sum(found for _, found in seen) > 300

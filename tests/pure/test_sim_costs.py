@@ -51,6 +51,7 @@ def batch(*groups: list[tuple[int, int]]) -> Batch:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encode_rows", ["none", "int8-always"])
 @pytest.mark.parametrize(("model", "dp", "tp"), [("deepseek-v3", 2, 4), ("dsv2-mini", 1, 2), ("qwen3-30b-a3b", 4, 1)])
 def test_a_plan_priced_again_at_its_own_shape_costs_what_it_did(model: str, dp: int, tp: int, encode_rows: str) -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +84,7 @@ def test_prefixes_are_found_and_pages_run_out() -> None:
         assert found.figures.completed == 12 and found.figures.output_tokens == 12 * 120
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     num=st.integers(1, 25),
     given_tokens=st.integers(1, 60),

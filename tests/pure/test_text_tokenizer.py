@@ -386,6 +386,7 @@ def test_nothing_is_said_of_the_length_where_text_is_dropped_or_merged(build, te
     assert tokenizer.fewest_tokens(text) == 0
 
 
+@pytest.mark.slow
 def test_other_threads_run_while_a_long_text_is_encoded_or_decoded():
     """Counted, not timed: a thread that only counts gets its turns while one call is made."""
     tokenizer = loaded(byte_level)
