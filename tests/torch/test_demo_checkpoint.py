@@ -24,13 +24,13 @@ LAYOUTS = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "seque
 PERPLEXITY = 30.0
 """Per token, over the first windows of the held-out text."""
 
-SAMPLE = Setting(limit=48, window=96, arithmetic_tokens=6)
+SAMPLE = Setting(limit=24, window=96, arithmetic_tokens=6)
 
 
 def run(layouts: tuple[str, ...], *tasks: str, dp: int = 2, tp: int = 2, **more: Any) -> Evaluation:
     files = default_files(str(FOLDER))
     asked = EngineConfig(model="narrows-demo", dp=dp, tp=tp, max_context=512)
-    given = {"setting": SAMPLE, "num_alone": 4, "kl_rows": 320} | more
+    given = {"setting": SAMPLE, "num_alone": 1, "kl_rows": 192} | more
     return evaluate(asked, {task: files[task] for task in tasks}, layouts, **given)
 
 
@@ -43,8 +43,8 @@ def test_it_is_a_deepseek_v3_of_at_most_30_mb_with_files_for_every_task() -> Non
 
 
 def test_transformers_loads_it_unchanged_and_writes_the_same_greedy_text() -> None:
-    questions = ["What is 47 + 38?", "81 - 26 =", "Which is larger, 512 or 498?", "What is 120 plus 745?"]
-    prose = ["In the beginning", "The value of the expression is"]
+    questions = ["What is 47 + 38?", "Which is larger, 512 or 498?"]
+    prose = ["In the beginning"]
     theirs = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     backend = AutoTokenizer.from_pretrained(FOLDER)
     chats = [[{"role": "user", "content": question}] for question in questions]
