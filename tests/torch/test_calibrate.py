@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,23 @@ from narrows.engine.config import EngineConfig, resolve
 from narrows.errors import ConfigError
 from narrows.native import why_absent
 
-OPTIONS = ["--ranks", "2", "--world", "threads", "--quick", "--dtype", "float32", "--seconds", "20"]
+OPTIONS = ["--ranks", "2", "--world", "threads", "--quick", "--dtype", "float32", "--seconds", "8"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the one profile that all tests here look at."""
     return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smaller_probes() -> Iterator[None]:
+    """An eighth of the product, a quarter of the reading: long enough to tell the machine's pace by."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("probe", "calibrate"):
+            patch.setattr(f"narrows.bench.{module}.GEMM_SHAPE", (1024, 2048, 1024))
+        patch.setattr("narrows.bench.calibrate._READ", 64 << 20)
+        yield
 
 
 @pytest.fixture(scope="module")
