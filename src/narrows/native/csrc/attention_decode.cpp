@@ -299,6 +299,7 @@ NARROWS_EXPORT void narrows_per_head(bf16* out, int64_t out_row, int64_t out_hea
                                      int64_t x_head, const uint32_t* panels, int64_t num_rows, int64_t num_heads,
                                      int64_t num_inputs, int64_t num_outputs, int num_threads) {
     NARROWS_NOT_TAPED
+    if (num_rows == 0) return;
     const int64_t head_size = panels_of(num_outputs) * pairs_of(num_inputs) * PANEL;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     share_out(num_heads, num_threads, [&](int64_t n) {
@@ -320,6 +321,7 @@ NARROWS_EXPORT void narrows_mla_decode(bf16* out, int64_t out_row, const bf16* q
     NARROWS_TAPED(narrows_mla_decode(out, out_row, q_nope, nope_row, nope_head, q_pe, pe_row, pe_head, cache,
                                      slot_stride, slots, slots_row, lens, row_of, num_rows, absorb, w_uv,
                                      num_heads, key_dim, rope_dim, rank, value_dim, scale, num_threads));
+    if (num_rows == 0) return;
     static thread_local Scratch query_memory, sum_memory, place_memory, unit_memory;
     const int64_t width = rank + rope_dim;
     bf16* queries = query_memory.of<bf16>(num_rows * num_heads * width);

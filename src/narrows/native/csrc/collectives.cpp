@@ -159,8 +159,9 @@ struct Part {
     int64_t bytes() const { return row * rows; }
 
     void copy(char* out, const char* from) const {
+        if (bytes() == 0) return;  // then there may be no memory either
         if (row == pitch || rows == 1) {
-            if (bytes()) std::memcpy(out + start, from, size_t(bytes()));
+            std::memcpy(out + start, from, size_t(bytes()));
             return;
         }
         for (int64_t r = 0; r < rows; r++) std::memcpy(out + start + r * pitch, from + r * row, size_t(row));

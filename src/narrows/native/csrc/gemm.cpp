@@ -80,7 +80,11 @@ namespace {
 template <typename Kind, typename Product>
 void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inputs, int64_t num_panels,
                 int num_threads, const Brgemm* brgemm, Product product) {
-    static thread_local Scratch scratch;
+    // Each thread's own: a thread_local is freed only where its thread comes through the declaration.
+    const auto room_for = [](int64_t words) {
+        static thread_local Scratch scratch;
+        return scratch.of<uint32_t>(words);
+    };
     constexpr int64_t FEW = 64 << 10;  // bytes
     const int64_t row_words = Kind::row_words(num_inputs);
     const Blocks blocks(num_rows, Kind::MOST_ROWS);
@@ -99,7 +103,7 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
         if (brgemm != nullptr) brgemm->release(true);
     };
     if (num_threads <= 1) {
-        uint32_t* packed = scratch.of<uint32_t>(room);
+        uint32_t* packed = room_for(room);
         for (int64_t first = 0; first < blocks.count; first += per_chunk) {
             const int64_t stop = std::min(blocks.count, first + per_chunk);
             pack(packed, first, stop, 0, 1);
@@ -108,12 +112,12 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
     } else if (room * 4 <= FEW && blocks.count <= per_chunk) {
 #pragma omp parallel num_threads(num_threads)
         {
-            uint32_t* packed = scratch.of<uint32_t>(room);  // this thread's
+            uint32_t* packed = room_for(room);  // this thread's
             pack(packed, 0, blocks.count, 0, 1);
             multiply(packed, 0, blocks.count, omp_get_thread_num(), omp_get_num_threads());
         }
     } else {
-        uint32_t* packed = scratch.of<uint32_t>(room);  // the caller's, for all threads
+        uint32_t* packed = room_for(room);  // the caller's, for all threads
 #pragma omp parallel num_threads(num_threads)
         for (int64_t first = 0; first < blocks.count; first += per_chunk) {
             const int64_t stop = std::min(blocks.count, first + per_chunk);

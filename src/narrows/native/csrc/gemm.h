@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fatal.h"
 #include "vector.h"
 
 #if defined(NARROWS_VECTORS) && defined(__AVX512BF16__)
@@ -33,14 +34,21 @@ inline int64_t panels_of(int64_t num_outputs) { return (num_outputs + PANEL - 1)
 // Memory of the calling thread, kept for its next call.
 class Scratch {
    public:
+    Scratch() = default;
     ~Scratch() { std::free(data_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    // Room for `count` numbers, of an address also where there are none. Ends the process if there is no memory.
     template <typename T>
     T* of(int64_t count) {
-        const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+        const int64_t bytes = std::max<int64_t>(64, (count * int64_t(sizeof(T)) + 63) / 64 * 64);
         if (bytes > size_) {
             std::free(data_);
+            size_ = 0;
             data_ = std::aligned_alloc(64, bytes);
-            size_ = data_ == nullptr ? 0 : bytes;
+            if (data_ == nullptr) fatal("no memory for %lld bytes of packed numbers", static_cast<long long>(bytes));
+            size_ = bytes;
         }
         return static_cast<T*>(data_);
     }
@@ -73,7 +81,7 @@ inline void pack_rows(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t n
     if (in_order) {
         for (int64_t r = 0; r < num_rows; ++r) {
             uint32_t* to = block + r * pairs_of(num_inputs);
-            std::memcpy(to, row_of(r), whole * 4);
+            if (whole) std::memcpy(to, row_of(r), whole * 4);
             if (num_inputs % 2) to[whole] = row_of(r)[num_inputs - 1];
         }
         return;

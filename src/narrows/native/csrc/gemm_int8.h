@@ -28,6 +28,14 @@ struct Rounded {
     int32_t offset;
 };
 
+// The sum of all lanes, modulo 2^32: what is not finite is rounded to -2^31.
+inline uint32_t wrapping_sum(__m512i x) {
+    uint32_t lanes[16], sum = 0;
+    _mm512_storeu_si512(lanes, x);
+    for (const uint32_t lane : lanes) sum += lane;
+    return sum;
+}
+
 // Rounds a row to int8; `to` has room for 16 numbers more, and is filled up with zeros. Magnitudes are compared as
 // integers, of which a NaN is the largest: the scale is then NaN and so are the results. A maximum of floats loses it.
 inline Rounded round_row(int8_t* to, const bf16* row, int64_t num_inputs) {
@@ -45,7 +53,7 @@ inline Rounded round_row(int8_t* to, const bf16* row, int64_t num_inputs) {
         sum = _mm512_add_epi32(sum, rounded);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtsepi32_epi8(rounded));
     }
-    return {largest / 127.0f, 128 * _mm512_reduce_add_epi32(sum)};
+    return {largest / 127.0f, int32_t(128 * wrapping_sum(sum))};
 }
 
 struct Int8 {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "export.h"
+#include "fatal.h"
 #include "rows.h"
 #include "tape.h"
 
@@ -298,7 +299,7 @@ void encode_rows(int8_t* codes, float* scales, const T* x, int64_t x_stride, int
         if (bits >= 0x7f800000) scale = std::numeric_limits<float>::quiet_NaN();
         scales[t] = scale;
         if (!(scale > 0.0f)) {
-            std::memset(to, 0, width);
+            std::fill(to, to + width, int8_t(0));
             return;
         }
         const __m512 by = _mm512_set1_ps(scale);
@@ -484,6 +485,8 @@ void add_norm_of(T* out, T* x, const T* residual, const T* weight, int64_t num_r
         add_rms_norm(out, x, x, residual, weight, num_rows, width, eps, 1);
     else
         rms_norm(out, width, 0, x, width, 0, weight, num_rows, 1, width, eps, 1);
+#else
+    narrows::fatal("norms are not compiled for this CPU: narrows_rows() is 0, so nobody may ask for one");
 #endif
 }
 

@@ -1,6 +1,7 @@
 // Records and repeats the calls of this library (tape.h). Knows calls and clocks; not what they compute.
 #include "tape.h"
 
+#include <atomic>
 #include <ctime>
 
 #include "export.h"
@@ -40,16 +41,17 @@ NARROWS_EXPORT int64_t narrows_tape_size(const Tape* tape) { return tape->whole 
 
 NARROWS_EXPORT void narrows_tape_free(Tape* tape) { delete tape; }
 
-// Makes the calls from number `*at` on, which counts along so that others can see how far it has come. times[i]: the
+// Makes the calls from number `*at` on, which counts along so that other threads can see how far it has come. times[i]: the
 // clock (ns) before call i, and one more after the last. Returns 0, or what call `*at` returned if that is not 0: then
 // it may be run again, from there.
-NARROWS_EXPORT int narrows_tape_run(const Tape* tape, volatile int64_t* at, int64_t* times) {
-    const int64_t count = tape->calls.size();
-    if (*at == 0) times[0] = now_ns();
-    for (int64_t i = *at; i < count; ++i) {
+NARROWS_EXPORT int narrows_tape_run(const Tape* tape, int64_t* at, int64_t* times) {
+    const std::atomic_ref<int64_t> position(*at);
+    const int64_t count = tape->calls.size(), first = position.load(std::memory_order_relaxed);
+    if (first == 0) times[0] = now_ns();
+    for (int64_t i = first; i < count; ++i) {
         if (const int outcome = tape->calls[i]()) return outcome;
         times[i + 1] = now_ns();
-        *at = i + 1;
+        position.store(i + 1, std::memory_order_release);
     }
     return 0;
 }
