@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve quick test test-full test-plain test-npm test-clients check eval format train-demo clean
+.PHONY: demo serve quick test test-full test-plain test-native test-npm test-clients check eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -30,6 +30,10 @@ test-full: $(VENV)/.dev
 # All tests without compiled code: plain torch everywhere, gloo between processes.
 test-plain: $(VENV)/.dev
 	NARROWS_NATIVE=0 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The compiled code's own tests under AddressSanitizer, UBSan and ThreadSanitizer; needs g++ and no venv. 2 to 3 minutes.
+test-native:
+	$(PYTHON) tests/native/run.py
 
 # OpenAI's npm client and the AI SDK against a real server; needs node 20 and npm.
 test-npm: $(VENV)/.runtime
