@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from narrows.bench.step_work import StepWork
+from narrows.calibrate.step_work import StepWork
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.plan.plan import Plan

@@ -18,7 +18,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from narrows.bench.step_work import StepWork, run_steps
+from narrows.calibrate.step_work import StepWork, run_steps
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 

@@ -25,11 +25,11 @@ from environments import PEERS, environment
 from to_gguf import write as write_gguf
 from workers import PeerError, Worker
 
-from narrows.bench.machine import machine, versions
 from narrows.bench.requests import Times, random_prompts
 from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
-from narrows.bench.statistics import quantile
+from narrows.calibrate.machine import machine, versions
+from narrows.calibrate.statistics import quantile
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
 from narrows.convert.demo_model import user_cache

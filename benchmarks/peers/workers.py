@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
-from narrows.bench.machine import proportional_memory
+from narrows.calibrate.machine import proportional_memory
 
 __all__ = ["PeerError", "Worker"]
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from narrows.bench.calibrate import Calibrator
+from narrows.calibrate.rates import Calibrator
 from narrows.engine.config import EngineConfig, resolve
 
 _LENGTHS = ["--input-length", "256", "--output-length", "32"]

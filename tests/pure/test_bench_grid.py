@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
-from narrows.bench.grid import Cell, PlanTimes, grid_of, shared_plans, summary
+from narrows.bench.grid import Cell, PlanTimes, grid_of, summary
 from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.layout import Mesh
-from narrows.plan.named import applicable_layouts
+from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
 

@@ -9,7 +9,7 @@ import pytest
 
 from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
-from narrows.bench.price_tables import OPS, Tables
+from narrows.calibrate.price_tables import OPS, Tables
 from narrows.cost.devices import device
 from narrows.cost.measured import CollectiveTable, Measured
 from narrows.cost.price import Source

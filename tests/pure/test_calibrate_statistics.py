@@ -16,7 +16,7 @@ from narrows.arch.presets import preset
 from narrows.bench.results import Series
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
 from narrows.bench.rounds import in_turns, turn_order
-from narrows.bench.statistics import median_interval, quantile, ratios, spread
+from narrows.calibrate.statistics import median_interval, quantile, ratios, spread
 from narrows.cost.memory import weight_bytes
 from narrows.layout import Mesh
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.bench.waits import without_waits
+from narrows.calibrate.waits import without_waits
 
 SECONDS = st.floats(0.0, 10.0)
 

@@ -8,12 +8,12 @@ import pytest
 
 from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
-from narrows.bench.grid import Cell, PlanTimes, grid_of, shared_plans
+from narrows.bench.grid import Cell, PlanTimes, grid_of
 from narrows.cli.layout_html import grid_page
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.layout import Mesh
-from narrows.plan.named import applicable_layouts
+from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.planner import Deployment, Planner
 
 CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)

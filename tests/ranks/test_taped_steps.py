@@ -12,7 +12,7 @@ import pytest
 import steps_lab as lab
 
 from narrows.arch.forms import Forms
-from narrows.bench.step_work import StepWork, run_steps
+from narrows.calibrate.step_work import StepWork, run_steps
 from narrows.comm.recording import Recording
 from narrows.engine import tapes
 from narrows.engine.collective_clock import CollectiveClock

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from narrows.arch.config import read_config
 from narrows.arch.presets import preset
 from narrows.bench.collectives import must_copy
-from narrows.bench.machine import proportional_memory
 from narrows.bench.requests import Times, random_prompts
-from narrows.bench.step_work import StepWork, fill_caches
 from narrows.bench.variants import contestants, parse_variants
+from narrows.calibrate.machine import proportional_memory
+from narrows.calibrate.step_work import StepWork, fill_caches
 from narrows.cli.main import main
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
@@ -43,9 +43,9 @@ def folder(tiny_model) -> Path:
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the machine allows is of no interest here."""
-    for module in ("probe", "calibrate"):
-        monkeypatch.setattr(f"narrows.bench.{module}.GEMM_SHAPE", (64, 128, 64))
-    monkeypatch.setattr("narrows.bench.calibrate._READ", 1 << 20)
+    for module in ("probe", "rates"):
+        monkeypatch.setattr(f"narrows.calibrate.{module}.GEMM_SHAPE", (64, 128, 64))
+    monkeypatch.setattr("narrows.calibrate.rates._READ", 1 << 20)
 
 
 def bench(capsys: pytest.CaptureFixture[str], kind: str, folder: Path, *flags: str) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from narrows.bench.calibrate import Calibrator
-from narrows.bench.probe import COLLECTIVES
 from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
-from narrows.bench.statistics import ratios
+from narrows.calibrate.probe import COLLECTIVES
+from narrows.calibrate.rates import Calibrator
+from narrows.calibrate.statistics import ratios
 from narrows.engine.config import EngineConfig, resolve
 from narrows.errors import ConfigError
 

@@ -12,29 +12,21 @@ from functools import cached_property
 from typing import Any
 
 from narrows.bench.results import Outcome, Series
-from narrows.bench.statistics import Spread, median_interval, quantile, ratios
+from narrows.calibrate.statistics import Spread, median_interval, quantile, ratios
 from narrows.plan.evidence import Evidence
 from narrows.plan.plan import Plan
 
-__all__ = ["WITHIN", "Cell", "Grid", "PlanTimes", "Summary", "by_layout", "grid_of", "shared_plans", "summary"]
+__all__ = ["WITHIN", "Cell", "Grid", "PlanTimes", "Summary", "by_layout", "grid_of", "summary"]
 
 WITHIN = 0.03
 """A choice that costs at most this share more than the best counts as right."""
-
-
-def shared_plans(plans: Mapping[str, Plan]) -> dict[tuple[str, ...], Plan]:
-    """Plans by the layouts that they are the plans of: those that run the same steps are one, named after the first."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, plan in plans.items():
-        groups.setdefault(plan.signature(), []).append(name)
-    return {tuple(names): plans[names[0]] for names in groups.values()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTimes:
     """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its steps.
     ``clocked_s``: rounds with a clock around every step: what each cost in the plan's order, together as long as the
-    mean rank walked; a wait for another rank's work counts as that work (`waits.py`)."""
+    mean rank walked; a wait for another rank's work counts as that work (`calibrate/waits.py`)."""
 
     layouts: tuple[str, ...]
     plan: Plan

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from narrows.bench.calibrate import CALIBRATION, Calibrator, rates
 from narrows.bench.requests import random_prompts, timed
 from narrows.bench.results import Outcome, Series
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
 from narrows.bench.rounds import in_turns
 from narrows.bench.routing import ExpertCounter
-from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants
+from narrows.calibrate.rates import CALIBRATION, Calibrator, rates
+from narrows.calibrate.statistics import quantile
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError

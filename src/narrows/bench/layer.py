@@ -1,6 +1,6 @@
 """Where the time of one step goes, per layout: the published table, the predicted time beside the measured one.
 
-Knows plans and clocks around steps; the step itself is `step_work.py`'s.
+Knows plans and clocks around steps; the step itself is `calibrate/step_work.py`'s.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from time import perf_counter
 from narrows.arch.stages import PriceClass
 from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
-from narrows.bench.step_work import StepWork, fill_caches
 from narrows.bench.variants import Contestant, Variant, contestants
+from narrows.calibrate.step_work import StepWork, fill_caches
 from narrows.engine.profile import BETWEEN, StepClock, profile_rows
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError

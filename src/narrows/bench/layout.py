@@ -14,17 +14,18 @@ from itertools import pairwise
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.positions import most_positions
-from narrows.bench.calibrate import Calibrator, rates
-from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of, shared_plans
-from narrows.bench.machine import available_memory
+from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of
 from narrows.bench.rounds import in_turns
-from narrows.bench.statistics import Spread, quantile
-from narrows.bench.step_work import IN_FLIGHT, StepWork, clocked_walks, fill_caches, run_steps, step_title
+from narrows.calibrate.machine import available_memory
+from narrows.calibrate.rates import Calibrator, rates
+from narrows.calibrate.statistics import Spread, quantile
+from narrows.calibrate.step_work import IN_FLIGHT, StepWork, clocked_walks, fill_caches, run_steps, step_title
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import WalkTimes
 from narrows.errors import ConfigError
+from narrows.plan.named import shared_plans
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment
 

@@ -12,8 +12,8 @@ from functools import partial
 from narrows.bench.requests import random_prompts, timed
 from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
-from narrows.bench.statistics import quantile
 from narrows.bench.variants import Contestant, Variant, contestants, memory_of
+from narrows.calibrate.statistics import quantile
 from narrows.engine.config import EngineConfig
 from narrows.engine.trace_file import TraceFile
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from narrows.bench.statistics import Spread, ratios, spread
+from narrows.calibrate.statistics import Spread, ratios, spread
 
 __all__ = ["Outcome", "Series"]
 

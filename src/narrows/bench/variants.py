@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from narrows.arch.forms import Forms
-from narrows.bench.machine import proportional_memory
+from narrows.calibrate.machine import proportional_memory
 from narrows.comm.processes import ProcessRanks
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine

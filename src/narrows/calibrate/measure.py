@@ -17,17 +17,16 @@ from typing import Any
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
-from narrows.bench.calibrate import Calibrator
-from narrows.bench.grid import shared_plans
-from narrows.bench.price_tables import OPS, Calibration, Tables, axis_of
-from narrows.bench.statistics import quantile
-from narrows.bench.step_work import StepWork, clocked_walks, fill_caches, run_steps, step_title
+from narrows.calibrate.price_tables import OPS, Calibration, Tables, axis_of
+from narrows.calibrate.rates import Calibrator
+from narrows.calibrate.statistics import quantile
+from narrows.calibrate.step_work import StepWork, clocked_walks, fill_caches, run_steps, step_title
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.walk_times import WalkTimes
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.plan.named import applicable_layouts
+from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 from narrows.sched.pages import num_pages_for

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from narrows.arch.stages import AttentionCore, PriceClass, Work
-from narrows.bench.statistics import quantile, spread
+from narrows.calibrate.statistics import quantile, spread
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectiveTable, Measured, StageTable, StepTable
 from narrows.layout import Mesh, Move, MoveKind
 from narrows.plan.plan import Plan, Step, StepKind

@@ -10,8 +10,8 @@ from math import prod
 from types import TracebackType
 from typing import Any
 
-from narrows.bench.probe import GEMM_SHAPE, Probe
-from narrows.bench.statistics import Spread, spread
+from narrows.calibrate.probe import GEMM_SHAPE, Probe
+from narrows.calibrate.statistics import Spread, spread
 from narrows.engine.config import Resolved
 from narrows.engine.ranks import start_ranks
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrows.bench.waits import without_waits
+from narrows.calibrate.waits import without_waits
 from narrows.comm.cores import num_cores
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig

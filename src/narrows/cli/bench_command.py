@@ -17,12 +17,12 @@ from narrows.bench.collectives import OTHERS, CollectivesWork, collectives
 from narrows.bench.grid import Grid
 from narrows.bench.latency import LatencyWork, latency
 from narrows.bench.layer import layer
-from narrows.bench.machine import machine, versions
 from narrows.bench.offline import OfflineWork, offline
 from narrows.bench.plot import check_plot, plot
 from narrows.bench.results import Outcome
-from narrows.bench.step_work import StepWork
 from narrows.bench.variants import Variant, parse_variants
+from narrows.calibrate.machine import machine, versions
+from narrows.calibrate.step_work import StepWork
 from narrows.cli import bench_layout_command, bench_serve_command
 from narrows.cli.arguments import (
     add_engine_flags,

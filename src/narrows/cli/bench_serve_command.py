@@ -11,10 +11,10 @@ from dataclasses import asdict, replace
 
 from rich.progress import Progress
 
-from narrows.bench.machine import machine
 from narrows.bench.plot import check_plot
 from narrows.bench.serve.client import Target, look_at, send_all
 from narrows.bench.serve.plot import plot_load
+from narrows.calibrate.machine import machine
 from narrows.cli.console import console
 from narrows.cli.loads import (
     LOAD,

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from narrows.bench.machine import machine
-from narrows.bench.price_tables import Calibration
-from narrows.bench.profiling import Grid, calibrate, figures_of
+from narrows.calibrate.machine import machine
+from narrows.calibrate.measure import Grid, calibrate, figures_of
+from narrows.calibrate.price_tables import Calibration
 from narrows.cli.console import console
 from narrows.comm.cores import num_cores
 from narrows.cost.here import Setting

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from narrows.arch.stages import PriceClass
 from narrows.bench.grid import WITHIN, Cell, Grid, PlanTimes
-from narrows.bench.statistics import ratios
+from narrows.calibrate.statistics import ratios
 from narrows.cli.layout_tables import ms, percent, sources_words
 from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, render, row_bytes, step_title
 from narrows.plan.explain import main_segment

@@ -15,8 +15,9 @@ from narrows.arch.forms import Forms
 from narrows.arch.stages import Role, Stage
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, MoveKind
+from narrows.plan.plan import Plan
 
-__all__ = ["AUTO", "NAMED_LAYOUTS", "NamedLayout", "applicable_layouts", "inapplicable", "named_layout"]
+__all__ = ["AUTO", "NAMED_LAYOUTS", "NamedLayout", "applicable_layouts", "inapplicable", "named_layout", "shared_plans"]
 
 ALL_REDUCE, REDUCE_SCATTER = MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER
 
@@ -177,3 +178,11 @@ def inapplicable(name: str, config: ModelConfig, mesh: Mesh) -> str:
 def applicable_layouts(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
     """The named layouts that apply to this model and mesh, `auto` last."""
     return tuple(name for name in NAMED_LAYOUTS if not inapplicable(name, config, mesh))
+
+
+def shared_plans(plans: Mapping[str, Plan]) -> dict[tuple[str, ...], Plan]:
+    """Plans by the layouts that they are the plans of: those that run the same steps are one, named after the first."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, plan in plans.items():
+        groups.setdefault(plan.signature(), []).append(name)
+    return {tuple(names): plans[names[0]] for names in groups.values()}
