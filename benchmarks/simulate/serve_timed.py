@@ -16,8 +16,8 @@ from time import perf_counter
 from typing import Any
 
 from narrows.cli.main import main
-from narrows.engine import service
 from narrows.engine.core import Engine, StepInFlight
+from narrows.service import service
 
 _STEPS: list[dict[str, Any]] = []
 

@@ -1,18 +1,19 @@
-"""What passes between a server and whatever generates tokens: generations, updates, health, numbers, refusals.
+"""What a server asks of whatever generates tokens, and what passes between them: generations, updates, refusals. PURE.
 
-Plain values. Knows no HTTP, text, rank or plan; both sides import it, and neither the other.
+Plain values and one Protocol. Knows no HTTP, text, rank or plan; both sides import it, and neither the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from narrows.errors import NarrowsError
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import Logprobs, SamplingParams, TokenScore
 
-__all__ = ["Draining", "Generation", "Health", "QueueFull", "Stats", "Unavailable", "Update"]
+__all__ = ["Backend", "Draining", "Generation", "Health", "QueueFull", "Stats", "Unavailable", "Update"]
 
 
 class Unavailable(NarrowsError):  # noqa: N818 - a state of the server
@@ -108,3 +109,52 @@ class Stats:
     plan_seconds: Mapping[tuple[str, int, str], tuple[float, float]] = field(default_factory=dict)
     collectives: Mapping[tuple[str, str], tuple[int, int, float]] = field(default_factory=dict)
     predicted_collectives: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Generates tokens for many callers at once: token ids in, updates out.
+
+    Calls may come from any thread; updates are delivered on a thread of the backend's.
+    """
+
+    def submit(self, generation: Generation, deliver: Callable[[Update], None]) -> int:
+        """Take a generation in; returns its number. ``deliver`` gets every update and must not block.
+
+        Raises:
+            ConfigError: it can never run here (too long, an id outside the vocabulary).
+            QueueFull: as many wait as may, and of this client not fewer than its even part.
+            Draining, Unavailable: nothing is taken now.
+        """
+        ...
+
+    def abort(self, number: int) -> None:
+        """End a generation now; its pages are free within one step. One that has ended already is left as it is."""
+        ...
+
+    def health(self) -> Health:
+        """Whether requests are served now; told from outside, so it answers at once whatever the ranks do."""
+        ...
+
+    def stats(self) -> Stats:
+        """Numbers for people and for metrics; costs next to nothing."""
+        ...
+
+    def start_trace(self, num_steps: int | None = None) -> dict[str, Any]:
+        """Begin to write a trace of the next steps, ``num_steps`` at most; where it goes.
+
+        Raises:
+            ConfigError: it writes none, one is being made, or a number that cannot be.
+        """
+        ...
+
+    def stop_trace(self) -> dict[str, Any]:
+        """End the trace, or take one that has ended by itself; what was written.
+
+        Raises:
+            ConfigError: none was begun, or it cannot be written.
+        """
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """What runs: config, mesh, ranks, transport, plan book, prices' sources; plain values for JSON."""
+        ...

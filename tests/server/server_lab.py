@@ -19,11 +19,11 @@ from typing import Any
 import httpx
 from patience import PATIENCE_S
 
+from narrows.api import Draining, Generation, Health, Stats, Update
 from narrows.checkpoints import model_path
 from narrows.errors import ConfigError
 from narrows.sched.sampling import TokenScore
 from narrows.server.app import create_app, state_of
-from narrows.server.backend import Draining, Generation, Health, Stats, Update
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.text import GenerationConfig, Tokenizer
 

@@ -13,8 +13,8 @@ import pytest
 import server_lab as lab
 from patience import PATIENCE_S, eventually
 
+from narrows.api import QueueFull
 from narrows.errors import ConfigError, NarrowsError
-from narrows.sched.serving import QueueFull
 from narrows.server.app import state_of
 from narrows.server.grammar import process as process_module
 from narrows.server.grammar.cache import Grammars

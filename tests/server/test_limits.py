@@ -15,9 +15,9 @@ import pytest
 from patience import PATIENCE_S, eventually
 from server_lab import Lab, error_of
 
+from narrows.api import Generation, Health, QueueFull, Unavailable
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
-from narrows.sched.serving import Generation, Health, QueueFull, Unavailable
 from narrows.server import respond as respond_module
 from narrows.server.answers import to_json_in_turns
 from narrows.server.options import ServerOptions

@@ -15,7 +15,7 @@ import pytest
 from patience import eventually
 from server_lab import Lab
 
-from narrows.sched.serving import QueueFull
+from narrows.api import QueueFull
 from narrows.server.messages.request import chat_of
 from narrows.server.options import ServerOptions
 from narrows.server.schema.answers import MessageAnswer

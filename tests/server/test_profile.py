@@ -10,7 +10,7 @@ import httpx
 import pytest
 from server_lab import Lab, error_of
 
-from narrows.sched.serving import Stats
+from narrows.api import Stats
 from narrows.server.options import ServerOptions
 
 

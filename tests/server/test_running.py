@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from narrows.server.backend import Generation, Update
+from narrows.api import Generation, Update
 from narrows.server.running import Bridge, Running
 from narrows.server.turns import Turns
 

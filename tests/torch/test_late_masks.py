@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from patience import PATIENCE_S
 
+from narrows.api import Generation, Update
 from narrows.engine import core
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
-from narrows.engine.service import EngineService
 from narrows.engine.worker import Worker
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import GREEDY
 from narrows.sched.scheduler import Request
-from narrows.sched.serving import Generation, Update
+from narrows.service.service import EngineService
 
 TinyModel = Callable[..., Path]
 EVEN, NOTHING = b"\x55" * 9, b"\x00" * 9

@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 from patience import PATIENCE_S, eventually
 
-from narrows.engine import rehearsals, trouble
-from narrows.engine import service as service_module
+from narrows.api import Draining, Generation, QueueFull, Unavailable, Update
+from narrows.engine import rehearsals
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.service import EngineService
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 from narrows.sched.sampling import GREEDY, SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
-from narrows.sched.serving import Draining, Generation, QueueFull, Unavailable, Update
+from narrows.service import service as service_module
+from narrows.service import trouble
+from narrows.service.service import EngineService
 
 TinyModel = Callable[..., Path]
 BAD = 65

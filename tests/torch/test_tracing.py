@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 from patience import eventually
 
+from narrows.api import Generation, Update
 from narrows.engine import profile as profile_module
-from narrows.engine import service as service_module
 from narrows.engine.collective_clock import CollectiveClock, added
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.profile import BETWEEN, Expected, StepClock, profile_rows
 from narrows.engine.program import Frame, Operation, Registers, Wrap
-from narrows.engine.service import EngineService
-from narrows.engine.service_trace import ServiceTrace
-from narrows.engine.step_times import DriftRule, StepTimes, predicted_collectives
 from narrows.engine.trace_file import TraceFile
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
@@ -29,7 +26,10 @@ from narrows.plan.book import BookKey
 from narrows.plan.evidence import Evidence
 from narrows.plan.plan import Step
 from narrows.sched.batch import Batch, Chunk
-from narrows.sched.serving import Generation, Update
+from narrows.service import service as service_module
+from narrows.service.service import EngineService
+from narrows.service.step_times import DriftRule, StepTimes, predicted_collectives
+from narrows.service.trace import ServiceTrace
 
 TinyModel = Callable[..., Path]
 

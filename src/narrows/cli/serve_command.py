@@ -30,9 +30,6 @@ from narrows.cli.arguments import (
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import obey_host
-from narrows.engine.service import EngineService
-from narrows.engine.service_trace import ServiceTrace
-from narrows.engine.step_times import DriftRule
 from narrows.errors import ConfigError
 from narrows.server.addresses import checked_origins, hosts_to_check
 from narrows.server.app import create_app, state_of
@@ -41,6 +38,9 @@ from narrows.server.options import ConnectionLimits, ServedModel, ServerOptions
 from narrows.server.reasoning import PARSERS as REASONING_PARSERS
 from narrows.server.run import bind, curl_line, serve, url_of
 from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
+from narrows.service.service import EngineService
+from narrows.service.step_times import DriftRule
+from narrows.service.trace import ServiceTrace
 
 __all__ = ["add_parser", "run"]
 

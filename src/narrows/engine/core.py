@@ -18,6 +18,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+from narrows.api import Generation
 from narrows.arch.positions import cache_salt
 from narrows.arch.stages import Field
 from narrows.comm.world import World
@@ -36,7 +37,6 @@ from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
-from narrows.sched.serving import Generation
 from narrows.weights.source import WeightSource
 
 __all__ = ["Engine", "StepInFlight"]
@@ -154,7 +154,7 @@ class Engine:
         guide: Guide | None = None,
         client: str = "",
     ) -> Request:
-        """Queue a prompt; the arguments are a :class:`~narrows.sched.serving.Generation`'s.
+        """Queue a prompt; the arguments are a :class:`~narrows.api.Generation`'s.
 
         Raises:
             ConfigError: as :meth:`request`.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from narrows.comm.device import finished
 from narrows.engine.program import Frame, Operation, Registers, Repeated
-from narrows.engine.step_times import share_of_plan
 from narrows.engine.worker import Worker
+from narrows.plan.book import share_of_plan
 from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from narrows.cost.stage import StepShape
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
+from narrows.sched.batch import Batch
 
-__all__ = ["BookKey", "PinnedBook", "PlanBook", "bucket"]
+__all__ = ["BookKey", "PinnedBook", "PlanBook", "bucket", "share_of_plan"]
 
 _BUCKETS = tuple(sorted({m * 2**e for e in range(21) for m in (2, 3)} | {0, 1}))
 
@@ -89,3 +90,9 @@ class PinnedBook:
     def plan_for(self, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> Plan:
         """The pinned plan."""
         return self.plan
+
+
+def share_of_plan(plan: Plan, batch: Batch) -> float:
+    """The share of a plan's predicted time that a batch should take."""
+    rows = plan.shape.rows.total
+    return min(batch.num_rows / rows, 1.0) if batch.phase == "prefill" and rows else 1.0

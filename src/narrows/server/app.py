@@ -19,11 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from narrows.api import Backend
 from narrows.errors import NarrowsError
 from narrows.server.absent import why_absent
 from narrows.server.addresses import Addresses, TrailingSlash
 from narrows.server.answers import JsonAnswer, error_answer, to_json
-from narrows.server.backend import Backend
 from narrows.server.chat import chat
 from narrows.server.completions import complete
 from narrows.server.errors import ApiError, ClientGoneError, refused

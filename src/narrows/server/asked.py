@@ -6,9 +6,9 @@ from array import array
 from dataclasses import dataclass, replace
 from typing import Any
 
+from narrows.api import Generation
 from narrows.sched.sampling import SamplingParams
 from narrows.server.allowed import AllowedTokens
-from narrows.server.backend import Generation
 from narrows.server.forms import Constraint
 from narrows.server.schema.common import GenerationFields
 

@@ -11,9 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from narrows.api import Generation, Update
 from narrows.sched.sampling import TokenScore
 from narrows.server.asked import Asked, Wishes
-from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
 from narrows.server.forms import Constraint, asked_form
 from narrows.server.grammar.compiled import GrammarGuide

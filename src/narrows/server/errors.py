@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from narrows.api import QueueFull, Unavailable
 from narrows.errors import ConfigError, NarrowsError
-from narrows.server.backend import QueueFull, Unavailable
 
 __all__ = [
     "ApiError",

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from narrows.server.backend import Backend, Stats
+from narrows.api import Backend, Stats
 
 __all__ = ["Metrics"]
 

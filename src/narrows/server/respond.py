@@ -10,10 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from narrows.api import Generation, Update
 from narrows.sched.limits import MOST_PRIORITY
 from narrows.server.answers import DataLines, EventStream, JsonAnswer, Wire, to_json_in_turns, unless_gone
 from narrows.server.asked import Wishes
-from narrows.server.backend import Generation, Update
 from narrows.server.errors import invalid
 from narrows.server.forms import Constraint, make_guides
 from narrows.server.grammar.compiled import GrammarGuide

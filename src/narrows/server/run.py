@@ -17,9 +17,9 @@ from typing import Protocol
 import uvicorn
 from fastapi import FastAPI
 
+from narrows.api import Backend
 from narrows.errors import ConfigError
 from narrows.server.app import state_of
-from narrows.server.backend import Backend
 from narrows.server.connections import Connection
 from narrows.server.door import Door
 from narrows.server.places import Places

@@ -14,8 +14,8 @@ from functools import partial
 from time import perf_counter
 from typing import Protocol
 
+from narrows.api import Backend, Generation, Update
 from narrows.errors import NarrowsError
-from narrows.server.backend import Backend, Generation, Update
 from narrows.server.errors import ApiError, refused
 from narrows.server.turns import Kind, Turns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from narrows.server.backend import Backend, Generation
+from narrows.api import Backend, Generation
 from narrows.server.errors import ApiError, invalid
 from narrows.server.guides import GuideMaker
 from narrows.server.ids import new_id

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from narrows.api import Update
 from narrows.server.asked import Wishes
-from narrows.server.backend import Update
 from narrows.server.errors import invalid
 from narrows.server.events import Event, ToolCall, joined
 from narrows.server.grammar.compiled import GrammarGuide

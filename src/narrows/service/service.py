@@ -1,7 +1,7 @@
 """An engine that serves: generations come and go from any thread while one thread of its own keeps the ranks busy.
 
 Knows requests, steps, and what may befall the ranks; not HTTP or text. It is the backend of a server
-(:mod:`narrows.sched.serving` has the words they share). The thread runs one loop: take in what has come, commit the
+(:mod:`narrows.api` has the words they share). The thread runs one loop: take in what has come, commit the
 step that is done, hand out the next one, tell the callers; and waits when there is none of that. It never waits for
 a rank, so aborts, drains and failures are seen while a step runs. When ranks fail, what they ran ends with an error,
 and what only waited is run by the ranks that are started in their place.
@@ -22,20 +22,20 @@ from dataclasses import fields, replace
 from time import monotonic
 from typing import Any
 
+from narrows.api import Draining, Generation, Health, QueueFull, Stats, Unavailable, Update
 from narrows.comm.device import is_done_when_called
 from narrows.engine.collective_clock import CollectiveClock, Counted, added
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine, StepInFlight
-from narrows.engine.service_info import describe
-from narrows.engine.service_trace import ServiceTrace
-from narrows.engine.step_times import DriftRule, StepTimes
-from narrows.engine.tickets import Ticket, tell
-from narrows.engine.trouble import stuck_s, trouble
 from narrows.errors import ConfigError, RankError
 from narrows.plan.book import bucket
 from narrows.sched.scheduler import Request
-from narrows.sched.serving import Draining, Generation, Health, QueueFull, Stats, Unavailable, Update
 from narrows.sched.stats import SchedulerStats
+from narrows.service.info import describe
+from narrows.service.step_times import DriftRule, StepTimes
+from narrows.service.tickets import Ticket, tell
+from narrows.service.trace import ServiceTrace
+from narrows.service.trouble import stuck_s, trouble
 
 __all__ = ["EngineService"]
 

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from narrows.arch.stages import PriceClass
 from narrows.errors import ConfigError
 from narrows.layout import MoveKind
-from narrows.plan.book import BookKey, bucket
+from narrows.plan.book import BookKey, bucket, share_of_plan
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 
-__all__ = ["BucketTimes", "DriftRule", "StepTimes", "predicted_collectives", "predicted_seconds", "share_of_plan"]
+__all__ = ["BucketTimes", "DriftRule", "StepTimes", "predicted_collectives", "predicted_seconds"]
 
 _RECENT = 101
 """Steps whose times a bucket keeps, for its median."""
@@ -35,12 +35,6 @@ PlanClass = tuple[str, int, str]
 def predicted_seconds(plan: Plan, batch: Batch) -> float:
     """What ``plan`` predicts for ``batch``, which may have fewer rows than its bucket."""
     return plan.seconds * share_of_plan(plan, batch)
-
-
-def share_of_plan(plan: Plan, batch: Batch) -> float:
-    """The share of a plan's predicted time that a batch should take."""
-    rows = plan.shape.rows.total
-    return min(batch.num_rows / rows, 1.0) if batch.phase == "prefill" and rows else 1.0
 
 
 def predicted_collectives(plan: Plan) -> dict[tuple[str, str], float]:

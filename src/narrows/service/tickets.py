@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from narrows.api import Generation, Update
 from narrows.sched.scheduler import Request
-from narrows.sched.serving import Generation, Update
 
 __all__ = ["Ticket", "tell"]
 

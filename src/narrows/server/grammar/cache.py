@@ -18,8 +18,8 @@ from time import monotonic
 
 import llguidance
 
+from narrows.api import QueueFull
 from narrows.errors import ConfigError
-from narrows.sched.serving import QueueFull
 from narrows.server.grammar.compiled import Grammar, Memory
 from narrows.server.grammar.limits import GrammarLimits
 from narrows.server.grammar.pool import GrammarPool, Trial
