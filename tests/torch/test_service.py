@@ -23,8 +23,7 @@ from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 from narrows.sched.sampling import GREEDY, SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
-from narrows.service import service as service_module
-from narrows.service import trouble
+from narrows.service import collectives, trouble
 from narrows.service.service import EngineService
 
 TinyModel = Callable[..., Path]
@@ -124,7 +123,7 @@ def test_updates_bring_scores_once_and_log_probabilities_token_by_token(serve: C
 
 
 def test_collectives_are_counted(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_READ_S", 0.0)
+    monkeypatch.setattr(collectives, "_READ_S", 0.0)
     service = serve(tp=2, layout="all-reduce")
     Caller(service, asked((1, 2, 3), 4)).wait()
     eventually(lambda: sum(calls for calls, _, _ in service.stats().collectives.values()) == 4 * (2 * 3 + 2))

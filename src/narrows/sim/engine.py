@@ -1,7 +1,7 @@
 """The engine without ranks: the real scheduler, one step ahead, on a clock that steps' predicted seconds move.
 
 Knows requests, batches and what they cost; no model. It goes through the same motions as the service that serves
-(:mod:`narrows.service.service`): take in what has come, commit the step that is done, hand out the next one, tell the
+(:mod:`narrows.service.loop`): take in what has come, commit the step that is done, hand out the next one, tell the
 callers; at most two steps are with the ranks. A request is a client of its own, unless the load says whose it is, as
 over HTTP. Tokens are dummies and texts as long as they may be. Who sends does it as
 ``narrows bench serve``: each request at its time, at most so many at once. Equal loads give equal runs.

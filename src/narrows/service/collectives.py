@@ -1,0 +1,51 @@
+"""Clocks of collectives around an engine's steps, read now and then while steps run.
+
+Knows when to ask the ranks; what a clock counts is the engine's `collective_clock.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import monotonic
+from typing import Any
+
+from narrows.comm.device import is_done_when_called
+from narrows.engine.collective_clock import CollectiveClock
+from narrows.engine.core import Engine
+
+__all__ = ["CollectiveReader"]
+
+_READ_S = 2.0
+"""How often the clocks are read while steps run."""
+
+
+class CollectiveReader:
+    """Reads the clocks of one engine's ranks, where they have collectives and a clock is worth something there.
+
+    ``add`` takes one reading of every rank. Called by the engine's loop; never waits for a rank.
+    """
+
+    def __init__(self, engine: Engine, add: Callable[[list[Any]], None]) -> None:
+        self._engine, self._add = engine, add
+        resolved = engine.resolved
+        self._has_clocks = is_done_when_called(resolved.asked.run_on) and resolved.mesh.size > 1
+        if self._has_clocks:
+            engine.instrument(CollectiveClock)
+        self._num_unread, self._read_at = 0, -math.inf
+        self._reading: Future[list[Any]] | None = None
+
+    def handed_out(self) -> None:
+        """The ranks have been given a step."""
+        self._num_unread += 1
+
+    def read(self) -> None:
+        """Take in what the ranks have said, and ask again if steps have run since."""
+        if self._reading is not None and self._reading.done():
+            reading, self._reading = self._reading.result(), None
+            self._add(reading)
+        now = monotonic()
+        if self._has_clocks and self._num_unread and self._reading is None and now - self._read_at > _READ_S:
+            self._read_at, self._num_unread = now, 0
+            self._reading = self._engine.ranks.submit("readings")

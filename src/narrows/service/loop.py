@@ -1,0 +1,188 @@
+"""The loop on one engine: take in what has come, commit the step that is done, hand out the next one, tell the callers.
+
+Knows requests, steps and callers; not what becomes of ranks that fail. It never waits for a rank, so aborts, drains and
+failures are seen while a step runs; where there is nothing to do it rests, until somebody wakes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from time import monotonic
+
+from narrows.api import Update
+from narrows.engine.core import Engine, StepInFlight
+from narrows.errors import ConfigError, RankError
+from narrows.sched.scheduler import Request
+from narrows.service.collectives import CollectiveReader
+from narrows.service.numbers import Numbers
+from narrows.service.queue import RequestQueue
+from narrows.service.step_times import StepTimes
+from narrows.service.tickets import Ticket, tell
+from narrows.service.trace import ServiceTrace
+from narrows.service.trouble import stuck_s
+
+__all__ = ["Loop", "Wake"]
+
+_LOG = logging.getLogger("narrows.engine")
+
+_TICK_S = 0.25
+"""How often the loop looks at the ranks while nothing else wakes it."""
+
+
+class Wake:
+    """Ends the loop's rest. Any thread may call it, a future that is done too."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __call__(self, _: object = None) -> None:
+        self._event.set()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it was called since the last rest."""
+        return self._event.is_set()
+
+    def rest(self, timeout_s: float) -> None:
+        """Until it is called, or was since the last rest."""
+        self._event.wait(timeout_s)
+        self._event.clear()
+
+
+class Loop:
+    """An engine and the generations that it runs; all methods are called on one thread.
+
+    ``oldest``, for other threads to read: of the oldest step in flight, since when it is that, and its predicted
+    seconds.
+    """
+
+    def __init__(self, engine: Engine, queue: RequestQueue, numbers: Numbers, trace: ServiceTrace, wake: Wake) -> None:
+        self.engine = engine
+        self.oldest: tuple[float, float] | None = None
+        self._queue, self._numbers, self._trace, self._wake = queue, numbers, trace, wake
+        self._tickets: dict[int, Ticket] = {}
+        """Those that the scheduler has, by their request's id."""
+        self._ends: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
+        engine.when_mask_comes = wake
+        self._collectives = CollectiveReader(engine, numbers.add_collectives)
+        engine.prepare(engine.books.plans())
+        self._publish()
+
+    def run(self, closing: threading.Event) -> None:
+        """Serve until ``closing``; raises what ends the ranks."""
+        engine = self.engine
+        while not closing.is_set():
+            worked = self._take_in()
+            self._trace.mind(engine, self._wake)  # so that what came after it was asked for is in it
+            touched: list[Request] = []
+            if engine.in_flight and engine.in_flight[0].future.done():
+                step = engine.in_flight[0]
+                touched, worked = engine.take(), True
+                self._time_oldest()
+                self._ended(step)
+            touched += engine.settle()
+            if handed := engine.push():
+                worked = True
+                self._handed_out(handed)
+            self._collectives.read()
+            self._publish()
+            for request in touched:  # after the ranks have been given work
+                self._tell_news(request)
+            if not worked:
+                self._rest()
+
+    def end_failed(self, reason: str, *, all_of_them: bool) -> list[Ticket]:
+        """The ranks have failed: end what they had begun, or everything; the generations that have only waited."""
+        for ticket in [each for each in self._tickets.values() if each.request.num_fed or all_of_them]:
+            del self._tickets[ticket.request.id]
+            self._queue.forget(ticket, ran=True)
+            if ticket.request.guide is not None:
+                ticket.request.guide.end()
+            tell(ticket, Update(finish_reason="error", error=f"the ranks failed while this text was made: {reason}"))
+        waiting = list(self._tickets.values())
+        self._tickets.clear()
+        return waiting
+
+    def give_up(self, ticket: Ticket, error: Exception) -> None:
+        """End one generation that cannot be run after all; the others go on."""
+        if not isinstance(error, ConfigError):
+            _LOG.error("generation %d cannot be run", ticket.number, exc_info=error)
+        self._queue.forget(ticket, ran=False)
+        tell(ticket, Update(finish_reason="error", error=f"it cannot be run: {' '.join(str(error).split())}"))
+
+    def _take_in(self) -> bool:
+        """New generations, and those nobody wants any more; whether there were any."""
+        arrived, unwanted = self._queue.take()
+        for ticket in arrived:
+            try:
+                self.engine.scheduler.add(ticket.request)
+            except Exception as error:
+                self.give_up(ticket, error)
+            else:
+                self._tickets[ticket.request.id] = ticket
+        for ticket in unwanted:
+            self.engine.scheduler.abort(ticket.request)
+            self._tickets.pop(ticket.request.id, None)
+            tell(ticket, Update(finish_reason="abort"))
+        return bool(arrived or unwanted)
+
+    def _handed_out(self, step: StepInFlight) -> None:
+        """Count a step that the ranks have been given."""
+        self._ends.append(StepTimes.watch(step.future))
+        step.future.add_done_callback(self._wake)
+        if len(self.engine.in_flight) == 1:
+            self._time_oldest()
+        self._numbers.handed_out(step)
+        self._collectives.handed_out()
+
+    def _ended(self, step: StepInFlight) -> None:
+        """Count the time of a step that has ended, and say so once if its bucket is off its prediction."""
+        times = self._ends.popleft()
+        if self.engine.resolved.plan is not None:  # one plan for every step predicts none of them
+            return
+        if off := self._numbers.ended(step, times):
+            _LOG.warning("%s", off)
+
+    def _time_oldest(self) -> None:
+        oldest = self.engine.in_flight[0] if self.engine.in_flight else None
+        self.oldest = (monotonic(), oldest.expected_s) if oldest else None
+
+    def _publish(self) -> None:
+        """The scheduler's numbers for whoever asks from another thread."""
+        now = self.engine.scheduler.stats()
+        self._numbers.scheduled(now)
+        self._queue.waits(now.waiting, self.engine.scheduler.shares.waiting)
+
+    def _tell_news(self, request: Request) -> None:
+        ticket = self._tickets.get(request.id)
+        if ticket is None:
+            return
+        update = ticket.news()
+        if update.finish_reason:
+            del self._tickets[request.id]
+            self._queue.forget(ticket, ran=True)
+        tell(ticket, update)
+
+    def _rest(self) -> None:
+        """Until something has come or is done; raises what has ended the ranks meanwhile, be they idle.
+
+        Where nothing runs, what steps may ask for is made, a piece at a time, and whoever comes waits for one of them:
+        first plans, a few milliseconds each, then rehearsals, each as long as a step.
+        """
+        engine = self.engine
+        busy = engine.in_flight or engine.scheduler.late
+        while not (self._wake.is_due or busy) and (plan := engine.books.plan_ahead()) is not None:
+            engine.prepare((plan,))
+        if not (self._wake.is_due or busy) and (rehearsal := engine.rehearse_ahead()) is not None:
+            rehearsal.add_done_callback(self._wake)
+        self._wake.rest(_TICK_S)
+        if (failure := engine.ranks.failure) is not None:
+            raise failure
+        if self.oldest is None:
+            return
+        begun, expected_s = self.oldest
+        age_s = monotonic() - begun
+        if age_s > stuck_s(expected_s) + engine.resolved.asked.timeout_s:
+            raise RankError(f"a step has not ended in {age_s:.0f} s, and {expected_s:.2g} s were predicted")

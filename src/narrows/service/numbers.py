@@ -1,0 +1,106 @@
+"""What has run, counted by the loop for whoever asks from another thread. Totals go on over engines.
+
+Knows numbers of schedulers, steps, plans and collectives; not requests.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from narrows.api import Stats
+from narrows.engine.collective_clock import Counted, added
+from narrows.engine.core import StepInFlight
+from narrows.plan.book import bucket
+from narrows.sched.stats import SchedulerStats
+from narrows.service.step_times import DriftRule, StepTimes
+
+__all__ = ["Numbers"]
+
+
+class Numbers:
+    """The numbers of one service. ``drift``: when a step's time is off what was predicted for it."""
+
+    def __init__(self, drift: DriftRule) -> None:
+        self.drift = drift
+        self._lock = threading.Lock()
+        self._now: SchedulerStats | None = None
+        self._before: SchedulerStats | None = None  # of engines that have failed
+        self._plans: Counter[tuple[str, int, str]] = Counter()
+        self._collectives: dict[tuple[str, str], Counted] = {}
+        self._times = StepTimes(drift)
+
+    # --- what anybody asks
+
+    def stats(self, num_arrived: int) -> Stats:
+        """Numbers of this moment, and totals since the start; ``num_arrived`` wait beside those in the scheduler."""
+        with self._lock:
+            now = self._now
+            if now is None:
+                return Stats()
+            values = {field.name: getattr(now, field.name) for field in fields(now)}
+            values["waiting"] += num_arrived
+            return Stats(
+                **values,
+                plans=dict(self._plans),
+                plan_seconds=dict(self._times.classes),
+                collectives=dict(self._collectives),
+                predicted_collectives=dict(self._times.collectives),
+            )
+
+    def steps_run(self) -> dict[tuple[str, int, str], int]:
+        """Steps by (phase, bucket of rows, layout)."""
+        with self._lock:
+            return dict(self._plans)
+
+    def times_of_plans(self) -> dict[int, dict[str, Any]]:
+        """What is known of the steps of a plan, by its ``id``."""
+        with self._lock:
+            return self._times.documents()
+
+    # --- what the loop counts
+
+    def scheduled(self, now: SchedulerStats) -> None:
+        """The scheduler's numbers, as they are."""
+        with self._lock:
+            self._now = _summed(now, self._before)
+
+    def handed_out(self, step: StepInFlight) -> None:
+        """A step that the ranks have been given."""
+        with self._lock:
+            self._plans[step.batch.phase, bucket(step.batch.num_rows), step.plan.layout_name] += 1
+
+    def ended(self, step: StepInFlight, times: list[float]) -> str:
+        """A step that is done (:meth:`StepTimes.ended`); a line for people if its bucket is off its prediction."""
+        with self._lock:
+            return self._times.ended(step.batch, step.plan, times)
+
+    def add_collectives(self, ranks: Sequence[Mapping[tuple[str, str], Counted]]) -> None:
+        """One reading of every rank's clock of collectives."""
+        with self._lock:
+            self._collectives = added(ranks, self._collectives)
+
+    def engine_lost(self) -> None:
+        """The engine has failed: what was of its moment is gone, and totals stay."""
+        with self._lock:
+            self._before = replace(self._now, running=0, waiting=0) if self._now else None
+            self._times.forget_ranks()
+
+
+def _summed(now: SchedulerStats, before: SchedulerStats | None) -> SchedulerStats:
+    """Totals over engines; what is of this moment stays as it is."""
+    if before is None:
+        return now
+    totals = ("preemptions", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "steps")
+    by_group = ("idle_rows", "group_preemptions", "short_steps")
+    summed: dict[str, Any] = {name: getattr(now, name) + getattr(before, name) for name in totals}
+    summed |= {name: tuple(map(operator.add, getattr(now, name), getattr(before, name))) for name in by_group}
+    return replace(
+        now,
+        **summed,
+        bound_steps={bound: steps + before.bound_steps.get(bound, 0) for bound, steps in now.bound_steps.items()},
+    )

@@ -1,0 +1,177 @@
+"""Generations that callers have handed in: numbered, refused where too many wait, given to the loop, and forgotten.
+
+Knows tickets, clients and a limit; not steps or ranks. Any thread may call; all state lies under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
+
+from narrows.api import Draining, Generation, QueueFull, Unavailable, Update
+from narrows.engine.core import Engine
+from narrows.service.tickets import Ticket
+
+__all__ = ["RequestQueue"]
+
+_RATE_OF = 64
+"""Generations whose ends tell how fast places become free."""
+
+
+class RequestQueue:
+    """What waits to be taken in by the loop, and who waits for an answer.
+
+    Args:
+        limit: generations that may wait for a place; more are refused, except those of a client that has fewer of them
+            waiting than its even part.
+        wake: called when something has come.
+    """
+
+    def __init__(self, limit: int, wake: Callable[[], None]) -> None:
+        self.limit, self._wake = limit, wake
+        self._changed = threading.Condition()
+        self._engine: Engine | None = None
+        self._shut = "the ranks are starting"
+        self._draining = self._over = False
+        self._num_taken = 0
+        self._tickets: dict[int, Ticket] = {}
+        self._arrived: list[Ticket] = []
+        self._unwanted: list[int] = []
+        self._num_scheduled, self._scheduled = 0, dict[str, int]()
+        self._ends: deque[float] = deque(maxlen=_RATE_OF)
+
+    # --- what callers ask
+
+    def submit(self, generation: Generation, deliver: Callable[[Update], None]) -> int:
+        """Take a generation in; returns its number (:meth:`narrows.api.Backend.submit`).
+
+        Raises:
+            ConfigError: it can never run here (too long, an id outside the vocabulary).
+            QueueFull: as many wait as may, and of this client not fewer than its even part.
+            Draining, Unavailable: nothing is taken now.
+        """
+        engine = self._taking(generation.client)
+        request = engine.request(generation)  # outside the lock: it may be long
+        with self._changed:
+            if (taking := self._taking(generation.client)) is not engine:  # ranks were started anew meanwhile
+                request = taking.request(generation)
+            number, self._num_taken = self._num_taken, self._num_taken + 1
+            ticket = Ticket(number, generation, deliver, request)
+            self._tickets[number] = ticket
+            self._arrived.append(ticket)
+        self._wake()
+        return number
+
+    def abort(self, number: int) -> None:
+        """Have the loop end a generation; one that has ended already is left as it is."""
+        with self._changed:
+            if number in self._tickets:
+                self._unwanted.append(number)
+        self._wake()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take nothing new; whether all that is there was finished within ``timeout_s``."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._tickets or self._over, timeout_s)
+
+    @property
+    def num_arrived(self) -> int:
+        """Generations that the loop has not taken in yet."""
+        return len(self._arrived)
+
+    @property
+    def shut(self) -> str:
+        """Why nothing is taken now, be it not for a drain; empty while something is."""
+        return self._shut
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self._draining
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the loop has ended."""
+        return self._over
+
+    def _taking(self, client: str) -> Engine:
+        """The engine that takes a new generation of this client."""
+        with self._changed:
+            engine = self._engine
+            if self._draining:
+                raise Draining("the server is ending: it finishes what it has and takes nothing new")
+            if self._shut or engine is None:
+                raise Unavailable(f"no request can be taken now: {self._shut}")
+            waiting = len(self._arrived) + self._num_scheduled
+            if waiting >= self.limit and not self._has_fewer_than_its_part(client):
+                raise QueueFull(
+                    f"{waiting} generations wait already, and --max-queue is {self.limit}; try again later",
+                    self._place_free_in_s(),
+                )
+            return engine
+
+    def _has_fewer_than_its_part(self, client: str) -> bool:
+        """Whether fewer of its generations wait than it may have in any case: a queue that others have filled."""
+        waiting = Counter(self._scheduled)
+        waiting.update(ticket.generation.client for ticket in self._arrived)
+        return waiting[client] < self.limit // len(waiting.keys() | {client})
+
+    def _place_free_in_s(self) -> float:
+        """Seconds until a place in the queue becomes free, by how often that has happened lately."""
+        if len(self._ends) < 2:
+            return 1.0
+        return min(max((monotonic() - self._ends[0]) / len(self._ends), 1.0), 60.0)
+
+    # --- what the loop does
+
+    def open(self, engine: Engine) -> None:
+        """Take generations in for this engine from now on."""
+        with self._changed:
+            self._engine, self._shut = engine, ""
+
+    def close(self, why: str) -> list[Ticket]:
+        """Take none until :meth:`open`; those that the loop had not taken in."""
+        with self._changed:
+            self._engine, self._shut = None, why
+            arrived, self._arrived = self._arrived, []
+            return arrived
+
+    def take(self) -> tuple[list[Ticket], list[Ticket]]:
+        """Those that have come since the last call, and those that are not wanted any more, which are forgotten."""
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+            unwanted = [self._tickets.pop(number) for number in self._unwanted if number in self._tickets]
+            self._unwanted = []
+            self._changed.notify_all()
+        return arrived, unwanted
+
+    def put_back(self, tickets: Iterable[Ticket]) -> None:
+        """Have the loop take these in before all others. One that is not wanted any more is found by its number."""
+        with self._changed:
+            self._arrived[:0] = tickets
+
+    def waits(self, count: int, by_client: Mapping[str, int]) -> None:
+        """How many wait for a place in the scheduler, in all and by client."""
+        with self._changed:
+            self._num_scheduled, self._scheduled = count, dict(by_client)
+
+    def forget(self, *tickets: Ticket, ran: bool) -> None:
+        """These have ended. ``ran``: on the ranks, so that places become free as fast as that."""
+        with self._changed:
+            for ticket in tickets:
+                self._tickets.pop(ticket.number, None)
+            self._ends.extend([monotonic()] * (ran * len(tickets)))
+            self._changed.notify_all()
+
+    def end(self) -> list[Ticket]:
+        """The loop has ended: nothing is taken any more; those that still wait for an answer."""
+        with self._changed:
+            left = list(self._tickets.values())
+            self._tickets.clear()
+            self._over = True
+            self._shut = self._shut or "the server has ended"
+            self._changed.notify_all()
+        return left

@@ -1,0 +1,89 @@
+"""Ranks that have failed: what they ran ends with the reason, and what only waited is run by ranks in their place.
+
+Knows loops and how to start one; not why ranks fail.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Callable
+from time import monotonic
+
+from narrows.api import Update
+from narrows.errors import RankError
+from narrows.service.loop import Loop
+from narrows.service.queue import RequestQueue
+from narrows.service.tickets import Ticket, tell
+
+__all__ = ["Recovery"]
+
+_LOG = logging.getLogger("narrows.engine")
+
+_RESTART_S = 60.0
+"""Ranks that fail again so soon after they were started in place of others are not started a third time."""
+
+
+class Recovery:
+    """Starts new ranks in place of failed ones, or ends everything.
+
+    ``start`` starts ranks and gives the loop on them. ``failure``: why there are none any more, in one line; empty as
+    long as there may be.
+    """
+
+    def __init__(self, start: Callable[[], Loop], queue: RequestQueue, *, restart: bool) -> None:
+        self.failure = ""
+        self.num_restarts = 0
+        self._start, self._queue, self._restart = start, queue, restart
+        self._restarted_at = -math.inf
+
+    def after(self, loop: Loop, error: Exception, arrived: list[Ticket]) -> Loop | None:
+        """``error`` has ended the ranks of ``loop``; the loop on those in their place, None if there are none.
+
+        The queue is closed; ``arrived`` are those that ``loop`` had not taken in, and are its again afterwards.
+        """
+        reason = one_line(error)
+        again = self._restart and not self._queue.is_draining and monotonic() - self._restarted_at > _RESTART_S
+        _LOG.error("the ranks have failed: %s", reason)
+        if not isinstance(error, RankError):
+            _LOG.error("where it was raised:", exc_info=error)
+        waiting = [*loop.end_failed(reason, all_of_them=not again), *arrived]
+        _end(loop)
+        if not again:
+            self._fail(reason, waiting)
+            return None
+        _LOG.warning("the ranks are started again; %d generations that waited will run there", len(waiting))
+        self._restarted_at = monotonic()
+        try:
+            started = self._start()
+        except Exception as final:
+            self._fail(one_line(final), waiting)
+            return None
+        for ticket in list(waiting):
+            try:
+                ticket.request = started.engine.request(ticket.generation)
+            except Exception as impossible:
+                waiting.remove(ticket)
+                started.give_up(ticket, impossible)
+        self._queue.put_back(waiting)
+        self.num_restarts += 1
+        return started
+
+    def _fail(self, reason: str, waiting: list[Ticket]) -> None:
+        """There will be no ranks any more."""
+        self.failure = f"the ranks have failed: {reason}"
+        self._queue.forget(*waiting, ran=False)
+        for ticket in waiting:
+            tell(ticket, Update(finish_reason="error", error=self.failure))
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or its type's name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _end(loop: Loop) -> None:
+    loop.engine.close()
+    gc.unfreeze()  # the engine that a server began with
+    gc.collect()  # what raised holds frames, and those the weights of ranks that are threads
