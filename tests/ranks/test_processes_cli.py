@@ -20,10 +20,10 @@ from patience import PATIENCE_S
 from torch.distributed import HashStore, PrefixStore
 
 from narrows.cli.main import main
-from narrows.comm import Launch
-from narrows.comm.launch import host_key, publish
-from narrows.comm.messages import Contact
 from narrows.errors import ConfigError
+from narrows.ranks import Launch
+from narrows.ranks.launch import host_key, publish
+from narrows.ranks.messages import Contact
 
 Process = subprocess.Popen[str]
 FIRST_OF_TWO = ("--nnodes", "2", "--node-rank", "0", "--master-port", "9")

@@ -13,11 +13,12 @@ import ranks_lab as lab
 import torch
 from patience import PATIENCE_S
 
-from narrows.comm import DistWorld, ProcessRanks, ThreadRanks
+from narrows.comm import DistWorld
 from narrows.comm.buffers import Buffers
 from narrows.errors import RankError
 from narrows.layout import Mesh
 from narrows.native import why_absent
+from narrows.ranks import ProcessRanks, ThreadRanks
 
 POOLS = [(1, 2, "shared memory"), (2, 2, "shared memory"), (1, 3, "shared memory"), (2, 2, "gloo")]
 VARIANTS = [(2, 1, "shared memory"), (1, 2, "gloo")]

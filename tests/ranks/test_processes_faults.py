@@ -17,9 +17,9 @@ import pytest
 import ranks_lab as lab
 from patience import PATIENCE_S, eventually
 
-from narrows.comm import ProcessRanks
 from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
+from narrows.ranks import ProcessRanks
 
 ONE, TWO, THREE = (Mesh.of(dp=1, tp=n) for n in (1, 2, 3))
 Ranks = ProcessRanks[lab.Lab]
@@ -228,7 +228,7 @@ HOST = """
     import sys, time
     sys.path.insert(0, sys.argv[1])
     import ranks_lab as lab
-    from narrows.comm import ProcessRanks
+    from narrows.ranks import ProcessRanks
     from narrows.layout import Mesh
 
     ranks = ProcessRanks(Mesh.of(dp=1, tp={num}), lab.Lab, timeout_s=600)

@@ -19,7 +19,7 @@ from patience import PATIENCE_S
 from torch import Tensor
 from torch.distributed import HashStore
 
-from narrows.comm import World, run_ranks
+from narrows.comm import World
 from narrows.comm.dist_world import DistWorld, connect
 from narrows.comm.neighbours import share
 from narrows.comm.segment import Segment
@@ -32,6 +32,7 @@ from narrows.layout import Mesh
 from narrows.native import why_absent
 from narrows.ops.compiled import rows_library
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
+from narrows.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.skipif(functions() is None, reason=f"no compiled code: {why_absent()}"),

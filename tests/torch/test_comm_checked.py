@@ -11,10 +11,11 @@ import torch
 from patience import PATIENCE_S
 from torch import Tensor
 
-from narrows.comm import Stamp, ThreadRanks, World, run_ranks
+from narrows.comm import Stamp, World
 from narrows.comm.meeting import Commons
 from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
+from narrows.ranks import ThreadRanks, run_ranks
 
 FOUR = Mesh.of(dp=2, tp=2)
 ALL = (0, 1, 2, 3)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrows.comm import ThreadWorld, World, run_ranks
+from narrows.comm import ThreadWorld, World
 from narrows.comm.sums import sum_rows
 from narrows.layout import Mesh
+from narrows.ranks import run_ranks
 
 COUNTS = [(3, 2), (0, 5), (0, 0), (1, 0), (2, 1, 3, 0), (0, 0, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0, 0, 0, 0, 0)]
 

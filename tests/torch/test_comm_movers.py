@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paths import paths_from
 from torch import Tensor
 
-from narrows.comm import Geometry, Mover, World, assemble, run_ranks, scatter
+from narrows.comm import Geometry, Mover, World, assemble, scatter
 from narrows.errors import LayoutError
 from narrows.layout import (
     Layout,
@@ -28,6 +28,7 @@ from narrows.layout import (
     owed,
     scattered,
 )
+from narrows.ranks import run_ranks
 
 MESHES = [
     Mesh.of(dp=1, tp=4),

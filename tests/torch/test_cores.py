@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.arch.presets import load_model_config
-from narrows.comm import Launch, cores
 from narrows.engine.machine_fit import fit
+from narrows.ranks import Launch, cores
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.sets(st.integers(0, 60), min_size=1, max_size=24))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from narrows.arch.forms import Forms
 from narrows.arch.weights import embed_weights
-from narrows.comm import Geometry, Mover, ThreadRanks, ThreadWorld, World, run_ranks
+from narrows.comm import Geometry, Mover, ThreadWorld, World
 from narrows.comm.buffers import Buffers
 from narrows.comm.wire import NcclWire
 from narrows.cost.devices import device
@@ -44,6 +44,7 @@ from narrows.ops.mlp import mlp
 from narrows.ops.paged import PagedRows, build_paged_rows
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
+from narrows.ranks import ThreadRanks, run_ranks
 from narrows.sched.batch import Batch, Chunk
 
 PAGE = 4

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from narrows.arch.forms import Forms
-from narrows.comm.launch import Launch
 from narrows.cost.memory import kv_token_bytes, weight_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.free_memory import total_memory
 from narrows.engine.host import Host
 from narrows.errors import ConfigError
 from narrows.plan.deploy import loaded_dtype
+from narrows.ranks.launch import Launch
 
 ROOMY = Host(memory=10**12, free=10**12, cpu_features=("avx2", "avx512f", "avx512_bf16"))
 SLOW = "no bf16 products"

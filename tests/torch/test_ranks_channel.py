@@ -14,8 +14,8 @@ import pytest
 import torch
 from patience import PATIENCE_S
 
-from narrows.comm.channel import Channel, listen
-from narrows.comm.packing import Packer, Unpacker, pack
+from narrows.ranks.channel import Channel, listen
+from narrows.ranks.packing import Packer, Unpacker, pack
 
 KEY = b"k" * 32
 

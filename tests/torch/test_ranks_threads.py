@@ -15,9 +15,10 @@ import pytest
 import torch
 from patience import PATIENCE_S
 
-from narrows.comm import ThreadRanks, World, run_ranks
+from narrows.comm import World
 from narrows.errors import RankError
 from narrows.layout import Mesh
+from narrows.ranks import ThreadRanks, run_ranks
 
 TWO = Mesh.of(dp=1, tp=2)
 THREE = Mesh.of(dp=3, tp=1)
@@ -207,7 +208,7 @@ def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
     """Daemon threads inside torch would abort the interpreter (exit code 134) if they were not ended first."""
     program = """
         import torch
-        from narrows.comm import ThreadRanks
+        from narrows.ranks import ThreadRanks
         from narrows.layout import Mesh
 
         class Worker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from narrows.comm.stamps import Stamp
-from narrows.comm.watch import STUCK_S, Report, Watch
+from narrows.ranks.watch import STUCK_S, Report, Watch
 
 ALL, TP = (0, 1, 2), (0, 1)
 

@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from narrows.comm.processes import ProcessRanks
 from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM
 from narrows.plan.planner import Planner
 from narrows.plan.workspace import Workspace
+from narrows.ranks.processes import ProcessRanks
 
 __all__ = ["PeakMemory", "peak_memory"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from narrows.arch.forms import Forms
 from narrows.calibrate.machine import proportional_memory
-from narrows.comm.processes import ProcessRanks
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.ranks.processes import ProcessRanks
 
 __all__ = ["Contestant", "Variant", "contestants", "memory_of", "parse_variants"]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from narrows.comm.cores import num_cores
 from narrows.cost.here import cpu_facts
 from narrows.native import why_absent
+from narrows.ranks.cores import num_cores
 
 __all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 

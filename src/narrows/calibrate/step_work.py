@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from narrows.calibrate.waits import without_waits
-from narrows.comm.cores import num_cores
 from narrows.cost.stage import StepShape
 from narrows.engine.config import EngineConfig
 from narrows.engine.core import Engine
@@ -25,6 +24,7 @@ from narrows.engine.program import Operation
 from narrows.engine.worker import Worker
 from narrows.layout import deal
 from narrows.plan.plan import Plan, Step
+from narrows.ranks.cores import num_cores
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 

@@ -35,12 +35,12 @@ from narrows.cli.arguments import (
 )
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
-from narrows.comm.launch import Launch
 from narrows.cost.stage import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.plan.named import applicable_layouts, named_layout
+from narrows.ranks.launch import Launch
 
 __all__ = ["add_parser", "run"]
 

@@ -15,12 +15,12 @@ from narrows.calibrate.machine import machine
 from narrows.calibrate.measure import Grid, calibrate, figures_of
 from narrows.calibrate.price_tables import Calibration
 from narrows.cli.console import console
-from narrows.comm.cores import num_cores
 from narrows.cost.here import Setting
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
 from narrows.engine.prices import setting_of, world_name
 from narrows.errors import ConfigError
+from narrows.ranks.cores import num_cores
 
 __all__ = ["add_parser", "run"]
 

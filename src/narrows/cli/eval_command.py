@@ -13,12 +13,12 @@ from pathlib import Path
 from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
 from narrows.cli.console import console
 from narrows.cli.eval_tables import document, print_evaluation
-from narrows.comm.launch import Launch
 from narrows.engine.config import EngineConfig, at_hand, resolve
 from narrows.errors import ConfigError
 from narrows.evaluate.evaluation import default_files, evaluate
 from narrows.evaluate.tasks import FILES, Setting
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
+from narrows.ranks.launch import Launch
 
 __all__ = ["add_parser", "run"]
 

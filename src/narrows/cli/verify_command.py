@@ -18,12 +18,12 @@ from rich.table import Table
 from narrows.arch.presets import load_model_config
 from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
-from narrows.comm.launch import Launch
 from narrows.engine.config import EngineConfig, at_hand
 from narrows.engine.model_text import load_model_text
 from narrows.engine.transformers_model import load_transformers, transformers_version
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
 from narrows.errors import ConfigError
+from narrows.ranks.launch import Launch
 
 __all__ = ["add_parser", "run"]
 

@@ -1,7 +1,7 @@
 """The World among processes, of one host or of several: through shared memory or gloo on CPU, and by NCCL on GPUs.
 
 Knows tensors, stamps, and the wires of its groups (`wire.py`, `shm.py`). Does not know layouts or plans, nor who has
-started the processes and watches them (`rank_process.py`, `processes.py`): a rank that does not come is named by them,
+started the processes and watches them (`ranks/`): a rank that does not come is named by them,
 from :attr:`DistWorld.where`, which says at any moment what this rank waits at.
 """
 

@@ -1,6 +1,6 @@
 """The World among threads of one process: collectives hand references from thread to thread.
 
-Knows meetings and tensors. Does not know layouts or plans, nor how rank threads are started (`threads.py`). Members
+Knows meetings and tensors. Does not know layouts or plans, nor how rank threads are started (`ranks/`). Members
 publish their tensors and meet; the last to come makes every member's result, each in memory of its own, and lets them
 go (`meeting.py` says why). That is one core's work, however many ranks there are: made for tests and `verify`, where
 tensors are small or the stages between take far longer.

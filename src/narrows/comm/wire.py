@@ -4,7 +4,7 @@ gloo connects CPUs of several hosts, and those of one where there is no compiled
 
 Knows tensors, row counts and torch's process groups, which it makes itself: nothing here is registered with
 ``torch.distributed``, so that several worlds can live in one process. Does not know labels, meshes or checked mode
-(`dist_world.py`), nor who a rank that went away was (`processes.py`).
+(`dist_world.py`), nor who a rank that went away was (`ranks/`).
 
 Gloo's own reductions have an order of their own, and its gathers want equal pieces. Here every piece is sent to whom it
 is for, as long as it is and from where it lies; sums are taken by `sums.py`. So nothing is padded, and a sum has the

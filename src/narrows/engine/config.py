@@ -17,7 +17,6 @@ from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
 from narrows.arch.quantization import check_loadable
 from narrows.checkpoints import local_model, model_path
-from narrows.comm.launch import Launch
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.profile import choose_device
 from narrows.cost.stage import StepShape
@@ -43,6 +42,7 @@ from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, known_forms
 from narrows.plan.saved import read_plan
+from narrows.ranks.launch import Launch
 from narrows.sched.scheduler import Limits
 from narrows.weights.checkpoint_fit import fit_checkpoint
 from narrows.weights.dummy import DummyWeights

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.forms import check_mesh
-from narrows.comm.cores import num_threads, room
-from narrows.comm.launch import Launch
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
+from narrows.ranks.cores import num_threads, room
+from narrows.ranks.launch import Launch
 
 __all__ = ["fit"]
 

@@ -10,12 +10,12 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Protocol
 
-from narrows.comm.processes import ProcessRanks, serve_node
-from narrows.comm.rank_process import obey
-from narrows.comm.threads import ThreadRanks
 from narrows.comm.world import World
 from narrows.engine.config import Resolved
 from narrows.plan.plan import Plan
+from narrows.ranks.processes import ProcessRanks, serve_node
+from narrows.ranks.rank_process import obey
+from narrows.ranks.threads import ThreadRanks
 
 __all__ = ["Ranks", "obey_host", "start_ranks"]
 

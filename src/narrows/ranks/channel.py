@@ -18,7 +18,7 @@ import struct
 import threading
 from time import monotonic
 
-from narrows.comm.messages import SILENCE_S
+from narrows.ranks.messages import SILENCE_S
 
 __all__ = ["Channel", "listen", "resolve"]
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 
-from narrows.comm.messages import Contact
-from narrows.comm.rank_process import PROGRAM, told_to
+from narrows.ranks.messages import Contact
+from narrows.ranks.rank_process import PROGRAM, told_to
 
 __all__ = ["GRACE_S", "Children", "end_children", "ending", "spawn"]
 

@@ -19,10 +19,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from narrows.comm.channel import Channel, listen
-from narrows.comm.children import GRACE_S, Children, end_children, ending, spawn
-from narrows.comm.launch import JOIN_S, Launch, host_key, open_store, publish
-from narrows.comm.messages import (
+from narrows.comm.stamps import rank_names
+from narrows.errors import ConfigError, NarrowsError, RankError
+from narrows.layout import Mesh
+from narrows.ranks.channel import Channel, listen
+from narrows.ranks.children import GRACE_S, Children, end_children, ending, spawn
+from narrows.ranks.launch import JOIN_S, Launch, host_key, open_store, publish
+from narrows.ranks.messages import (
     BEAT,
     CALL,
     DONE,
@@ -39,11 +42,8 @@ from narrows.comm.messages import (
     Setup,
     hello,
 )
-from narrows.comm.packing import Packer, pack
-from narrows.comm.stamps import rank_names
-from narrows.comm.watch import Watch
-from narrows.errors import ConfigError, NarrowsError, RankError
-from narrows.layout import Mesh
+from narrows.ranks.packing import Packer, pack
+from narrows.ranks.watch import Watch
 
 __all__ = ["Host"]
 

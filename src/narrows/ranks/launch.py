@@ -20,10 +20,10 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from narrows.comm.channel import listen, resolve
-from narrows.comm.messages import Contact
 from narrows.errors import ConfigError, RankError
 from narrows.layout import deal, starts
+from narrows.ranks.channel import listen, resolve
+from narrows.ranks.messages import Contact
 
 __all__ = ["JOIN_S", "Launch", "find_host", "host_key", "join_store", "open_store", "publish"]
 

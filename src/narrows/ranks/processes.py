@@ -1,8 +1,8 @@
 """Ranks as processes, on this host or on several: started, handed calls in order, watched, and ended.
 
 Knows who owns ranks and for how long; how they are heard and ended is `host.py`'s, how collectives are made
-`dist_world.py`'s. The process that makes a :class:`ProcessRanks` is the host: it hands out calls, and hears from every
-rank twice a second. A rank that raises, dies, stops, or keeps the others waiting fails the call; then all ranks end.
+`comm`'s. The process that makes a :class:`ProcessRanks` is the host: it hands out calls, and hears from every rank
+twice a second. A rank that raises, dies, stops, or keeps the others waiting fails the call; then all ranks end.
 Ranks end by themselves when their host is gone. Nothing is left behind: no process, no socket file, and no shared
 memory, which has no name and ends with the last rank.
 """
@@ -19,14 +19,14 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from narrows.comm.channel import Channel
-from narrows.comm.children import Children, end_children, ending, spawn
-from narrows.comm.host import Host
-from narrows.comm.launch import Launch, find_host
-from narrows.comm.messages import BEAT, BEAT_S, END, FAILED, HELLO, Failure, hello
 from narrows.comm.world import World
 from narrows.errors import RankError
 from narrows.layout import Mesh
+from narrows.ranks.channel import Channel
+from narrows.ranks.children import Children, end_children, ending, spawn
+from narrows.ranks.host import Host
+from narrows.ranks.launch import Launch, find_host
+from narrows.ranks.messages import BEAT, BEAT_S, END, FAILED, HELLO, Failure, hello
 
 __all__ = ["ProcessRanks", "serve_node"]
 

@@ -21,12 +21,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from narrows.comm.channel import Channel
-from narrows.comm.cores import pin
 from narrows.comm.device import rank_device
 from narrows.comm.dist_world import DistWorld, connect
-from narrows.comm.launch import Launch, find_host, join_store
-from narrows.comm.messages import (
+from narrows.comm.wire import PeersLostError
+from narrows.ranks.channel import Channel
+from narrows.ranks.cores import pin
+from narrows.ranks.launch import Launch, find_host, join_store
+from narrows.ranks.messages import (
     BEAT,
     BEAT_S,
     CALL,
@@ -41,15 +42,14 @@ from narrows.comm.messages import (
     Setup,
     hello,
 )
-from narrows.comm.packing import Unpacker, pack
-from narrows.comm.watch import Report
-from narrows.comm.wire import PeersLostError
+from narrows.ranks.packing import Unpacker, pack
+from narrows.ranks.watch import Report
 
 __all__ = ["PROGRAM", "boot", "obey", "run_rank"]
 
 PROGRAM = (
     "import gc, json, sys; told = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = told['path']; "
-    "gc.disable(); from narrows.comm.rank_process import boot; gc.enable(); gc.freeze(); boot(told)"
+    "gc.disable(); from narrows.ranks.rank_process import boot; gc.enable(); gc.freeze(); boot(told)"
 )
 """What ``python -c`` runs in a rank process. What it needs to know, and the key above all, comes through its stdin:
 other users see a command line. The main module of the parent is not run again, so it needs no guard. The collector

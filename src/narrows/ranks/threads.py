@@ -1,7 +1,7 @@
 """Ranks as threads of one process: for tests, `verify` and examples; no faster than the cores they share.
 
 Knows how to start and end rank threads, hand them work in order, and bring back results or the first error. Does not
-know what the work is, nor how collectives are made (`thread_world.py`). Each rank thread runs torch with one thread of
+know what the work is, nor how collectives are made (`comm/`). Each rank thread runs torch with one thread of
 its own unless told otherwise (several per rank on a busy core are slow) and in inference mode.
 ``torch.set_num_threads`` in a thread also becomes the default of threads started later in this process; threads that
 already run keep their number.
@@ -20,13 +20,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from narrows.comm.cores import pin
 from narrows.comm.device import rank_device
 from narrows.comm.meeting import Commons
 from narrows.comm.thread_world import ThreadWorld
 from narrows.comm.world import World
 from narrows.errors import RankError
 from narrows.layout import Mesh
+from narrows.ranks.cores import pin
 
 __all__ = ["ThreadRanks", "run_ranks"]
 
