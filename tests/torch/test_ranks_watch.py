@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from narrows.comm.stamps import Stamp
-from narrows.ranks.watch import STUCK_S, Report, Watch
+from narrows.ranks.timing import TIMING
+from narrows.ranks.watch import Report, Watch
 
+STUCK_S = TIMING.stuck_s
 ALL, TP = (0, 1, 2), (0, 1)
 
 

@@ -20,10 +20,11 @@ from narrows.engine.core import Engine
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
+from narrows.ranks.timing import TIMING, Timing
 from narrows.sched.batch import Batch
 from narrows.sched.sampling import GREEDY, SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
-from narrows.service import collectives, trouble
+from narrows.service import collectives
 from narrows.service.service import EngineService
 
 TinyModel = Callable[..., Path]
@@ -66,8 +67,9 @@ def resolved_of(folder: Path, **options: Any) -> Resolved:
 def serve(tiny_model: TinyModel) -> Iterator[Callable[..., EngineService]]:
     made: list[EngineService] = []
 
-    def start(*, max_queue: int = 1024, restart: bool = True, **options: Any) -> EngineService:
-        made.append(EngineService(resolved_of(tiny_model("v3"), **options), max_queue=max_queue, restart=restart))
+    def start(*, max_queue: int = 1024, restart: bool = True, timing: Timing = TIMING, **options: Any) -> EngineService:
+        resolved = resolved_of(tiny_model("v3"), **options)
+        made.append(EngineService(resolved, max_queue=max_queue, restart=restart, timing=timing))
         made[-1].start()
         return made[-1]
 
@@ -299,11 +301,9 @@ def test_health_sees_a_step_that_does_not_end(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, held = Worker.step, threading.Event()
-    service = serve(timeout_s=0.3)
+    service = serve(timeout_s=0.3, timing=Timing(slow_factor=0.0, slow_s=0.2))
     assert service.health().ready
     monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(PATIENCE_S) and real(self, *args))
-    monkeypatch.setattr(trouble, "_SLOW_S", 0.2)
-    monkeypatch.setattr(trouble, "_SLOW_FACTOR", 0.0)
     caller = Caller(service, asked((1, 2), 6))
     eventually(lambda: "a step runs" in service.health().detail)
     eventually(lambda: caller.over.is_set())

@@ -33,6 +33,7 @@ from narrows.errors import ConfigError
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
 from narrows.plan.plan import Plan
+from narrows.ranks.timing import TIMING, Timing
 from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
@@ -74,6 +75,7 @@ class Engine:
         validate: check every plan before it runs; only a test that plants a fault switches that off.
         warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
             :meth:`prepare` has the ranks bind them.
+        timing: the durations by which ranks are judged.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
@@ -88,8 +90,9 @@ class Engine:
         source: WeightSource | None = None,
         validate: bool = True,
         warm_s: float = 0.0,
+        timing: Timing = TIMING,
     ) -> None:
-        self.resolved = resolved
+        self.resolved, self.timing = resolved, timing
         self.books = Books(resolved)
         self.scheduler = Scheduler(resolved.limits)
         self._ids = itertools.count()
@@ -117,7 +120,7 @@ class Engine:
         planning = threading.Thread(target=self.books.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
         planning.start()  # this process has nothing else to do until the ranks are there
         try:
-            self.ranks: Ranks = start_ranks(resolved, make)
+            self.ranks: Ranks = start_ranks(resolved, make, timing)
         finally:
             planning.join()
 

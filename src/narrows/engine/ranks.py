@@ -16,6 +16,7 @@ from narrows.plan.plan import Plan
 from narrows.ranks.processes import ProcessRanks, serve_node
 from narrows.ranks.rank_process import obey
 from narrows.ranks.threads import ThreadRanks
+from narrows.ranks.timing import TIMING, Timing
 
 __all__ = ["Ranks", "obey_host", "start_ranks"]
 
@@ -52,7 +53,7 @@ class Ranks(Protocol):
     ) -> None: ...
 
 
-def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
+def start_ranks(resolved: Resolved, make: Callable[[World], Any], timing: Timing = TIMING) -> Ranks:
     """The ranks that ``resolved`` asks for, each with the worker that ``make`` builds there.
 
     Raises:
@@ -77,6 +78,7 @@ def start_ranks(resolved: Resolved, make: Callable[[World], Any]) -> Ranks:
         launch=asked.launch,
         once=(Plan,),
         device=asked.run_on,
+        timing=timing,
     )
 
 

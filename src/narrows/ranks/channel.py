@@ -18,7 +18,7 @@ import struct
 import threading
 from time import monotonic
 
-from narrows.ranks.messages import SILENCE_S
+from narrows.ranks.timing import TIMING
 
 __all__ = ["Channel", "listen", "resolve"]
 
@@ -55,12 +55,12 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
 
 class Channel:
-    """One end. Any thread may send; one thread receives."""
+    """One end. Any thread may send; one thread receives. ``silence_s``: how long the other host may be unreachable."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, silence_s: float = TIMING.silence_s) -> None:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _probe_the_other_host(sock)
+        _probe_the_other_host(sock, silence_s)
         self._sock = sock
         self._sending = threading.Lock()
         self._received = bytearray()
@@ -69,7 +69,7 @@ class Channel:
         self._writable.register(sock, select.POLLOUT)
 
     @classmethod
-    def connect(cls, host: str, port: int, key: bytes) -> Channel:
+    def connect(cls, host: str, port: int, key: bytes, silence_s: float = TIMING.silence_s) -> Channel:
         """Connects to a process that listens, and proves the key.
 
         Raises:
@@ -84,13 +84,13 @@ class Channel:
             sock.sendall(mine + _mac(key, b"connects", theirs, mine))
             if not hmac.compare_digest(_read(sock, _MAC), _mac(key, b"listens", theirs, mine)):
                 raise EOFError("the process that listens there holds another key")
-            return cls(sock)
+            return cls(sock, silence_s)
         except BaseException:
             sock.close()
             raise
 
     @classmethod
-    def accept(cls, sock: socket.socket, key: bytes) -> Channel:
+    def accept(cls, sock: socket.socket, key: bytes, silence_s: float = TIMING.silence_s) -> Channel:
         """The other end, of a connection that was just accepted.
 
         Raises:
@@ -104,7 +104,7 @@ class Channel:
             if not hmac.compare_digest(_read(sock, _MAC), _mac(key, b"connects", mine, theirs)):
                 raise EOFError("a process with another key connected")
             sock.sendall(_mac(key, b"listens", mine, theirs))
-            return cls(sock)
+            return cls(sock, silence_s)
         except BaseException:
             sock.close()
             raise
@@ -179,16 +179,18 @@ class Channel:
         self._sock.close()
 
 
-def _probe_the_other_host(sock: socket.socket) -> None:
-    """Have the kernel end the connection once the other host's kernel has not answered for ``SILENCE_S`` seconds."""
+def _probe_the_other_host(sock: socket.socket, silence_s: float) -> None:
+    """Have the kernel end the connection once the other host's kernel has not answered for ``silence_s``, or for the
+    3 seconds that its probes take at least."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle_s, between_s = 2, 1
     for name, value in (
         ("TCP_KEEPIDLE", idle_s),
         ("TCP_KEEPALIVE", idle_s),  # macOS's name for it
         ("TCP_KEEPINTVL", between_s),
-        ("TCP_KEEPCNT", int(SILENCE_S) - idle_s),
-        ("TCP_USER_TIMEOUT", int(SILENCE_S * 1000)),  # while sent data is not acknowledged, nothing is probed
+        ("TCP_KEEPCNT", max(int(silence_s) - idle_s, 1)),
+        # While sent data is not acknowledged, nothing is probed.
+        ("TCP_USER_TIMEOUT", int(max(silence_s, idle_s + between_s) * 1000)),
     ):
         if (option := getattr(socket, name, None)) is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)

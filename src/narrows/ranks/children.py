@@ -14,13 +14,10 @@ import time
 from narrows.ranks.messages import Contact
 from narrows.ranks.rank_process import PROGRAM, told_to
 
-__all__ = ["GRACE_S", "Children", "end_children", "ending", "spawn"]
+__all__ = ["Children", "end_children", "ending", "spawn"]
 
 Children = dict[int, subprocess.Popen[bytes]]
 """The processes by rank."""
-
-GRACE_S = 1.0
-"""How long ranks have to end by themselves; then comes SIGKILL."""
 
 
 def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Children) -> None:
@@ -38,14 +35,14 @@ def spawn(ranks: tuple[int, ...], node: int, contact: Contact, children: Childre
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_children(children: Children) -> None:
-    """Waits for the processes to end; those that do not are killed, stopped or not."""
+def end_children(children: Children, grace_s: float) -> None:
+    """Waits for the processes to end; those that have not after ``grace_s`` are killed, stopped or not."""
     for kill in (False, True):
         left = [child for child in children.values() if child.poll() is None]
         for child in left:
             if kill:
                 child.kill()
-        end = time.monotonic() + GRACE_S
+        end = time.monotonic() + grace_s
         for child in left:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.0, end - time.monotonic()))

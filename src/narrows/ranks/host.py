@@ -23,8 +23,8 @@ from narrows.comm.stamps import rank_names
 from narrows.errors import ConfigError, NarrowsError, RankError
 from narrows.layout import Mesh
 from narrows.ranks.channel import Channel, listen
-from narrows.ranks.children import GRACE_S, Children, end_children, ending, spawn
-from narrows.ranks.launch import JOIN_S, Launch, host_key, open_store, publish
+from narrows.ranks.children import Children, end_children, ending, spawn
+from narrows.ranks.launch import Launch, host_key, open_store, publish
 from narrows.ranks.messages import (
     BEAT,
     CALL,
@@ -34,8 +34,6 @@ from narrows.ranks.messages import (
     HELLO,
     KEEP,
     SETUP,
-    SILENCE_S,
-    SUSPENDED_S,
     Contact,
     Failure,
     Hello,
@@ -43,22 +41,18 @@ from narrows.ranks.messages import (
     hello,
 )
 from narrows.ranks.packing import Packer, pack
+from narrows.ranks.timing import TIMING, Timing
 from narrows.ranks.watch import Watch
 
 __all__ = ["Host"]
-
-BLAME_S = 2.0
-"""How long it may take until it is known which rank went away, when others notice first that one has."""
-TELL_S = 1.0
-"""How long after a rank has died the others may say what they were at; none waits once all have."""
 
 
 class _Peer:
     """A rank, or a node, that has connected."""
 
-    def __init__(self, channel: Channel, said: Hello) -> None:
+    def __init__(self, channel: Channel, said: Hello, now: float) -> None:
         self.channel, self.said = channel, said
-        self.heard = time.monotonic()
+        self.heard = now
         self.gone = threading.Event()
 
     def __str__(self) -> str:
@@ -77,16 +71,27 @@ class _Call:
 
 
 class Host:
-    """The ranks as their host sees them. One thread per peer hears it, one watches the clock."""
+    """The ranks as their host sees them. One thread per peer hears it, one watches the clock.
 
-    def __init__(self, mesh: Mesh, timeout_s: float, launch: Launch | None, once: tuple[type, ...]) -> None:
+    ``timing``: what ranks are judged by, in seconds of ``clock``.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        timeout_s: float,
+        launch: Launch | None,
+        once: tuple[type, ...],
+        timing: Timing = TIMING,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.mesh = mesh
         self.forgotten = False
-        self._launch = launch
+        self._launch, self._timing, self._clock = launch, timing, clock
         self._packer = Packer(once)
-        self._watch = Watch(mesh.size, timeout_s)
-        self._tick_s = min(0.25, timeout_s / 4)
-        self._ticked_at = time.monotonic()
+        self._watch = Watch(mesh.size, timeout_s, timing.stuck_s)
+        self._tick_s = min(timing.beat_s / 2, timeout_s / 4)
+        self._ticked_at = clock()
         self._lock = threading.Lock()  # of what follows; never held while something is sent
         self._pending: dict[int, _Call] = {}
         self._num_calls = 0
@@ -115,7 +120,7 @@ class Host:
         return self._failure
 
     def silence_s(self) -> tuple[float, ...]:
-        """For how long nothing has been heard of each rank, in seconds; a rank that lives beats every ``BEAT_S``.
+        """For how long nothing has been heard of each rank, in seconds; a rank that lives beats every ``beat_s``.
 
         As of the last tick: while this process stood still, it could hear no rank.
         """
@@ -126,10 +131,10 @@ class Host:
     def start(self, *, checked: bool, num_threads: int, device: str) -> None:
         """Starts this host's ranks, waits for all, and tells them how to meet."""
         launch, self._checked = self._launch, checked
-        self._store, store_address, store_port = open_store(launch)
+        self._store, store_address, store_port = open_store(launch, self._timing.join_s)
         with listen(launch.address if launch else "127.0.0.1") as listener:
             address = launch.address if launch else "127.0.0.1"
-            contact = Contact(address=address, port=listener.getsockname()[1], key=host_key())
+            contact = Contact(address=address, port=listener.getsockname()[1], key=host_key(), timing=self._timing)
             if launch is not None:
                 publish(launch, self._store, contact)
             self._start_thread(self._tick, "narrows watches its ranks")
@@ -153,30 +158,30 @@ class Host:
     def _welcome(self, listener: Any, key: bytes, num_peers: int) -> None:
         """Accepts every rank and node, in any order."""
         listener.settimeout(0.1)
-        end = time.monotonic() + JOIN_S
+        end = self._clock() + self._timing.join_s
         while len(self._peers) < num_peers:
             if self._failure is not None:
                 raise self._failure
             for rank, child in self._children.items():
                 if child.poll() is not None and rank not in self._ranks:
                     raise RankError(f"rank {rank} (pid {child.pid}) {ending(child)} before it had started")
-            if time.monotonic() > end:
+            if self._clock() > end:
                 missing = [rank for rank in range(self.mesh.size) if rank not in self._ranks]
-                raise RankError(f"{rank_names(missing)} did not start within {JOIN_S:g} s")
+                raise RankError(f"{rank_names(missing)} did not start within {self._timing.join_s:g} s")
             try:
                 sock, _ = listener.accept()
             except TimeoutError:
                 continue
             with contextlib.suppress(OSError, EOFError):  # a stranger, or one that is gone again
-                channel = Channel.accept(sock, key)
+                channel = Channel.accept(sock, key, self._timing.silence_s)
                 self._admit(channel)
 
     def _admit(self, channel: Channel) -> None:
-        message = channel.receive(SILENCE_S)
+        message = channel.receive(self._timing.silence_s)
         if message is None or message[0] != HELLO:
             channel.close()
             return
-        peer = _Peer(channel, pickle.loads(message[1]))
+        peer = _Peer(channel, pickle.loads(message[1]), self._clock())
         own = hello(None, 0, os.getpid()).versions
         if peer.said.versions != own:
             raise ConfigError(f"{peer} runs {peer.said.versions}, but its host runs {own}: they must be the same")
@@ -238,7 +243,7 @@ class Host:
         with self._lock:
             if self._failure is not None or self._over.is_set():
                 return
-            self._failure, self._failed_at = error, time.monotonic()
+            self._failure, self._failed_at = error, self._clock()
             undone = [self._pending.pop(i) for i in sorted(self._pending) if i >= number]
         for call in undone:
             call.future.set_exception(error)
@@ -257,7 +262,7 @@ class Host:
                 self._lost.append(f"{peer} was at {failure.lost}")
                 self._told.notify_all()
                 text = f"{peer} lost its peers at {failure.lost}: {failure.text}"
-                self._suspicion = self._suspicion or (time.monotonic(), RankError(text))
+                self._suspicion = self._suspicion or (self._clock(), RankError(text))
             return
         if peer.said.rank is None:
             self.fail(RankError(failure.text))
@@ -280,13 +285,15 @@ class Host:
         child = self._children.get(peer.said.rank) if peer.said.rank is not None else None
         if child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.5)
+                child.wait(self._timing.exit_s)
                 why = ending(child)
                 if child.returncode == -signal.SIGABRT and not self._checked:
                     why += "; if collectives did not match, checked mode names them"
         with self._told:
             if self._pending and self._failure is None:
-                self._told.wait_for(lambda: len(self._lost) >= self.mesh.size - 1 or self._over.is_set(), TELL_S)
+                self._told.wait_for(
+                    lambda: len(self._lost) >= self.mesh.size - 1 or self._over.is_set(), self._timing.tell_s
+                )
             told = "; ".join([why, *self._lost])
         self.fail(RankError(f"{peer} {told}"))
 
@@ -296,10 +303,10 @@ class Host:
         rank = peer.said.rank
         try:
             while True:
-                message = peer.channel.receive(SILENCE_S)
+                message = peer.channel.receive(self._timing.silence_s)
                 if message is None:
                     continue
-                peer.heard = time.monotonic()
+                peer.heard = self._clock()
                 kind, data = message
                 if kind == DONE and rank is not None:
                     self._done(rank, *pickle.loads(data))
@@ -318,8 +325,8 @@ class Host:
     def _tick(self) -> None:
         """Judges which ranks are gone; after a failure, ends the ranks."""
         while not self._over.wait(self._tick_s):
-            now = time.monotonic()
-            if now - self._ticked_at > SUSPENDED_S:
+            now = self._clock()
+            if now - self._ticked_at > self._timing.suspended_s:
                 for peer in self._peers:
                     peer.heard = now
             self._ticked_at = now
@@ -327,20 +334,20 @@ class Host:
                 self.end(None)
                 return
             if self._failure is not None:
-                if not self._pending or now - self._failed_at > GRACE_S:
+                if not self._pending or now - self._failed_at > self._timing.grace_s:
                     self.end(None)
                     return
                 continue
             self._judge(now)
 
     def _judge(self, now: float) -> None:
-        if any(now - peer.heard > SILENCE_S for peer in list(self._peers)):
+        if any(now - peer.heard > self._timing.silence_s for peer in list(self._peers)):
             self.fail(RankError(self._told_of_the_silent(now)))
             return
         with self._lock:
             suspicion = self._suspicion
             verdict = self._watch.verdict(self._num_calls, now) if self._pending else None
-        if suspicion is not None and now - suspicion[0] > BLAME_S:
+        if suspicion is not None and now - suspicion[0] > self._timing.blame_s:
             self.fail(suspicion[1])
         elif verdict is not None and suspicion is None:
             ranks, why = verdict
@@ -348,10 +355,11 @@ class Host:
 
     def _told_of_the_silent(self, now: float) -> str:
         """Everyone who is silent: if a host has vanished, those are all its ranks."""
-        silent = [peer for peer in list(self._peers) if now - peer.heard > SILENCE_S - SUSPENDED_S]
+        timing = self._timing
+        silent = [peer for peer in list(self._peers) if now - peer.heard > timing.silence_s - timing.suspended_s]
         silent.sort(key=lambda peer: (peer.said.rank is None, peer.said.rank))
         names = ", ".join(f"{peer}{self._state(peer)}" for peer in silent)
-        told = f"{names}: nothing was heard for {SILENCE_S:g} s"
+        told = f"{names}: nothing was heard for {timing.silence_s:g} s"
         with self._lock:
             waiting = self._watch.waiting_for([peer.said.rank for peer in silent if peer.said.rank is not None])
         return f"{told}; {waiting}" if waiting else told
@@ -382,14 +390,14 @@ class Host:
             self._drop_pending()
             for peer in self._peers:
                 peer.channel.try_send(END, pickle.dumps((code, why)))
-            end_children(self._children)
-            end = time.monotonic() + GRACE_S
+            end_children(self._children, self._timing.grace_s)
+            end = time.monotonic() + self._timing.grace_s
             for peer in self._peers:
                 peer.gone.wait(max(0.0, end - time.monotonic()))
                 peer.channel.shut()
             for thread in self._threads:
                 if thread is not threading.current_thread():
-                    thread.join(GRACE_S)
+                    thread.join(self._timing.grace_s)
             for peer in self._peers:
                 peer.channel.close()
             self._store = None

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any
@@ -24,11 +24,10 @@ from narrows.errors import ConfigError, RankError
 from narrows.layout import deal, starts
 from narrows.ranks.channel import listen, resolve
 from narrows.ranks.messages import Contact
+from narrows.ranks.timing import TIMING, Timing
 
-__all__ = ["JOIN_S", "Launch", "find_host", "host_key", "join_store", "open_store", "publish"]
+__all__ = ["Launch", "find_host", "host_key", "join_store", "open_store", "publish"]
 
-JOIN_S = 120.0
-"""How long processes wait for each other before the first step."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -117,14 +116,14 @@ class Launch:
         )
 
 
-def open_store(launch: Launch | None) -> tuple[Any, str, int]:
+def open_store(launch: Launch | None, join_s: float) -> tuple[Any, str, int]:
     """The host's store, served by itself unless torchrun's agent does; with the address to reach it at.
 
     Raises:
         ConfigError: the address is not this host's, or its port is taken.
     """
     if launch is not None and launch.store_is_served:
-        store = TCPStore(launch.address, launch.port, is_master=False, timeout=timedelta(seconds=JOIN_S))
+        store = TCPStore(launch.address, launch.port, is_master=False, timeout=timedelta(seconds=join_s))
         return store, launch.address, launch.port
     address, port = (launch.address, launch.port) if launch else ("127.0.0.1", 0)
     try:
@@ -137,7 +136,7 @@ def open_store(launch: Launch | None) -> tuple[Any, str, int]:
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=JOIN_S),
+        timeout=timedelta(seconds=join_s),
         master_listen_fd=sock.detach(),
     )
     return store, address, port
@@ -163,29 +162,29 @@ def publish(launch: Launch, store: Any, contact: Contact) -> None:
             "give its address in their network as numbers"
         )
     key = "" if "NARROWS_KEY" in os.environ else contact.key.hex()
-    said = json.dumps({"address": launch.address, "port": contact.port, "key": key})
+    said = json.dumps({"address": launch.address, "port": contact.port, "key": key, "timing": asdict(contact.timing)})
     PrefixStore(f"narrows {launch.run}", store).set("host", said)
 
 
-def find_host(launch: Launch) -> Contact:
-    """Waits for the host and asks it where it listens.
+def find_host(launch: Launch, join_s: float = TIMING.join_s) -> Contact:
+    """Waits for the host and asks it where it listens, and what durations it goes by.
 
     Raises:
         RankError: it is not there.
     """
     try:
-        store = join_store(launch.address, launch.port, f"narrows {launch.run}")
+        store = join_store(launch.address, launch.port, f"narrows {launch.run}", join_s)
         said = json.loads(store.get("host"))
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise RankError(
-            f"node {launch.node}: no host at {launch.address} port {launch.port} for {JOIN_S:g} s ({line})"
+            f"node {launch.node}: no host at {launch.address} port {launch.port} for {join_s:g} s ({line})"
         ) from None
     key = bytes.fromhex(said["key"]) if said["key"] else host_key()
-    return Contact(address=said["address"], port=said["port"], key=key)
+    return Contact(address=said["address"], port=said["port"], key=key, timing=Timing(**said["timing"]))
 
 
-def join_store(address: str, port: int, prefix: str) -> Any:
+def join_store(address: str, port: int, prefix: str, join_s: float) -> Any:
     """The part of a store, served by another process, that lies under ``prefix``."""
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=JOIN_S))
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=join_s))
     return PrefixStore(prefix, store)

@@ -1,9 +1,9 @@
 """What the host of the ranks and the ranks say to each other: the kinds of messages, and what each carries.
 
 Knows plain values only. The host is the process that hands out calls; a node is a process that started ranks on another
-host and ends them. Ranks and nodes beat; one that is silent for ``SILENCE_S`` is taken for gone. The host does not
-beat: Python work could silence it for longer than that (one C call that keeps the interpreter's lock). Ranks and nodes
-learn from their connection that the host's process has ended or that its machine does not answer.
+host and ends them. Ranks and nodes beat; one that is silent for too long (`timing.py`) is taken for gone. The host does
+not beat: Python work could silence it for longer than that (one C call that keeps the interpreter's lock). Ranks and
+nodes learn from their connection that the host's process has ended or that its machine does not answer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from narrows.layout import Mesh
+from narrows.ranks.timing import TIMING, Timing
 
 __all__ = [
     "BEAT",
-    "BEAT_S",
     "CALL",
     "DONE",
     "END",
@@ -26,19 +26,12 @@ __all__ = [
     "HELLO",
     "KEEP",
     "SETUP",
-    "SILENCE_S",
-    "SUSPENDED_S",
     "Contact",
     "Failure",
     "Hello",
     "Setup",
     "hello",
 ]
-
-BEAT_S = 0.5
-SILENCE_S = 6.0
-SUSPENDED_S = 2.0
-"""A host that stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against the others."""
 
 HELLO = b"h"  # rank or node -> host, once: Hello
 SETUP = b"s"  # host -> rank, once: Setup
@@ -54,11 +47,12 @@ END = b"e"  # host -> all: (exit code, why)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contact:
-    """Where the host listens, and the key that proves who belongs to it."""
+    """Where the host listens, the key that proves who belongs to it, and the durations that it goes by."""
 
     address: str
     port: int
     key: bytes
+    timing: Timing = TIMING
 
 
 class Hello(NamedTuple):

@@ -26,7 +26,8 @@ from narrows.ranks.channel import Channel
 from narrows.ranks.children import Children, end_children, ending, spawn
 from narrows.ranks.host import Host
 from narrows.ranks.launch import Launch, find_host
-from narrows.ranks.messages import BEAT, BEAT_S, END, FAILED, HELLO, Failure, hello
+from narrows.ranks.messages import BEAT, END, FAILED, HELLO, Failure, hello
+from narrows.ranks.timing import TIMING, Timing
 
 __all__ = ["ProcessRanks", "serve_node"]
 
@@ -46,6 +47,7 @@ class ProcessRanks(Generic[Worker]):
         launch: for ranks on several hosts, this host's part; None starts all ranks here.
         once: arguments of these types are sent to the ranks the first time only; they must not change.
         device: of the tensors in collectives.
+        timing: the durations by which ranks are judged.
 
     Raises:
         the first error of ``make`` on any rank; RankError if a rank does not start.
@@ -62,8 +64,9 @@ class ProcessRanks(Generic[Worker]):
         launch: Launch | None = None,
         once: tuple[type, ...] = (),
         device: str = "cpu",
+        timing: Timing = TIMING,
     ) -> None:
-        self._host = Host(mesh, timeout_s, launch, once)
+        self._host = Host(mesh, timeout_s, launch, once, timing)
         # For an owner who forgets to close. The finalizer may run inside any code, so it only leaves a note.
         weakref.finalize(self, setattr, self._host, "forgotten", True).atexit = False
         atexit.register(_end_at_exit, weakref.ref(self._host))
@@ -132,29 +135,29 @@ def serve_node(launch: Launch) -> int:
     """
     contact = find_host(launch)
     try:
-        channel = Channel.connect(contact.address, contact.port, contact.key)
+        channel = Channel.connect(contact.address, contact.port, contact.key, contact.timing.silence_s)
         channel.send(HELLO, pickle.dumps(hello(None, launch.node, os.getpid())))
     except (OSError, EOFError) as error:
         raise RankError(f"node {launch.node} cannot reach its host at {contact.address}: {error}") from None
     children: Children = {}
     try:
         spawn(launch.ranks, launch.node, contact, children)
-        code, why = _obey(channel, children)
+        code, why = _obey(channel, children, contact.timing.beat_s)
     except EOFError:
         raise RankError(f"node {launch.node}: the host at {contact.address} is gone") from None
     finally:
-        end_children(children)
+        end_children(children, contact.timing.grace_s)
         channel.close()
     if why:
         print(f"narrows: node {launch.node} was ended by its host: {why}", file=sys.stderr)
     return code
 
 
-def _obey(channel: Channel, children: Children) -> tuple[int, str]:
+def _obey(channel: Channel, children: Children, beat_s: float) -> tuple[int, str]:
     """Waits for the host's word. A rank that ends is told to it: it may never have reached the host."""
     told: set[int] = set()
     while True:
-        message = channel.receive(BEAT_S)
+        message = channel.receive(beat_s)
         if message is not None and message[0] == END:
             code, why = pickle.loads(message[1])
             return code, why

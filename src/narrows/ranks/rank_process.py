@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -29,7 +30,6 @@ from narrows.ranks.cores import pin
 from narrows.ranks.launch import Launch, find_host, join_store
 from narrows.ranks.messages import (
     BEAT,
-    BEAT_S,
     CALL,
     DONE,
     END,
@@ -43,6 +43,7 @@ from narrows.ranks.messages import (
     hello,
 )
 from narrows.ranks.packing import Unpacker, pack
+from narrows.ranks.timing import Timing
 from narrows.ranks.watch import Report
 
 __all__ = ["PROGRAM", "boot", "obey", "run_rank"]
@@ -63,13 +64,16 @@ def boot(told: dict[str, Any]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    contact = Contact(address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]))
+    contact = Contact(
+        address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]), timing=Timing(**told["timing"])
+    )
     run_rank(contact, told["rank"], told["node"], tuple(told["place"]), explain=False)
 
 
 def told_to(contact: Contact, rank: int, node: int, place: tuple[int, int]) -> str:
     """The line that :func:`boot` is told. ``place``: the rank's number on its host, and how many are there."""
-    host = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
+    host: dict[str, Any] = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
+    host["timing"] = asdict(contact.timing)
     return json.dumps(host | {"rank": rank, "node": node, "place": place, "path": sys.path}) + "\n"
 
 
@@ -82,31 +86,31 @@ def obey(launch: Launch) -> NoReturn:
 def run_rank(contact: Contact, rank: int, node: int, place: tuple[int, int], *, explain: bool) -> NoReturn:
     """Runs a rank until the host ends it. ``explain``: say on stderr why it ends, if not well."""
     try:
-        channel = Channel.connect(contact.address, contact.port, contact.key)
+        channel = Channel.connect(contact.address, contact.port, contact.key, contact.timing.silence_s)
         channel.send(HELLO, pickle.dumps(hello(rank, node, os.getpid())))
     except (OSError, EOFError) as error:
         _end(1, f"rank {rank} cannot reach its host at {contact.address} port {contact.port}: {error}")
-    host = _Host(channel, rank, explain)
+    host = _Host(channel, rank, contact.timing, explain)
     threading.Thread(target=host.listen, name=f"narrows rank {rank} listens", daemon=True).start()
-    _Rank(rank, place, host).serve()
+    _Rank(rank, place, host, contact.timing).serve()
 
 
 class _Host:
     """The host, seen from a rank."""
 
-    def __init__(self, channel: Channel, rank: int, explain: bool) -> None:
+    def __init__(self, channel: Channel, rank: int, timing: Timing, explain: bool) -> None:
         self.channel = channel
         self.told: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
         self.world: DistWorld | None = None
         self.done = 0
-        self._rank, self._explain = rank, explain
+        self._rank, self._beat_s, self._explain = rank, timing.beat_s, explain
 
     def listen(self) -> None:
         """Takes messages in and beats; ends the process when the host says so or is gone."""
         beat = 0.0
         try:
             while True:
-                message = self.channel.receive(BEAT_S)
+                message = self.channel.receive(self._beat_s)
                 now = time.monotonic()
                 if message is not None and message[0] == END:
                     code, why = pickle.loads(message[1])
@@ -115,7 +119,7 @@ class _Host:
                     self.told.put(message)
                 if now >= beat:
                     self.channel.try_send(BEAT, pickle.dumps(self._report(now)))  # a stopped host reads nothing
-                    beat = now + BEAT_S
+                    beat = now + self._beat_s
         except (OSError, EOFError):
             _end(1, f"rank {self._rank}: the host is gone" if self._explain else "")
         except BaseException:  # without this thread nobody could end the process
@@ -133,8 +137,8 @@ class _Host:
 class _Rank:
     """The main thread: calls, in order."""
 
-    def __init__(self, rank: int, place: tuple[int, int], host: _Host) -> None:
-        self._rank, self._place_on_host, self._host = rank, place, host
+    def __init__(self, rank: int, place: tuple[int, int], host: _Host, timing: Timing) -> None:
+        self._rank, self._place_on_host, self._host, self._timing = rank, place, host, timing
         self._unpack = Unpacker()
         self._worker: Any = None
         self._number = 0  # of the next call
@@ -161,7 +165,7 @@ class _Rank:
         self._host.world = connect(
             setup.mesh,
             self._rank,
-            join_store(setup.store_address, setup.store_port, setup.prefix),
+            join_store(setup.store_address, setup.store_port, setup.prefix, self._timing.join_s),
             checked=setup.checked,
             device=rank_device(setup.device, place),
             address=self._host.channel.address,

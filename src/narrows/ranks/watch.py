@@ -4,7 +4,7 @@ Knows stamps and clocks, as plain values; no process, no socket, no tensor. Two 
 
 - *overdue*: a rank has waited ``timeout_s`` at a collective that others of its group have not come to;
 - *stuck*: nobody can move. A rank is idle if it has done all its calls; it waits in vain if one that it waits for
-  is idle or waits in vain. When that has been so for ``STUCK_S`` for all whom it holds up, waiting longer brings
+  is idle or waits in vain. When that has been so for ``stuck_s`` for all whom it holds up, waiting longer brings
   nothing, however long ``timeout_s`` is: it is how "one rank idle and one not" ends.
 """
 
@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from narrows.comm.stamps import Stamp, absence, rank_names
+from narrows.ranks.timing import TIMING
 
-__all__ = ["STUCK_S", "Report", "Watch"]
-
-STUCK_S = 3.0
+__all__ = ["Report", "Watch"]
 
 
 class Report(NamedTuple):
@@ -38,8 +37,8 @@ class Report(NamedTuple):
 class Watch:
     """The ranks of one world, seen from whoever hears all of them. Times are any clock's, the same in every call."""
 
-    def __init__(self, size: int, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, size: int, timeout_s: float, stuck_s: float = TIMING.stuck_s) -> None:
+        self.timeout_s, self.stuck_s = timeout_s, stuck_s
         self._reports = [Report()] * size
         self._heard = [float("-inf")] * size
         self._since = [float("inf")] * size  # when a report last said something new
@@ -89,13 +88,13 @@ class Watch:
         stuck = {
             rank
             for rank, (report, since, heard) in enumerate(zip(self._reports, self._since, self._heard, strict=True))
-            if now - since >= STUCK_S > now - heard and (report.waits or report.done >= num_calls)
+            if now - since >= self.stuck_s > now - heard and (report.waits or report.done >= num_calls)
         }
         while free := {
             rank for rank in stuck if self._reports[rank].waits and not stuck.intersection(self.missing(rank))
         }:
             stuck -= free
-        heard = {rank for rank, heard in enumerate(self._heard) if now - heard < STUCK_S}
+        heard = {rank for rank, heard in enumerate(self._heard) if now - heard < self.stuck_s}
         if any(stuck.intersection(self.missing(rank)) for rank in heard - stuck):
             return None  # it came later than the others, and cannot move either: who is named is not left to that
         for rank in sorted(stuck):

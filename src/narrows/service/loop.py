@@ -21,7 +21,6 @@ from narrows.service.queue import RequestQueue
 from narrows.service.step_times import StepTimes
 from narrows.service.tickets import Ticket, tell
 from narrows.service.trace import ServiceTrace
-from narrows.service.trouble import stuck_s
 
 __all__ = ["Loop", "Wake"]
 
@@ -184,5 +183,5 @@ class Loop:
             return
         begun, expected_s = self.oldest
         age_s = monotonic() - begun
-        if age_s > stuck_s(expected_s) + engine.resolved.asked.timeout_s:
+        if age_s > engine.timing.step_is_stuck_after(expected_s) + engine.resolved.asked.timeout_s:
             raise RankError(f"a step has not ended in {age_s:.0f} s, and {expected_s:.2g} s were predicted")

@@ -16,6 +16,7 @@ from narrows.api import Generation, Health, Stats, Update
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
 from narrows.errors import ConfigError
+from narrows.ranks.timing import TIMING, Timing
 from narrows.service.info import describe
 from narrows.service.loop import Loop, Wake
 from narrows.service.numbers import Numbers
@@ -45,6 +46,7 @@ class EngineService:
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
         drift: when it is said that steps take another time than was predicted for them.
         trace: what writes traces; by default nothing can.
+        timing: the durations by which ranks are judged.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class EngineService:
         restart: bool,
         drift: DriftRule | None = None,
         trace: ServiceTrace | None = None,
+        timing: Timing = TIMING,
     ) -> None:
-        self._resolved = resolved
+        self._resolved, self._timing = resolved, timing
         self._wake = Wake()
         self._queue = RequestQueue(max_queue, self._wake)
         self._numbers = Numbers(drift or DriftRule())
@@ -184,7 +187,7 @@ class EngineService:
 
     def _begin(self) -> Loop:
         """Ranks that have loaded the model, and the loop on them."""
-        engine = Engine(self._resolved, warm_s=_WARM_S)
+        engine = Engine(self._resolved, warm_s=_WARM_S, timing=self._timing)
         try:
             loop = Loop(engine, self._queue, self._numbers, self._trace, self._wake)
             self._evidence = engine.books.evidence()

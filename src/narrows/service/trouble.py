@@ -9,16 +9,7 @@ from time import monotonic
 
 from narrows.engine.core import Engine
 
-__all__ = ["stuck_s", "trouble"]
-
-_SILENT_S = 2.0
-"""A rank that has said nothing for so long is stopped or cut off; one that lives speaks twice a second."""
-_SLOW_FACTOR, _SLOW_S = 20.0, 10.0
-
-
-def stuck_s(predicted_s: float) -> float:
-    """After how many seconds a step of so many predicted ones is taken for stuck: prices may be far off, not so far."""
-    return _SLOW_FACTOR * predicted_s + _SLOW_S
+__all__ = ["trouble"]
 
 
 def trouble(engine: Engine, oldest: tuple[float, float] | None) -> str:
@@ -28,9 +19,10 @@ def trouble(engine: Engine, oldest: tuple[float, float] | None) -> str:
     """
     if (failure := engine.ranks.failure) is not None:
         return f"the ranks have failed: {' '.join(str(failure).split())}"
-    silent = {rank: silence for rank, silence in enumerate(engine.ranks.silence_s()) if silence > _SILENT_S}
+    doubt_s = engine.timing.doubt_s
+    silent = {rank: silence for rank, silence in enumerate(engine.ranks.silence_s()) if silence > doubt_s}
     if silent:
         return "; ".join(f"nothing was heard of rank {rank} for {silence:.1f} s" for rank, silence in silent.items())
-    if oldest is not None and (age := monotonic() - oldest[0]) > stuck_s(oldest[1]):
+    if oldest is not None and (age := monotonic() - oldest[0]) > engine.timing.step_is_stuck_after(oldest[1]):
         return f"a step runs for {age:.0f} s, and {oldest[1]:.2g} s were predicted"
     return ""
