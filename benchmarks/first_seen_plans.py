@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from narrows.calibrate.step_work import StepWork
+from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.plan.plan import Plan
@@ -51,7 +52,7 @@ def main() -> None:
     with Engine(resolve(asked), warm_s=args.warm) as engine:
         start_s = perf_counter() - started
         plans = engine.books.plans()
-        engine.ranks.submit("prepare", plans).result()
+        engine.ranks.submit(RankWorker.prepare, plans).result()
         bind_s = perf_counter() - started - start_s
         found = [measure(engine, phase, rows) for phase, rows in STEPS]
     report(found, start_s=start_s, plans_made=len(plans), bind_s=bind_s, args=args)
@@ -65,7 +66,7 @@ def measure(engine: Engine, phase: str, rows: int) -> dict[str, Any]:
 
     def prepared(*plans: Plan) -> float:
         start = perf_counter()
-        engine.ranks.submit("prepare", plans).result()
+        engine.ranks.submit(RankWorker.prepare, plans).result()
         return 1e3 * (perf_counter() - start)
 
     def stepped() -> float:

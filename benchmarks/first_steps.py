@@ -19,6 +19,7 @@ from time import perf_counter
 from typing import Any
 
 from narrows.calibrate.step_work import StepWork, run_steps
+from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 
@@ -77,7 +78,7 @@ def steps(engine: Engine, rows: int) -> list[float]:
     """Milliseconds of some steps of so many rows, one after the other; the plan of the first is bound before."""
     batch = StepWork(rows=rows, phase="decode", context=64).batch_for(engine)
     plan = engine.books.plan_for(batch)
-    engine.ranks.submit("prepare", (plan,)).result()
+    engine.ranks.submit(RankWorker.prepare, (plan,)).result()
     return [1e3 * (end - start) for start, end in (run_steps(engine, batch, plan, 1) for _ in range(_TIMES + 1))]
 
 

@@ -48,8 +48,8 @@ def same_as_threads(
     pool: ProcessRanks[lab.Lab], mesh: Mesh, counts: tuple[int, ...], width: int, dtype: torch.dtype
 ) -> None:
     with ThreadRanks(mesh, lab.Lab, checked=True) as threads:
-        wanted = threads.submit("run", lab.collectives, counts, width, dtype).result(PATIENCE_S)
-    got = pool.submit("run", lab.collectives, counts, width, dtype).result(PATIENCE_S)
+        wanted = threads.submit(lab.Lab.run, lab.collectives, counts, width, dtype).result(PATIENCE_S)
+    got = pool.submit(lab.Lab.run, lab.collectives, counts, width, dtype).result(PATIENCE_S)
     for rank, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         assert list(mine) == list(theirs)
         for name, value in theirs.items():
@@ -73,24 +73,24 @@ def test_large_tensors_have_the_bits_of_threads(pool) -> None:
 
 
 def test_results_are_nobody_elses_memory(pool) -> None:
-    pool.submit("run", lab.results_are_nobody_elses).result(PATIENCE_S)
+    pool.submit(lab.Lab.run, lab.results_are_nobody_elses).result(PATIENCE_S)
 
 
 @pytest.mark.parametrize(("rounds", "size"), [(30, 1), (30, 600), (4, 60_000)])
 def test_an_input_may_be_written_again_as_soon_as_the_call_returns(pool, rounds: int, size: int) -> None:
-    pool.submit("run", lab.inputs_may_be_written_again, rounds, size).result(PATIENCE_S)
+    pool.submit(lab.Lab.run, lab.inputs_may_be_written_again, rounds, size).result(PATIENCE_S)
 
 
 def test_send_buffers_are_free_again_after_their_collective(pool) -> None:
-    pool.submit("run", lab.send_buffers).result(PATIENCE_S)
+    pool.submit(lab.Lab.run, lab.send_buffers).result(PATIENCE_S)
 
 
 def test_a_group_of_one_rank_meets_nobody(pool) -> None:
-    pool.submit("run", lab.groups_of_one).result(PATIENCE_S)
+    pool.submit(lab.Lab.run, lab.groups_of_one).result(PATIENCE_S)
 
 
 def test_a_rank_is_a_process_of_one_torch_thread(pool) -> None:
-    said = pool.submit("run", lab.facts).result(PATIENCE_S)
+    said = pool.submit(lab.Lab.run, lab.facts).result(PATIENCE_S)
     assert said == [(r, pid, 1, True, True, True, f"narrows rank {r}") for r, pid in enumerate(pool.pids)]
 
 
@@ -99,32 +99,32 @@ def test_a_rank_is_a_process_of_one_torch_thread(pool) -> None:
 
 def test_calls_are_done_in_the_order_they_were_made_without_waiting(pool) -> None:
     size = len(pool.pids)
-    told = pool.submit("all_told").result(PATIENCE_S)[0]
-    futures = [pool.submit("tell", i, 0.001) for i in range(10)]
-    assert pool.submit("all_told").result(PATIENCE_S) == [told + list(range(10))] * size
+    told = pool.submit(lab.Lab.all_told).result(PATIENCE_S)[0]
+    futures = [pool.submit(lab.Lab.tell, i, 0.001) for i in range(10)]
+    assert pool.submit(lab.Lab.all_told).result(PATIENCE_S) == [told + list(range(10))] * size
     assert [future.result(0) for future in futures] == [[r * 100 + i for r in range(size)] for i in range(10)]
 
 
 def test_an_object_is_sent_once_and_is_the_same_one_in_every_call(pool) -> None:
-    told = len(pool.submit("all_told").result(PATIENCE_S)[0])
+    told = len(pool.submit(lab.Lab.all_told).result(PATIENCE_S)[0])
     big, other = lab.Big(tuple(range(100_000))), lab.Big((1,))
     start = time.perf_counter()
-    first = pool.submit("keep", big, "a").result(PATIENCE_S)
+    first = pool.submit(lab.Lab.keep, big, "a").result(PATIENCE_S)
     middle = time.perf_counter()
-    again = [pool.submit("keep", big, "b") for _ in range(5)][-1].result(PATIENCE_S)
+    again = [pool.submit(lab.Lab.keep, big, "b") for _ in range(5)][-1].result(PATIENCE_S)
     fast = (time.perf_counter() - middle) / 5
-    last = pool.submit("keep", other, "c").result(PATIENCE_S)
+    last = pool.submit(lab.Lab.keep, other, "c").result(PATIENCE_S)
     before = first[0][0] - 1
     assert again == [(before + 1, told + 6)] * len(pool.pids), "it came as several objects"
     assert last == [(before + 2, told + 7)] * len(pool.pids)
-    assert pool.submit("all_told").result(PATIENCE_S)[0][-6:] == [big] * 5 + [other]
+    assert pool.submit(lab.Lab.all_told).result(PATIENCE_S)[0][-6:] == [big] * 5 + [other]
     assert fast < middle - start, "sending it again took as long as sending it"
 
 
 def test_what_cannot_be_sent_is_refused_and_no_rank_is_called(pool) -> None:
     with pytest.raises((TypeError, AttributeError), match="pickle"):
-        pool.submit("run", lambda world: 1)
-    assert pool.submit("run", lab.sum_of, 0.0).result(PATIENCE_S)[0] == sum(range(len(pool.pids)))
+        pool.submit(lab.Lab.run, lambda world: 1)
+    assert pool.submit(lab.Lab.run, lab.sum_of, 0.0).result(PATIENCE_S)[0] == sum(range(len(pool.pids)))
 
 
 @pytest.mark.full
@@ -142,11 +142,11 @@ def test_a_dist_world_is_a_world_and_knows_only_groups_of_its_mesh() -> None:
 
 def test_closed_ranks_refuse_calls_and_close_may_be_repeated() -> None:
     ranks = ProcessRanks(Mesh.of(dp=1, tp=1), lab.Lab)
-    assert ranks.submit("run", lab.sum_of, 2.0).result(PATIENCE_S) == [2.0]
-    running, queued = ranks.submit("tell", 1, 0.0), ranks.submit("run", lab.late, 0, 3600.0)
+    assert ranks.submit(lab.Lab.run, lab.sum_of, 2.0).result(PATIENCE_S) == [2.0]
+    running, queued = ranks.submit(lab.Lab.tell, 1, 0.0), ranks.submit(lab.Lab.run, lab.late, 0, 3600.0)
     assert running.result(PATIENCE_S) == [1]
     ranks.close()
     ranks.close()
-    for future in (queued, ranks.submit("tell", 2)):
+    for future in (queued, ranks.submit(lab.Lab.tell, 2)):
         with pytest.raises(RankError, match="closed"):
             future.result(0)

@@ -44,8 +44,8 @@ def without_calls(error: BaseException) -> str:
 def error_of(ranks: Ranks, *call: object) -> BaseException:
     """What a call raises; every later call raises it too, and every rank has ended."""
     with pytest.raises(BaseException) as told:
-        ranks.submit("run", *call).result(PATIENCE_S)
-    for later in (ranks.submit("tell", 1), ranks.submit("run", lab.sum_of, 1.0)):
+        ranks.submit(lab.Lab.run, *call).result(PATIENCE_S)
+    for later in (ranks.submit(lab.Lab.tell, 1), ranks.submit(lab.Lab.run, lab.sum_of, 1.0)):
         assert later.exception(PATIENCE_S) is told.value
     wait_for_the_end_of(ranks.pids)
     return told.value
@@ -83,7 +83,7 @@ def checked() -> Iterator[Ranks]:
 )
 def test_a_mismatch_says_who_came_with_what(checked: Ranks, how: str, odd: str, others: str) -> None:
     """Nothing was sent when it is found, so ranks that take it go on."""
-    texts = checked.submit("run", lab.differing, how).result(PATIENCE_S)
+    texts = checked.submit(lab.Lab.run, lab.differing, how).result(PATIENCE_S)
     assert texts == [texts[0]] * 3
     assert texts[0].startswith("ranks met in different collectives: rank 1 came to #")
     one, rest = texts[0].split(", ranks 0, 2 to #")
@@ -95,7 +95,7 @@ def test_a_mismatch_says_who_came_with_what(checked: Ranks, how: str, odd: str, 
         assert type(error) is CollectiveMismatchError
         assert 'barrier "layer 3 mlp"' in str(error) and "ranks 0, 2 to #" in str(error)
     else:
-        assert checked.submit("run", lab.sum_of, 1.0).result(PATIENCE_S) == [6.0] * 3
+        assert checked.submit(lab.Lab.run, lab.sum_of, 1.0).result(PATIENCE_S) == [6.0] * 3
 
 
 # --- a rank that does not come
@@ -131,7 +131,7 @@ def test_a_rank_that_will_never_come_is_named_in_checked_mode_too() -> None:
 
 def test_a_late_rank_is_waited_for_and_named_when_it_is_too_late() -> None:
     with ProcessRanks(TWO, lab.Lab, timeout_s=2.0) as ranks:
-        assert ranks.submit("run", lab.late, 1, 0.9).result(PATIENCE_S) == [None] * 2
+        assert ranks.submit(lab.Lab.run, lab.late, 1, 0.9).result(PATIENCE_S) == [None] * 2
         error = error_of(ranks, lab.late, 1, 20.0)
         assert type(error) is RankError
         assert without_calls(error) == (
@@ -146,16 +146,16 @@ def test_a_late_rank_is_waited_for_and_named_when_it_is_too_late() -> None:
 def test_an_error_keeps_its_type_and_fails_its_call_and_all_later_ones() -> None:
     rank = 0
     with ProcessRanks(TWO, lab.Lab) as ranks:
-        before = ranks.submit("tell", 7, 0.4)  # rank 1 is still in it when rank 0 fails
-        bad = ranks.submit("run", lab.fail, rank, ArithmeticError("worker broke"))
-        after = ranks.submit("run", lab.sum_of, 2.0)
+        before = ranks.submit(lab.Lab.tell, 7, 0.4)  # rank 1 is still in it when rank 0 fails
+        bad = ranks.submit(lab.Lab.run, lab.fail, rank, ArithmeticError("worker broke"))
+        after = ranks.submit(lab.Lab.run, lab.sum_of, 2.0)
         with pytest.raises(ArithmeticError, match="worker broke") as told:
             bad.result(PATIENCE_S)
         assert before.result(PATIENCE_S) == [7, 107]
         assert str(told.value) == "worker broke"
         notes = "\n".join(told.value.__notes__)
         assert f"rank {rank} (pid {ranks.pids[rank]} on " in notes and "in fail\n" in notes, "the rank's own traceback"
-        for future in (after, ranks.submit("run", lab.sum_of, 3.0)):
+        for future in (after, ranks.submit(lab.Lab.run, lab.sum_of, 3.0)):
             assert future.exception(PATIENCE_S) is told.value
         wait_for_the_end_of(ranks.pids)
 
@@ -191,7 +191,7 @@ def test_what_goes_wrong_while_workers_are_built_is_raised_at_once() -> None:
 
 def kill(rank: int, rows: int) -> None:
     with ProcessRanks(TWO, lab.Lab) as ranks:
-        future = ranks.submit("run", lab.spin, rows)
+        future = ranks.submit(lab.Lab.run, lab.spin, rows)
         time.sleep(0.3)
         os.kill(ranks.pids[rank], signal.SIGKILL)
         with pytest.raises(RankError) as told:
@@ -219,7 +219,7 @@ def test_an_idle_rank_that_dies_fails_the_next_call() -> None:
         os.kill(ranks.pids[0], signal.SIGKILL)
         wait_for_the_end_of(ranks.pids)
         with pytest.raises(RankError, match=r"rank 0 .* was killed by signal 9"):
-            ranks.submit("run", lab.sum_of, 1.0).result(PATIENCE_S)
+            ranks.submit(lab.Lab.run, lab.sum_of, 1.0).result(PATIENCE_S)
 
 
 # --- the host
@@ -250,7 +250,7 @@ def pids_of(host: subprocess.Popen[str]) -> list[int]:
 
 def test_ranks_end_by_themselves_when_their_host_is_killed() -> None:
     """At work, idle, and before they have started: that none of the last is left is what the fixture looks for."""
-    at_work, idle = start_host(2, "ranks.submit('run', lab.spin).result()"), start_host(1, "time.sleep(3600)")
+    at_work, idle = start_host(2, "ranks.submit(lab.Lab.run, lab.spin).result()"), start_host(1, "time.sleep(3600)")
     early = start_host(1, "pass")
     with at_work, idle, early:
         time.sleep(0.5)
@@ -265,8 +265,8 @@ def test_ranks_end_by_themselves_when_their_host_is_killed() -> None:
 
 
 def test_an_owner_who_forgets_to_close_leaves_nothing() -> None:
-    forgets = start_host(1, "ranks.submit('run', lab.sum_of, 1.0).result(); del ranks; time.sleep(3600)")
-    ends = start_host(2, "ranks.submit('run', lab.spin)")  # at exit, with ranks at work
+    forgets = start_host(1, "ranks.submit(lab.Lab.run, lab.sum_of, 1.0).result(); del ranks; time.sleep(3600)")
+    ends = start_host(2, "ranks.submit(lab.Lab.run, lab.spin)")  # at exit, with ranks at work
     with forgets, ends:
         wait_for_the_end_of(pids_of(forgets))
         assert forgets.poll() is None
@@ -279,7 +279,7 @@ def test_an_owner_who_forgets_to_close_leaves_nothing() -> None:
 
 def stop(rank: int, rows: int) -> None:
     with ProcessRanks(TWO, lab.Lab, timeout_s=600) as ranks:
-        future = ranks.submit("run", lab.spin, rows)
+        future = ranks.submit(lab.Lab.run, lab.spin, rows)
         time.sleep(0.3)
         os.kill(ranks.pids[rank], signal.SIGSTOP)
         with pytest.raises(RankError) as told:
@@ -292,7 +292,7 @@ def stop(rank: int, rows: int) -> None:
 
 def pause() -> None:
     """Ctrl-Z, and `fg` later than anyone's silence is borne."""
-    with start_host(2, "[ranks.submit('run', lab.late, 0, 0.1).result() for i in range(20)]") as host:
+    with start_host(2, "[ranks.submit(lab.Lab.run, lab.late, 0, 0.1).result() for i in range(20)]") as host:
         pids = pids_of(host)
         group = os.getpgid(host.pid)
         assert {os.getpgid(pid) for pid in pids} == {group}
@@ -310,7 +310,7 @@ def pause() -> None:
 
 def stand_still() -> None:
     """The host's Python runs nothing for longer than silence is borne, as under one long C call; its rank bears it."""
-    with start_host(1, "[ranks.submit('run', lab.late, 0, 0.1).result() for i in range(20)]") as host:
+    with start_host(1, "[ranks.submit(lab.Lab.run, lab.late, 0, 0.1).result() for i in range(20)]") as host:
         pids = pids_of(host)
         os.kill(host.pid, signal.SIGSTOP)
         try:

@@ -30,9 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smaller_probes() -> Iterator[None]:
     """An eighth of the product, a quarter of the reading: long enough to tell the machine's pace by."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("probe", "calibrate"):
-            patch.setattr(f"narrows.bench.{module}.GEMM_SHAPE", (1024, 2048, 1024))
-        patch.setattr("narrows.bench.calibrate._READ", 64 << 20)
+        for module in ("probe", "rates"):
+            patch.setattr(f"narrows.calibrate.{module}.GEMM_SHAPE", (1024, 2048, 1024))
+        patch.setattr("narrows.calibrate.rates._READ", 64 << 20)
         yield
 
 

@@ -380,7 +380,7 @@ def test_a_rank_that_lost_a_whole_call_is_seen_at_the_next_one() -> None:
             return self.world.all_reduce(torch.full((2, 2), float(value)), (0, 1), (1, 1), "layer 0 sum")
 
     with ThreadRanks(Mesh.of(dp=1, tp=2), Worker, checked=True, timeout_s=20) as ranks:
-        steps = [ranks.submit("step", value, 1 if value == 1 else None) for value in range(3)]
+        steps = [ranks.submit(Worker.step, value, 1 if value == 1 else None) for value in range(3)]
         assert [result.tolist() for result in steps[0].result(PATIENCE_S)] == [[[0.0, 0.0], [0.0, 0.0]]] * 2
         with pytest.raises(CollectiveMismatchError, match=r"in call 3.*in call 4|in call 4.*in call 3"):
             steps[1].result(PATIENCE_S)

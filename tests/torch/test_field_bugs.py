@@ -27,6 +27,7 @@ from narrows.comm import Geometry, Mover, ThreadWorld, World
 from narrows.comm.buffers import Buffers
 from narrows.comm.wire import NcclWire
 from narrows.cost.devices import device
+from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
@@ -678,7 +679,7 @@ def test_a_rank_without_rows_takes_part_and_one_that_does_not_is_named(
 def _accepts_work_when_dead(patch: pytest.MonkeyPatch) -> None:
     real = ThreadRanks.submit
 
-    def submit(self: ThreadRanks[Worker], method: str, *args: Any) -> Future[list[Any]]:
+    def submit(self: ThreadRanks[Worker], method: Callable[..., Any], *args: Any) -> Future[list[Any]]:
         dead: Future[list[Any]] = Future()
         return dead if self._crew.commons.failure else real(self, method, *args)
 
@@ -701,10 +702,12 @@ def test_ranks_that_have_failed_say_so_at_once(
         fault(patch)
         with Engine(resolve(asked)) as engine:
             plans = [engine.books.current.plan_for(b.phase, b.group_rows, b.num_logit_rows) for b in work.batches]
-            steps = [engine.ranks.submit("step", *step, True) for step in zip(work.batches, plans, strict=True)]
+            steps = [
+                engine.ranks.submit(RankWorker.step, *step, True) for step in zip(work.batches, plans, strict=True)
+            ]
             with pytest.raises(CollectiveMismatchError, match=r"ranks 0, 1 .* ranks 2, 3 ") as first:
                 steps[2].result()
-            for later in (steps[3], steps[4], engine.ranks.submit("step", work.batches[0], plans[0], True)):
+            for later in (steps[3], steps[4], engine.ranks.submit(RankWorker.step, work.batches[0], plans[0], True)):
                 with pytest.raises(CollectiveMismatchError) as told:
                     later.result(timeout=1)
                 assert told.value is first.value

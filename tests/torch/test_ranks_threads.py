@@ -75,8 +75,8 @@ def test_run_ranks_returns_results_in_rank_order_and_leaves_nothing_behind() -> 
 
 def test_calls_are_done_in_the_order_they_were_made_without_waiting() -> None:
     with ThreadRanks(THREE, Counter) as ranks:
-        futures = [ranks.submit("tell", i, 0.001) for i in range(10)]
-        last = ranks.submit("all_told")
+        futures = [ranks.submit(Counter.tell, i, 0.001) for i in range(10)]
+        last = ranks.submit(Counter.all_told)
         assert last.result(PATIENCE_S) == [list(range(10))] * 3
         assert [future.result(0) for future in futures] == [[i, 100 + i, 200 + i] for i in range(10)]
 
@@ -84,7 +84,7 @@ def test_calls_are_done_in_the_order_they_were_made_without_waiting() -> None:
 def test_a_second_call_may_be_made_before_the_first_is_done() -> None:
     release = threading.Event()
     with ThreadRanks(TWO, Counter) as ranks:
-        first, second = ranks.submit("wait", release), ranks.submit("sum", 1.5)
+        first, second = ranks.submit(Counter.wait, release), ranks.submit(Counter.sum, 1.5)
         assert not first.done() and not second.done()
         with pytest.raises(TimeoutError):
             first.result(0.01)
@@ -98,14 +98,16 @@ def test_many_callers_give_every_rank_the_same_order() -> None:
     with ThreadRanks(THREE, Counter, checked=True) as ranks:
         futures: list[Future[list[int]]] = []
         callers = [
-            threading.Thread(target=lambda k=k: futures.extend(ranks.submit("tell", 10 * k + i) for i in range(10)))
+            threading.Thread(
+                target=lambda k=k: futures.extend(ranks.submit(Counter.tell, 10 * k + i) for i in range(10))
+            )
             for k in range(4)
         ]
         for caller in callers:
             caller.start()
         for caller in callers:
             caller.join()
-        told = ranks.submit("all_told").result(PATIENCE_S)
+        told = ranks.submit(Counter.all_told).result(PATIENCE_S)
         assert told[0] == told[1] == told[2] and sorted(told[0]) == list(range(40))
         assert all(future.done() for future in futures)
 
@@ -113,22 +115,24 @@ def test_many_callers_give_every_rank_the_same_order() -> None:
 @pytest.mark.parametrize("broken", [0, 2])
 def test_an_error_fails_its_call_and_all_later_ones_with_the_first_error(broken: int) -> None:
     with ThreadRanks(THREE, Counter, checked=True) as ranks:
-        before = ranks.submit("sum", 1.0)
-        bad = ranks.submit("fail", broken)
-        after = ranks.submit("sum", 2.0)
+        before = ranks.submit(Counter.sum, 1.0)
+        bad = ranks.submit(Counter.fail, broken)
+        after = ranks.submit(Counter.sum, 2.0)
         assert before.result(PATIENCE_S) == [6.0] * 3
         with pytest.raises(ArithmeticError, match="worker broke") as told:
             bad.result(PATIENCE_S)
         assert any(f"rank {broken}" in note for note in told.value.__notes__)
-        for future in (after, ranks.submit("sum", 3.0), ranks.submit("tell", 1)):
+        for future in (after, ranks.submit(Counter.sum, 3.0), ranks.submit(Counter.tell, 1)):
             with pytest.raises(ArithmeticError, match="worker broke"):
                 future.result(PATIENCE_S)
     assert not rank_threads()
 
 
 def test_an_unknown_method_is_an_error_of_the_call() -> None:
+    def no_such(counter: Counter) -> None: ...
+
     with ThreadRanks(TWO, Counter) as ranks, pytest.raises(AttributeError, match="no_such"):
-        ranks.submit("no_such").result(PATIENCE_S)
+        ranks.submit(no_such).result(PATIENCE_S)
 
 
 def test_an_error_while_the_workers_are_built_is_raised_at_once() -> None:
@@ -154,19 +158,19 @@ def test_a_missing_rank_fails_the_call_in_time() -> None:
 
     with ThreadRanks(TWO, Uneven, timeout_s=0.2) as ranks:
         with pytest.raises(RankError, match=r'rank 1 did not come within 0.2 s.*"decode step 12"'):
-            ranks.submit("step").result(PATIENCE_S)
+            ranks.submit(Uneven.step).result(PATIENCE_S)
         release.set()
 
 
 def test_close_may_be_repeated_and_refuses_later_calls() -> None:
     ranks = ThreadRanks(TWO, Counter)
     assert len(rank_threads()) == 2 and all(thread.daemon for thread in rank_threads())
-    assert ranks.submit("sum", 0.0).result(PATIENCE_S) == [1.0, 1.0]
+    assert ranks.submit(Counter.sum, 0.0).result(PATIENCE_S) == [1.0, 1.0]
     ranks.close()
     ranks.close()
     assert not rank_threads()
     with pytest.raises(RankError, match="closed"):
-        ranks.submit("sum", 0.0).result(PATIENCE_S)
+        ranks.submit(Counter.sum, 0.0).result(PATIENCE_S)
 
 
 def test_close_fails_the_calls_that_are_not_done() -> None:
@@ -176,7 +180,7 @@ def test_close_fails_the_calls_that_are_not_done() -> None:
                 self.world.barrier(self.ranks, "step")
 
     ranks = ThreadRanks(TWO, Stepper)
-    running, queued = ranks.submit("forever"), ranks.submit("sum", 1.0)
+    running, queued = ranks.submit(Stepper.forever), ranks.submit(Counter.sum, 1.0)
     time.sleep(0.05)
     ranks.close()
     for future in (running, queued):
@@ -187,14 +191,14 @@ def test_close_fails_the_calls_that_are_not_done() -> None:
 
 def test_an_exception_in_the_with_block_ends_the_threads() -> None:
     with pytest.raises(KeyboardInterrupt), ThreadRanks(TWO, Counter) as ranks:
-        ranks.submit("sum", 1.0)
+        ranks.submit(Counter.sum, 1.0)
         raise KeyboardInterrupt
     assert not rank_threads()
 
 
 def test_forgotten_ranks_end_by_themselves() -> None:
     ranks = ThreadRanks(TWO, Counter)
-    ranks.submit("tell", 1).result(PATIENCE_S)
+    ranks.submit(Counter.tell, 1).result(PATIENCE_S)
     threads = rank_threads()
     assert len(threads) == 2
     del ranks
@@ -222,7 +226,7 @@ def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
                     self.world.all_reduce(x, (0, 1, 2, 3), (50, 50, 50, 50), "sum")
 
         ranks = ThreadRanks(Mesh.of(dp=1, tp=4), Worker)
-        future = ranks.submit("spin")
+        future = ranks.submit(Worker.spin)
         try:
             future.result(0.2)
         except TimeoutError:

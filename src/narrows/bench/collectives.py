@@ -16,7 +16,7 @@ import torch
 
 from narrows.bench.results import Outcome, Series
 from narrows.bench.rounds import in_turns
-from narrows.calibrate.probe import COLLECTIVES
+from narrows.calibrate.probe import COLLECTIVES, Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import ratios
 from narrows.engine.config import EngineConfig, resolve
@@ -84,11 +84,13 @@ def collectives(
         for nbytes in work.sizes:
             repeats = min(max(_AT_ONCE // nbytes, 1), _MOST_REPEATS)
             for op in COLLECTIVES:
-                args = (op, nbytes, work.dtype, repeats)
-                ways = {name: partial(world.ask, "collective", *args) for name, world in worlds.items()}
+                ways: dict[str, Callable[[], float]] = {
+                    name: partial(world.ask, Probe.collective, op, nbytes, work.dtype, repeats)
+                    for name, world in worlds.items()
+                }
                 if "gloo" in against:
-                    ways["gloo"] = partial(worlds[own].ask, "gloo", *args)
-                ways[_MEMCPY] = partial(worlds[own].ask, "copy", must_copy(op, nbytes, mesh.size), repeats)
+                    ways["gloo"] = partial(worlds[own].ask, Probe.gloo, op, nbytes, work.dtype, repeats)
+                ways[_MEMCPY] = partial(worlds[own].ask, Probe.copy, must_copy(op, nbytes, mesh.size), repeats)
                 found = in_turns(ways, rounds=rounds, warmup=warmup, progress=lambda line: None)
                 progress(f"{op}, {_size(nbytes)}")
                 series.append(_series(f"{op}, {_size(nbytes)}", found))

@@ -18,6 +18,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
 from narrows.calibrate.price_tables import OPS, Calibration, Tables, axis_of
+from narrows.calibrate.probe import Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import quantile
 from narrows.calibrate.step_work import StepWork, clocked_walks, fill_caches, run_steps, step_title
@@ -161,10 +162,10 @@ def _measure_alone(tables: Tables, alone: Calibrator, mesh: Mesh, grid: Grid) ->
             for op in OPS.values():
                 for nbytes in grid.nbytes:
                     repeats = min(max((1 << 20) // nbytes, 1), 25)
-                    seconds = alone.ask("exchange", op, axes, nbytes, dtype, repeats)
+                    seconds = alone.ask(Probe.exchange, op, axes, nbytes, dtype, repeats)
                     tables.alone.setdefault((op, *group), {}).setdefault(nbytes, []).append(seconds)
         for nbytes in grid.nbytes:
-            seconds = alone.ask("add", nbytes, min(max((1 << 20) // nbytes, 2), 25))
+            seconds = alone.ask(Probe.add, nbytes, min(max((1 << 20) // nbytes, 2), 25))
             tables.copies.setdefault(nbytes, []).append(seconds)
         rates = alone.measure()
         tables.rates.append((rates["read_bytes_per_s"] / mesh.size, rates["gemm_flop_per_s"] / mesh.size))

@@ -5,10 +5,10 @@ Knows ranks and rates; what a step needs of them is `roofline.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from types import TracebackType
-from typing import Any
+from typing import Concatenate, ParamSpec
 
 from narrows.calibrate.probe import GEMM_SHAPE, Probe
 from narrows.calibrate.statistics import Spread, spread
@@ -19,6 +19,8 @@ __all__ = ["CALIBRATION", "Calibrator", "rates"]
 
 CALIBRATION = "calibration"
 """The name under which a calibrator takes turns with variants."""
+
+P = ParamSpec("P")
 
 _READ = 256 << 20
 """Bytes per rank: well beyond the caches."""
@@ -34,17 +36,16 @@ class Calibrator:
     def measure(self) -> dict[str, float]:
         """Bytes read and FLOP computed per second, all ranks together."""
         size = self.resolved.mesh.size
-        read, gemm = self.ask("read", _READ), self.ask("gemm", self.resolved.dtype)
+        read, gemm = self.ask(Probe.read, _READ), self.ask(Probe.gemm, self.resolved.dtype)
         return {"read_bytes_per_s": size * _READ / read, "gemm_flop_per_s": size * 2 * prod(GEMM_SHAPE) / gemm}
 
-    def ask(self, method: str, *args: Any) -> float:
+    def ask(self, method: Callable[Concatenate[Probe, P], float], *args: P.args, **kwargs: P.kwargs) -> float:
         """Seconds of the slowest rank in one measurement of :class:`Probe`."""
-        seconds: list[float] = self._ranks.submit(method, *args).result()
-        return max(seconds)
+        return max(self._ranks.submit(method, *args, **kwargs).result())
 
     def join_gloo(self, file: str) -> None:
         """Give the ranks a gloo group of ``torch.distributed`` too."""
-        self._ranks.submit("join_gloo", file).result()
+        self._ranks.submit(Probe.join_gloo, file).result()
 
     def __enter__(self) -> Calibrator:
         return self

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from narrows.calibrate.waits import without_waits
 from narrows.cost.stage import StepShape
+from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig
 from narrows.engine.core import Engine
 from narrows.engine.program import Operation
@@ -121,7 +122,7 @@ def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[floa
         if len(waiting) == IN_FLIGHT:
             waiting.popleft().result()
             times.append(perf_counter())
-        waiting.append(engine.ranks.submit("step", batch, plan))
+        waiting.append(engine.ranks.submit(RankWorker.step, batch, plan))
     for future in waiting:
         future.result()
         times.append(perf_counter())

@@ -23,9 +23,10 @@ from narrows.arch.positions import cache_salt
 from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.books import Books
+from narrows.engine.calls import RankWorker
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
-from narrows.engine.ranks import Ranks, start_ranks
+from narrows.engine.ranks import start_ranks
 from narrows.engine.rehearsals import Rehearsals
 from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
@@ -33,6 +34,7 @@ from narrows.errors import ConfigError
 from narrows.models.parts import Place
 from narrows.ops.int8 import Quantization
 from narrows.plan.plan import Plan
+from narrows.ranks.calls import Ranks
 from narrows.ranks.timing import TIMING, Timing
 from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
@@ -120,7 +122,7 @@ class Engine:
         planning = threading.Thread(target=self.books.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
         planning.start()  # this process has nothing else to do until the ranks are there
         try:
-            self.ranks: Ranks = start_ranks(resolved, make, timing)
+            self.ranks: Ranks[RankWorker] = start_ranks(resolved, make, timing)
         finally:
             planning.join()
 
@@ -137,14 +139,14 @@ class Engine:
                 self._rehearsals.end()
         batch = None if self._tracer is not None else self._rehearsals.next()
         self._rehearsed = (
-            None if batch is None else self.ranks.submit_first("rehearse", batch, self.books.plan_for(batch))
+            None if batch is None else self.ranks.submit_first(RankWorker.rehearse, batch, self.books.plan_for(batch))
         )
         return self._rehearsed
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Have the ranks bind plans, without waiting, so that the first step of a bucket finds its plan there."""
         if plans:
-            self.ranks.submit("prepare", plans)
+            self.ranks.submit(RankWorker.prepare, plans)
 
     def add(
         self,
@@ -310,7 +312,7 @@ class Engine:
         if self._tracer is not None:
             self._tracer.passed()
         submit = self.ranks.submit_first if first_only else self.ranks.submit
-        return submit("step", batch, plan, keep_logits)
+        return submit(RankWorker.step, batch, plan, keep_logits)
 
     def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Put something around every step of every rank from now on, or nothing any more.
@@ -318,7 +320,7 @@ class Engine:
         ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. What it
         makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
         """
-        self.ranks.submit("instrument", make, name).result()
+        self.ranks.submit(RankWorker.instrument, make, name).result()
         self._rehearsals.begin_again()
 
     def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
@@ -327,7 +329,7 @@ class Engine:
 
     def readings(self, name: str = "") -> list[Any]:
         """What each rank's instrument has read since it was asked last."""
-        return self.ranks.submit("readings", name).result()
+        return self.ranks.submit(RankWorker.readings, name).result()
 
     def trace(self, num_steps: int) -> Tracer:
         """Record the next ``num_steps`` steps, on the host and on every rank, without waiting for any.

@@ -6,54 +6,23 @@ Knows the two implementations and what the config asks for; not what ranks do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Protocol
+from typing import TypeVar
 
 from narrows.comm.world import World
 from narrows.engine.config import Resolved
 from narrows.plan.plan import Plan
+from narrows.ranks.calls import Ranks
 from narrows.ranks.processes import ProcessRanks, serve_node
 from narrows.ranks.rank_process import obey
 from narrows.ranks.threads import ThreadRanks
 from narrows.ranks.timing import TIMING, Timing
 
-__all__ = ["Ranks", "obey_host", "start_ranks"]
+__all__ = ["obey_host", "start_ranks"]
+
+Worker = TypeVar("Worker")
 
 
-class Ranks(Protocol):
-    """One worker per rank, and calls that every rank does in the order they were made."""
-
-    transport: str
-    """How collectives travel, for people."""
-
-    def submit(self, method: str, *args: Any) -> Future[list[Any]]:
-        """Every rank calls ``worker.method(*args)``; the results in rank order, or the first error of any rank."""
-        ...
-
-    def submit_first(self, method: str, *args: Any) -> Future[list[Any]]:
-        """As :meth:`submit`, for who looks at rank 0's result, the first of the list, alone; there may be no others."""
-        ...
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What has ended the ranks, as soon as it is known; None while they live."""
-        ...
-
-    def silence_s(self) -> tuple[float, ...]:
-        """For how long nothing has been heard of each rank, in seconds."""
-        ...
-
-    def close(self) -> None:
-        """Ends the ranks; again does nothing."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def start_ranks(resolved: Resolved, make: Callable[[World], Any], timing: Timing = TIMING) -> Ranks:
+def start_ranks(resolved: Resolved, make: Callable[[World], Worker], timing: Timing = TIMING) -> Ranks[Worker]:
     """The ranks that ``resolved`` asks for, each with the worker that ``make`` builds there.
 
     Raises:

@@ -17,16 +17,17 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrows.comm.device import finished, is_done_when_called
+from narrows.engine.calls import RankWorker
 from narrows.engine.collective_clock import crossing, received
 from narrows.engine.program import Frame, Operation, Registers
 from narrows.layout import MoveKind
 from narrows.plan.plan import Plan, Step
 from narrows.plan.trace import HostSpan, TracedStep, TraceRun, Walk
+from narrows.ranks.calls import Ranks
 from narrows.sched.batch import Batch
 from narrows.sched.stats import SchedulerStats
 
 if TYPE_CHECKING:
-    from narrows.engine.ranks import Ranks
     from narrows.engine.worker import Worker
 
 __all__ = ["DEFAULT_STEPS", "StepTracer", "Tracer"]
@@ -133,7 +134,7 @@ class _Submitted:
 class Tracer:
     """One trace of an engine that runs; made by :meth:`Engine.trace`."""
 
-    ranks: Ranks
+    ranks: Ranks[RankWorker]
     num_steps: int
     _steps: list[_Submitted] = field(default_factory=list)
     _host: list[HostSpan] = field(default_factory=list)
@@ -142,7 +143,7 @@ class Tracer:
 
     def __post_init__(self) -> None:
         # Calls come to ranks in order: what is handed out from now on is what they record.
-        self.ranks.submit("instrument", partial(StepTracer, num_steps=self.num_steps), _INSTRUMENT)
+        self.ranks.submit(RankWorker.instrument, partial(StepTracer, num_steps=self.num_steps), _INSTRUMENT)
 
     @property
     def full(self) -> bool:
@@ -158,7 +159,7 @@ class Tracer:
         """Hand a step to the ranks, and note it."""
         assert not self.full
         start = perf_counter()
-        future = self.ranks.submit("step", batch, plan, keep_logits)
+        future = self.ranks.submit(RankWorker.step, batch, plan, keep_logits)
         end = perf_counter()
         counters = {"running": stats.running, "waiting": stats.waiting, "kv_pages_used": stats.kv_pages_used}
         step = _Submitted(batch.group_rows, batch.num_logit_rows, batch.phase, plan, counters, start)
@@ -183,8 +184,8 @@ class Tracer:
     def end(self) -> Future[list[Any]]:
         """Take nothing more; what the ranks have recorded, once they are past what they were given, for :meth:`run`."""
         self._closed = True
-        recorded = self.ranks.submit("readings", _INSTRUMENT)
-        self.ranks.submit("instrument", None, _INSTRUMENT)
+        recorded = self.ranks.submit(RankWorker.readings, _INSTRUMENT)
+        self.ranks.submit(RankWorker.instrument, None, _INSTRUMENT)
         return recorded
 
     def run(self, recorded: Sequence[Recorded], name: str) -> TraceRun:

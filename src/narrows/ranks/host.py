@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,9 @@ class Host:
 
     # --- calls
 
-    def call(self, method: str | None, args: tuple[Any, ...], *, first_only: bool = False) -> Future[list[Any]]:
+    def call(
+        self, method: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, first_only: bool = False
+    ) -> Future[list[Any]]:
         """Hands a call to every rank. After a failure, or after the end, the future fails at once.
 
         ``first_only``: rank 0 alone sends its result; errors come from all.
@@ -211,7 +213,7 @@ class Host:
             if refused is not None:
                 call.future.set_exception(refused)
                 return call.future
-            data = pack((method, args, first_only), self._packer)
+            data = pack((method, args, kwargs, first_only), self._packer)
             messages = [(KEEP, kept) for kept in self._packer.take_new()] + [(CALL, data)]
             with self._lock:
                 self._pending[self._num_calls] = call

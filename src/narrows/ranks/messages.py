@@ -36,9 +36,7 @@ __all__ = [
 HELLO = b"h"  # rank or node -> host, once: Hello
 SETUP = b"s"  # host -> rank, once: Setup
 KEEP = b"k"  # host -> rank: an object that later calls mention by number
-CALL = (
-    b"c"  # host -> rank: (method, or None to make the worker; arguments; whether rank 0 alone answers); numbered from 0
-)
+CALL = b"c"  # host -> rank: (method or None, args, kwargs, rank 0 alone answers); None makes the worker; from 0 on
 DONE = b"d"  # rank -> host: (number of the call, result)
 FAILED = b"f"  # rank -> host: Failure
 BEAT = b"b"  # rank -> host: Report; node -> host: nothing

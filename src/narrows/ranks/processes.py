@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 from narrows.comm.world import World
 from narrows.errors import RankError
@@ -32,6 +32,8 @@ from narrows.ranks.timing import TIMING, Timing
 __all__ = ["ProcessRanks", "serve_node"]
 
 Worker = TypeVar("Worker")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ProcessRanks(Generic[Worker]):
@@ -72,7 +74,7 @@ class ProcessRanks(Generic[Worker]):
         atexit.register(_end_at_exit, weakref.ref(self._host))
         try:
             self._host.start(checked=checked, num_threads=num_threads, device=device)
-            said = self._host.call(None, (make,)).result()
+            said = self._host.call(None, (make,), {}).result()
         except BaseException as error:
             self._host.end(error)
             raise
@@ -97,8 +99,8 @@ class ProcessRanks(Generic[Worker]):
         """For how long nothing has been heard of each rank, in seconds: below 1 while they live and are not stopped."""
         return self._host.silence_s()
 
-    def submit(self, method: str, *args: Any) -> Future[list[Any]]:
-        """Every rank calls ``worker.method(*args)``; returns at once, so that the next call can be made meanwhile.
+    def submit(self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
+        """Every rank calls its worker's method of that name; returns at once: the next call can be made meanwhile.
 
         Returns:
             a future whose ``result(timeout)`` is the list of the ranks' results, in rank order. It raises the first
@@ -108,11 +110,13 @@ class ProcessRanks(Generic[Worker]):
         Raises:
             pickle.PicklingError, TypeError, AttributeError: an argument cannot be pickled; no rank has been called.
         """
-        return self._host.call(method, args)
+        return self._host.call(method.__name__, args, kwargs)
 
-    def submit_first(self, method: str, *args: Any) -> Future[list[Any]]:
+    def submit_first(
+        self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[list[T]]:
         """As :meth:`submit`, but the list holds rank 0's result alone; the other ranks say nothing once done."""
-        return self._host.call(method, args, first_only=True)
+        return self._host.call(method.__name__, args, kwargs, first_only=True)
 
     def close(self) -> None:
         """Ends the ranks; calls that are not done fail with RankError. Closing again does nothing."""

@@ -172,7 +172,7 @@ class _Rank:
         )
 
     def _call(self, data: bytes) -> None:
-        method, args, first_only = self._unpack(data)
+        method, args, kwargs, first_only = self._unpack(data)
         assert self._host.world is not None, "a call came before the world was set up"
         self._host.world.call = self._number + 1
         if method is None:
@@ -180,7 +180,7 @@ class _Rank:
             self._worker = make(self._host.world)
             result = self._host.world.transport
         else:
-            result = getattr(self._worker, method)(*args)
+            result = getattr(self._worker, method)(*args, **kwargs)
         number, wanted = self._number, self._rank == 0 or not first_only
         said = pack((number, result)) if wanted else b""
         self._host.done = self._number = number + 1

@@ -13,10 +13,11 @@ import atexit
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from types import MappingProxyType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -32,6 +33,7 @@ __all__ = ["ThreadRanks", "run_ranks"]
 
 T = TypeVar("T")
 Worker = TypeVar("Worker")
+P = ParamSpec("P")
 
 CLOSE_GRACE_S = 5.0
 """How long :meth:`ThreadRanks.close` waits for a rank that is in the middle of something."""
@@ -40,9 +42,9 @@ CLOSE_GRACE_S = 5.0
 class _Call(Generic[T]):
     """Something every rank does once; ``method`` None makes the worker, with the function that is the argument."""
 
-    def __init__(self, size: int, method: str | None, args: tuple[Any, ...]) -> None:
+    def __init__(self, size: int, method: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.method = method
-        self.args = args
+        self.args, self.kwargs = args, kwargs
         self.results: list[Any] = [None] * size
         self.missing = size
         self.future: Future[list[T]] = Future()
@@ -76,10 +78,12 @@ class _Crew:
         for thread in self._threads:
             thread.start()
 
-    def call(self, method: str | None, args: tuple[Any, ...]) -> Future[list[Any]]:
+    def call(
+        self, method: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> Future[list[Any]]:
         """Hands a call to every rank. After a failure, or after the end, the future fails at once."""
         with self._lock:
-            call: _Call[Any] = _Call(len(self._queues), method, args)
+            call: _Call[Any] = _Call(len(self._queues), method, args, kwargs)
             if self.running and self.commons.failure is None:
                 self._pending.append(call)
                 for queue in self._queues:
@@ -129,7 +133,7 @@ class _Crew:
                     if call.method is None:
                         result = worker = call.args[0](world)
                     else:
-                        result = getattr(worker, call.method)(*call.args)
+                        result = getattr(worker, call.method)(*call.args, **call.kwargs)
                 except BaseException as error:
                     self._failed(call, rank, error)
                 else:
@@ -232,18 +236,20 @@ class ThreadRanks(Generic[Worker]):
         """Zeros: threads are stopped with their process only."""
         return (0.0,) * self._crew.commons.mesh.size
 
-    def submit(self, method: str, *args: Any) -> Future[list[Any]]:
-        """Every rank calls ``worker.method(*args)``; returns at once, so that the next call can be made meanwhile.
+    def submit(self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
+        """Every rank calls its worker's method of that name; returns at once: the next call can be made meanwhile.
 
         Returns:
             a future whose ``result(timeout)`` is the list of the ranks' results, in rank order. It raises the first
             error of any rank in this call or an earlier one; RankError if the ranks were closed before it was done.
         """
-        return self._crew.call(method, args)
+        return self._crew.call(method.__name__, args, kwargs)
 
-    def submit_first(self, method: str, *args: Any) -> Future[list[Any]]:
+    def submit_first(
+        self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[list[T]]:
         """As :meth:`submit`: among threads nothing is saved by fewer results."""
-        return self.submit(method, *args)
+        return self.submit(method, *args, **kwargs)
 
     def close(self) -> None:
         """Ends the threads; calls that are not done fail with RankError. Closing again does nothing."""

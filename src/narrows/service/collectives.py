@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 from narrows.comm.device import is_done_when_called
+from narrows.engine.calls import RankWorker
 from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.core import Engine
 
@@ -48,4 +49,4 @@ class CollectiveReader:
         now = monotonic()
         if self._has_clocks and self._num_unread and self._reading is None and now - self._read_at > _READ_S:
             self._read_at, self._num_unread = now, 0
-            self._reading = self._engine.ranks.submit("readings")
+            self._reading = self._engine.ranks.submit(RankWorker.readings)

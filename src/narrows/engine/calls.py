@@ -1,0 +1,40 @@
+"""The calls that an engine makes to its ranks, as the methods of one Protocol.
+
+A call is named by a method of :class:`RankWorker` and typed by it; :class:`~narrows.engine.worker.Worker` has them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from narrows.engine.program import Wrap
+from narrows.engine.worker import StepResult, Worker
+from narrows.plan.plan import Plan
+from narrows.sched.batch import Batch
+
+__all__ = ["RankWorker"]
+
+
+class RankWorker(Protocol):
+    """What the ranks of an engine are asked to do."""
+
+    def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
+        """Run one batch under one plan; with whole rows of logits if ``keep_logits``."""
+        ...
+
+    def rehearse(self, batch: Batch, plan: Plan) -> bool:
+        """Run a decode step whose rows are nobody's; whether there is any use in more of them."""
+        ...
+
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Bind plans that steps will need."""
+        ...
+
+    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
+        """Put something around every step from now on, or nothing any more."""
+        ...
+
+    def readings(self, name: str = "") -> Any:
+        """What an instrument has read since it was asked last."""
+        ...
