@@ -16,7 +16,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
 from narrows.arch.quantization import check_loadable
-from narrows.checkpoints import local_model, model_path
+from narrows.checkpoints import local_model
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.profile import choose_device
 from narrows.cost.stage import StepShape
@@ -66,8 +66,8 @@ INVARIANT_CHUNK = 256
 class EngineConfig:
     """An engine as asked for.
 
-    ``model``: a checkpoint folder, a built-in one's name (which becomes its folder), a ``.gguf`` file, ``org/name`` of
-    the hub (fetched by :func:`at_hand`), or a preset.
+    ``model``: a checkpoint folder, a built-in one's name, a ``.gguf`` file, ``org/name`` of the hub, or a preset;
+    :func:`at_hand` gives the folder of a name, and fetches what is not here.
     ``run_on``: what ranks compute on. ``device``: the device that steps are priced for, by its name in the catalogue or
     by a profile's file; ``auto`` is the one they run on, by this user's profile of it where there is one. ``ranks``:
     ``threads`` of this process, or ``processes``, with ``threads`` torch threads each. ``timeout_s``: how long a rank
@@ -118,10 +118,6 @@ class EngineConfig:
     """What linear and expert weights are rounded to as they are loaded: one of QUANTIZATIONS."""
     encode_rows: str = "none"
     """What rows may travel as before a gather: one of ``plan.planner.ENCODE_ROWS``."""
-
-    def __post_init__(self) -> None:
-        if not self.revision:
-            object.__setattr__(self, "model", model_path(self.model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +254,8 @@ def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None =
 
 
 def at_hand(asked: EngineConfig) -> EngineConfig:
-    """The same, its model a path on this machine: what a name of the hub stands for is fetched.
+    """The same, its model a path on this machine: a built-in name becomes its folder, and what a name of the hub stands
+    for is fetched. A config whose model is a path already stays as it is.
 
     Raises:
         ConfigError: neither hub nor cache has it.

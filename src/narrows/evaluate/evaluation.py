@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from narrows.engine.config import EngineConfig, Resolved, resolve
+from narrows.engine.config import EngineConfig, Resolved, at_hand, resolve
 from narrows.engine.llm import LLM
 from narrows.engine.model_text import load_model_text
 from narrows.errors import ConfigError
@@ -122,7 +122,7 @@ def evaluate(
         ConfigError: a model without a tokenizer, a task or file that cannot be, a mesh or layout that cannot be.
     """
     # Rows are judged as they are computed, and rows of ours are written where the scheduler's cached pages would be.
-    asked = replace(asked, prefix_cache=False)
+    asked = at_hand(replace(asked, prefix_cache=False))
     resolved = resolve(asked)
     limits = resolved.limits
     if not files:
