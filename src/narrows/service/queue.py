@@ -163,7 +163,8 @@ class RequestQueue:
         with self._changed:
             for ticket in tickets:
                 self._tickets.pop(ticket.number, None)
-            self._ends.extend([monotonic()] * (ran * len(tickets)))
+            if ran:
+                self._ends.extend(monotonic() for _ in tickets)
             self._changed.notify_all()
 
     def end(self) -> list[Ticket]:
