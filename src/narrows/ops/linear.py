@@ -89,7 +89,7 @@ def rows_alike(product: Callable[[Tensor], Tensor], x_T: Tensor, num_inputs: int
     if num_rows == 0:
         return product(x_T)
     if x_T.dtype == torch.bfloat16 and x_T.is_cpu and has_amx():
-        blocks = [product(_filled(block, AMX_ROWS)) for block in x_T.split(AMX_ROWS)]
+        blocks = [product(_filled(block, AMX_ROWS)) for block in torch.split(x_T, AMX_ROWS)]
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_rows]
     least = max(MIN_ROWS.get(x_T.dtype, 1), -(-MIN_PRODUCTS // max(1, num_inputs * num_outputs)))
     return product(_filled(x_T, least))[:num_rows]
