@@ -15,8 +15,8 @@ TEST_AT_EDGES(products_per_head) {
             Buffer<bf16> x(num_rows ? num_rows * x_row - 1 : 0), out(num_rows * heads * outputs);
             fill_whole(x, random);
             const auto run = [&, outputs = outputs, inputs = inputs] {
-                narrows_per_head(out.data(), heads * outputs, outputs, x.data(), x_row, x_head, weights.panels(), num_rows,
-                                 heads, inputs, outputs, int(threads));
+                narrows_per_head(out.data(), heads * outputs, outputs, x.data(), x_row, x_head, weights.panels(),
+                                 num_rows, heads, inputs, outputs, int(threads));
             };
             run();
             for (int64_t t = 0; t < num_rows * heads; ++t) {
@@ -52,17 +52,19 @@ TEST_AT_EDGES(latent_decode_rows) {
                 narrows_gemm_pack(&absorb[n * panel_words], turned.data(), key_dim, 0, rank, key_dim, -1);
             }
             Buffer<bf16> out(all_rows * heads * value_dim);
-            const auto run = [&, heads = heads, key_dim = key_dim, rope_dim = rope_dim, rank = rank, value_dim = value_dim] {
+            const auto run = [&, heads = heads, key_dim = key_dim, rope_dim = rope_dim, rank = rank,
+                              value_dim = value_dim] {
                 narrows_mla_decode(out.data(), heads * value_dim, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
                                    of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), most, held_lens.data(),
-                                   row_of.data(), num_rows, absorb.data(), of.w_uv.panels(), heads, key_dim, rope_dim, rank,
-                                   value_dim, 0.3f, scattered ? 3 : 1);
+                                   row_of.data(), num_rows, absorb.data(), of.w_uv.panels(), heads, key_dim, rope_dim,
+                                   rank, value_dim, 0.3f, scattered ? 3 : 1);
             };
             run();
             for (int64_t b = 0; b < num_rows; ++b) {
                 const int64_t t = scattered ? row_of[b] : b;
                 for (int64_t n = 0; n < heads; ++n)
-                    check_row(&out[(t * heads + n) * value_dim], of.row(t, n, &slots[b * most], lens[b], 0.3), t, n, lens[b]);
+                    check_row(&out[(t * heads + n) * value_dim], of.row(t, n, &slots[b * most], lens[b], 0.3), t, n,
+                              lens[b]);
             }
             check_replay(out, run);
         }
@@ -70,11 +72,13 @@ TEST_AT_EDGES(latent_decode_rows) {
 }
 
 TEST_AT_EDGES(grouped_decode_rows) {
-    const std::vector<std::vector<int32_t>> groups = {{0}, {0, 0, 1}, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {0, 1, 1, 2}, {}};
+    const std::vector<std::vector<int32_t>> groups = {
+        {0}, {0, 0, 1}, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {0, 1, 1, 2}, {}};
     for (const auto& kv_of : groups) {
         for (const auto& [key_dim, value_dim] : {std::pair{6, 5}, {32, 32}, {40, 70}}) {
             // A window is a row that reads fewer slots, from a place of its own on.
-            const int64_t lens[] = {130, 1, 16, 33}, num_rows = 4, most = 131, window = 1, threads = key_dim == 40 ? 3 : 1;
+            const int64_t lens[] = {130, 1, 16, 33}, num_rows = 4, most = 131, window = 1;
+            const int64_t threads = key_dim == 40 ? 3 : 1;
             Grouped of(num_rows, kv_of, 3, key_dim, value_dim, 50);
             Buffer<int64_t> slots(num_rows * most), held_lens(num_rows);
             mix_slots(slots, of.num_slots);
@@ -83,15 +87,15 @@ TEST_AT_EDGES(grouped_decode_rows) {
             Buffer<bf16> out(num_rows * out_row);
             const auto run = [&, key_dim = key_dim, value_dim = value_dim] {
                 narrows_gqa_decode(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim, of.keys.data(),
-                                   of.key_slot, key_dim, of.values.data(), of.value_slot, value_dim, slots.data() + window,
-                                   most, held_lens.data(), nullptr, num_rows, of.kv_of.data(), of.num_heads, key_dim,
-                                   value_dim, 0.5f, int(threads));
+                                   of.key_slot, key_dim, of.values.data(), of.value_slot, value_dim,
+                                   slots.data() + window, most, held_lens.data(), nullptr, num_rows, of.kv_of.data(),
+                                   of.num_heads, key_dim, value_dim, 0.5f, int(threads));
             };
             run();
             for (int64_t b = 0; b < num_rows; ++b)
                 for (int64_t n = 0; n < of.num_heads; ++n)
-                    check_row(&out[b * out_row + n * out_head], of.row(b, n, &slots[b * most + window], lens[b], 0.5), b, n,
-                              lens[b]);
+                    check_row(&out[b * out_row + n * out_head], of.row(b, n, &slots[b * most + window], lens[b], 0.5),
+                              b, n, lens[b]);
             check_replay(out, run);
         }
     }

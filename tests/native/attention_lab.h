@@ -39,7 +39,8 @@ struct Latent {
         : num_heads(heads), key_dim(key), rope_dim(rope), rank(latent), value_dim(value), num_slots(slots),
           slot(latent + rope + 1), q_row(heads * key + 3), pe_row(heads * rope + 1), random(uint64_t(num_rows + heads)),
           cache(span(slots, slot, latent + rope)), q_nope(heads ? span(num_rows, q_row, heads * key) : 0),
-          q_pe(heads ? span(num_rows, pe_row, heads * rope) : 0), w_uk(heads, key, latent, NARROWS_BF16, false, random, 0.0625f),
+          q_pe(heads ? span(num_rows, pe_row, heads * rope) : 0),
+          w_uk(heads, key, latent, NARROWS_BF16, false, random, 0.0625f),
           w_uv(heads, value, latent, NARROWS_BF16, false, random, 0.0625f) {
         fill_uniform(cache, random), fill_uniform(q_nope, random), fill_uniform(q_pe, random);
     }
@@ -70,7 +71,8 @@ struct Grouped {
     Buffer<bf16> keys, values, q;
     Buffer<int32_t> kv_of;
 
-    Grouped(int64_t num_rows, const std::vector<int32_t>& kv, int64_t kv_heads, int64_t key, int64_t value, int64_t slots)
+    Grouped(int64_t num_rows, const std::vector<int32_t>& kv, int64_t kv_heads, int64_t key, int64_t value,
+            int64_t slots)
         : num_heads(int64_t(kv.size())), num_kv(kv_heads), key_dim(key), value_dim(value), num_slots(slots),
           key_slot(kv_heads * key + 2), value_slot(kv_heads * value + 1), q_row(num_heads * key + 1),
           random(uint64_t(num_rows + key)), keys(span(slots, key_slot, kv_heads * key)),
@@ -92,7 +94,8 @@ struct Grouped {
 };
 
 inline void check_row(const bf16* got, const std::vector<double>& want, int64_t t, int64_t n, int64_t len) {
-    for (size_t v = 0; v < want.size(); ++v) CHECK(near(to_float(got[v]), want[v], 0.03), t, n, len, v, to_float(got[v]), want[v]);
+    for (size_t v = 0; v < want.size(); ++v)
+        CHECK(near(to_float(got[v]), want[v], 0.03), t, n, len, v, to_float(got[v]), want[v]);
 }
 
 }  // namespace testing

@@ -37,7 +37,8 @@ struct Registered {
 void skip(const char* what, const char* why);
 
 // Where a Buffer lies: on the heap, whose ends AddressSanitizer watches wherever code is instrumented; or right before,
-// or right after, a page that nobody may touch, which catches masked loads and stores too: those are never instrumented.
+// or right after, a page that nobody may touch, which catches masked loads and stores too:
+// those are never instrumented.
 enum class Edge { heap, end, start };
 extern Edge edge;
 
@@ -153,7 +154,7 @@ bool aborts_saying(const char* sentence, Work work) {
     close(ends[0]);
     int status;
     waitpid(child, &status, 0);
-    const bool aborted = (WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT) || (WIFEXITED(status) && WEXITSTATUS(status));
+    const bool aborted = WIFSIGNALED(status) ? WTERMSIG(status) == SIGABRT : WEXITSTATUS(status) != 0;
     return aborted && said.find(sentence) != std::string::npos;
 }
 

@@ -18,7 +18,8 @@ void check_linear(int kind, int64_t num_rows, int64_t num_outputs, int64_t num_i
     Buffer<bf16> x(span(num_rows, x_stride, num_inputs)), bias(with_bias ? num_outputs : 0);
     Buffer<Out> out(span(num_rows, out_stride, num_outputs));
     fill_whole(x, random), fill_whole(bias, random);
-    for (int64_t t = 0; t < num_rows && num_inputs; ++t) x[t * x_stride + num_inputs / 2] = stored<bf16>(kind == NARROWS_INT8 ? 127 : 2);
+    for (int64_t t = 0; t < num_rows && num_inputs; ++t)
+        x[t * x_stride + num_inputs / 2] = stored<bf16>(kind == NARROWS_INT8 ? 127 : 2);
     Weights weight(1, num_outputs, num_inputs, kind, false, random);
     const auto product = [&] {
         narrows_linear(out.data(), out_stride, x.data(), x_stride, kind, weight.panels(), weight.scales(), bias.data(),
@@ -30,7 +31,8 @@ void check_linear(int kind, int64_t num_rows, int64_t num_outputs, int64_t num_i
             float sum = with_bias ? to_float(bias[o]) : 0.0f;
             for (int64_t k = 0; k < num_inputs; ++k) sum += to_float(x[t * x_stride + k]) * weight.at(0, o, k);
             const float got = to_float(out[t * out_stride + o]), want = to_float(stored<Out>(sum));
-            CHECK(kind == NARROWS_INT8 ? near(got, want, 0.01) : got == want, kind, num_rows, num_outputs, num_inputs, t, o);
+            CHECK(kind == NARROWS_INT8 ? near(got, want, 0.01) : got == want, kind, num_rows, num_outputs, num_inputs,
+                  t, o);
         }
     }
     check_replay(out, product);
@@ -117,7 +119,8 @@ TEST_AT_EDGES(gates_and_ups) {
                             gate += to_float(x[t * inputs + k]) * weight.at(0, o, k);
                             up += to_float(x[t * inputs + k]) * weight.at(0, inner + o, k);
                         }
-                        CHECK(near(to_float(out[t * stride + o]), silu(gate) * up, 0.04), kind, num_rows, inner, inputs, t, o);
+                        CHECK(near(to_float(out[t * stride + o]), silu(gate) * up, 0.04), kind, num_rows, inner,
+                              inputs, t, o);
                     }
                 }
                 check_replay(out, product);
@@ -143,8 +146,8 @@ TEST(rows_of_int8_that_are_not_finite) {
     Buffer<float> out(3 * num_outputs);
     for (bf16& value : x) value = stored<bf16>(1.0f);
     for (int64_t k = 0; k < 4; ++k) x[k] = stored<bf16>(NAN), x[num_inputs + k] = stored<bf16>(INFINITY);
-    narrows_linear(out.data(), num_outputs, x.data(), num_inputs, NARROWS_INT8, weight.panels(), weight.scales(), nullptr,
-                   3, num_outputs, num_inputs, 1, 1, nullptr);
+    narrows_linear(out.data(), num_outputs, x.data(), num_inputs, NARROWS_INT8, weight.panels(), weight.scales(),
+                   nullptr, 3, num_outputs, num_inputs, 1, 1, nullptr);
     for (int64_t o = 0; o < num_outputs; ++o)
         CHECK(std::isnan(out[o]) && !std::isfinite(out[num_outputs + o]) && std::isfinite(out[2 * num_outputs + o]), o);
 }

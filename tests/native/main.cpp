@@ -14,7 +14,8 @@ testing::Edge testing::edge = testing::Edge::heap;
 static const char* running = "";
 
 void testing::fail(const char* file, int line, const char* condition, const std::string& about) {
-    std::fprintf(stderr, "%s (%d): %s:%d: not so: %s [ %s]\n", running, int(edge), file, line, condition, about.c_str());
+    std::fprintf(stderr, "%s (%d): %s:%d: not so: %s [ %s]\n", running, int(edge), file, line, condition,
+                 about.c_str());
     std::_Exit(1);
 }
 
@@ -37,7 +38,8 @@ int main(int count, char** names) {
     if (!narrows_int8()) testing::skip("int8 products", "this build has no AVX-512 with VNNI");
     int done = 0;
     for (const testing::Test& test : testing::tests()) {
-        if (count > 1 && std::none_of(names + 1, names + count, [&](auto name) { return name == std::string_view(test.name); }))
+        if (count > 1 && std::none_of(names + 1, names + count,
+                                      [&](auto name) { return name == std::string_view(test.name); }))
             continue;
         for (const Edge at : {Edge::heap, Edge::end, Edge::start}) {
             if (at != Edge::heap && !(every_edge && test.at_every_edge)) continue;

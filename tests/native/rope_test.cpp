@@ -46,12 +46,14 @@ void ropes() {
             Buffer<int64_t> slots(num_rows);
             for (int64_t t = 0; t < num_rows; ++t) slots[t] = (t * 3 + 1) % 7;
 
-            Buffer<T> x(num_rows ? span(num_rows, row, (heads - 1) * head + 2 * half) : 0), out(num_rows * heads * 2 * half);
+            Buffer<T> x(num_rows ? span(num_rows, row, (heads - 1) * head + 2 * half) : 0),
+                out(num_rows * heads * 2 * half);
             fill_uniform(x, random);
             for (const bool interleaved : {false, true}) {
                 const auto rotate = [&] {
-                    narrows_rope_rows(out.data(), heads * 2 * half, 2 * half, x.data(), row, head, cos.data(), sin.data(),
-                                      num_rows, heads, half, interleaved, is_float, table_is_float, int(threads));
+                    narrows_rope_rows(out.data(), heads * 2 * half, 2 * half, x.data(), row, head, cos.data(),
+                                      sin.data(), num_rows, heads, half, interleaved, is_float, table_is_float,
+                                      int(threads));
                 };
                 rotate();
                 for (int64_t t = 0; t < num_rows * heads; ++t) {
@@ -67,18 +69,20 @@ void ropes() {
             fill_uniform(latents, random);
             const std::string before = x.bytes();
             const auto write = [&] {
-                narrows_rope_latents(x.data(), row, head, latents.data(), latent_row, cos.data(), sin.data(), cache.data(),
-                                     slot, slots.data(), num_rows, heads, rank, half, is_float, table_is_float,
-                                     int(threads));
+                narrows_rope_latents(x.data(), row, head, latents.data(), latent_row, cos.data(), sin.data(),
+                                     cache.data(), slot, slots.data(), num_rows, heads, rank, half, is_float,
+                                     table_is_float, int(threads));
             };
             std::vector<double> plain = numbers(x.data(), x.size());
             write();
             for (int64_t t = 0; t < num_rows; ++t) {
                 for (int64_t h = 0; h < heads; ++h) {
                     const double* from = plain.data() + t * row + h * head;
-                    check_rotated(&x[t * row + h * head], {from, from + 2 * half}, &cos[t * half], &sin[t * half], half, true);
+                    check_rotated(&x[t * row + h * head], {from, from + 2 * half}, &cos[t * half], &sin[t * half],
+                                  half, true);
                 }
-                for (int64_t i = 0; i < rank; ++i) CHECK(cache[slots[t] * slot + i] == latents[t * latent_row + i], t, i);
+                for (int64_t i = 0; i < rank; ++i)
+                    CHECK(cache[slots[t] * slot + i] == latents[t * latent_row + i], t, i);
                 check_rotated(&cache[slots[t] * slot + rank], numbers(&latents[t * latent_row + rank], 2 * half),
                               &cos[t * half], &sin[t * half], half, true);
             }
@@ -111,13 +115,15 @@ void qkv_ropes() {
                 write();
                 for (int64_t t = 0; t < num_rows; ++t) {
                     for (int64_t h = 0; h < num_q + num_kv; ++h) {
-                        std::vector<double> x(plain.begin() + t * row + h * dim, plain.begin() + t * row + (h + 1) * dim);
+                        std::vector<double> x(plain.begin() + t * row + h * dim,
+                                              plain.begin() + t * row + (h + 1) * dim);
                         double squares = 0;
                         for (const double value : x) squares += value * value;
                         Buffer<T>& weight = h < num_q ? q_norm : k_norm;
                         for (int64_t i = 0; with_norms && i < dim; ++i)
                             x[i] *= to_float(weight[i]) / std::sqrt(squares / double(dim) + 1e-6);
-                        const T* got = h < num_q ? &qkv[t * row + h * dim] : &keys[(slots[t] * num_kv + h - num_q) * dim];
+                        const T* got = h < num_q ? &qkv[t * row + h * dim]
+                                                 : &keys[(slots[t] * num_kv + h - num_q) * dim];
                         check_rotated(got, x, &cos[t * half], &sin[t * half], half, false);
                     }
                     for (int64_t i = 0; i < num_kv * dim; ++i)

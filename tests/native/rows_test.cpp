@@ -43,8 +43,8 @@ void norms() {
             Buffer<T> out(num_rows * heads * width);
             fill_uniform(x, random), fill_uniform(weight, random);
             const auto norm = [&] {
-                narrows_rms_norm(out.data(), heads * width, width, x.data(), stride, head, weight.data(), num_rows, heads,
-                                 width, 1e-6f, wide, 1);
+                narrows_rms_norm(out.data(), heads * width, width, x.data(), stride, head, weight.data(), num_rows,
+                                 heads, width, 1e-6f, wide, 1);
             };
             norm();
             for (int64_t t = 0; t < num_rows * heads; ++t)
@@ -54,11 +54,12 @@ void norms() {
             Buffer<T> a(num_rows * width), b(num_rows * width), sum(num_rows * width), normed(num_rows * width);
             fill_whole(a, random), fill_whole(b, random);
             const auto add_norm = [&] {
-                narrows_add_rms_norm(normed.data(), sum.data(), a.data(), b.data(), weight.data(), num_rows, width, 1e-5f,
-                                     wide, 1);
+                narrows_add_rms_norm(normed.data(), sum.data(), a.data(), b.data(), weight.data(), num_rows, width,
+                                     1e-5f, wide, 1);
             };
             add_norm();
-            for (int64_t i = 0; i < num_rows * width; ++i) CHECK(to_float(sum[i]) == to_float(a[i]) + to_float(b[i]), i);
+            for (int64_t i = 0; i < num_rows * width; ++i)
+                CHECK(to_float(sum[i]) == to_float(a[i]) + to_float(b[i]), i);
             for (int64_t t = 0; t < num_rows; ++t)
                 check_norm(&normed[t * width], &sum[t * width], weight.data(), width, 1e-5f);
             check_replay(normed, add_norm);
@@ -179,7 +180,9 @@ void argmaxes() {
         x[stride + width / 2] = stored<T>(NAN);
         x[2 * stride + width - 1] = stored<T>(INFINITY);
         Buffer<double> out(2 * num_rows);
-        const auto argmax = [&] { narrows_argmax(out.data(), x.data(), stride, num_rows, width, 100, sizeof(T) == 4, 1); };
+        const auto argmax = [&] {
+            narrows_argmax(out.data(), x.data(), stride, num_rows, width, 100, sizeof(T) == 4, 1);
+        };
         argmax();
         for (int64_t t = 0; t < num_rows; ++t) {
             int64_t best = 0;
@@ -253,7 +256,8 @@ TEST_AT_EDGES(embedding_of_ids_here_and_elsewhere) {
 }
 
 TEST_AT_EDGES(pick_of_pairs) {
-    const double pairs[4][6] = {{1, 7, 3, 5, 2, 6}, {3, 9, 3, 4, 1, 0}, {NAN, 8, 9, 1, NAN, 2}, {-INFINITY, 3, NAN, 1, 5, 0}};
+    const double pairs[4][6] = {
+        {1, 7, 3, 5, 2, 6}, {3, 9, 3, 4, 1, 0}, {NAN, 8, 9, 1, NAN, 2}, {-INFINITY, 3, NAN, 1, 5, 0}};
     const int64_t want[] = {5, 4, 2, 1};
     Buffer<double> held(4 * 6);
     std::memcpy(held.data(), pairs, sizeof pairs);
@@ -273,9 +277,10 @@ TEST(rows_shared_out_to_threads) {
     fill_uniform(x, random), fill_uniform(weight, random), fill_uniform(gate, random, 0.1f);
     for (const int threads : {1, 3}) {
         Buffer<float>& out = threads == 1 ? one : two;
-        narrows_rms_norm(out.data(), width, 0, x.data(), width, 0, weight.data(), num_rows, 1, width, 1e-6f, 1, threads);
-        narrows_router((threads == 1 ? ids : ids_two).data(), (threads == 1 ? worth : worth_two).data(), x.data(), width,
-                       gate.data(), nullptr, num_rows, num_experts, width, 2, 1, 1, 1, 0, 1, 1.0f, 1, threads);
+        narrows_rms_norm(out.data(), width, 0, x.data(), width, 0, weight.data(), num_rows, 1, width, 1e-6f, 1,
+                         threads);
+        narrows_router((threads == 1 ? ids : ids_two).data(), (threads == 1 ? worth : worth_two).data(), x.data(),
+                       width, gate.data(), nullptr, num_rows, num_experts, width, 2, 1, 1, 1, 0, 1, 1.0f, 1, threads);
     }
     CHECK(one.bytes() == two.bytes() && ids.bytes() == ids_two.bytes() && worth.bytes() == worth_two.bytes());
 }

@@ -62,7 +62,12 @@ if platform.machine() == "x86_64":  # what is compiled for lesser CPUs, which a 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command, env={**os.environ, **OPTIONS}, text=True, timeout=TIMEOUT_S, check=False, **output)
+    try:
+        return subprocess.run(
+            command, env={**os.environ, **OPTIONS}, text=True, timeout=TIMEOUT_S, check=False, **output
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, f"still at it after {TIMEOUT_S} s")
 
 
 def why_not(build: Build) -> str:

@@ -3,8 +3,10 @@
 #include "collectives.cpp"
 
 #include <sched.h>
+#include <sys/prctl.h>
 
 #include <algorithm>
+#include <csignal>
 #include <functional>
 #include <thread>
 
@@ -60,6 +62,7 @@ void on_processes(int64_t size, const Body& body, const std::function<void(Host&
     for (int64_t me = 0; me < size; ++me) {
         ranks.push_back(fork());
         if (ranks.back() == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);  // else the ranks of a failed test would wait for each other for ever
             body(host, me);
             _exit(0);
         }
@@ -134,7 +137,8 @@ struct Input {
     int64_t stage;
     bool lingers;
 
-    Input(const Rank& rank, int64_t bytes, int64_t way) : own(way == 2 ? 0 : bytes), data(own.data()), stage(0), lingers(false) {
+    Input(const Rank& rank, int64_t bytes, int64_t way)
+        : own(way == 2 ? 0 : bytes), data(own.data()), stage(0), lingers(false) {
         if (way == 0) stage = staged_small;
         if (way == 1) stage = address(rank.block(int64_t(rank.wire.number % 2)));
         if (way == 2) data = rank.block(2), lingers = true;
@@ -158,7 +162,8 @@ void gather_rows(Rank& rank, int64_t round, const std::vector<int64_t>& counts) 
         out.emplace_back(row * total + 1, char(99));
     }
     for (int64_t field = 0; field < 2; ++field)
-        for (const int64_t x : {address(inputs[field].data), inputs[field].stage, address(out[field].data())}) args.push_back(x);
+        for (const int64_t x : {address(inputs[field].data), inputs[field].stage, address(out[field].data())})
+            args.push_back(x);
     args.push_back(inputs[0].lingers);
     CHECK(rank.meet(narrows_shm_gather, call, args) == done, me, round);
     for (int64_t field = 0; field < 2; ++field) {
@@ -182,11 +187,13 @@ void gather_columns(Rank& rank, int64_t round, const std::vector<int64_t>& width
     Input input(rank, num_rows * widths[me], rank.way());
     for (int64_t b = 0; b < num_rows * widths[me]; ++b) input.data[b] = char(me * 31 + round + b);
     std::vector<char> out(num_rows * pitch);
-    CHECK(rank.meet(narrows_shm_gather, call, {address(input.data), input.stage, address(out.data()), input.lingers}) == done);
+    const std::vector<int64_t> args{address(input.data), input.stage, address(out.data()), input.lingers};
+    CHECK(rank.meet(narrows_shm_gather, call, args) == done, me, round);
     for (int64_t r = 0; r < num_rows; ++r) {
         const char* at = out.data() + r * pitch;
         for (int64_t i = 0; i < size; ++i)
-            for (int64_t b = 0; b < widths[i]; ++b) CHECK(*at++ == char(i * 31 + round + r * widths[i] + b), me, round, i, b);
+            for (int64_t b = 0; b < widths[i]; ++b)
+                CHECK(*at++ == char(i * 31 + round + r * widths[i] + b), me, round, i, b);
     }
 }
 
@@ -221,7 +228,8 @@ void reduce_rows(Rank& rank, int64_t round, const std::vector<int64_t>& counts, 
         const double eps = 1e-6;
         int64_t bits;
         std::memcpy(&bits, &eps, 8);
-        for (const int64_t x : {round % 4 ? address(residual.data()) : 0, address(weight.data()), address(normed.data()),
+        for (const int64_t x : {round % 4 ? address(residual.data()) : 0, address(weight.data()),
+                                address(normed.data()),
                                 total / width, width, bits})
             args.push_back(x);
         CHECK(rank.meet(narrows_shm_reduce_norm, call, args) == done, me, round);
@@ -314,7 +322,8 @@ void a_place_that_cannot_be_is_not_read(Host& host, int64_t me) {
         const int64_t bytes = me == 0 ? 4096 : 64;
         std::vector<int64_t> call{5, 1};
         for (int64_t i = 0, start = 0; i < host.size(); start += i++ ? 64 : 4096)
-            for (const int64_t x : {start, i ? int64_t(64) : int64_t(4096), int64_t(1), i ? int64_t(64) : int64_t(4096)})
+            for (const int64_t x : {start, i ? int64_t(64) : int64_t(4096), int64_t(1),
+                                    i ? int64_t(64) : int64_t(4096)})
                 call.push_back(x);
         Arrival arrival(rank.wire, uint64_t(call[0]));
         std::vector<char> own(bytes, char(me));
@@ -350,7 +359,8 @@ TEST(what_python_must_know_of_the_layout) {
 }
 
 TEST(every_collective_among_threads) {
-    for (const int64_t size : {1, 2, 3, 5}) on_threads(size, [](Host& host, int64_t me) { rounds(host, me, num_rounds); });
+    for (const int64_t size : {1, 2, 3, 5})
+        on_threads(size, [](Host& host, int64_t me) { rounds(host, me, num_rounds); });
 }
 
 TEST(two_groups_among_threads) { on_threads(3, two_groups); }
@@ -358,7 +368,8 @@ TEST(late_ranks_among_threads) { on_threads(3, others_return_when_a_rank_is_late
 TEST(different_calls_among_threads) { on_threads(3, who_differs_is_told_and_the_next_exchange_is_everybodys); }
 TEST(places_outside_among_threads) { on_threads(3, a_place_that_cannot_be_is_not_read); }
 
-// Exchanges recorded once and repeated, with other numbers each time; a rank that has waited in vain goes on where it was.
+// Exchanges recorded once and repeated, with other numbers each time; a rank that has waited in vain goes on from
+// where it was.
 TEST(exchanges_repeated_from_a_tape) {
     on_threads(3, [](Host& host, int64_t me) {
         Rank rank(host, me);

@@ -112,8 +112,8 @@ bool GOMP_single_start() {
     return member.team->singles.try_emplace(++member.singles, true).second;
 }
 
-void GOMP_task(void (*body)(void*), void* data, void (*copy)(void*, void*), long size, long align, bool, unsigned, void**,
-               int, void*) {
+void GOMP_task(void (*body)(void*), void* data, void (*copy)(void*, void*), long size, long align, bool, unsigned,
+               void**, int, void*) {
     const size_t room = size_t((size + align - 1) / align * align);
     std::shared_ptr<void> held(std::aligned_alloc(size_t(align), room), std::free);
     copy ? copy(held.get(), data) : void(std::memcpy(held.get(), data, size_t(size)));

@@ -21,9 +21,12 @@ inline std::vector<int> kinds() {
 // the outputs are gates, then ups.
 class Weights {
    public:
-    Weights(int64_t count, int64_t num_outputs, int64_t num_inputs, int kind, bool gated, Random& random, float scale = 1)
-        : num_outputs_(num_outputs), num_inputs_(num_inputs), kind_(kind), padded_(narrows::panels_of(num_outputs) * 32),
-          values_(count * num_outputs * num_inputs), panels_(count * padded_ * words()), scales_(kind ? count * padded_ : 0) {
+    Weights(int64_t count, int64_t num_outputs, int64_t num_inputs, int kind, bool gated, Random& random,
+            float scale = 1)
+        : num_outputs_(num_outputs), num_inputs_(num_inputs), kind_(kind),
+          padded_(narrows::panels_of(num_outputs) * narrows::PANEL),
+          values_(count * num_outputs * num_inputs), panels_(count * padded_ * words()),
+          scales_(kind ? count * padded_ : 0) {
         Buffer<bf16> rows(num_outputs * num_inputs);
         Buffer<int8_t> codes(num_outputs * num_inputs);
         for (int64_t w = 0; w < count; ++w) {
@@ -78,12 +81,13 @@ class Weights {
 };
 
 // A product as torch's brgemm makes it, number by number: a [m, k], b [k / 2, n] in pairs, c [m, n].
-inline void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const bf16* a,
-                          const bf16* b, float* c, bool) {
+inline void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                          const bf16* a, const bf16* b, float* c, bool) {
     for (int64_t i = 0; i < m; ++i) {
         for (int64_t j = 0; j < n; ++j) {
             float sum = add ? c[i * ldc + j] : 0.0f;
-            for (int64_t p = 0; p < k; ++p) sum += to_float(a[i * lda + p]) * to_float(b[(p / 2 * ldb + j) * 2 + p % 2]);
+            for (int64_t p = 0; p < k; ++p)
+                sum += to_float(a[i * lda + p]) * to_float(b[(p / 2 * ldb + j) * 2 + p % 2]);
             c[i * ldc + j] = sum;
         }
     }
