@@ -6,8 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from narrows.engine import tapes
 from narrows.engine.program import Repeated
 from narrows.engine.scratch import Scratch
+from narrows.ops.paged import DecodeRows
 
 
 class StepsSeen:
@@ -78,3 +82,66 @@ class LittleRoomOnRank1:
 
     def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> Any:
         return operation
+
+
+class _Planted:
+    """An instrument around no step."""
+
+    def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> Any:
+        return operation
+
+
+class StaleLengths(_Planted):
+    """On rank 1 a replay reads as many tokens as the step that was captured, however many there are."""
+
+    def __init__(self, worker: Any) -> None:
+        if worker.place.rank == 1:
+            true_set = DecodeRows.set
+
+            def set_all_but_lengths(self: DecodeRows, spans: Any) -> Any:
+                rows = true_set(self, spans)
+                rows.decode_lens_B.fill_(2)
+                return rows
+
+            DecodeRows.set = set_all_but_lengths  # type: ignore[method-assign]
+
+
+class WrongSlots(_Planted):
+    """On rank 1 a replay writes its first row one slot further than it should."""
+
+    def __init__(self, worker: Any) -> None:
+        if worker.place.rank == 1:
+            true_set = DecodeRows.set
+
+            def set_next_slot(self: DecodeRows, spans: Any) -> Any:
+                rows = true_set(self, spans)
+                rows.slots_T[:1] += 1
+                return rows
+
+            DecodeRows.set = set_next_slot  # type: ignore[method-assign]
+
+
+class LeftOutCollective(_Planted):
+    """The capture of every rank ends before the last reduction, and a replay goes on behind it."""
+
+    def __init__(self, worker: Any) -> None:
+        for name in ("all_reduce", "all_reduce_norm"):
+            setattr(worker.world, name, _computing(getattr(worker.world, name)))
+        true_keep = tapes.Tapes._keep
+
+        def keep(self: Any, key: Any, walk: Any, rehearsed: bool) -> None:
+            walk._stop += 1
+            true_keep(self, key, walk, rehearsed)
+
+        tapes.Tapes._keep = keep  # type: ignore[method-assign]
+
+
+def _computing(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``collective``, with an addition by torch, which no capture holds, where it completes the last sum."""
+
+    def made(x: Any, ranks: Any, counts: Any, label: str, *more: Any) -> Any:
+        if "final_norm" in label:
+            torch.zeros(1).add_(1)
+        return collective(x, ranks, counts, label, *more)
+
+    return made

@@ -122,6 +122,7 @@ def test_verify_compares_logits_over_processes_and_says_so(
     assert main(["verify", str(speaking_v3), *flags]) == 0
     out = capsys.readouterr().out
     assert "ranks as processes: logits alone were compared" in out
+    assert "served path: op by op: no compiled code for float32 here" in out
     assert re.search(r"auto .* 100\.00 % .* ok", out)
 
 

@@ -163,7 +163,21 @@ def test_logits_that_are_not_numbers_are_out_of_bounds(asked: EngineConfig, monk
 
 
 def command(model: Path, *more: str) -> list[str]:
-    return ["eval", str(model), "--tp", "2", "--dtype", "float32", "--max-context", "200", "--shots", "1", *more]
+    return [
+        "eval",
+        str(model),
+        "--tp",
+        "2",
+        "--ranks",
+        "threads",
+        "--dtype",
+        "float32",
+        "--max-context",
+        "200",
+        "--shots",
+        "1",
+        *more,
+    ]
 
 
 def test_the_command_prints_tables_and_ends_in_one_json_line(
@@ -177,6 +191,7 @@ def test_the_command_prints_tables_and_ends_in_one_json_line(
     layouts = [layout["layout"] for layout in found["layouts"]]
     assert "norm-before-gather" not in layouts and "auto" in layouts
     assert any(line.startswith("not run: norm-before-gather: ") for line in out)
+    assert "served path: op by op: no compiled code for float32 here" in out
     assert sum("one rank" in line and "batched" in line for line in out) == 2
     items = {(score["task"], score["alone"]): score["num_items"] for score in found["one_rank"]["scores"]}
     assert items[("arithmetic", False)] == 3 and items[("arithmetic", True)] == 1

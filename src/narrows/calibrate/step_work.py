@@ -155,10 +155,8 @@ class _Filled:
 
     def __init__(self, worker: Worker) -> None:
         draw = torch.Generator(worker.place.device).manual_seed(worker.place.rank)
-        for layer in worker.model.layers:
-            for name, cache in vars(layer).items():
-                if "cache" in name and isinstance(cache, Tensor):
-                    _fill(cache, draw)
+        for cache in worker.caches():
+            _fill(cache, draw)
 
     def __call__(
         self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation

@@ -22,10 +22,13 @@ from narrows.ranks.launch import Launch
 
 __all__ = ["add_parser", "run"]
 
+_RANKS = "processes"
+"""As a server has them: rank threads capture no decode steps."""
+
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows eval``."""
-    add_engine_flags(parser)
+    add_engine_flags(parser, ranks=_RANKS)
     add_limit_flags(parser)
     which = parser.add_argument_group("what is run")
     which.add_argument(
@@ -72,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")
     if Launch.of_torchrun(os.environ, size=None) is not None:
         raise ConfigError("eval starts its ranks itself, on one host: run it without torchrun")
-    asked = at_hand(EngineConfig(model=args.model, **engine_options(args, **limit_options(args))))
+    options = engine_options(args, ranks=args.ranks or _RANKS, **limit_options(args))
+    asked = at_hand(EngineConfig(model=args.model, **options))
     files = _files(args, asked.model)
     layouts, skipped = _layouts(args, asked)
     notes = console(stderr=True)

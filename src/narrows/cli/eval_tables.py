@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from narrows.evaluate.compare import Perplexity, Score, Share
-from narrows.evaluate.divergence import NOISE_RATIO
+from narrows.evaluate.divergence import NOISE_RATIO, Distance
 from narrows.evaluate.evaluation import Evaluation, LayoutResult
+from narrows.evaluate.served import served_line
 from narrows.evaluate.statistics import SIGMAS
 
 __all__ = ["document", "print_evaluation"]
@@ -32,6 +33,8 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
     if any(layout.distances for layout in evaluation.layouts):
         out.print("\ndistributions, row by row against one rank in the same dtype", style="bold")
         out.print(_distance_table(evaluation))
+        served = [m.distance.served for layout in evaluation.layouts for m in layout.distances if m.dtype == dtype]
+        out.print(served_line(dtype, served), markup=False)
     _print_failures(evaluation, out)
     _print_encodings(evaluation, out)
     for name, why in skipped.items():
@@ -169,9 +172,15 @@ def _distance_table(evaluation: Evaluation) -> Table:
                 str(distance.clear_changes),
                 "" if distance.beyond is None else f"{100 * distance.beyond:.1f} %",
                 "" if noise is None else f"x {math.exp(noise.value):.2f} ± {math.exp(noise.value) * noise.error:.2f}",
-                "encoded" if distance.failure and layout.is_rounded else _verdict(distance.failure),
+                _distance_verdict(distance, rounded=layout.is_rounded),
             )
     return table
+
+
+def _distance_verdict(distance: Distance, *, rounded: bool) -> str:
+    if distance.failure and rounded and distance.served.fault is None:
+        return "encoded"
+    return "DIFFERS" if distance.failure or distance.served.fault is not None else "ok"
 
 
 def _print_failures(evaluation: Evaluation, out: Console) -> None:

@@ -1,4 +1,5 @@
-"""``narrows verify``: the same numbers under every layout, against one rank or against transformers.
+"""``narrows verify``: the same numbers under every layout, against one rank or against transformers, and the same bits
+from captured decode steps as from op-by-op ones.
 
 Exit code 0 if every layout agrees, 1 if one does not.
 """
@@ -23,6 +24,7 @@ from narrows.engine.model_text import load_model_text
 from narrows.engine.transformers_model import load_transformers, transformers_version
 from narrows.engine.verify import LayoutReport, VerifyReport, verify
 from narrows.errors import ConfigError
+from narrows.evaluate.served import ServedReport, verify_served
 from narrows.ranks.launch import Launch
 
 __all__ = ["add_parser", "run"]
@@ -64,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
         outside = partial(load_transformers, Path(asked.model))
     prompts = _token_ids(args, asked.model)
     report = verify(asked, prompts, num_decode=args.steps, layouts=args.layout or (), outside=outside)
-    _print(report, reference, console())
-    return 0 if report.ok else 1
+    served = verify_served(asked, prompts, num_decode=args.steps, layouts=args.layout or ())
+    out = console()
+    _print(report, reference, out)
+    _print_served(served, out)
+    return 0 if report.ok and served.ok else 1
 
 
 def _token_ids(args: argparse.Namespace, model: str) -> list[list[int]]:
@@ -130,6 +135,12 @@ def _print(report: VerifyReport, reference: str, out: Console) -> None:
         out.print(f"not run: {name}: {why}")
     for note in resolved.notes:
         out.print(f"note: {note}")
+
+
+def _print_served(served: ServedReport, out: Console) -> None:
+    out.print(str(served), markup=False)
+    for name, fault in served.faults.items():
+        out.print(f"{name}: {fault}", markup=False)
 
 
 def _where_to_look(report: VerifyReport, reference: str) -> str:

@@ -135,6 +135,10 @@ class DistWorld:
         return {ranks: seat.number + (repeating.came(seat) if repeating else 0) for ranks, seat in self._seats.items()}
 
     @property
+    def num_collectives(self) -> int:
+        return sum(self.came.values())
+
+    @property
     def where(self) -> Where | None:
         """The collective that this rank came to last. Any thread may ask."""
         repeating = self._repeating

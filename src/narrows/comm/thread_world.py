@@ -39,6 +39,10 @@ class ThreadWorld:
         self._seats: dict[tuple[int, ...], _Seat] = {}
         self._buffers = Buffers(device)
 
+    @property
+    def num_collectives(self) -> int:
+        return sum(seat.number for seat in self._seats.values())
+
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
     ) -> list[Tensor]:

@@ -56,6 +56,11 @@ class World(Protocol):
     """Where this rank's tensors are."""
     checked: bool
 
+    @property
+    def num_collectives(self) -> int:
+        """How many collectives this rank has come to, in all of its groups together."""
+        ...
+
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
     ) -> list[Tensor]:

@@ -23,6 +23,10 @@ class RankWorker(Protocol):
         """Run one batch under one plan; with whole rows of logits if ``keep_logits``."""
         ...
 
+    def step_op_by_op(self, batch: Batch, plan: Plan) -> StepResult:
+        """As :meth:`step` with logits, but no capture has a part in it."""
+        ...
+
     def rehearse(self, batch: Batch, plan: Plan) -> bool:
         """Run a decode step whose rows are nobody's; whether there is any use in more of them."""
         ...

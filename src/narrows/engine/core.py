@@ -27,7 +27,7 @@ from narrows.engine.calls import RankWorker
 from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import start_ranks
-from narrows.engine.rehearsals import Rehearsals
+from narrows.engine.rehearsals import Rehearsals, rehearsal
 from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
@@ -351,6 +351,17 @@ class Engine:
         The batch is the caller's own, so what it writes into the cache is not what the scheduler has cached there.
         """
         return self.submit(batch, plan=plan, keep_logits=True).result()
+
+    def run_op_by_op(self, batch: Batch, plan: Plan) -> list[StepResult]:
+        """As :meth:`run_plan`, with every operation called from Python: no captured step is made or replayed."""
+        self.scheduler.forget_cached()
+        return self.ranks.submit(RankWorker.step_op_by_op, batch, plan).result()
+
+    def capture(self, batch: Batch, plan: Plan) -> None:
+        """Have the ranks capture, as a server that is idle does, the decode step of ``plan`` that has as many rows as
+        ``batch``: by a step of rows that are nobody's."""
+        rehearsed = rehearsal(batch.group_rows, self.resolved.limits.page_size, drawn=batch.needs_logits)
+        self.ranks.submit(RankWorker.rehearse, rehearsed, plan).result()
 
     def close(self) -> None:
         """End the ranks."""

@@ -10,7 +10,7 @@ from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from narrows.engine.scratch import Scratch
 from narrows.layout import RowSplit
 from narrows.models.parts import Decoder
 from narrows.native import Tape, library
-from narrows.ops.paged import DecodeRows
+from narrows.ops.compiled import gemm_library
+from narrows.ops.paged import DecodeRows, PagedRows
 from narrows.sched.batch import Batch
 
-__all__ = ["Tapes"]
+__all__ = ["Tapes", "uncaptured"]
 
 _SCRATCH_BYTES = 64 << 20
 """What all tapes share for what they allocate; a walk that needs more is not recorded."""
@@ -56,6 +57,25 @@ Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
 Lengths = Sequence[int] | None
 """Tokens of the sequence that each row of this rank's group belongs to, where angles depend on it."""
 Begin = Callable[[Tensor], RowSampler | None]
+
+
+class Ran(NamedTuple):
+    """A step as it ran: the registers after it, what has sampled, the contexts that its rows were told, and whether it
+    was replayed from a capture."""
+
+    registers: Registers
+    sampler: RowSampler | None
+    rows: PagedRows
+    replayed: bool
+
+
+def uncaptured(dtype: torch.dtype, device: str) -> str:
+    """Why no decode step of ranks on ``device`` can be captured, in a few words; empty if one can."""
+    if device != "cpu":
+        return f"ranks on {device} capture no steps"
+    if dtype != torch.bfloat16:
+        return f"no compiled code for {str(dtype).removeprefix('torch.')} here"
+    return "" if library() is not None and gemm_library() is not None else "no compiled code here"
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -190,8 +210,8 @@ class Tapes:
         *,
         lengths: Lengths = None,
         rehearsed: bool = False,
-    ) -> tuple[Registers, RowSampler | None] | None:
-        """The registers after a walk of a decode step, and its sampler; None if it is to be walked without a tape.
+    ) -> Ran | None:
+        """A decode step, replayed or walked and recorded; None if it is to be walked without a tape.
 
         ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them. ``lengths``: as
         :meth:`Decoder.begin_step` takes them. ``rehearsed``: as of a frame.
@@ -205,7 +225,7 @@ class Tapes:
         self._walks[key] = walk  # it is the newest now
         sampler = walk.inputs.set(tokens_of(batch), spans, begin, lengths)
         walk.frame.inputs, walk.frame.rehearsed = walk.inputs.step, rehearsed
-        return walk.repeat(self._world), sampler
+        return Ran(walk.repeat(self._world), sampler, walk.inputs.step.rows, replayed=True)
 
     def _record(
         self,
@@ -215,7 +235,7 @@ class Tapes:
         begin: Begin,
         lengths: Lengths,
         rehearsed: bool,
-    ) -> tuple[Registers, RowSampler | None] | None:
+    ) -> Ran:
         program, rows, logit_rows, _ = key
         inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)), lengths)
         sampler = inputs.set(tokens, spans, begin, lengths)
@@ -225,7 +245,8 @@ class Tapes:
         registers = walk.record(self._world, self._scratch)
         if registers is None:
             self.possible = False  # and the sampler has been begun: the walk is made here all the same
-            return program.run(frame, inputs.ids_T.unsqueeze(-1)), sampler
+            registers = program.run(frame, inputs.ids_T.unsqueeze(-1))
+            return Ran(registers, sampler, inputs.step.rows, replayed=False)
         if walk.fits and walk.is_worth_it:
             self._keep(key, walk, rehearsed)
         else:
@@ -233,7 +254,7 @@ class Tapes:
             if len(self._unfit) >= _MOST_UNFIT:
                 self._unfit.clear()
             self._unfit.add(key)
-        return registers, sampler
+        return Ran(registers, sampler, inputs.step.rows, replayed=False)
 
     def _keep(self, key: Key, walk: _Walk, rehearsed: bool) -> None:
         """Hold a walk, in place of the oldest ones if there is no room; one that was only rehearsed drives none out."""

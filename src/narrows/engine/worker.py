@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
 from narrows.engine.program import Frame, Operation, Program, Registers, Repeated, Wrap, bind
-from narrows.engine.sampler import RowSampler, Sampler
-from narrows.engine.tapes import Span, Tapes
+from narrows.engine.sampler import Sampler
+from narrows.engine.tapes import Ran, Span, Tapes
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
@@ -30,7 +30,7 @@ from narrows.sched.batch import Batch, sample_slot
 from narrows.sched.sampling import Logprobs, TokenScore
 from narrows.weights.source import WeightSource
 
-__all__ = ["Instrument", "StepResult", "Worker", "logit_split"]
+__all__ = ["Instrument", "RowContext", "StepResult", "StepRun", "Worker", "logit_split"]
 
 
 @runtime_checkable
@@ -42,16 +42,35 @@ class Instrument(Protocol):
         ...
 
 
+class RowContext(NamedTuple):
+    """What one decode row of a step was told: its position, the cache slot it writes, the tokens that it reads."""
+
+    position: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRun:
+    """How one rank ran a step: replayed from a capture or not, how many collectives it came to, and the contexts of the
+    decode rows of its group as they lay in memory."""
+
+    replayed: bool
+    num_collectives: int
+    contexts: tuple[RowContext, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """One token per logit row, and the rows' logits if they were asked for ([rows, vocab_size], else None).
 
     ``logprobs`` by logit row, for the rows whose request asked, and ``scores`` for those that have a target; on rank 0
-    only, since all ranks have the same.
+    only, since all ranks have the same. ``run`` comes with the logits.
     """
 
     ids: tuple[int, ...]
     logits: Tensor | None = None
+    run: StepRun | None = None
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     scores: dict[int, TokenScore] = field(default_factory=dict)
 
@@ -133,10 +152,26 @@ class Worker:
         Before the walk the host copies numbers to the device, during it neither waits for the other, after it the host
         reads the result.
         """
+        return self._step(batch, plan, keep_logits=keep_logits, op_by_op=False)
+
+    def step_op_by_op(self, batch: Batch, plan: Plan) -> StepResult:
+        """As :meth:`step` with logits, but no capture has a part in it."""
+        return self._step(batch, plan, keep_logits=True, op_by_op=True)
+
+    def _step(self, batch: Batch, plan: Plan, *, keep_logits: bool, op_by_op: bool) -> StepResult:
         program = self._program(plan)
-        registers, sampler = (None if keep_logits else self._taped(program, batch)) or self._walk(program, batch)
-        self._samples = registers[program.outputs["next_ids"]].flatten()
-        return self._read(registers[program.outputs["logits"]] if keep_logits else None, sampler)
+        came = self.world.num_collectives if keep_logits else 0
+        ran = (None if op_by_op else self._taped(program, batch)) or self._walk(program, batch)
+        self._samples = ran.registers[program.outputs["next_ids"]].flatten()
+        if not keep_logits:
+            return self._read(ran)
+        logits = ran.registers[program.outputs["logits"]].clone()  # a capture writes there again
+        run = StepRun(
+            replayed=ran.replayed,
+            num_collectives=self.world.num_collectives - came,
+            contexts=_contexts(ran.rows),
+        )
+        return replace(self._read(ran), logits=logits, run=run)
 
     def rehearse(self, batch: Batch, plan: Plan) -> bool:
         """Run a decode step whose rows are nobody's and lie in the null page, so that the first real one like it finds
@@ -163,9 +198,7 @@ class Worker:
         group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         return [length for chunk in group for length in chunk.lengths()]
 
-    def _taped(
-        self, program: Program, batch: Batch, *, rehearsed: bool = False
-    ) -> tuple[Registers, RowSampler | None] | None:
+    def _taped(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> Ran | None:
         """As :meth:`_walk`, by or for a tape; None if there can be none."""
         rows, spans = self._rows_of(batch)
         begin = partial(self._sampler.begin, batch)
@@ -173,15 +206,16 @@ class Worker:
             program, batch, rows, self._tokens, spans, begin, lengths=self._lengths(batch), rehearsed=rehearsed
         )
 
-    def _walk(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> tuple[Registers, RowSampler | None]:
-        """The registers after a walk of ``program``, operation by operation, and what has sampled."""
+    def _walk(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> Ran:
+        """A walk of ``program``, operation by operation."""
         rows, spans = self._rows_of(batch)
         logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
         sampler = self._sampler.begin(batch, ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler, lengths=self._lengths(batch))
         frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase, rehearsed)
-        return program.run(frame, ids_T.unsqueeze(-1)), sampler  # a column: ids move as every field does
+        registers = program.run(frame, ids_T.unsqueeze(-1))  # a column: ids move as every field does
+        return Ran(registers, sampler, inputs.rows, replayed=False)
 
     def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
         """Bind plans anew, with something else around their steps (see :meth:`Engine.instrument`)."""
@@ -198,17 +232,26 @@ class Worker:
         assert isinstance(instrument, Instrument), "no such instrument is around the steps"
         return instrument.readings()
 
+    def caches(self) -> list[Tensor]:
+        """The tensors of the KV cache, all layers' [slots, ...]."""
+        return [
+            held
+            for layer in self.model.layers
+            for name, held in vars(layer).items()
+            if "cache" in name and isinstance(held, Tensor)
+        ]
+
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Bind plans that steps will need, so that the first of those steps need not."""
         for plan in plans:
             self._program(plan)
 
-    def _read(self, logits: Tensor | None, sampler: RowSampler | None) -> StepResult:
-        """What the walk has left, as numbers: here, and only here, the host waits for the device."""
+    def _read(self, ran: Ran) -> StepResult:
+        """What the step has left, as numbers: here, and only here, the host waits for the device."""
         ids = self._sampled = tuple(self._samples.tolist())
-        if sampler is None or self.place.rank != 0:
-            return StepResult(ids=ids, logits=logits)
-        return StepResult(ids=ids, logits=logits, logprobs=sampler.logprobs(), scores=sampler.scores())
+        if ran.sampler is None or self.place.rank != 0:
+            return StepResult(ids=ids)
+        return StepResult(ids=ids, logprobs=ran.sampler.logprobs(), scores=ran.sampler.scores())
 
     def _paged_rows(self, spans: list[tuple[int, int, tuple[int, ...]]]) -> PagedRows:
         if self.place.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
@@ -269,3 +312,9 @@ class Worker:
         """The same as plain numbers, from what was read of the previous step's samples."""
         tokens = (token for group in batch.groups for chunk in group for token in chunk.tokens)
         return [token if token >= 0 else self._sampled[sample_slot(token)] for token in tokens]
+
+
+def _contexts(rows: PagedRows) -> tuple[RowContext, ...]:
+    """What the decode rows of a step are told."""
+    numbers = (rows.positions_T[rows.decode_rows_B], rows.slots_T[rows.decode_rows_B], rows.decode_lens_B)
+    return tuple(RowContext(*row) for row in zip(*(x.tolist() for x in numbers), strict=True))

@@ -1,7 +1,8 @@
 """How far an engine's distributions are from one rank's, row by row: KL divergence, greedy agreement, and a verdict.
 
 Knows engines, batches and rows of logits; not tasks or layouts. The one rank's logits are kept (float32, a bounded
-number of rows), the judged engine's only for the batch at hand.
+number of rows), the judged engine's only for the batch at hand. The one rank runs op by op; the judged engine runs as a
+server does, and where that is a replay of a captured step, its bits must be those of op by op (`served.py`).
 
 What a right layout may differ by comes from the arithmetic, not from experience with layouts:
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from narrows.engine.core import Engine
 from narrows.engine.verify import TOLERANCE
 from narrows.evaluate.batches import ForcedStep
+from narrows.evaluate.served import BothWays, ServedPath
 from narrows.evaluate.statistics import SIGMAS, Mean, clustered_mean
 from narrows.layout import Mesh, RowSplit
 
@@ -50,6 +52,7 @@ class Distance:
 
     ``noise``: the layout's distance from float32 relative to one rank's, as a natural logarithm; None in float32.
     ``beyond``: the share of rows above the bound of float32. ``failure``: one line, empty when all is within bounds.
+    ``served``: how decode steps ran, and where a replay left other bits than op by op.
     """
 
     num_rows: int
@@ -61,6 +64,7 @@ class Distance:
     beyond: float | None
     noise: Mean | None
     failure: str
+    served: ServedPath
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,13 +95,17 @@ class Baseline:
         return SIGMAS * 2 * self.noise
 
 
-def run_rows(engine: Engine, steps: Iterable[ForcedStep], *, merged: bool) -> Iterable[Tensor]:
-    """The logits [rows, vocabulary] of every step, in float32; ``merged``: as one group's rows.
+def run_rows(engine: Engine, steps: Iterable[ForcedStep], both: BothWays | None = None) -> Iterable[Tensor]:
+    """The logits [rows, vocabulary] of every step, in float32: of its groups as ``both`` runs them, or (None) as one
+    group's rows, op by op.
 
     The engine's cache is written over: it must not be running anything else.
     """
     for step in steps:
-        logits = engine.submit(step.merged if merged else step.batch, keep_logits=True).result()[0].logits
+        batch = step.merged if both is None else step.batch
+        plan = engine.books.plan_for(batch, keep_logits=True)
+        results = engine.run_op_by_op(batch, plan) if both is None else both.run(batch, plan)
+        logits = results[0].logits
         assert logits is not None
         yield logits.float()
 
@@ -105,10 +113,10 @@ def run_rows(engine: Engine, steps: Iterable[ForcedStep], *, merged: bool) -> It
 def measure(engine: Engine, baseline: Baseline) -> Distance:
     """``engine`` against the one rank of ``baseline``, over its steps."""
     mesh = engine.resolved.mesh
-    rows = _Rows()
+    rows, both = _Rows(), BothWays(engine)
     num_equal = near_ties = clear = 0
     bound = TOLERANCE[baseline.dtype] ** 2 / 2
-    for i, got in enumerate(run_rows(engine, baseline.steps, merged=False)):
+    for i, got in enumerate(run_rows(engine, baseline.steps, both)):
         step, ours = baseline.steps[i], baseline.logits[i]
         kl_T = _divergence(ours, got)
         equal, changed = _changes(got, ours, baseline.tie)
@@ -135,6 +143,7 @@ def measure(engine: Engine, baseline: Baseline) -> Distance:
         beyond=sum(rows.beyond) / count if rows.beyond else None,
         noise=rows.noise(range(count)) if rows.log_ratio else None,
         failure=_verdict(mesh, baseline, rows, clear),
+        served=both.path,
     )
 
 

@@ -64,13 +64,17 @@ class LayoutResult:
     def failures(self) -> tuple[str, ...]:
         """What is out of bounds, each in one line; none if all is well.
 
-        Distributions of what is rounded on purpose have no bound: the tasks alone can say that it is too much.
+        Distributions of what is rounded on purpose have no bound: the tasks alone can say that it is too much. A replay
+        has the bits of op by op whatever is rounded.
         """
         words = {False: "batched", True: "one at a time"}
         lines = [f"{s.task}, {words[s.alone]}: {s.failure}" for s in self.scores if s.failure]
-        for found in self.distances if not self.is_rounded else ():
-            if found.distance.failure:
-                lines.append(f"distributions in {found.dtype}, {words[found.alone]}: {found.distance.failure}")
+        for found in self.distances:
+            where = f"distributions in {found.dtype}, {words[found.alone]}"
+            if found.distance.failure and not self.is_rounded:
+                lines.append(f"{where}: {found.distance.failure}")
+            if found.distance.served.fault is not None:
+                lines.append(f"{where}: {found.distance.served.fault}")
         return tuple(lines)
 
 
@@ -244,7 +248,7 @@ def _baselines(
     return {
         alone: Baseline(
             steps=these,
-            logits=list(run_rows(llm.engine, these, merged=True)),
+            logits=list(run_rows(llm.engine, these)),
             exact=exact[alone].logits if exact else None,
             dtype=llm.resolved.dtype,
         )
