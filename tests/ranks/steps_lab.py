@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from narrows.engine import tapes
-from narrows.engine.program import Repeated
 from narrows.engine.scratch import Scratch
+from narrows.engine.step_record import StepRecord, Wants
 from narrows.ops.paged import DecodeRows
 
 
 class StepsSeen:
-    """An instrument: how many bound steps were made by Python, and how many by a tape, on one rank."""
+    """A reader: how many operations were made by Python, and how many by a tape, on one rank."""
+
+    wants = Wants.EVERY_OP
 
     def __init__(self, worker: Any) -> None:
         self.made = self.repeated = 0
@@ -25,26 +27,11 @@ class StepsSeen:
         self.made = self.repeated = 0
         return seen
 
-    def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> SeenStep:
-        return SeenStep(self, operation)
-
-
-class SeenStep(Repeated):
-    """One bound step of :class:`StepsSeen`."""
-
-    def __init__(self, seen: StepsSeen, operation: Callable[..., None]) -> None:
-        self.seen, self.operation = seen, operation
-
-    def __call__(self, registers: Any, frame: Any) -> None:
-        self.seen.made += 1
-        self.operation(registers, frame)
-
-    def repeated(self, registers: Any, frame: Any) -> Callable[[float], None]:
-        def repeat(seconds: float) -> None:
-            assert seconds >= 0
-            self.seen.repeated += 1
-
-        return repeat
+    def take(self, record: StepRecord) -> None:
+        assert all(start <= end for start, end in zip(record.starts, record.ends, strict=True))
+        assert record.numbers == list(range(len(record.ops)))
+        self.made += len(record.ops) - record.num_replayed
+        self.repeated += record.num_replayed
 
 
 class NoTapes:

@@ -14,6 +14,8 @@ import httpx
 from patience import PATIENCE_S
 from server_process import ServerProcess
 
+from narrows.ops.compiled import gemm_library
+
 
 def check(document: dict[str, Any], num_steps: int) -> None:
     """Both ranks walk every step inside the time in which the host had handed it out."""
@@ -27,6 +29,7 @@ def check(document: dict[str, Any], num_steps: int) -> None:
         step = steps[walk["args"]["step"]]
         (arrow,) = (e for e in events if e["ph"] == "f" and (e["pid"], e["ts"]) == (walk["pid"], walk["ts"]))
         assert handed_out[arrow["id"]] <= walk["ts"] and walk["ts"] + walk["dur"] <= step["ts"] + step["dur"]
+    assert {walk["args"]["ran"] for walk in walks} == {"op by op"} | ({"replayed"} if gemm_library() else set())
     crossed = [e["args"]["bytes_all_ranks"] for e in events if e.get("cat") == "collective"]
     assert crossed and min(crossed) > 0
 

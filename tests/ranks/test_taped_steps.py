@@ -21,6 +21,7 @@ from narrows.engine.core import Engine
 from narrows.errors import RankError
 from narrows.ops.compiled import gemm_library
 from narrows.plan.named import applicable_layouts
+from narrows.plan.trace import trace_events
 from narrows.sched.sampling import SamplingParams
 
 pytestmark = [
@@ -175,6 +176,9 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: 
             assert texts(engine, way) == want
             rehearse(engine)
         engine.instrument(None)
+        assert rehearse(engine) == 0, "a reader comes and goes, and tapes stay"
+        engine.instrument(lab.NoTapes)
+        engine.instrument(None)
         assert rehearse(engine) == 2 * 8, "plans are bound anew, so that no tape is left"
         assert texts(engine, None) == wanted[0]
 
@@ -191,6 +195,34 @@ def test_collectives_of_rehearsals_are_nobodys(rehearsing: Engine) -> None:
     assert _calls(engine) == 0
     run_steps(engine, batch, plan, 2)
     assert _calls(engine) == 2 * of_one
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_trace_has_the_steps_that_a_tape_repeats(tiny_model, tp: int) -> None:  # type: ignore[no-untyped-def]
+    """Each operation with its own times, and with the rows and bytes of the walk that was recorded."""
+    with Engine(resolve(asked(tiny_model("v3"), tp=tp, ranks="processes"))) as engine:
+        engine.instrument(CollectiveClock)
+        tracer = engine.trace(8)
+        engine.add(PROMPTS[0], 8)
+        for _ in engine.run():
+            pass
+        run = tracer.run(engine.end_trace(tracer).result(), "one")
+        counts = engine.readings()
+    decode = [step for step in run.steps if step.phase == "decode"]
+    assert len(decode) >= 6
+    for rank in range(tp):
+        first, *others = (step.walks[rank] for step in decode)
+        assert not first.num_replayed and not run.steps[0].walks[rank].num_replayed
+        for step, walk in zip(decode[1:], others, strict=True):
+            assert walk.num_replayed == len(walk.starts) == step.plan.num_steps
+            assert (list(walk.rows), list(walk.received)) == (list(first.rows), list(first.received))
+            assert all(start <= end for start, end in zip(walk.starts, walk.ends, strict=True))
+            assert all(end <= start for end, start in zip(walk.ends, walk.starts[1:], strict=False))
+            assert step.submitted <= walk.starts[0] < walk.ends[-1] <= step.done
+        traced = sum(sum(step.walks[rank].received) for step in run.steps)
+        assert sum(counted.nbytes for counted in counts[rank].values()) >= traced > 0 or tp == 1
+    ran = [event["args"]["ran"] for event in trace_events([run]) if event.get("cat") == "walk"]
+    assert ran.count("op by op") == 2 * tp and ran.count("replayed") == len(ran) - 2 * tp > 0
 
 
 def _calls(engine: Engine) -> int:

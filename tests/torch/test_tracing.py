@@ -12,19 +12,17 @@ import pytest
 from patience import eventually
 
 from narrows.api import Generation, Update
-from narrows.engine import profile as profile_module
+from narrows.engine import step_record
 from narrows.engine.collective_clock import CollectiveClock, added
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.profile import BETWEEN, Expected, StepClock, profile_rows
-from narrows.engine.program import Frame, Operation, Registers, Wrap
+from narrows.engine.step_record import StepRecord
 from narrows.engine.trace_file import TraceFile
-from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.layout import MoveKind
 from narrows.plan.book import BookKey
 from narrows.plan.evidence import Evidence
-from narrows.plan.plan import Step
 from narrows.sched.batch import Batch, Chunk
 from narrows.service import service as service_module
 from narrows.service.service import EngineService
@@ -130,23 +128,17 @@ def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses = {"embed": (0.2, 0.0), "lm_head": (0.0, 0.02)}  # before and after a step: before the first is between none
-    now = [0.0]
-    monkeypatch.setattr(profile_module, "perf_counter", lambda: now[0])
+    now, run = [0.0], StepRecord.run
+    monkeypatch.setattr(step_record, "perf_counter", lambda: now[0])
 
-    def slow(worker: Worker) -> Wrap:
-        def around(layer: Any, step: Step, reads: Any, writes: Any, operation: Operation) -> Operation:
-            def late(registers: Registers, frame: Frame) -> None:
-                before, after = pauses.get(step.name, (0.0, 0.0))
-                now[0] += before
-                operation(registers, frame)
-                now[0] += after
+    def late(record: StepRecord, number: int, *more: Any) -> None:
+        before, after = pauses.get(record.ops[number].step.name, (0.0, 0.0))
+        now[0] += before
+        run(record, number, *more)
+        now[0] += after
 
-            return late
-
-        return around
-
+    monkeypatch.setattr(StepRecord, "run", late)
     engine.instrument(StepClock)
-    engine.instrument(slow, "around it")
     engine.add((1, 2, 3), 1)
     for _ in engine.run():
         pass

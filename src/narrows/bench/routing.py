@@ -15,9 +15,10 @@ Hits = dict[int, tuple[int, int]]
 
 
 class _ExpertWatch:
-    """Looks at what the experts' stage is given, which is all rows on every rank, in steps of one phase."""
+    """Looks at what the experts' stage is given, which is all rows on every rank, in the steps of which this rank's
+    group prefills, or in the others."""
 
-    phase: str
+    prefills: bool
 
     def see(self, ids_TK: Tensor) -> None:
         """The experts of all rows in one layer of one step."""
@@ -31,7 +32,7 @@ class _ExpertWatch:
         at = reads[step.reads.index("topk_ids")]
 
         def watched(regs: Registers, frame: Frame) -> None:
-            if frame.phase == self.phase:
+            if bool(frame.inputs.rows.prefills) == self.prefills:
                 self.see(regs[at])
             operation(regs, frame)
 
@@ -41,7 +42,7 @@ class _ExpertWatch:
 class ExpertCounter(_ExpertWatch):
     """Counts the experts that decode steps hit."""
 
-    phase = "decode"
+    prefills = False
 
     def __init__(self, worker: Worker) -> None:
         self._hits: Hits = {}
@@ -58,7 +59,7 @@ class ExpertCounter(_ExpertWatch):
 class ExpertChoices(_ExpertWatch):
     """Keeps the experts of every row of prefill steps: one tensor [T, K] for each layer of each step."""
 
-    phase = "prefill"
+    prefills = True
 
     def __init__(self, worker: Worker) -> None:
         self._ids: list[Tensor] = []

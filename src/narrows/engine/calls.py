@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from narrows.engine.program import Wrap
+from narrows.engine.step_record import Reader
 from narrows.engine.worker import StepResult, Worker
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
@@ -35,8 +36,8 @@ class RankWorker(Protocol):
         """Bind plans that steps will need."""
         ...
 
-    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
-        """Put something around every step from now on, or nothing any more."""
+    def instrument(self, make: Callable[[Worker], Wrap | Reader] | None, name: str = "") -> bool:
+        """Read every step from now on, put something around it, or neither; whether plans are bound anew."""
         ...
 
     def readings(self, name: str = "") -> Any:

@@ -28,6 +28,7 @@ from narrows.engine.config import Resolved
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import start_ranks
 from narrows.engine.rehearsals import Rehearsals, rehearsal
+from narrows.engine.step_record import Reader
 from narrows.engine.tracer import Tracer
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
@@ -72,7 +73,7 @@ class Engine:
     """Ranks loaded and ready. A context manager: closing ends them.
 
     Args:
-        wrap: put around every bound step of every rank, for profiling and verification; for rank threads only.
+        wrap: put around every bound step of every rank, for verification; for rank threads only.
         source: weights, if not those that ``resolved`` names; sent to rank processes.
         validate: check every plan before it runs; only a test that plants a fault switches that off.
         warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
@@ -129,15 +130,15 @@ class Engine:
     def rehearse_ahead(self) -> Future[list[Any]] | None:
         """Have the ranks run one more decode step of nobody's rows, so that the first real one like it finds its tape.
 
-        For when no step is in flight. None: the one before is not done, there are no more, or not while a trace is
-        made, or there is no use in it on these ranks.
+        For when no step is in flight. None: the one before is not done, there are no more, or there is no use in it on
+        these ranks.
         """
         if self._rehearsed is not None:
             if not self._rehearsed.done():
                 return None
             if not self._rehearsed.result()[0]:
                 self._rehearsals.end()
-        batch = None if self._tracer is not None else self._rehearsals.next()
+        batch = self._rehearsals.next()
         self._rehearsed = (
             None if batch is None else self.ranks.submit_first(RankWorker.rehearse, batch, self.books.plan_for(batch))
         )
@@ -314,14 +315,15 @@ class Engine:
         submit = self.ranks.submit_first if first_only else self.ranks.submit
         return submit(RankWorker.step, batch, plan, keep_logits)
 
-    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
-        """Put something around every step of every rank from now on, or nothing any more.
+    def instrument(self, make: Callable[[Worker], Wrap | Reader] | None, name: str = "") -> None:
+        """Read every step of every rank from now on, or put something around them, or neither any more.
 
         ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. What it
-        makes may have a ``readings()``, which :meth:`readings` asks for. Instruments of other names stay as they are.
+        makes may have a ``readings()``, which :meth:`readings` asks for. A reader reads replayed steps as it does
+        others; with anything else around them, steps run op by op. Instruments of other names stay as they are.
         """
-        self.ranks.submit(RankWorker.instrument, make, name).result()
-        self._rehearsals.begin_again()
+        if any(self.ranks.submit(RankWorker.instrument, make, name).result()):
+            self._rehearsals.begin_again()
 
     def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
         """Call something with every step that is handed out from now on, or nothing any more."""
@@ -342,7 +344,6 @@ class Engine:
     def end_trace(self, tracer: Tracer) -> Future[list[Any]]:
         """Record nothing more; what the ranks have recorded, for :meth:`Tracer.run`."""
         self._tracer = None
-        self._rehearsals.begin_again()
         return tracer.end()
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:

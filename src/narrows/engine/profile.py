@@ -1,23 +1,23 @@
-"""Where the time went: seconds, rows and bytes per stage and move, measured on every rank as plans are walked.
+"""Where the time went: seconds, rows and bytes per stage and move, read from the records of every rank's steps.
 
-Knows bound steps, plans and clocks. A GPU is waited for after every step, so that a step's time is its own; the run as
-a whole is slower for it. A collective's seconds hold the wait for the slowest rank, as they do in any profiler. Of
-steps that a tape repeats (`tapes.py`) the seconds are the tape's own, without Python between them.
+A GPU is waited for after every operation, so that its time is its own; the run as a whole is slower for it. A
+collective's seconds hold the wait for the slowest rank, as they do in any profiler. Of steps that a capture replays
+(`tapes.py`) the seconds are those of its calls, without Python between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from narrows.comm.device import finished
-from narrows.engine.program import Frame, Operation, Registers, Repeated
-from narrows.engine.worker import Worker
+from narrows.engine.step_record import StepRecord, Wants
 from narrows.plan.book import share_of_plan
 from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch
+
+if TYPE_CHECKING:
+    from narrows.engine.worker import Worker
 
 __all__ = ["BETWEEN", "Counts", "Expected", "ProfileRow", "StepClock", "profile_rows"]
 
@@ -50,9 +50,6 @@ def _kind(phase: str, step: Step) -> _Kind:
     layouts = str(step.layout) if step.layout == step.leaves else f"{step.layout} -> {step.leaves}"
     return _Kind(phase, step.price_class.value, step.name, where, step.writes, layouts)
 
-
-_IDS = 0
-"""The register that a walk begins with: whoever reads it is the first step."""
 
 Counts = dict[_Kind, _Count]
 """What one rank's clock has read."""
@@ -101,65 +98,40 @@ class Expected:
 
 
 class StepClock:
-    """A clock around every step of one rank, and between them; an instrument of :meth:`Engine.instrument`."""
+    """Times of every operation of one rank, and between them, by kind; a reader of :meth:`Engine.instrument`."""
+
+    wants = Wants.EVERY_OP
 
     def __init__(self, worker: Worker) -> None:
         self._counts: Counts = {}
-        self._ended = 0.0
-        self.device = worker.place.device
+        self._kinds: dict[tuple[int, str], tuple[object, list[_Kind]]] = {}
 
     def readings(self) -> Counts:
+        """By kind of step."""
         counts, self._counts = self._counts, {}
         return counts
 
-    def begins(self, phase: str, *, first: bool) -> float:
-        """A step of a walk begins now, ``first`` or after another."""
-        now = perf_counter()
-        if not first:
-            between = self._counts.setdefault(_Kind(phase, BETWEEN, "between steps", "", (), ""), _Count())
-            between.calls += 1
-            between.seconds += now - self._ended
-        return now
+    def take(self, record: StepRecord) -> None:
+        """Add a step's operations. Between replayed ones there is nothing."""
+        kinds, counts = self._kinds_of(record), self._counts
+        for i, number in enumerate(record.numbers):
+            count = counts.setdefault(kinds[number], _Count())
+            count.calls += 1
+            count.seconds += record.ends[i] - record.starts[i]
+            count.rows += record.rows[i]
+            count.nbytes += record.nbytes[i]
+            if i and number >= record.num_replayed:
+                between = counts.setdefault(_Kind(record.phase, BETWEEN, "between steps", "", (), ""), _Count())
+                between.calls += 1
+                between.seconds += record.starts[i] - record.ends[i - 1]
 
-    def ended(self, kind: _Kind, seconds: float, rows: int, nbytes: int) -> None:
-        """A step has taken so long and left so much."""
-        count = self._counts.setdefault(kind, _Count())
-        count.calls += 1
-        count.seconds += seconds
-        count.rows += rows
-        count.nbytes += nbytes
-        self._ended = perf_counter()
-
-    def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
-    ) -> Operation:
-        return _Timed(self, operation, _IDS in reads, writes, _kind("", step)[1:])
-
-
-class _Timed(Repeated):
-    """A bound step with the clock around it; a tape that repeats it tells the clock."""
-
-    def __init__(
-        self,
-        clock: StepClock,
-        operation: Operation,
-        is_first: bool,
-        writes: tuple[int, ...],
-        what: tuple[str, str, str, tuple[str, ...], str],
-    ) -> None:
-        self._clock, self._operation, self._is_first = clock, operation, is_first
-        self._writes, self._what = writes, what
-
-    def __call__(self, regs: Registers, frame: Frame) -> None:
-        start = self._clock.begins(frame.phase, first=self._is_first)
-        self._operation(regs, frame)
-        finished(self._clock.device)
-        self.repeated(regs, frame)(perf_counter() - start)
-
-    def repeated(self, regs: Registers, frame: Frame) -> Callable[[float], None]:
-        kind = _Kind(frame.phase, *self._what)
-        rows, nbytes = regs[self._writes[0]].shape[0], sum(regs[i].nbytes for i in self._writes)
-        return lambda seconds: self._clock.ended(kind, seconds, rows, nbytes)
+    def _kinds_of(self, record: StepRecord) -> list[_Kind]:
+        """By number of the operation; made once per bound plan and phase."""
+        key = id(record.ops), record.phase
+        held = self._kinds.get(key)
+        if held is None or held[0] is not record.ops:
+            held = self._kinds[key] = (record.ops, [_kind(record.phase, op.step) for op in record.ops])
+        return held[1]
 
 
 def profile_rows(ranks: Sequence[Counts], expected: Expected | None = None) -> list[ProfileRow]:

@@ -10,7 +10,6 @@ where it enters in float32, and rows selected in between are selected of it too.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,29 +20,19 @@ from torch import Tensor
 from narrows.arch.stages import Field, RowSet, StageKind
 from narrows.comm.movers import Geometry, Mover
 from narrows.comm.world import RowNorm, World
+from narrows.engine.step_record import Op, StepRecord
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
 from narrows.ops.add_rows import add_rows
 from narrows.ops.encode_rows import decode_rows, encode_rows
 from narrows.plan.plan import Plan, Step, StepKind
 
-__all__ = ["Frame", "Operation", "Program", "Registers", "Repeated", "Wrap", "bind"]
+__all__ = ["Frame", "Operation", "Program", "Registers", "Wrap", "bind"]
 
 Registers = list[Any]
 Operation = Callable[[Registers, "Frame"], None]
 Wrap = Callable[[int | None, Step, tuple[int, ...], tuple[int, ...], Operation], Operation]
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
-
-
-class Repeated(ABC):
-    """An operation with something around it that need not be there each time: it is told how long a tape took."""
-
-    @abstractmethod
-    def __call__(self, registers: Registers, frame: Frame) -> None: ...
-
-    @abstractmethod
-    def repeated(self, registers: Registers, frame: Frame) -> Callable[[float], None]:
-        """Right after a call that was recorded: what takes the seconds of every repetition of it."""
 
 
 _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
@@ -64,10 +53,6 @@ class Frame:
     """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in; None: all."""
     out_rows: tuple[int, ...]
     """Rows that this rank leaves in each layout and row set that a stage writes into a send buffer."""
-    phase: str = "prefill"
-    """For profiles only: no operation depends on it."""
-    rehearsed: bool = False
-    """The rows are nobody's (:meth:`Worker.rehearse`): what counts steps leaves this one out."""
 
 
 class Program:
@@ -75,6 +60,8 @@ class Program:
 
     def __init__(self, binder: _Binder) -> None:
         self.operations = tuple(binder.operations)
+        self.ops = tuple(binder.ops)
+        """What each of them is."""
         self.repeatable = binder.repeatable
         """Whether a tape may stand in for the operations (`tapes.py`): nothing is around them that it would miss."""
         self._moves = tuple(binder.moves)
@@ -90,8 +77,6 @@ class Program:
         rows: RowSplit,
         logits: RowSplit,
         logit_rows: Sequence[int],
-        phase: str,
-        rehearsed: bool = False,
     ) -> Frame:
         """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected."""
         splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
@@ -109,16 +94,23 @@ class Program:
             geometries=tuple(mover.geometry(splits[row_set]) for mover, row_set in self._moves),
             selections=tuple(selections),
             out_rows=tuple(splits[row_set].num_rows(layout, self._rank) for layout, row_set in self._outs),
-            phase=phase,
-            rehearsed=rehearsed,
         )
 
-    def run(self, frame: Frame, ids: Tensor) -> Registers:
-        """Walk the plan once; the registers hold what :attr:`outputs` names."""
+    def run(self, frame: Frame, ids: Tensor, record: StepRecord | None = None) -> Registers:
+        """Walk the plan once; the registers hold what :attr:`outputs` names. ``record``: keep times there."""
         registers = self.registers(ids)
-        for operation in self.operations:
-            operation(registers, frame)
+        self.run_from(0, registers, frame, record)
         return registers
+
+    def run_from(self, number: int, registers: Registers, frame: Frame, record: StepRecord | None) -> None:
+        """Run the operations from ``number`` on."""
+        operations = self.operations if not number else self.operations[number:]
+        if record is None:
+            for operation in operations:
+                operation(registers, frame)
+            return
+        for at, operation in enumerate(operations, start=number):
+            record.run(at, operation, registers, frame)
 
     def registers(self, ids: Tensor) -> Registers:
         """The registers before the first operation."""
@@ -160,6 +152,7 @@ class _Binder:
     ) -> None:
         self.plan, self.model, self.world, self.fields = plan, model, world, fields
         self.operations: list[Operation] = []
+        self.ops: list[Op] = []
         self.repeatable = not checked
         self.registers: dict[str, int] = {plan.roles.input: 0}
         self.moves: list[tuple[Mover, RowSet]] = []
@@ -177,8 +170,9 @@ class _Binder:
                 operation = self._check(layer, step, operation)
             if wrap is not None:
                 bare, operation = operation, wrap(layer, step, reads, writes, operation)
-                self.repeatable &= operation is bare or isinstance(operation, Repeated)
+                self.repeatable &= operation is bare
             self.operations.append(operation)
+            self.ops.append(Op.of(layer, step, reads, writes))
 
     def _register(self, name: str) -> int:
         return self.registers.setdefault(name, len(self.registers))

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrows.comm.recording import Recording
 from narrows.comm.world import World
-from narrows.engine.program import Frame, Program, Registers, Repeated
+from narrows.engine.program import Frame, Program, Registers
 from narrows.engine.sampler import RowSampler
 from narrows.engine.scratch import Scratch
+from narrows.engine.step_record import OpCalls, StepRecord, Wants
 from narrows.layout import RowSplit
 from narrows.models.parts import Decoder
 from narrows.native import Tape, library
@@ -129,11 +130,14 @@ class _Walk:
         self.program, self.frame, self.inputs = program, frame, inputs
         self.fits = False
         self._stop = 0
-        self._told: list[tuple[int, int, Callable[[float], None]]] = []
+        self._calls, self._collectives = OpCalls(), OpCalls()
         self._registers: Registers = []
 
-    def record(self, world: World, scratch: Scratch) -> Registers | None:
-        """Walk all operations. None: the world cannot repeat its collectives, and nothing was done."""
+    def record(self, world: World, scratch: Scratch, record: StepRecord) -> Registers | None:
+        """Walk all operations. None: the world cannot repeat its collectives, and nothing was done.
+
+        ``record`` gets every operation's times, and from there the walk has what each leaves whenever it is repeated.
+        """
         self._tape = tape = Tape()
         recording, count = world.record(tape), 0
         if recording is None:
@@ -146,10 +150,12 @@ class _Walk:
                 for number, operation in enumerate(self.program.operations):
                     if not watcher.computed:
                         self._registers, self._stop, count = list(registers), number, tape.size
-                    operation(registers, self.frame)
+                    record.run(number, operation, registers, self.frame)
                     watcher.computed |= tape.size < count  # a compiled call that no tape repeats
-                    if not watcher.computed and isinstance(operation, Repeated):
-                        self._told.append((count, tape.size, operation.repeated(registers, self.frame)))
+                    if not watcher.computed:
+                        self._calls.add_last(record, count, tape.size)
+                        if record.ops[number].crossed:
+                            self._collectives.add_last(record, count, tape.size)
                 if not watcher.computed:
                     self._registers, self._stop, count = list(registers), number + 1, tape.size
         finally:
@@ -163,14 +169,13 @@ class _Walk:
         """Whether a good part of the walk is on the tape."""
         return self._stop > len(self.program.operations) // 2
 
-    def repeat(self, world: World) -> Registers:
+    def repeat(self, world: World, record: StepRecord | None) -> Registers:
         world.repeat(self.recording)
-        if not self.frame.rehearsed:
-            for first, stop, tell in self._told:
-                tell(self._tape.seconds(first, stop))
+        if record is not None:
+            calls = self._calls if record.wants is Wants.EVERY_OP else self._collectives
+            record.replayed(len(self._calls.numbers), calls, self._tape.times_ns)
         registers = list(self._registers)
-        for operation in self.program.operations[self._stop :]:
-            operation(registers, self.frame)
+        self.program.run_from(self._stop, registers, self.frame, record)
         return registers
 
 
@@ -210,22 +215,25 @@ class Tapes:
         *,
         lengths: Lengths = None,
         rehearsed: bool = False,
+        record: StepRecord | None = None,
     ) -> Ran | None:
         """A decode step, replayed or walked and recorded; None if it is to be walked without a tape.
 
         ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them. ``lengths``: as
-        :meth:`Decoder.begin_step` takes them. ``rehearsed``: as of a frame.
+        :meth:`Decoder.begin_step` takes them. ``rehearsed``: the rows are nobody's. ``record``: keep times there.
         """
         if not self.possible or not program.repeatable or batch.phase != "decode":
             return None
         key = program, rows, batch.logit_rows(), batch.needs_logits
         walk = self._walks.pop(key, None)
         if walk is None:
-            return None if key in self._unfit else self._record(key, tokens_of(batch), spans, begin, lengths, rehearsed)
+            if key in self._unfit:
+                return None
+            return self._record(key, tokens_of(batch), spans, begin, lengths, rehearsed, record)
         self._walks[key] = walk  # it is the newest now
         sampler = walk.inputs.set(tokens_of(batch), spans, begin, lengths)
-        walk.frame.inputs, walk.frame.rehearsed = walk.inputs.step, rehearsed
-        return Ran(walk.repeat(self._world), sampler, walk.inputs.step.rows, replayed=True)
+        walk.frame.inputs = walk.inputs.step
+        return Ran(walk.repeat(self._world, record), sampler, walk.inputs.step.rows, replayed=True)
 
     def _record(
         self,
@@ -235,17 +243,20 @@ class Tapes:
         begin: Begin,
         lengths: Lengths,
         rehearsed: bool,
+        record: StepRecord | None,
     ) -> Ran:
         program, rows, logit_rows, _ = key
         inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)), lengths)
         sampler = inputs.set(tokens, spans, begin, lengths)
         split = self._logit_split(rows, logit_rows)
-        frame = program.frame(inputs.step, rows, split, logit_rows, "decode", rehearsed)
+        frame = program.frame(inputs.step, rows, split, logit_rows)
         walk = _Walk(program, frame, inputs)
-        registers = walk.record(self._world, self._scratch)
+        whole = record or StepRecord(program.ops, "decode", Wants.EVERY_OP, self._model.place.device)
+        whole.wants = Wants.EVERY_OP
+        registers = walk.record(self._world, self._scratch, whole)
         if registers is None:
             self.possible = False  # and the sampler has been begun: the walk is made here all the same
-            registers = program.run(frame, inputs.ids_T.unsqueeze(-1))
+            registers = program.run(frame, inputs.ids_T.unsqueeze(-1), record)
             return Ran(registers, sampler, inputs.step.rows, replayed=False)
         if walk.fits and walk.is_worth_it:
             self._keep(key, walk, rehearsed)

@@ -1,9 +1,9 @@
-"""Records the first steps of an engine: when every rank ran each step of the plan, and what the host did meanwhile.
+"""Records the first steps of an engine: when every rank ran each operation, and what the host did meanwhile.
 
-Knows ranks, clocks and plans; not what becomes of the record (`plan.trace` writes it). Ranks keep four numbers per step
-of the plan, in arrays, for so many engine steps and no more; after that a bound step costs one comparison. Their clock
-is ``perf_counter``, on Linux CLOCK_MONOTONIC: the same for all processes of a host, and not between hosts. A GPU is
-waited for after every step, so that a step's time is its own; the run as a whole is slower for it.
+`plan.trace` writes the record. Ranks keep four numbers per operation, in arrays, for so many engine steps and no more;
+replayed steps are kept as op-by-op ones are. Their clock is ``perf_counter``, on Linux CLOCK_MONOTONIC: the same for
+all processes of a host, and not between hosts. A GPU is waited for after every operation, so that its time is its own;
+the run as a whole is slower for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from narrows.comm.device import finished, is_done_when_called
 from narrows.engine.calls import RankWorker
-from narrows.engine.collective_clock import crossing, received
-from narrows.engine.program import Frame, Operation, Registers
-from narrows.layout import MoveKind
-from narrows.plan.plan import Plan, Step
+from narrows.engine.step_record import StepRecord, Wants
+from narrows.plan.plan import Plan
 from narrows.plan.trace import HostSpan, TracedStep, TraceRun, Walk
 from narrows.ranks.calls import Ranks
 from narrows.sched.batch import Batch
@@ -41,9 +38,11 @@ _SPANS_PER_STEP = 8
 
 
 class Recorded(NamedTuple):
-    """What one rank has kept: of each walk where it ends in the arrays, and of each step of a plan four numbers."""
+    """What one rank has kept: of each walk where it ends in the arrays and how many of its operations were replayed,
+    and of each operation four numbers."""
 
     bounds: array[int]
+    replayed: array[int]
     starts: array[float]
     ends: array[float]
     rows: array[int]
@@ -55,66 +54,42 @@ class Recorded(NamedTuple):
             return Walk((), (), (), ())
         start, stop = self.bounds[number - 1] if number else 0, self.bounds[number]
         own = slice(start, stop)
-        return Walk(self.starts[own], self.ends[own], self.rows[own], self.received[own])
+        return Walk(self.starts[own], self.ends[own], self.rows[own], self.received[own], self.replayed[number])
 
 
 class StepTracer:
-    """Times of every step of one rank's walks; an instrument of :meth:`Engine.instrument`."""
+    """Keeps the first records of one rank's steps; a reader of :meth:`Engine.instrument`."""
 
     def __init__(self, worker: Worker, *, num_steps: int) -> None:
-        self._device = worker.place.device
-        self._waits = not is_done_when_called(self._device.type)
         self._left = num_steps
-        self._frame: Frame | None = None
         self._kept = _nothing()
+
+    @property
+    def wants(self) -> Wants:
+        """Nothing once as many steps as were asked for have been kept."""
+        return Wants.EVERY_OP if self._left else Wants.NOTHING
 
     def readings(self) -> Recorded:
         """What was recorded. Nothing is any more."""
-        kept, self._kept, self._left, self._frame = self._kept, _nothing(), 0, None
-        kept.bounds.append(len(kept.starts))
+        kept, self._kept, self._left = self._kept, _nothing(), 0
         return kept
 
-    def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
-    ) -> Operation:
-        move = step.move if step.move is not None and step.move.kind is not MoveKind.SLICE else None
-        crossed, left, encodings = crossing(step, reads, writes)
-        first = writes[0]
-
-        def traced(regs: Registers, frame: Frame) -> None:
-            if frame is not self._frame and not self._begins(frame):
-                return operation(regs, frame)
-            held = [regs[i].nbytes for i in crossed] if move is not None else ()
-            start = perf_counter()
-            operation(regs, frame)
-            if self._waits:
-                finished(self._device)
-            end = perf_counter()
-            came = 0
-            if move is not None:
-                fields = zip(held, left, encodings, strict=True)
-                came = sum(received(move, before, regs[i], encoding) for before, i, encoding in fields)
-            kept = self._kept
-            kept.starts.append(start)
-            kept.ends.append(end)
-            kept.rows.append(regs[first].shape[0])
-            kept.received.append(came)
-
-        return traced
-
-    def _begins(self, frame: Frame) -> bool:
-        """Whether a walk that has just begun is recorded."""
+    def take(self, record: StepRecord) -> None:
+        """Keep a step, if there is room for one more."""
         if not self._left:
-            return False
-        if self._frame is not None:
-            self._kept.bounds.append(len(self._kept.starts))
+            return
         self._left -= 1
-        self._frame = frame
-        return True
+        kept = self._kept
+        kept.starts.extend(record.starts)
+        kept.ends.extend(record.ends)
+        kept.rows.extend(record.rows)
+        kept.received.extend(record.received)
+        kept.replayed.append(record.num_replayed)
+        kept.bounds.append(len(kept.starts))
 
 
 def _nothing() -> Recorded:
-    return Recorded(array("q"), array("d"), array("d"), array("q"), array("q"))
+    return Recorded(array("q"), array("q"), array("d"), array("d"), array("q"), array("q"))
 
 
 @dataclass(slots=True)

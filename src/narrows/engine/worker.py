@@ -18,8 +18,9 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.world import World
-from narrows.engine.program import Frame, Operation, Program, Registers, Repeated, Wrap, bind
+from narrows.engine.program import Operation, Program, Wrap, bind
 from narrows.engine.sampler import Sampler
+from narrows.engine.step_record import Reader, StepRecord, StepRecorder, Wants
 from narrows.engine.tapes import Ran, Span, Tapes
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
@@ -35,7 +36,7 @@ __all__ = ["Instrument", "RowContext", "StepResult", "StepRun", "Worker", "logit
 
 @runtime_checkable
 class Instrument(Protocol):
-    """What is around steps and has something to tell."""
+    """What reads steps, or is around them, and has something to tell."""
 
     def readings(self) -> Any:
         """What was read since the last call; begins anew. Can be pickled."""
@@ -52,10 +53,11 @@ class RowContext(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRun:
-    """How one rank ran a step: replayed from a capture or not, how many collectives it came to, and the contexts of the
-    decode rows of its group as they lay in memory."""
+    """How one rank ran a step: replayed from a capture or not, the collectives by name, how many it came to, and the
+    contexts of the decode rows of its group as they lay in memory."""
 
     replayed: bool
+    collectives: tuple[str, ...]
     num_collectives: int
     contexts: tuple[RowContext, ...]
 
@@ -84,42 +86,13 @@ def logit_split(rows: RowSplit, logit_rows: tuple[int, ...]) -> RowSplit:
     return RowSplit(rows.mesh, tuple(counts))
 
 
-class _Told(Repeated):
-    """Several instruments around one operation, all of which a tape that repeats it tells."""
-
-    def __init__(self, layers: Sequence[Repeated]) -> None:
-        self._layers = layers
-
-    def __call__(self, registers: Registers, frame: Frame) -> None:
-        self._layers[-1](registers, frame)
-
-    def repeated(self, registers: Registers, frame: Frame) -> Callable[[float], None]:
-        tells = [layer.repeated(registers, frame) for layer in self._layers]
-
-        def tell(seconds: float) -> None:
-            for each in tells:
-                each(seconds)
-
-        return tell
-
-
-def _all_of(layers: Sequence[Operation]) -> Operation:
-    """The outermost of ``layers``, each of which is around the one before it; a tape may repeat it only if all of them
-    can be told."""
-    told = [layer for layer in layers if isinstance(layer, Repeated)]
-    if len(told) == len(layers):
-        return _Told(told)
-    outermost = layers[-1]
-    return lambda registers, frame: outermost(registers, frame)
-
-
 class Worker:
     """Runs the steps of one rank.
 
     Args:
         fields: the fields of the chain that plans are made from.
         page_size: tokens per page of the KV cache.
-        wrap: put around every bound step (profiling, verification); None for none.
+        wrap: put around every bound step (verification, faults); None for none.
         validate: check every plan before it is bound; only a test that plants a fault switches that off.
     """
 
@@ -138,7 +111,8 @@ class Worker:
         self._validate = validate
         self.world, self.place, self.fields, self.page_size = world, place, fields, page_size
         self.model: Decoder = build_model(config, source, place)
-        self._instruments: dict[str, Wrap] = {"": wrap(self)} if wrap else {}
+        self._wraps: dict[str, Wrap] = {"": wrap(self)} if wrap else {}
+        self._recorder = StepRecorder(place.device)
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
         self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
@@ -161,13 +135,18 @@ class Worker:
     def _step(self, batch: Batch, plan: Plan, *, keep_logits: bool, op_by_op: bool) -> StepResult:
         program = self._program(plan)
         came = self.world.num_collectives if keep_logits else 0
-        ran = (None if op_by_op else self._taped(program, batch)) or self._walk(program, batch)
+        least = Wants.COLLECTIVES if keep_logits else Wants.NOTHING
+        record = self._recorder.begin(program.ops, batch.phase, least)
+        ran = (None if op_by_op else self._taped(program, batch, record)) or self._walk(program, batch, record)
+        if record is not None:
+            self._recorder.end(record)
         self._samples = ran.registers[program.outputs["next_ids"]].flatten()
         if not keep_logits:
             return self._read(ran)
         logits = ran.registers[program.outputs["logits"]].clone()  # a capture writes there again
         run = StepRun(
             replayed=ran.replayed,
+            collectives=record.collectives() if record is not None else (),
             num_collectives=self.world.num_collectives - came,
             contexts=_contexts(ran.rows),
         )
@@ -181,8 +160,8 @@ class Worker:
             whether there is any use in more of them: False where no step can be on tape, or no further one has room.
         """
         program = self._program(plan)
-        if self._taped(program, batch, rehearsed=True) is None:
-            self._walk(program, batch, rehearsed=True)  # other ranks may have a tape, and wait for this one
+        if self._taped(program, batch, None, rehearsed=True) is None:
+            self._walk(program, batch, None)  # other ranks may have a tape, and wait for this one
         return self._tapes.possible and not self._tapes.full
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
@@ -198,37 +177,58 @@ class Worker:
         group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         return [length for chunk in group for length in chunk.lengths()]
 
-    def _taped(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> Ran | None:
+    def _taped(
+        self, program: Program, batch: Batch, record: StepRecord | None, *, rehearsed: bool = False
+    ) -> Ran | None:
         """As :meth:`_walk`, by or for a tape; None if there can be none."""
         rows, spans = self._rows_of(batch)
         begin = partial(self._sampler.begin, batch)
         return self._tapes.run(
-            program, batch, rows, self._tokens, spans, begin, lengths=self._lengths(batch), rehearsed=rehearsed
+            program,
+            batch,
+            rows,
+            self._tokens,
+            spans,
+            begin,
+            lengths=self._lengths(batch),
+            rehearsed=rehearsed,
+            record=record,
         )
 
-    def _walk(self, program: Program, batch: Batch, *, rehearsed: bool = False) -> Ran:
+    def _walk(self, program: Program, batch: Batch, record: StepRecord | None) -> Ran:
         """A walk of ``program``, operation by operation."""
         rows, spans = self._rows_of(batch)
         logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
         sampler = self._sampler.begin(batch, ids_T)
         inputs = self.model.begin_step(self._paged_rows(spans), sampler, lengths=self._lengths(batch))
-        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, batch.phase, rehearsed)
-        registers = program.run(frame, ids_T.unsqueeze(-1))  # a column: ids move as every field does
+        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows)
+        registers = program.run(frame, ids_T.unsqueeze(-1), record)  # a column: ids move as every field does
         return Ran(registers, sampler, inputs.rows, replayed=False)
 
-    def instrument(self, make: Callable[[Worker], Wrap] | None, name: str = "") -> None:
-        """Bind plans anew, with something else around their steps (see :meth:`Engine.instrument`)."""
-        self._instruments.pop(name, None)
-        if make is not None:
-            self._instruments[name] = make(self)
+    def instrument(self, make: Callable[[Worker], Wrap | Reader] | None, name: str = "") -> bool:
+        """Begin or end to read steps, or to put something around them (see :meth:`Engine.instrument`).
+
+        Returns:
+            whether plans are bound anew, so that no capture is left: not for a reader.
+        """
+        was_around = self._wraps.pop(name, None) is not None
+        self._recorder.readers.pop(name, None)
+        made = make(self) if make is not None else None
+        if isinstance(made, Reader):
+            self._recorder.readers[name] = made
+        elif made is not None:
+            self._wraps[name] = made
+        if not was_around and name not in self._wraps:
+            return False
         self._tapes.forget()
         self._programs.clear()
         self._signatures.clear()
+        return True
 
     def readings(self, name: str = "") -> Any:
         """What an instrument has read since it was asked last."""
-        instrument = self._instruments.get(name)
+        instrument = self._recorder.readers.get(name) or self._wraps.get(name)
         assert isinstance(instrument, Instrument), "no such instrument is around the steps"
         return instrument.readings()
 
@@ -280,20 +280,17 @@ class Worker:
         return program
 
     def _around(self) -> Wrap | None:
-        """All instruments as one, the first one innermost."""
-        if len(self._instruments) < 2:
-            return next(iter(self._instruments.values()), None)
-        wraps = tuple(self._instruments.values())
+        """All that is put around steps as one, the first innermost."""
+        if not self._wraps:
+            return None
+        wraps = tuple(self._wraps.values())
 
         def around(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            layers: list[Operation] = []
             for wrap in wraps:
-                bare, operation = operation, wrap(layer, step, reads, writes, operation)
-                if operation is not bare:
-                    layers.append(operation)
-            return operation if len(layers) < 2 else _all_of(layers)
+                operation = wrap(layer, step, reads, writes, operation)
+            return operation
 
         return around
 

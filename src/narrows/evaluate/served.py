@@ -178,12 +178,11 @@ def _cause(mesh: Mesh, batch: Batch, rank: int, served: StepResult, plain: StepR
             return f"a wrong slot: row {row} writes slot {got.slot} of the cache and not {wanted.slot}"
         if got.position != wanted.position:
             return f"a stale position: row {row} is at {got.position} and not {wanted.position}"
+    if ours.collectives != theirs.collectives:
+        left_out = next((name for name in theirs.collectives if name not in ours.collectives), "")
+        return f"a collective left out: {left_out}" if left_out else "other collectives, or in another order"
     if ours.num_collectives != theirs.num_collectives:
-        return (
-            f"a collective left out: {ours.num_collectives} were made and not {theirs.num_collectives}"
-            if ours.num_collectives < theirs.num_collectives
-            else f"a collective too many: {ours.num_collectives} were made and not {theirs.num_collectives}"
-        )
+        return f"{ours.num_collectives} collectives were made and not {theirs.num_collectives}"
     return ""
 
 

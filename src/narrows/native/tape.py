@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 from narrows.native.library import Library, library
 
@@ -51,9 +52,10 @@ class Tape:
         """Makes the calls, from :attr:`position` on. Returns 0, or what a call returned that is to be made again."""
         return int(self._run(*self._given))
 
-    def seconds(self, first: int, stop: int) -> float:
-        """How long calls ``first`` to ``stop - 1`` took in the last run."""
-        return (self._times[stop] - self._times[first]) * 1e-9
+    @property
+    def times_ns(self) -> Sequence[int]:
+        """When each call began in the last run, and when the last one ended: nanoseconds of CLOCK_MONOTONIC."""
+        return self._times[:]
 
     def __del__(self) -> None:
         self._library.narrows_tape_free(self._address)

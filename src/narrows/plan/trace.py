@@ -27,18 +27,20 @@ _HOST_TRACK, _STEP_TRACK, _RANK_TRACK = 1, 2, 1
 class Walk:
     """A plan as one rank walked it: one entry per step of the plan, in order, in seconds of the rank's clock.
 
-    ``rows`` that it has left, ``received``: bytes that came from other ranks (0 but for collectives).
+    ``rows`` that it has left, ``received``: bytes that came from other ranks (0 but for collectives). The first
+    ``num_replayed`` of them were replayed from a capture, without Python in between; 0: all ran op by op.
     """
 
     starts: Sequence[float]
     ends: Sequence[float]
     rows: Sequence[int]
     received: Sequence[int]
+    num_replayed: int = 0
 
     def moved(self, seconds: float) -> Walk:
         """The same walk by a clock that is so far ahead of this one."""
         starts, ends = ([time + seconds for time in times] for times in (self.starts, self.ends))
-        return Walk(starts, ends, self.rows, self.received)
+        return Walk(starts, ends, self.rows, self.received, self.num_replayed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +247,7 @@ def _rank_events(run: TraceRun, rank: int, pid: int, zero: float, *, host: int) 
             "predicted_us": _us(plan.seconds),
             "measured_us": round(end - start, 3),
             "bytes_received": sum(walk.received),
+            "ran": _ran(walk),
         }
         yield _span(f"walk {traced.phase}", "walk", pid, _RANK_TRACK, start, end, args)
         yield _flow("f", run, number, rank, pid, _RANK_TRACK, start)
@@ -253,6 +256,14 @@ def _rank_events(run: TraceRun, rank: int, pid: int, zero: float, *, host: int) 
             yield _span(
                 _title(step), _category(step), pid, _RANK_TRACK, at, to, _args(layer, step, walk, i, traced, to - at)
             )
+
+
+def _ran(walk: Walk) -> str:
+    """How the operations of a walk were run."""
+    if not walk.num_replayed:
+        return "op by op"
+    rest = len(walk.starts) - walk.num_replayed
+    return "replayed" if not rest else f"{walk.num_replayed} operations replayed, {rest} op by op"
 
 
 def _title(step: Step) -> str:

@@ -112,12 +112,10 @@ class ServiceTrace:
             return
         if self._state is _State.ASKED:
             self._tracer = engine.trace(self._asked_steps)
-            engine.prepare(engine.books.plans())
             self._state = _State.RUNNING
         tracer, recorded = self._tracer, self._recorded
         if self._state is _State.RUNNING and tracer is not None and (self._end_asked or tracer.done):
             recorded = self._recorded = engine.end_trace(tracer)
-            engine.prepare(engine.books.plans())
             recorded.add_done_callback(wake)
             self._state = _State.ENDING
         if recorded is not None and tracer is not None and recorded.done():
