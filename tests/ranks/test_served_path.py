@@ -40,7 +40,7 @@ FAULTS = pytest.mark.parametrize(
     [
         (lab.StaleLengths, 1, "a stale length: row 0 reads 2 tokens and not 25"),
         (lab.WrongSlots, 1, "a wrong slot: row 0 writes slot "),
-        (lab.LeftOutCollective, 0, "a collective left out: all_reduce_norm before final_norm"),
+        (lab.LeftOutCollective, 0, "a collective left out: all_reduce"),  # fused with the norm on some machines
     ],
 )
 
@@ -85,7 +85,8 @@ def test_distributions_are_of_replays_and_name_a_fault_in_one(
     assert well.served.fault is None and well.served.num_replayed == well.served.num_decode == num > 3
     assert served_line("bfloat16", [well.served]).startswith(f"served path: captured (bfloat16): {num} of {num} decode")
     fault = ill.served.fault
-    assert fault is not None and fault.rank == rank and fault.cause.startswith(cause[:12]) and 0 in fault.rows
+    assert fault is not None and fault.rank == rank and fault.cause.startswith(cause[:12])
+    assert 0 in fault.rows or plant is lab.WrongSlots, "there the cache still holds what the sound run has written"
     found = Measured(dtype="bfloat16", alone=False, distance=ill)
     failures = LayoutResult(layout="all-reduce", scores=(), distances=(found,), quantization="int8").failures
     assert failures == (f"distributions in bfloat16, batched: {fault}",), "bits are the same whatever is rounded"
