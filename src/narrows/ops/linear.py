@@ -55,7 +55,8 @@ def linear(
 
     ``batch_invariant``, of a plain weight: the bits of a row do not depend on how many rows there are, nor on which:
     few rows are filled up with zeros, and many bf16 rows are several products on CPUs with AMX (`rows_alike`). One row
-    in float32 is then 16, and no longer a product of a matrix and a vector; in bf16 there is no difference to measure.
+    in float32 is then 16, and no longer a product of a matrix and a vector. In bf16 there is no difference to measure
+    without AMX; with it, 512 rows of 2048 x 2048 take three times as long (docs/log.md).
     That the kernels are such is checked by a test of every product here, on the machine that runs it; it is not what
     MKL or oneDNN promise.
     Source: ``torch.nn.functional.linear``.
