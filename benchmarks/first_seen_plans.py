@@ -1,4 +1,4 @@
-"""What the first step of a plan-book bucket pays for its plan: the search on the host, and binding on the ranks.
+"""What the first step of a plan-cache bucket pays for its plan: the search on the host, and binding on the ranks.
 
     python benchmarks/first_seen_plans.py MODEL [--tp 2] [--dp 1] [--ranks processes] [--warm S]
 
@@ -51,7 +51,7 @@ def main() -> None:
     started = perf_counter()
     with Engine(resolve(asked), warm_s=args.warm) as engine:
         start_s = perf_counter() - started
-        plans = engine.books.plans()
+        plans = engine.plans.values()
         engine.ranks.submit(RankWorker.prepare, plans).result()
         bind_s = perf_counter() - started - start_s
         found = [measure(engine, phase, rows) for phase, rows in STEPS]
@@ -75,7 +75,7 @@ def measure(engine: Engine, phase: str, rows: int) -> dict[str, Any]:
         return 1e3 * (perf_counter() - start)
 
     start = perf_counter()
-    plan = engine.books.plan_for(batch)
+    plan = engine.plans.plan_for(batch)
     search = 1e3 * (perf_counter() - start)
     empty = median(prepared() for _ in range(5))
     bind = max(prepared(plan) - empty, 0.0)

@@ -77,7 +77,7 @@ def main() -> None:
 def steps(engine: Engine, rows: int) -> list[float]:
     """Milliseconds of some steps of so many rows, one after the other; the plan of the first is bound before."""
     batch = StepWork(rows=rows, phase="decode", context=64).batch_for(engine)
-    plan = engine.books.plan_for(batch)
+    plan = engine.plans.plan_for(batch)
     engine.ranks.submit(RankWorker.prepare, (plan,)).result()
     return [1e3 * (end - start) for start, end in (run_steps(engine, batch, plan, 1) for _ in range(_TIMES + 1))]
 

@@ -156,5 +156,5 @@ class Backend(Protocol):
         ...
 
     def info(self) -> dict[str, Any]:
-        """What runs: config, mesh, ranks, transport, plan book, prices' sources; plain values for JSON."""
+        """What runs: config, mesh, ranks, transport, plan cache, prices' sources; plain values for JSON."""
         ...

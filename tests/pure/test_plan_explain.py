@@ -18,7 +18,7 @@ from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
-from narrows.plan import book, crossovers, explain
+from narrows.plan import cache, crossovers, explain
 from narrows.plan.crossovers import RowRange, Sweep, row_ranges, spread
 from narrows.plan.explain import compare, describe, main_segment, segment_difference, why
 from narrows.plan.named import applicable_layouts
@@ -40,7 +40,7 @@ def step_of(mesh: Mesh, rows: int, phase: str = "prefill") -> StepShape:
     return StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=4096)
 
 
-@pytest.mark.parametrize("module", [book, crossovers, explain], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [cache, crossovers, explain], ids=lambda module: module.__name__)
 def test_doctests(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted and not result.failed

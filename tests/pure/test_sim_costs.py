@@ -17,7 +17,7 @@ from narrows.cost.measured import Measured, StepTable
 from narrows.cost.stage import Pricer
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.plan.book import PlanBook
+from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.deploy import form_mix
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.plan.planner import Deployment, Planner, choose_forms
@@ -57,9 +57,9 @@ def batch(*groups: list[tuple[int, int]]) -> Batch:
 def test_a_plan_priced_again_at_its_own_shape_costs_what_it_did(model: str, dp: int, tp: int, encode_rows: str) -> None:
     for layout in applicable_layouts(preset(model), Mesh.of(dp=dp, tp=tp)):
         by = planner(model, dp, tp, layout, encode_rows)
-        book = PlanBook(by, layout, CONTEXT)
+        cache = PlanCache(by, layout, CONTEXT)
         for phase, rows in (("prefill", 1500), ("prefill", 3), ("decode", 7), ("decode", 200)):
-            plan = book.plan_for(phase, (rows,) * dp, rows * dp if phase == "decode" else 2)
+            plan = cache.plan_of(PlanKey.of(phase, (rows,) * dp, rows * dp if phase == "decode" else 2))
             d = by.deployment
             prices = Pricer(d.device, d.mesh, plan.shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
             priced = Repricer(plan, by.graph(layout)).at(prices)

@@ -53,7 +53,7 @@ def test_processes_give_the_bits_of_threads_under_every_layout(speaking_v3: Path
         for step, batch in enumerate(script):
             wanted = None
             for layout in layouts:
-                plan = threads.books.of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                plan = threads.plans.cache_of(layout).plan_for(batch)
                 wanted, got = threads.run_plan(batch, plan), processes.run_plan(batch, plan)
                 for rank, (theirs, mine) in enumerate(zip(wanted, got, strict=True)):
                     assert mine.ids == theirs.ids, (step, layout, rank)
@@ -87,7 +87,7 @@ def test_encoded_rows_have_the_bits_of_threads(
     layouts = ("attn-tp-input-scattered", "sequence-parallel")
     with Engine(resolve(asked, Forms())) as threads:
         steps = [
-            (batch, threads.books.of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows))
+            (batch, threads.plans.cache_of(layout).plan_for(batch))
             for batch in script_batches(script, threads)
             for layout in layouts
         ]
@@ -109,7 +109,7 @@ def script_batches(script: Script, engine: Engine) -> list[Batch]:
     """The script's batches, fed with what the engine samples."""
     batches = []
     for batch in script:
-        plan = engine.books.current.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        plan = engine.plans.current.plan_for(batch)
         script.sampled(batch, engine.run_plan(batch, plan)[0].ids)
         batches.append(batch)
     return batches

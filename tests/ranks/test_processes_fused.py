@@ -70,7 +70,7 @@ def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int,
     with Engine(resolve(asked, Forms())) as engine:
         for batch in script:
             for layout in layouts:
-                plan = engine.books.of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                plan = engine.plans.cache_of(layout).plan_for(batch)
                 one = in_one(plan)
                 one.validate()
                 wanted, got = engine.run_plan(batch, plan), engine.run_plan(batch, one)

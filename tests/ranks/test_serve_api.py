@@ -218,7 +218,7 @@ def test_models_and_tokens(server: ServerProcess, client: OpenAI, alone: LLM) ->
     back = httpx.post(f"{server.url}/detokenize", json={"tokens": found["tokens"][1:]}, headers=headers).json()
     assert back["prompt"] == SEA
     info = httpx.get(f"{server.url}/server_info", headers=headers).json()
-    assert info["backend"]["mesh"] == {"dp": 1, "tp": 2} and info["backend"]["plan_book"]
+    assert info["backend"]["mesh"] == {"dp": 1, "tp": 2} and info["backend"]["plan_cache"]
     assert info["backend"]["collectives"].startswith("gloo" if why_absent() else "shared memory")
 
 

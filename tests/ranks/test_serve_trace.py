@@ -51,8 +51,8 @@ def test_a_trace_over_http(tmp_path: Path) -> None:
         assert client.post("/stop_profile").json()["steps"] == 6
         check(json.loads(gzip.decompress(file.read_bytes())), 6)
         info = client.get("/server_info").json()["backend"]
-        assert len(info["plan_book"]) > 20, "it has planned ahead"
-        assert sum(plan["steps"] for plan in info["plan_book"]) == 6
+        assert len(info["plan_cache"]) > 20, "it has planned ahead"
+        assert sum(plan["steps"] for plan in info["plan_cache"]) == 6
         metrics = client.get("/metrics").text
         assert "narrows_plan_measured_seconds_total" in metrics
         assert server.stop() == 0

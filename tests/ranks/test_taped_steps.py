@@ -169,7 +169,7 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: 
         engine.readings()
         work = StepWork(rows=3 * dp, phase="decode", context=10)
         batch = work.batch_for(engine)
-        plan = engine.books.plan_for(batch)
+        plan = engine.plans.plan_for(batch)
         run_steps(engine, batch, plan, 1)
         assert engine.readings() == [(0, plan.num_steps)] * 2
         for way, want in zip(WAYS, wanted, strict=True):
@@ -187,7 +187,7 @@ def test_collectives_of_rehearsals_are_nobodys(rehearsing: Engine) -> None:
     engine = rehearsing
     engine.instrument(CollectiveClock)
     batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
-    plan = engine.books.plan_for(batch)
+    plan = engine.plans.plan_for(batch)
     run_steps(engine, batch, plan, 1)
     of_one = _calls(engine)
     assert of_one > 0
@@ -236,7 +236,7 @@ def test_ranks_need_not_agree_on_what_is_on_tape(tiny_model) -> None:  # type: i
         engine.instrument(lab.LittleRoomOnRank1)
         engine.instrument(lab.StepsSeen, "seen")
         batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
-        run_steps(engine, batch, engine.books.plan_for(batch), 1)  # now one rank has a tape of it, and one never will
+        run_steps(engine, batch, engine.plans.plan_for(batch), 1)  # now one rank has a tape of it, and one never will
         assert rehearse(engine) == 2 * 2
         assert texts(engine, None) == wanted
         (_, repeated), (_, never) = engine.readings("seen")
@@ -250,7 +250,7 @@ def test_a_rehearsal_drives_no_tape_out(tiny_model, limit: str, monkeypatch: pyt
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         batch = StepWork(rows=40, phase="decode", context=10).batch_for(engine)
-        plan = engine.books.plan_for(batch)
+        plan = engine.plans.plan_for(batch)
         run_steps(engine, batch, plan, 1)
         assert rehearse(engine) == 3, "two have room, and with the third that has none they end"
         engine.readings()

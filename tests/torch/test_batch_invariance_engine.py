@@ -169,7 +169,7 @@ def test_under_every_layout(tiny_model: Any, kind: str, dp: int, tp: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
-def test_where_the_book_would_sum_in_another_order(
+def test_where_the_cache_would_sum_in_another_order(
     tiny_model: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Priced for a device whose plans go other ways for few rows and many; without the one plan it is seen."""
@@ -177,15 +177,15 @@ def test_where_the_book_would_sum_in_another_order(
     with RecordingEngine(resolved(tiny_model("v3"), 2, 2, **options)) as engine:
         check(engine)
     with RecordingEngine(resolved(tiny_model("v3"), 2, 2, **options)) as engine:
-        book = engine.books._of_logits
+        cache = engine.plans._of_logits
 
         def planned(batch: Batch, *, keep_logits: bool = False) -> Plan:
-            return book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+            return cache.plan_for(batch)
 
-        monkeypatch.setattr(engine.books, "plan_for", planned)
+        monkeypatch.setattr(engine.plans, "plan_for", planned)
         with pytest.raises(AssertionError, match=r"on rank 0: .* numbers, by up to"):
             check(engine)
-        assert len({plan.signature() for _, plan in book.plans()}) > 1, "take a device whose plans differ"
+        assert len({plan.signature() for _, plan in cache.items()}) > 1, "take a device whose plans differ"
 
 
 @pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.full), "v3"])
@@ -205,7 +205,7 @@ def test_one_plan_runs_at_every_step_and_gives_logits(tiny_model: Any) -> None:
             assert [step.name for _, step in plan.steps()][-1] == "sample"
             chunk = Chunk(request=0, start=0, tokens=(1, 2), pages=(1,), num_logits=1)
             for batch in (Batch(groups=((chunk,), ())), Batch(groups=((), (chunk,) * 100))):
-                assert engine.books.plan_for(batch) is plan
+                assert engine.plans.plan_for(batch) is plan
     assert resolve(EngineConfig(model=str(tiny_model("v3")), tp=2)).plan is None
 
 

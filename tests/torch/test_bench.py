@@ -268,8 +268,8 @@ def test_variants_share_an_engine_unless_options_differ(folder: Path) -> None:
         assert [one.name for one in running] == ["auto", "all-reduce", "auto, tp=1,batch-invariant=yes"]
         assert running[0].shared is running[1].shared is not running[2].shared
         assert running[2].resolved.asked.batch_invariant and running[2].resolved.mesh.size == 1
-        assert running[1].engine().books.current.layout == "all-reduce"
-        assert running[0].engine().books.current.layout == "auto"
+        assert running[1].engine().plans.current.layout == "all-reduce"
+        assert running[0].engine().plans.current.layout == "auto"
 
 
 def test_a_pinned_plan_refuses_other_layouts(folder: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_pinned_plan_refuses_other_layouts(folder: Path) -> None:
         Engine(resolve(EngineConfig(model=str(folder), tp=2, batch_invariant=True))) as engine,
         pytest.raises(ConfigError, match="one plan runs at every step"),
     ):
-        engine.books.use("all-reduce")
+        engine.plans.select("all-reduce")
 
 
 def test_ranks_have_the_threads_that_were_asked_for(folder: Path) -> None:

@@ -29,7 +29,7 @@ from narrows.engine.program import Wrap
 from narrows.engine.recorder import Recorder
 from narrows.engine.worker import StepResult, Worker
 from narrows.layout import Layout, Move, MoveKind, deal
-from narrows.plan.book import PlanBook
+from narrows.plan.cache import PlanCache
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts, named_layout
 from narrows.plan.plan import Plan, StepKind
@@ -183,10 +183,10 @@ class Sharded:
         self.workers.append(worker)
         return self.recorder.wrap(worker)
 
-    def book(self, layout: str) -> Callable[[Batch], Plan]:
+    def plans_of(self, layout: str) -> Callable[[Batch], Plan]:
         """How a step gets its plan under a named layout."""
-        book = self.engine.books.of(layout)
-        return lambda batch: book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        cache = self.engine.plans.cache_of(layout)
+        return lambda batch: cache.plan_for(batch)
 
     def run(self, where: str, plan_of: Callable[[Batch], Plan]) -> Iterator[tuple[str, Tensor, list[StepResult]]]:
         """(name, one rank's logits, every rank's result) of every step, with nothing in the cache at first."""
@@ -255,14 +255,14 @@ def check_all_layouts(folder: Path, steps: Steps) -> None:
     one = run_on_one_rank(folder, steps)
     with sharded(folder, one, layout="auto") as run:
         config, mesh, own = run.engine.resolved.config, run.engine.resolved.mesh, run.engine.resolved.forms
-        run.check("auto", run.book("auto"))
+        run.check("auto", run.plans_of("auto"))
     names = applicable_layouts(config, mesh)
     pinned = {named_layout(name, config, mesh).forms for name in names} - {None}
     assert pinned == {Forms()}
     with sharded(folder, one, Forms()) as run:
         for name in names:
             if name != "auto" or own != Forms():
-                run.check(name, run.book(name))
+                run.check(name, run.plans_of(name))
 
 
 # -- V3: the whole grid ----------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_every_set_of_forms_equals_one_rank(
         if sum(form != published[part] for part, form in asdict(forms).items()) not in num_changed:
             continue
         with sharded(folder, one, forms) as run:
-            run.check(f"auto with {forms}", run.book("auto"))
+            run.check(f"auto with {forms}", run.plans_of("auto"))
 
 
 # -- other families --------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_other_families_in_the_form_furthest_from_the_published(
     resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
     forms = form_choices(resolved.config, resolved.mesh)[-1]
     with sharded(folder, run_on_one_rank(folder, steps), forms) as run:
-        run.check(f"auto with {forms}", run.book("auto"))
+        run.check(f"auto with {forms}", run.plans_of("auto"))
 
 
 # -- plans that no price would choose --------------------------------------------------------------------------------
@@ -471,7 +471,7 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
     with sharded(folder, one, forms) as run:
         mesh = run.engine.resolved.mesh
         graph, shape = (
-            Graph(run.engine.books.planner.chain, mesh, AUTO, fuses_norms=True),
+            Graph(run.engine.plans.planner.chain, mesh, AUTO, fuses_norms=True),
             StepShape.of(mesh, (2, 2), phase="prefill", context=4),
         )
         plans = [
@@ -532,7 +532,7 @@ def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable
         resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
         forms = form_choices(resolved.config, resolved.mesh)[index]
         with sharded(folder, one, forms) as run:
-            planner, mesh = run.engine.books.planner, run.engine.resolved.mesh
+            planner, mesh = run.engine.plans.planner, run.engine.resolved.mesh
             graph, d = Graph(planner.chain, mesh, AUTO, fuses_norms=True), planner.deployment
 
             def plan_of(batch: Batch, graph: Graph = graph, d: Deployment = d) -> Plan:
@@ -563,7 +563,7 @@ def test_the_best_token_without_gathering_logits_is_the_same(tiny_model: Callabl
         plans = []
 
         def plan_of(batch: Batch) -> Plan:
-            plans.append(run.book("auto")(batch))
+            plans.append(run.plans_of("auto")(batch))
             return plans[-1]
 
         for name, want, results in run.run("auto", plan_of):
@@ -589,16 +589,16 @@ def test_layouts_that_take_the_same_sums_by_other_moves_give_the_same_bits(
 ) -> None:
     """All-reduce, or reduce-scatter and gather: sums in float32 in rank order, so the route does not show."""
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=200)
-    books: list[PlanBook] = []
+    caches: list[PlanCache] = []
     runs: list[list[list[StepResult]]] = []
     with Engine(resolve(asked_for(folder, steps, dp=dp, tp=tp, dtype=dtype), Forms())) as engine:
         for layout in layouts:
-            books.append(engine.books.of(layout))
+            caches.append(engine.plans.cache_of(layout))
             runs.append([])
             for _, batch in steps.named:
-                plan = books[-1].plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                plan = caches[-1].plan_for(batch)
                 runs[-1].append(engine.run_plan(batch, plan))
-    moves = [{step.name for _, plan in book.plans() for _, step in plan.steps()} for book in books]
+    moves = [{step.name for _, plan in cache.items() for _, step in plan.steps()} for cache in caches]
     assert "reduce_scatter" not in moves[0] and "all_reduce" not in moves[1]
     for (name, _), first, second in zip(steps.named, *runs, strict=True):
         for rank, (a, b) in enumerate(zip(first, second, strict=True)):

@@ -54,7 +54,7 @@ def run(engine: Engine, batch: Batch, layout: str) -> list[StepResult]:
 
 
 def plan_of(engine: Engine, batch: Batch, layout: str) -> Plan:
-    return engine.books.of(layout).plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+    return engine.plans.cache_of(layout).plan_for(batch)
 
 
 def patched(rank: int, layer: int, stage: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:

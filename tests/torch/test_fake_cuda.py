@@ -59,7 +59,7 @@ from narrows.models import moe
 from narrows.models.parts import Place
 from narrows.models.registry import EXECUTABLE
 from narrows.ops import mlp
-from narrows.plan.book import BookKey, PlanBook
+from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.plan.plan import Step
 from narrows.plan.planner import Planner
@@ -326,7 +326,7 @@ class Ranks:
         }
         with torch.inference_mode(), self.fake:
             self.workers = [self._worker(rank) for rank in ranks]
-        self.books: dict[str, dict[bool, PlanBook]] = {}
+        self.plans: dict[str, dict[bool, PlanCache]] = {}
 
     def _worker(self, rank: int) -> FakeWorker:
         resolved: Resolved = self.resolved
@@ -372,12 +372,12 @@ class Ranks:
 
     def walk(self, batches: Sequence[Batch], layout: str) -> None:
         """Run the batches, in order, on every one of the ranks."""
-        if layout not in self.books:
-            self.books[layout] = {want: PlanBook(planner, layout, 1024) for want, planner in self.planners.items()}
-        books = self.books[layout]
+        if layout not in self.plans:
+            self.plans[layout] = {want: PlanCache(planner, layout, 1024) for want, planner in self.planners.items()}
+        caches = self.plans[layout]
         for worker in self.workers:
             for batch in batches:
-                plan = books[batch.needs_logits].plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+                plan = caches[batch.needs_logits].plan_for(batch)
                 before = worker.num_reads
                 with torch.inference_mode(), self.fake, self.guard:
                     worker.step(batch, plan)
@@ -440,7 +440,7 @@ SAMPLED_AGAIN = Batch(
     groups=((chunk(5, 6, [sample_ref(1)], 1, sampling=EVERY, num_prompt=6), chunk(0, 93, [sample_ref(2)], 1)), ())
 )
 STEPS = (PREFILL, DECODE, MIXED)
-KEY = BookKey.of(PREFILL.phase, PREFILL.group_rows, PREFILL.num_logit_rows)
+KEY = PlanKey.of(PREFILL.phase, PREFILL.group_rows, PREFILL.num_logit_rows)
 
 
 def test_every_executable_family_is_here() -> None:
@@ -501,7 +501,7 @@ def test_encoded_rows_stay_on_the_device_and_never_wait(
 ) -> None:
     run = Ranks(FAMILIES[family], tmp_path, Forms(), ranks, encode_rows=encode_rows)
     for layout in ("sequence-parallel", "norm-before-gather"):
-        assert run.planners[False].plan(PlanBook(run.planners[False], layout, 1024).shape(KEY), layout).encodings
+        assert run.planners[False].plan(PlanCache(run.planners[False], layout, 1024).shape(KEY), layout).encodings
         run.walk(STEPS, layout)
 
 

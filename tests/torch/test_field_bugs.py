@@ -250,7 +250,7 @@ def run(
             before(workers)
         for number, batch in enumerate(batches):
             recorder.begin(number)
-            plan = engine.books.current.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+            plan = engine.plans.current.plan_for(batch)
             out.steps.append(engine.run_plan(batch, plan))
         if after is not None:
             after(workers)
@@ -701,7 +701,7 @@ def test_ranks_that_have_failed_say_so_at_once(
     with noticed(mistake, monkeypatch), monkeypatch.context() as patch:
         fault(patch)
         with Engine(resolve(asked)) as engine:
-            plans = [engine.books.current.plan_for(b.phase, b.group_rows, b.num_logit_rows) for b in work.batches]
+            plans = [engine.plans.current.plan_for(b) for b in work.batches]
             steps = [
                 engine.ranks.submit(RankWorker.step, *step, True) for step in zip(work.batches, plans, strict=True)
             ]

@@ -135,7 +135,7 @@ def test_collectives_are_counted(serve: Callable[..., EngineService], monkeypatc
     info = service.info()
     assert info["mesh"] == {"dp": 1, "tp": 2} and info["layout"] == "all-reduce"
     assert sum(entry["steps"] for entry in info["steps_run"]) == 4
-    assert all(plan["price_sources"] and plan["moves"] for plan in info["plan_book"])
+    assert all(plan["price_sources"] and plan["moves"] for plan in info["plan_cache"])
 
 
 def test_what_can_never_run_is_refused_at_once(serve: Callable[..., EngineService]) -> None:

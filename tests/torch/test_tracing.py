@@ -21,7 +21,7 @@ from narrows.engine.step_record import StepRecord
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.layout import MoveKind
-from narrows.plan.book import BookKey
+from narrows.plan.cache import PlanKey
 from narrows.plan.evidence import Evidence
 from narrows.sched.batch import Batch, Chunk
 from narrows.service import service as service_module
@@ -105,8 +105,8 @@ def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine:
     run = tracer.run(engine.end_trace(tracer).result(), "one")
     decode = [step for step in run.steps if step.phase == "decode"]
     assert {step.plan.shape.rows.total for step in decode} >= {1, 8}
-    book = engine.books.current
-    assert all(step.plan is book.plan_for("decode", step.group_rows, step.logit_rows) for step in decode)
+    cache = engine.plans.current
+    assert all(step.plan is cache.plan_of(PlanKey.of("decode", step.group_rows, step.logit_rows)) for step in decode)
 
 
 def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
@@ -117,8 +117,10 @@ def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     for _ in engine.run():
         pass
     rows = profile_rows(engine.readings(), expected)
-    plans = engine.books.current
-    total = plans.plan_for("prefill", (3,), 1).seconds + 2 * plans.plan_for("decode", (1,), 1).seconds
+    plans = engine.plans.current
+    total = (
+        plans.plan_of(PlanKey.of("prefill", (3,), 1)).seconds + 2 * plans.plan_of(PlanKey.of("decode", (1,), 1)).seconds
+    )
     assert sum(row.predicted for row in rows) == pytest.approx(total, rel=1e-6)
     slices = [row for row in rows if not row.predicted]
     assert all(row.ratio is None for row in slices) and len(slices) < len(rows)
@@ -181,13 +183,13 @@ def test_a_bucket_that_is_off_is_told_once(engine: Engine) -> None:
     now, lines = 0.0, []
     for _ in range(9):
         for batch, factor in ((slow, 3.0), (fast, 1.9)):
-            plan = engine.books.plan_for(batch)
+            plan = engine.plans.plan_for(batch)
             lines.append(times.ended(batch, plan, [now - 1.0, now + factor * plan.seconds]))  # handed out long before
             now += factor * plan.seconds
     (line,) = filter(None, lines[2:])
     assert lines.index(line) == 4 and line.startswith("decode steps of up to 1 rows (1 sampled; auto) take ")
     assert "(3 times, median of the last 3)" in line and line.endswith("run narrows calibrate")
-    found = times.documents()[id(engine.books.plan_for(fast))]
+    found = times.documents()[id(engine.plans.plan_for(fast))]
     assert found["steps"] == 9 and found["measured_over_predicted"] == pytest.approx(1.9, rel=0.01)
     predicted, measured = times.classes["decode", 2, "auto"]
     assert measured == pytest.approx(1.9 * predicted, rel=0.01)
@@ -198,7 +200,7 @@ def test_a_bucket_that_is_off_is_told_once(engine: Engine) -> None:
 def test_predictions_of_prefill_are_in_proportion_to_rows(engine: Engine) -> None:
     times = StepTimes(DriftRule())
     batch = batch_of(17, "prefill")
-    plan = engine.books.plan_for(batch)
+    plan = engine.plans.plan_for(batch)
     assert plan.shape.rows.total == 24
     times.ended(batch, plan, [0.0, 1.0])
     assert times.classes["prefill", 24, "auto"].predicted == pytest.approx(plan.seconds * 17 / 24)
@@ -213,18 +215,18 @@ def test_predictions_of_prefill_are_in_proportion_to_rows(engine: Engine) -> Non
 
 def test_plans_are_made_while_ranks_load_and_steps_find_them(tiny_model: TinyModel) -> None:
     with Engine(config(tiny_model, tp=2), warm_s=30.0) as engine:
-        made = dict(engine.books.planned())
-        assert BookKey("decode", 256, 256, 256) in made and BookKey("prefill", 2048, 2048, 1) in made
-        assert engine.books.plan_ahead() is None, "all that can be expected are made"
-        before = engine.books.plans()
+        made = dict(engine.plans.items())
+        assert PlanKey("decode", 256, 256, 256) in made and PlanKey("prefill", 2048, 2048, 1) in made
+        assert engine.plans.plan_ahead() is None, "all that can be expected are made"
+        before = engine.plans.values()
         engine.prepare(before)
         run_all(engine)
-        assert engine.books.plans() == before
+        assert engine.plans.values() == before
         said = "predictions for cpu-core rest on unmeasured prices: prefill of 2048 rows"
-        assert engine.books.evidence().startswith(said)
+        assert engine.plans.evidence().startswith(said)
         assert Evidence.of(*before).unmeasured == 1.0
     with Engine(config(tiny_model)) as engine:
-        assert not engine.books.planned(), "nothing is planned ahead unless it is asked for"
+        assert not engine.plans.items(), "nothing is planned ahead unless it is asked for"
 
 
 # -- a service ---------------------------------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def test_a_service_has_predicted_beside_measured(
     assert set(stats.plan_seconds) == set(stats.plans)
     assert all(predicted > 0 and measured > 0 for predicted, measured in stats.plan_seconds.values())
     assert stats.predicted_collectives and min(stats.predicted_collectives.values()) > 0
-    ran = {(plan["for"]["phase"], plan["for"]["rows"]): plan for plan in info["plan_book"] if plan["steps"]}
+    ran = {(plan["for"]["phase"], plan["for"]["rows"]): plan for plan in info["plan_cache"] if plan["steps"]}
     assert set(ran) == {("prefill", 3), ("decode", 1)} and ran["decode", 1]["steps"] == 49
     assert ran["decode", 1]["measured_ms_median"] > 0 and not ran["decode", 1]["gives_logits"]
     assert info["price_evidence"] == service.evidence and info["drift_factor"] == 1.0001
@@ -322,5 +324,5 @@ def test_where_one_plan_runs_every_step_nothing_is_held_against_it(
 def test_an_idle_service_plans_ahead(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "_WARM_S", 0.0)
     service = serve()
-    eventually(lambda: len(service.info()["plan_book"]) >= 250)
+    eventually(lambda: len(service.info()["plan_cache"]) >= 250)
     ask(service)

@@ -90,7 +90,7 @@ def latency(
         ways |= {f"{kind}, {one.name}": partial(_measure, one, work, kind) for kind in works for one in running}
         found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
         resolved = {one.name: one.resolved for one in running}
-        evidence = running[0].engine().books.evidence()
+        evidence = running[0].engine().plans.evidence()
         experts = {(one.name, batch): hit for (one, batch), hit in hits.items()}
     allowed = found[CALIBRATION]
     series = []

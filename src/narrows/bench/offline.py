@@ -54,7 +54,7 @@ def offline(
         alone = len({id(one.shared) for one in running}) == 1
         ways = {one.name: partial(_run, one, work, memory) for one in running}
         found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
-        evidence = running[0].engine().books.evidence()
+        evidence = running[0].engine().plans.evidence()
     name = f"{work.num_requests} x ({work.input_length} in, {work.output_length} out)"
     outputs, inputs = work.num_requests * work.output_length, work.num_requests * work.input_length
 

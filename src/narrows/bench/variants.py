@@ -45,7 +45,7 @@ class Contestant:
     layout: str
 
     def engine(self) -> Engine:
-        self.shared.books.use(self.layout)
+        self.shared.plans.select(self.layout)
         return self.shared
 
     @property

@@ -260,7 +260,7 @@ def _ends_first(rows: Sequence[int]) -> list[int]:
 
 
 def _time(tables: Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: float) -> float:
-    """Run the step for ``seconds``, one handed out ahead as an engine does, and book what each of its steps took; how
+    """Run the step for ``seconds``, one handed out ahead as an engine does, and add up what each of its steps took; how
     long one was.
 
     Of a long step one run is enough; of a short one the first three do not count: they meet cold code, and one is

@@ -95,7 +95,7 @@ class StepWork:
             context=self.length(max(batch.group_rows)),
             logit_rows=batch.num_logit_rows,
         )
-        return engine.resolved.plan or engine.books.planner.plan(shape, layout)
+        return engine.resolved.plan or engine.plans.planner.plan(shape, layout)
 
     def _spans(self, rows: int, length: int) -> list[tuple[int, int]]:
         """First and last position of every sequence's rows in a group."""

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         notes.print(f"forms: {form_words(resolved.config, resolved.forms)}")
         if resolved.mesh.size > 1:
             notes.print(f"collectives: {llm.engine.ranks.transport}")
-        for note in filter(None, (*resolved.notes, llm.engine.books.evidence())):
+        for note in filter(None, (*resolved.notes, llm.engine.plans.evidence())):
             notes.print(f"note: {note}")
         expected = Expected()
         if args.profile:

@@ -143,7 +143,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DriftRule().factor,
         metavar="X",
-        help="say once per plan-book bucket that its steps are off their prediction by more (default %(default)s)",
+        help="say once per plan-cache bucket that its steps are off their prediction by more (default %(default)s)",
     )
     life.add_argument("--no-restart", action="store_true", help="end with an error when a rank dies")
 

@@ -32,11 +32,11 @@ from narrows.plan.deploy import (
     DEFAULT_REQUESTS,
     DEFAULT_ROWS,
     PAGE_SIZE,
-    book_context,
     form_mix,
     limits_of,
     loaded_dtype,
     longest_context,
+    priced_context,
 )
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
@@ -130,7 +130,7 @@ class Resolved:
     deployment: Deployment
     forms: Forms
     plan: Plan | None
-    """The one plan that runs at every step: a saved one, or a pinned one for ``batch_invariant``; None: the book's."""
+    """The one plan that runs at every step: saved, or the only one for ``batch_invariant``; None: plans are cached."""
     dtype: torch.dtype
     limits: Limits
     notes: tuple[str, ...]
@@ -374,6 +374,6 @@ def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limi
     """
     mesh = deployment.mesh
     rows = (INVARIANT_CHUNK,) * mesh.num_groups
-    context = book_context(limits.max_context)
+    context = priced_context(limits.max_context)
     shape = StepShape.of(mesh, rows, phase="prefill", context=context, logit_rows=mesh.num_groups)
     return Planner(replace(deployment, want_logits=True), forms).plan(shape, layout)

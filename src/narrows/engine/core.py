@@ -1,4 +1,4 @@
-"""The engine: one scheduler, one plan book, and the ranks that obey them. Token ids in, token ids out.
+"""The engine: one scheduler, one plan cache, and the ranks that obey them. Token ids in, token ids out.
 
 Knows requests, batches and plans; not text. One step is always scheduled ahead: while the ranks compute step n, the
 host schedules step n + 1, whose tokens may refer to samples that it has not seen.
@@ -22,9 +22,9 @@ from narrows.api import Generation
 from narrows.arch.positions import cache_salt
 from narrows.arch.stages import Field
 from narrows.comm.world import World
-from narrows.engine.books import Books
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import Resolved
+from narrows.engine.plans import EnginePlans
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import start_ranks
 from narrows.engine.rehearsals import Rehearsals, rehearsal
@@ -96,7 +96,7 @@ class Engine:
         timing: Timing = TIMING,
     ) -> None:
         self.resolved, self.timing = resolved, timing
-        self.books = Books(resolved)
+        self.plans = EnginePlans(resolved)
         self.scheduler = Scheduler(resolved.limits)
         self._ids = itertools.count()
         self.in_flight: deque[StepInFlight] = deque()
@@ -116,11 +116,12 @@ class Engine:
             _make_worker,
             resolved=resolved,
             source=source,
-            fields=self.books.planner.chain.fields,
+            fields=self.plans.planner.chain.fields,
             wrap=wrap,
             validate=validate,
         )
-        planning = threading.Thread(target=self.books.warm, args=(warm_s,), name="narrows plans ahead", daemon=True)
+        plan_ahead = partial(self.plans.plan_ahead_for, warm_s)
+        planning = threading.Thread(target=plan_ahead, name="narrows plans ahead", daemon=True)
         planning.start()  # this process has nothing else to do until the ranks are there
         try:
             self.ranks: Ranks[RankWorker] = start_ranks(resolved, make, timing)
@@ -140,7 +141,7 @@ class Engine:
                 self._rehearsals.end()
         batch = self._rehearsals.next()
         self._rehearsed = (
-            None if batch is None else self.ranks.submit_first(RankWorker.rehearse, batch, self.books.plan_for(batch))
+            None if batch is None else self.ranks.submit_first(RankWorker.rehearse, batch, self.plans.plan_for(batch))
         )
         return self._rehearsed
 
@@ -254,7 +255,7 @@ class Engine:
         if batch is None:
             return None
         scheduled = perf_counter()
-        plan = self.books.plan_for(batch)
+        plan = self.plans.plan_for(batch)
         if self._tracer is not None:
             self._tracer.on_host("schedule", start, scheduled)
             self._tracer.on_host("plan", scheduled, perf_counter())
@@ -300,12 +301,12 @@ class Engine:
     ) -> Future[list[StepResult]]:
         """Hand a batch to the ranks; the result lists one :class:`StepResult` per rank.
 
-        ``plan``: None: the one that the books have. ``keep_logits``: with the whole rows of logits, on every rank.
+        ``plan``: None: the one of the plan cache. ``keep_logits``: with the whole rows of logits, on every rank.
         ``first_only``: rank 0's result is enough; all ranks choose the same ids.
         """
         if keep_logits:  # not the scheduler's batch: it writes where cached pages may be
             self.scheduler.forget_cached()
-        plan = plan or self.books.plan_for(batch, keep_logits=keep_logits)
+        plan = plan or self.plans.plan_for(batch, keep_logits=keep_logits)
         if self._observe is not None:
             self._observe(batch, plan)
         if self._tracer is not None and not self._tracer.full:

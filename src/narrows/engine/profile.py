@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from narrows.engine.step_record import StepRecord, Wants
-from narrows.plan.book import share_of_plan
+from narrows.plan.cache import share_of_plan
 from narrows.plan.plan import Plan, Step
 from narrows.sched.batch import Batch
 

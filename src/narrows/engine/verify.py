@@ -258,12 +258,12 @@ def _run_layout(
     tamper: Callable[[Plan], Plan] | None,
     validate: bool,
 ) -> LayoutReport:
-    resolved, book = engine.resolved, engine.books.of(name)
+    resolved, cache = engine.resolved, engine.plans.cache_of(name)
     report = LayoutReport(layout=name, forms=str(resolved.forms), tolerance=_tolerance(resolved))
     if recorder is not None:
         recorder.flips = report.flips
     for step, batch in enumerate(reference.batches):
-        plan = book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows)
+        plan = cache.plan_for(batch)
         plan = tamper(plan) if tamper else plan
         if validate:
             try:

@@ -103,7 +103,7 @@ def run_rows(engine: Engine, steps: Iterable[ForcedStep], both: BothWays | None 
     """
     for step in steps:
         batch = step.merged if both is None else step.batch
-        plan = engine.books.plan_for(batch, keep_logits=True)
+        plan = engine.plans.plan_for(batch, keep_logits=True)
         results = engine.run_op_by_op(batch, plan) if both is None else both.run(batch, plan)
         logits = results[0].logits
         assert logits is not None

@@ -162,7 +162,7 @@ def evaluate(
         with runs.engine(config, layout) as llm:
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
-            encodings = tuple(sorted(llm.engine.books.encodings))
+            encodings = tuple(sorted(llm.engine.plans.encodings))
         if exact and asked.quantization == "none":
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)

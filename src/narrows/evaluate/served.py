@@ -276,9 +276,9 @@ class _Emptied:
 
 def _run_layout(engine: Engine, name: str, script: Script, batches: list[Batch]) -> ServedPath:
     """Run the script's steps; the first layout's tokens are kept in ``batches`` and fed to the others."""
-    both, book, known = BothWays(engine), engine.books.of(name), bool(batches)
+    both, cache, known = BothWays(engine), engine.plans.cache_of(name), bool(batches)
     for batch in list(batches) if known else script:
-        results = both.run(batch, book.plan_for(batch.phase, batch.group_rows, batch.num_logit_rows))
+        results = both.run(batch, cache.plan_for(batch))
         if not known:
             script.sampled(batch, results[0].ids)
             batches.append(batch)

@@ -19,12 +19,12 @@ __all__ = [
     "DEFAULT_REQUESTS",
     "DEFAULT_ROWS",
     "PAGE_SIZE",
-    "book_context",
     "form_mix",
     "limits_of",
     "loaded_dtype",
     "longest_context",
     "planned_dtype",
+    "priced_context",
 ]
 
 DEFAULT_ROWS = 2048
@@ -34,7 +34,7 @@ DEFAULT_REQUESTS = 256
 PAGE_SIZE = 16
 """Tokens of a page of the KV cache."""
 _DEFAULT_CONTEXT = 8192
-_BOOK_CONTEXT = 1024
+_PRICED_CONTEXT = 1024
 
 _SCORED_LOGITS = 1 << 24
 """Logits of scored prompts in one step: 64 MB in float32, whatever the vocabulary."""
@@ -89,14 +89,14 @@ def limits_of(
     )
 
 
-def book_context(max_context: int) -> int:
-    """The context that a plan book's plans are priced at."""
-    return min(_BOOK_CONTEXT, max_context)
+def priced_context(max_context: int) -> int:
+    """The context that the plans of a plan cache are priced at."""
+    return min(_PRICED_CONTEXT, max_context)
 
 
 def form_mix(mesh: Mesh, rows: int, max_context: int) -> list[tuple[StepShape, float]]:
     """The mix that forms are chosen for: one full prefill step to 64 decode steps of one request per group."""
-    context = book_context(max_context)
+    context = priced_context(max_context)
     prefill = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=context)
     decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)
     return [(prefill, 1.0), (decode, 64.0)]

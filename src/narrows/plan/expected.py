@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from narrows.layout import deal
-from narrows.plan.book import BookKey, bucket
+from narrows.plan.cache import PlanKey, bucket
 
 __all__ = ["expected_decodes", "expected_keys"]
 
 
-def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
+def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) -> Iterator[PlanKey]:
     """Every bucket of a step whose rows are dealt evenly to the groups, or all in one of them.
 
     Decode steps of 1 to ``most_decoding`` rows come first, few rows before many; then prefill steps of 1 to
@@ -23,7 +23,7 @@ def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) ->
     [('decode', 1, 1), ('decode', 2, 2), ('decode', 3, 3), ('prefill', 1, 1), ('prefill', 2, 1), ('prefill', 1, 0), \
 ('prefill', 2, 0), ('prefill', 2, 2)]
     """
-    seen: set[BookKey] = set()
+    seen: set[PlanKey] = set()
     for key in _every(num_groups, most_decoding, rows_per_step):
         if key not in seen:
             seen.add(key)
@@ -40,15 +40,15 @@ def expected_decodes(num_groups: int, *, most: int) -> Iterator[tuple[int, ...]]
         yield deal(rows, num_groups)
 
 
-def _every(num_groups: int, most_decoding: int, rows_per_step: int) -> Iterator[BookKey]:
+def _every(num_groups: int, most_decoding: int, rows_per_step: int) -> Iterator[PlanKey]:
     for least, most in _buckets(most_decoding):
         for groups in _spread(least, most, num_groups):
-            yield BookKey.of("decode", groups, most)
+            yield PlanKey.of("decode", groups, most)
     for logit_rows in (1, 0, *(most for _, most in _buckets(rows_per_step))):
         for least, most in _buckets(rows_per_step):
             if most >= logit_rows:
                 for groups in _spread(least, most, num_groups):
-                    yield BookKey.of("prefill", groups, logit_rows)
+                    yield PlanKey.of("prefill", groups, logit_rows)
 
 
 def _buckets(most: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """A plan's own steps at other row counts: what a plan that was made for one shape costs a step of another.
 
 Knows a plan and the graph that it was found in; searches nothing. A plan runs every step of its bucket
-(:mod:`narrows.plan.book`), so its price is that of the bucket's upper end; here it is that of the step at hand.
+(:mod:`narrows.plan.cache`), so its price is that of the bucket's upper end; here it is that of the step at hand.
 """
 
 from __future__ import annotations

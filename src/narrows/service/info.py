@@ -13,7 +13,7 @@ from typing import Any
 from narrows.arch.forms import form_words
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
-from narrows.plan.book import BookKey
+from narrows.plan.cache import PlanKey
 from narrows.plan.evidence import Evidence
 from narrows.plan.plan import Plan, StepKind
 
@@ -29,7 +29,8 @@ def describe(
     """One document. ``steps``: how many were run by (phase, bucket of rows, layout); ``times``: what is known of the
     steps of a plan, by its ``id``."""
     asked, mesh, config = resolved.asked, resolved.mesh, resolved.config
-    planned = engine.books.planned() if engine is not None else ()
+    items = engine.plans.items() if engine is not None else ()
+    plans = [{**_plan(key, plan), **times.get(id(plan), {"steps": 0})} for key, plan in items]
     return {
         "model": {
             "name": config.name,
@@ -52,7 +53,8 @@ def describe(
         "limits": asdict(resolved.limits),
         "kv_tokens_per_group": resolved.limits.tokens_per_group,
         "priced_for": resolved.deployment.device.name,
-        "plan_book": [{**_plan(key, plan), **times.get(id(plan), {"steps": 0})} for key, plan in planned],
+        "plan_cache": plans,
+        "plan_book": plans,  # its name before 0.2, kept for one release
         "steps_run": [
             {"phase": phase, "rows_up_to": rows, "layout": layout, "steps": count}
             for (phase, rows, layout), count in sorted(steps.items())
@@ -61,7 +63,7 @@ def describe(
     }
 
 
-def _plan(key: BookKey | None, plan: Plan) -> dict[str, Any]:
+def _plan(key: PlanKey | None, plan: Plan) -> dict[str, Any]:
     """A plan in short: what it is for, what crosses ranks, predicted time, and how well its prices are known."""
     moves: Counter[str] = Counter()
     sources: Counter[str] = Counter()

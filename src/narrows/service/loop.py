@@ -66,7 +66,7 @@ class Loop:
         self._ends: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         engine.when_mask_comes = wake
         self._collectives = CollectiveReader(engine, numbers.add_collectives)
-        engine.prepare(engine.books.plans())
+        engine.prepare(engine.plans.values())
         self._publish()
 
     def run(self, closing: threading.Event) -> None:
@@ -172,7 +172,7 @@ class Loop:
         """
         engine = self.engine
         busy = engine.in_flight or engine.scheduler.late
-        while not (self._wake.is_due or busy) and (plan := engine.books.plan_ahead()) is not None:
+        while not (self._wake.is_due or busy) and (plan := engine.plans.plan_ahead()) is not None:
             engine.prepare((plan,))
         if not (self._wake.is_due or busy) and (rehearsal := engine.rehearse_ahead()) is not None:
             rehearsal.add_done_callback(self._wake)

@@ -15,7 +15,7 @@ from typing import Any
 from narrows.api import Stats
 from narrows.engine.collective_clock import Counted, added
 from narrows.engine.core import StepInFlight
-from narrows.plan.book import bucket
+from narrows.plan.cache import bucket
 from narrows.sched.stats import SchedulerStats
 from narrows.service.step_times import DriftRule, StepTimes
 

@@ -137,7 +137,7 @@ class EngineService:
         return self._numbers.stats(self._queue.num_arrived)
 
     def info(self) -> dict[str, Any]:
-        """What runs: config, mesh, ranks, limits, forms, plan book and where its prices come from, for JSON."""
+        """What runs: config, mesh, ranks, limits, forms, plan cache and where its prices come from, for JSON."""
         loop = self._loop
         engine = loop.engine if loop is not None else None
         return {
@@ -190,7 +190,7 @@ class EngineService:
         engine = Engine(self._resolved, warm_s=_WARM_S, timing=self._timing)
         try:
             loop = Loop(engine, self._queue, self._numbers, self._trace, self._wake)
-            self._evidence = engine.books.evidence()
+            self._evidence = engine.plans.evidence()
         except BaseException:
             engine.close()
             raise

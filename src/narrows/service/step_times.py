@@ -1,9 +1,9 @@
-"""How long an engine's steps take beside what was predicted for them, by bucket of the plan book.
+"""How long an engine's steps take beside what was predicted for them, by bucket of the plan cache.
 
 Knows plans, buckets and seconds; starts nothing and prints nothing. A step's time is the host's: from when the ranks
 had it and were free for it until the last of them had answered. That holds what no plan prices (a batch's numbers on
 their way, samples, answers), which matters for steps of a millisecond. What was predicted is of the bucket's upper end
-and of the book's one context; for a prefill step it is taken in proportion to its rows; a decode step reads the same
+and of the cache's one context; for a prefill step it is taken in proportion to its rows; a decode step reads the same
 weights whatever its rows, so there it is taken as it is.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from narrows.arch.stages import PriceClass
 from narrows.errors import ConfigError
 from narrows.layout import MoveKind
-from narrows.plan.book import BookKey, bucket, share_of_plan
+from narrows.plan.cache import PlanKey, bucket, share_of_plan
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 
@@ -115,7 +115,7 @@ class PlanClassTimes(NamedTuple):
 class _Timed(NamedTuple):
     batch: Batch
     plan: Plan
-    key: BookKey
+    key: PlanKey
     needs_logits: bool
 
 
@@ -128,7 +128,7 @@ class StepTimes:
 
     def __init__(self, rule: DriftRule) -> None:
         self.rule = rule
-        self.buckets: dict[tuple[BookKey, bool], BucketTimes] = {}
+        self.buckets: dict[tuple[PlanKey, bool], BucketTimes] = {}
         self.classes: dict[PlanClass, PlanClassTimes] = {}
         self.collectives: dict[tuple[str, str], float] = {}
         """Predicted seconds of the collectives that ran, by layouts and kind."""
@@ -162,7 +162,7 @@ class StepTimes:
         name = (batch.phase, bucket(batch.num_rows), plan.layout_name)
         old = self.classes.get(name, PlanClassTimes())
         self.classes[name] = PlanClassTimes(old.predicted + predicted, old.measured + measured)
-        key = BookKey.of(batch.phase, batch.group_rows, batch.num_logit_rows)
+        key = PlanKey.of(batch.phase, batch.group_rows, batch.num_logit_rows)
         found = self.buckets.get((key, batch.needs_logits))
         if found is None:
             found = self.buckets[key, batch.needs_logits] = BucketTimes(plan)
@@ -181,7 +181,7 @@ class StepTimes:
         for kind, seconds in held[1].items():
             self.collectives[kind] = self.collectives.get(kind, 0.0) + seconds * share
 
-    def _drift(self, key: BookKey, found: BucketTimes, *, needs_logits: bool) -> str:
+    def _drift(self, key: PlanKey, found: BucketTimes, *, needs_logits: bool) -> str:
         rule = self.rule
         if found.told or found.steps < rule.least_steps or found.steps % rule.least_steps:
             return ""

@@ -1,4 +1,4 @@
-"""What a batch of the scheduler costs: its plan from the plan book, priced at the rows and contexts that it really has.
+"""What a batch of the scheduler costs: its plan from the plan cache, priced at the rows and contexts that it has.
 
 Knows planners and batches; schedules nothing. A plan is chosen by the same bucket as at run time. Its price is then
 split: everything but the attention stages depends on row counts alone and is kept by them; attention is priced per
@@ -17,7 +17,7 @@ from narrows.arch.stages import AttentionCore, PriceClass, RowSet, Stage
 from narrows.cost.price import Source
 from narrows.cost.stage import Pricer, StepPrice, StepShape
 from narrows.layout import Layout, RowSplit
-from narrows.plan.book import PlanBook
+from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.plan.reprice import Repricer
@@ -98,7 +98,7 @@ def _attends(stage: Stage) -> bool:
 
 
 class _Planned:
-    """One plan of the book, ready to be priced: all but its attention stages by rows, and these apart."""
+    """One plan of the cache, ready to be priced: all but its attention stages by rows, and these apart."""
 
     def __init__(self, plan: Plan, repricer: Repricer) -> None:
         self.plan, self.repricer = plan, repricer
@@ -115,21 +115,20 @@ class _Planned:
 class PlannedCosts:
     """Costs by one deployment's plans under one named layout.
 
-    ``context``: what the plan book's plans are made for. ``overhead_s``: what a step takes besides, seconds
+    ``context``: what the plan cache's plans are made for. ``overhead_s``: what a step takes besides, seconds
     that neither its plan nor its device's measurements hold.
     """
 
     def __init__(self, planner: Planner, layout: str, context: int, *, overhead_s: float = 0.0) -> None:
         self._planner, self._layout, self._overhead_s = planner, layout, overhead_s
-        self.book = PlanBook(planner, layout, context)
+        self.plans = PlanCache(planner, layout, context)
         self._planned: dict[int, _Planned] = {}
 
     def cost(self, batch: Batch) -> StepCost:
         """The seconds of the batch's plan, and the overhead."""
         groups = [_Group.of(chunks) for chunks in batch.groups]
-        plan = self.book.plan_for(
-            batch.phase, tuple(group.rows for group in groups), sum(group.logits for group in groups)
-        )
+        rows, num_logits = tuple(group.rows for group in groups), sum(group.logits for group in groups)
+        plan = self.plans.plan_of(PlanKey.of(batch.phase, rows, num_logits))
         planned = self._planned.get(id(plan))
         if planned is None:
             planned = self._planned[id(plan)] = _Planned(plan, Repricer(plan, self._planner.graph(plan.layout_name)))

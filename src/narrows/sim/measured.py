@@ -14,7 +14,7 @@ from pathlib import Path
 
 from narrows.cost.stage import PHASES
 from narrows.errors import ConfigError
-from narrows.plan.book import bucket
+from narrows.plan.cache import bucket
 from narrows.sched.batch import Batch
 from narrows.sim.costs import StepCost
 

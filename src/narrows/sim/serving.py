@@ -13,7 +13,7 @@ from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import deal
-from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, book_context, form_mix, limits_of
+from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, form_mix, limits_of, priced_context
 from narrows.plan.named import named_layout
 from narrows.plan.planner import Deployment, Planner, known_forms
 from narrows.sched.limits import Limits
@@ -39,7 +39,7 @@ class Serving:
     def costs(self, *, sampled: bool = False, overhead_s: float = 0.0) -> PlannedCosts:
         """What its steps cost. ``sampled``: texts are drawn, so ranks need whole rows of logits."""
         planner = Planner(replace(self.deployment, want_logits=sampled), self.forms)
-        return PlannedCosts(planner, self.layout, book_context(self.limits.max_context), overhead_s=overhead_s)
+        return PlannedCosts(planner, self.layout, priced_context(self.limits.max_context), overhead_s=overhead_s)
 
 
 def serving(

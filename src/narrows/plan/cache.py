@@ -1,8 +1,8 @@
-"""The plan book: plans by key, so that a step at run time finds its plan by looking it up, not by searching.
+"""The plan cache: plans by bucketed row counts, so that a step looks its plan up and does not search for it.
 
-Knows a planner and row counts. A key is bucketed: rows in total, rows of the largest group, rows with logits, and the
-phase. The plan of a bucket is priced at the bucket's upper end and runs any step that falls into it, because a plan
-says which steps run, while the row counts of a real step come with its row split.
+A key has the rows in total, the rows of the largest group, the rows with logits, and the phase. The plan of a bucket is
+priced at the bucket's upper end and runs any step that falls into it: a plan says which operations run, and the row
+counts of a real step come with its row split.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch
 
-__all__ = ["BookKey", "PinnedBook", "PlanBook", "bucket", "share_of_plan"]
+__all__ = ["FixedPlan", "PlanCache", "PlanKey", "bucket", "share_of_plan"]
 
 _BUCKETS = tuple(sorted({m * 2**e for e in range(21) for m in (2, 3)} | {0, 1}))
 
@@ -30,8 +30,8 @@ def bucket(n: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class BookKey:
-    """What decides a plan: bucketed row counts and the phase."""
+class PlanKey:
+    """What a plan is cached by: bucketed row counts and the phase."""
 
     phase: str
     rows: int
@@ -39,11 +39,17 @@ class BookKey:
     logit_rows: int
 
     @classmethod
-    def of(cls, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> BookKey:
+    def of_batch(cls, batch: Batch) -> PlanKey:
+        """The bucket of the step that runs ``batch``."""
+        return cls.of(batch.phase, batch.group_rows, batch.num_logit_rows)
+
+    @classmethod
+    def of(cls, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> PlanKey:
+        """The bucket of a step with so many rows per group, ``logit_rows`` of which ask for logits."""
         return cls(phase, bucket(sum(group_rows)), bucket(max(group_rows)), bucket(logit_rows))
 
 
-class PlanBook:
+class PlanCache:
     """Plans of one deployment under one named layout, made when first asked for and kept.
 
     ``context`` is the sequence length that attention is priced at.
@@ -51,20 +57,20 @@ class PlanBook:
 
     def __init__(self, planner: Planner, layout: str, context: int) -> None:
         self.planner, self.layout, self.context = planner, layout, context
-        self._plans: dict[BookKey, Plan] = {}
+        self._plans: dict[PlanKey, Plan] = {}
 
-    def plan_for(self, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> Plan:
-        """The plan for a step of these rows per group; equal keys give the same plan object."""
-        return self.plan_of(BookKey.of(phase, group_rows, logit_rows))
+    def plan_for(self, batch: Batch) -> Plan:
+        """The plan for the step that runs ``batch``."""
+        return self.plan_of(PlanKey.of_batch(batch))
 
-    def plan_of(self, key: BookKey) -> Plan:
-        """The plan of a bucket, made now if it is not there."""
+    def plan_of(self, key: PlanKey) -> Plan:
+        """The plan of a bucket, made now if it is not there; equal keys give the same object."""
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self.planner.plan(self.shape(key), self.layout)
         return plan
 
-    def shape(self, key: BookKey) -> StepShape:
+    def shape(self, key: PlanKey) -> StepShape:
         """The step a bucket is priced for: its largest group full, the rest of the rows spread over the others."""
         mesh = self.planner.deployment.mesh
         others = mesh.num_groups - 1
@@ -76,19 +82,19 @@ class PlanBook:
             mesh, group_rows, phase=key.phase, context=self.context, logit_rows=min(key.logit_rows, total)
         )
 
-    def plans(self) -> tuple[tuple[BookKey, Plan], ...]:
+    def items(self) -> tuple[tuple[PlanKey, Plan], ...]:
         """Every plan made so far, by key."""
         return tuple(sorted(self._plans.items(), key=lambda item: item[0]))
 
 
-class PinnedBook:
-    """One plan for every step, whatever its rows: a plan that was saved, or one pinned for repeatable sums."""
+class FixedPlan:
+    """One plan for every step, whatever its rows: a saved plan, or the one that keeps sums repeatable."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def plan_for(self, phase: str, group_rows: tuple[int, ...], logit_rows: int) -> Plan:
-        """The pinned plan."""
+    def plan_for(self, batch: Batch) -> Plan:
+        """The plan."""
         return self.plan
 
 
