@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from narrows.arch.presets import PRESETS
-from narrows.comm.wire import NcclWire
+from narrows.comm.transport import NcclTransport
 from narrows.cost.devices import device_of_card
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM, Completion
@@ -96,13 +96,13 @@ def test_more_rank_processes_than_gpus_are_refused() -> None:
 def test_nccl_wire_of_one_rank() -> None:
     """What NCCL is asked for is legal, and padding goes again; sums among several need several GPUs."""
     torch.cuda.set_device(0)
-    wire = NcclWire(torch.distributed.HashStore(), 0, 1)
+    transport = NcclTransport(torch.distributed.HashStore(), 0, 1)
     x = torch.arange(12.0, device="cuda").view(4, 3)
     addend = torch.ones_like(x)
-    assert torch.equal(wire.gather(x, [4]), x)
-    assert torch.equal(wire.reduce(x, [4], (addend,), whole=True), x + 1)
-    assert torch.equal(wire.reduce(x, [4], (addend,), whole=False), x + 1)
+    assert torch.equal(transport.gather(x, [4]), x)
+    assert torch.equal(transport.reduce(x, [4], (addend,), whole=True), x + 1)
+    assert torch.equal(transport.reduce(x, [4], (addend,), whole=False), x + 1)
     ids = torch.arange(4, device="cuda", dtype=torch.int32).view(4, 1)
-    for got, want in zip(wire.gather_fields([x, ids], [4]), (x, ids), strict=True):
+    for got, want in zip(transport.gather_fields([x, ids], [4]), (x, ids), strict=True):
         assert torch.equal(got, want)
-    assert torch.equal(wire.gather_columns(x, [3]), x)
+    assert torch.equal(transport.gather_columns(x, [3]), x)

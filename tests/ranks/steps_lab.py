@@ -113,7 +113,7 @@ class LeftOutCollective(_Planted):
 
     def __init__(self, worker: Any) -> None:
         for name in ("all_reduce", "all_reduce_norm"):
-            setattr(worker.world, name, _computing(getattr(worker.world, name)))
+            setattr(worker.comm, name, _computing(getattr(worker.comm, name)))
         true_keep = tapes.Tapes._keep
 
         def keep(self: Any, key: Any, walk: Any, rehearsed: bool) -> None:

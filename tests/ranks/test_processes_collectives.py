@@ -12,7 +12,7 @@ import ranks_lab as lab
 import torch
 from patience import PATIENCE_S
 
-from narrows.comm import DistWorld
+from narrows.comm import DistCommunicator
 from narrows.comm.buffers import Buffers
 from narrows.errors import RankError
 from narrows.layout import Mesh
@@ -127,7 +127,7 @@ def test_an_object_is_sent_once_and_is_the_same_one_in_every_call(pool, monkeypa
 
 def test_what_cannot_be_sent_is_refused_and_no_rank_is_called(pool) -> None:
     with pytest.raises((TypeError, AttributeError), match="pickle"):
-        pool.submit(lab.Lab.run, lambda world: 1)
+        pool.submit(lab.Lab.run, lambda comm: 1)
     assert pool.submit(lab.Lab.run, lab.sum_of, 0.0).result(PATIENCE_S)[0] == sum(range(len(pool.pids)))
 
 
@@ -138,10 +138,10 @@ def test_one_row_on_eight_ranks() -> None:
         same_as_threads(ranks, mesh, (0, 0, 0, 1, 0, 0, 0, 0), 5, torch.bfloat16)
 
 
-def test_a_dist_world_is_a_world_and_knows_only_groups_of_its_mesh() -> None:
-    world = DistWorld(Mesh.of(dp=2, tp=2), 0, {}, checked=False, buffers=Buffers())
+def test_a_dist_communicator_keeps_the_protocol_and_knows_only_groups_of_its_mesh() -> None:
+    comm = DistCommunicator(Mesh.of(dp=2, tp=2), 0, {}, checked=False, buffers=Buffers())
     with pytest.raises(AssertionError, match=r"\(0, 3\) is no group of rank 0"):
-        world.barrier((0, 3), "x")
+        comm.barrier((0, 3), "x")
 
 
 def test_closed_ranks_refuse_calls_and_close_may_be_repeated() -> None:

@@ -19,14 +19,14 @@ from patience import PATIENCE_S
 from torch import Tensor
 from torch.distributed import HashStore
 
-from narrows.comm import World
-from narrows.comm.dist_world import DistWorld, connect
-from narrows.comm.neighbours import share
+from narrows.comm import Communicator
+from narrows.comm.communicator import RowNorm
+from narrows.comm.dist_communicator import DistCommunicator, connect
 from narrows.comm.segment import Segment
-from narrows.comm.shm import ShmWire
 from narrows.comm.shm_calls import functions
+from narrows.comm.shm_peers import share
+from narrows.comm.shm_transport import ShmTransport
 from narrows.comm.sums import sum_rows
-from narrows.comm.world import RowNorm
 from narrows.errors import CollectiveMismatchError
 from narrows.layout import Mesh
 from narrows.native import why_absent
@@ -53,10 +53,10 @@ def run_shared(mesh: Mesh, fn: Rank, *, checked: bool = False) -> list[Any]:
 
     def rank(me: int) -> None:
         try:
-            world = connect(mesh, me, store, checked=checked)
-            assert world.transport == "shared memory"
+            comm = connect(mesh, me, store, checked=checked)
+            assert comm.transport == "shared memory"
             with torch.inference_mode():
-                results[me] = fn(world)
+                results[me] = fn(comm)
         except BaseException as error:
             errors.append(error)
 
@@ -102,13 +102,13 @@ def test_a_sum_and_its_norm_at_once_have_the_bits_of_one_after_the_other(
     weight = lab.rough(99, 1, width, dtype=dtype)[0]
     residual = lab.rough(98, total, width, dtype=dtype) if apart else None
 
-    def rank(world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        me = ranks.index(world.rank)
+    def rank(comm: Communicator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        me = ranks.index(comm.rank)
         x = lab.rough(me, total, width, dtype=dtype)
         addends = [lab.rough(7 + me, counts[me], width, dtype=kind) for kind in kinds]
-        done = world.all_reduce_norm(x, ranks, counts, "both", addends, RowNorm(weight, eps, residual))
+        done = comm.all_reduce_norm(x, ranks, counts, "both", addends, RowNorm(weight, eps, residual))
         assert done is not None
-        summed = world.all_reduce(x, ranks, counts, "the sum", addends)
+        summed = comm.all_reduce(x, ranks, counts, "the sum", addends)
         if residual is None:
             return (*done, rms_norm(summed, weight, eps), summed)
         return (*done, *add_rms_norm(summed, residual, weight, eps))
@@ -119,12 +119,12 @@ def test_a_sum_and_its_norm_at_once_have_the_bits_of_one_after_the_other(
 
 
 def test_what_is_too_large_for_one_pass_is_left_to_two_and_nobody_waits() -> None:
-    def rank(world: World) -> object:
+    def rank(comm: Communicator) -> object:
         x, norm = torch.ones(2, 9000), RowNorm(torch.ones(9000), 1e-6, None)
-        one = world.all_reduce_norm(x[:, :8], (0,), (2,), "alone", (), RowNorm(torch.ones(8), 1e-6, None))
+        one = comm.all_reduce_norm(x[:, :8], (0,), (2,), "alone", (), RowNorm(torch.ones(8), 1e-6, None))
         half = RowNorm(torch.ones(8, dtype=torch.float16), 1e-6, None)
-        other = world.all_reduce_norm(x[:, :8].half(), (0, 1), (1, 1), "of a dtype without norms", (), half)
-        return world.all_reduce_norm(x, (0, 1), (1, 1), "too large", (), norm), one, other
+        other = comm.all_reduce_norm(x[:, :8].half(), (0, 1), (1, 1), "of a dtype without norms", (), half)
+        return comm.all_reduce_norm(x, (0, 1), (1, 1), "too large", (), norm), one, other
 
     assert run_shared(line(2), rank) == [(None, None, None)] * 2
     assert run_ranks(line(2), rank) == [(None, None, None)] * 2
@@ -148,8 +148,8 @@ def test_every_collective_has_the_bits_of_threads(
     dp, tp = mesh
     made = Mesh.of(dp=dp, tp=tp)
 
-    def rank(world: World) -> dict[str, Tensor]:
-        return lab.collectives(world, counts, width, dtype)
+    def rank(comm: Communicator) -> dict[str, Tensor]:
+        return lab.collectives(comm, counts, width, dtype)
 
     for got, want in zip(run_shared(made, rank, checked=checked), run_ranks(made, rank), strict=True):
         assert list(got) == list(want)
@@ -172,10 +172,10 @@ def test_addends_of_any_dtype_join_a_sum(
     def small(seed: int, rows: int, kind: torch.dtype) -> Tensor:
         return lab.rough(seed, rows, width).clamp(-400, 400).to(kind)
 
-    def rank(world: World) -> tuple[Tensor, Tensor]:
-        me, ranks = world.rank, tuple(range(num))
+    def rank(comm: Communicator) -> tuple[Tensor, Tensor]:
+        me, ranks = comm.rank, tuple(range(num))
         x, joined = small(me, total, dtype), [small(9 * me + i, counts[me], kind) for i, kind in enumerate(kinds)]
-        return world.all_reduce(x, ranks, counts, "a", joined), world.reduce_scatter(x, ranks, counts, "r", joined)
+        return comm.all_reduce(x, ranks, counts, "a", joined), comm.reduce_scatter(x, ranks, counts, "r", joined)
 
     for got, want in zip(run_shared(line(num), rank), run_ranks(line(num), rank), strict=True):
         for mine, theirs in zip(got, want, strict=True):
@@ -189,15 +189,15 @@ def test_sums_round_as_torch_does_also_what_is_no_ordinary_number(dtype: torch.d
     x = torch.tensor(odd * 31).to(dtype)
     parts = [x.view(1, -1), x.roll(5).view(1, -1), x.roll(2).view(1, -1)]
     want = sum_rows(parts, 0, 1)
-    (got, *_) = run_shared(line(3), lambda world: world.all_reduce(parts[world.rank], (0, 1, 2), (0, 1, 0), "a"))
+    (got, *_) = run_shared(line(3), lambda comm: comm.all_reduce(parts[comm.rank], (0, 1, 2), (0, 1, 0), "a"))
     is_number = ~want.isnan()
     assert torch.equal(got.isnan(), want.isnan()) and int(is_number.sum()) > 300
     assert torch.equal(got[is_number].view(torch.uint8), want[is_number].view(torch.uint8))
 
 
 def test_many_fields_travel_in_several_exchanges() -> None:
-    def rank(world: World) -> list[Tensor]:
-        return world.all_gather([torch.full((2, i), world.rank * 100 + i) for i in range(40)], (0, 1), (2, 2), "many")
+    def rank(comm: Communicator) -> list[Tensor]:
+        return comm.all_gather([torch.full((2, i), comm.rank * 100 + i) for i in range(40)], (0, 1), (2, 2), "many")
 
     for got in run_shared(line(2), rank, checked=True):
         assert [x.tolist() for x in got] == [[[i] * i] * 2 + [[100 + i] * i] * 2 for i in range(40)]
@@ -209,11 +209,11 @@ def test_many_fields_travel_in_several_exchanges() -> None:
 def test_a_large_result_is_the_callers_own_for_as_long_as_it_is_kept() -> None:
     """Results lie in blocks that are used again when they are dropped, and only then, be it a view that is kept."""
 
-    def rank(world: World) -> int:
+    def rank(comm: Communicator) -> int:
         kept, places = [], set()
         for i in range(30):
-            mine = torch.full((600, 256), float(10 * i + world.rank))
-            (whole,) = world.all_gather([mine], (0, 1), (600, 600), "g")
+            mine = torch.full((600, 256), float(10 * i + comm.rank))
+            (whole,) = comm.all_gather([mine], (0, 1), (600, 600), "g")
             places.add(whole.data_ptr())
             if i % 10 == 0:
                 kept.append((i, whole[600:, 3]))
@@ -229,18 +229,18 @@ def test_a_large_result_may_be_handed_on_and_written_as_soon_as_that_has_returne
     """It is read where it lies, so the call waits until everybody has read it, however slow."""
     counts = (900, 900, 900)
 
-    def rank(world: World) -> None:
+    def rank(comm: Communicator) -> None:
         for i in range(20):
-            x = torch.full((2700, 128), float(i + world.rank))
-            piece = world.reduce_scatter(x, (0, 1, 2), counts, "r")
-            assert isinstance(world, DistWorld) and isinstance(world._buffers, Segment)
-            assert world._buffers.holds(piece.data_ptr()), "it would be copied"
-            if (i + world.rank) % 3 == 0:
+            x = torch.full((2700, 128), float(i + comm.rank))
+            piece = comm.reduce_scatter(x, (0, 1, 2), counts, "r")
+            assert isinstance(comm, DistCommunicator) and isinstance(comm._buffers, Segment)
+            assert comm._buffers.holds(piece.data_ptr()), "it would be copied"
+            if (i + comm.rank) % 3 == 0:
                 time.sleep(0.002)
-            (whole,) = world.all_gather([piece], (0, 1, 2), counts, "g")
+            (whole,) = comm.all_gather([piece], (0, 1, 2), counts, "g")
             piece.fill_(-1)
             assert bool((whole == 3 * i + 3).all())
-            summed = world.all_reduce(whole, (0, 1, 2), counts, "a")
+            summed = comm.all_reduce(whole, (0, 1, 2), counts, "a")
             whole.fill_(-1)
             assert bool((summed == 9 * i + 9).all())
 
@@ -249,7 +249,7 @@ def test_a_large_result_may_be_handed_on_and_written_as_soon_as_that_has_returne
 
 @pytest.mark.parametrize("size", [1, 700])
 def test_inputs_may_be_written_again_and_results_are_nobody_elses(size: int) -> None:
-    run_shared(line(4), lambda world: lab.inputs_may_be_written_again(world, 30, size))
+    run_shared(line(4), lambda comm: lab.inputs_may_be_written_again(comm, 30, size))
     run_shared(line(4), lab.results_are_nobody_elses)
     run_shared(line(4), lab.send_buffers)
 
@@ -260,24 +260,24 @@ def test_inputs_may_be_written_again_and_results_are_nobody_elses(size: int) -> 
 @pytest.mark.parametrize(
     "other",
     [
-        lambda world: world.barrier((0, 1, 2), "x"),
-        lambda world: world.all_reduce(torch.ones(6, 5), (0, 1, 2), (1, 2, 3), "x"),
-        lambda world: world.all_reduce(torch.ones(6, 4).bfloat16(), (0, 1, 2), (1, 2, 3), "x"),
-        lambda world: world.all_reduce(torch.ones(6, 4), (0, 1, 2), (2, 2, 2), "x"),
-        lambda world: world.reduce_scatter(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x"),
-        lambda world: world.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x", [torch.ones(2, 4)]),
+        lambda comm: comm.barrier((0, 1, 2), "x"),
+        lambda comm: comm.all_reduce(torch.ones(6, 5), (0, 1, 2), (1, 2, 3), "x"),
+        lambda comm: comm.all_reduce(torch.ones(6, 4).bfloat16(), (0, 1, 2), (1, 2, 3), "x"),
+        lambda comm: comm.all_reduce(torch.ones(6, 4), (0, 1, 2), (2, 2, 2), "x"),
+        lambda comm: comm.reduce_scatter(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x"),
+        lambda comm: comm.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x", [torch.ones(2, 4)]),
     ],
 )
 def test_a_call_of_another_shape_is_refused_by_all_also_when_unchecked(other: Rank) -> None:
     """Nothing is read; who takes the error goes on."""
 
-    def rank(world: World) -> float:
-        with pytest.raises(CollectiveMismatchError, match=f'rank {world.rank} came to #0 .* "x", another of ranks 0'):
-            if world.rank == 1:
-                other(world)
+    def rank(comm: Communicator) -> float:
+        with pytest.raises(CollectiveMismatchError, match=f'rank {comm.rank} came to #0 .* "x", another of ranks 0'):
+            if comm.rank == 1:
+                other(comm)
             else:
-                world.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x")
-        return lab.sum_of(world, 1.0)
+                comm.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x")
+        return lab.sum_of(comm, 1.0)
 
     assert run_shared(line(3), rank) == [6.0] * 3
 
@@ -286,33 +286,33 @@ def test_an_all_reduce_never_meets_a_reduce_scatter_also_where_it_is_made_of_one
     """Above 32 KiB an all-reduce begins as a reduce-scatter does; what follows it must not meet another gather."""
     counts, x = (32, 32), torch.ones(64, 512)
 
-    def rank(world: World) -> float:
-        with pytest.raises(CollectiveMismatchError, match=f"rank {world.rank} came to #0"):
-            if world.rank == 1:
-                world.reduce_scatter(x, (0, 1), counts, "x")
-                world.all_gather([x[:32]], (0, 1), counts, "y")
+    def rank(comm: Communicator) -> float:
+        with pytest.raises(CollectiveMismatchError, match=f"rank {comm.rank} came to #0"):
+            if comm.rank == 1:
+                comm.reduce_scatter(x, (0, 1), counts, "x")
+                comm.all_gather([x[:32]], (0, 1), counts, "y")
             else:
-                world.all_reduce(x, (0, 1), counts, "x")
-        return lab.sum_of(world, 1.0)
+                comm.all_reduce(x, (0, 1), counts, "x")
+        return lab.sum_of(comm, 1.0)
 
     assert run_shared(line(2), rank) == [3.0] * 2
 
 
 @pytest.mark.parametrize("how", ["label", "operation", "width", "dtype", "counts", "fields", "addends", "root"])
 def test_checked_mode_says_who_came_with_what(how: str) -> None:
-    texts = run_shared(line(3), lambda world: (lab.differing(world, how), lab.sum_of(world, 0.0))[0], checked=True)
+    texts = run_shared(line(3), lambda comm: (lab.differing(comm, how), lab.sum_of(comm, 0.0))[0], checked=True)
     assert texts == [texts[0]] * 3
     assert texts[0].startswith("ranks met in different collectives: rank 1 came to #0")
 
 
 def test_a_tensor_that_does_not_fit_the_counts_is_refused_before_anything_is_read() -> None:
-    def rank(world: World) -> None:
+    def rank(comm: Communicator) -> None:
         for bad in (torch.ones(5, 4), torch.ones(7, 4)):
             with pytest.raises(CollectiveMismatchError, match="does not fit"):
-                world.all_reduce(bad, (0, 1), (3, 3), "a")
+                comm.all_reduce(bad, (0, 1), (3, 3), "a")
         with pytest.raises(CollectiveMismatchError, match="does not fit"):
-            world.reduce_scatter(torch.ones(6, 4), (0, 1), (3, 3), "a", [torch.ones(2, 4)])
-        assert lab.sum_of(world, 1.0) == 3.0
+            comm.reduce_scatter(torch.ones(6, 4), (0, 1), (3, 3), "a", [torch.ones(2, 4)])
+        assert lab.sum_of(comm, 1.0) == 3.0
 
     run_shared(line(2), rank)
 
@@ -321,19 +321,19 @@ def test_a_tensor_that_does_not_fit_the_counts_is_refused_before_anything_is_rea
 
 
 def test_eight_ranks_on_few_cores_make_progress() -> None:
-    def rank(world: World) -> float:
-        return sum(lab.sum_of(world, float(i)) for i in range(200))
+    def rank(comm: Communicator) -> float:
+        return sum(lab.sum_of(comm, float(i)) for i in range(200))
 
     assert run_shared(line(8), rank) == [sum(8.0 * i + 28 for i in range(200))] * 8
 
 
 def test_who_waits_for_long_burns_no_processor() -> None:
-    def rank(world: World) -> float:
-        world.barrier((0, 1), "start")
-        if world.rank == 1:
+    def rank(comm: Communicator) -> float:
+        comm.barrier((0, 1), "start")
+        if comm.rank == 1:
             time.sleep(1.0)
         before = time.thread_time()
-        world.barrier((0, 1), "end")
+        comm.barrier((0, 1), "end")
         return time.thread_time() - before
 
     assert run_shared(line(2), rank)[0] < 0.1
@@ -342,15 +342,15 @@ def test_who_waits_for_long_burns_no_processor() -> None:
 def test_groups_are_independent_of_each_other() -> None:
     mesh = Mesh.of(dp=2, tp=2)
 
-    def rank(world: World) -> list[float]:
+    def rank(comm: Communicator) -> list[float]:
         out = []
         for i in range(30):
-            for ranks in lab.groups_of(mesh, world.rank):
-                if i % 2 and world.rank < 2:
+            for ranks in lab.groups_of(mesh, comm.rank):
+                if i % 2 and comm.rank < 2:
                     time.sleep(0.0003)
-                x = world.send_buffer(600, 4, torch.float32).fill_(world.rank + i)
+                x = comm.send_buffer(600, 4, torch.float32).fill_(comm.rank + i)
                 counts = (600, *(0,) * (len(ranks) - 1))
-                out.append(world.all_reduce(x, ranks, counts, "sum")[599, 3].item() - len(ranks) * i - sum(ranks))
+                out.append(comm.all_reduce(x, ranks, counts, "sum")[599, 3].item() - len(ranks) * i - sum(ranks))
         return out
 
     assert run_shared(mesh, rank) == [[0.0] * 90] * 4
@@ -374,9 +374,9 @@ def test_ranks_that_cannot_open_each_others_memory_do_not_share_it(monkeypatch: 
 
     together = found(range(3))
     assert all(rank.share((0, 1, 2)) and rank.share((0, 2)) for rank in together)
-    assert ShmWire(together[0], (0, 2), 0).size == 2
-    opened("narrows.comm.neighbours._opened", lambda place: None)
+    assert ShmTransport(together[0], (0, 2), 0).size == 2
+    opened("narrows.comm.shm_peers._opened", lambda place: None)
     apart = found(range(3))
     assert not any(rank.share(ranks) for rank in apart for ranks in ((0, 1, 2), (0, 2)))
-    opened("narrows.comm.neighbours.functions", lambda: None)
+    opened("narrows.comm.shm_peers.functions", lambda: None)
     assert all(isinstance(why, str) and why.startswith("no compiled code") for why in found(range(3)))

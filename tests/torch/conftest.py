@@ -19,7 +19,7 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig, read_config
 from narrows.arch.forms import Forms
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
-from narrows.comm import ThreadWorld
+from narrows.comm import ThreadCommunicator
 from narrows.engine.config import Resolved
 from narrows.layout import Mesh
 from narrows.weights.dummy import DummyWeights
@@ -174,14 +174,14 @@ class Faults:
 
     def leave_out_sum(self, where: str) -> None:
         """Every rank keeps its own addend in the all-reduce whose label begins with ``where``."""
-        true_sum = ThreadWorld.all_reduce
+        true_sum = ThreadCommunicator.all_reduce
 
-        def all_reduce(world: ThreadWorld, x: Tensor, ranks: tuple[int, ...], *rest: Any, **more: Any) -> Tensor:
-            out = true_sum(world, x.clone(), ranks, *rest, **more)
+        def all_reduce(comm: ThreadCommunicator, x: Tensor, ranks: tuple[int, ...], *rest: Any, **more: Any) -> Tensor:
+            out = true_sum(comm, x.clone(), ranks, *rest, **more)
             label = next(item for item in (*rest, *more.values()) if isinstance(item, str))
             return x if label.startswith(where) else out
 
-        self._monkeypatch.setattr(ThreadWorld, "all_reduce", all_reduce)
+        self._monkeypatch.setattr(ThreadCommunicator, "all_reduce", all_reduce)
 
 
 class _Scaled:

@@ -52,7 +52,7 @@ class RecordingEngine(Engine):
         super().__init__(resolved, wrap=self.record)
 
     def record(self, worker: Worker) -> Wrap:
-        mine = self.seen[worker.world.rank]
+        mine = self.seen[worker.comm.rank]
 
         def wrap(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation

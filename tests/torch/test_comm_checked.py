@@ -11,8 +11,8 @@ import torch
 from patience import PATIENCE_S
 from torch import Tensor
 
-from narrows.comm import Stamp, World
-from narrows.comm.meeting import Commons
+from narrows.comm import Communicator, Fingerprint
+from narrows.comm.rendezvous import SharedState
 from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
 from narrows.ranks import ThreadRanks, run_ranks
@@ -27,16 +27,16 @@ def rank_threads() -> list[threading.Thread]:
 
 
 def errors_of(
-    mesh: Mesh, fn: Callable[[World], object], *, checked: bool = True, timeout_s: float = PATIENCE_S
+    mesh: Mesh, fn: Callable[[Communicator], object], *, checked: bool = True, timeout_s: float = PATIENCE_S
 ) -> tuple[BaseException, dict[int, BaseException]]:
     """What run_ranks raises, and what each rank raised."""
     raised: dict[int, BaseException] = {}
 
-    def rank(world: World) -> None:
+    def rank(comm: Communicator) -> None:
         try:
-            fn(world)
+            fn(comm)
         except BaseException as error:
-            raised[world.rank] = error
+            raised[comm.rank] = error
             raise
 
     with pytest.raises(Exception) as told:
@@ -52,14 +52,14 @@ def errors_of(
 def test_the_first_error_ends_every_rank_and_is_raised_itself(checked: bool) -> None:
     original = ValueError("no such expert: 300")
 
-    def rank(world: World) -> None:
-        world.barrier(ALL, "start")
-        if world.rank == 1:
+    def rank(comm: Communicator) -> None:
+        comm.barrier(ALL, "start")
+        if comm.rank == 1:
             time.sleep(0.05)
             raise original
         for _ in range(3):  # 0 waits in a tp group, 2 and 3 are in another and go on to wait for the world
-            world.all_reduce(torch.ones(2, 1), FOUR.group(world.rank, 1, 2), (1, 1), "tp sum")
-            world.barrier(ALL, "step")
+            comm.all_reduce(torch.ones(2, 1), FOUR.group(comm.rank, 1, 2), (1, 1), "tp sum")
+            comm.barrier(ALL, "step")
 
     error, raised = errors_of(FOUR, rank, checked=checked)
     assert error is original
@@ -71,11 +71,11 @@ def test_the_first_error_ends_every_rank_and_is_raised_itself(checked: bool) -> 
 
 
 def test_a_rank_that_raises_before_the_others_come_ends_them_too() -> None:
-    def rank(world: World) -> None:
-        if world.rank == 3:
+    def rank(comm: Communicator) -> None:
+        if comm.rank == 3:
             raise KeyError("gone")
         time.sleep(0.05)
-        world.barrier(ALL, "late")
+        comm.barrier(ALL, "late")
 
     error, raised = errors_of(FOUR, rank)
     assert raised.pop(3) is error and isinstance(error, KeyError)
@@ -83,23 +83,23 @@ def test_a_rank_that_raises_before_the_others_come_ends_them_too() -> None:
 
 
 def test_only_the_first_of_several_errors_counts() -> None:
-    def rank(world: World) -> None:
-        world.barrier(ALL, "start")
-        time.sleep(0.1 * world.rank)
-        raise ValueError(f"rank {world.rank} is wrong")
+    def rank(comm: Communicator) -> None:
+        comm.barrier(ALL, "start")
+        time.sleep(0.1 * comm.rank)
+        raise ValueError(f"rank {comm.rank} is wrong")
 
     error, _ = errors_of(FOUR, rank)
     assert str(error) == "rank 0 is wrong"
 
 
 def test_a_caught_error_of_the_world_does_not_revive_it() -> None:
-    def rank(world: World) -> str:
-        world.barrier(ALL, "start")
-        if world.rank == 0:
+    def rank(comm: Communicator) -> str:
+        comm.barrier(ALL, "start")
+        if comm.rank == 0:
             raise ValueError("first")
         for _ in range(2):
             with pytest.raises(RankError, match="rank 0 failed first"):
-                world.barrier(ALL, "again")
+                comm.barrier(ALL, "again")
         return "ended by itself"
 
     error, raised = errors_of(FOUR, rank)
@@ -109,52 +109,52 @@ def test_a_caught_error_of_the_world_does_not_revive_it() -> None:
 # --- ranks in different collectives
 
 
-def say_label(world: World) -> None:
-    label = "layer 3 post_attn_norm" if world.rank == 2 else "layer 3 input_norm"
-    world.all_reduce(torch.ones(5, 64), ALL, SPLIT, label)
+def say_label(comm: Communicator) -> None:
+    label = "layer 3 post_attn_norm" if comm.rank == 2 else "layer 3 input_norm"
+    comm.all_reduce(torch.ones(5, 64), ALL, SPLIT, label)
 
 
-def say_op(world: World) -> None:
-    if world.rank == 2:
-        world.barrier(ALL, "layer 3 input_norm")
+def say_op(comm: Communicator) -> None:
+    if comm.rank == 2:
+        comm.barrier(ALL, "layer 3 input_norm")
     else:
-        world.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
+        comm.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
 
 
-def say_width(world: World) -> None:
-    world.all_reduce(torch.ones(5, 128 if world.rank == 2 else 64), ALL, SPLIT, "layer 3 input_norm")
+def say_width(comm: Communicator) -> None:
+    comm.all_reduce(torch.ones(5, 128 if comm.rank == 2 else 64), ALL, SPLIT, "layer 3 input_norm")
 
 
-def say_dtype(world: World) -> None:
-    x = torch.ones(5, 64, dtype=torch.bfloat16 if world.rank == 2 else torch.float32)
-    world.reduce_scatter(x, ALL, SPLIT, "layer 3 input_norm")
+def say_dtype(comm: Communicator) -> None:
+    x = torch.ones(5, 64, dtype=torch.bfloat16 if comm.rank == 2 else torch.float32)
+    comm.reduce_scatter(x, ALL, SPLIT, "layer 3 input_norm")
 
 
-def say_counts(world: World) -> None:
-    split = (1, 2, 0, 2) if world.rank == 2 else SPLIT
-    world.all_gather([torch.ones(SPLIT[world.rank], 64)], ALL, split, "layer 3 input_norm")
+def say_counts(comm: Communicator) -> None:
+    split = (1, 2, 0, 2) if comm.rank == 2 else SPLIT
+    comm.all_gather([torch.ones(SPLIT[comm.rank], 64)], ALL, split, "layer 3 input_norm")
 
 
-def say_fields(world: World) -> None:
-    rows = SPLIT[world.rank]
+def say_fields(comm: Communicator) -> None:
+    rows = SPLIT[comm.rank]
     xs = [torch.ones(rows, 64), torch.ones(rows, 8, dtype=torch.int32)]
-    world.all_gather(xs[: 1 if world.rank == 2 else 2], ALL, SPLIT, "layer 3 input_norm")
+    comm.all_gather(xs[: 1 if comm.rank == 2 else 2], ALL, SPLIT, "layer 3 input_norm")
 
 
-def say_rows_of_columns(world: World) -> None:
-    world.column_gather(torch.ones(4 if world.rank == 2 else 5, 2), ALL, (2, 2, 2, 2), "layer 3 input_norm")
+def say_rows_of_columns(comm: Communicator) -> None:
+    comm.column_gather(torch.ones(4 if comm.rank == 2 else 5, 2), ALL, (2, 2, 2, 2), "layer 3 input_norm")
 
 
-def say_root(world: World) -> None:
-    world.broadcast(torch.ones(5), ALL, 1 if world.rank == 2 else 0, "layer 3 input_norm")
+def say_root(comm: Communicator) -> None:
+    comm.broadcast(torch.ones(5), ALL, 1 if comm.rank == 2 else 0, "layer 3 input_norm")
 
 
-def say_number(world: World) -> None:
-    world.barrier(ALL, "start")
-    if world.rank == 2:  # begins a collective that cannot be, and goes on as if nothing had happened
+def say_number(comm: Communicator) -> None:
+    comm.barrier(ALL, "start")
+    if comm.rank == 2:  # begins a collective that cannot be, and goes on as if nothing had happened
         with pytest.raises(CollectiveMismatchError):
-            world.all_reduce(torch.ones(4, 64), ALL, SPLIT, "layer 3 input_norm")
-    world.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
+            comm.all_reduce(torch.ones(4, 64), ALL, SPLIT, "layer 3 input_norm")
+    comm.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def say_number(world: World) -> None:
         (say_number, "#2 all_reduce", "#1 all_reduce"),
     ],
 )
-def test_a_mismatch_says_who_came_with_what(fn: Callable[[World], object], odd: str, others: str) -> None:
+def test_a_mismatch_says_who_came_with_what(fn: Callable[[Communicator], object], odd: str, others: str) -> None:
     error, raised = errors_of(FOUR, fn)
     assert type(error) is CollectiveMismatchError
     one, rest = str(error).split(", ranks 0, 1, 3 to ")
@@ -187,8 +187,8 @@ def test_a_mismatch_says_who_came_with_what(fn: Callable[[World], object], odd: 
 
 
 def test_every_rank_that_differs_is_named() -> None:
-    def rank(world: World) -> None:
-        world.barrier(ALL, "step 1" if world.rank < 2 else f"step {world.rank}")
+    def rank(comm: Communicator) -> None:
+        comm.barrier(ALL, "step 1" if comm.rank < 2 else f"step {comm.rank}")
 
     error, _ = errors_of(FOUR, rank)
     assert str(error).endswith(
@@ -200,10 +200,10 @@ def test_nothing_is_read_before_all_have_been_compared() -> None:
     """Rank 2's tensor would break the concatenation; what is raised is the mismatch."""
     seen: list[str] = []
 
-    def rank(world: World) -> None:
-        width = 5 if world.rank == 2 else 4
+    def rank(comm: Communicator) -> None:
+        width = 5 if comm.rank == 2 else 4
         try:
-            world.all_gather([torch.ones(1, width)], ALL, (1, 1, 1, 1), "rows")
+            comm.all_gather([torch.ones(1, width)], ALL, (1, 1, 1, 1), "rows")
         except RankError as error:
             seen.append(type(error).__name__)
             raise
@@ -213,9 +213,9 @@ def test_nothing_is_read_before_all_have_been_compared() -> None:
 
 
 def test_unchecked_the_same_ends_too_with_what_torch_says() -> None:
-    def rank(world: World) -> None:
-        world.barrier(ALL, "start")
-        world.all_gather([torch.ones(1, 5 if world.rank == 2 else 4)], ALL, (1, 1, 1, 1), "rows")
+    def rank(comm: Communicator) -> None:
+        comm.barrier(ALL, "start")
+        comm.all_gather([torch.ones(1, 5 if comm.rank == 2 else 4)], ALL, (1, 1, 1, 1), "rows")
 
     for _ in range(5):
         error, raised = errors_of(FOUR, rank, checked=False)
@@ -239,13 +239,13 @@ def test_unchecked_the_same_ends_too_with_what_torch_says() -> None:
         (lambda w: w.all_reduce(torch.ones(5, 2, dtype=torch.float64), ALL, SPLIT, "x"), "torch.float64"),
     ],
 )
-def test_a_tensor_that_does_not_fit_its_counts_is_refused(fn: Callable[[World], object], text: str) -> None:
-    def rank(world: World) -> None:
-        world.barrier(ALL, "start")
-        if world.rank == 0:
-            fn(world)
+def test_a_tensor_that_does_not_fit_its_counts_is_refused(fn: Callable[[Communicator], object], text: str) -> None:
+    def rank(comm: Communicator) -> None:
+        comm.barrier(ALL, "start")
+        if comm.rank == 0:
+            fn(comm)
         else:
-            world.barrier(ALL, "x")
+            comm.barrier(ALL, "x")
 
     error, raised = errors_of(FOUR, rank)
     assert type(error) is CollectiveMismatchError
@@ -260,10 +260,10 @@ def test_a_tensor_that_does_not_fit_its_counts_is_refused(fn: Callable[[World], 
 
 @pytest.mark.parametrize("checked", [False, True])
 def test_a_rank_that_never_comes_is_named_with_what_the_others_wait_at(checked: bool) -> None:
-    def rank(world: World) -> None:
-        world.barrier(ALL, "start")
-        if world.rank != 2:
-            world.all_reduce(torch.ones(5, 2), ALL, SPLIT, "layer 7 experts")
+    def rank(comm: Communicator) -> None:
+        comm.barrier(ALL, "start")
+        if comm.rank != 2:
+            comm.all_reduce(torch.ones(5, 2), ALL, SPLIT, "layer 7 experts")
 
     error, raised = errors_of(FOUR, rank, checked=checked, timeout_s=0.3)
     assert type(error) is RankError
@@ -277,11 +277,11 @@ def test_a_rank_that_never_comes_is_named_with_what_the_others_wait_at(checked: 
 def test_ranks_that_wait_for_each_other_in_different_groups_are_named() -> None:
     """One rank idle and one not: the field's commonest deadlock."""
 
-    def rank(world: World) -> None:
-        if world.rank == 1:
-            world.barrier(ALL, "idle step")
+    def rank(comm: Communicator) -> None:
+        if comm.rank == 1:
+            comm.barrier(ALL, "idle step")
         else:
-            world.barrier(FOUR.group(world.rank, 1, 2), "attention sum")
+            comm.barrier(FOUR.group(comm.rank, 1, 2), "attention sum")
 
     error, _ = errors_of(FOUR, rank, timeout_s=0.3)
     text = str(error)
@@ -290,9 +290,9 @@ def test_ranks_that_wait_for_each_other_in_different_groups_are_named() -> None:
 
 
 def test_a_rank_that_comes_to_nothing_is_said_to_have_never_come() -> None:
-    def rank(world: World) -> None:
-        if world.rank == 0:
-            world.barrier(ALL, "start")
+    def rank(comm: Communicator) -> None:
+        if comm.rank == 0:
+            comm.barrier(ALL, "start")
 
     error, _ = errors_of(FOUR, rank, timeout_s=0.2)
     assert "ranks 1, 2, 3 did not come" in str(error) and "rank 3 never came" in str(error)
@@ -301,11 +301,11 @@ def test_a_rank_that_comes_to_nothing_is_said_to_have_never_come() -> None:
 def test_a_rank_stuck_outside_of_any_collective_is_given_up_and_named() -> None:
     release = threading.Event()
 
-    def rank(world: World) -> None:
-        if world.rank == 1:
+    def rank(comm: Communicator) -> None:
+        if comm.rank == 1:
             release.wait(PATIENCE_S)
         else:
-            world.barrier(ALL, "start")
+            comm.barrier(ALL, "start")
 
     try:
         with pytest.raises(RankError, match="rank 1 did not come") as told:
@@ -319,32 +319,32 @@ def test_a_rank_stuck_outside_of_any_collective_is_given_up_and_named() -> None:
 
 def test_time_is_for_coming_not_for_the_work() -> None:
     """All have come; that the last one works longer than the others may be late is no failure."""
-    commons = Commons(Mesh.of(dp=1, tp=2), checked=False, timeout_s=0.05)
-    stamp = Stamp(0, "all_reduce", "long", 2)
+    shared = SharedState(Mesh.of(dp=1, tp=2), checked=False, timeout_s=0.05)
+    fingerprint = Fingerprint(0, "all_reduce", "long", 2)
 
-    def work(stamps: list[Stamp], brought: list[int]) -> list[int]:
+    def work(fingerprints: list[Fingerprint], brought: list[int]) -> list[int]:
         time.sleep(0.2)
         return [sum(brought)] * 2
 
     results: list[int] = []
-    first = threading.Thread(target=lambda: results.append(commons.meeting((0, 1)).meet(0, stamp, 3, work)))
+    first = threading.Thread(target=lambda: results.append(shared.rendezvous((0, 1)).meet(0, fingerprint, 3, work)))
     first.start()
-    results.append(commons.meeting((0, 1)).meet(1, stamp, 4, work))
+    results.append(shared.rendezvous((0, 1)).meet(1, fingerprint, 4, work))
     first.join(PATIENCE_S)
     assert results == [7, 7]
 
 
 def test_an_error_in_the_work_is_known_before_anyone_is_let_go() -> None:
-    commons = Commons(Mesh.of(dp=1, tp=2), checked=False, timeout_s=5)
-    stamp = Stamp(0, "all_reduce", "broken", 2)
+    shared = SharedState(Mesh.of(dp=1, tp=2), checked=False, timeout_s=5)
+    fingerprint = Fingerprint(0, "all_reduce", "broken", 2)
     raised: list[BaseException] = []
 
-    def work(stamps: list[Stamp], brought: list[int]) -> list[int]:
+    def work(fingerprints: list[Fingerprint], brought: list[int]) -> list[int]:
         raise ArithmeticError("nan")
 
     def come(me: int) -> None:
         try:
-            commons.meeting((0, 1)).meet(me, stamp, 0, work)
+            shared.rendezvous((0, 1)).meet(me, fingerprint, 0, work)
         except BaseException as error:
             raised.append(error)
 
@@ -359,9 +359,9 @@ def test_an_error_in_the_work_is_known_before_anyone_is_let_go() -> None:
 def test_no_rank_may_skip_a_collective_because_it_holds_no_rows() -> None:
     """All members come, whatever they hold; the one that skips is the one that is named."""
 
-    def rank(world: World) -> None:
-        if SPLIT[world.rank]:
-            world.all_gather([torch.ones(SPLIT[world.rank], 2)], ALL, SPLIT, "rows")
+    def rank(comm: Communicator) -> None:
+        if SPLIT[comm.rank]:
+            comm.all_gather([torch.ones(SPLIT[comm.rank], 2)], ALL, SPLIT, "rows")
 
     error, _ = errors_of(FOUR, rank, timeout_s=0.2)
     assert "rank 2 did not come" in str(error)
@@ -371,13 +371,13 @@ def test_a_rank_that_lost_a_whole_call_is_seen_at_the_next_one() -> None:
     """The next call has the same label, shape and number of collectives: only the count of calls tells them apart."""
 
     class Worker:
-        def __init__(self, world: World) -> None:
-            self.world = world
+        def __init__(self, comm: Communicator) -> None:
+            self.comm = comm
 
         def step(self, value: int, skips: int | None) -> Tensor | None:
-            if skips == self.world.rank:
+            if skips == self.comm.rank:
                 return None
-            return self.world.all_reduce(torch.full((2, 2), float(value)), (0, 1), (1, 1), "layer 0 sum")
+            return self.comm.all_reduce(torch.full((2, 2), float(value)), (0, 1), (1, 1), "layer 0 sum")
 
     with ThreadRanks(Mesh.of(dp=1, tp=2), Worker, checked=True, timeout_s=20) as ranks:
         steps = [ranks.submit(Worker.step, value, 1 if value == 1 else None) for value in range(3)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrows.comm import ThreadWorld, World
+from narrows.comm import Communicator, ThreadCommunicator
 from narrows.comm.sums import sum_rows
 from narrows.layout import Mesh
 from narrows.ranks import run_ranks
@@ -51,11 +51,11 @@ def reduced_three_ways(
         [rough(100 * r + i, counts[r], width, dtype=dt) for i, dt in enumerate(addend_dtypes)] for r in range(num)
     ]
 
-    def rank(world: World) -> tuple[Tensor, Tensor, Tensor]:
-        me, ranks = world.rank, tuple(range(num))
-        whole = world.all_reduce(parts[me], ranks, counts, "all-reduce", addends[me])
-        piece = world.reduce_scatter(parts[me], ranks, counts, "reduce-scatter", addends[me])
-        (joined,) = world.all_gather([piece], ranks, counts, "all-gather")
+    def rank(comm: Communicator) -> tuple[Tensor, Tensor, Tensor]:
+        me, ranks = comm.rank, tuple(range(num))
+        whole = comm.all_reduce(parts[me], ranks, counts, "all-reduce", addends[me])
+        piece = comm.reduce_scatter(parts[me], ranks, counts, "reduce-scatter", addends[me])
+        (joined,) = comm.all_gather([piece], ranks, counts, "all-gather")
         return whole, piece, joined
 
     want = rank_order_sum(parts, counts, addends)
@@ -116,9 +116,9 @@ def test_a_gather_packs_fields_of_any_width_and_dtype(counts: tuple[int, ...], c
     num = len(counts)
     fields = [(torch.arange(sum(counts) * w).view(sum(counts), w) % 5).to(dt) for w, dt in enumerate(DTYPES)]
 
-    def rank(world: World) -> list[Tensor]:
-        mine = [field.split(list(counts))[world.rank] for field in fields]
-        return world.all_gather(mine, tuple(range(num)), counts, "fields")
+    def rank(comm: Communicator) -> list[Tensor]:
+        mine = [field.split(list(counts))[comm.rank] for field in fields]
+        return comm.all_gather(mine, tuple(range(num)), counts, "fields")
 
     for got in run_ranks(line(num), rank, checked=checked):
         for field, want in zip(got, fields, strict=True):
@@ -131,9 +131,9 @@ def test_a_gather_packs_fields_of_any_width_and_dtype(counts: tuple[int, ...], c
 def test_a_column_gather_lays_columns_side_by_side(rows: int, widths: tuple[int, ...]) -> None:
     full = rough(0, rows, sum(widths), dtype=torch.bfloat16)
 
-    def rank(world: World) -> Tensor:
-        mine = full.split(list(widths), dim=1)[world.rank]  # not contiguous: that is ordinary
-        return world.column_gather(mine, tuple(range(len(widths))), widths, "columns")
+    def rank(comm: Communicator) -> Tensor:
+        mine = full.split(list(widths), dim=1)[comm.rank]  # not contiguous: that is ordinary
+        return comm.column_gather(mine, tuple(range(len(widths))), widths, "columns")
 
     for got in run_ranks(line(len(widths)), rank, checked=True):
         assert torch.equal(got, full)
@@ -143,8 +143,8 @@ def test_a_column_gather_lays_columns_side_by_side(rows: int, widths: tuple[int,
 def test_a_broadcast_brings_the_root_s_tensor(shape: tuple[int, ...]) -> None:
     values = [torch.full(shape, r + 1) for r in range(3)]
 
-    def rank(world: World) -> Tensor:
-        return world.broadcast(values[world.rank], (0, 1, 2), 2, "sampled ids")
+    def rank(comm: Communicator) -> Tensor:
+        return comm.broadcast(values[comm.rank], (0, 1, 2), 2, "sampled ids")
 
     for got in run_ranks(line(3), rank, checked=True):
         assert torch.equal(got, values[2])
@@ -153,11 +153,11 @@ def test_a_broadcast_brings_the_root_s_tensor(shape: tuple[int, ...]) -> None:
 def test_inputs_that_are_not_contiguous_give_the_same_results() -> None:
     wide = [rough(r, 6, 20) for r in range(2)]
 
-    def rank(world: World) -> list[Tensor]:
+    def rank(comm: Communicator) -> list[Tensor]:
         out = []
-        for x in (wide[world.rank][:, 3:9], wide[world.rank][:, 3:9].contiguous(), wide[world.rank].T[:6, :6].T):
-            out.append(world.all_reduce(x, (0, 1), (4, 2), "sum"))
-            out.append(world.broadcast(x, (0, 1), 1, "copy"))
+        for x in (wide[comm.rank][:, 3:9], wide[comm.rank][:, 3:9].contiguous(), wide[comm.rank].T[:6, :6].T):
+            out.append(comm.all_reduce(x, (0, 1), (4, 2), "sum"))
+            out.append(comm.broadcast(x, (0, 1), 1, "copy"))
         return out
 
     for got in run_ranks(line(2), rank):
@@ -166,20 +166,20 @@ def test_inputs_that_are_not_contiguous_give_the_same_results() -> None:
 
 
 def test_groups_are_independent_of_each_other() -> None:
-    """World, tp and dp groups in turn, on a mesh whose tp groups run at different speeds."""
+    """Communicator, tp and dp groups in turn, on a mesh whose tp groups run at different speeds."""
     mesh = Mesh.of(dp=2, tp=3)
 
-    def rank(world: World) -> list[float]:
-        tp, dp, everyone = mesh.group(world.rank, 1, 2), mesh.group(world.rank, 0, 1), tuple(range(6))
-        x = torch.full((3, 1), float(world.rank))
+    def rank(comm: Communicator) -> list[float]:
+        tp, dp, everyone = mesh.group(comm.rank, 1, 2), mesh.group(comm.rank, 0, 1), tuple(range(6))
+        x = torch.full((3, 1), float(comm.rank))
         out = []
         for i in range(20):
-            if mesh.group_of(world.rank) == i % 2:
+            if mesh.group_of(comm.rank) == i % 2:
                 time.sleep(0.0005)
-            out.append(world.all_reduce(x, tp, (1, 1, 1), "tp")[0, 0].item())
-            out.append(world.all_reduce(x, dp, (3, 0), "dp")[0, 0].item())
-            out.append(world.all_reduce(x, everyone, (1, 1, 0, 0, 0, 1), "world")[0, 0].item())
-            world.barrier(everyone, "step")
+            out.append(comm.all_reduce(x, tp, (1, 1, 1), "tp")[0, 0].item())
+            out.append(comm.all_reduce(x, dp, (3, 0), "dp")[0, 0].item())
+            out.append(comm.all_reduce(x, everyone, (1, 1, 0, 0, 0, 1), "comm")[0, 0].item())
+            comm.barrier(everyone, "step")
         return out
 
     for r, got in enumerate(run_ranks(mesh, rank, checked=True)):
@@ -194,25 +194,25 @@ def test_results_are_nobody_else_s_memory() -> None:
     """Every result is overwritten by its owner; nobody's input and nobody's result may change."""
     ranks, counts = (0, 1, 2), (2, 0, 1)
 
-    def rank(world: World) -> None:
-        me = world.rank
+    def rank(comm: Communicator) -> None:
+        me = comm.rank
         for dtype in (torch.float32, torch.bfloat16):
             whole, mine = torch.full((3, 2), me + 1, dtype=dtype), torch.full((counts[me], 2), me + 1, dtype=dtype)
             results = {
-                "all_gather": world.all_gather([mine, mine], ranks, counts, "g")[0],
-                "reduce_scatter": world.reduce_scatter(whole, ranks, counts, "r", [mine]),
-                "all_reduce": world.all_reduce(whole, ranks, counts, "a", [mine]),
-                "column_gather": world.column_gather(whole, ranks, (2, 2, 2), "c"),
-                "broadcast": world.broadcast(whole, ranks, 0, "b"),
+                "all_gather": comm.all_gather([mine, mine], ranks, counts, "g")[0],
+                "reduce_scatter": comm.reduce_scatter(whole, ranks, counts, "r", [mine]),
+                "all_reduce": comm.all_reduce(whole, ranks, counts, "a", [mine]),
+                "column_gather": comm.column_gather(whole, ranks, (2, 2, 2), "c"),
+                "broadcast": comm.broadcast(whole, ranks, 0, "b"),
             }
             expected = {name: result.clone() for name, result in results.items()}
             for name, result in results.items():
                 assert torch.equal(result, expected[name]), f"a peer wrote into the result of {name}"
                 result.fill_(-7 - me)
-                world.barrier(ranks, "all have written")
+                comm.barrier(ranks, "all have written")
                 assert bool((whole == me + 1).all()) and bool((mine == me + 1).all()), f"{name} aliases an input"
                 assert bool((result == -7 - me).all()), f"the result of {name} is shared"
-                world.barrier(ranks, "all have looked")
+                comm.barrier(ranks, "all have looked")
 
     run_ranks(line(3), rank)
 
@@ -220,8 +220,8 @@ def test_results_are_nobody_else_s_memory() -> None:
 def test_an_input_may_be_written_again_as_soon_as_the_call_returns() -> None:
     ranks, counts = (0, 1, 2, 3), (2, 1, 0, 3)
 
-    def rank(world: World) -> None:
-        me = world.rank
+    def rank(comm: Communicator) -> None:
+        me = comm.rank
         x, mine, column = torch.empty(6, 3), torch.empty(counts[me], 3), torch.empty(2, me)
         for i in range(60):
             if (i + me) % 4 == 0:
@@ -229,17 +229,17 @@ def test_an_input_may_be_written_again_as_soon_as_the_call_returns() -> None:
             for t in (x, mine, column):
                 t.fill_(i * 10 + me)
             summed = float(4 * i * 10 + 6)
-            assert bool((world.all_reduce(x, ranks, counts, "a") == summed).all())
+            assert bool((comm.all_reduce(x, ranks, counts, "a") == summed).all())
             x.fill_(i * 10 + me)
-            assert bool((world.reduce_scatter(x, ranks, counts, "r") == summed).all())
+            assert bool((comm.reduce_scatter(x, ranks, counts, "r") == summed).all())
             x.fill_(i * 10 + me)
-            (rows,) = world.all_gather([mine], ranks, counts, "g")
+            (rows,) = comm.all_gather([mine], ranks, counts, "g")
             mine.fill_(-1)
             assert rows[:, 0].tolist() == [i * 10 + r for r, n in enumerate(counts) for _ in range(n)]
-            columns = world.column_gather(column, ranks, (0, 1, 2, 3), "c")
+            columns = comm.column_gather(column, ranks, (0, 1, 2, 3), "c")
             column.fill_(-1)
             assert columns[1].tolist() == [i * 10 + r for r in range(4) for _ in range(r)]
-            copied = world.broadcast(x, ranks, 3, "b")
+            copied = comm.broadcast(x, ranks, 3, "b")
             x.fill_(-1)
             assert bool((copied == i * 10 + 3).all())
 
@@ -247,26 +247,26 @@ def test_an_input_may_be_written_again_as_soon_as_the_call_returns() -> None:
 
 
 def test_a_group_of_one_rank_meets_nobody_and_gets_its_input_back() -> None:
-    def rank(world: World) -> None:
-        alone = (world.rank,)
-        if world.rank == 0:  # the other rank makes no such call
+    def rank(comm: Communicator) -> None:
+        alone = (comm.rank,)
+        if comm.rank == 0:  # the other rank makes no such call
             x, more = rough(1, 4, 5, dtype=torch.bfloat16), rough(2, 4, 5, dtype=torch.bfloat16)
-            assert world.all_gather([x, more], alone, (4,), "g") == [x, more]
-            assert world.reduce_scatter(x, alone, (4,), "r") is x
-            assert world.all_reduce(x, alone, (4,), "a") is x
-            assert world.column_gather(x, alone, (5,), "c") is x
-            assert world.broadcast(x, alone, 0, "b") is x
-            world.barrier(alone, "w")
+            assert comm.all_gather([x, more], alone, (4,), "g") == [x, more]
+            assert comm.reduce_scatter(x, alone, (4,), "r") is x
+            assert comm.all_reduce(x, alone, (4,), "a") is x
+            assert comm.column_gather(x, alone, (5,), "c") is x
+            assert comm.broadcast(x, alone, 0, "b") is x
+            comm.barrier(alone, "w")
             want = ((x.float() + more.float()) + x.float()).to(torch.bfloat16)
-            assert torch.equal(world.all_reduce(x, alone, (4,), "a", [more, x]), want)
-            assert torch.equal(world.reduce_scatter(x, alone, (4,), "a", [more, x]), want)
+            assert torch.equal(comm.all_reduce(x, alone, (4,), "a", [more, x]), want)
+            assert torch.equal(comm.reduce_scatter(x, alone, (4,), "a", [more, x]), want)
             single = rough(3, 4, 5)
             kept = single.clone()
-            world.all_reduce(single, alone, (4,), "a", [single])
+            comm.all_reduce(single, alone, (4,), "a", [single])
             assert torch.equal(single, kept)
-            lent = world.send_buffer(4, 5, torch.float32).fill_(3)
-            result = world.all_reduce(lent, alone, (4,), "a")
-            world.send_buffer(4, 5, torch.float32).fill_(9)
+            lent = comm.send_buffer(4, 5, torch.float32).fill_(3)
+            result = comm.all_reduce(lent, alone, (4,), "a")
+            comm.send_buffer(4, 5, torch.float32).fill_(9)
             assert bool((result == 3).all()) and result.data_ptr() != lent.data_ptr(), "it lies in a send buffer"
 
     run_ranks(line(2), rank)
@@ -275,39 +275,39 @@ def test_a_group_of_one_rank_meets_nobody_and_gets_its_input_back() -> None:
 def test_a_send_buffer_is_reused_only_after_the_collective_that_consumes_it() -> None:
     ranks, counts = (0, 1), (2, 1)
 
-    def rank(world: World) -> None:
-        rows = counts[world.rank]
-        first = world.send_buffer(rows, 4, torch.float32).fill_(1)
-        second = world.send_buffer(rows, 4, torch.float32).fill_(2)  # e.g. hidden and residual, packed
-        other = world.send_buffer(rows, 4, torch.bfloat16).fill_(3)
+    def rank(comm: Communicator) -> None:
+        rows = counts[comm.rank]
+        first = comm.send_buffer(rows, 4, torch.float32).fill_(1)
+        second = comm.send_buffer(rows, 4, torch.float32).fill_(2)  # e.g. hidden and residual, packed
+        other = comm.send_buffer(rows, 4, torch.bfloat16).fill_(3)
         assert len({first.data_ptr(), second.data_ptr(), other.data_ptr()}) == 3
         for x in (first, second):
             assert x.shape == (rows, 4) and x.is_contiguous()
-        (got,) = world.all_gather([other], ranks, counts, "another collective in between")
-        world.send_buffer(rows, 4, torch.bfloat16).fill_(9)
+        (got,) = comm.all_gather([other], ranks, counts, "another collective in between")
+        comm.send_buffer(rows, 4, torch.bfloat16).fill_(9)
         assert bool((got == 3).all())
-        a, b = world.all_gather([first, second], ranks, counts, "fields")
+        a, b = comm.all_gather([first, second], ranks, counts, "fields")
         lent = {first.data_ptr(), second.data_ptr()}
-        again = [world.send_buffer(rows, 4, torch.float32).fill_(8) for _ in range(2)]
+        again = [comm.send_buffer(rows, 4, torch.float32).fill_(8) for _ in range(2)]
         assert {x.data_ptr() for x in again} == lent
         assert bool((a == 1).all()) and bool((b == 2).all())
         assert not {a.data_ptr(), b.data_ptr()} & lent
 
         for size in (1, 50, 7, 0):  # grows when needed, and a smaller one is a part of it
-            x = world.send_buffer(size, 3, torch.float32).fill_(world.rank + 1)
-            assert bool((world.all_reduce(x, ranks, (size, 0), "sum") == 3).all())
-            y = world.send_buffer(size, 3, torch.float32).fill_(world.rank + 1)
-            part = world.reduce_scatter(y, ranks, (0, size), "sum")
-            world.send_buffer(size, 3, torch.float32).fill_(100)
+            x = comm.send_buffer(size, 3, torch.float32).fill_(comm.rank + 1)
+            assert bool((comm.all_reduce(x, ranks, (size, 0), "sum") == 3).all())
+            y = comm.send_buffer(size, 3, torch.float32).fill_(comm.rank + 1)
+            part = comm.reduce_scatter(y, ranks, (0, size), "sum")
+            comm.send_buffer(size, 3, torch.float32).fill_(100)
             assert bool((part == 3).all())
-        nothing = world.send_buffer(5, 0, torch.int8)
-        assert world.all_reduce(nothing.float(), ranks, (5, 0), "no columns").shape == (5, 0)
+        nothing = comm.send_buffer(5, 0, torch.int8)
+        assert comm.all_reduce(nothing.float(), ranks, (5, 0), "no columns").shape == (5, 0)
 
     run_ranks(line(2), rank, checked=True)
 
 
-def test_a_thread_world_is_a_world() -> None:
-    def rank(world: World) -> bool:
-        return isinstance(world, ThreadWorld) and world.mesh == line(2) and world.checked
+def test_a_thread_communicator_keeps_the_protocol() -> None:
+    def rank(comm: Communicator) -> bool:
+        return isinstance(comm, ThreadCommunicator) and comm.mesh == line(2) and comm.checked
 
     assert run_ranks(line(2), rank, checked=True) == [True, True]

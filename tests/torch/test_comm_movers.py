@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paths import paths_from
 from torch import Tensor
 
-from narrows.comm import Geometry, Mover, World, assemble, scatter
+from narrows.comm import Communicator, Geometry, Mover, assemble, scatter
 from narrows.errors import LayoutError
 from narrows.layout import (
     Layout,
@@ -59,9 +59,9 @@ def assert_holds(layout: Layout, split: RowSplit, shards: Sequence[Tensor], want
             assert torch.equal(shard, expected)
 
 
-def follow(world: World, path: Sequence[Move], split: RowSplit, x: Tensor, columns: tuple[int, ...]) -> Tensor:
+def follow(comm: Communicator, path: Sequence[Move], split: RowSplit, x: Tensor, columns: tuple[int, ...]) -> Tensor:
     for i, move in enumerate(path):
-        mover = Mover(world, move, f"{i}: {move}", columns)
+        mover = Mover(comm, move, f"{i}: {move}", columns)
         (x,) = mover([x], mover.geometry(split))
     return x
 
@@ -82,9 +82,9 @@ def test_every_legal_pair_of_layouts_is_connected_and_keeps_the_tensor(mesh: Mes
     columns = {src: columns_of(mesh, src, WIDTH) for src in legal_layouts(mesh)}
     starts = [scatter(src, split, wants[split], columns[src]) for split, src, _ in cases]
 
-    def rank(world: World) -> list[Tensor]:
+    def rank(comm: Communicator) -> list[Tensor]:
         return [
-            follow(world, paths[src, dst], split, shards[world.rank], columns[src])
+            follow(comm, paths[src, dst], split, shards[comm.rank], columns[src])
             for (split, src, dst), shards in zip(cases, starts, strict=True)
         ]
 
@@ -112,7 +112,7 @@ def test_any_chain_of_moves_over_any_split_keeps_the_tensor(case: tuple[RowSplit
     want = value(split.total, width, torch.bfloat16)
     columns = columns_of(split.mesh, src, width)
     shards = scatter(src, split, want, columns)
-    ends = run_ranks(split.mesh, lambda world: follow(world, path, split, shards[world.rank], columns), checked=True)
+    ends = run_ranks(split.mesh, lambda comm: follow(comm, path, split, shards[comm.rank], columns), checked=True)
     assert_holds(path[-1].dst, split, ends, want)
 
 
@@ -140,13 +140,13 @@ def test_an_addend_joins_an_owed_sum_once(mesh: Mesh, dtype: torch.dtype) -> Non
     ]
     assert {case.kind for case in cases} == {MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER}
 
-    def rank(world: World) -> list[Tensor]:
+    def rank(comm: Communicator) -> list[Tensor]:
         out = []
         for case in cases:
-            mover = Mover(world, case, str(case))
+            mover = Mover(comm, case, str(case))
             geometry = mover.geometry(split)
-            assert geometry.stop - geometry.start == joined[world.rank].shape[0]
-            out += mover([shards[case.src][world.rank]], geometry, [joined[world.rank]])
+            assert geometry.stop - geometry.start == joined[comm.rank].shape[0]
+            out += mover([shards[case.src][comm.rank]], geometry, [joined[comm.rank]])
         return out
 
     ends = run_ranks(mesh, rank, checked=True)
@@ -161,9 +161,9 @@ def test_gathers_and_slices_carry_several_fields() -> None:
     fields = [value(7, 6, torch.bfloat16), torch.arange(14).view(7, 2), value(7, 0, torch.float32)]
     shards = [scatter(scattered(mesh), split, field) for field in fields]
 
-    def rank(world: World) -> tuple[list[Tensor], list[Tensor]]:
-        gather, cut = Mover(world, there, "gather"), Mover(world, back, "slice")
-        whole = gather([shard[world.rank] for shard in shards], gather.geometry(split))
+    def rank(comm: Communicator) -> tuple[list[Tensor], list[Tensor]]:
+        gather, cut = Mover(comm, there, "gather"), Mover(comm, back, "slice")
+        whole = gather([shard[comm.rank] for shard in shards], gather.geometry(split))
         return whole, cut(whole, cut.geometry(split))
 
     for r, (whole, own) in enumerate(run_ranks(mesh, rank, checked=True)):
@@ -184,20 +184,20 @@ def test_the_geometry_is_plain_numbers_from_this_rank_s_side() -> None:
         (owed(mesh), owed(mesh, 1)): ((5, 4), [(0, 5), (0, 5), (5, 9), (5, 9)]),
     }
 
-    def rank(world: World) -> list[Geometry]:
-        return [Mover(world, move(mesh, *ends), "x").geometry(split) for ends in cases]
+    def rank(comm: Communicator) -> list[Geometry]:
+        return [Mover(comm, move(mesh, *ends), "x").geometry(split) for ends in cases]
 
     for r, geometries in enumerate(run_ranks(mesh, rank)):
         for geometry, (pieces, spans) in zip(geometries, cases.values(), strict=True):
             assert geometry == (pieces, *spans[r])
 
-    def within_groups(world: World) -> tuple[Geometry, Geometry, Geometry]:
+    def within_groups(comm: Communicator) -> tuple[Geometry, Geometry, Geometry]:
         ends = [
             (owed(mesh, 1), group(mesh)),
             (group(mesh), scattered(mesh)),
             (Layout.on(mesh, "SC"), group(mesh)),
         ]
-        a, b, c = (Mover(world, move(mesh, *pair), "x", (1, 2, 3, 4)).geometry(split) for pair in ends)
+        a, b, c = (Mover(comm, move(mesh, *pair), "x", (1, 2, 3, 4)).geometry(split) for pair in ends)
         return a, b, c
 
     assert run_ranks(mesh, within_groups) == [
@@ -213,18 +213,18 @@ def test_a_mover_refuses_what_it_cannot_do() -> None:
     split = RowSplit(mesh, (1, 1, 1, 1))
     columns_move = move(mesh, Layout.on(mesh, "CC"), full(mesh))
 
-    def rank(world: World) -> None:
+    def rank(comm: Communicator) -> None:
         with pytest.raises(LayoutError, match=r"dp 4 x tp 1.*dp 2 x tp 2"):
             other = Mesh.of(dp=4, tp=1)
-            Mover(world, move(other, full(other), scattered(other)), "x")
+            Mover(comm, move(other, full(other), scattered(other)), "x")
         for columns in (None, (1, 2)):
             with pytest.raises(LayoutError, match="columns of each of 4 ranks"):
-                Mover(world, columns_move, "x", columns)
+                Mover(comm, columns_move, "x", columns)
         x = torch.ones(4, 3)
-        cut = Mover(world, move(mesh, full(mesh), scattered(mesh)), "cut")
+        cut = Mover(comm, move(mesh, full(mesh), scattered(mesh)), "cut")
         with pytest.raises(AssertionError, match="addend"):
             cut([x], cut.geometry(split), [x[:1]])
-        reduce = Mover(world, move(mesh, owed(mesh), full(mesh)), "sum")
+        reduce = Mover(comm, move(mesh, owed(mesh), full(mesh)), "sum")
         with pytest.raises(ValueError, match="unpack"):
             reduce([x, x], reduce.geometry(split))
 

@@ -189,14 +189,14 @@ class Poisoner:
 
     def wrap(self, worker: Worker) -> Wrap:
         lent: dict[int, Tensor] = {}
-        true_lend = worker.world.send_buffer
+        true_lend = worker.comm.send_buffer
 
         def lend(rows: int, width: int, dtype: torch.dtype) -> Tensor:
             buffer = true_lend(rows, width, dtype)
             lent[buffer.untyped_storage().data_ptr()] = buffer
             return buffer
 
-        worker.world.send_buffer = lend  # type: ignore[method-assign]
+        worker.comm.send_buffer = lend  # type: ignore[method-assign]
 
         def around(
             layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation

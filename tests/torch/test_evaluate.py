@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from narrows.cli.main import main
-from narrows.comm import ThreadWorld
+from narrows.comm import ThreadCommunicator
 from narrows.engine.config import EngineConfig
 from narrows.errors import ConfigError
 from narrows.evaluate.evaluation import Evaluation, default_files, evaluate
@@ -132,13 +132,13 @@ def test_a_reduction_that_is_left_out_is_out_of_bounds(asked: EngineConfig, dtyp
 def test_a_fault_that_only_one_row_alone_meets_is_seen_one_at_a_time(
     asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_sum = ThreadWorld.all_reduce
+    true_sum = ThreadCommunicator.all_reduce
 
-    def all_reduce(self: ThreadWorld, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+    def all_reduce(self: ThreadCommunicator, x: Tensor, *rest: Any, **more: Any) -> Tensor:
         out = true_sum(self, x, *rest, **more)
         return shaken(out) if len(out) == 1 else out
 
-    monkeypatch.setattr(ThreadWorld, "all_reduce", all_reduce)
+    monkeypatch.setattr(ThreadCommunicator, "all_reduce", all_reduce)
     (found,) = run(replace(asked, dp=1), setting=replace(SETTING, window=64)).layouts
     batched, alone = (f.distance for f in found.distances)
     assert not batched.failure
@@ -146,14 +146,14 @@ def test_a_fault_that_only_one_row_alone_meets_is_seen_one_at_a_time(
 
 
 def test_logits_that_are_not_numbers_are_out_of_bounds(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_gather = ThreadWorld.column_gather
+    true_gather = ThreadCommunicator.column_gather
 
-    def gather(self: ThreadWorld, *args: Any) -> Tensor:
+    def gather(self: ThreadCommunicator, *args: Any) -> Tensor:
         out = true_gather(self, *args).clone()
         out[0, 5] = torch.nan
         return out
 
-    monkeypatch.setattr(ThreadWorld, "column_gather", gather)
+    monkeypatch.setattr(ThreadCommunicator, "column_gather", gather)
     report = run(asked)
     assert not report.ok
     assert all("not numbers" in found.distance.failure for found in report.layouts[0].distances)
@@ -201,8 +201,8 @@ def test_the_command_prints_tables_and_ends_in_one_json_line(
 def test_a_layout_out_of_bounds_is_exit_code_1_and_one_line(
     evaluated_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_sum = ThreadWorld.all_reduce
-    monkeypatch.setattr(ThreadWorld, "all_reduce", lambda *args, **more: shaken(true_sum(*args, **more)))
+    true_sum = ThreadCommunicator.all_reduce
+    monkeypatch.setattr(ThreadCommunicator, "all_reduce", lambda *args, **more: shaken(true_sum(*args, **more)))
     options = ["--task", "choices", "--layout", "all-reduce", "--kl-rows", "200", "--one-at-a-time", "0"]
     assert main(command(evaluated_model, *options)) == 1
     out = capsys.readouterr().out

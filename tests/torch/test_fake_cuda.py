@@ -1,8 +1,8 @@
 """Whole steps of every family on fake CUDA tensors: what a GPU would refuse, or wait for, is found without one.
 
 torch's FakeTensorMode propagates shapes, dtypes and devices and computes nothing, so these run at the published sizes.
-Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and DistWorld, whose NCCL is torch's fake
-process group. A step has three parts, and each has its rules:
+Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and DistCommunicator, whose
+NCCL is torch's fake process group. A step has three parts, and each has its rules:
 
 - before the walk (ids, page tables, row counts, sampling parameters): host work and copies to the device; no reading of
   device tensors, and no op that mixes devices;
@@ -48,8 +48,8 @@ from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import PRESETS
 from narrows.arch.weights import Weight
 from narrows.comm.buffers import Buffers
-from narrows.comm.dist_world import DistWorld
-from narrows.comm.wire import NcclWire
+from narrows.comm.dist_communicator import DistCommunicator
+from narrows.comm.transport import NcclTransport
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.program import Frame, Operation, Program, Registers, Wrap
 from narrows.engine.sampler import RowSampler
@@ -211,7 +211,7 @@ def _devices(tree: Any) -> set[torch.device]:
 
 
 class FakeNccl:
-    """What :class:`~narrows.comm.wire.NcclWire` makes where there is no NCCL: a group with nobody at the other end."""
+    """What NcclTransport makes where there is no NCCL: a group with nobody at the other end."""
 
     Options = staticmethod(lambda: None)
 
@@ -232,16 +232,18 @@ class FakeBuffers(Buffers):
         return x
 
 
-class FakeWorld(DistWorld):
+class FakeCommunicator(DistCommunicator):
     """A process among GPUs, alone. Checked mode: tensors are held against the row counts, and compared with nobody."""
 
     def __init__(self, rank: int) -> None:
         spans = [(first, last) for first in range(MESH.num_axes) for last in range(first + 1, MESH.num_axes + 1)]
         groups = {MESH.group(rank, first, last) for first, last in spans}
-        wires: dict[Any, Any] = {ranks: (None, NcclWire(None, ranks.index(rank), len(ranks))) for ranks in groups}
-        super().__init__(MESH, rank, wires, checked=True, buffers=FakeBuffers(CUDA))
+        transports: dict[Any, Any] = {
+            ranks: (None, NcclTransport(None, ranks.index(rank), len(ranks))) for ranks in groups
+        }
+        super().__init__(MESH, rank, transports, checked=True, buffers=FakeBuffers(CUDA))
 
-    def _meet(self, seat: Any, stamp: Any, work: Callable[..., Any], *args: Any) -> Any:
+    def _meet(self, member: Any, fingerprint: Any, work: Callable[..., Any], *args: Any) -> Any:
         return work(*args)
 
 
@@ -341,7 +343,7 @@ class Ranks:
             batch_invariant=self.batch_invariant,
         )
         return FakeWorker(
-            FakeWorld(rank),
+            FakeCommunicator(rank),
             resolved.config,
             FakeWeights(),
             place,
@@ -579,7 +581,7 @@ def test_selected_rows_on_the_host_are_found(llama: Ranks, monkeypatch: pytest.M
 
 
 def test_a_send_buffer_on_the_host_is_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama.workers[0].world._buffers, "_device", torch.device("cpu"))
+    monkeypatch.setattr(llama.workers[0].comm._buffers, "_device", torch.device("cpu"))
     with pytest.raises(StepError, match=r"aten\.empty\.\w+ has tensors on \['cpu'\]"):
         llama.walk([PREFILL], "auto")
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from narrows.arch.forms import Forms
 from narrows.arch.weights import embed_weights
-from narrows.comm import Geometry, Mover, ThreadWorld, World
+from narrows.comm import Communicator, Geometry, Mover, ThreadCommunicator
 from narrows.comm.buffers import Buffers
-from narrows.comm.wire import NcclWire
+from narrows.comm.transport import NcclTransport
 from narrows.cost.devices import device
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig, resolve
@@ -347,7 +347,7 @@ def _twice(patch: pytest.MonkeyPatch) -> None:
     _sums_taken(
         patch,
         lambda mover, real, x, geometry, addends: real(
-            [mover._world.all_reduce(x, mover.ranks, geometry.pieces, mover.label)], geometry, addends
+            [mover._comm.all_reduce(x, mover.ranks, geometry.pieces, mover.label)], geometry, addends
         ),
     )
 
@@ -384,11 +384,11 @@ def _lost_from_the_fourth_step(patch: pytest.MonkeyPatch) -> None:
 
     def step(self: Worker, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         self.num_steps = getattr(self, "num_steps", 0) + 1  # type: ignore[attr-defined]
-        self.world.lost = self.num_steps > 3  # type: ignore[attr-defined]
+        self.comm.lost = self.num_steps > 3  # type: ignore[attr-defined]
         return real_step(self, batch, plan, keep_logits)
 
     def lost(mover: Mover, real: Real, x: Tensor, geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
-        if getattr(mover._world, "lost", False) and "layer 1 post_attn_norm" in mover.label:
+        if getattr(mover._comm, "lost", False) and "layer 1 post_attn_norm" in mover.label:
             return _not_taken(mover, x, geometry)
         return real([x], geometry, addends)
 
@@ -427,7 +427,7 @@ def _gather_by_sum(patch: pytest.MonkeyPatch) -> None:
         mine = x.new_zeros((total, x.shape[1]))
         mine[geometry.start : geometry.stop] = x  # on every rank of the group, not only on its first
         whole = tuple(range(mesh.size))
-        return [self._world.all_reduce(mine, whole, (total, *(0,) * (mesh.size - 1)), self.label)]
+        return [self._comm.all_reduce(mine, whole, (total, *(0,) * (mesh.size - 1)), self.label)]
 
     patch.setattr(Mover, "_all_gather", gather)
 
@@ -572,12 +572,12 @@ def test_norm_before_gather_is_right_with_tp_above_1(
 
 
 def _results_in_send_buffers(patch: pytest.MonkeyPatch) -> None:
-    real = ThreadWorld.all_reduce
+    real = ThreadCommunicator.all_reduce
 
-    def all_reduce(self: ThreadWorld, x: Tensor, ranks: tuple[int, ...], *args: Any, **options: Any) -> Tensor:
+    def all_reduce(self: ThreadCommunicator, x: Tensor, ranks: tuple[int, ...], *args: Any, **options: Any) -> Tensor:
         return x.copy_(real(self, x, ranks, *args, **options))  # x lies in a send buffer that the next stage gets too
 
-    patch.setattr(ThreadWorld, "all_reduce", all_reduce)
+    patch.setattr(ThreadCommunicator, "all_reduce", all_reduce)
 
 
 @planted(Mistake("results-live-in-send-buffers", _results_in_send_buffers))
@@ -681,7 +681,7 @@ def _accepts_work_when_dead(patch: pytest.MonkeyPatch) -> None:
 
     def submit(self: ThreadRanks[Worker], method: Callable[..., Any], *args: Any) -> Future[list[Any]]:
         dead: Future[list[Any]] = Future()
-        return dead if self._crew.commons.failure else real(self, method, *args)
+        return dead if self._crew.shared.failure else real(self, method, *args)
 
     patch.setattr(ThreadRanks, "submit", submit)
 
@@ -948,37 +948,37 @@ def test_uninitialised_memory_never_shows(
 
 
 class EqualPieces:
-    """What a backend offers whose collectives want equal pieces, made of those of a world."""
+    """What a backend offers whose collectives want equal pieces, made of those of a comm."""
 
-    def __init__(self, world: World) -> None:
-        self._world, self._ranks = world, tuple(range(world.mesh.size))
+    def __init__(self, comm: Communicator) -> None:
+        self._comm, self._ranks = comm, tuple(range(comm.mesh.size))
 
     def wait(self) -> None:
         """Everything was done at once."""
 
     def _allgather_base(self, out: Tensor, x: Tensor) -> EqualPieces:
-        out.copy_(self._world.all_gather([x], self._ranks, (x.shape[0],) * len(self._ranks), "gather")[0])
+        out.copy_(self._comm.all_gather([x], self._ranks, (x.shape[0],) * len(self._ranks), "gather")[0])
         return self
 
     def _reduce_scatter_base(self, out: Tensor, x: Tensor) -> EqualPieces:
-        out.copy_(self._world.reduce_scatter(x, self._ranks, (out.shape[0],) * len(self._ranks), "scatter"))
+        out.copy_(self._comm.reduce_scatter(x, self._ranks, (out.shape[0],) * len(self._ranks), "scatter"))
         return self
 
     def allreduce(self, xs: list[Tensor]) -> EqualPieces:
         (x,) = xs
-        x.copy_(self._world.all_reduce(x, self._ranks, (x.shape[0], *(0,) * (len(self._ranks) - 1)), "reduce"))
+        x.copy_(self._comm.all_reduce(x, self._ranks, (x.shape[0], *(0,) * (len(self._ranks) - 1)), "reduce"))
         return self
 
 
 def _trimmed_at_the_end(patch: pytest.MonkeyPatch) -> None:
-    def gather(self: NcclWire, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def gather(self: NcclTransport, x: Tensor, counts: Sequence[int]) -> Tensor:
         padded = x.new_empty((max(counts), *x.shape[1:]))
         padded[: x.shape[0]] = x
         out = x.new_empty((self.size * max(counts), *x.shape[1:]))
         self._group._allgather_base(out, padded)
         return out[: sum(counts)]
 
-    patch.setattr(NcclWire, "gather", gather)
+    patch.setattr(NcclTransport, "gather", gather)
 
 
 @planted(Mistake("trimmed-at-the-end-only", _trimmed_at_the_end, AssertionError, "gathered"))
@@ -992,14 +992,14 @@ def test_what_pads_equal_pieces_never_shows(
     x_RTW = torch.randn(3, sum(counts), 4, generator=generator)
     total = (x_RTW[0] + x_RTW[1]) + x_RTW[2]
 
-    def rank(world: World) -> None:
-        wire = NcclWire.__new__(NcclWire)
-        wire.me, wire.size, wire._group = world.rank, 3, EqualPieces(world)
-        own = slice(start[wire.me], start[wire.me] + counts[wire.me])
-        x = x_RTW[wire.me]
-        assert torch.equal(wire.gather(total[own], counts), total), "gathered"
-        assert torch.equal(wire.reduce(x, counts, (), whole=False), total[own]), "scattered"
-        assert torch.equal(wire.reduce(x, counts, (), whole=True), total), "reduced"
+    def rank(comm: Communicator) -> None:
+        transport = NcclTransport.__new__(NcclTransport)
+        transport.me, transport.size, transport._group = comm.rank, 3, EqualPieces(comm)
+        own = slice(start[transport.me], start[transport.me] + counts[transport.me])
+        x = x_RTW[transport.me]
+        assert torch.equal(transport.gather(total[own], counts), total), "gathered"
+        assert torch.equal(transport.reduce(x, counts, (), whole=False), total[own]), "scattered"
+        assert torch.equal(transport.reduce(x, counts, (), whole=True), total), "reduced"
 
     with noticed(mistake, monkeypatch, here=counts != (128, 128, 127)), unwritten_memory(is_nan=True):
         run_ranks(Mesh.of(dp=1, tp=3), rank, checked=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from patience import PATIENCE_S
 
-from narrows.comm import World
+from narrows.comm import Communicator
 from narrows.errors import RankError
 from narrows.layout import Mesh
 from narrows.ranks import ThreadRanks, run_ranks
@@ -31,28 +31,28 @@ def rank_threads() -> list[threading.Thread]:
 class Counter:
     """A worker that remembers what it was told, and sums over the ranks."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.ranks = tuple(range(world.mesh.size))
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.ranks = tuple(range(comm.mesh.size))
         self.told: list[int] = []
-        world.barrier(self.ranks, "built")
+        comm.barrier(self.ranks, "built")
 
     def tell(self, value: int, pause: float = 0.0) -> int:
-        time.sleep(pause * self.world.rank)
+        time.sleep(pause * self.comm.rank)
         self.told.append(value)
-        return self.world.rank * 100 + value
+        return self.comm.rank * 100 + value
 
     def sum(self, value: float) -> float:
-        x = torch.full((len(self.ranks), 1), value + self.world.rank)
-        return self.world.all_reduce(x, self.ranks, (1,) * len(self.ranks), "sum")[0, 0].item()
+        x = torch.full((len(self.ranks), 1), value + self.comm.rank)
+        return self.comm.all_reduce(x, self.ranks, (1,) * len(self.ranks), "sum")[0, 0].item()
 
     def all_told(self) -> list[int]:
         return list(self.told)
 
     def fail(self, rank: int) -> None:
-        if self.world.rank == rank:
+        if self.comm.rank == rank:
             raise ArithmeticError("worker broke")
-        self.world.barrier(self.ranks, "after")
+        self.comm.barrier(self.ranks, "after")
 
     def wait(self, event: threading.Event) -> str:
         event.wait(PATIENCE_S)
@@ -62,10 +62,10 @@ class Counter:
 def test_run_ranks_returns_results_in_rank_order_and_leaves_nothing_behind() -> None:
     threads = torch.get_num_threads()
 
-    def rank(world: World) -> tuple[int, int, bool, bool]:
-        time.sleep(0.02 * (world.mesh.size - world.rank))
+    def rank(comm: Communicator) -> tuple[int, int, bool, bool]:
+        time.sleep(0.02 * (comm.mesh.size - comm.rank))
         here = threading.current_thread() is threading.main_thread()
-        return world.rank, torch.get_num_threads(), torch.is_inference_mode_enabled(), here
+        return comm.rank, torch.get_num_threads(), torch.is_inference_mode_enabled(), here
 
     assert run_ranks(THREE, rank) == [(r, 1, True, False) for r in range(3)]
     assert run_ranks(Mesh.of(dp=1, tp=1), rank) == [(0, 1, True, False)]
@@ -136,10 +136,10 @@ def test_an_unknown_method_is_an_error_of_the_call() -> None:
 
 
 def test_an_error_while_the_workers_are_built_is_raised_at_once() -> None:
-    def make(world: World) -> Counter:
-        if world.rank == 1:
+    def make(comm: Communicator) -> Counter:
+        if comm.rank == 1:
             raise FileNotFoundError("model-00002-of-00002.safetensors")
-        return Counter(world)  # waits for rank 1
+        return Counter(comm)  # waits for rank 1
 
     with pytest.raises(FileNotFoundError, match="00002") as told:
         ThreadRanks(TWO, make)
@@ -152,9 +152,9 @@ def test_a_missing_rank_fails_the_call_in_time() -> None:
 
     class Uneven(Counter):
         def step(self) -> None:
-            if self.world.rank == 1:
+            if self.comm.rank == 1:
                 release.wait(PATIENCE_S)
-            self.world.barrier(self.ranks, "decode step 12")
+            self.comm.barrier(self.ranks, "decode step 12")
 
     with ThreadRanks(TWO, Uneven, timeout_s=0.2) as ranks:
         with pytest.raises(RankError, match=r'rank 1 did not come within 0.2 s.*"decode step 12"'):
@@ -177,7 +177,7 @@ def test_close_fails_the_calls_that_are_not_done() -> None:
     class Stepper(Counter):
         def forever(self) -> None:
             while True:
-                self.world.barrier(self.ranks, "step")
+                self.comm.barrier(self.ranks, "step")
 
     ranks = ThreadRanks(TWO, Stepper)
     running, queued = ranks.submit(Stepper.forever), ranks.submit(Counter.sum, 1.0)
@@ -216,14 +216,14 @@ def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
         from narrows.layout import Mesh
 
         class Worker:
-            def __init__(self, world):
-                self.world = world
+            def __init__(self, comm):
+                self.comm = comm
 
             def spin(self):
                 x = torch.ones(200, 200)
                 while True:
                     x = torch.tanh(x @ x)
-                    self.world.all_reduce(x, (0, 1, 2, 3), (50, 50, 50, 50), "sum")
+                    self.comm.all_reduce(x, (0, 1, 2, 3), (50, 50, 50, 50), "sum")
 
         ranks = ThreadRanks(Mesh.of(dp=1, tp=4), Worker)
         future = ranks.submit(Worker.spin)
@@ -247,8 +247,8 @@ def test_closed_ranks_keep_no_worker() -> None:
     """A worker holds a rank's weights: who starts ranks anew in the same process must not hold both."""
     alive: list[weakref.ref[Counter]] = []
 
-    def make(world: World) -> Counter:
-        worker = Counter(world)
+    def make(comm: Communicator) -> Counter:
+        worker = Counter(comm)
         alive.append(weakref.ref(worker))
         return worker
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from narrows.comm.stamps import Stamp
+from narrows.comm.fingerprint import Fingerprint
 from narrows.ranks.timing import TIMING
 from narrows.ranks.watch import Report, Watch
 
@@ -12,8 +12,8 @@ ALL, TP = (0, 1, 2), (0, 1)
 
 def at(number: int, *, ranks: tuple[int, ...] = ALL, done: int = 1, age_s: float = 0.0, waits: bool = True) -> Report:
     """A rank that is in (or has left) its collective ``number`` of ``ranks``, in its call number ``done``."""
-    stamp = Stamp(number, "all_reduce", f"layer {number}", len(ranks))
-    return Report(done, ((ranks, number + 1),), (stamp, ranks), waits, age_s)
+    fingerprint = Fingerprint(number, "all_reduce", f"layer {number}", len(ranks))
+    return Report(done, ((ranks, number + 1),), (fingerprint, ranks), waits, age_s)
 
 
 def test_a_rank_that_others_wait_for_too_long_is_overdue() -> None:

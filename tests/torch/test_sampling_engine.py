@@ -300,7 +300,7 @@ def test_a_frequency_penalty_of_2_makes_greedy_text_run_through_the_vocabulary(m
 
 
 def histories(workers: list[Worker]) -> list[set[int]]:
-    return [set(worker._sampler._histories) for worker in sorted(workers, key=lambda w: w.world.rank)]
+    return [set(worker._sampler._histories) for worker in sorted(workers, key=lambda w: w.comm.rank)]
 
 
 def test_ranks_drop_the_history_of_requests_that_ended(models: dict[str, Model]) -> None:

@@ -254,7 +254,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def step(self: Worker, batch: Any, *args: Any) -> Any:
         tokens = {token for group in batch.groups for chunk in group for token in chunk.tokens}
-        if BAD in tokens and self.world.rank == self.world.mesh.size - 1:
+        if BAD in tokens and self.comm.rank == self.comm.mesh.size - 1:
             raise RuntimeError("bad luck")
         return real(self, batch, *args)
 

@@ -1,4 +1,4 @@
-"""Every collective of the World by size, beside the copying that it cannot do without, and beside other worlds.
+"""Every collective of the communicator by size, beside the copying that it cannot avoid, and beside other transports.
 
 Knows probes on ranks, and what a collective must read and write; prints nothing.
 """
@@ -25,7 +25,7 @@ from narrows.errors import ConfigError
 __all__ = ["OTHERS", "CollectivesWork", "collectives", "must_copy"]
 
 OTHERS = ("gloo", "threads")
-"""What the ranks' own world can be compared with: torch.distributed's gloo functions, and ranks as threads."""
+"""What the ranks' own communicator can be compared with: torch.distributed's gloo functions, and ranks as threads."""
 
 _MEMCPY = "memcpy"
 _AT_ONCE = 8 << 20
@@ -63,34 +63,34 @@ def collectives(
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Microseconds of every collective at every size, per world; and how often a memcpy's time that is."""
+    """Microseconds of every collective at every size, per transport; and how often a memcpy's time that is."""
     mesh = resolve(asked).mesh
     if mesh.size < 2:
         raise ConfigError("one rank has nobody to exchange with: give --tp 2, or --dp 2, or more")
     unknown = [name for name in against if name not in OTHERS]
     if unknown:
-        raise ConfigError(f"--against {unknown[0]!r} is not known; worlds: {', '.join(OTHERS)}")
+        raise ConfigError(f"--against {unknown[0]!r} is not known; transports: {', '.join(OTHERS)}")
     if "gloo" in against and asked.ranks != "processes":
         raise ConfigError("gloo groups are among processes: compare with them under --ranks processes")
     own = f"ranks as {asked.ranks}"
     with ExitStack() as stack:
-        worlds = {own: stack.enter_context(Calibrator(resolve(asked)))}
+        comms = {own: stack.enter_context(Calibrator(resolve(asked)))}
         if "threads" in against and asked.ranks != "threads":
-            worlds["ranks as threads"] = stack.enter_context(Calibrator(resolve(replace(asked, ranks="threads"))))
+            comms["ranks as threads"] = stack.enter_context(Calibrator(resolve(replace(asked, ranks="threads"))))
         if "gloo" in against:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            worlds[own].join_gloo(str(Path(folder) / "meeting"))
+            comms[own].join_gloo(str(Path(folder) / "meeting"))
         series = []
         for nbytes in work.sizes:
             repeats = min(max(_AT_ONCE // nbytes, 1), _MOST_REPEATS)
             for op in COLLECTIVES:
                 ways: dict[str, Callable[[], float]] = {
-                    name: partial(world.ask, Probe.collective, op, nbytes, work.dtype, repeats)
-                    for name, world in worlds.items()
+                    name: partial(comm.ask, Probe.collective, op, nbytes, work.dtype, repeats)
+                    for name, comm in comms.items()
                 }
                 if "gloo" in against:
-                    ways["gloo"] = partial(worlds[own].ask, Probe.gloo, op, nbytes, work.dtype, repeats)
-                ways[_MEMCPY] = partial(worlds[own].ask, Probe.copy, must_copy(op, nbytes, mesh.size), repeats)
+                    ways["gloo"] = partial(comms[own].ask, Probe.gloo, op, nbytes, work.dtype, repeats)
+                ways[_MEMCPY] = partial(comms[own].ask, Probe.copy, must_copy(op, nbytes, mesh.size), repeats)
                 found = in_turns(ways, rounds=rounds, warmup=warmup, progress=lambda line: None)
                 progress(f"{op}, {_size(nbytes)}")
                 series.append(_series(f"{op}, {_size(nbytes)}", found))

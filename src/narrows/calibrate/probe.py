@@ -1,6 +1,6 @@
 """What a rank does to find out what the machine allows, and what its collectives cost. Runs on ranks.
 
-Knows one world, memory and clocks; not models or plans. Every measurement starts on all ranks together, after a
+Knows one communicator, memory and clocks; not models or plans. Every measurement starts on all ranks together, after a
 barrier, since cores share memory: what one rank reaches alone says nothing of all of them.
 """
 
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from narrows.comm.communicator import Communicator
 from narrows.comm.device import finished
-from narrows.comm.world import World
 from narrows.layout import deal
 
 __all__ = ["COLLECTIVES", "GEMM_SHAPE", "Probe"]
@@ -34,14 +34,14 @@ _PASSES = 3
 class Probe:
     """One rank's part in measurements; every method is called on all ranks together, and gives seconds."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._ranks = tuple(range(world.mesh.size))
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self._ranks = tuple(range(comm.mesh.size))
         self._kept: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
 
     def read(self, nbytes: int) -> float:
         """To read ``nbytes`` once, in a sum over them."""
-        (x,) = self._keep("read", nbytes, lambda: (torch.ones(nbytes // 4, device=self.world.device),))
+        (x,) = self._keep("read", nbytes, lambda: (torch.ones(nbytes // 4, device=self.comm.device),))
         return self._fastest(lambda: x.sum())
 
     def gemm(self, dtype: torch.dtype) -> float:
@@ -51,7 +51,7 @@ class Probe:
             "gemm",
             dtype,
             lambda: tuple(
-                torch.randn(size, device=self.world.device).to(dtype) for size in ((rows, inputs), (outputs, inputs))
+                torch.randn(size, device=self.comm.device).to(dtype) for size in ((rows, inputs), (outputs, inputs))
             ),
         )
         return self._fastest(lambda: functional.linear(x, weight))
@@ -62,7 +62,7 @@ class Probe:
             "copy",
             (nbytes, repeats),
             lambda: tuple(
-                torch.ones(max(nbytes, 1), dtype=torch.uint8, device=self.world.device) for _ in range(repeats + 1)
+                torch.ones(max(nbytes, 1), dtype=torch.uint8, device=self.comm.device) for _ in range(repeats + 1)
             ),
         )
         *sources, to = kept
@@ -71,48 +71,48 @@ class Probe:
         return self._mean([partial(to.copy_, source) for source in sources])
 
     def collective(self, op: str, nbytes: int, dtype: torch.dtype, repeats: int) -> float:
-        """One of :data:`COLLECTIVES` over ``[T, W]`` of ``nbytes`` in all, through this world; the mean of ``repeats``.
+        """Mean seconds of ``repeats`` calls of one of :data:`COLLECTIVES` over ``[T, W]`` of ``nbytes`` in all.
 
-        What is brought lies where this world sends from, and has just been written, as a stage leaves it.
+        What is brought lies where this communicator sends from, and has just been written, as a stage leaves it.
         """
         return self._exchange(op, self._ranks, self._rows(nbytes, dtype), dtype, repeats)
 
     def exchange(self, op: str, axes: tuple[int, int], nbytes: int, dtype: torch.dtype, repeats: int) -> float:
         """As :meth:`collective`, among the ranks along these axes of the mesh, all such groups at once, and also a
         ``column_gather``; what is gathered lies in memory of its own, as a row stage leaves it."""
-        ranks = self.world.mesh.group(self.world.rank, *axes)
+        ranks = self.comm.mesh.group(self.comm.rank, *axes)
         rows = max(1, round(nbytes / (_WIDTH * dtype.itemsize)))
         return self._exchange(op, ranks, rows, dtype, repeats, lent=op in ("all_reduce", "reduce_scatter"))
 
     def _exchange(
         self, op: str, ranks: tuple[int, ...], rows: int, dtype: torch.dtype, repeats: int, *, lent: bool = True
     ) -> float:
-        counts, me = deal(rows, len(ranks)), ranks.index(self.world.rank)
+        counts, me = deal(rows, len(ranks)), ranks.index(self.comm.rank)
         widths = deal(_WIDTH, len(ranks)) if op == "column_gather" else (_WIDTH,) * len(ranks)
         shape = counts[me] if op == "all_gather" else rows, widths[me]
 
         def brought() -> Tensor:
-            return (self.world.send_buffer(*shape, dtype) if lent else torch.empty(shape, dtype=dtype)).fill_(1)
+            return (self.comm.send_buffer(*shape, dtype) if lent else torch.empty(shape, dtype=dtype)).fill_(1)
 
         def call(x: Tensor) -> object:
             if op == "all_gather":
-                return self.world.all_gather([x], ranks, counts, "bench")
+                return self.comm.all_gather([x], ranks, counts, "bench")
             if op == "column_gather":
-                return self.world.column_gather(x, ranks, widths, "bench")
-            return getattr(self.world, op)(x, ranks, counts, "bench")
+                return self.comm.column_gather(x, ranks, widths, "bench")
+            return getattr(self.comm, op)(x, ranks, counts, "bench")
 
         return self._mean([partial(call, x) for x in [brought() for _ in range(repeats)]])
 
     def add(self, nbytes: int, repeats: int) -> float:
         """To add two tensors into a new one: ``nbytes`` read and written in all; the mean of ``repeats``."""
         size = max(nbytes // 6, 1)
-        a, b = (torch.ones(size, dtype=torch.bfloat16, device=self.world.device) for _ in range(2))
+        a, b = (torch.ones(size, dtype=torch.bfloat16, device=self.comm.device) for _ in range(2))
         return self._mean([lambda: a + b] * repeats)
 
     def join_gloo(self, file: str) -> None:
         """Meet the other ranks in ``torch.distributed``'s own gloo group, through a file that all can reach."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{file}", rank=self.world.rank, world_size=len(self._ranks))
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=self.comm.rank, world_size=len(self._ranks))
 
     def gloo(self, op: str, nbytes: int, dtype: torch.dtype, repeats: int) -> float:
         """As :meth:`collective`, by the function of ``torch.distributed`` of the same purpose."""
@@ -138,12 +138,12 @@ class Probe:
         return self._kept[what][1]
 
     def _mean(self, calls: list[Callable[[], object]]) -> float:
-        self.world.barrier(self._ranks, "bench")
-        finished(self.world.device)
+        self.comm.barrier(self._ranks, "bench")
+        finished(self.comm.device)
         start = perf_counter()
         for call in calls:
             call()
-        finished(self.world.device)
+        finished(self.comm.device)
         return (perf_counter() - start) / len(calls)
 
     def _fastest(self, call: Callable[[], object]) -> float:

@@ -1,21 +1,21 @@
-"""Collectives: the World protocol, worlds of threads and of processes that keep it, and moves of a plan bound to it.
+"""Collectives: the communicator among threads and among processes, and moves of a plan bound to it.
 
 The room moves and decides nothing. It imports `layout`, `errors` and torch only.
 """
 
-from narrows.comm.dist_world import DistWorld
+from narrows.comm.communicator import Communicator
+from narrows.comm.dist_communicator import DistCommunicator
+from narrows.comm.fingerprint import Fingerprint, mismatch
 from narrows.comm.movers import Geometry, Mover, assemble, scatter
-from narrows.comm.stamps import Stamp, mismatch
-from narrows.comm.thread_world import ThreadWorld
-from narrows.comm.world import World
+from narrows.comm.thread_communicator import ThreadCommunicator
 
 __all__ = [
-    "DistWorld",
+    "Communicator",
+    "DistCommunicator",
+    "Fingerprint",
     "Geometry",
     "Mover",
-    "Stamp",
-    "ThreadWorld",
-    "World",
+    "ThreadCommunicator",
     "assemble",
     "mismatch",
     "scatter",

@@ -1,4 +1,4 @@
-"""Scratch memory that a world lends: what a collective sends from, or receives into, is used again and again.
+"""Reusable send buffers of a communicator.
 
 Knows tensors only; moves nothing.
 """

@@ -1,4 +1,4 @@
-"""Several fields, or columns, gathered by a wire that can gather one matrix of rows.
+"""Several fields, or columns, gathered by a transport that can gather one matrix of rows.
 
 Knows tensors and row counts; moves nothing itself.
 """

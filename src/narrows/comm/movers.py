@@ -1,6 +1,6 @@
-"""Moves bound to a world: what a plan calls a move becomes one callable per rank, with nothing left to decide.
+"""Moves bound to a communicator: what a plan calls a move becomes one callable per rank.
 
-Knows layouts, moves and row splits (plain numbers), tensors, and a world. Does not know plans, stages or prices: which
+Knows layouts, moves and row splits (plain numbers), tensors, and a comm. Does not know plans, stages or prices: which
 move runs when is the runner's, why is the planner's. The ranks, the label and the method are fixed when a mover is
 made; the row counts, which change from step to step, come as a :class:`Geometry` that is computed once per step.
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from narrows.comm.communicator import Communicator, RowNorm
 from narrows.comm.sums import sum_rows
-from narrows.comm.world import RowNorm, World
 from narrows.errors import LayoutError
 from narrows.layout import Layout, Move, MoveKind, RowSplit, deal, scattered, starts
 
@@ -41,21 +41,21 @@ class Mover:
         columns: columns per rank of the world; only read, and then needed, for a column gather.
 
     Raises:
-        LayoutError: the move is of another mesh than the world, or a column gather lacks its columns.
+        LayoutError: the move is of another mesh than the communicator, or a column gather lacks its columns.
     """
 
-    def __init__(self, world: World, move: Move, label: str, columns: tuple[int, ...] | None = None) -> None:
-        if move.mesh != world.mesh:
-            raise LayoutError(f"{move} is a move on {move.mesh}, but the world is {world.mesh}")
+    def __init__(self, comm: Communicator, move: Move, label: str, columns: tuple[int, ...] | None = None) -> None:
+        if move.mesh != comm.mesh:
+            raise LayoutError(f"{move} is a move on {move.mesh}, but the communicator is {comm.mesh}")
         self.move = move
         self.label = label
-        self.ranks = move.mesh.group(world.rank, move.first, move.last)
+        self.ranks = move.mesh.group(comm.rank, move.first, move.last)
         self.widths: tuple[int, ...] = ()
-        self._world = world
-        self._me = self.ranks.index(world.rank)
+        self._comm = comm
+        self._me = self.ranks.index(comm.rank)
         if move.kind is MoveKind.COLUMN_GATHER:
-            if columns is None or len(columns) != world.mesh.size:
-                raise LayoutError(f"{move} needs the columns of each of {world.mesh.size} ranks, not {columns}")
+            if columns is None or len(columns) != comm.mesh.size:
+                raise LayoutError(f"{move} needs the columns of each of {comm.mesh.size} ranks, not {columns}")
             self.widths = tuple(columns[rank] for rank in self.ranks)
         run: dict[MoveKind, Callable[[Sequence[Tensor], Geometry, Sequence[Tensor]], list[Tensor]]] = {
             MoveKind.SLICE: self._slice,
@@ -68,7 +68,7 @@ class Mover:
 
     def geometry(self, split: RowSplit) -> Geometry:
         """This rank's counts under ``split``: equal for all movers of equal ``(move.src, move.dst)``."""
-        move, rank = self.move, self._world.rank
+        move, rank = self.move, self._comm.rank
         if move.kind is MoveKind.COLUMN_GATHER:
             rows = split.num_rows(move.src, rank)
             return Geometry((rows,), 0, rows)
@@ -95,9 +95,9 @@ class Mover:
     def reduce_norm(
         self, x: Tensor, geometry: Geometry, addends: Sequence[Tensor], norm: RowNorm
     ) -> tuple[Tensor, Tensor] | None:
-        """An all-reduce and the norm of its rows, as (normed, what was normed); None where the world does not do both
-        at once: then nothing has happened."""
-        return self._world.all_reduce_norm(x, self.ranks, geometry.pieces, self.label, addends, norm)
+        """An all-reduce and the norm of its rows, as (normed, what was normed); None where the communicator cannot do
+        both at once: then nothing has happened."""
+        return self._comm.all_reduce_norm(x, self.ranks, geometry.pieces, self.label, addends, norm)
 
     def _slice(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         assert not addends, f"{self.label}: a slice takes no sum that an addend could join"
@@ -106,20 +106,20 @@ class Mover:
 
     def _all_gather(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         assert not addends, f"{self.label}: a gather takes no sum that an addend could join"
-        return self._world.all_gather(xs, self.ranks, geometry.pieces, self.label)
+        return self._comm.all_gather(xs, self.ranks, geometry.pieces, self.label)
 
     def _reduce_scatter(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         (x,) = xs
-        return [self._world.reduce_scatter(x, self.ranks, geometry.pieces, self.label, addends)]
+        return [self._comm.reduce_scatter(x, self.ranks, geometry.pieces, self.label, addends)]
 
     def _all_reduce(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         (x,) = xs
-        return [self._world.all_reduce(x, self.ranks, geometry.pieces, self.label, addends)]
+        return [self._comm.all_reduce(x, self.ranks, geometry.pieces, self.label, addends)]
 
     def _column_gather(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         assert not addends, f"{self.label}: a gather takes no sum that an addend could join"
         (x,) = xs
-        return [self._world.column_gather(x, self.ranks, self.widths, self.label)]
+        return [self._comm.column_gather(x, self.ranks, self.widths, self.label)]
 
 
 def assemble(

@@ -1,6 +1,6 @@
 """A rank's shared memory: what its peers on this host read, and it alone writes.
 
-Knows bytes, blocks of them, and tensors that lie there. Does not know how others map it (`neighbours.py`), nor when a
+Knows bytes, blocks of them, and tensors that lie there. Does not know how others map it (`peers.py`), nor when a
 collective has been read by all (`shm.py`); it is told what a block waits for.
 
 The memory is an anonymous file of a size that nobody reaches, of which only what was touched exists: it grows without
@@ -129,7 +129,7 @@ class Segment:
         self.give_back((x,))
         return out
 
-    # --- for the wires
+    # --- for the transports
 
     def take(self, nbytes: int) -> Block:
         """A block for something to send. Whoever takes it says by ``after`` what it waits for."""

@@ -57,7 +57,7 @@ class Limits(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """The compiled functions, which take the addresses of a wire, a call and its arguments."""
+    """The compiled functions, which take the addresses of a transport, a call and its arguments."""
 
     gather: Callable[[int, int, int], int]
     reduce: Callable[[int, int, int], int]

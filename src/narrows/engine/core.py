@@ -21,7 +21,7 @@ from typing import Any
 from narrows.api import Generation
 from narrows.arch.positions import cache_salt
 from narrows.arch.stages import Field
-from narrows.comm.world import World
+from narrows.comm.communicator import Communicator
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import Resolved
 from narrows.engine.plans import EnginePlans
@@ -379,7 +379,7 @@ class Engine:
 
 
 def _make_worker(
-    world: World,
+    comm: Communicator,
     *,
     resolved: Resolved,
     source: WeightSource | None,
@@ -389,17 +389,17 @@ def _make_worker(
 ) -> Worker:
     place = Place(
         mesh=resolved.mesh,
-        rank=world.rank,
+        rank=comm.rank,
         forms=resolved.forms,
         dtype=resolved.dtype,
-        device=world.device,
+        device=comm.device,
         num_slots=resolved.num_slots,
         num_positions=resolved.limits.max_context,
         batch_invariant=resolved.asked.batch_invariant,
         quantization=Quantization(resolved.asked.quantization),
     )
     return Worker(
-        world,
+        comm,
         resolved.config,
         source or resolved.weights(),
         place,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from narrows.comm.device import card_name
-from narrows.comm.neighbours import is_wanted
+from narrows.comm.shm_peers import is_wanted
 from narrows.cost.here import Setting, here
 from narrows.native import why_absent
 

@@ -1,4 +1,4 @@
-"""A plan bound to one rank's model and world: a flat tuple of callables, walked once per step.
+"""A plan bound to one rank's model and communicator: a flat tuple of callables, walked once per step.
 
 Knows plan steps, the model's methods and movers; decides nothing. Binding resolves every name: fields become numbered
 registers, stages bound methods, moves movers. The walk looks nothing up by name and asks for no layout; what changes
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from narrows.arch.stages import Field, RowSet, StageKind
+from narrows.comm.communicator import Communicator, RowNorm
 from narrows.comm.movers import Geometry, Mover
-from narrows.comm.world import RowNorm, World
 from narrows.engine.step_record import Op, StepRecord
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
@@ -68,7 +68,7 @@ class Program:
         self._selected = tuple(binder.selected)
         self._outs = tuple(binder.outs)
         self._num_registers = len(binder.registers)
-        self._rank, self._device = binder.world.rank, binder.model.place.device
+        self._rank, self._device = binder.comm.rank, binder.model.place.device
         self.outputs = dict(binder.registers)
 
     def frame(
@@ -120,14 +120,14 @@ class Program:
 def bind(
     plan: Plan,
     model: Decoder,
-    world: World,
+    comm: Communicator,
     fields: dict[str, Field],
     *,
     checked: bool = False,
     validate: bool = True,
     wrap: Wrap | None = None,
 ) -> Program:
-    """Bind ``plan`` to one rank's ``model`` and ``world``.
+    """Bind ``plan`` to one rank's ``model`` and ``comm``.
 
     ``checked``: after every step the rows and columns of what it wrote are compared with its layout. ``validate``: walk
     the plan's layouts first; only a test that plants a fault switches that off.
@@ -137,7 +137,7 @@ def bind(
     """
     if validate:
         plan.validate()
-    return Program(_Binder(plan, model, world, fields, checked, wrap))
+    return Program(_Binder(plan, model, comm, fields, checked, wrap))
 
 
 class _Binder:
@@ -145,12 +145,12 @@ class _Binder:
         self,
         plan: Plan,
         model: Decoder,
-        world: World,
+        comm: Communicator,
         fields: dict[str, Field],
         checked: bool,
         wrap: Wrap | None,
     ) -> None:
-        self.plan, self.model, self.world, self.fields = plan, model, world, fields
+        self.plan, self.model, self.comm, self.fields = plan, model, comm, fields
         self.operations: list[Operation] = []
         self.ops: list[Op] = []
         self.repeatable = not checked
@@ -206,7 +206,7 @@ class _Binder:
         if following is not None and self._feeds(step, following):
             field = self.fields[step.writes[0]]
             at = self._index(self.outs, (step.leaves, step.row_set))
-            lend, width, dtype = self.world.send_buffer, field.width, self.model.place.dtype
+            lend, width, dtype = self.comm.send_buffer, field.width, self.model.place.dtype
 
             def write_out(regs: Registers, frame: Frame) -> None:
                 out = lend(frame.out_rows[at], width, dtype)
@@ -235,7 +235,7 @@ class _Binder:
         columns = self._columns(step) if step.move.kind is MoveKind.COLUMN_GATHER else None
         where = step.boundary if layer is None else f"layer {layer} {step.boundary}"
         fields = "+".join(f"{name} as {step.encoded[name]}" if name in step.encoded else name for name in step.reads)
-        mover = Mover(self.world, step.move, f"{where}: {step.name} {fields}", columns)
+        mover = Mover(self.comm, step.move, f"{where}: {step.name} {fields}", columns)
         key = (step.move.src, step.move.dst, step.row_set)
         if key not in self._geometry_of:
             self._geometry_of[key] = len(self.moves)
@@ -264,7 +264,7 @@ class _Binder:
         return move
 
     def _reduce_norm(self, layer: int | None, step: Step, mover: Mover, at: int) -> Operation:
-        """An all-reduce and its norm at once where the world does that, else one after the other: equal bits."""
+        """An all-reduce and its norm at once where the communicator can, else one after the other: equal bits."""
         module = self.model if layer is None else self.model.layers[layer]
         norm, (weight, eps) = getattr(module, step.boundary), module.norm_of(step.boundary)
         hidden, *apart = (self._register(name) for name in step.reads)
@@ -293,7 +293,7 @@ class _Binder:
             (self._register(name), _CODES.get(encoding))
             for name, encoding in zip(step.reads, step.encodings, strict=True)
         ]
-        lend, plain = self.world.send_buffer, self.model.place.dtype
+        lend, plain = self.comm.send_buffer, self.model.place.dtype
 
         def gather(regs: Registers, frame: Frame) -> None:
             sent: list[Tensor] = []
@@ -303,7 +303,7 @@ class _Binder:
                     continue
                 rows, width = regs[i].shape
                 encoded, scales = encode_rows(regs[i], codes, out=lend(rows, width, codes))
-                sent += encoded.view(torch.uint8), scales  # as plain bytes: not every wire knows fp8
+                sent += encoded.view(torch.uint8), scales  # as plain bytes: not every transport knows fp8
             came = iter(mover(sent, frame.geometries[at]))
             for i, codes in travels:
                 tensor = next(came)
@@ -314,7 +314,7 @@ class _Binder:
     def _columns(self, step: Step) -> tuple[int, ...]:
         """Columns per rank of the world; a cut along the last axes only repeats in every group."""
         columns = self.fields[step.reads[0]].columns
-        return columns * (self.world.mesh.size // len(columns))
+        return columns * (self.comm.mesh.size // len(columns))
 
     def _add(self, step: Step) -> Operation:
         hidden, addend = (self._register(name) for name in step.reads)
@@ -349,7 +349,7 @@ class _Binder:
         return select
 
     def _check(self, layer: int | None, step: Step, operation: Operation) -> Operation:
-        rank = self.world.rank
+        rank = self.comm.rank
         where = step.name if layer is None else f"layer {layer} {step.name}"
         expected = [
             (self._register(name), name, layout, self._width(name, layout))
@@ -371,7 +371,7 @@ class _Binder:
 
     def _width(self, name: str, layout: Layout) -> int:
         field = self.fields[name]
-        return self._columns_of(field)[self.world.rank] if layout.holds_columns else field.width
+        return self._columns_of(field)[self.comm.rank] if layout.holds_columns else field.width
 
     def _columns_of(self, field: Field) -> tuple[int, ...]:
-        return field.columns * (self.world.mesh.size // len(field.columns))
+        return field.columns * (self.comm.mesh.size // len(field.columns))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from narrows.comm.world import World
+from narrows.comm.communicator import Communicator
 from narrows.engine.config import Resolved
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
@@ -22,7 +22,7 @@ __all__ = ["obey_host", "start_ranks"]
 Worker = TypeVar("Worker")
 
 
-def start_ranks(resolved: Resolved, make: Callable[[World], Worker], timing: Timing = TIMING) -> Ranks[Worker]:
+def start_ranks(resolved: Resolved, make: Callable[[Communicator], Worker], timing: Timing = TIMING) -> Ranks[Worker]:
     """The ranks that ``resolved`` asks for, each with the worker that ``make`` builds there.
 
     Raises:

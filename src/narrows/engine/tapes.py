@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from narrows.comm.communicator import Communicator
 from narrows.comm.recording import Recording
-from narrows.comm.world import World
 from narrows.engine.program import Frame, Program, Registers
 from narrows.engine.sampler import RowSampler
 from narrows.engine.scratch import Scratch
@@ -133,13 +133,13 @@ class _Walk:
         self._calls, self._collectives = OpCalls(), OpCalls()
         self._registers: Registers = []
 
-    def record(self, world: World, scratch: Scratch, record: StepRecord) -> Registers | None:
-        """Walk all operations. None: the world cannot repeat its collectives, and nothing was done.
+    def record(self, comm: Communicator, scratch: Scratch, record: StepRecord) -> Registers | None:
+        """Walk all operations. None: the communicator cannot repeat its collectives, and nothing was done.
 
         ``record`` gets every operation's times, and from there the walk has what each leaves whenever it is repeated.
         """
         self._tape = tape = Tape()
-        recording, count = world.record(tape), 0
+        recording, count = comm.record(tape), 0
         if recording is None:
             tape.end(0)
             return None
@@ -160,7 +160,7 @@ class _Walk:
                     self._registers, self._stop, count = list(registers), number + 1, tape.size
         finally:
             tape.end(count)
-            world.recorded(count)
+            comm.recorded(count)
         self.fits = watcher.fits
         return registers
 
@@ -169,8 +169,8 @@ class _Walk:
         """Whether a good part of the walk is on the tape."""
         return self._stop > len(self.program.operations) // 2
 
-    def repeat(self, world: World, record: StepRecord | None) -> Registers:
-        world.repeat(self.recording)
+    def repeat(self, comm: Communicator, record: StepRecord | None) -> Registers:
+        comm.repeat(self.recording)
         if record is not None:
             calls = self._calls if record.wants is Wants.EVERY_OP else self._collectives
             record.replayed(len(self._calls.numbers), calls, self._tape.times_ns)
@@ -185,8 +185,8 @@ class Tapes:
     ``possible``: whether any step can be on tape here, as far as is known. ``full``: a rehearsed walk found no room.
     """
 
-    def __init__(self, world: World, model: Decoder, page_size: int, logit_split: Split) -> None:
-        self._world, self._model, self._page_size = world, model, page_size
+    def __init__(self, comm: Communicator, model: Decoder, page_size: int, logit_split: Split) -> None:
+        self._comm, self._model, self._page_size = comm, model, page_size
         self._logit_split = logit_split
         self._scratch = Scratch(_SCRATCH_BYTES)
         self._rows: DecodeRows | None = None
@@ -233,7 +233,7 @@ class Tapes:
         self._walks[key] = walk  # it is the newest now
         sampler = walk.inputs.set(tokens_of(batch), spans, begin, lengths)
         walk.frame.inputs = walk.inputs.step
-        return Ran(walk.repeat(self._world, record), sampler, walk.inputs.step.rows, replayed=True)
+        return Ran(walk.repeat(self._comm, record), sampler, walk.inputs.step.rows, replayed=True)
 
     def _record(
         self,
@@ -253,7 +253,7 @@ class Tapes:
         walk = _Walk(program, frame, inputs)
         whole = record or StepRecord(program.ops, "decode", Wants.EVERY_OP, self._model.place.device)
         whole.wants = Wants.EVERY_OP
-        registers = walk.record(self._world, self._scratch, whole)
+        registers = walk.record(self._comm, self._scratch, whole)
         if registers is None:
             self.possible = False  # and the sampler has been begun: the walk is made here all the same
             registers = program.run(frame, inputs.ids_T.unsqueeze(-1), record)

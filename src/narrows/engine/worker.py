@@ -1,6 +1,6 @@
 """One rank of the engine: its model, its bound plans, and the walk of one batch. It obeys batches and plans.
 
-Knows its model and world; not requests, text or why a plan was chosen. The previous step's samples stay here, so that a
+Knows its model and communicator; not requests or text. The previous step's samples stay here, so that a
 token of the next batch may be a reference to one of them.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
-from narrows.comm.world import World
+from narrows.comm.communicator import Communicator
 from narrows.engine.program import Operation, Program, Wrap, bind
 from narrows.engine.sampler import Sampler
 from narrows.engine.step_record import Reader, StepRecord, StepRecorder, Wants
@@ -98,7 +98,7 @@ class Worker:
 
     def __init__(
         self,
-        world: World,
+        comm: Communicator,
         config: ModelConfig,
         source: WeightSource,
         place: Place,
@@ -109,7 +109,7 @@ class Worker:
         validate: bool = True,
     ) -> None:
         self._validate = validate
-        self.world, self.place, self.fields, self.page_size = world, place, fields, page_size
+        self.comm, self.place, self.fields, self.page_size = comm, place, fields, page_size
         self.model: Decoder = build_model(config, source, place)
         self._wraps: dict[str, Wrap] = {"": wrap(self)} if wrap else {}
         self._recorder = StepRecorder(place.device)
@@ -118,7 +118,7 @@ class Worker:
         self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
         self._sampled: tuple[int, ...] = ()
         self._sampler = Sampler(config.vocab_size, place.device)
-        self._tapes = Tapes(world, self.model, page_size, logit_split)
+        self._tapes = Tapes(comm, self.model, page_size, logit_split)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         """Run one batch under one plan. Every rank returns the same ids.
@@ -134,7 +134,7 @@ class Worker:
 
     def _step(self, batch: Batch, plan: Plan, *, keep_logits: bool, op_by_op: bool) -> StepResult:
         program = self._program(plan)
-        came = self.world.num_collectives if keep_logits else 0
+        came = self.comm.num_collectives if keep_logits else 0
         least = Wants.COLLECTIVES if keep_logits else Wants.NOTHING
         record = self._recorder.begin(program.ops, batch.phase, least)
         ran = (None if op_by_op else self._taped(program, batch, record)) or self._walk(program, batch, record)
@@ -147,7 +147,7 @@ class Worker:
         run = StepRun(
             replayed=ran.replayed,
             collectives=record.collectives() if record is not None else (),
-            num_collectives=self.world.num_collectives - came,
+            num_collectives=self.comm.num_collectives - came,
             contexts=_contexts(ran.rows),
         )
         return replace(self._read(ran), logits=logits, run=run)
@@ -269,9 +269,9 @@ class Worker:
             program = bind(
                 plan,
                 self.model,
-                self.world,
+                self.comm,
                 self.fields,
-                checked=self.world.checked,
+                checked=self.comm.checked,
                 validate=self._validate,
                 wrap=self._around(),
             )

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from narrows.comm.stamps import rank_names
+from narrows.comm.fingerprint import rank_names
 from narrows.errors import ConfigError, NarrowsError, RankError
 from narrows.layout import Mesh
 from narrows.ranks.channel import Channel, listen

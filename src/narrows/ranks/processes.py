@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
-from narrows.comm.world import World
+from narrows.comm.communicator import Communicator
 from narrows.errors import RankError
 from narrows.layout import Mesh
 from narrows.ranks.channel import Channel
@@ -58,7 +58,7 @@ class ProcessRanks(Generic[Worker]):
     def __init__(
         self,
         mesh: Mesh,
-        make: Callable[[World], Worker],
+        make: Callable[[Communicator], Worker],
         *,
         checked: bool = False,
         timeout_s: float = 60.0,

@@ -1,6 +1,6 @@
 """What a rank process does: it obeys the host's calls, in order, and ends when the host says so or is gone.
 
-Knows its channel to the host, its world and its worker; not what the worker does. The main thread works; one other
+Knows its channel to the host, its communicator and its worker; not what the worker does. The main thread works; another
 thread listens to the host, and tells it twice a second that this rank lives and what it waits at. That thread ends the
 process, whatever the main thread is in: a rank that waits in a collective cannot be woken in any other way.
 """
@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 import torch
 
 from narrows.comm.device import rank_device
-from narrows.comm.dist_world import DistWorld, connect
-from narrows.comm.wire import PeersLostError
+from narrows.comm.dist_communicator import DistCommunicator, connect
+from narrows.comm.transport import PeersLostError
 from narrows.ranks.channel import Channel
 from narrows.ranks.cores import pin
 from narrows.ranks.launch import Launch, find_host, join_store
@@ -101,7 +101,7 @@ class _Host:
     def __init__(self, channel: Channel, rank: int, timing: Timing, explain: bool) -> None:
         self.channel = channel
         self.told: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
-        self.world: DistWorld | None = None
+        self.comm: DistCommunicator | None = None
         self.done = 0
         self._rank, self._beat_s, self._explain = rank, timing.beat_s, explain
 
@@ -126,12 +126,12 @@ class _Host:
             _end(1, f"rank {self._rank}: {traceback.format_exc()}")
 
     def _report(self, now: float) -> Report:
-        where = self.world.where if self.world else None
-        if self.world is None or where is None:
+        where = self.comm.where if self.comm else None
+        if self.comm is None or where is None:
             return Report(self.done)
-        came = tuple(self.world.came.items())
+        came = tuple(self.comm.came.items())
         age_s = 0.0 if where.since is None else now - where.since
-        return Report(self.done, came, (where.stamp, where.ranks), where.since is not None, age_s)
+        return Report(self.done, came, (where.fingerprint, where.ranks), where.since is not None, age_s)
 
 
 class _Rank:
@@ -162,7 +162,7 @@ class _Rank:
         if setup.device == "cpu":
             pin(place, num_places, setup.num_threads)
         torch.set_num_threads(setup.num_threads)
-        self._host.world = connect(
+        self._host.comm = connect(
             setup.mesh,
             self._rank,
             join_store(setup.store_address, setup.store_port, setup.prefix, self._timing.join_s),
@@ -173,12 +173,12 @@ class _Rank:
 
     def _call(self, data: bytes) -> None:
         method, args, kwargs, first_only = self._unpack(data)
-        assert self._host.world is not None, "a call came before the world was set up"
-        self._host.world.call = self._number + 1
+        assert self._host.comm is not None, "a call came before the communicator was set up"
+        self._host.comm.call = self._number + 1
         if method is None:
             (make,) = args
-            self._worker = make(self._host.world)
-            result = self._host.world.transport
+            self._worker = make(self._host.comm)
+            result = self._host.comm.transport
         else:
             result = getattr(self._worker, method)(*args, **kwargs)
         number, wanted = self._number, self._rank == 0 or not first_only
@@ -207,8 +207,8 @@ class _Rank:
         threading.Event().wait()
 
     def _place(self) -> str:
-        world = self._host.world
-        return str(world.where.stamp) if world and world.where else "the beginning"
+        comm = self._host.comm
+        return str(comm.where.fingerprint) if comm and comm.where else "the beginning"
 
 
 def _end(code: int, why: str) -> NoReturn:

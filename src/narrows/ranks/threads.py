@@ -21,10 +21,10 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
+from narrows.comm.communicator import Communicator
 from narrows.comm.device import rank_device
-from narrows.comm.meeting import Commons
-from narrows.comm.thread_world import ThreadWorld
-from narrows.comm.world import World
+from narrows.comm.rendezvous import SharedState
+from narrows.comm.thread_communicator import ThreadCommunicator
 from narrows.errors import RankError
 from narrows.layout import Mesh
 from narrows.ranks.cores import pin
@@ -57,14 +57,14 @@ class _Crew:
     def __init__(
         self,
         mesh: Mesh,
-        make: Callable[[World], Any],
+        make: Callable[[Communicator], Any],
         *,
         checked: bool,
         timeout_s: float,
         num_threads: int = 1,
         device: str = "cpu",
     ) -> None:
-        self.commons = Commons(mesh, checked=checked, timeout_s=timeout_s)
+        self.shared = SharedState(mesh, checked=checked, timeout_s=timeout_s)
         self.running = True
         self._num_threads, self._device = num_threads, device
         self._lock = threading.Lock()
@@ -84,13 +84,13 @@ class _Crew:
         """Hands a call to every rank. After a failure, or after the end, the future fails at once."""
         with self._lock:
             call: _Call[Any] = _Call(len(self._queues), method, args, kwargs)
-            if self.running and self.commons.failure is None:
+            if self.running and self.shared.failure is None:
                 self._pending.append(call)
                 for queue in self._queues:
                     queue.put(call)
                 return call.future
         call.future.set_exception(
-            self.commons.failure[1] if self.commons.failure else RankError(f"{method} was called on closed ranks")
+            self.shared.failure[1] if self.shared.failure else RankError(f"{method} was called on closed ranks")
         )
         return call.future
 
@@ -101,7 +101,7 @@ class _Crew:
             undone, self._pending = self._pending, []
         if undone:
             closed = RankError("the ranks were closed before they had done all calls")
-            self.commons.fail(None, closed)
+            self.shared.fail(None, closed)
             for call in undone:
                 call.future.set_exception(closed)
         self.dismiss()
@@ -122,16 +122,16 @@ class _Crew:
         if self._device == "cpu":
             pin(rank, len(self._queues), self._num_threads)
         torch.set_num_threads(self._num_threads)
-        world = ThreadWorld(self.commons, rank, rank_device(self._device, 0))
+        comm = ThreadCommunicator(self.shared, rank, rank_device(self._device, 0))
         worker: Any = None
         with torch.inference_mode():
             while (call := self._queues[rank].get()) is not None:
                 if call.future.done():  # it failed on another rank, or before it was begun
                     continue
-                world.call += 1
+                comm.call += 1
                 try:
                     if call.method is None:
-                        result = worker = call.args[0](world)
+                        result = worker = call.args[0](comm)
                     else:
                         result = getattr(worker, call.method)(*call.args, **call.kwargs)
                 except BaseException as error:
@@ -151,13 +151,13 @@ class _Crew:
 
     def _failed(self, call: _Call[Any], rank: int, error: BaseException) -> None:
         """Fails this call and those made after it, all with the world's first error."""
-        self.commons.fail(rank, error)
-        assert self.commons.failure is not None
+        self.shared.fail(rank, error)
+        assert self.shared.failure is not None
         with self._lock:
             at = self._pending.index(call) if call in self._pending else len(self._pending)
             self._pending, undone = self._pending[:at], self._pending[at:]
         for other in undone:
-            other.future.set_exception(self.commons.failure[1])
+            other.future.set_exception(self.shared.failure[1])
 
 
 def _stop_at_exit(crew: weakref.ref[_Crew]) -> None:
@@ -165,7 +165,9 @@ def _stop_at_exit(crew: weakref.ref[_Crew]) -> None:
         alive.stop(CLOSE_GRACE_S)
 
 
-def run_ranks(mesh: Mesh, fn: Callable[[World], T], *, checked: bool = False, timeout_s: float = 60.0) -> list[T]:
+def run_ranks(
+    mesh: Mesh, fn: Callable[[Communicator], T], *, checked: bool = False, timeout_s: float = 60.0
+) -> list[T]:
     """Runs ``fn`` on every rank of ``mesh``, each in its own thread; the results in rank order.
 
     Args:
@@ -207,7 +209,7 @@ class ThreadRanks(Generic[Worker]):
     def __init__(
         self,
         mesh: Mesh,
-        make: Callable[[World], Worker],
+        make: Callable[[Communicator], Worker],
         *,
         checked: bool = False,
         timeout_s: float = 60.0,
@@ -229,12 +231,12 @@ class ThreadRanks(Generic[Worker]):
     @property
     def failure(self) -> BaseException | None:
         """The first error of a rank, after which no call is done any more; None while there is none."""
-        failure = self._crew.commons.failure
+        failure = self._crew.shared.failure
         return failure[1] if failure else None
 
     def silence_s(self) -> tuple[float, ...]:
         """Zeros: threads are stopped with their process only."""
-        return (0.0,) * self._crew.commons.mesh.size
+        return (0.0,) * self._crew.shared.mesh.size
 
     def submit(self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
         """Every rank calls its worker's method of that name; returns at once: the next call can be made meanwhile.

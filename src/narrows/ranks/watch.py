@@ -1,6 +1,6 @@
 """Who will not come: from what every rank says of itself, twice a second, the ranks that keep the others waiting.
 
-Knows stamps and clocks, as plain values; no process, no socket, no tensor. Two rules:
+Knows fingerprints and clocks, as plain values; no process, no socket, no tensor. Two rules:
 
 - *overdue*: a rank has waited ``timeout_s`` at a collective that others of its group have not come to;
 - *stuck*: nobody can move. A rank is idle if it has done all its calls; it waits in vain if one that it waits for
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from narrows.comm.stamps import Stamp, absence, rank_names
+from narrows.comm.fingerprint import Fingerprint, absence, rank_names
 from narrows.ranks.timing import TIMING
 
 __all__ = ["Report", "Watch"]
@@ -26,7 +26,7 @@ class Report(NamedTuple):
     """Calls it has done."""
     came: tuple[tuple[tuple[int, ...], int], ...] = ()
     """How often it has come to a collective of each group."""
-    last: tuple[Stamp, tuple[int, ...]] | None = None
+    last: tuple[Fingerprint, tuple[int, ...]] | None = None
     """The collective it came to last, and the group that meets there."""
     waits: bool = False
     """It is still there."""
@@ -61,8 +61,8 @@ class Watch:
         report = self._reports[rank]
         if report.last is None or not report.waits:
             return []
-        stamp, ranks = report.last
-        return [other for other in ranks if dict(self._reports[other].came).get(ranks, 0) <= stamp.number]
+        fingerprint, ranks = report.last
+        return [other for other in ranks if dict(self._reports[other].came).get(ranks, 0) <= fingerprint.number]
 
     def waiting_for(self, ranks: Sequence[int]) -> str:
         """Who waits where ``ranks`` are awaited, and at what; empty if nobody says so.
@@ -71,7 +71,9 @@ class Watch:
         """
         reports = [(other, report) for other, report in enumerate(self._reports) if other not in ranks]
         there = [(other, report.last) for other, report in reports if report.last and report.waits]
-        return absence([(other, stamp) for other, (stamp, group) in there if not set(ranks).isdisjoint(group)], {})
+        return absence(
+            [(other, fingerprint) for other, (fingerprint, group) in there if not set(ranks).isdisjoint(group)], {}
+        )
 
     def _overdue(self) -> tuple[list[int], str] | None:
         for rank, report in enumerate(self._reports):
@@ -107,11 +109,11 @@ class Watch:
         """Everyone who waits where ``rank`` waits, and where the missing ones were last."""
         last = self._reports[rank].last
         assert last is not None
-        stamp, ranks = last
+        fingerprint, ranks = last
         there = []
         for other in ranks:
             at = self._reports[other].last
-            if self._reports[other].waits and at is not None and (at[0].number, at[1]) == (stamp.number, ranks):
+            if self._reports[other].waits and at is not None and (at[0].number, at[1]) == (fingerprint.number, ranks):
                 there.append((other, at[0]))
         said = absence(there, {other: self._reports[other].last for other in missing})
         past = [other for other in missing if self._reports[other].done > self._reports[rank].done]

@@ -1,6 +1,6 @@
-"""The World: the protocol every implementation of collectives keeps, and nothing else.
+"""The Communicator: the protocol every implementation of collectives keeps, and nothing else.
 
-Knows tensors, groups of ranks and row counts. Does not know layouts, plans, models, or why anything is moved: a world
+Knows tensors, groups of ranks and row counts. Does not know layouts, plans, models, or why anything is moved: it
 moves and decides nothing. Which collective runs when is said by the plan and is the same on every rank.
 
 Legend: T rows in total, W columns; ``counts[i]`` rows of member i of the group, T = sum(counts); ``me`` is the place of
@@ -18,7 +18,7 @@ from torch import Tensor
 from narrows.comm.recording import Recording, Tape
 from narrows.layout import Mesh
 
-__all__ = ["RowNorm", "World"]
+__all__ = ["Communicator", "RowNorm"]
 
 
 class RowNorm(NamedTuple):
@@ -29,7 +29,7 @@ class RowNorm(NamedTuple):
     residual_TW: Tensor | None
 
 
-class World(Protocol):
+class Communicator(Protocol):
     """The ranks, seen from one of them.
 
     The rules that hold for every method and every implementation:
@@ -126,7 +126,7 @@ class World(Protocol):
         """:meth:`all_reduce` and the norm of its rows in one pass: (normed, what was normed), the bits of one after the
         other.
 
-        None, on all members alike and without meeting anybody, where this world has no such kernel for these sizes:
+        None, on all members alike and without meeting anybody, where there is no such kernel for these sizes:
         then the caller does the two.
         """
         ...
@@ -147,7 +147,7 @@ class World(Protocol):
         ...
 
     def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised ``[rows, width]`` memory on the ranks' device that this world sends from without a copy.
+        """Uninitialised ``[rows, width]`` memory on the ranks' device that is sent from without a copy.
 
         Valid until the collective that it is handed to (as ``x``, as one of ``xs``, or as an addend) returns. Two
         buffers asked for before that are two different pieces of memory, whatever their shapes. A buffer that is

@@ -1,8 +1,8 @@
-"""The World among threads of one process: collectives hand references from thread to thread.
+"""The Communicator among threads of one process: collectives hand references from thread to thread.
 
 Knows meetings and tensors. Does not know layouts or plans, nor how rank threads are started (`ranks/`). Members
 publish their tensors and meet; the last to come makes every member's result, each in memory of its own, and lets them
-go (`meeting.py` says why). That is one core's work, however many ranks there are: made for tests and `verify`, where
+go (`rendezvous.py` says why). That is one core's work, however many ranks there are: made for tests and `verify`, where
 tensors are small or the stages between take far longer.
 """
 
@@ -16,43 +16,43 @@ import torch
 from torch import Tensor
 
 from narrows.comm.buffers import Buffers
-from narrows.comm.meeting import Commons, Meeting
+from narrows.comm.communicator import RowNorm
+from narrows.comm.fingerprint import Fingerprint, mismatch, say_columns, say_rows, say_sum, say_tensor
 from narrows.comm.recording import Recording, Tape
-from narrows.comm.stamps import Stamp, mismatch, say_columns, say_rows, say_sum, say_tensor
+from narrows.comm.rendezvous import Rendezvous, SharedState
 from narrows.comm.sums import float32_sum, sum_rows
-from narrows.comm.world import RowNorm
 from narrows.errors import CollectiveMismatchError
 
-__all__ = ["ThreadWorld"]
+__all__ = ["ThreadCommunicator"]
 
 
-class ThreadWorld:
-    """One rank's :class:`~narrows.comm.world.World`; `run_ranks` and `ThreadRanks` make it, in the rank's thread."""
+class ThreadCommunicator:
+    """One rank's communicator; `run_ranks` and `ThreadRanks` make it, in the rank's thread."""
 
-    def __init__(self, commons: Commons, rank: int, device: torch.device) -> None:
+    def __init__(self, shared: SharedState, rank: int, device: torch.device) -> None:
         self.rank = rank
         self.device = device
-        self.mesh = commons.mesh
-        self.checked = commons.checked
+        self.mesh = shared.mesh
+        self.checked = shared.checked
         self.call = 0
-        self._commons = commons
-        self._seats: dict[tuple[int, ...], _Seat] = {}
+        self._shared = shared
+        self._members: dict[tuple[int, ...], _Member] = {}
         self._buffers = Buffers(device)
 
     @property
     def num_collectives(self) -> int:
-        return sum(seat.number for seat in self._seats.values())
+        return sum(member.number for member in self._members.values())
 
     def all_gather(
         self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
     ) -> list[Tensor]:
         if len(ranks) == 1:
             return [self._buffers.owned(x) for x in xs]
-        seat = self._seat(ranks)
-        stamp = seat.stamp("all_gather", label)
+        member = self._member(ranks)
+        fingerprint = member.fingerprint("all_gather", label)
         if self.checked:
-            stamp = say_rows(stamp, self.rank, seat.me, xs, counts)
-        out: list[Tensor] = self._meet(seat, stamp, xs, _gathered)
+            fingerprint = say_rows(fingerprint, self.rank, member.me, xs, counts)
+        out: list[Tensor] = self._meet(member, fingerprint, xs, _gathered)
         self._buffers.give_back(xs)
         return out
 
@@ -66,11 +66,11 @@ class ThreadWorld:
     ) -> Tensor:
         if len(ranks) == 1:
             return self._joined(x, addends)
-        seat = self._seat(ranks)
-        stamp = seat.stamp("reduce_scatter", label)
+        member = self._member(ranks)
+        fingerprint = member.fingerprint("reduce_scatter", label)
         if self.checked:
-            stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
-        out: Tensor = self._meet(seat, stamp, (x, addends), partial(_summed, counts, False))
+            fingerprint = say_sum(fingerprint, self.rank, member.me, x, counts, addends)
+        out: Tensor = self._meet(member, fingerprint, (x, addends), partial(_summed, counts, False))
         self._buffers.give_back((x, *addends))
         return out
 
@@ -84,11 +84,11 @@ class ThreadWorld:
     ) -> Tensor:
         if len(ranks) == 1:
             return self._joined(x, addends)
-        seat = self._seat(ranks)
-        stamp = seat.stamp("all_reduce", label)
+        member = self._member(ranks)
+        fingerprint = member.fingerprint("all_reduce", label)
         if self.checked:
-            stamp = say_sum(stamp, self.rank, seat.me, x, counts, addends)
-        out: Tensor = self._meet(seat, stamp, (x, addends), partial(_summed, counts, True))
+            fingerprint = say_sum(fingerprint, self.rank, member.me, x, counts, addends)
+        out: Tensor = self._meet(member, fingerprint, (x, addends), partial(_summed, counts, True))
         self._buffers.give_back((x, *addends))
         return out
 
@@ -106,11 +106,11 @@ class ThreadWorld:
     def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
         if len(ranks) == 1:
             return self._buffers.owned(x)
-        seat = self._seat(ranks)
-        stamp = seat.stamp("column_gather", label)
+        member = self._member(ranks)
+        fingerprint = member.fingerprint("column_gather", label)
         if self.checked:
-            stamp = say_columns(stamp, self.rank, seat.me, x, widths)
-        out: Tensor = self._meet(seat, stamp, x, _side_by_side)
+            fingerprint = say_columns(fingerprint, self.rank, member.me, x, widths)
+        out: Tensor = self._meet(member, fingerprint, x, _side_by_side)
         self._buffers.give_back((x,))
         return out
 
@@ -118,18 +118,18 @@ class ThreadWorld:
         place = ranks.index(root)
         if len(ranks) == 1:
             return self._buffers.owned(x)
-        seat = self._seat(ranks)
-        stamp = seat.stamp("broadcast", label)
+        member = self._member(ranks)
+        fingerprint = member.fingerprint("broadcast", label)
         if self.checked:
-            stamp = say_tensor(stamp, x, root)
-        out: Tensor = self._meet(seat, stamp, x, partial(_copies, place))
+            fingerprint = say_tensor(fingerprint, x, root)
+        out: Tensor = self._meet(member, fingerprint, x, partial(_copies, place))
         self._buffers.give_back((x,))
         return out
 
     def barrier(self, ranks: tuple[int, ...], label: str) -> None:
         if len(ranks) > 1:
-            seat = self._seat(ranks)
-            self._meet(seat, seat.stamp("barrier", label), None, _nothing)
+            member = self._member(ranks)
+            self._meet(member, member.fingerprint("barrier", label), None, _nothing)
 
     def send_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._buffers.lend(rows, width, dtype)
@@ -145,22 +145,24 @@ class ThreadWorld:
         outcome = recording.tape.run()
         assert not outcome, "one rank meets nobody"
 
-    def _seat(self, ranks: tuple[int, ...]) -> _Seat:
-        seat = self._seats.get(ranks)
-        if seat is None:
+    def _member(self, ranks: tuple[int, ...]) -> _Member:
+        member = self._members.get(ranks)
+        if member is None:
             assert self.rank in ranks and list(ranks) == sorted(set(ranks)), f"{ranks} is no group of rank {self.rank}"
-            seat = self._seats[ranks] = _Seat(self._commons.meeting(ranks), ranks, ranks.index(self.rank))
-        return seat
+            member = self._members[ranks] = _Member(self._shared.rendezvous(ranks), ranks, ranks.index(self.rank))
+        return member
 
-    def _meet(self, seat: _Seat, stamp: Stamp, thing: Any, make: Callable[[list[Any]], Sequence[Any]]) -> Any:
-        """This rank's result of what ``make`` makes; in checked mode nothing is read before all stamps agree."""
+    def _meet(
+        self, member: _Member, fingerprint: Fingerprint, thing: Any, make: Callable[[list[Any]], Sequence[Any]]
+    ) -> Any:
+        """This rank's result of what ``make`` makes; in checked mode nothing is read before all fingerprints agree."""
 
-        def work(stamps: list[Stamp], brought: list[Any]) -> Sequence[Any]:
-            if self.checked and (said := mismatch(seat.ranks, stamps)):
+        def work(fingerprints: list[Fingerprint], brought: list[Any]) -> Sequence[Any]:
+            if self.checked and (said := mismatch(member.ranks, fingerprints)):
                 raise CollectiveMismatchError(f"ranks met in different collectives: {said}")
             return make(brought)
 
-        return seat.meeting.meet(seat.me, stamp._replace(call=self.call), thing, work)
+        return member.rendezvous.meet(member.me, fingerprint._replace(call=self.call), thing, work)
 
     def _joined(self, x: Tensor, addends: Sequence[Tensor]) -> Tensor:
         """A sum in a group of one rank: its input, with the addends."""
@@ -171,20 +173,20 @@ class ThreadWorld:
         return out
 
 
-class _Seat:
+class _Member:
     """This rank's place in one group, and how often it has come there."""
 
-    __slots__ = ("me", "meeting", "number", "ranks")
+    __slots__ = ("me", "number", "ranks", "rendezvous")
 
-    def __init__(self, meeting: Meeting, ranks: tuple[int, ...], me: int) -> None:
-        self.meeting = meeting
+    def __init__(self, rendezvous: Rendezvous, ranks: tuple[int, ...], me: int) -> None:
+        self.rendezvous = rendezvous
         self.ranks = ranks
         self.me = me
         self.number = 0
 
-    def stamp(self, op: str, label: str) -> Stamp:
+    def fingerprint(self, op: str, label: str) -> Fingerprint:
         self.number += 1
-        return Stamp(self.number - 1, op, label, len(self.ranks))
+        return Fingerprint(self.number - 1, op, label, len(self.ranks))
 
 
 def _gathered(brought: list[Sequence[Tensor]]) -> list[list[Tensor]]:

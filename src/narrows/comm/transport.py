@@ -1,9 +1,9 @@
-"""How bytes travel between the processes of one group of ranks: what every wire can, and gloo's and NCCL's.
+"""How bytes travel between the processes of one group of ranks: what every transport can, and gloo's and NCCL's.
 
 gloo connects CPUs of several hosts, and those of one where there is no compiled code (`shm.py` is for the rest).
 
 Knows tensors, row counts and torch's process groups, which it makes itself: nothing here is registered with
-``torch.distributed``, so that several worlds can live in one process. Does not know labels, meshes or checked mode
+``torch.distributed``, so that several can live in one process. Does not know labels, meshes or checked mode
 (`dist_world.py`), nor who a rank that went away was (`ranks/`).
 
 Gloo's own reductions have an order of their own, and its gathers want equal pieces. Here every piece is sent to whom it
@@ -30,7 +30,7 @@ from narrows.comm.fields import gather_as_rows, gather_packed
 from narrows.comm.sums import sum_rows
 from narrows.errors import RankError
 
-__all__ = ["DifferentCallsError", "GlooWire", "NcclWire", "PeersLostError", "Wire", "open_wires"]
+__all__ = ["DifferentCallsError", "GlooTransport", "NcclTransport", "PeersLostError", "Transport", "open_transports"]
 
 _SMALL = 32 * 1024
 """Bytes that every rank may send to every other to save one of the two exchanges of an all-reduce."""
@@ -46,7 +46,7 @@ class DifferentCallsError(Exception):
     """A member came to another call than this one: found before anything was read, on all members alike."""
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """One group's transport, seen from one of its ranks. All members make the same calls."""
 
     me: int
@@ -73,8 +73,10 @@ class Wire(Protocol):
         ...
 
 
-def open_wires(store: Any, ranks: tuple[int, ...], rank: int, device: torch.device, address: str) -> tuple[Wire, Wire]:
-    """This rank's wires in the group ``ranks``: one for bytes in main memory, and the one for ``device``'s tensors.
+def open_transports(
+    store: Any, ranks: tuple[int, ...], rank: int, device: torch.device, address: str
+) -> tuple[Transport, Transport]:
+    """This rank's transports in the group ``ranks``: for bytes in main memory, and for ``device``'s tensors.
 
     Args:
         store: a ``torch.distributed`` store that all ranks have.
@@ -92,16 +94,16 @@ def open_wires(store: Any, ranks: tuple[int, ...], rank: int, device: torch.devi
         options._devices = [ProcessGroupGloo.create_device(**where)]
         options._timeout = _GIVE_UP
         options._threads = 1
-        gloo = GlooWire(ProcessGroupGloo(PrefixStore(f"gloo {name}", store), me, size, options), me, size)
+        gloo = GlooTransport(ProcessGroupGloo(PrefixStore(f"gloo {name}", store), me, size, options), me, size)
         if device.type == "cpu":
             return gloo, gloo
-        return gloo, NcclWire(PrefixStore(f"nccl {name}", store), me, size)
+        return gloo, NcclTransport(PrefixStore(f"nccl {name}", store), me, size)
     except RuntimeError as error:
         raise PeersLostError(f"rank {rank} did not find the ranks {ranks}: {_text(error)}") from error
 
 
-class _RowsWire:
-    """A wire that gathers one matrix of rows: all else is made of that."""
+class _RowsTransport:
+    """A transport that gathers one matrix of rows: all else is made of that."""
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         raise NotImplementedError
@@ -113,7 +115,7 @@ class _RowsWire:
         return gather_as_rows(self.gather, x, widths)
 
 
-class GlooWire(_RowsWire):
+class GlooTransport(_RowsTransport):
     """Point-to-point messages over TCP, as many as there are pieces with something in them."""
 
     def __init__(self, group: Any, me: int, size: int) -> None:
@@ -162,7 +164,7 @@ class GlooWire(_RowsWire):
             raise PeersLostError(_text(error)) from error
 
 
-class NcclWire(_RowsWire):
+class NcclTransport(_RowsTransport):
     """NCCL's own collectives, on pieces padded to the largest with zeros. IT HAS NEVER RUN ON A GPU.
 
     Sums are NCCL's: its order, in the dtype of ``x``; addends join before, in this rank's own addend of its piece.

@@ -18,17 +18,17 @@ from typing import Any
 
 from narrows.comm.segment import Segment, mapped
 from narrows.comm.shm_calls import Functions, functions
-from narrows.comm.wire import PeersLostError
+from narrows.comm.transport import PeersLostError
 from narrows.native import why_absent
 
-__all__ = ["Neighbours", "is_wanted", "share"]
+__all__ = ["ShmPeers", "is_wanted", "share"]
 
 _SWITCH = "NARROWS_SHM"
 
 _NONCE = 32
 
 
-class Neighbours:
+class ShmPeers:
     """The ranks of a world as one of them sees them: whose memory it has mapped, and who has mapped whose."""
 
     def __init__(self, rank: int, functions: Functions, segment: Segment, places: dict[int, Any]) -> None:
@@ -90,11 +90,11 @@ def is_wanted() -> bool:
     return os.environ.get(_SWITCH, "1") != "0"
 
 
-def share(store: Any, rank: int, size: int) -> Neighbours | str:
+def share(store: Any, rank: int, size: int) -> ShmPeers | str:
     """Meets the ranks ``0 .. size - 1`` of a world; every one of them must call this, with a store of this use alone.
 
     Returns:
-        the neighbours, be they none; or why this rank shares no memory, which the others have been told too.
+        the peers, be they none; or why this rank shares no memory, which the others have been told too.
     """
     compiled = functions()
     segment, why = None, f"no compiled code: {why_absent()}"
@@ -115,7 +115,7 @@ def share(store: Any, rank: int, size: int) -> Neighbours | str:
     if segment is None or compiled is None:
         store.set(f"seen by {rank}", "[]")
         return why
-    found = Neighbours(rank, compiled, segment, places)
+    found = ShmPeers(rank, compiled, segment, places)
     found.agree(store, size)
     return found
 

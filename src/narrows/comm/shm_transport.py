@@ -1,6 +1,6 @@
-"""The wire among ranks of one host: they read each other's memory, and meet once per exchange.
+"""The transport among ranks of one host: they read each other's memory, and meet once per exchange.
 
-Knows tensors, row counts, and whose memory an input lies in; the meeting, the copies and the sums are compiled
+Knows tensors, row counts, and whose memory an input lies in; the rendezvous, the copies and the sums are compiled
 (`shm_calls.py`, `native/csrc/collectives.cpp`). Does not know labels, meshes or checked mode (`dist_world.py`).
 
 What a rank brings must lie in its segment until all have read it. A send buffer lies there already, and so does a large
@@ -23,7 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from narrows.comm.neighbours import Neighbours
+from narrows.comm.communicator import RowNorm
 from narrows.comm.recording import Recording
 from narrows.comm.segment import Block
 from narrows.comm.shm_calls import (
@@ -36,12 +36,12 @@ from narrows.comm.shm_calls import (
     numbers,
     reduce_call,
 )
+from narrows.comm.shm_peers import ShmPeers
 from narrows.comm.sums import sum_rows
-from narrows.comm.wire import DifferentCallsError
-from narrows.comm.world import RowNorm
+from narrows.comm.transport import DifferentCallsError
 from narrows.errors import CollectiveMismatchError
 
-__all__ = ["ShmWire"]
+__all__ = ["ShmTransport"]
 
 _AT_ONCE = 1 << 15
 """Bytes up to which every member of an all-reduce sums all rows, to save a meeting."""
@@ -58,22 +58,22 @@ def _bits(value: float) -> int:
     return int.from_bytes(struct.pack("=d", value), sys.byteorder, signed=True)
 
 
-class ShmWire:
+class ShmTransport:
     """One group's exchanges, seen from one of its ranks. ``slot``: the group's place among those of each member."""
 
-    def __init__(self, neighbours: Neighbours, ranks: tuple[int, ...], slot: int) -> None:
-        self.me, self.size = ranks.index(neighbours.rank), len(ranks)
+    def __init__(self, peers: ShmPeers, ranks: tuple[int, ...], slot: int) -> None:
+        self.me, self.size = ranks.index(peers.rank), len(ranks)
         self.number = 0
-        self._ranks, self._neighbours = ranks, neighbours
-        self._segment, self._functions = neighbours.segment, neighbours.functions
-        self._limits = neighbours.functions.limits
+        self._ranks, self._peers = ranks, peers
+        self._segment, self._functions = peers.segment, peers.functions
+        self._limits = peers.functions.limits
         assert slot < self._limits.max_groups, f"a rank in more than {self._limits.max_groups} groups"
-        self._segments = numbers(*neighbours.starts(ranks))
-        place = (len(neighbours.segment.map), ctypes.addressof(self._segments))
-        self._wire = numbers(self.size, self.me, slot, *place, 0, 0)
-        assert ctypes.sizeof(self._wire) == self._limits.wire_bytes, "the library is of other sources"
+        self._segments = numbers(*peers.starts(ranks))
+        place = (len(peers.segment.map), ctypes.addressof(self._segments))
+        self._transport = numbers(self.size, self.me, slot, *place, 0, 0)
+        assert ctypes.sizeof(self._transport) == self._limits.wire_bytes, "the library is of other sources"
         self._args = numbers(*(0,) * (3 * self._limits.max_fields + 2))
-        self._addresses = ctypes.addressof(self._wire), ctypes.addressof(self._args)
+        self._addresses = ctypes.addressof(self._transport), ctypes.addressof(self._args)
         self.recording: Recording | None = None
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -220,10 +220,10 @@ class ShmWire:
         Raises:
             PeersLostError: a member has ended. DifferentCallsError: one came to another call.
         """
-        wire, args = self._addresses
+        transport, args = self._addresses
         if self.recording is not None:
             self.recording.exchange(self)
-        while (outcome := function(wire, call.address, args)) == NOT_YET:
+        while (outcome := function(transport, call.address, args)) == NOT_YET:
             self.look()
         self.number += 1
         self._segment.latest = (self, self.number)
@@ -234,4 +234,4 @@ class ShmWire:
         """Raises:
         PeersLostError: a member has ended.
         """
-        self._neighbours.look(self._ranks)
+        self._peers.look(self._ranks)
