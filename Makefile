@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CPP = $(wildcard src/narrows/native/csrc/*.cpp src/narrows/native/csrc/*.h tests/native/*.cpp tests/native/*.h)
+# The exact versions that narrows is tested with.
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo serve quick test test-full test-plain test-native test-npm test-clients check eval format train-demo clean
+.PHONY: demo serve quick test test-full test-plain test-native test-npm test-clients test-bare check check-cpp hooks eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -40,6 +43,11 @@ test-npm: $(VENV)/.runtime
 	mkdir -p runs/npm && cp tests/npm/* runs/npm && cd runs/npm && npm install --no-audit --no-fund --no-package-lock --silent
 	cd runs/npm && NARROWS=$(CURDIR)/$(BIN)/narrows node --test
 
+# The wheel without extras, in a venv without torch: it plans and simulates, and says what the other commands need.
+test-bare:
+	rm -rf runs/bare && mkdir -p runs/bare && $(PYTHON) -m venv runs/bare/venv
+	$(PYTHON) tests/bare.py runs/bare
+
 # Python libraries that people call servers with (openai, anthropic, LiteLLM, LangChain, Instructor) against a real one.
 CLIENTS := runs/clients
 test-clients: $(VENV)/.runtime $(CLIENTS)/.others $(CLIENTS)/.instructor
@@ -62,6 +70,15 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The C++ in the style of .clang-format, where clang-format is there.
+check-cpp:
+	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run --Werror $(CPP); \
+	else echo "skipped: no $(BIN)/clang-format (make check installs it)"; fi
+
+# The quick checks at each commit; .pre-commit-config.yaml.
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
 train-demo: $(VENV)/.dev
 	$(BIN)/python examples/train_demo/train.py
 	$(BIN)/python examples/train_demo/export.py --out runs/narrows-demo
@@ -80,17 +97,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.runtime: pyproject.toml setup.py $(wildcard src/narrows/native/csrc/*)
+$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard src/narrows/native/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "narrows needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); run: make PYTHON=/path/to/python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e .
+	$(PIP) -e '.[serve]'
 	@touch $@
 
-# The extra's packages alone: narrows itself is installed, and would be compiled a second time.
+# narrows is there already: this adds what its extra asks for, and compiles nothing a second time.
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])' \
-	  | xargs $(BIN)/python -m pip install -qq --disable-pip-version-check
+	$(PIP) 'narrows[dev]'
 	@touch $@
 
 clean:

@@ -11,11 +11,15 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from narrows.errors import ConfigError, NarrowsError
 
 __all__ = ["main"]
+
+_EXTRAS = {"serve": "serve"}
+"""The extra that a command needs; all others that need one need ``engine``."""
 
 _COMMANDS = (
     # name, module, what it does
@@ -67,6 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _imported(name: str, module: str) -> ModuleType:
+    """The module of a subcommand.
+
+    Raises:
+        ConfigError: a package that it imports comes with an extra that is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "narrows"):
+            raise  # a mistake of ours
+        extra = _EXTRAS.get(name, "engine")
+        raise ConfigError(
+            f"narrows {name} needs {package}, which is not installed: pip install 'narrows[{extra}]'"
+        ) from None
+
+
 def _run(argv: list[str]) -> int:
     parser = _Parser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -76,7 +98,7 @@ def _run(argv: list[str]) -> int:
         about = f"{summary.capitalize()}."
         subparser = subparsers.add_parser(name, help=summary, description=about, allow_abbrev=False)
         if name == asked:
-            command = import_module(module)
+            command = _imported(name, module)
             command.add_parser(subparser)
     args = parser.parse_args(argv)
     assert command is not None, f"{args.command} was parsed, but its module was not looked for"
