@@ -82,9 +82,9 @@ def run(tree: Path, serve: list[str], load: list[str]) -> dict[str, Any]:
         if url is None:
             raise SystemExit(f"the server of {tree} did not start; run it by hand: {' '.join(command)}")
         time.sleep(_IDLE_S)
-        bench = [sys.executable, "-m", "narrows", "bench", "serve", "--url", url, "--warmup", "4", *load]
+        bench = [sys.executable, "-m", "narrows", "bench", "serve", "--url", url, "--warmup", "4", *load, "--json"]
         done = subprocess.run(bench, capture_output=True, text=True, check=True, env=environment(_HERE))
-        figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["figures"]
+        figures: dict[str, Any] = json.loads(done.stdout)["figures"]
         return figures
     finally:
         server.send_signal(signal.SIGTERM)

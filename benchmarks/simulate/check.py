@@ -97,9 +97,9 @@ def _measure(
         time.sleep(_IDLE_S)
         for run in range(repeats):
             warm_up = _WARMUP if run == 0 else 0
-            bench = [*_NARROWS, "bench", "serve", "--url", url, "--warmup", str(warm_up), *load]
+            bench = [*_NARROWS, "bench", "serve", "--url", url, "--warmup", str(warm_up), *load, "--json"]
             done = subprocess.run(bench, capture_output=True, text=True, check=True)
-            runs.append(json.loads(done.stdout.splitlines()[-1])["figures"])
+            runs.append(json.loads(done.stdout)["figures"])
             paces.append(calibrator.measure())
     finally:
         server.send_signal(signal.SIGTERM)
@@ -118,7 +118,7 @@ def _measure(
 
 def _figures(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["candidates"][0]["figures"]
+    figures: dict[str, Any] = json.loads(done.stdout)["candidates"][0]["figures"]
     return figures
 
 

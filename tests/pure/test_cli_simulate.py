@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import run_for_both
 from patience import PATIENCE_S
 
 from narrows.cli.main import main
@@ -19,10 +20,8 @@ V3 = f"simulate deepseek-v3 --device h200 {LOAD}"
 
 
 def run(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[str, dict[str, Any]]:
-    """What the command prints, and its last line as JSON."""
-    assert main(line.split()) == code
-    out = capsys.readouterr().out
-    return out, json.loads(out.splitlines()[-1])
+    """What the command prints, and its JSON document."""
+    return run_for_both(capsys, line.split(), code)
 
 
 @pytest.mark.slow
@@ -49,7 +48,7 @@ def test_figures_shares_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_json_alone_and_the_same_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     out, found = run(capsys, f"{MINI} --concurrency 3 --json")
-    assert out.count("\n") == 1
+    assert json.loads(out) == found and out.count("\n") == 1
     again, _ = run(capsys, f"{MINI} --concurrency 3 --json")
     assert again == out
     other, _ = run(capsys, f"{MINI} --concurrency 3 --json --seed 1")

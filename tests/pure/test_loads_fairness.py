@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from documents import run_for_both
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,10 +108,9 @@ def test_the_command_tells_how_clients_fared(capsys: pytest.CaptureFixture[str])
     )
 
     def jain_of(more: str) -> float:
-        assert main([*line.split(), *more.split()]) == 0
-        out = capsys.readouterr().out
+        out, found = run_for_both(capsys, [*line.split(), *more.split()])
         assert "others, one request each" in out and "Jain's index" in out
-        (one,) = json.loads(out.splitlines()[-1])["candidates"]
+        (one,) = found["candidates"]
         assert [row["requests"] for row in one["fairness"]["by_client"]] == [40, 4]
         return float(one["fairness"]["jain"])
 

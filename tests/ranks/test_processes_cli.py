@@ -130,8 +130,8 @@ def test_bench_sets_our_collectives_beside_gloos_and_threads(
     speaking_v3: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--tp", "2", "--ranks", "processes", "--sizes", "2K", "--rounds", "1", "--against", "gloo")
-    assert main(["bench", "collectives", str(speaking_v3), *flags, "--against", "threads"]) == 0
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert main(["bench", "collectives", str(speaking_v3), *flags, "--against", "threads", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
     assert [result["work"] for result in results] == [
         f"{op}, 2 KiB" for op in ("all_reduce", "reduce_scatter", "all_gather")
     ]

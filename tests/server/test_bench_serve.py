@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from documents import run_for_both
 from patience import PATIENCE_S
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -76,10 +77,9 @@ def slow() -> Iterator[Slow]:
 
 def bench(slow: Slow, capsys: pytest.CaptureFixture[str], *options: str, code: int = 0) -> dict[str, Any]:
     fixed = ["--num-requests", "6", "--output-length", "4", "--warmup", "0", "--vocab-size", "50"]
-    assert main(["bench", "serve", "--url", slow.url, *fixed, *options]) == code
-    *table, last = capsys.readouterr().out.strip().splitlines()
-    assert "TTFT" in "".join(table)
-    return json.loads(last)
+    out, document = run_for_both(capsys, ["bench", "serve", "--url", slow.url, *fixed, *options], code)
+    assert "TTFT" in out
+    return document
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documents import run_for_both
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
@@ -49,9 +50,7 @@ def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bench(capsys: pytest.CaptureFixture[str], kind: str, folder: Path, *flags: str) -> dict[str, Any]:
-    assert main(["bench", kind, str(folder), *QUICK, *flags]) == 0
-    out = capsys.readouterr().out
-    document = json.loads(out.splitlines()[-1])
+    _, document = run_for_both(capsys, ["bench", kind, str(folder), *QUICK, *flags])
     assert document["bench"] == kind and document["machine"]["cores"] >= 1 and document["versions"]["torch"]
     return document
 

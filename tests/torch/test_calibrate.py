@@ -135,8 +135,8 @@ def test_bench_layout_says_at_what_pace_of_the_profile_the_machine_runs(
     paces = []
     for file in (profile, tmp_path / "fast.json"):
         options = ["--tp", "2", "--dtype", "float32", "--device", str(file)]
-        assert main(["bench", "layout", "narrows-demo", *options, *grid]) == 0
-        notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+        assert main(["bench", "layout", "narrows-demo", *options, *grid, "--json"]) == 0
+        notes = json.loads(capsys.readouterr().out)["notes"]
         (pace,) = [note for note in notes if note.startswith("pace: ")]
         paces.append([int(found) for found in re.findall(r"at (\d+)%", pace)])
     (own, reads), (other, _) = paces

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from documents import run_for_both
 from torch import Tensor
 
 from narrows.cli.main import main
@@ -180,13 +180,12 @@ def command(model: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_command_prints_tables_and_ends_in_one_json_line(
+def test_the_command_prints_tables_and_writes_a_document(
     evaluated_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--task", "arithmetic", "--task", "perplexity", "--limit", "3", "--kl-rows", "130", "--every-layout"]
-    assert main(command(evaluated_model, *options, "--one-at-a-time", "1")) == 0
-    out = capsys.readouterr().out.splitlines()
-    found = json.loads(out[-1])
+    printed, found = run_for_both(capsys, command(evaluated_model, *options, "--one-at-a-time", "1"))
+    out = printed.splitlines()
     assert found["ok"] and list(found["files"]) == ["perplexity", "arithmetic"]
     layouts = [layout["layout"] for layout in found["layouts"]]
     assert "norm-before-gather" not in layouts and "auto" in layouts
@@ -204,10 +203,9 @@ def test_a_layout_out_of_bounds_is_exit_code_1_and_one_line(
     true_sum = ThreadCommunicator.all_reduce
     monkeypatch.setattr(ThreadCommunicator, "all_reduce", lambda *args, **more: shaken(true_sum(*args, **more)))
     options = ["--task", "choices", "--layout", "all-reduce", "--kl-rows", "200", "--one-at-a-time", "0"]
-    assert main(command(evaluated_model, *options)) == 1
-    out = capsys.readouterr().out
+    out, found = run_for_both(capsys, command(evaluated_model, *options), code=1)
     assert "DIFFERS" in out and "all-reduce: distributions in float32, batched: " in out and "narrows verify" in out
-    assert json.loads(out.splitlines()[-1])["layouts"][0]["failures"]
+    assert found["layouts"][0]["failures"]
 
 
 def test_encoded_rows_are_judged_by_the_tasks_and_said(
@@ -215,9 +213,7 @@ def test_encoded_rows_are_judged_by_the_tasks_and_said(
 ) -> None:
     layouts = ["--layout", "sequence-parallel", "--layout", "all-reduce"]
     options = ["--task", "perplexity", *layouts, "--kl-rows", "130", "--one-at-a-time", "0"]
-    assert main(command(evaluated_model, *options, "--encode-rows", "int8-always")) == 0
-    out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
+    out, found = run_for_both(capsys, command(evaluated_model, *options, "--encode-rows", "int8-always"))
     encoded, plain = found["layouts"]
     assert found["encode_rows"] == "int8-always" and (encoded["encodings"], plain["encodings"]) == (
         ["int8"],
@@ -279,9 +275,8 @@ def test_int8_weights_are_judged_by_the_tasks_against_unquantised_ones(
     evaluated_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--task", "perplexity", "--kl-rows", "130", "--one-at-a-time", "0", "--quantization", "int8"]
-    assert main(command(evaluated_model, *options)) == 0
-    out = capsys.readouterr().out
-    (layout,) = json.loads(out.splitlines()[-1])["layouts"]
+    out, found = run_for_both(capsys, command(evaluated_model, *options))
+    (layout,) = found["layouts"]
     assert (layout["encodings"], layout["quantization"]) == ([], "int8")
     assert all(one["distance"]["kl"] > 1e-8 for one in layout["distances"])
     assert "auto: weights were held as int8; its distributions have no bound" in out

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from documents import run_for_both
 from random_models import save_random_model
 from test_formats_gguf import write as write_gguf
 from torch import Tensor
@@ -116,8 +117,10 @@ def test_bfloat16_has_the_tolerance_that_it_has_against_one_rank(folder: Path, l
 
 def test_the_command_passes_the_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--against", "transformers", "--tp", "2", "--layout", "auto", "--steps", "4"]
-    assert main(["verify", "narrows-demo", *flags]) == 0
-    out = capsys.readouterr().out
+    out, found = run_for_both(capsys, ["verify", "narrows-demo", *flags])
+    (one,) = found["layouts"]
+    assert found["ok"] and one["ok"] and one["layout"] == "auto" and found["reference"].startswith("transformers 5.")
+    assert 0 < one["max_logit_difference"] < 1e-3 and found["served"]["faults"] == {}
     assert "against transformers 5." in out and "of the logits' size" in out and "differs" not in out
 
 

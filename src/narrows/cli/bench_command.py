@@ -1,12 +1,11 @@
 """``narrows bench``: layers, collectives, throughput and latency, variants in turns. Parses, calls, prints.
 
-Tables go to standard output and end in one line of JSON; progress goes to standard error.
+Tables or JSON go to standard output; progress goes to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -35,6 +34,7 @@ from narrows.cli.arguments import (
 )
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
+from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cost.stage import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.trace_file import TraceFile
@@ -67,6 +67,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         turns.add_argument("--seed", type=int, default=0, help="of prompts and dummy weights (default %(default)s)")
         turns.add_argument("--plot", default="", metavar="FILE", help="draw the medians (needs the extra 'plot')")
         add(kind)
+        add_output_flags(kind)
     about = bench_serve_command.ABOUT
     kind = kinds.add_parser("serve", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
     bench_serve_command.add_flags(kind)
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``narrows bench``."""
     if args.bench == "serve":
         return bench_serve_command.run(args)
+    check_output(args)
     for flag, value, least in (("rounds", args.rounds, 1), ("warmup", args.warmup, 0)):
         if value < least:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")
@@ -136,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     if trace is not None:
         notes.print(trace.write(), markup=False)
     title = f"{resolved.config.name}, {_dtype(resolved)}, {resolved.mesh}, {args.threads} thread(s) per rank"
-    print_outcome(args.bench, title, where, outcome, console())
+    print_outcome(args.bench, title, where, outcome, console(quiet=args.json))
     if args.plot:
         plot(outcome, title, args.plot)
     if isinstance(outcome, Grid):
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         "machine": where,
         "versions": versions(),
     }
-    print(json.dumps(document | outcome.document()))
+    put_document(args, document | outcome.document())
     return 0
 
 

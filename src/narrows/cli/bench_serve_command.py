@@ -1,9 +1,8 @@
-"""``narrows bench serve``: a load on an OpenAI-compatible server. Parses, sends, prints a table and a line of JSON."""
+"""``narrows bench serve``: a load on an OpenAI-compatible server. Parses, sends, prints a table."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -28,6 +27,7 @@ from narrows.cli.loads import (
     save_answers,
     workload,
 )
+from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.errors import ConfigError
 from narrows.loads.figures import figures
 
@@ -51,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_load_flags(load)
     load.add_argument("--stop-at-eos", action="store_true", help="texts end where the model ends them")
     load.add_argument("--warmup", type=int, default=2, metavar="N", help="requests before (default %(default)s)")
-    out = parser.add_argument_group("output")
+    out = add_output_flags(parser)
     out.add_argument("--plot", default="", metavar="FILE", help="draw the latencies (needs the extra 'plot')")
     out.add_argument("--save-requests", default="", metavar="FILE", help="one line of JSON per request")
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda done: bar.update(task, completed=done),
         )
     found = figures(answers)
-    out = console()
+    out = console(quiet=args.json)
     out.print(figures_table(found, f"{target.model} at {url}{target.path}: {load_words(args, len(asks))}"))
     for error, count in found.errors.items():
         out.print(f"{count} failed: {error}", markup=False)
@@ -118,13 +118,14 @@ def run(args: argparse.Namespace) -> int:
         "machine": where,
         "figures": plain(asdict(found)),
     }
-    print(json.dumps(document))
+    put_document(args, document)
     if len(answers) < len(asks):
         return 130
     return 1 if found.failed else 0
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_output(args)
     check_load(args)
     for name in ("warmup", "vocab_size"):
         at_least(args, name, 0)

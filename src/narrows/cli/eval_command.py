@@ -1,4 +1,4 @@
-"""``narrows eval``: tasks on one rank and under layouts, side by side. Parses, calls, prints; ends in one JSON line.
+"""``narrows eval``: tasks on one rank and under layouts, side by side. Parses, calls, prints.
 
 Exit code 0 if every layout stays within the bounds of docs/eval.md, 1 if one does not.
 """
@@ -6,13 +6,13 @@ Exit code 0 if every layout stays within the bounds of docs/eval.md, 1 if one do
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from narrows.cli.arguments import add_engine_flags, add_limit_flags, engine_options, limit_options
 from narrows.cli.console import console
 from narrows.cli.eval_tables import document, print_evaluation
+from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.engine.config import EngineConfig, at_hand, resolve
 from narrows.errors import ConfigError
 from narrows.evaluate.evaluation import default_files, evaluate
@@ -62,10 +62,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     against.add_argument("--no-float32", action="store_true", help="compare distributions in the model's dtype alone")
     against.add_argument("--float32-tasks", action="store_true", help="run the tasks on one rank in float32 too")
+    add_output_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``narrows eval``; tables and the JSON line go to standard output, progress to standard error."""
+    """Run ``narrows eval``; tables or JSON go to standard output, progress to standard error."""
+    check_output(args)
     for flag, value, least in (
         ("limit", args.limit, 1),
         ("one-at-a-time", args.num_alone, 0),
@@ -91,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
         float32_tasks=args.float32_tasks,
         progress=lambda line: notes.print(f"... {line}", markup=False),
     )
-    print_evaluation(evaluation, skipped, console())
-    print(json.dumps(document(evaluation)))
+    print_evaluation(evaluation, skipped, console(quiet=args.json))
+    put_document(args, document(evaluation))
     return 0 if evaluation.ok else 1
 
 

@@ -6,13 +6,13 @@ Parses and calls; `plan.report` computes and `cli.plan_tables` prints.
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.positions import most_positions
 from narrows.arch.presets import load_model_config
+from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cli.plan_tables import print_report
 from narrows.cli.priced import add_priced_flags
 from narrows.cost.devices import Device
@@ -54,10 +54,6 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add("--phase", choices=PHASES, default="prefill", help="what the tokens are (default prefill)")
     add("--context", type=int, default=4096, metavar="C", help="length of each sequence in tokens (default 4096)")
     add_priced_flags(parser, no_layout="all that apply")
-    add("--json", action="store_true", help="print one JSON document instead of tables")
-    add("--html", metavar="FILE", help="write a page that draws each layout's layer as a timeline")
-    add("--code", action="store_true", help="print the plan as a straight-line program instead of tables")
-    add("--save", metavar="FILE", help="keep the plan, to be run with: narrows generate --plan FILE")
     add(f"--enable-{_SCATTERED}", dest="scattered", action="store_true", help=f"SGLang's switch: --layout {_SCATTERED}")
     add(
         "--enable-dp-attention",
@@ -65,6 +61,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="SGLang's switch: --tp counts all ranks, so '--tp 8 --dp 2' is the mesh dp 2 x tp 4",
     )
+    output = add_output_flags(parser).add_argument
+    output("--html", metavar="FILE", help="write a page that draws each layout's layer as a timeline")
+    output("--code", action="store_true", help="print the plan as a straight-line program instead of tables")
+    output("--save", metavar="FILE", help="write the plan, to be run with: narrows generate --plan FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.code and args.json:
         raise ConfigError("--code and --json each print what the plan is: leave one of them out")
+    check_output(args)
     notes: list[str] = []
     mesh = _mesh(args, notes)
     config = load_model_config(args.model, args.revision)
@@ -105,10 +106,9 @@ def run(args: argparse.Namespace) -> int:
         write_plan(Path(args.save), one.plan, config, one.forms)
     if args.code:
         print(plan_code(one.plan), end="")
-    elif args.json:
-        print(json.dumps(report.document()))
-    else:
+    elif not args.json:
         print_report(report)
+    put_document(args, report.document())
     return 0
 
 

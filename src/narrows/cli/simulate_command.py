@@ -6,7 +6,6 @@ Parses and calls; ``sim`` simulates and `cli.simulate_tables` prints.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import sys
@@ -37,6 +36,7 @@ from narrows.cli.loads import (
     with_flood,
     workload,
 )
+from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cli.priced import add_priced_flags, add_requests_flag
 from narrows.cli.simulate_tables import print_candidate, print_ranking, print_unfit
 from narrows.cost.devices import Device
@@ -100,8 +100,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     target.add_argument("--search", action="store_true", help="rank every dp x tp x layout of so many devices")
     target.add_argument("--num-gpus", default="", metavar="N[,N...]", help="how many there are (default: dp x tp)")
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", action="store_true", help="the last line alone: one JSON document")
+    out = add_output_flags(parser)
     out.add_argument("--save-requests", default="", metavar="FILE", help="one line of JSON per request (of the best)")
 
 
@@ -157,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             print_ranking(best_first, target, out)
     if args.save_requests:
         save_answers(best.outcome.answers, args.save_requests)
-    print(json.dumps(_document(args, config, best_first if args.search else candidates, target, len(asks), used)))
+    put_document(args, _document(args, config, best_first if args.search else candidates, target, len(asks), used))
     if target.is_set and args.search:
         return 1 if target.misses(best.outcome) else 0
     return (
@@ -166,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_output(args)
     check_load(args)
     check_flood(args)
     at_least(args, "max_rows", 1)

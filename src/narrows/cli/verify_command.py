@@ -10,6 +10,7 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -19,6 +20,7 @@ from rich.table import Table
 from narrows.arch.presets import load_model_config
 from narrows.cli.arguments import add_engine_flags, add_prompt_flags, engine_options, read_prompts
 from narrows.cli.console import console
+from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.engine.config import EngineConfig, at_hand
 from narrows.engine.model_text import load_model_text
 from narrows.engine.transformers_model import load_transformers, transformers_version
@@ -49,10 +51,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "one rank; needs pip install 'narrows[against]'",
     )
     parser.add_argument("--steps", type=int, default=8, help="decode steps after the prompts (default %(default)s)")
+    add_output_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows verify``."""
+    check_output(args)
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
     if Launch.of_torchrun(os.environ, size=None) is not None:
@@ -67,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     prompts = _token_ids(args, asked.model)
     report = verify(asked, prompts, num_decode=args.steps, layouts=args.layout or (), outside=outside)
     served = verify_served(asked, prompts, num_decode=args.steps, layouts=args.layout or ())
-    out = console()
+    out = console(quiet=args.json)
     _print(report, reference, out)
     _print_served(served, out)
+    put_document(args, _document(report, served, reference))
     return 0 if report.ok and served.ok else 1
 
 
@@ -141,6 +146,38 @@ def _print_served(served: ServedReport, out: Console) -> None:
     out.print(str(served), markup=False)
     for name, fault in served.faults.items():
         out.print(f"{name}: {fault}", markup=False)
+
+
+def _document(report: VerifyReport, served: ServedReport, reference: str) -> dict[str, Any]:
+    resolved = report.resolved
+    return {
+        "model": resolved.asked.model,
+        "mesh": dict(zip(resolved.mesh.names, resolved.mesh.sizes, strict=True)),
+        "dtype": str(resolved.dtype).removeprefix("torch."),
+        "reference": reference,
+        "steps": report.num_steps,
+        "tolerance": report.tolerance,
+        "layouts": [
+            {
+                "layout": layout.layout,
+                "rows": layout.num_rows,
+                "max_logit_difference": layout.max_logit_difference,
+                "largest_at": layout.largest_at,
+                "mean_logit_difference": layout.mean_logit_difference,
+                "kl": layout.kl,
+                "greedy_equal": layout.agreement,
+                "worst_stage": layout.worst,
+                "expert_flips": len(layout.flips),
+                "encodings": sorted(layout.encodings),
+                "ok": layout.ok,
+                "failure": layout.failure,
+            }
+            for layout in report.layouts
+        ],
+        "not_run": report.skipped,
+        "served": {"path": str(served), "faults": {name: str(fault) for name, fault in served.faults.items()}},
+        "ok": report.ok and served.ok,
+    }
 
 
 def _where_to_look(report: VerifyReport, reference: str) -> str:
