@@ -19,14 +19,14 @@ from typing import Any
 
 from narrows.checkpoints import model_path
 from narrows.engine.model_text import load_model_text
-from narrows.server import completions
-from narrows.server.errors import ApiError
-from narrows.server.intake import read_body
-from narrows.server.intake_process import IntakeProcess
-from narrows.server.json_body import JsonLimits
+from narrows.server.http.body import read_body
+from narrows.server.http.body_process import IntakeProcess
+from narrows.server.http.errors import ApiError
+from narrows.server.http.json_io import JsonLimits
+from narrows.server.openai import completions
+from narrows.server.openai.completions import CompletionRequest
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.reading import Reading
-from narrows.server.schema.completions import CompletionRequest
+from narrows.server.request import Reading
 
 
 def longest_hold(work: Callable[[], Any]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from narrows.errors import ConfigError
-from narrows.text.stop import StopStrings
+from narrows.text.stream import StopStrings
 
 LETTERS = st.text("ab<|", max_size=24)
 STOPS = st.lists(st.text("ab<|", min_size=1, max_size=5), max_size=4).map(tuple)

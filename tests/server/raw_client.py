@@ -10,7 +10,7 @@ from http.client import HTTPResponse
 from io import BufferedReader
 from typing import Any
 
-from narrows.server.turns import Kind, Turns
+from narrows.server.http.round_robin import Kind, Turns
 
 __all__ = ["Answer", "AtOnce", "Clock", "RawClient", "Wire", "post"]
 

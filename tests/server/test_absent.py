@@ -11,7 +11,7 @@ import openai
 import pytest
 from server_lab import Lab, error_of
 
-from narrows.server.absent import why_absent
+from narrows.server.http.errors import why_absent
 from narrows.server.options import ServerOptions
 
 

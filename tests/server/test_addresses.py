@@ -14,7 +14,7 @@ from raw_client import RawClient, post
 from server_lab import Lab, error_of
 
 from narrows.errors import ConfigError
-from narrows.server.addresses import checked_origins, hosts_to_check
+from narrows.server.http.middleware import checked_origins, hosts_to_check
 from narrows.server.options import ServerOptions
 
 PAGE = "https://app.example"

@@ -17,11 +17,10 @@ from patience import eventually
 from raw_client import Answer, AtOnce, Clock, RawClient, Wire, post
 from uvicorn.server import ServerState
 
-from narrows.server.connections import Connection
+from narrows.server.http.connection_limits import Places, unread_bytes
+from narrows.server.http.connections import Connection
+from narrows.server.http.round_robin import Turns
 from narrows.server.options import ConnectionLimits
-from narrows.server.places import Places
-from narrows.server.readers import unread_bytes
-from narrows.server.turns import Turns
 
 HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"

@@ -11,8 +11,8 @@ import pytest
 import server_lab as lab
 
 from narrows.errors import ConfigError
-from narrows.server.gbnf import gbnf_to_lark
-from narrows.server.strict import close_objects
+from narrows.server.structured_output.gbnf import gbnf_to_lark
+from narrows.server.structured_output.json_schema import close_objects
 
 SUM = 'root ::= term ("+" term)*  # of\nterm ::= [0-9] | "(" root ")"\n'
 LARK = 'start: "a" B\nB: /[0-9]{2}/'

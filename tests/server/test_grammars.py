@@ -16,13 +16,11 @@ from patience import PATIENCE_S, eventually
 from narrows.api import QueueFull
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server.app import state_of
-from narrows.server.grammar import process as process_module
-from narrows.server.grammar.cache import Grammars
-from narrows.server.grammar.compiled import Grammar, Memory
-from narrows.server.grammar.limits import GrammarLimits, in_words
-from narrows.server.grammar.pool import GrammarPool
-from narrows.server.grammar.process import Ended
-from narrows.server.guides import Form, GuideMaker, choice_form, json_form, regex_form
+from narrows.server.structured_output import trial as process_module
+from narrows.server.structured_output.cache import GrammarPool, Grammars
+from narrows.server.structured_output.constraints import Form, GuideMaker, choice_form, json_form, regex_form
+from narrows.server.structured_output.guide import Grammar, Memory
+from narrows.server.structured_output.trial import Ended, GrammarLimits, in_words
 from narrows.text import Tokenizer
 
 HOSTILE = {"type": "integer", "multipleOf": 999983}

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 from server_lab import Lab, error_of
 
-from narrows.server import intake as intake_module
-from narrows.server import pools as pools_module
-from narrows.server.errors import ApiError
-from narrows.server.json_body import JsonLimits, check_json, parse_json
-from narrows.server.wrong_field import of_validation
+from narrows.server import workers as pools_module
+from narrows.server.http import body as intake_module
+from narrows.server.http.errors import ApiError, of_validation
+from narrows.server.http.json_io import JsonLimits, check_json, parse_json
 
 HEADERS = {"content-type": "application/json"}
 TIGHT = JsonLimits(nesting=3, containers=6, keys=6, values=12)

@@ -21,16 +21,15 @@ import pytest
 from server_lab import Lab, error_of
 from test_intake import request_of_a_client_that_leaves
 
-from narrows.server import intake as intake_module
 from narrows.server.conversation import read_conversation
-from narrows.server.errors import ApiError
-from narrows.server.intake_process import IntakeProcess
-from narrows.server.intake_worker import IntakeLimits
-from narrows.server.json_body import JsonLimits
+from narrows.server.http import body as intake_module
+from narrows.server.http.body_process import IntakeLimits, IntakeProcess
+from narrows.server.http.errors import ApiError
+from narrows.server.http.json_io import JsonLimits
+from narrows.server.openai.completions import CompletionRequest
 from narrows.server.options import ServerOptions
-from narrows.server.reading import Reading
+from narrows.server.request import Reading
 from narrows.server.schema.chat import ChatRequest
-from narrows.server.schema.completions import CompletionRequest
 from narrows.text import Tokenizer
 
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -203,7 +202,7 @@ def test_errors_cross_with_all_they_say() -> None:
 
 
 def test_the_process_has_no_torch() -> None:
-    code = "import sys, narrows.server.intake_worker, narrows.server.chat; print('torch' in sys.modules)"
+    code = "import sys, narrows.server.http.body_process, narrows.server.openai.chat; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 

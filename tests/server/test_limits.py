@@ -18,8 +18,9 @@ from server_lab import Lab, error_of
 from narrows.api import Generation, Health, QueueFull, Unavailable
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
-from narrows.server import respond as respond_module
-from narrows.server.answers import to_json_in_turns
+from narrows.server import generation as generation_module
+from narrows.server.generation import Running
+from narrows.server.http.json_io import to_json_in_turns
 from narrows.server.options import ServerOptions
 
 
@@ -283,7 +284,8 @@ def test_others_get_their_turn_while_a_request_of_many_texts_is_taken_in(plain: 
     turns: list[int] = []
 
     async def run() -> None:
-        running = plain.app.state.server.running()
+        state = plain.app.state.server
+        running = Running(state.backend, state.loop_calls, state.metrics, state.turns, "a client")
         generations = [Generation(prompt=(3,), max_tokens=1, sampling=SamplingParams())] * 64
         submitting = asyncio.ensure_future(running.submit(generations, "prompt"))
         while not submitting.done():
@@ -301,14 +303,14 @@ def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(
     asked = {"logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 40}
     body = {"messages": [{"role": "user", "content": "hi"}], **asked}
     whole = asyncio.run(plain.post("/v1/chat/completions", body)).json()
-    monkeypatch.setattr(respond_module, "_MANY_LOGPROBS", 0)
+    monkeypatch.setattr(generation_module, "_MANY_LOGPROBS", 0)
     threads: list[str] = []
 
     def noted(value: Any) -> bytes:
         threads.append(threading.current_thread().name)
         return to_json_in_turns(value)
 
-    monkeypatch.setattr(respond_module, "to_json_in_turns", noted)
+    monkeypatch.setattr(generation_module, "to_json_in_turns", noted)
     answer = asyncio.run(plain.post("/v1/chat/completions", body))
     assert [name.startswith("narrows requests") for name in threads] == [True]
     assert answer.json()["choices"] == whole["choices"] and answer.headers["content-type"] == "application/json"

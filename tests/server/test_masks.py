@@ -11,11 +11,10 @@ import pytest
 import server_lab as lab
 from patience import PATIENCE_S
 
-from narrows.server.grammar import compiled
-from narrows.server.grammar.compiled import Grammar, GrammarGuide, Memory
-from narrows.server.grammar.limits import GrammarLimits
-from narrows.server.grammar.masks import MaskThreads
-from narrows.server.guides import GuideMaker, json_form, regex_form
+from narrows.server.structured_output import guide as compiled
+from narrows.server.structured_output.constraints import GuideMaker, json_form, regex_form
+from narrows.server.structured_output.guide import Grammar, GrammarGuide, MaskThreads, Memory
+from narrows.server.structured_output.trial import GrammarLimits
 from narrows.text import Tokenizer
 
 ITEMS = json_form({"type": "array", "items": {"type": "integer"}, "minItems": 1000})

@@ -16,10 +16,9 @@ from patience import eventually
 from server_lab import Lab
 
 from narrows.api import QueueFull
-from narrows.server.messages.request import chat_of
+from narrows.server.anthropic.request import CountRequest, chat_of
 from narrows.server.options import ServerOptions
 from narrows.server.schema.answers import MessageAnswer
-from narrows.server.schema.messages import CountRequest
 
 PATH = "/v1/messages"
 ADD = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}

@@ -6,12 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.server.events import Arguments, Content, Reasoning, ToolCall, joined
-from narrows.server.output import OutputParser
-from narrows.server.reasoning import ReasoningSplit, reasoning_parser
-from narrows.server.tools import deepseek
-from narrows.server.tools.formats import FORMATS, tool_format
-from narrows.server.tools.json_object import CallObject
+from narrows.server.parsers import deepseek
+from narrows.server.parsers.events import Arguments, Content, Reasoning, ToolCall, joined
+from narrows.server.parsers.formats import FORMATS, OutputParser, ReasoningSplit, reasoning_parser, tool_format
+from narrows.server.parsers.hermes import CallObject
 
 B, E = deepseek.CALLS_BEGIN, deepseek.CALLS_END
 b, e, s = deepseek.CALL_BEGIN, deepseek.CALL_END, deepseek.SEP

@@ -7,10 +7,9 @@ import resource
 import pytest
 
 from narrows.errors import ConfigError
-from narrows.server import descriptors
-from narrows.server.descriptors import connections_for, raise_descriptor_limit
+from narrows.server.http import connection_limits as descriptors
+from narrows.server.http.connection_limits import Places, connections_for, raise_descriptor_limit
 from narrows.server.options import ConnectionLimits, ServerOptions
-from narrows.server.places import Places
 
 
 class Guest:

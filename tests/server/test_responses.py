@@ -15,13 +15,12 @@ from patience import eventually
 from pydantic import BaseModel, TypeAdapter
 from server_lab import Lab, error_of
 
-from narrows.server.errors import ApiError
-from narrows.server.events import Content, Reasoning
+from narrows.server.http.errors import ApiError
+from narrows.server.openai.responses import ResponseWriter
+from narrows.server.openai.responses_request import ResponsesRequest, chat_of
 from narrows.server.options import ServerOptions
-from narrows.server.responses.request import chat_of
-from narrows.server.responses.writer import ResponseWriter
+from narrows.server.parsers.events import Content, Reasoning
 from narrows.server.schema.answers import ResponseAnswer
-from narrows.server.schema.responses import ResponsesRequest
 
 PATH = "/v1/responses"
 ADD = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}

@@ -11,9 +11,9 @@ import pytest
 from raw_client import AtOnce, Clock, RawClient, Wire
 from test_connections import CHUNKED, get, make_connection
 
-from narrows.server.door import Door
-from narrows.server.shared_calls import SharedCall
-from narrows.server.turns import Kind, Turns
+from narrows.server.http.connection_limits import Listener
+from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.workers import SharedCall
 
 
 def in_rounds(work: Callable[[Turns, Callable[[Any], None]], Awaitable[Any]]) -> list[list[Any]]:
@@ -112,7 +112,7 @@ def test_a_door_lets_a_few_in_at_a_time() -> None:
             bound.listen(100)
             clients = [socket.create_connection(bound.getsockname()) for _ in range(60)]
             loop = asyncio.get_running_loop()
-            door = Door(loop, bound, Guest)
+            door = Listener(loop, bound, Guest)
             while sum(made) < 60:
                 await asyncio.sleep(0)
                 made.append(0)

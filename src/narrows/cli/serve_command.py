@@ -31,13 +31,17 @@ from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import obey_host
 from narrows.errors import ConfigError
-from narrows.server.addresses import checked_origins, hosts_to_check
 from narrows.server.app import create_app, state_of
-from narrows.server.descriptors import MAX_CONNECTIONS, RESERVED_PLACES, connections_for, raise_descriptor_limit
+from narrows.server.http.connection_limits import (
+    MAX_CONNECTIONS,
+    RESERVED_PLACES,
+    connections_for,
+    raise_descriptor_limit,
+)
+from narrows.server.http.middleware import checked_origins, hosts_to_check
 from narrows.server.options import ConnectionLimits, ServedModel, ServerOptions
-from narrows.server.reasoning import PARSERS as REASONING_PARSERS
+from narrows.server.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 from narrows.server.run import bind, curl_line, serve, url_of
-from narrows.server.tools.formats import PARSERS as TOOL_PARSERS
 from narrows.service.service import EngineService
 from narrows.service.step_times import DriftRule
 from narrows.service.trace import ServiceTrace

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API over a backend that generates tokens: routes, schemas, guides, tool calls, metrics, limits."""
+"""HTTP server: OpenAI's and Anthropic's APIs over any backend (:class:`narrows.api.Backend`)."""

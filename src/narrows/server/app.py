@@ -1,7 +1,4 @@
-"""The ASGI application: routes, who may come in, and errors in OpenAI's shape, over any backend.
-
-Knows HTTP and which route does what; what the routes do is said in their own files.
-"""
+"""The ASGI application: routes, middleware, and errors in the API's shape, over any backend."""
 
 from __future__ import annotations
 
@@ -21,28 +18,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.api import Backend
 from narrows.errors import NarrowsError
-from narrows.server.absent import why_absent
-from narrows.server.addresses import Addresses, TrailingSlash
-from narrows.server.answers import JsonAnswer, error_answer, to_json
-from narrows.server.chat import chat
-from narrows.server.completions import complete
-from narrows.server.errors import ApiError, ClientGoneError, refused
-from narrows.server.intake import Body
-from narrows.server.limits import ApiKeys, BodyLimit, Encodings, ReservedPlaces
-from narrows.server.messages.route import count_tokens, create_message
+from narrows.server.anthropic.messages import count_tokens, create_message
+from narrows.server.anthropic.request import CountRequest, MessagesRequest
+from narrows.server.http.body import Body, BoundedRoute
+from narrows.server.http.errors import ApiError, ClientGoneError, refused, why_absent
+from narrows.server.http.json_io import JsonAnswer, error_answer, to_json
+from narrows.server.http.middleware import Addresses, ApiKeys, BodyLimit, Encodings, ReservedPlaces, TrailingSlash
 from narrows.server.metrics import Metrics
+from narrows.server.openai.chat import chat
+from narrows.server.openai.completions import CompletionRequest, complete
+from narrows.server.openai.responses import create_response
+from narrows.server.openai.responses_request import ResponsesRequest
+from narrows.server.openai.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+)
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.reading import Reading
-from narrows.server.responses.route import create_response
-from narrows.server.route import BoundedRoute
-from narrows.server.schema import answers, profile, tokens
+from narrows.server.request import Reading
+from narrows.server.schema import answers
 from narrows.server.schema.chat import ChatRequest
-from narrows.server.schema.completions import CompletionRequest
-from narrows.server.schema.messages import CountRequest, MessagesRequest
-from narrows.server.schema.responses import ResponsesRequest
-from narrows.server.shared_calls import SharedCall
 from narrows.server.state import ServerState
-from narrows.server.tokens import detokenize, tokenize
+from narrows.server.workers import SharedCall
 
 __all__ = ["create_app", "state_of"]
 
@@ -148,13 +148,13 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         """What follows a prompt."""
         return await complete(state, body, request)
 
-    @app.post("/tokenize", response_model=None, responses=_responses(tokens.Tokenized))
-    async def tokenize_(body: Body[tokens.TokenizeRequest]) -> Response:
+    @app.post("/tokenize", response_model=None, responses=_responses(Tokenized))
+    async def tokenize_(body: Body[TokenizeRequest]) -> Response:
         """Text, or messages through the chat template, to token ids."""
         return JsonAnswer(await body.read(tokenize))
 
-    @app.post("/detokenize", response_model=None, responses=_responses(tokens.Detokenized))
-    async def detokenize_(body: Body[tokens.DetokenizeRequest]) -> Response:
+    @app.post("/detokenize", response_model=None, responses=_responses(Detokenized))
+    async def detokenize_(body: Body[DetokenizeRequest]) -> Response:
         """Token ids to text, special tokens spelled out."""
         return JsonAnswer(await body.read(detokenize))
 
@@ -246,20 +246,20 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
         except NarrowsError as error:
             raise refused(error) from error
 
-    @app.post("/start_profile", response_model=None, responses=_responses(profile.TraceStarted))
-    async def start_profile(body: Body[profile.StartProfileRequest] | None = None) -> Response:
+    @app.post("/start_profile", response_model=None, responses=_responses(answers.TraceStarted))
+    async def start_profile(body: Body[answers.StartProfileRequest] | None = None) -> Response:
         """Begin to write a trace of the next steps of the engine, on every rank."""
-        asked = profile.StartProfileRequest() if body is None else await body.read(_as_it_is)
+        asked = answers.StartProfileRequest() if body is None else await body.read(_as_it_is)
         steps = asked.steps if asked.steps is not None else asked.num_steps
         return await told(partial(state.backend.start_trace, steps))
 
-    @app.post("/stop_profile", response_model=None, responses=_responses(profile.TraceWritten))
+    @app.post("/stop_profile", response_model=None, responses=_responses(answers.TraceWritten))
     async def stop_profile() -> Response:
         """End the trace; answered when its file is written."""
         return await told(state.backend.stop_trace)
 
 
-def _as_it_is(reading: Reading, body: profile.StartProfileRequest) -> profile.StartProfileRequest:
+def _as_it_is(reading: Reading, body: answers.StartProfileRequest) -> answers.StartProfileRequest:
     return body
 
 

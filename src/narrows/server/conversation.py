@@ -1,29 +1,35 @@
-"""A conversation to the generations of its next message: what the APIs of chats, responses and messages share.
-
-Knows fields and ids; not how an API spells its answers.
-"""
+"""A chat request to its prompt and generations: messages, tools, output format. All chat APIs share it."""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from narrows.server.asked import Asked, Wishes
-from narrows.server.errors import invalid
-from narrows.server.forms import Constraint, asked_form, closed
-from narrows.server.guides import Form, literal
-from narrows.server.prompts import render_chat, truncated
-from narrows.server.reading import Reading
-from narrows.server.reasoning import begins_inside
-from narrows.server.respond import Job
-from narrows.server.schema.chat import ChatRequest, Function
-from narrows.server.tool_use import Calls, ToolUse, tool_use
-from narrows.server.turn import Turn
-from narrows.text import GeneratedText
+from narrows.errors import ConfigError
+from narrows.server.generation import Job
+from narrows.server.http.errors import invalid, refused
+from narrows.server.http.json_io import JsonLimits, read_json
+from narrows.server.output import Turn
+from narrows.server.parsers.formats import Calls, begins_inside
+from narrows.server.request import Asked, Reading, Wishes, truncated
+from narrows.server.schema.chat import ChatMessage, ChatRequest, ContentPart, Function, Tool, ToolChoice
+from narrows.server.structured_output.constraints import Constraint, Form, asked_form, closed, literal
+from narrows.text import GeneratedText, Tokenizer
 
-__all__ = ["Conversation", "Conversing", "begin_conversation", "conversation_prompt", "read_conversation"]
+__all__ = [
+    "Conversation",
+    "Conversing",
+    "History",
+    "ToolUse",
+    "begin_conversation",
+    "conversation_prompt",
+    "read_conversation",
+    "render_chat",
+    "tool_use",
+]
 
 Conversation = Job[Turn]
 
@@ -144,3 +150,237 @@ def _arguments(function: Function) -> dict[str, Any]:
     if not function.parameters:
         return {"type": "object"}
     return closed(function.parameters, "tools") if function.strict else function.parameters
+
+
+_OPEN_END = "\ue000the text goes on here\ue000 "
+"""Stands at the end of the message that goes on while the template is rendered; its last space tells of trimming."""
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    *,
+    tools: Sequence[Tool] = (),
+    variables: dict[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    arguments_as_text: bool = False,
+) -> str:
+    """The prompt's text. ``arguments_as_text``: the template wants arguments of past calls as JSON text.
+
+    ``continue_final_message``: it ends where the last message, an assistant's, does; nothing closes it.
+
+    Raises:
+        ApiError: 400, naming the message that cannot be read; or the template's own refusal.
+    """
+    plain = [_plain(message, at, arguments_as_text) for at, message in enumerate(messages)]
+    if continue_final_message:
+        _leave_open(plain)
+    try:
+        text = tokenizer.apply_chat_template(
+            plain,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+            variables=variables,
+        )
+    except ConfigError as error:
+        raise refused(error, "messages") from error
+    return _cut_open(text) if continue_final_message else text
+
+
+def _leave_open(messages: list[dict[str, Any]]) -> None:
+    """Mark where the last message ends."""
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls") or not last["content"]:
+        message = "the last message must be the assistant's, with text and without tool calls"
+        raise invalid(f"continue_final_message: {message}", "continue_final_message")
+    last["content"] += _OPEN_END
+
+
+def _cut_open(text: str) -> str:
+    """The text up to the mark."""
+    at = text.rfind(_OPEN_END.rstrip())
+    if at < 0:
+        message = "the chat template does not write the last message as it is, so it cannot go on"
+        raise invalid(f"continue_final_message: {message}", "continue_final_message")
+    trims = not text.startswith(_OPEN_END, at)  # then it would have trimmed the message itself, too
+    return text[:at].rstrip() if trims else text[:at]
+
+
+_MUST_SAY = frozenset({"system", "developer", "user", "tool"})
+"""Roles whose messages are nothing without content; an assistant's may be calls of tools alone."""
+
+
+def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, Any]:
+    values = message.model_dump(exclude_none=True, exclude={"refusal"})
+    if message.role == "developer":
+        values["role"] = "system"
+    if isinstance(message.content, list):
+        texts = [_text(part, f"messages.{at}.content.{place}") for place, part in enumerate(message.content)]
+        values["content"] = "".join(texts)
+        if thoughts := "".join(part.thinking or "" for part in message.content if part.type == "thinking"):
+            values.setdefault("reasoning_content", thoughts)
+    elif message.content is None and message.role == "assistant" and message.refusal:
+        values["content"] = message.refusal
+    elif message.content is None:
+        if message.role in _MUST_SAY:
+            where = f"messages.{at}.content"
+            raise invalid(f"{where}: a message of role {message.role!r} needs content", where)
+        values["content"] = ""
+    if message.tool_calls and not arguments_as_text:
+        values["tool_calls"] = [
+            _with_object(call, f"messages.{at}.tool_calls.{place}") for place, call in enumerate(message.tool_calls)
+        ]
+    return values
+
+
+def _text(part: ContentPart, where: str) -> str:
+    """What a part says in the conversation; a past thought is no text of it.
+
+    Raises:
+        ApiError: 400, a part that is not text.
+    """
+    said = part.refusal if part.type == "refusal" else part.text
+    if part.type == "thinking" and part.thinking is not None:
+        return ""
+    if part.type not in ("text", "input_text", "output_text", "refusal") or said is None:
+        raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server reads text parts only", where)
+    return said
+
+
+def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """The call with its arguments as an object, where they are the JSON text of one.
+
+    Raises:
+        ApiError: 400, they hold or nest more than a body may.
+    """
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = read_json(function["arguments"], JsonLimits(), f"{where}: the text of arguments")
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """``tools``: those that the model is shown and may call, none if no call is read. ``must``: it has to call one.
+
+    ``many``: it may call several. ``strangers``: a call of another function is handed out too; the client refuses it.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    must: bool = False
+    many: bool = True
+    strangers: bool = True
+
+    def calls(self, *, parallel: bool) -> Calls:
+        """What is read in the model's text."""
+        names = None if self.strangers else frozenset(tool.function.name for tool in self.tools)
+        return Calls(are_read=bool(self.tools), most=None if parallel else 1, names=names)
+
+
+def tool_use(reading: Reading, body: ChatRequest) -> ToolUse:
+    """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` come to.
+
+    Raises:
+        ApiError: 400, they contradict each other, or the model's template knows no tools.
+    """
+    choice = body.tool_choice
+    tools = {tool.function.name: tool for tool in body.tools or ()}
+    if len(tools) < len(body.tools or ()):
+        raise invalid("tools: two functions have the same name", "tools")
+    if choice not in (None, "none") and not tools:
+        raise invalid("tool_choice is given, but no tools", "tool_choice")
+    if not tools or choice == "none":
+        return ToolUse()
+    if reading.tools is None:
+        message = "the model's chat template knows no tool calls in a format that this server reads"
+        raise invalid(f"{message}; a server started with --tool-call-parser reads one", "tools")
+    many = body.parallel_tool_calls is not False
+    if not isinstance(choice, ToolChoice):
+        return ToolUse(tools=tuple(tools.values()), must=choice == "required", many=many)
+    return _of_choice(choice, tools, many)
+
+
+def _of_choice(choice: ToolChoice, tools: dict[str, Tool], many: bool) -> ToolUse:
+    names, must = [], True
+    if choice.type == "function":
+        if choice.function is None:
+            raise invalid("tool_choice.function is missing: the name of the function to call", "tool_choice.function")
+        names, many = [choice.function.name], False
+    else:
+        allowed = choice.allowed_tools
+        if allowed is None:
+            raise invalid("tool_choice.allowed_tools is missing: a mode and tools", "tool_choice.allowed_tools")
+        names, must = [tool.function.name for tool in allowed.tools], allowed.mode == "required"
+    for name in names:
+        if name not in tools:
+            raise invalid(f"tool_choice names {name!r}, which is not among tools", "tool_choice")
+    return ToolUse(
+        tools=tuple(tool for name, tool in tools.items() if name in names), must=must, many=many, strangers=False
+    )
+
+
+class History:
+    """The messages so far. What the model thought, said and called, in this order, becomes one message.
+
+    >>> history = History()
+    >>> history.say("user", "2 + 2?"), history.think("easy"), history.say("assistant", "4")
+    (None, None, None)
+    >>> [(message.role, message.reasoning_content, message.content) for message in history.messages]
+    [('user', None, '2 + 2?'), ('assistant', 'easy', '4')]
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[ChatMessage] = []
+        self._thought: str | None = None
+        self._text: str | None = None
+        self._calls: list[dict[str, Any]] = []
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """All of them."""
+        self._end_answer()
+        return self._messages
+
+    def think(self, text: str) -> None:
+        """The model thought this."""
+        if self._text is not None or self._calls:
+            self._end_answer()
+        self._thought = (self._thought or "") + text
+
+    def say(self, role: str, text: str) -> None:
+        """Somebody said this."""
+        if role == "assistant":
+            if self._text is not None or self._calls:
+                self._end_answer()
+            self._text = text
+        else:
+            self._end_answer()
+            self._messages.append(ChatMessage(role=role, content=text))
+
+    def call(self, number: str, name: str, arguments: str) -> None:
+        """The model called a function; ``arguments`` are JSON."""
+        function = {"name": name, "arguments": arguments}
+        self._calls.append({"id": number, "type": "function", "function": function})
+
+    def result(self, number: str, text: str) -> None:
+        """What a call came to."""
+        self._end_answer()
+        self._messages.append(ChatMessage(role="tool", tool_call_id=number, content=text))
+
+    def _end_answer(self) -> None:
+        if self._thought is None and self._text is None and not self._calls:
+            return
+        self._messages.append(
+            ChatMessage(
+                role="assistant",
+                content=self._text,
+                reasoning_content=self._thought,
+                tool_calls=self._calls or None,
+            )
+        )
+        self._thought, self._text, self._calls = None, None, []

@@ -1,7 +1,4 @@
-"""What ``/metrics`` says, in Prometheus' words: the backend's numbers as they are now, and times of requests.
-
-Knows numbers; not where they come from. Names begin with ``narrows_``; docs/serving.md lists them.
-"""
+"""``/metrics`` in Prometheus' format: the backend's numbers, and latencies of requests (names: docs/serving.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +18,8 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The metrics of one server. ``first_token`` and the like are what :class:`~narrows.server.running.Running` calls.
+    """The metrics of one server. ``first_token`` and the like are what :class:`~narrows.server.generation.Running`
+    calls.
 
     Numbers come in on the event loop; any thread may :meth:`render` them.
     """

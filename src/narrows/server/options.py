@@ -1,4 +1,4 @@
-"""What a server serves, and what it allows. Frozen values; knows no HTTP."""
+"""What a server serves and allows: frozen options."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One server process from its port to its end: bound, ready, draining, closed. Knows signals and uvicorn.
+"""One server process from bind to exit: ready, draining, closed.
 
-First signal (Ctrl-C, SIGTERM): new requests are refused with 503 while those there are finish, up to a limit; then the
+First signal (Ctrl-C, SIGTERM): new requests are refused with 503 while running ones finish, up to a limit; then the
 port is closed and the process ends. Second signal: it ends at once.
 """
 
@@ -20,9 +20,8 @@ from fastapi import FastAPI
 from narrows.api import Backend
 from narrows.errors import ConfigError
 from narrows.server.app import state_of
-from narrows.server.connections import Connection
-from narrows.server.door import Door
-from narrows.server.places import Places
+from narrows.server.http.connection_limits import Listener, Places
+from narrows.server.http.connections import Connection
 
 __all__ = ["Drainable", "bind", "curl_line", "serve", "url_of"]
 
@@ -143,7 +142,7 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         given = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
         make: Callable[[], asyncio.Protocol] = partial(self.config.http_protocol_class, **given)
-        self.servers = [Door(loop, each, make) for each in sockets or ()]  # type: ignore[misc]
+        self.servers = [Listener(loop, each, make) for each in sockets or ()]  # type: ignore[misc]
 
     async def main_loop(self) -> None:
         """Uvicorn's, once the ready line is out."""

@@ -1,4 +1,4 @@
-"""What all routes of one server share: what it takes to read bodies, the backend, and the threads and processes."""
+"""The state that all routes share: model, backend, threads and child processes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import asyncio
 from collections.abc import Sequence
 
 from narrows.api import Backend, Generation
-from narrows.server.errors import ApiError, invalid
-from narrows.server.guides import GuideMaker
-from narrows.server.ids import new_id
-from narrows.server.intake import Intake
-from narrows.server.intake_process import IntakeProcess
+from narrows.server.http.body import Intake
+from narrows.server.http.body_process import IntakeProcess
+from narrows.server.http.errors import invalid
+from narrows.server.http.round_robin import Turns
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.pools import Pools
-from narrows.server.reading import Reading
-from narrows.server.running import Bridge, Running
-from narrows.server.turns import Turns
+from narrows.server.request import Reading
+from narrows.server.structured_output.constraints import GuideMaker
+from narrows.server.workers import LoopCalls, Pools
 
 __all__ = ["ServerState"]
 
@@ -42,7 +40,7 @@ class ServerState(Reading):
         self.pools = Pools()
         self.intake = Intake(self, self.pools, self.process, max_held_bytes=_BODIES_AT_ONCE * options.max_body_bytes)
         self.draining = False
-        self._bridge: Bridge | None = None
+        self._loop_calls: LoopCalls | None = None
         self.guides = None
         if model.tokenizer is not None:
             self.guides = GuideMaker(model.tokenizer, vocab_size=model.vocab_size, end_ids=model.eos_ids)
@@ -66,19 +64,13 @@ class ServerState(Reading):
         if self.guides is not None:
             self.guides.close()
 
-    def running(self, client: str = "") -> Running:
-        """Generations of a new request, on behalf of ``client``; empty: the request is a client of its own.
-
-        Raises:
-            ApiError: 503, the server is ending.
-        """
-        if self.draining:
-            message = "the server is ending: it finishes what it has and takes nothing new"
-            raise ApiError(503, message, code="draining")
+    @property
+    def loop_calls(self) -> LoopCalls:
+        """What other threads have called on the event loop that is running."""
         loop = asyncio.get_running_loop()
-        if self._bridge is None or self._bridge.loop is not loop:
-            self._bridge = Bridge(loop)
-        return Running(self.backend, self._bridge, self.metrics, self.turns, client or new_id("request"))
+        if self._loop_calls is None or self._loop_calls.loop is not loop:
+            self._loop_calls = LoopCalls(loop)
+        return self._loop_calls
 
     @staticmethod
     def check_logprobs(generations: Sequence[Generation]) -> int:

@@ -1,10 +1,13 @@
-"""Reads what a Hugging Face folder says about its tokenizer, as plain data. Knows file names, not how to tokenise.
+"""Reads what a Hugging Face folder says about its tokenizer.
 
-The same facts may stand in several files; what wins over what is Hugging Face's order:
+Several files may state the same fact; precedence is Hugging Face's:
 
     special tokens   tokenizer_config.json; special_tokens_map.json over it where there is no `added_tokens_decoder`
     eos ids          all of generation_config.json, config.json and the tokenizer's eos_token: any of them ends a text
     chat templates   chat_template.jinja (and additional_chat_templates/*.jinja) before tokenizer_config.json's
+    bos and eos      ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json, else what tokenizer.json adds.
+                     transformers 4 obeys them for Llama's tokenizers, and DeepSeek's (of that class, whose
+                     tokenizer.json adds nothing) were evaluated so; transformers 5 reads tokenizer.json alone
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken
 
 from narrows.errors import CheckpointError
 from narrows.files import file_in, read_json_object, read_text
 from narrows.text.generation_config import read_generation_config
 
-__all__ = ["TokenizerFiles", "missing_tokenizer", "read_tokenizer_files"]
+__all__ = ["TextEnds", "TokenizerFiles", "missing_tokenizer", "read_tokenizer_files"]
 
 _TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
@@ -162,3 +166,34 @@ def _templates(folder: Path, in_config: Any) -> dict[str, str]:
 
 def _is_named_template(raw: Any) -> bool:
     return isinstance(raw, dict) and all(isinstance(raw.get(key), str) for key in ("name", "template"))
+
+
+class TextEnds:
+    """Corrects the ids of a text that ``backend`` encoded with special tokens."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+        plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        first, last = whole[:before], whole[before + len(plain) :]
+        self._bos = self._id(backend, files, "bos_token", files.adds_bos)
+        self._eos = self._id(backend, files, "eos_token", files.adds_eos)
+        self._add_bos = bool(files.adds_bos) and self._bos not in first
+        self._add_eos = bool(files.adds_eos) and self._eos not in last
+        self._drop_bos = files.adds_bos is False and first[:1] == [self._bos]
+        self._drop_eos = files.adds_eos is False and last[-1:] == [self._eos]
+
+    @staticmethod
+    def _id(backend: tokenizers.Tokenizer, files: TokenizerFiles, role: str, asked: bool | None) -> int | None:
+        return None if asked is None or role not in files.named else backend.token_to_id(files.named[role].content)
+
+    def put(self, ids: list[int]) -> list[int]:
+        """The ids with the ends that the config asks for. A text that begins with bos itself gets no second one."""
+        if self._drop_bos:
+            ids = ids[1:]
+        if self._drop_eos:
+            ids = ids[:-1]
+        if self._add_bos and self._bos is not None and ids[:1] != [self._bos]:
+            ids = [self._bos, *ids]
+        if self._add_eos and self._eos is not None and ids[-1:] != [self._eos]:
+            ids = [*ids, self._eos]
+        return ids

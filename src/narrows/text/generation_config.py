@@ -1,7 +1,6 @@
-"""What a checkpoint recommends for generation: the ids that end a text, and sampling parameters. Plain, checked data.
+"""``generation_config.json``: the ids that end a text, and recommended sampling parameters.
 
-Knows ``generation_config.json`` and its field names; not how a token is sampled, nor what a user asked for. A field
-that the checkpoint leaves out is None: whoever samples decides then.
+A field that the checkpoint leaves out is None, and the caller decides.
 """
 
 from __future__ import annotations

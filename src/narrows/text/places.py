@@ -1,4 +1,4 @@
-"""Where each token of a text begins in it, in characters. Knows text and ids only."""
+"""Where each token of a text begins in it, in characters."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""Answers, as published in the OpenAPI document. The answers themselves are built as plain dictionaries.
-
-Tests hold the two against each other: what the server sends has to validate here.
-"""
+"""Answers as the OpenAPI document publishes them; the routes build them as plain dictionaries."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from narrows.server.schema.common import Body
 
 __all__ = [
     "ChatCompletion",
@@ -21,6 +20,9 @@ __all__ = [
     "ModelList",
     "ResponseAnswer",
     "ServerInfo",
+    "StartProfileRequest",
+    "TraceStarted",
+    "TraceWritten",
 ]
 
 
@@ -286,3 +288,25 @@ class ServerInfo(BaseModel):
     max_model_len: int
     server: dict[str, Any]
     backend: dict[str, Any]
+
+
+class StartProfileRequest(Body):
+    """How many steps the trace may hold; ``num_steps`` is SGLang's name. Absent: what ``--trace-steps`` says."""
+
+    steps: int | None = Field(default=None, ge=1, le=100_000)
+    num_steps: int | None = Field(default=None, ge=1, le=100_000)
+
+
+class TraceStarted(BaseModel):
+    """Where the trace will be, and how many steps it may hold."""
+
+    file: str
+    steps: int
+
+
+class TraceWritten(BaseModel):
+    """What was written."""
+
+    file: str
+    steps: int
+    events: int

@@ -1,4 +1,4 @@
-"""Body of ``/v1/chat/completions``. Knows shapes and ranges; decides nothing."""
+"""The body of ``/v1/chat/completions``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from narrows.server.schema.common import Body, GenerationFields, Name, TopLogprobs
-from narrows.server.schema.limits import AtMost, JsonObject, OneOf, Text
+from narrows.server.schema.common import AtMost, Body, GenerationFields, JsonObject, Name, OneOf, Text, TopLogprobs
 
 __all__ = [
     "MAX_MESSAGES",

@@ -1,32 +1,212 @@
-"""Fields that chat completions and completions share. Knows shapes and ranges; decides nothing.
+"""Fields that all generation routes share, and the limits on what a body may hold.
 
-Values are not converted: a number spelled as text is an error that names its field. Fields that no server knows are
-ignored, as OpenAI-compatible servers do; those that decide the text elsewhere are refused (``schema/fields.py``).
+Values are not converted: a number written as text is an error that names its field. Unknown fields are ignored, as
+OpenAI-compatible servers do; fields that decide the text elsewhere are refused (``schema/fields.py``).
+
+Pydantic checks every item of a list or mapping and keeps an error for each wrong one, which is gigabytes for a body of
+some megabytes. So lists stop at their first wrong item here, and mappings are checked member by member, after their
+length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from narrows.sched.limits import MOST_PRIORITY
 from narrows.sched.sampling import MAX_BIAS, MAX_LOGPROBS
-from narrows.server.schema.body import Body
+from narrows.server.http.errors import ApiError
+from narrows.server.http.json_io import JsonLimits, read_json
 from narrows.server.schema.fields import REFUSED, refusal_of
-from narrows.server.schema.limits import AtMost, JsonObject, JsonSchema, OneOf
 
 __all__ = [
+    "MAX_ENTRIES",
     "MAX_STOPS",
+    "MAX_TEXT",
+    "AtMost",
     "Body",
     "GenerationFields",
+    "JsonObject",
+    "JsonSchema",
     "JsonSchemaFormat",
+    "OneOf",
     "ResponseFormat",
     "StreamOptions",
     "StructuredOutputs",
+    "Text",
     "TopLogprobs",
+    "kind_of",
 ]
+
+_MARK = "narrows_member_by_member"
+
+
+def _stopping(node: Any) -> Any:
+    """A part of a schema, and all within it, rewritten so that it stops at its first error."""
+    if isinstance(node, list):
+        return [_stopping(each) for each in node]
+    if isinstance(node, tuple):
+        return tuple(_stopping(each) for each in node)
+    if not isinstance(node, dict) or _MARK in node.get("metadata", {}):
+        return node
+    new = {key: value if key == "metadata" else _stopping(value) for key, value in node.items()}
+    if node.get("type") == "list":
+        new["fail_fast"] = True
+    if node.get("type") == "dict" and new.get("values_schema", {}).get("type", "any") != "any":
+        check = partial(_member_by_member, most=node.get("max_length"))
+        return core_schema.no_info_wrap_validator_function(check, new, metadata={_MARK: True})
+    return new
+
+
+def _member_by_member(value: Any, check: Callable[[Any], Any], *, most: int | None) -> Any:
+    if not isinstance(value, dict) or not value:
+        return check(value)
+    if most is not None and len(value) > most:
+        told = {"field_type": "Dictionary", "max_length": most, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", told)
+    out: dict[Any, Any] = {}
+    for key, item in value.items():
+        out |= check({key: item})
+    return out
+
+
+class Body(BaseModel):
+    """A body, or part of one."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The model's own schema, in which everything stops at the first error."""
+        return _stopping(handler(source))  # type: ignore[no-any-return]
+
+
+MAX_TEXT = 16 * 1024 * 1024
+"""Characters of one text; a body is bounded by --max-body-mb, a prompt by the context."""
+MAX_ENTRIES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    """A list, mapping or text of at most ``count`` of what ``noun`` says; ``least`` 1: it must not be empty.
+
+    Looked at before any item is read, and a list's items are read up to the first that is wrong.
+    """
+
+    count: int
+    noun: str
+    least: int = 0
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The type's own validation, after the count."""
+        inner: Any = dict(handler(source))
+        if inner["type"] in ("list", "dict"):  # of a text, the length is not known to pydantic if it is not Unicode
+            inner["max_length"] = self.count
+            if self.least:
+                inner["min_length"] = self.least
+        if inner["type"] == "list":
+            inner["fail_fast"] = True
+        return core_schema.no_info_before_validator_function(self._checked, inner)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The type's own schema; a text's says its length too."""
+        found = handler(schema)
+        if found.get("type") == "string":
+            found |= {"maxLength": self.count} | ({"minLength": self.least} if self.least else {})
+        return found
+
+    def _checked(self, value: Any) -> Any:
+        if not isinstance(value, str | list | dict):
+            return value
+        assert isinstance(value, Sized), "all of them are"
+        values = {"most": self.count, "noun": self.noun, "given": len(value)}
+        if len(value) > self.count:
+            raise PydanticCustomError("too_many", "at most {most} {noun}, but there are {given}", values)
+        if len(value) < self.least:
+            raise PydanticCustomError("too_few", "must not be empty", values)
+        return value
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value that was read from JSON, or of a model in an object's place.
+
+    >>> kind_of("a"), kind_of([]), kind_of(True), kind_of(None)
+    ('a text', 'a list', 'a boolean', 'null')
+    """
+    if value is None:
+        return "null"
+    kinds: tuple[tuple[type, str], ...] = (
+        (str, "a text"),
+        (bool, "a boolean"),
+        (int, "a number"),
+        (float, "a number"),
+        (list, "a list"),
+    )
+    return next((name for kind, name in kinds if isinstance(value, kind)), "an object")
+
+
+class OneOf:
+    """Metadata for a field that is of one of several JSON types: the error of a wrong item is that type's own.
+
+    ``kinds`` leads from what :func:`kind_of` says to the type that is then meant.
+    """
+
+    def __init__(self, kinds: Mapping[str, Any]) -> None:
+        self._kinds = dict(kinds)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A union that the value's own JSON type decides."""
+        choices = {name: handler.generate_schema(kind) for name, kind in self._kinds.items()}
+        return core_schema.tagged_union_schema(
+            choices,
+            discriminator=kind_of,
+            custom_error_type="wrong_type",
+            custom_error_message=f"must be {' or '.join(self._kinds)}",
+        )
+
+
+Text = Annotated[str, AtMost(MAX_TEXT, "characters")]
+JsonObject = Annotated[dict[str, Any], AtMost(MAX_ENTRIES, "entries")]
+
+
+def _schema_of(value: Any) -> Any:
+    """The schema, read if it comes as JSON text, which may hold no more than a body."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = read_json(value, JsonLimits(), "a JSON schema as text")
+    except ApiError as error:
+        raise PydanticCustomError("json_schema", "{said}", {"said": error.message}) from None
+    except ValueError:
+        raise PydanticCustomError("json_schema", "a JSON schema as text must be JSON, and this is not") from None
+    if not isinstance(found, dict):
+        raise PydanticCustomError("json_schema", "a JSON schema must be an object")
+    return found
+
+
+JsonSchema = Annotated[
+    JsonObject,
+    BeforeValidator(_schema_of),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string", "maxLength": MAX_TEXT}]}),
+]
+"""A JSON schema, as an object or as JSON text."""
+
 
 MAX_STOPS = 32
 MAX_CHOICES = 128

@@ -1,7 +1,7 @@
-"""Fields of OpenAI's API, vLLM, SGLang and llama.cpp that this server does not have: refused, or safe to ignore.
+"""Request fields of OpenAI's API, vLLM, SGLang and llama.cpp that this server does not have: refused or ignored.
 
-A field that decides the text is refused unless its value asks for nothing; one that cannot change the text is ignored.
-Fields that work are those of the schemas; docs/request-fields.md is printed from all of them. Knows names only.
+A field that decides the text is refused unless its value changes nothing; one that cannot change the text is ignored.
+Fields that work are in the schemas. ``benchmarks/request_fields_page.py`` prints docs/request-fields.md from both.
 """
 
 from __future__ import annotations

@@ -1,0 +1,248 @@
+"""``/v1/messages`` and its ``count_tokens``: the next message, whole or streamed, in Anthropic's blocks and events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from narrows.server.anthropic.request import CHAT_NAMES, CountRequest, MessagesRequest, chat_of
+from narrows.server.conversation import (
+    Conversation,
+    Conversing,
+    begin_conversation,
+    conversation_prompt,
+    read_conversation,
+)
+from narrows.server.generation import Running, respond
+from narrows.server.http.body import Body
+from narrows.server.http.errors import ApiError, error_body, renamed, translated
+from narrows.server.http.json_io import JsonAnswer
+from narrows.server.http.stream import named_event
+from narrows.server.parsers.events import Content, Event, Reasoning, ToolCall
+from narrows.server.request import Reading, new_id
+from narrows.server.schema.chat import ChatRequest
+from narrows.server.state import ServerState
+
+__all__ = ["PATH", "MessageWriter", "count_tokens", "create_message"]
+
+PATH = "/v1/messages"
+
+
+async def create_message(state: ServerState, body: Body[MessagesRequest], request: Request) -> Response:
+    """Answer a request.
+
+    Raises:
+        ApiError: it cannot be served.
+    """
+    job = await body.begin(begin_conversation, _read)
+    writer = MessageWriter(job.head["model"])
+    with renamed(CHAT_NAMES):
+        return await respond(
+            state,
+            request,
+            job,
+            "messages",
+            stream=partial(_stream, writer),
+            whole=partial(_whole, writer),
+            wire=_Wire(),
+        )
+
+
+async def count_tokens(body: Body[CountRequest]) -> Response:
+    """How many tokens the conversation has, as the model would read it.
+
+    Raises:
+        ApiError: it cannot be read.
+    """
+    return JsonAnswer({"input_tokens": await body.read(_count)})
+
+
+def _chat(body: CountRequest) -> ChatRequest:
+    with translated():
+        return chat_of(body)
+
+
+def _count(reading: Reading, body: CountRequest) -> int:
+    reading.check_model(body.model)
+    chat = _chat(body)
+    with renamed(CHAT_NAMES):
+        _, ids = conversation_prompt(reading, chat)
+    return len(ids)
+
+
+def _read(reading: Reading, body: MessagesRequest) -> Conversing:
+    name = reading.check_model(body.model)
+    chat = _chat(body)
+    with renamed(CHAT_NAMES):
+        return read_conversation(reading, chat, {"model": name}, capped=True)
+
+
+class _Wire:
+    """The API's events by name; the last one is ``message_stop``, or the error."""
+
+    end = b""
+
+    def event(self, event: Any) -> bytes:
+        return named_event(event)
+
+    def failure(self, error: ApiError) -> bytes:
+        return named_event(error_body(error, PATH))
+
+
+async def _stream(writer: MessageWriter, job: Conversation, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+    for event in writer.begin(job.usage):
+        yield event
+    async with aclosing(job.updates(running)) as updates:
+        async for turns in updates:
+            for turn in turns:
+                events, _ = turn.take_events()
+                for event in writer.take(events):
+                    yield event
+    for event in writer.end(*_why(job), job.usage):
+        yield event
+
+
+async def _whole(writer: MessageWriter, job: Conversation, running: Running) -> dict[str, Any]:
+    async with aclosing(_stream(writer, job, running)) as events:
+        async for _ in events:
+            pass
+    return writer.message
+
+
+def _why(job: Conversation) -> tuple[str, str | None]:
+    """Why the message ended, and the stop sequence that ended it."""
+    (turn,) = job.choices
+    if turn.finish_reason == "tool_calls":
+        return "tool_use", None
+    if turn.finish_reason == "length":
+        asked = job.wishes.most_tokens
+        cut = asked is not None and job.generations[0].max_tokens < asked
+        return "model_context_window_exceeded" if cut else "max_tokens", None
+    return ("stop_sequence", turn.stop_string) if turn.stop_string else ("end_turn", None)
+
+
+_SIGNATURE = "unsigned"
+"""The API signs thoughts, to know its own when they come back; clients drop those that have no signature at all."""
+
+
+class MessageWriter:
+    """One message on its way. ``usage`` in the words of chats, wherever it is asked for."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": model}
+        self._blocks: list[dict[str, Any]] = []
+        self._open: _Block | None = None
+        self.message: dict[str, Any] = {}
+        """The whole of it after :meth:`end`."""
+
+    def begin(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events before the first token."""
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
+        return [{"type": "message_start", "message": {**self._head, **empty}}, {"type": "ping"}]
+
+    def take(self, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """What is new, as events."""
+        out: list[dict[str, Any]] = []
+        for event in events:
+            kind = _kind(event)
+            if self._open is None or self._open.kind != kind or isinstance(event, ToolCall):
+                out += self._close()
+                out.append(self._begin(kind, event.name if isinstance(event, ToolCall) else ""))
+            if not isinstance(event, ToolCall):
+                assert self._open is not None, "it was begun"
+                out.append(self._open.more(event.text))
+        return out
+
+    def end(self, stop_reason: str, stop_sequence: str | None, usage: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events after the last token."""
+        out: list[dict[str, Any]] = []
+        if self._open is None and not self._blocks:
+            out.append(self._begin("text", ""))
+        out += self._close()
+        why = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
+        self.message = {**self._head, "content": self._blocks, **why, "usage": _usage(usage)}
+        return [*out, {"type": "message_delta", "delta": why, "usage": _usage(usage)}, {"type": "message_stop"}]
+
+    def _begin(self, kind: str, name: str) -> dict[str, Any]:
+        self._open = _Block(kind, len(self._blocks), name)
+        return {"type": "content_block_start", "index": self._open.index, "content_block": self._open.empty()}
+
+    def _close(self) -> list[dict[str, Any]]:
+        block, self._open = self._open, None
+        if block is None:
+            return []
+        self._blocks.append(block.whole())
+        signed = [block.delta("signature_delta", signature=_SIGNATURE)] if block.kind == "thinking" else []
+        return [*signed, {"type": "content_block_stop", "index": block.index}]
+
+
+class _Block:
+    """A block that is being written."""
+
+    def __init__(self, kind: str, index: int, name: str) -> None:
+        self.kind = kind
+        self.index = index
+        self._use = {"id": new_id("toolu"), "name": name}
+        self._pieces: list[str] = []
+
+    def more(self, text: str) -> dict[str, Any]:
+        """More of it, as an event."""
+        self._pieces.append(text)
+        if self.kind == "text":
+            return self.delta("text_delta", text=text)
+        if self.kind == "thinking":
+            return self.delta("thinking_delta", thinking=text)
+        return self.delta("input_json_delta", partial_json=text)
+
+    def delta(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event inside the block."""
+        return {"type": "content_block_delta", "index": self.index, "delta": {"type": kind, **fields}}
+
+    def empty(self) -> dict[str, Any]:
+        """The block as it begins."""
+        if self.kind == "text":
+            return {"type": "text", "text": ""}
+        if self.kind == "thinking":
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        return {"type": "tool_use", **self._use, "input": {}}
+
+    def whole(self) -> dict[str, Any]:
+        """The block as it ended."""
+        text = "".join(self._pieces)
+        if self.kind == "text":
+            return {"type": "text", "text": text}
+        if self.kind == "thinking":
+            return {"type": "thinking", "thinking": text, "signature": _SIGNATURE}
+        return {"type": "tool_use", **self._use, "input": _object(text)}
+
+
+def _kind(event: Event) -> str:
+    if isinstance(event, Content):
+        return "text"
+    return "thinking" if isinstance(event, Reasoning) else "tool_use"
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """A call's arguments; those that are no JSON object, or not yet, under the key that the API has for such."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": arguments}
+
+
+def _usage(of_chat: dict[str, Any]) -> dict[str, Any]:
+    """The prompt's tokens are told in two parts: those that were cached, and the rest."""
+    cached = of_chat["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": of_chat["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": of_chat["completion_tokens"],
+    }

@@ -1,0 +1,238 @@
+"""Request bodies: read within a memory budget, then parsed and validated off the event loop.
+
+"Reading" a body is all work before its generations start: parsing, validation, the chat template, tokenizing. Small
+bodies are read on a thread. Large ones are read in a child process (:mod:`narrows.server.http.body_process`), because a
+single call on them may hold the interpreter's lock for tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, get_args, get_type_hints
+
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from narrows.server.http.errors import ApiError, ClientGoneError, invalid, of_validation
+from narrows.server.http.json_io import JsonLimits, parse_json
+from narrows.server.request import Reading
+from narrows.server.workers import LARGE_BYTES, Pools
+
+if TYPE_CHECKING:
+    from narrows.server.http.body_process import IntakeProcess
+
+__all__ = ["Body", "BoundedRoute", "Intake", "read_body"]
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def read_body(data: bytes, model: type[BodyT], limits: JsonLimits) -> BodyT:
+    """The body as ``model``.
+
+    Raises:
+        ApiError: 400, naming the first field that is wrong.
+    """
+    value = parse_json(data, limits)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise of_validation(error.errors(include_url=False, include_input=False), value) from None
+
+
+class Body(Generic[BodyT]):
+    """A request's body, which is read once. ``held``: how many of its bytes count as held until then."""
+
+    def __init__(self, intake: Intake, request: Request, model: type[BodyT]) -> None:
+        self._intake, self._request, self._model = intake, request, model
+        self.data = b""
+        self.held = 0
+
+    def drop(self) -> None:
+        """It has been read, or never will be."""
+        held, self.held = self.held, 0
+        self.data = b""
+        self._intake.release(held)
+
+    async def read(self, call: Callable[Concatenate[Reading, BodyT, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What ``call`` makes of it, on a thread or in a process.
+
+        ``call`` is a function of a module; what it is given and returns can be pickled, and is small.
+
+        Raises:
+            ApiError: 400, naming the first field that is wrong; or what ``call`` raises.
+            ClientGoneError: the client went away meanwhile.
+        """
+        return await self.begin(_as_it_is, call, *args, **kwargs)
+
+    async def begin(
+        self,
+        then: Callable[[Any, T], U],
+        call: Callable[Concatenate[Reading, BodyT, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> U:
+        """What ``then`` makes of that, with the server's state and on a thread of the server."""
+        reading = partial(self._made, self.data, then, call, args, kwargs)
+        try:
+            return await self._intake.pools.prepare(self._request, reading)
+        finally:
+            self.drop()
+
+    def _made(self, data: bytes, then: Callable[[Any, T], U], call: Callable[..., T], args: Any, kwargs: Any) -> U:
+        intake = self._intake
+        if intake.process is not None and len(data) > LARGE_BYTES:
+            found: T = intake.process.ask(data, self._model, intake.limits, partial(_call, call, args, kwargs))
+        else:
+            found = _call(call, args, kwargs, intake.state, read_body(data, self._model, intake.limits))
+        return then(intake.state, found)
+
+
+def _call(call: Callable[..., T], args: Any, kwargs: Any, reading: Reading, body: BaseModel) -> T:
+    return call(reading, body, *args, **kwargs)
+
+
+def _as_it_is(state: Any, value: T) -> T:
+    return value
+
+
+class Intake:
+    """Reads bodies. ``max_held_bytes``: the most that all large bodies being read or checked may take together.
+
+    ``process``: where large bodies are read; None: on a thread, as small ones are.
+    """
+
+    def __init__(
+        self,
+        state: Reading,
+        pools: Pools,
+        process: IntakeProcess | None,
+        *,
+        max_held_bytes: int,
+        limits: JsonLimits | None = None,
+    ) -> None:
+        self.state, self.pools, self.process = state, pools, process
+        self.limits = limits or JsonLimits()
+        self._max_held_bytes = max_held_bytes
+        self._held_bytes = 0
+
+    async def take(self, request: Request, model: type[BodyT], *, optional: bool = False) -> Body[BodyT] | None:
+        """The request's body, which counts as held until it was read or dropped; None: there is none, if ``optional``.
+
+        Raises:
+            ApiError: 400, there is none; 415; 503, too many large bodies at once.
+            ClientGoneError: the client went away meanwhile.
+        """
+        body = Body(self, request, model)
+        try:
+            await self._fill(body, request)
+            if not body.data and optional:
+                return None
+            if "json" not in (sent := request.headers.get("content-type", "")):
+                # Read as JSON whatever it says, it could be sent by any web page that the user has open.
+                message = (
+                    f"the body comes as {sent[:100] or 'nothing'!r}; send the header Content-Type: application/json"
+                )
+                raise ApiError(415, message, code="unsupported_media_type")
+            if not body.data:
+                raise invalid("the body is empty; send a JSON object with this endpoint's fields")
+        except BaseException as error:
+            body.drop()
+            if isinstance(error, ClientDisconnect):
+                raise ClientGoneError from None
+            raise
+        request.scope["narrows.body_bytes"] = len(body.data)
+        return body
+
+    async def _fill(self, body: Body[BodyT], request: Request) -> None:
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size <= LARGE_BYTES:
+                continue
+            self._hold(body, size - body.held)
+        body.data = b"".join(chunks)
+
+    def _hold(self, body: Body[BodyT], num_more: int) -> None:
+        self._held_bytes += num_more
+        body.held += num_more
+        if self._held_bytes > self._max_held_bytes:
+            message = (
+                f"large bodies of other requests hold {self._held_bytes - body.held:,} of "
+                f"{self._max_held_bytes:,} bytes already; try again later"
+            )
+            raise ApiError(503, message, code="busy", headers={"retry-after": "1"})
+
+    def release(self, num_bytes: int) -> None:
+        """So many bytes are held no more."""
+        self._held_bytes -= num_bytes
+
+
+class BoundedRoute(APIRoute):
+    """A route whose endpoint may take ``body``, a :class:`~narrows.server.http.body.Body` or None, and ``request``.
+
+    The body's model is what the document says of it; the application's intake (``app.state.server.intake``) takes it.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        parameters = inspect.signature(endpoint).parameters
+        self._bounded: Callable[..., Any] = endpoint
+        self._body = parameters.get("body")
+        self._takes_request = "request" in parameters
+        if self._body is not None:
+            unknown = set(parameters) - {"body", "request"}
+            assert not unknown, f"{path}: a route with a body is handed body and request only, not {unknown}"
+            self._model = _model_of(get_type_hints(endpoint)["body"])
+            endpoint = _documented(endpoint, self._body, self._model)
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's function from request to response."""
+        if self._body is None:
+            return super().get_route_handler()
+        optional = self._body.default is None
+
+        async def handle(request: Request) -> Response:
+            body = await request.app.state.server.intake.take(request, self._model, optional=optional)
+            values = {"body": body} | ({"request": request} if self._takes_request else {})
+            try:
+                answer = await self._bounded(**values)
+            finally:
+                if body is not None:
+                    body.drop()
+            assert isinstance(answer, Response)
+            return answer
+
+        return handle
+
+
+def _documented(endpoint: Callable[..., Any], body: inspect.Parameter, model: type[BaseModel]) -> Callable[..., Any]:
+    """What FastAPI looks at in place of the endpoint; it is never called."""
+
+    async def described() -> None:
+        raise AssertionError
+
+    described.__name__, described.__doc__ = endpoint.__name__, endpoint.__doc__
+    optional = body.default is None
+    parameter = body.replace(annotation=model | None if optional else model)
+    described.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    return described
+
+
+def _model_of(hint: Any) -> type[BaseModel]:
+    """The model of ``Body[Model]`` or ``Body[Model] | None``."""
+    for each in (hint, *get_args(hint)):
+        if inspect.isclass(each) and issubclass(each, BaseModel):
+            return each
+        for inner in get_args(each):
+            if inspect.isclass(inner) and issubclass(inner, BaseModel):
+                return inner
+    raise AssertionError(f"a body is Body of a pydantic model, not {hint}")

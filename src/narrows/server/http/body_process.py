@@ -1,0 +1,227 @@
+"""The child process that reads large bodies: how the server starts, calls and replaces it, and what it runs.
+
+It has no torch, no event loop and no backend. Time and memory per body are bounded. A process whose memory has grown is
+replaced, which returns the memory at once. Both ends are this program, so they exchange pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel
+
+from narrows.server import child_process
+from narrows.server.child_process import give_back
+from narrows.server.http.body import read_body
+from narrows.server.http.errors import ApiError, invalid
+from narrows.server.http.json_io import JsonLimits
+from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.request import Reading
+
+__all__ = ["PROGRAM", "IntakeLimits", "IntakeProcess", "run", "told_to"]
+
+_LOG = logging.getLogger("narrows.server")
+
+
+class IntakeProcess:
+    """Reads bodies one after another, on one thread; :meth:`start` and :meth:`end` may be called from any."""
+
+    def __init__(self, model: ServedModel, options: ServerOptions, limits: IntakeLimits | None = None) -> None:
+        self._model, self._options = model, options
+        self._limits = limits or IntakeLimits()
+        self._told = b""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._has_ended = self._is_late = False
+        self.num_started = 0
+
+    def start(self) -> None:
+        """Start it, unless it runs; it gets ready by itself."""
+        self._running()
+
+    def ask(self, data: bytes, model: type[BaseModel], limits: JsonLimits, call: Callable[..., Any]) -> Any:
+        """What ``call`` makes of a body there: ``call(reading, body)``.
+
+        Raises:
+            ApiError: what is wrong with the body; 400, it takes too much time or memory; 503, it could not be read.
+        """
+        process = self._running()
+        watch = threading.Timer(self._limits.wall_s, self._late, (process,))
+        watch.daemon = True
+        watch.start()
+        try:
+            asked = pickle.dumps((call, model, limits))
+            sizes = b"".join(len(each).to_bytes(8, "little") for each in (asked, data))
+            child_process.write(process, sizes, asked, data)
+            answer = _answer(process)
+        finally:
+            watch.cancel()
+        if answer is None:
+            raise self._death(process)
+        kind, value, grown_bytes = answer
+        if grown_bytes > self._limits.grown_bytes:
+            self._replace()
+        if kind == "value":
+            return value
+        if kind == "memory":
+            raise invalid("the body takes too much memory to read; send less in one request")
+        if kind == "failed":
+            _LOG.error("a body could not be read:\n%s", value)
+            raise ApiError(500, "the server failed on this request: its body could not be read")
+        assert isinstance(value, ApiError)
+        raise value
+
+    def end(self) -> None:
+        """End it for good."""
+        with self._lock:
+            self._has_ended = True
+            process, self._process = self._process, None
+        child_process.close(process)
+
+    def _late(self, process: subprocess.Popen[bytes]) -> None:
+        self._is_late = True
+        process.kill()
+
+    def _replace(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+        child_process.close(process)
+        if not self._has_ended:
+            self._running()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._has_ended:
+                raise ApiError(503, "the server is ending", code="draining")
+            if self._process is not None and self._process.poll() is None:
+                return self._process
+            child_process.close(self._process)
+            self._is_late = False
+            process = self._process = child_process.start(PROGRAM, "narrows reads bodies")
+            self.num_started += 1
+            if not self._told:
+                self._told = told_to(self._model, self._options, self._limits)
+        child_process.write(process, self._told)
+        return process
+
+    def _death(self, process: subprocess.Popen[bytes]) -> ApiError:
+        code = process.wait()
+        self._replace()
+        seconds = self._limits.wall_s if self._is_late else self._limits.cpu_s
+        if self._is_late or code == -signal.SIGPROF:
+            return invalid(f"the body takes more than {seconds:g} s to read; send less in one request")
+        _LOG.error("the process that reads bodies ended with code %d", code)
+        return ApiError(503, "the body could not be read; try again, or send less in one request", code="unavailable")
+
+
+def _answer(process: subprocess.Popen[bytes]) -> tuple[str, Any, int] | None:
+    """Its answer; None if it has ended."""
+    assert process.stdout is not None, "its output is a pipe"
+    head = process.stdout.read(8)
+    if len(head) < 8:
+        return None
+    size = int.from_bytes(head, "little")
+    data = process.stdout.read(size)
+    if len(data) < size:
+        return None
+    found: tuple[str, Any, int] = pickle.loads(data)
+    return found
+
+
+PROGRAM = (
+    "import json, sys; path = sys.stdin.buffer.readline() or sys.exit(1); sys.path[:] = json.loads(path); "
+    "from narrows.server.http.body_process import run; run()"
+)
+"""What ``python -c`` runs. What it needs to know comes through its stdin."""
+
+_NICE = 5
+"""Large bodies give way to the server and the ranks; but trials of constraints give way to them."""
+_MB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeLimits:
+    """``cpu_s`` and ``wall_s``: for one body. ``memory_bytes``: beside what the process has when it begins.
+
+    ``grown_bytes``: a process that keeps more after a body is replaced.
+    """
+
+    cpu_s: float = 20.0
+    wall_s: float = 120.0
+    memory_bytes: int = 2048 * _MB
+    grown_bytes: int = 48 * _MB
+
+
+def told_to(model: ServedModel, options: ServerOptions, limits: IntakeLimits) -> bytes:
+    """What the process is told first."""
+    import_path = json.dumps(sys.path).encode()
+    data = pickle.dumps((model, options, limits))
+    return import_path + b"\n" + len(data).to_bytes(8, "little") + data
+
+
+def run() -> None:
+    """Answer bodies until stdin ends."""
+    os.nice(_NICE)
+    source, answers = sys.stdin.buffer, sys.stdout.buffer
+    told = _next(source)
+    if told is None:
+        return
+    model, options, limits = pickle.loads(told)
+    reading = Reading(model, options)
+    if model.tokenizer is not None:
+        model.tokenizer.fewest_tokens("")
+    _bound(resource.RLIMIT_CORE, 0)
+    _bound(resource.RLIMIT_AS, _pages(0) + limits.memory_bytes)
+    before = _pages(1)
+    while (head := source.read(16)) and len(head) == 16:
+        sizes = [int.from_bytes(head[at : at + 8], "little") for at in (0, 8)]
+        asked, data = (source.read(size) for size in sizes)
+        # Passing this ends the process, whatever code it is in: the signal has no handler.
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
+        kind, value = _made(reading, asked, data)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        del asked, data
+        give_back()
+        answer = pickle.dumps((kind, value, _pages(1) - before))
+        answers.write(len(answer).to_bytes(8, "little") + answer)
+        answers.flush()
+
+
+def _made(reading: Reading, asked: bytes, data: bytes) -> tuple[str, Any]:
+    call, model, limits = pickle.loads(asked)
+    try:
+        return "value", call(reading, read_body(data, model, limits))
+    except ApiError as error:
+        return "error", error
+    except MemoryError:
+        return "memory", None
+    except Exception:
+        return "failed", traceback.format_exc()
+
+
+def _next(source: BinaryIO) -> bytes | None:
+    size = source.read(8)
+    return source.read(int.from_bytes(size, "little")) if len(size) == 8 else None
+
+
+def _bound(what: int, value: int) -> None:
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _pages(which: int) -> int:
+    """Bytes of address space (0) or of memory (1) that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[which]) * resource.getpagesize()

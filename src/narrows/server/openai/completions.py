@@ -1,0 +1,290 @@
+"""``/v1/completions``: prompts as text or token ids to texts, echoed and scored on request."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+from starlette.requests import Request
+from starlette.responses import Response
+
+from narrows.api import Generation, Update
+from narrows.sched.sampling import TokenScore
+from narrows.server.generation import Job, Running, respond
+from narrows.server.http.body import Body
+from narrows.server.http.errors import invalid
+from narrows.server.output import Count, LogprobColumns
+from narrows.server.request import Asked, Reading, Wishes, new_id, now, truncated
+from narrows.server.schema.common import MAX_IDS, AtMost, GenerationFields, Text, TokenId, TopLogprobs
+from narrows.server.state import ServerState
+from narrows.server.structured_output.constraints import Constraint, asked_form
+from narrows.server.structured_output.guide import GrammarGuide
+from narrows.text import GeneratedText, TokenPlaces
+
+__all__ = ["CompletionRequest", "PromptIds", "begin", "complete", "read"]
+
+MAX_PROMPTS = 1024
+
+PromptIds = Annotated[list[TokenId], AtMost(MAX_IDS, "token ids of a prompt", least=1)]
+
+
+def _kind(prompt: Any) -> str | None:
+    """Of which form a prompt is; a list's first item decides, so that the others are told what they should be."""
+    if isinstance(prompt, str):
+        return "text"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else 0
+    return "texts" if isinstance(first, str) else "lists of ids" if isinstance(first, list) else "ids"
+
+
+class CompletionRequest(GenerationFields):
+    """A text to go on with, or several; as text or as token ids."""
+
+    prompt: Annotated[
+        Annotated[Text, Tag("text")]
+        | Annotated[PromptIds, Tag("ids")]
+        | Annotated[list[Text], AtMost(MAX_PROMPTS, "prompts"), Tag("texts")]
+        | Annotated[list[PromptIds], AtMost(MAX_PROMPTS, "prompts"), Tag("lists of ids")],
+        Discriminator(
+            _kind, custom_error_type="wrong_type", custom_error_message="must be a text, token ids, or a list of either"
+        ),
+    ]
+    echo: bool | None = Field(default=None, description="begin the text with the prompt")
+    logprobs: TopLogprobs | None = Field(default=None, description="that many of the best tokens, and the chosen one")
+    add_special_tokens: bool | None = Field(
+        default=None, description="whether text is encoded with bos; true if absent"
+    )
+    return_tokens_as_token_ids: bool | None = Field(default=None, description="write tokens as token_id:123")
+    best_of: int | None = Field(default=None, ge=1, description="must equal n")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+_DEFAULT_TOKENS = 16
+"""OpenAI's default of ``max_tokens`` in this API."""
+
+
+async def complete(state: ServerState, body: Body[CompletionRequest], request: Request) -> Response:
+    """Answer a request.
+
+    Raises:
+        ApiError: it cannot be served.
+    """
+    job = await body.begin(begin, read)
+    return await respond(state, request, job, "prompt", stream=_stream, whole=_whole)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Completing(Asked):
+    """What a body comes to. ``texts``: prompts as they were written, None: as ids, or cut. ``runs``: not all is there.
+
+    ``adds_special``: tokens were added around a text; ``as_ids``: tokens are named by their ids.
+    """
+
+    texts: tuple[str | None, ...]
+    echoes: bool
+    runs: bool
+    adds_special: bool
+    as_ids: bool
+
+
+def read(reading: Reading, body: CompletionRequest) -> _Completing:
+    """What a body comes to.
+
+    Raises:
+        ApiError: 400, naming the field; 404, another model.
+    """
+    name = reading.check_model(body.model)
+    _check(body)
+    reading.check_amount(len(body.prompts), body.num_choices)
+    prompts: list[array[int]] = []
+    rooms: list[int] = []
+    for asked in body.prompts:  # the first one that is too long is the last one that is read
+        prompts.append(array("I", _encode(reading, body, asked)))
+        rooms.append(reading.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, len(prompts[-1]), "prompt"))
+    max_tokens = min(rooms)
+    form = asked_form(body)
+    scored = body.logprobs if body.echo else None
+    whole = body.truncate_prompt_tokens is None
+    return _Completing(
+        wishes=Wishes.of(body, logprobs=body.logprobs),
+        head={"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name},
+        prompts=tuple(prompts),
+        max_tokens=max_tokens,
+        end_ids=reading.end_ids(body),
+        sampling=reading.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored),
+        allowed=reading.allowed(body),
+        constraint=Constraint(forms=(form[0],), param=form[1]) if form and max_tokens else None,
+        texts=tuple(text if isinstance(text, str) and whole and body.echo else None for text in body.prompts),
+        echoes=bool(body.echo),
+        runs=bool(max_tokens) or scored is not None,
+        adds_special=whole and body.add_special_tokens is not False,
+        as_ids=bool(body.return_tokens_as_token_ids),
+    )
+
+
+def begin(reading: Reading, asked: _Completing) -> _Job:
+    """Its texts, before their first token."""
+    wishes = asked.wishes
+    choices: list[_Choice] = []
+    generations: list[Generation] = []
+    generated = GeneratedText(
+        reading.model.tokenizer,
+        stop=wishes.stops,
+        keep_stop=wishes.keeps_stop,
+        end_ids=asked.end_ids,
+        skip_special_tokens=wishes.skips_special,
+    )
+    for at, ids in enumerate(asked.prompts):
+        prompt = tuple(ids)
+        for choice in range(wishes.num_choices):
+            choices.append(_Choice(reading, asked, len(choices), at, prompt, generated.another()))
+            generations.append(asked.generation(prompt, choice))
+    total = sum(map(len, asked.prompts))
+    return Job(wishes, asked.head, total, choices, generations if asked.runs else [], asked.constraint)
+
+
+def _check(body: CompletionRequest) -> None:
+    if body.best_of is not None and body.best_of != body.num_choices:
+        raise invalid(f"best_of is {body.best_of}; it must equal n, which is {body.num_choices}", "best_of")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options goes with stream: true only", "stream_options")
+
+
+def _encode(reading: Reading, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
+        prompt = list(reading.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
+    if not prompt:
+        raise invalid("prompt is empty: there is no token to go on from", "prompt")
+    if max(prompt) >= reading.model.vocab_size:
+        message = f"token id {max(prompt)} is outside the model's vocabulary of {reading.model.vocab_size}"
+        raise invalid(f"prompt: {message}", "prompt")
+    return truncated(reading, body, tuple(prompt), "prompt")
+
+
+class _Choice:
+    """One text on its way."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        asked: _Completing,
+        index: int,
+        prompt_index: int,
+        prompt: tuple[int, ...],
+        generated: GeneratedText,
+    ) -> None:
+        self.index = index
+        self.count = Count(prompt_index)
+        self.finish_reason: str | None = None
+        self._prompt = prompt
+        self.guide: GrammarGuide | None = None
+        tokenizer = reading.model.tokenizer
+        skips, echoed = asked.wishes.skips_special, asked.texts[prompt_index]
+        self._text = generated
+        self._columns: LogprobColumns | None = None
+        if asked.wishes.logprobs is not None:
+            self._columns = LogprobColumns(tokenizer, num_best=asked.wishes.logprobs, as_ids=asked.as_ids)
+        adds = tokenizer is not None and echoed is not None and asked.adds_special
+        self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
+        self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
+        before = ""
+        if asked.echoes and echoed is not None:
+            before = echoed
+        elif asked.echoes and tokenizer is not None:
+            before = tokenizer.decode(prompt, skip_special_tokens=skips)
+        self._pieces = [before]  # what is new of the text
+        self._num_scored = 0  # of the prompt's tokens
+        if asked.echoes and self._columns is not None:
+            self._add_prompt((None,))  # nothing comes before the first
+        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=asked.end_ids)
+
+    def take(self, update: Update) -> bool:
+        """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
+        if self.finish_reason is not None:
+            return False  # came before the backend knew
+        if update.prompt_logprobs:
+            self._add_prompt(update.prompt_logprobs)
+        self.count.cached = max(self.count.cached, update.num_cached_prompt)
+        for place, token in enumerate(update.token_ids):
+            self.count.generated += 1
+            if self._columns is not None:
+                logprob, best = update.logprobs[place]
+                self._columns.add(token, self._places.push(token), logprob, best)
+            self._pieces.append(self._text.push(token))
+            if self._text.stopped:
+                self.finish_reason = "stop"
+                return not update.finish_reason
+        if update.finish_reason:
+            self.end(update.finish_reason)
+        return False
+
+    def end(self, reason: str) -> None:
+        """No more tokens come."""
+        if self.guide is not None and self.guide.problem:
+            raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
+        self._pieces.append(self._text.finish())
+        self.finish_reason = "stop" if self._text.stopped else reason
+
+    def _add_prompt(self, scores: Sequence[TokenScore | None]) -> None:
+        """The next tokens of the prompt, which have these scores."""
+        columns = self._columns
+        assert columns is not None, "scores were asked for with logprobs"
+        for score in scores:
+            place, self._num_scored = self._num_scored, self._num_scored + 1
+            token = self._prompt[place]
+            added = place < self._added[0] or place >= len(self._prompt) - self._added[1]
+            offset = self._prompt_places.here if added else self._prompt_places.push(token)
+            columns.add(token, offset, score and score.logprob, score.best if score else ())
+
+    def entry(self) -> dict[str, Any]:
+        """What is new, as an entry of ``choices``."""
+        text, self._pieces = "".join(self._pieces), []
+        logprobs = self._columns.take() if self._columns is not None else None
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+_Job = Job[_Choice]
+
+
+async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice], None]:
+    """The choices that have something new; all of them at once, if prompts are echoed and nothing runs."""
+    async with aclosing(job.updates(running)) as updates:
+        async for choices in updates:
+            yield choices
+    if not job.generations:
+        for choice in job.choices:
+            choice.end("length")
+        yield job.choices
+
+
+async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+    no_usage = {"usage": None} if job.wishes.wants_usage else {}
+    async with aclosing(_updates(job, running)) as updates:
+        async for choices in updates:
+            for choice in choices:
+                entry = choice.entry()
+                if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
+                    yield {**job.head, "choices": [entry], **no_usage}
+    if job.wishes.wants_usage:
+        yield {**job.head, "choices": [], "usage": job.usage}
+
+
+async def _whole(job: _Job, running: Running) -> dict[str, Any]:
+    async with aclosing(_updates(job, running)) as updates:
+        async for _ in updates:
+            pass
+    entries = [choice.entry() for choice in job.choices]
+    return {**job.head, "choices": entries, "usage": job.usage}
