@@ -22,7 +22,7 @@ from torch.distributed import HashStore, PrefixStore
 from narrows.cli.main import main
 from narrows.errors import ConfigError
 from narrows.ranks import Launch
-from narrows.ranks.launch import host_key, publish
+from narrows.ranks.launch import coordinator_key, publish
 from narrows.ranks.messages import Contact
 
 Process = subprocess.Popen[str]
@@ -187,43 +187,45 @@ def test_a_launch_is_read_from_torchruns_environment() -> None:
         "TORCHELASTIC_RUN_ID": "abc",
         "TORCHELASTIC_RESTART_COUNT": "2",
     }
-    launch = Launch.of_torchrun(environment, size=8)
+    launch = Launch.of_torchrun(environment, world_size=8)
     assert launch == Launch(
         address="10.0.0.1",
         port=29400,
-        size=8,
+        world_size=8,
         ranks=(5,),
         node=1,
         num_nodes=2,
-        place=1,
-        places=4,
+        local_rank=1,
+        local_world_size=4,
         by_torchrun=True,
         store_is_served=True,
         run="abc 2",
     )
-    assert not launch.hosts
-    assert Launch.of_torchrun(environment | {"RANK": "0"}, size=8).hosts
-    assert Launch.of_torchrun({"RANK": "0", "WORLD_SIZE": "4"}, size=8) is None, "another tool's variables"
+    assert not launch.is_coordinator
+    assert Launch.of_torchrun(environment | {"RANK": "0"}, world_size=8).is_coordinator
+    assert Launch.of_torchrun({"RANK": "0", "WORLD_SIZE": "4"}, world_size=8) is None, "another tool's variables"
     with pytest.raises(ConfigError, match=r"torchrun started 8 processes, but the mesh has 4 ranks"):
-        Launch.of_torchrun(environment, size=4)
+        Launch.of_torchrun(environment, world_size=4)
 
 
 def test_ranks_are_dealt_to_nodes_in_order() -> None:
-    dealt = [Launch.of_nodes(size=5, num_nodes=2, node=node, address="10.0.0.1", port=1).ranks for node in range(2)]
+    dealt = [
+        Launch.of_nodes(world_size=5, num_nodes=2, node=node, address="10.0.0.1", port=1).ranks for node in range(2)
+    ]
     assert dealt == [(0, 1, 2), (3, 4)]
 
 
 def test_a_key_of_the_users_own_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who can reach the store could read the host's key in it, and send it pickles."""
-    launch = Launch.of_nodes(size=2, num_nodes=2, node=0, address="127.0.0.1", port=9)
+    """Who can reach the store could read the coordinator's key in it, and send it pickles."""
+    launch = Launch.of_nodes(world_size=2, num_nodes=2, node=0, address="127.0.0.1", port=9)
     published = []
     for own in (None, "sesame", "sesame"):
         if own is not None:
             monkeypatch.setenv("NARROWS_KEY", own)
         store = HashStore()
-        contact = Contact(address="127.0.0.1", port=5, key=host_key())
+        contact = Contact(address="127.0.0.1", port=5, key=coordinator_key())
         publish(launch, store, contact)
-        said = json.loads(PrefixStore("narrows ", store).get("host"))
+        said = json.loads(PrefixStore("narrows ", store).get("coordinator"))
         assert (said["address"], said["port"]) == ("127.0.0.1", 5)
         published.append((said["key"], contact.key))
     (shown, random), (hidden, own), (again, same) = published
@@ -242,36 +244,40 @@ def nodes(
     return started[::-1]
 
 
-def test_every_node_ends_with_the_hosts_exit_code(speaking_v3: Path) -> None:
-    """An error that only the host can see, since it alone reads prompts."""
-    host, node = nodes(speaking_v3, "127.0.0.1", free_port(), "--tp", "2", "--max-context", "2")
-    code, out, err = ended(host)
+def test_nodes_end_with_the_coordinators_exit_code(speaking_v3: Path) -> None:
+    """An error that only the coordinator can see, since it alone reads prompts."""
+    coordinator, node = nodes(speaking_v3, "127.0.0.1", free_port(), "--tp", "2", "--max-context", "2")
+    code, out, err = ended(coordinator)
     assert (code, out) == (2, "") and "the prompt has 3 tokens" in err
     code, out, err = ended(node)
     assert (code, out) == (2, "")
-    assert err.startswith("narrows: node 1 was ended by its host: the prompt has 3 tokens") and err.count("\n") == 1
+    assert (
+        err.startswith("narrows: node 1 was ended by its coordinator: the prompt has 3 tokens") and err.count("\n") == 1
+    )
 
 
 @pytest.mark.full
-def test_ranks_started_by_hand_with_torchruns_variables_end_with_the_hosts_exit_code(speaking_v3: Path) -> None:
+def test_torchrun_ranks_end_with_the_coordinators_exit_code(speaking_v3: Path) -> None:
     """Without torchrun's agent, which would serve the store and replace the exit codes by its own."""
     port = str(free_port())
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     command = generate(speaking_v3, "--tp", "2", "--max-context", "2")
-    host, rank = (start(command, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1))
-    code, out, err = ended(host)
+    coordinator, rank = (start(command, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1))
+    code, out, err = ended(coordinator)
     assert (code, out) == (2, "") and "the prompt has 3 tokens" in err
     code, out, err = ended(rank)
     assert (code, out) == (2, "") and err.startswith("narrows: the prompt has 3 tokens") and err.count("\n") == 1
 
 
-def test_a_node_whose_host_dies_ends_too(speaking_v3: Path) -> None:
-    host, node = nodes(speaking_v3, "127.0.0.1", free_port(), "--tp", "2", "--ignore-eos", "--max-tokens", "1500")
-    first_words(host, 10)
-    host.kill()
+def test_a_node_ends_when_its_coordinator_dies(speaking_v3: Path) -> None:
+    coordinator, node = nodes(
+        speaking_v3, "127.0.0.1", free_port(), "--tp", "2", "--ignore-eos", "--max-tokens", "1500"
+    )
+    first_words(coordinator, 10)
+    coordinator.kill()
     code, out, err = ended(node)
-    assert (code, out) == (2, "") and "narrows: error: node 1: the host at 127.0.0.1 is gone" in err
-    ended(host)
+    assert (code, out) == (2, "") and "narrows: error: node 1: the coordinator at 127.0.0.1 is gone" in err
+    ended(coordinator)
 
 
 @pytest.fixture
@@ -307,8 +313,8 @@ def hosts() -> Iterator[tuple[list[str], list[str], str]]:
 def test_two_hosts_print_what_threads_print(speaking_v3: Path, by_threads: str, hosts) -> None:
     first, second, address = hosts
     more = ("--dp", "2", "--tp", "2", "--checked")
-    host, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
-    code, out, err = ended(host)
+    coordinator, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
+    code, out, err = ended(coordinator)
     assert (code, out) == (0, by_threads), err
     assert ended(node)[:2] == (0, "")
 
@@ -316,10 +322,10 @@ def test_two_hosts_print_what_threads_print(speaking_v3: Path, by_threads: str, 
 def test_a_host_that_vanishes_is_named_and_all_end(speaking_v3: Path, hosts) -> None:
     first, second, address = hosts
     more = ("--tp", "2", "--ignore-eos", "--max-tokens", "1500")
-    host, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
-    first_words(host, 10)
+    coordinator, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
+    first_words(coordinator, 10)
     subprocess.run([*second, "ip", "link", "set", "veth-b", "down"], check=True)
-    code, _, err = ended(host)
+    code, _, err = ended(coordinator)
     assert code == 2
     assert re.search(r"narrows: error: rank 1 \(pid \d+ on .+\), node 1 .*: nothing was heard for 6 s", err), err
     assert ended(node)[0] == 2

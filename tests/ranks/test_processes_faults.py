@@ -222,9 +222,9 @@ def test_an_idle_rank_that_dies_fails_the_next_call() -> None:
             ranks.submit(lab.Lab.run, lab.sum_of, 1.0).result(PATIENCE_S)
 
 
-# --- the host
+# --- the coordinator
 
-HOST = """
+PROGRAM = """
     import sys, time
     sys.path.insert(0, sys.argv[1])
     import ranks_lab as lab
@@ -237,36 +237,39 @@ HOST = """
 """
 
 
-def start_host(num: int, then: str) -> subprocess.Popen[str]:
-    program = textwrap.dedent(HOST).replace("{num}", str(num)).replace("{then}", then)
+def start_coordinator(num: int, then: str) -> subprocess.Popen[str]:
+    program = textwrap.dedent(PROGRAM).replace("{num}", str(num)).replace("{then}", then)
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def pids_of(host: subprocess.Popen[str]) -> list[int]:
-    assert host.stdout is not None
-    return [int(pid) for pid in host.stdout.readline().split()]
+def pids_of(coordinator: subprocess.Popen[str]) -> list[int]:
+    assert coordinator.stdout is not None
+    return [int(pid) for pid in coordinator.stdout.readline().split()]
 
 
 def test_ranks_end_by_themselves_when_their_host_is_killed() -> None:
     """At work, idle, and before they have started: that none of the last is left is what the fixture looks for."""
-    at_work, idle = start_host(2, "ranks.submit(lab.Lab.run, lab.spin).result()"), start_host(1, "time.sleep(3600)")
-    early = start_host(1, "pass")
+    at_work, idle = (
+        start_coordinator(2, "ranks.submit(lab.Lab.run, lab.spin).result()"),
+        start_coordinator(1, "time.sleep(3600)"),
+    )
+    early = start_coordinator(1, "pass")
     with at_work, idle, early:
         time.sleep(0.5)
         early.kill()
-        for host in (at_work, idle):
-            pids = pids_of(host)
+        for coordinator in (at_work, idle):
+            pids = pids_of(coordinator)
             assert pids and all(is_alive(pid) for pid in pids)
             time.sleep(0.2)
-            host.kill()
+            coordinator.kill()
             wait_for_the_end_of(pids)
-            assert host.stderr is not None and host.stderr.read() == ""
+            assert coordinator.stderr is not None and coordinator.stderr.read() == ""
 
 
 def test_an_owner_who_forgets_to_close_leaves_nothing() -> None:
-    forgets = start_host(1, "ranks.submit(lab.Lab.run, lab.sum_of, 1.0).result(); del ranks; time.sleep(3600)")
-    ends = start_host(2, "ranks.submit(lab.Lab.run, lab.spin)")  # at exit, with ranks at work
+    forgets = start_coordinator(1, "ranks.submit(lab.Lab.run, lab.sum_of, 1.0).result(); del ranks; time.sleep(3600)")
+    ends = start_coordinator(2, "ranks.submit(lab.Lab.run, lab.spin)")  # at exit, with ranks at work
     with forgets, ends:
         wait_for_the_end_of(pids_of(forgets))
         assert forgets.poll() is None
@@ -292,34 +295,38 @@ def stop(rank: int, rows: int) -> None:
 
 def pause() -> None:
     """Ctrl-Z, and `fg` later than anyone's silence is borne."""
-    with start_host(2, "[ranks.submit(lab.Lab.run, lab.late, 0, 0.1).result() for i in range(20)]") as host:
-        pids = pids_of(host)
-        group = os.getpgid(host.pid)
+    with start_coordinator(
+        2, "[ranks.submit(lab.Lab.run, lab.late, 0, 0.1).result() for i in range(20)]"
+    ) as coordinator:
+        pids = pids_of(coordinator)
+        group = os.getpgid(coordinator.pid)
         assert {os.getpgid(pid) for pid in pids} == {group}
         os.killpg(group, signal.SIGSTOP)
         time.sleep(7.5)
-        assert all(is_alive(pid) for pid in [host.pid, *pids])
+        assert all(is_alive(pid) for pid in [coordinator.pid, *pids])
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-        time.sleep(0.7)  # the host is the last to wake up
-        os.kill(host.pid, signal.SIGCONT)
-        assert host.wait(PATIENCE_S) == 0
-        assert host.stderr is not None and host.stderr.read() == ""
+        time.sleep(0.7)  # the coordinator is the last to wake up
+        os.kill(coordinator.pid, signal.SIGCONT)
+        assert coordinator.wait(PATIENCE_S) == 0
+        assert coordinator.stderr is not None and coordinator.stderr.read() == ""
         wait_for_the_end_of(pids)
 
 
 def stand_still() -> None:
-    """The host's Python runs nothing for longer than silence is borne, as under one long C call; its rank bears it."""
-    with start_host(1, "[ranks.submit(lab.Lab.run, lab.late, 0, 0.1).result() for i in range(20)]") as host:
-        pids = pids_of(host)
-        os.kill(host.pid, signal.SIGSTOP)
+    """A coordinator that is silent for long, as under one long C call, does not end its rank."""
+    with start_coordinator(
+        1, "[ranks.submit(lab.Lab.run, lab.late, 0, 0.1).result() for i in range(20)]"
+    ) as coordinator:
+        pids = pids_of(coordinator)
+        os.kill(coordinator.pid, signal.SIGSTOP)
         try:
             time.sleep(7.5)
             assert all(is_alive(pid) for pid in pids)
         finally:
-            os.kill(host.pid, signal.SIGCONT)
-        assert host.wait(PATIENCE_S) == 0
-        assert host.stderr is not None and host.stderr.read() == ""
+            os.kill(coordinator.pid, signal.SIGCONT)
+        assert coordinator.wait(PATIENCE_S) == 0
+        assert coordinator.stderr is not None and coordinator.stderr.read() == ""
         wait_for_the_end_of(pids)
 
 

@@ -121,7 +121,7 @@ def test_a_step_and_the_processes_count_too(ranks: str, processes: int) -> None:
 
 
 def test_ranks_on_other_hosts_take_nothing_here() -> None:
-    launch = Launch(address="127.0.0.1", port=1, size=2, ranks=(0,), node=0, num_nodes=2)
+    launch = Launch(address="127.0.0.1", port=1, world_size=2, ranks=(0,), node=0, num_nodes=2)
     text = refused(replace(ROOMY, memory=10**8), tp=2, ranks="processes", launch=launch)
     assert "on 1 rank(s) here" in text
 

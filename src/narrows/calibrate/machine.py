@@ -17,7 +17,7 @@ import torch
 
 from narrows.cost.here import cpu_facts
 from narrows.native import why_absent
-from narrows.ranks.cores import num_cores
+from narrows.ranks.affinity import num_cores
 
 __all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 

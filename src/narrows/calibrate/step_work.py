@@ -25,7 +25,7 @@ from narrows.engine.program import Operation
 from narrows.engine.worker import Worker
 from narrows.layout import deal
 from narrows.plan.plan import Plan, Step
-from narrows.ranks.cores import num_cores
+from narrows.ranks.affinity import num_cores
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 

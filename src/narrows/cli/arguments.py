@@ -164,12 +164,12 @@ def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launc
     if args.nnodes is not None:
         size = dp * max(args.tp or 1, 1)
         return Launch.of_nodes(
-            size=size, num_nodes=args.nnodes, node=args.node_rank, address=args.master_addr, port=args.master_port
+            world_size=size, num_nodes=args.nnodes, node=args.node_rank, address=args.master_addr, port=args.master_port
         )
     given = [flag for flag in ("node_rank", "master_addr", "master_port") if getattr(args, flag) is not None]
     if given:
         raise ConfigError(f"--{given[0].replace('_', '-')} needs --nnodes: how many hosts there are")
-    return Launch.of_torchrun(environment, size=None if args.tp is None else dp * max(args.tp, 1))
+    return Launch.of_torchrun(environment, world_size=None if args.tp is None else dp * max(args.tp, 1))
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> None:

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, value, least in (("rounds", args.rounds, 1), ("warmup", args.warmup, 0)):
         if value < least:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")
-    if Launch.of_torchrun(os.environ, size=None) is not None:
+    if Launch.of_torchrun(os.environ, world_size=None) is not None:
         raise ConfigError("bench starts its ranks itself, on one host: run it without torchrun")
     if args.plot:
         check_plot(args.plot)

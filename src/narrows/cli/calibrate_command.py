@@ -20,7 +20,7 @@ from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
 from narrows.engine.prices import setting_of, world_name
 from narrows.errors import ConfigError
-from narrows.ranks.cores import num_cores
+from narrows.ranks.affinity import num_cores
 
 __all__ = ["add_parser", "run"]
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise ConfigError(f"--{flag} is {value}; it must be at least {least}")
-    if Launch.of_torchrun(os.environ, size=None) is not None:
+    if Launch.of_torchrun(os.environ, world_size=None) is not None:
         raise ConfigError("eval starts its ranks itself, on one host: run it without torchrun")
     options = engine_options(args, ranks=args.ranks or _RANKS, **limit_options(args))
     asked = at_hand(EngineConfig(model=args.model, **options))

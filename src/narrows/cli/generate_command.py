@@ -30,7 +30,7 @@ from narrows.cli.console import console
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM, Completion, Prompt
 from narrows.engine.profile import BETWEEN, Expected, ProfileRow, StepClock, profile_rows
-from narrows.engine.ranks import obey_host
+from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
 
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     options = engine_options(args, layout=args.layout, **limit_options(args))
     if (launch := launch_of(args, os.environ)) is not None:
         options |= {"launch": launch, "ranks": args.ranks or "processes"}
-    if launch is not None and not launch.hosts:
-        return obey_host(resolve(EngineConfig(model=args.model, **options)))
+    if launch is not None and not launch.is_coordinator:
+        return run_local_ranks(resolve(EngineConfig(model=args.model, **options)))
     trace = trace_file(args)
     started = perf_counter()
     with LLM(args.model, **options) as llm:

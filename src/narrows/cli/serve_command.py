@@ -29,7 +29,7 @@ from narrows.cli.arguments import (
 )
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
-from narrows.engine.ranks import obey_host
+from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
 from narrows.server.app import create_app, state_of
 from narrows.server.http.connection_limits import (
@@ -164,8 +164,8 @@ def run(args: argparse.Namespace) -> int:
         engine["launch"] = launch
     asked = EngineConfig(model=args.model, **engine)
     drift, trace = DriftRule(factor=args.drift_factor), ServiceTrace(args.trace, args.trace_steps)
-    if launch is not None and not launch.hosts:
-        return obey_host(resolve(asked))
+    if launch is not None and not launch.is_coordinator:
+        return run_local_ranks(resolve(asked))
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args)
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
-    if Launch.of_torchrun(os.environ, size=None) is not None:
+    if Launch.of_torchrun(os.environ, world_size=None) is not None:
         raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
     asked = at_hand(EngineConfig(model=args.model, **engine_options(args)))
     outside, reference = None, "one rank"

@@ -212,7 +212,7 @@ def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None =
         setting_of,
         run_on=asked.run_on,
         ranks=asked.ranks,
-        several_hosts=asked.launch is not None and asked.launch.num_here < mesh.size,
+        several_hosts=asked.launch is not None and asked.launch.num_local_ranks < mesh.size,
         num_ranks=mesh.size,
         threads=threads,
     )
@@ -281,8 +281,8 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
         return
     if asked.ranks != "processes":
         raise ConfigError("ranks on several hosts, or started by torchrun, are processes: leave out --ranks threads")
-    if asked.launch.size != mesh.size:
-        raise ConfigError(f"the launch has {asked.launch.size} ranks, but the mesh {mesh} has {mesh.size}")
+    if asked.launch.world_size != mesh.size:
+        raise ConfigError(f"the launch has {asked.launch.world_size} ranks, but the mesh {mesh} has {mesh.size}")
 
 
 def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:

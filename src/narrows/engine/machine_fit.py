@@ -11,7 +11,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.forms import check_mesh
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.ranks.cores import num_threads, room
+from narrows.ranks.affinity import num_threads, room
 from narrows.ranks.launch import Launch
 
 __all__ = ["fit"]
@@ -28,11 +28,11 @@ def fit(
     Processes that others have started (``launch``) are as many ranks as there are of them.
     """
     if tp is None and launch is not None:
-        tp = launch.size // max(dp, 1)
+        tp = launch.world_size // max(dp, 1)
     if tp is None:
         tp = next((n for n in _CHOICES if n * dp <= room(run_on) and _fits(config, dp, n)), 1)
     if threads is None:
-        threads = num_threads(run_on, launch.num_here if launch is not None else max(dp * tp, 1))
+        threads = num_threads(run_on, launch.num_local_ranks if launch is not None else max(dp * tp, 1))
     return tp, threads
 
 

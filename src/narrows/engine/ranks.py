@@ -12,12 +12,12 @@ from narrows.comm.communicator import Communicator
 from narrows.engine.config import Resolved
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
-from narrows.ranks.processes import ProcessRanks, serve_node
-from narrows.ranks.rank_process import obey
+from narrows.ranks.processes import ProcessRanks, run_node
+from narrows.ranks.rank_process import run_torchrun_rank
 from narrows.ranks.threads import ThreadRanks
 from narrows.ranks.timing import TIMING, Timing
 
-__all__ = ["obey_host", "start_ranks"]
+__all__ = ["run_local_ranks", "start_ranks"]
 
 Worker = TypeVar("Worker")
 
@@ -51,12 +51,12 @@ def start_ranks(resolved: Resolved, make: Callable[[Communicator], Worker], timi
     )
 
 
-def obey_host(resolved: Resolved) -> int:
-    """For a process that is not the host of its launch: runs its ranks for the host; the host's exit code.
+def run_local_ranks(resolved: Resolved) -> int:
+    """In a process that is not the coordinator: runs its ranks until the coordinator ends them; returns its exit code.
 
     Raises:
-        RankError: the host is not there, or went away.
+        RankError: the coordinator was not found, or is gone.
     """
     launch = resolved.asked.launch
-    assert launch is not None and not launch.hosts
-    return obey(launch) if launch.by_torchrun else serve_node(launch)
+    assert launch is not None and not launch.is_coordinator
+    return run_torchrun_rank(launch) if launch.by_torchrun else run_node(launch)

@@ -1,9 +1,9 @@
-"""Which ranks of a world run on which host, and how those on other hosts find the one that hosts it.
+"""Ranks on several hosts: which ranks each process starts, and how the processes find the coordinator.
 
-Knows addresses, environment variables and a store of torch's; starts no process. Ranks on one host alone need none of
-this. Either torchrun started one process per rank (its environment says so), or a person started narrows once per host
-(``--nnodes``). The network between the hosts must be trusted: who can reach the store can read the key from it, unless
-the environment variable ``NARROWS_KEY`` is set, on all hosts alike; torch's own messages carry no proof at all.
+Ranks on one host need none of this. Processes on several hosts were started either by torchrun, one per rank, or by a
+person, one per host (``--nnodes``). They find the coordinator through a torch store. The network between the hosts
+must be trusted: whoever can reach the store can read the key from it, unless the environment variable ``NARROWS_KEY``
+is set to the same secret on all hosts. Torch's own messages are not authenticated at all.
 """
 
 from __future__ import annotations
@@ -26,90 +26,98 @@ from narrows.ranks.channel import listen, resolve
 from narrows.ranks.messages import Contact
 from narrows.ranks.timing import TIMING, Timing
 
-__all__ = ["Launch", "find_host", "host_key", "join_store", "open_store", "publish"]
+__all__ = ["Launch", "coordinator_key", "find_coordinator", "join_store", "open_store", "publish"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """This process's part in a world whose processes were not all started by narrows itself.
+    """This process's part in a world whose processes were not all started by one narrows process.
 
-    ``ranks`` are those that this process starts (``by_torchrun``: is, except that the host starts its rank), the first
-    of them number ``place`` on its machine.
+    ``ranks``: the ranks that this process starts. Under torchrun (``by_torchrun``) this process is its one rank, except
+    that the coordinator starts rank 0 as a process of its own. ``node`` numbers the hosts.
     """
 
     address: str
     port: int
-    size: int
+    world_size: int
     ranks: tuple[int, ...]
     node: int
     num_nodes: int
-    place: int = 0
-    places: int = 1
-    """Ranks on this host, where torchrun started them."""
+    local_rank: int = 0
+    """Number of the first of ``ranks`` on its host."""
+    local_world_size: int = 1
+    """Ranks on this host, if torchrun started them."""
     by_torchrun: bool = False
     store_is_served: bool = False
     run: str = ""
 
     @property
-    def num_here(self) -> int:
+    def num_local_ranks(self) -> int:
         """Ranks on this host."""
-        return self.places if self.by_torchrun else len(self.ranks)
+        return self.local_world_size if self.by_torchrun else len(self.ranks)
 
     @property
-    def hosts(self) -> bool:
-        """Whether this process is the host: it schedules, and hands out calls."""
+    def is_coordinator(self) -> bool:
+        """Whether this process schedules and hands out calls."""
         return 0 in self.ranks
 
     @classmethod
-    def of_nodes(cls, *, size: int, num_nodes: int, node: int | None, address: str | None, port: int | None) -> Launch:
-        """One process per host, started by hand; ranks are dealt to the nodes in order.
+    def of_nodes(
+        cls, *, world_size: int, num_nodes: int, node: int | None, address: str | None, port: int | None
+    ) -> Launch:
+        """One process per host, started by hand. Ranks are assigned to the nodes in order.
 
         Raises:
-            ConfigError: something is missing, or cannot be.
+            ConfigError: a value is missing or out of range.
         """
-        if num_nodes < 1 or num_nodes > size:
-            raise ConfigError(f"--nnodes is {num_nodes}; it must be between 1 and the {size} ranks of the mesh")
+        if num_nodes < 1 or num_nodes > world_size:
+            raise ConfigError(f"--nnodes is {num_nodes}; it must be between 1 and the {world_size} ranks of the mesh")
         if node is None or not 0 <= node < num_nodes:
-            raise ConfigError(f"--node-rank must be between 0 and {num_nodes - 1}: this host's place among --nnodes")
+            raise ConfigError(f"--node-rank must be between 0 and {num_nodes - 1}: this host's number among --nnodes")
         if address is None or port is None:
             raise ConfigError("--nnodes needs --master-addr and --master-port: where node 0 listens")
         if not 0 < port < 65536:
             raise ConfigError(f"--master-port is {port}; it must be between 1 and 65535")
-        first, stop = starts(deal(size, num_nodes))[node]
+        first, stop = starts(deal(world_size, num_nodes))[node]
         return cls(
-            address=address, port=port, size=size, ranks=tuple(range(first, stop)), node=node, num_nodes=num_nodes
+            address=address,
+            port=port,
+            world_size=world_size,
+            ranks=tuple(range(first, stop)),
+            node=node,
+            num_nodes=num_nodes,
         )
 
     @classmethod
-    def of_torchrun(cls, environment: Mapping[str, str], *, size: int | None) -> Launch | None:
-        """The process that torchrun started, by its environment; None if it did not.
+    def of_torchrun(cls, environment: Mapping[str, str], *, world_size: int | None) -> Launch | None:
+        """This process's launch, read from torchrun's environment variables; None if torchrun did not start it.
 
-        ``size``: ranks of the mesh; None: as many as it has started.
+        ``world_size``: ranks of the mesh; None: as many as torchrun has started.
 
         Raises:
-            ConfigError: it started another number of processes than the mesh has ranks.
+            ConfigError: torchrun started another number of processes than the mesh has ranks.
         """
         if not all(name in environment for name in _TORCHRUN):
             return None
-        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        size = world if size is None else size
-        if world != size:
+        rank, started = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        world_size = started if world_size is None else world_size
+        if started != world_size:
             raise ConfigError(
-                f"torchrun started {world} processes, but the mesh has {size} ranks: make --nnodes x --nproc-per-node "
-                f"of torchrun {size}, or start narrows without torchrun (unset RANK)"
+                f"torchrun started {started} processes, but the mesh has {world_size} ranks: make --nnodes x "
+                f"--nproc-per-node of torchrun {world_size}, or start narrows without torchrun (unset RANK)"
             )
-        local = int(environment.get("LOCAL_WORLD_SIZE", world))
+        local = int(environment.get("LOCAL_WORLD_SIZE", started))
         return cls(
             address=environment["MASTER_ADDR"],
             port=int(environment["MASTER_PORT"]),
-            size=size,
+            world_size=world_size,
             ranks=(rank,),
             node=int(environment.get("GROUP_RANK", rank // local)),
-            num_nodes=-(-world // local),
-            place=int(environment["LOCAL_RANK"]),
-            places=local,
+            num_nodes=-(-started // local),
+            local_rank=int(environment["LOCAL_RANK"]),
+            local_world_size=local,
             by_torchrun=True,
             store_is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             run=f"{environment.get('TORCHELASTIC_RUN_ID', '')} {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}",
@@ -117,7 +125,9 @@ class Launch:
 
 
 def open_store(launch: Launch | None, join_s: float) -> tuple[Any, str, int]:
-    """The host's store, served by itself unless torchrun's agent does; with the address to reach it at.
+    """The coordinator's store, and the address and port to reach it at.
+
+    The coordinator serves the store itself, unless torchrun's agent serves one already.
 
     Raises:
         ConfigError: the address is not this host's, or its port is taken.
@@ -142,17 +152,17 @@ def open_store(launch: Launch | None, join_s: float) -> tuple[Any, str, int]:
     return store, address, port
 
 
-def host_key() -> bytes:
-    """The key of ranks that are about to be started."""
+def coordinator_key() -> bytes:
+    """A new key for ranks that are about to start: random, or made from ``NARROWS_KEY``."""
     given = os.environ.get("NARROWS_KEY")
     return sha256(given.encode()).digest() if given else secrets.token_bytes(32)
 
 
 def publish(launch: Launch, store: Any, contact: Contact) -> None:
-    """Tells the processes on other hosts where the host listens.
+    """Writes the coordinator's address to the store, for the processes on other hosts.
 
     Raises:
-        ConfigError: its address is one that they cannot reach.
+        ConfigError: the address cannot be reached from other hosts.
     """
     _, (address, _) = resolve(launch.address, launch.port)
     is_name = launch.address not in (address, "localhost")
@@ -162,26 +172,26 @@ def publish(launch: Launch, store: Any, contact: Contact) -> None:
             "give its address in their network as numbers"
         )
     key = "" if "NARROWS_KEY" in os.environ else contact.key.hex()
-    said = json.dumps({"address": launch.address, "port": contact.port, "key": key, "timing": asdict(contact.timing)})
-    PrefixStore(f"narrows {launch.run}", store).set("host", said)
+    entry = {"address": launch.address, "port": contact.port, "key": key, "timing": asdict(contact.timing)}
+    PrefixStore(f"narrows {launch.run}", store).set("coordinator", json.dumps(entry))
 
 
-def find_host(launch: Launch, join_s: float = TIMING.join_s) -> Contact:
-    """Waits for the host and asks it where it listens, and what durations it goes by.
+def find_coordinator(launch: Launch, join_s: float = TIMING.join_s) -> Contact:
+    """Waits for the coordinator to publish where it listens and which timing it uses.
 
     Raises:
-        RankError: it is not there.
+        RankError: no coordinator published itself within ``join_s``.
     """
     try:
         store = join_store(launch.address, launch.port, f"narrows {launch.run}", join_s)
-        said = json.loads(store.get("host"))
+        entry = json.loads(store.get("coordinator"))
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise RankError(
-            f"node {launch.node}: no host at {launch.address} port {launch.port} for {join_s:g} s ({line})"
+            f"node {launch.node}: no coordinator at {launch.address} port {launch.port} for {join_s:g} s ({line})"
         ) from None
-    key = bytes.fromhex(said["key"]) if said["key"] else host_key()
-    return Contact(address=said["address"], port=said["port"], key=key, timing=Timing(**said["timing"]))
+    key = bytes.fromhex(entry["key"]) if entry["key"] else coordinator_key()
+    return Contact(address=entry["address"], port=entry["port"], key=key, timing=Timing(**entry["timing"]))
 
 
 def join_store(address: str, port: int, prefix: str, join_s: float) -> Any:

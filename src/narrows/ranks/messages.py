@@ -1,9 +1,9 @@
-"""What the host of the ranks and the ranks say to each other: the kinds of messages, and what each carries.
+"""The messages between the coordinator and its ranks and nodes: their kinds and contents.
 
-Knows plain values only. The host is the process that hands out calls; a node is a process that started ranks on another
-host and ends them. Ranks and nodes beat; one that is silent for too long (`timing.py`) is taken for gone. The host does
-not beat: Python work could silence it for longer than that (one C call that keeps the interpreter's lock). Ranks and
-nodes learn from their connection that the host's process has ended or that its machine does not answer.
+The coordinator is the process that hands out calls. A node is a process that starts and ends the ranks of another host.
+Ranks and nodes send heartbeats; one that stays silent too long (`timing.py`) is taken for dead. The coordinator sends
+none: one C call that keeps the interpreter's lock could silence it for longer than that. If its process ends or its
+machine no longer answers, ranks and nodes learn it from their connection.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ __all__ = [
     "hello",
 ]
 
-HELLO = b"h"  # rank or node -> host, once: Hello
-SETUP = b"s"  # host -> rank, once: Setup
-KEEP = b"k"  # host -> rank: an object that later calls mention by number
-CALL = b"c"  # host -> rank: (method or None, args, kwargs, rank 0 alone answers); None makes the worker; from 0 on
-DONE = b"d"  # rank -> host: (number of the call, result)
-FAILED = b"f"  # rank -> host: Failure
-BEAT = b"b"  # rank -> host: Report; node -> host: nothing
-END = b"e"  # host -> all: (exit code, why)
+HELLO = b"h"  # rank or node -> coordinator, once: Hello
+SETUP = b"s"  # coordinator -> rank, once: Setup
+KEEP = b"k"  # coordinator -> rank: an object that later calls mention by number
+CALL = b"c"  # coordinator -> rank: (method, or None to make the worker; args; kwargs; whether rank 0 alone answers)
+DONE = b"d"  # rank -> coordinator: (number of the call, from 0 on; result)
+FAILED = b"f"  # rank or node -> coordinator: Failure
+BEAT = b"b"  # rank -> coordinator: Report; node -> coordinator: nothing
+END = b"e"  # coordinator -> all: (exit code, why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contact:
-    """Where the host listens, the key that proves who belongs to it, and the durations that it goes by."""
+    """Where the coordinator listens, the key that its ranks and nodes prove, and the timing that all of them use."""
 
     address: str
     port: int
@@ -54,7 +54,7 @@ class Contact:
 
 
 class Hello(NamedTuple):
-    """Who connects: a rank, or a node (``rank`` None)."""
+    """The first message of a rank, or of a node (``rank`` None)."""
 
     rank: int | None
     node: int
@@ -65,7 +65,7 @@ class Hello(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a rank needs to know before its first call. The store is where the ranks find each other."""
+    """What a rank needs before its first call. Ranks find each other through the store."""
 
     mesh: Mesh
     checked: bool
@@ -77,8 +77,8 @@ class Setup:
 
 
 class Failure(NamedTuple):
-    """A call that raised. ``error`` is it pickled, if that can be undone. ``lost``: a peer of the rank went away,
-    and this is the collective that the rank was in."""
+    """A call that raised. ``error``: the exception pickled, if it can be unpickled. ``lost``: if the rank lost a peer,
+    the collective that it was in."""
 
     call: int
     error: bytes | None

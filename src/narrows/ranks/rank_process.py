@@ -1,8 +1,8 @@
-"""What a rank process does: it obeys the host's calls, in order, and ends when the host says so or is gone.
+"""The main program of a rank process: runs the coordinator's calls in order until the coordinator ends it.
 
-Knows its channel to the host, its communicator and its worker; not what the worker does. The main thread works; another
-thread listens to the host, and tells it twice a second that this rank lives and what it waits at. That thread ends the
-process, whatever the main thread is in: a rank that waits in a collective cannot be woken in any other way.
+The main thread runs the calls. A second thread listens to the coordinator and sends it a heartbeat twice a second, with
+the collective that this rank waits in. That thread also ends the process, because a main thread that waits in a
+collective cannot be woken in any other way.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 from narrows.comm.device import rank_device
 from narrows.comm.dist_communicator import DistCommunicator, connect
 from narrows.comm.transport import PeersLostError
+from narrows.ranks.affinity import pin
 from narrows.ranks.channel import Channel
-from narrows.ranks.cores import pin
-from narrows.ranks.launch import Launch, find_host, join_store
+from narrows.ranks.launch import Launch, find_coordinator, join_store
 from narrows.ranks.messages import (
     BEAT,
     CALL,
@@ -44,69 +44,73 @@ from narrows.ranks.messages import (
 )
 from narrows.ranks.packing import Unpacker, pack
 from narrows.ranks.timing import Timing
-from narrows.ranks.watch import Report
+from narrows.ranks.watchdog import Report
 
-__all__ = ["PROGRAM", "boot", "obey", "run_rank"]
+__all__ = ["PROGRAM", "boot", "boot_line", "run_rank", "run_torchrun_rank"]
 
 PROGRAM = (
-    "import gc, json, sys; told = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = told['path']; "
-    "gc.disable(); from narrows.ranks.rank_process import boot; gc.enable(); gc.freeze(); boot(told)"
+    "import gc, json, sys; args = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = args['path']; "
+    "gc.disable(); from narrows.ranks.rank_process import boot; gc.enable(); gc.freeze(); boot(args)"
 )
-"""What ``python -c`` runs in a rank process. What it needs to know, and the key above all, comes through its stdin:
-other users see a command line. The main module of the parent is not run again, so it needs no guard. The collector
-looks at nothing of what is imported (torch): that would take a seventh of the start."""
+"""What ``python -c`` runs in a rank process.
+
+Its arguments, and the key above all, come through stdin, since other users can read a command line. The parent's main
+module is not run again, so it needs no ``__main__`` guard. The garbage collector is off while torch is imported, which
+saves a seventh of the start.
+"""
 
 
-def boot(told: dict[str, Any]) -> NoReturn:
-    """The first and last call of a rank process that was started by its host or node."""
-    # Ctrl-C reaches the whole terminal, and a service manager's SIGTERM all of a service; whoever started us ends us,
-    # once, when what we run is done.
+def boot(args: dict[str, Any]) -> NoReturn:
+    """Runs a rank process that the coordinator or a node has started; ``args`` as in :func:`boot_line`."""
+    # A terminal's Ctrl-C and a service manager's SIGTERM reach every process of the group. The parent handles them, and
+    # ends its ranks when their work is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     contact = Contact(
-        address=told["address"], port=told["port"], key=bytes.fromhex(told["key"]), timing=Timing(**told["timing"])
+        address=args["address"], port=args["port"], key=bytes.fromhex(args["key"]), timing=Timing(**args["timing"])
     )
-    run_rank(contact, told["rank"], told["node"], tuple(told["place"]), explain=False)
+    run_rank(contact, args["rank"], args["node"], tuple(args["local"]), explain=False)
 
 
-def told_to(contact: Contact, rank: int, node: int, place: tuple[int, int]) -> str:
-    """The line that :func:`boot` is told. ``place``: the rank's number on its host, and how many are there."""
-    host: dict[str, Any] = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
-    host["timing"] = asdict(contact.timing)
-    return json.dumps(host | {"rank": rank, "node": node, "place": place, "path": sys.path}) + "\n"
+def boot_line(contact: Contact, rank: int, node: int, local: tuple[int, int]) -> str:
+    """The arguments of :func:`boot` as a line of JSON. ``local``: local rank and local world size."""
+    args: dict[str, Any] = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
+    args["timing"] = asdict(contact.timing)
+    return json.dumps(args | {"rank": rank, "node": node, "local": local, "path": sys.path}) + "\n"
 
 
-def obey(launch: Launch) -> NoReturn:
-    """Turns a process that torchrun started into its rank; it ends with the host's exit code."""
+def run_torchrun_rank(launch: Launch) -> NoReturn:
+    """Turns a process that torchrun started into its rank; ends it with the coordinator's exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run_rank(find_host(launch), launch.ranks[0], launch.node, (launch.place, launch.places), explain=True)
+    local = launch.local_rank, launch.local_world_size
+    run_rank(find_coordinator(launch), launch.ranks[0], launch.node, local, explain=True)
 
 
-def run_rank(contact: Contact, rank: int, node: int, place: tuple[int, int], *, explain: bool) -> NoReturn:
-    """Runs a rank until the host ends it. ``explain``: say on stderr why it ends, if not well."""
+def run_rank(contact: Contact, rank: int, node: int, local: tuple[int, int], *, explain: bool) -> NoReturn:
+    """Runs a rank until the coordinator ends it. ``explain``: print to stderr why it ends, if not as planned."""
     try:
         channel = Channel.connect(contact.address, contact.port, contact.key, contact.timing.silence_s)
         channel.send(HELLO, pickle.dumps(hello(rank, node, os.getpid())))
     except (OSError, EOFError) as error:
-        _end(1, f"rank {rank} cannot reach its host at {contact.address} port {contact.port}: {error}")
-    host = _Host(channel, rank, contact.timing, explain)
-    threading.Thread(target=host.listen, name=f"narrows rank {rank} listens", daemon=True).start()
-    _Rank(rank, place, host, contact.timing).serve()
+        _end(1, f"rank {rank} cannot reach its coordinator at {contact.address} port {contact.port}: {error}")
+    link = _CoordinatorLink(channel, rank, contact.timing, explain)
+    threading.Thread(target=link.listen, name=f"narrows rank {rank} listens", daemon=True).start()
+    _Rank(rank, local, link, contact.timing).serve()
 
 
-class _Host:
-    """The host, seen from a rank."""
+class _CoordinatorLink:
+    """A rank's connection to the coordinator."""
 
     def __init__(self, channel: Channel, rank: int, timing: Timing, explain: bool) -> None:
         self.channel = channel
-        self.told: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
+        self.received: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
         self.comm: DistCommunicator | None = None
         self.done = 0
         self._rank, self._beat_s, self._explain = rank, timing.beat_s, explain
 
     def listen(self) -> None:
-        """Takes messages in and beats; ends the process when the host says so or is gone."""
+        """Receives messages and sends heartbeats; ends the process when the coordinator says so or is gone."""
         beat = 0.0
         try:
             while True:
@@ -116,13 +120,13 @@ class _Host:
                     code, why = pickle.loads(message[1])
                     _end(code, why if self._explain else "")
                 if message is not None:
-                    self.told.put(message)
+                    self.received.put(message)
                 if now >= beat:
-                    self.channel.try_send(BEAT, pickle.dumps(self._report(now)))  # a stopped host reads nothing
+                    self.channel.try_send(BEAT, pickle.dumps(self._report(now)))  # a stopped coordinator reads nothing
                     beat = now + self._beat_s
         except (OSError, EOFError):
-            _end(1, f"rank {self._rank}: the host is gone" if self._explain else "")
-        except BaseException:  # without this thread nobody could end the process
+            _end(1, f"rank {self._rank}: the coordinator is gone" if self._explain else "")
+        except BaseException:  # without this thread the process could not be ended
             _end(1, f"rank {self._rank}: {traceback.format_exc()}")
 
     def _report(self, now: float) -> Report:
@@ -135,10 +139,10 @@ class _Host:
 
 
 class _Rank:
-    """The main thread: calls, in order."""
+    """The main thread of a rank: runs calls in order."""
 
-    def __init__(self, rank: int, place: tuple[int, int], host: _Host, timing: Timing) -> None:
-        self._rank, self._place_on_host, self._host, self._timing = rank, place, host, timing
+    def __init__(self, rank: int, local: tuple[int, int], link: _CoordinatorLink, timing: Timing) -> None:
+        self._rank, self._local, self._link, self._timing = rank, local, link, timing
         self._unpack = Unpacker()
         self._worker: Any = None
         self._number = 0  # of the next call
@@ -146,7 +150,7 @@ class _Rank:
     def serve(self) -> NoReturn:
         with torch.inference_mode():
             while True:
-                kind, data = self._host.told.get()
+                kind, data = self._link.received.get()
                 try:
                     if kind == SETUP:
                         self._set_up(pickle.loads(data))
@@ -158,37 +162,37 @@ class _Rank:
                     self._failed(error)
 
     def _set_up(self, setup: Setup) -> None:
-        place, num_places = self._place_on_host
+        local_rank, local_world_size = self._local
         if setup.device == "cpu":
-            pin(place, num_places, setup.num_threads)
+            pin(local_rank, local_world_size, setup.num_threads)
         torch.set_num_threads(setup.num_threads)
-        self._host.comm = connect(
+        self._link.comm = connect(
             setup.mesh,
             self._rank,
             join_store(setup.store_address, setup.store_port, setup.prefix, self._timing.join_s),
             checked=setup.checked,
-            device=rank_device(setup.device, place),
-            address=self._host.channel.address,
+            device=rank_device(setup.device, local_rank),
+            address=self._link.channel.address,
         )
 
     def _call(self, data: bytes) -> None:
         method, args, kwargs, first_only = self._unpack(data)
-        assert self._host.comm is not None, "a call came before the communicator was set up"
-        self._host.comm.call = self._number + 1
+        assert self._link.comm is not None, "a call came before the communicator was set up"
+        self._link.comm.call = self._number + 1
         if method is None:
             (make,) = args
-            self._worker = make(self._host.comm)
-            result = self._host.comm.transport
+            self._worker = make(self._link.comm)
+            result = self._link.comm.transport
         else:
             result = getattr(self._worker, method)(*args, **kwargs)
         number, wanted = self._number, self._rank == 0 or not first_only
         said = pack((number, result)) if wanted else b""
-        self._host.done = self._number = number + 1
+        self._link.done = self._number = number + 1
         if wanted:
-            self._host.channel.send(DONE, said)
+            self._link.channel.send(DONE, said)
 
     def _failed(self, error: BaseException) -> None:
-        """Says what was raised, and waits for the end: the host ends all ranks then."""
+        """Reports the error, then waits: the coordinator ends all ranks now."""
         packed: bytes | None = None
         with contextlib.suppress(Exception):
             packed = pack(error)
@@ -200,14 +204,14 @@ class _Rank:
             name=type(error).__name__,
             text=str(error),
             trace="".join(traceback.format_exception(error)),
-            lost=self._place() if isinstance(error, PeersLostError) else "",
+            lost=self._collective() if isinstance(error, PeersLostError) else "",
         )
         with contextlib.suppress(OSError):
-            self._host.channel.send(FAILED, pickle.dumps(failure))
+            self._link.channel.send(FAILED, pickle.dumps(failure))
         threading.Event().wait()
 
-    def _place(self) -> str:
-        comm = self._host.comm
+    def _collective(self) -> str:
+        comm = self._link.comm
         return str(comm.where.fingerprint) if comm and comm.where else "the beginning"
 
 

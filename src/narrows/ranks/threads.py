@@ -27,7 +27,7 @@ from narrows.comm.rendezvous import SharedState
 from narrows.comm.thread_communicator import ThreadCommunicator
 from narrows.errors import RankError
 from narrows.layout import Mesh
-from narrows.ranks.cores import pin
+from narrows.ranks.affinity import pin
 
 __all__ = ["ThreadRanks", "run_ranks"]
 

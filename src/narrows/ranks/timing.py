@@ -1,7 +1,7 @@
-"""Every duration by which ranks are judged, in one table. PURE.
+"""Every duration that decides whether a rank is late, stuck or dead, in one table. PURE.
 
-A host that hands out calls, the ranks, and whoever asks for their health go by the same table; it is passed on, so that
-a test of faults can have small ones.
+The coordinator, its ranks and nodes, and the service use the same table. The coordinator passes it on, so a test of
+faults can use short durations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Timing:
     silence_s: float = 6.0
     """One that has said nothing for so long is taken for gone."""
     suspended_s: float = 2.0
-    """A host that stood still itself for so long (Ctrl-Z, a laptop's lid) does not hold the silence against others."""
+    """A coordinator that was itself suspended for this long (Ctrl-Z, a laptop's lid) forgives silence before that."""
     stuck_s: float = 3.0
     """When nobody has been able to move for so long, waiting longer brings nothing."""
     blame_s: float = 2.0

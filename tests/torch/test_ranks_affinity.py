@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from narrows.arch.presets import load_model_config
 from narrows.engine.machine_fit import fit
-from narrows.ranks import Launch, cores
+from narrows.ranks import Launch, affinity
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.sets(st.integers(0, 60), min_size=1, max_size=24))
 def test_shares_fill_the_cores_once_or_nobody_has_one(places: int, threads: int, allowed: set[int]) -> None:
     ordered = sorted(allowed)
-    shares = [cores.share_of(ordered, place, places, threads) for place in range(places)]
+    shares = [affinity.share_of(ordered, place, places, threads) for place in range(places)]
     if places * threads == len(ordered):
         assert [core for share in shares for core in share] == ordered
     else:
@@ -38,7 +38,7 @@ def test_shares_fill_the_cores_once_or_nobody_has_one(places: int, threads: int,
 def test_ranks_come_before_threads(
     monkeypatch: pytest.MonkeyPatch, model: str, room: int, dp: int, expected: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(cores, "num_cores", lambda: room)
+    monkeypatch.setattr(affinity, "num_cores", lambda: room)
     config = load_model_config(model)
     assert fit(config, dp=dp, tp=None, threads=None, run_on="cpu", launch=None) == expected
     assert fit(config, dp=dp, tp=1, threads=None, run_on="cpu", launch=None)[1] == max(room // dp, 1)
@@ -46,19 +46,19 @@ def test_ranks_come_before_threads(
 
 
 def test_gpus_are_counted_where_ranks_run_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "num_cards", lambda: 4)
+    monkeypatch.setattr(affinity, "num_cards", lambda: 4)
     assert fit(load_model_config("deepseek-v3"), dp=1, tp=None, threads=None, run_on="cuda", launch=None) == (4, 1)
 
 
 def test_ranks_that_others_started_are_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "num_cores", lambda: 6)
+    monkeypatch.setattr(affinity, "num_cores", lambda: 6)
     config = load_model_config("deepseek-v3")
-    launch = Launch.of_nodes(size=4, num_nodes=2, node=0, address="10.0.0.1", port=1)
+    launch = Launch.of_nodes(world_size=4, num_nodes=2, node=0, address="10.0.0.1", port=1)
     assert fit(config, dp=1, tp=None, threads=None, run_on="cpu", launch=launch) == (4, 3)
     assert fit(config, dp=2, tp=None, threads=None, run_on="cpu", launch=launch) == (2, 3)
     started = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    launch = Launch.of_torchrun(started | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}, size=None)
-    assert launch is not None and launch.size == 8
+    launch = Launch.of_torchrun(started | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}, world_size=None)
+    assert launch is not None and launch.world_size == 8
     assert fit(config, dp=2, tp=None, threads=None, run_on="cpu", launch=launch) == (4, 3)
 
 
@@ -67,6 +67,6 @@ def test_a_rank_is_kept_on_its_cores() -> None:
     try:
         one = min(before)
         os.sched_setaffinity(0, {one})
-        assert cores.num_cores() == 1 and cores.pin(0, 1, 1) == (one,) and cores.pin(0, 2, 1) == ()
+        assert affinity.num_cores() == 1 and affinity.pin(0, 1, 1) == (one,) and affinity.pin(0, 2, 1) == ()
     finally:
         os.sched_setaffinity(0, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from narrows.comm.fingerprint import Fingerprint
 from narrows.ranks.timing import TIMING
-from narrows.ranks.watch import Report, Watch
+from narrows.ranks.watchdog import Report, Watchdog
 
 STUCK_S = TIMING.stuck_s
 ALL, TP = (0, 1, 2), (0, 1)
@@ -17,17 +17,17 @@ def at(number: int, *, ranks: tuple[int, ...] = ALL, done: int = 1, age_s: float
 
 
 def test_a_rank_that_others_wait_for_too_long_is_overdue() -> None:
-    watch = Watch(3, timeout_s=10)
-    watch.hear(0, at(5, age_s=4), 100.0)
-    watch.hear(1, at(4, waits=False), 100.0)  # it computes
-    watch.hear(2, at(5, age_s=3), 100.0)
-    assert watch.verdict(2, 100.0) is None
-    watch.hear(0, at(5, age_s=10.5), 106.5)
-    assert watch.verdict(2, 106.5) is None, "what rank 1 said before the time was over is no evidence"
-    watch.hear(1, at(5, age_s=0.1), 106.9)
-    assert watch.verdict(2, 107.0) is None, "it has come in the meantime"
-    watch.hear(1, at(4, waits=False), 106.9)
-    ranks, why = watch.verdict(2, 107.0)
+    watchdog = Watchdog(3, timeout_s=10)
+    watchdog.hear(0, at(5, age_s=4), 100.0)
+    watchdog.hear(1, at(4, waits=False), 100.0)  # it computes
+    watchdog.hear(2, at(5, age_s=3), 100.0)
+    assert watchdog.verdict(2, 100.0) is None
+    watchdog.hear(0, at(5, age_s=10.5), 106.5)
+    assert watchdog.verdict(2, 106.5) is None, "what rank 1 said before the time was over is no evidence"
+    watchdog.hear(1, at(5, age_s=0.1), 106.9)
+    assert watchdog.verdict(2, 107.0) is None, "it has come in the meantime"
+    watchdog.hear(1, at(4, waits=False), 106.9)
+    ranks, why = watchdog.verdict(2, 107.0)
     assert ranks == [1]
     assert why == (
         'did not come within 10 s; rank 0 waits at #5 all_reduce "layer 5"; rank 2 waits at #5 all_reduce "layer 5"; '
@@ -37,43 +37,43 @@ def test_a_rank_that_others_wait_for_too_long_is_overdue() -> None:
 
 def test_a_rank_that_has_passed_is_not_missing() -> None:
     """It sent what others wait for, and is further on already."""
-    watch = Watch(3, timeout_s=10)
+    watchdog = Watchdog(3, timeout_s=10)
     for rank in range(3):
-        watch.hear(rank, at(5, age_s=99) if rank else at(7, waits=False), 100.0)
-    assert watch.missing(1) == [] and watch.verdict(2, 100.0) is None
+        watchdog.hear(rank, at(5, age_s=99) if rank else at(7, waits=False), 100.0)
+    assert watchdog.missing(1) == [] and watchdog.verdict(2, 100.0) is None
 
 
-def everyone(watch: Watch, reports: list[Report], now: float) -> None:
+def everyone(watchdog: Watchdog, reports: list[Report], now: float) -> None:
     for rank, report in enumerate(reports):
-        watch.hear(rank, report, now)
+        watchdog.hear(rank, report, now)
 
 
 def test_nobody_waits_long_for_a_rank_that_has_ended_the_call() -> None:
-    watch = Watch(3, timeout_s=600)
+    watchdog = Watchdog(3, timeout_s=600)
     said = [at(5), at(4, waits=False, done=2), at(5)]
-    everyone(watch, said, 100.0)
-    everyone(watch, said, 100.0 + STUCK_S)
-    assert watch.verdict(3, 100.0 + STUCK_S) is None, "it was given a third call, and may come in that"
-    assert watch.verdict(2, 100.0 + STUCK_S - 0.1) is None, "not at once"
-    ranks, why = watch.verdict(2, 100.0 + STUCK_S)
+    everyone(watchdog, said, 100.0)
+    everyone(watchdog, said, 100.0 + STUCK_S)
+    assert watchdog.verdict(3, 100.0 + STUCK_S) is None, "it was given a third call, and may come in that"
+    assert watchdog.verdict(2, 100.0 + STUCK_S - 0.1) is None, "not at once"
+    ranks, why = watchdog.verdict(2, 100.0 + STUCK_S)
     assert ranks == [1] and why.startswith('will not come; rank 0 waits at #5 all_reduce "layer 5"; rank 2 waits')
     assert why.endswith("; rank 1 had ended that call")
-    watch.hear(1, at(5), 100.0 + STUCK_S)
-    assert watch.verdict(2, 100.0 + STUCK_S) is None
+    watchdog.hear(1, at(5), 100.0 + STUCK_S)
+    assert watchdog.verdict(2, 100.0 + STUCK_S) is None
 
 
 def test_ranks_that_wait_for_each_other_are_stuck_and_those_who_wait_for_a_busy_one_are_not() -> None:
-    watch = Watch(3, timeout_s=600)
+    watchdog = Watchdog(3, timeout_s=600)
     crossed = [at(2, ranks=TP), at(5), at(5)]  # 0 waits for 1, which waits for 0; 2 waits for 0 too
-    everyone(watch, crossed, 100.0)
-    everyone(watch, crossed, 104.0)
-    ranks, why = watch.verdict(2, 104.0)
+    everyone(watchdog, crossed, 100.0)
+    everyone(watchdog, crossed, 104.0)
+    ranks, why = watchdog.verdict(2, 104.0)
     assert ranks == [1] and 'rank 0 waits at #2 all_reduce "layer 2"' in why and '"layer 5" of ranks 0, 1, 2' in why
     busy = [at(2, ranks=TP), at(1, waits=False), at(5)]  # 1 computes: 0 waits for it, and 2 for both
-    watch = Watch(3, timeout_s=600)
-    everyone(watch, busy, 100.0)
-    everyone(watch, busy, 104.0)
-    assert watch.verdict(2, 104.0) is None
+    watchdog = Watchdog(3, timeout_s=600)
+    everyone(watchdog, busy, 100.0)
+    everyone(watchdog, busy, 104.0)
+    assert watchdog.verdict(2, 104.0) is None
 
 
 def test_who_is_named_does_not_depend_on_who_came_first() -> None:
@@ -82,28 +82,28 @@ def test_who_is_named_does_not_depend_on_who_came_first() -> None:
     crossed = [at(0, ranks=low), at(1, ranks=four)]
     crossed += [at(0, ranks=high, waits=False, done=2)] * 2
     for late in range(4):
-        watch = Watch(4, timeout_s=600)
+        watchdog = Watchdog(4, timeout_s=600)
         for rank, report in enumerate(crossed):
-            watch.hear(rank, report, 100.4 if rank == late else 100.0)
-        everyone(watch, crossed, 103.1)
-        early = watch.verdict(2, 103.1)
+            watchdog.hear(rank, report, 100.4 if rank == late else 100.0)
+        everyone(watchdog, crossed, 103.1)
+        early = watchdog.verdict(2, 103.1)
         if late in low:
             assert early is None, "not all who are held up have waited so long"
         else:
             assert early is not None and early[0] == [1]
-        everyone(watch, crossed, 103.5)
-        ranks, why = watch.verdict(2, 103.5)
+        everyone(watchdog, crossed, 103.5)
+        ranks, why = watchdog.verdict(2, 103.5)
         assert ranks == [1] and why.startswith('will not come; rank 0 waits at #0 all_reduce "layer 0"')
 
 
 def test_a_rank_that_says_nothing_any_more_is_not_judged_by_what_it_said_last() -> None:
-    watch = Watch(3, timeout_s=600)
+    watchdog = Watchdog(3, timeout_s=600)
     said = [at(5), at(4, waits=False, done=2), at(5)]
-    everyone(watch, said, 100.0)
+    everyone(watchdog, said, 100.0)
     for rank in (0, 2):
-        watch.hear(rank, said[rank], 104.0)
-    assert watch.verdict(2, 104.0) is None
-    assert watch.waiting_for([1]) == (
+        watchdog.hear(rank, said[rank], 104.0)
+    assert watchdog.verdict(2, 104.0) is None
+    assert watchdog.waiting_for([1]) == (
         'rank 0 waits at #5 all_reduce "layer 5"; rank 2 waits at #5 all_reduce "layer 5"'
     )
-    assert watch.waiting_for([0, 1, 2]) == ""
+    assert watchdog.waiting_for([0, 1, 2]) == ""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from narrows.comm.fingerprint import Fingerprint, absence, rank_names
 from narrows.ranks.timing import TIMING
 
-__all__ = ["Report", "Watch"]
+__all__ = ["Report", "Watchdog"]
 
 
 class Report(NamedTuple):
@@ -34,7 +34,7 @@ class Report(NamedTuple):
     """For how long, if it is."""
 
 
-class Watch:
+class Watchdog:
     """The ranks of one world, seen from whoever hears all of them. Times are any clock's, the same in every call."""
 
     def __init__(self, size: int, timeout_s: float, stuck_s: float = TIMING.stuck_s) -> None:

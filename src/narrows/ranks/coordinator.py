@@ -23,8 +23,7 @@ from narrows.comm.fingerprint import rank_names
 from narrows.errors import ConfigError, NarrowsError, RankError
 from narrows.layout import Mesh
 from narrows.ranks.channel import Channel, listen
-from narrows.ranks.children import Children, end_children, ending, spawn
-from narrows.ranks.launch import Launch, host_key, open_store, publish
+from narrows.ranks.launch import Launch, coordinator_key, open_store, publish
 from narrows.ranks.messages import (
     BEAT,
     CALL,
@@ -41,10 +40,11 @@ from narrows.ranks.messages import (
     hello,
 )
 from narrows.ranks.packing import Packer, pack
+from narrows.ranks.spawn import Processes, end_processes, ending, spawn
 from narrows.ranks.timing import TIMING, Timing
-from narrows.ranks.watch import Watch
+from narrows.ranks.watchdog import Watchdog
 
-__all__ = ["Host"]
+__all__ = ["Coordinator"]
 
 
 class _Peer:
@@ -70,8 +70,8 @@ class _Call:
         self.future.set_running_or_notify_cancel()  # a rank cannot skip what the others do: no cancelling
 
 
-class Host:
-    """The ranks as their host sees them. One thread per peer hears it, one watches the clock.
+class Coordinator:
+    """Starts the ranks of a mesh, hands them calls, and ends them. One thread listens per peer, one watches the clock.
 
     ``timing``: what ranks are judged by, in seconds of ``clock``.
     """
@@ -89,7 +89,7 @@ class Host:
         self.forgotten = False
         self._launch, self._timing, self._clock = launch, timing, clock
         self._packer = Packer(once)
-        self._watch = Watch(mesh.size, timeout_s, timing.stuck_s)
+        self._watchdog = Watchdog(mesh.size, timeout_s, timing.stuck_s)
         self._tick_s = min(timing.beat_s / 2, timeout_s / 4)
         self._ticked_at = clock()
         self._lock = threading.Lock()  # of what follows; never held while something is sent
@@ -103,7 +103,7 @@ class Host:
         self._ordering = threading.Lock()  # keeps calls in one order on all ranks
         self._peers: list[_Peer] = []
         self._ranks: dict[int, _Peer] = {}
-        self._children: Children = {}
+        self._processes: Processes = {}
         self._over = threading.Event()
         self._ending = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -134,12 +134,14 @@ class Host:
         self._store, store_address, store_port = open_store(launch, self._timing.join_s)
         with listen(launch.address if launch else "127.0.0.1") as listener:
             address = launch.address if launch else "127.0.0.1"
-            contact = Contact(address=address, port=listener.getsockname()[1], key=host_key(), timing=self._timing)
+            contact = Contact(
+                address=address, port=listener.getsockname()[1], key=coordinator_key(), timing=self._timing
+            )
             if launch is not None:
                 publish(launch, self._store, contact)
             self._start_thread(self._tick, "narrows watches its ranks")
             own = launch.ranks if launch else tuple(range(self.mesh.size))
-            spawn(own, 0, contact, self._children)
+            spawn(own, 0, contact, self._processes)
             nodes = launch.num_nodes - 1 if launch and not launch.by_torchrun else 0
             self._welcome(listener, contact.key, self.mesh.size + nodes)
         setup = Setup(
@@ -162,7 +164,7 @@ class Host:
         while len(self._peers) < num_peers:
             if self._failure is not None:
                 raise self._failure
-            for rank, child in self._children.items():
+            for rank, child in self._processes.items():
                 if child.poll() is not None and rank not in self._ranks:
                     raise RankError(f"rank {rank} (pid {child.pid}) {ending(child)} before it had started")
             if self._clock() > end:
@@ -184,7 +186,9 @@ class Host:
         peer = _Peer(channel, pickle.loads(message[1]), self._clock())
         own = hello(None, 0, os.getpid()).versions
         if peer.said.versions != own:
-            raise ConfigError(f"{peer} runs {peer.said.versions}, but its host runs {own}: they must be the same")
+            raise ConfigError(
+                f"{peer} runs {peer.said.versions}, but its coordinator runs {own}: they must be the same"
+            )
         self._peers.append(peer)
         if peer.said.rank is not None:
             self._ranks[peer.said.rank] = peer
@@ -284,7 +288,7 @@ class Host:
         if self._over.is_set():
             return
         why = "is gone: its connection was closed"
-        child = self._children.get(peer.said.rank) if peer.said.rank is not None else None
+        child = self._processes.get(peer.said.rank) if peer.said.rank is not None else None
         if child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(self._timing.exit_s)
@@ -316,7 +320,7 @@ class Host:
                     self._failed(peer, pickle.loads(data))
                 elif kind == BEAT and rank is not None:
                     with self._lock:
-                        self._watch.hear(rank, pickle.loads(data), peer.heard)
+                        self._watchdog.hear(rank, pickle.loads(data), peer.heard)
         except EOFError:
             self._gone(peer)
         except BaseException as error:  # e.g. a result of a class that this process lacks
@@ -348,7 +352,7 @@ class Host:
             return
         with self._lock:
             suspicion = self._suspicion
-            verdict = self._watch.verdict(self._num_calls, now) if self._pending else None
+            verdict = self._watchdog.verdict(self._num_calls, now) if self._pending else None
         if suspicion is not None and now - suspicion[0] > self._timing.blame_s:
             self.fail(suspicion[1])
         elif verdict is not None and suspicion is None:
@@ -363,12 +367,12 @@ class Host:
         names = ", ".join(f"{peer}{self._state(peer)}" for peer in silent)
         told = f"{names}: nothing was heard for {timing.silence_s:g} s"
         with self._lock:
-            waiting = self._watch.waiting_for([peer.said.rank for peer in silent if peer.said.rank is not None])
+            waiting = self._watchdog.waiting_for([peer.said.rank for peer in silent if peer.said.rank is not None])
         return f"{told}; {waiting}" if waiting else told
 
     def _state(self, peer: _Peer) -> str:
         """What this host's kernel says of a silent child; nothing elsewhere."""
-        if peer.said.rank not in self._children:
+        if peer.said.rank not in self._processes:
             return ""
         with contextlib.suppress(OSError, IndexError):
             state = Path(f"/proc/{peer.said.pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -378,7 +382,7 @@ class Host:
     # --- the end
 
     def end(self, error: BaseException | None) -> None:
-        """Ends all ranks, once; ``error`` is what ends the host, if something does. Their exit code says so too."""
+        """Ends all ranks, once. ``error``: why, if something failed; their exit code tells."""
         with self._ending:
             if self._over.is_set():
                 return
@@ -392,7 +396,7 @@ class Host:
             self._drop_pending()
             for peer in self._peers:
                 peer.channel.try_send(END, pickle.dumps((code, why)))
-            end_children(self._children, self._timing.grace_s)
+            end_processes(self._processes, self._timing.grace_s)
             end = time.monotonic() + self._timing.grace_s
             for peer in self._peers:
                 peer.gone.wait(max(0.0, end - time.monotonic()))
