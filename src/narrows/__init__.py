@@ -1,24 +1,43 @@
 """narrows: LLM inference whose activations cross ranks where they are narrowest, by plan.
 
-``LLM`` and ``SamplingParams`` are imported when they are first asked for, so that planning needs no torch.
+    from narrows import plan_step            # price a model's layouts, without torch
+    from narrows import LLM, SamplingParams  # generate text; needs narrows[engine]
+
+Each name is imported when it is first asked for, so that planning needs no torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from narrows.engine.llm import LLM, Completion
+    from narrows.engine.llm import LLM, Completion, Piece
+    from narrows.errors import ConfigError, NarrowsError
+    from narrows.plan.plan_step import plan_step
+    from narrows.plan.report import PlanReport
     from narrows.sched.sampling import SamplingParams
 
-__all__ = ["LLM", "Completion", "SamplingParams"]
+__all__ = ["LLM", "Completion", "ConfigError", "NarrowsError", "Piece", "PlanReport", "SamplingParams", "plan_step"]
+
+_MODULES = {
+    "LLM": "narrows.engine.llm",
+    "Completion": "narrows.engine.llm",
+    "ConfigError": "narrows.errors",
+    "NarrowsError": "narrows.errors",
+    "Piece": "narrows.engine.llm",
+    "PlanReport": "narrows.plan.report",
+    "SamplingParams": "narrows.sched.sampling",
+    "plan_step": "narrows.plan.plan_step",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LLM", "Completion"):
-        from narrows.engine import llm  # noqa: PLC0415 - planning must not import torch
-
-        return getattr(llm, name)
-    if name == "SamplingParams":
-        from narrows.sched.sampling import SamplingParams  # noqa: PLC0415
-
-        return SamplingParams
-    raise AttributeError(f"module 'narrows' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'narrows' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("narrows"):
+            raise
+        raise ImportError(
+            f"narrows.{name} needs {error.name}, which is not installed: pip install 'narrows[engine]'"
+        ) from None

@@ -1,31 +1,22 @@
 """``narrows plan``: prices the layouts of a model on a mesh of devices, no checkpoint, no GPU and no torch needed.
 
-Parses and calls; `plan.report` computes and `cli.plan_tables` prints.
+Parses and calls; `plan.plan_step` computes and `cli.plan_tables` prints.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
-from narrows.arch.config import ModelConfig
-from narrows.arch.positions import most_positions
-from narrows.arch.presets import load_model_config
 from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cli.plan_tables import print_report
 from narrows.cli.priced import add_priced_flags
-from narrows.cost.devices import Device
-from narrows.cost.here import here
-from narrows.cost.profile import choose_device
-from narrows.cost.stage import PHASES, StepShape
+from narrows.cost.stage import PHASES
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.code import plan_code
-from narrows.plan.deploy import planned_dtype
 from narrows.plan.named import named_layout
-from narrows.plan.planner import Deployment
-from narrows.plan.report import make_report
+from narrows.plan.plan_step import plan_step
 from narrows.plan.saved import write_plan
 
 __all__ = ["add_parser", "run"]
@@ -78,46 +69,39 @@ def run(args: argparse.Namespace) -> int:
     check_output(args)
     notes: list[str] = []
     mesh = _mesh(args, notes)
-    config = load_model_config(args.model, args.revision)
-    layouts = _layouts(args, config, mesh, notes)
-    hardware = _hardware(args, mesh, notes)
-    dtype = args.dtype or _planned_dtype(args.model, config, hardware, notes)
-    deployment = Deployment(
-        config=config,
-        mesh=mesh,
-        device=hardware,
-        dtype=dtype,
+    if args.scattered:
+        notes.append(f"--enable-{_SCATTERED} is the layout {_SCATTERED} here; auto finds it where it is the cheapest")
+    report = plan_step(
+        args.model,
+        revision=args.revision,
+        rows=_group_rows(args, mesh),
+        **dict(zip(mesh.names, mesh.sizes, strict=True)),
+        device=args.device,
+        phase=args.phase,
+        context=args.context,
+        logit_rows=args.logit_rows,
+        layouts=_layouts(args),
+        dtype=args.dtype or "",
         graph=not args.eager,
         encode_rows=args.encode_rows,
         expert_skew=args.expert_skew,
+        notes=notes,
     )
-    shape = StepShape.of(
-        mesh, _group_rows(args, mesh), phase=args.phase, context=args.context, logit_rows=args.logit_rows
-    )
-    if args.context > (positions := most_positions(config)):
-        notes.append(f"context {args.context} is beyond the {positions} positions of {config.name}")
-    report = make_report(deployment, shape, layouts, logit_rows=args.logit_rows, notes=notes)
+    if args.scattered:
+        named_layout(_SCATTERED, report.deployment.config, mesh)  # refused if it cannot apply, whatever is compared
     one = report.entries[0] if len(report.entries) == 1 else report.auto
     if args.html:
         from narrows.cli.plan_html import report_page  # noqa: PLC0415 - the page's template engine is not needed else
 
         _write(args.html, report_page(report))
     if args.save:
-        write_plan(Path(args.save), one.plan, config, one.forms)
+        write_plan(Path(args.save), one.plan, report.deployment.config, one.forms)
     if args.code:
         print(plan_code(one.plan), end="")
     elif not args.json:
         print_report(report)
     put_document(args, report.document())
     return 0
-
-
-def _hardware(args: argparse.Namespace, mesh: Mesh, notes: list[str]) -> Device:
-    """What is asked for; if nothing is, this machine, by this user's profile of as many ranks."""
-    setting = partial(here, ranks=mesh.size, threads=1, world="")
-    found, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
-    notes += said
-    return found
 
 
 def _write(file: str, text: str) -> None:
@@ -127,13 +111,9 @@ def _write(file: str, text: str) -> None:
         raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from None
 
 
-def _layouts(args: argparse.Namespace, config: ModelConfig, mesh: Mesh, notes: list[str]) -> tuple[str, ...]:
-    """The layouts asked for by name; none means all that apply."""
-    if not args.scattered:
-        return tuple(args.layout)
-    named_layout(_SCATTERED, config, mesh)  # refused if it cannot apply, even where all that apply are compared
-    notes.append(f"--enable-{_SCATTERED} is the layout {_SCATTERED} here; auto finds it where it is the cheapest")
-    return (*args.layout, _SCATTERED) if args.layout else ()
+def _layouts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The layouts asked for by name; none means all that apply, and SGLang's switch adds nothing to them."""
+    return (*args.layout, _SCATTERED) if args.scattered and args.layout else tuple(args.layout)
 
 
 def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
@@ -150,12 +130,6 @@ def _mesh(args: argparse.Namespace, notes: list[str]) -> Mesh:
         f"--enable-dp-attention: --tp {args.tp} counts all ranks, so --dp {args.dp} makes this the mesh {mesh}"
     )
     return mesh
-
-
-def _planned_dtype(model: str, config: ModelConfig, hardware: Device, notes: list[str]) -> str:
-    dtype, because = planned_dtype(config, hardware, model)
-    notes.append(f"dtype {dtype}: {because}")
-    return dtype
 
 
 def _group_rows(args: argparse.Namespace, mesh: Mesh) -> tuple[int, ...]:

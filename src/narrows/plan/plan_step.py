@@ -1,0 +1,83 @@
+"""Plans one step of a model from names and numbers, as `narrows plan` and Python callers give them. PURE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from narrows.arch.positions import most_positions
+from narrows.arch.presets import load_model_config
+from narrows.cost.here import here
+from narrows.cost.imbalance import DEFAULT_SKEW
+from narrows.cost.profile import choose_device
+from narrows.cost.stage import StepShape
+from narrows.errors import ConfigError
+from narrows.layout import Mesh, deal
+from narrows.plan.deploy import planned_dtype
+from narrows.plan.planner import Deployment
+from narrows.plan.report import PlanReport, make_report
+
+__all__ = ["plan_step"]
+
+
+def plan_step(
+    model: str,
+    *,
+    rows: int | Sequence[int],
+    dp: int = 1,
+    tp: int = 1,
+    device: str = "auto",
+    phase: str = "prefill",
+    context: int = 4096,
+    logit_rows: int | None = None,
+    layouts: Sequence[str] = (),
+    dtype: str = "",
+    graph: bool = True,
+    encode_rows: str = "none",
+    expert_skew: float = DEFAULT_SKEW,
+    revision: str = "",
+    notes: Sequence[str] = (),
+) -> PlanReport:
+    """Plan one step of ``model`` on a mesh of ``dp x tp`` devices, under several layouts; no torch, no GPU.
+
+    Args:
+        model: a preset, a checkpoint folder, a ``config.json``, a ``.gguf`` file, or org/name of the hub.
+        rows: tokens of the step, spread evenly over the attention groups; or those of each group.
+        device: what one rank is, such as ``h100``, or a profile's file; ``auto`` is this machine's profile.
+        phase: ``prefill`` or ``decode``.
+        context: length of each sequence in tokens.
+        logit_rows: tokens whose logits are computed; None: one per sequence.
+        layouts: names of layouts to compare; empty: all that apply. `auto`, the cheapest one, is always planned.
+        dtype: of linear weights and their products; empty: the checkpoint's.
+        graph: whether kernels are launched from a CUDA graph.
+        encode_rows: what rows may travel as before a gather (docs/encoded-rows.md).
+        expert_skew: exponent of the power law by which experts are chosen; 0: all alike.
+        notes: lines for the report, before those that are found here.
+
+    Raises:
+        ConfigError: anything that cannot be, with the numbers and what would work.
+    """
+    mesh = Mesh.of(dp=dp, tp=tp)
+    config = load_model_config(model, revision)
+    setting = partial(here, ranks=mesh.size, threads=1, world="")
+    hardware, found = choose_device(device, setting, dtype=dtype, model=model, runs=False)
+    found = [*notes, *found]
+    if not dtype:
+        dtype, because = planned_dtype(config, hardware, model)
+        found.append(f"dtype {dtype}: {because}")
+    group_rows = deal(rows, mesh.num_groups) if isinstance(rows, int) else tuple(rows)
+    if sum(group_rows) < 1:
+        raise ConfigError(f"rows {rows}: a step has at least 1 row")
+    shape = StepShape.of(mesh, group_rows, phase=phase, context=context, logit_rows=logit_rows)
+    if context > (positions := most_positions(config)):
+        found.append(f"context {context} is beyond the {positions} positions of {config.name}")
+    deployment = Deployment(
+        config=config,
+        mesh=mesh,
+        device=hardware,
+        dtype=dtype,
+        graph=graph,
+        encode_rows=encode_rows,
+        expert_skew=expert_skew,
+    )
+    return make_report(deployment, shape, layouts, logit_rows=logit_rows, notes=found)
