@@ -52,10 +52,12 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
         help="a checkpoint folder (config.json, safetensors, tokenizer.json), a .gguf file, or org/name of the hub",
     )
     add_revision_flag(parser)
-    mesh = parser.add_argument_group("mesh: world = dp x tp ranks")
+    mesh = parser.add_argument_group("mesh of dp x tp ranks")
     mesh.add_argument("--dp", type=int, default=_DEFAULT["dp"], help="attention groups (default %(default)s)")
     mesh.add_argument("--tp", type=number, default=number(default), help=f"ranks per group{what} (default {default})")
-    mesh.add_argument("--ranks", choices=RANKS, help=f"what ranks are (default {ranks})")
+    mesh.add_argument(
+        "--ranks", choices=RANKS, help=f"run ranks as threads of one process, or as processes (default {ranks})"
+    )
     mesh.add_argument(
         "--threads", type=number, default=number(default), help=f"threads per rank{what} (default {default})"
     )
@@ -64,30 +66,36 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
         type=float,
         default=_DEFAULT["timeout_s"],
         metavar="S",
-        help="seconds that a rank which lives may keep the others waiting (default %(default)g)",
+        help="seconds that a live rank may keep the others waiting (default %(default)g)",
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--dtype", default=_DEFAULT["dtype"], help="auto (the checkpoint's), bfloat16 or float32")
     engine.add_argument(
-        "--run-on", choices=RUN_ON, default=_DEFAULT["run_on"], help="what ranks compute on (default %(default)s)"
+        "--dtype", default=_DEFAULT["dtype"], help="bfloat16, float32 or auto, the checkpoint's (default %(default)s)"
     )
     engine.add_argument(
-        "--device", default=_DEFAULT["device"], help="device that plans are priced for (default: the one it runs on)"
+        "--run-on", choices=RUN_ON, default=_DEFAULT["run_on"], help="where ranks compute (default %(default)s)"
+    )
+    engine.add_argument(
+        "--device",
+        default=_DEFAULT["device"],
+        help="device that plans are priced for (default: the one that ranks run on)",
     )
     engine.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         default=_DEFAULT["quantization"],
-        help="round linear and expert weights to int8, and rows too, or not (docs/kernels.md; default none)",
+        help="hold linear and expert weights as int8; int8 rounds rows too (docs/kernels.md; default none)",
     )
     engine.add_argument(
         "--encode-rows",
         choices=tuple(ENCODE_ROWS),
         default=_DEFAULT["encode_rows"],
-        help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
+        help="encode rows before gathers where that pays, or always (docs/encoded-rows.md; default none)",
     )
     engine.add_argument(
-        "--load-format", default=_DEFAULT["load_format"], help=f"{', '.join(LOAD_FORMATS)} (dummy: random weights)"
+        "--load-format",
+        default=_DEFAULT["load_format"],
+        help=f"{', '.join(LOAD_FORMATS)}; dummy has random weights (default %(default)s)",
     )
     engine.add_argument(
         "--checked", action="store_true", help="compare collectives and shapes between ranks at every step"
@@ -124,7 +132,9 @@ def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     """What a step and the cache may hold, and the plan that is pinned to every step, if one is."""
     limits = parser.add_argument_group("limits and plans")
-    limits.add_argument("--plan", dest="plan_file", default="", metavar="FILE", help="run a plan kept by plan --save")
+    limits.add_argument(
+        "--plan", dest="plan_file", default="", metavar="FILE", help="run the plan that narrows plan --save wrote"
+    )
     limits.add_argument(
         "--max-rows", type=int, default=_DEFAULT["rows_per_step"], help="rows per step (default %(default)s)"
     )
@@ -132,10 +142,12 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--max-context", type=int, help="tokens per sequence (default: the model's, at most 8192)")
     limits.add_argument("--kv-tokens", type=int, help="tokens of KV cache per attention group (default: two contexts)")
     limits.add_argument(
-        "--batch-invariant", action="store_true", help="no text depends on what else runs (docs/batch-invariance.md)"
+        "--batch-invariant",
+        action="store_true",
+        help="make a text independent of what else runs (docs/batch-invariance.md)",
     )
     limits.add_argument(
-        "--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute all of every prompt"
+        "--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute the whole of every prompt"
     )
 
 
@@ -148,10 +160,10 @@ def limit_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_host_flags(parser: argparse.ArgumentParser) -> None:
     """Where ranks on several hosts meet."""
     hosts = parser.add_argument_group("several hosts: the same command on each, with its own --node-rank; or torchrun")
-    hosts.add_argument("--nnodes", type=int, metavar="N", help="hosts; ranks are dealt to them in order")
-    hosts.add_argument("--node-rank", type=int, metavar="K", help="this host's place; 0 schedules and prints")
-    hosts.add_argument("--master-addr", metavar="A", help="address of host 0 that all can reach")
-    hosts.add_argument("--master-port", type=int, metavar="P", help="a free port there")
+    hosts.add_argument("--nnodes", type=int, metavar="N", help="number of hosts; they get the ranks in order")
+    hosts.add_argument("--node-rank", type=int, metavar="K", help="number of this host; 0 schedules and prints")
+    hosts.add_argument("--master-addr", metavar="A", help="address of host 0 that all hosts can reach")
+    hosts.add_argument("--master-port", type=int, metavar="P", help="a free port of host 0")
 
 
 def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launch | None:
@@ -176,16 +188,20 @@ def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> N
     """Where prompts come from, and whether they are chats."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=f"a prompt; repeatable{default}")
-    prompts.add_argument("--prompt-file", metavar="FILE", help="a text file, one prompt per line")
+    prompts.add_argument("--prompt-file", metavar="FILE", help="a text file with one prompt per line")
     prompts.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template")
 
 
 def add_trace_flags(parser: argparse.ArgumentParser, what: str) -> None:
     """Where a trace is written, and how long it may be; ``what`` goes into it."""
-    trace = parser.add_argument_group("trace, which Perfetto and chrome://tracing open (docs/tracing.md)")
+    trace = parser.add_argument_group("trace for Perfetto and chrome://tracing (docs/tracing.md)")
     trace.add_argument("--trace", default="", metavar="FILE", help=f"write {what}; compressed if FILE ends in .gz")
     trace.add_argument(
-        "--trace-steps", type=int, default=DEFAULT_STEPS, metavar="N", help="most steps in it (default %(default)s)"
+        "--trace-steps",
+        type=int,
+        default=DEFAULT_STEPS,
+        metavar="N",
+        help="trace at most N steps (default %(default)s)",
     )
 
 

@@ -62,9 +62,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         kind = kinds.add_parser(name, help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
         add_engine_flags(kind)
         turns = kind.add_argument_group("turns")
-        turns.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
-        turns.add_argument("--warmup", type=int, default=1, help="rounds before them (default %(default)s)")
-        turns.add_argument("--seed", type=int, default=0, help="of prompts and dummy weights (default %(default)s)")
+        turns.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default %(default)s)")
+        turns.add_argument(
+            "--warmup", type=int, default=1, metavar="N", help="untimed rounds before them (default %(default)s)"
+        )
+        turns.add_argument(
+            "--seed", type=int, default=0, help="seed of prompts and dummy weights (default %(default)s)"
+        )
         turns.add_argument("--plot", default="", metavar="FILE", help="draw the medians (needs the extra 'plot')")
         add(kind)
         add_output_flags(kind)
@@ -74,46 +78,68 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _variant_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("variants, which take turns; ratios are to the first")
-    group.add_argument("--layout", action="append", default=[], metavar="L", help="repeatable (default: auto)")
+    group = parser.add_argument_group("variants (they take turns; ratios are to the first)")
+    group.add_argument(
+        "--layout", action="append", default=[], metavar="L", help="a layout; repeatable (default: auto)"
+    )
     group.add_argument("--every-layout", action="store_true", help="all layouts that apply")
     group.add_argument(
-        "--against", action="append", default=[], metavar="K=V[,K=V]", help="an engine with these changes; repeatable"
+        "--against",
+        action="append",
+        default=[],
+        metavar="K=V[,K=V]",
+        help="a variant with these engine options changed; repeatable",
     )
     add_limit_flags(parser)
-    add_trace_flags(parser, "when every rank ran what, warm-up rounds included")
+    add_trace_flags(parser, "what every rank ran when, warm-up rounds included")
 
 
 def _layer_flags(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
-    work.add_argument("--rows", type=int, required=True, help="rows of the step, all groups together")
-    work.add_argument("--phase", choices=PHASES, default="prefill", help="(default %(default)s)")
-    work.add_argument("--context", type=int, default=0, help="tokens per sequence (default: one prompt per group)")
+    work.add_argument("--rows", type=int, required=True, metavar="N", help="rows of the step, all groups together")
+    work.add_argument("--phase", choices=PHASES, default="prefill", help="phase of the step (default %(default)s)")
+    work.add_argument(
+        "--context", type=int, default=0, metavar="N", help="tokens per sequence (default: one prompt per group)"
+    )
     _variant_flags(parser)
 
 
 def _collectives_flags(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
-    work.add_argument("--sizes", default=_SIZES, help="bytes of the whole tensor (default %(default)s)")
+    work.add_argument("--sizes", default=_SIZES, metavar="B,B", help="bytes of the whole tensor (default %(default)s)")
     work.add_argument(
-        "--against", action="append", default=[], metavar="WORLD", help=f"{' or '.join(OTHERS)}; repeatable"
+        "--against",
+        action="append",
+        default=[],
+        metavar="WORLD",
+        help=f"also measure {' or '.join(OTHERS)}; repeatable",
     )
 
 
 def _offline_flags(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
-    work.add_argument("--num-requests", type=int, default=32, help="(default %(default)s)")
-    work.add_argument("--input-length", type=int, default=512, help="tokens (default %(default)s)")
-    work.add_argument("--output-length", type=int, default=64, help="tokens (default %(default)s)")
+    work.add_argument("--num-requests", type=int, default=32, metavar="N", help="requests (default %(default)s)")
+    work.add_argument(
+        "--input-length", type=int, default=512, metavar="N", help="tokens of a prompt (default %(default)s)"
+    )
+    work.add_argument(
+        "--output-length", type=int, default=64, metavar="N", help="tokens of a text (default %(default)s)"
+    )
     _variant_flags(parser)
 
 
 def _latency_flags(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
-    work.add_argument("--prompt-lengths", default="512,2048", metavar="N,N", help="none: 0 (default %(default)s)")
-    work.add_argument("--batches", default="1,8,16", metavar="N,N", help="of decode; none: 0 (default %(default)s)")
-    work.add_argument("--context", type=int, default=128, help="tokens when decode begins (default %(default)s)")
-    work.add_argument("--steps", type=int, default=32, help="decode steps per round (default %(default)s)")
+    work.add_argument(
+        "--prompt-lengths", default="512,2048", metavar="N,N", help="prompts to time; 0: none (default %(default)s)"
+    )
+    work.add_argument(
+        "--batches", default="1,8,16", metavar="N,N", help="decode batches to time; 0: none (default %(default)s)"
+    )
+    work.add_argument(
+        "--context", type=int, default=128, metavar="N", help="tokens when decode begins (default %(default)s)"
+    )
+    work.add_argument("--steps", type=int, default=32, metavar="N", help="decode steps per round (default %(default)s)")
     _variant_flags(parser)
 
 

@@ -25,21 +25,35 @@ ABOUT = "every layout over a grid of row counts: prices against measured time, t
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What is measured, and for how long; the engine's flags are the caller's."""
     work = parser.add_argument_group("work")
-    work.add_argument("--rows", default="1,8,64,512,2048", metavar="N,N", help="of the steps (default %(default)s)")
-    work.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="(default %(default)s)")
-    work.add_argument("--context", type=int, default=256, help="tokens of a sequence in decode (default %(default)s)")
     work.add_argument(
-        "--prompt-length", type=int, default=0, help="tokens of a prompt in prefill (default: one prompt per group)"
+        "--rows", default="1,8,64,512,2048", metavar="N,N", help="rows of the steps (default %(default)s)"
     )
     work.add_argument(
-        "--layout", action="append", default=[], metavar="L", help="beside auto; repeatable (default: all that apply)"
+        "--phase", choices=(*PHASES, "both"), default="both", help="phase of the steps (default %(default)s)"
+    )
+    work.add_argument(
+        "--context", type=int, default=256, metavar="N", help="tokens of a sequence in decode (default %(default)s)"
+    )
+    work.add_argument(
+        "--prompt-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a prompt in prefill (default: one prompt per group)",
+    )
+    work.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="L",
+        help="a layout to measure beside auto; repeatable (default: all that apply)",
     )
     work.add_argument(
         "--seconds-per-cell",
         type=float,
         default=4.0,
         metavar="S",
-        help="more rounds than --rounds of a step as long as they fit into this (default %(default)g)",
+        help="seconds that a step may get for more rounds than --rounds (default %(default)g)",
     )
     work.add_argument("--html", default="", metavar="FILE", help="write a page that draws each layout's layer")
     parser.set_defaults(rounds=3)

@@ -39,21 +39,41 @@ ABOUT = "a load on an OpenAI-compatible server, and the field's figures (docs/be
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows bench serve``."""
     server = parser.add_argument_group("server")
-    server.add_argument("--url", default="http://127.0.0.1:8000", help="without /v1 (default %(default)s)")
-    server.add_argument("--model", default="", help="(default: the first of /v1/models)")
-    server.add_argument("--api-key", default=os.environ.get("NARROWS_API_KEY", ""), help="(default: $NARROWS_API_KEY)")
-    server.add_argument("--endpoint", choices=("completions", "chat"), default="completions", help="(%(default)s)")
     server.add_argument(
-        "--vocab-size", type=int, help="prompts are random ids below it (default: /server_info's; 0: words instead)"
+        "--url", default="http://127.0.0.1:8000", help="the server's address, without /v1 (default %(default)s)"
     )
-    server.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="(default %(default)g)")
+    server.add_argument("--model", default="", help="model to ask for (default: the first of /v1/models)")
+    server.add_argument(
+        "--api-key",
+        default=os.environ.get("NARROWS_API_KEY", ""),
+        metavar="KEY",
+        help="key to send (default: $NARROWS_API_KEY)",
+    )
+    server.add_argument(
+        "--endpoint", choices=("completions", "chat"), default="completions", help="API to call (default %(default)s)"
+    )
+    server.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="prompts are random ids below N; 0: words (default: from /server_info)",
+    )
+    server.add_argument(
+        "--request-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds that a request may take (default %(default)g)",
+    )
     load = parser.add_argument_group("load")
     add_load_flags(load)
-    load.add_argument("--stop-at-eos", action="store_true", help="texts end where the model ends them")
-    load.add_argument("--warmup", type=int, default=2, metavar="N", help="requests before (default %(default)s)")
+    load.add_argument("--stop-at-eos", action="store_true", help="let the model end a text before its length")
+    load.add_argument(
+        "--warmup", type=int, default=2, metavar="N", help="untimed requests before the load (default %(default)s)"
+    )
     out = add_output_flags(parser)
     out.add_argument("--plot", default="", metavar="FILE", help="draw the latencies (needs the extra 'plot')")
-    out.add_argument("--save-requests", default="", metavar="FILE", help="one line of JSON per request")
+    out.add_argument("--save-requests", default="", metavar="FILE", help="write one line of JSON per request")
 
 
 def run(args: argparse.Namespace) -> int:

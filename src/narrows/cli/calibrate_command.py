@@ -55,14 +55,20 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         help="how ranks exchange: processes of one host through shared memory (shm), threads of one process, processes "
         "through gloo, or GPUs through nccl (default %(default)s)",
     )
-    add("--dtype", default="bfloat16", help="of activations and weights: bfloat16 or float32 (default %(default)s)")
-    add("--quantization", choices=QUANTIZATIONS, default="none", help="of linear and expert weights (default none)")
-    add("--seconds", type=float, default=170.0, help="what it may take; the dearest is left out (default %(default)g)")
-    add("--quick", action="store_true", help="few points: seconds, and rougher prices")
+    add("--dtype", default="bfloat16", help="bfloat16 or float32, of activations and weights (default %(default)s)")
+    add("--quantization", choices=QUANTIZATIONS, default="none", help="int8 linear and expert weights (default none)")
+    add(
+        "--seconds",
+        type=float,
+        default=170.0,
+        metavar="S",
+        help="time limit; the most expensive points are left out (default %(default)g)",
+    )
+    add("--quick", action="store_true", help="measure few points: faster, with rougher prices")
     add(
         "--out",
         metavar="FILE",
-        help="where the profile goes (default: among this user's profiles, see docs/profiles.md)",
+        help="write the profile to FILE (default: among this user's profiles, see docs/profiles.md)",
     )
 
 

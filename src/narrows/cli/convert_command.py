@@ -15,7 +15,7 @@ __all__ = ["add_parser", "run"]
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows convert``."""
     parser.add_argument("source", metavar="SOURCE", help="a .gguf file, or 'demo' for the demo chat model")
-    parser.add_argument("target", metavar="FOLDER", nargs="?", help="where to (not for 'demo': the user's cache)")
+    parser.add_argument("target", metavar="FOLDER", nargs="?", help="folder to write ('demo' goes to the user's cache)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default %(default)s)")
 
 

@@ -30,7 +30,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """The flags of ``narrows eval``."""
     add_engine_flags(parser, ranks=_RANKS)
     add_limit_flags(parser)
-    which = parser.add_argument_group("what is run")
+    which = parser.add_argument_group("tasks and layouts")
     which.add_argument(
         "--task", action="append", metavar="NAME", help=f"{', '.join(FILES)}; repeatable (default: all with a file)"
     )
@@ -39,9 +39,11 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TASK=PATH",
-        help="a task's file (default: that in the model folder's eval); repeatable",
+        help="a task's file (default: the one in the model's folder eval); repeatable",
     )
-    which.add_argument("--layout", action="append", metavar="NAME", help="a layout; repeatable (default: auto)")
+    which.add_argument(
+        "--layout", action="append", metavar="NAME", help="a layout to evaluate; repeatable (default: auto)"
+    )
     which.add_argument("--every-layout", action="store_true", help="all layouts that apply")
     which.add_argument("--limit", type=int, metavar="N", help="items per task, spread over its file (default: all)")
     which.add_argument(
@@ -50,15 +52,24 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="items per task that are run again, each alone (default %(default)s)",
+        help="items per task to run a second time, each alone (default %(default)s)",
     )
-    which.add_argument("--window", type=int, default=0, help="tokens per window of perplexity (default: at most 512)")
-    which.add_argument("--stride", type=int, default=0, help="tokens scored per window (default: half of it)")
-    which.add_argument("--shots", type=int, default=5, help="worked examples of gsm8k (default %(default)s)")
+    which.add_argument(
+        "--window", type=int, default=0, metavar="N", help="tokens per window of perplexity (default: at most 512)"
+    )
+    which.add_argument(
+        "--stride", type=int, default=0, metavar="N", help="tokens scored per window (default: half a window)"
+    )
+    which.add_argument(
+        "--shots", type=int, default=5, metavar="N", help="worked examples of gsm8k (default %(default)s)"
+    )
     which.add_argument("--chat", action="store_true", help="gsm8k as a chat: worked examples are its earlier turns")
-    against = parser.add_argument_group("what is compared")
+    against = parser.add_argument_group("comparison with one rank")
     against.add_argument(
-        "--kl-rows", type=int, metavar="N", help="rows of distributions; 0: none (default: 2048, or 256 MB of logits)"
+        "--kl-rows",
+        type=int,
+        metavar="N",
+        help="rows whose distributions are compared; 0: none (default: 2048, or 256 MB of logits)",
     )
     against.add_argument("--no-float32", action="store_true", help="compare distributions in the model's dtype alone")
     against.add_argument("--float32-tasks", action="store_true", help="run the tasks on one rank in float32 too")

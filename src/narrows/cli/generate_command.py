@@ -46,22 +46,35 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_host_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--layout", default=_DEFAULT["layout"], help="a named layout, or auto (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens per prompt (default %(default)s)")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="generate at most N tokens per prompt (default %(default)s)",
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     add_limit_flags(parser)
     _add_sampling_flags(parser)
     parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
-    add_trace_flags(parser, "when every rank ran what, from the first step on")
-    parser.add_argument("--quiet", action="store_true", help="print the texts alone")
+    add_trace_flags(parser, "what every rank ran when, from the first step on")
+    parser.add_argument("--quiet", action="store_true", help="print only the texts")
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (default: what the checkpoint's generation config says, else greedy)")
+    group = parser.add_argument_group("sampling (default: the checkpoint's generation config, else greedy)")
     for name, field in _SAMPLING.items():
         kind = float if isinstance(field.default, float) else int
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text here; repeatable")
-    group.add_argument("--stop-token-id", action="append", type=int, default=[], metavar="ID", help="repeatable")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text at TEXT; repeatable")
+    group.add_argument(
+        "--stop-token-id",
+        action="append",
+        type=int,
+        default=[],
+        metavar="ID",
+        help="end a text at this token; repeatable",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

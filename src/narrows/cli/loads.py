@@ -59,30 +59,59 @@ FLOOD = ("flood", "flood_input_length", "flood_output_length", "flood_at", "fair
 
 def add_load_flags(load: argparse._ArgumentGroup) -> None:
     """How many requests come when, how long they are, and what they share."""
-    load.add_argument("--num-requests", type=int, metavar="N", help="(default: 32; of a trace, all)")
-    load.add_argument("--concurrency", type=int, default=0, metavar="N", help="at most so many at once (default: all)")
-    load.add_argument("--rate", type=float, default=math.inf, metavar="R", help="requests per second (default: all)")
-    load.add_argument("--burstiness", type=float, default=1.0, metavar="B", help="1: Poisson; less: bursts (default 1)")
-    load.add_argument("--input-length", type=int, default=512, metavar="N", help="tokens (default %(default)s)")
-    load.add_argument("--output-length", type=int, default=64, metavar="N", help="tokens (default %(default)s)")
-    load.add_argument("--spread", type=float, default=0.0, metavar="F", help="lengths vary by that part (default 0)")
-    load.add_argument("--prefix-length", type=int, default=0, metavar="N", help="shared tokens before each prompt")
-    load.add_argument("--num-prefixes", type=int, default=1, metavar="N", help="how many of them (default 1)")
-    load.add_argument("--trace", default="", metavar="FILE", help="arrivals and lengths of real requests")
-    load.add_argument("--speed", type=float, default=1.0, metavar="F", help="of the trace's arrivals (default 1)")
-    load.add_argument("--scale-lengths", type=float, default=1.0, metavar="F", help="of the trace (default 1)")
-    load.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default 0)")
-    load.add_argument("--seed", type=int, default=0, help="of lengths, arrivals and prompts (default 0)")
+    load.add_argument("--num-requests", type=int, metavar="N", help="number of requests (default: 32; of a trace, all)")
+    load.add_argument(
+        "--concurrency", type=int, default=0, metavar="N", help="requests at once, at most (default: all)"
+    )
+    load.add_argument(
+        "--rate", type=float, default=math.inf, metavar="R", help="requests per second (default: all at the start)"
+    )
+    load.add_argument(
+        "--burstiness", type=float, default=1.0, metavar="B", help="1: Poisson arrivals; less: bursts (default 1)"
+    )
+    load.add_argument(
+        "--input-length", type=int, default=512, metavar="N", help="tokens of a prompt (default %(default)s)"
+    )
+    load.add_argument(
+        "--output-length", type=int, default=64, metavar="N", help="tokens of a text (default %(default)s)"
+    )
+    load.add_argument(
+        "--spread", type=float, default=0.0, metavar="F", help="lengths vary by this fraction (default 0)"
+    )
+    load.add_argument(
+        "--prefix-length", type=int, default=0, metavar="N", help="tokens of a shared prefix before each prompt"
+    )
+    load.add_argument(
+        "--num-prefixes", type=int, default=1, metavar="N", help="number of different prefixes (default 1)"
+    )
+    load.add_argument(
+        "--trace", default="", metavar="FILE", help="take arrivals and lengths of real requests from FILE"
+    )
+    load.add_argument(
+        "--speed", type=float, default=1.0, metavar="F", help="speed up the trace's arrivals by F (default 1)"
+    )
+    load.add_argument(
+        "--scale-lengths", type=float, default=1.0, metavar="F", help="multiply the trace's lengths by F (default 1)"
+    )
+    load.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="sampling temperature (default 0: greedy)"
+    )
+    load.add_argument("--seed", type=int, default=0, help="seed of lengths, arrivals and prompts (default 0)")
 
 
 def add_flood_flags(load: argparse._ArgumentGroup) -> None:
     """One client that asks for many texts at once, beside the load."""
-    load.add_argument("--flood", type=int, default=0, metavar="N", help="one more client asks for N texts at once")
-    load.add_argument("--flood-input-length", type=int, default=512, metavar="N", help="(default %(default)s)")
-    load.add_argument("--flood-output-length", type=int, default=1024, metavar="N", help="(default %(default)s)")
-    load.add_argument("--flood-at", type=float, default=0.0, metavar="S", help="seconds from the start (default 0)")
+    load.add_argument("--flood", type=int, default=0, metavar="N", help="add a client that asks for N texts at once")
+    load.add_argument("--flood-input-length", type=int, default=512, metavar="N", help="tokens (default %(default)s)")
+    load.add_argument("--flood-output-length", type=int, default=1024, metavar="N", help="tokens (default %(default)s)")
     load.add_argument(
-        "--no-fair-shares", dest="fair_shares", action="store_false", help="first come, first served, whoever it is"
+        "--flood-at", type=float, default=0.0, metavar="S", help="seconds before that client comes (default 0)"
+    )
+    load.add_argument(
+        "--no-fair-shares",
+        dest="fair_shares",
+        action="store_false",
+        help="serve requests in order of arrival, whoever sent them",
     )
 
 

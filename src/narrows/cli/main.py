@@ -16,12 +16,12 @@ from typing import NoReturn
 
 from narrows.errors import ConfigError, NarrowsError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 _EXTRAS = {"serve": "serve"}
 """The extra that a command needs; all others that need one need ``engine``."""
 
-_COMMANDS = (
+COMMANDS = (
     # name, module, what it does
     ("plan", "narrows.cli.plan_command", "price the layouts of a model on a machine, and say which is best and why"),
     (
@@ -30,16 +30,16 @@ _COMMANDS = (
         "run a load on the real scheduler in predicted time; search meshes and layouts under a latency target",
     ),
     ("generate", "narrows.cli.generate_command", "generate text from prompts over planned ranks"),
-    ("serve", "narrows.cli.serve_command", "answer OpenAI's HTTP API over planned ranks, until Ctrl-C or SIGTERM"),
+    ("serve", "narrows.cli.serve_command", "answer OpenAI's HTTP API over planned ranks until Ctrl-C or SIGTERM"),
     ("verify", "narrows.cli.verify_command", "compare every layout that applies with one rank, on the real weights"),
     (
         "eval",
         "narrows.cli.eval_command",
         "run tasks under layouts, and compare accuracy and distributions with one rank",
     ),
-    ("bench", "narrows.cli.bench_command", "measure layers, collectives, throughput and latency, variants in turns"),
-    ("calibrate", "narrows.cli.calibrate_command", "measure this machine's prices, which plans then rest on"),
-    ("convert", "narrows.cli.convert_command", "make a checkpoint folder from a GGUF file, or the demo model"),
+    ("bench", "narrows.cli.bench_command", "measure layers, collectives, throughput and latency; variants take turns"),
+    ("calibrate", "narrows.cli.calibrate_command", "measure this machine's prices, which later plans use"),
+    ("convert", "narrows.cli.convert_command", "write a checkpoint folder from a GGUF file, or from the demo model"),
 )
 
 
@@ -94,7 +94,7 @@ def _run(argv: list[str]) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     asked = next((arg for arg in argv if not arg.startswith("-")), None)
     command = None
-    for name, module, summary in _COMMANDS:
+    for name, module, summary in COMMANDS:
         about = f"{summary.capitalize()}."
         subparser = subparsers.add_parser(name, help=summary, description=about, allow_abbrev=False)
         if name == asked:

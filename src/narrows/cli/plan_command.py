@@ -36,13 +36,18 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="NAME",
-        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., or the file of a profile (default: this "
+        help="device of one rank: h20, h100, h200, b200, a100, cpu-core ..., or the file of a profile (default: this "
         "machine's profile, see narrows calibrate)",
     )
-    add("--rows", type=int, required=True, metavar="N", help="tokens of the step, over all groups")
+    add("--rows", type=int, required=True, metavar="N", help="tokens of the step, all groups together")
     add("--group-rows", metavar="A,B,...", help="tokens of each group (default: spread evenly, larger groups first)")
-    add("--logit-rows", type=int, metavar="K", help="tokens whose logits are asked for (default: one per sequence)")
-    add("--phase", choices=PHASES, default="prefill", help="what the tokens are (default prefill)")
+    add("--logit-rows", type=int, metavar="K", help="tokens whose logits are computed (default: one per sequence)")
+    add(
+        "--phase",
+        choices=PHASES,
+        default="prefill",
+        help="whether the tokens are prompts or one new token per sequence (default prefill)",
+    )
     add("--context", type=int, default=4096, metavar="C", help="length of each sequence in tokens (default 4096)")
     add_priced_flags(parser, no_layout="all that apply")
     add(f"--enable-{_SCATTERED}", dest="scattered", action="store_true", help=f"SGLang's switch: --layout {_SCATTERED}")

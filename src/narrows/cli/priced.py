@@ -29,7 +29,7 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
     add(
         "--dtype",
         choices=DTYPES,
-        help="of linear weights and their GEMMs (default: what the checkpoint has)",
+        help="dtype of linear weights and their products (default: the checkpoint's)",
     )
     add(
         "--layout",
@@ -42,14 +42,14 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
         "--encode-rows",
         choices=tuple(ENCODE_ROWS),
         default="none",
-        help="what rows may travel as before a gather, where it pays, or always (docs/encoded-rows.md; default none)",
+        help="encode rows before gathers where that pays, or always (docs/encoded-rows.md; default none)",
     )
     add(
         "--expert-skew",
         type=float,
         default=DEFAULT_SKEW,
         metavar="A",
-        help="exponent of the power law that experts are chosen by; 0: all alike (default %(default)s)",
+        help="exponent of the power law by which experts are chosen; 0: all equally often (default %(default)s)",
     )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
 

@@ -70,67 +70,87 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)"
     )
-    http.add_argument("--port", type=int, default=8000, help="0: any free one (default %(default)s)")
+    http.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one (default %(default)s)")
     http.add_argument(
-        "--api-key", action="append", metavar="KEY", help=f"let these in only; repeatable (default: ${_KEY_VARIABLE})"
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help=f"accept only requests with this key; repeatable (default: ${_KEY_VARIABLE})",
     )
     http.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="a name for requests' model; repeatable"
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="a name by which requests may ask for the model; repeatable",
     )
     http.add_argument(
-        "--max-body-mb", type=float, default=_SERVER["max_body_bytes"] / _MB, metavar="MB", help="of a body"
+        "--max-body-mb",
+        type=float,
+        default=_SERVER["max_body_bytes"] / _MB,
+        metavar="MB",
+        help="largest body (default %(default)g)",
     )
     http.add_argument(
-        "--request-timeout", type=float, default=_SERVER["request_timeout_s"], metavar="S", help="of a request, in all"
+        "--request-timeout",
+        type=float,
+        default=_SERVER["request_timeout_s"],
+        metavar="S",
+        help="longest time of a request (default %(default)g)",
     )
     http.add_argument(
         "--max-connections",
         type=int,
         metavar="N",
-        help=f"at once (default {MAX_CONNECTIONS}, or what the limit of open files has room for)",
+        help=f"connections at once (default {MAX_CONNECTIONS}, or as many as the limit of open files allows)",
     )
     http.add_argument(
         "--allow-host",
         action="append",
         metavar="HOST",
-        help="let requests for this Host in; repeatable. Without a key, a server on loopback lets in none but its own",
+        help="accept requests for this Host; repeatable. Without a key, a server on loopback accepts only its own",
     )
     http.add_argument(
         "--allow-origin",
         action="append",
         metavar="ORIGIN",
-        help="let web pages of this origin use the server (CORS), *: all; repeatable (default: none)",
+        help="let web pages of this origin use the server (CORS); *: all; repeatable (default: none)",
     )
     http.add_argument(
-        "--allow-priority", action="store_true", help="let requests be more urgent than normal (priority below 0)"
+        "--allow-priority",
+        action="store_true",
+        help="accept requests with a priority below 0, which are more urgent than normal",
     )
     http.add_argument(
         "--intake",
         choices=("process", "threads"),
         default="process",
-        help="where bodies of more than 16 KB are read; threads: for debugging (default %(default)s)",
+        help="read bodies of more than 16 KB in a process of their own, or (to debug) in threads (default %(default)s)",
     )
-    text = parser.add_argument_group("what is read in the model's text (auto: the format of its chat template)")
-    text.add_argument("--tool-call-parser", default="auto", choices=TOOL_PARSERS, help="default: auto")
-    text.add_argument("--reasoning-parser", default="auto", choices=REASONING_PARSERS, help="default: auto")
-    life = parser.add_argument_group("life")
+    text = parser.add_argument_group("parsers of the model's text (auto: by the format of its chat template)")
+    text.add_argument(
+        "--tool-call-parser", default="auto", choices=TOOL_PARSERS, help="format of tool calls (default auto)"
+    )
+    text.add_argument(
+        "--reasoning-parser", default="auto", choices=REASONING_PARSERS, help="format of reasoning (default auto)"
+    )
+    life = parser.add_argument_group("queue, start and end")
     life.add_argument(
-        "--max-queue", type=int, default=1024, metavar="N", help="texts that may wait (default %(default)s)"
+        "--max-queue", type=int, default=1024, metavar="N", help="requests that may wait (default %(default)s)"
     )
     life.add_argument(
         "--prompt-rows",
         type=int,
         default=_DEFAULT["prompt_rows"],
         metavar="N",
-        help="rows of prompts in a step in which texts go on: with few, no long prompt holds up who reads a text, and "
-        "prompts take longer (default: as many as --max-rows leaves)",
+        help="most prompt rows of a step that decodes too: fewer make the gaps between tokens even, and prompts slower "
+        "(default: as many as --max-rows leaves)",
     )
     life.add_argument(
         "--drain-timeout",
         type=float,
         default=30.0,
         metavar="S",
-        help="for running texts at the end (default %(default)g)",
+        help="seconds that running requests get at the end (default %(default)g)",
     )
     life.add_argument(
         "--rehearse-rows",
@@ -140,7 +160,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         help="run decode steps of 1 to N rows while nothing else runs, so that later ones are fast from the first "
         "(default %(default)s; 0: none)",
     )
-    add_trace_flags(parser, "what POST /start_profile and /stop_profile ask for")
+    add_trace_flags(parser, "the steps between POST /start_profile and /stop_profile")
     watch = parser.add_argument_group("predicted and measured")
     watch.add_argument(
         "--drift-factor",
@@ -149,7 +169,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="say once per plan-cache bucket that its steps are off their prediction by more (default %(default)s)",
     )
-    life.add_argument("--no-restart", action="store_true", help="end with an error when a rank dies")
+    life.add_argument(
+        "--no-restart", action="store_true", help="end with an error when a rank dies, instead of restarting the ranks"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

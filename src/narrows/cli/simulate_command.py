@@ -74,7 +74,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--device",
         required=True,
         metavar="NAME",
-        help="what one rank is: h20, h100, h200, b200, a100, cpu-core ..., a profile's file, or auto: "
+        help="device of one rank: h20, h100, h200, b200, a100, cpu-core ..., a profile's file, or auto: "
         "this machine's profile",
     )
     add_priced_flags(served, no_layout="auto")
@@ -82,26 +82,38 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_requests_flag(served)
     add("--max-context", type=int, metavar="N", help="tokens per sequence (default: the model's, at most 8192)")
     add("--kv-tokens", type=int, metavar="N", help="KV cache per attention group (default: what the memory leaves)")
-    add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute all of every prompt")
-    add("--step-overhead", type=float, default=0.0, metavar="US", help="microseconds of every step beside its plan")
-    add("--step-times", default="", metavar="FILE", help="measured steps in place of prices (docs/simulate.md)")
+    add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute the whole of every prompt")
+    add(
+        "--step-overhead",
+        type=float,
+        default=0.0,
+        metavar="US",
+        help="microseconds that every step takes beside its plan (default 0)",
+    )
+    add(
+        "--step-times", default="", metavar="FILE", help="use measured step times in place of prices (docs/simulate.md)"
+    )
     load = parser.add_argument_group("load")
     add_load_flags(load)
     add_flood_flags(load)
     target = parser.add_argument_group("target and search")
-    target.add_argument("--max-ttft", type=float, metavar="MS", help="time to the first token that is asked for")
-    target.add_argument("--max-tpot", type=float, metavar="MS", help="time per output token that is asked for")
+    target.add_argument("--max-ttft", type=float, metavar="MS", help="target: milliseconds to the first token")
+    target.add_argument("--max-tpot", type=float, metavar="MS", help="target: milliseconds per output token")
     target.add_argument(
         "--percentile",
         type=float,
         default=99.0,
         metavar="P",
-        help="of requests that must meet it (default 99)",
+        help="percentage of requests that must meet the target (default 99)",
     )
-    target.add_argument("--search", action="store_true", help="rank every dp x tp x layout of so many devices")
-    target.add_argument("--num-gpus", default="", metavar="N[,N...]", help="how many there are (default: dp x tp)")
+    target.add_argument("--search", action="store_true", help="rank every dp x tp x layout of --num-gpus devices")
+    target.add_argument(
+        "--num-gpus", default="", metavar="N[,N...]", help="numbers of devices to search (default: dp x tp)"
+    )
     out = add_output_flags(parser)
-    out.add_argument("--save-requests", default="", metavar="FILE", help="one line of JSON per request (of the best)")
+    out.add_argument(
+        "--save-requests", default="", metavar="FILE", help="write one line of JSON per request, of the best candidate"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,14 +43,18 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser)
     add_prompt_flags(parser, default=" (default: three short texts)")
     parser.set_defaults(dtype="float32")
-    parser.add_argument("--layout", action="append", metavar="NAME", help="a layout; repeatable (default: all)")
+    parser.add_argument(
+        "--layout", action="append", metavar="NAME", help="a layout to verify; repeatable (default: all that apply)"
+    )
     parser.add_argument(
         "--against",
         choices=("transformers",),
-        help="compare with what transformers computes of the checkpoint in float32 (docs/formats.md) instead of with "
-        "one rank; needs pip install 'narrows[against]'",
+        help="compare with transformers in float32 instead of with one rank (docs/formats.md); needs pip install "
+        "'narrows[against]'",
     )
-    parser.add_argument("--steps", type=int, default=8, help="decode steps after the prompts (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=8, metavar="N", help="decode steps after the prompts (default %(default)s)"
+    )
     add_output_flags(parser)
 
 
