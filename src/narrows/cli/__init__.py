@@ -1,1 +1,1 @@
-"""The command line: parses, calls, prints. Each subcommand is a module, imported only when it is asked for."""
+"""The command line. Each command is a module, which is imported only when the command runs."""

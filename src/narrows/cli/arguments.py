@@ -1,4 +1,4 @@
-"""Flags that several subcommands share, with their defaults read from the engine's config. Parses; decides nothing."""
+"""Flags that several commands share, with the defaults of the engine's config."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ _DEFAULT = defaults(EngineConfig)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["ranks"], chosen: bool = False) -> None:
-    """MODEL, the mesh, and what an engine holds.
+    """MODEL, and the flags of the mesh and the engine.
 
-    If it is not said: ``ranks`` are what they are; ``chosen``: the machine decides how many ranks and threads.
+    Args:
+        ranks: the default of ``--ranks``.
+        chosen: whether ``--tp`` and ``--threads`` default to ``auto``, which fits them to the machine.
     """
     number, default = (_count_or_auto, "auto") if chosen else (int, "1")
     what = ", or auto" if chosen else ""
@@ -103,7 +105,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
 
 
 def _count_or_auto(text: str) -> int | None:
-    """None: chosen for the machine."""
+    """A number, or None for ``auto``."""
     return None if text == "auto" else int(text)
 
 
@@ -130,7 +132,7 @@ def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """What a step and the cache may hold, and the plan that is pinned to every step, if one is."""
+    """Limits of a step and of the KV cache, and ``--plan``."""
     limits = parser.add_argument_group("limits and plans")
     limits.add_argument(
         "--plan", dest="plan_file", default="", metavar="FILE", help="run the plan that narrows plan --save wrote"
@@ -158,7 +160,7 @@ def limit_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_host_flags(parser: argparse.ArgumentParser) -> None:
-    """Where ranks on several hosts meet."""
+    """The flags of ranks on several hosts."""
     hosts = parser.add_argument_group("several hosts: the same command on each, with its own --node-rank; or torchrun")
     hosts.add_argument("--nnodes", type=int, metavar="N", help="number of hosts; they get the ranks in order")
     hosts.add_argument("--node-rank", type=int, metavar="K", help="number of this host; 0 schedules and prints")
@@ -170,7 +172,7 @@ def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launc
     """This process's part among several hosts, from :func:`add_host_flags` or from torchrun's environment.
 
     Raises:
-        ConfigError: flags without ``--nnodes``, or that cannot be.
+        ConfigError: a flag without ``--nnodes``, or a value that no launch can have.
     """
     dp = max(args.dp, 1)
     if args.nnodes is not None:
@@ -185,7 +187,7 @@ def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launc
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> None:
-    """Where prompts come from, and whether they are chats."""
+    """Prompts, and whether they are chats."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help=f"a prompt; repeatable{default}")
     prompts.add_argument("--prompt-file", metavar="FILE", help="a text file with one prompt per line")
@@ -193,7 +195,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> N
 
 
 def add_trace_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """Where a trace is written, and how long it may be; ``what`` goes into it."""
+    """``--trace`` and ``--trace-steps``; ``what`` says what the trace shows."""
     trace = parser.add_argument_group("trace for Perfetto and chrome://tracing (docs/tracing.md)")
     trace.add_argument("--trace", default="", metavar="FILE", help=f"write {what}; compressed if FILE ends in .gz")
     trace.add_argument(
@@ -206,16 +208,16 @@ def add_trace_flags(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def trace_file(args: argparse.Namespace) -> TraceFile | None:
-    """The trace that was asked for.
+    """The trace to write; None without ``--trace``.
 
     Raises:
-        ConfigError: its file cannot be written, or a number of steps that cannot be.
+        ConfigError: its file cannot be written, or ``--trace-steps`` is less than 1.
     """
     return TraceFile(file=args.trace, num_steps=args.trace_steps) if args.trace else None
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that were given, in order; empty if none were."""
+    """The prompts of ``--prompt`` and ``--prompt-file``, in this order."""
     prompts = list(args.prompt or [])
     if args.prompt_file:
         try:

@@ -1,4 +1,4 @@
-"""``narrows bench``: layers, collectives, throughput and latency, variants in turns. Parses, calls, prints.
+"""``narrows bench``: measures layers, collectives, throughput and latency; variants take turns.
 
 Tables or JSON go to standard output; progress goes to standard error.
 """

@@ -1,4 +1,4 @@
-"""``narrows bench layout``: every layout over a grid of row counts, prices against the clock. Parses and calls."""
+"""``narrows bench layout``: measures every layout at several row counts, beside its predicted times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ABOUT = "every layout over a grid of row counts: prices against measured time, t
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and for how long; the engine's flags are the caller's."""
+    """The flags of ``narrows bench layout`` beside those of the engine."""
     work = parser.add_argument_group("work")
     work.add_argument(
         "--rows", default="1,8,64,512,2048", metavar="N,N", help="rows of the steps (default %(default)s)"
@@ -62,10 +62,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def measure(
     args: argparse.Namespace, progress: Callable[[str], None], trace: TraceFile | None = None
 ) -> tuple[Resolved, Grid]:
-    """Measure what was asked for. No ``trace``: it would slow what is to be told apart; `bench layer` makes one.
+    """Measure the layouts. ``trace`` is not used: it would slow the layouts by different amounts.
 
     Raises:
-        ConfigError: flags that cannot be.
+        ConfigError: a flag has a value that it cannot have.
     """
     for flag in ("seconds_per_cell", "prompt_length"):
         if not getattr(args, flag) >= 0:
@@ -99,7 +99,7 @@ def measure(
 
 
 def write_page(args: argparse.Namespace, grid: Grid, title: str, where: Mapping[str, Any]) -> None:
-    """The page that ``--html`` asks for, if it does.
+    """Write the page of ``--html``, if the flag is given.
 
     Raises:
         ConfigError: it cannot be written.

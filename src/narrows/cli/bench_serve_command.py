@@ -1,4 +1,4 @@
-"""``narrows bench serve``: a load on an OpenAI-compatible server. Parses, sends, prints a table."""
+"""``narrows bench serve``: sends a load to an OpenAI-compatible server and prints its latencies."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it; 1 if a request failed."""
+    """Run ``narrows bench serve``; returns 1 if a request failed."""
     _check(args)
     if args.plot:
         check_plot(args.plot)

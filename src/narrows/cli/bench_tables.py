@@ -1,4 +1,4 @@
-"""A benchmark's outcome as tables for people. Formats; computes nothing but units."""
+"""Prints the outcome of a benchmark as tables."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _FACTS = {
     "memcpy_us": ("memcpy us", 1.0, "{:.1f}"),
     "times_memcpy": ("x memcpy", 1.0, "{:.2f}"),
 }
-"""Title, factor and format of what else may be known of a work."""
+"""Title, factor and format of the further facts that a result may have."""
 
 
 def print_outcome(bench: str, title: str, where: Mapping[str, Any], outcome: Outcome, out: Console) -> None:
-    """The table, what the machine reached beside it, and the notes."""
+    """Print the machine, the table, what the machine reached beside it, and the notes."""
     features = f" ({', '.join(where['features'])})" if where["features"] else ""
     out.print(title, style="bold", markup=False)
     out.print(
@@ -55,7 +55,7 @@ def print_outcome(bench: str, title: str, where: Mapping[str, Any], outcome: Out
 
 
 def _table(outcome: Outcome) -> Table:
-    """One line per work and variant."""
+    """One row per work and variant."""
     known = [name for name in _FACTS if any(name in f for series in outcome.series for f in series.facts.values())]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("work", no_wrap=True)
@@ -84,7 +84,7 @@ def _fact(name: str, facts: Mapping[str, float]) -> str:
 
 
 def _layer_table(outcome: Outcome) -> Table:
-    """One line per part of the step, one column per variant: measured, and predicted in brackets."""
+    """One row per part of the step, one column per variant: measured, and predicted in brackets."""
     variants = list(outcome.series[0].values)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("ms per step: measured (predicted)", no_wrap=True)

@@ -1,4 +1,4 @@
-"""``narrows calibrate``: measures this machine's prices and writes them to a profile. Parses, calls, writes, prints."""
+"""``narrows calibrate``: measures this machine's prices and writes them to a profile."""
 
 from __future__ import annotations
 

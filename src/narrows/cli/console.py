@@ -1,4 +1,4 @@
-"""One console for all commands: no colour guesses in pipes, and so wide there that neither tables nor lines are cut."""
+"""The console that all commands print on. In a pipe it is so wide that no table or line is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``narrows convert``: a GGUF file, or the demo model, into a Hugging Face folder. Parses, calls, prints the folder."""
+"""``narrows convert``: writes a Hugging Face folder from a GGUF file or the demo model, and prints its path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``narrows convert``; prints the folder that now holds the model."""
+    """Run ``narrows convert``."""
     if args.source == "demo":
         print(demo_model())
         return 0

@@ -1,4 +1,4 @@
-"""``narrows eval``: tasks on one rank and under layouts, side by side. Parses, calls, prints.
+"""``narrows eval``: runs tasks on one rank and under layouts, and prints the results side by side.
 
 Exit code 0 if every layout stays within the bounds of docs/eval.md, 1 if one does not.
 """
@@ -23,7 +23,7 @@ from narrows.ranks.launch import Launch
 __all__ = ["add_parser", "run"]
 
 _RANKS = "processes"
-"""As a server has them: rank threads capture no decode steps."""
+"""The default, as in a server: rank threads capture no decode steps."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _files(args: argparse.Namespace, model: str) -> dict[str, Path]:
-    """The file of each task asked for, in the order of the tasks."""
+    """The file of each requested task, in the order of the tasks."""
     given: dict[str, Path] = {}
     for pair in args.file:
         task, equals, path = pair.partition("=")
@@ -132,7 +132,7 @@ def _files(args: argparse.Namespace, model: str) -> dict[str, Path]:
 
 
 def _layouts(args: argparse.Namespace, asked: EngineConfig) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The layouts to run, and the named ones that do not apply with the reason."""
+    """The layouts to run, and for each named layout that does not apply, the reason."""
     if args.layout and args.every_layout:
         raise ConfigError("--every-layout runs all layouts: leave --layout out")
     resolved = resolve(asked)

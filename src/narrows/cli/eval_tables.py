@@ -1,4 +1,4 @@
-"""An evaluation as tables for people and one document for programs. Formats; decides nothing."""
+"""Prints an evaluation as tables, and turns it into a JSON document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["document", "print_evaluation"]
 
 
 def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Console) -> None:
-    """One table per task and one of distributions, each with a row per layout and way of running; then what failed."""
+    """Print a table per task and one of distributions, with a row per layout and way of running; then the failures."""
     resolved = evaluation.resolved
     dtype = str(resolved.dtype).removeprefix("torch.")
     out.print(f"{resolved.config.name}: {resolved.mesh} against one rank, {dtype}", markup=False)
@@ -44,7 +44,7 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
 
 
 def _print_encodings(evaluation: Evaluation, out: Console) -> None:
-    """What was rounded, where that was asked for: what is marked `encoded` differs for that reason."""
+    """Print what was rounded on request; rows marked `encoded` differ for that reason."""
     for layout in evaluation.layouts:
         rounded = [f"rows travelled as {', '.join(layout.encodings)} before gathers"] if layout.encodings else []
         if layout.quantization != "none":
@@ -58,7 +58,7 @@ def _print_encodings(evaluation: Evaluation, out: Console) -> None:
 
 
 def document(evaluation: Evaluation) -> dict[str, Any]:
-    """All figures by name; numbers that JSON does not know are null."""
+    """All figures by name; NaN and infinity become null."""
     resolved = evaluation.resolved
     found = {
         "model": resolved.asked.model,
@@ -125,7 +125,7 @@ def _perplexity_cells(score: Score, found: Perplexity) -> tuple[str, ...]:
 
 
 def _share_table(results: list[LayoutResult], task: str, first: Score) -> Table:
-    """``+`` and ``-``: items that are right here and wrong on one rank, and the other way."""
+    """``+``: items that are right here and wrong on one rank; ``-``: the reverse."""
     table = _table("items", *[f"{name} %  (+ -)" for name in first.shares], *[f"{k} %" for k in first.kinds], "same")
     for result in results:
         for score in result.scores:

@@ -1,4 +1,4 @@
-"""``narrows generate``: prompts in, text out as it comes, over planned ranks. Parses, calls the engine, prints."""
+"""``narrows generate``: generates text from prompts on planned ranks, and prints it as it comes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 def _print_stream(
     llm: LLM, inputs: Sequence[Prompt], prompts: list[str], sampling: SamplingParams, args: argparse.Namespace
 ) -> list[Completion]:
-    """Texts as they come: the first unfinished prompt live, the others kept until their turn."""
+    """Print texts as they come: the first unfinished prompt live, the others when their turn comes."""
     kept = [""] * len(prompts)
     done: dict[int, Completion] = {}
     current = 0
@@ -175,7 +175,7 @@ def _print_stream(
 
 
 def _print_logprobs(llm: LLM, done: list[Completion]) -> None:
-    """One line per token that was scored or chosen: its log-probability, and the best ones beside it."""
+    """Print a line per scored or generated token: its log-probability, and the best tokens beside it."""
     out = console()
 
     def shown(token: int) -> str:
@@ -206,7 +206,7 @@ def _short(value: float) -> str:
 
 
 def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
-    """The table of the published work: where the time of one phase went."""
+    """Where the time of one phase went, step by step."""
     total = sum(row.seconds for row in rows)
     between = sum(row.seconds for row in rows if row.price_class == BETWEEN)
     predicted = sum(row.predicted for row in rows)

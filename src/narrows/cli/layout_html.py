@@ -1,7 +1,7 @@
-"""The grid of `narrows bench layout` as one self-contained page: the choice at every step, and each plan's usual layer.
+"""Draws the results of `narrows bench layout` as one self-contained page.
 
-Draws; measures nothing. Of every plan two lines of time on one scale per step: what its layer was priced at, and what
-it took. The page has no script: which step is shown, and how, are form controls that its style sheet reads.
+Each plan has two timelines of its usual layer, on one scale per step: the predicted one and the measured one. The page
+has no script: form controls choose the step that is shown, and the style sheet reads them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _LAYOUTS = {
     "auto": "#777",
 }
 _MOST = 2.0
-"""A plan that takes longer than so many times auto's is drawn at the edge."""
+"""A plan that takes more than this many times auto's time is drawn at the edge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Line:
-    """One line of time: priced or measured."""
+    """One timeline: predicted or measured."""
 
     name: str
     y: float
@@ -65,7 +65,7 @@ class _PlanView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mark:
-    """A plan in the figure of choices: measured with its spread, and priced, both over auto's."""
+    """A plan in the figure of choices: its measured time with its spread, and its price, relative to auto's."""
 
     x: float
     low: float
@@ -113,7 +113,7 @@ def grid_page(grid: Grid, title: str, subtitle: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Axis:
-    """How often auto's time, from left to right."""
+    """Multiples of auto's time, from left to right."""
 
     low: float
     high: float
@@ -141,12 +141,12 @@ class _Axis:
 
     @property
     def wrong(self) -> float:
-        """Where a plan is so much faster that the choice was wrong."""
+        """Left of this a plan is so much faster than auto that the choice was wrong."""
         return self.at(1 / (1 + WITHIN))
 
 
 def _over_auto(cell: Cell, one: PlanTimes) -> tuple[float, float, float, float]:
-    """Measured over auto's measured: median, p10 and p90; priced over auto's price."""
+    """Measured time over auto's: median, p10 and p90; price over auto's price."""
     found = ratios(one.step_s, cell.chosen.step_s)
     return found.median, found.p10, found.p90, one.plan.ps / cell.chosen.plan.ps
 
@@ -252,7 +252,7 @@ def _drawing(one: PlanTimes, kind: str, scale: float, widest: float) -> _Drawing
 
 
 def _joints(priced: _Line, measured: _Line) -> tuple[str, ...]:
-    """For every talk the corners of a faint band from its price to its time."""
+    """For each communication bar, the corners of a faint band from its predicted to its measured place."""
     by_title = {bar.title: bar for bar in measured.bars}
     out = []
     for bar in priced.bars:

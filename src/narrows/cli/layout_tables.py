@@ -1,4 +1,4 @@
-"""The grid of `narrows bench layout` as tables for people. Formats; computes nothing but units."""
+"""Prints the results of `narrows bench layout` as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ms", "percent", "print_grid", "sources_words"]
 
 
 def print_grid(grid: Grid, out: Console) -> None:
-    """One table per cell, classes and whole steps by plan; then one line per cell, and what all cells say."""
+    """Print a table per cell, with times by plan; then a row per cell, and a summary of all cells."""
     for cell in grid.cells:
         out.print(_cell_table(cell))
     out.print(_choices(grid))
@@ -32,7 +32,7 @@ def print_grid(grid: Grid, out: Console) -> None:
 
 
 def _cell_table(cell: Cell) -> Table:
-    """One column per plan: milliseconds, in brackets what it was priced at."""
+    """One column per plan: measured milliseconds, and predicted ones in brackets."""
     table = Table(title=cell.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("ms: measured (predicted)", no_wrap=True)
     for one in cell.plans:
@@ -54,7 +54,7 @@ def _cell_table(cell: Cell) -> Table:
 
 
 def _choices(grid: Grid) -> Table:
-    """One line per cell."""
+    """One row per cell: the choice of auto, the fastest plan, and the regret."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("step", no_wrap=True)
     for name in ("measured ms", "priced", "error", "regret", "90 % between"):
@@ -79,12 +79,12 @@ def _choices(grid: Grid) -> Table:
 
 
 def _others(one: PlanTimes) -> str:
-    """The named layouts whose plan it is."""
+    """The named layouts that have this plan."""
     return " = ".join(name for name in one.layouts if name != "auto") or "its own way"
 
 
 def sources_words(one: PlanTimes) -> str:
-    """Where the price comes from, by its seconds."""
+    """The sources of the price, by their share of its seconds."""
     shares = {label: share for label, share in one.sources.items() if share >= 0.005}
     return ", ".join(label if share > 0.995 else f"{label} {share:.0%}" for label, share in shares.items())
 

@@ -1,7 +1,4 @@
-"""Loads on the command line: the flags that ``bench serve`` and ``simulate`` share, and the figures' table.
-
-Parses and prints; sends and simulates nothing, and imports no torch.
-"""
+"""The flags of loads that ``bench serve`` and ``simulate`` share, and the table of a load's figures."""
 
 from __future__ import annotations
 
@@ -51,14 +48,14 @@ LOAD = (
     "scale_lengths",
     "seed",
 )
-"""What decides a load, by the names of the flags."""
+"""The flags that decide a load."""
 
 FLOOD = ("flood", "flood_input_length", "flood_output_length", "flood_at", "fair_shares")
-"""What decides the client that asks for many texts at once beside it."""
+"""The flags of the client that sends many requests at once beside the load."""
 
 
 def add_load_flags(load: argparse._ArgumentGroup) -> None:
-    """How many requests come when, how long they are, and what they share."""
+    """How many requests come, when, how long they are, and what they share."""
     load.add_argument("--num-requests", type=int, metavar="N", help="number of requests (default: 32; of a trace, all)")
     load.add_argument(
         "--concurrency", type=int, default=0, metavar="N", help="requests at once, at most (default: all)"
@@ -100,7 +97,7 @@ def add_load_flags(load: argparse._ArgumentGroup) -> None:
 
 
 def add_flood_flags(load: argparse._ArgumentGroup) -> None:
-    """One client that asks for many texts at once, beside the load."""
+    """A client that sends many requests at once, beside the load."""
     load.add_argument("--flood", type=int, default=0, metavar="N", help="add a client that asks for N texts at once")
     load.add_argument("--flood-input-length", type=int, default=512, metavar="N", help="tokens (default %(default)s)")
     load.add_argument("--flood-output-length", type=int, default=1024, metavar="N", help="tokens (default %(default)s)")
@@ -116,7 +113,7 @@ def add_flood_flags(load: argparse._ArgumentGroup) -> None:
 
 
 def check_flood(args: argparse.Namespace) -> None:
-    """Refuse what no flood can be.
+    """Refuse values that no flood can have.
 
     Raises:
         ConfigError: with the flag and its bounds.
@@ -130,10 +127,10 @@ def check_flood(args: argparse.Namespace) -> None:
 
 
 def with_flood(args: argparse.Namespace, asks: Sequence[Ask], longest: int) -> list[Ask]:
-    """The requests, and those of the flood if there is one; none has more than ``longest`` tokens.
+    """The requests and those of the flood, if there is one.
 
     Raises:
-        ConfigError: the flood's are longer.
+        ConfigError: a request of the flood has more than ``longest`` tokens.
     """
     tokens = args.flood_input_length + args.flood_output_length
     if args.flood and tokens > longest:
@@ -169,7 +166,7 @@ def _finite(args: argparse.Namespace, name: str) -> None:
 
 
 def check_load(args: argparse.Namespace) -> None:
-    """Refuse what no load can be.
+    """Refuse values that no load can have.
 
     Raises:
         ConfigError: with the flag and its bounds.
@@ -194,7 +191,7 @@ def check_load(args: argparse.Namespace) -> None:
 
 
 def workload(args: argparse.Namespace, longest: int | None) -> list[Ask]:
-    """The requests that the flags ask for; ``longest``: most tokens of one, if that is known.
+    """The requests that the flags describe; ``longest``: tokens that a context holds, if known.
 
     Raises:
         ConfigError: a trace that cannot be read, flags that contradict each other, or requests that are too long.
@@ -219,7 +216,7 @@ def workload(args: argparse.Namespace, longest: int | None) -> list[Ask]:
 
 
 def _fitted(asks: list[Ask], longest: int) -> list[Ask]:
-    """The requests cut to the context; says so if any is."""
+    """The requests cut to the context, with a line on standard error if any is cut."""
     short = fitted(asks, longest)
     lost = [
         before.input_tokens + before.output_tokens - after.input_tokens - after.output_tokens
@@ -235,7 +232,7 @@ def _fitted(asks: list[Ask], longest: int) -> list[Ask]:
 
 
 def load_words(args: argparse.Namespace, count: int) -> str:
-    """The load in a few words."""
+    """A description of the load in a few words."""
     rate = f"{args.rate:g} per second" if math.isfinite(args.rate) else "as the trace" if args.trace else "all at once"
     at_once = f", at most {args.concurrency} at once" if args.concurrency else ""
     lengths = Path(args.trace).name if args.trace else f"{args.input_length} in / {args.output_length} out"
@@ -268,7 +265,7 @@ def figures_table(found: Figures, title: str) -> Table:
 
 
 def save_answers(answers: Sequence[Answer], file: str) -> None:
-    """One line of JSON per request, times from the first request's.
+    """Write a line of JSON per request, with times relative to the first request.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -286,7 +283,7 @@ def save_answers(answers: Sequence[Answer], file: str) -> None:
 
 
 def plain(value: object) -> object:
-    """The value as JSON may have it: no infinity and no NaN."""
+    """The value with infinity and NaN as None, for JSON."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
 """`narrows`: finds the subcommand, runs it, and turns errors into one line and an exit code.
 
-Knows the subcommands by name only, so that `narrows --help` imports none of them and `narrows plan` never imports
-torch. A subcommand is a module with ``add_parser(parser)``, which adds its flags, and ``run(args) -> int``.
+Subcommands are imported only when they run, so that `narrows --help` is fast and `narrows plan` never imports torch. A
+subcommand is a module with ``add_parser(parser)``, which adds its flags, and ``run(args) -> int``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors of the command line are ConfigErrors: one line, without the usage, which --help has."""
+    """Raises errors of the command line as ConfigErrors: one line, without the usage that --help prints."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")

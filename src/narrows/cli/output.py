@@ -1,4 +1,4 @@
-"""How commands give their result to programs: JSON alone on standard output, or in a file beside the tables."""
+"""Results for programs: a JSON document on standard output (``--json``) or in a file (``--out``)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def add_output_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Find out before a long measurement that its result could not be written.
+    """Check that ``--out`` can be written, before a long measurement.
 
     Raises:
-        ConfigError: ``--out`` is in a folder that is not there.
+        ConfigError: its folder is not there.
     """
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent}")
 
 
 def put_document(args: argparse.Namespace, document: Mapping[str, Any]) -> None:
-    """Print or write the result, as :func:`add_output_flags` parsed; on one line.
+    """Print or write the document on one line, as the flags say.
 
     Raises:
         ConfigError: the file cannot be written.

@@ -1,7 +1,4 @@
-"""``narrows plan``: prices the layouts of a model on a mesh of devices, no checkpoint, no GPU and no torch needed.
-
-Parses and calls; `plan.plan_step` computes and `cli.plan_tables` prints.
-"""
+"""``narrows plan``: prices the layouts of a model on a mesh of devices. Needs no checkpoint, no GPU and no torch."""
 
 from __future__ import annotations
 
@@ -64,7 +61,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``narrows plan``. ``--save`` and ``--code`` are of the one layout that was asked for, else of `auto`.
+    """Run ``narrows plan``. ``--save`` and ``--code`` use the one layout that was named, else `auto`.
 
     Raises:
         ConfigError: anything that cannot be, with the numbers and what would work.
@@ -117,7 +114,7 @@ def _write(file: str, text: str) -> None:
 
 
 def _layouts(args: argparse.Namespace) -> tuple[str, ...]:
-    """The layouts asked for by name; none means all that apply, and SGLang's switch adds nothing to them."""
+    """The layouts to compare; none means all that apply, which SGLang's switch does not change."""
     return (*args.layout, _SCATTERED) if args.scattered and args.layout else tuple(args.layout)
 
 

@@ -1,4 +1,4 @@
-"""A plan report as one self-contained page: each layout's usual layer as a timeline. Draws; computes no plan.
+"""Draws a plan report as one self-contained page: each layout's usual layer as a timeline.
 
 All layouts are on one scale of time (`timeline.py`). Attention and experts take much more time than the rest and move
 little between layouts: they are blocks, not to scale.

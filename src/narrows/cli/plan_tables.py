@@ -1,7 +1,4 @@
-"""Prints a plan report as tables that are read in one look, on a terminal or in a pipe, at most 120 columns wide.
-
-Knows a report and rich; computes nothing but units.
-"""
+"""Prints a plan report as tables of at most 120 columns."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _LEGEND = "prices: m measured, i interpolated, s scaled from another device, siz
 
 
 def print_report(report: PlanReport) -> None:
-    """Print everything that the report has to say on standard output."""
+    """Print the whole report on standard output."""
     page = _Page(console())
     if report.warning:
         page.put(Text(f"WARNING: {report.warning}", "bold"))
@@ -46,7 +43,7 @@ def print_report(report: PlanReport) -> None:
 
 
 class _Page:
-    """A console, and the few things that are put on it; nothing is wider than a page, or cut off."""
+    """A console that prints nothing wider than a page, and cuts nothing off."""
 
     def __init__(self, on: Console) -> None:
         self.on, self.width = on, min(on.width, _WIDTH)
@@ -97,7 +94,7 @@ def _print_header(page: _Page, report: PlanReport) -> None:
 
 
 def _encoded(report: PlanReport) -> str:
-    """What was asked for, and in how many of its gathers auto does it."""
+    """The requested encoding, and in how many of its gathers auto uses it."""
     gathers = [step for _, step in report.auto.plan.steps() if step.move and step.move.kind is MoveKind.ALL_GATHER]
     encoded = sum(bool(step.encoded) for step in gathers)
     return f"{report.deployment.encode_rows}; auto encodes rows in {encoded} of its {len(gathers)} gathers"
@@ -124,7 +121,7 @@ def _totals(report: PlanReport) -> Table:
 
 
 def _print_plan(page: _Page, plan: Plan) -> None:
-    """Each kind of layer once, as most of its layers run it; layers that differ in a few steps in one line."""
+    """Print each kind of layer once, as most of its layers run it, and a line per layer that differs."""
     page.title(f"The plan {plan.layout_name}, step by step ({plan.num_steps} steps in all)")
     segments = _gathered(plan.segments)
     usual: dict[str, Segment] = {}
@@ -148,7 +145,7 @@ def _print_plan(page: _Page, plan: Plan) -> None:
 
 
 def _gathered(segments: Sequence[Segment]) -> list[Segment]:
-    """Segments of the same steps as one, where the first of them stands: kinds of layers may come in turns."""
+    """Segments with the same steps joined at the first of them; kinds of layers may alternate."""
     gathered: list[Segment] = []
     for segment in segments:
         same = next(

@@ -1,4 +1,4 @@
-"""Flags of the commands that price what need not run here: the mesh, what is priced on it, limits. Needs no torch."""
+"""Flags that `narrows plan` and `narrows simulate` share: the mesh, dtypes, layouts, limits. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["add_priced_flags", "add_requests_flag", "add_revision_flag"]
 
 
 def add_revision_flag(parser: argparse._ActionsContainer) -> None:
-    """Which files of a model of the hub."""
+    """``--revision``, for models of the Hugging Face hub."""
     parser.add_argument(
         "--revision", default="", metavar="REV", help="branch, tag or commit of a model of the hub (default: main)"
     )
 
 
 def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> None:
-    """``--dp`` to ``--eager``. ``no_layout`` says what is priced if no layout is named."""
+    """``--revision`` to ``--eager``. ``no_layout`` says which layouts are priced if none is named."""
     add_revision_flag(parser)
     add = parser.add_argument
     add("--dp", type=int, default=1, metavar="D", help="attention groups, each with its own requests (default 1)")
@@ -55,7 +55,7 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
 
 
 def add_requests_flag(limits: argparse._ActionsContainer) -> None:
-    """How many requests run at once in an attention group; vLLM's ``--max-num-seqs`` is the same number."""
+    """``--requests-per-group``, the same number as vLLM's ``--max-num-seqs``."""
     limits.add_argument(
         "--requests-per-group",
         type=int,

@@ -1,4 +1,4 @@
-"""``narrows serve``: OpenAI's HTTP API over planned ranks. Parses, starts engine and server, prints one line."""
+"""``narrows serve``: starts the engine and an HTTP server with OpenAI's API, and prints one line when it is ready."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _SWITCH_S = 0.001
 """How long a thread that prepares a request may keep the interpreter's lock while the engine's loop or the event loop
 waits for it: a step takes milliseconds, and Python's own 5 ms would be added to each."""
 _RANKS = "processes"
-"""What ranks are here: HTTP and tokenizing have a process of their own."""
+"""The default: HTTP and tokenizing then do not share a process with the ranks."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_to_stderr() -> None:
-    """What engine and server have to say goes to standard error; that it is full or closed ends nothing."""
+    """Send the log to standard error; if that is full or closed, the server goes on."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("narrows: %(message)s"))
     handler.handleError = lambda record: None  # type: ignore[method-assign]
@@ -288,7 +288,7 @@ def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Until the server listens for signals itself, SIGTERM ends it as Ctrl-C does: whatever was started is closed."""
+    """Until the server handles signals itself, let SIGTERM end it as Ctrl-C does, so that everything is closed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

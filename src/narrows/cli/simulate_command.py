@@ -1,7 +1,4 @@
-"""``narrows simulate``: a load on the real scheduler with predicted time as its clock; no checkpoint, no GPU, no torch.
-
-Parses and calls; ``sim`` simulates and `cli.simulate_tables` prints.
-"""
+"""``narrows simulate``: runs a load on the real scheduler in predicted time. Needs no checkpoint, no GPU and no torch."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ from narrows.sim.serving import DoesNotFit, serving
 __all__ = ["add_parser", "run"]
 
 _SATURATED = 0.85
-"""Utilisation from which on waiting is most of what requests do."""
+"""From this utilisation on, requests spend most of their time waiting."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +114,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``narrows simulate``; 1 if requests can never run, or none of what was searched meets the target.
+    """Run ``narrows simulate``; returns 1 if a request can never run, or if no candidate of a search meets the target.
 
     Raises:
         ConfigError: anything that cannot be, with the numbers; a deployment that does not fit, if it is the only one.
@@ -196,7 +193,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh, str]]:
-    """What to simulate: the mesh and the layouts that were named, or all that there are to search."""
+    """The meshes and layouts to simulate: those that were named, or all that are to be searched."""
     layouts = tuple(dict.fromkeys(args.layout))
     if not args.search:
         mesh = Mesh.of(dp=args.dp, tp=args.tp)
@@ -216,14 +213,14 @@ def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh
 
 
 def _utilisation(asks: Sequence[Ask], at_once: Candidate) -> float | None:
-    """Requests that come per second over those that are answered per second if all come ``at_once``."""
+    """Requests that arrive per second, over those answered per second if all arrive at once; None if unknown."""
     last = max(ask.at_s for ask in asks)
     most = at_once.outcome.figures.request_throughput if at_once.outcome is not None else 0.0
     return len(asks) / last / most if most and last else None
 
 
 def _saturation(used: float | None) -> str:
-    """How near what the ranks can serve a load comes, and what that says of the figures."""
+    """How near to the ranks' capacity the load is, and what that means for the figures."""
     if used is None:
         return ""
     line = f"utilisation: requests come at {used:.0%} of the rate at which they are answered when all come at once"
@@ -236,7 +233,7 @@ def _saturation(used: float | None) -> str:
 
 
 def _dtype(args: argparse.Namespace, config: ModelConfig, hardware: Device) -> tuple[str, str]:
-    """As asked for, or as the checkpoint's weights are on the device; and why."""
+    """The requested dtype, or the one of the checkpoint's weights on this device and why."""
     return (args.dtype, "") if args.dtype else planned_dtype(config, hardware, args.model)
 
 
@@ -250,7 +247,7 @@ def _candidate(
     asks: Sequence[Ask],
     max_context: int,
 ) -> Candidate:
-    """One simulation, or why there is none."""
+    """Simulate one mesh and layout, or say why that is not possible."""
     if reason := inapplicable(layout, config, mesh):
         return Candidate(mesh=mesh, layout=layout, dtype=dtype, refusal=f"cannot apply: {reason}")
     deployment = Deployment(

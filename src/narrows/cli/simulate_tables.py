@@ -1,7 +1,4 @@
-"""Prints simulations: the figures of one, where its time went and what its prices rest on; and many, the best first.
-
-Knows outcomes and rich; computes nothing but shares and units.
-"""
+"""Prints simulations: the figures of one, with its time and the sources of its prices; and many, the best first."""
 
 from __future__ import annotations
 
@@ -21,11 +18,11 @@ from narrows.sim.search import Candidate, Target
 __all__ = ["print_candidate", "print_ranking", "print_unfit"]
 
 _LEAST_SHARE = 0.005
-"""Of the time; less is not worth a word."""
+"""Smaller shares of the time are not printed."""
 
 
 def print_unfit(candidates: Sequence[Candidate], out: Console) -> None:
-    """What does not fit memory, in one line before anything else; the ranking says it of each."""
+    """Print a warning if candidates do not fit memory; the ranking has the reason of each."""
     unfit = [candidate for candidate in candidates if candidate.refusal.startswith("does not fit")]
     if not unfit:
         return
@@ -35,7 +32,7 @@ def print_unfit(candidates: Sequence[Candidate], out: Console) -> None:
 
 
 def print_candidate(candidate: Candidate, title: str, target: Target, out: Console) -> None:
-    """Everything about one mesh and layout."""
+    """Print the results of one mesh and layout."""
     outcome = candidate.outcome
     where = f"{candidate.mesh}, {candidate.layout}"
     if outcome is None:
@@ -112,7 +109,7 @@ def _lines(candidate: Candidate, outcome: Outcome) -> list[str]:
 
 
 def _bound(stats: SchedulerStats) -> str:
-    """Which limits kept somebody waiting, in what part of the steps."""
+    """The limits that kept requests waiting, and in what share of the steps."""
     names = {
         Bound.ROWS: "rows (--max-rows)",
         Bound.REQUESTS: "requests per group (--requests-per-group)",
@@ -131,7 +128,7 @@ def _by_group(values: Sequence[object]) -> str:
 
 
 def _shares(seconds: Mapping[str, float]) -> str:
-    """The largest first."""
+    """Shares of the total, the largest first."""
     total = sum(seconds.values()) or 1.0
     parts = sorted(seconds.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {value / total:.1%}" for name, value in parts if value / total >= _LEAST_SHARE)
@@ -150,7 +147,7 @@ def _plans(outcome: Outcome) -> Table:
 
 
 def print_ranking(candidates: Sequence[Candidate], target: Target, out: Console) -> None:
-    """One line each, in this order, and why it is not the first."""
+    """Print a row per candidate, in this order, and how it compares with the first."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("mesh", "layout"):
         table.add_column(name, no_wrap=True)

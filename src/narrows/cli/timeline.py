@@ -1,8 +1,8 @@
-"""The steps of a layer as bars on a line of time. Draws; knows steps and how long each is to be, not who measured it.
+"""Draws the steps of a layer as bars on a time axis.
 
-Time runs to the right. Above the line a rank computes, below it ranks talk; a talk's height is the width of what
-crosses ranks (bytes per row), so that a narrow gather is seen to be narrow. Attention, MLP and experts move little
-between layouts and may be drawn as blocks of one width, not to scale.
+Bars above the axis are computation, bars below it communication. The height of a communication bar is the number of
+bytes per row that cross ranks, so that a narrow gather looks narrow. Attention, MLP and experts differ little between
+layouts, and may be drawn as blocks of one width, not to scale.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LABEL_MIN = 46.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One step. ``label`` is empty where there is no room for it; ``title`` tells all."""
+    """One step. ``label`` is empty where it has no room; ``title`` has all details."""
 
     x: float
     y: float
@@ -49,8 +49,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """Where a line of time lies: its left end, the top, and the room above the line and below it. ``scale``: pixels per
-    microsecond; ``widest``: bytes per row of the highest talk. ``blocks``: whether those are of one width."""
+    """Where a timeline lies: its left end, its top, and the space above the axis (``compute``) and below it (``talk``).
+
+    ``scale``: pixels per microsecond; ``widest``: bytes per row of the highest communication bar; ``blocks``: whether
+    attention, MLP and experts are blocks of one width.
+    """
 
     left: float = 0.0
     top: float = 0.0
@@ -62,7 +65,7 @@ class Band:
 
     @property
     def middle(self) -> float:
-        """The line between what is computed and what is said."""
+        """The axis, between computation and communication."""
         return self.top + self.compute + 2
 
     @property
@@ -109,12 +112,12 @@ def is_block(step: Step) -> bool:
 
 
 def row_bytes(step: Step) -> float:
-    """Bytes of one row of what a step carries."""
+    """Bytes per row that a step moves."""
     return step.nbytes / step.rows if step.rows else 0.0
 
 
 def step_title(plan: Plan, step: Step, times: str) -> str:
-    """What a step is, over which rows, for how long (``times``), and what it carries."""
+    """A step in words: its name, its rows, its time (``times``), and what it moves."""
     places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (step.layout, step.leaves)))
     fields = fields_words(plan.roles.bundle_of, step.reads, step.encoded)
     title = f"{step.name} of {fields}: {places}, {step.rows} rows, {times}"
@@ -122,6 +125,6 @@ def step_title(plan: Plan, step: Step, times: str) -> str:
 
 
 def render(template: str, **values: object) -> str:
-    """A page of this room's templates, with nothing in it that refers to anything outside."""
+    """Render a template of this folder; the page refers to nothing outside it."""
     loader = FunctionLoader(lambda name: files("narrows.cli").joinpath(name).read_text(encoding="utf-8"))
     return Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(template).render(**values)

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _token_ids(args: argparse.Namespace, model: str) -> list[list[int]]:
-    """The prompts as token ids; a model without a tokenizer is given ids made from the texts' bytes."""
+    """The prompts as token ids; without a tokenizer, ids made from the texts' bytes."""
     texts = read_prompts(args) or list(_TEXTS)
     tokenizer = load_model_text(model).tokenizer
     if tokenizer is not None:
@@ -185,7 +185,7 @@ def _document(report: VerifyReport, served: ServedReport, reference: str) -> dic
 
 
 def _where_to_look(report: VerifyReport, reference: str) -> str:
-    """What it means that layouts differ from an outside reference."""
+    """Where to look for the cause when layouts differ from transformers."""
     wrong = [layout.layout for layout in report.layouts if not layout.ok]
     if len(wrong) == len(report.layouts):
         return (
