@@ -1,4 +1,4 @@
-"""``narrows simulate``: runs a load on the real scheduler in predicted time. Needs no checkpoint, no GPU and no torch."""
+"""``narrows simulate``: runs a load on the real scheduler in predicted time. Needs no checkpoint, GPU or torch."""
 
 from __future__ import annotations
 
