@@ -43,6 +43,14 @@ COMMANDS = (
 )
 
 
+class _Version(argparse.Action):
+    """Prints the version that is installed; looks it up only then, because that takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        print(f"narrows {import_module('importlib.metadata').version('narrows')}")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises errors of the command line as ConfigErrors: one line, without the usage that --help prints."""
 
@@ -91,6 +99,7 @@ def _imported(name: str, module: str) -> ModuleType:
 
 def _run(argv: list[str]) -> int:
     parser = _Parser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     asked = next((arg for arg in argv if not arg.startswith("-")), None)
     command = None
