@@ -22,7 +22,7 @@ from narrows.cost.stage import StepShape
 from narrows.layout import Mesh, deal
 from narrows.plan.explain import describe, layout_words, main_segment
 from narrows.plan.named import applicable_layouts
-from narrows.plan.plan import Plan, StepKind
+from narrows.plan.plan import OpKind, Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
 
 ROWS = (128, 1024, 4096, 16384)
@@ -56,7 +56,7 @@ or size, r roofline with a stated efficiency. Words for a plan: the moves into a
 layers, where the router runs, and forms other than the published ones. In every plan picked here where that saves
 anything, the last layer's experts see only the rows whose logits are asked for ("last layer narrow").
 
-GPUs have no kernel here that makes an all-reduce and the norm after it at once, so that no plan below has that step,
+GPUs have no kernel here that makes an all-reduce and the norm after it at once, so that no plan below has that op,
 and rows travel plain: int8 or fp8 rows in gathers are off unless asked for ([encoded rows](encoded-rows.md)).
 """
 
@@ -92,10 +92,10 @@ def step(mesh: Mesh, rows: int) -> StepShape:
 def words(deployment: Deployment, found: Cell) -> str:
     plan = found.plan
     parts = [describe(plan).replace("reduce-scatter", "RS").replace("all-gather", "AG").replace("all-reduce", "AR")]
-    router = next((step for step in main_segment(plan).steps if step.name == "router"), None)
+    router = next((op for op in main_segment(plan).ops if op.name == "router"), None)
     if router is not None:
         parts.append(f"router at {layout_words(plan.mesh, router.layout)}")
-    if any(layer is not None and step.kind is StepKind.SELECT for layer, step in plan.steps()):
+    if any(layer is not None and op.kind is OpKind.SELECT for layer, op in plan.ops()):
         parts.append("last layer narrow")
     published = form_words(deployment.config, Forms()).split(", ")
     parts += [word for word in form_words(deployment.config, found.forms).split(", ") if word not in published]
@@ -106,8 +106,8 @@ def sources(plan: Plan) -> str:
     """Shares of the plan's time by where its prices come from, those of 1 % and more."""
     ps: Counter[str] = Counter()
     for segment in plan.segments:
-        for step in segment.steps:
-            ps[step.source.label[0]] += step.ps * segment.times
+        for op in segment.ops:
+            ps[op.source.label[0]] += op.ps * segment.times
     return " ".join(f"{letter} {share:.0f} %" for letter in "misr" if (share := 100 * ps[letter] / plan.ps) >= 1)
 
 

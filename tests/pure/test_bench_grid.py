@@ -40,7 +40,7 @@ def times(layouts: tuple[str, ...], plan: Plan, step_s: list[float]) -> PlanTime
         layouts=layouts,
         plan=plan,
         step_s=tuple(step_s),
-        clocked_s=((1e-3,) * plan.num_steps,),
+        clocked_s=((1e-3,) * plan.num_ops,),
     )
 
 
@@ -105,27 +105,27 @@ def test_errors_are_of_every_plan_without_their_signs() -> None:
     found = summary([cell({("auto",): [2 * plan.seconds]}), cell({("auto",): [plan.seconds / 2]})])
     assert found.mean_error == pytest.approx((0.5 + 1.0) / 2)
     one = replace(
-        times(("auto",), plan, [2 * plan.seconds]), clocked_s=((plan.seconds / plan.num_steps,) * plan.num_steps,)
+        times(("auto",), plan, [2 * plan.seconds]), clocked_s=((plan.seconds / plan.num_ops,) * plan.num_ops,)
     )
     assert one.walk_error == pytest.approx(0) and one.outside == pytest.approx(plan.seconds)
 
 
 def test_seconds_of_classes_and_of_single_steps() -> None:
     plan = MANY["auto"]
-    first = [float(i) for i in range(plan.num_steps)]
+    first = [float(i) for i in range(plan.num_ops)]
     one = replace(times(("auto",), plan, [1.0]), clocked_s=(tuple(first), tuple(2 * t for t in first)))
     by_class: dict[str, float] = {}
-    for (_, step), seconds in zip(plan.steps(), first, strict=True):
-        by_class[str(step.price_class)] = by_class.get(str(step.price_class), 0.0) + 1.5 * seconds
+    for (_, op), seconds in zip(plan.ops(), first, strict=True):
+        by_class[str(op.price_class)] = by_class.get(str(op.price_class), 0.0) + 1.5 * seconds
     assert one.classes == pytest.approx(by_class)
     at = 0
     for segment, of_steps in zip(plan.segments, one.segment_s, strict=True):
-        num = len(segment.steps)
+        num = len(segment.ops)
         for i, seconds in enumerate(of_steps):
             of_layers = [first[at + layer * num + i] for layer in range(segment.times)]
             assert seconds == pytest.approx(1.5 * sum(of_layers) / segment.times)
         at += segment.times * num
-    assert at == plan.num_steps
+    assert at == plan.num_ops
 
 
 def test_what_a_price_rests_on_adds_up() -> None:
@@ -141,4 +141,4 @@ def test_every_layout_is_in_every_series_and_the_document_is_whole() -> None:
     assert document["notes"] == ["a note"] and len(document["results"]) == len(document["cells"]) == 2
     assert document["summary"]["share_right"] == 1.0
     assert document["cells"][1]["plans"][0]["layouts"] == list(LAYOUTS)
-    assert {"measured_us", "predicted_us", "source"} <= set(document["cells"][0]["plans"][0]["steps"][0])
+    assert {"measured_us", "predicted_us", "source"} <= set(document["cells"][0]["plans"][0]["ops"][0])

@@ -15,7 +15,7 @@ from narrows.cost.measured import CollectiveTable, Measured
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.layout import Mesh
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 from narrows.plan.planner import Deployment, Planner
 
 CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
@@ -28,21 +28,21 @@ def plan_of(rows: int, measured: Measured | None = None) -> Plan:
     return planner.plan(shape, "attn-tp-input-scattered")
 
 
-def took(step: Step) -> float:
+def took(op: Op) -> float:
     """Made-up seconds of a step: by class and rows, or by the bytes of a collective."""
-    if step.kind is StepKind.MOVE:
-        return 1e-5 + 1e-10 * step.nbytes
-    return 1e-5 * (1 + len(step.price_class) + step.rows)
+    if op.kind is OpKind.MOVE:
+        return 1e-5 + 1e-10 * op.nbytes
+    return 1e-5 * (1 + len(op.price_class) + op.rows)
 
 
 def walk(plan: Plan, pace: float) -> Sequence[float]:
     """Layers of a kind differ by turns, but not on the mean; the odd one is as the mean."""
-    times = {id(step): sum(other is step for _, other in plan.steps()) for _, step in plan.steps()}
+    times = {id(op): sum(other is op for _, other in plan.ops()) for _, op in plan.ops()}
     seconds, nth = [], dict.fromkeys(times, 0)
-    for _, step in plan.steps():
-        nth[id(step)] += 1
-        last_and_odd = nth[id(step)] == times[id(step)] and times[id(step)] % 2
-        seconds.append(pace * took(step) * (1.0 if last_and_odd else 1.4 if nth[id(step)] % 2 else 0.6))
+    for _, op in plan.ops():
+        nth[id(op)] += 1
+        last_and_odd = nth[id(op)] == times[id(op)] and times[id(op)] % 2
+        seconds.append(pace * took(op) * (1.0 if last_and_odd else 1.4 if nth[id(op)] % 2 else 0.6))
     return seconds
 
 
@@ -62,12 +62,12 @@ def test_plans_are_priced_at_what_their_walks_took() -> None:
     measured = tables.calibration(1.0).measured
     for plan in plans:
         priced = plan_of(plan.shape.rows.total, measured)
-        assert [step.name for _, step in priced.steps()] == [step.name for _, step in plan.steps()]
-        for _, step in priced.steps():
-            if step.move is not None and step.meets:
-                assert step.seconds == pytest.approx(took(step), rel=0.1), "sizes near each other are one"
-            elif step.kind is StepKind.STAGE and step.stage is not None and step.stage.work:
-                assert step.source is Source.MEASURED and step.seconds == pytest.approx(took(step)), step.name
+        assert [op.name for _, op in priced.ops()] == [op.name for _, op in plan.ops()]
+        for _, op in priced.ops():
+            if op.move is not None and op.meets:
+                assert op.seconds == pytest.approx(took(op), rel=0.1), "sizes near each other are one"
+            elif op.kind is OpKind.STAGE and op.stage is not None and op.stage.work:
+                assert op.source is Source.MEASURED and op.seconds == pytest.approx(took(op)), op.name
 
 
 def found(tables: Tables, op: str) -> CollectiveTable:

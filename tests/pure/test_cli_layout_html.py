@@ -34,7 +34,7 @@ def cell(rows: int, phase: str, slower: float) -> Cell:
                 layouts=names,
                 plan=plan,
                 step_s=(slower * plan.seconds,) * 3,
-                clocked_s=(tuple(slower * step.seconds for _, step in plan.steps()),),
+                clocked_s=(tuple(slower * op.seconds for _, op in plan.ops()),),
             )
             for names, plan in plans.items()
         ),

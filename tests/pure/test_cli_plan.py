@@ -72,10 +72,10 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["inapplicable"] == {"attn-tp-input-scattered": found["inapplicable"]["attn-tp-input-scattered"]}
     assert "q_lora_rank is null" in found["inapplicable"]["attn-tp-input-scattered"]
     for layout in found["layouts"]:
-        steps = layout["steps"]
-        assert sum(step["us"] * step["times"] for step in steps) / 1e3 == pytest.approx(layout["total_ms"], rel=1e-6)
-        assert {step["source"] for step in steps} <= {"measured", "interpolated", "scaled", "roofline"}
-        assert sum(len(step["layers"]) for step in steps if step["name"] == "attention") == 27
+        ops = layout["ops"]
+        assert sum(op["us"] * op["times"] for op in ops) / 1e3 == pytest.approx(layout["total_ms"], rel=1e-6)
+        assert {op["source"] for op in ops} <= {"measured", "interpolated", "scaled", "roofline"}
+        assert sum(len(op["layers"]) for op in ops if op["name"] == "attention") == 27
         assert layout["memory"]["fits"] and layout["memory"]["weights_gb"] > 5
         assert set(layout["forms"]) == {"embed", "qkv_a_proj", "shared_expert", "experts"}
     assert {"experts": "split", "embed": "vocab"}.items() <= found["layouts"][0]["forms"].items()
@@ -102,11 +102,11 @@ def test_publication_b(capsys: pytest.CaptureFixture[str], dp: int, tp: int) -> 
     layouts = document(capsys, f"{line} --layout all-reduce --layout norm-before-gather")["layouts"]
 
     def norm_and_gather(layout: dict[str, Any]) -> tuple[int, bool]:
-        steps = [step for step in layout["steps"] if step["times"] > 50]
-        (norm,) = [i for i, step in enumerate(steps) if step["name"] == "post_attn_norm"]
-        (gather,) = [i for i, step in enumerate(steps) if step["name"] == "all_gather"]
-        assert steps[gather]["rows"] == 16384
-        return steps[norm]["rows"], norm < gather
+        ops = [op for op in layout["ops"] if op["times"] > 50]
+        (norm,) = [i for i, op in enumerate(ops) if op["name"] == "post_attn_norm"]
+        (gather,) = [i for i, op in enumerate(ops) if op["name"] == "all_gather"]
+        assert ops[gather]["rows"] == 16384
+        return ops[norm]["rows"], norm < gather
 
     assert [norm_and_gather(layout) for layout in layouts] == [(16384, False), (16384 // dp, True)]
     assert layouts[1]["totals_ms"]["norm"] < layouts[0]["totals_ms"]["norm"]

@@ -188,7 +188,7 @@ def test_a_plan_holds_what_a_step_costs_beside_its_walk() -> None:
     shape = StepShape.of(MESH, (64,), phase="prefill", context=64)
     plan = Planner(deployment, choose_forms(deployment, [(shape, 1.0)])).plan(shape)
     assert plan.host.ps == 3 * 10**9 and plan.totals()[PriceClass.HOST] == pytest.approx(3e-3)
-    assert plan.ps == plan.host.ps + sum(step.ps for _, step in plan.steps())
+    assert plan.ps == plan.host.ps + sum(op.ps for _, op in plan.ops())
     assert sum(plan.totals().values()) == pytest.approx(plan.seconds)
 
 

@@ -53,8 +53,8 @@ def test_a_window_makes_attention_cheaper_and_nothing_else(phase: str) -> None:
     def priced(config: ModelConfig) -> dict[str, int]:
         deployment = Deployment(config=config, mesh=MESH, device=device("h100"), dtype="bf16")
         found: dict[str, int] = {}
-        for _, step in Planner(deployment, Forms()).plan(shape).steps():
-            found[step.price_class] = found.get(step.price_class, 0) + step.ps
+        for _, op in Planner(deployment, Forms()).plan(shape).ops():
+            found[op.price_class] = found.get(op.price_class, 0) + op.ps
         return found
 
     whole, all_slide, two_slide = priced(model(None)), priced(model(512)), priced(model(512, frozenset({0, 2})))

@@ -21,7 +21,7 @@ from narrows.arch.presets import preset
 from narrows.arch.stages import RowSet, Stage, StageKind
 from narrows.cost.devices import device
 from narrows.cost.price import Source
-from narrows.cost.stage import StepPrice, StepShape
+from narrows.cost.stage import OpPrice, StepShape
 from narrows.errors import ConfigError, LayoutError, PlanError
 from narrows.layout import (
     Layout,
@@ -39,7 +39,7 @@ from narrows.layout import (
 from narrows.plan import named, planner
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, NamedLayout, applicable_layouts, inapplicable, named_layout
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan, Segment
 from narrows.plan.planner import Deployment, Planner
 from narrows.plan.search import Search
 from narrows.sched.batch import Batch
@@ -134,23 +134,23 @@ class RandomPrices:
 
     seed: int
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice:
         return self._price("stage", stage.name, layout, fused, row_set)
 
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> OpPrice:
         return self._price("add", layout, row_bytes, row_set, joins)
 
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price("recode", layout, row_bytes, row_set)
 
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
+    def select(self, layout: Layout, row_bytes: int) -> OpPrice:
         return self._price("select", layout, row_bytes)
 
-    def _price(self, *what: object) -> StepPrice:
-        return StepPrice(1 + crc32(repr((self.seed, *map(str, what))).encode()) % 10**6, 1, 1, Source.ROOFLINE)
+    def _price(self, *what: object) -> OpPrice:
+        return OpPrice(1 + crc32(repr((self.seed, *map(str, what))).encode()) % 10**6, 1, 1, Source.ROOFLINE)
 
 
 def any_plans(mesh: Mesh, forms: Forms | None = None, number: int = 25) -> Iterator[Plan]:
@@ -165,26 +165,21 @@ Place = tuple[int, int]
 """A step of a plan: which segment, and which of its steps."""
 
 
-def places(plan: Plan, wanted: Callable[[Step], bool]) -> list[tuple[Place, Step]]:
-    return [
-        ((i, j), step)
-        for i, segment in enumerate(plan.segments)
-        for j, step in enumerate(segment.steps)
-        if wanted(step)
-    ]
+def places(plan: Plan, wanted: Callable[[Op], bool]) -> list[tuple[Place, Op]]:
+    return [((i, j), op) for i, segment in enumerate(plan.segments) for j, op in enumerate(segment.ops) if wanted(op)]
 
 
-def instead(plan: Plan, place: Place, *steps: Step) -> Plan:
+def instead(plan: Plan, place: Place, *ops: Op) -> Plan:
     """``plan`` with these steps in place of the one at ``place``."""
     i, j = place
     segments: list[Segment] = list(plan.segments)
-    old = segments[i].steps
-    segments[i] = replace(segments[i], steps=(*old[:j], *steps, *old[j + 1 :]))
+    old = segments[i].ops
+    segments[i] = replace(segments[i], ops=(*old[:j], *ops, *old[j + 1 :]))
     return replace(plan, segments=tuple(segments))
 
 
-def takes_a_sum(step: Step) -> bool:
-    return step.move is not None and step.move.kind in REDUCTIONS
+def takes_a_sum(op: Op) -> bool:
+    return op.move is not None and op.move.kind in REDUCTIONS
 
 
 # -- A. who completes the sum ------------------------------------------------------------------------------------------
@@ -196,12 +191,12 @@ def test_a_sum_taken_twice_is_refused_before_it_runs(
     mesh: Mesh, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #23431 (accuracy 0.951 -> 0.005), #24785, #37187 (MoE output scaled by 4): two consumers, one sum."""
-    cases = [(plan, place, step) for plan in named_plans(mesh) for place, step in places(plan, takes_a_sum)]
+    cases = [(plan, place, op) for plan in named_plans(mesh) for place, op in places(plan, takes_a_sum)]
     assert len(cases) > 10
     with noticed(mistake, monkeypatch):
-        for plan, place, step in cases:
-            twice = instead(plan, place, step, step)
-            with pytest.raises(PlanError, match=rf"{step.name} before {step.boundary} reads hidden at "):
+        for plan, place, op in cases:
+            twice = instead(plan, place, op, op)
+            with pytest.raises(PlanError, match=rf"{op.name} before {op.boundary} reads hidden at "):
                 twice.validate()
 
 
@@ -234,8 +229,8 @@ def test_rows_that_are_equal_on_all_ranks_are_never_summed(
     """sglang #31699, #32609: DP1 and DP8 right, DP2 and DP4 corrupt. No legal plan reduces what owes no sum."""
     with noticed(mistake, monkeypatch):
         for plan in any_plans(mesh):
-            for _, step in places(plan, takes_a_sum):
-                assert step.layout.owes_sum, f"{step.move} sums rows that are equal on its ranks"
+            for _, op in places(plan, takes_a_sum):
+                assert op.layout.owes_sum, f"{op.move} sums rows that are equal on its ranks"
 
 
 def _any_letters(patch: pytest.MonkeyPatch) -> None:
@@ -262,15 +257,15 @@ def test_a_slice_of_equal_rows_turned_into_a_reduction_is_refused(
     slices = places(plan, lambda s: s.name == "slice" and s.reads == ("hidden",))
     assert slices
     with noticed(mistake, monkeypatch):
-        for place, step in slices:
-            assert step.move is not None
+        for place, op in slices:
+            assert op.move is not None
             (reduction,) = [m for m in moves_from(mesh, owed(mesh)) if m.last == mesh.num_axes - 1]
             wrong = replace(
-                step,
+                op,
                 name=reduction.kind.value,
                 move=reduction,
                 reads_at=(reduction.src,),
-                writes_at=(step.move.dst,),
+                writes_at=(op.move.dst,),
             )
             with pytest.raises(PlanError, match=r"reads hidden at \(P,.\), but it is at"):
                 instead(plan, place, wrong).validate()
@@ -298,11 +293,11 @@ def test_a_replicated_shared_expert_joins_a_sum_only_as_a_slice(
         joins = 0
         for plan in any_plans(mesh, forms):
             plan.validate()
-            adds = places(plan, lambda s: s.kind is StepKind.ADD and s.reads[1] == "shared")
+            adds = places(plan, lambda s: s.kind is OpKind.ADD and s.reads[1] == "shared")
             assert adds
-            for _, step in adds:
-                joins += step.joins
-                assert step.reads_at[1] == (scattered(mesh) if step.joins else step.layout)
+            for _, op in adds:
+                joins += op.joins
+                assert op.reads_at[1] == (scattered(mesh) if op.joins else op.layout)
         assert joins
 
 
@@ -315,9 +310,9 @@ def test_an_addend_that_joins_a_sum_on_every_rank_is_refused(
     mesh = Mesh.of(dp=1, tp=4)
     cases = []
     for plan in any_plans(mesh, Forms(shared_expert="replicated")):
-        for place, step in places(plan, lambda s: s.joins and s.reads[1] == addend):
-            everywhere = replace(step, reads_at=(step.layout, full(mesh)))
-            before, at = plan.segments[place[0]].steps, place[1]
+        for place, op in places(plan, lambda s: s.joins and s.reads[1] == addend):
+            everywhere = replace(op, reads_at=(op.layout, full(mesh)))
+            before, at = plan.segments[place[0]].ops, place[1]
             slices = [i for i in range(at) if before[i].name == "slice" and before[i].reads == (addend,)]
             if slices and not [s for s in before[slices[-1] + 1 : at] if addend in s.reads]:
                 cases.append(instead(instead(plan, place, everywhere), (place[0], slices[-1])))
@@ -349,10 +344,10 @@ def test_embeddings_that_are_complete_are_not_reduced(
     with noticed(mistake, monkeypatch):
         for rows in (1, 7, 2000):
             plan = planner_of(mesh, Forms(embed="replicated")).plan(shape_of(mesh, rows))
-            names = [step.name for _, step in plan.steps()]
-            before_layers = list(plan.steps())[: names.index("attention")]
-            for _, step in before_layers:
-                assert not takes_a_sum(step), f"{step.move} reduces complete embeddings"
+            names = [op.name for _, op in plan.ops()]
+            before_layers = list(plan.ops())[: names.index("attention")]
+            for _, op in before_layers:
+                assert not takes_a_sum(op), f"{op.move} reduces complete embeddings"
 
 
 @planted(BELIEVES_THE_CONSUMER)
@@ -363,7 +358,7 @@ def test_a_plan_that_reduces_complete_embeddings_is_refused(
     mesh = Mesh.of(dp=1, tp=4)
     complete = planner_of(mesh, Forms(embed="replicated")).plan(shape_of(mesh, 100)).segments[0]
     plan = planner_of(mesh).plan(shape_of(mesh, 100), "sequence-parallel")
-    (embed,) = [step for step in complete.steps if step.name == "embed"]
+    (embed,) = [op for op in complete.ops if op.name == "embed"]
     (place, _), *_ = places(plan, lambda s: s.name == "embed")
     assert embed.leaves.is_whole
     with noticed(mistake, monkeypatch), pytest.raises(PlanError, match=r"layer 0 reduce_scatter .* but it is at"):
@@ -394,8 +389,8 @@ def test_one_row_on_two_ranks_has_a_layout_that_its_shape_does_not_tell(
         assert len(held) == 1, f"row 0 is held by {len(held)} ranks when scattered"
         for plan in named_plans(mesh, rows=1):
             plan.validate()
-            for _, step in plan.steps():
-                assert all(layout in legal_layouts(mesh) for layout in (*step.reads_at, *step.writes_at))
+            for _, op in plan.ops():
+                assert all(layout in legal_layouts(mesh) for layout in (*op.reads_at, *op.writes_at))
 
 
 def _every_rank_the_first_rows(patch: pytest.MonkeyPatch) -> None:
@@ -465,8 +460,8 @@ def test_no_plan_norms_rows_whose_sum_over_tp_is_owed(
     """sglang #8631's own limit: with TP > DP, ranks of a group norm their addends and diverge silently."""
     with noticed(mistake, monkeypatch):
         for plan in any_plans(mesh):
-            for _, step in places(plan, lambda s: s.stage is not None and s.name.endswith("_norm")):
-                assert not step.layout.owes_sum, f"{step.name}: norm at {step.layout}"
+            for _, op in places(plan, lambda s: s.stage is not None and s.name.endswith("_norm")):
+                assert not op.layout.owes_sum, f"{op.name}: norm at {op.layout}"
 
 
 @planted(BELIEVES_THE_CONSUMER)
@@ -477,7 +472,7 @@ def test_norm_before_gather_with_tp_above_1_takes_the_groups_sum_first(
     """sglang #8631's own limit, at its own layout: the sum over attention-TP is taken before the norm."""
     plan = planner_of(mesh).plan(shape_of(mesh, 100), "norm-before-gather")
     sums = places(plan, lambda s: takes_a_sum(s) and s.boundary == "post_attn_norm")
-    assert {step.move.axes for _, step in sums if step.move} == {"tp"}
+    assert {op.move.axes for _, op in sums if op.move} == {"tp"}
     with noticed(mistake, monkeypatch):
         for place, _ in sums:
             with pytest.raises(PlanError, match=r"post_attn_norm reads hidden at .* still owed"):
@@ -591,21 +586,20 @@ def test_a_layout_that_cannot_apply_says_which_condition_fails(
 
 MARKS: dict[str, Callable[[Plan], set[bool]]] = {
     "all-reduce": lambda plan: {
-        step.name == "all_reduce" for _, step in places(plan, lambda s: takes_a_sum(s) and s.boundary.endswith("norm"))
+        op.name == "all_reduce" for _, op in places(plan, lambda s: takes_a_sum(s) and s.boundary.endswith("norm"))
     },
     "attn-tp-input-scattered": lambda plan: {
-        step.layout == scattered(plan.mesh)
-        for _, step in places(plan, lambda s: s.name in ("input_norm", "qkv_a_proj"))
+        op.layout == scattered(plan.mesh) for _, op in places(plan, lambda s: s.name in ("input_norm", "qkv_a_proj"))
     },
     "norm-before-gather": lambda plan: {
-        step.layout.title(plan.mesh) in ("GROUP", "SCATTERED") and step.layout != full(plan.mesh)
-        for _, step in places(plan, lambda s: s.name == "post_attn_norm")
+        op.layout.title(plan.mesh) in ("GROUP", "SCATTERED") and op.layout != full(plan.mesh)
+        for _, op in places(plan, lambda s: s.name == "post_attn_norm")
     },
     "sequence-parallel": lambda plan: {
-        step.layout == scattered(plan.mesh) for _, step in places(plan, lambda s: s.kind is StepKind.STAGE and s.fused)
+        op.layout == scattered(plan.mesh) for _, op in places(plan, lambda s: s.kind is OpKind.STAGE and s.fused)
     },
 }
-"""What each named layout is about, asked of every step that it is about."""
+"""What each named layout is about, asked of every op that it is about."""
 
 
 def _name_without_rules(patch: pytest.MonkeyPatch) -> None:

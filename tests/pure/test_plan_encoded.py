@@ -23,7 +23,7 @@ from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Mesh, Move, MoveKind
 from narrows.plan.code import plan_code
 from narrows.plan.explain import describe
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 from narrows.plan.planner import Deployment, Planner
 from narrows.plan.report import make_report
 from narrows.plan.saved import read_plan, write_plan
@@ -42,13 +42,13 @@ def step_of(mesh: Mesh, rows: int) -> StepShape:
     return StepShape.of(mesh, (rows // mesh.num_groups,) * mesh.num_groups, phase="prefill", context=4096)
 
 
-def encoded_steps(plan: Plan) -> list[Step]:
-    return [step for _, step in plan.steps() if step.encoded]
+def encoded_ops(plan: Plan) -> list[Op]:
+    return [op for _, op in plan.ops() if op.encoded]
 
 
 def test_the_price_is_encoding_a_narrower_gather_and_decoding() -> None:
     plan = planner("int8").plan(step_of(TP8, 8000), "attn-tp-input-scattered")
-    step = next(step for step in encoded_steps(plan) if step.reads == ("qkv_latent",))
+    op = next(op for op in encoded_ops(plan) if op.reads == ("qkv_latent",))
     carried, both = 8000 * (2112 + 4), 2112 * 2 + 2112 + 4
     h20 = device("h20")
     parts = [
@@ -56,9 +56,9 @@ def test_the_price_is_encoding_a_narrower_gather_and_decoding() -> None:
         stream_price(h20, 1000 * both),
         stream_price(h20, 8000 * both),
     ]
-    assert step.nbytes == carried and step.rows == 8000
-    assert step.ps == sum(part.ps for part in parts)
-    assert step.source is Source.ROOFLINE and step.layout.title(TP8) == "SCATTERED"
+    assert op.nbytes == carried and op.rows == 8000
+    assert op.ps == sum(part.ps for part in parts)
+    assert op.source is Source.ROOFLINE and op.layout.title(TP8) == "SCATTERED"
 
 
 def test_the_planner_encodes_where_that_pays() -> None:
@@ -73,8 +73,8 @@ def test_the_planner_encodes_where_that_pays() -> None:
 
 
 def test_a_field_is_encoded_and_its_companions_are_not() -> None:
-    steps = encoded_steps(planner("int8").plan(step_of(TP8, 16384)))
-    packed = next(step for step in steps if len(step.reads) == 3)
+    ops = encoded_ops(planner("int8").plan(step_of(TP8, 16384)))
+    packed = next(op for op in ops if len(op.reads) == 3)
     assert packed.reads == ("hidden", "topk_ids", "topk_weights")
     assert packed.encodings == (Encoding.INT8, Encoding.PLAIN, Encoding.PLAIN)
     assert packed.nbytes == 16384 * (7168 + 4 + 8 * 4 + 8 * 4)
@@ -87,13 +87,13 @@ def tampered(plan: Plan, is_one: object, encodings: tuple[Encoding, ...]) -> Pla
     found = 0
     segments = []
     for segment in plan.segments:
-        steps = []
-        for step in segment.steps:
-            if is_one(step):  # type: ignore[operator]
+        ops = []
+        for op in segment.ops:
+            if is_one(op):  # type: ignore[operator]
                 found += 1
-                step = replace(step, encodings=encodings)
-            steps.append(step)
-        segments.append(replace(segment, steps=tuple(steps)))
+                op = replace(op, encodings=encodings)
+            ops.append(op)
+        segments.append(replace(segment, ops=tuple(ops)))
     assert found
     return replace(plan, segments=tuple(segments))
 
@@ -124,7 +124,7 @@ def gather_before(boundary: str, *fields: str):
             "would send topk_weights as fp8; only hidden, qkv_latent may be encoded",
         ),
         ("auto", gather_before("mlp", "hidden"), (Encoding.INT8,) * 2, "has 2 encodings for 1 fields"),
-        ("auto", lambda step: step.kind is StepKind.STAGE, (Encoding.INT8,), "only an all_gather may"),
+        ("auto", lambda step: step.kind is OpKind.STAGE, (Encoding.INT8,), "only an all_gather may"),
     ],
 )
 def test_a_plan_that_rounds_what_it_must_not_is_refused(layout: str, is_one, encodings, says: str) -> None:
@@ -149,7 +149,7 @@ def test_a_saved_plan_keeps_its_encodings_and_one_without_them_still_reads(tmp_p
     assert read_plan(file, config, TP8) == (plan, Forms()) and plan.encodings == {Encoding.INT8}
     file.write_text(file.read_text().replace('"encodings"', '"as_older_files_have_none"'))
     older, _ = read_plan(file, config, TP8)
-    assert not older.encodings and older.num_steps == plan.num_steps
+    assert not older.encodings and older.num_ops == plan.num_ops
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_words_code_tables_and_pages_name_the_encoding() -> None:
     report = make_report(by.deployment, step_of(TP8, 16384), ["auto"])
     document = report.document()
     assert document["encode_rows"] == "int8"
-    travels = [step["encodings"] for step in document["layouts"][0]["steps"] if "int8" in step["encodings"]]
+    travels = [op["encodings"] for op in document["layouts"][0]["ops"] if "int8" in op["encodings"]]
     assert ["int8", "plain", "plain"] in travels
     assert "all_gather of hidden int8, topk: SCATTERED to FULL" in report_page(report)
     (line,) = [line for line in report.why if line.startswith("auto with plain rows costs ")]
@@ -172,8 +172,6 @@ def test_words_code_tables_and_pages_name_the_encoding() -> None:
 
 def test_a_move_is_not_an_encoding() -> None:
     """The layouts of an encoded gather are those of the plain one: validity walks them alike."""
-    for step in encoded_steps(planner("int8").plan(step_of(TP8, 16384))):
-        assert isinstance(step.move, Move) and step.move.kind is MoveKind.ALL_GATHER
-        assert step.reads_at == (step.move.src,) * len(step.reads) and step.writes_at == (step.move.dst,) * len(
-            step.writes
-        )
+    for op in encoded_ops(planner("int8").plan(step_of(TP8, 16384))):
+        assert isinstance(op.move, Move) and op.move.kind is MoveKind.ALL_GATHER
+        assert op.reads_at == (op.move.src,) * len(op.reads) and op.writes_at == (op.move.dst,) * len(op.writes)

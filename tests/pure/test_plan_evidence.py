@@ -29,8 +29,7 @@ def plan_on(name: str) -> Plan:
 def as_if(plan: Plan, source: Source) -> Plan:
     """The plan with every price from one source."""
     segments = tuple(
-        replace(segment, steps=tuple(replace(step, source=source) for step in segment.steps))
-        for segment in plan.segments
+        replace(segment, ops=tuple(replace(op, source=source) for op in segment.ops)) for segment in plan.segments
     )
     return replace(plan, segments=segments)
 
@@ -44,8 +43,8 @@ def test_shares_are_of_predicted_seconds_and_count_every_layer() -> None:
     plan = plan_on("h100")
     found = Evidence.of(plan)
     by_hand = dict.fromkeys(Source, 0)
-    for _, step in plan.steps():
-        by_hand[step.source] += step.ps
+    for _, op in plan.ops():
+        by_hand[op.source] += op.ps
     assert found.ps == tuple(by_hand.values()) and sum(found.ps) == plan.ps
     assert sum(found.shares.values()) == pytest.approx(1) and len(found.shares) > 1
     assert Evidence.of(plan, plan).shares == found.shares

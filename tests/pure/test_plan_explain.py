@@ -106,14 +106,14 @@ def test_every_difference_has_a_cause() -> None:
 def test_why_of_an_equal_plan() -> None:
     plans = planner(TP8)
     auto = plans.plan(step_of(TP8, 8))
-    assert why(auto, replace(auto, layout_name="all-reduce")) == "auto is all-reduce: the same steps at the same cost"
+    assert why(auto, replace(auto, layout_name="all-reduce")) == "auto is all-reduce: the same ops at the same cost"
     one = Mesh.of(dp=1, tp=1)
     small = planner(one, model="llama-3.1-8b")
     both = [small.plan(step_of(one, 4, "decode"), name) for name in ("auto", "all-reduce")]
     assert both[0].ps == both[1].ps
     assert why(*both) in (
-        "auto is all-reduce: the same steps at the same cost",
-        "all-reduce costs the same as auto, by other steps",
+        "auto is all-reduce: the same ops at the same cost",
+        "all-reduce costs the same as auto, by other ops",
     )
 
 

@@ -19,7 +19,7 @@ from narrows.plan.code import plan_code
 from narrows.plan.explain import describe, why
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts
-from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan
 from narrows.plan.planner import Deployment, Planner, choose_forms
 from narrows.plan.saved import read_plan, write_plan
 from narrows.plan.search import Search
@@ -38,14 +38,14 @@ def decode(rows: int, mesh: Mesh = TP2) -> StepShape:
     return StepShape.of(mesh, (rows,) * mesh.num_groups, phase="decode", context=512)
 
 
-def fused(plan: Plan) -> list[Step]:
-    return [step for _, step in plan.steps() if step.name == ALL_REDUCE_NORM]
+def fused(plan: Plan) -> list[Op]:
+    return [op for _, op in plan.ops() if op.name == ALL_REDUCE_NORM]
 
 
 def changed(plan: Plan, change: object) -> Plan:
-    """``plan`` with ``change`` made to every step that is a reduction and a norm."""
+    """``plan`` with ``change`` made to every op that is a reduction and a norm."""
     segments = tuple(
-        replace(s, steps=tuple(change(x) if x.name == ALL_REDUCE_NORM else x for x in s.steps))  # type: ignore[operator]
+        replace(s, ops=tuple(change(x) if x.name == ALL_REDUCE_NORM else x for x in s.ops))  # type: ignore[operator]
         for s in plan.segments
     )
     return replace(plan, segments=segments)
@@ -72,7 +72,7 @@ def test_it_is_chosen_only_where_the_device_has_it_and_up_to_its_size() -> None:
     most = on.fused_norm_bytes // (2 * MINI.hidden_size)
     few = planner(replace(on, fused_norm_bytes=2 * MINI.hidden_size)).plan(decode(2))
     assert not fused(few) and fused(planner(on).plan(decode(2)))
-    assert all(step.nbytes <= on.fused_norm_bytes for step in fused(planner().plan(decode(most + 1))))
+    assert all(op.nbytes <= on.fused_norm_bytes for op in fused(planner().plan(decode(most + 1))))
     for name in DEVICES:
         if not DEVICES[name].shared_memory:
             assert not fused(planner(device(name)).plan(decode(1))), name
@@ -85,7 +85,7 @@ def test_named_layouts_keep_the_two_steps_and_auto_says_what_it_does_instead() -
         assert name == "auto" or not fused(plans.plan(decode(1), name))
     assert "all-reduce and norm in one into attention" in describe(auto)
     text = why(auto, published)
-    assert "with post_attn_norm as a step of its own" in text and "more" in text.split(":")[0]
+    assert "with post_attn_norm as an op of its own" in text and "more" in text.split(":")[0]
 
 
 def test_code_and_saved_plans_have_it(tmp_path: Path) -> None:
@@ -104,17 +104,17 @@ def test_code_and_saved_plans_have_it(tmp_path: Path) -> None:
 
 def test_a_plan_in_which_it_reads_what_it_must_not_is_refused() -> None:
     plan = planner().plan(decode(2))
-    assert any(step.fused for step in fused(plan))
+    assert any(op.fused for op in fused(plan))
 
-    def elsewhere(step: Step) -> Step:
-        at = step.reads_at[0]
-        return replace(step, reads_at=(at,) * len(step.reads))
+    def elsewhere(op: Op) -> Op:
+        at = op.reads_at[0]
+        return replace(op, reads_at=(at,) * len(op.reads))
 
     with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm reads residual at"):
         changed(plan, elsewhere).validate()
 
-    def without_residual(step: Step) -> Step:
-        return replace(step, reads=step.reads[:1], reads_at=step.reads_at[:1], fused=False)
+    def without_residual(op: Op) -> Op:
+        return replace(op, reads=op.reads[:1], reads_at=op.reads_at[:1], fused=False)
 
     with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm would lose residual"):
         changed(plan, without_residual).validate()
@@ -124,25 +124,25 @@ def test_a_residual_that_has_joined_cannot_be_added_again_by_the_norm() -> None:
     plan = planner().plan(decode(2), "attn-tp-input-scattered")  # its residual joins the sum before post_attn_norm
     segments = []
     for segment in plan.segments:
-        steps: list[Step] = []
-        for step in segment.steps:
-            if step.stage is not None and step.name == "post_attn_norm":
-                reduction = steps.pop()
-                assert reduction.name == "all_reduce" and steps[-1].joins
+        ops: list[Op] = []
+        for op in segment.ops:
+            if op.stage is not None and op.name == "post_attn_norm":
+                reduction = ops.pop()
+                assert reduction.name == "all_reduce" and ops[-1].joins
                 twice = ("hidden", "residual")
-                step = replace(
+                op = replace(
                     reduction,
                     name=ALL_REDUCE_NORM,
-                    stage=step.stage,
+                    stage=op.stage,
                     fused=True,
                     reads=twice,
                     reads_at=(reduction.layout, reduction.leaves),
-                    writes=step.writes,
-                    writes_at=step.writes_at,
+                    writes=op.writes,
+                    writes_at=op.writes_at,
                 )
-            steps.append(step)
-        segments.append(replace(segment, steps=tuple(steps)))
-    with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm reads residual, which no step has left"):
+            ops.append(op)
+        segments.append(replace(segment, ops=tuple(ops)))
+    with pytest.raises(PlanError, match="all_reduce_norm before post_attn_norm reads residual, which no op has left"):
         replace(plan, segments=tuple(segments)).validate()
 
 
@@ -163,10 +163,10 @@ def test_the_last_layer_is_narrow_where_few_rows_have_logits(rows: int, logits: 
     mesh = Mesh.of(dp=1, tp=8)
     shape = StepShape.of(mesh, (rows,), phase="prefill", context=4096, logit_rows=logits)
     plan = planner(device("h100"), mesh, model="deepseek-v3").plan(shape)
-    ((layer, _),) = [found for found in plan.steps() if found[1].kind is StepKind.SELECT]
+    ((layer, _),) = [found for found in plan.ops() if found[1].kind is OpKind.SELECT]
     assert (layer == 60) is narrow
     if narrow:
-        assert next(s.rows for at, s in plan.steps() if s.name == "experts" and at == 60) == logits
+        assert next(s.rows for at, s in plan.ops() if s.name == "experts" and at == 60) == logits
         assert plan.segments[-2].layers == (60,)
     else:
         assert layer is None and plan.segments[-2].layers == tuple(range(3, 61))
@@ -190,9 +190,9 @@ def test_a_projection_by_columns_is_priced_as_its_share_and_its_gather() -> None
         planner(device("h100"), mesh, Forms(qkv_a_proj=form), "deepseek-v3") for form in ("replicated", "column")
     )
     plans = [each.plan(decode(8, mesh), "auto") for each in (whole, column)]
-    names = [[step.name for step in plan.segments[-2].steps] for plan in plans]
+    names = [[op.name for op in plan.segments[-2].ops] for plan in plans]
     assert "column_gather" not in names[0] and names[1].index("column_gather") > names[1].index("qkv_a_proj")
-    costs = [next(s.ps for _, s in plan.steps() if s.name == "qkv_a_proj") for plan in plans]
+    costs = [next(s.ps for _, s in plan.ops() if s.name == "qkv_a_proj") for plan in plans]
     assert costs[1] < costs[0]
 
 

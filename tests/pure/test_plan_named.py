@@ -1,4 +1,4 @@
-"""Named layouts are the published ones, step by step, and say which condition fails where they cannot apply."""
+"""Named layouts are the published ones, op by op, and say which condition fails where they cannot apply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, deal
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan, Segment
 from narrows.plan.planner import Deployment, Planner
 
 TP8, DP2, DP8 = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4), Mesh.of(dp=8, tp=1)
@@ -31,7 +31,7 @@ def plan(layout: str, mesh: Mesh, rows: int = 32768, *, model: str = "deepseek-v
 
 
 def num_moves(found: Plan) -> dict[str, int]:
-    moves = Counter(step.name for _, step in found.steps() if step.move is not None and step.name != "slice")
+    moves = Counter(op.name for _, op in found.ops() if op.move is not None and op.name != "slice")
     del moves["column_gather"]  # the best tokens of each vocabulary shard, once per step
     return dict(moves)
 
@@ -43,11 +43,11 @@ def moe_layer(found: Plan) -> Segment:
 def trail(found: Plan) -> list[str]:
     """The steps of a MoE layer, as 'name layout' or 'name from>to'."""
 
-    def words(step: Step) -> str:
-        here, there = (layout.title(found.mesh) or str(layout) for layout in (step.layout, step.leaves))
-        return f"{step.name} {here}" if here == there else f"{step.name} {here}>{there}"
+    def words(op: Op) -> str:
+        here, there = (layout.title(found.mesh) or str(layout) for layout in (op.layout, op.leaves))
+        return f"{op.name} {here}" if here == there else f"{op.name} {here}>{there}"
 
-    return [words(step) for step in moe_layer(found).steps]
+    return [words(op) for op in moe_layer(found).ops]
 
 
 # -- publication A: tensor-parallel attention, dp 1 x tp 8 -------------------------------------------------------------
@@ -88,14 +88,14 @@ def test_the_steps_of_a_layer_before_and_after_publication_a() -> None:
 
 
 def test_what_publication_a_gathers_is_the_narrow_latent_and_what_it_joins_is_an_eighth() -> None:
-    steps = {(step.name, step.boundary): step for step in moe_layer(plan("attn-tp-input-scattered", TP8)).steps}
-    gather = steps["all_gather", "latent_norm"]
+    ops = {(op.name, op.boundary): op for op in moe_layer(plan("attn-tp-input-scattered", TP8)).ops}
+    gather = ops["all_gather", "latent_norm"]
     assert (gather.reads, gather.nbytes) == (("qkv_latent",), 32768 * 2112 * 2)
-    join = steps["add_residual", "post_attn_norm"]
+    join = ops["add_residual", "post_attn_norm"]
     assert join.joins and join.rows == 4096
-    assert steps["input_norm", "input_norm"].fused and steps["input_norm", "input_norm"].rows == 4096
-    assert not steps["post_attn_norm", "post_attn_norm"].fused  # the residual came in with the sum
-    assert steps["post_attn_norm", "post_attn_norm"].rows == 32768
+    assert ops["input_norm", "input_norm"].fused and ops["input_norm", "input_norm"].rows == 4096
+    assert not ops["post_attn_norm", "post_attn_norm"].fused  # the residual came in with the sum
+    assert ops["post_attn_norm", "post_attn_norm"].rows == 32768
 
 
 # The published H20 profile, ms: qkv_a_proj, communication, norm.
@@ -117,11 +117,11 @@ def test_publication_b_norms_a_groups_own_rows_and_then_gathers(mesh: Mesh, grou
     before, after = plan("all-reduce", mesh, 16384), plan("norm-before-gather", mesh, 16384)
 
     def norm_and_gather(found: Plan) -> tuple[int, str]:
-        steps = moe_layer(found).steps
-        norm = next(step for step in steps if step.name == "post_attn_norm")
-        (gather,) = [step for step in steps if step.name == "all_gather"]
+        ops = moe_layer(found).ops
+        norm = next(op for op in ops if op.name == "post_attn_norm")
+        (gather,) = [op for op in ops if op.name == "all_gather"]
         assert gather.reads == ("hidden",) and gather.rows == 16384
-        return norm.rows, "before" if steps.index(gather) < steps.index(norm) else "after"
+        return norm.rows, "before" if ops.index(gather) < ops.index(norm) else "after"
 
     assert norm_and_gather(before) == (16384, "before")
     assert norm_and_gather(after) == (16384 // groups, "after")
@@ -163,10 +163,10 @@ def test_sequence_parallel_gathers_hidden_at_full_width_into_every_sharded_stage
     for mesh in (TP8, DP2):
         found = plan("sequence-parallel", mesh)
         assert num_moves(found) == {"reduce_scatter": 123, "all_gather": 123}
-        gathers = [step for _, step in found.steps() if step.name == "all_gather"]
-        assert {step.reads for step in gathers} == {("hidden",)}
-        norms = [step for _, step in found.steps() if step.name.endswith("_norm") and step.name != "latent_norm"]
-        assert {step.rows for step in norms} == {32768 // 8}
+        gathers = [op for _, op in found.ops() if op.name == "all_gather"]
+        assert {op.reads for op in gathers} == {("hidden",)}
+        norms = [op for _, op in found.ops() if op.name.endswith("_norm") and op.name != "latent_norm"]
+        assert {op.rows for op in norms} == {32768 // 8}
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def test_sequence_parallel_gathers_hidden_at_full_width_into_every_sharded_stage
 def test_named_layouts_take_the_logit_rows_only_before_the_head() -> None:
     for mesh in (TP8, DP2, DP8):
         for layout in applicable_layouts(preset("deepseek-v3"), mesh)[:-1]:
-            (select,) = [step for _, step in plan(layout, mesh).steps() if step.kind is StepKind.SELECT]
+            (select,) = [op for _, op in plan(layout, mesh).ops() if op.kind is OpKind.SELECT]
             assert select.boundary == "lm_head"
-        (select,) = [step for _, step in plan("auto", mesh).steps() if step.kind is StepKind.SELECT]
+        (select,) = [op for _, op in plan("auto", mesh).ops() if op.kind is OpKind.SELECT]
         assert select.boundary == "post_attn_norm"  # the cheap place: before the last layer's sums and experts
 
 

@@ -23,7 +23,7 @@ from narrows.plan.code import plan_code
 from narrows.plan.explain import describe
 from narrows.plan.graph import Graph
 from narrows.plan.named import applicable_layouts, named_layout
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 from narrows.plan.search import Search
 from narrows.plan.workspace import Kernels, workspace
 
@@ -125,22 +125,22 @@ def solved(chain: Chain, mesh: Mesh, config: ModelConfig, layout: str, encoding:
 
 def with_other_names(plan: Plan) -> list[tuple[object, ...]]:
     """What ``plan`` does and costs, said in the names of :func:`renamed`."""
-    return [(segment.layers, *said(step, other)) for segment in plan.segments for step in segment.steps]
+    return [(segment.layers, *said(op, other)) for segment in plan.segments for op in segment.ops]
 
 
 def as_named(plan: Plan) -> list[tuple[object, ...]]:
-    return [(segment.layers, *said(step, str)) for segment in plan.segments for step in segment.steps]
+    return [(segment.layers, *said(op, str)) for segment in plan.segments for op in segment.ops]
 
 
-def said(step: Step, name: Callable[[str], str]) -> tuple[object, ...]:
+def said(op: Op, name: Callable[[str], str]) -> tuple[object, ...]:
     """Everything of ``step`` with its fields and stages renamed; adds are called after what they add."""
-    if step.kind is StepKind.STAGE:
-        title = name(step.name)
+    if op.kind is OpKind.STAGE:
+        title = name(op.name)
     else:
-        title = f"add_{name(step.reads[1])}" if step.kind is StepKind.ADD else step.name
-    fields = (tuple(map(name, step.reads)), tuple(map(name, step.writes)))
-    rest = replace(step, name="", boundary="", reads=(), writes=(), stage=None)
-    return title, name(step.boundary), None if step.stage is None else name(step.stage.name), fields, rest
+        title = f"add_{name(op.reads[1])}" if op.kind is OpKind.ADD else op.name
+    fields = (tuple(map(name, op.reads)), tuple(map(name, op.writes)))
+    rest = replace(op, name="", boundary="", reads=(), writes=(), stage=None)
+    return title, name(op.boundary), None if op.stage is None else name(op.stage.name), fields, rest
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

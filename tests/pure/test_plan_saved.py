@@ -14,7 +14,7 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.code import plan_code
 from narrows.plan.named import applicable_layouts
-from narrows.plan.plan import Plan, StepKind
+from narrows.plan.plan import OpKind, Plan
 from narrows.plan.planner import Deployment, Planner
 from narrows.plan.saved import read_plan, write_plan
 
@@ -86,16 +86,25 @@ def test_files_that_are_not_whole_plans_are_one_clear_line(tmp_path: Path) -> No
         read_plan(file, config, MESH)
 
 
+def test_a_plan_file_of_version_1_is_read(tmp_path: Path) -> None:
+    config, plan = preset("deepseek-v3"), made()
+    file = tmp_path / "plan.json"
+    write_plan(file, plan, config, Forms())
+    document = json.loads(file.read_text())
+    for segment in document["segments"]:
+        segment["steps"] = segment.pop("ops")
+    file.write_text(json.dumps(document | {"narrows_plan": 1}))
+    assert read_plan(file, config, MESH) == (plan, Forms())
+
+
 def test_a_saved_plan_whose_reduction_was_cut_out_is_refused_by_name(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     file = tmp_path / "plan.json"
     write_plan(file, made("all-reduce"), config, Forms())
     document = json.loads(file.read_text())
-    steps = document["segments"][-2]["steps"]
-    at = next(
-        i for i, step in enumerate(steps) if step["name"] == "all_reduce" and step["boundary"] == "post_attn_norm"
-    )
-    del steps[at]
+    ops = document["segments"][-2]["ops"]
+    at = next(i for i, op in enumerate(ops) if op["name"] == "all_reduce" and op["boundary"] == "post_attn_norm")
+    del ops[at]
     file.write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=r"post_attn_norm.*hidden"):
         read_plan(file, config, MESH)
@@ -112,8 +121,8 @@ def test_the_program_parses_and_has_every_step_once(layout: str) -> None:
     tree = ast.parse(plan_code(plan))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     additions = [node for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
-    steps = [step for segment in plan.segments for step in segment.steps]
-    assert len(calls) == sum(step.kind is not StepKind.ADD for step in steps)
-    assert len(additions) == sum(step.kind is StepKind.ADD and not step.joins for step in steps)
+    ops = [op for segment in plan.segments for op in segment.ops]
+    assert len(calls) == sum(op.kind is not OpKind.ADD for op in ops)
+    assert len(additions) == sum(op.kind is OpKind.ADD and not op.joins for op in ops)
     joins = [key for call in calls for key in call.keywords if key.arg == "addends"]
-    assert len(joins) == sum(step.joins for step in steps)
+    assert len(joins) == sum(op.joins for op in ops)

@@ -20,12 +20,12 @@ from narrows.arch.presets import preset
 from narrows.arch.stages import Chain, Role, RowSet, Stage, StageKind
 from narrows.cost.devices import device
 from narrows.cost.price import Source
-from narrows.cost.stage import StepPrice, StepShape
+from narrows.cost.stage import OpPrice, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, deal, full, moves_from, scattered
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, NamedLayout, applicable_layouts, inapplicable, named_layout
-from narrows.plan.plan import Plan, Segment, Step
+from narrows.plan.plan import Op, Plan, Segment
 from narrows.plan.planner import Deployment, Planner
 from narrows.plan.search import Search
 
@@ -83,27 +83,27 @@ class RandomPrices:
     seed: int
     scale: int
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice:
         return self._price("stage", stage.name, stage.window, layout, fused, row_set)
 
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
 
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price("reduce_norm", move.src, stage.name, fused, row_bytes, row_set)
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> OpPrice:
         return self._price("add", layout, row_bytes, row_set, joins)
 
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price("recode", layout, row_bytes, row_set)
 
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
+    def select(self, layout: Layout, row_bytes: int) -> OpPrice:
         return self._price("select", layout, row_bytes)
 
-    def _price(self, *what: object) -> StepPrice:
+    def _price(self, *what: object) -> OpPrice:
         ps = 1 + crc32(repr((self.seed, *map(str, what))).encode()) % self.scale
-        return StepPrice(ps, 1, 1, Source.ROOFLINE)
+        return OpPrice(ps, 1, 1, Source.ROOFLINE)
 
 
 seeds = st.integers(0, 10**6)
@@ -133,7 +133,7 @@ def test_chained_tables_equal_a_plain_search(built: tuple[Chain, Mesh], seed: in
     graph, prices = Graph(chain, mesh, AUTO, fuses_norms=True), RandomPrices(seed, scale)
     plan = plan_of(graph, prices)
     plan.validate()
-    assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
+    assert (plan.ps, plan.num_ops) == Search(graph, prices).solve_plainly()
     assert plan == plan_of(
         Graph(chain, mesh, AUTO, fuses_norms=True), prices
     )  # deterministic, and no state is left in a graph
@@ -148,8 +148,8 @@ def test_61_layers_equal_a_plain_search(mesh: Mesh, seed: int, scale: int) -> No
     graph, prices = Graph(chain, mesh, AUTO), RandomPrices(seed, scale)
     plan = plan_of(graph, prices)
     plan.validate()
-    assert len({layer for layer, _ in plan.steps() if layer is not None}) == 61
-    assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
+    assert len({layer for layer, _ in plan.ops() if layer is not None}) == 61
+    assert (plan.ps, plan.num_ops) == Search(graph, prices).solve_plainly()
 
 
 # -- a search of its own -----------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: boo
         row_bytes[each.bundle] = row_bytes.get(each.bundle, 0) + each.row_bytes
     bundle_of = {each.name: each.bundle for each in chain.fields.values()}
 
-    def next_states(at: int, held: dict[str, Layout], selected: bool) -> Iterator[tuple[State, StepPrice]]:
+    def next_states(at: int, held: dict[str, Layout], selected: bool) -> Iterator[tuple[State, OpPrice]]:
         stage = stages[at]
         row_set = RowSet.LOGITS if selected else RowSet.ALL
 
@@ -275,7 +275,7 @@ def test_auto_is_never_dearer_than_a_named_layout(family: str, mesh: Mesh, seed:
         plan = plan_of(graph, prices)
         plan.validate()
         assert plan.ps >= auto.ps
-        assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
+        assert (plan.ps, plan.num_ops) == Search(graph, prices).solve_plainly()
 
 
 def real_plans(name: str, mesh: Mesh, rows: int) -> Iterator[Plan]:
@@ -308,12 +308,12 @@ def test_a_plan_with_one_sum_not_taken_is_refused(name: str, rows: int, mesh: Me
     for plan in real_plans(name, mesh, rows):
         plan.validate()
         for at, segment in enumerate(plan.segments):
-            for i, step in enumerate(segment.steps):
-                if step.move is None or not step.move.src.owes_sum:
+            for i, op in enumerate(segment.ops):
+                if op.move is None or not op.move.src.owes_sum:
                     continue
                 seen += 1
                 layer = f"layer {segment.layers[0]} " if segment.layers else ""
-                with pytest.raises(PlanError, match=f"^{layer}.*{step.boundary}.*sum is still owed"):
+                with pytest.raises(PlanError, match=f"^{layer}.*{op.boundary}.*sum is still owed"):
                     without(plan, at, i).validate()
     assert seen >= 4
 
@@ -321,19 +321,19 @@ def test_a_plan_with_one_sum_not_taken_is_refused(name: str, rows: int, mesh: Me
 def without(plan: Plan, segment_index: int, step_index: int) -> Plan:
     """The plan less one step, in all layers of its segment."""
     segments = list(plan.segments)
-    steps = segments[segment_index].steps
-    segments[segment_index] = replace(segments[segment_index], steps=steps[:step_index] + steps[step_index + 1 :])
+    ops = segments[segment_index].ops
+    segments[segment_index] = replace(segments[segment_index], ops=ops[:step_index] + ops[step_index + 1 :])
     return replace(plan, segments=tuple(segments))
 
 
 def changed(plan: Plan, name: str, boundary: str, **changes: object) -> Plan:
-    """The plan with every step of that name and boundary changed."""
+    """The plan with every op of that name and boundary changed."""
 
-    def change(step: Step) -> Step:
-        return replace(step, **changes) if (step.name, step.boundary) == (name, boundary) else step  # type: ignore[arg-type]
+    def change(op: Op) -> Op:
+        return replace(op, **changes) if (op.name, op.boundary) == (name, boundary) else op  # type: ignore[arg-type]
 
     def steps(segment: Segment) -> Segment:
-        return replace(segment, steps=tuple(change(step) for step in segment.steps))
+        return replace(segment, ops=tuple(change(op) for op in segment.ops))
 
     return replace(plan, segments=tuple(steps(segment) for segment in plan.segments))
 
@@ -343,11 +343,11 @@ def test_other_wrong_plans_are_refused() -> None:
     plans = {plan.layout_name: plan for plan in real_plans("deepseek-v3", mesh, 16384)}
     published = plans["attn-tp-input-scattered"]
     at = next(i for i, segment in enumerate(published.segments) if segment.name == "moe")
-    joined = [i for i, step in enumerate(published.segments[at].steps) if step.name == "add_residual"]
+    joined = [i for i, op in enumerate(published.segments[at].ops) if op.name == "add_residual"]
     with pytest.raises(PlanError, match="post_attn_norm would lose residual"):
         without(published, at, joined[0]).validate()
-    router = [i for i, step in enumerate(published.segments[at].steps) if step.name == "router"]
-    with pytest.raises(PlanError, match="experts reads topk_ids, which no step has left"):
+    router = [i for i, op in enumerate(published.segments[at].ops) if op.name == "router"]
+    with pytest.raises(PlanError, match="experts reads topk_ids, which no op has left"):
         without(published, at, router[0]).validate()
     with pytest.raises(PlanError, match=r"qkv_a_proj reads hidden at \(-,R\), but it is at \(-,S\)"):
         changed(published, "qkv_a_proj", "qkv_a_proj", reads_at=(full(mesh),)).validate()
@@ -382,7 +382,7 @@ class CountedPrices(RandomPrices):
 
     asked: list[object] = field(default_factory=list)
 
-    def _price(self, *what: object) -> StepPrice:
+    def _price(self, *what: object) -> OpPrice:
         self.asked.append(tuple(map(str, what)))
         return super()._price(*what)
 
@@ -411,16 +411,16 @@ class Recoding(RandomPrices):
 
     ps: int | None
 
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> OpPrice:
         assert self.ps is not None, "rows are not to be encoded"
-        return StepPrice(self.ps, 1, 1, Source.ROOFLINE)
+        return OpPrice(self.ps, 1, 1, Source.ROOFLINE)
 
 
 def solved(chain: Chain, mesh: Mesh, prices: RandomPrices, *encoding: Encoding, always: bool = False) -> Plan:
     graph = Graph(chain, mesh, AUTO, *encoding, always=always)
     shape = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=1)
     plan = Plan(layout_name="auto", mesh=mesh, shape=shape, segments=Search(graph, prices).solve(), roles=chain.roles)
-    assert (plan.ps, plan.num_steps) == Search(graph, prices).solve_plainly()
+    assert (plan.ps, plan.num_ops) == Search(graph, prices).solve_plainly()
     return plan
 
 
@@ -446,13 +446,13 @@ def test_only_what_norms_and_gemms_made_is_encoded(built: tuple, seed: int, alwa
     plan = solved(chain, mesh, Recoding(seed, 10**6, 0), Encoding.FP8, always=always)
     plan.validate()
     norms = {stage.name for stage in all_stages(chain) if stage.kind is StageKind.NORM}
-    for _, step in plan.steps():
-        if step.encoded:
-            assert step.move is not None and step.move.kind is MoveKind.ALL_GATHER
-            assert set(step.encoded) <= {"hidden", "qkv_latent"} and step.boundary not in norms
-            assert set(step.encoded.values()) == {Encoding.FP8} and len(step.encodings) == len(step.reads)
-        elif always and step.name == "all_gather" and step.boundary not in norms:
-            assert not {"hidden", "qkv_latent"} & set(step.reads)
+    for _, op in plan.ops():
+        if op.encoded:
+            assert op.move is not None and op.move.kind is MoveKind.ALL_GATHER
+            assert set(op.encoded) <= {"hidden", "qkv_latent"} and op.boundary not in norms
+            assert set(op.encoded.values()) == {Encoding.FP8} and len(op.encodings) == len(op.reads)
+        elif always and op.name == "all_gather" and op.boundary not in norms:
+            assert not {"hidden", "qkv_latent"} & set(op.reads)
 
 
 def all_stages(chain: Chain) -> Sequence:

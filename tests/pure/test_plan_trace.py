@@ -35,10 +35,10 @@ def plan_of(rows: int) -> Plan:
 
 def walk(plan: Plan, start: float, *, received: int) -> Walk:
     """Steps of equal length, one right after the other."""
-    starts = [start + i * STEP_S / plan.num_steps for i in range(plan.num_steps)]
-    crosses = [step.move is not None and step.move.kind is not MoveKind.SLICE for _, step in plan.steps()]
+    starts = [start + i * STEP_S / plan.num_ops for i in range(plan.num_ops)]
+    crosses = [op.move is not None and op.move.kind is not MoveKind.SLICE for _, op in plan.ops()]
     ends = [*starts[1:], start + STEP_S]
-    return Walk(starts, ends, [1] * plan.num_steps, [received * crossing for crossing in crosses])
+    return Walk(starts, ends, [1] * plan.num_ops, [received * crossing for crossing in crosses])
 
 
 def run_of(num_steps: int = 3, **more: Any) -> TraceRun:
@@ -118,12 +118,12 @@ def test_every_rank_has_every_step_of_the_plan_with_what_was_predicted_and_what_
         mine = [event for event in events if event["pid"] == pid and event["ph"] == "X"]
         walks = [event for event in mine if event["cat"] == "walk"]
         steps = [event for event in mine if event["cat"] != "walk"]
-        assert len(walks) == 2 and len(steps) == 2 * plan.num_steps
-        for (layer, step), event in zip([*plan.steps()] * 2, steps, strict=True):
+        assert len(walks) == 2 and len(steps) == 2 * plan.num_ops
+        for (layer, op), event in zip([*plan.ops()] * 2, steps, strict=True):
             args = event["args"]
-            assert event["name"].startswith(step.name) and args.get("layer") == layer
-            assert args["predicted_us"] == pytest.approx(step.ps / 1e6, abs=1e-3)
-            assert args["measured_us"] == pytest.approx(event["dur"], abs=2e-3) and args["source"] == step.source.label
+            assert event["name"].startswith(op.name) and args.get("layer") == layer
+            assert args["predicted_us"] == pytest.approx(op.ps / 1e6, abs=1e-3)
+            assert args["measured_us"] == pytest.approx(event["dur"], abs=2e-3) and args["source"] == op.source.label
             if event["cat"] == "collective":
                 assert args["bytes_received"] == 10 * (rank + 1) and args["bytes_all_ranks"] == 100
             else:

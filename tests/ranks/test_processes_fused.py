@@ -13,7 +13,7 @@ from narrows.arch.stages import StageKind
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.script import Script
-from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Step
+from narrows.plan.plan import ALL_REDUCE_NORM, Op, Plan
 
 PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,)]
 
@@ -21,15 +21,15 @@ PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,)]
 def in_one(plan: Plan) -> Plan:
     """``plan`` with every all-reduce that a norm follows made one step with it."""
 
-    def merged(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        out: list[Step] = []
-        for step in steps:
+    def merged(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+        out: list[Op] = []
+        for op in ops:
             before = out[-1] if out else None
-            norm = step.stage is not None and step.stage.kind is StageKind.NORM
-            if norm and before is not None and before.name == "all_reduce" and step.layout == before.leaves:
-                reads_at = (before.layout, *step.reads_at[1:])
+            norm = op.stage is not None and op.stage.kind is StageKind.NORM
+            if norm and before is not None and before.name == "all_reduce" and op.layout == before.leaves:
+                reads_at = (before.layout, *op.reads_at[1:])
                 out[-1] = replace(
-                    step,
+                    op,
                     kind=before.kind,
                     name=ALL_REDUCE_NORM,
                     move=before.move,
@@ -37,10 +37,10 @@ def in_one(plan: Plan) -> Plan:
                     price_class=before.price_class,
                 )
             else:
-                out.append(step)
+                out.append(op)
         return tuple(out)
 
-    return replace(plan, segments=tuple(replace(segment, steps=merged(segment.steps)) for segment in plan.segments))
+    return replace(plan, segments=tuple(replace(segment, ops=merged(segment.ops)) for segment in plan.segments))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int,
                 one = in_one(plan)
                 one.validate()
                 wanted, got = engine.run_plan(batch, plan), engine.run_plan(batch, one)
-                seen |= {(step.boundary, step.fused) for _, step in one.steps() if step.name == ALL_REDUCE_NORM}
+                seen |= {(op.boundary, op.fused) for _, op in one.ops() if op.name == ALL_REDUCE_NORM}
                 for theirs, mine in zip(wanted, got, strict=True):
                     assert mine.logits is not None and theirs.logits is not None
                     assert mine.ids == theirs.ids and torch.equal(mine.logits, theirs.logits), layout

@@ -92,7 +92,7 @@ def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int
                 run_steps(engine, batch, plan, 1)  # walked and recorded
                 engine.readings()
                 run_steps(engine, batch, plan, 3)
-                assert engine.readings() == [(0, 3 * plan.num_steps)] * (dp * tp), f"{layout}, {rows} rows"
+                assert engine.readings() == [(0, 3 * plan.num_ops)] * (dp * tp), f"{layout}, {rows} rows"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_tapes_of_many_row_counts_stay_side_by_side(tiny_model, monkeypatch: pyt
         for _ in range(2):
             for batch, plan in steps:
                 run_steps(engine, batch, plan, 1)
-        assert engine.readings() == [(0, 2 * sum(plan.num_steps for _, plan in steps))]
+        assert engine.readings() == [(0, 2 * sum(plan.num_ops for _, plan in steps))]
 
 
 def rehearse(engine: Engine) -> int:
@@ -171,7 +171,7 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: 
         batch = work.batch_for(engine)
         plan = engine.plans.plan_for(batch)
         run_steps(engine, batch, plan, 1)
-        assert engine.readings() == [(0, plan.num_steps)] * 2
+        assert engine.readings() == [(0, plan.num_ops)] * 2
         for way, want in zip(WAYS, wanted, strict=True):
             assert texts(engine, way) == want
             rehearse(engine)
@@ -214,7 +214,7 @@ def test_a_trace_has_the_steps_that_a_tape_repeats(tiny_model, tp: int) -> None:
         first, *others = (step.walks[rank] for step in decode)
         assert not first.num_replayed and not run.steps[0].walks[rank].num_replayed
         for step, walk in zip(decode[1:], others, strict=True):
-            assert walk.num_replayed == len(walk.starts) == step.plan.num_steps
+            assert walk.num_replayed == len(walk.starts) == step.plan.num_ops
             assert (list(walk.rows), list(walk.received)) == (list(first.rows), list(first.received))
             assert all(start <= end for start, end in zip(walk.starts, walk.ends, strict=True))
             assert all(end <= start for end, start in zip(walk.ends, walk.starts[1:], strict=False))
@@ -255,7 +255,7 @@ def test_a_rehearsal_drives_no_tape_out(tiny_model, limit: str, monkeypatch: pyt
         assert rehearse(engine) == 3, "two have room, and with the third that has none they end"
         engine.readings()
         run_steps(engine, batch, plan, 1)
-        assert engine.readings() == [(0, plan.num_steps)]
+        assert engine.readings() == [(0, plan.num_ops)]
 
 
 def test_where_no_step_can_be_on_tape_nothing_is_rehearsed_for_long(tiny_model) -> None:  # type: ignore[no-untyped-def]

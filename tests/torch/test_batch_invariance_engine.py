@@ -23,7 +23,7 @@ from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts
-from narrows.plan.plan import Plan, Step
+from narrows.plan.plan import Op, Plan
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.sampling import SamplingParams
 
@@ -55,9 +55,9 @@ class RecordingEngine(Engine):
         mine = self.seen[worker.comm.rank]
 
         def wrap(
-            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+            layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            if step.name != "sample":
+            if op.name != "sample":
                 return operation
 
             def keep(regs: Registers, frame: Frame) -> None:
@@ -202,7 +202,7 @@ def test_one_plan_runs_at_every_step_and_gives_logits(tiny_model: Any) -> None:
         with Engine(resolved(tiny_model("v3"), 2, 2, layout=layout)) as engine:
             plan = engine.resolved.plan
             assert plan is not None and plan.layout_name == layout
-            assert [step.name for _, step in plan.steps()][-1] == "sample"
+            assert [op.name for _, op in plan.ops()][-1] == "sample"
             chunk = Chunk(request=0, start=0, tokens=(1, 2), pages=(1,), num_logits=1)
             for batch in (Batch(groups=((chunk,), ())), Batch(groups=((), (chunk,) * 100))):
                 assert engine.plans.plan_for(batch) is plan

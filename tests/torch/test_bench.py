@@ -166,7 +166,7 @@ def test_a_cache_is_filled_as_far_as_it_reaches(folder: Path) -> None:
 def _remembers(workers: list[Worker]) -> Callable[[Worker], Wrap]:
     def make(worker: Worker) -> Wrap:
         workers.append(worker)
-        return lambda layer, step, reads, writes, operation: operation
+        return lambda layer, op, reads, writes, operation: operation
 
     return make
 

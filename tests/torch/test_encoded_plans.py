@@ -23,7 +23,7 @@ from narrows.engine.recorder import Spot
 from narrows.engine.verify import ENCODED_TOLERANCE, TOLERANCE, LayoutReport, verify
 from narrows.layout import Encoding
 from narrows.plan.named import applicable_layouts
-from narrows.plan.plan import Plan, StepKind
+from narrows.plan.plan import OpKind, Plan
 
 GATHERING = ("attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 TinyModel = Callable[..., Path]
@@ -94,7 +94,7 @@ def test_plans_for_a_gpu_run_here(tiny_model: TinyModel) -> None:
     seen: set[tuple[str, ...]] = set()
 
     def look(plan: Plan) -> Plan:
-        seen.update(step.reads for _, step in plan.steps() if step.encoded)
+        seen.update(op.reads for _, op in plan.ops() if op.encoded)
         return plan
 
     asked = replace(asked_for(tiny_model("v3"), 2, 2), device="h20")
@@ -113,13 +113,13 @@ def test_a_packed_gather_encodes_one_field_and_not_the_choice_of_experts(tiny_mo
         nonlocal packed
         segments = []
         for segment in plan.segments:
-            steps = list(segment.steps)
-            at = [i for i, step in enumerate(steps) if step.name == "all_gather" and step.boundary == "router"]
+            ops = list(segment.ops)
+            at = [i for i, op in enumerate(ops) if op.name == "all_gather" and op.boundary == "router"]
             for i in at:
-                gather, router = steps[i], steps[i + 1]
+                gather, router = ops[i], ops[i + 1]
                 here, names = gather.reads_at[0], ("hidden", "topk_ids", "topk_weights")
-                steps[i] = replace(router, reads_at=(here,), writes_at=(here, here))
-                steps[i + 1] = replace(
+                ops[i] = replace(router, reads_at=(here,), writes_at=(here, here))
+                ops[i + 1] = replace(
                     gather,
                     boundary="experts",
                     reads=names,
@@ -129,7 +129,7 @@ def test_a_packed_gather_encodes_one_field_and_not_the_choice_of_experts(tiny_mo
                     encodings=(Encoding.INT8, Encoding.PLAIN, Encoding.PLAIN),
                 )
                 packed += 1
-            segments.append(replace(segment, steps=tuple(steps)))
+            segments.append(replace(segment, ops=tuple(ops)))
         return replace(plan, segments=tuple(segments))
 
     (report,) = run(asked, "sequence-parallel", tamper=pack)
@@ -182,10 +182,10 @@ def test_a_fault_behind_the_wide_tolerance_is_still_named(tiny_model: TinyModel)
         segments = [
             replace(
                 segment,
-                steps=tuple(
-                    step
-                    for step in segment.steps
-                    if not (step.name == "all_reduce" and step.boundary == "post_attn_norm" and segment.layers == (0,))
+                ops=tuple(
+                    op
+                    for op in segment.ops
+                    if not (op.name == "all_reduce" and op.boundary == "post_attn_norm" and segment.layers == (0,))
                 ),
             )
             for segment in plan.segments
@@ -217,9 +217,7 @@ def test_selected_rows_before_the_head_may_be_encoded(tiny_model: TinyModel) -> 
     found: list[tuple[str, RowSet]] = []
 
     def look(plan: Plan) -> Plan:
-        found.extend(
-            (step.boundary, step.row_set) for _, step in plan.steps() if step.kind is StepKind.MOVE and step.encoded
-        )
+        found.extend((op.boundary, op.row_set) for _, op in plan.ops() if op.kind is OpKind.MOVE and op.encoded)
         return plan
 
     (report,) = run(asked_for(tiny_model("v3"), 2, 2), "sequence-parallel", tamper=look)

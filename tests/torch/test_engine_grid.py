@@ -22,7 +22,7 @@ from torch import Tensor
 from narrows.arch.forms import Forms, form_choices
 from narrows.arch.stages import RowSet, Stage
 from narrows.cost.price import Source
-from narrows.cost.stage import Pricer, StepPrice, StepShape
+from narrows.cost.stage import OpPrice, Pricer, StepShape
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
@@ -32,7 +32,7 @@ from narrows.layout import Layout, Move, MoveKind, deal
 from narrows.plan.cache import PlanCache
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts, named_layout
-from narrows.plan.plan import Plan, StepKind
+from narrows.plan.plan import OpKind, Plan
 from narrows.plan.planner import Deployment
 from narrows.plan.search import Search
 from narrows.sched.batch import Batch, Chunk
@@ -373,28 +373,28 @@ class RandomPrices:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def _price(self, *_: object) -> StepPrice:
+    def _price(self, *_: object) -> OpPrice:
         ps = int(10 ** self._random.uniform(0, 6))
-        return StepPrice(ps=ps, rows=0, nbytes=0, source=Source.MEASURED)
+        return OpPrice(ps=ps, rows=0, nbytes=0, source=Source.MEASURED)
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice:
         return self._price()
 
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice:
         if row_bytes == 4 and move.kind is MoveKind.ALL_GATHER:  # ids, which every rank has had all along
-            return StepPrice(ps=10**12, rows=0, nbytes=0, source=Source.MEASURED)
+            return OpPrice(ps=10**12, rows=0, nbytes=0, source=Source.MEASURED)
         return self._price()
 
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price()
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> OpPrice:
         return self._price()
 
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price()
 
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
+    def select(self, layout: Layout, row_bytes: int) -> OpPrice:
         return self._price()
 
 
@@ -402,20 +402,20 @@ def ways(plan: Plan) -> set[str]:
     """What the plan does, told finely enough to say which of the runner's ways it takes."""
     found: set[str] = set()
     joined = False
-    for _, step in plan.steps():
-        joined |= step.joins
-        if step.kind is StepKind.MOVE:
-            completes = step.layout.owes_sum and not step.leaves.owes_sum
+    for _, op in plan.ops():
+        joined |= op.joins
+        if op.kind is OpKind.MOVE:
+            completes = op.layout.owes_sum and not op.leaves.owes_sum
             with_addends = " with addends" if completes and joined else ""
             joined &= not completes
-            num = len(step.reads)
-            found.add(f"{step.name} {step.row_set}{f' of {num} fields' if num > 1 else ''}{with_addends}")
-        elif step.kind is StepKind.ADD:
-            found.add(f"{step.name} {'joins' if step.joins else 'is added'} {step.row_set}")
-        elif step.kind is StepKind.SELECT:
-            found.add(f"select from {'an owed sum' if step.layout.owes_sum else 'rows'}{' with addends' * joined}")
+            num = len(op.reads)
+            found.add(f"{op.name} {op.row_set}{f' of {num} fields' if num > 1 else ''}{with_addends}")
+        elif op.kind is OpKind.ADD:
+            found.add(f"{op.name} {'joins' if op.joins else 'is added'} {op.row_set}")
+        elif op.kind is OpKind.SELECT:
+            found.add(f"select from {'an owed sum' if op.layout.owes_sum else 'rows'}{' with addends' * joined}")
         else:
-            found.add(f"{step.name}{' fused' * step.fused} {step.row_set}")
+            found.add(f"{op.name}{' fused' * op.fused} {op.row_set}")
     return found
 
 
@@ -490,7 +490,7 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
             plan, new = max(found, key=lambda each: (len(each[1] & MUST_BE_SEEN - seen), len(each[1] - seen)))
             seen |= new
             plan.validate()
-            run.check(f"{forms}, a plan of {plan.num_steps} steps", lambda batch, plan=plan: plan)  # type: ignore[misc]
+            run.check(f"{forms}, a plan of {plan.num_ops} steps", lambda batch, plan=plan: plan)  # type: ignore[misc]
     missing = MUST_BE_SEEN - seen
     if forms.shared_expert == "sharded":
         missing -= {"add_shared joins all", "add_shared is added all"}
@@ -509,12 +509,12 @@ class Forced:
     def __getattr__(self, name: str) -> object:
         return getattr(self._prices, name)
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice:
         price = self._prices.stage(stage, layout, fused, row_set)
         return replace(price, ps=10**15) if stage.any_rows and row_set is RowSet.ALL else price
 
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
-        return StepPrice(
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
+        return OpPrice(
             ps=1 if row_set is RowSet.ALL or not stage.any_rows else 2, rows=0, nbytes=0, source=Source.MEASURED
         )
 
@@ -568,7 +568,7 @@ def test_the_best_token_without_gathering_logits_is_the_same(tiny_model: Callabl
 
         for name, want, results in run.run("auto", plan_of):
             assert {result.ids for result in results} == {tuple(want.argmax(-1).tolist())}, name
-        assert all("pick" in [step.name for _, step in plan.steps()] for plan in plans)
+        assert all("pick" in [op.name for _, op in plan.ops()] for plan in plans)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_layouts_that_take_the_same_sums_by_other_moves_give_the_same_bits(
             for _, batch in steps.named:
                 plan = caches[-1].plan_for(batch)
                 runs[-1].append(engine.run_plan(batch, plan))
-    moves = [{step.name for _, plan in cache.items() for _, step in plan.steps()} for cache in caches]
+    moves = [{op.name for _, plan in cache.items() for _, op in plan.ops()} for cache in caches]
     assert "reduce_scatter" not in moves[0] and "all_reduce" not in moves[1]
     for (name, _), first, second in zip(steps.named, *runs, strict=True):
         for rank, (a, b) in enumerate(zip(first, second, strict=True)):

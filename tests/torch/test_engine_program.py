@@ -25,7 +25,7 @@ from narrows.engine.worker import StepResult, Worker, logit_split
 from narrows.errors import CheckpointError, PlanError
 from narrows.layout import RowSplit
 from narrows.plan.named import applicable_layouts
-from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch, Chunk
 from narrows.weights.safetensors_folder import SafetensorsFolder
@@ -64,7 +64,7 @@ def patched(rank: int, layer: int, stage: str, around: Callable[[Callable[..., A
         if worker.place.rank == rank:
             owner = worker.model.layers[layer]
             setattr(owner, stage, around(getattr(owner, stage)))
-        return lambda layer, step, reads, writes, operation: operation
+        return lambda layer, op, reads, writes, operation: operation
 
     return wrap
 
@@ -84,7 +84,7 @@ def test_every_stage_of_the_chain_is_a_method_of_the_model(tiny_model: TinyModel
 
     def wrap(worker: Worker) -> Wrap:
         workers.append(worker)
-        return lambda layer, step, reads, writes, operation: operation
+        return lambda layer, op, reads, writes, operation: operation
 
     resolved = resolve(asked_for(folder, 1, 2, want_logits=want_logits))
     for forms in form_choices(resolved.config, resolved.mesh):
@@ -126,19 +126,19 @@ def test_checked_mode_names_a_stage_that_leaves_another_shape_than_its_layout(
 # -- plans that are refused ------------------------------------------------------------------------------------------
 
 
-def edited(plan: Plan, segment: int, place: int, *instead: Step) -> Plan:
+def edited(plan: Plan, segment: int, place: int, *instead: Op) -> Plan:
     """The plan with ``instead`` in the place of one step."""
-    steps = plan.segments[segment].steps
-    new = replace(plan.segments[segment], steps=(*steps[:place], *instead, *steps[place + 1 :]))
+    ops = plan.segments[segment].ops
+    new = replace(plan.segments[segment], ops=(*ops[:place], *instead, *ops[place + 1 :]))
     return replace(plan, segments=(*plan.segments[:segment], new, *plan.segments[segment + 1 :]))
 
 
-def places(plan: Plan, wanted: Callable[[Step], bool]) -> Iterator[tuple[int, int, str, Step]]:
+def places(plan: Plan, wanted: Callable[[Op], bool]) -> Iterator[tuple[int, int, str, Op]]:
     """(segment, place, how an error names the stage that the step is or prepares, step)."""
     for s, segment in enumerate(plan.segments):
-        for i, step in enumerate(segment.steps):
-            if wanted(step):
-                yield s, i, f"layer {segment.layers[0]} {step.boundary}" if segment.layers else step.boundary, step
+        for i, op in enumerate(segment.ops):
+            if wanted(op):
+                yield s, i, f"layer {segment.layers[0]} {op.boundary}" if segment.layers else op.boundary, op
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2)])
@@ -151,7 +151,7 @@ def test_a_plan_without_one_of_its_reductions_is_refused_naming_the_stage(
     for layout in applicable_layouts(resolved.config, resolved.mesh):
         with Engine(resolved) as engine:
             plan = plan_of(engine, batch, layout)
-        for s, i, where, _ in places(plan, lambda step: step.name in REDUCTIONS):
+        for s, i, where, _ in places(plan, lambda op: op.name in REDUCTIONS):
             with Engine(resolved) as engine, pytest.raises(PlanError) as error:
                 engine.run_plan(batch, edited(plan, s, i))
             # Without a sum over one axis the move over the others fails, which prepares the same stage.
@@ -165,14 +165,14 @@ def test_a_reduction_done_twice_an_addend_left_out_and_a_stage_left_out_are_refu
     batch = prefill(2)
     with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), Forms())) as engine:
         plan = plan_of(engine, batch, "all-reduce")
-    for s, i, _, step in places(plan, lambda step: step.name in REDUCTIONS):
+    for s, i, _, op in places(plan, lambda op: op.name in REDUCTIONS):
         with pytest.raises(PlanError, match="reads hidden at"):
-            edited(plan, s, i, step, step).validate()
-    for s, i, where, _ in places(plan, lambda step: step.kind is StepKind.ADD):
+            edited(plan, s, i, op, op).validate()
+    for s, i, where, _ in places(plan, lambda op: op.kind is OpKind.ADD):
         with pytest.raises(PlanError, match=f"{where} would lose residual"):
             edited(plan, s, i).validate()
-    for s, i, _, _ in places(plan, lambda step: step.name in ("qkv_a_proj", "router", "embed")):
-        with pytest.raises(PlanError, match="which no step has left"):
+    for s, i, _, _ in places(plan, lambda op: op.name in ("qkv_a_proj", "router", "embed")):
+        with pytest.raises(PlanError, match="which no op has left"):
             edited(plan, s, i).validate()
     plan.validate()
 
@@ -199,18 +199,18 @@ class Poisoner:
         worker.comm.send_buffer = lend  # type: ignore[method-assign]
 
         def around(
-            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+            layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
             def watched(regs: Registers, frame: Frame) -> None:
                 operation(regs, frame)
-                if step.name in (*REDUCTIONS, ALL_REDUCE_NORM):
+                if op.name in (*REDUCTIONS, ALL_REDUCE_NORM):
                     for buffer in lent.values():
                         whole = torch.empty(0, dtype=buffer.dtype).set_(buffer.untyped_storage())  # type: ignore[call-overload]
                         whole.fill_(float("nan"))
                         self.num_filled += 1
-                for name, layout, register in zip(step.writes, step.writes_at, writes, strict=True):
+                for name, layout, register in zip(op.writes, op.writes_at, writes, strict=True):
                     if not layout.owes_sum and regs[register].untyped_storage().data_ptr() in lent:
-                        self.shared.append(f"rank {worker.place.rank}: {name} after {step.name} of layer {layer}")
+                        self.shared.append(f"rank {worker.place.rank}: {name} after {op.name} of layer {layer}")
 
             return watched
 
@@ -225,9 +225,9 @@ def test_nothing_that_lives_on_lies_in_a_send_buffer(tiny_model: TinyModel, kind
     poisoner = Poisoner()
     with Engine(resolved) as clean, Engine(resolved, wrap=poisoner.wrap) as watched:
         for layout in applicable_layouts(resolved.config, resolved.mesh):
-            steps = [step for _, step in plan_of(clean, prefill(dp), layout).steps()]
-            plain = [step for step in steps if step.stage is not None and step.boundary == "input_norm"]
-            assert any(not step.fused for step in plain), "the case that this is about"
+            ops = [op for _, op in plan_of(clean, prefill(dp), layout).ops()]
+            plain = [op for op in ops if op.stage is not None and op.boundary == "input_norm"]
+            assert any(not op.fused for op in plain), "the case that this is about"
             for _ in range(2):
                 for want, got in zip(run(clean, prefill(dp), layout), run(watched, prefill(dp), layout), strict=True):
                     assert want.logits is not None and got.logits is not None
@@ -273,7 +273,7 @@ def test_a_residual_that_joins_is_counted_once(tiny_model: TinyModel, layout: st
     batch = prefill(dp)
     with recorded(asked_for(folder, dp, tp), Forms(), source) as (engine, recorder):
         plan = plan_of(engine, batch, layout)
-        joins = [step.boundary for _, step in plan.steps() if step.joins]
+        joins = [op.boundary for _, op in plan.ops() if op.joins]
         assert layout == "all-reduce" or joins.count("post_attn_norm") == 3, "the case that this is about"
         engine.run_plan(batch, plan)
         tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
@@ -299,7 +299,7 @@ def test_a_replicated_shared_expert_is_counted_once(tiny_model: TinyModel, dp: i
     assert (want - before).abs().max() > 0.1, "the shared expert is meant to add something"
     with recorded(asked_for(folder, dp, tp), Forms(shared_expert="replicated"), source) as (engine, recorder):
         plan = plan_of(engine, batch, "auto")
-        assert [step.name for _, step in plan.steps()].count("add_shared") == 2
+        assert [op.name for _, op in plan.ops()].count("add_shared") == 2
         engine.run_plan(batch, plan)
         torch.testing.assert_close(residuals(recorder, batch, engine, spot), want, atol=1e-5, rtol=0)
 
@@ -406,10 +406,10 @@ def test_plans_that_do_the_same_share_one_program_and_serve_any_row_count(tiny_m
         workers.append(worker)
 
         def around(
-            layer: int | None, step: Step, reads: Sequence[int], writes: Sequence[int], operation: Operation
+            layer: int | None, op: Op, reads: Sequence[int], writes: Sequence[int], operation: Operation
         ) -> Operation:
             if worker.place.rank == 0:
-                bound.append((layer, step.name))
+                bound.append((layer, op.name))
             return operation
 
         return around

@@ -61,7 +61,7 @@ from narrows.models.registry import EXECUTABLE
 from narrows.ops import mlp
 from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.named import applicable_layouts, named_layout
-from narrows.plan.plan import Step
+from narrows.plan.plan import Op
 from narrows.plan.planner import Planner
 from narrows.sched.batch import Batch, Chunk, sample_ref
 from narrows.sched.sampling import SamplingParams
@@ -354,9 +354,9 @@ class Ranks:
 
     def _wrap(self, worker: Worker) -> Wrap:
         def around(
-            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+            layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            stage = f"{step.name} before {step.boundary}" if step.stage is None else step.name
+            stage = f"{op.name} before {op.boundary}" if op.stage is None else op.name
 
             def watched(regs: Registers, frame: Frame) -> None:
                 self.guard.stage = stage
@@ -384,7 +384,7 @@ class Ranks:
                 with torch.inference_mode(), self.fake, self.guard:
                     worker.step(batch, plan)
                 assert worker.num_reads == before + 1
-                assert {step.name for _, step in plan.steps() if step.stage is not None} <= self.guard.walked
+                assert {op.name for _, op in plan.ops() if op.stage is not None} <= self.guard.walked
                 ids = worker._samples
                 assert ids.device == CUDA and ids.shape == (batch.num_logit_rows,) and ids.dtype == torch.int64
 

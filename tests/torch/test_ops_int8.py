@@ -204,7 +204,7 @@ def test_only_what_can_be_is_quantised(tiny_model: Callable[..., Path]) -> None:
 
     def watched(worker: Worker) -> Wrap:
         workers.append(worker)
-        return lambda layer, step, reads, writes, operation: operation
+        return lambda layer, op, reads, writes, operation: operation
 
     with LLM(folder, dtype="bfloat16", quantization="int8", wrap=watched):
         layer, model = workers[0].model.layers[1], workers[0].model

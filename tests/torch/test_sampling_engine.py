@@ -308,7 +308,7 @@ def test_ranks_drop_the_history_of_requests_that_ended(models: dict[str, Model])
 
     def wrap(worker: Worker) -> Wrap:
         workers.append(worker)
-        return lambda layer, step, reads, writes, operation: operation
+        return lambda layer, op, reads, writes, operation: operation
 
     penalized = SamplingParams(presence_penalty=0.5)
     with engine(models["llama"], 1, 2, wrap=wrap) as two:

@@ -57,11 +57,11 @@ def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: E
     assert not run.clocks and run.num_ranks == 2
     for step in run.steps:
         for walk in step.walks:
-            assert len(walk.starts) == len(walk.ends) == step.plan.num_steps
+            assert len(walk.starts) == len(walk.ends) == step.plan.num_ops
             assert step.submitted <= walk.starts[0] and walk.ends[-1] <= step.done
             assert all(start <= end for start, end in zip(walk.starts, walk.ends, strict=True))
             assert all(end <= start for end, start in zip(walk.ends, walk.starts[1:], strict=False))
-            crosses = [s.move is not None and s.move.kind is not MoveKind.SLICE for _, s in step.plan.steps()]
+            crosses = [s.move is not None and s.move.kind is not MoveKind.SLICE for _, s in step.plan.ops()]
             assert [bool(received) for received in walk.received] == crosses and any(crosses)
     assert run.steps[0].group_rows == (6,) and run.steps[0].walks[0].rows[0] in (3, 6)
     assert {span.name for span in run.host} == {"schedule", "plan", "hand out", "commit"}
@@ -88,7 +88,7 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     clocked = profile_rows(engine.readings("clock"))
     crossed = sum(sum(walk.received) for step in run.steps for walk in step.walks)
     assert sum(each.nbytes for each in counted.values()) == crossed > 0
-    num_steps = sum(step.plan.num_steps for step in run.steps)
+    num_steps = sum(step.plan.num_ops for step in run.steps)
     between = [row for row in clocked if row.price_class == BETWEEN]
     assert sum(row.calls for row in clocked if row not in between) == num_steps
     assert sum(row.calls for row in between) == num_steps - len(run.steps), "between each two of a walk"
@@ -98,7 +98,7 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
 
 
 def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine: Engine) -> None:
-    """Plans that run the same steps share one bound program; each step's prices are its own plan's."""
+    """Plans that run the same ops share one bound program; each op's prices are its own plan's."""
     tracer = engine.trace(50)
     run_all(engine, prompts=1, tokens=3)
     run_all(engine, prompts=7, tokens=3)
@@ -134,7 +134,7 @@ def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(
     monkeypatch.setattr(step_record, "perf_counter", lambda: now[0])
 
     def late(record: StepRecord, number: int, *more: Any) -> None:
-        before, after = pauses.get(record.ops[number].step.name, (0.0, 0.0))
+        before, after = pauses.get(record.ops[number].op.name, (0.0, 0.0))
         now[0] += before
         run(record, number, *more)
         now[0] += after
@@ -206,7 +206,7 @@ def test_predictions_of_prefill_are_in_proportion_to_rows(engine: Engine) -> Non
     assert times.classes["prefill", 24, "auto"].predicted == pytest.approx(plan.seconds * 17 / 24)
     collectives = predicted_collectives(plan)
     assert times.collectives == {kind: pytest.approx(s * 17 / 24) for kind, s in collectives.items()}
-    moved = [s.ps * 1e-12 for _, s in plan.steps() if s.move is not None and s.move.kind is not MoveKind.SLICE]
+    moved = [s.ps * 1e-12 for _, s in plan.ops() if s.move is not None and s.move.kind is not MoveKind.SLICE]
     assert sum(collectives.values()) == pytest.approx(sum(moved)) and moved
 
 

@@ -19,7 +19,7 @@ from narrows.engine.recorder import Spot
 from narrows.engine.script import Script
 from narrows.engine.verify import TOLERANCE, LayoutReport, verify
 from narrows.errors import ConfigError
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
@@ -59,26 +59,26 @@ def changed(asked: EngineConfig, change: Change) -> Changed:
     return Changed(SafetensorsFolder(Path(asked.model)), change)
 
 
-def without(is_one: Callable[[int, int | None, Step], bool]) -> Callable[[Plan], Plan]:
+def without(is_one: Callable[[int, int | None, Op], bool]) -> Callable[[Plan], Plan]:
     """Removes the steps for which ``is_one(number among the plan's steps, layer, step)``."""
 
     def tamper(plan: Plan) -> Plan:
         segments, number = [], 0
         for segment in plan.segments:
             kept = []
-            for step in segment.steps:
+            for op in segment.ops:
                 layer = segment.layers[0] if segment.layers else None
-                if not is_one(number, layer, step):
-                    kept.append(step)
+                if not is_one(number, layer, op):
+                    kept.append(op)
                 number += 1
-            segments.append(replace(segment, steps=tuple(kept)))
+            segments.append(replace(segment, ops=tuple(kept)))
         return replace(plan, segments=tuple(segments))
 
     return tamper
 
 
-def completes(step: Step) -> bool:
-    return step.kind is StepKind.MOVE and step.name in REDUCTIONS and not step.leaves.owes_sum
+def completes(op: Op) -> bool:
+    return op.kind is OpKind.MOVE and op.name in REDUCTIONS and not op.leaves.owes_sum
 
 
 # -- all is well -----------------------------------------------------------------------------------------------------
@@ -138,30 +138,30 @@ def early(plan: Plan) -> Plan:
     """``plan`` with its rows selected right after the last attention; all that follows is on those rows."""
     if selects_in_a_layer(plan):
         return plan
-    steps = plan.segments[-1].steps
-    (select,) = [step for step in steps if step.kind is StepKind.SELECT]
+    ops = plan.segments[-1].ops
+    (select,) = [op for op in ops if op.kind is OpKind.SELECT]
     *segments, last = plan.segments[:-1]
     if len(last.layers) > 1:
         segments.append(replace(last, layers=last.layers[:-1]))
-    at = 1 + next(i for i, step in enumerate(last.steps) if step.name == "attention")
-    live = [("hidden", last.steps[at - 1].leaves)]
-    for step in last.steps[:at]:
-        if "residual" in step.writes:
-            live[1:] = [("residual", step.writes_at[step.writes.index("residual")])]
+    at = 1 + next(i for i, op in enumerate(last.ops) if op.name == "attention")
+    live = [("hidden", last.ops[at - 1].leaves)]
+    for op in last.ops[:at]:
+        if "residual" in op.writes:
+            live[1:] = [("residual", op.writes_at[op.writes.index("residual")])]
     names, layouts = (tuple(x) for x in zip(*live, strict=True))
     select = replace(select, reads=names, writes=names, reads_at=layouts, writes_at=layouts, boundary="post_attn_norm")
-    on_logits = [_last_layers(replace(step, row_set=RowSet.LOGITS)) for step in last.steps[at:]]
-    segments.append(replace(last, layers=last.layers[-1:], steps=(*last.steps[:at], select, *on_logits)))
-    rest = [replace(step, row_set=RowSet.LOGITS) for step in steps if step.kind is not StepKind.SELECT]
-    return replace(plan, segments=(*segments, replace(plan.segments[-1], steps=tuple(rest))))
+    on_logits = [_last_layers(replace(op, row_set=RowSet.LOGITS)) for op in last.ops[at:]]
+    segments.append(replace(last, layers=last.layers[-1:], ops=(*last.ops[:at], select, *on_logits)))
+    rest = [replace(op, row_set=RowSet.LOGITS) for op in ops if op.kind is not OpKind.SELECT]
+    return replace(plan, segments=(*segments, replace(plan.segments[-1], ops=tuple(rest))))
 
 
-def _last_layers(step: Step) -> Step:
-    return step if step.stage is None else replace(step, stage=replace(step.stage, any_rows=True))
+def _last_layers(op: Op) -> Op:
+    return op if op.stage is None else replace(op, stage=replace(op.stage, any_rows=True))
 
 
 def selects_in_a_layer(plan: Plan) -> bool:
-    return any(layer is not None and step.kind is StepKind.SELECT for layer, step in plan.steps())
+    return any(layer is not None and op.kind is OpKind.SELECT for layer, op in plan.ops())
 
 
 def test_a_last_layer_on_the_rows_with_logits_agrees_stage_by_stage(asked: EngineConfig) -> None:
@@ -180,7 +180,7 @@ def test_a_last_layer_on_the_rows_with_logits_agrees_stage_by_stage(asked: Engin
 def test_rows_of_one_field_left_behind_are_refused_and_seen(asked: EngineConfig) -> None:
     """The residual keeps all rows, or is selected as if it lay elsewhere than it does."""
 
-    def spoil(change: Callable[[Step], Step]) -> Callable[[Plan], Plan]:
+    def spoil(change: Callable[[Op], Op]) -> Callable[[Plan], Plan]:
         def tamper(plan: Plan) -> Plan:
             plan = early(plan)
             return replace(
@@ -188,8 +188,8 @@ def test_rows_of_one_field_left_behind_are_refused_and_seen(asked: EngineConfig)
                 segments=tuple(
                     replace(
                         segment,
-                        steps=tuple(
-                            change(s) if s.kind is StepKind.SELECT and len(s.reads) > 1 else s for s in segment.steps
+                        ops=tuple(
+                            change(s) if s.kind is OpKind.SELECT and len(s.reads) > 1 else s for s in segment.ops
                         ),
                     )
                     for segment in plan.segments
@@ -198,13 +198,13 @@ def test_rows_of_one_field_left_behind_are_refused_and_seen(asked: EngineConfig)
 
         return tamper
 
-    def hidden_alone(step: Step) -> Step:
+    def hidden_alone(op: Op) -> Op:
         return replace(
-            step, reads=step.reads[:1], reads_at=step.reads_at[:1], writes=step.writes[:1], writes_at=step.writes_at[:1]
+            op, reads=op.reads[:1], reads_at=op.reads_at[:1], writes=op.writes[:1], writes_at=op.writes_at[:1]
         )
 
-    def elsewhere(step: Step) -> Step:
-        return replace(step, reads_at=step.reads_at[:1] * 2, writes_at=step.writes_at[:1] * 2)
+    def elsewhere(op: Op) -> Op:
+        return replace(op, reads_at=op.reads_at[:1] * 2, writes_at=op.writes_at[:1] * 2)
 
     for change, says in (
         (hidden_alone, "residual would keep all of them"),
@@ -226,14 +226,12 @@ def test_every_reduction_that_is_removed_is_named_by_the_plan_and_by_the_numbers
         return plan
 
     verify(asked, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=keep)
-    steps = [
-        (segment.layers[0] if segment.layers else None, step) for segment in plans[0].segments for step in segment.steps
-    ]
-    reductions = [(number, layer, step) for number, (layer, step) in enumerate(steps) if completes(step)]
+    ops = [(segment.layers[0] if segment.layers else None, op) for segment in plans[0].segments for op in segment.ops]
+    reductions = [(number, layer, op) for number, (layer, op) in enumerate(ops) if completes(op)]
     assert len(reductions) == 5  # into both norms of the dense layer and of the MoE layers, and the last
-    for number, layer, step in reductions:
+    for number, layer, op in reductions:
         tamper = without(lambda at, _layer, _step, number=number: at == number)  # type: ignore[misc]
-        where = step.boundary if layer is None else f"layer {layer} {step.boundary}"
+        where = op.boundary if layer is None else f"layer {layer} {op.boundary}"
         report = verify(asked, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=tamper)
         (layout,) = report.layouts
         assert not report.ok and layout.failure.startswith("the plan is not valid: "), layout.failure
@@ -255,8 +253,8 @@ def test_a_removed_reduction_that_runs_all_the_same_is_the_first_difference(
 ) -> None:
     """All-reduces only: without a reduce-scatter the rows would not fit what comes next."""
 
-    def is_one(_number: int, at: int | None, step: Step) -> bool:
-        return completes(step) and step.name == "all_reduce" and (at, step.boundary) == (layer, boundary)
+    def is_one(_number: int, at: int | None, op: Op) -> bool:
+        return completes(op) and op.name == "all_reduce" and (at, op.boundary) == (layer, boundary)
 
     report = verify(asked, prompts(6, 3), num_decode=1, layouts=[layout], tamper=without(is_one), validate=False)
     (result,) = report.layouts

@@ -1,6 +1,6 @@
 """What layouts cost in a grid of steps, measured beside priced: choices, regret, errors. PURE.
 
-Knows plans, seconds and names; measures and prints nothing. Layouts whose plans run the same steps are one entry, so
+Knows plans, seconds and names; measures and prints nothing. Layouts whose plans run the same ops are one entry, so
 that noise between two runs of the same thing is never regret. Times are compared within rounds.
 """
 
@@ -24,8 +24,8 @@ WITHIN = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTimes:
-    """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its steps.
-    ``clocked_s``: rounds with a clock around every step: what each cost in the plan's order, together as long as the
+    """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its ops.
+    ``clocked_s``: rounds with a clock around every op: what each cost in the plan's order, together as long as the
     mean rank walked; a wait for another rank's work counts as that work (`calibrate/waits.py`)."""
 
     layouts: tuple[str, ...]
@@ -69,14 +69,14 @@ class PlanTimes:
 
     @property
     def sources(self) -> dict[str, float]:
-        """What the price rests on: shares of its seconds by the source of each step's price, the best source first."""
+        """What the price rests on: shares of its seconds by the source of each op's price, the best source first."""
         return Evidence.of(self.plan).shares
 
     @cached_property
     def classes(self) -> dict[str, float]:
-        """Median seconds per price class, of the rounds with clocks around steps."""
+        """Median seconds per price class, of the rounds with clocks around ops."""
         found: dict[str, list[float]] = {}
-        names = [str(step.price_class) for _, step in self.plan.steps()]
+        names = [str(op.price_class) for _, op in self.plan.ops()]
         for times in self.clocked_s:
             sums = dict.fromkeys(names, 0.0)
             for name, seconds in zip(names, times, strict=True):
@@ -87,7 +87,7 @@ class PlanTimes:
 
     @cached_property
     def segment_s(self) -> tuple[tuple[float, ...], ...]:
-        """Seconds of every step of every segment: the mean over its layers, the median over rounds."""
+        """Seconds of every op of every segment: the mean over its layers, the median over rounds."""
         rounds = [self._by_segment(times) for times in self.clocked_s]
         return tuple(
             tuple(quantile(values, 0.5) for values in zip(*of_rounds, strict=True))
@@ -97,14 +97,14 @@ class PlanTimes:
     def _by_segment(self, times: Sequence[float]) -> list[tuple[float, ...]]:
         out, at = [], 0
         for segment in self.plan.segments:
-            num = len(segment.steps)
+            num = len(segment.ops)
             layers = [times[at + i * num : at + (i + 1) * num] for i in range(segment.times)]
             out.append(tuple(sum(of_layers) / len(layers) for of_layers in zip(*layers, strict=True)))
             at += segment.times * num
         return out
 
     def document(self) -> dict[str, Any]:
-        """As plain data; times in milliseconds, those of single steps in microseconds."""
+        """As plain data; times in milliseconds, those of single ops in microseconds."""
         predicted = {str(name): seconds for name, seconds in self.plan.totals().items()}
         low, high = median_interval(self.step_s)
         return {
@@ -123,24 +123,24 @@ class PlanTimes:
                 for name, seconds in predicted.items()
                 if seconds or self.classes.get(name)
             },
-            "steps": [
+            "ops": [
                 {
                     "segment": segment.name,
                     "times": segment.times,
-                    "name": step.name,
-                    "boundary": step.boundary,
-                    "class": str(step.price_class),
-                    "fields": list(step.reads),
-                    "layout": str(step.layout),
-                    "leaves": str(step.leaves),
-                    "rows": step.rows,
-                    "bytes": step.nbytes,
+                    "name": op.name,
+                    "boundary": op.boundary,
+                    "class": str(op.price_class),
+                    "fields": list(op.reads),
+                    "layout": str(op.layout),
+                    "leaves": str(op.leaves),
+                    "rows": op.rows,
+                    "bytes": op.nbytes,
                     "measured_us": 1e6 * seconds,
-                    "predicted_us": 1e6 * step.seconds,
-                    "source": step.source.label,
+                    "predicted_us": 1e6 * op.seconds,
+                    "source": op.source.label,
                 }
                 for segment, of_steps in zip(self.plan.segments, self.segment_s, strict=True)
-                for step, seconds in zip(segment.steps, of_steps, strict=True)
+                for op, seconds in zip(segment.ops, of_steps, strict=True)
             ],
         }
 

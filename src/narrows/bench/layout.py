@@ -222,7 +222,7 @@ class _Cell:
         return quantile(seconds[-count:], 0.5)
 
     def _clocked(self, plan: Plan, untimed: int, count: int) -> tuple[float, ...]:
-        """Seconds that every step of a walk cost, the mean over the walks of a turn."""
+        """Seconds that every op of a run cost, the mean over the walks of a turn."""
         run_steps(self.engine, self.batch, plan, untimed + count)
         walks = clocked_walks(self.engine, plan)[-count:]
         return tuple(sum(of_walks) / len(walks) for of_walks in zip(*walks, strict=True))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from narrows.engine.program import Frame, Operation, Registers
 from narrows.engine.worker import Worker
-from narrows.plan.plan import Step
+from narrows.plan.plan import Op
 
 __all__ = ["ExpertChoices", "ExpertCounter"]
 
@@ -25,11 +25,11 @@ class _ExpertWatch:
         raise NotImplementedError
 
     def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+        self, layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
-        if step.name != "experts":
+        if op.name != "experts":
             return operation
-        at = reads[step.reads.index("topk_ids")]
+        at = reads[op.reads.index("topk_ids")]
 
         def watched(regs: Registers, frame: Frame) -> None:
             if bool(frame.inputs.rows.prefills) == self.prefills:

@@ -14,7 +14,7 @@ from narrows.arch.stages import AttentionCore, PriceClass, Work
 from narrows.calibrate.statistics import quantile, spread
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectiveTable, Measured, StageTable, StepTable
 from narrows.layout import Mesh, Move, MoveKind
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["OPS", "Calibration", "Tables", "axis_of"]
 
@@ -52,29 +52,29 @@ class Tables:
         self.dtype = "bf16"
 
     def book_walk(self, plan: Plan, seconds: Sequence[float]) -> None:
-        """What the steps of one walk of ``plan`` took, layers of a kind averaged."""
-        found: dict[int, tuple[Step, list[float]]] = {}
-        for (_, step), taken in zip(plan.steps(), seconds, strict=True):
-            found.setdefault(id(step), (step, []))[1].append(taken)
-        for step, taken_s in found.values():
+        """What the ops of one run of ``plan`` took, layers of a kind averaged."""
+        found: dict[int, tuple[Op, list[float]]] = {}
+        for (_, op), taken in zip(plan.ops(), seconds, strict=True):
+            found.setdefault(id(op), (op, []))[1].append(taken)
+        for op, taken_s in found.values():
             mean = sum(taken_s) / len(taken_s)
-            if step.move is not None and step.meets and step.nbytes:
-                op = OPS[step.move.kind] if step.stage is None else REDUCE_NORM
-                self._book_move(op, step.move, plan.shape.phase, step.nbytes, mean)
-            elif step.move is None and step.stage is not None and step.rows:
-                self._book_stage(step, plan, mean)
+            if op.move is not None and op.meets and op.nbytes:
+                collective = OPS[op.move.kind] if op.stage is None else REDUCE_NORM
+                self._book_move(collective, op.move, plan.shape.phase, op.nbytes, mean)
+            elif op.move is None and op.stage is not None and op.rows:
+                self._book_stage(op, plan, mean)
 
-    def _book_stage(self, step: Step, plan: Plan, seconds: float) -> None:
-        stage, shape = step.stage, plan.shape
-        assert stage is not None and step.kind is StepKind.STAGE
-        work = stage.plain_work if stage.plain_work and not step.fused else stage.work
+    def _book_stage(self, op: Op, plan: Plan, seconds: float) -> None:
+        stage, shape = op.stage, plan.shape
+        assert stage is not None and op.kind is OpKind.STAGE
+        work = stage.plain_work if stage.plain_work and not op.fused else stage.work
         attends = any(isinstance(item, AttentionCore) for item in work)
-        attended = shape.attended(step.rows, stage.window) if attends else 0.0
+        attended = shape.attended(op.rows, stage.window) if attends else 0.0
         table = self.stages.setdefault((stage.price_class, work, self.dtype, shape.phase), {})
-        table.setdefault((shape.split(step.row_set).at_work(step.layout), attended), []).append(seconds)
+        table.setdefault((shape.split(op.row_set).at_work(op.layout), attended), []).append(seconds)
 
-    def _book_move(self, op: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
-        key = op, move.num_ranks, axis_of(move.mesh, move.last)
+    def _book_move(self, collective: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
+        key = collective, move.num_ranks, axis_of(move.mesh, move.last)
         self.moves.setdefault(phase, {}).setdefault(key, {}).setdefault(nbytes, []).append(seconds)
 
     def calibration(self, seconds: float) -> Calibration:

@@ -24,7 +24,7 @@ from narrows.engine.core import Engine
 from narrows.engine.program import Operation
 from narrows.engine.worker import Worker
 from narrows.layout import deal
-from narrows.plan.plan import Plan, Step
+from narrows.plan.plan import Op, Plan
 from narrows.ranks.affinity import num_cores
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
@@ -131,10 +131,10 @@ def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[floa
 
 def clocked_walks(engine: Engine, plan: Plan) -> list[list[float]]:
     """Seconds that each step cost in every walk of ``plan`` since the last call: see :func:`without_waits`. All ranks
-    have had :class:`WalkTimes` around their steps, and walked no other plan."""
-    asked, num = engine.resolved.asked, plan.num_steps
+    have had :class:`WalkTimes` around their ops, and walked no other plan."""
+    asked, num = engine.resolved.asked, plan.num_ops
     at_once = num_cores() / engine.resolved.threads if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
-    meets = [step.meets for _, step in plan.steps()]
+    meets = [op.meets for _, op in plan.ops()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)
     return [without_waits([times[at : at + num] for times in ranks], meets, max(at_once, 1.0)) for at in starts]
@@ -151,7 +151,7 @@ def fill_caches(engine: Engine) -> None:
 
 
 class _Filled:
-    """An instrument that fills the caches when it is made, and is around no step."""
+    """An instrument that fills the caches when it is made, and is around no op."""
 
     def __init__(self, worker: Worker) -> None:
         draw = torch.Generator(worker.place.device).manual_seed(worker.place.rank)
@@ -159,7 +159,7 @@ class _Filled:
             _fill(cache, draw)
 
     def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+        self, layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
         return operation
 

@@ -26,7 +26,7 @@ def without_waits(ranks: Sequence[Sequence[float]], meets: Sequence[bool], at_on
     it took the rank that waited least, or a tenth of the time if that is less.
 
     Args:
-        ranks: seconds of every step by each rank's clock, those of a meeting with its wait.
+        ranks: seconds of every op by each rank's clock, those of a meeting with its wait.
         meets: which steps no rank ends before all have begun them.
 
     >>> without_waits([[4.0, 1.0], [0.0, 5.0]], [False, True], 2)  # one rank has the rows, the other waits for it

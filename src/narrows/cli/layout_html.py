@@ -13,9 +13,9 @@ from narrows.arch.stages import PriceClass
 from narrows.bench.grid import WITHIN, Cell, Grid, PlanTimes
 from narrows.calibrate.statistics import ratios
 from narrows.cli.layout_tables import ms, percent, sources_words
-from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, render, row_bytes, step_title
+from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, op_title, render, row_bytes
 from narrows.plan.explain import main_segment
-from narrows.plan.plan import Step
+from narrows.plan.plan import Op
 
 __all__ = ["grid_page"]
 
@@ -90,7 +90,7 @@ def grid_page(grid: Grid, title: str, subtitle: str) -> str:
     """The page, as HTML text without references to anything outside it."""
     axis = _Axis.of(grid.cells)
     found = grid.summary
-    shown = {step.price_class for cell in grid.cells for one in cell.plans for _, step in one.plan.steps()}
+    shown = {op.price_class for cell in grid.cells for one in cell.plans for _, op in one.plan.ops()}
     names = dict.fromkeys(name for cell in grid.cells for one in cell.plans for name in one.layouts if name != "auto")
     return render(
         "layout_page.html.jinja",
@@ -171,7 +171,7 @@ def _cell(cell: Cell, axis: _Axis) -> _CellView:
     best = "the fastest measured" if cell.best is cell.chosen else f"{cell.best.name} is the fastest measured"
     regret = "" if cell.best is cell.chosen else f", regret {percent(cell.regret)}"
     scale, blocks = _scales(plans)
-    widest = max((row_bytes(step) for one in plans for step in _steps(one) if step.move is not None), default=1.0)
+    widest = max((row_bytes(op) for one in plans for op in _ops(one) if op.move is not None), default=1.0)
     names = dict.fromkeys(name for one in plans for name in one.classes)
     table = [
         (str(c), tuple(f"{ms(one.classes.get(c, 0.0))} ({ms(one.plan.totals()[c])})" for one in plans))
@@ -206,20 +206,20 @@ def _scales(plans: Sequence[PlanTimes]) -> tuple[float, float]:
     room = _WIDTH - _LEFT - _RIGHT
     whole, rest, blocks = 1e-9, 1e-9, 0
     for one in plans:
-        steps = _steps(one)
+        ops = _ops(one)
         for times in (_priced_us(one), _measured_us(one)):
             whole = max(whole, sum(times))
-            rest = max(rest, sum(us for step, us in zip(steps, times, strict=True) if not is_block(step)))
-        blocks = max(blocks, sum(map(is_block, steps)))
+            rest = max(rest, sum(us for op, us in zip(ops, times, strict=True) if not is_block(op)))
+        blocks = max(blocks, sum(map(is_block, ops)))
     return room / whole, (room - blocks * BLOCK_WIDTH) / rest
 
 
-def _steps(one: PlanTimes) -> tuple[Step, ...]:
-    return main_segment(one.plan).steps
+def _ops(one: PlanTimes) -> tuple[Op, ...]:
+    return main_segment(one.plan).ops
 
 
 def _priced_us(one: PlanTimes) -> list[float]:
-    return [1e6 * step.seconds for step in _steps(one)]
+    return [1e6 * op.seconds for op in _ops(one)]
 
 
 def _measured_us(one: PlanTimes) -> list[float]:
@@ -228,10 +228,10 @@ def _measured_us(one: PlanTimes) -> list[float]:
 
 
 def _drawing(one: PlanTimes, kind: str, scale: float, widest: float) -> _Drawing:
-    steps, pairs = _steps(one), {}
-    for step, priced, measured in zip(steps, _priced_us(one), _measured_us(one), strict=True):
-        times = f"measured {measured:.1f} us, priced {priced:.1f} us ({step.source.label})"
-        pairs[id(step)] = step_title(one.plan, step, times)
+    ops, pairs = _ops(one), {}
+    for op, priced, measured in zip(ops, _priced_us(one), _measured_us(one), strict=True):
+        times = f"measured {measured:.1f} us, priced {priced:.1f} us ({op.source.label})"
+        pairs[id(op)] = op_title(one.plan, op, times)
     lines = []
     top = 0.0
     for name, times_us in (("priced", _priced_us(one)), ("measured", _measured_us(one))):
@@ -244,7 +244,7 @@ def _drawing(one: PlanTimes, kind: str, scale: float, widest: float) -> _Drawing
             widest=widest,
             blocks=kind == "blocks",
         )
-        bars, end = draw(steps, times_us, band, lambda step: pairs[id(step)])
+        bars, end = draw(ops, times_us, band, lambda op: pairs[id(op)])
         total = f"{sum(times_us):.0f} us"
         lines.append(_Line(name=name, y=top + 17, middle=band.middle, bars=bars, end=round(end + 6, 2), total=total))
         top += band.height

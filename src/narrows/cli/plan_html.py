@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from narrows.arch.stages import PriceClass
-from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, render, row_bytes, step_title
+from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, op_title, render, row_bytes
 from narrows.plan.explain import main_segment
-from narrows.plan.plan import Plan, Step
+from narrows.plan.plan import Op, Plan
 from narrows.plan.report import PlanReport
 
 __all__ = ["report_page"]
@@ -33,11 +33,9 @@ def report_page(report: PlanReport) -> str:
     """The page, as HTML text without references to anything outside it."""
     plans = [entry.plan for entry in report.entries]
     best = min(plan.ps for plan in plans)
-    scaled = [[_us(step) for step in main_segment(plan).steps if not is_block(step)] for plan in plans]
-    blocks = max(sum(is_block(step) for step in main_segment(plan).steps) for plan in plans)
-    widest = max(
-        (row_bytes(step) for plan in plans for step in main_segment(plan).steps if step.move is not None), default=1.0
-    )
+    scaled = [[_us(op) for op in main_segment(plan).ops if not is_block(op)] for plan in plans]
+    blocks = max(sum(is_block(op) for op in main_segment(plan).ops) for plan in plans)
+    widest = max((row_bytes(op) for plan in plans for op in main_segment(plan).ops if op.move is not None), default=1.0)
     longest = max(map(sum, scaled)) or 1.0
     band = Band(scale=(_WIDTH - 80 - blocks * BLOCK_WIDTH) / longest, widest=widest)
     rows = tuple(_row(plan, best, band) for plan in plans)
@@ -63,21 +61,21 @@ def report_page(report: PlanReport) -> str:
 
 
 def _row(plan: Plan, best: int, band: Band) -> _Row:
-    steps = main_segment(plan).steps
+    ops = main_segment(plan).ops
 
-    def title(step: Step) -> str:
-        return step_title(plan, step, f"{_us(step):.1f} us ({step.source.label})")
+    def title(op: Op) -> str:
+        return op_title(plan, op, f"{_us(op):.1f} us ({op.source.label})")
 
-    bars, end = draw(steps, [_us(step) for step in steps], band, title)
+    bars, end = draw(ops, [_us(op) for op in ops], band, title)
     return _Row(
         name=plan.layout_name,
         total=f"{plan.seconds * 1e3:.1f}",
         ratio="" if plan.ps == best else f"{plan.ps / best:.3f} times",
-        layer_us=f"{sum(map(_us, steps)):.0f}",
+        layer_us=f"{sum(map(_us, ops)):.0f}",
         end=round(end + 6, 2),
         bars=bars,
     )
 
 
-def _us(step: Step) -> float:
-    return step.ps / 1e6
+def _us(op: Op) -> float:
+    return op.ps / 1e6

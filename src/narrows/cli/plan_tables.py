@@ -15,7 +15,7 @@ from narrows.cli.console import console
 from narrows.layout import MoveKind
 from narrows.plan.crossovers import RowRange
 from narrows.plan.explain import compare, fields_words, layout_words, segment_difference
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan, Segment
 from narrows.plan.report import Entry, PlanReport
 
 __all__ = ["print_report"]
@@ -95,8 +95,8 @@ def _print_header(page: _Page, report: PlanReport) -> None:
 
 def _encoded(report: PlanReport) -> str:
     """The requested encoding, and in how many of its gathers auto uses it."""
-    gathers = [step for _, step in report.auto.plan.steps() if step.move and step.move.kind is MoveKind.ALL_GATHER]
-    encoded = sum(bool(step.encoded) for step in gathers)
+    gathers = [op for _, op in report.auto.plan.ops() if op.move and op.move.kind is MoveKind.ALL_GATHER]
+    encoded = sum(bool(op.encoded) for op in gathers)
     return f"{report.deployment.encode_rows}; auto encodes rows in {encoded} of its {len(gathers)} gathers"
 
 
@@ -117,27 +117,27 @@ def _totals(report: PlanReport) -> Table:
     return table
 
 
-# -- the plan, step by step --------------------------------------------------------------------------------------------
+# -- the plan, op by op ------------------------------------------------------------------------------------------------
 
 
 def _print_plan(page: _Page, plan: Plan) -> None:
     """Print each kind of layer once, as most of its layers run it, and a line per layer that differs."""
-    page.title(f"The plan {plan.layout_name}, step by step ({plan.num_steps} steps in all)")
+    page.title(f"The plan {plan.layout_name}, op by op ({plan.num_ops} ops in all)")
     segments = _gathered(plan.segments)
     usual: dict[str, Segment] = {}
     for segment in segments:
         if segment.name not in usual or segment.times > usual[segment.name].times:
             usual[segment.name] = segment
-    table = _step_table(header=True)
+    table = _op_table(header=True)
     for segment in segments:
         if segment is usual[segment.name]:
             page.put(table)
             page.put(Text(_segment_title(segment), "bold"))
-            table = _step_table(header=False)
-            for step in segment.steps:
-                table.add_row(*_step(plan, step, segment.times))
+            table = _op_table(header=False)
+            for op in segment.ops:
+                table.add_row(*_op(plan, op, segment.times))
             page.put(table)
-            table = _step_table(header=False)
+            table = _op_table(header=False)
         else:
             changes = segment_difference(plan, usual[segment.name], segment)
             like = f"{_segment_name(segment)}: as the other {segment.name} layers, but {changes}"
@@ -145,12 +145,10 @@ def _print_plan(page: _Page, plan: Plan) -> None:
 
 
 def _gathered(segments: Sequence[Segment]) -> list[Segment]:
-    """Segments with the same steps joined at the first of them; kinds of layers may alternate."""
+    """Segments with the same ops joined at the first of them; kinds of layers may alternate."""
     gathered: list[Segment] = []
     for segment in segments:
-        same = next(
-            (i for i, one in enumerate(gathered) if (one.name, one.steps) == (segment.name, segment.steps)), None
-        )
+        same = next((i for i, one in enumerate(gathered) if (one.name, one.ops) == (segment.name, segment.ops)), None)
         if same is None:
             gathered.append(segment)
         else:
@@ -172,15 +170,15 @@ def _segment_name(segment: Segment) -> str:
 
 
 def _segment_title(segment: Segment) -> str:
-    each = sum(step.ps for step in segment.steps) / 1e9
+    each = sum(op.ps for op in segment.ops) / 1e9
     times = f"{segment.times} x " if segment.times > 1 else ""
     return f"{_segment_name(segment)}: {times}{each:.2f} ms"
 
 
-def _step_table(*, header: bool) -> Table:
+def _op_table(*, header: bool) -> Table:
     """Fixed widths, so that the tables of all segments line up."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=header)
-    for title, width in (("step", 25), ("before", 14), ("fields", 17), ("layout", 18)):
+    for title, width in (("op", 25), ("before", 14), ("fields", 17), ("layout", 18)):
         table.add_column(title, min_width=width)
     for title, width in (("rows", 6), ("MB", 7), ("us", 8), ("ms, all", 7)):
         table.add_column(title, min_width=width, justify="right")
@@ -188,21 +186,21 @@ def _step_table(*, header: bool) -> Table:
     return table
 
 
-def _step(plan: Plan, step: Step, times: int) -> tuple[str, ...]:
-    reads, leaves = layout_words(plan.mesh, step.layout), layout_words(plan.mesh, step.leaves)
-    name, before = step.name, "" if step.kind is StepKind.STAGE else step.boundary
-    if step.move is not None:
-        name = f"{name.replace('_', '-')} {step.move.axes}"
+def _op(plan: Plan, op: Op, times: int) -> tuple[str, ...]:
+    reads, leaves = layout_words(plan.mesh, op.layout), layout_words(plan.mesh, op.leaves)
+    name, before = op.name, "" if op.kind is OpKind.STAGE else op.boundary
+    if op.move is not None:
+        name = f"{name.replace('_', '-')} {op.move.axes}"
     return (
         f"> {name}" if before else name,
         before,
-        fields_words(plan.roles.bundle_of, step.reads, step.encoded),
+        fields_words(plan.roles.bundle_of, op.reads, op.encoded),
         reads if reads == leaves else f"{reads} -> {leaves}",
-        str(step.rows),
-        _amount(step.nbytes / 1e6),
-        f"{step.ps / 1e6:.1f}",
-        f"{step.ps * times / 1e9:.2f}",
-        step.source.label[0],
+        str(op.rows),
+        _amount(op.nbytes / 1e6),
+        f"{op.ps / 1e6:.1f}",
+        f"{op.ps * times / 1e9:.2f}",
+        op.source.label[0],
     )
 
 

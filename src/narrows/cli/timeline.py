@@ -1,4 +1,4 @@
-"""Draws the steps of a layer as bars on a time axis.
+"""Draws the ops of a layer as bars on a time axis.
 
 Bars above the axis are computation, bars below it communication. The height of a communication bar is the number of
 bytes per row that cross ranks, so that a narrow gather looks narrow. Attention, MLP and experts differ little between
@@ -15,9 +15,9 @@ from jinja2 import Environment, FunctionLoader
 
 from narrows.arch.stages import PriceClass
 from narrows.plan.explain import fields_words, layout_words
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 
-__all__ = ["BLOCK_WIDTH", "COLOURS", "Band", "Bar", "draw", "is_block", "render", "row_bytes", "step_title"]
+__all__ = ["BLOCK_WIDTH", "COLOURS", "Band", "Bar", "draw", "is_block", "op_title", "render", "row_bytes"]
 
 COLOURS: Mapping[PriceClass, str] = {
     PriceClass.QKV_A_PROJ: "#4e79a7",
@@ -35,7 +35,7 @@ _LABEL_MIN = 46.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One step. ``label`` is empty where it has no room; ``title`` has all details."""
+    """One op. ``label`` is empty where it has no room; ``title`` has all details."""
 
     x: float
     y: float
@@ -74,54 +74,54 @@ class Band:
 
 
 def draw(
-    steps: Sequence[Step], times_us: Sequence[float], band: Band, title: Callable[[Step], str]
+    ops: Sequence[Op], times_us: Sequence[float], band: Band, title: Callable[[Op], str]
 ) -> tuple[tuple[Bar, ...], float]:
-    """The bars of ``steps``, each as long as its time, and where the last one ends."""
+    """The bars of ``ops``, each as long as its time, and where the last one ends."""
     bars: list[Bar] = []
     x = band.left
-    for step, us in zip(steps, times_us, strict=True):
-        width = BLOCK_WIDTH if band.blocks and is_block(step) else us * band.scale
+    for op, us in zip(ops, times_us, strict=True):
+        width = BLOCK_WIDTH if band.blocks and is_block(op) else us * band.scale
         if us:
-            bars.append(_bar(step, us, x, width, band, title(step)))
+            bars.append(_bar(op, us, x, width, band, title(op)))
         x += width
     return tuple(bars), x
 
 
-def _bar(step: Step, us: float, x: float, width: float, band: Band, title: str) -> Bar:
-    talks = step.kind is StepKind.MOVE
-    height = max(2.0, band.talk * row_bytes(step) / band.widest) if talks else band.compute
-    label = step.name.replace("_", "-") if talks else step.name
-    if is_block(step):
-        label = f"{step.name} {us:.0f} us"
+def _bar(op: Op, us: float, x: float, width: float, band: Band, title: str) -> Bar:
+    talks = op.kind is OpKind.MOVE
+    height = max(2.0, band.talk * row_bytes(op) / band.widest) if talks else band.compute
+    label = op.name.replace("_", "-") if talks else op.name
+    if is_block(op):
+        label = f"{op.name} {us:.0f} us"
     fits = max(_LABEL_MIN, 6.4 * len(label)) <= width and height > 12
     return Bar(
         x=round(x, 2),
         y=round(band.middle + 1 if talks else band.top + 1, 2),
         width=round(max(width - 0.6, 0.4), 2),
         height=round(height, 2),
-        colour=_BLOCK_COLOUR if is_block(step) else COLOURS.get(step.price_class, _OTHER),
+        colour=_BLOCK_COLOUR if is_block(op) else COLOURS.get(op.price_class, _OTHER),
         label=label if fits else "",
         label_y=round(band.top + (band.compute + 15 if talks else band.compute / 2 + 5), 2),
         title=title,
     )
 
 
-def is_block(step: Step) -> bool:
-    """Whether the step is attention, the MLP or the experts."""
-    return step.kind is StepKind.STAGE and step.price_class in _BLOCKS
+def is_block(op: Op) -> bool:
+    """Whether the op is attention, the MLP or the experts."""
+    return op.kind is OpKind.STAGE and op.price_class in _BLOCKS
 
 
-def row_bytes(step: Step) -> float:
-    """Bytes per row that a step moves."""
-    return step.nbytes / step.rows if step.rows else 0.0
+def row_bytes(op: Op) -> float:
+    """Bytes per row that an op moves."""
+    return op.nbytes / op.rows if op.rows else 0.0
 
 
-def step_title(plan: Plan, step: Step, times: str) -> str:
-    """A step in words: its name, its rows, its time (``times``), and what it moves."""
-    places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (step.layout, step.leaves)))
-    fields = fields_words(plan.roles.bundle_of, step.reads, step.encoded)
-    title = f"{step.name} of {fields}: {places}, {step.rows} rows, {times}"
-    return f"{title}, {row_bytes(step):.0f} bytes per row" if step.kind is StepKind.MOVE else title
+def op_title(plan: Plan, op: Op, times: str) -> str:
+    """An op in words: its name, its rows, its time (``times``), and what it moves."""
+    places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (op.layout, op.leaves)))
+    fields = fields_words(plan.roles.bundle_of, op.reads, op.encoded)
+    title = f"{op.name} of {fields}: {places}, {op.rows} rows, {times}"
+    return f"{title}, {row_bytes(op):.0f} bytes per row" if op.kind is OpKind.MOVE else title
 
 
 def render(template: str, **values: object) -> str:

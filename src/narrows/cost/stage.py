@@ -20,7 +20,7 @@ from narrows.cost.price import ZERO, Price, Source
 from narrows.errors import ConfigError
 from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
 
-__all__ = ["NOTHING", "PHASES", "Pricer", "StepPrice", "StepShape"]
+__all__ = ["NOTHING", "PHASES", "OpPrice", "Pricer", "StepShape"]
 
 PHASES = ("prefill", "decode")
 _ITEMSIZES = {"fp32": 4}
@@ -100,8 +100,8 @@ class StepShape:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPrice:
-    """One step's predicted picoseconds, the rows of its largest rank, the bytes it moves, and where that comes from."""
+class OpPrice:
+    """One op's predicted picoseconds, the rows of its largest rank, the bytes it moves, and where that comes from."""
 
     ps: int
     rows: int
@@ -112,17 +112,17 @@ class StepPrice:
     def seconds(self) -> float:
         return self.ps * 1e-12
 
-    def plus(self, other: StepPrice) -> StepPrice:
-        """This step's price with the time of ``other``, which is part of it; rows and bytes remain its own."""
-        return StepPrice(self.ps + other.ps, self.rows, self.nbytes, max(self.source, other.source))
+    def plus(self, other: OpPrice) -> OpPrice:
+        """This op's price with the time of ``other``, which is part of it; rows and bytes remain its own."""
+        return OpPrice(self.ps + other.ps, self.rows, self.nbytes, max(self.source, other.source))
 
 
-NOTHING = StepPrice(0, 0, 0, Source.MEASURED)
+NOTHING = OpPrice(0, 0, 0, Source.MEASURED)
 """The price of nothing."""
 
 
 class Pricer:
-    """Prices steps of one shape on one device.
+    """Prices ops of one shape of step on one device.
 
     ``dtype`` is that of the GEMMs (``bf16`` or ``fp8``); activations are ``itemsize`` bytes wide. ``graph``: launched
     from a CUDA graph rather than eagerly. ``window``: tokens that a row attends to at most. ``expert_skew``: how
@@ -147,7 +147,7 @@ class Pricer:
         self._windowed: dict[int, Pricer] = {}
         self._largest: dict[tuple[RowSet, Layout], int] = {}
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice:
         """One stage that reads its fields at ``layout``; ``fused``: a norm that adds the residual on the way."""
         if stage.window != self.window and stage.window is not None:
             return self._within(stage.window).stage(stage, layout, fused, row_set)
@@ -157,7 +157,7 @@ class Pricer:
         if self.device.measured is not None and rows:
             at_work = self.shape.split(row_set).at_work(layout)
             price = self._measured(self.device.measured, stage.price_class, work, rows, at_work)
-        return StepPrice(price.ps, rows, round(nbytes), price.source)
+        return OpPrice(price.ps, rows, round(nbytes), price.source)
 
     def _within(self, window: int) -> Pricer:
         """A pricer of the same to which a row attends to so many tokens at most."""
@@ -211,18 +211,18 @@ class Pricer:
                 return imbalance(item.ranks, rows, experts=experts, top_k=top_k, skew=self.expert_skew)
         return 1.0
 
-    def step(self) -> StepPrice:
-        """What a step costs beside the walk of its plan: handing it to the ranks, its inputs, its result. Nothing where
+    def step(self) -> OpPrice:
+        """What a step costs beside the ops of its plan: handing it to the ranks, its inputs, its result. Nothing where
         the device has no measurement of it."""
         rows = self.shape.rows.total
         price = self.device.measured.step(self.shape.phase, rows) if self.device.measured is not None else None
-        return StepPrice(price.ps, rows, 0, price.source) if price is not None else NOTHING
+        return OpPrice(price.ps, rows, 0, price.source) if price is not None else NOTHING
 
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice:
         """One move of fields with ``row_bytes`` bytes per row in all; ``nbytes`` is what the collective carries."""
         n = move.num_ranks
         if move.kind is MoveKind.SLICE:
-            return StepPrice(0, self._rows(row_set, move.dst), 0, Source.MEASURED)  # a view: no kernel, no bytes
+            return OpPrice(0, self._rows(row_set, move.dst), 0, Source.MEASURED)  # a view: no kernel, no bytes
         if move.kind is MoveKind.COLUMN_GATHER:
             rows, op = self._rows(row_set, move.src), "all_gather"
         elif move.kind is MoveKind.ALL_REDUCE:
@@ -234,7 +234,7 @@ class Pricer:
         nbytes = rows * row_bytes
         price = self._walked(move.kind.value, move, nbytes)
         price = price or collective_price(self.device, op, n, nbytes, graph=self.graph)
-        return StepPrice(price.ps, rows, nbytes, price.source)
+        return OpPrice(price.ps, rows, nbytes, price.source)
 
     def _walked(self, op: str, move: Move, nbytes: int) -> Price | None:
         """What a collective was measured to take among such ranks."""
@@ -243,15 +243,15 @@ class Pricer:
         axis = AXES[0] if prod(self.mesh.sizes[move.last :]) == 1 else AXES[1]
         return self.device.measured.collective(op, move.num_ranks, axis, nbytes, self.shape.phase)
 
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
-        is in cache, and writing it is the reduction's), launched once. Where the device has no such step of that size
+        is in cache, and writing it is the reduction's), launched once. Where the device has no such op of that size
         it is the two, and a picosecond, so that nobody takes it for nothing."""
         price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
         if price.nbytes > self.device.fused_norm_bytes:
             return price.plus(replace(normed, ps=normed.ps + 1))
         if (found := self._walked(REDUCE_NORM, move, price.nbytes)) is not None:
-            return StepPrice(found.ps, price.rows, price.nbytes, found.source)
+            return OpPrice(found.ps, price.rows, price.nbytes, found.source)
         launch = round(self.device.launch_s * 1e12) if normed.nbytes else 0
         return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
 
@@ -268,7 +268,7 @@ class Pricer:
             return self._rows(row_set, outer)
         return num_ranks * self._rows(row_set, inner)
 
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice:
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> OpPrice:
         """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write.
 
         ``joins``: to an owed sum. Where collectives were measured in walks, an addend that they take along is in their
@@ -276,23 +276,23 @@ class Pricer:
         """
         rows = self._rows(row_set, layout)
         if joins and rows and self.device.measured is not None and (least := self.device.measured.copy(1)) is not None:
-            return StepPrice(least.ps, rows, 3 * row_bytes * rows, least.source)
+            return OpPrice(least.ps, rows, 3 * row_bytes * rows, least.source)
         return self._streamed(rows, 3 * row_bytes)
 
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice:
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> OpPrice:
         """Encoding or decoding the rows held at ``layout``: one pass that reads and writes ``row_bytes`` per row."""
         return self._streamed(self._rows(row_set, layout), row_bytes)
 
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice:
+    def select(self, layout: Layout, row_bytes: int) -> OpPrice:
         """Copying out the rows whose logits are asked for."""
         return self._streamed(self._rows(RowSet.LOGITS, layout), 2 * row_bytes)
 
-    def _streamed(self, rows: int, row_bytes: int) -> StepPrice:
+    def _streamed(self, rows: int, row_bytes: int) -> OpPrice:
         """One pass over ``rows`` rows that reads and writes ``row_bytes`` of each."""
         nbytes = rows * row_bytes
         price = self.device.measured.copy(nbytes) if self.device.measured is not None and nbytes else None
         price = price or stream_price(self.device, nbytes)
-        return StepPrice(price.ps, rows, rows * row_bytes, price.source)
+        return OpPrice(price.ps, rows, rows * row_bytes, price.source)
 
     def _work(self, item: Work, rows: int, dtype: str, uneven: float) -> tuple[Price, float]:
         device, size = self.device, self._itemsize(dtype)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from narrows.engine.step_record import StepRecord, Wants
 from narrows.plan.cache import share_of_plan
-from narrows.plan.plan import Plan, Step
+from narrows.plan.plan import Op, Plan
 from narrows.sched.batch import Batch
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ __all__ = ["BETWEEN", "Counts", "Expected", "ProfileRow", "StepClock", "profile_
 
 
 BETWEEN = "between"
-"""The class under which is booked what lies between the steps of a walk: Python, registers, clocks."""
+"""The class under which is booked what lies between the ops of a walk: Python, registers, clocks."""
 
 
 class _Kind(NamedTuple):
-    """What tells steps apart."""
+    """What tells ops apart."""
 
     phase: str
     price_class: str
@@ -45,10 +45,10 @@ class _Count:
     nbytes: int = 0
 
 
-def _kind(phase: str, step: Step) -> _Kind:
-    where = "" if step.boundary == step.name else step.boundary
-    layouts = str(step.layout) if step.layout == step.leaves else f"{step.layout} -> {step.leaves}"
-    return _Kind(phase, step.price_class.value, step.name, where, step.writes, layouts)
+def _kind(phase: str, op: Op) -> _Kind:
+    where = "" if op.boundary == op.name else op.boundary
+    layouts = str(op.layout) if op.layout == op.leaves else f"{op.layout} -> {op.leaves}"
+    return _Kind(phase, op.price_class.value, op.name, where, op.writes, layouts)
 
 
 Counts = dict[_Kind, _Count]
@@ -57,8 +57,8 @@ Counts = dict[_Kind, _Count]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRow:
-    """One kind of step over a whole run. Seconds are the mean over ranks; rows are those of the busiest rank,
-    bytes what its steps wrote. ``predicted``: seconds that the plans which ran promised for it; 0: not asked."""
+    """One kind of op over a whole run. Seconds are the mean over ranks; rows are those of the busiest rank,
+    bytes what its ops wrote. ``predicted``: seconds that the plans which ran promised for it; 0: not asked."""
 
     phase: str
     price_class: str
@@ -79,7 +79,7 @@ class ProfileRow:
 
 
 class Expected:
-    """What the plans of the steps that run predict, kind by kind of step; :meth:`add` is for :meth:`Engine.observe`.
+    """What the plans of the steps that run predict, kind by kind of op; :meth:`add` is for :meth:`Engine.observe`.
 
     A plan is priced at the upper end of its bucket: a prefill step takes its share of that by rows; a decode step,
     which reads the same weights whatever its rows, all of it. It is the time of the rank that has most.
@@ -92,9 +92,9 @@ class Expected:
         """A step that was handed out."""
         share = share_of_plan(plan, batch)
         for segment in plan.segments:
-            for step in segment.steps:
-                kind = _kind(batch.phase, step)
-                self.seconds[kind] = self.seconds.get(kind, 0.0) + share * step.seconds * segment.times
+            for op in segment.ops:
+                kind = _kind(batch.phase, op)
+                self.seconds[kind] = self.seconds.get(kind, 0.0) + share * op.seconds * segment.times
 
 
 class StepClock:
@@ -107,7 +107,7 @@ class StepClock:
         self._kinds: dict[tuple[int, str], tuple[object, list[_Kind]]] = {}
 
     def readings(self) -> Counts:
-        """By kind of step."""
+        """By kind of op."""
         counts, self._counts = self._counts, {}
         return counts
 
@@ -130,7 +130,7 @@ class StepClock:
         key = id(record.ops), record.phase
         held = self._kinds.get(key)
         if held is None or held[0] is not record.ops:
-            held = self._kinds[key] = (record.ops, [_kind(record.phase, op.step) for op in record.ops])
+            held = self._kinds[key] = (record.ops, [_kind(record.phase, bound.op) for bound in record.ops])
         return held[1]
 
 

@@ -20,18 +20,18 @@ from torch import Tensor
 from narrows.arch.stages import Field, RowSet, StageKind
 from narrows.comm.communicator import Communicator, RowNorm
 from narrows.comm.movers import Geometry, Mover
-from narrows.engine.step_record import Op, StepRecord
+from narrows.engine.step_record import BoundOp, StepRecord
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs
 from narrows.ops.add_rows import add_rows
 from narrows.ops.encode_rows import decode_rows, encode_rows
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["Frame", "Operation", "Program", "Registers", "Wrap", "bind"]
 
 Registers = list[Any]
 Operation = Callable[[Registers, "Frame"], None]
-Wrap = Callable[[int | None, Step, tuple[int, ...], tuple[int, ...], Operation], Operation]
+Wrap = Callable[[int | None, Op, tuple[int, ...], tuple[int, ...], Operation], Operation]
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
 
 
@@ -129,7 +129,7 @@ def bind(
 ) -> Program:
     """Bind ``plan`` to one rank's ``model`` and ``comm``.
 
-    ``checked``: after every step the rows and columns of what it wrote are compared with its layout. ``validate``: walk
+    ``checked``: after every op the rows and columns of what it wrote are compared with its layout. ``validate``: walk
     the plan's layouts first; only a test that plants a fault switches that off.
 
     Raises:
@@ -152,7 +152,7 @@ class _Binder:
     ) -> None:
         self.plan, self.model, self.comm, self.fields = plan, model, comm, fields
         self.operations: list[Operation] = []
-        self.ops: list[Op] = []
+        self.ops: list[BoundOp] = []
         self.repeatable = not checked
         self.registers: dict[str, int] = {plan.roles.input: 0}
         self.moves: list[tuple[Mover, RowSet]] = []
@@ -160,19 +160,19 @@ class _Binder:
         self.outs: list[tuple[Layout, RowSet]] = []
         self._owed: list[tuple[int, Layout]] = []  # registers of addends that wait for a sum to be completed
         self._geometry_of: dict[tuple[Layout, Layout, RowSet], int] = {}
-        steps = list(plan.steps())
-        for i, (layer, step) in enumerate(steps):
-            following = next((s for _, s in steps[i + 1 :] if s.kind is not StepKind.ADD or not s.joins), None)
-            operation = self._bind(layer, step, following)
-            reads = tuple(self._register(name) for name in step.reads)
-            writes = tuple(self._register(name) for name in step.writes)
+        ops = list(plan.ops())
+        for i, (layer, op) in enumerate(ops):
+            following = next((s for _, s in ops[i + 1 :] if s.kind is not OpKind.ADD or not s.joins), None)
+            operation = self._bind(layer, op, following)
+            reads = tuple(self._register(name) for name in op.reads)
+            writes = tuple(self._register(name) for name in op.writes)
             if checked:
-                operation = self._check(layer, step, operation)
+                operation = self._check(layer, op, operation)
             if wrap is not None:
-                bare, operation = operation, wrap(layer, step, reads, writes, operation)
+                bare, operation = operation, wrap(layer, op, reads, writes, operation)
                 self.repeatable &= operation is bare
             self.operations.append(operation)
-            self.ops.append(Op.of(layer, step, reads, writes))
+            self.ops.append(BoundOp.of(layer, op, reads, writes))
 
     def _register(self, name: str) -> int:
         return self.registers.setdefault(name, len(self.registers))
@@ -182,19 +182,19 @@ class _Binder:
             known.append(one)
         return known.index(one)
 
-    def _bind(self, layer: int | None, step: Step, following: Step | None) -> Operation:
-        if step.kind is StepKind.STAGE:
-            return self._stage(layer, step, following)
-        if step.kind is StepKind.MOVE:
-            return self._move(layer, step)
-        if step.kind is StepKind.ADD:
-            return self._add(step)
-        return self._select(step)
+    def _bind(self, layer: int | None, op: Op, following: Op | None) -> Operation:
+        if op.kind is OpKind.STAGE:
+            return self._stage(layer, op, following)
+        if op.kind is OpKind.MOVE:
+            return self._move(layer, op)
+        if op.kind is OpKind.ADD:
+            return self._add(op)
+        return self._select(op)
 
-    def _stage(self, layer: int | None, step: Step, following: Step | None) -> Operation:
-        method = getattr(self.model if layer is None else self.model.layers[layer], step.name)
-        reads = [self._register(name) for name in step.reads]
-        writes = [self._register(name) for name in step.writes]
+    def _stage(self, layer: int | None, op: Op, following: Op | None) -> Operation:
+        method = getattr(self.model if layer is None else self.model.layers[layer], op.name)
+        reads = [self._register(name) for name in op.reads]
+        writes = [self._register(name) for name in op.writes]
         if len(writes) == 2:
             first, second = writes
 
@@ -203,9 +203,9 @@ class _Binder:
 
             return write_two
         (write,) = writes
-        if following is not None and self._feeds(step, following):
-            field = self.fields[step.writes[0]]
-            at = self._index(self.outs, (step.leaves, step.row_set))
+        if following is not None and self._feeds(op, following):
+            field = self.fields[op.writes[0]]
+            at = self._index(self.outs, (op.leaves, op.row_set))
             lend, width, dtype = self.comm.send_buffer, field.width, self.model.place.dtype
 
             def write_out(regs: Registers, frame: Frame) -> None:
@@ -219,34 +219,34 @@ class _Binder:
 
         return write_one
 
-    def _feeds(self, step: Step, following: Step) -> bool:
+    def _feeds(self, op: Op, following: Op) -> bool:
         """Whether the next step takes the sum that this stage leaves: then it writes where that move sends from."""
         return (
-            step.stage is not None
-            and step.stage.kind is StageKind.SHARDED
-            and step.leaves.owes_sum
+            op.stage is not None
+            and op.stage.kind is StageKind.SHARDED
+            and op.leaves.owes_sum
             and following.move is not None
             and following.move.kind in _REDUCES
-            and following.reads[:1] == step.writes
+            and following.reads[:1] == op.writes
         )
 
-    def _move(self, layer: int | None, step: Step) -> Operation:
-        assert step.move is not None
-        columns = self._columns(step) if step.move.kind is MoveKind.COLUMN_GATHER else None
-        where = step.boundary if layer is None else f"layer {layer} {step.boundary}"
-        fields = "+".join(f"{name} as {step.encoded[name]}" if name in step.encoded else name for name in step.reads)
-        mover = Mover(self.comm, step.move, f"{where}: {step.name} {fields}", columns)
-        key = (step.move.src, step.move.dst, step.row_set)
+    def _move(self, layer: int | None, op: Op) -> Operation:
+        assert op.move is not None
+        columns = self._columns(op) if op.move.kind is MoveKind.COLUMN_GATHER else None
+        where = op.boundary if layer is None else f"layer {layer} {op.boundary}"
+        fields = "+".join(f"{name} as {op.encoded[name]}" if name in op.encoded else name for name in op.reads)
+        mover = Mover(self.comm, op.move, f"{where}: {op.name} {fields}", columns)
+        key = (op.move.src, op.move.dst, op.row_set)
         if key not in self._geometry_of:
             self._geometry_of[key] = len(self.moves)
-            self.moves.append((mover, step.row_set))
+            self.moves.append((mover, op.row_set))
         at = self._geometry_of[key]
-        registers = [self._register(name) for name in step.reads]
-        if step.stage is not None:
-            return self._reduce_norm(layer, step, mover, at)
-        if step.encoded:
-            return self._encoded_gather(step, mover, at)
-        if step.move.kind in _REDUCES and self._owed and not step.leaves.owes_sum:
+        registers = [self._register(name) for name in op.reads]
+        if op.stage is not None:
+            return self._reduce_norm(layer, op, mover, at)
+        if op.encoded:
+            return self._encoded_gather(op, mover, at)
+        if op.move.kind in _REDUCES and self._owed and not op.leaves.owes_sum:
             addends = [register for register, _ in self._owed]
             self._owed.clear()
             (register,) = registers
@@ -263,12 +263,12 @@ class _Binder:
 
         return move
 
-    def _reduce_norm(self, layer: int | None, step: Step, mover: Mover, at: int) -> Operation:
+    def _reduce_norm(self, layer: int | None, op: Op, mover: Mover, at: int) -> Operation:
         """An all-reduce and its norm at once where the communicator can, else one after the other: equal bits."""
         module = self.model if layer is None else self.model.layers[layer]
-        norm, (weight, eps) = getattr(module, step.boundary), module.norm_of(step.boundary)
-        hidden, *apart = (self._register(name) for name in step.reads)
-        writes = [self._register(name) for name in step.writes]
+        norm, (weight, eps) = getattr(module, op.boundary), module.norm_of(op.boundary)
+        hidden, *apart = (self._register(name) for name in op.reads)
+        writes = [self._register(name) for name in op.writes]
         addends = [register for register, _ in self._owed]
         self._owed.clear()
 
@@ -286,12 +286,11 @@ class _Binder:
 
         return reduce_and_norm
 
-    def _encoded_gather(self, step: Step, mover: Mover, at: int) -> Operation:
+    def _encoded_gather(self, op: Op, mover: Mover, at: int) -> Operation:
         """Encode, gather, decode. This rank's own rows come back through the gather too, so that they are decoded like
         everybody's: the field is the same bits on every rank that holds it."""
         travels = [
-            (self._register(name), _CODES.get(encoding))
-            for name, encoding in zip(step.reads, step.encodings, strict=True)
+            (self._register(name), _CODES.get(encoding)) for name, encoding in zip(op.reads, op.encodings, strict=True)
         ]
         lend, plain = self.comm.send_buffer, self.model.place.dtype
 
@@ -311,17 +310,17 @@ class _Binder:
 
         return gather
 
-    def _columns(self, step: Step) -> tuple[int, ...]:
+    def _columns(self, op: Op) -> tuple[int, ...]:
         """Columns per rank of the world; a cut along the last axes only repeats in every group."""
-        columns = self.fields[step.reads[0]].columns
+        columns = self.fields[op.reads[0]].columns
         return columns * (self.comm.mesh.size // len(columns))
 
-    def _add(self, step: Step) -> Operation:
-        hidden, addend = (self._register(name) for name in step.reads)
-        if step.joins:
+    def _add(self, op: Op) -> Operation:
+        hidden, addend = (self._register(name) for name in op.reads)
+        if op.joins:
             # The addend waits in a register of its own, since its field may be written again before the sum is taken.
-            waiting = self._register(f"{step.reads[1]} joining the sum before {step.boundary}")
-            self._owed.append((waiting, step.reads_at[1]))
+            waiting = self._register(f"{op.reads[1]} joining the sum before {op.boundary}")
+            self._owed.append((waiting, op.reads_at[1]))
 
             def join(regs: Registers, frame: Frame) -> None:
                 regs[waiting] = regs[addend]
@@ -333,10 +332,10 @@ class _Binder:
 
         return add
 
-    def _select(self, step: Step) -> Operation:
+    def _select(self, op: Op) -> Operation:
         chosen = [
             (self._register(name), self._index(self.selected, layout))
-            for name, layout in zip(step.reads, step.reads_at, strict=True)
+            for name, layout in zip(op.reads, op.reads_at, strict=True)
         ]
         chosen += [(register, self._index(self.selected, layout)) for register, layout in self._owed]
 
@@ -348,14 +347,14 @@ class _Binder:
 
         return select
 
-    def _check(self, layer: int | None, step: Step, operation: Operation) -> Operation:
+    def _check(self, layer: int | None, op: Op, operation: Operation) -> Operation:
         rank = self.comm.rank
-        where = step.name if layer is None else f"layer {layer} {step.name}"
+        where = op.name if layer is None else f"layer {layer} {op.name}"
         expected = [
             (self._register(name), name, layout, self._width(name, layout))
-            for name, layout in zip(step.writes, step.writes_at, strict=True)
+            for name, layout in zip(op.writes, op.writes_at, strict=True)
         ]
-        after_selection = step.row_set is RowSet.LOGITS
+        after_selection = op.row_set is RowSet.LOGITS
 
         def checked(regs: Registers, frame: Frame) -> None:
             operation(regs, frame)

@@ -16,7 +16,7 @@ from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.worker import Worker
 from narrows.layout import Layout, RowSplit, scattered
 from narrows.models.moe import MoeLayer
-from narrows.plan.plan import Step
+from narrows.plan.plan import Op
 
 __all__ = ["Copy", "Flip", "Recorder", "Spot"]
 
@@ -112,19 +112,19 @@ class Recorder:
         rank = worker.place.rank
 
         def around(
-            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+            layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
-            if step.stage is None and not step.encoded:
+            if op.stage is None and not op.encoded:
                 return operation
-            if step.name == "router" and layer is not None:
-                operation = self._router(worker, layer, step, reads, writes, operation)
-            where = f"{step.name} before {step.boundary}" if step.stage is None else step.stage.name
-            spots = [Spot(layer, where, name) for name in step.writes]
+            if op.name == "router" and layer is not None:
+                operation = self._router(worker, layer, op, reads, writes, operation)
+            where = f"{op.name} before {op.boundary}" if op.stage is None else op.stage.name
+            spots = [Spot(layer, where, name) for name in op.writes]
 
             def recorded(regs: Registers, frame: Frame) -> None:
                 operation(regs, frame)
-                for spot, register, layout in zip(spots, writes, step.writes_at, strict=True):
-                    self._layouts[spot] = (layout, step.row_set)
+                for spot, register, layout in zip(spots, writes, op.writes_at, strict=True):
+                    self._layouts[spot] = (layout, op.row_set)
                     shards = self._shards.setdefault(spot, [None] * self.num_ranks)
                     shards[rank] = regs[register].clone()  # the register may be a buffer that is used again
 
@@ -136,14 +136,14 @@ class Recorder:
         self,
         worker: Worker,
         layer: int,
-        step: Step,
+        op: Op,
         reads: tuple[int, ...],
         writes: tuple[int, ...],
         operation: Operation,
     ) -> Operation:
         routed = worker.model.layers[layer]
         assert isinstance(routed, MoeLayer)
-        mesh, rank, layout = worker.place.mesh, worker.place.rank, step.layout
+        mesh, rank, layout = worker.place.mesh, worker.place.rank, op.layout
         ids, weights = writes
 
         def record(regs: Registers, frame: Frame) -> None:
@@ -152,7 +152,7 @@ class Recorder:
 
         def replayed(regs: Registers, frame: Frame) -> None:
             assert self.replay is not None
-            held = _rows_held(frame, step.row_set, layout, rank)
+            held = _rows_held(frame, op.row_set, layout, rank)
             forced = self.replay[self.step, layer][held].to(torch.int64)
             hidden = regs[reads[0]]
             own = routed.route(hidden, with_margin=True)

@@ -18,9 +18,9 @@ import torch
 
 from narrows.comm.device import finished
 from narrows.layout import Encoding, Move, MoveKind
-from narrows.plan.plan import Step
+from narrows.plan.plan import Op
 
-__all__ = ["Op", "OpCalls", "Reader", "StepRecord", "StepRecorder", "Wants"]
+__all__ = ["BoundOp", "OpCalls", "Reader", "StepRecord", "StepRecorder", "Wants"]
 
 
 class Wants(IntEnum):
@@ -31,33 +31,33 @@ class Wants(IntEnum):
     EVERY_OP = 2
 
 
-class Op(NamedTuple):
+class BoundOp(NamedTuple):
     """One operation of a bound plan, and the registers that it writes. ``crossed`` and ``came``: those of the fields
     that cross ranks, before and after, and ``encodings`` how each travels; empty where nothing crosses."""
 
     layer: int | None
-    step: Step
+    op: Op
     writes: tuple[int, ...]
     crossed: tuple[int, ...]
     came: tuple[int, ...]
     encodings: tuple[Encoding, ...]
 
     @classmethod
-    def of(cls, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...]) -> Op:
-        """``reads`` and ``writes``: the step's registers."""
-        if step.move is None or step.move.kind is MoveKind.SLICE:
-            return cls(layer, step, writes, (), (), ())
-        num = len(writes) if step.stage is None else 1  # the residual of a reduction with its norm crosses no ranks
-        return cls(layer, step, writes, reads[:num], writes[:num], step.encodings or (Encoding.PLAIN,) * num)
+    def of(cls, layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...]) -> BoundOp:
+        """``reads`` and ``writes``: its registers."""
+        if op.move is None or op.move.kind is MoveKind.SLICE:
+            return cls(layer, op, writes, (), (), ())
+        num = len(writes) if op.stage is None else 1  # the residual of a reduction with its norm crosses no ranks
+        return cls(layer, op, writes, reads[:num], writes[:num], op.encodings or (Encoding.PLAIN,) * num)
 
     def __str__(self) -> str:
-        where = self.step.boundary if self.layer is None else f"layer {self.layer} {self.step.boundary}"
-        return f"{self.step.name} before {where}"
+        where = self.op.boundary if self.layer is None else f"layer {self.layer} {self.op.boundary}"
+        return f"{self.op.name} before {where}"
 
     @property
     def move(self) -> Move | None:
         """The collective that it makes; None for a slice too."""
-        return self.step.move if self.crossed else None
+        return self.op.move if self.crossed else None
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class StepRecord:
     the rows and bytes it left, and the bytes that came from other ranks. The first ``num_replayed`` of the plan's
     operations were replayed."""
 
-    ops: tuple[Op, ...]
+    ops: tuple[BoundOp, ...]
     phase: str
     wants: Wants
     device: torch.device
@@ -178,7 +178,7 @@ class StepRecorder:
         self.readers: dict[str, Reader] = {}
         self._device = device
 
-    def begin(self, ops: tuple[Op, ...], phase: str, least: Wants = Wants.NOTHING) -> StepRecord | None:
+    def begin(self, ops: tuple[BoundOp, ...], phase: str, least: Wants = Wants.NOTHING) -> StepRecord | None:
         """The record of a step that begins now, of ``least`` or more; None if no reader wants one."""
         wants = max([least, *(reader.wants for reader in self.readers.values())])
         return StepRecord(ops, phase, wants, self._device) if wants else None

@@ -21,7 +21,7 @@ class WalkTimes:
         self._seconds: list[float] = []
 
     def readings(self) -> list[float]:
-        """Seconds of every step of every walk since the last call, in order."""
+        """Seconds of every op of every run since the last call, in order."""
         seconds, self._seconds = self._seconds, []
         return seconds
 

@@ -26,7 +26,7 @@ from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
 from narrows.ops.paged import PagedRows, build_paged_rows
-from narrows.plan.plan import Plan, Step
+from narrows.plan.plan import Op, Plan
 from narrows.sched.batch import Batch, sample_slot
 from narrows.sched.sampling import Logprobs, TokenScore
 from narrows.weights.source import WeightSource
@@ -259,7 +259,7 @@ class Worker:
         return build_paged_rows(spans, self.page_size, self.place.device)
 
     def _program(self, plan: Plan) -> Program:
-        """The bound plan; plans that run the same steps share one, since row counts come with each batch."""
+        """The bound plan; plans that run the same ops share one, since row counts come with each batch."""
         held = self._signatures.get(id(plan))
         if held is not None and held[0] is plan:
             return held[1]
@@ -286,10 +286,10 @@ class Worker:
         wraps = tuple(self._wraps.values())
 
         def around(
-            layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+            layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
         ) -> Operation:
             for wrap in wraps:
-                operation = wrap(layer, step, reads, writes, operation)
+                operation = wrap(layer, op, reads, writes, operation)
             return operation
 
         return around

@@ -23,7 +23,7 @@ from narrows.engine.tapes import uncaptured
 from narrows.engine.worker import StepResult, Worker
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, named_layout
-from narrows.plan.plan import Plan, Step
+from narrows.plan.plan import Op, Plan
 from narrows.sched.batch import Batch
 
 __all__ = ["BothWays", "ReplayFault", "ServedPath", "ServedReport", "served_line", "verify_served"]
@@ -269,7 +269,7 @@ class _Emptied:
             cache.zero_()
 
     def __call__(
-        self, layer: int | None, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
+        self, layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
     ) -> Operation:
         return operation
 

@@ -1,4 +1,4 @@
-"""A plan as a straight-line program: what every rank does, in order, one line per step. Words only; it runs nothing."""
+"""A plan as a straight-line program: what every rank does, in order, one line per op. Words only; it runs nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from narrows.arch.stages import RowSet
 from narrows.layout import Layout, Mesh
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan, Segment
 
 __all__ = ["plan_code"]
 
@@ -32,8 +32,8 @@ def plan_code(plan: Plan) -> str:
         if segment.layers:
             lines.append(f"    for layer in {_layers(segment)}:  # {segment.name}, {len(segment.layers)} of them")
             indent, receiver = "        ", "layer"
-        for step in segment.steps:
-            lines += _lines(plan.mesh, step, indent, receiver, joined)
+        for op in segment.ops:
+            lines += _lines(plan.mesh, op, indent, receiver, joined)
     lines.append(f"    return {plan.roles.output}")
     return "\n".join(lines) + "\n"
 
@@ -43,36 +43,36 @@ def _layers(segment: Segment) -> str:
     return f"model.layers[{first}:{last + 1}]"
 
 
-def _lines(mesh: Mesh, step: Step, indent: str, receiver: str, joined: list[str]) -> Iterator[str]:
-    writes = ", ".join(step.writes)
-    if step.kind is StepKind.ADD and step.joins:
-        joined.append(step.reads[1])
-        yield f"{indent}# {step.reads[1]} joins the sum that {step.reads[0]} owes"
+def _lines(mesh: Mesh, op: Op, indent: str, receiver: str, joined: list[str]) -> Iterator[str]:
+    writes = ", ".join(op.writes)
+    if op.kind is OpKind.ADD and op.joins:
+        joined.append(op.reads[1])
+        yield f"{indent}# {op.reads[1]} joins the sum that {op.reads[0]} owes"
         return
-    if step.kind is StepKind.STAGE:
-        code = f"{writes} = {receiver}.{step.name}({', '.join(step.reads)})"
-    elif step.kind is StepKind.ADD:
-        code = f"{writes} = {' + '.join(step.reads)}"
-    elif step.kind is StepKind.SELECT:
-        code = f"{writes} = select_rows({', '.join(step.reads)})"
+    if op.kind is OpKind.STAGE:
+        code = f"{writes} = {receiver}.{op.name}({', '.join(op.reads)})"
+    elif op.kind is OpKind.ADD:
+        code = f"{writes} = {' + '.join(op.reads)}"
+    elif op.kind is OpKind.SELECT:
+        code = f"{writes} = select_rows({', '.join(op.reads)})"
     else:
-        assert step.move is not None
+        assert op.move is not None
         more = ""
-        if joined and step.layout.owes_sum and not step.leaves.owes_sum:
+        if joined and op.layout.owes_sum and not op.leaves.owes_sum:
             more = f", addends=[{', '.join(joined)}]"
             joined.clear()
-        if step.stage is not None:
-            more += f', norm="{step.stage.name}"'
-        if step.encoded:
-            travels = ", ".join(f'"{name}": "{encoding}"' for name, encoding in step.encoded.items())
+        if op.stage is not None:
+            more += f', norm="{op.stage.name}"'
+        if op.encoded:
+            travels = ", ".join(f'"{name}": "{encoding}"' for name, encoding in op.encoded.items())
             more = f", encode={{{travels}}}"
-        code = f'{writes} = {step.name}({", ".join(step.reads)}, over="{step.move.axes}"{more})'
-    rows = f"{step.rows} logit rows" if step.row_set is RowSet.LOGITS else f"{step.rows} rows"
-    yield f"{indent}{code}".ljust(_COMMENT_AT) + f"  # {_places(mesh, step)}, {rows}, {step.ps / 1e6:.1f} us"
+        code = f'{writes} = {op.name}({", ".join(op.reads)}, over="{op.move.axes}"{more})'
+    rows = f"{op.rows} logit rows" if op.row_set is RowSet.LOGITS else f"{op.rows} rows"
+    yield f"{indent}{code}".ljust(_COMMENT_AT) + f"  # {_places(mesh, op)}, {rows}, {op.ps / 1e6:.1f} us"
 
 
-def _places(mesh: Mesh, step: Step) -> str:
-    before, after = _name(mesh, step.layout), _name(mesh, step.leaves)
+def _places(mesh: Mesh, op: Op) -> str:
+    before, after = _name(mesh, op.layout), _name(mesh, op.leaves)
     return before if before == after else f"{before} -> {after}"
 
 

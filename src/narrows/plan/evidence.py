@@ -1,6 +1,6 @@
 """What a plan's predicted time rests on: how much of it was measured on the device, and the one line that says so.
 
-Knows plans and the sources of prices; prices nothing. A step counts as its weakest source, as it does in tables.
+Knows plans and the sources of prices; prices nothing. An op counts as its weakest source, as it does in tables.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Evidence:
         for plan in plans:
             ps[plan.host.source] += plan.host.ps
             for segment in plan.segments:
-                for step in segment.steps:
-                    ps[step.source] += step.ps * segment.times
+                for op in segment.ops:
+                    ps[op.source] += op.ps * segment.times
         return cls(tuple(ps.values()))
 
     @property

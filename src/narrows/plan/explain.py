@@ -1,6 +1,6 @@
 """Says in words what a plan does and where it differs from another: totals side by side, and why `auto` is what it is.
 
-Knows plans and nothing else: every word comes from the steps, their layouts, rows and prices. It has no text for any
+Knows plans and nothing else: every word comes from the ops, their layouts, rows and prices. It has no text for any
 named layout, and it prints nothing.
 """
 
@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from narrows.arch.stages import PriceClass, StageKind
 from narrows.layout import Encoding, Layout, Mesh, MoveKind
-from narrows.plan.plan import Plan, Segment, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan, Segment
 
 __all__ = [
     "Comparison",
@@ -23,8 +23,8 @@ __all__ = [
     "layout_words",
     "main_segment",
     "move_words",
+    "op_words",
     "segment_difference",
-    "step_words",
     "why",
 ]
 
@@ -74,19 +74,19 @@ def fields_words(
     return ", ".join(dict.fromkeys(words))
 
 
-def move_words(plan: Plan, step: Step) -> str:
+def move_words(plan: Plan, op: Op) -> str:
     """A move in a few words: what it is, over which axes if there are several, and of what unless the plain stream."""
-    words = _kind_words(step)
-    if plan.roles.stream in step.reads and not step.encoded:
+    words = _kind_words(op)
+    if plan.roles.stream in op.reads and not op.encoded:
         return words
-    return f"{words} of {fields_words(plan.roles.bundle_of, step.reads, step.encoded)}"
+    return f"{words} of {fields_words(plan.roles.bundle_of, op.reads, op.encoded)}"
 
 
-def _kind_words(step: Step) -> str:
-    assert step.move is not None
-    words = step.name.replace("_norm", " and norm in one").replace("_", "-")
-    several_axes = sum(size > 1 for size in step.move.mesh.sizes) > 1
-    return f"{words} over {step.move.axes}" if several_axes else words
+def _kind_words(op: Op) -> str:
+    assert op.move is not None
+    words = op.name.replace("_norm", " and norm in one").replace("_", "-")
+    several_axes = sum(size > 1 for size in op.move.mesh.sizes) > 1
+    return f"{words} over {op.move.axes}" if several_axes else words
 
 
 def main_segment(plan: Plan) -> Segment:
@@ -97,64 +97,64 @@ def main_segment(plan: Plan) -> Segment:
 def describe(plan: Plan) -> str:
     """How rows travel in most layers: the moves into each stage whose weights are sharded, such as
     ``reduce-scatter + all-gather of qkv_latent into attention; all-reduce into experts``."""
-    by_target = _moves_by_target(main_segment(plan).steps)
+    by_target = _moves_by_target(main_segment(plan).ops)
     return "; ".join(f"{_moves_words(plan, moves) or 'no move'} into {target}" for target, moves in by_target.items())
 
 
-def _moves_by_target(steps: Sequence[Step]) -> dict[str, list[Step]]:
-    """Moves that cost something by the sharded stage that they lead to: a boundary may be crossed in several steps."""
-    by_target: dict[str, list[Step]] = {}
-    moves: list[Step] = []
-    for step in steps:
-        if step.move is not None:
-            moves.append(step)
-        elif _is_target(step):
-            by_target[step.name] = [move for move in moves if not _is_free(move)]
+def _moves_by_target(ops: Sequence[Op]) -> dict[str, list[Op]]:
+    """Moves that cost something by the sharded stage that they lead to: a boundary may be crossed by several ops."""
+    by_target: dict[str, list[Op]] = {}
+    moves: list[Op] = []
+    for op in ops:
+        if op.move is not None:
+            moves.append(op)
+        elif _is_target(op):
+            by_target[op.name] = [move for move in moves if not _is_free(move)]
             moves = []
     return by_target
 
 
-def _is_target(step: Step) -> bool:
-    return step.stage is not None and step.stage.kind is StageKind.SHARDED and not step.leaves.holds_columns
+def _is_target(op: Op) -> bool:
+    return op.stage is not None and op.stage.kind is StageKind.SHARDED and not op.leaves.holds_columns
 
 
-def _is_free(step: Step) -> bool:
-    return step.move is not None and step.move.kind is MoveKind.SLICE
+def _is_free(op: Op) -> bool:
+    return op.move is not None and op.move.kind is MoveKind.SLICE
 
 
-def _moves_words(plan: Plan, steps: Sequence[Step]) -> str:
-    return " + ".join(move_words(plan, step) for step in steps)
+def _moves_words(plan: Plan, ops: Sequence[Op]) -> str:
+    return " + ".join(move_words(plan, op) for op in ops)
 
 
-def step_words(plan: Plan, step: Step) -> str:
-    """A step as a few words, for saying how one layer differs from another."""
-    fields = fields_words(plan.roles.bundle_of, step.reads, step.encoded)
-    if step.move is not None:
-        return f"{_kind_words(step)} of {fields} to {layout_words(plan.mesh, step.leaves)}"
-    at = layout_words(plan.mesh, step.layout)
-    if step.kind is StepKind.STAGE:
-        return f"{step.name} of {fields} at {at}"
-    return f"{step.name} before {step.boundary} at {at}"
+def op_words(plan: Plan, op: Op) -> str:
+    """An op in a few words, for saying how one layer differs from another."""
+    fields = fields_words(plan.roles.bundle_of, op.reads, op.encoded)
+    if op.move is not None:
+        return f"{_kind_words(op)} of {fields} to {layout_words(plan.mesh, op.leaves)}"
+    at = layout_words(plan.mesh, op.layout)
+    if op.kind is OpKind.STAGE:
+        return f"{op.name} of {fields} at {at}"
+    return f"{op.name} before {op.boundary} at {at}"
 
 
 def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
-    """How the steps of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
-    by that step."""
+    """How the ops of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
+    by that op."""
 
-    def what(step: Step) -> tuple[object, ...]:
+    def what(op: Op) -> tuple[object, ...]:
         return (
-            step.kind,
-            step.name,
-            step.boundary,
-            step.reads,
-            step.reads_at,
-            step.writes_at,
-            step.encodings,
+            op.kind,
+            op.name,
+            op.boundary,
+            op.reads,
+            op.reads_at,
+            op.writes_at,
+            op.encodings,
         )
 
-    here, there = {what(step): step for step in odd.steps}, {what(step): step for step in usual.steps}
-    changes = [f"without {step_words(plan, there[key])}" for key in there if key not in here]
-    changes += [f"with {step_words(plan, here[key])}" for key in here if key not in there]
+    here, there = {what(op): op for op in odd.ops}, {what(op): op for op in usual.ops}
+    changes = [f"without {op_words(plan, there[key])}" for key in there if key not in here]
+    changes += [f"with {op_words(plan, here[key])}" for key in here if key not in there]
     return "; ".join(changes)
 
 
@@ -178,9 +178,9 @@ def why(auto: Plan, other: Plan) -> str:
     """
     name, more = other.layout_name, other.ps - auto.ps
     if more == 0 and auto.signature() == other.signature():
-        return f"{auto.layout_name} is {name}: the same steps at the same cost"
+        return f"{auto.layout_name} is {name}: the same ops at the same cost"
     if more == 0:
-        return f"{name} costs the same as {auto.layout_name}, by other steps"
+        return f"{name} costs the same as {auto.layout_name}, by other ops"
     percent = 100 * abs(more) / auto.ps
     head = f"{name} costs {percent:.1f} % {'more' if more > 0 else 'less'} ({_ms(more)})"
     clauses = _clauses(auto, other)
@@ -220,7 +220,7 @@ def _causes(auto: Plan, other: Plan) -> dict[PriceClass, dict[str, int]]:
         ours, theirs = places[mine_id], places[its_id]
         for place in {**theirs, **ours}:
             mine, its = ours.get(place, []), theirs.get(place, [])
-            more = sum(step.ps for step in its) - sum(step.ps for step in mine)
+            more = sum(op.ps for op in its) - sum(op.ps for op in mine)
             if more:
                 price_class, target = place
                 words = _difference(auto, mine, its, target)
@@ -235,29 +235,29 @@ def _per_layer(plan: Plan) -> Iterator[Segment]:
 
 
 Place = tuple[PriceClass, str]
-"""A price class, and the stage that a step is, or that it leads to."""
+"""A price class, and the stage that an op is, or that it leads to."""
 
 
-def _by_place(segment: Segment) -> dict[Place, list[Step]]:
-    places: dict[Place, list[Step]] = {}
-    waiting: list[Step] = []
-    for step in segment.steps:
-        if step.move is not None:
-            waiting.append(step)
+def _by_place(segment: Segment) -> dict[Place, list[Op]]:
+    places: dict[Place, list[Op]] = {}
+    waiting: list[Op] = []
+    for op in segment.ops:
+        if op.move is not None:
+            waiting.append(op)
             continue
-        places.setdefault((step.price_class, step.boundary), []).append(step)
-        if _is_target(step):
-            places.setdefault((PriceClass.COMMUNICATION, step.name), []).extend(waiting)
+        places.setdefault((op.price_class, op.boundary), []).append(op)
+        if _is_target(op):
+            places.setdefault((PriceClass.COMMUNICATION, op.name), []).extend(waiting)
             waiting = []
     return places
 
 
-def _difference(plan: Plan, mine: Sequence[Step], its: Sequence[Step], target: str) -> str:
+def _difference(plan: Plan, mine: Sequence[Op], its: Sequence[Op], target: str) -> str:
     """What the other plan does at a place, and what auto does instead."""
     some = (its or mine)[0]
     if some.stage is None:
-        there = _moves_words(plan, [step for step in mine if step.move and not _is_free(step)])
-        here = _moves_words(plan, [step for step in its if step.move and not _is_free(step)])
+        there = _moves_words(plan, [op for op in mine if op.move and not _is_free(op)])
+        here = _moves_words(plan, [op for op in its if op.move and not _is_free(op)])
         where = f"into {target}"
         if some.move is None:
             here, there, where = _added(its), _added(mine), f"before {target}"
@@ -267,26 +267,26 @@ def _difference(plan: Plan, mine: Sequence[Step], its: Sequence[Step], target: s
             return f"{here} {where}, {_megabytes(its)} instead of {_megabytes(mine)}"
         return f"{here} instead of {there} {where}"
     if some.stage.kind is StageKind.NORM and not (mine and its):
-        return f"{'with' if its else 'without'} {some.name} as a step of its own"
+        return f"{'with' if its else 'without'} {some.name} as an op of its own"
     if not mine or not its:
         return f"{some.name}, which auto does not run" if its else f"no {some.name}, which auto runs"
-    its_step, my_step = its[0], mine[0]
-    if its_step.rows != my_step.rows:
-        at, instead = layout_words(plan.mesh, its_step.layout), layout_words(plan.mesh, my_step.layout)
+    its_op, my_op = its[0], mine[0]
+    if its_op.rows != my_op.rows:
+        at, instead = layout_words(plan.mesh, its_op.layout), layout_words(plan.mesh, my_op.layout)
         if at == instead:
-            return f"{some.name} on {its_step.rows} rows instead of {my_step.rows}"
-        return f"{some.name} at {at} ({its_step.rows} rows) instead of {instead} ({my_step.rows})"
-    if its_step.fused != my_step.fused:
-        return f"{some.name} {'with' if its_step.fused else 'without'} the add of the residual"
+            return f"{some.name} on {its_op.rows} rows instead of {my_op.rows}"
+        return f"{some.name} at {at} ({its_op.rows} rows) instead of {instead} ({my_op.rows})"
+    if its_op.fused != my_op.fused:
+        return f"{some.name} {'with' if its_op.fused else 'without'} the add of the residual"
     return f"{some.name} on equal rows, its weights in another form"
 
 
-def _added(steps: Sequence[Step]) -> str:
-    return " + ".join(f"{step.name.replace('_', ' ')} on {step.rows} rows" for step in steps)
+def _added(ops: Sequence[Op]) -> str:
+    return " + ".join(f"{op.name.replace('_', ' ')} on {op.rows} rows" for op in ops)
 
 
-def _megabytes(steps: Sequence[Step]) -> str:
-    return f"{sum(step.nbytes for step in steps) / 1e6:.3g} MB"
+def _megabytes(ops: Sequence[Op]) -> str:
+    return f"{sum(op.nbytes for op in ops) / 1e6:.3g} MB"
 
 
 def _ms(ps: int) -> str:

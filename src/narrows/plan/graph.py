@@ -1,4 +1,4 @@
-"""The graph that the search walks: every legal next step from every state, for one chain, mesh and named layout.
+"""The graph that the search walks: every legal next op from every state, for one chain, mesh and named layout.
 
 Knows which moves, adds and selections may come before a stage and at which layouts the stage may run; knows no price,
 so one graph serves every shape of step. A node is (a stage that is yet to run, the layout of each live field, which
@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
-from narrows.cost.stage import StepPrice
+from narrows.cost.stage import OpPrice
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
 from narrows.plan.named import NamedLayout
-from narrows.plan.plan import ALL_REDUCE_NORM, Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind
 
 __all__ = ["Graph", "Node", "Prices", "State"]
 
@@ -31,21 +31,21 @@ _ROW_SETS = (RowSet.ALL, RowSet.LOGITS)
 class Prices(Protocol):
     """What a search asks of `cost`. What a move, an add or a selection costs does not depend on the stage after it."""
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice: ...
-    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> StepPrice: ...
-    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> StepPrice: ...
-    def select(self, layout: Layout, row_bytes: int) -> StepPrice: ...
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice: ...
+    def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice: ...
+    def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice: ...
+    def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> OpPrice: ...
+    def recode(self, layout: Layout, row_bytes: int, row_set: RowSet) -> OpPrice: ...
+    def select(self, layout: Layout, row_bytes: int) -> OpPrice: ...
 
 
-Edge = tuple[int, Step]
-"""The index of its price in ``Graph.asks``, and the step, its price still blank."""
+Edge = tuple[int, Op]
+"""The index of its price in ``Graph.asks``, and the op, its price still blank."""
 
 
 class Node:
     """A state before a stage. ``edges`` lead to other states before it, ``runs`` to those after it: by the stage alone,
-    or in one step with the all-reduce before it."""
+    or in one op with the all-reduce before it."""
 
     __slots__ = ("edges", "runs", "state")
 
@@ -60,7 +60,7 @@ class Graph:
 
     ``encoding``: what the rows of a field that may be encoded can travel as in a gather, beside plain; ``always``:
     plain gathers of such fields are left out, whatever encoding costs. ``fuses_norms``: the device may have a price for
-    an all-reduce and the norm after it in one step.
+    an all-reduce and the norm after it in one op.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Graph:
         self.chain, self.mesh, self.rules = chain, mesh, rules
         self._encoding, self._always = encoding, always
         self._fuses_norms = fuses_norms and rules.fuses_norms
-        self.asks: list[Callable[[Prices], StepPrice]] = []
+        self.asks: list[Callable[[Prices], OpPrice]] = []
         self._ask_index: dict[tuple[Any, ...], int] = {}
         self._layouts = legal_layouts(mesh)
         self._index = {layout: i for i, layout in enumerate(self._layouts)}
@@ -97,7 +97,7 @@ class Graph:
         ]
         self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
-        self._ask_of: dict[Step, int] = {}
+        self._ask_of: dict[Op, int] = {}
         self._nodes: dict[tuple[tuple[str, bool, int | None], State], Node] = {}
 
     def start(self) -> State:
@@ -121,13 +121,13 @@ class Graph:
             node.edges = tuple((self.node(stage, after), edge) for after, edge in self._edges(node.state, stage))
         return node.edges
 
-    def ask_of(self, step: Step) -> int:
-        """The index in ``asks`` of the price of a step that a search of this graph has found."""
+    def ask_of(self, op: Op) -> int:
+        """The index in ``asks`` of the price of an op that a search of this graph has found."""
         if len(self._ask_of) != len(self._made):
             self._ask_of = {blank: ask for ask, blank in self._made.values()}
-        return self._ask_of[_blank(step)]
+        return self._ask_of[_blank(op)]
 
-    # -- which steps may come next -----------------------------------------------------------------------------------
+    # -- which ops may come next -------------------------------------------------------------------------------------
 
     def _edges(self, state: State, stage: Stage) -> Iterator[tuple[State, Edge]]:
         if stage.kind is StageKind.NORM:
@@ -247,7 +247,7 @@ class Graph:
         titles = self.rules.rows_of(stage)
         return titles is None or any(self._titles[title] == index for title in titles)
 
-    # -- the steps ---------------------------------------------------------------------------------------------------
+    # -- the ops -----------------------------------------------------------------------------------------------------
 
     def _stage(self, stage: Stage, index: int, leaves: int, fused: bool, selected: int) -> Edge:
         cost = ("stage", stage.name, stage.window, index, fused, selected)
@@ -262,7 +262,7 @@ class Graph:
             key,
             cost,
             lambda prices: prices.stage(stage, layout, fused, row_set),
-            kind=StepKind.STAGE,
+            kind=OpKind.STAGE,
             name=stage.name,
             boundary=stage.name,
             price_class=stage.price_class,
@@ -290,7 +290,7 @@ class Graph:
         )
         recoded = tuple(self._row_bytes[slot] + self._encoded_bytes[slot] for slot in encoded)
 
-        def ask(prices: Prices) -> StepPrice:
+        def ask(prices: Prices) -> OpPrice:
             """The gather, and per encoded field one pass over its rows before and one after."""
             price = prices.move(move, row_bytes, row_set)
             for both in recoded:
@@ -301,7 +301,7 @@ class Graph:
             key,
             ("move", src, dst, row_bytes, recoded, selected),
             ask,
-            kind=StepKind.MOVE,
+            kind=OpKind.MOVE,
             name=move.kind.value,
             boundary=stage.name,
             price_class=PriceClass.COMMUNICATION,
@@ -314,8 +314,8 @@ class Graph:
             encodings=travels if encoded else (),
         )
 
-    def _reduce_norm(self, move: Move, dst: int, normed: Step, state: State, stage: Stage) -> Edge:
-        """``move`` of the stream and ``normed``, the norm after it, as one step."""
+    def _reduce_norm(self, move: Move, dst: int, normed: Op, state: State, stage: Stage) -> Edge:
+        """``move`` of the stream and ``normed``, the norm after it, as one op."""
         slot, selected, fused = self._stream, state[-1], normed.fused
         cost = (ALL_REDUCE_NORM, stage.name, state[slot], dst, fused, selected)
         key = (*cost, stage.any_rows)
@@ -326,7 +326,7 @@ class Graph:
             key,
             cost,
             lambda prices: prices.reduce_norm(move, stage, fused, row_bytes, row_set),
-            kind=StepKind.MOVE,
+            kind=OpKind.MOVE,
             name=ALL_REDUCE_NORM,
             boundary=stage.name,
             price_class=PriceClass.COMMUNICATION,
@@ -347,7 +347,7 @@ class Graph:
             ("add", stage.name, addend, stream, at, selected),
             ("add", at, selected, to.owes_sum),
             lambda prices: prices.add(layout, row_bytes, row_set, joins=to.owes_sum),
-            kind=StepKind.ADD,
+            kind=OpKind.ADD,
             name=f"add_{addend}",
             boundary=stage.name,
             price_class=PriceClass.ADD,
@@ -367,8 +367,8 @@ class Graph:
             ("select", stage.name, state),
             ("select", layouts[0], row_bytes),
             lambda prices: prices.select(layouts[0], row_bytes),
-            kind=StepKind.SELECT,
-            name=StepKind.SELECT.value,
+            kind=OpKind.SELECT,
+            name=OpKind.SELECT.value,
             boundary=stage.name,
             price_class=PriceClass.LM_HEAD,
             reads=names,
@@ -379,21 +379,19 @@ class Graph:
         )
         return (*state[:-1], 1), edge
 
-    def _edge(
-        self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Callable[[Prices], StepPrice], **what: Any
-    ) -> Edge:
+    def _edge(self, key: tuple[Any, ...], cost: tuple[Any, ...], ask: Callable[[Prices], OpPrice], **what: Any) -> Edge:
         """The edge called ``key``; those with equal ``cost`` share one ask."""
         index = self._ask_index.get(cost)
         if index is None:
             index = self._ask_index[cost] = len(self.asks)
             self.asks.append(ask)
-        edge = self._made[key] = (index, Step(rows=0, nbytes=0, ps=0, source=Source.MEASURED, **what))
+        edge = self._made[key] = (index, Op(rows=0, nbytes=0, ps=0, source=Source.MEASURED, **what))
         return edge
 
 
-def _blank(step: Step) -> Step:
-    """The step as the graph has it: no rows, and no price."""
-    return replace(step, rows=0, nbytes=0, ps=0, source=Source.MEASURED)
+def _blank(op: Op) -> Op:
+    """The op as the graph has it: no rows, and no price."""
+    return replace(op, rows=0, nbytes=0, ps=0, source=Source.MEASURED)
 
 
 def _titles(mesh: Mesh) -> dict[str, Layout]:

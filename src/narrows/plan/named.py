@@ -29,7 +29,7 @@ class NamedLayout:
     ``rows_at``: titles of the layouts a row stage may run at. ``sums_by``: the moves that may complete an owed sum
     before a stage. ``residual``: how the residual may come in before a norm: ``fused`` with it, ``added`` to finished
     rows, or ``joined`` to the owed sum. ``select_before``: the stage before which rows may be selected.
-    ``fuses_norms``: an all-reduce and the norm after it may be one step, on devices that have that.
+    ``fuses_norms``: an all-reduce and the norm after it may be one op, on devices that have that.
     """
 
     name: str
@@ -181,7 +181,7 @@ def applicable_layouts(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
 
 
 def shared_plans(plans: Mapping[str, Plan]) -> dict[tuple[str, ...], Plan]:
-    """Plans by the layouts that they are the plans of: those that run the same steps are one, named after the first."""
+    """Plans by the layouts that they are the plans of: those that run the same ops are one, named after the first."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, plan in plans.items():
         groups.setdefault(plan.signature(), []).append(name)

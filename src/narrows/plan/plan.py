@@ -1,7 +1,7 @@
-"""The plan: the frozen list of steps for a whole model, each with its rows, bytes, time and where its price comes from.
+"""The plan: the frozen list of ops for a whole model, each with its rows, bytes, time and where its price comes from.
 
 Knows stages and moves as values. It does not search (`search`), price (`cost`) or execute (`engine`), but it can be
-checked: :meth:`Plan.validate` walks the layout of every field and refuses a step that would read an owed sum or
+checked: :meth:`Plan.validate` walks the layout of every field and refuses an op that would read an owed sum or
 another layout.
 """
 
@@ -13,18 +13,18 @@ from enum import StrEnum
 
 from narrows.arch.stages import FieldRoles, PriceClass, Role, RowSet, Stage, StageKind
 from narrows.cost.price import Source
-from narrows.cost.stage import NOTHING, StepPrice, StepShape
+from narrows.cost.stage import NOTHING, OpPrice, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
 
-__all__ = ["ALL_REDUCE_NORM", "Plan", "Segment", "Step", "StepKind"]
+__all__ = ["ALL_REDUCE_NORM", "Op", "OpKind", "Plan", "Segment"]
 
 ALL_REDUCE_NORM = "all_reduce_norm"
-"""Name of the step that is an all-reduce and the norm after it at once: a MOVE that has a stage too."""
+"""Name of the op that is an all-reduce and the norm after it at once: a MOVE that has a stage too."""
 
 
-class StepKind(StrEnum):
-    """What a step is."""
+class OpKind(StrEnum):
+    """What an op is."""
 
     STAGE = "stage"
     MOVE = "move"
@@ -33,21 +33,21 @@ class StepKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step on every rank.
+class Op:
+    """One op of a plan, on every rank: a stage, a move between layouts, an addition or a selection of rows.
 
     ``reads_at`` and ``writes_at`` are the layouts of the fields in ``reads`` and ``writes``, one each. An ADD reads
     the stream and then an addend: where the stream still owes a sum (``joins``) the addend, scattered, joins it.
-    ``boundary`` is the stage that the step prepares, or is. ``rows`` are those of the rank that has the most,
+    ``boundary`` is the stage that the op prepares, or is. ``rows`` are those of the rank that has the most,
     ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
     predicted picoseconds: integers, so that sums do not depend on their order. ``encodings``: how each field read by a
-    gather travels; such a step is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
+    gather travels; such an op is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
 
-    A MOVE with a stage is a reduction and the norm after it in one step, with a price of its own: it reads the
+    A MOVE with a stage is a reduction and the norm after it in one op, with a price of its own: it reads the
     stream where its sum is owed and, ``fused``, the residual where the norm leaves both.
     """
 
-    kind: StepKind
+    kind: OpKind
     name: str
     boundary: str
     price_class: PriceClass
@@ -88,33 +88,33 @@ class Step:
     @property
     def joins(self) -> bool:
         """Whether this is an addend that joins a sum still owed."""
-        return self.kind is StepKind.ADD and self.layout.owes_sum
+        return self.kind is OpKind.ADD and self.layout.owes_sum
 
     @property
     def meets(self) -> bool:
-        """Whether ranks exchange here, so that none ends the step before all have begun it."""
+        """Whether ranks exchange here, so that none ends the op before all have begun it."""
         return self.move is not None and self.move.kind is not MoveKind.SLICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """The same steps for one or more consecutive layers; ``layers`` is empty before and after the decoder layers."""
+    """The same ops for one or more consecutive layers; ``layers`` is empty before and after the decoder layers."""
 
     name: str
     layers: tuple[int, ...]
-    steps: tuple[Step, ...]
+    ops: tuple[Op, ...]
 
     @property
     def times(self) -> int:
-        """How often the steps run."""
+        """How often the ops run."""
         return len(self.layers) or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Steps for a whole model on one mesh and one shape of step, under one named layout.
+    """Ops for a whole model on one mesh and one shape of step, under one named layout.
 
-    ``roles``: what the fields of its steps are to the model. ``host``: what the step costs beside the walk, the same
+    ``roles``: what the fields of its ops are to the model. ``host``: what a step costs beside its ops, the same
     whatever the plan; nothing where that was never measured.
     """
 
@@ -123,56 +123,56 @@ class Plan:
     shape: StepShape
     segments: tuple[Segment, ...]
     roles: FieldRoles
-    host: StepPrice = NOTHING
+    host: OpPrice = NOTHING
 
     @property
     def ps(self) -> int:
         """Predicted picoseconds of the whole step."""
-        return self.host.ps + sum(step.ps * segment.times for segment in self.segments for step in segment.steps)
+        return self.host.ps + sum(op.ps * segment.times for segment in self.segments for op in segment.ops)
 
     @property
     def seconds(self) -> float:
         return self.ps * 1e-12
 
     @property
-    def num_steps(self) -> int:
-        return sum(len(segment.steps) * segment.times for segment in self.segments)
+    def num_ops(self) -> int:
+        return sum(len(segment.ops) * segment.times for segment in self.segments)
 
-    def steps(self) -> Iterator[tuple[int | None, Step]]:
-        """Every step in order with its layer (None before and after the layers)."""
+    def ops(self) -> Iterator[tuple[int | None, Op]]:
+        """Every op in order with its layer (None before and after the layers)."""
         for segment in self.segments:
             for layer in segment.layers or (None,):
-                for step in segment.steps:
-                    yield layer, step
+                for op in segment.ops:
+                    yield layer, op
 
     def totals(self) -> dict[PriceClass, float]:
         """Predicted seconds per price class, in the order of :class:`PriceClass`."""
         totals = dict.fromkeys(PriceClass, 0)
         totals[PriceClass.HOST] = self.host.ps
         for segment in self.segments:
-            for step in segment.steps:
-                totals[step.price_class] += step.ps * segment.times
+            for op in segment.ops:
+                totals[op.price_class] += op.ps * segment.times
         return {price_class: ps * 1e-12 for price_class, ps in totals.items()}
 
     @property
     def encodings(self) -> frozenset[Encoding]:
         """What rows are encoded as anywhere in the plan; empty where they all travel plain."""
-        steps = (step for segment in self.segments for step in segment.steps)
-        return frozenset(encoding for step in steps for encoding in step.encoded.values())
+        ops = (op for segment in self.segments for op in segment.ops)
+        return frozenset(encoding for op in ops for encoding in op.encoded.values())
 
     @property
     def gives_logits(self) -> bool:
         """Whether it ends in whole rows of logits, of which tokens may be drawn, rather than in each shard's best."""
-        return any(step.stage is not None and step.stage.role is Role.SAMPLE for step in self.segments[-1].steps)
+        return any(op.stage is not None and op.stage.role is Role.SAMPLE for op in self.segments[-1].ops)
 
     def signature(self) -> tuple[object, ...]:
-        """What the plan does, without rows and prices: equal signatures run the same steps."""
+        """What the plan does, without rows and prices: equal signatures run the same ops."""
         return tuple(
             (
                 segment.layers,
                 tuple(
                     (s.kind, s.name, s.reads, s.reads_at, s.writes, s.writes_at, s.fused, s.row_set, s.encodings)
-                    for s in segment.steps
+                    for s in segment.ops
                 ),
             )
             for segment in self.segments
@@ -182,90 +182,90 @@ class Plan:
         """Walk the layout of every field through the plan.
 
         Raises:
-            PlanError: a step reads a field that is not there, whose sum is owed, or that has another layout; an addend
+            PlanError: an op reads a field that is not there, whose sum is owed, or that has another layout; an addend
                 would be counted twice, or lost; rows are selected of some fields only, or before a stage that needs
                 all; a field is encoded that must not be, or an encoded one would enter the residual stream. The stage
-                that the step is, or prepares, is named.
+                that the op is, or prepares, is named.
         """
         state: dict[str, Layout] = {self.roles.input: full(self.mesh)}
         selected = False
         rounded: dict[str, Encoding] = {}
-        for layer, step in self.steps():
-            where = step.name if step.kind is StepKind.STAGE else f"{step.name} before {step.boundary}"
+        for layer, op in self.ops():
+            where = op.name if op.kind is OpKind.STAGE else f"{op.name} before {op.boundary}"
             if layer is not None:
                 where = f"layer {layer} {where}"
-            for name, wanted in zip(step.reads, step.reads_at, strict=True):
-                self._check(where, state, name, wanted, step)
-            selected = _check_rows(where, step, selected, state)
-            _check_encodings(where, step, rounded, self.roles.encodable)
-            if step.stage is not None and step.stage.kind is StageKind.NORM:
+            for name, wanted in zip(op.reads, op.reads_at, strict=True):
+                self._check(where, state, name, wanted, op)
+            selected = _check_rows(where, op, selected, state)
+            _check_encodings(where, op, rounded, self.roles.encodable)
+            if op.stage is not None and op.stage.kind is StageKind.NORM:
                 for addend in self.roles.addends:
-                    if addend in state and addend not in step.reads:
-                        raise PlanError(f"{where} would lose {addend}, which no step has added to {self.roles.stream}")
-            if step.kind is StepKind.ADD:
-                state.pop(step.reads[1])
-            state |= zip(step.writes, step.writes_at, strict=True)
-            if step.stage is not None:
-                for name in step.stage.frees:
+                    if addend in state and addend not in op.reads:
+                        raise PlanError(f"{where} would lose {addend}, which no op has added to {self.roles.stream}")
+            if op.kind is OpKind.ADD:
+                state.pop(op.reads[1])
+            state |= zip(op.writes, op.writes_at, strict=True)
+            if op.stage is not None:
+                for name in op.stage.frees:
                     state.pop(name, None)
 
-    def _check(self, where: str, state: dict[str, Layout], name: str, wanted: Layout, step: Step) -> None:
+    def _check(self, where: str, state: dict[str, Layout], name: str, wanted: Layout, op: Op) -> None:
         if name not in state:
-            raise PlanError(f"{where} reads {name}, which no step has left")
+            raise PlanError(f"{where} reads {name}, which no op has left")
         have = state[name]
         if have != wanted:
             owed = "its sum is still owed: it is" if have.owes_sum else "it is"
             raise PlanError(f"{where} reads {name} at {wanted}, but {owed} at {have}")
-        moved = step.move is not None and (step.stage is None or name == step.reads[0])
-        if step.move is not None and moved and have != step.move.src:
-            raise PlanError(f"{where} moves {name} from {step.move.src}, but it is at {have}")
-        if step.kind is StepKind.ADD and name == step.reads[1]:
-            at = scattered(self.mesh) if step.joins else step.layout
+        moved = op.move is not None and (op.stage is None or name == op.reads[0])
+        if op.move is not None and moved and have != op.move.src:
+            raise PlanError(f"{where} moves {name} from {op.move.src}, but it is at {have}")
+        if op.kind is OpKind.ADD and name == op.reads[1]:
+            at = scattered(self.mesh) if op.joins else op.layout
             if have != at:
                 raise PlanError(f"{where} reads {name} at {have}, where it would not be added once: it needs {at}")
-        if step.stage is None or (moved and step.leaves.is_whole):
+        if op.stage is None or (moved and op.leaves.is_whole):
             return
         if have.owes_sum:
             raise PlanError(f"{where} reads {name} at {have}: its sum is still owed")
-        if step.stage.accepts is not None and have != step.stage.accepts:
-            raise PlanError(f"{where} reads {name} at {have}, but accepts only {step.stage.accepts}")
-        at = step.layout if step.move is None else step.leaves
-        if step.stage.accepts is None and not (have.is_whole and have == at):
+        if op.stage.accepts is not None and have != op.stage.accepts:
+            raise PlanError(f"{where} reads {name} at {have}, but accepts only {op.stage.accepts}")
+        at = op.layout if op.move is None else op.leaves
+        if op.stage.accepts is None and not (have.is_whole and have == at):
             raise PlanError(f"{where} is a row stage but reads {name} at {have}: it needs whole rows in one layout")
 
 
-def _check_rows(where: str, step: Step, selected: bool, state: dict[str, Layout]) -> bool:
-    """Whether only the rows whose logits are asked for are left after ``step``; ``selected``: before it."""
-    if step.kind is StepKind.SELECT:
-        left = sorted(set(state) - set(step.reads))
+def _check_rows(where: str, op: Op, selected: bool, state: dict[str, Layout]) -> bool:
+    """Whether only the rows whose logits are asked for are left after ``op``; ``selected``: before it."""
+    if op.kind is OpKind.SELECT:
+        left = sorted(set(state) - set(op.reads))
         if selected or left:
             why = "they have been selected before" if selected else f"{', '.join(left)} would keep all of them"
             raise PlanError(f"{where} selects rows, but {why}")
         return True
-    if selected is not (step.row_set is RowSet.LOGITS):
+    if selected is not (op.row_set is RowSet.LOGITS):
         have, says = ("the rows with logits", "all rows") if selected else ("all rows", "the rows with logits")
-        raise PlanError(f"{where} is a step on {says}, but there are {have}")
-    if step.stage is not None and not (step.stage.after_selection if selected else step.stage.row_set is RowSet.ALL):
+        raise PlanError(f"{where} is an op on {says}, but there are {have}")
+    if op.stage is not None and not (op.stage.after_selection if selected else op.stage.row_set is RowSet.ALL):
         needs = "all rows, but only those with logits are left" if selected else "the rows with logits alone"
         raise PlanError(f"{where} needs {needs}")
     return selected
 
 
-def _check_encodings(where: str, step: Step, rounded: dict[str, Encoding], encodable: frozenset[str]) -> None:
+def _check_encodings(where: str, op: Op, rounded: dict[str, Encoding], encodable: frozenset[str]) -> None:
     """``rounded``: the fields whose rows have been encoded on their way to where they are; kept up to date."""
-    if step.encodings and (step.move is None or step.move.kind is not MoveKind.ALL_GATHER):
+    if op.encodings and (op.move is None or op.move.kind is not MoveKind.ALL_GATHER):
         raise PlanError(f"{where} encodes rows, but only an all_gather may: sums are of whole values")
-    if step.encodings and len(step.encodings) != len(step.reads):
-        raise PlanError(f"{where} has {len(step.encodings)} encodings for {len(step.reads)} fields")
-    for name, encoding in step.encoded.items():
+    if op.encodings and len(op.encodings) != len(op.reads):
+        raise PlanError(f"{where} has {len(op.encodings)} encodings for {len(op.reads)} fields")
+    for name, encoding in op.encoded.items():
         if name not in encodable:
             may = ", ".join(sorted(encodable))
             raise PlanError(f"{where} would send {name} as {encoding}; only {may} may be encoded")
         rounded[name] = encoding
-    is_norm = step.stage is not None and step.stage.kind is StageKind.NORM
-    for name in step.reads:
-        if name in rounded and (is_norm or step.kind is StepKind.ADD):
+    is_norm = op.stage is not None and op.stage.kind is StageKind.NORM
+    for name in op.reads:
+        if name in rounded and (is_norm or op.kind is OpKind.ADD):
             raise PlanError(f"{where} would add {name}, whose rows came as {rounded[name]}, to the residual stream")
-    if step.stage is not None:
-        for name in step.writes:
+    if op.stage is not None:
+        for name in op.writes:
             rounded.pop(name, None)

@@ -131,29 +131,29 @@ class PlanReport:
                 "step_kv_tokens": self.shape.kv_tokens,
                 "holds_step": memory.holds(self.shape.kv_tokens),
             },
-            "steps": [
+            "ops": [
                 {
                     "segment": segment.name,
                     "layers": list(segment.layers),
                     "times": segment.times,
-                    "kind": str(step.kind),
-                    "name": step.name,
-                    "boundary": step.boundary,
-                    "class": str(step.price_class),
-                    "reads": list(step.reads),
-                    "reads_at": [str(layout) for layout in step.reads_at],
-                    "writes": list(step.writes),
-                    "writes_at": [str(layout) for layout in step.writes_at],
-                    "layout": step.layout.title(plan.mesh) or str(step.layout),
-                    "encodings": [str(encoding) for encoding in step.encodings],
-                    "axes": step.move.axes if step.move is not None else "",
-                    "rows": step.rows,
-                    "bytes": step.nbytes,
-                    "us": _round(step.ps / 1e6),
-                    "source": step.source.label,
+                    "kind": str(op.kind),
+                    "name": op.name,
+                    "boundary": op.boundary,
+                    "class": str(op.price_class),
+                    "reads": list(op.reads),
+                    "reads_at": [str(layout) for layout in op.reads_at],
+                    "writes": list(op.writes),
+                    "writes_at": [str(layout) for layout in op.writes_at],
+                    "layout": op.layout.title(plan.mesh) or str(op.layout),
+                    "encodings": [str(encoding) for encoding in op.encodings],
+                    "axes": op.move.axes if op.move is not None else "",
+                    "rows": op.rows,
+                    "bytes": op.nbytes,
+                    "us": _round(op.ps / 1e6),
+                    "source": op.source.label,
                 }
                 for segment in plan.segments
-                for step in segment.steps
+                for op in segment.ops
             ],
         }
 

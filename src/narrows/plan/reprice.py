@@ -1,4 +1,4 @@
-"""A plan's own steps at other row counts: what a plan that was made for one shape costs a step of another.
+"""A plan's own ops at other row counts: what a plan that was made for one shape costs a step of another.
 
 Knows a plan and the graph that it was found in; searches nothing. A plan runs every step of its bucket
 (:mod:`narrows.plan.cache`), so its price is that of the bucket's upper end; here it is that of the step at hand.
@@ -26,8 +26,8 @@ class Repricer:
         self.plan, self._graph = plan, graph
         counts: dict[tuple[PriceClass, int], int] = {}
         for segment in plan.segments:
-            for step in segment.steps:
-                key = step.price_class, graph.ask_of(step)
+            for op in segment.ops:
+                key = op.price_class, graph.ask_of(op)
                 counts[key] = counts.get(key, 0) + segment.times
         self._counts = tuple((price_class, ask, times) for (price_class, ask), times in counts.items())
 

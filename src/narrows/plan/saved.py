@@ -1,7 +1,7 @@
 """Plans kept in a file and read back: what was printed, run again. Knows plans as data and the chain they belong to.
 
 The file is JSON. It names the model's dimensions, the mesh and the forms it was made for; reading it for others is an
-error that says what differs, because a plan's steps mean nothing without them.
+error that says what differs, because a plan's ops mean nothing without them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, RowSplit
-from narrows.plan.plan import ALL_REDUCE_NORM, Plan, Segment, Step, StepKind
+from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan, Segment
 
 __all__ = ["SavedPlan", "read_plan", "write_plan"]
 
-VERSION = 1
+VERSION = 2
 
 SavedPlan = tuple[Plan, Forms]
 """A plan, and the forms that ranks hold weights in under it."""
@@ -48,8 +48,7 @@ def write_plan(path: Path, plan: Plan, config: ModelConfig, forms: Forms) -> Non
             "logit_rows": list(plan.shape.logits.counts),
         },
         "segments": [
-            {"name": s.name, "layers": list(s.layers), "steps": [_step_document(step) for step in s.steps]}
-            for s in plan.segments
+            {"name": s.name, "layers": list(s.layers), "ops": [_op_document(op) for op in s.ops]} for s in plan.segments
         ],
     }
     try:
@@ -71,9 +70,11 @@ def read_plan(path: Path, config: ModelConfig, mesh: Mesh) -> SavedPlan:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} is not a plan file; make one with: narrows plan ... --save {path}") from None
-    if version != VERSION:
-        raise ConfigError(f"{path} is a plan file of version {version}; this narrows reads version {VERSION}")
+    if version not in (1, VERSION):
+        raise ConfigError(f"{path} is a plan file of version {version}; this narrows reads versions 1 and {VERSION}")
     try:
+        if version == 1:
+            _update(document)
         made_for = Mesh(tuple(document["mesh"]), tuple(document["mesh"].values()))
         if made_for != mesh:
             raise ConfigError(f"{path} is a plan for {made_for}, but the mesh is {mesh}")
@@ -93,27 +94,33 @@ def read_plan(path: Path, config: ModelConfig, mesh: Mesh) -> SavedPlan:
     return plan, forms
 
 
+def _update(document: dict[str, Any]) -> None:
+    """Turn a document of version 1, which called ops steps, into the present version."""
+    for segment in document["segments"]:
+        segment["ops"] = segment.pop("steps")
+
+
 def _model_key(config: ModelConfig) -> dict[str, Any]:
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     return {name: getattr(config, name) for name in names}
 
 
-def _step_document(step: Step) -> dict[str, Any]:
-    move = step.move
+def _op_document(op: Op) -> dict[str, Any]:
+    move = op.move
     return {
-        "kind": step.kind.value,
-        "name": step.name,
-        "boundary": step.boundary,
-        "class": step.price_class.value,
-        "reads": [[name, at.placements] for name, at in zip(step.reads, step.reads_at, strict=True)],
-        "writes": [[name, at.placements] for name, at in zip(step.writes, step.writes_at, strict=True)],
-        "row_set": step.row_set.value,
-        "rows": step.rows,
-        "nbytes": step.nbytes,
-        "ps": step.ps,
-        "source": step.source.label,
-        "fused": step.fused,
-        "encodings": [encoding.value for encoding in step.encodings],
+        "kind": op.kind.value,
+        "name": op.name,
+        "boundary": op.boundary,
+        "class": op.price_class.value,
+        "reads": [[name, at.placements] for name, at in zip(op.reads, op.reads_at, strict=True)],
+        "writes": [[name, at.placements] for name, at in zip(op.writes, op.writes_at, strict=True)],
+        "row_set": op.row_set.value,
+        "rows": op.rows,
+        "nbytes": op.nbytes,
+        "ps": op.ps,
+        "source": op.source.label,
+        "fused": op.fused,
+        "encodings": [encoding.value for encoding in op.encodings],
         "move": None
         if move is None
         else {
@@ -149,17 +156,17 @@ def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain
             Segment(
                 name=segment["name"],
                 layers=tuple(segment["layers"]),
-                steps=tuple(_step(raw, mesh, stages(segment["layers"])) for raw in segment["steps"]),
+                ops=tuple(_op(raw, mesh, stages(segment["layers"])) for raw in segment["ops"]),
             )
             for segment in document["segments"]
         ),
     )
 
 
-def _step(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Step:
-    kind, move = StepKind(raw["kind"]), raw["move"]
+def _op(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Op:
+    kind, move = OpKind(raw["kind"]), raw["move"]
     sources = {source.label: source for source in Source}
-    return Step(
+    return Op(
         kind=kind,
         name=raw["name"],
         boundary=raw["boundary"],
@@ -173,7 +180,7 @@ def _step(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Step:
         nbytes=raw["nbytes"],
         ps=raw["ps"],
         source=sources[raw["source"]],
-        stage=stages[raw["boundary"]] if kind is StepKind.STAGE or raw["name"] == ALL_REDUCE_NORM else None,
+        stage=stages[raw["boundary"]] if kind is OpKind.STAGE or raw["name"] == ALL_REDUCE_NORM else None,
         move=None
         if move is None
         else Move(mesh, MoveKind(move["kind"]), Layout(move["src"]), Layout(move["dst"]), *move["axes"]),

@@ -1,7 +1,7 @@
 """The search: the cheapest path through a model's chain of stages, exactly.
 
-Knows a graph of legal steps and a source of prices; not how either comes about, nor names of devices. Prices are
-integer picoseconds, so a path's cost does not depend on how it is summed. Ties go to fewer steps, then to the edge that
+Knows a graph of legal ops and a source of prices; not how either comes about, nor names of devices. Prices are
+integer picoseconds, so a path's cost does not depend on how it is summed. Ties go to fewer ops, then to the edge that
 is generated first.
 
 Between two layers, after a norm and after attention, only few states can occur (what the last stage leaves, and where
@@ -18,16 +18,16 @@ from functools import partial
 from itertools import pairwise
 
 from narrows.arch.stages import Stage
-from narrows.cost.stage import StepPrice
+from narrows.cost.stage import OpPrice
 from narrows.errors import PlanError
 from narrows.plan.graph import Edge, Graph, Node, Prices, State
-from narrows.plan.plan import Segment, Step
+from narrows.plan.plan import Op, Segment
 
 __all__ = ["Search"]
 
 _PS = 1 << 20
-"""Weight of a picosecond, where a step weighs 1 besides its price: of two paths with equal cost the one with fewer
-steps is lighter. No plan has a million steps."""
+"""Weight of a picosecond, where an op weighs 1 besides its price: of two paths with equal cost the one with fewer
+ops is lighter. No plan has a million ops."""
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class _Weights(dict[int, int]):
 
     def __init__(self, graph: Graph, prices: Prices) -> None:
         self.graph, self.prices = graph, prices
-        self.step_prices: dict[int, StepPrice] = {}
+        self.step_prices: dict[int, OpPrice] = {}
 
     def __missing__(self, ask: int) -> int:
         price = self.step_prices[ask] = self.graph.asks[ask](self.prices)
@@ -99,7 +99,7 @@ class Search:
         return self._segments(min(frontier.values(), key=lambda path: path.weight))
 
     def solve_plainly(self) -> tuple[int, int]:
-        """Cost in picoseconds and number of steps of the optimum, by one search over all stages.
+        """Cost in picoseconds and number of ops of the optimum, by one search over all stages.
 
         Raises:
             PlanError: the rules leave no way through; the stage that cannot be reached is named.
@@ -122,7 +122,7 @@ class Search:
             parts.append(path.last)
             path = path.before
         last, *middle, first = parts
-        segments = [Segment(name="before", layers=(), steps=self._steps(first))]
+        segments = [Segment(name="before", layers=(), ops=self._ops(first))]
         runs: list[tuple[_Path, list[int]]] = []
         for layer, part in enumerate(reversed(middle)):
             if runs and runs[-1][0] is part:
@@ -131,19 +131,19 @@ class Search:
                 runs.append((part, [layer]))
         for part, layers in runs:
             name = self.chain.layer_types[self.chain.layers[layers[0]]].name
-            segment = Segment(name=name, layers=tuple(layers), steps=self._steps(part))
+            segment = Segment(name=name, layers=tuple(layers), ops=self._ops(part))
             if _alike(segments[-1], segment):
                 before = segments.pop()
                 segment = replace(before, layers=(*before.layers, *layers))
             segments.append(segment)
-        return (*segments, Segment(name="after", layers=(), steps=self._steps(last)))
+        return (*segments, Segment(name="after", layers=(), ops=self._ops(last)))
 
-    def _steps(self, path: _Path) -> tuple[Step, ...]:
-        steps = []
-        for ask, step in path.edges():
+    def _ops(self, path: _Path) -> tuple[Op, ...]:
+        ops = []
+        for ask, op in path.edges():
             price = self._weights.step_prices[ask]
-            steps.append(replace(step, rows=price.rows, nbytes=price.nbytes, ps=price.ps, source=price.source))
-        return tuple(steps)
+            ops.append(replace(op, rows=price.rows, nbytes=price.nbytes, ps=price.ps, source=price.source))
+        return tuple(ops)
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
@@ -203,8 +203,8 @@ class Search:
 
 def _alike(one: Segment, other: Segment) -> bool:
     """Whether two kinds of layers do the same: the last one has stages of its own, and may use them like the others."""
-    return (one.name, len(one.steps)) == (other.name, len(other.steps)) and all(
-        replace(a, stage=None) == replace(b, stage=None) for a, b in zip(one.steps, other.steps, strict=True)
+    return (one.name, len(one.ops)) == (other.name, len(other.ops)) and all(
+        replace(a, stage=None) == replace(b, stage=None) for a, b in zip(one.ops, other.ops, strict=True)
     )
 
 

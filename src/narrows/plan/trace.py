@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from narrows.errors import ConfigError
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["HostSpan", "TraceRun", "TracedStep", "Walk", "check_trace_file", "trace_events", "write_trace"]
 
@@ -251,11 +251,9 @@ def _rank_events(run: TraceRun, rank: int, pid: int, zero: float, *, host: int) 
         }
         yield _span(f"walk {traced.phase}", "walk", pid, _RANK_TRACK, start, end, args)
         yield _flow("f", run, number, rank, pid, _RANK_TRACK, start)
-        for i, (layer, step) in enumerate(plan.steps()):
+        for i, (layer, op) in enumerate(plan.ops()):
             at, to = _us(walk.starts[i] - zero), _us(walk.ends[i] - zero)
-            yield _span(
-                _title(step), _category(step), pid, _RANK_TRACK, at, to, _args(layer, step, walk, i, traced, to - at)
-            )
+            yield _span(_title(op), _category(op), pid, _RANK_TRACK, at, to, _args(layer, op, walk, i, traced, to - at))
 
 
 def _ran(walk: Walk) -> str:
@@ -266,35 +264,35 @@ def _ran(walk: Walk) -> str:
     return "replayed" if not rest else f"{walk.num_replayed} operations replayed, {rest} op by op"
 
 
-def _title(step: Step) -> str:
-    if step.move is not None:
-        return f"{step.name} {step.move.axes}".strip()
-    return step.name
+def _title(op: Op) -> str:
+    if op.move is not None:
+        return f"{op.name} {op.move.axes}".strip()
+    return op.name
 
 
-def _category(step: Step) -> str:
-    return "collective" if step.meets else str(step.kind)
+def _category(op: Op) -> str:
+    return "collective" if op.meets else str(op.kind)
 
 
-def _args(layer: int | None, step: Step, walk: Walk, i: int, traced: TracedStep, measured_us: float) -> dict[str, Any]:
+def _args(layer: int | None, op: Op, walk: Walk, i: int, traced: TracedStep, measured_us: float) -> dict[str, Any]:
     """What is shown of a step: where, what, how much, and predicted beside measured."""
     mesh = traced.plan.mesh
-    reads, leaves = (layout.title(mesh) or str(layout) for layout in (step.layout, step.leaves))
+    reads, leaves = (layout.title(mesh) or str(layout) for layout in (op.layout, op.leaves))
     args: dict[str, Any] = {} if layer is None else {"layer": layer}
-    if step.kind is not StepKind.STAGE:
-        args["before"] = step.boundary
+    if op.kind is not OpKind.STAGE:
+        args["before"] = op.boundary
     args |= {
-        "fields": "+".join(step.writes),
+        "fields": "+".join(op.writes),
         "layout": reads if reads == leaves else f"{reads} -> {leaves}",
-        "class": str(step.price_class),
+        "class": str(op.price_class),
         "rows": walk.rows[i],
-        "predicted_us": _us(step.seconds),
+        "predicted_us": _us(op.seconds),
         "measured_us": round(measured_us, 3),
-        "source": step.source.label,
+        "source": op.source.label,
     }
-    if step.meets:
+    if op.meets:
         args["bytes_received"] = walk.received[i]
         args["bytes_all_ranks"] = sum(other.received[i] for other in traced.walks)
-        if step.encoded:
-            args["encoded"] = "+".join(f"{name} {encoding}" for name, encoding in step.encoded.items())
+        if op.encoded:
+            args["encoded"] = "+".join(f"{name} {encoding}" for name, encoding in op.encoded.items())
     return args

@@ -1,6 +1,6 @@
 """What a step takes beside weights and KV cache on the rank with most rows: activations, stages' own memory, buffers.
 
-A plan says which rows of which field a rank holds at every step, so that the peak is counted, not assumed: fields live
+A plan says which rows of which field a rank holds at every op, so that the peak is counted, not assumed: fields live
 until they are written again, as the engine's registers do; a stage holds what is between its products; a collective
 has a buffer on the way. Which of these a kernel needs depends on what computes: compiled code on CPUs, plain torch in
 float32 there, torch on GPUs.
@@ -15,7 +15,7 @@ from narrows.arch.stages import AttentionCore, Field, Gemm, GroupedGemm, PriceCl
 from narrows.cost.imbalance import imbalance
 from narrows.cost.stage import StepShape
 from narrows.layout import Layout, MoveKind
-from narrows.plan.plan import Plan, Step, StepKind
+from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["Kernels", "Workspace", "workspace"]
 
@@ -45,7 +45,7 @@ class Kernels:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
     """Bytes of one step on the rank that needs most. ``activations``: fields and what stages hold between their
-    products, at the step where they are most; ``kept``: what kernels keep for their next call; ``collectives``: buffers
+    products, at the op where they are most; ``kept``: what kernels keep for their next call; ``collectives``: buffers
     that ranks exchange through; ``logits``: rows of float32 logits while tokens are sampled."""
 
     activations: int = 0
@@ -63,24 +63,24 @@ class Workspace:
 
 
 def workspace(plan: Plan, fields: Mapping[str, Field], kernels: Kernels) -> Workspace:
-    """The peak over the steps of ``plan``. ``fields`` are those of its chain."""
+    """The peak over the ops of ``plan``. ``fields`` are those of its chain."""
     shape = plan.shape
     held: dict[str, float] = {}
     peak = kept = buffers = logits = 0.0
     for segment in plan.segments:
-        for step in segment.steps:
+        for op in segment.ops:
             written = {
-                name: _field_bytes(fields[name], layout, step.row_set, shape)
-                for name, layout in zip(step.writes, step.writes_at, strict=True)
+                name: _field_bytes(fields[name], layout, op.row_set, shape)
+                for name, layout in zip(op.writes, op.writes_at, strict=True)
             }
-            if step.kind is StepKind.ADD and step.joins:  # the addend waits for the sum, whatever its field becomes
-                held[f"{step.reads[1]} before {step.boundary}"] = held.get(step.reads[1], 0.0)
+            if op.kind is OpKind.ADD and op.joins:  # the addend waits for the sum, whatever its field becomes
+                held[f"{op.reads[1]} before {op.boundary}"] = held.get(op.reads[1], 0.0)
             inside, keeps, sampled = 0.0, 0.0, 0.0
-            if step.kind is StepKind.STAGE and step.stage is not None:
-                inside, keeps, sampled = _stage(step.stage, step, shape, kernels)
+            if op.kind is OpKind.STAGE and op.stage is not None:
+                inside, keeps, sampled = _stage(op.stage, op, shape, kernels)
             peak = max(peak, sum(held.values()) + sum(written.values()) + inside)
             kept, logits = max(kept, keeps), max(logits, sampled)
-            buffers = max(buffers, _buffer(step, fields, shape))
+            buffers = max(buffers, _buffer(op, fields, shape))
             held |= written
     return Workspace(
         activations=round(peak * (HEAP if kernels.cpu else POOL)),
@@ -98,20 +98,20 @@ def _field_bytes(field: Field, layout: Layout, row_set: RowSet, shape: StepShape
     return rows * field.row_bytes
 
 
-def _buffer(step: Step, fields: Mapping[str, Field], shape: StepShape) -> float:
+def _buffer(op: Op, fields: Mapping[str, Field], shape: StepShape) -> float:
     """What a collective sends, and what an all-reduce makes on the way."""
-    if step.move is None or step.move.kind is MoveKind.SLICE:
+    if op.move is None or op.move.kind is MoveKind.SLICE:
         return 0.0
     sent = sum(
-        _field_bytes(fields[name], layout, step.row_set, shape)
-        for name, layout in zip(step.reads, step.reads_at, strict=True)
+        _field_bytes(fields[name], layout, op.row_set, shape)
+        for name, layout in zip(op.reads, op.reads_at, strict=True)
     )
-    return sent * (1 + 1 / step.move.num_ranks) if step.move.kind is MoveKind.ALL_REDUCE else sent
+    return sent * (1 + 1 / op.move.num_ranks) if op.move.kind is MoveKind.ALL_REDUCE else sent
 
 
-def _stage(stage: Stage, step: Step, shape: StepShape, kernels: Kernels) -> tuple[float, float, float]:
+def _stage(stage: Stage, op: Op, shape: StepShape, kernels: Kernels) -> tuple[float, float, float]:
     """What a stage holds while it runs, what its kernels keep afterwards, and float32 logits."""
-    rows = shape.split(step.row_set).largest(step.layout)
+    rows = shape.split(op.row_set).largest(op.layout)
     inside = rows * shape.context * stage.row_context_bytes
     if stage.price_class is PriceClass.ATTENTION:
         return inside + _attention(stage, rows, shape, kernels), 0.0, 0.0

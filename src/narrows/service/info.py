@@ -15,7 +15,7 @@ from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
 from narrows.plan.cache import PlanKey
 from narrows.plan.evidence import Evidence
-from narrows.plan.plan import Plan, StepKind
+from narrows.plan.plan import OpKind, Plan
 
 __all__ = ["describe"]
 
@@ -68,10 +68,10 @@ def _plan(key: PlanKey | None, plan: Plan) -> dict[str, Any]:
     moves: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     for segment in plan.segments:
-        for step in segment.steps:
-            sources[step.source.label] += segment.times
-            if step.kind is StepKind.MOVE:
-                moves[f"{step.move} before {step.boundary}: {'+'.join(step.reads)}"] += segment.times
+        for op in segment.ops:
+            sources[op.source.label] += segment.times
+            if op.kind is OpKind.MOVE:
+                moves[f"{op.move} before {op.boundary}: {'+'.join(op.reads)}"] += segment.times
     return {
         "for": asdict(key) if key is not None else "every step",
         "layout": plan.layout_name,

@@ -41,13 +41,13 @@ def predicted_collectives(plan: Plan) -> dict[tuple[str, str], float]:
     """Predicted seconds of a plan's collectives by layouts and kind, as clocks on ranks count them."""
     out: dict[tuple[str, str], float] = {}
     for segment in plan.segments:
-        for step in segment.steps:
-            move = step.move
+        for op in segment.ops:
+            move = op.move
             if move is None or move.kind is MoveKind.SLICE:
                 continue
-            assert step.price_class is PriceClass.COMMUNICATION
+            assert op.price_class is PriceClass.COMMUNICATION
             kind = (f"{move.src} -> {move.dst}", str(move.kind))
-            out[kind] = out.get(kind, 0.0) + step.seconds * segment.times
+            out[kind] = out.get(kind, 0.0) + op.seconds * segment.times
     return out
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from narrows.arch.stages import AttentionCore, PriceClass, RowSet, Stage
 from narrows.cost.price import Source
-from narrows.cost.stage import Pricer, StepPrice, StepShape
+from narrows.cost.stage import OpPrice, Pricer, StepShape
 from narrows.layout import Layout, RowSplit
 from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.plan import Plan
@@ -87,9 +87,9 @@ class _Group:
 class _WithoutAttention(Pricer):
     """A pricer to which stages with an attention core cost nothing."""
 
-    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> StepPrice:
+    def stage(self, stage: Stage, layout: Layout, fused: bool, row_set: RowSet) -> OpPrice:
         if _attends(stage):
-            return StepPrice(0, 0, 0, Source.MEASURED)
+            return OpPrice(0, 0, 0, Source.MEASURED)
         return super().stage(stage, layout, fused, row_set)
 
 
@@ -104,9 +104,9 @@ class _Planned:
         self.plan, self.repricer = plan, repricer
         self.attention: dict[tuple[Stage, Layout], int] = {}
         for segment in plan.segments:
-            for step in segment.steps:
-                if step.stage is not None and _attends(step.stage):
-                    key = step.stage, step.layout
+            for op in segment.ops:
+                if op.stage is not None and _attends(op.stage):
+                    key = op.stage, op.layout
                     self.attention[key] = self.attention.get(key, 0) + segment.times
         self.rest_prices: dict[tuple[int, ...], tuple[int, dict[tuple[str, str], float]]] = {}
         self.attention_prices: dict[tuple[str, int, int], tuple[int, Source]] = {}
