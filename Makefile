@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP = $(wildcard src/narrows/native/csrc/*.cpp src/narrows/native/csrc/*.h tests/native/*.cpp tests/native/*.h)
+CPP = $(shell find src/narrows/native tests/native -name '*.cpp' -o -name '*.h')
 # The exact versions that narrows is tested with.
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
