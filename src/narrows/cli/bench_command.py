@@ -59,7 +59,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         ("offline", "throughput of requests of equal lengths", _offline_flags),
         ("latency", "prompts by length and decode steps by batch, beside the machine's roofline", _latency_flags),
     ):
-        kind = kinds.add_parser(name, help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
+        kind = kinds.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
         add_engine_flags(kind)
         turns = kind.add_argument_group("turns")
         turns.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default %(default)s)")
@@ -73,7 +73,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         add(kind)
         add_output_flags(kind)
     about = bench_serve_command.ABOUT
-    kind = kinds.add_parser("serve", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
+    kind = kinds.add_parser("serve", help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
     bench_serve_command.add_flags(kind)
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from narrows.errors import ConfigError, NarrowsError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "parse"]
 
 _EXTRAS = {"serve": "serve"}
 """The extra that a command needs; all others that need one need ``engine``."""
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(argv)
+        command, args = parse(argv)
+        code: int = command.run(args)
+        return code
     except NarrowsError as error:
         print(f"narrows: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -97,19 +99,23 @@ def _imported(name: str, module: str) -> ModuleType:
         ) from None
 
 
-def _run(argv: list[str]) -> int:
+def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of the subcommand in ``argv``, and its arguments.
+
+    Raises:
+        ConfigError: the subcommand or a flag is not known, or a value is wrong.
+    """
     parser = _Parser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     asked = next((arg for arg in argv if not arg.startswith("-")), None)
     command = None
     for name, module, summary in COMMANDS:
-        about = f"{summary.capitalize()}."
+        about = f"{summary[0].upper()}{summary[1:]}."
         subparser = subparsers.add_parser(name, help=summary, description=about, allow_abbrev=False)
         if name == asked:
             command = _imported(name, module)
             command.add_parser(subparser)
     args = parser.parse_args(argv)
     assert command is not None, f"{args.command} was parsed, but its module was not looked for"
-    code: int = command.run(args)
-    return code
+    return command, args
