@@ -33,3 +33,23 @@ def test_named_files_exist(page: str, least: int) -> None:
 def test_names_are_found_in_spans_blocks_and_links() -> None:
     found = NAME.findall("read plan/search.py, then `comm/`, models/<family>.py and docs/*.md; x.y, 1/2")
     assert found == ["plan/search.py", "comm/"]
+
+
+PAGES = sorted(path for folder in (".", "docs", ".github") for path in (ROOT / folder).glob("*.md"))
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name after ``#``: GitHub's form of each heading."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
