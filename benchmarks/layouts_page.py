@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
-from narrows.arch.forms import Forms, form_words
 from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
+from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cost.devices import device
 from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
@@ -23,7 +23,7 @@ from narrows.layout import Mesh, deal
 from narrows.plan.explain import describe, layout_words, main_segment
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import OpKind, Plan
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, choose_sharding
 
 ROWS = (128, 1024, 4096, 16384)
 CONTEXT = 4096
@@ -46,15 +46,16 @@ This page is the output of `python benchmarks/layouts_page.py`, which asks the p
 test holds the two together. One prefill step of so many rows in all, context {CONTEXT}, one row per sequence with
 logits, in a CUDA graph. **These are predictions**: no row of it has been run on these machines.
 
-*Forms* are chosen for that one step among those that fit memory with its KV cache, as by `narrows plan`. The named
-layouts have the published forms. The last columns say what each costs more than the plan picked: `all-reduce` is what
-engines did before the two publications, **A** is `attn-tp-input-scattered`, **B** is `norm-before-gather` ([what was
-published](published.md)); "seq" is Megatron's `sequence-parallel`; a dash: it does not apply. The next one says the
-same of `auto` with the published forms: what of the saving is the forms', not the layouts'. *Prices* says how much of
-the picked plan's time rests on what: m measured, i interpolated between measured points, s scaled from another device
-or size, r roofline with a stated efficiency. Words for a plan: the moves into attention and into the experts in most
-layers, where the router runs, and forms other than the published ones. In every plan picked here where that saves
-anything, the last layer's experts see only the rows whose logits are asked for ("last layer narrow").
+*Weight sharding* is chosen for that one step among the ways that fit memory with its KV cache, as by `narrows plan`.
+The named layouts have the published sharding. The last columns say what each costs more than the plan picked:
+`all-reduce` is what engines did before the two publications, **A** is `attn-tp-input-scattered`, **B** is
+`norm-before-gather` ([what was published](published.md)), "seq" is Megatron's `sequence-parallel`. A dash means that a
+layout does not apply. *Published sharding* is the same for `auto` with the published sharding: it separates what the
+sharding saves from what the layouts save. *Prices* says what the picked plan's time rests on: m measured, i
+interpolated between measured points, s scaled from another device or size, r roofline with a stated efficiency. Words
+for a plan: the moves into attention and into the experts in most layers, where the router runs, and weight sharding
+other than the published. "Last layer narrow": the last layer's experts see only the rows whose logits are asked for,
+in every plan picked here where that saves anything.
 
 GPUs have no kernel here that makes an all-reduce and the norm after it at once, so that no plan below has that op,
 and rows travel plain: int8 or fp8 rows in gathers are off unless asked for ([encoded rows](encoded-rows.md)).
@@ -63,10 +64,10 @@ and rows travel plain: int8 or fp8 rows in gathers are off unless asked for ([en
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One step on one mesh: the plan picked, its forms, and what the named layouts cost more, as a share."""
+    """One step on one mesh: the plan picked, its weight sharding, and what the named layouts cost more, as a share."""
 
     plan: Plan
-    forms: Forms
+    sharding: WeightSharding
     more: dict[str, float]
 
 
@@ -75,11 +76,11 @@ def cells(deployment: Deployment) -> Iterator[Cell]:
     planner_of = cache(partial(Planner, deployment))
     for rows in ROWS:
         shape = step(deployment.mesh, rows)
-        forms = choose_forms(deployment, [(shape, 1.0)], planner_of)
-        plan = planner_of(forms).plan(shape)
+        sharding = choose_sharding(deployment, [(shape, 1.0)], planner_of)
+        plan = planner_of(sharding).plan(shape)
         named = applicable_layouts(deployment.config, deployment.mesh)
-        more = {name: planner_of(Forms()).plan(shape, name).ps / plan.ps - 1 for name in named}
-        yield Cell(plan=plan, forms=forms, more=more)
+        more = {name: planner_of(WeightSharding()).plan(shape, name).ps / plan.ps - 1 for name in named}
+        yield Cell(plan=plan, sharding=sharding, more=more)
 
 
 def step(mesh: Mesh, rows: int) -> StepShape:
@@ -97,8 +98,8 @@ def words(deployment: Deployment, found: Cell) -> str:
         parts.append(f"router at {layout_words(plan.mesh, router.layout)}")
     if any(layer is not None and op.kind is OpKind.SELECT for layer, op in plan.ops()):
         parts.append("last layer narrow")
-    published = form_words(deployment.config, Forms()).split(", ")
-    parts += [word for word in form_words(deployment.config, found.forms).split(", ") if word not in published]
+    published = sharding_words(deployment.config, WeightSharding()).split(", ")
+    parts += [word for word in sharding_words(deployment.config, found.sharding).split(", ") if word not in published]
     return "; ".join(parts)
 
 
@@ -130,22 +131,22 @@ def section(name: str, model: str, dtype: str, meshes: tuple[Mesh, ...]) -> Iter
     size = meshes[0].size
     yield f"\n## {model} in {dtype} on {size} x {on.title}\n"
     deployments = [Deployment(config=preset(model), mesh=mesh, device=on, dtype=dtype) for mesh in meshes]
-    fits = [deployment for deployment in deployments if deployment.memory(Forms()).fits]
+    fits = [deployment for deployment in deployments if deployment.memory(WeightSharding()).fits]
     for deployment in deployments:
         if deployment not in fits:
-            yield f"- {deployment.mesh}: {unfit(deployment.memory(Forms()))}"
+            yield f"- {deployment.mesh}: {unfit(deployment.memory(WeightSharding()))}"
     if not fits:
         return
     if len(fits) < len(deployments):
         yield ""
     if size > 8:
         yield "Groups of more than 8 ranks are priced as if one NVSwitch held them; a network between hosts is slow.\n"
-    yield "| mesh | rows | ms | picked | all-reduce | A | B | seq | published forms | communication | prices |"
+    yield "| mesh | rows | ms | picked | all-reduce | A | B | seq | published sharding | communication | prices |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for deployment in fits:
         for found in cells(deployment):
             plan = found.plan
-            shape_holds = deployment.memory(found.forms).holds(plan.shape.kv_tokens)
+            shape_holds = deployment.memory(found.sharding).holds(plan.shape.kv_tokens)
             note = "" if shape_holds else " (no room for this step's KV cache)"
             share = 100 * plan.totals()[PriceClass.COMMUNICATION] / plan.seconds
             more = " | ".join(percent(found, each) for each in (*NAMED, "auto"))
@@ -183,7 +184,7 @@ def beside_the_prototype() -> Iterator[str]:
 ## Beside an independent prototype
 
 Before this planner there was a prototype of the search, written apart from it, with its own prices from the same
-tables. DeepSeek-V3 in FP8 on 8 GPUs, published forms, memory ignored (so H100 too): what all-reduce costs more than
+tables. DeepSeek-V3 in FP8 on 8 GPUs, published sharding, memory ignored (so H100 too): what all-reduce costs more than
 the best plan / what the published layout does (A at dp 1, else B), in %; behind it, in brackets, what the prototype
 found.
 
@@ -192,7 +193,7 @@ found.
     for (name, dp, tp), theirs in PROTOTYPE.items():
         mesh = Mesh.of(dp=dp, tp=tp)
         planner = Planner(
-            Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device(name), dtype="fp8"), Forms()
+            Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device(name), dtype="fp8"), WeightSharding()
         )
         words = []
         for rows, (their_first, their_second) in zip(ROWS, theirs, strict=True):
@@ -218,7 +219,7 @@ Only the prototype's figures are left, so what explains a difference is said her
   is priced at the bf16 rate on GPUs here ([decisions](decisions.md)) and the attention core is part of the total; a
   dearer router or a cheaper rest makes the same difference in collectives a larger share.
 
-The larger savings of the tables above are mostly the form `experts whole` (the column *published forms*): with
+The larger savings of the tables above are mostly `experts whole` (the column *published sharding*): with
 experts dealt whole to ranks their GEMMs are wider, and a rank reads fewer of them. It rests on an assumed imbalance
 of 1.2 between ranks, and on GEMM efficiencies that were measured for other shapes: a prediction to try, not a
 promise."""

@@ -21,8 +21,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from narrows.arch.config import read_config
-from narrows.arch.forms import Forms
 from narrows.arch.presets import PRESETS
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.errors import NarrowsError
 from narrows.layout import Mesh
@@ -52,10 +52,10 @@ def config_json(model: str) -> dict[str, object]:
 
 def tensors(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint by name."""
-    config, mesh, forms = read_config(folder), Mesh.of(dp=1, tp=1), Forms()
-    weights = [*embed_weights(config, mesh, forms).values(), *head_weights(config, mesh).values()]
+    config, mesh, sharding = read_config(folder), Mesh.of(dp=1, tp=1), WeightSharding()
+    weights = [*embed_weights(config, mesh, sharding).values(), *head_weights(config, mesh).values()]
     for layer in range(config.num_hidden_layers):
-        weights += layer_weights(config, mesh, forms, layer).values()
+        weights += layer_weights(config, mesh, sharding, layer).values()
     out = {}
     for weight in weights:
         for name in _names(weight):

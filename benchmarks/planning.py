@@ -14,8 +14,8 @@ import subprocess
 import sys
 from time import process_time
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.layout import Mesh, deal
@@ -30,7 +30,7 @@ def plan_ms(dp: int, tp: int, rows: int) -> float:
     deployment = Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device("h100"), dtype="fp8")
     shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=4096)
     start = process_time()
-    Planner(deployment, Forms()).plan(shape)
+    Planner(deployment, WeightSharding()).plan(shape)
     return 1e3 * (process_time() - start)
 
 

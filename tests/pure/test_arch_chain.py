@@ -6,9 +6,9 @@ import pytest
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import PRESETS, preset
 from narrows.arch.stages import AttentionCore, Chain, Gemm, GroupedGemm, RowSet, Stage, StageKind
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, full, group, owed
 
@@ -82,8 +82,8 @@ def test_where_sharded_stages_read_and_what_they_leave() -> None:
 
 
 def test_forms_change_the_chain() -> None:
-    forms = Forms(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole")
-    chain = build_chain(preset("deepseek-v3"), MESH, forms)
+    sharding = WeightSharding(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole")
+    chain = build_chain(preset("deepseek-v3"), MESH, sharding)
     assert stage_of(chain, "embed").kind is StageKind.ROW
     column = stage_of(chain, "qkv_a_proj")
     assert (column.accepts, str(column.leaves)) == (group(MESH), "(S,C)")
@@ -143,8 +143,8 @@ def test_one_rank_or_wanted_logits_need_no_candidates() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_field_is_written_before_it_is_read(name: str) -> None:
     config = preset(name)
-    for forms in form_choices(config, MESH):
-        chain = build_chain(config, MESH, forms)
+    for sharding in sharding_choices(config, MESH):
+        chain = build_chain(config, MESH, sharding)
         live = {"ids"}
         for stage in all_stages(chain):
             needed = set(stage.reads) - ({"residual"} if stage.kind is StageKind.NORM else set())
@@ -184,12 +184,12 @@ def test_a_mesh_that_units_cannot_be_dealt_to(name: str, mesh: Mesh, words: str)
 
 def test_form_choices_are_distinct_and_begin_with_the_published_ones() -> None:
     def count(config: ModelConfig, mesh: Mesh) -> int:
-        choices = form_choices(config, mesh)
-        assert choices[0] == Forms() and len(set(choices)) == len(choices)
+        choices = sharding_choices(config, mesh)
+        assert choices[0] == WeightSharding() and len(set(choices)) == len(choices)
         return len(choices)
 
     v3, llama = preset("deepseek-v3"), preset("llama-3.1-8b")
     assert count(v3, MESH) == 16
-    assert count(v3, Mesh.of(dp=8, tp=1)) == 8  # no column form without ranks in a group
+    assert count(v3, Mesh.of(dp=8, tp=1)) == 8  # no column sharding without ranks in a group
     assert count(v3, ONE) == 1
     assert count(llama, MESH) == 2

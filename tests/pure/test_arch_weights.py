@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from narrows.arch.config import GQA, ModelConfig, read_config
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import PRESETS, preset
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.cost.devices import device
 from narrows.cost.memory import kv_token_bytes, memory_use, weight_bytes
@@ -38,11 +38,11 @@ SMOLLM = read_config(
 )
 
 
-def all_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> list[Weight]:
+def all_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> list[Weight]:
     """The tensors of the embedding, the head and one layer of each kind."""
-    weights = [*embed_weights(config, mesh, forms).values(), *head_weights(config, mesh).values()]
+    weights = [*embed_weights(config, mesh, sharding).values(), *head_weights(config, mesh).values()]
     for layer in {0, config.num_hidden_layers - 1}:
-        weights += layer_weights(config, mesh, forms, layer).values()
+        weights += layer_weights(config, mesh, sharding, layer).values()
     return weights
 
 
@@ -59,8 +59,8 @@ def assert_partition(spans: list[Span], size: int, what: str) -> None:
 @pytest.mark.parametrize("name", [*PRESETS, "smol"])
 def test_slices_of_all_ranks_are_each_tensor_once(name: str, mesh: Mesh) -> None:
     config = SMOLLM if name == "smol" else preset(name)
-    for forms in form_choices(config, mesh):
-        for weight in all_weights(config, mesh, forms):
+    for sharding in sharding_choices(config, mesh):
+        for weight in all_weights(config, mesh, sharding):
             if weight.experts:
                 held = Counter(e for start, stop in weight.experts for e in range(start, stop))
                 assert config.moe is not None and set(held) == set(range(config.moe.n_routed_experts))
@@ -87,13 +87,13 @@ def test_key_value_heads_overlap_only_where_there_are_fewer_than_ranks() -> None
         config = preset(name)
         assert isinstance(config.attention, GQA)
         for tp in (2, 3, 4, 8, 16):
-            weight = layer_weights(config, Mesh.of(dp=1, tp=tp), Forms(), 0)["k_proj"]
+            weight = layer_weights(config, Mesh.of(dp=1, tp=tp), WeightSharding(), 0)["k_proj"]
             held = sum(stop - start for start, stop in weight.spans) // config.attention.head_dim
             assert (held > config.attention.num_key_value_heads) == (tp > config.attention.num_key_value_heads)
 
 
 def test_heads_that_do_not_divide_are_dealt_in_whole_groups() -> None:
-    weights = layer_weights(SMOLLM, Mesh.of(dp=1, tp=2), Forms(), 0)
+    weights = layer_weights(SMOLLM, Mesh.of(dp=1, tp=2), WeightSharding(), 0)
     assert weights["q_proj"].spans == ((0, 6 * 64), (6 * 64, 9 * 64))
     assert weights["k_proj"].spans == ((0, 2 * 64), (2 * 64, 3 * 64))
     assert weights["o_proj"].dim == 1 and weights["o_proj"].spans == weights["q_proj"].spans
@@ -114,9 +114,9 @@ PARAMETERS = {
 
 
 def num_parameters(config: ModelConfig) -> int:
-    weights = [*embed_weights(config, ONE, Forms()).values(), *head_weights(config, ONE).values()]
+    weights = [*embed_weights(config, ONE, WeightSharding()).values(), *head_weights(config, ONE).values()]
     for layer in range(config.num_hidden_layers):
-        weights += layer_weights(config, ONE, Forms(), layer).values()
+        weights += layer_weights(config, ONE, WeightSharding(), layer).values()
     return sum(weight.num_values(ONE, 0) for weight in weights)
 
 
@@ -133,13 +133,15 @@ def num_router_values(config: ModelConfig) -> int:
 def test_parameters_add_up_to_the_published_counts(name: str) -> None:
     config = preset(name)
     assert num_parameters(config) == pytest.approx(PARAMETERS[name], rel=2e-3)
-    assert weight_bytes(config, ONE, Forms(), "bf16", 0) == 2 * num_parameters(config) + 2 * num_router_values(config)
-    assert weight_bytes(config, ONE, Forms(), "fp32", 0) == 4 * num_parameters(config)
+    assert weight_bytes(config, ONE, WeightSharding(), "bf16", 0) == 2 * num_parameters(config) + 2 * num_router_values(
+        config
+    )
+    assert weight_bytes(config, ONE, WeightSharding(), "fp32", 0) == 4 * num_parameters(config)
 
 
 def test_tied_heads_are_held_once() -> None:
     embedding = SMOLLM.vocab_size * SMOLLM.hidden_size
-    assert weight_bytes(SMOLLM, ONE, Forms(), "bf16", 0) == 2 * (num_parameters(SMOLLM) - embedding)
+    assert weight_bytes(SMOLLM, ONE, WeightSharding(), "bf16", 0) == 2 * (num_parameters(SMOLLM) - embedding)
 
 
 def test_deepseek_v3_in_fp8_on_8_ranks() -> None:
@@ -159,13 +161,13 @@ def test_deepseek_v3_in_fp8_on_8_ranks() -> None:
     block_scales = 4 / 128**2  # bytes per FP8 value
     expected = even + 7 / 8 * (low_rank + gates + norms) + sixteen_bit
     expected += block_scales * (even + 7 / 8 * low_rank)
-    held = [weight_bytes(config, mesh, Forms(), "fp8", rank) for rank in range(8)]
+    held = [weight_bytes(config, mesh, WeightSharding(), "fp8", rank) for rank in range(8)]
     assert held[0] == pytest.approx(expected, rel=1e-4)
     assert max(held) == pytest.approx(85.35e9, rel=1e-3)
-    assert memory_use(config, mesh, Forms(), device("h20"), "fp8").fits
-    assert not memory_use(config, mesh, Forms(), device("h100"), "fp8").fits
+    assert memory_use(config, mesh, WeightSharding(), device("h20"), "fp8").fits
+    assert not memory_use(config, mesh, WeightSharding(), device("h100"), "fp8").fits
     # Attention sharded over fewer ranks weighs more.
-    assert max(weight_bytes(config, Mesh.of(dp=8, tp=1), Forms(), "fp8", rank) for rank in range(8)) > 94e9
+    assert max(weight_bytes(config, Mesh.of(dp=8, tp=1), WeightSharding(), "fp8", rank) for rank in range(8)) > 94e9
 
 
 def test_what_the_cache_holds_per_token() -> None:
@@ -178,9 +180,9 @@ def test_what_the_cache_holds_per_token() -> None:
 
 def test_the_context_that_fits_is_what_the_weights_leave() -> None:
     config, h20 = preset("deepseek-v3"), device("h20")
-    use = memory_use(config, Mesh.of(dp=1, tp=8), Forms(), h20, "fp8")
+    use = memory_use(config, Mesh.of(dp=1, tp=8), WeightSharding(), h20, "fp8")
     assert 0.8 * h20.memory_bytes < use.usable < h20.memory_bytes
     assert use.context_tokens * use.kv_per_token <= use.usable - use.weights < (use.context_tokens + 1) * 70272
     assert use.holds(use.context_tokens) and not use.holds(use.context_tokens + 1)
-    full = memory_use(config, Mesh.of(dp=4, tp=1), Forms(), h20, "fp8")
+    full = memory_use(config, Mesh.of(dp=4, tp=1), WeightSharding(), h20, "fp8")
     assert full.context_tokens == 0 and not full.fits and not full.holds(0)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.grid import Cell, PlanTimes, grid_of, summary
 from narrows.cost.devices import device
 from narrows.cost.price import Source
@@ -22,7 +22,7 @@ from narrows.plan.planner import Deployment, Planner
 CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
 # Without the step that is an all-reduce and its norm, which no named layout has: so auto can be one of them.
 DEVICE = replace(device("cpu-core"), fused_norm_bytes=0)
-PLANNER = Planner(Deployment(config=CONFIG, mesh=MESH, device=DEVICE, graph=False), Forms())
+PLANNER = Planner(Deployment(config=CONFIG, mesh=MESH, device=DEVICE, graph=False), WeightSharding())
 LAYOUTS = applicable_layouts(CONFIG, MESH)
 SECONDS = st.floats(1e-4, 1e2)
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.price_tables import OPS, Tables
 from narrows.cost.devices import device
 from narrows.cost.measured import CollectiveTable, Measured
@@ -23,7 +23,7 @@ CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
 
 def plan_of(rows: int, measured: Measured | None = None) -> Plan:
     hardware = replace(device("cpu-core"), fused_norm_bytes=0, measured=measured)
-    planner = Planner(Deployment(config=CONFIG, mesh=MESH, device=hardware, graph=False), Forms())
+    planner = Planner(Deployment(config=CONFIG, mesh=MESH, device=hardware, graph=False), WeightSharding())
     shape = StepShape.of(MESH, (rows,), phase="decode", context=64)
     return planner.plan(shape, "attn-tp-input-scattered")
 

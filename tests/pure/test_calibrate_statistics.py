@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.results import Series
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
 from narrows.bench.rounds import in_turns, turn_order
@@ -126,7 +126,7 @@ def test_a_step_that_hits_every_expert_reads_all_weights_but_the_embedding(name:
     every = 0
     if config.moe is not None:
         every = config.moe.n_routed_experts * sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
-    whole = weight_bytes(config, Mesh.of(dp=1, tp=1), Forms(), "bf16", 0)
+    whole = weight_bytes(config, Mesh.of(dp=1, tp=1), WeightSharding(), "bf16", 0)
     embedding = 2 * config.vocab_size * config.hidden_size
     read = decode_weight_bytes(config, 2, rows=3, experts_hit=every)
     assert read == whole - embedding + 2 * 3 * config.hidden_size
@@ -136,7 +136,7 @@ def test_a_step_that_hits_every_expert_reads_all_weights_but_the_embedding(name:
 def test_int8_weights_are_half_the_bytes_but_for_what_stays_wide(dtype: str) -> None:
     config, mesh = preset("dsv3-mini"), Mesh.of(dp=1, tp=1)
     every = config.moe.n_routed_experts * 11  # type: ignore[union-attr]
-    wide, held = (weight_bytes(config, mesh, Forms(), name, 0) for name in ("bf16", dtype))
+    wide, held = (weight_bytes(config, mesh, WeightSharding(), name, 0) for name in ("bf16", dtype))
     read = [decode_weight_bytes(config, 2, rows=0, experts_hit=every, int8=int8) for int8 in (False, True)]
     stays = 2 * 2 * config.vocab_size * config.hidden_size + 12 * 2 * 16 * 256 * 512  # embedding, head, kv_b_proj
     assert held == pytest.approx(stays + (wide - stays) / 2, rel=0.02)

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.grid import Cell, PlanTimes, grid_of
 from narrows.cli.layout_html import grid_page
 from narrows.cost.devices import device
@@ -17,7 +17,7 @@ from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.planner import Deployment, Planner
 
 CONFIG, MESH = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
-PLANNER = Planner(Deployment(config=CONFIG, mesh=MESH, device=device("cpu-core"), graph=False), Forms())
+PLANNER = Planner(Deployment(config=CONFIG, mesh=MESH, device=device("cpu-core"), graph=False), WeightSharding())
 
 
 def cell(rows: int, phase: str, slower: float) -> Cell:

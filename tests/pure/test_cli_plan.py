@@ -77,8 +77,8 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
         assert {op["source"] for op in ops} <= {"measured", "interpolated", "scaled", "roofline"}
         assert sum(len(op["layers"]) for op in ops if op["name"] == "attention") == 27
         assert layout["memory"]["fits"] and layout["memory"]["weights_gb"] > 5
-        assert set(layout["forms"]) == {"embed", "qkv_a_proj", "shared_expert", "experts"}
-    assert {"experts": "split", "embed": "vocab"}.items() <= found["layouts"][0]["forms"].items()
+        assert set(layout["weight_sharding"]) == {"embed", "qkv_a_proj", "shared_expert", "experts"}
+    assert {"experts": "split", "embed": "vocab"}.items() <= found["layouts"][0]["weight_sharding"].items()
     for ranges in found["crossovers"].values():
         assert ranges[0]["first"] == 1 and ranges[-1]["last"] == 65536
         assert all(a["last"] + 1 == b["first"] for a, b in itertools.pairwise(ranges))
@@ -200,14 +200,14 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_the_tables_say_what_does_not_apply_and_what_forms_were_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "plan deepseek-v3 --device h200 --tp 8 --rows 4096 --layout all-reduce")
-    assert "forms of auto, chosen for this one step: " in out
-    assert "forms of the named layouts, as published: embed vocab, qkv_a_proj replicated" in out
+    assert "weight sharding of auto, chosen for this one step: " in out
+    assert "weight sharding of the named layouts, as published: embed vocab, qkv_a_proj replicated" in out
     header = next(line for line in out.splitlines() if line.startswith("ms per step"))
     assert header.split() == ["ms", "per", "step", "all-reduce", "auto"]  # auto is shown beside what was asked for
     assert "- norm-before-gather: dp is 1" in out
     assert "KV cache 70272 bytes per token" in out
     decode = run(capsys, "plan deepseek-v3 --device h20 --tp 8 --rows 128 --phase decode")
-    assert "no set of forms leaves room for the 524288 tokens" in " ".join(decode.split())
+    assert "no weight sharding leaves room for the 524288 tokens" in " ".join(decode.split())
     assert "not the 524288 of this step" in " ".join(decode.split())
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from narrows.arch.chain import build_chain
 from narrows.arch.config import FAMILIES, ModelConfig, read_config
 from narrows.arch.configs.rope import ROPE_FIELDS, ROPE_TYPES
-from narrows.arch.forms import Forms, form_choices
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import layer_weights
 from narrows.cli.main import main
 from narrows.errors import ConfigError
@@ -98,10 +98,10 @@ def planned(config: ModelConfig) -> None:
         except ConfigError as error:
             assert "\n" not in str(error)
             continue
-        for forms in form_choices(config, mesh):
-            build_chain(config, mesh, forms)
+        for sharding in sharding_choices(config, mesh):
+            build_chain(config, mesh, sharding)
         for layer in {0, config.num_hidden_layers - 1}:
-            for weight in layer_weights(config, mesh, Forms(), layer).values():
+            for weight in layer_weights(config, mesh, WeightSharding(), layer).values():
                 assert all(weight.num_values(mesh, rank) >= 0 for rank in range(mesh.size))
 
 

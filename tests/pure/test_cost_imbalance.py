@@ -10,9 +10,9 @@ from statistics import median
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost import device
 from narrows.cost import imbalance as module
 from narrows.cost.imbalance import DEFAULT_SKEW, imbalance, largest_loads
@@ -130,7 +130,7 @@ def experts_ps(rows: int, skew: float, experts: str, mesh: Mesh) -> int:
     )
     each = rows // mesh.num_groups
     shape = StepShape.of(mesh, (each,) * mesh.num_groups, phase="prefill", context=4096)
-    plan = Planner(deployment, Forms(experts=experts)).plan(shape, "auto")
+    plan = Planner(deployment, WeightSharding(experts=experts)).plan(shape, "auto")
     return round(plan.totals()[PriceClass.EXPERTS] * 1e12)
 
 

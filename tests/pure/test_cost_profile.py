@@ -24,7 +24,7 @@ from narrows.cost.profile import DeviceFigures, Profile, choose_device, read_pro
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, full, moves_from, owed, scattered
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, choose_sharding
 
 MESH = Mesh.of(dp=1, tp=2)
 CONFIG = load_model_config("dsv3-mini")
@@ -186,7 +186,7 @@ def test_a_plan_holds_what_a_step_costs_beside_its_walk() -> None:
     device = replace(DEVICES["cpu-core"], name="here", measured=measured())
     deployment = Deployment(config=CONFIG, mesh=MESH, device=device, graph=False)
     shape = StepShape.of(MESH, (64,), phase="prefill", context=64)
-    plan = Planner(deployment, choose_forms(deployment, [(shape, 1.0)])).plan(shape)
+    plan = Planner(deployment, choose_sharding(deployment, [(shape, 1.0)])).plan(shape)
     assert plan.host.ps == 3 * 10**9 and plan.totals()[PriceClass.HOST] == pytest.approx(3e-3)
     assert plan.ps == plan.host.ps + sum(op.ps for _, op in plan.ops())
     assert sum(plan.totals().values()) == pytest.approx(plan.seconds)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.arch.config import GQA, ModelConfig, read_config
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, prefill_flops
 from narrows.cost import device
 from narrows.cost.stage import StepShape
@@ -53,7 +53,7 @@ def test_a_window_makes_attention_cheaper_and_nothing_else(phase: str) -> None:
     def priced(config: ModelConfig) -> dict[str, int]:
         deployment = Deployment(config=config, mesh=MESH, device=device("h100"), dtype="bf16")
         found: dict[str, int] = {}
-        for _, op in Planner(deployment, Forms()).plan(shape).ops():
+        for _, op in Planner(deployment, WeightSharding()).plan(shape).ops():
             found[op.price_class] = found.get(op.price_class, 0) + op.ps
         return found
 

@@ -16,9 +16,9 @@ import pytest
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig, read_config
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.arch.stages import RowSet, Stage, StageKind
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.stage import OpPrice, StepShape
@@ -113,9 +113,11 @@ def tiny(**changes: object) -> ModelConfig:
     return read_config(raw | changes, "tiny")
 
 
-def planner_of(mesh: Mesh, forms: Forms | None = None, config: ModelConfig | None = None, on: str = "h100") -> Planner:
+def planner_of(
+    mesh: Mesh, sharding: WeightSharding | None = None, config: ModelConfig | None = None, on: str = "h100"
+) -> Planner:
     deployment = Deployment(config=config or tiny(), mesh=mesh, device=device(on))
-    return Planner(deployment, forms or Forms())
+    return Planner(deployment, sharding or WeightSharding())
 
 
 def shape_of(mesh: Mesh, rows: int, phase: str = "prefill") -> StepShape:
@@ -153,9 +155,9 @@ class RandomPrices:
         return OpPrice(1 + crc32(repr((self.seed, *map(str, what))).encode()) % 10**6, 1, 1, Source.ROOFLINE)
 
 
-def any_plans(mesh: Mesh, forms: Forms | None = None, number: int = 25) -> Iterator[Plan]:
+def any_plans(mesh: Mesh, sharding: WeightSharding | None = None, number: int = 25) -> Iterator[Plan]:
     """Plans that no device's prices would choose, the published one's edges and all others."""
-    graph = Graph(build_chain(tiny(), mesh, forms), mesh, AUTO)
+    graph = Graph(build_chain(tiny(), mesh, sharding), mesh, AUTO)
     for seed in range(number):
         segments = Search(graph, RandomPrices(seed)).solve()
         yield Plan(layout_name="any", mesh=mesh, shape=shape_of(mesh, 8), segments=segments, roles=graph.chain.roles)
@@ -288,10 +290,10 @@ def test_a_replicated_shared_expert_joins_a_sum_only_as_a_slice(
     mesh: Mesh, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #31475: a replicated shared expert in every rank's partial gave R + ep * S."""
-    forms = Forms(shared_expert="replicated")
+    sharding = WeightSharding(shared_expert="replicated")
     with noticed(mistake, monkeypatch):
         joins = 0
-        for plan in any_plans(mesh, forms):
+        for plan in any_plans(mesh, sharding):
             plan.validate()
             adds = places(plan, lambda s: s.kind is OpKind.ADD and s.reads[1] == "shared")
             assert adds
@@ -309,7 +311,7 @@ def test_an_addend_that_joins_a_sum_on_every_rank_is_refused(
     """sglang #31475, and the residual's twin of it: the slice before the join left out."""
     mesh = Mesh.of(dp=1, tp=4)
     cases = []
-    for plan in any_plans(mesh, Forms(shared_expert="replicated")):
+    for plan in any_plans(mesh, WeightSharding(shared_expert="replicated")):
         for place, op in places(plan, lambda s: s.joins and s.reads[1] == addend):
             everywhere = replace(op, reads_at=(op.layout, full(mesh)))
             before, at = plan.segments[place[0]].ops, place[1]
@@ -324,8 +326,8 @@ def test_an_addend_that_joins_a_sum_on_every_rank_is_refused(
 
 
 def _owe_complete_embeddings(patch: pytest.MonkeyPatch) -> None:
-    def build(config: ModelConfig, mesh: Mesh, forms: Forms, **options: object) -> object:
-        chain = build_chain(config, mesh, forms, **options)  # type: ignore[arg-type]
+    def build(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, **options: object) -> object:
+        chain = build_chain(config, mesh, sharding, **options)  # type: ignore[arg-type]
         (embed,) = chain.prologue
         return replace(
             chain,
@@ -343,7 +345,7 @@ def test_embeddings_that_are_complete_are_not_reduced(
     """sglang #21215: embeddings handed in complete went into the first layer's reduce-scatter all the same."""
     with noticed(mistake, monkeypatch):
         for rows in (1, 7, 2000):
-            plan = planner_of(mesh, Forms(embed="replicated")).plan(shape_of(mesh, rows))
+            plan = planner_of(mesh, WeightSharding(embed="replicated")).plan(shape_of(mesh, rows))
             names = [op.name for _, op in plan.ops()]
             before_layers = list(plan.ops())[: names.index("attention")]
             for _, op in before_layers:
@@ -356,7 +358,7 @@ def test_a_plan_that_reduces_complete_embeddings_is_refused(
 ) -> None:
     """sglang #21215, in a plan that came from elsewhere."""
     mesh = Mesh.of(dp=1, tp=4)
-    complete = planner_of(mesh, Forms(embed="replicated")).plan(shape_of(mesh, 100)).segments[0]
+    complete = planner_of(mesh, WeightSharding(embed="replicated")).plan(shape_of(mesh, 100)).segments[0]
     plan = planner_of(mesh).plan(shape_of(mesh, 100), "sequence-parallel")
     (embed,) = [op for op in complete.ops if op.name == "embed"]
     (place, _), *_ = places(plan, lambda s: s.name == "embed")

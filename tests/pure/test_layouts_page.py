@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.layout import Mesh
 from narrows.plan.planner import Deployment
@@ -47,5 +47,5 @@ def test_what_does_not_fit_is_said(script: ModuleType) -> None:
     """V3's FP8 weights take more of a rank than a card of 80 GB has, at 8 ranks."""
     lines = list(script.section("h100", "deepseek-v3", "fp8", (Mesh.of(dp=1, tp=8),)))
     d = Deployment(config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h100"), dtype="fp8")
-    weights = d.memory(Forms()).weights / 1e9
+    weights = d.memory(WeightSharding()).weights / 1e9
     assert f"does not fit: weights {weights:.1f} GB" in lines[-1] and weights > 80

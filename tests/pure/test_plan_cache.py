@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.layout import Mesh
 from narrows.plan.cache import PlanCache, PlanKey, bucket
@@ -16,7 +16,7 @@ from narrows.plan.planner import Deployment, Planner
 
 def cache(mesh: Mesh, layout: str = "auto") -> PlanCache:
     deployment = Deployment(config=preset("deepseek-v2-lite"), mesh=mesh, device=device("h100"))
-    return PlanCache(Planner(deployment, Forms()), layout, context=1024)
+    return PlanCache(Planner(deployment, WeightSharding()), layout, context=1024)
 
 
 @given(st.integers(0, 2**20), st.integers(0, 2**20))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cli.plan_html import report_page
 from narrows.cost.collectives import collective_price
 from narrows.cost.devices import device
@@ -35,7 +35,7 @@ def planner(encode_rows: str, mesh: Mesh = TP8, on: str = "h20", dtype: str = "f
     deployment = Deployment(
         config=preset("deepseek-v3"), mesh=mesh, device=device(on), dtype=dtype, encode_rows=encode_rows
     )
-    return Planner(deployment, Forms())
+    return Planner(deployment, WeightSharding())
 
 
 def step_of(mesh: Mesh, rows: int) -> StepShape:
@@ -145,8 +145,8 @@ def test_an_encoding_that_is_not_known_is_refused() -> None:
 def test_a_saved_plan_keeps_its_encodings_and_one_without_them_still_reads(tmp_path: Path) -> None:
     config, file = preset("deepseek-v3"), tmp_path / "plan.json"
     plan = planner("int8").plan(step_of(TP8, 8192))
-    write_plan(file, plan, config, Forms())
-    assert read_plan(file, config, TP8) == (plan, Forms()) and plan.encodings == {Encoding.INT8}
+    write_plan(file, plan, config, WeightSharding())
+    assert read_plan(file, config, TP8) == (plan, WeightSharding()) and plan.encodings == {Encoding.INT8}
     file.write_text(file.read_text().replace('"encodings"', '"as_older_files_have_none"'))
     older, _ = read_plan(file, config, TP8)
     assert not older.encodings and older.num_ops == plan.num_ops

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
@@ -23,7 +23,7 @@ MESH = Mesh.of(dp=1, tp=8)
 
 def plan_on(name: str) -> Plan:
     deployment = Deployment(config=preset("deepseek-v3"), mesh=MESH, device=device(name), dtype="bf16")
-    return Planner(deployment, Forms()).plan(StepShape.of(MESH, (4096,), phase="prefill", context=4096))
+    return Planner(deployment, WeightSharding()).plan(StepShape.of(MESH, (4096,), phase="prefill", context=4096))
 
 
 def as_if(plan: Plan, source: Source) -> Plan:

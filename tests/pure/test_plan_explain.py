@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -23,17 +23,17 @@ from narrows.plan.crossovers import RowRange, Sweep, row_ranges, spread
 from narrows.plan.explain import compare, describe, main_segment, segment_difference, why
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import Plan
-from narrows.plan.planner import Deployment, Planner, choose_forms, known_forms
+from narrows.plan.planner import Deployment, Planner, choose_sharding, known_sharding
 from narrows.plan.report import make_report
 
 TP8, DP2 = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4)
 
 
-def planner(mesh: Mesh, on: str = "h20", model: str = "deepseek-v3", forms: Forms | None = None) -> Planner:
+def planner(mesh: Mesh, on: str = "h20", model: str = "deepseek-v3", sharding: WeightSharding | None = None) -> Planner:
     hardware = device(on)
     dtype = "fp8" if hardware.tflops_fp8 else "bf16"
     deployment = Deployment(config=preset(model), mesh=mesh, device=hardware, dtype=dtype)
-    return Planner(deployment, forms or Forms())
+    return Planner(deployment, sharding or WeightSharding())
 
 
 def step_of(mesh: Mesh, rows: int, phase: str = "prefill") -> StepShape:
@@ -119,13 +119,13 @@ def test_why_of_an_equal_plan() -> None:
 
 def test_why_of_other_forms_and_of_a_cheaper_plan() -> None:
     shape = step_of(TP8, 4096)
-    published, column = planner(TP8), planner(TP8, forms=Forms(qkv_a_proj="column"))
+    published, column = planner(TP8), planner(TP8, sharding=WeightSharding(qkv_a_proj="column"))
     better, worse = published.plan(shape), column.plan(shape)
     assert better.ps < worse.ps
     assert re.match(r"auto costs [\d.]+ % less \(-", why(worse, better))
     assert "% more (+" in why(better, worse)
-    whole = planner(TP8, forms=Forms(experts="whole")).plan(shape)
-    assert "experts on equal rows, its weights in another form" in why(better, whole).replace(
+    whole = planner(TP8, sharding=WeightSharding(experts="whole")).plan(shape)
+    assert "experts on equal rows, its weights sharded otherwise" in why(better, whole).replace(
         " of the largest rank", ""
     )
 
@@ -241,49 +241,51 @@ def test_a_sweep_keeps_groups_phase_and_logit_rows() -> None:
     assert Sweep(shape=shape, top=1000, logit_rows=16).at(7).logits.total == 7
 
 
-# -- forms and the whole report ----------------------------------------------------------------------------------------
+# -- weight sharding and the whole report ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_forms_are_the_cheapest_that_leave_room_for_the_step() -> None:
     deployment = planner(TP8, "h200").deployment
     shape = step_of(TP8, 16384)
-    chosen = choose_forms(deployment, [(shape, 1.0)])
-    assert Planner(deployment, chosen).plan(shape).ps <= Planner(deployment, Forms()).plan(shape).ps
+    chosen = choose_sharding(deployment, [(shape, 1.0)])
+    assert Planner(deployment, chosen).plan(shape).ps <= Planner(deployment, WeightSharding()).plan(shape).ps
     assert deployment.memory(chosen).holds(shape.kv_tokens)
     tight = planner(TP8, "h20").deployment
     large = step_of(TP8, 45000)
-    assert tight.memory(choose_forms(tight, [(large, 1.0)])).holds(large.kv_tokens)
-    assert choose_forms(planner(TP8, "h100").deployment, [(shape, 1.0)]) == Forms()  # nothing fits: the published ones
+    assert tight.memory(choose_sharding(tight, [(large, 1.0)])).holds(large.kv_tokens)
+    assert (
+        choose_sharding(planner(TP8, "h100").deployment, [(shape, 1.0)]) == WeightSharding()
+    )  # nothing fits: the published ones
 
 
 @pytest.mark.slow
 def test_forms_leave_room_for_what_the_step_itself_takes() -> None:
     """The cheapest set's weights and KV cache fit, half of the step's activations do not."""
     deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 4096)
-    dear = choose_forms(deployment, [(shape, 1.0)])
+    dear = choose_sharding(deployment, [(shape, 1.0)])
     use = Planner(deployment, dear).memory(Planner(deployment, dear).plan(shape))
     room = use.weights + use.process + shape.kv_tokens * use.kv_per_token + use.workspace // 2
     tight = replace(deployment, device=replace(deployment.device, memory_bytes=float(room)))
     assert tight.memory(dear).holds(shape.kv_tokens)
-    by = Planner(tight, choose_forms(tight, [(shape, 1.0)]))
-    assert by.forms != dear and by.memory(by.plan(shape)).holds(shape.kv_tokens)
+    by = Planner(tight, choose_sharding(tight, [(shape, 1.0)]))
+    assert by.sharding != dear and by.memory(by.plan(shape)).holds(shape.kv_tokens)
 
 
 def test_forms_are_searched_once_for_equal_deployments_and_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 77)
-    chosen = known_forms(deployment, ((shape, 1.0),))
-    assert chosen == choose_forms(deployment, [(shape, 1.0)])
+    chosen = known_sharding(deployment, ((shape, 1.0),))
+    assert chosen == choose_sharding(deployment, [(shape, 1.0)])
     searched: list[Deployment] = []
 
-    def search(deployment: Deployment, _mix: object) -> Forms:
+    def search(deployment: Deployment, _mix: object) -> WeightSharding:
         searched.append(deployment)
-        return Forms()
+        return WeightSharding()
 
-    monkeypatch.setattr("narrows.plan.planner.choose_forms", search)
-    assert known_forms(replace(deployment), ((step_of(TP8, 77), 1.0),)) == chosen and searched == []
+    monkeypatch.setattr("narrows.plan.planner.choose_sharding", search)
+    assert known_sharding(replace(deployment), ((step_of(TP8, 77), 1.0),)) == chosen and searched == []
     other = replace(deployment, expert_skew=0.125)
-    assert known_forms(other, ((shape, 1.0),)) == Forms() and searched == [other]
+    assert known_sharding(other, ((shape, 1.0),)) == WeightSharding() and searched == [other]
 
 
 def test_kv_tokens_of_a_step() -> None:
@@ -309,6 +311,6 @@ def test_a_report_in_python() -> None:
     assert report.entries[-1] is report.auto
     assert list(report.inapplicable) == ["norm-before-gather"]
     plans: list[Plan] = [entry.plan for entry in report.entries]
-    assert len(report.why) == len(plans) - 1 + (report.auto.forms != Forms())
-    if report.auto.forms != Forms():
-        assert report.why[-1].startswith("auto with the published forms costs ")
+    assert len(report.why) == len(plans) - 1 + (report.auto.sharding != WeightSharding())
+    if report.auto.sharding != WeightSharding():
+        assert report.why[-1].startswith("auto with the published sharding costs ")

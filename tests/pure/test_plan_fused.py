@@ -1,4 +1,4 @@
-"""An all-reduce and the norm after it as one step, and forms that pay somewhere: priced, chosen, said, kept."""
+"""An all-reduce and its norm as one op, and weight sharding that pays somewhere: priced, chosen, said, kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import preset
 from narrows.arch.stages import RowSet
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.devices import DEVICES, Device, device
 from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import PlanError
@@ -20,7 +20,7 @@ from narrows.plan.explain import describe, why
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, choose_sharding
 from narrows.plan.saved import read_plan, write_plan
 from narrows.plan.search import Search
 
@@ -28,10 +28,10 @@ MINI, TP2 = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)
 
 
 def planner(
-    on: Device | None = None, mesh: Mesh = TP2, forms: Forms | None = None, model: str = "dsv3-mini"
+    on: Device | None = None, mesh: Mesh = TP2, sharding: WeightSharding | None = None, model: str = "dsv3-mini"
 ) -> Planner:
     deployment = Deployment(config=preset(model), mesh=mesh, device=on or device("cpu-core"), dtype="bf16", graph=False)
-    return Planner(deployment, forms or Forms())
+    return Planner(deployment, sharding or WeightSharding())
 
 
 def decode(rows: int, mesh: Mesh = TP2) -> StepShape:
@@ -97,7 +97,7 @@ def test_code_and_saved_plans_have_it(tmp_path: Path) -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == ALL_REDUCE_NORM
     ]
     assert calls and all({"over", "norm"} <= {word.arg for word in call.keywords} for call in calls)
-    write_plan(tmp_path / "plan.json", plan, MINI, Forms())
+    write_plan(tmp_path / "plan.json", plan, MINI, WeightSharding())
     back, _ = read_plan(tmp_path / "plan.json", MINI, TP2)
     assert back == plan and fused(back)[0].stage is not None
 
@@ -149,7 +149,7 @@ def test_a_residual_that_has_joined_cannot_be_added_again_by_the_norm() -> None:
 def test_a_search_without_such_steps_is_not_asked_for_their_price() -> None:
     on = device("h100")
     deployment = Deployment(config=MINI, mesh=TP2, device=on, dtype="bf16")
-    plans = Planner(deployment, Forms())
+    plans = Planner(deployment, WeightSharding())
     prices = Pricer(on, TP2, decode(2), "bf16", itemsize=2, graph=True)
     assert Search(Graph(plans.chain, TP2, AUTO), prices).solve() == plans.plan(decode(2)).segments
 
@@ -172,22 +172,23 @@ def test_the_last_layer_is_narrow_where_few_rows_have_logits(rows: int, logits: 
         assert layer is None and plan.segments[-2].layers == tuple(range(3, 61))
 
 
-# -- forms ------------------------------------------------------------------------------------------------------------
+# -- weight sharding --------------------------------------------------------------------------------------------------
 
 
-def cheapest(mesh: Mesh, rows: int, on: str, **pinned: str) -> Forms:
-    """The cheapest forms for a prefill step of ``rows``, whatever they take of memory."""
+def cheapest(mesh: Mesh, rows: int, on: str, **pinned: str) -> WeightSharding:
+    """The cheapest weight sharding for a prefill step of ``rows``, whatever it takes of memory."""
     d = Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device(on), dtype="fp8")
     shape = StepShape.of(mesh, (rows // mesh.num_groups,) * mesh.num_groups, phase="prefill", context=4096)
-    choices = [f for f in form_choices(d.config, mesh) if all(getattr(f, k) == v for k, v in pinned.items())]
-    return min(choices, key=lambda forms: Planner(d, forms).plan(shape).ps)
+    choices = [f for f in sharding_choices(d.config, mesh) if all(getattr(f, k) == v for k, v in pinned.items())]
+    return min(choices, key=lambda sharding: Planner(d, sharding).plan(shape).ps)
 
 
 def test_a_projection_by_columns_is_priced_as_its_share_and_its_gather() -> None:
     """Each rank multiplies by an eighth of the columns, and the columns are gathered: the price is both."""
     mesh = Mesh.of(dp=1, tp=8)
     whole, column = (
-        planner(device("h100"), mesh, Forms(qkv_a_proj=form), "deepseek-v3") for form in ("replicated", "column")
+        planner(device("h100"), mesh, WeightSharding(qkv_a_proj=form), "deepseek-v3")
+        for form in ("replicated", "column")
     )
     plans = [each.plan(decode(8, mesh), "auto") for each in (whole, column)]
     names = [[op.name for op in plan.segments[-2].ops] for plan in plans]
@@ -206,9 +207,9 @@ def test_a_projection_by_columns_is_chosen_at_few_rows_where_the_gather_is_cheap
         device=replace(device("cpu-core"), name="large", memory_bytes=1e12),
         dtype="bf16",
     )
-    assert choose_forms(d, [(decode(1, mesh), 1.0)]).qkv_a_proj == "column"
+    assert choose_sharding(d, [(decode(1, mesh), 1.0)]).qkv_a_proj == "column"
     prefill = StepShape.of(mesh, (4096,), phase="prefill", context=4096)
-    assert choose_forms(d, [(prefill, 1.0)]).qkv_a_proj == "replicated"
+    assert choose_sharding(d, [(prefill, 1.0)]).qkv_a_proj == "replicated"
 
 
 @pytest.mark.slow
@@ -218,6 +219,6 @@ def test_a_shared_expert_and_an_embedding_are_replicated_where_that_pays() -> No
     assert cheapest(mesh, 64, "h200").shared_expert == "sharded"
     assert cheapest(Mesh.of(dp=1, tp=8), 4096, "h200").embed == "replicated"
     small = Deployment(config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h20"), dtype="fp8")
-    room = small.memory(Forms())
+    room = small.memory(WeightSharding())
     tight = replace(small, device=replace(small.device, memory_bytes=room.weights + room.process + 1e9))
-    assert choose_forms(tight, [(decode(1, small.mesh), 1.0)]).embed == "vocab"  # the other takes 1.6 GB more
+    assert choose_sharding(tight, [(decode(1, small.mesh), 1.0)]).embed == "vocab"  # the other takes 1.6 GB more

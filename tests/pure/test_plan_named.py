@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -25,7 +25,7 @@ def plan(layout: str, mesh: Mesh, rows: int = 32768, *, model: str = "deepseek-v
     dtype = "fp8" if hardware.tflops_fp8 else "bf16"
     deployment = Deployment(config=preset(model), mesh=mesh, device=hardware, dtype=dtype)
     shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=4096)
-    found = Planner(deployment, Forms()).plan(shape, layout)
+    found = Planner(deployment, WeightSharding()).plan(shape, layout)
     found.validate()
     return found
 
@@ -182,10 +182,10 @@ def test_named_layouts_take_the_logit_rows_only_before_the_head() -> None:
 
 
 @pytest.mark.parametrize("mesh", [TP8, DP2, DP8], ids=str)
-def test_named_layouts_pin_the_published_forms(mesh: Mesh) -> None:
+def test_named_layouts_pin_the_published_weight_sharding(mesh: Mesh) -> None:
     config = preset("deepseek-v3")
     for layout in applicable_layouts(config, mesh):
-        assert named_layout(layout, config, mesh).forms == (None if layout == "auto" else Forms())
+        assert named_layout(layout, config, mesh).sharding == (None if layout == "auto" else WeightSharding())
 
 
 @pytest.mark.parametrize(

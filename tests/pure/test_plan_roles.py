@@ -13,9 +13,9 @@ import pytest
 import narrows.plan
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import form_choices
 from narrows.arch.presets import PRESETS, preset
 from narrows.arch.stages import Chain, Field, FieldRoles, LayerType, Stage
+from narrows.arch.weight_sharding import sharding_choices
 from narrows.cost.devices import device
 from narrows.cost.stage import Pricer, StepShape
 from narrows.layout import Encoding, Mesh, deal
@@ -39,13 +39,13 @@ def stages_of(chain: Chain) -> Iterator[Stage]:
 
 
 def chains_of(config: ModelConfig, mesh: Mesh) -> Iterator[Chain]:
-    for forms in form_choices(config, mesh):
+    for sharding in sharding_choices(config, mesh):
         for want_logits in (False, True):
-            yield build_chain(config, mesh, forms, want_logits=want_logits)
+            yield build_chain(config, mesh, sharding, want_logits=want_logits)
 
 
 def all_names() -> set[str]:
-    """Of every field, bundle and stage of every family, in every form."""
+    """Of every field, bundle and stage of every family, in every weight sharding."""
     names: set[str] = set()
     for model in PRESETS:
         for chain in chains_of(preset(model), MESHES[-1]):

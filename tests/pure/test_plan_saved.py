@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -25,13 +25,13 @@ def made(
     layout: str = "auto",
     mesh: Mesh = MESH,
     model: str = "deepseek-v3",
-    forms: Forms | None = None,
+    sharding: WeightSharding | None = None,
     logits: bool = False,
 ) -> Plan:
     deployment = Deployment(config=preset(model), mesh=mesh, device=device("h20"), dtype="fp8", want_logits=logits)
     rows = (1000,) * mesh.num_groups
     shape = StepShape.of(mesh, rows, phase="prefill", context=512)
-    return Planner(deployment, forms or Forms()).plan(shape, layout)
+    return Planner(deployment, sharding or WeightSharding()).plan(shape, layout)
 
 
 @pytest.mark.parametrize("mesh", [Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=8), MESH, Mesh.of(dp=8, tp=1)], ids=str)
@@ -39,24 +39,24 @@ def test_a_saved_plan_comes_back_equal_under_every_layout(mesh: Mesh, tmp_path: 
     config = preset("deepseek-v3")
     for layout in applicable_layouts(config, mesh):
         plan = made(layout, mesh)
-        write_plan(tmp_path / "plan.json", plan, config, Forms())
-        assert read_plan(tmp_path / "plan.json", config, mesh) == (plan, Forms())
+        write_plan(tmp_path / "plan.json", plan, config, WeightSharding())
+        assert read_plan(tmp_path / "plan.json", config, mesh) == (plan, WeightSharding())
 
 
 @pytest.mark.slow
 def test_a_saved_plan_keeps_its_forms_and_its_logits(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
-    for forms in form_choices(config, MESH):
+    for sharding in sharding_choices(config, MESH):
         for logits in (False, True):
-            plan = made(forms=forms, logits=logits)
-            write_plan(tmp_path / "plan.json", plan, config, forms)
-            assert read_plan(tmp_path / "plan.json", config, MESH) == (plan, forms)
+            plan = made(sharding=sharding, logits=logits)
+            write_plan(tmp_path / "plan.json", plan, config, sharding)
+            assert read_plan(tmp_path / "plan.json", config, MESH) == (plan, sharding)
 
 
 def test_a_plan_for_something_else_is_refused_with_what_differs(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     file = tmp_path / "plan.json"
-    write_plan(file, made(), config, Forms())
+    write_plan(file, made(), config, WeightSharding())
     with pytest.raises(ConfigError, match="is a plan for dp 2 x tp 4, but the mesh is dp 1 x tp 8"):
         read_plan(file, config, Mesh.of(dp=1, tp=8))
     with pytest.raises(ConfigError, match="hidden_size 7168, but here it is 5120"):
@@ -76,7 +76,7 @@ def test_files_that_are_not_whole_plans_are_one_clear_line(tmp_path: Path) -> No
         file.write_text(text)
         with pytest.raises(ConfigError, match="is not a plan file"):
             read_plan(file, config, MESH)
-    write_plan(file, made(), config, Forms())
+    write_plan(file, made(), config, WeightSharding())
     document = json.loads(file.read_text())
     file.write_text(json.dumps(document | {"narrows_plan": 99}))
     with pytest.raises(ConfigError, match="version 99"):
@@ -89,18 +89,19 @@ def test_files_that_are_not_whole_plans_are_one_clear_line(tmp_path: Path) -> No
 def test_a_plan_file_of_version_1_is_read(tmp_path: Path) -> None:
     config, plan = preset("deepseek-v3"), made()
     file = tmp_path / "plan.json"
-    write_plan(file, plan, config, Forms())
+    write_plan(file, plan, config, WeightSharding())
     document = json.loads(file.read_text())
     for segment in document["segments"]:
         segment["steps"] = segment.pop("ops")
+    document["forms"] = document.pop("weight_sharding")
     file.write_text(json.dumps(document | {"narrows_plan": 1}))
-    assert read_plan(file, config, MESH) == (plan, Forms())
+    assert read_plan(file, config, MESH) == (plan, WeightSharding())
 
 
 def test_a_saved_plan_whose_reduction_was_cut_out_is_refused_by_name(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     file = tmp_path / "plan.json"
-    write_plan(file, made("all-reduce"), config, Forms())
+    write_plan(file, made("all-reduce"), config, WeightSharding())
     document = json.loads(file.read_text())
     ops = document["segments"][-2]["ops"]
     at = next(i for i, op in enumerate(ops) if op["name"] == "all_reduce" and op["boundary"] == "post_attn_norm")
@@ -112,7 +113,7 @@ def test_a_saved_plan_whose_reduction_was_cut_out_is_refused_by_name(tmp_path: P
 
 def test_the_plan_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_plan(tmp_path / "no" / "plan.json", made(), preset("deepseek-v3"), Forms())
+        write_plan(tmp_path / "no" / "plan.json", made(), preset("deepseek-v3"), WeightSharding())
 
 
 @pytest.mark.parametrize("layout", ["all-reduce", "attn-tp-input-scattered", "norm-before-gather", "auto"])

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig, read_config
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import preset
 from narrows.arch.stages import Chain, Role, RowSet, Stage, StageKind
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.stage import OpPrice, StepShape
@@ -115,8 +115,8 @@ meshes = st.sampled_from(MESHES)
 @st.composite
 def chains(draw: st.DrawFn, layers: st.SearchStrategy[int]) -> tuple[Chain, Mesh]:
     config, mesh = tiny(draw(families), draw(layers)), draw(meshes)
-    forms = draw(st.sampled_from(form_choices(config, mesh)))
-    return build_chain(config, mesh, forms, want_logits=draw(st.booleans())), mesh
+    sharding = draw(st.sampled_from(sharding_choices(config, mesh)))
+    return build_chain(config, mesh, sharding, want_logits=draw(st.booleans())), mesh
 
 
 def plan_of(graph: Graph, prices: RandomPrices) -> Plan:
@@ -143,8 +143,8 @@ def test_chained_tables_equal_a_plain_search(built: tuple[Chain, Mesh], seed: in
 @given(meshes, seeds, scales)
 def test_61_layers_equal_a_plain_search(mesh: Mesh, seed: int, scale: int) -> None:
     config = preset("deepseek-v3")
-    forms = form_choices(config, mesh)
-    chain = build_chain(config, mesh, forms[seed % len(forms)])
+    sharding = sharding_choices(config, mesh)
+    chain = build_chain(config, mesh, sharding[seed % len(sharding)])
     graph, prices = Graph(chain, mesh, AUTO), RandomPrices(seed, scale)
     plan = plan_of(graph, prices)
     plan.validate()
@@ -242,8 +242,8 @@ SMALL = [Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=4), Mesh.of(dp=4, tp=1)]
 @given(families, st.sampled_from(SMALL), seeds, scales)
 def test_no_cheaper_way_exists(family: str, mesh: Mesh, seed: int, scale: int) -> None:
     config = tiny(family, 2)
-    forms = form_choices(config, mesh)
-    chain, prices = build_chain(config, mesh, forms[seed % len(forms)]), RandomPrices(seed, scale)
+    sharding = sharding_choices(config, mesh)
+    chain, prices = build_chain(config, mesh, sharding[seed % len(sharding)]), RandomPrices(seed, scale)
     for fuses in (False, True):
         plan = plan_of(Graph(chain, mesh, AUTO, fuses_norms=fuses), prices)
         plan.validate()
@@ -253,8 +253,8 @@ def test_no_cheaper_way_exists(family: str, mesh: Mesh, seed: int, scale: int) -
 @pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])
 def test_no_cheaper_way_exists_on_two_axes(seed: int) -> None:
     mesh, config = Mesh.of(dp=2, tp=2), tiny("v3", 1)
-    forms = Forms(qkv_a_proj="column") if seed % 2 else Forms()
-    chain, prices = build_chain(config, mesh, forms), RandomPrices(seed, 1000)
+    sharding = WeightSharding(qkv_a_proj="column") if seed % 2 else WeightSharding()
+    chain, prices = build_chain(config, mesh, sharding), RandomPrices(seed, 1000)
     fuses = seed < 2
     plan = plan_of(Graph(chain, mesh, AUTO, fuses_norms=fuses), prices)
     assert plan.ps == cheapest(chain, mesh, prices, fuses_norms=fuses)
@@ -282,11 +282,11 @@ def real_plans(name: str, mesh: Mesh, rows: int) -> Iterator[Plan]:
     deployment = Deployment(config=preset(name), mesh=mesh, device=device("h100"), dtype="bf16")
     phase = "prefill" if rows > 64 else "decode"
     shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=4096)
-    planner = Planner(deployment, Forms())
+    planner = Planner(deployment, WeightSharding())
     for layout in applicable_layouts(deployment.config, mesh):
         yield planner.plan(shape, layout)
-    for forms in form_choices(deployment.config, mesh)[1:]:
-        yield Planner(deployment, forms).plan(shape)
+    for sharding in sharding_choices(deployment.config, mesh)[1:]:
+        yield Planner(deployment, sharding).plan(shape)
 
 
 CASES = [("deepseek-v3", 16384), ("deepseek-v3", 7), ("deepseek-v2-lite", 1023), ("llama-3.1-8b", 1), ("glm-4.5", 4096)]
@@ -393,7 +393,7 @@ def test_a_plan_of_61_layers_takes_no_more_prices_than_one_of_5(dp: int, tp: int
     mesh = Mesh.of(dp=dp, tp=tp)
     counts = []
     for layers in (5, 61):
-        chain = build_chain(replace(preset("deepseek-v3"), num_hidden_layers=layers), mesh, Forms())
+        chain = build_chain(replace(preset("deepseek-v3"), num_hidden_layers=layers), mesh, WeightSharding())
         graph = Graph(chain, mesh, AUTO)
         prices = CountedPrices(0, 1000)
         plan_of(graph, prices)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
@@ -30,7 +30,7 @@ STEP_S = 1e-3
 def plan_of(rows: int) -> Plan:
     deployment = Deployment(config=preset("deepseek-v2-lite"), mesh=MESH, device=device("h100"))
     shape = StepShape.of(MESH, (rows, rows), phase="prefill", context=512)
-    return Planner(deployment, Forms()).plan(shape)
+    return Planner(deployment, WeightSharding()).plan(shape)
 
 
 def walk(plan: Plan, start: float, *, received: int) -> Walk:

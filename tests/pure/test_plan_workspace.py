@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
 from narrows.arch.stages import LayerType
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cli.main import main
 from narrows.cost import device
 from narrows.cost.memory import GPU_COLLECTIVES, GPU_PROCESS
@@ -21,7 +21,7 @@ from narrows.plan.workspace import Kernels, Workspace, workspace
 
 def planner(name: str = "deepseek-v3", on: str = "h200", dtype: str = "fp8", dp: int = 1, tp: int = 8) -> Planner:
     deployment = Deployment(config=preset(name), mesh=Mesh.of(dp=dp, tp=tp), device=device(on), dtype=dtype)
-    return Planner(deployment, Forms())
+    return Planner(deployment, WeightSharding())
 
 
 def of(by: Planner, rows: int, context: int = 4096, layout: str = "all-reduce", phase: str = "prefill") -> Workspace:
@@ -100,7 +100,7 @@ def test_sampling_holds_float32_logits_of_the_rows_that_have_them() -> None:
     deployment = Deployment(
         config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h200"), dtype="fp8", want_logits=True
     )
-    by = Planner(deployment, Forms())
+    by = Planner(deployment, WeightSharding())
     few, many = (of(by, rows, phase="decode").logits for rows in (64, 256))
     assert many == 4 * few == 3 * 256 * 4 * 129280
     assert of(planner(), 256, phase="decode").logits == 0  # each shard's best alone
@@ -115,7 +115,7 @@ def test_on_cpus_compiled_experts_keep_their_sums() -> None:
 def test_one_rank_has_no_collectives() -> None:
     by = planner("llama-3.1-8b", "a100", "bf16", tp=1)
     assert of(by, 4096).collectives == 0
-    assert by.deployment.memory(Forms()).process == GPU_PROCESS
+    assert by.deployment.memory(WeightSharding()).process == GPU_PROCESS
 
 
 def test_no_rows_need_nothing() -> None:

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.arch.forms import Forms
 from narrows.arch.presets import preset
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.measured import Measured, StepTable
 from narrows.cost.stage import Pricer
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.cache import PlanCache, PlanKey
-from narrows.plan.deploy import form_mix
+from narrows.plan.deploy import step_mix
 from narrows.plan.named import applicable_layouts, named_layout
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, choose_sharding
 from narrows.plan.reprice import Repricer
 from narrows.sched.batch import Batch, Chunk
 from narrows.sim.costs import PlannedCosts, near
@@ -32,10 +32,10 @@ CONTEXT = 1024
 def planner(model: str, dp: int, tp: int, layout: str = "auto", encode_rows: str = "none") -> Planner:
     mesh = Mesh.of(dp=dp, tp=tp)
     deployment = Deployment(config=preset(model), mesh=mesh, device=device("h200"), encode_rows=encode_rows)
-    forms = named_layout(layout, deployment.config, mesh).forms or choose_forms(
-        deployment, form_mix(mesh, 2048, CONTEXT)
+    sharding = named_layout(layout, deployment.config, mesh).sharding or choose_sharding(
+        deployment, step_mix(mesh, 2048, CONTEXT)
     )
-    return Planner(deployment, forms)
+    return Planner(deployment, sharding)
 
 
 def batch(*groups: list[tuple[int, int]]) -> Batch:
@@ -89,7 +89,7 @@ def test_what_a_device_needs_between_steps_is_part_of_every_step() -> None:
     steps = [StepTable(phase=phase, points=[[1, 1000], [64, 2000], [4096, 9000]]) for phase in ("decode", "prefill")]
     machine = replace(device("cpu-core"), name="here", measured=Measured(steps=steps))
     deployment = Deployment(config=preset("dsv3-mini"), mesh=Mesh.of(dp=1, tp=2), device=machine)
-    found = PlannedCosts(Planner(deployment, Forms()), "auto", CONTEXT).cost(batch([(CONTEXT - 1, 1)] * 64))
+    found = PlannedCosts(Planner(deployment, WeightSharding()), "auto", CONTEXT).cost(batch([(CONTEXT - 1, 1)] * 64))
     assert found.plan is not None and found.seconds == pytest.approx(found.plan.seconds, rel=1e-9)
     assert found.parts["host", "measured"] == pytest.approx(2e-3)
 

@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.cost.memory import weight_bytes
 from narrows.layout import Mesh
@@ -76,7 +76,7 @@ FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128,
 LOAD = """
 import sys, torch
 torch.set_num_threads(1)
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, resolve
 from narrows.models.parts import Place
 from narrows.models.registry import build_model
@@ -85,11 +85,11 @@ model, tp, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resolved = resolve(EngineConfig(model=model, tp=tp, dtype="bfloat16", layout="all-reduce", kv_tokens=64))
 source = resolved.weights()
 place = Place(
-    mesh=resolved.mesh, rank=rank, forms=resolved.forms, dtype=resolved.dtype, device=torch.device("cpu"),
+    mesh=resolved.mesh, rank=rank, sharding=resolved.sharding, dtype=resolved.dtype, device=torch.device("cpu"),
     num_slots=resolved.num_slots, num_positions=resolved.limits.max_context,
 )
 torch.zeros(64, 64, dtype=torch.bfloat16) @ torch.zeros(64, 64, dtype=torch.bfloat16)
-print("ready" if resolved.forms == Forms() else resolved.forms, flush=True)
+print("ready" if resolved.sharding == WeightSharding() else resolved.sharding, flush=True)
 sys.stdin.readline()
 kept = build_model(resolved.config, source, place)
 print("done", flush=True)
@@ -99,10 +99,10 @@ sys.stdin.readline()
 
 def tensors_of(config: ModelConfig) -> dict[str, Weight]:
     """Every tensor of the model by name."""
-    mesh, forms = Mesh.of(dp=1, tp=1), Forms()
-    weights = [*embed_weights(config, mesh, forms).values(), *head_weights(config, mesh).values()]
+    mesh, sharding = Mesh.of(dp=1, tp=1), WeightSharding()
+    weights = [*embed_weights(config, mesh, sharding).values(), *head_weights(config, mesh).values()]
     for layer in range(config.num_hidden_layers):
-        weights += layer_weights(config, mesh, forms, layer).values()
+        weights += layer_weights(config, mesh, sharding, layer).values()
     found = {}
     for weight in weights:
         for expert in range(*weight.experts[0]) if weight.experts else (0,):
@@ -234,7 +234,10 @@ def _is_readable(fd: int) -> bool:
 def bounds(model: Path) -> tuple[int, int, int]:
     """In bytes of bfloat16: the rank's share, the largest whole tensor, and the whole model."""
     config = load_model_config(str(model))
-    shares = [weight_bytes(config, Mesh.of(dp=1, tp=tp), Forms(), "bf16", rank) for tp, rank in ((RANKS, RANK), (1, 0))]
+    shares = [
+        weight_bytes(config, Mesh.of(dp=1, tp=tp), WeightSharding(), "bf16", rank)
+        for tp, rank in ((RANKS, RANK), (1, 0))
+    ]
     return shares[0], max(2 * prod(weight.shape) for weight in tensors_of(config).values()), shares[1]
 
 

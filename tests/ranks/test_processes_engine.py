@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.llm import LLM
@@ -44,11 +44,11 @@ def test_processes_give_the_bits_of_threads_under_every_layout(speaking_v3: Path
     )
     one = resolve(asked)
     layouts = applicable_layouts(one.config, one.mesh)
-    forms = next(rules.forms for name in layouts if (rules := named_layout(name, one.config, one.mesh)).forms)
+    sharding = next(rules.sharding for name in layouts if (rules := named_layout(name, one.config, one.mesh)).sharding)
     compared = 0
     with (
-        Engine(resolve(asked, forms)) as threads,
-        Engine(resolve(replace(asked, ranks="processes"), forms)) as processes,
+        Engine(resolve(asked, sharding)) as threads,
+        Engine(resolve(replace(asked, ranks="processes"), sharding)) as processes,
     ):
         for step, batch in enumerate(script):
             wanted = None
@@ -85,7 +85,7 @@ def test_encoded_rows_have_the_bits_of_threads(
         encode_rows=encode_rows,
     )
     layouts = ("attn-tp-input-scattered", "sequence-parallel")
-    with Engine(resolve(asked, Forms())) as threads:
+    with Engine(resolve(asked, WeightSharding())) as threads:
         steps = [
             (batch, threads.plans.cache_of(layout).plan_for(batch))
             for batch in script_batches(script, threads)
@@ -94,7 +94,7 @@ def test_encoded_rows_have_the_bits_of_threads(
         assert all(plan.encodings for _, plan in steps)
         wanted = [threads.run_plan(batch, plan) for batch, plan in steps]
     monkeypatch.setenv("NARROWS_NATIVE", "0" if way == "gloo" else "1")  # the ranks inherit it
-    with Engine(resolve(replace(asked, ranks="processes"), Forms())) as processes:
+    with Engine(resolve(replace(asked, ranks="processes"), WeightSharding())) as processes:
         assert processes.ranks.transport.startswith(way)
         for (batch, plan), theirs in zip(steps, wanted, strict=True):
             for mine, its in zip(processes.run_plan(batch, plan), theirs, strict=True):

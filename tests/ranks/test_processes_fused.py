@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrows.arch.forms import Forms
 from narrows.arch.stages import StageKind
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.script import Script
@@ -67,7 +67,7 @@ def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int,
         ranks="processes",
     )
     layouts, seen = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather")[: 1 + dp], set()
-    with Engine(resolve(asked, Forms())) as engine:
+    with Engine(resolve(asked, WeightSharding())) as engine:
         for batch in script:
             for layout in layouts:
                 plan = engine.plans.cache_of(layout).plan_for(batch)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import steps_lab as lab
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.step_work import StepWork, run_steps
 from narrows.comm.recording import Recording
 from narrows.engine import tapes
@@ -81,7 +81,7 @@ def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int
     ("dp", "tp"), [(1, 2), (2, 2), *(pytest.param(*mesh, marks=pytest.mark.full) for mesh in ((2, 1), (1, 4)))]
 )
 def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
-    resolved = resolve(asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), Forms())
+    resolved = resolve(asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), WeightSharding())
     with Engine(resolved) as engine:
         engine.instrument(lab.StepsSeen)
         for layout in applicable_layouts(resolved.config, resolved.mesh):

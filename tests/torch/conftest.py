@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig, read_config
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.comm import ThreadCommunicator
 from narrows.engine.config import Resolved
@@ -85,11 +85,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TinyModel = Callable[..., Path]
 
 
-def all_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> list[Weight]:
+def all_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> list[Weight]:
     """Every tensor of a checkpoint, with the slices that the ranks of ``mesh`` take of it."""
-    weights = [*embed_weights(config, mesh, forms).values(), *head_weights(config, mesh).values()]
+    weights = [*embed_weights(config, mesh, sharding).values(), *head_weights(config, mesh).values()]
     for layer in range(config.num_hidden_layers):
-        weights += layer_weights(config, mesh, forms, layer).values()
+        weights += layer_weights(config, mesh, sharding, layer).values()
     return weights
 
 
@@ -97,7 +97,7 @@ def seeded_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     """The whole tensors of a checkpoint by name: those of DummyWeights, an expert at a time."""
     source = DummyWeights(seed=seed, dtype=torch.float32)
     tensors: dict[str, torch.Tensor] = {}
-    for weight in all_weights(config, Mesh.of(dp=1, tp=1), Forms()):
+    for weight in all_weights(config, Mesh.of(dp=1, tp=1), WeightSharding()):
         for expert in range(*weight.experts[0]) if weight.experts else (None,):
             name = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
             tensors[name] = source.take(weight, None, expert)

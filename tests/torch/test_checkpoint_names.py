@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from narrows.arch.config import read_config
-from narrows.arch.forms import Forms, form_choices
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM
 from narrows.errors import CheckpointError, ConfigError
@@ -137,8 +137,8 @@ def test_slices_of_stacked_experts_are_those_of_single_ones(
     one = SafetensorsFolder(source)
     stack = SafetensorsFolder(write(tmp_path / "s", kind, stacked(load_file(source / "model.safetensors"))))
     for mesh in (Mesh.of(dp=1, tp=3), Mesh.of(dp=2, tp=2)):
-        for forms in form_choices(config, mesh):
-            for weight in all_weights(config, mesh, forms):
+        for sharding in sharding_choices(config, mesh):
+            for weight in all_weights(config, mesh, sharding):
                 for rank in range(mesh.size):
                     for expert in range(*weight.experts[rank]) if weight.experts else ():
                         span = weight.span(mesh, rank)
@@ -208,8 +208,8 @@ def test_stacked_experts_in_fp8(
     ambiguous = -(-2 * size // block[0]) == 2 * -(-size // block[0]) and size % block[0]
     whole = {"gate": worth[:, :size], "up": worth[:, size:], "down": down_worth}
     for mesh in (Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=3)):
-        for forms in form_choices(config, mesh) or [Forms()]:
-            for weight in all_weights(config, mesh, forms):
+        for sharding in sharding_choices(config, mesh) or [WeightSharding()]:
+            for weight in all_weights(config, mesh, sharding):
                 if not weight.name.startswith(prefix):
                     continue
                 part = weight.name.removesuffix("_proj.weight").rpartition(".")[2]
@@ -239,7 +239,9 @@ def test_a_stack_in_fp8_with_scales_of_another_shape_or_none(tmp_path: Path) -> 
         config = read_config(folder)
         checkpoint = SafetensorsFolder(folder, quantization=config.quantization)
         weight = next(
-            w for w in all_weights(config, Mesh.of(dp=1, tp=1), Forms()) if ".0.mlp.experts.{expert}.down" in w.name
+            w
+            for w in all_weights(config, Mesh.of(dp=1, tp=1), WeightSharding())
+            if ".0.mlp.experts.{expert}.down" in w.name
         )
         with pytest.raises(CheckpointError) as error:
             checkpoint.take(weight, None, 3)
@@ -288,7 +290,7 @@ def test_other_prefixes_are_read_where_one_can_be_meant(
     tensors = load_file(source / "model.safetensors")
     folder = write(tmp_path / "x", kind, rename(tensors))
     by_usual_name, by_other = SafetensorsFolder(source), SafetensorsFolder(folder)
-    for weight in all_weights(read_config(source), Mesh.of(dp=1, tp=1), Forms()):
+    for weight in all_weights(read_config(source), Mesh.of(dp=1, tp=1), WeightSharding()):
         expert = 3 if weight.experts else None
         assert torch.equal(by_other.take(weight, None, expert), by_usual_name.take(weight, None, expert))
     resolve(EngineConfig(model=str(folder)))

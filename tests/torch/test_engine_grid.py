@@ -1,4 +1,4 @@
-"""Sharded equals one rank: over meshes, layouts, forms, row counts and phases; and equal sums are equal bits.
+"""Sharded equals one rank: over meshes, layouts, weight sharding, row counts and phases; and equal sums are equal bits.
 
 Each mesh runs a fixed list of steps under every layout, and one rank runs the same rows in the same order. Every rank's
 logits are compared, not one's. The one rank's choice of experts is replayed (a near-tie may fall either way); a row
@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.stages import RowSet, Stage
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.price import Source
 from narrows.cost.stage import OpPrice, Pricer, StepShape
 from narrows.engine.config import EngineConfig, resolve
@@ -172,12 +172,12 @@ class OneRank:
 class Sharded:
     """An engine whose plans are given to it, put beside one rank's run of the same steps."""
 
-    def __init__(self, folder: Path, one: OneRank, forms: Forms | None = None, **options: object) -> None:
+    def __init__(self, folder: Path, one: OneRank, sharding: WeightSharding | None = None, **options: object) -> None:
         self.one = one
         self.recorder = Recorder(one.steps.dp * one.steps.tp, replay=one.routing)
         self.workers: list[Worker] = []
         asked = asked_for(folder, one.steps, dp=one.steps.dp, tp=one.steps.tp, **options)
-        self.engine = Engine(resolve(asked, forms), wrap=self._wrap)
+        self.engine = Engine(resolve(asked, sharding), wrap=self._wrap)
 
     def _wrap(self, worker: Worker) -> Wrap:
         self.workers.append(worker)
@@ -233,8 +233,8 @@ def run_on_one_rank(folder: Path, steps: Steps, dtype: str = "float32") -> OneRa
 
 
 @contextmanager
-def sharded(folder: Path, one: OneRank, forms: Forms | None = None, **options: object) -> Iterator[Sharded]:
-    run = Sharded(folder, one, forms, **options)
+def sharded(folder: Path, one: OneRank, sharding: WeightSharding | None = None, **options: object) -> Iterator[Sharded]:
+    run = Sharded(folder, one, sharding, **options)
     with run.engine:
         yield run
 
@@ -251,17 +251,17 @@ def compare(where: str, want: Tensor, results: Sequence[StepResult]) -> None:
 
 
 def check_all_layouts(folder: Path, steps: Steps) -> None:
-    """Every layout that applies, on engines of the forms that they pin; `auto` with its own forms and with those."""
+    """Every layout that applies, on engines with the sharding that it pins; `auto` with its own and with that."""
     one = run_on_one_rank(folder, steps)
     with sharded(folder, one, layout="auto") as run:
-        config, mesh, own = run.engine.resolved.config, run.engine.resolved.mesh, run.engine.resolved.forms
+        config, mesh, own = run.engine.resolved.config, run.engine.resolved.mesh, run.engine.resolved.sharding
         run.check("auto", run.plans_of("auto"))
     names = applicable_layouts(config, mesh)
-    pinned = {named_layout(name, config, mesh).forms for name in names} - {None}
-    assert pinned == {Forms()}
-    with sharded(folder, one, Forms()) as run:
+    pinned = {named_layout(name, config, mesh).sharding for name in names} - {None}
+    assert pinned == {WeightSharding()}
+    with sharded(folder, one, WeightSharding()) as run:
         for name in names:
-            if name != "auto" or own != Forms():
+            if name != "auto" or own != WeightSharding():
                 run.check(name, run.plans_of(name))
 
 
@@ -290,7 +290,7 @@ def test_sharded_equals_one_rank(tiny_model: Callable[..., Path], dp: int, tp: i
 @pytest.mark.parametrize(
     ("dp", "tp", "num_changed"),
     [
-        (2, 2, (0, 3)),  # these five have every pair of two forms' alternatives
+        (2, 2, (0, 3)),  # these five have every pair of two parts' alternatives
         full(2, 2, (1, 2, 4)),
         full(1, 4, (0, 1, 2, 3, 4)),
     ],
@@ -302,14 +302,14 @@ def test_every_set_of_forms_equals_one_rank(
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)
     one = run_on_one_rank(folder, steps)
     resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
-    choices = form_choices(resolved.config, resolved.mesh)
+    choices = sharding_choices(resolved.config, resolved.mesh)
     assert len(choices) == 16
-    published = asdict(Forms())
-    for forms in choices:
-        if sum(form != published[part] for part, form in asdict(forms).items()) not in num_changed:
+    published = asdict(WeightSharding())
+    for sharding in choices:
+        if sum(way != published[part] for part, way in asdict(sharding).items()) not in num_changed:
             continue
-        with sharded(folder, one, forms) as run:
-            run.check(f"auto with {forms}", run.plans_of("auto"))
+        with sharded(folder, one, sharding) as run:
+            run.check(f"auto with {sharding}", run.plans_of("auto"))
 
 
 # -- other families --------------------------------------------------------------------------------------------------
@@ -359,9 +359,9 @@ def test_other_families_in_the_form_furthest_from_the_published(
 ) -> None:
     folder, steps = tiny_model(kind), Steps(dp, tp, longest=0)
     resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
-    forms = form_choices(resolved.config, resolved.mesh)[-1]
-    with sharded(folder, run_on_one_rank(folder, steps), forms) as run:
-        run.check(f"auto with {forms}", run.plans_of("auto"))
+    sharding = sharding_choices(resolved.config, resolved.mesh)[-1]
+    with sharded(folder, run_on_one_rank(folder, steps), sharding) as run:
+        run.check(f"auto with {sharding}", run.plans_of("auto"))
 
 
 # -- plans that no price would choose --------------------------------------------------------------------------------
@@ -455,20 +455,20 @@ MUST_BE_SEEN = {
 
 
 @pytest.mark.parametrize(
-    "forms",
+    "sharding",
     [
-        full(Forms()),
-        full(Forms(qkv_a_proj="column", shared_expert="replicated")),
-        full(Forms(embed="replicated", experts="whole")),
-        Forms(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole"),
+        full(WeightSharding()),
+        full(WeightSharding(qkv_a_proj="column", shared_expert="replicated")),
+        full(WeightSharding(embed="replicated", experts="whole")),
+        WeightSharding(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole"),
     ],
     ids=str,
 )
-def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: Forms) -> None:
+def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], sharding: WeightSharding) -> None:
     """Of many random plans those that do most that no plan before them did."""
     folder, steps = tiny_model("v3"), Steps(2, 2, longest=0)
     one = run_on_one_rank(folder, steps)
-    with sharded(folder, one, forms) as run:
+    with sharded(folder, one, sharding) as run:
         mesh = run.engine.resolved.mesh
         graph, shape = (
             Graph(run.engine.plans.planner.chain, mesh, AUTO, fuses_norms=True),
@@ -490,11 +490,11 @@ def test_any_legal_plan_equals_one_rank(tiny_model: Callable[..., Path], forms: 
             plan, new = max(found, key=lambda each: (len(each[1] & MUST_BE_SEEN - seen), len(each[1] - seen)))
             seen |= new
             plan.validate()
-            run.check(f"{forms}, a plan of {plan.num_ops} steps", lambda batch, plan=plan: plan)  # type: ignore[misc]
+            run.check(f"{sharding}, a plan of {plan.num_ops} steps", lambda batch, plan=plan: plan)  # type: ignore[misc]
     missing = MUST_BE_SEEN - seen
-    if forms.shared_expert == "sharded":
+    if sharding.shared_expert == "sharded":
         missing -= {"add_shared joins all", "add_shared is added all"}
-    if forms.qkv_a_proj == "replicated":
+    if sharding.qkv_a_proj == "replicated":
         missing -= {"column_gather all"}
     assert not missing, f"no plan did {missing}; they did {sorted(seen)}"
 
@@ -524,14 +524,14 @@ class Forced:
     [(dp, tp) if (dp, tp) in ((1, 3), (2, 4)) else full(dp, tp) for dp, tp in MESHES if dp * tp > 1],
 )
 def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable[..., Path], dp: int, tp: int) -> None:
-    """Both forced on, in the published forms and those furthest from them: groups without rows, one row on 8 ranks."""
+    """Both forced on, with the published sharding and the furthest from it: groups without rows, one row on 8 ranks."""
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)
     one = run_on_one_rank(folder, steps)
     seen: set[str] = set()
     for index in (0, -1):
         resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
-        forms = form_choices(resolved.config, resolved.mesh)[index]
-        with sharded(folder, one, forms) as run:
+        sharding = sharding_choices(resolved.config, resolved.mesh)[index]
+        with sharded(folder, one, sharding) as run:
             planner, mesh = run.engine.plans.planner, run.engine.resolved.mesh
             graph, d = Graph(planner.chain, mesh, AUTO, fuses_norms=True), planner.deployment
 
@@ -546,7 +546,7 @@ def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable
                 seen.update(ways(plan))
                 return plan
 
-            run.check(f"forced with {forms}", plan_of)
+            run.check(f"forced with {sharding}", plan_of)
     assert {"router logits", "experts logits"} <= seen and {"router all", "experts all"} <= seen
     assert any(way.startswith("all_reduce_norm all") for way in seen), sorted(seen)
     assert any(way.startswith("all_reduce_norm logits") for way in seen), sorted(seen)
@@ -591,7 +591,7 @@ def test_layouts_that_take_the_same_sums_by_other_moves_give_the_same_bits(
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=200)
     caches: list[PlanCache] = []
     runs: list[list[list[StepResult]]] = []
-    with Engine(resolve(asked_for(folder, steps, dp=dp, tp=tp, dtype=dtype), Forms())) as engine:
+    with Engine(resolve(asked_for(folder, steps, dp=dp, tp=tp, dtype=dtype), WeightSharding())) as engine:
         for layout in layouts:
             caches.append(engine.plans.cache_of(layout))
             runs.append([])

@@ -15,7 +15,7 @@ from patience import PATIENCE_S
 from torch import Tensor
 
 from narrows.arch.config import read_config
-from narrows.arch.forms import Forms, form_choices
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import Weight
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
@@ -87,9 +87,9 @@ def test_every_stage_of_the_chain_is_a_method_of_the_model(tiny_model: TinyModel
         return lambda layer, op, reads, writes, operation: operation
 
     resolved = resolve(asked_for(folder, 1, 2, want_logits=want_logits))
-    for forms in form_choices(resolved.config, resolved.mesh):
-        chain = Planner(resolved.deployment, forms).chain
-        with Engine(resolve(resolved.asked, forms), wrap=wrap):
+    for sharding in sharding_choices(resolved.config, resolved.mesh):
+        chain = Planner(resolved.deployment, sharding).chain
+        with Engine(resolve(resolved.asked, sharding), wrap=wrap):
             model = workers[-1].model
             assert len(model.layers) == len(chain.layers)
             for stage in (*chain.prologue, *chain.epilogue):
@@ -146,7 +146,7 @@ def test_a_plan_without_one_of_its_reductions_is_refused_naming_the_stage(
     tiny_model: TinyModel, dp: int, tp: int
 ) -> None:
     batch = prefill(dp)
-    resolved = resolve(asked_for(tiny_model("v3"), dp, tp), Forms())
+    resolved = resolve(asked_for(tiny_model("v3"), dp, tp), WeightSharding())
     tried = 0
     for layout in applicable_layouts(resolved.config, resolved.mesh):
         with Engine(resolved) as engine:
@@ -163,7 +163,7 @@ def test_a_plan_without_one_of_its_reductions_is_refused_naming_the_stage(
 
 def test_a_reduction_done_twice_an_addend_left_out_and_a_stage_left_out_are_refused(tiny_model: TinyModel) -> None:
     batch = prefill(2)
-    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), Forms())) as engine:
+    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), WeightSharding())) as engine:
         plan = plan_of(engine, batch, "all-reduce")
     for s, i, _, op in places(plan, lambda op: op.name in REDUCTIONS):
         with pytest.raises(PlanError, match="reads hidden at"):
@@ -221,7 +221,7 @@ class Poisoner:
 @pytest.mark.parametrize("kind", ["v3", "llama"])
 def test_nothing_that_lives_on_lies_in_a_send_buffer(tiny_model: TinyModel, kind: str, dp: int, tp: int) -> None:
     """After a plain norm the residual IS the hidden that came out of a sum; the next stage writes into that buffer."""
-    resolved = resolve(asked_for(tiny_model(kind), dp, tp, checked=True), Forms())
+    resolved = resolve(asked_for(tiny_model(kind), dp, tp, checked=True), WeightSharding())
     poisoner = Poisoner()
     with Engine(resolved) as clean, Engine(resolved, wrap=poisoner.wrap) as watched:
         for layout in applicable_layouts(resolved.config, resolved.mesh):
@@ -250,9 +250,9 @@ class Zeroed:
 
 
 @contextmanager
-def recorded(asked: EngineConfig, forms: Forms, source: Zeroed) -> Iterator[tuple[Engine, Recorder]]:
+def recorded(asked: EngineConfig, sharding: WeightSharding, source: Zeroed) -> Iterator[tuple[Engine, Recorder]]:
     recorder = Recorder(asked.dp * asked.tp)
-    with Engine(resolve(asked, forms), wrap=recorder.wrap, source=source) as engine:
+    with Engine(resolve(asked, sharding), wrap=recorder.wrap, source=source) as engine:
         yield engine, recorder
 
 
@@ -271,7 +271,7 @@ def test_a_residual_that_joins_is_counted_once(tiny_model: TinyModel, layout: st
     folder = tiny_model("v3")
     source = Zeroed(folder, "o_proj.weight", "down_proj.weight")
     batch = prefill(dp)
-    with recorded(asked_for(folder, dp, tp), Forms(), source) as (engine, recorder):
+    with recorded(asked_for(folder, dp, tp), WeightSharding(), source) as (engine, recorder):
         plan = plan_of(engine, batch, layout)
         joins = [op.boundary for _, op in plan.ops() if op.joins]
         assert layout == "all-reduce" or joins.count("post_attn_norm") == 3, "the case that this is about"
@@ -292,12 +292,12 @@ def test_a_replicated_shared_expert_is_counted_once(tiny_model: TinyModel, dp: i
     batch = prefill(dp)
     merged = Batch(groups=(tuple(replace(c, pages=(1 + c.request,)) for group in batch.groups for c in group),))
     spot = Spot(2, "input_norm", "residual")
-    with recorded(asked_for(folder, 1, 1), Forms(), source) as (engine, recorder):
+    with recorded(asked_for(folder, 1, 1), WeightSharding(), source) as (engine, recorder):
         run(engine, merged, "auto")
         want = residuals(recorder, merged, engine, spot)
         before = residuals(recorder, merged, engine, Spot(1, "post_attn_norm", "residual"))
     assert (want - before).abs().max() > 0.1, "the shared expert is meant to add something"
-    with recorded(asked_for(folder, dp, tp), Forms(shared_expert="replicated"), source) as (engine, recorder):
+    with recorded(asked_for(folder, dp, tp), WeightSharding(shared_expert="replicated"), source) as (engine, recorder):
         plan = plan_of(engine, batch, "auto")
         assert [op.name for _, op in plan.ops()].count("add_shared") == 2
         engine.run_plan(batch, plan)
@@ -311,7 +311,7 @@ def test_biases_of_sharded_outputs_are_counted_once(tiny_model: TinyModel, layou
     folder = tiny_model("llama-9")
     source = Zeroed(folder, "o_proj.weight", "down_proj.weight")
     batch = prefill(dp)
-    with recorded(asked_for(folder, dp, tp), Forms(), source) as (engine, recorder):
+    with recorded(asked_for(folder, dp, tp), WeightSharding(), source) as (engine, recorder):
         run(engine, batch, layout)
         held = residuals(recorder, batch, engine, Spot(0, "input_norm", "residual"))
         for layer in range(2):
@@ -350,7 +350,7 @@ def test_a_rank_that_raises_inside_a_step_ends_all_with_its_error_and_nothing_ru
     tiny_model: TinyModel, stage: str
 ) -> None:
     wrap = patched(2, 1, stage, failing(2))
-    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), Forms()), wrap=wrap) as engine:
+    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), WeightSharding()), wrap=wrap) as engine:
         assert len(run(engine, prefill(2), "auto")) == 4
         futures = [engine.submit(prefill(2)) for _ in range(3)]
         errors = [future.exception(PATIENCE_S) for future in futures]

@@ -44,8 +44,8 @@ from torch.utils._pytree import tree_leaves
 from torchgen.model import DispatchKey
 
 from narrows.arch.config import read_config
-from narrows.arch.forms import Forms, form_choices
 from narrows.arch.presets import PRESETS
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import Weight
 from narrows.comm.buffers import Buffers
 from narrows.comm.dist_communicator import DistCommunicator
@@ -121,7 +121,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 AUTO_IN_CI = {
     "chosen": set(FAMILIES) - {"deepseek_v2"},  # its parts are those of two others
-    "furthest from the published": {"deepseek_v3", "llama", "qwen3_moe"},  # they have all that forms are of
+    "furthest from the published": {
+        "deepseek_v3",
+        "llama",
+        "qwen3_moe",
+    },  # they have every part that is sharded in several ways
 }
 LAYOUTS_IN_CI = {"deepseek_v3", "llama", "glm4_moe"}  # each has other stages
 
@@ -294,13 +298,13 @@ def _nccl() -> Iterator[None]:
 
 
 class Ranks:
-    """Ranks of one family, one after the other, with weights held as ``forms`` say."""
+    """Ranks of one family, one after the other, with weights held as ``sharding`` says."""
 
     def __init__(
         self,
         raw: dict[str, Any],
         folder: Path,
-        forms: Forms | None,
+        sharding: WeightSharding | None,
         ranks: Sequence[int] = (0, 3),
         *,
         batch_invariant: bool = False,
@@ -319,11 +323,11 @@ class Ranks:
             page_size=PAGE,
             encode_rows=encode_rows,
         )
-        self.resolved, self.batch_invariant = resolve(asked, forms), batch_invariant
+        self.resolved, self.batch_invariant = resolve(asked, sharding), batch_invariant
         self.guard = StepGuard()
         self.fake = FakeTensorMode()
         self.planners = {
-            want_logits: Planner(replace(self.resolved.deployment, want_logits=want_logits), self.resolved.forms)
+            want_logits: Planner(replace(self.resolved.deployment, want_logits=want_logits), self.resolved.sharding)
             for want_logits in (False, True)
         }
         with torch.inference_mode(), self.fake:
@@ -335,7 +339,7 @@ class Ranks:
         place = Place(
             mesh=MESH,
             rank=rank,
-            forms=resolved.forms,
+            sharding=resolved.sharding,
             dtype=resolved.dtype,
             device=CUDA,
             num_slots=resolved.num_slots,
@@ -457,26 +461,26 @@ def test_every_named_layout_stays_on_the_device_and_never_waits(
     config = read_config(FAMILIES[family])
     names = [name for name in applicable_layouts(config, MESH) if name != "auto"]
     assert names
-    run = Ranks(FAMILIES[family], tmp_path, named_layout(names[0], config, MESH).forms, ranks)
+    run = Ranks(FAMILIES[family], tmp_path, named_layout(names[0], config, MESH).sharding, ranks)
     for name in names:
-        assert named_layout(name, config, MESH).forms == run.resolved.forms
+        assert named_layout(name, config, MESH).sharding == run.resolved.sharding
         run.walk(STEPS, name)
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize(
-    ("family", "forms"),
+    ("family", "sharding"),
     [
-        (name, forms) if name in AUTO_IN_CI[forms] else full(name, forms)
+        (name, sharding) if name in AUTO_IN_CI[sharding] else full(name, sharding)
         for name in FAMILIES
-        for forms in ("chosen", "furthest from the published")
+        for sharding in ("chosen", "furthest from the published")
     ],
 )
 def test_auto_stays_on_the_device_and_never_waits(
-    family: str, forms: str, ranks: tuple[int, ...], tmp_path: Path
+    family: str, sharding: str, ranks: tuple[int, ...], tmp_path: Path
 ) -> None:
     config = read_config(FAMILIES[family])
-    run = Ranks(FAMILIES[family], tmp_path, None if forms == "chosen" else form_choices(config, MESH)[-1], ranks)
+    run = Ranks(FAMILIES[family], tmp_path, None if sharding == "chosen" else sharding_choices(config, MESH)[-1], ranks)
     run.walk((*STEPS, SAMPLED, SAMPLED_AGAIN), "auto")
 
 
@@ -501,7 +505,7 @@ def test_batch_invariant_steps_stay_on_the_device_and_never_wait(
 def test_encoded_rows_stay_on_the_device_and_never_wait(
     family: str, encode_rows: str, ranks: tuple[int, ...], tmp_path: Path
 ) -> None:
-    run = Ranks(FAMILIES[family], tmp_path, Forms(), ranks, encode_rows=encode_rows)
+    run = Ranks(FAMILIES[family], tmp_path, WeightSharding(), ranks, encode_rows=encode_rows)
     for layout in ("sequence-parallel", "norm-before-gather"):
         assert run.planners[False].plan(PlanCache(run.planners[False], layout, 1024).shape(KEY), layout).encodings
         run.walk(STEPS, layout)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import embed_weights
 from narrows.comm import Communicator, Geometry, Mover, ThreadCommunicator
 from narrows.comm.buffers import Buffers
@@ -227,7 +227,7 @@ def run(
     asked: EngineConfig,
     batches: Sequence[Batch],
     *,
-    forms: Forms | None = None,
+    sharding: WeightSharding | None = None,
     replay: dict[tuple[int, int], Tensor] | None = None,
     before: Callable[[list[Worker]], None] | None = None,
     after: Callable[[list[Worker]], None] | None = None,
@@ -237,7 +237,7 @@ def run(
     ``replay``: the choice of experts of another run, since a near-tie may fall either way. ``before``, ``after``: done
     to the workers of all ranks before the first step and after the last.
     """
-    resolved, workers = resolve(asked, forms), list[Worker]()
+    resolved, workers = resolve(asked, sharding), list[Worker]()
     recorder = Recorder(resolved.mesh.size, replay)
 
     def wrap(worker: Worker) -> Wrap:
@@ -289,7 +289,7 @@ class Beside:
 
     def sharded(self, work: Work, dp: int, tp: int, layout: str, kind: str = "v3", **options: Any) -> Outcome:
         asked = asked_for(self.tiny_model(kind), work, dp, tp, layout)
-        options.setdefault("forms", Forms())  # choosing them takes longer than the run
+        options.setdefault("sharding", WeightSharding())  # choosing them takes longer than the run
         return run(asked, work.batches, replay=self.one_rank(work, kind).routing, **options)
 
     def check(self, work: Work, dp: int, tp: int, layout: str, kind: str = "v3", **options: Any) -> None:
@@ -310,7 +310,7 @@ def beside(tiny_model: TINY) -> Beside:
 
 
 LAYOUTS = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel", "auto")
-REPLICATED = Forms(shared_expert="replicated")
+REPLICATED = WeightSharding(shared_expert="replicated")
 
 
 # -- A. who completes the sum ------------------------------------------------------------------------------------------
@@ -475,12 +475,12 @@ def test_a_replicated_shared_expert_is_counted_once(
     work = every_kind(dp)
     beside.one_rank(work, kind)
     with noticed(mistake, monkeypatch):
-        beside.check(work, dp, tp, "auto", kind, forms=REPLICATED)
+        beside.check(work, dp, tp, "auto", kind, sharding=REPLICATED)
 
 
 def _complete_embeddings(patch: pytest.MonkeyPatch) -> None:
-    def complete(config: Any, mesh: Mesh, forms: Forms) -> Any:
-        return embed_weights(config, mesh, replace(forms, embed="replicated"))
+    def complete(config: Any, mesh: Mesh, sharding: WeightSharding) -> Any:
+        return embed_weights(config, mesh, replace(sharding, embed="replicated"))
 
     patch.setattr(parts, "embed_weights", complete)
 
@@ -489,13 +489,13 @@ def _complete_embeddings(patch: pytest.MonkeyPatch) -> None:
 def test_embeddings_are_reduced_only_if_they_owe_a_sum(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #21215: embeddings handed in complete, then reduce-scattered: garbage. The form says which they are."""
+    """sglang #21215: embeddings handed in complete, then reduce-scattered: garbage. The sharding tells them apart."""
     work = every_kind(2)
     if layout == "auto":
-        with noticed(mistake, monkeypatch, here=False):  # complete by its form: the plan takes no sum
-            beside.check(work, 2, 2, layout, forms=Forms(embed="replicated"))
+        with noticed(mistake, monkeypatch, here=False):  # complete by its sharding: the plan takes no sum
+            beside.check(work, 2, 2, layout, sharding=WeightSharding(embed="replicated"))
     with noticed(mistake, monkeypatch):
-        beside.check(work, 2, 2, layout, forms=Forms())
+        beside.check(work, 2, 2, layout, sharding=WeightSharding())
 
 
 def _scattered_by_its_shape(patch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,7 @@ def _idle_ranks_take_another_plan(patch: pytest.MonkeyPatch) -> None:
             deployment = Deployment(
                 config=self.model.config, mesh=plan.mesh, device=device("cpu-core"), dtype="fp32", want_logits=True
             )
-            plan = Planner(deployment, self.place.forms).plan(plan.shape, "norm-before-gather")
+            plan = Planner(deployment, self.place.sharding).plan(plan.shape, "norm-before-gather")
         return real(self, batch, plan, keep_logits)
 
     patch.setattr(Worker, "step", step)
@@ -933,13 +933,13 @@ def test_uninitialised_memory_never_shows(
     logits as without. ``whole``: experts dealt to ranks whole, so that a rank may have none to run.
     """
     name, _, invariant = layout.partition(", ")
-    forms, work = Forms(experts="whole") if whole else Forms(), every_kind(2)
+    sharding, work = WeightSharding(experts="whole") if whole else WeightSharding(), every_kind(2)
     asked = replace(asked_for(tiny_model("v3"), work, 2, 2, name), batch_invariant=bool(invariant))
     with unwritten_memory(is_nan=False):
-        want = run(asked, work.batches, forms=forms)
+        want = run(asked, work.batches, sharding=sharding)
     with noticed(mistake, monkeypatch), monkeypatch.context() as patch, unwritten_memory(is_nan=True):
         _nan_in_send_buffers(patch)
-        got = run(asked, work.batches, forms=forms, before=spoil)
+        got = run(asked, work.batches, sharding=sharding, before=spoil)
         for number in range(len(work.batches)):
             for a, b in zip(want.steps[number], got.steps[number], strict=True):
                 assert a.logits is not None and b.logits is not None
@@ -1161,7 +1161,7 @@ def test_one_request_at_a_time_gives_what_a_batch_gives(
         beside.check(work, dp, tp, layout)
     with noticed(mistake, monkeypatch):
         asked = asked_for(beside.tiny_model("v3"), work, dp, tp, layout)
-        got = run(asked, alone, forms=Forms(), replay=replay)
+        got = run(asked, alone, sharding=WeightSharding(), replay=replay)
         for number, (step, at) in enumerate(rows_of):
             want = batched.logits(step)[at]
             compare(

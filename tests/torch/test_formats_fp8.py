@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig
 
 from narrows.arch.config import Quantization, read_config
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
@@ -204,10 +204,12 @@ def write_both(folder: Path, block: tuple[int, int], model: torch.nn.Module | No
 PROMPTS = [(5, 9, 2, 33, 60, 1, 0, 7), (66, 3, 3)]
 
 
-def engine_logits(model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32", forms: Forms | None = None) -> Tensor:
+def engine_logits(
+    model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32", sharding: WeightSharding | None = None
+) -> Tensor:
     """Of the prompts' last tokens, prefilled together."""
     asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=32, want_logits=True)
-    with Engine(resolve(asked, forms)) as engine:
+    with Engine(resolve(asked, sharding)) as engine:
         for prompt in PROMPTS:
             engine.add(prompt, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits
@@ -247,7 +249,7 @@ def test_blocks_that_ranks_share(tmp_path: Path, model, experts: str, meshes) ->
         expected = torch.stack([reference(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
     torch.testing.assert_close(engine_logits(fp8), expected, rtol=1e-4, atol=1e-4)
     for dp, tp in meshes:
-        sharded = engine_logits(fp8, dp, tp, forms=Forms(experts=experts))
+        sharded = engine_logits(fp8, dp, tp, sharding=WeightSharding(experts=experts))
         torch.testing.assert_close(sharded, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import kv_token_bytes, weight_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.free_memory import total_memory
@@ -23,7 +23,7 @@ SLOW = "no bf16 products"
 
 def start(host: Host = ROOMY, **options: object) -> Resolved:
     asked = {"model": "dsv3-mini", "load_format": "dummy", "max_context": 512} | options
-    return resolve(EngineConfig(**asked), Forms(), host)  # type: ignore[arg-type]
+    return resolve(EngineConfig(**asked), WeightSharding(), host)  # type: ignore[arg-type]
 
 
 def facts(host: Host = ROOMY, **options: object) -> str:
@@ -58,7 +58,8 @@ def test_the_price_in_memory_is_named() -> None:
     resolved = start(replace(ROOMY, cpu_features=("avx2",)), tp=2)
     config, mesh = resolved.config, resolved.mesh
     wide, narrow = (
-        sum(weight_bytes(config, mesh, Forms(), dtype, rank) for rank in range(2)) / 1e9 for dtype in ("fp32", "bf16")
+        sum(weight_bytes(config, mesh, WeightSharding(), dtype, rank) for rank in range(2)) / 1e9
+        for dtype in ("fp32", "bf16")
     )
     assert loaded_dtype(config)[0] == "bf16" and 1 < 1.9 * narrow < wide
     assert f"{wide:.1f} GB of weights here in place of {1000 * narrow:.1f} MB" in resolved.facts[0]
@@ -85,7 +86,7 @@ def test_the_checkpoint_s_dtype_runs_all_the_same() -> None:
 def total(resolved: Resolved, dtype: str = "bf16") -> float:
     """Weights and cache alone, of all ranks."""
     config, mesh = resolved.config, resolved.mesh
-    weights = sum(weight_bytes(config, mesh, resolved.forms, dtype, rank) for rank in range(mesh.size))
+    weights = sum(weight_bytes(config, mesh, resolved.sharding, dtype, rank) for rank in range(mesh.size))
     return weights + mesh.size * resolved.limits.tokens_per_group * kv_token_bytes(config, mesh)
 
 

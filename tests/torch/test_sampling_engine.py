@@ -522,7 +522,7 @@ def test_a_saved_plan_without_whole_logits_refuses_to_sample_and_goes_on(
     with engine(models["llama"], 1, 2) as free:
         resolved = free.resolved
         shape = StepShape.of(resolved.mesh, (16,), phase="prefill", context=64)
-        write_plan(tmp_path / "plan.json", free.plans.planner.plan(shape), resolved.config, resolved.forms)
+        write_plan(tmp_path / "plan.json", free.plans.planner.plan(shape), resolved.config, resolved.sharding)
         expected = serve(free, PROMPTS, [None] * 5)
     with engine(models["llama"], 1, 2, plan_file=str(tmp_path / "plan.json")) as pinned:
         for params in (DRAWN, SamplingParams(logprobs=0), SamplingParams(presence_penalty=1.0)):

@@ -1,4 +1,4 @@
-"""The simulation schedules as the engine does: same forms and limits, and step for step the same rows and plans."""
+"""The simulation schedules as the engine does: same sharding and limits, and step for step the same rows and plans."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_batches_and_plans_are_those_of_the_engine(
         kv_tokens=kv_tokens,
         prefix_cache=prefix_cache,
     )
-    assert (served.forms, served.limits) == (resolved.forms, resolved.limits)
+    assert (served.sharding, served.limits) == (resolved.sharding, resolved.limits)
     seen: list[Seen] = []
 
     def watch(batch: Batch, cost: StepCost) -> None:

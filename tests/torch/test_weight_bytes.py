@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig, read_config
-from narrows.arch.forms import Forms, form_choices
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cli.main import main
 from narrows.cost import device
 from narrows.cost.memory import weight_bytes
@@ -69,12 +69,12 @@ def held_bytes(model: Decoder) -> int:
     return sum(found.values())
 
 
-def model_of(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: int) -> Decoder:
+def model_of(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, dtype: str, rank: int) -> Decoder:
     kind, quantization = DTYPES[dtype]
     place = Place(
         mesh=mesh,
         rank=rank,
-        forms=forms,
+        sharding=sharding,
         dtype=kind,
         device=torch.device("cpu"),
         num_slots=1,
@@ -110,11 +110,11 @@ def test_so_are_those_of_biases_and_of_kinds_of_layers_in_turns(
 
 def all_ranks_hold_what_is_planned(config: ModelConfig, dtype: str) -> None:
     for mesh in (Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=3), Mesh.of(dp=2, tp=2)):
-        choices = form_choices(config, mesh)
-        for forms in {choices[0], choices[-1]}:
+        choices = sharding_choices(config, mesh)
+        for sharding in {choices[0], choices[-1]}:
             for rank in range(mesh.size):
-                held = held_bytes(model_of(config, mesh, forms, dtype, rank))
-                assert held == weight_bytes(config, mesh, forms, dtype, rank), f"{mesh}, {forms}, rank {rank}"
+                held = held_bytes(model_of(config, mesh, sharding, dtype, rank))
+                assert held == weight_bytes(config, mesh, sharding, dtype, rank), f"{mesh}, {sharding}, rank {rank}"
 
 
 # -- the same folder has one dtype, whoever asks ----------------------------------------------------------------------
@@ -162,8 +162,8 @@ def test_an_engine_here_holds_what_a_plan_for_here_says(
     assert resolved.deployment.dtype == elsewhere
     assert resolved.dtype == DTYPES[elsewhere][0]
     config, one = resolved.config, Mesh.of(dp=1, tp=1)
-    use = replace(resolved.deployment, mesh=one).memory(Forms())
-    assert use.weights == weight_bytes(config, one, Forms(), elsewhere, 0)
+    use = replace(resolved.deployment, mesh=one).memory(WeightSharding())
+    assert use.weights == weight_bytes(config, one, WeightSharding(), elsewhere, 0)
 
 
 UNREADABLE = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig, read_config
-from narrows.arch.forms import Forms, form_choices
+from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.engine.llm import LLM
 from narrows.errors import CheckpointError
@@ -28,10 +28,10 @@ INDEX = "model.safetensors.index.json"
 MESHES = [Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=3), Mesh.of(dp=2, tp=2), Mesh.of(dp=1, tp=8), Mesh.of(dp=4, tp=1)]
 
 
-def by_name(config: ModelConfig, mesh: Mesh, forms: Forms) -> dict[str, Weight]:
-    weights = [*embed_weights(config, mesh, forms).values(), *head_weights(config, mesh).values()]
+def by_name(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> dict[str, Weight]:
+    weights = [*embed_weights(config, mesh, sharding).values(), *head_weights(config, mesh).values()]
     for layer in range(config.num_hidden_layers):
-        weights += layer_weights(config, mesh, forms, layer).values()
+        weights += layer_weights(config, mesh, sharding, layer).values()
     return {weight.name: weight for weight in weights}
 
 
@@ -79,8 +79,8 @@ def test_the_slices_of_all_ranks_are_the_pieces_of_the_whole_tensors(
         tensors, source = split(source, tmp_path, num_files), tmp_path
     checkpoint = SafetensorsFolder(source)
     for mesh in MESHES:
-        for forms in (Forms(), form_choices(config, mesh)[-1]):
-            for weight in by_name(config, mesh, forms).values():
+        for sharding in (WeightSharding(), sharding_choices(config, mesh)[-1]):
+            for weight in by_name(config, mesh, sharding).values():
                 names = [weight.name.replace("{expert}", str(i)) for i in range(16)] if weight.experts else None
                 covered = {name: 0 for name in names or [weight.name]}
                 size = weight.shape[weight.dim or 0]
@@ -103,8 +103,8 @@ def test_sharded_slices_of_a_group_meet_without_gap_or_overlap(
     tiny_model: Callable[..., Path], kind: str, mesh: Mesh
 ) -> None:
     config = read_config(tiny_model(kind))
-    for forms in form_choices(config, mesh):
-        for weight in by_name(config, mesh, forms).values():
+    for sharding in sharding_choices(config, mesh):
+        for weight in by_name(config, mesh, sharding).values():
             if weight.dim is None or re.search(r"[kv]_proj", weight.name):
                 continue
             ranks = mesh.size if weight.over_world else mesh.group_size
@@ -225,8 +225,8 @@ def test_a_tensor_of_another_shape(folder: Path, span: tuple[int, int] | None) -
 def test_slices_of_dummy_weights_are_slices_of_the_whole(tiny_model: Callable[..., Path], dtype: torch.dtype) -> None:
     config = read_config(tiny_model("v3"))
     mesh = Mesh.of(dp=1, tp=3)
-    for forms in (Forms(), form_choices(config, mesh)[-1]):
-        for weight in by_name(config, mesh, forms).values():
+    for sharding in (WeightSharding(), sharding_choices(config, mesh)[-1]):
+        for weight in by_name(config, mesh, sharding).values():
             for rank in range(mesh.size):
                 span, expert = weight.span(mesh, rank), (weight.experts[rank][0] if weight.experts else None)
                 whole = DummyWeights(seed=3, dtype=dtype).take(weight, None, expert)
@@ -269,7 +269,7 @@ def test_a_file_is_mapped_anew_after_so_many_bytes(
 ) -> None:
     folder = tiny_model("v3")
     config = read_config(folder)
-    want = by_name(config, Mesh.of(dp=1, tp=1), Forms()).values()
+    want = by_name(config, Mesh.of(dp=1, tp=1), WeightSharding()).values()
     opened: list[Path] = []
     true_open = safetensors_folder.open_file
     monkeypatch.setattr(safetensors_folder, "_MAPPED", 4096)

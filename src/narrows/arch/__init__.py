@@ -1,1 +1,1 @@
-"""PURE room: what models are (configs, presets), their stages, forms and weights by slices. No torch, no prices."""
+"""PURE room: what models are (configs, presets), their stages, weight sharding and slices of weights. No torch."""

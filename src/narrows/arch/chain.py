@@ -9,7 +9,7 @@ Knows nothing of prices or of which layouts are chosen. A DeepSeek decoder layer
     attention         sharded  qkv_latent at GROUP -> hidden, a sum owed over the group
     post_attn_norm    norm     hidden (+ residual) -> hidden, residual
     router            row      hidden -> topk_ids, topk_weights
-    shared_expert     row      hidden -> shared                  (only in the form that replicates it)
+    shared_expert     row      hidden -> shared                  (only where its weights are replicated)
     experts (or mlp)  sharded  hidden, topk at FULL -> hidden, a sum owed over the world
 
 Without ``q_lora_rank`` (DeepSeek-V2-Lite) queries come from ``hidden`` itself, so attention reads that too. Layers with
@@ -24,7 +24,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from narrows.arch.config import MLA, ModelConfig
-from narrows.arch.forms import Forms, check_mesh, deal_blocks, head_spans, kv_head_spans
 from narrows.arch.stages import (
     AttentionCore,
     Chain,
@@ -41,15 +40,21 @@ from narrows.arch.stages import (
     StageKind,
     Stream,
 )
+from narrows.arch.weight_sharding import WeightSharding, check_mesh, head_spans, kv_head_spans, split_blocks
 from narrows.layout import Layout, Mesh, deal, full, group, owed
 
 __all__ = ["build_chain"]
 
 
 def build_chain(
-    config: ModelConfig, mesh: Mesh, forms: Forms | None = None, *, itemsize: int = 2, want_logits: bool = False
+    config: ModelConfig,
+    mesh: Mesh,
+    sharding: WeightSharding | None = None,
+    *,
+    itemsize: int = 2,
+    want_logits: bool = False,
 ) -> Chain:
-    """The chain of ``config`` on ``mesh`` with weights held as ``forms`` say.
+    """The chain of ``config`` on ``mesh`` with weights held as ``sharding`` says.
 
     Args:
         itemsize: bytes per value of the activations (2 for bfloat16).
@@ -60,7 +65,7 @@ def build_chain(
         ConfigError: the model's units cannot be dealt to the mesh (see :func:`check_mesh`).
     """
     check_mesh(config, mesh)
-    builder = _Builder(config, mesh, forms or Forms(), itemsize)
+    builder = _Builder(config, mesh, sharding or WeightSharding(), itemsize)
     layer_types: list[LayerType] = []
     kinds: list[tuple[bool, int | None, bool]] = []
     layers: list[int] = []
@@ -102,8 +107,8 @@ def _for_any_rows(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, mesh: Mesh, forms: Forms, itemsize: int) -> None:
-        self.config, self.mesh, self.forms, self.itemsize = config, mesh, forms, itemsize
+    def __init__(self, config: ModelConfig, mesh: Mesh, sharding: WeightSharding, itemsize: int) -> None:
+        self.config, self.mesh, self.sharding, self.itemsize = config, mesh, sharding, itemsize
         self.full, self.group = full(mesh), group(mesh)
         self.owed_world = owed(mesh)
         self.owed_group = owed(mesh, mesh.num_axes - 1)
@@ -125,7 +130,7 @@ class _Builder:
             top_k = config.moe.num_experts_per_tok
             fields.append(Field(name="topk_ids", width=top_k, itemsize=4, bundle="topk"))
             fields.append(Field(name="topk_weights", width=top_k, itemsize=4, bundle="topk"))
-        vocab = tuple(hi - lo for lo, hi in deal_blocks(config.vocab_size, mesh.size))
+        vocab = tuple(hi - lo for lo, hi in split_blocks(config.vocab_size, mesh.size))
         two_each = (2,) * mesh.size
         fields += [
             Field(name="logits", width=config.vocab_size, itemsize=size, bundle="logits", columns=vocab),
@@ -137,7 +142,7 @@ class _Builder:
     # -- before the layers -------------------------------------------------------------------------------------------
 
     def embed(self) -> Stage:
-        replicated = self.forms.embed == "replicated"
+        replicated = self.sharding.embed == "replicated"
         return Stage(
             name="embed",
             kind=StageKind.ROW if replicated else StageKind.SHARDED,
@@ -185,7 +190,7 @@ class _Builder:
         hidden, tp = config.hidden_size, self.mesh.group_size
         lo, hi = head_spans(config, tp)[0]
         heads = hi - lo
-        column = self.forms.qkv_a_proj == "column"
+        column = self.sharding.qkv_a_proj == "column"
         width = deal(mla.qkv_latent_dim, tp)[0] if column else mla.qkv_latent_dim
         query_from_hidden = mla.q_lora_rank is None
         qkv_a_proj = Stage(
@@ -267,7 +272,7 @@ class _Builder:
         return (attention,)
 
     def mlp(self) -> Stage:
-        lo, hi = deal_blocks(self.config.intermediate_size, self.mesh.size)[0]
+        lo, hi = split_blocks(self.config.intermediate_size, self.mesh.size)[0]
         return Stage(
             name="mlp",
             kind=StageKind.SHARDED,
@@ -287,8 +292,8 @@ class _Builder:
         config, moe, world = self.config, self.config.moe, self.mesh.size
         assert moe is not None
         hidden, size, top_k = config.hidden_size, self.itemsize, moe.num_experts_per_tok
-        whole = self.forms.experts == "whole"
-        lo, hi = deal_blocks(moe.moe_intermediate_size, world)[0]
+        whole = self.sharding.experts == "whole"
+        lo, hi = split_blocks(moe.moe_intermediate_size, world)[0]
         columns = moe.moe_intermediate_size if whole else hi - lo
         held = deal(moe.n_routed_experts, world)[0] if whole else moe.n_routed_experts
         pairs = top_k * held / moe.n_routed_experts
@@ -309,8 +314,8 @@ class _Builder:
             GroupedGemm(held, pairs, hidden, columns, ranks),
             Stream(hidden * size, sums) if whole else Stream(hidden * size + sums),
         )
-        replicated = self.forms.shared_expert == "replicated" and moe.n_shared_experts > 0
-        shared_columns = deal_blocks(max(moe.shared_intermediate_size, 1), world)[0][1]
+        replicated = self.sharding.shared_expert == "replicated" and moe.n_shared_experts > 0
+        shared_columns = split_blocks(max(moe.shared_intermediate_size, 1), world)[0][1]
         experts = Stage(
             name="experts",
             kind=StageKind.SHARDED,
@@ -338,7 +343,7 @@ class _Builder:
 
     def epilogue(self, want_logits: bool) -> tuple[Stage, ...]:
         config, mesh = self.config, self.mesh
-        lo, hi = deal_blocks(config.vocab_size, mesh.size)[0]
+        lo, hi = split_blocks(config.vocab_size, mesh.size)[0]
         columns = Layout.on(mesh, "C" * mesh.num_axes)
         one_rank = mesh.size == 1
         lm_head = Stage(

@@ -1,7 +1,7 @@
 """Which slices of which checkpoint tensors a rank holds: one truth for the price of memory and for the loader.
 
-Knows checkpoint names (Hugging Face's), shapes, forms and meshes; opens no file. A rank's slice is a span along one
-dimension, or whole experts, or everything.
+Names are the checkpoint's (Hugging Face's). No file is opened. A rank's slice is a span along one dimension,
+or whole experts, or everything.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from math import prod
 from typing import Literal
 
 from narrows.arch.config import GQA, MLA, ModelConfig
-from narrows.arch.forms import Forms, deal_blocks, head_spans, kv_head_spans
+from narrows.arch.weight_sharding import WeightSharding, head_spans, kv_head_spans, split_blocks
 from narrows.layout import Mesh, Span, deal, starts
 
 __all__ = ["Weight", "embed_weights", "head_weights", "layer_weights"]
@@ -82,13 +82,13 @@ def _scaled(spans: tuple[Span, ...], unit: int) -> tuple[Span, ...]:
     return tuple((lo * unit, hi * unit) for lo, hi in spans)
 
 
-def embed_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> dict[str, Weight]:
+def embed_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> dict[str, Weight]:
     """The input embedding, ``[vocab_size, hidden_size]``."""
     shape = (config.vocab_size, config.hidden_size)
     names = (_EMBED, _HEAD) if config.tie_word_embeddings else ()
-    if forms.embed == "replicated":
+    if sharding.embed == "replicated":
         return {"embed_tokens": Weight(name=_EMBED, shape=shape, stored_as=names)}
-    spans = deal_blocks(config.vocab_size, mesh.size)
+    spans = split_blocks(config.vocab_size, mesh.size)
     return {
         "embed_tokens": Weight(name=_EMBED, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names),
     }
@@ -97,7 +97,7 @@ def embed_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> dict[str, We
 def head_weights(config: ModelConfig, mesh: Mesh) -> dict[str, Weight]:
     """The final norm and the LM head, whose vocabulary is sharded over the world. Tied heads name the embedding."""
     name, names = (_EMBED, (_EMBED, _HEAD)) if config.tie_word_embeddings else (_HEAD, ())
-    spans = deal_blocks(config.vocab_size, mesh.size)
+    spans = split_blocks(config.vocab_size, mesh.size)
     shape = (config.vocab_size, config.hidden_size)
     return {
         "norm": Weight(name="model.norm.weight", shape=(config.hidden_size,)),
@@ -105,7 +105,7 @@ def head_weights(config: ModelConfig, mesh: Mesh) -> dict[str, Weight]:
     }
 
 
-def layer_weights(config: ModelConfig, mesh: Mesh, forms: Forms, layer: int) -> dict[str, Weight]:
+def layer_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, layer: int) -> dict[str, Weight]:
     """Every tensor of one decoder layer by its role, the checkpoint's name less the layer's prefix and ``.weight``."""
     prefix = f"model.layers.{layer}."
     norm = (config.hidden_size,)
@@ -115,15 +115,15 @@ def layer_weights(config: ModelConfig, mesh: Mesh, forms: Forms, layer: int) -> 
     }
     attention = prefix + "self_attn."
     if isinstance(config.attention, MLA):
-        weights |= _mla_weights(config, config.attention, mesh, forms, attention)
+        weights |= _mla_weights(config, config.attention, mesh, sharding, attention)
     else:
         weights |= _gqa_weights(config, config.attention, mesh, attention)
     if config.is_moe_layer(layer):
-        return weights | _moe_weights(config, mesh, forms, prefix + "mlp.")
+        return weights | _moe_weights(config, mesh, sharding, prefix + "mlp.")
     return weights | _mlp_weights(config.hidden_size, config.intermediate_size, mesh, prefix + "mlp.", config.mlp_bias)
 
 
-def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, forms: Forms, prefix: str) -> dict[str, Weight]:
+def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, sharding: WeightSharding, prefix: str) -> dict[str, Weight]:
     hidden, tp = config.hidden_size, mesh.group_size
     heads = head_spans(config, tp)
     q_rank, kv_rank = mla.q_lora_rank, mla.kv_lora_rank
@@ -131,7 +131,7 @@ def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, forms: Forms, prefix
     def low_rank(name: str, rows: int, at: int) -> Weight:
         """One part of the fused low-rank projection, whose output columns start at ``at`` of the fused ones."""
         shape = (rows, hidden)
-        if forms.qkv_a_proj == "replicated":
+        if sharding.qkv_a_proj == "replicated":
             return Weight(name=f"{prefix}{name}.weight", shape=shape, quantized=True)
         cut = starts(deal(mla.qkv_latent_dim, tp))
         spans = tuple((min(max(lo - at, 0), rows), min(max(hi - at, 0), rows)) for lo, hi in cut)
@@ -198,7 +198,7 @@ def _gqa_weights(config: ModelConfig, gqa: GQA, mesh: Mesh, prefix: str) -> dict
 
 
 def _mlp_weights(hidden: int, intermediate: int, mesh: Mesh, prefix: str, bias: bool = False) -> dict[str, Weight]:
-    spans = deal_blocks(intermediate, mesh.size)
+    spans = split_blocks(intermediate, mesh.size)
     weights: dict[str, Weight] = {}
     for name in ("gate_proj", "up_proj"):
         weights[name] = Weight(
@@ -226,7 +226,7 @@ def _mlp_weights(hidden: int, intermediate: int, mesh: Mesh, prefix: str, bias: 
     return weights
 
 
-def _moe_weights(config: ModelConfig, mesh: Mesh, forms: Forms, prefix: str) -> dict[str, Weight]:
+def _moe_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, prefix: str) -> dict[str, Weight]:
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
     num_experts, size = moe.n_routed_experts, moe.moe_intermediate_size
@@ -235,9 +235,9 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, forms: Forms, prefix: str) -> 
         weights["gate.e_score_correction_bias"] = Weight(
             name=prefix + "gate.e_score_correction_bias", shape=(num_experts,), float32=True
         )
-    whole = forms.experts == "whole"
+    whole = sharding.experts == "whole"
     held = starts(deal(num_experts, mesh.size)) if whole else ((0, num_experts),) * mesh.size
-    spans = deal_blocks(size, mesh.size)
+    spans = split_blocks(size, mesh.size)
     for name, shape, dim in (
         ("gate_proj", (size, hidden), 0),
         ("up_proj", (size, hidden), 0),
@@ -254,7 +254,7 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, forms: Forms, prefix: str) -> 
         )
     if moe.n_shared_experts:
         one = Mesh.of(**dict.fromkeys(mesh.names, 1))
-        where = one if forms.shared_expert == "replicated" else mesh
+        where = one if sharding.shared_expert == "replicated" else mesh
         size = moe.shared_intermediate_size
         shared = _mlp_weights(hidden, size, where, prefix + "shared_experts.", config.mlp_bias)
         for role, weight in shared.items():

@@ -12,8 +12,8 @@ from functools import partial
 from itertools import pairwise
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.positions import most_positions
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of
 from narrows.bench.rounds import in_turns
 from narrows.calibrate.machine import available_memory
@@ -99,14 +99,17 @@ def layout(
     warmup: int = 1,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Grid:
-    """Measure ``layouts``, `auto` among them, at every step of ``work``, in one engine with the published forms.
+    """Measure ``layouts``, `auto` among them, at every step of ``work``, in one engine with the published sharding.
 
     ``rounds`` at least, and as many more as fit into ``seconds`` per cell.
     """
     cells = []
     asked = replace(asked, layout="auto", prefix_cache=False)
     steps, left_out = _that_fit(work.steps(), resolve(asked))
-    with Calibrator(resolve(asked)) as calibrator, Engine(resolve(work.limits(asked, steps), Forms())) as engine:
+    with (
+        Calibrator(resolve(asked)) as calibrator,
+        Engine(resolve(work.limits(asked, steps), WeightSharding())) as engine,
+    ):
         allowed = [calibrator.measure()]
         if any(step.phase == "decode" for step in steps):
             fill_caches(engine)

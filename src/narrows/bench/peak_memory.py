@@ -65,7 +65,7 @@ def peak_memory(asked: EngineConfig, *, rows: int, length: int) -> PeakMemory:
         pids = tuple(ranks.pids)
         each = [rows // asked.dp] * asked.dp
         shape = StepShape.of(resolved.mesh, tuple(each), phase="prefill", context=length)
-        planner = Planner(resolved.deployment, resolved.forms)
+        planner = Planner(resolved.deployment, resolved.sharding)
         plan = planner.plan(shape, asked.layout)
         loaded = max(map(_own_bytes, pids))
         with _Watch(pids) as watch:

@@ -10,8 +10,8 @@ from math import prod
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import MLA, ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Stage
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.layout import Mesh
 
@@ -62,14 +62,14 @@ def decode_weight_bytes(
             return prod(weight.shape) * (1 + 4 / weight.shape[1])
         return prod(weight.shape) * (4 if weight.float32 else itemsize)
 
-    mesh, forms = Mesh.of(dp=1, tp=1), Forms()
+    mesh, sharding = Mesh.of(dp=1, tp=1), WeightSharding()
     weights: list[Weight] = list(head_weights(config, mesh).values())
     of_expert = 0.0
     for layer in range(config.num_hidden_layers):
-        of_layer = layer_weights(config, mesh, forms, layer)
+        of_layer = layer_weights(config, mesh, sharding, layer)
         weights += [weight for weight in of_layer.values() if not weight.experts]
         of_expert = sum(nbytes(weight) for weight in of_layer.values() if weight.experts) or of_expert
-    line = embed_weights(config, mesh, forms)["embed_tokens"].shape[1]
+    line = embed_weights(config, mesh, sharding)["embed_tokens"].shape[1]
     return sum(nbytes(weight) for weight in weights) + itemsize * rows * line + experts_hit * of_expert
 
 

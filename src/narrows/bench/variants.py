@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.machine import proportional_memory
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
@@ -98,8 +98,8 @@ def _value(text: str, kind: type, value: str) -> object:
 def contestants(variants: Sequence[Variant], trace: TraceFile | None = None) -> Iterator[tuple[Contestant, ...]]:
     """Start the engines that the variants need, and end them after. ``trace``: what records them, warm-up included.
 
-    Layouts that share an engine hold weights in the published forms, as the named ones need; one layout alone in the
-    forms that are best for it.
+    Layouts that share an engine hold weights in the published sharding, as the named ones need; one layout alone in the
+    sharding that is best for it.
     """
     layouts: dict[EngineConfig, list[str]] = {}
     for variant in variants:
@@ -107,9 +107,9 @@ def contestants(variants: Sequence[Variant], trace: TraceFile | None = None) -> 
     with ExitStack() as stack:
         engines = {}
         for key, names in layouts.items():
-            forms = Forms() if len(set(names)) > 1 else None
+            sharding = WeightSharding() if len(set(names)) > 1 else None
             engines[key] = stack.enter_context(
-                Engine(resolve(replace(key, layout=names[0], prefix_cache=False), forms))
+                Engine(resolve(replace(key, layout=names[0], prefix_cache=False), sharding))
             )
         if trace is not None:
             for key, engine in engines.items():

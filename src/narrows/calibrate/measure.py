@@ -15,8 +15,8 @@ from time import perf_counter
 from typing import Any
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms, check_mesh, form_choices
 from narrows.arch.presets import load_model_config
+from narrows.arch.weight_sharding import WeightSharding, check_mesh, sharding_choices
 from narrows.calibrate.price_tables import OPS, Calibration, Tables, axis_of
 from narrows.calibrate.probe import Probe
 from narrows.calibrate.rates import Calibrator
@@ -131,24 +131,25 @@ def _measure(
     is_first: bool,
     say: Callable[[str], None],
 ) -> None:
-    """One model on one mesh: its plans in the published forms. For the first on that mesh also collectives alone; of
-    the others two layouts say what their stages cost. At the very first also plans in the forms that differ in
-    everything: but for attention, which has no such forms, stages of one number of ranks are alike on all meshes."""
+    """One model on one mesh: its plans with the published weight sharding. On the first model of
+    that mesh collectives alone are measured too; of the others two layouts give the costs of their stages. The very
+    first is also run with the sharding that differs in every part. Attention has one sharding only; other stages cost
+    the same on all meshes of one size."""
     asked = replace(asked, model=model, dp=mesh.sizes[0], tp=mesh.sizes[-1], load_format="dummy")
     if is_new:
-        with Calibrator(resolve(asked, Forms())) as alone:
+        with Calibrator(resolve(asked, WeightSharding())) as alone:
             say(f"{mesh}: collectives alone")
             _measure_alone(tables, alone, mesh, grid)
     config = load_model_config(model)
     named = [name for name in applicable_layouts(config, mesh) if name != "auto"]
-    published, other = form_choices(config, mesh)[0], form_choices(config, mesh)[-1]
+    published, other = sharding_choices(config, mesh)[0], sharding_choices(config, mesh)[-1]
     todo = [(published, [*named, "auto"] if is_new else [named[0], named[-1]])]
     if is_first and other != published:
         todo.append((other, ["auto"]))
-    for turn, (forms, layouts) in enumerate(todo):
+    for turn, (sharding, layouts) in enumerate(todo):
         left = until - perf_counter()
         deadline = until if turn == len(todo) - 1 else until - 0.25 * left
-        resolved = _small(resolve(asked, forms), grid)
+        resolved = _small(resolve(asked, sharding), grid)
         tables.dtype = resolved.deployment.dtype
         with Engine(resolved, source=PooledWeights(resolved.dtype)) as engine:
             _measure_plans(tables, engine, list(dict.fromkeys(layouts)), grid, deadline=deadline, say=say)

@@ -12,7 +12,7 @@ from time import perf_counter
 from rich import box
 from rich.table import Table
 
-from narrows.arch.forms import form_words
+from narrows.arch.weight_sharding import sharding_words
 from narrows.cli.arguments import (
     add_engine_flags,
     add_host_flags,
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             f"{resolved.config.name}: {resolved.mesh}, {resolved.asked.threads} thread(s) per rank, layout {layout}, "
             f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
         )
-        notes.print(f"forms: {form_words(resolved.config, resolved.forms)}")
+        notes.print(f"weight sharding: {sharding_words(resolved.config, resolved.sharding)}")
         if resolved.mesh.size > 1:
             notes.print(f"collectives: {llm.engine.ranks.transport}")
         for note in filter(None, (*resolved.notes, llm.engine.plans.evidence())):

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
         _write(args.html, report_page(report))
     if args.save:
-        write_plan(Path(args.save), one.plan, report.deployment.config, one.forms)
+        write_plan(Path(args.save), one.plan, report.deployment.config, one.sharding)
     if args.code:
         print(plan_code(one.plan), end="")
     elif not args.json:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from narrows.arch.forms import Forms, form_words
+from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cli.console import console
 from narrows.layout import MoveKind
 from narrows.plan.crossovers import RowRange
@@ -67,7 +67,7 @@ class _Page:
 
 def _print_header(page: _Page, report: PlanReport) -> None:
     deployment, shape = report.deployment, report.shape
-    mesh, published = deployment.mesh, Forms()
+    mesh, published = deployment.mesh, WeightSharding()
     groups = f" ({' + '.join(str(n) for n in shape.group_rows)})" if mesh.num_groups > 1 else ""
     launch = (
         "" if deployment.device.shared_memory else ", in a CUDA graph" if deployment.graph else ", launched eagerly"
@@ -79,12 +79,13 @@ def _print_header(page: _Page, report: PlanReport) -> None:
         f"one {shape.phase} step of {shape.rows.total} rows{groups}, context {shape.context}, "
         f"logits of {shape.logits.total}{launch}"
     )
-    words = form_words(deployment.config, published)
-    if report.auto.forms == published:
-        page.put(f"forms: {words}")
+    words = sharding_words(deployment.config, published)
+    if report.auto.sharding == published:
+        page.put(f"weight sharding: {words}")
     else:
-        page.put(f"forms of auto, chosen for this one step: {form_words(deployment.config, report.auto.forms)}")
-        page.put(f"forms of the named layouts, as published: {words}")
+        chosen = sharding_words(deployment.config, report.auto.sharding)
+        page.put(f"weight sharding of auto, chosen for this one step: {chosen}")
+        page.put(f"weight sharding of the named layouts, as published: {words}")
     if deployment.encode_rows != "none":
         page.put(f"rows before gathers: {_encoded(report)}")
     page.put(_LEGEND)
@@ -224,17 +225,17 @@ def _ranges(ranges: Sequence[RowRange]) -> Table:
 
 
 def _memory(report: PlanReport) -> list[str]:
-    """One line per set of forms that the plans of the report have."""
+    """One line per weight sharding that the plans of the report have."""
     lines: dict[str, str] = {}
-    auto, published = report.auto, Forms()
+    auto, published = report.auto, WeightSharding()
     for entry in (*report.entries, auto):
-        whose = "published forms" if entry.forms == published else "forms of auto"
+        whose = "published sharding" if entry.sharding == published else "sharding of auto"
         lines[whose] = f"{whose}: {_fit(entry, report.shape.kv_tokens)}"
     return list(lines.values())
 
 
 def _fit(entry: Entry, step_tokens: int) -> str:
-    """Of the layout among those of these forms that comes last; `auto` if it is one."""
+    """Of the layout among those of this sharding that comes last; `auto` if it is one."""
     memory, step = entry.memory, entry.workspace
     parts = (
         ("activations", step.activations),

@@ -15,8 +15,8 @@ from typing import Any
 from rich.progress import Progress
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import form_words
 from narrows.arch.presets import load_model_config
+from narrows.arch.weight_sharding import sharding_words
 from narrows.cli.console import console
 from narrows.cli.loads import (
     FLOOD,
@@ -279,7 +279,7 @@ def _candidate(
         mesh=mesh,
         layout=layout,
         dtype=dtype,
-        forms=form_words(config, found.forms),
+        sharding=sharding_words(config, found.sharding),
         kv_tokens=found.limits.tokens_per_group,
         memory=found.memory,
         outcome=simulate(found.limits, costs, asks, concurrency=args.concurrency, fair=args.fair_shares),
@@ -316,7 +316,7 @@ def _entry(candidate: Candidate, target: Target) -> dict[str, Any]:
     if outcome is None:
         return what
     return what | {
-        "forms": candidate.forms,
+        "weight_sharding": candidate.sharding,
         "kv_tokens_per_group": candidate.kv_tokens,
         "figures": plain(asdict(outcome.figures)),
         "goodput": target.goodput(outcome) if target.is_set else None,

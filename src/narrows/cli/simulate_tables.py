@@ -102,7 +102,7 @@ def _lines(candidate: Candidate, outcome: Outcome) -> list[str]:
         lines.append(
             f"memory per rank: weights {memory.weights / 1e9:.1f} GB, KV cache "
             f"{candidate.kv_tokens * memory.kv_per_token / 1e9:.1f} GB, of {memory.usable / 1e9:.1f} GB usable; "
-            f"forms: {candidate.forms}"
+            f"weight sharding: {candidate.sharding}"
         )
     lines.append(f"prices rest on (of the time): {_shares(outcome.sources)}")
     return lines

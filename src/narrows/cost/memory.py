@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from narrows.arch.config import MLA, ModelConfig
-from narrows.arch.forms import Forms, head_spans, kv_head_spans
+from narrows.arch.weight_sharding import WeightSharding, head_spans, kv_head_spans
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.cost.devices import Device
 from narrows.layout import Mesh
@@ -53,22 +53,22 @@ class MemoryUse:
         return self.fits and tokens <= self.context_tokens
 
 
-def weight_bytes(config: ModelConfig, mesh: Mesh, forms: Forms, dtype: str, rank: int) -> int:
+def weight_bytes(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, dtype: str, rank: int) -> int:
     """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with scales by block, ``int8`` in
     one with a scale per output, ``bf16`` in two, ``fp32`` in four. What is not linear is as wide as the activations,
     and the router's are float32 always."""
-    return _rank_bytes(_kinds_of_weights(config, mesh, forms), _scale_block(config), mesh, dtype, rank)
+    return _rank_bytes(_kinds_of_weights(config, mesh, sharding), _scale_block(config), mesh, dtype, rank)
 
 
-def _kinds_of_weights(config: ModelConfig, mesh: Mesh, forms: Forms) -> list[tuple[int, list[Weight]]]:
+def _kinds_of_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> list[tuple[int, list[Weight]]]:
     """Weights that a model has so many times, which are the same question for every rank."""
     head = head_weights(config, mesh)
     if config.tie_word_embeddings:
         del head["lm_head"]  # a slice of the embedding, which is held already
-    found = [(1, [*embed_weights(config, mesh, forms).values(), *head.values()])]
+    found = [(1, [*embed_weights(config, mesh, sharding).values(), *head.values()])]
     kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
     for kind in set(kinds):  # all layers of a kind hold as much
-        found.append((kinds.count(kind), list(layer_weights(config, mesh, forms, kinds.index(kind)).values())))
+        found.append((kinds.count(kind), list(layer_weights(config, mesh, sharding, kinds.index(kind)).values())))
     return found
 
 
@@ -110,12 +110,12 @@ def kv_token_bytes(config: ModelConfig, mesh: Mesh, itemsize: int = 2) -> int:
 
 
 def memory_use(
-    config: ModelConfig, mesh: Mesh, forms: Forms, device: Device, dtype: str, workspace: int = 0
+    config: ModelConfig, mesh: Mesh, sharding: WeightSharding, device: Device, dtype: str, workspace: int = 0
 ) -> MemoryUse:
     """Weights and KV cache on the rank that holds most weights, and what fits beside them where steps take
     ``workspace`` bytes."""
     itemsize = 4 if dtype == "fp32" else 2
-    kinds, block = _kinds_of_weights(config, mesh, forms), _scale_block(config)
+    kinds, block = _kinds_of_weights(config, mesh, sharding), _scale_block(config)
     weights = max(_rank_bytes(kinds, block, mesh, dtype, rank) for rank in range(mesh.size))
     return MemoryUse(
         weights=weights,

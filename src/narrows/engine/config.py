@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.presets import load_model_config
 from narrows.arch.quantization import check_loadable
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.checkpoints import local_model
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.profile import choose_device
@@ -32,15 +32,15 @@ from narrows.plan.deploy import (
     DEFAULT_REQUESTS,
     DEFAULT_ROWS,
     PAGE_SIZE,
-    form_mix,
     limits_of,
     loaded_dtype,
     longest_context,
     priced_context,
+    step_mix,
 )
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
-from narrows.plan.planner import Deployment, Planner, known_forms
+from narrows.plan.planner import Deployment, Planner, known_sharding
 from narrows.plan.saved import read_plan
 from narrows.ranks.launch import Launch
 from narrows.sched.scheduler import Limits
@@ -128,7 +128,7 @@ class Resolved:
     config: ModelConfig
     mesh: Mesh
     deployment: Deployment
-    forms: Forms
+    sharding: WeightSharding
     plan: Plan | None
     """The one plan that runs at every step: saved, or the only one for ``batch_invariant``; None: plans are cached."""
     dtype: torch.dtype
@@ -170,8 +170,8 @@ class Resolved:
         return SafetensorsFolder(path, quantization=self.config.quantization, dtype=self.dtype)
 
 
-def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None = None) -> Resolved:
-    """Decide everything that ``asked`` leaves open; ``forms`` pins the forms. ``host``: in place of this one.
+def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: Host | None = None) -> Resolved:
+    """Decide everything that ``asked`` leaves open; ``sharding`` and ``host``: in place of its own.
 
     Raises:
         ConfigError: a model, mesh, layout, device, dtype or size that cannot be; the message says what would work.
@@ -231,20 +231,20 @@ def resolve(asked: EngineConfig, forms: Forms | None = None, host: Host | None =
     limits = _limits(asked, config, mesh)
     plan = None
     if asked.plan_file:
-        plan, forms = read_plan(Path(asked.plan_file), config, mesh)
+        plan, sharding = read_plan(Path(asked.plan_file), config, mesh)
         notes.append(f"the plan in {asked.plan_file} (layout {plan.layout_name}) runs at every step")
-    elif forms is None:
+    elif sharding is None:
         rows = DEFAULT_ROWS if asked.batch_invariant else limits.rows_per_step
-        forms = rules.forms or known_forms(deployment, tuple(form_mix(mesh, rows, limits.max_context)))
+        sharding = rules.sharding or known_sharding(deployment, tuple(step_mix(mesh, rows, limits.max_context)))
     if asked.batch_invariant and plan is None:
-        plan = _pinned_plan(deployment, forms, asked.layout, limits)
-    facts = (*facts, *_fit_host(asked, deployment, forms, plan, limits, dtype.itemsize, host or Host.here()))
+        plan = _pinned_plan(deployment, sharding, asked.layout, limits)
+    facts = (*facts, *_fit_host(asked, deployment, sharding, plan, limits, dtype.itemsize, host or Host.here()))
     return Resolved(
         asked=asked,
         config=config,
         mesh=mesh,
         deployment=deployment,
-        forms=forms,
+        sharding=sharding,
         plan=plan,
         dtype=dtype,
         limits=limits,
@@ -335,7 +335,7 @@ def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
 def _fit_host(
     asked: EngineConfig,
     deployment: Deployment,
-    forms: Forms,
+    sharding: WeightSharding,
     plan: Plan | None,
     limits: Limits,
     itemsize: int,
@@ -345,7 +345,7 @@ def _fit_host(
     if asked.run_on != "cpu" or (asked.load_format != "dummy" and not Path(asked.model).exists()):
         return []  # a preset has no weights, which `Resolved.weights` says
     mesh = deployment.mesh
-    planner = Planner(deployment, forms)
+    planner = Planner(deployment, sharding)
     if plan is None:
         rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a place in the cache
         shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=limits.max_context)
@@ -353,7 +353,7 @@ def _fit_host(
     needs_of = partial(
         Needs.of,
         deployment,
-        forms,
+        sharding,
         ranks=range(mesh.size) if asked.launch is None else asked.launch.ranks,
         in_threads=asked.ranks == "threads",
         kv_tokens=limits.tokens_per_group,
@@ -367,7 +367,7 @@ def _fit_host(
     return [line for line in said if line]
 
 
-def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limits) -> Plan:
+def _pinned_plan(deployment: Deployment, sharding: WeightSharding, layout: str, limits: Limits) -> Plan:
     """The plan of ``batch_invariant``: of a step with one chunk of a prompt in every group, one of its rows sampled.
 
     It gives whole rows of logits, since any request of any step may need them.
@@ -376,4 +376,4 @@ def _pinned_plan(deployment: Deployment, forms: Forms, layout: str, limits: Limi
     rows = (INVARIANT_CHUNK,) * mesh.num_groups
     context = priced_context(limits.max_context)
     shape = StepShape.of(mesh, rows, phase="prefill", context=context, logit_rows=mesh.num_groups)
-    return Planner(replace(deployment, want_logits=True), forms).plan(shape, layout)
+    return Planner(replace(deployment, want_logits=True), sharding).plan(shape, layout)

@@ -390,7 +390,7 @@ def _make_worker(
     place = Place(
         mesh=resolved.mesh,
         rank=comm.rank,
-        forms=resolved.forms,
+        sharding=resolved.sharding,
         dtype=resolved.dtype,
         device=comm.device,
         num_slots=resolved.num_slots,

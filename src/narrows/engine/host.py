@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.here import cpu_facts
 from narrows.cost.memory import kv_token_bytes, weight_bytes
 from narrows.engine.free_memory import free_memory, total_memory
@@ -54,7 +54,7 @@ class Needs:
     def of(
         cls,
         deployment: Deployment,
-        forms: Forms,
+        sharding: WeightSharding,
         *,
         ranks: Sequence[int],
         in_threads: bool,
@@ -66,10 +66,10 @@ class Needs:
         ``step``: of one rank."""
         config, mesh = deployment.config, deployment.mesh
         per_token = kv_token_bytes(config, mesh, 4 if dtype == "fp32" else 2)
-        process = deployment.memory(forms).process
+        process = deployment.memory(sharding).process
         return cls(
             ranks=len(ranks),
-            weights=sum(weight_bytes(config, mesh, forms, dtype, rank) for rank in ranks),
+            weights=sum(weight_bytes(config, mesh, sharding, dtype, rank) for rank in ranks),
             cache=kv_tokens * per_token * len(ranks),
             processes=round(process * (1 if in_threads else len(ranks))),
             step=step * len(ranks),

@@ -8,7 +8,7 @@ allow. What is left of the cores becomes threads of each rank.
 from __future__ import annotations
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import check_mesh
+from narrows.arch.weight_sharding import check_mesh
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.ranks.affinity import num_threads, room

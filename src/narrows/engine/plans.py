@@ -33,8 +33,8 @@ class EnginePlans:
 
     def __init__(self, resolved: Resolved) -> None:
         self._resolved = resolved
-        self.planner = Planner(resolved.deployment, resolved.forms)
-        self._logits_planner = Planner(replace(resolved.deployment, want_logits=True), resolved.forms)
+        self.planner = Planner(resolved.deployment, resolved.sharding)
+        self._logits_planner = Planner(replace(resolved.deployment, want_logits=True), resolved.sharding)
         self._caches: dict[str, tuple[PlanCache, PlanCache]] = {}
         self._expected = self._expected_keys()
         self.select(resolved.asked.layout)

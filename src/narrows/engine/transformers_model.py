@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.memory import weight_bytes
 from narrows.engine.free_memory import free_memory
@@ -175,7 +175,7 @@ def _transformers() -> Any:
 
 
 def _check_room(path: Path, config: ModelConfig, room: int) -> None:
-    weights = weight_bytes(config, Mesh.of(dp=1, tp=1), Forms(), "fp32", 0)
+    weights = weight_bytes(config, Mesh.of(dp=1, tp=1), WeightSharding(), "fp32", 0)
     needed = weights * _HEADROOM
     if needed > room:
         raise ConfigError(

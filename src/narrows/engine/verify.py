@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.stages import RowSet
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.recorder import Copy, Flip, Recorder, Spot
@@ -88,7 +88,7 @@ class LayoutReport:
     """
 
     layout: str
-    forms: str
+    sharding: str
     tolerance: float
     encodings: frozenset[Encoding] = frozenset()
     num_rows: int = 0
@@ -163,20 +163,20 @@ def verify(
     asked = replace(asked, max_context=script.max_context, kv_tokens=script.kv_tokens)
     sharded = resolve(asked)
     names = tuple(layouts) or applicable_layouts(sharded.config, sharded.mesh)
-    by_forms: dict[Forms, list[str]] = {}
+    by_sharding: dict[WeightSharding, list[str]] = {}
     for name in names:
         rules = named_layout(name, sharded.config, sharded.mesh)
-        by_forms.setdefault(rules.forms or sharded.forms, []).append(name)
+        by_sharding.setdefault(rules.sharding or sharded.sharding, []).append(name)
 
     if outside is None:
         reference = _one_rank(asked, script, source)
     else:
         reference = _outside(sharded.config, outside(sharded.config), prompts, script)
     reports: dict[str, LayoutReport] = {}
-    for forms, group in by_forms.items():
+    for sharding, group in by_sharding.items():
         recorder = Recorder(sharded.mesh.size, replay=reference.routing) if asked.ranks == "threads" else None
         wrap = recorder.wrap if recorder else None
-        with Engine(resolve(asked, forms), source=source, wrap=wrap, validate=validate) as engine:
+        with Engine(resolve(asked, sharding), source=source, wrap=wrap, validate=validate) as engine:
             for name in group:
                 reports[name] = _run_layout(engine, name, reference, recorder, tamper, validate)
     return VerifyReport(
@@ -259,7 +259,7 @@ def _run_layout(
     validate: bool,
 ) -> LayoutReport:
     resolved, cache = engine.resolved, engine.plans.cache_of(name)
-    report = LayoutReport(layout=name, forms=str(resolved.forms), tolerance=_tolerance(resolved))
+    report = LayoutReport(layout=name, sharding=str(resolved.sharding), tolerance=_tolerance(resolved))
     if recorder is not None:
         recorder.flips = report.flips
     for step, batch in enumerate(reference.batches):
@@ -304,8 +304,8 @@ def _compare_stages(
         _compare_ranks(report, step, got, {RowSet.ALL: rows, RowSet.LOGITS: logits})
     for spot, wanted in expected.items():
         if spot not in got or spot.field == "next_ids":
-            continue  # a form may lack a stage of the other; tokens are compared by agreement
-        if spot.stage == "experts" and resolved.forms.shared_expert == "replicated":
+            continue  # a sharding may lack a stage of the other; tokens are compared by agreement
+        if spot.stage == "experts" and resolved.sharding.shared_expert == "replicated":
             continue  # here without the shared expert, which joins after: the next norm's residual has both
         for copy in got[spot]:
             split, want, have = rows, wanted.tensor, copy.tensor

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Operation, Wrap
@@ -246,13 +246,13 @@ def verify_served(
     if why := uncaptured(resolved.dtype, asked.run_on):
         report.paths.update({name: ServedPath(uncaptured=why) for name in names})
         return report
-    by_forms: dict[Forms, list[str]] = {}
+    by_sharding: dict[WeightSharding, list[str]] = {}
     for name in names:
         rules = named_layout(name, resolved.config, resolved.mesh)
-        by_forms.setdefault(rules.forms or resolved.forms, []).append(name)
+        by_sharding.setdefault(rules.sharding or resolved.sharding, []).append(name)
     batches: list[Batch] = []
-    for forms, group in by_forms.items():
-        with Engine(resolve(asked, forms)) as engine:
+    for sharding, group in by_sharding.items():
+        with Engine(resolve(asked, sharding)) as engine:
             for name in group:
                 engine.instrument(plant, "plant")
                 engine.instrument(_Emptied, "emptied")  # plans are bound anew, and no capture is left

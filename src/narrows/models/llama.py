@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from narrows.arch.config import GQA, ModelConfig
-from narrows.arch.forms import head_spans, kv_head_spans
+from narrows.arch.weight_sharding import head_spans, kv_head_spans
 from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
 from narrows.ops.gqa_attention import gqa_attention
 from narrows.ops.paged import empty_cache

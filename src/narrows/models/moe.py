@@ -46,7 +46,7 @@ class MoeLayer(DecoderLayer):
         if self.moe.n_shared_experts:
             self.shared_gate_up_F2H = load.gate_up(weights, "shared_experts.gate_proj", "shared_experts.up_proj")
             self.shared_down_HF = load.linear(weights, "shared_experts.down_proj")
-            self.adds_shared = load.place.forms.shared_expert == "sharded"
+            self.adds_shared = load.place.sharding.shared_expert == "sharded"
             self.shared: SharedMlp = self.shared_gate_up_F2H, self.shared_down_HF
             if config.mlp_bias:
                 names = "shared_experts.gate_proj.bias", "shared_experts.up_proj.bias"
@@ -66,7 +66,7 @@ class MoeLayer(DecoderLayer):
         return router(hidden_TH, self.gate_EH, **self.rule, batch_invariant=self.place.batch_invariant)
 
     def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
-        """The shared experts' MLP over the columns this rank holds (all of them, where the form replicates them)."""
+        """The shared experts' MLP over the columns this rank holds (all of them, where they are replicated)."""
         return self.gated_mlp(hidden_TH, *self.shared)
 
     def experts(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.layout import Mesh
 from narrows.ops.argmax import pick, shard_argmax
@@ -36,13 +36,13 @@ __all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where and as what one rank computes: which rank of which mesh, its forms, dtype and device, its cache's slots,
-    and how many positions a sequence may have. ``batch_invariant``: no row's bits depend on which others there are.
-    ``quantization``: what linear weights are held as."""
+    """Where and as what one rank computes: which rank of which mesh, its weight sharding, dtype and device, its cache's
+    slots, and how many positions a sequence may have. ``batch_invariant``: no row's bits depend on the other
+    rows. ``quantization``: what linear weights are held as."""
 
     mesh: Mesh
     rank: int
-    forms: Forms
+    sharding: WeightSharding
     dtype: torch.dtype
     device: torch.device
     num_slots: int
@@ -155,7 +155,7 @@ class DecoderLayer:
         self.config, self.place = config, place
         self.linear = partial(linear, batch_invariant=place.batch_invariant)
         self.gated_mlp = partial(mlp, hidden_act=config.hidden_act, batch_invariant=place.batch_invariant)
-        self.weights = layer_weights(config, place.mesh, place.forms, layer)
+        self.weights = layer_weights(config, place.mesh, place.sharding, layer)
         self.eps = config.rms_norm_eps
         self.input_layernorm_H = load(self.weights["input_layernorm"])
         self.post_attention_layernorm_H = load(self.weights["post_attention_layernorm"])
@@ -213,7 +213,7 @@ class Decoder:
         place = load.place
         self.config, self.place = config, place
         self.linear = partial(linear, batch_invariant=place.batch_invariant)
-        embed = embed_weights(config, place.mesh, place.forms)["embed_tokens"]
+        embed = embed_weights(config, place.mesh, place.sharding)["embed_tokens"]
         head = head_weights(config, place.mesh)
         span = embed.span(place.mesh, place.rank)
         head_span = head["lm_head"].span(place.mesh, place.rank)

@@ -1,7 +1,6 @@
 """At which row counts the best layout changes: a sweep over row counts, then bisection to the exact count.
 
-Knows a planner and how the rows of a step spread over attention groups. Forms stay as the planner has them, because a
-deployment loads its weights once.
+Weights stay sharded as the planner has them, because a deployment loads its weights once.
 """
 
 from __future__ import annotations

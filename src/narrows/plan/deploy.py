@@ -1,4 +1,4 @@
-"""What a deployment decides before its first step, in numbers: its limits, and what its forms and plans are for.
+"""What a deployment decides before its first step: its limits, and the steps that it is planned for.
 
 Knows models and meshes as numbers; no torch, no checkpoint and no machine. The engine and its simulation decide by
 the same functions, so that the one is priced as the other runs.
@@ -19,12 +19,12 @@ __all__ = [
     "DEFAULT_REQUESTS",
     "DEFAULT_ROWS",
     "PAGE_SIZE",
-    "form_mix",
     "limits_of",
     "loaded_dtype",
     "longest_context",
     "planned_dtype",
     "priced_context",
+    "step_mix",
 ]
 
 DEFAULT_ROWS = 2048
@@ -94,8 +94,8 @@ def priced_context(max_context: int) -> int:
     return min(_PRICED_CONTEXT, max_context)
 
 
-def form_mix(mesh: Mesh, rows: int, max_context: int) -> list[tuple[StepShape, float]]:
-    """The mix that forms are chosen for: one full prefill step to 64 decode steps of one request per group."""
+def step_mix(mesh: Mesh, rows: int, max_context: int) -> list[tuple[StepShape, float]]:
+    """The steps that weight sharding is chosen for: one full prefill step to 64 decode steps of a request per group."""
     context = priced_context(max_context)
     prefill = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=context)
     decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)

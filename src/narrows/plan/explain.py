@@ -278,7 +278,7 @@ def _difference(plan: Plan, mine: Sequence[Op], its: Sequence[Op], target: str) 
         return f"{some.name} at {at} ({its_op.rows} rows) instead of {instead} ({my_op.rows})"
     if its_op.fused != my_op.fused:
         return f"{some.name} {'with' if its_op.fused else 'without'} the add of the residual"
-    return f"{some.name} on equal rows, its weights in another form"
+    return f"{some.name} on equal rows, its weights sharded otherwise"
 
 
 def _added(ops: Sequence[Op]) -> str:

@@ -1,8 +1,7 @@
 """Named layouts: the published ways through a layer, each said as the edges that the search may use.
 
-Knows the roles of stages and layouts' titles; decides nothing by itself. A named layout is the same search over fewer
-edges, with the forms of the published code pinned. Where one cannot apply to a model or a mesh it says which condition
-fails.
+A named layout is the same search over fewer edges, with the weight sharding of the published code. Where one cannot
+apply to a model or a mesh, it says which condition fails.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from narrows.arch.config import MLA, ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.stages import Role, Stage
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, MoveKind
 from narrows.plan.plan import Plan
@@ -34,7 +33,7 @@ class NamedLayout:
 
     name: str
     summary: str
-    forms: Forms | None = None
+    sharding: WeightSharding | None = None
     rows_at: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     sums_by: Mapping[Role, tuple[MoveKind, ...]] = field(default_factory=dict)
     residual: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
@@ -59,7 +58,7 @@ AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed
 _ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 NAMED_LAYOUTS = (*_ORDER, "auto")
 
-_PINNED = Forms()
+_PINNED = WeightSharding()
 _NORMS = (Role.ATTENTION_NORM, Role.MLP_NORM, Role.FINAL_NORM)
 _GROUP_LATENTS = {Role.LATENT_PROJ: ("GROUP",), Role.LATENT_NORM: ("GROUP",)}
 _SUMS_ALL_REDUCED = dict.fromkeys(_NORMS, (ALL_REDUCE,))
@@ -83,7 +82,7 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
         return NamedLayout(
             name=name,
             summary="every owed sum completed at once by all-reduce; norms on all rows they meet",
-            forms=_PINNED,
+            sharding=_PINNED,
             rows_at={
                 Role.ATTENTION_NORM: ("GROUP",),
                 **_GROUP_LATENTS,
@@ -103,7 +102,7 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
         return NamedLayout(
             name=name,
             summary="reduce-scatter into attention, norm and projection on scattered rows, gather the narrow latent",
-            forms=_PINNED,
+            sharding=_PINNED,
             rows_at={
                 Role.ATTENTION_NORM: ("SCATTERED",),
                 Role.LATENT_PROJ: ("SCATTERED",),
@@ -124,7 +123,7 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
         return NamedLayout(
             name=name,
             summary="norm on the attention group's own rows, then gather them for the experts",
-            forms=_PINNED,
+            sharding=_PINNED,
             rows_at={
                 Role.ATTENTION_NORM: ("GROUP",),
                 **_GROUP_LATENTS,
@@ -139,7 +138,7 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
     return NamedLayout(
         name=name,
         summary="every norm on scattered rows, every gather at full width (Megatron's sequence parallelism)",
-        forms=_PINNED,
+        sharding=_PINNED,
         rows_at={
             Role.ATTENTION_NORM: ("SCATTERED",),
             **_GROUP_LATENTS,

@@ -1,7 +1,7 @@
 """The planner: from a model, a mesh, a device and the shape of a step to plans, under any named layout.
 
-Puts `arch`, `cost` and the search together and chooses forms; prints and executes nothing. Forms decide what ranks
-load, so they are chosen once per deployment, for a stated mix of steps; layouts are chosen for every step.
+Weight sharding decides what ranks load, so it is chosen once per deployment, for a stated mix of steps. Layouts are
+chosen for every step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms, check_mesh, form_choices
+from narrows.arch.weight_sharding import WeightSharding, check_mesh, sharding_choices
 from narrows.cost.devices import DTYPES, Device
 from narrows.cost.imbalance import DEFAULT_SKEW, LARGEST_SKEW
 from narrows.cost.memory import MemoryUse, memory_use
@@ -26,7 +26,7 @@ from narrows.plan.plan import Plan
 from narrows.plan.search import Search
 from narrows.plan.workspace import Kernels, Workspace, workspace
 
-__all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_forms", "known_forms"]
+__all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_sharding", "known_sharding"]
 
 ENCODE_ROWS = {
     "none": (Encoding.PLAIN, False),
@@ -71,9 +71,9 @@ class Deployment:
         """Bytes per value of the activations."""
         return 4 if self.dtype == "fp32" else 2
 
-    def memory(self, forms: Forms, workspace: int = 0) -> MemoryUse:
+    def memory(self, sharding: WeightSharding, workspace: int = 0) -> MemoryUse:
         """Weights and KV cache on the fullest rank, where steps take ``workspace`` bytes beside them."""
-        return memory_use(self.config, self.mesh, forms, self.device, self.dtype, workspace)
+        return memory_use(self.config, self.mesh, sharding, self.device, self.dtype, workspace)
 
     @property
     def kernels(self) -> Kernels:
@@ -83,14 +83,14 @@ class Deployment:
 
 
 class Planner:
-    """Plans steps of one deployment whose ranks hold weights as ``forms`` say."""
+    """Plans steps of one deployment whose ranks hold weights as ``sharding`` says."""
 
-    def __init__(self, deployment: Deployment, forms: Forms) -> None:
-        self.deployment, self.forms = deployment, forms
+    def __init__(self, deployment: Deployment, sharding: WeightSharding) -> None:
+        self.deployment, self.sharding = deployment, sharding
         self.chain = build_chain(
             deployment.config,
             deployment.mesh,
-            forms,
+            sharding,
             itemsize=deployment.itemsize,
             want_logits=deployment.want_logits,
         )
@@ -132,29 +132,29 @@ class Planner:
     def memory(self, *plans: Plan) -> MemoryUse:
         """Weights, KV cache, and room for the largest step of ``plans``, on the fullest rank."""
         most = max((self.workspace(plan).total for plan in plans), default=0)
-        return self.deployment.memory(self.forms, most)
+        return self.deployment.memory(self.sharding, most)
 
 
-def choose_forms(
+def choose_sharding(
     deployment: Deployment,
     mix: Sequence[tuple[StepShape, float]],
-    planner_of: Callable[[Forms], Planner] | None = None,
-) -> Forms:
-    """The forms that fit memory and cost least over ``mix``: (shape of a step, how often it runs).
+    planner_of: Callable[[WeightSharding], Planner] | None = None,
+) -> WeightSharding:
+    """The weight sharding that fits memory and costs least over ``mix``: (shape of a step, how often it runs).
 
     To fit is to leave room for each of those steps and its KV cache. Ties go to the set nearest the published one. If
     nothing fits it is the published set: what such a plan says is then at least about layouts. ``planner_of``: planners
     of this deployment that are there already, for who asks often.
     """
-    choices = form_choices(deployment.config, deployment.mesh)
+    choices = sharding_choices(deployment.config, deployment.mesh)
     tokens = max((shape.kv_tokens for shape, _ in mix), default=0)
     best, least = choices[0], math.inf
     dearest_first = sorted(mix, key=lambda each: -each[1])
-    for forms in choices:
-        memory = deployment.memory(forms)
+    for sharding in choices:
+        memory = deployment.memory(sharding)
         if not memory.holds(tokens):
             continue  # not even without room for a step
-        planner = planner_of(forms) if planner_of else Planner(deployment, forms)
+        planner = planner_of(sharding) if planner_of else Planner(deployment, sharding)
         plans, cost = [], 0.0
         for shape, weight in dearest_first:
             plans.append(plan := planner.plan(shape))
@@ -164,12 +164,12 @@ def choose_forms(
         else:
             most = max((planner.workspace(plan).total for plan in plans), default=0)
             if replace(memory, workspace=most).holds(tokens):
-                best, least = forms, cost
+                best, least = sharding, cost
     return best
 
 
 @lru_cache(maxsize=32)
-def known_forms(deployment: Deployment, mix: tuple[tuple[StepShape, float], ...]) -> Forms:
-    """:func:`choose_forms`, searched once per process: it is most of what it takes to resolve a deployment, and every
-    engine, run and replay of one resolves it anew."""
-    return choose_forms(deployment, mix)
+def known_sharding(deployment: Deployment, mix: tuple[tuple[StepShape, float], ...]) -> WeightSharding:
+    """:func:`choose_sharding`, searched once per process: it takes most of the time in which a deployment is resolved,
+    and every engine, run and replay of one resolves it anew."""
+    return choose_sharding(deployment, mix)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
 from narrows.plan.crossovers import RowRange, Sweep
@@ -17,7 +17,7 @@ from narrows.plan.evidence import Evidence, evidence_line, ranks_line
 from narrows.plan.explain import why
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
-from narrows.plan.planner import Deployment, Planner, choose_forms
+from narrows.plan.planner import Deployment, Planner, choose_sharding
 from narrows.plan.workspace import Workspace
 
 __all__ = ["Entry", "PlanReport", "make_report"]
@@ -28,10 +28,10 @@ _SWEEP_TOP = {"prefill": 65536, "decode": 4096}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One plan with the forms it holds weights in, and what those need."""
+    """One plan with its weight sharding, and the memory that needs."""
 
     plan: Plan
-    forms: Forms
+    sharding: WeightSharding
     memory: MemoryUse
     workspace: Workspace
 
@@ -114,7 +114,7 @@ class PlanReport:
         total = _round(plan.seconds * 1e3)
         return {
             "name": plan.layout_name,
-            "forms": asdict(entry.forms),
+            "weight_sharding": asdict(entry.sharding),
             "total_ms": total,
             "totals_ms": totals | {"total": total},
             "price_shares": {source: _round(share) for source, share in Evidence.of(plan).shares.items()},
@@ -168,8 +168,8 @@ def make_report(
 ) -> PlanReport:
     """Plan one step under ``layouts``, or under all that apply if none is named.
 
-    Named layouts hold weights in the published forms, `auto` in those that are best for this step among those that fit
-    memory. ``logit_rows`` is what ``shape`` was made with, for the steps of other sizes that it is compared with.
+    Named layouts have the published weight sharding, `auto` has the one that is best for this step among those that
+    fit memory. ``logit_rows`` is what ``shape`` was made with, for the steps of other sizes that it is compared with.
 
     Raises:
         ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
@@ -178,22 +178,22 @@ def make_report(
     for name in layouts:
         named_layout(name, config, mesh)
     asked = tuple(dict.fromkeys(layouts)) or applicable_layouts(config, mesh)
-    forms = choose_forms(deployment, [(shape, 1.0)])
-    published = Planner(deployment, Forms())
-    planner = published if forms == published.forms else Planner(deployment, forms)
+    sharding = choose_sharding(deployment, [(shape, 1.0)])
+    published = Planner(deployment, WeightSharding())
+    planner = published if sharding == published.sharding else Planner(deployment, sharding)
 
     def entry(name: str, by: Planner) -> Entry:
         plan = by.plan(shape, name)
-        return Entry(plan=plan, forms=by.forms, memory=by.memory(plan), workspace=by.workspace(plan))
+        return Entry(plan=plan, sharding=by.sharding, memory=by.memory(plan), workspace=by.workspace(plan))
 
     auto = entry("auto", planner)
     entries = tuple(auto if name == "auto" else entry(name, published) for name in asked)
     named = tuple(name for name in asked if name != "auto")
     others = [each.plan for each in entries if each is not auto]
     if planner is not published:
-        others.append(replace(published.plan(shape), layout_name="auto with the published forms"))
+        others.append(replace(published.plan(shape), layout_name="auto with the published sharding"))
     if deployment.encode_rows != "none":
-        plain = Planner(replace(deployment, encode_rows="none"), forms)
+        plain = Planner(replace(deployment, encode_rows="none"), sharding)
         others.append(replace(plain.plan(shape), layout_name="auto with plain rows"))
     sweep = Sweep(shape=shape, top=max(_SWEEP_TOP[shape.phase], 2 * shape.rows.total), logit_rows=logit_rows)
     return PlanReport(
@@ -215,8 +215,8 @@ def _room(auto: Entry, shape: StepShape) -> tuple[str, ...]:
     if auto.memory.holds(shape.kv_tokens):
         return ()
     return (
-        f"no set of forms leaves room for the {shape.kv_tokens} tokens of KV cache per attention group that this step "
-        "needs, so auto has the published forms",
+        f"no weight sharding leaves room for the {shape.kv_tokens} tokens of KV cache per attention group that this "
+        "step needs, so auto has the published one",
     )
 
 

@@ -1,7 +1,7 @@
-"""Plans kept in a file and read back: what was printed, run again. Knows plans as data and the chain they belong to.
+"""Plans kept in a file and read back.
 
-The file is JSON. It names the model's dimensions, the mesh and the forms it was made for; reading it for others is an
-error that says what differs, because a plan's ops mean nothing without them.
+The file is JSON. It names the model's dimensions, the mesh and the weight sharding that it was made for. Reading it for
+others is an error that says what differs, because a plan's ops mean nothing without them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
 from narrows.arch.stages import Chain, PriceClass, RowSet, Stage
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.price import Source
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError, PlanError
@@ -25,11 +25,11 @@ __all__ = ["SavedPlan", "read_plan", "write_plan"]
 
 VERSION = 2
 
-SavedPlan = tuple[Plan, Forms]
-"""A plan, and the forms that ranks hold weights in under it."""
+SavedPlan = tuple[Plan, WeightSharding]
+"""A plan, and how its ranks shard the weights."""
 
 
-def write_plan(path: Path, plan: Plan, config: ModelConfig, forms: Forms) -> None:
+def write_plan(path: Path, plan: Plan, config: ModelConfig, sharding: WeightSharding) -> None:
     """Write ``plan`` to ``path``.
 
     Raises:
@@ -39,7 +39,7 @@ def write_plan(path: Path, plan: Plan, config: ModelConfig, forms: Forms) -> Non
         "narrows_plan": VERSION,
         "model": _model_key(config),
         "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
-        "forms": asdict(forms),
+        "weight_sharding": asdict(sharding),
         "layout": plan.layout_name,
         "shape": {
             "phase": plan.shape.phase,
@@ -82,20 +82,21 @@ def read_plan(path: Path, config: ModelConfig, mesh: Mesh) -> SavedPlan:
             if document["model"].get(name) != value:
                 was = document["model"].get(name)
                 raise ConfigError(f"{path} is a plan for a model with {name} {was}, but here it is {value}")
-        forms = Forms(**document["forms"])
+        sharding = WeightSharding(**document["weight_sharding"])
         plan = _plan(
-            document, mesh, build_chain(config, mesh, forms), build_chain(config, mesh, forms, want_logits=True)
+            document, mesh, build_chain(config, mesh, sharding), build_chain(config, mesh, sharding, want_logits=True)
         )
         plan.validate()
     except (KeyError, TypeError, ValueError, IndexError, PlanError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is not a whole and valid plan: {error}") from None
-    return plan, forms
+    return plan, sharding
 
 
 def _update(document: dict[str, Any]) -> None:
-    """Turn a document of version 1, which called ops steps, into the present version."""
+    """Turn a document of version 1, which called ops steps and weight sharding forms, into the present version."""
+    document["weight_sharding"] = document.pop("forms")
     for segment in document["segments"]:
         segment["ops"] = segment.pop("steps")
 

@@ -1,6 +1,6 @@
-"""What a running engine is, as plain data for ``/server_info``: config, mesh, limits, forms, plans, sources of prices.
+"""A running engine as plain data for ``/server_info``: config, mesh, limits, weight sharding, plans, sources of prices.
 
-Knows the engine's decisions; changes nothing.
+Reads the engine's decisions and changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from narrows.arch.forms import form_words
+from narrows.arch.weight_sharding import sharding_words
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
 from narrows.plan.cache import PlanKey
@@ -41,7 +41,8 @@ def describe(
         },
         "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
         "layout": resolved.plan.layout_name if resolved.plan else asked.layout,
-        "forms": form_words(config, resolved.forms),
+        "weight_sharding": (sharding := sharding_words(config, resolved.sharding)),
+        "forms": sharding,  # the old name, kept for one release
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "quantization": asked.quantization,
         "encode_rows": asked.encode_rows,

@@ -137,7 +137,7 @@ class EngineService:
         return self._numbers.stats(self._queue.num_arrived)
 
     def info(self) -> dict[str, Any]:
-        """What runs: config, mesh, ranks, limits, forms, plan cache and where its prices come from, for JSON."""
+        """What runs, for JSON: config, mesh, ranks, limits, weight sharding, plan cache and sources of prices."""
         loop = self._loop
         engine = loop.engine if loop is not None else None
         return {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import check_mesh
+from narrows.arch.weight_sharding import check_mesh
 from narrows.cost.memory import MemoryUse
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
@@ -76,7 +76,7 @@ class Candidate:
     dtype: str
     outcome: Outcome | None = None
     refusal: str = ""
-    forms: str = ""
+    sharding: str = ""
     kv_tokens: int = 0
     """Tokens of KV cache per attention group."""
     memory: MemoryUse | None = None

@@ -1,4 +1,4 @@
-"""A deployment as it would serve: forms, limits and memory decided as the engine decides them, but for any device.
+"""A deployment as it would serve on any device: weight sharding, limits and memory decided as the engine decides them.
 
 Knows models, meshes and devices as numbers. Where the engine takes two contexts of KV cache unless it is told
 otherwise, this takes what the device's memory leaves.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import MemoryUse
 from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import deal
-from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, form_mix, limits_of, priced_context
+from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, limits_of, priced_context, step_mix
 from narrows.plan.named import named_layout
-from narrows.plan.planner import Deployment, Planner, known_forms
+from narrows.plan.planner import Deployment, Planner, known_sharding
 from narrows.sched.limits import Limits
 from narrows.sim.costs import PlannedCosts
 
@@ -32,13 +32,13 @@ class Serving:
 
     deployment: Deployment
     layout: str
-    forms: Forms
+    sharding: WeightSharding
     limits: Limits
     memory: MemoryUse
 
     def costs(self, *, sampled: bool = False, overhead_s: float = 0.0) -> PlannedCosts:
         """What its steps cost. ``sampled``: texts are drawn, so ranks need whole rows of logits."""
-        planner = Planner(replace(self.deployment, want_logits=sampled), self.forms)
+        planner = Planner(replace(self.deployment, want_logits=sampled), self.sharding)
         return PlannedCosts(planner, self.layout, priced_context(self.limits.max_context), overhead_s=overhead_s)
 
 
@@ -62,8 +62,8 @@ def serving(
     if rows_per_step < 1:
         raise ConfigError(f"--max-rows is {rows_per_step}; it must be at least 1")
     rules = named_layout(layout, config, mesh)
-    forms = rules.forms or known_forms(deployment, tuple(form_mix(mesh, rows_per_step, max_context)))
-    memory = _memory(deployment, forms, layout, rows_per_step, max_context)
+    sharding = rules.sharding or known_sharding(deployment, tuple(step_mix(mesh, rows_per_step, max_context)))
+    memory = _memory(deployment, sharding, layout, rows_per_step, max_context)
     limits = limits_of(
         config,
         mesh,
@@ -79,12 +79,12 @@ def serving(
             f"does not fit: {limits.tokens_per_group} tokens of KV cache take {wanted / 1e9:.1f} GB beside "
             f"{_weights(deployment, memory)}: lower --kv-tokens to {memory.context_tokens}"
         )
-    return Serving(deployment=deployment, layout=layout, forms=forms, limits=limits, memory=memory)
+    return Serving(deployment=deployment, layout=layout, sharding=sharding, limits=limits, memory=memory)
 
 
-def _memory(deployment: Deployment, forms: Forms, layout: str, rows: int, max_context: int) -> MemoryUse:
+def _memory(deployment: Deployment, sharding: WeightSharding, layout: str, rows: int, max_context: int) -> MemoryUse:
     """With room for a full step of prompts at the longest context."""
-    planner, mesh = Planner(deployment, forms), deployment.mesh
+    planner, mesh = Planner(deployment, sharding), deployment.mesh
     shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=max_context)
     return planner.memory(planner.plan(shape, layout))
 

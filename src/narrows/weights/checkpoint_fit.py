@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from narrows.arch.config import ModelConfig
-from narrows.arch.forms import Forms
+from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.errors import CheckpointError
 from narrows.layout import Mesh
@@ -34,10 +34,10 @@ def fit_checkpoint(source: SafetensorsFolder, config: ModelConfig) -> tuple[Mode
     """
     config, notes = _untied(source, config)
     one = Mesh.of(dp=1, tp=1)
-    embed, head = embed_weights(config, one, Forms()), head_weights(config, one)
+    embed, head = embed_weights(config, one, WeightSharding()), head_weights(config, one)
     weights = [*embed.values(), *head.values()]
     for layer in range(config.num_hidden_layers):
-        weights += layer_weights(config, one, Forms(), layer).values()
+        weights += layer_weights(config, one, WeightSharding(), layer).values()
     used: set[str] = set()
     missing: list[tuple[Weight, int | None]] = []
     for weight in weights:
@@ -78,7 +78,7 @@ def _untied(source: SafetensorsFolder, config: ModelConfig) -> tuple[ModelConfig
     if not config.tie_word_embeddings:
         return config, ()
     apart, one = replace(config, tie_word_embeddings=False), Mesh.of(dp=1, tp=1)
-    pair = (embed_weights(apart, one, Forms())["embed_tokens"], head_weights(apart, one)["lm_head"])
+    pair = (embed_weights(apart, one, WeightSharding())["embed_tokens"], head_weights(apart, one)["lm_head"])
     if any(source.names.find(weight, None) is None for weight in pair) or _equal(source, *pair):
         return config, ()
     note = "config.json ties the LM head to the embedding, but the checkpoint's two differ: each is used, not tied"

@@ -1,8 +1,9 @@
-"""Forms: alternatives of a stage that hold different weights on a rank, and how units are dealt to ranks.
+"""Which weights each rank holds: the ways to shard embedding, projections and experts, and the units they split by.
 
-Forms are chosen once per deployment, because they decide what is loaded; layouts are chosen per step. Dealing is in
-whole units: attention heads, groups of key-value heads, experts, blocks of columns. Where units do not divide the
-ranks the first ranks get one more; where there are fewer units than ranks, the error proposes meshes that work.
+Weight sharding is chosen once per deployment, because it decides what is loaded; layouts are chosen per step. Weights
+are split in whole units: attention heads, groups of key-value heads, experts, blocks of columns. Where units do not
+divide the ranks, the first ranks get one more. Where there are fewer units than ranks, the error proposes meshes that
+work.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from narrows.arch.config import GQA, MLA, ModelConfig
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Span, deal, starts
 
-__all__ = ["Forms", "check_mesh", "deal_blocks", "form_choices", "form_words", "head_spans", "kv_head_spans"]
+__all__ = [
+    "WeightSharding",
+    "check_mesh",
+    "head_spans",
+    "kv_head_spans",
+    "sharding_choices",
+    "sharding_words",
+    "split_blocks",
+]
 
 _BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forms:
+class WeightSharding:
     """Which weights a rank holds. The defaults are those of the published layouts."""
 
     embed: str = "vocab"
@@ -39,20 +48,20 @@ class Forms:
         )
 
 
-def form_words(config: ModelConfig, forms: Forms) -> str:
-    """``forms`` in words, without those of parts that this model does not have."""
-    words = [f"embed {forms.embed}"]
+def sharding_words(config: ModelConfig, sharding: WeightSharding) -> str:
+    """``sharding`` in words, without those of parts that this model does not have."""
+    words = [f"embed {sharding.embed}"]
     if isinstance(config.attention, MLA):
-        words.append(f"qkv_a_proj {forms.qkv_a_proj}")
+        words.append(f"qkv_a_proj {sharding.qkv_a_proj}")
     if config.moe is not None:
         if config.moe.n_shared_experts:
-            words.append(f"shared expert {forms.shared_expert}")
-        words.append(f"experts {forms.experts}")
+            words.append(f"shared expert {sharding.shared_expert}")
+        words.append(f"experts {sharding.experts}")
     return ", ".join(words)
 
 
-def form_choices(config: ModelConfig, mesh: Mesh) -> tuple[Forms, ...]:
-    """Every distinct set of forms of this model on this mesh, the published one first."""
+def sharding_choices(config: ModelConfig, mesh: Mesh) -> tuple[WeightSharding, ...]:
+    """Every distinct weight sharding of this model on this mesh, the published one first."""
     one_rank, one_in_group = mesh.size == 1, mesh.group_size == 1
     moe = config.moe
     embed = ("vocab",) if one_rank else ("vocab", "replicated")
@@ -61,17 +70,17 @@ def form_choices(config: ModelConfig, mesh: Mesh) -> tuple[Forms, ...]:
     shared = ("sharded", "replicated") if moe and moe.n_shared_experts and not one_rank else ("sharded",)
     experts = ("split", "whole") if moe and not one_rank and moe.n_routed_experts >= mesh.size else ("split",)
     return tuple(
-        Forms(embed=e, qkv_a_proj=q, shared_expert=s, experts=x)
+        WeightSharding(embed=e, qkv_a_proj=q, shared_expert=s, experts=x)
         for e, q, s, x in product(embed, qkv_a, shared, experts)
     )
 
 
-def deal_blocks(columns: int, parts: int) -> tuple[Span, ...]:
+def split_blocks(columns: int, parts: int) -> tuple[Span, ...]:
     """Spans of ``columns`` for each part, in the largest blocks that do not make the largest share larger.
 
-    >>> deal_blocks(1408, 8)[0], deal_blocks(18432, 8)[7]       # in blocks of 16, and of 128
+    >>> split_blocks(1408, 8)[0], deal_blocks(18432, 8)[7]       # in blocks of 16, and of 128
     ((0, 176), (16128, 18432))
-    >>> deal_blocks(1536, 5)
+    >>> split_blocks(1536, 5)
     ((0, 308), (308, 616), (616, 924), (924, 1232), (1232, 1536))
     """
     best: tuple[Span, ...] = ()
