@@ -1,4 +1,4 @@
-"""Ranks as processes for the tests of this folder: pools that tests share, tiny models, and a look for leftovers."""
+"""For all tests over rank processes: a tiny model, and a check that no test leaves a process behind."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # rank processes inherit it, and import what they run from there
 
 MARK = f"NARROWS_TEST_RUN={uuid.uuid4().hex}"
+"""An environment variable that all processes of this test run inherit, and those of other runs do not have."""
 
 
 def marked() -> set[int]:
-    """The processes that these tests have started, whoever their parent is now."""
+    """The processes that this test run has started, whatever their parent is now."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
@@ -34,17 +35,13 @@ def marked() -> set[int]:
     return found
 
 
-def shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir()}
-
-
 def left_behind(before: set[int]) -> set[int]:
-    """Processes that have come and belong to none that was there: a server that tests share may start more."""
+    """Processes that are new, and that no process of ``before`` has started, as a server shared by tests may."""
     return {pid for pid in marked() - before if not ancestors(pid) & before}
 
 
 def ancestors(pid: int) -> set[int]:
-    """Its parent, that one's, and so on, as far as they live."""
+    """Its parent, its parent's parent, and so on, as far as they live."""
     found: set[int] = set()
     while pid > 1:
         try:
@@ -62,13 +59,12 @@ def running() -> Callable[[], set[int]]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """No test leaves a process or shared memory behind; pools that tests share are there before and after."""
+    """No test leaves a process behind. Shared memory has no name, so it ends with the processes (test_isolation.py)."""
     name, value = MARK.split("=")
     os.environ[name] = value
-    before, memory = marked(), shared_memory()
+    before = marked()
     yield
     eventually(lambda: not left_behind(before))
-    assert not shared_memory() - memory
 
 
 def _conftest_of_torch() -> object:
