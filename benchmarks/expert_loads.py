@@ -19,7 +19,7 @@ from torch import Tensor
 from narrows.bench.routing import ExpertChoices
 from narrows.cost.imbalance import imbalance
 from narrows.engine.llm import LLM
-from narrows.layout import deal, starts
+from narrows.layout import split_evenly, starts
 
 RANKS = (2, 4, 8)
 WINDOWS = (1, 8, 64, 512)
@@ -30,7 +30,7 @@ TOKENS = 1024
 
 def loads(ids_TK: Tensor, experts: int, ranks: int, rows: int) -> Iterator[float]:
     """The fullest rank's load over the even share, for every window of so many rows."""
-    spans = starts(deal(experts, ranks))
+    spans = starts(split_evenly(experts, ranks))
     even = ids_TK.shape[1] * (spans[0][1] - spans[0][0]) / experts
     for first in range(0, ids_TK.shape[0] - rows + 1, rows):
         counts = ids_TK[first : first + rows].flatten().long().bincount(minlength=experts).tolist()

@@ -18,8 +18,8 @@ from narrows.arch.stages import PriceClass
 from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cost.devices import device
 from narrows.cost.memory import MemoryUse
-from narrows.cost.stage import StepShape
-from narrows.layout import Mesh, deal
+from narrows.cost.pricer import StepShape
+from narrows.layout import Mesh, split_evenly
 from narrows.plan.explain import describe, layout_words, main_segment
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import OpKind, Plan
@@ -84,7 +84,7 @@ def cells(deployment: Deployment) -> Iterator[Cell]:
 
 
 def step(mesh: Mesh, rows: int) -> StepShape:
-    return StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=CONTEXT)
+    return StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=CONTEXT)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from time import process_time
 from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
-from narrows.cost.stage import StepShape
-from narrows.layout import Mesh, deal
+from narrows.cost.pricer import StepShape
+from narrows.layout import Mesh, split_evenly
 from narrows.plan.planner import Deployment, Planner
 
 COMMAND = "plan deepseek-v3 --device h20 --dp 1 --tp 8 --rows 32768 --dtype fp8 --json"
@@ -28,7 +28,7 @@ def plan_ms(dp: int, tp: int, rows: int) -> float:
     """Of one plan that nothing was kept for."""
     mesh = Mesh.of(dp=dp, tp=tp)
     deployment = Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device("h100"), dtype="fp8")
-    shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=4096)
+    shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=4096)
     start = process_time()
     Planner(deployment, WeightSharding()).plan(shape)
     return 1e3 * (process_time() - start)

@@ -13,7 +13,7 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.grid import Cell, PlanTimes, grid_of, summary
 from narrows.cost.devices import device
 from narrows.cost.price import Source
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.plan import Plan

@@ -13,7 +13,7 @@ from narrows.calibrate.price_tables import OPS, Tables
 from narrows.cost.devices import device
 from narrows.cost.measured import CollectiveTable, Measured
 from narrows.cost.price import Source
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh
 from narrows.plan.plan import Op, OpKind, Plan
 from narrows.plan.planner import Deployment, Planner

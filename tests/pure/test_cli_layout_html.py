@@ -11,7 +11,7 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.grid import Cell, PlanTimes, grid_of
 from narrows.cli.layout_html import grid_page
 from narrows.cost.devices import device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.planner import Deployment, Planner

@@ -16,7 +16,7 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost import device
 from narrows.cost import imbalance as module
 from narrows.cost.imbalance import DEFAULT_SKEW, imbalance, largest_loads
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.planner import Deployment, Planner

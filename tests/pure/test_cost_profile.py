@@ -17,11 +17,11 @@ from narrows.arch.chain import build_chain
 from narrows.arch.presets import load_model_config
 from narrows.arch.stages import Gemm, Norm, PriceClass, RowSet, Stage, Work
 from narrows.cost.devices import DEVICES, Device
-from narrows.cost.here import Setting, here
+from narrows.cost.environment import MachineFingerprint, this_machine
 from narrows.cost.measured import CollectiveTable, Measured, StageTable, StepTable
 from narrows.cost.price import Source
+from narrows.cost.pricer import Pricer, StepShape
 from narrows.cost.profile import DeviceFigures, Profile, choose_device, read_profile, write_profile
-from narrows.cost.stage import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, full, moves_from, owed, scattered
 from narrows.plan.planner import Deployment, Planner, choose_sharding
@@ -196,7 +196,7 @@ def a_profile(dtype: str = "bf16", made: dict[str, Any] | None = None, **fits: A
     return Profile(
         name="mine",
         title="two cores",
-        fits=replace(here(ranks=2, threads=1, world="shm"), **fits),
+        fits=replace(this_machine(ranks=2, threads=1, world="shm"), **fits),
         made={"date": "2026-11-27", "models": ["dsv3-mini"]} | (made or {}),
         device=DeviceFigures(tflops_bf16=0.5),
         **tables(dtype),
@@ -204,11 +204,11 @@ def a_profile(dtype: str = "bf16", made: dict[str, Any] | None = None, **fits: A
 
 
 def planned(asked: str, ranks: int = 2, **more: Any) -> tuple[Device, list[str]]:
-    return choose_device(asked, lambda: here(ranks=ranks, threads=1, world=""), runs=False, **more)
+    return choose_device(asked, lambda: this_machine(ranks=ranks, threads=1, world=""), runs=False, **more)
 
 
 def running(asked: str = "auto", **more: Any) -> tuple[Device, list[str]]:
-    return choose_device(asked, lambda: here(ranks=2, threads=1, world="shm"), runs=True, **more)
+    return choose_device(asked, lambda: this_machine(ranks=2, threads=1, world="shm"), runs=True, **more)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_one_door_to_a_device(tmp_path: Path) -> None:
     assert profile.device.measured is not None and profile.device.measured.stages is profile.stages
 
 
-def never() -> Setting:
+def never() -> MachineFingerprint:
     raise AssertionError("a named device holds wherever it is asked for")
 
 
@@ -249,9 +249,9 @@ def test_a_named_device_asks_nothing_of_this_machine() -> None:
 
 
 def test_a_profile_fits_what_it_was_made_for() -> None:
-    mine = here(ranks=2, threads=1, world="shm")
-    assert not mine.misfit(mine) and not Setting(ranks=2).misfit(mine)
-    assert "cpu 'another' there" in Setting(cpu="another").misfit(mine)
+    mine = this_machine(ranks=2, threads=1, world="shm")
+    assert not mine.misfit(mine) and not MachineFingerprint(ranks=2).misfit(mine)
+    assert "cpu 'another' there" in MachineFingerprint(cpu="another").misfit(mine)
     assert (
         mine.misfit(replace(mine, threads=2, torch="1"))
         == f"threads 1 there, 2 here; torch {mine.torch!r} there, '1' here"

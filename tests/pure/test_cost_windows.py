@@ -12,7 +12,7 @@ from narrows.arch.config import GQA, ModelConfig, read_config
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, prefill_flops
 from narrows.cost import device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh
 from narrows.plan.planner import Deployment, Planner
 

@@ -21,7 +21,7 @@ from narrows.arch.stages import RowSet, Stage, StageKind
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.price import Source
-from narrows.cost.stage import OpPrice, StepShape
+from narrows.cost.pricer import OpPrice, StepShape
 from narrows.errors import ConfigError, LayoutError, PlanError
 from narrows.layout import (
     Layout,
@@ -29,12 +29,12 @@ from narrows.layout import (
     Move,
     MoveKind,
     RowSplit,
-    deal,
     full,
     legal_layouts,
     moves_from,
     owed,
     scattered,
+    split_evenly,
 )
 from narrows.plan import named, planner
 from narrows.plan.graph import Graph
@@ -121,7 +121,7 @@ def planner_of(
 
 
 def shape_of(mesh: Mesh, rows: int, phase: str = "prefill") -> StepShape:
-    return StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=64)
+    return StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase=phase, context=64)
 
 
 def named_plans(mesh: Mesh, rows: int = 100) -> list[Plan]:
@@ -491,7 +491,7 @@ def test_1023_rows_on_8_ranks_are_1023_rows(
 ) -> None:
     """The review question of sglang #10568: [1023, 7168] at TP8. There it is padded; here a split is uneven."""
     with noticed(mistake, monkeypatch):
-        check_partition(mesh, deal(1023, mesh.num_groups))
+        check_partition(mesh, split_evenly(1023, mesh.num_groups))
 
 
 @planted(FLOOR, CEILING)
@@ -553,7 +553,7 @@ def test_running_requests_need_not_be_a_multiple_of_tp(
         batch = scheduler.schedule()
         assert batch is not None and batch.phase == "decode"
         assert batch.num_rows == running, f"{batch.num_rows} rows for {running} requests"
-        assert RowSplit.from_groups(Mesh.of(dp=1, tp=4), batch.group_rows).counts == deal(running, 4)
+        assert RowSplit.from_groups(Mesh.of(dp=1, tp=4), batch.group_rows).counts == split_evenly(running, 4)
 
 
 # -- E. silently off, silently slow ------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from narrows.loads.workload import Ask, Prefixes, arrive, random_lengths
 from narrows.sched import line, scheduler
 from narrows.sched.admission import Place, choose_place
 from narrows.sched.batch import Batch
@@ -21,6 +20,7 @@ from narrows.sched.pages import PagePool
 from narrows.sched.request import Request
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import Outcome, simulate
+from narrows.workload.arrivals import Ask, Prefixes, arrive, random_lengths
 
 Put = Callable[[pytest.MonkeyPatch], None]
 GROUPS = 4

@@ -17,7 +17,6 @@ from narrows.layout import (
     Move,
     MoveKind,
     RowSplit,
-    deal,
     full,
     group,
     legal_layouts,
@@ -25,6 +24,7 @@ from narrows.layout import (
     owed,
     picture,
     scattered,
+    split_evenly,
     starts,
 )
 
@@ -54,7 +54,7 @@ def real(mesh: Mesh, placements: str) -> str:
 
 @given(st.integers(0, 5000), st.integers(1, 64))
 def test_deal_gives_whole_units_as_evenly_as_they_go(units: int, parts: int) -> None:
-    shares = deal(units, parts)
+    shares = split_evenly(units, parts)
     assert len(shares) == parts and sum(shares) == units
     assert max(shares) - min(shares) <= 1
     assert list(shares) == sorted(shares, reverse=True)

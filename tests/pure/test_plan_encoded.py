@@ -18,7 +18,7 @@ from narrows.cost.collectives import collective_price
 from narrows.cost.devices import device
 from narrows.cost.kernels import stream_price
 from narrows.cost.price import Source
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Mesh, Move, MoveKind
 from narrows.plan.code import plan_code

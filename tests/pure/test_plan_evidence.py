@@ -11,7 +11,7 @@ from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.price import Source
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh
 from narrows.plan import evidence
 from narrows.plan.evidence import Evidence, evidence_line

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from narrows.layout import deal
+from narrows.layout import split_evenly
 from narrows.plan import expected
 from narrows.plan.cache import PlanKey
 from narrows.plan.expected import expected_decodes, expected_keys
@@ -23,10 +23,10 @@ def test_every_step_that_is_dealt_evenly_finds_its_bucket(num_groups: int) -> No
     keys = list(expected_keys(num_groups, most_decoding=24, rows_per_step=100))
     assert len(keys) == len(set(keys)) and all(key.rows <= 128 for key in keys)
     for rows in range(1, 25):
-        assert PlanKey.of("decode", deal(rows, num_groups), rows) in keys
+        assert PlanKey.of("decode", split_evenly(rows, num_groups), rows) in keys
     for rows, logit_rows in itertools.product(range(1, 101), (0, 1, 7)):
         if logit_rows <= rows:
-            assert PlanKey.of("prefill", deal(rows, num_groups), logit_rows) in keys
+            assert PlanKey.of("prefill", split_evenly(rows, num_groups), logit_rows) in keys
     phases = [key.phase for key in keys]
     assert phases == sorted(phases), "decode before prefill"
     decode = [key.rows for key in keys if key.phase == "decode"]

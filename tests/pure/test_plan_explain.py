@@ -15,9 +15,9 @@ from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, split_evenly
 from narrows.plan import cache, crossovers, explain
 from narrows.plan.crossovers import RowRange, Sweep, row_ranges, spread
 from narrows.plan.explain import compare, describe, main_segment, segment_difference, why
@@ -37,7 +37,7 @@ def planner(mesh: Mesh, on: str = "h20", model: str = "deepseek-v3", sharding: W
 
 
 def step_of(mesh: Mesh, rows: int, phase: str = "prefill") -> StepShape:
-    return StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=4096)
+    return StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase=phase, context=4096)
 
 
 @pytest.mark.parametrize("module", [cache, crossovers, explain], ids=lambda module: module.__name__)
@@ -195,7 +195,7 @@ def test_a_best_that_flickers_near_its_change_is_told_once() -> None:
 def test_spread_keeps_proportions(rows: int, like: list[int]) -> None:
     groups = spread(rows, tuple(like))
     assert sum(groups) == rows and min(groups) >= 0
-    if tuple(like) != deal(sum(like), len(like)):  # an even split stays even, larger groups first
+    if tuple(like) != split_evenly(sum(like), len(like)):  # an even split stays even, larger groups first
         assert all(abs(n - rows * share / sum(like)) < 1 for n, share in zip(groups, like, strict=True))
     assert spread(sum(like), tuple(like)) == tuple(like)
 

@@ -12,7 +12,7 @@ from narrows.arch.presets import preset
 from narrows.arch.stages import RowSet
 from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.devices import DEVICES, Device, device
-from narrows.cost.stage import Pricer, StepShape
+from narrows.cost.pricer import Pricer, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Mesh
 from narrows.plan.code import plan_code

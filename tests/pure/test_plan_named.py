@@ -10,9 +10,9 @@ from narrows.arch.presets import preset
 from narrows.arch.stages import PriceClass
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, split_evenly
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Op, OpKind, Plan, Segment
 from narrows.plan.planner import Deployment, Planner
@@ -24,7 +24,7 @@ def plan(layout: str, mesh: Mesh, rows: int = 32768, *, model: str = "deepseek-v
     hardware = device(on)
     dtype = "fp8" if hardware.tflops_fp8 else "bf16"
     deployment = Deployment(config=preset(model), mesh=mesh, device=hardware, dtype=dtype)
-    shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=4096)
+    shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=4096)
     found = Planner(deployment, WeightSharding()).plan(shape, layout)
     found.validate()
     return found

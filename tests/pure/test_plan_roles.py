@@ -17,8 +17,8 @@ from narrows.arch.presets import PRESETS, preset
 from narrows.arch.stages import Chain, Field, FieldRoles, LayerType, Stage
 from narrows.arch.weight_sharding import sharding_choices
 from narrows.cost.devices import device
-from narrows.cost.stage import Pricer, StepShape
-from narrows.layout import Encoding, Mesh, deal
+from narrows.cost.pricer import Pricer, StepShape
+from narrows.layout import Encoding, Mesh, split_evenly
 from narrows.plan.code import plan_code
 from narrows.plan.explain import describe
 from narrows.plan.graph import Graph
@@ -115,7 +115,7 @@ def renamed(chain: Chain) -> Chain:
 
 def solved(chain: Chain, mesh: Mesh, config: ModelConfig, layout: str, encoding: Encoding, rows: int) -> Plan:
     phase = "prefill" if rows > 64 else "decode"
-    shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=4096)
+    shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase=phase, context=4096)
     graph = Graph(chain, mesh, named_layout(layout, config, mesh), encoding, fuses_norms=True)
     prices = Pricer(device("l40s"), mesh, shape, "bf16", itemsize=2, graph=True)
     plan = Plan(layout_name=layout, mesh=mesh, shape=shape, segments=Search(graph, prices).solve(), roles=chain.roles)

@@ -9,7 +9,7 @@ import pytest
 from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.devices import device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.code import plan_code

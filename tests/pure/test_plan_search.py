@@ -20,9 +20,9 @@ from narrows.arch.stages import Chain, Role, RowSet, Stage, StageKind
 from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.devices import device
 from narrows.cost.price import Source
-from narrows.cost.stage import OpPrice, StepShape
+from narrows.cost.pricer import OpPrice, StepShape
 from narrows.errors import PlanError
-from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, deal, full, moves_from, scattered
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, moves_from, scattered, split_evenly
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, NamedLayout, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Op, Plan, Segment
@@ -281,7 +281,7 @@ def test_auto_is_never_dearer_than_a_named_layout(family: str, mesh: Mesh, seed:
 def real_plans(name: str, mesh: Mesh, rows: int) -> Iterator[Plan]:
     deployment = Deployment(config=preset(name), mesh=mesh, device=device("h100"), dtype="bf16")
     phase = "prefill" if rows > 64 else "decode"
-    shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=4096)
+    shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase=phase, context=4096)
     planner = Planner(deployment, WeightSharding())
     for layout in applicable_layouts(deployment.config, mesh):
         yield planner.plan(shape, layout)

@@ -16,7 +16,7 @@ import pytest
 from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, MoveKind
 from narrows.plan.plan import Plan

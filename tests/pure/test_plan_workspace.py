@@ -13,8 +13,8 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.cli.main import main
 from narrows.cost import device
 from narrows.cost.memory import GPU_COLLECTIVES, GPU_PROCESS
-from narrows.cost.stage import StepShape
-from narrows.layout import Mesh, deal
+from narrows.cost.pricer import StepShape
+from narrows.layout import Mesh, split_evenly
 from narrows.plan.planner import Deployment, Planner
 from narrows.plan.workspace import Kernels, Workspace, workspace
 
@@ -26,7 +26,9 @@ def planner(name: str = "deepseek-v3", on: str = "h200", dtype: str = "fp8", dp:
 
 def of(by: Planner, rows: int, context: int = 4096, layout: str = "all-reduce", phase: str = "prefill") -> Workspace:
     mesh = by.deployment.mesh
-    return by.workspace(by.plan(StepShape.of(mesh, deal(rows, mesh.num_groups), phase=phase, context=context), layout))
+    return by.workspace(
+        by.plan(StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase=phase, context=context), layout)
+    )
 
 
 def test_usable_memory_falls_with_rows() -> None:

@@ -14,7 +14,7 @@ from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.measured import Measured, StepTable
-from narrows.cost.stage import Pricer
+from narrows.cost.pricer import Pricer
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.cache import PlanCache, PlanKey

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from narrows.arch.presets import preset
 from narrows.layout import Mesh
-from narrows.loads.workload import Ask, Prefixes, arrive, random_lengths
 from narrows.sched.batch import Batch
 from narrows.sched.limits import Limits
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import Outcome, simulate
 from narrows.sim.search import Candidate, Target, meshes, ranked
+from narrows.workload.arrivals import Ask, Prefixes, arrive, random_lengths
 
 
 class Costs:

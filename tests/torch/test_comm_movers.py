@@ -20,13 +20,13 @@ from narrows.layout import (
     Move,
     MoveKind,
     RowSplit,
-    deal,
     full,
     group,
     legal_layouts,
     moves_from,
     owed,
     scattered,
+    split_evenly,
 )
 from narrows.ranks import run_ranks
 
@@ -43,7 +43,7 @@ WIDTH = 10
 def columns_of(mesh: Mesh, layout: Layout, width: int) -> tuple[int, ...]:
     """Columns per rank under a layout with columns: dealt within the ranks that hold the same rows, unevenly."""
     block = len(mesh.group(0, layout.num_leading, mesh.num_axes))
-    return tuple(reversed(deal(width, block))) * (mesh.size // block)
+    return tuple(reversed(split_evenly(width, block))) * (mesh.size // block)
 
 
 def value(rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +71,7 @@ def follow(comm: Communicator, path: Sequence[Move], split: RowSplit, x: Tensor,
 def test_every_legal_pair_of_layouts_is_connected_and_keeps_the_tensor(mesh: Mesh, dtype: torch.dtype) -> None:
     paths = {(src, dst): path for src in legal_layouts(mesh) for dst, path in paths_from(mesh, src).items()}
     splits = [
-        RowSplit(mesh, deal(2 * mesh.size + 1, mesh.size)),
+        RowSplit(mesh, split_evenly(2 * mesh.size + 1, mesh.size)),
         RowSplit(mesh, tuple(3 * (rank % 2) + rank % 3 for rank in range(mesh.size))),
         RowSplit.from_groups(mesh, (5, *(0,) * (mesh.num_groups - 1))),
         RowSplit.from_groups(mesh, (*(0,) * (mesh.num_groups - 1), 1)),

@@ -22,13 +22,13 @@ from torch import Tensor
 from narrows.arch.stages import RowSet, Stage
 from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.cost.price import Source
-from narrows.cost.stage import OpPrice, Pricer, StepShape
+from narrows.cost.pricer import OpPrice, Pricer, StepShape
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
 from narrows.engine.recorder import Recorder
 from narrows.engine.worker import StepResult, Worker
-from narrows.layout import Layout, Move, MoveKind, deal
+from narrows.layout import Layout, Move, MoveKind, split_evenly
 from narrows.plan.cache import PlanCache
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts, named_layout
@@ -90,7 +90,7 @@ class Steps:
                 [0, *[tp + 1] * (dp - 1)],
                 [tp + 2, *[0] * (dp - 1)],
                 [37, *[1] * (dp - 1)],
-                [*deal(dp, dp - 1), 19],
+                [*split_evenly(dp, dp - 1), 19],
             ]
         seen: list[list[int]] = []
         for rows in patterns:

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from narrows.arch.presets import load_model_config
 from narrows.cli.main import main
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.llm import LLM

@@ -10,12 +10,12 @@ import pytest
 from narrows.cost.devices import device
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine, StepInFlight
-from narrows.loads.workload import Ask, Prefixes, prompt_ids, random_lengths
 from narrows.plan.planner import Deployment
 from narrows.sched.batch import Batch
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import simulate
 from narrows.sim.serving import serving
+from narrows.workload.arrivals import Ask, Prefixes, prompt_ids, random_lengths
 
 TinyModel = Callable[..., Path]
 Seen = tuple[str, tuple[int, ...], int, tuple[object, ...]]

@@ -41,7 +41,7 @@ from narrows.arch.stages import (
     Stream,
 )
 from narrows.arch.weight_sharding import WeightSharding, check_mesh, head_spans, kv_head_spans, split_blocks
-from narrows.layout import Layout, Mesh, deal, full, group, owed
+from narrows.layout import Layout, Mesh, full, group, owed, split_evenly
 
 __all__ = ["build_chain"]
 
@@ -124,7 +124,7 @@ class _Builder:
         ]
         if isinstance(config.attention, MLA):
             width = config.attention.qkv_latent_dim
-            columns = deal(width, mesh.group_size)
+            columns = split_evenly(width, mesh.group_size)
             fields.append(Field(name="qkv_latent", width=width, itemsize=size, bundle="qkv_latent", columns=columns))
         if config.moe is not None:
             top_k = config.moe.num_experts_per_tok
@@ -191,7 +191,7 @@ class _Builder:
         lo, hi = head_spans(config, tp)[0]
         heads = hi - lo
         column = self.sharding.qkv_a_proj == "column"
-        width = deal(mla.qkv_latent_dim, tp)[0] if column else mla.qkv_latent_dim
+        width = split_evenly(mla.qkv_latent_dim, tp)[0] if column else mla.qkv_latent_dim
         query_from_hidden = mla.q_lora_rank is None
         qkv_a_proj = Stage(
             name="qkv_a_proj",
@@ -295,7 +295,7 @@ class _Builder:
         whole = self.sharding.experts == "whole"
         lo, hi = split_blocks(moe.moe_intermediate_size, world)[0]
         columns = moe.moe_intermediate_size if whole else hi - lo
-        held = deal(moe.n_routed_experts, world)[0] if whole else moe.n_routed_experts
+        held = split_evenly(moe.n_routed_experts, world)[0] if whole else moe.n_routed_experts
         pairs = top_k * held / moe.n_routed_experts
         router = Stage(
             name="router",

@@ -13,7 +13,7 @@ from itertools import product
 
 from narrows.arch.config import GQA, MLA, ModelConfig
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, Span, deal, starts
+from narrows.layout import Mesh, Span, split_evenly, starts
 
 __all__ = [
     "WeightSharding",
@@ -86,7 +86,7 @@ def split_blocks(columns: int, parts: int) -> tuple[Span, ...]:
     best: tuple[Span, ...] = ()
     for block in _BLOCKS:
         if columns % block == 0:
-            spans = starts(tuple(n * block for n in deal(columns // block, parts)))
+            spans = starts(tuple(n * block for n in split_evenly(columns // block, parts)))
             if not best or spans[0][1] < best[0][1]:
                 best = spans
     return best
@@ -100,8 +100,8 @@ def head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:
     attention, heads = config.attention, config.num_attention_heads
     if isinstance(attention, GQA) and attention.num_key_value_heads >= tp:
         per_group = heads // attention.num_key_value_heads
-        return starts(tuple(n * per_group for n in deal(attention.num_key_value_heads, tp)))
-    return starts(deal(heads, tp))
+        return starts(tuple(n * per_group for n in split_evenly(attention.num_key_value_heads, tp)))
+    return starts(split_evenly(heads, tp))
 
 
 def kv_head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from narrows.arch.config import GQA, MLA, ModelConfig
 from narrows.arch.weight_sharding import WeightSharding, head_spans, kv_head_spans, split_blocks
-from narrows.layout import Mesh, Span, deal, starts
+from narrows.layout import Mesh, Span, split_evenly, starts
 
 __all__ = ["Weight", "embed_weights", "head_weights", "layer_weights"]
 
@@ -133,7 +133,7 @@ def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, sharding: WeightShar
         shape = (rows, hidden)
         if sharding.qkv_a_proj == "replicated":
             return Weight(name=f"{prefix}{name}.weight", shape=shape, quantized=True)
-        cut = starts(deal(mla.qkv_latent_dim, tp))
+        cut = starts(split_evenly(mla.qkv_latent_dim, tp))
         spans = tuple((min(max(lo - at, 0), rows), min(max(hi - at, 0), rows)) for lo, hi in cut)
         return Weight(name=f"{prefix}{name}.weight", shape=shape, dim=0, spans=spans, quantized=True)
 
@@ -236,7 +236,7 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, pref
             name=prefix + "gate.e_score_correction_bias", shape=(num_experts,), float32=True
         )
     whole = sharding.experts == "whole"
-    held = starts(deal(num_experts, mesh.size)) if whole else ((0, num_experts),) * mesh.size
+    held = starts(split_evenly(num_experts, mesh.size)) if whole else ((0, num_experts),) * mesh.size
     spans = split_blocks(size, mesh.size)
     for name, shape, dim in (
         ("gate_proj", (size, hidden), 0),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from narrows.cost.memory import MemoryUse
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM
 from narrows.plan.planner import Planner

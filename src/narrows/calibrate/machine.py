@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from narrows.cost.here import cpu_facts
+from narrows.cost.environment import cpu_facts
 from narrows.native import why_absent
 from narrows.ranks.affinity import num_cores
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from narrows.comm.communicator import Communicator
 from narrows.comm.device import finished
-from narrows.layout import deal
+from narrows.layout import split_evenly
 
 __all__ = ["COLLECTIVES", "GEMM_SHAPE", "Probe"]
 
@@ -87,8 +87,8 @@ class Probe:
     def _exchange(
         self, op: str, ranks: tuple[int, ...], rows: int, dtype: torch.dtype, repeats: int, *, lent: bool = True
     ) -> float:
-        counts, me = deal(rows, len(ranks)), ranks.index(self.comm.rank)
-        widths = deal(_WIDTH, len(ranks)) if op == "column_gather" else (_WIDTH,) * len(ranks)
+        counts, me = split_evenly(rows, len(ranks)), ranks.index(self.comm.rank)
+        widths = split_evenly(_WIDTH, len(ranks)) if op == "column_gather" else (_WIDTH,) * len(ranks)
         shape = counts[me] if op == "all_gather" else rows, widths[me]
 
         def brought() -> Tensor:

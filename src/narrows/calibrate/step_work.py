@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from narrows.calibrate.waits import without_waits
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig
 from narrows.engine.core import Engine
 from narrows.engine.program import Operation
 from narrows.engine.worker import Worker
-from narrows.layout import deal
+from narrows.layout import split_evenly
 from narrows.plan.plan import Op, Plan
 from narrows.ranks.affinity import num_cores
 from narrows.sched.batch import Batch, Chunk
@@ -48,7 +48,7 @@ class StepWork:
 
     def limits(self, asked: EngineConfig) -> EngineConfig:
         """``asked`` with room for the step, whatever it says of limits."""
-        rows = deal(self.rows, max(asked.dp, 1))[0]
+        rows = split_evenly(self.rows, max(asked.dp, 1))[0]
         longest = self.length(rows) + 1
         held = len(self._spans(rows, self.length(rows))) * (longest + asked.page_size)
         return replace(asked, max_context=longest, kv_tokens=max(asked.kv_tokens or 0, held), rows_per_step=self.rows)
@@ -60,7 +60,7 @@ class StepWork:
         """The step by hand. What the cache holds before its rows is whatever is there: see :func:`fill_caches`."""
         draw = random.Random(self.seed)
         groups = []
-        for number in deal(self.rows, num_groups):
+        for number in split_evenly(self.rows, num_groups):
             length = self.length(number)
             pages_each = num_pages_for(length, page_size)
             spans = self._spans(number, length)

@@ -35,7 +35,7 @@ from narrows.cli.arguments import (
 from narrows.cli.bench_tables import print_outcome
 from narrows.cli.console import console
 from narrows.cli.output import add_output_flags, check_output, put_document
-from narrows.cost.stage import PHASES
+from narrows.cost.pricer import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError

@@ -11,7 +11,7 @@ from narrows.bench.grid import Grid
 from narrows.bench.layout import LayoutWork, layout
 from narrows.cli.arguments import engine_options
 from narrows.cli.layout_html import grid_page
-from narrows.cost.stage import PHASES
+from narrows.cost.pricer import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError

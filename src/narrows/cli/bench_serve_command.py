@@ -29,7 +29,7 @@ from narrows.cli.loads import (
 )
 from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.errors import ConfigError
-from narrows.loads.figures import figures
+from narrows.workload.figures import figures
 
 __all__ = ["ABOUT", "add_flags", "run"]
 

@@ -15,7 +15,7 @@ from narrows.calibrate.machine import machine
 from narrows.calibrate.measure import Grid, calibrate, figures_of
 from narrows.calibrate.price_tables import Calibration
 from narrows.cli.console import console
-from narrows.cost.here import Setting
+from narrows.cost.environment import MachineFingerprint
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
 from narrows.engine.prices import setting_of, world_name
@@ -146,7 +146,12 @@ def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
 
 
 def _profile(
-    args: argparse.Namespace, setting: Setting, found: Calibration, models: tuple[str, ...], memory: float, date: str
+    args: argparse.Namespace,
+    setting: MachineFingerprint,
+    found: Calibration,
+    models: tuple[str, ...],
+    memory: float,
+    date: str,
 ) -> Profile:
     words = [f"{setting.ranks}x{setting.threads}", setting.world]
     words += [args.quantization] if args.quantization != "none" else []

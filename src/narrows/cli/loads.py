@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 
 from narrows.errors import ConfigError
-from narrows.loads.figures import Answer, Figures
-from narrows.loads.workload import Ask, Prefixes, arrive, fitted, flood, random_lengths, read_trace
+from narrows.workload.arrivals import Ask, Prefixes, arrive, fitted, flood, random_lengths, read_trace
+from narrows.workload.figures import Answer, Figures
 
 __all__ = [
     "FLOOD",

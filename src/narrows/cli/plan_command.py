@@ -8,9 +8,9 @@ from pathlib import Path
 from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cli.plan_tables import print_report
 from narrows.cli.priced import add_priced_flags
-from narrows.cost.stage import PHASES
+from narrows.cost.pricer import PHASES
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, split_evenly
 from narrows.plan.code import plan_code
 from narrows.plan.named import named_layout
 from narrows.plan.plan_step import plan_step
@@ -138,12 +138,12 @@ def _group_rows(args: argparse.Namespace, mesh: Mesh) -> tuple[int, ...]:
     if args.rows < 1:
         raise ConfigError(f"--rows {args.rows}: a step has at least 1 row")
     if args.group_rows is None:
-        return deal(args.rows, mesh.num_groups)
+        return split_evenly(args.rows, mesh.num_groups)
     try:
         rows = tuple(int(part) for part in args.group_rows.split(","))
     except ValueError:
         raise ConfigError(f"--group-rows {args.group_rows!r}: whole numbers with commas between are needed") from None
-    even = ",".join(str(n) for n in deal(args.rows, mesh.num_groups))
+    even = ",".join(str(n) for n in split_evenly(args.rows, mesh.num_groups))
     if len(rows) != mesh.num_groups:
         raise ConfigError(
             f"--group-rows has {len(rows)} counts, but {mesh} has {mesh.num_groups} attention groups; "

@@ -37,11 +37,10 @@ from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cli.priced import add_priced_flags, add_requests_flag
 from narrows.cli.simulate_tables import print_candidate, print_ranking, print_unfit
 from narrows.cost.devices import Device
-from narrows.cost.here import here
+from narrows.cost.environment import this_machine
 from narrows.cost.profile import choose_device
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.loads.workload import Ask
 from narrows.plan.deploy import DEFAULT_ROWS, longest_context, planned_dtype
 from narrows.plan.evidence import ranks_line
 from narrows.plan.named import applicable_layouts, inapplicable, named_layout
@@ -51,6 +50,7 @@ from narrows.sim.engine import simulate
 from narrows.sim.measured import read_step_times
 from narrows.sim.search import Candidate, Target, meshes, ranked
 from narrows.sim.serving import DoesNotFit, serving
+from narrows.workload.arrivals import Ask
 
 __all__ = ["add_parser", "run"]
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     config = load_model_config(args.model, args.revision)
     asked = _asked(args, config)
-    setting = partial(here, ranks=max((mesh.size for mesh, _ in asked), default=1), threads=1, world="")
+    setting = partial(this_machine, ranks=max((mesh.size for mesh, _ in asked), default=1), threads=1, world="")
     hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
     for line in said:
         print(f"narrows: {line}", file=sys.stderr)

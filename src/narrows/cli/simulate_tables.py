@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from narrows.cli.loads import figures_table
-from narrows.loads.fairness import Fairness
 from narrows.sched.stats import Bound, SchedulerStats
 from narrows.sim.engine import Outcome
 from narrows.sim.search import Candidate, Target
+from narrows.workload.fairness import Fairness
 
 __all__ = ["print_candidate", "print_ranking", "print_unfit"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from narrows.comm.communicator import Communicator, RowNorm
 from narrows.comm.sums import sum_rows
 from narrows.errors import LayoutError
-from narrows.layout import Layout, Move, MoveKind, RowSplit, deal, scattered, starts
+from narrows.layout import Layout, Move, MoveKind, RowSplit, scattered, split_evenly, starts
 
 __all__ = ["Geometry", "Mover", "assemble", "scatter"]
 
@@ -175,7 +175,9 @@ def scatter(layout: Layout, split: RowSplit, full: Tensor, columns: tuple[int, .
         if layout.owes_sum:
             shards += _addends(rows, len(block), start)
         elif layout.holds_columns:
-            widths = deal(full.shape[1], len(block)) if columns is None else tuple(columns[rank] for rank in block)
+            widths = (
+                split_evenly(full.shape[1], len(block)) if columns is None else tuple(columns[rank] for rank in block)
+            )
             if sum(widths) != full.shape[1]:
                 raise LayoutError(f"ranks {block} hold {widths} columns, but the tensor has {full.shape[1]}")
             shards += [rows[:, lo:hi].clone(memory_format=torch.contiguous_format) for lo, hi in starts(widths)]

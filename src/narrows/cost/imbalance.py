@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import accumulate
 from random import Random
 
-from narrows.layout import Span, deal, starts
+from narrows.layout import Span, split_evenly, starts
 
 __all__ = ["DEFAULT_SKEW", "LARGEST_SKEW", "imbalance", "largest_loads"]
 
@@ -66,7 +66,7 @@ def _means(ranks: int, experts: int, top_k: int, skew: float) -> tuple[float, ..
 
 def largest_loads(ranks: int, experts: int, top_k: int, skew: float) -> tuple[tuple[float, ...], ...]:
     """The fullest rank's load over its even share in each of the draws, at 1, 2, 4, ... 65536 rows."""
-    spans = starts(deal(experts, ranks))
+    spans = starts(split_evenly(experts, ranks))
     even = top_k * (spans[0][1] - spans[0][0]) / experts
     trials = min(_TRIALS, max(_POPULARITIES // experts, 1))
     draws = [_draw(Random(trial), spans, experts, top_k, skew) for trial in range(trials)]

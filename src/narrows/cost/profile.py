@@ -1,8 +1,8 @@
 """Profiles: a machine's prices in a file, and the one door by which a command finds the device it plans for.
 
-:class:`Profile` is the file (docs/profiles.md): what is read and written is what prices come from. A profile names what
-it was made for (a :class:`Setting`). Ranks that run here refuse one that was made elsewhere, since their plans would
-rest on prices that do not hold; who only plans may take any.
+:class:`Profile` is the file (docs/profiles.md). It names the machine that it was made for (a
+:class:`MachineFingerprint`). Ranks that run here refuse a profile of another machine, since their plans would rest on
+prices that do not hold. To plan only, any profile may be used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, JsonValue, ValidationError, field_serializer, model_serializer, model_validator
 
 from narrows.cost.devices import DEVICES, Device, device, device_of_card
-from narrows.cost.here import Setting
+from narrows.cost.environment import MachineFingerprint
 from narrows.cost.measured import WORKS, CollectiveTable, Measured, Part, SizeRow, StageTable, StepTable, short
 from narrows.errors import ConfigError
 from narrows.native import why_absent
@@ -94,7 +94,7 @@ class Profile(Part):
     narrows_profile: Literal[1] = 1
     name: str | None = None
     title: str | None = None
-    fits: Setting = Setting()
+    fits: MachineFingerprint = MachineFingerprint()
     made: dict[str, JsonValue] = Field(default_factory=dict)
     figures: DeviceFigures = Field(default=DeviceFigures(), alias="device")
     stages: list[StageTable] = Field(default_factory=list)
@@ -117,7 +117,7 @@ class Profile(Part):
         return self
 
     @field_serializer("fits")
-    def _fits(self, fits: Setting) -> dict[str, str | int]:
+    def _fits(self, fits: MachineFingerprint) -> dict[str, str | int]:
         return fits.document()
 
     @property
@@ -247,7 +247,7 @@ def profiles_folder() -> Path:
 
 
 def choose_device(
-    asked: str, setting: Callable[[], Setting], *, dtype: str = "", model: str = "", runs: bool
+    asked: str, setting: Callable[[], MachineFingerprint], *, dtype: str = "", model: str = "", runs: bool
 ) -> tuple[Device, list[str]]:
     """The device that plans are priced for, and notes on what its prices rest on.
 
@@ -279,7 +279,7 @@ def choose_device(
     return profile.device, [_said(profile, asked, mine, dtype)]
 
 
-def _kept(setting: Setting, dtype: str, model: str, runs: bool) -> tuple[Device, list[str]]:
+def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tuple[Device, list[str]]:
     """By the profile among this user's that fits. Of several, one that measured weights of ``dtype``, then one made
     with ``model``, then the one that leaves least open, then the newest. If there is none: why those for as many ranks
     do not fit."""
@@ -311,17 +311,17 @@ def _kept(setting: Setting, dtype: str, model: str, runs: bool) -> tuple[Device,
     return device(nearest), [f"{line}; anew: {calibrate_command(setting, dtype)}" for line in refused]
 
 
-def nearest_device(setting: Setting) -> str | None:
+def nearest_device(setting: MachineFingerprint) -> str | None:
     """The name of the device of the catalogue that is most like one rank of ``setting``; None for an unknown GPU."""
     return device_of_card(setting.card) if setting.card else "cpu-core"
 
 
-def _said(profile: Profile, file: str, setting: Setting, dtype: str) -> str:
+def _said(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) -> str:
     line = profile.said(file, dtype)
     return line if profile.knows(dtype) else f"{line}; {calibrate_command(setting, dtype)} measures it"
 
 
-def calibrate_command(setting: Setting, dtype: str) -> str:
+def calibrate_command(setting: MachineFingerprint, dtype: str) -> str:
     """What makes a profile for ``setting`` and weights of ``dtype``."""
     threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
     world = "" if setting.world in ("shm", "alone") else f" --world {setting.world}"

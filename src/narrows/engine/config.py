@@ -18,13 +18,13 @@ from narrows.arch.quantization import check_loadable
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.checkpoints import local_model
 from narrows.convert.gguf_header import find_gguf
+from narrows.cost.pricer import StepShape
 from narrows.cost.profile import choose_device
-from narrows.cost.stage import StepShape
 from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
 from narrows.engine.prices import setting_of
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, split_evenly
 from narrows.models.registry import check_executable
 from narrows.ops.compiled import int8_library
 from narrows.ops.int8 import Quantization
@@ -348,7 +348,7 @@ def _fit_host(
     planner = Planner(deployment, sharding)
     if plan is None:
         rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a place in the cache
-        shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=limits.max_context)
+        shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=limits.max_context)
         plan = planner.plan(shape, asked.layout)
     needs_of = partial(
         Needs.of,

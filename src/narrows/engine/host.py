@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from narrows.arch.weight_sharding import WeightSharding
-from narrows.cost.here import cpu_facts
+from narrows.cost.environment import cpu_facts
 from narrows.cost.memory import kv_token_bytes, weight_bytes
 from narrows.engine.free_memory import free_memory, total_memory
 from narrows.errors import ConfigError
@@ -24,7 +24,7 @@ _BF16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """``memory``: bytes of the machine, or of the container that this process is in; ``free``: of these, what nobody
-    holds. ``cpu_features``: those of ``cost.here.CPU_FEATURES`` that the CPU has; none where nothing says."""
+    holds. ``cpu_features``: those of ``cost.environment.CPU_FEATURES`` that the CPU has; none where nothing says."""
 
     memory: int
     free: int

@@ -13,7 +13,7 @@ from time import perf_counter
 
 from narrows.engine.config import Resolved
 from narrows.errors import ConfigError
-from narrows.layout import Encoding, deal
+from narrows.layout import Encoding, split_evenly
 from narrows.plan.cache import FixedPlan, PlanCache, PlanKey
 from narrows.plan.deploy import priced_context
 from narrows.plan.evidence import evidence_line
@@ -114,7 +114,7 @@ class EnginePlans:
         return evidence_line(
             device,
             {
-                f"prefill of {rows} rows": self.current.plan_of(PlanKey.of("prefill", deal(rows, groups), 1)),
+                f"prefill of {rows} rows": self.current.plan_of(PlanKey.of("prefill", split_evenly(rows, groups), 1)),
                 f"decode of {groups} row{'s' * (groups > 1)}": self.current.plan_of(
                     PlanKey.of("decode", (1,) * groups, groups)
                 ),

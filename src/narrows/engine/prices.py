@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from narrows.comm.device import card_name
 from narrows.comm.shm_peers import is_wanted
-from narrows.cost.here import Setting, here
+from narrows.cost.environment import MachineFingerprint, this_machine
 from narrows.native import why_absent
 
 __all__ = ["setting_of", "world_name"]
@@ -19,9 +19,9 @@ def world_name(*, run_on: str, ranks: str, several_hosts: bool) -> str:
     return "gloo" if several_hosts or why_absent() or not is_wanted() else "shm"
 
 
-def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int) -> Setting:
+def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int) -> MachineFingerprint:
     """What a profile must have been made for to hold for such ranks here."""
-    return here(
+    return this_machine(
         ranks=num_ranks,
         threads=threads,
         world=world_name(run_on=run_on, ranks=ranks, several_hosts=several_hosts),

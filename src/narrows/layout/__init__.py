@@ -1,7 +1,7 @@
 """PURE room: meshes, layouts, row splits, moves and row encodings. It imports nothing above `errors`, and no torch."""
 
-from narrows.layout.deal import Span, deal, starts
 from narrows.layout.encoding import Encoding
+from narrows.layout.even_split import Span, split_evenly, starts
 from narrows.layout.layout import Layout, full, group, legal_layouts, owed, picture, scattered
 from narrows.layout.mesh import Mesh
 from narrows.layout.moves import Move, MoveKind, moves_from
@@ -15,7 +15,6 @@ __all__ = [
     "MoveKind",
     "RowSplit",
     "Span",
-    "deal",
     "full",
     "group",
     "legal_layouts",
@@ -23,5 +22,6 @@ __all__ = [
     "owed",
     "picture",
     "scattered",
+    "split_evenly",
     "starts",
 ]

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from narrows.errors import LayoutError
-from narrows.layout.deal import Span, deal
+from narrows.layout.even_split import Span, split_evenly
 from narrows.layout.layout import Layout
 from narrows.layout.mesh import Mesh
 
@@ -45,7 +45,7 @@ class RowSplit:
             raise LayoutError(
                 f"{mesh} has {mesh.num_groups} attention groups, but rows are given for {len(group_rows)}"
             )
-        return cls(mesh, tuple(n for rows in group_rows for n in deal(rows, mesh.group_size)))
+        return cls(mesh, tuple(n for rows in group_rows for n in split_evenly(rows, mesh.group_size)))
 
     @property
     def total(self) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
-from narrows.layout import deal
+from narrows.layout import split_evenly
 from narrows.plan.explain import describe
 from narrows.plan.planner import Planner
 
@@ -72,8 +72,8 @@ def spread(rows: int, like: tuple[int, ...]) -> tuple[int, ...]:
     ((5, 4), (7, 3), (7, 0))
     """
     total = sum(like)
-    if like == deal(total, len(like)):
-        return deal(rows, len(like))
+    if like == split_evenly(total, len(like)):
+        return split_evenly(rows, len(like))
     seen, taken = 0, 0
     counts = []
     for n in like:

@@ -10,9 +10,9 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.positions import most_positions
 from narrows.arch.quantization import check_loadable
 from narrows.cost.devices import Device
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, split_evenly
 from narrows.sched.limits import Limits
 
 __all__ = [
@@ -97,7 +97,7 @@ def priced_context(max_context: int) -> int:
 def step_mix(mesh: Mesh, rows: int, max_context: int) -> list[tuple[StepShape, float]]:
     """The steps that weight sharding is chosen for: one full prefill step to 64 decode steps of a request per group."""
     context = priced_context(max_context)
-    prefill = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=context)
+    prefill = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=context)
     decode = StepShape.of(mesh, (1,) * mesh.num_groups, phase="decode", context=context)
     return [(prefill, 1.0), (decode, 64.0)]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from narrows.layout import deal
+from narrows.layout import split_evenly
 from narrows.plan.cache import PlanKey, bucket
 
 __all__ = ["expected_decodes", "expected_keys"]
@@ -37,7 +37,7 @@ def expected_decodes(num_groups: int, *, most: int) -> Iterator[tuple[int, ...]]
     [(1, 0), (1, 1), (2, 1)]
     """
     for rows in range(1, most + 1):
-        yield deal(rows, num_groups)
+        yield split_evenly(rows, num_groups)
 
 
 def _every(num_groups: int, most_decoding: int, rows_per_step: int) -> Iterator[PlanKey]:
@@ -61,4 +61,4 @@ def _buckets(most: int) -> Iterator[tuple[int, int]]:
 
 def _spread(least: int, most: int, num_groups: int) -> tuple[tuple[int, ...], ...]:
     """Rows of the groups; how many the largest has, decides the bucket too."""
-    return (deal(most, num_groups), deal(least, num_groups), (most, *(0,) * (num_groups - 1)))
+    return (split_evenly(most, num_groups), split_evenly(least, num_groups), (most, *(0,) * (num_groups - 1)))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
-from narrows.cost.stage import OpPrice
+from narrows.cost.pricer import OpPrice
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
 from narrows.plan.named import NamedLayout
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from narrows.arch.stages import FieldRoles, PriceClass, Role, RowSet, Stage, StageKind
 from narrows.cost.price import Source
-from narrows.cost.stage import NOTHING, OpPrice, StepShape
+from narrows.cost.pricer import NOTHING, OpPrice, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
 

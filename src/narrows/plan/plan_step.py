@@ -7,12 +7,12 @@ from functools import partial
 
 from narrows.arch.positions import most_positions
 from narrows.arch.presets import load_model_config
-from narrows.cost.here import here
+from narrows.cost.environment import this_machine
 from narrows.cost.imbalance import DEFAULT_SKEW
+from narrows.cost.pricer import StepShape
 from narrows.cost.profile import choose_device
-from narrows.cost.stage import StepShape
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, deal
+from narrows.layout import Mesh, split_evenly
 from narrows.plan.deploy import planned_dtype
 from narrows.plan.planner import Deployment
 from narrows.plan.report import PlanReport, make_report
@@ -59,13 +59,13 @@ def plan_step(
     """
     mesh = Mesh.of(dp=dp, tp=tp)
     config = load_model_config(model, revision)
-    setting = partial(here, ranks=mesh.size, threads=1, world="")
+    setting = partial(this_machine, ranks=mesh.size, threads=1, world="")
     hardware, found = choose_device(device, setting, dtype=dtype, model=model, runs=False)
     found = [*notes, *found]
     if not dtype:
         dtype, because = planned_dtype(config, hardware, model)
         found.append(f"dtype {dtype}: {because}")
-    group_rows = deal(rows, mesh.num_groups) if isinstance(rows, int) else tuple(rows)
+    group_rows = split_evenly(rows, mesh.num_groups) if isinstance(rows, int) else tuple(rows)
     if sum(group_rows) < 1:
         raise ConfigError(f"rows {rows}: a step has at least 1 row")
     shape = StepShape.of(mesh, group_rows, phase=phase, context=context, logit_rows=logit_rows)

@@ -17,7 +17,7 @@ from narrows.arch.weight_sharding import WeightSharding, check_mesh, sharding_ch
 from narrows.cost.devices import DTYPES, Device
 from narrows.cost.imbalance import DEFAULT_SKEW, LARGEST_SKEW
 from narrows.cost.memory import MemoryUse, memory_use
-from narrows.cost.stage import Pricer, StepShape
+from narrows.cost.pricer import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Encoding, Mesh
 from narrows.plan.graph import Graph

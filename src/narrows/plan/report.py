@@ -11,7 +11,7 @@ from typing import Any
 
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import MemoryUse
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.plan.crossovers import RowRange, Sweep
 from narrows.plan.evidence import Evidence, evidence_line, ranks_line
 from narrows.plan.explain import why

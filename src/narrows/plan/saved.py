@@ -16,7 +16,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Chain, PriceClass, RowSet, Stage
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.price import Source
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, RowSplit
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan, Segment

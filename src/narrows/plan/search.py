@@ -18,7 +18,7 @@ from functools import partial
 from itertools import pairwise
 
 from narrows.arch.stages import Stage
-from narrows.cost.stage import OpPrice
+from narrows.cost.pricer import OpPrice
 from narrows.errors import PlanError
 from narrows.plan.graph import Edge, Graph, Node, Prices, State
 from narrows.plan.plan import Op, Segment

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from narrows.arch.stages import AttentionCore, Field, Gemm, GroupedGemm, PriceClass, Role, RowSet, Stage, Stream
 from narrows.cost.imbalance import imbalance
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.layout import Layout, MoveKind
 from narrows.plan.plan import Op, OpKind, Plan
 

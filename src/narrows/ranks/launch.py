@@ -21,7 +21,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from narrows.errors import ConfigError, RankError
-from narrows.layout import deal, starts
+from narrows.layout import split_evenly, starts
 from narrows.ranks.channel import listen, resolve
 from narrows.ranks.messages import Contact
 from narrows.ranks.timing import TIMING, Timing
@@ -80,7 +80,7 @@ class Launch:
             raise ConfigError("--nnodes needs --master-addr and --master-port: where node 0 listens")
         if not 0 < port < 65536:
             raise ConfigError(f"--master-port is {port}; it must be between 1 and 65535")
-        first, stop = starts(deal(world_size, num_nodes))[node]
+        first, stop = starts(split_evenly(world_size, num_nodes))[node]
         return cls(
             address=address,
             port=port,

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from narrows.arch.stages import AttentionCore, PriceClass, RowSet, Stage
 from narrows.cost.price import Source
-from narrows.cost.stage import OpPrice, Pricer, StepShape
+from narrows.cost.pricer import OpPrice, Pricer, StepShape
 from narrows.layout import Layout, RowSplit
 from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.plan import Plan

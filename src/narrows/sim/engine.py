@@ -15,9 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from narrows.errors import ConfigError
-from narrows.loads.fairness import Fairness, by_client
-from narrows.loads.figures import Answer, Figures, figures
-from narrows.loads.workload import Ask
 from narrows.plan.explain import describe
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
@@ -27,6 +24,9 @@ from narrows.sched.scheduler import Scheduler
 from narrows.sched.stats import SchedulerStats
 from narrows.sim.costs import StepCost, StepCosts
 from narrows.sim.places import PlacesHeld
+from narrows.workload.arrivals import Ask
+from narrows.workload.fairness import Fairness, by_client
+from narrows.workload.figures import Answer, Figures, figures
 
 __all__ = ["Outcome", "PlanUse", "simulate"]
 
@@ -274,7 +274,7 @@ class _Run:
 
 
 def _prompt(ask: Ask, number: int) -> tuple[int, ...]:
-    """Tokens of which only those are equal that are in the prompts of :func:`narrows.loads.workload.prompt_ids`."""
+    """Tokens of which only those are equal that are in the prompts of :func:`narrows.workload.arrivals.prompt_ids`."""
     tokens: list[int] = []
     for which, count in ask.blocks:
         begin = _SHARED + which % (1 << 29) * _OWN

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from pathlib import Path
 
-from narrows.cost.stage import PHASES
+from narrows.cost.pricer import PHASES
 from narrows.errors import ConfigError
 from narrows.plan.cache import bucket
 from narrows.sched.batch import Batch

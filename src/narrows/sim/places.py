@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from narrows.loads.fairness import jain, max_min
+from narrows.workload.fairness import jain, max_min
 
 __all__ = ["PlacesHeld"]
 

@@ -14,8 +14,8 @@ from narrows.arch.weight_sharding import check_mesh
 from narrows.cost.memory import MemoryUse
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.loads.figures import Answer, percentile
 from narrows.sim.engine import Outcome
+from narrows.workload.figures import Answer, percentile
 
 __all__ = ["Candidate", "Target", "meshes", "ranked"]
 

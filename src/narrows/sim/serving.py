@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import MemoryUse
-from narrows.cost.stage import StepShape
+from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
-from narrows.layout import deal
+from narrows.layout import split_evenly
 from narrows.plan.deploy import DEFAULT_REQUESTS, PAGE_SIZE, limits_of, priced_context, step_mix
 from narrows.plan.named import named_layout
 from narrows.plan.planner import Deployment, Planner, known_sharding
@@ -85,7 +85,7 @@ def serving(
 def _memory(deployment: Deployment, sharding: WeightSharding, layout: str, rows: int, max_context: int) -> MemoryUse:
     """With room for a full step of prompts at the longest context."""
     planner, mesh = Planner(deployment, sharding), deployment.mesh
-    shape = StepShape.of(mesh, deal(rows, mesh.num_groups), phase="prefill", context=max_context)
+    shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=max_context)
     return planner.memory(planner.plan(shape, layout))
 
 

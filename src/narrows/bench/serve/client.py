@@ -17,8 +17,8 @@ from time import perf_counter
 from typing import Any
 
 from narrows.errors import ConfigError
-from narrows.loads.figures import Answer
-from narrows.loads.workload import Ask, prompt_ids
+from narrows.workload.arrivals import Ask, prompt_ids
+from narrows.workload.figures import Answer
 
 __all__ = ["Target", "look_at", "send_all"]
 

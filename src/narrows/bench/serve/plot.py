@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from narrows.bench.plot import check_plot
-from narrows.loads.figures import Answer
+from narrows.workload.figures import Answer
 
 __all__ = ["plot_load"]
 

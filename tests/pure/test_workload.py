@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.errors import ConfigError
-from narrows.loads.figures import Answer, Latency, figures, percentile
-from narrows.loads.workload import Prefixes, arrive, fitted, prompt_ids, random_lengths, read_trace
+from narrows.workload.arrivals import Prefixes, arrive, fitted, prompt_ids, random_lengths, read_trace
+from narrows.workload.figures import Answer, Latency, figures, percentile
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.99), st.integers(0, 5))

@@ -15,7 +15,7 @@ from pathlib import Path
 from narrows.native import why_absent
 from narrows.native.library import sources_digest
 
-__all__ = ["CPU_FEATURES", "Setting", "cpu_facts", "here"]
+__all__ = ["CPU_FEATURES", "MachineFingerprint", "cpu_facts", "this_machine"]
 
 CPU_FEATURES = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16"),
@@ -24,7 +24,7 @@ CPU_FEATURES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class MachineFingerprint:
     """All that prices depend on beside models and row counts. An empty text or 0: prices hold whatever it is.
 
     ``world``: how ranks exchange: ``shm``, ``threads``, ``gloo`` or ``nccl``; ``alone`` for one rank.
@@ -41,7 +41,7 @@ class Setting:
     torch: str = ""
     compiled_code: str = ""
 
-    def misfit(self, other: Setting, *, whatever: Collection[str] = ()) -> str:
+    def misfit(self, other: MachineFingerprint, *, whatever: Collection[str] = ()) -> str:
         """Where a profile made for this setting does not fit ``other``, in words; empty where it does. ``whatever``:
         fields that may differ."""
         found = []
@@ -58,10 +58,10 @@ class Setting:
         return {name: value for name, value in asdict(self).items() if value}
 
 
-def here(*, ranks: int, threads: int, world: str, card: str = "") -> Setting:
+def this_machine(*, ranks: int, threads: int, world: str, card: str = "") -> MachineFingerprint:
     """This machine, with so many ranks of so many threads that exchange through ``world``."""
     cpu, features = cpu_facts()
-    return Setting(
+    return MachineFingerprint(
         cpu=cpu,
         features=" ".join(features),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

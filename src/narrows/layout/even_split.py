@@ -1,19 +1,19 @@
-"""Dealing whole units (rows, heads, experts, columns) to ranks, unevenly where they do not divide. Knows only ints."""
+"""Whole units (rows, heads, experts, columns) split over ranks as evenly as they go."""
 
 from __future__ import annotations
 
-__all__ = ["Span", "deal", "starts"]
+__all__ = ["Span", "split_evenly", "starts"]
 
 Span = tuple[int, int]
 """A half-open range ``(start, stop)``."""
 
 
-def deal(units: int, parts: int) -> tuple[int, ...]:
+def split_evenly(units: int, parts: int) -> tuple[int, ...]:
     """How many of ``units`` each of ``parts`` gets: contiguous, as even as whole units allow, the larger shares first.
 
-    >>> deal(1023, 8)
+    >>> split_evenly(1023, 8)
     (128, 128, 128, 128, 128, 128, 128, 127)
-    >>> deal(1, 4), deal(0, 2)
+    >>> split_evenly(1, 4), split_evenly(0, 2)
     ((1, 0, 0, 0), (0, 0))
     """
     share, extra = divmod(units, parts)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from narrows.loads.figures import Answer, Latency
-from narrows.loads.workload import Ask
+from narrows.workload.arrivals import Ask
+from narrows.workload.figures import Answer, Latency
 
 __all__ = ["ClientFigures", "Fairness", "by_client", "jain", "max_min"]
 

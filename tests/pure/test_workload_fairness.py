@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.cli.main import main
-from narrows.loads import fairness
-from narrows.loads.fairness import by_client, jain, max_min
-from narrows.loads.figures import Answer
-from narrows.loads.workload import Ask, flood, prompt_ids, random_lengths, read_trace
-from narrows.loads.workload import Prefixes as Shared
 from narrows.sched.limits import Limits
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import simulate
 from narrows.sim.places import PlacesHeld
+from narrows.workload import fairness
+from narrows.workload.arrivals import Ask, flood, prompt_ids, random_lengths, read_trace
+from narrows.workload.arrivals import Prefixes as Shared
+from narrows.workload.fairness import by_client, jain, max_min
+from narrows.workload.figures import Answer
 
 
 def test_doctests() -> None:
