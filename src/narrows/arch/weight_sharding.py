@@ -78,7 +78,7 @@ def sharding_choices(config: ModelConfig, mesh: Mesh) -> tuple[WeightSharding, .
 def split_blocks(columns: int, parts: int) -> tuple[Span, ...]:
     """Spans of ``columns`` for each part, in the largest blocks that do not make the largest share larger.
 
-    >>> split_blocks(1408, 8)[0], deal_blocks(18432, 8)[7]       # in blocks of 16, and of 128
+    >>> split_blocks(1408, 8)[0], split_blocks(18432, 8)[7]       # in blocks of 16, and of 128
     ((0, 176), (16128, 18432))
     >>> split_blocks(1536, 5)
     ((0, 308), (308, 616), (616, 924), (924, 1232), (1232, 1536))
