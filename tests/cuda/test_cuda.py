@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from narrows.arch.presets import PRESETS
-from narrows.comm.transport import NcclTransport
+from narrows.comm.process_groups import NcclTransport
 from narrows.cost.devices import device_of_card
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM, Completion
@@ -96,7 +96,7 @@ def test_more_rank_processes_than_gpus_are_refused() -> None:
 def test_nccl_wire_of_one_rank() -> None:
     """What NCCL is asked for is legal, and padding goes again; sums among several need several GPUs."""
     torch.cuda.set_device(0)
-    transport = NcclTransport(torch.distributed.HashStore(), 0, 1)
+    transport = NcclTransport(torch.distributed.HashStore(), 0, 1, host=None)
     x = torch.arange(12.0, device="cuda").view(4, 3)
     addend = torch.ones_like(x)
     assert torch.equal(transport.gather(x, [4]), x)

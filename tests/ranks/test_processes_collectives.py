@@ -12,7 +12,7 @@ import ranks_lab as lab
 import torch
 from patience import PATIENCE_S
 
-from narrows.comm import DistCommunicator
+from narrows.comm import Communicator
 from narrows.comm.buffers import Buffers
 from narrows.errors import RankError
 from narrows.layout import Mesh
@@ -138,8 +138,8 @@ def test_one_row_on_eight_ranks() -> None:
         same_as_threads(ranks, mesh, (0, 0, 0, 1, 0, 0, 0, 0), 5, torch.bfloat16)
 
 
-def test_a_dist_communicator_keeps_the_protocol_and_knows_only_groups_of_its_mesh() -> None:
-    comm = DistCommunicator(Mesh.of(dp=2, tp=2), 0, {}, checked=False, buffers=Buffers())
+def test_a_communicator_knows_only_groups_of_its_mesh() -> None:
+    comm = Communicator(Mesh.of(dp=2, tp=2), 0, {}, checked=False, buffers=Buffers(), device=torch.device("cpu"))
     with pytest.raises(AssertionError, match=r"\(0, 3\) is no group of rank 0"):
         comm.barrier((0, 3), "x")
 

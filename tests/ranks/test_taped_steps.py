@@ -13,7 +13,7 @@ import steps_lab as lab
 
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.step_work import StepWork, run_steps
-from narrows.comm.recording import Recording
+from narrows.comm.captured import CapturedCollectives
 from narrows.engine import tapes
 from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.config import EngineConfig, resolve
@@ -246,7 +246,7 @@ def test_ranks_need_not_agree_on_what_is_on_tape(tiny_model) -> None:  # type: i
 @pytest.mark.parametrize("limit", ["_MOST_TAPES", "_MOST_BYTES"])
 def test_a_rehearsal_drives_no_tape_out(tiny_model, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(tapes, limit, 3)
-    monkeypatch.setattr(Recording, "nbytes", 1)
+    monkeypatch.setattr(CapturedCollectives, "nbytes", 1)
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         batch = StepWork(rows=40, phase="decode", context=10).batch_for(engine)

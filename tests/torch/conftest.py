@@ -19,7 +19,7 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig, read_config
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
-from narrows.comm import ThreadCommunicator
+from narrows.comm import Communicator
 from narrows.engine.config import Resolved
 from narrows.layout import Mesh
 from narrows.weights.dummy import DummyWeights
@@ -174,14 +174,14 @@ class Faults:
 
     def leave_out_sum(self, where: str) -> None:
         """Every rank keeps its own addend in the all-reduce whose label begins with ``where``."""
-        true_sum = ThreadCommunicator.all_reduce
+        true_sum = Communicator.all_reduce
 
-        def all_reduce(comm: ThreadCommunicator, x: Tensor, ranks: tuple[int, ...], *rest: Any, **more: Any) -> Tensor:
+        def all_reduce(comm: Communicator, x: Tensor, ranks: tuple[int, ...], *rest: Any, **more: Any) -> Tensor:
             out = true_sum(comm, x.clone(), ranks, *rest, **more)
             label = next(item for item in (*rest, *more.values()) if isinstance(item, str))
             return x if label.startswith(where) else out
 
-        self._monkeypatch.setattr(ThreadCommunicator, "all_reduce", all_reduce)
+        self._monkeypatch.setattr(Communicator, "all_reduce", all_reduce)
 
 
 class _Scaled:

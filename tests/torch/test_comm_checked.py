@@ -11,7 +11,7 @@ import torch
 from patience import PATIENCE_S
 from torch import Tensor
 
-from narrows.comm import Communicator, Fingerprint
+from narrows.comm import Communicator
 from narrows.comm.rendezvous import SharedState
 from narrows.errors import CollectiveMismatchError, RankError
 from narrows.layout import Mesh
@@ -320,31 +320,29 @@ def test_a_rank_stuck_outside_of_any_collective_is_given_up_and_named() -> None:
 def test_time_is_for_coming_not_for_the_work() -> None:
     """All have come; that the last one works longer than the others may be late is no failure."""
     shared = SharedState(Mesh.of(dp=1, tp=2), checked=False, timeout_s=0.05)
-    fingerprint = Fingerprint(0, "all_reduce", "long", 2)
 
-    def work(fingerprints: list[Fingerprint], brought: list[int]) -> list[int]:
+    def work(brought: list[int]) -> list[int]:
         time.sleep(0.2)
         return [sum(brought)] * 2
 
     results: list[int] = []
-    first = threading.Thread(target=lambda: results.append(shared.rendezvous((0, 1)).meet(0, fingerprint, 3, work)))
+    first = threading.Thread(target=lambda: results.append(shared.rendezvous((0, 1)).meet(0, 3, work)))
     first.start()
-    results.append(shared.rendezvous((0, 1)).meet(1, fingerprint, 4, work))
+    results.append(shared.rendezvous((0, 1)).meet(1, 4, work))
     first.join(PATIENCE_S)
     assert results == [7, 7]
 
 
 def test_an_error_in_the_work_is_known_before_anyone_is_let_go() -> None:
     shared = SharedState(Mesh.of(dp=1, tp=2), checked=False, timeout_s=5)
-    fingerprint = Fingerprint(0, "all_reduce", "broken", 2)
     raised: list[BaseException] = []
 
-    def work(fingerprints: list[Fingerprint], brought: list[int]) -> list[int]:
+    def work(brought: list[int]) -> list[int]:
         raise ArithmeticError("nan")
 
     def come(me: int) -> None:
         try:
-            shared.rendezvous((0, 1)).meet(me, fingerprint, 0, work)
+            shared.rendezvous((0, 1)).meet(me, 0, work)
         except BaseException as error:
             raised.append(error)
 

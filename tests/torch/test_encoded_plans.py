@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from narrows.arch.stages import RowSet
-from narrows.comm import ThreadCommunicator
+from narrows.comm import Communicator
 from narrows.engine import program
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.recorder import Spot
@@ -201,14 +201,14 @@ def test_a_fault_behind_the_wide_tolerance_is_still_named(tiny_model: TinyModel)
 def test_the_step_says_what_it_is(tiny_model: TinyModel) -> None:
     """In checked mode ranks that disagree on whether rows are encoded are told apart by the label."""
     labels: set[str] = set()
-    gather = ThreadCommunicator.all_gather
+    gather = Communicator.all_gather
 
-    def watching(comm: ThreadCommunicator, xs: list[Tensor], ranks: tuple, counts: tuple, label: str) -> list[Tensor]:
+    def watching(comm: Communicator, xs: list[Tensor], ranks: tuple, counts: tuple, label: str) -> list[Tensor]:
         labels.add(label)
         return gather(comm, xs, ranks, counts, label)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThreadCommunicator, "all_gather", watching)
+        patch.setattr(Communicator, "all_gather", watching)
         run(asked_for(tiny_model("v3"), 1, 2), "attn-tp-input-scattered")
     assert "layer 1 latent_norm: all_gather qkv_latent as int8" in labels
 

@@ -13,7 +13,7 @@ from documents import run_for_both
 from torch import Tensor
 
 from narrows.cli.main import main
-from narrows.comm import ThreadCommunicator
+from narrows.comm import Communicator
 from narrows.engine.config import EngineConfig
 from narrows.errors import ConfigError
 from narrows.evaluate.evaluation import Evaluation, default_files, evaluate
@@ -132,13 +132,13 @@ def test_a_reduction_that_is_left_out_is_out_of_bounds(asked: EngineConfig, dtyp
 def test_a_fault_that_only_one_row_alone_meets_is_seen_one_at_a_time(
     asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_sum = ThreadCommunicator.all_reduce
+    true_sum = Communicator.all_reduce
 
-    def all_reduce(self: ThreadCommunicator, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+    def all_reduce(self: Communicator, x: Tensor, *rest: Any, **more: Any) -> Tensor:
         out = true_sum(self, x, *rest, **more)
         return shaken(out) if len(out) == 1 else out
 
-    monkeypatch.setattr(ThreadCommunicator, "all_reduce", all_reduce)
+    monkeypatch.setattr(Communicator, "all_reduce", all_reduce)
     (found,) = run(replace(asked, dp=1), setting=replace(SETTING, window=64)).layouts
     batched, alone = (f.distance for f in found.distances)
     assert not batched.failure
@@ -146,14 +146,14 @@ def test_a_fault_that_only_one_row_alone_meets_is_seen_one_at_a_time(
 
 
 def test_logits_that_are_not_numbers_are_out_of_bounds(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_gather = ThreadCommunicator.column_gather
+    true_gather = Communicator.column_gather
 
-    def gather(self: ThreadCommunicator, *args: Any) -> Tensor:
+    def gather(self: Communicator, *args: Any) -> Tensor:
         out = true_gather(self, *args).clone()
         out[0, 5] = torch.nan
         return out
 
-    monkeypatch.setattr(ThreadCommunicator, "column_gather", gather)
+    monkeypatch.setattr(Communicator, "column_gather", gather)
     report = run(asked)
     assert not report.ok
     assert all("not numbers" in found.distance.failure for found in report.layouts[0].distances)
@@ -200,8 +200,8 @@ def test_the_command_prints_tables_and_writes_a_document(
 def test_a_layout_out_of_bounds_is_exit_code_1_and_one_line(
     evaluated_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_sum = ThreadCommunicator.all_reduce
-    monkeypatch.setattr(ThreadCommunicator, "all_reduce", lambda *args, **more: shaken(true_sum(*args, **more)))
+    true_sum = Communicator.all_reduce
+    monkeypatch.setattr(Communicator, "all_reduce", lambda *args, **more: shaken(true_sum(*args, **more)))
     options = ["--task", "choices", "--layout", "all-reduce", "--kl-rows", "200", "--one-at-a-time", "0"]
     out, found = run_for_both(capsys, command(evaluated_model, *options), code=1)
     assert "DIFFERS" in out and "all-reduce: distributions in float32, batched: " in out and "narrows verify" in out

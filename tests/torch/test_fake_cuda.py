@@ -1,7 +1,7 @@
 """Whole steps of every family on fake CUDA tensors: what a GPU would refuse, or wait for, is found without one.
 
 torch's FakeTensorMode propagates shapes, dtypes and devices and computes nothing, so these run at the published sizes.
-Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and DistCommunicator, whose
+Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and Communicator, whose
 NCCL is torch's fake process group. A step has three parts, and each has its rules:
 
 - before the walk (ids, page tables, row counts, sampling parameters): host work and copies to the device; no reading of
@@ -47,9 +47,9 @@ from narrows.arch.config import read_config
 from narrows.arch.presets import PRESETS
 from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import Weight
+from narrows.comm import Communicator
 from narrows.comm.buffers import Buffers
-from narrows.comm.dist_communicator import DistCommunicator
-from narrows.comm.transport import NcclTransport
+from narrows.comm.process_groups import NcclTransport
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.program import Frame, Operation, Program, Registers, Wrap
 from narrows.engine.sampler import RowSampler
@@ -236,19 +236,18 @@ class FakeBuffers(Buffers):
         return x
 
 
-class FakeCommunicator(DistCommunicator):
+class FakeCommunicator(Communicator):
     """A process among GPUs, alone. Checked mode: tensors are held against the row counts, and compared with nobody."""
 
     def __init__(self, rank: int) -> None:
         spans = [(first, last) for first in range(MESH.num_axes) for last in range(first + 1, MESH.num_axes + 1)]
         groups = {MESH.group(rank, first, last) for first, last in spans}
-        transports: dict[Any, Any] = {
-            ranks: (None, NcclTransport(None, ranks.index(rank), len(ranks))) for ranks in groups
-        }
-        super().__init__(MESH, rank, transports, checked=True, buffers=FakeBuffers(CUDA))
+        host: Any = None  # nothing in main memory is exchanged
+        transports = {ranks: NcclTransport(None, ranks.index(rank), len(ranks), host) for ranks in groups}
+        super().__init__(MESH, rank, transports, checked=True, buffers=FakeBuffers(CUDA), device=CUDA)
 
-    def _meet(self, member: Any, fingerprint: Any, work: Callable[..., Any], *args: Any) -> Any:
-        return work(*args)
+    def _compare(self, *_: Any) -> None:
+        pass
 
 
 class FakeWeights:

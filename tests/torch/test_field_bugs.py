@@ -23,9 +23,9 @@ from torch import Tensor
 
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import embed_weights
-from narrows.comm import Communicator, Geometry, Mover, ThreadCommunicator
+from narrows.comm import Communicator, Geometry, Mover
 from narrows.comm.buffers import Buffers
-from narrows.comm.transport import NcclTransport
+from narrows.comm.process_groups import NcclTransport
 from narrows.cost.devices import device
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig, resolve
@@ -572,12 +572,12 @@ def test_norm_before_gather_is_right_with_tp_above_1(
 
 
 def _results_in_send_buffers(patch: pytest.MonkeyPatch) -> None:
-    real = ThreadCommunicator.all_reduce
+    real = Communicator.all_reduce
 
-    def all_reduce(self: ThreadCommunicator, x: Tensor, ranks: tuple[int, ...], *args: Any, **options: Any) -> Tensor:
+    def all_reduce(self: Communicator, x: Tensor, ranks: tuple[int, ...], *args: Any, **options: Any) -> Tensor:
         return x.copy_(real(self, x, ranks, *args, **options))  # x lies in a send buffer that the next stage gets too
 
-    patch.setattr(ThreadCommunicator, "all_reduce", all_reduce)
+    patch.setattr(Communicator, "all_reduce", all_reduce)
 
 
 @planted(Mistake("results-live-in-send-buffers", _results_in_send_buffers))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrows.arch.stages import RowSet
 from narrows.arch.weights import Weight
-from narrows.comm import ThreadCommunicator
+from narrows.comm import Communicator
 from narrows.engine.config import EngineConfig
 from narrows.engine.recorder import Spot
 from narrows.engine.script import Script
@@ -319,15 +319,13 @@ def test_what_the_last_gather_does_to_the_logits_is_compared_too(
     asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No stage comes after it whose output could give it away."""
-    true_gather = ThreadCommunicator.column_gather
+    true_gather = Communicator.column_gather
 
-    def gather(
-        self: ThreadCommunicator, x: Tensor, ranks: tuple[int, ...], widths: tuple[int, ...], label: str
-    ) -> Tensor:
+    def gather(self: Communicator, x: Tensor, ranks: tuple[int, ...], widths: tuple[int, ...], label: str) -> Tensor:
         gathered = true_gather(self, x, ranks, widths, label)
         return gathered.roll(1, dims=1) if self.rank == 2 else gathered
 
-    monkeypatch.setattr(ThreadCommunicator, "column_gather", gather)
+    monkeypatch.setattr(Communicator, "column_gather", gather)
     for layout in verify(asked, prompts(9, 7), num_decode=1).layouts:
         assert layout.first_difference is not None and not layout.ok
         assert layout.first_difference.spot == Spot(None, "gathered", "logits") and layout.first_difference.rank == 2

@@ -1,22 +1,21 @@
-"""Collectives: the communicator among threads and among processes, and moves of a plan bound to it.
+"""Collectives: one communicator over four transports, and the moves of a plan bound to it.
 
-The room moves and decides nothing. It imports `layout`, `errors` and torch only.
+A communicator makes the collectives that a plan asks for, and decides nothing.
 """
 
 from narrows.comm.communicator import Communicator
-from narrows.comm.dist_communicator import DistCommunicator
+from narrows.comm.connect import connect_process, connect_thread
 from narrows.comm.fingerprint import Fingerprint, mismatch
 from narrows.comm.movers import Geometry, Mover, assemble, scatter
-from narrows.comm.thread_communicator import ThreadCommunicator
 
 __all__ = [
     "Communicator",
-    "DistCommunicator",
     "Fingerprint",
     "Geometry",
     "Mover",
-    "ThreadCommunicator",
     "assemble",
+    "connect_process",
+    "connect_thread",
     "mismatch",
     "scatter",
 ]

@@ -1,22 +1,44 @@
-"""Reusable send buffers of a communicator.
-
-Knows tensors only; moves nothing.
-"""
+"""Send buffers: memory that a communicator lends, and reuses after the collective that consumed it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers"]
+__all__ = ["Buffers", "SendBuffers"]
 
 _CPU = torch.device("cpu")
 
 
-class Buffers:
-    """Memory by (width, dtype), lent until it is given back."""
+class SendBuffers(ABC):
+    """Memory that is lent until it is given back."""
+
+    @abstractmethod
+    def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised ``[rows, width]``."""
+
+    @abstractmethod
+    def give_back(self, tensors: Sequence[Tensor]) -> None:
+        """The lent ones among ``tensors`` may be lent again."""
+
+    @abstractmethod
+    def is_lent(self, x: Tensor) -> bool:
+        """Whether ``x`` lies in a send buffer."""
+
+    def owned(self, x: Tensor) -> Tensor:
+        """``x`` as a result: itself, or a copy if it lies in a send buffer, which is then given back."""
+        if not self.is_lent(x):
+            return x
+        out = x.clone()
+        self.give_back((x,))
+        return out
+
+
+class Buffers(SendBuffers):
+    """Ordinary memory of a device, by (width, dtype)."""
 
     def __init__(self, device: torch.device = _CPU) -> None:
         self._device = device
@@ -39,10 +61,5 @@ class Buffers:
                 if lent is not None:
                     self._free[lent[0]].append(lent[1])
 
-    def owned(self, x: Tensor) -> Tensor:
-        """``x`` as a result: itself, or a copy if it lies in a send buffer, which is then free again."""
-        if x.untyped_storage().data_ptr() not in self._lent:
-            return x
-        out = x.clone()
-        self.give_back((x,))
-        return out
+    def is_lent(self, x: Tensor) -> bool:
+        return bool(self._lent) and x.untyped_storage().data_ptr() in self._lent

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from narrows.comm.communicator import Communicator, RowNorm
+from narrows.comm.communicator import Communicator
 from narrows.comm.sums import sum_rows
+from narrows.comm.transport import RowNorm
 from narrows.errors import LayoutError
 from narrows.layout import Layout, Move, MoveKind, RowSplit, scattered, split_evenly, starts
 

@@ -1,15 +1,12 @@
-"""A rank's shared memory: what its peers on this host read, and it alone writes.
+"""A rank's shared memory, which its peers on this host read and it alone writes.
 
-Knows bytes, blocks of them, and tensors that lie there. Does not know how others map it (`peers.py`), nor when a
-collective has been read by all (`shm.py`); it is told what a block waits for.
-
-The memory is an anonymous file of a size that nobody reaches, of which only what was touched exists: it grows without
-anybody else's help, and goes with its last process, however that ends. Blocks come in three uses:
+The memory is an anonymous file, larger than any rank needs, of which only the touched pages exist. It grows without the
+help of peers, and goes with its last process, however that ends. Blocks have three uses:
 
 - *lent*: a send buffer, from :meth:`Segment.lend` until it has been handed to a collective and read by all;
 - *staged*: a copy of an input that lies elsewhere, until all have read it;
-- *results* of some size: the caller's own until it drops them. Fresh memory would cost more than the collective (a copy
-  to fresh pages is several times slower), and a result that goes into the next collective needs no copy.
+- *large results*: the caller's own until it drops them. A copy to fresh pages is several times slower, and a result
+  that goes into the next collective needs no copy.
 """
 
 from __future__ import annotations
@@ -25,28 +22,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from narrows.comm.buffers import SendBuffers
+
 __all__ = ["SEGMENT_BYTES", "Block", "Segment", "mapped"]
 
 SEGMENT_BYTES = 1 << 36
 _LEAST = 1 << 14
 _HUGE = 1 << 21
 _ROOMY = 4
-"""A block so many times larger than what is wanted is not taken for it."""
+"""A block is used for requests down to this fraction of its size."""
 _OWN_RESULT = 1 << 18
-"""Bytes from which on a result lies in a block; below, malloc reuses what was freed."""
+"""Results of at least so many bytes lie in a block; for smaller ones malloc reuses freed memory."""
 _UNUSED = 2
-"""References to a block's memory when no tensor lies in it: the block's own, and the one that counts."""
+"""References to a block's memory when no tensor lies in it: the block's own, and that of the counting call."""
 
 
 class Exchanges(Protocol):
-    """A group's exchanges, as far as a block needs to know."""
+    """The exchanges of one group; ``number`` counts the complete ones."""
 
     number: int
-    """Of the last one that is complete."""
 
 
 class Block:
-    """Some memory, and what it is waiting for."""
+    """A piece of a segment, and the exchange after which it may be written again."""
 
     __slots__ = ("after", "lent", "memory", "reserved", "size", "start", "tensor")
 
@@ -56,24 +54,24 @@ class Block:
         self.start = ctypes.addressof(memory)
         self.lent = False
         self.reserved = False
-        """A recorded walk writes it each time that it is repeated."""
+        """A captured step writes it each time that it is replayed."""
         self.after: tuple[Exchanges, int] | None = None
-        """It may be written again when that exchange of that group lies behind everyone."""
+        """(group, exchange): it may be written again when that exchange of that group lies behind every member."""
         self.tensor: Tensor | None = None
 
     def as_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of its own that lies here. ``shape`` has elements."""
+        """A new tensor that lies here. ``shape`` has elements."""
         return torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
     def is_free(self) -> bool:
-        """Nobody holds it, and all have read it."""
+        """Whether it is not in use, and all have read it."""
         if self.lent or self.reserved:
             return False
         return self.after is None or self.after[0].number > self.after[1]
 
 
-class Segment:
-    """This rank's own."""
+class Segment(SendBuffers):
+    """The shared memory of this rank."""
 
     def __init__(self, blocks_start: int) -> None:
         self.fd = os.memfd_create("narrows rank", os.MFD_CLOEXEC)
@@ -86,8 +84,8 @@ class Segment:
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.latest: tuple[Exchanges, int] | None = None
         """The last exchange that this rank came to, in any group."""
-        self.found: list[Block] | None = None
-        """While a walk is recorded: every block that was taken for something."""
+        self.noted: list[Block] | None = None
+        """While a step is captured: every block that it uses."""
         self._next = blocks_start
         self._scratch: dict[int, list[Block]] = {}
         self._results: dict[int, list[Block]] = {}
@@ -96,10 +94,10 @@ class Segment:
     def holds(self, address: int) -> bool:
         return 0 <= address - self.start < SEGMENT_BYTES
 
-    def is_lent(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self._lent
+    # --- send buffers
 
-    # --- send buffers, as of `buffers.py`
+    def is_lent(self, x: Tensor) -> bool:
+        return bool(self._lent) and x.untyped_storage().data_ptr() in self._lent
 
     def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         size = rows * width * dtype.itemsize
@@ -114,29 +112,21 @@ class Segment:
         return x
 
     def give_back(self, tensors: Sequence[Tensor]) -> None:
-        """Lent ones are free again, once the latest exchange lies behind everyone."""
+        """The lent ones are free again once the latest exchange lies behind every member."""
         if self._lent:
             for x in tensors:
                 block = self._lent.pop(x.untyped_storage().data_ptr(), None)
                 if block is not None:
                     block.lent, block.after = False, self.latest
 
-    def owned(self, x: Tensor) -> Tensor:
-        """``x`` as a result: itself, or a copy if it lies in a send buffer, which is then free again."""
-        if not self._lent or not self.is_lent(x):
-            return x
-        out = x.clone()
-        self.give_back((x,))
-        return out
-
     # --- for the transports
 
     def take(self, nbytes: int) -> Block:
-        """A block for something to send. Whoever takes it says by ``after`` what it waits for."""
+        """A block for something to send; the caller sets its ``after``."""
         return self._find(self._scratch, nbytes, results=False)
 
     def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for a result, which is the caller's own from now on."""
+        """Memory for a result, which is the caller's own."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _OWN_RESULT:
             return torch.empty(shape, dtype=dtype)
@@ -155,8 +145,8 @@ class Segment:
         return self._noted(block)
 
     def _noted(self, block: Block) -> Block:
-        if self.found is not None:
-            self.found.append(block)
+        if self.noted is not None:
+            self.noted.append(block)
         return block
 
     def _make(self, size: int) -> Block:

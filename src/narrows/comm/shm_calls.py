@@ -47,7 +47,7 @@ def numbers(*values: int) -> Numbers:
 class Limits(NamedTuple):
     """What the library was compiled with: sizes in bytes, and how many there may be of what."""
 
-    wire_bytes: int
+    endpoint_bytes: int
     blocks_start: int
     max_groups: int
     max_fields: int
@@ -57,7 +57,7 @@ class Limits(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """The compiled functions, which take the addresses of a transport, a call and its arguments."""
+    """The compiled functions, which take the addresses of an endpoint, a call and its arguments."""
 
     gather: Callable[[int, int, int], int]
     reduce: Callable[[int, int, int], int]

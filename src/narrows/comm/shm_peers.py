@@ -1,8 +1,8 @@
-"""The ranks that share memory: they find each other on one host, map each other's segments, and notice who dies.
+"""The ranks that share memory: they find each other on one host, map each other's segments, and notice ended processes.
 
-Knows a store, processes and mappings; not collectives (`shm.py`). A segment has no name that could outlive anybody: who
-wants to map it opens it through /proc, as the same user in the same process namespace, and tells it by its nonce.
-Whether a group shares memory is decided from what all its members have seen, so they decide alike.
+A segment has no name that could outlive its process. A peer opens it through /proc, as the same user in the same
+process namespace, and recognises it by its nonce. Whether a group shares memory is decided from what all its members
+have mapped, so that they decide alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NONCE = 32
 
 
 class ShmPeers:
-    """The ranks of a world as one of them sees them: whose memory it has mapped, and who has mapped whose."""
+    """The ranks of a world, seen from one of them: whose memory each has mapped."""
 
     def __init__(self, rank: int, functions: Functions, segment: Segment, places: dict[int, Any]) -> None:
         self.rank = rank
@@ -46,7 +46,7 @@ class ShmPeers:
                 self._watch(other)
 
     def agree(self, store: Any, size: int) -> None:
-        """Tells the others whose memory is mapped here, and hears it from them. Nobody opens anything after that."""
+        """Exchanges with all ranks whose memory each has mapped. No rank opens anything after that."""
         store.set(f"seen by {self.rank}", json.dumps(sorted(self.maps)))
         self._seen = {other: set(json.loads(store.get(f"seen by {other}"))) for other in range(size)}
         os.close(self.segment.fd)
@@ -61,7 +61,7 @@ class ShmPeers:
         """Where the segments of ``ranks`` lie in this process."""
         return [ctypes.addressof(ctypes.c_char.from_buffer(self.maps[rank])) for rank in ranks]
 
-    def look(self, ranks: tuple[int, ...]) -> None:
+    def check(self, ranks: tuple[int, ...]) -> None:
         """Raises:
         PeersLostError: one of ``ranks`` has ended.
         """
@@ -76,7 +76,7 @@ class ShmPeers:
         try:
             fd = os.pidfd_open(self._pids[rank])
         except OSError:
-            return  # it is gone already, or this kernel cannot tell: then whoever watches all ranks notices
+            return  # it has ended already, or the kernel is too old: then the watchdog of all ranks notices
         self._pidfds[fd] = rank
         self._poll.register(fd, select.POLLIN)
 
@@ -86,15 +86,15 @@ class ShmPeers:
 
 
 def is_wanted() -> bool:
-    """Whether ranks of one host may share memory: not with NARROWS_SHM=0, for comparisons and for what breaks it."""
+    """Whether ranks of one host may share memory: not with NARROWS_SHM=0."""
     return os.environ.get(_SWITCH, "1") != "0"
 
 
-def share(store: Any, rank: int, size: int) -> ShmPeers | str:
-    """Meets the ranks ``0 .. size - 1`` of a world; every one of them must call this, with a store of this use alone.
+def share(store: Any, rank: int, size: int) -> tuple[ShmPeers | None, str]:
+    """Meets the ranks ``0 .. size - 1`` of a world; each of them must call this, with a store of this use alone.
 
     Returns:
-        the peers, be they none; or why this rank shares no memory, which the others have been told too.
+        (peers, why memory may not be shared with all of them). None: this rank shares none, as the others know.
     """
     compiled = functions()
     segment, why = None, f"no compiled code: {why_absent()}"
@@ -114,14 +114,14 @@ def share(store: Any, rank: int, size: int) -> ShmPeers | str:
     places = {other: json.loads(store.get(f"rank {other}")) for other in range(size)}
     if segment is None or compiled is None:
         store.set(f"seen by {rank}", "[]")
-        return why
+        return None, why
     found = ShmPeers(rank, compiled, segment, places)
     found.agree(store, size)
-    return found
+    return found, "these ranks cannot open each other's memory"
 
 
 def _host() -> list[str]:
-    """This host, since it was started, and the processes that can see each other on it."""
+    """This boot of this host, and its process namespace."""
     try:
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     except OSError:
@@ -129,7 +129,7 @@ def _host() -> list[str]:
 
 
 def _opened(place: dict[str, Any]) -> mmap.mmap | None:
-    """A neighbour's segment; None if this process may not open it."""
+    """A peer's segment; None if this process may not open it."""
     try:
         fd = os.open(f"/proc/{place['pid']}/fd/{place['fd']}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:

@@ -1,14 +1,13 @@
 """The transport among ranks of one host: they read each other's memory, and meet once per exchange.
 
-Knows tensors, row counts, and whose memory an input lies in; the rendezvous, the copies and the sums are compiled
-(`shm_calls.py`, `native/csrc/collectives.cpp`). Does not know labels, meshes or checked mode (`dist_world.py`).
+The meeting, the copies and the sums are compiled (`shm_calls.py`, `native/csrc/collectives.cpp`).
 
-What a rank brings must lie in its segment until all have read it. A send buffer lies there already, and so does a large
+A rank's inputs must lie in its segment until all have read them. A send buffer lies there already, and so does a large
 result of an earlier collective, which is the caller's again only when all have read it; anything else is copied there.
-A reduce-scatter reads this rank's rows of every member; an all-reduce of few bytes reads all rows of every member and
-meets once, one of many bytes is a reduce-scatter and a gather.
+A reduce-scatter reads this rank's rows of every member. An all-reduce of few bytes reads all rows of every member and
+meets once; one of many bytes is a reduce-scatter and a gather.
 
-Legend: T rows in total, W columns; ``counts[i]`` rows of member i, T = sum(counts); ``me`` this rank's place.
+Legend: T rows in total, W columns; ``counts[i]`` rows of member i, T = sum(counts); ``me`` this rank's index.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from narrows.comm.communicator import RowNorm
-from narrows.comm.recording import Recording
+from narrows.comm.captured import CapturedCollectives
 from narrows.comm.segment import Block
 from narrows.comm.shm_calls import (
     DIFFERS,
@@ -38,7 +36,7 @@ from narrows.comm.shm_calls import (
 )
 from narrows.comm.shm_peers import ShmPeers
 from narrows.comm.sums import sum_rows
-from narrows.comm.transport import DifferentCallsError
+from narrows.comm.transport import DifferentCallsError, RowNorm, Transport
 from narrows.errors import CollectiveMismatchError
 
 __all__ = ["ShmTransport"]
@@ -46,11 +44,11 @@ __all__ = ["ShmTransport"]
 _AT_ONCE = 1 << 15
 """Bytes up to which every member of an all-reduce sums all rows, to save a meeting."""
 _COPIED = 1 << 16
-"""Bytes up to which an input that lies in the segment is copied all the same: that takes less than to wait for all."""
+"""Bytes up to which an input that lies in the segment is copied all the same: that is faster than to wait for all."""
 
 _NORMED = frozenset((torch.float32, torch.bfloat16))
 _LINE = 64
-"""What is copied there begins at a cache line of its own."""
+"""A copied input begins at a cache line of its own."""
 
 
 @cache
@@ -58,26 +56,31 @@ def _bits(value: float) -> int:
     return int.from_bytes(struct.pack("=d", value), sys.byteorder, signed=True)
 
 
-class ShmTransport:
-    """One group's exchanges, seen from one of its ranks. ``slot``: the group's place among those of each member."""
+class ShmTransport(Transport):
+    """One group's exchanges, seen from one of its ranks.
+
+    Args:
+        slot: the group's index among the groups of each member.
+    """
+
+    name = "shared memory"
+    can_replay = True
 
     def __init__(self, peers: ShmPeers, ranks: tuple[int, ...], slot: int) -> None:
-        self.me, self.size = ranks.index(peers.rank), len(ranks)
+        super().__init__(ranks.index(peers.rank), len(ranks))
         self.number = 0
+        """Of complete exchanges."""
         self._ranks, self._peers = ranks, peers
         self._segment, self._functions = peers.segment, peers.functions
         self._limits = peers.functions.limits
         assert slot < self._limits.max_groups, f"a rank in more than {self._limits.max_groups} groups"
         self._segments = numbers(*peers.starts(ranks))
         place = (len(peers.segment.map), ctypes.addressof(self._segments))
-        self._transport = numbers(self.size, self.me, slot, *place, 0, 0)
-        assert ctypes.sizeof(self._transport) == self._limits.wire_bytes, "the library is of other sources"
+        self._endpoint = numbers(self.size, self.me, slot, *place, 0, 0)
+        assert ctypes.sizeof(self._endpoint) == self._limits.endpoint_bytes, "the library is of other sources"
         self._args = numbers(*(0,) * (3 * self._limits.max_fields + 2))
-        self._addresses = ctypes.addressof(self._transport), ctypes.addressof(self._args)
-        self.recording: Recording | None = None
-
-    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        return self.gather_fields((x,), counts)[0]
+        self._addresses = ctypes.addressof(self._endpoint), ctypes.addressof(self._args)
+        self._captured: CapturedCollectives | None = None
 
     def gather_fields(self, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         most = self._limits.max_fields
@@ -118,8 +121,8 @@ class ShmTransport:
             return out
         return self._reduce_and_gather(call, x, counts, addends, shape)
 
-    def norms(self, x: Tensor, addends: Sequence[Tensor], norm: RowNorm) -> bool:
-        """Whether :meth:`reduce_norm` takes these: what every member sums whole, of one dtype that the norms are of."""
+    def can_reduce_norm(self, x: Tensor, addends: Sequence[Tensor], norm: RowNorm) -> bool:
+        """Sums that every member makes whole, of a dtype for which the norms are compiled."""
         functions = self._functions
         return (
             functions.reduce_norm is not None
@@ -133,7 +136,6 @@ class ShmTransport:
     def reduce_norm(
         self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], norm: RowNorm
     ) -> tuple[Tensor, Tensor]:
-        """The sum, and its norm while it is in the nearest cache: (normed, what was normed)."""
         kinds = tuple([addend.dtype for addend in addends])
         rows, width = x.shape
         call = reduce_call(self.me, tuple(counts), width, x.dtype, kinds, True, False, self._limits.max_fields)
@@ -156,7 +158,7 @@ class ShmTransport:
     def _reduce_and_gather(
         self, call: Call, x: Tensor, counts: tuple[int, ...], addends: Sequence[Tensor], shape: tuple[int, int]
     ) -> Tensor:
-        """All rows, by way of this rank's: the sum of those is made where the others read it."""
+        """All rows: this rank's are summed where the others read them, and then gathered."""
         nbytes = math.prod(shape) * x.itemsize
         block = self._take(max(1, nbytes), self.number + 2)
         piece = block.as_tensor(shape, x.dtype) if nbytes else x.new_empty(shape)
@@ -175,17 +177,17 @@ class ShmTransport:
         self._meet(self._functions.reduce, call)
 
     def _reduce_uncommon(self, x: Tensor, counts: tuple[int, ...], addends: Sequence[Tensor], whole: bool) -> Tensor:
-        """What the compiled code does not sum: torch does, from a copy of everything."""
+        """Sums of dtypes or numbers of addends that are not compiled: torch takes them, from a copy of everything."""
         rows = x.shape[0]
         parts = self.gather(x, (rows,) * self.size).view(self.size, *x.shape).unbind()
         piece = sum_rows(parts, sum(counts[: self.me]), counts[self.me], addends)
         return self.gather(piece, counts) if whole else piece
 
     def _bring(self, xs: Sequence[Tensor], call: Call, stride: int) -> bool:
-        """Says where the inputs lie, and where they go if they lie elsewhere than in the segment.
+        """Writes into the arguments where the inputs lie, and where they are copied if that is not in the segment.
 
         Returns:
-            whether the caller must wait until all have read, since a result of its own is read where it lies.
+            whether the caller must wait until all have read, since an earlier result is read where it lies.
         """
         args, segment, room, lingers = self._args, self._segment, self._limits.small_bytes, False
         for at, x in enumerate(xs):
@@ -220,18 +222,27 @@ class ShmTransport:
         Raises:
             PeersLostError: a member has ended. DifferentCallsError: one came to another call.
         """
-        transport, args = self._addresses
-        if self.recording is not None:
-            self.recording.exchange(self)
-        while (outcome := function(transport, call.address, args)) == NOT_YET:
-            self.look()
-        self.number += 1
-        self._segment.latest = (self, self.number)
+        endpoint, args = self._addresses
+        if self._captured is not None:
+            self._captured.exchange(self)
+        while (outcome := function(endpoint, call.address, args)) == NOT_YET:
+            self._peers.check(self._ranks)
+        self.advance()
         if outcome == DIFFERS:
             raise DifferentCallsError
 
-    def look(self) -> None:
-        """Raises:
-        PeersLostError: a member has ended.
-        """
-        self._peers.look(self._ranks)
+    # --- captured steps
+
+    def advance(self) -> None:
+        """Count one more exchange as complete."""
+        self.number += 1
+        self._segment.latest = (self, self.number)
+
+    def capture(self, into: CapturedCollectives | None) -> None:
+        self._captured = into
+        self._segment.noted = None if into is None else into.blocks
+
+    def resume(self, outcome: int) -> None:
+        if outcome == DIFFERS:
+            raise DifferentCallsError
+        self._peers.check(self._ranks)

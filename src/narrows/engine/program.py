@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from narrows.arch.stages import Field, RowSet, StageKind
-from narrows.comm.communicator import Communicator, RowNorm
+from narrows.comm.communicator import Communicator
 from narrows.comm.movers import Geometry, Mover
+from narrows.comm.transport import RowNorm
 from narrows.engine.step_record import BoundOp, StepRecord
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.parts import Decoder, StepInputs

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from narrows.comm.captured import CapturedCollectives
 from narrows.comm.communicator import Communicator
-from narrows.comm.recording import Recording
 from narrows.engine.program import Frame, Program, Registers
 from narrows.engine.sampler import RowSampler
 from narrows.engine.scratch import Scratch
@@ -139,11 +139,11 @@ class _Walk:
         ``record`` gets every operation's times, and from there the walk has what each leaves whenever it is repeated.
         """
         self._tape = tape = Tape()
-        recording, count = comm.record(tape), 0
+        recording, count = comm.capture_begin(tape), 0
         if recording is None:
             tape.end(0)
             return None
-        self.recording: Recording = recording
+        self.recording: CapturedCollectives = recording
         try:
             with _Watcher(scratch) as watcher:
                 registers = self.program.registers(self.inputs.ids_T.unsqueeze(-1))
@@ -160,7 +160,7 @@ class _Walk:
                     self._registers, self._stop, count = list(registers), number + 1, tape.size
         finally:
             tape.end(count)
-            comm.recorded(count)
+            comm.capture_end(count)
         self.fits = watcher.fits
         return registers
 
@@ -170,7 +170,7 @@ class _Walk:
         return self._stop > len(self.program.operations) // 2
 
     def repeat(self, comm: Communicator, record: StepRecord | None) -> Registers:
-        comm.repeat(self.recording)
+        comm.replay(self.recording)
         if record is not None:
             calls = self._calls if record.wants is Wants.EVERY_OP else self._collectives
             record.replayed(len(self._calls.numbers), calls, self._tape.times_ns)

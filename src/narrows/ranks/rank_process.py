@@ -22,8 +22,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from narrows.comm.communicator import Communicator
+from narrows.comm.connect import connect_process
 from narrows.comm.device import rank_device
-from narrows.comm.dist_communicator import DistCommunicator, connect
 from narrows.comm.transport import PeersLostError
 from narrows.ranks.affinity import pin
 from narrows.ranks.channel import Channel
@@ -105,7 +106,7 @@ class _CoordinatorLink:
     def __init__(self, channel: Channel, rank: int, timing: Timing, explain: bool) -> None:
         self.channel = channel
         self.received: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
-        self.comm: DistCommunicator | None = None
+        self.comm: Communicator | None = None
         self.done = 0
         self._rank, self._beat_s, self._explain = rank, timing.beat_s, explain
 
@@ -166,7 +167,7 @@ class _Rank:
         if setup.device == "cpu":
             pin(local_rank, local_world_size, setup.num_threads)
         torch.set_num_threads(setup.num_threads)
-        self._link.comm = connect(
+        self._link.comm = connect_process(
             setup.mesh,
             self._rank,
             join_store(setup.store_address, setup.store_port, setup.prefix, self._timing.join_s),

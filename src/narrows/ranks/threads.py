@@ -22,9 +22,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import torch
 
 from narrows.comm.communicator import Communicator
+from narrows.comm.connect import connect_thread
 from narrows.comm.device import rank_device
 from narrows.comm.rendezvous import SharedState
-from narrows.comm.thread_communicator import ThreadCommunicator
 from narrows.errors import RankError
 from narrows.layout import Mesh
 from narrows.ranks.affinity import pin
@@ -122,7 +122,7 @@ class _Crew:
         if self._device == "cpu":
             pin(rank, len(self._queues), self._num_threads)
         torch.set_num_threads(self._num_threads)
-        comm = ThreadCommunicator(self.shared, rank, rank_device(self._device, 0))
+        comm = connect_thread(self.shared, rank, rank_device(self._device, 0))
         worker: Any = None
         with torch.inference_mode():
             while (call := self._queues[rank].get()) is not None:
