@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 from torch import Tensor
 from torch.distributed import HashStore
+from transports_lab import run_over
 
 from narrows.comm import Communicator
-from narrows.comm.connect import connect_process
 from narrows.comm.segment import Segment
 from narrows.comm.shm_calls import functions
 from narrows.comm.shm_peers import share
@@ -47,30 +47,7 @@ def line(num: int) -> Mesh:
 
 
 def run_shared(mesh: Mesh, fn: Rank, *, checked: bool = False) -> list[Any]:
-    """``fn`` on every rank of ``mesh``; an error of any of them."""
-    store, results = HashStore(), [None] * mesh.size
-    errors: list[BaseException] = []
-
-    def rank(me: int) -> None:
-        try:
-            comm = connect_process(mesh, me, store, checked=checked)
-            assert comm.transport == "shared memory"
-            with torch.inference_mode():
-                results[me] = fn(comm)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=rank, args=(me,), daemon=True) for me in range(mesh.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive() and not errors:
-            thread.join(0.1)
-    if errors:
-        for thread in threads:
-            thread.join(1)  # ranks that met in the same error; the others wait for one that will not come
-        raise errors[0]
-    return results
+    return run_over("shared memory", mesh, fn, checked=checked)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -128,33 +105,6 @@ def test_what_is_too_large_for_one_pass_is_left_to_two_and_nobody_waits() -> Non
 
     assert run_shared(line(2), rank) == [(None, None, None)] * 2
     assert run_ranks(line(2), rank) == [(None, None, None)] * 2
-
-
-COUNTS = st.lists(st.sampled_from([0, 0, 1, 2, 3, 17, 130, 400]), min_size=4, max_size=4)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from([(1, 2), (2, 1), (1, 3), (2, 2), (1, 4)]),
-    COUNTS,
-    st.sampled_from([0, 1, 33, 64, 511]),
-    st.sampled_from(FLOATS),
-    st.booleans(),
-)
-def test_every_collective_has_the_bits_of_threads(
-    mesh: tuple[int, int], counts: list[int], width: int, dtype: torch.dtype, checked: bool
-) -> None:
-    """Sizes on both sides of every limit at which something travels another way."""
-    dp, tp = mesh
-    made = Mesh.of(dp=dp, tp=tp)
-
-    def rank(comm: Communicator) -> dict[str, Tensor]:
-        return lab.collectives(comm, counts, width, dtype)
-
-    for got, want in zip(run_shared(made, rank, checked=checked), run_ranks(made, rank), strict=True):
-        assert list(got) == list(want)
-        for name, value in want.items():
-            assert_same(got[name], value)
 
 
 @settings(max_examples=25, deadline=None)
@@ -296,13 +246,6 @@ def test_an_all_reduce_never_meets_a_reduce_scatter_also_where_it_is_made_of_one
         return lab.sum_of(comm, 1.0)
 
     assert run_shared(line(2), rank) == [3.0] * 2
-
-
-@pytest.mark.parametrize("how", ["label", "operation", "width", "dtype", "counts", "fields", "addends", "root"])
-def test_checked_mode_says_who_came_with_what(how: str) -> None:
-    texts = run_shared(line(3), lambda comm: (lab.differing(comm, how), lab.sum_of(comm, 0.0))[0], checked=True)
-    assert texts == [texts[0]] * 3
-    assert texts[0].startswith("ranks met in different collectives: rank 1 came to #0")
 
 
 def test_a_tensor_that_does_not_fit_the_counts_is_refused_before_anything_is_read() -> None:

@@ -1,7 +1,4 @@
-"""Which device a rank's tensors live on: the CPU, or the GPU of its own.
-
-Knows torch's devices and places of ranks on their host; not what is computed there.
-"""
+"""The device of a rank's tensors: the CPU, or a GPU of its own."""
 
 from __future__ import annotations
 

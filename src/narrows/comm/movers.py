@@ -1,10 +1,9 @@
-"""Moves bound to a communicator: what a plan calls a move becomes one callable per rank.
+"""Moves of a plan, bound to a communicator: one callable per move and rank.
 
-Knows layouts, moves and row splits (plain numbers), tensors, and a comm. Does not know plans, stages or prices: which
-move runs when is the runner's, why is the planner's. The ranks, the label and the method are fixed when a mover is
-made; the row counts, which change from step to step, come as a :class:`Geometry` that is computed once per step.
+The ranks, the label and the collective are fixed when a mover is made. The row counts, which change from step to step,
+come as a :class:`Geometry` that is computed once per step.
 
-Also the whole tensor from every rank's local one, and back, for tests and `verify`.
+Also here, for tests and `verify`: the whole tensor from every rank's local one, and back.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Geometry(NamedTuple):
     """The row counts of one move in one step, seen from one rank."""
 
     pieces: tuple[int, ...]
-    """Rows per member of the group. For a column gather, whose members hold the same rows: those, once."""
+    """Rows per member of the group. For a column gather, whose members all hold the same rows: that number, once."""
     start: int
     """First of this rank's own rows, counted within the rows of the whole group."""
     stop: int
@@ -84,8 +83,7 @@ class Mover:
     def __call__(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor] = ()) -> list[Tensor]:
         """Makes the move; one tensor per field.
 
-        A slice is a view of its input, without a copy and without meeting anybody; every other result is the
-        caller's own memory.
+        A slice is a view of its input and needs no collective. Every other result is the caller's own memory.
 
         Args:
             xs: one 2-D tensor per field; a reduction and a column gather take exactly one.
@@ -96,8 +94,11 @@ class Mover:
     def reduce_norm(
         self, x: Tensor, geometry: Geometry, addends: Sequence[Tensor], norm: RowNorm
     ) -> tuple[Tensor, Tensor] | None:
-        """An all-reduce and the norm of its rows, as (normed, what was normed); None where the communicator cannot do
-        both at once: then nothing has happened."""
+        """An all-reduce and the norm of its rows in one pass.
+
+        Returns:
+            (normed, the norm's input); None where the transport has no such kernel: then nothing has been sent.
+        """
         return self._comm.all_reduce_norm(x, self.ranks, geometry.pieces, self.label, addends, norm)
 
     def _slice(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
@@ -126,14 +127,14 @@ class Mover:
 def assemble(
     layout: Layout, split: RowSplit, shards: Sequence[Tensor], columns: tuple[int, ...] | None = None
 ) -> Tensor:
-    """The full tensor ``[T, W]`` from every rank's local one: what a single rank would hold.
+    """The full tensor ``[T, W]``, as a single rank would hold it, from every rank's local one.
 
     Rows that several ranks hold are read from the first of them; an owed sum is taken in float32 in rank order and
     rounded once; columns are laid side by side.
 
     Args:
         shards: ``shards[rank]``, ``[split.num_rows(layout, rank), W]`` (``columns[rank]`` wide where they are cut).
-        columns: if given, columns per rank of the world, to check against.
+        columns: columns per rank of the world; if given, the shards are checked against them.
 
     Raises:
         LayoutError: a local tensor has another number of rows, or columns, than the layout says; the rank is named.

@@ -1,7 +1,7 @@
-"""The compiled half of the shared-memory collectives: its functions, and what it is told of a call.
+"""The compiled functions of the shared-memory collectives, and the memory layout in which they read a call.
 
-Knows ctypes, and the layout that `native/csrc/collectives.cpp` reads; not who the ranks are, nor whose memory is whose.
-What a call is about is the same from step to step, so it is laid out once and kept.
+The layout is that of `native/csrc/collectives.cpp`. The description of a call is the same from step to step, so it is
+laid out once and kept.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ __all__ = [
 ]
 
 NOT_YET, DIFFERS = 1, 2
-"""What a call returns beside 0: make it again with the same arguments; and: another member came to another call."""
+"""Results of a call beside 0 (done): NOT_YET, make it again with the same arguments; DIFFERS, members made different
+calls."""
 STAGED_SMALL = -1
-"""Instead of an address: what is brought is copied to the small memory that every exchange has."""
+"""Instead of an address: the input is copied to the small memory that every exchange has."""
 
 _KEPT_CALLS = 1 << 12
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,7 +46,7 @@ def numbers(*values: int) -> Numbers:
 
 
 class Limits(NamedTuple):
-    """What the library was compiled with: sizes in bytes, and how many there may be of what."""
+    """Constants of the compiled library: sizes in bytes, and largest numbers."""
 
     endpoint_bytes: int
     blocks_start: int
@@ -53,7 +54,7 @@ class Limits(NamedTuple):
     max_fields: int
     max_ranks: int
     small_bytes: int
-    """What one rank may bring to an exchange without a block of its own."""
+    """Inputs of one rank that an exchange takes without a block."""
 
 
 class Functions(NamedTuple):
@@ -65,7 +66,7 @@ class Functions(NamedTuple):
     reduce_norm: Callable[[int, int, int], int] | None
     """None on a CPU for which the norms are not compiled."""
     summed: frozenset[torch.dtype]
-    """What they can sum."""
+    """The dtypes that they can sum."""
 
 
 @cache
@@ -87,13 +88,13 @@ def functions() -> Functions | None:
 
 
 class Call(NamedTuple):
-    """What a collective is about, at an address; and what the caller needs to know of it."""
+    """The description of a collective at ``address``, and its sizes for the caller."""
 
     address: int
     nbytes: tuple[int, ...]
-    """That this rank comes with, per field."""
+    """Of this rank's input, per field."""
     travels: int
-    """Fields that others read; the rest are this rank's own affair."""
+    """The first so many fields are read by other ranks; the rest by this rank only."""
     size: int
     """Rows in all, or columns."""
     held: Numbers
@@ -101,7 +102,7 @@ class Call(NamedTuple):
 
 @lru_cache(_KEPT_CALLS)
 def gather_call(me: int, counts: tuple[int, ...], row_bytes: tuple[int, ...]) -> Call:
-    """The rows of all members, ``counts`` of them, for fields whose rows have so many bytes."""
+    """A gather of ``counts`` rows per member, for fields of ``row_bytes`` bytes per row."""
     parts = []
     for row in row_bytes:
         start = 0
@@ -115,7 +116,7 @@ def gather_call(me: int, counts: tuple[int, ...], row_bytes: tuple[int, ...]) ->
 
 @lru_cache(_KEPT_CALLS)
 def column_call(me: int, widths: tuple[int, ...], rows: int, itemsize: int) -> Call:
-    """The columns of all members, ``widths`` of them, in as many rows on each."""
+    """A gather of ``widths`` columns per member, of ``rows`` rows on each."""
     pitch, start, parts = sum(widths) * itemsize, 0, []
     for width in widths:
         parts += [start, width * itemsize, rows, pitch]

@@ -1,7 +1,4 @@
-"""The one way in which addends are summed on CPU, so that every collective that takes a sum takes the same bits.
-
-Knows tensors only.
-"""
+"""Sums on CPU, taken in one way, so that every collective gives the same bits."""
 
 from __future__ import annotations
 
