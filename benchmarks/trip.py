@@ -1,10 +1,10 @@
 """Lists the files of narrows whose functions run, in the order of first entry: the way of a request, or of a price.
 
-    python benchmarks/trip.py plan narrows-demo --rows 64 --device FILE                  # every file that the command enters
-    python benchmarks/trip.py --within choose_device --within Search.solve -- plan ...   # only while these functions run
+    python benchmarks/trip.py -- plan narrows-demo --rows 64 --device FILE             # every file that it enters
+    python benchmarks/trip.py --within choose_device --within Planner.plan -- plan ... # only while these run
 
-Code that runs when a module is imported does not count, nor do rank processes. :func:`trip` does the same for a block of
-Python, in its thread and in those that it starts.
+Code that runs when a module is imported does not count, nor do rank processes. :func:`trip` does the same for a block
+of Python, in its thread and in those that it starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def trip(within: Collection[str] = (), root: str = ROOT) -> Iterator[list[str]]:
     """The files below ``root`` whose functions are entered inside the block, as relative paths; filled as it runs.
 
     Args:
-        within: qualified names of functions: files count only while one of these runs in the same thread. Empty: always.
+        within: qualified names of functions: files count only while one of these runs in their thread. Empty: always.
     """
     files: list[str] = []
     known: set[str] = set()
