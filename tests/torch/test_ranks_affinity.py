@@ -46,7 +46,7 @@ def test_ranks_come_before_threads(
 
 
 def test_gpus_are_counted_where_ranks_run_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(affinity, "num_cards", lambda: 4)
+    monkeypatch.setattr(affinity, "num_gpus", lambda: 4)
     assert fit(load_model_config("deepseek-v3"), dp=1, tp=None, threads=None, run_on="cuda", launch=None) == (4, 1)
 
 

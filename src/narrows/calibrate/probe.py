@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.comm.communicator import Communicator
-from narrows.comm.device import finished
+from narrows.comm.device import synchronize
 from narrows.layout import split_evenly
 
 __all__ = ["COLLECTIVES", "GEMM_SHAPE", "Probe"]
@@ -139,11 +139,11 @@ class Probe:
 
     def _mean(self, calls: list[Callable[[], object]]) -> float:
         self.comm.barrier(self._ranks, "bench")
-        finished(self.comm.device)
+        synchronize(self.comm.device)
         start = perf_counter()
         for call in calls:
             call()
-        finished(self.comm.device)
+        synchronize(self.comm.device)
         return (perf_counter() - start) / len(calls)
 
     def _fastest(self, call: Callable[[], object]) -> float:

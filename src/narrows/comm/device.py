@@ -6,11 +6,11 @@ import torch
 
 from narrows.errors import ConfigError
 
-__all__ = ["card_name", "finished", "is_done_when_called", "num_cards", "rank_device"]
+__all__ = ["gpu_name", "is_synchronous", "num_gpus", "rank_device", "synchronize"]
 
 
-def card_name() -> str:
-    """The name of this host's first GPU, as its driver says it.
+def gpu_name() -> str:
+    """The name of this host's first GPU, as its driver reports it.
 
     Raises:
         ConfigError: torch sees no GPU here.
@@ -22,38 +22,37 @@ def card_name() -> str:
     return torch.cuda.get_device_name(0)
 
 
-def num_cards() -> int:
+def num_gpus() -> int:
     """GPUs that torch sees on this host."""
     return torch.cuda.device_count()
 
 
-def rank_device(run_on: str, place: int) -> torch.device:
-    """The device of the rank that is number ``place`` on its host, made current.
+def rank_device(run_on: str, local_rank: int) -> torch.device:
+    """The device of the rank with this number on its host, made current.
 
-    GPUs are dealt one to a rank process; rank threads all have place 0.
+    Each rank process has a GPU of its own; rank threads all have local rank 0.
 
     Raises:
         ConfigError: the host has fewer GPUs than ranks.
     """
     if run_on == "cpu":
         return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
-    if place >= num_gpus:
+    if local_rank >= num_gpus():
         raise ConfigError(
-            f"rank process {place + 1} of this host needs a GPU of its own, and the host has {num_gpus}; start fewer "
-            "ranks, or --ranks threads, which share the first GPU (for checks: they are no faster than one)"
+            f"rank process {local_rank + 1} of this host needs a GPU of its own, and the host has {num_gpus()}; start "
+            "fewer ranks, or --ranks threads, which share the first GPU (for checks: they are no faster than one)"
         )
-    found = torch.device(run_on, place)
+    found = torch.device(run_on, local_rank)
     torch.cuda.set_device(found)
     return found
 
 
-def is_done_when_called(run_on: str) -> bool:
-    """Whether an operation is over when its call returns, so that a clock around the call measures it."""
+def is_synchronous(run_on: str) -> bool:
+    """Whether an operation is done when its call returns, so that a clock around the call measures it."""
     return run_on == "cpu"
 
 
-def finished(device: torch.device) -> None:
-    """Waits until the device has done what it was given; a CPU always has."""
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all work that it was given. A CPU does it at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -83,10 +83,10 @@ class SharedState:
 class _Round:
     """One meeting of a group. Each has its own, so that no later round can disturb a slow reader."""
 
-    __slots__ = ("brought", "missing", "results")
+    __slots__ = ("missing", "results", "values")
 
     def __init__(self, size: int) -> None:
-        self.brought: list[Any] = [None] * size
+        self.values: list[Any] = [None] * size
         self.missing = size
         self.results: Sequence[Any] | None = None
 
@@ -104,12 +104,12 @@ class Rendezvous:
         for gate in self._gates:
             gate.acquire()
 
-    def meet(self, me: int, thing: Any, work: Callable[[list[Any]], Sequence[Any]]) -> Any:
-        """Member ``me`` brings ``thing``, and waits until all have come.
+    def meet(self, me: int, value: Any, work: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        """Member ``me`` brings ``value``, and waits until all have come.
 
         Args:
-            work: makes one result per member from all things, in rank order. Only the last to come calls its own;
-                everything that was brought stays untouched meanwhile. An error in it fails the world.
+            work: makes one result per member from all values, in rank order. Only the last to come calls its own;
+                all values stay untouched meanwhile. An error in it fails the world.
 
         Returns:
             this member's result.
@@ -121,7 +121,7 @@ class Rendezvous:
             if self._shared.failure is not None:
                 raise self._shared.rank_error()
             round_ = self._round
-            round_.brought[me] = thing
+            round_.values[me] = value
             round_.missing -= 1
             complete = not round_.missing
             if complete:
@@ -147,7 +147,7 @@ class Rendezvous:
 
     def _work(self, me: int, round_: _Round, work: Callable[[list[Any]], Sequence[Any]]) -> None:
         try:
-            round_.results = work(round_.brought)
+            round_.results = work(round_.values)
         except BaseException as error:
             self._shared.fail(self._ranks[me], error)
             raise

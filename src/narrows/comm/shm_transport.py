@@ -87,19 +87,19 @@ class ShmTransport(Transport):
         if len(xs) > most:
             return [*self.gather_fields(xs[:most], counts), *self.gather_fields(xs[most:], counts)]
         call = gather_call(self.me, tuple(counts), tuple([math.prod(x.shape[1:]) * x.itemsize for x in xs]))
-        lingers = self._bring(xs, call, 3)
+        must_wait = self._place_inputs(xs, call, 3)
         out = [self._segment.result((call.size, *x.shape[1:]), x.dtype) for x in xs]
         for at, result in enumerate(out):
             self._args[3 * at + 2] = result.data_ptr()
-        self._args[3 * len(out)] = lingers
+        self._args[3 * len(out)] = must_wait
         self._meet(self._functions.gather, call)
         return out
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         call = column_call(self.me, tuple(widths), x.shape[0], x.itemsize)
-        lingers = self._bring((x,), call, 3)
+        must_wait = self._place_inputs((x,), call, 3)
         out = self._segment.result((x.shape[0], call.size), x.dtype)
-        self._args[2], self._args[3] = out.data_ptr(), lingers
+        self._args[2], self._args[3] = out.data_ptr(), must_wait
         self._meet(self._functions.gather, call)
         return out
 
@@ -139,7 +139,7 @@ class ShmTransport(Transport):
         kinds = tuple([addend.dtype for addend in addends])
         rows, width = x.shape
         call = reduce_call(self.me, tuple(counts), width, x.dtype, kinds, True, False, self._limits.max_fields)
-        lingers = self._bring((x, *addends), call, 2)
+        must_wait = self._place_inputs((x, *addends), call, 2)
         summed, normed = torch.empty((rows, width), dtype=x.dtype), torch.empty((rows, width), dtype=x.dtype)
         weight_W, eps, residual_TW = norm
         residual = 0
@@ -148,7 +148,7 @@ class ShmTransport(Transport):
             assert residual_TW.shape == x.shape and residual_TW.dtype == x.dtype, "a residual of another shape"
             residual = residual_TW.data_ptr()
         end = 2 + 2 * len(addends)
-        more = (summed.data_ptr(), lingers, residual, weight_W.data_ptr(), normed.data_ptr(), rows, width, _bits(eps))
+        more = (summed.data_ptr(), must_wait, residual, weight_W.data_ptr(), normed.data_ptr(), rows, width, _bits(eps))
         for at, value in enumerate(more, end):
             self._args[at] = value
         assert self._functions.reduce_norm is not None
@@ -171,9 +171,9 @@ class ShmTransport(Transport):
         return out
 
     def _sum(self, call: Call, x: Tensor, addends: Sequence[Tensor], out: Tensor) -> None:
-        lingers = self._bring((x, *addends), call, 2)
+        must_wait = self._place_inputs((x, *addends), call, 2)
         end = 2 + 2 * len(addends)
-        self._args[end], self._args[end + 1] = out.data_ptr(), lingers
+        self._args[end], self._args[end + 1] = out.data_ptr(), must_wait
         self._meet(self._functions.reduce, call)
 
     def _reduce_uncommon(self, x: Tensor, counts: tuple[int, ...], addends: Sequence[Tensor], whole: bool) -> Tensor:
@@ -183,13 +183,13 @@ class ShmTransport(Transport):
         piece = sum_rows(parts, sum(counts[: self.me]), counts[self.me], addends)
         return self.gather(piece, counts) if whole else piece
 
-    def _bring(self, xs: Sequence[Tensor], call: Call, stride: int) -> bool:
+    def _place_inputs(self, xs: Sequence[Tensor], call: Call, stride: int) -> bool:
         """Writes into the arguments where the inputs lie, and where they are copied if that is not in the segment.
 
         Returns:
             whether the caller must wait until all have read, since an earlier result is read where it lies.
         """
-        args, segment, room, lingers = self._args, self._segment, self._limits.small_bytes, False
+        args, segment, room, must_wait = self._args, self._segment, self._limits.small_bytes, False
         for at, x in enumerate(xs):
             start, nbytes, stage = x.data_ptr(), call.nbytes[at], 0
             if x.nbytes != nbytes:
@@ -201,14 +201,14 @@ class ShmTransport(Transport):
             elif at < call.travels:
                 lent = segment.holds(start) and segment.is_lent(x)
                 if nbytes and (lent or (nbytes > _COPIED and segment.holds(start))):
-                    lingers |= not lent
+                    must_wait |= not lent
                 elif nbytes <= room - _LINE:
                     stage = STAGED_SMALL
                     room -= nbytes + _LINE
                 else:
                     stage = self._take(nbytes, self.number + 1).start
             args[stride * at], args[stride * at + 1] = start, stage
-        return lingers
+        return must_wait
 
     def _take(self, nbytes: int, exchange: int) -> Block:
         """A block that is read in that exchange of this group, and free again when all have read."""

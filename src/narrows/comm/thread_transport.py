@@ -42,21 +42,21 @@ class ThreadTransport(Transport):
         return out
 
 
-def _rows(brought: list[Sequence[Tensor]]) -> list[list[Tensor]]:
-    fields = list(zip(*brought, strict=True))
-    return [[torch.cat(field) for field in fields] for _ in brought]
+def _rows(values: list[Sequence[Tensor]]) -> list[list[Tensor]]:
+    fields = list(zip(*values, strict=True))
+    return [[torch.cat(field) for field in fields] for _ in values]
 
 
-def _columns(brought: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(brought, dim=1) for _ in brought]
+def _columns(values: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(values, dim=1) for _ in values]
 
 
-def _sums(counts: Sequence[int], whole: bool, brought: list[tuple[Tensor, Sequence[Tensor]]]) -> list[Tensor]:
+def _sums(counts: Sequence[int], whole: bool, values: list[tuple[Tensor, Sequence[Tensor]]]) -> list[Tensor]:
     """Member i's piece of the sum with its addends; all pieces for every member if ``whole``."""
-    dtype = brought[0][0].dtype
-    total = float32_sum([x for x, _ in brought], 0, sum(counts))
+    dtype = values[0][0].dtype
+    total = float32_sum([x for x, _ in values], 0, sum(counts))
     pieces = torch.split(total, list(counts))
-    for piece, (_, addends) in zip(pieces, brought, strict=True):
+    for piece, (_, addends) in zip(pieces, values, strict=True):
         for addend in addends:
             piece.add_(addend)
     return [(total if whole else piece).to(dtype, copy=True) for piece in pieces]

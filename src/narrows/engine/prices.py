@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from narrows.comm.device import card_name
+from narrows.comm.device import gpu_name
 from narrows.comm.shm_peers import is_wanted
 from narrows.cost.environment import MachineFingerprint, this_machine
 from narrows.native import why_absent
@@ -25,5 +25,5 @@ def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, 
         ranks=num_ranks,
         threads=threads,
         world=world_name(run_on=run_on, ranks=ranks, several_hosts=several_hosts),
-        card=card_name() if run_on == "cuda" else "",
+        card=gpu_name() if run_on == "cuda" else "",
     )

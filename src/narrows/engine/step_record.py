@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from narrows.comm.device import finished
+from narrows.comm.device import synchronize
 from narrows.layout import Encoding, Move, MoveKind
 from narrows.plan.plan import Op
 
@@ -109,7 +109,7 @@ class StepRecord:
         start = perf_counter()
         operation(registers, frame)
         if self.wants is Wants.EVERY_OP:
-            finished(self.device)
+            synchronize(self.device)
         end = perf_counter()
         came = 0
         if (move := op.move) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from narrows.comm.device import num_cards
+from narrows.comm.device import num_gpus
 
 __all__ = ["num_cores", "num_threads", "pin", "room", "share_of"]
 
@@ -17,7 +17,7 @@ def num_cores() -> int:
 
 def room(run_on: str) -> int:
     """How many ranks this host has room for: one per core or per GPU."""
-    return num_cores() if run_on == "cpu" else num_cards()
+    return num_cores() if run_on == "cpu" else num_gpus()
 
 
 def num_threads(run_on: str, num_ranks: int) -> int:

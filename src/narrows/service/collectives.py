@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
-from narrows.comm.device import is_done_when_called
+from narrows.comm.device import is_synchronous
 from narrows.engine.calls import RankWorker
 from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.core import Engine
@@ -31,7 +31,7 @@ class CollectiveReader:
     def __init__(self, engine: Engine, add: Callable[[list[Any]], None]) -> None:
         self._engine, self._add = engine, add
         resolved = engine.resolved
-        self._has_clocks = is_done_when_called(resolved.asked.run_on) and resolved.mesh.size > 1
+        self._has_clocks = is_synchronous(resolved.asked.run_on) and resolved.mesh.size > 1
         if self._has_clocks:
             engine.instrument(CollectiveClock)
         self._num_unread, self._read_at = 0, -math.inf
