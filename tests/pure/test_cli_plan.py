@@ -318,7 +318,7 @@ def test_help_is_instant() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('narrows.') or n in ('rich', 'torch')), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
-    assert done.stderr.strip() == "['narrows.cli', 'narrows.cli.main', 'narrows.errors']"
+    assert done.stderr.strip() == "['narrows.cli', 'narrows.cli.lazy_parser', 'narrows.cli.main', 'narrows.errors']"
 
 
 @pytest.mark.slow

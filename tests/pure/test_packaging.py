@@ -74,13 +74,23 @@ def test_the_licence_is_whole_and_the_prices_have_their_notice() -> None:
         ("serve", "torch", "serve"),
         ("serve", "uvicorn", "serve"),
         ("convert", "gguf", "engine"),
+        ("bench layer", "torch", "engine"),
     ],
 )
 def test_a_command_that_lacks_an_extra_names_it_in_one_line(command: str, absent: str, extra: str) -> None:
-    said = f"narrows {command} needs {absent}, which is not installed: pip install 'narrows[{extra}]'"
+    said = f"narrows {command.split()[0]} needs {absent}, which is not installed: pip install 'narrows[{extra}]'"
     code = f"import sys; sys.modules[{absent!r}] = None; from narrows.cli.main import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, command, "m"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "m"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"narrows: error: {said}\n")
+
+
+def test_a_load_is_sent_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from narrows.cli.main import main; sys.exit(main())"
+    line = [sys.executable, "-c", code, "bench", "serve", "--url", "http://127.0.0.1:9"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no OpenAI-compatible server answers at http://127.0.0.1:9" in done.stderr
 
 
 def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:

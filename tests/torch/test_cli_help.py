@@ -22,7 +22,11 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
         parser = argparse.ArgumentParser(prog=name)
         import_module(module).add_parser(parser)
         kinds = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        yield from kinds[0].choices.values() if kinds else [parser]
+        for kind in kinds[0].choices.values() if kinds else ():
+            kind.add_flags(kind)
+            yield kind
+        if not kinds:
+            yield parser
 
 
 @pytest.mark.parametrize("parser", list(parsers()), ids=lambda parser: parser.prog)

@@ -1,23 +1,21 @@
 """Where a benchmark ran: the machine, the versions, and the memory of its processes.
 
-Knows /proc and torch's list of GPUs; measures no time.
+Reads /proc and torch's list of GPUs, and imports no torch itself.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from narrows.cost.environment import cpu_facts
+from narrows.cost.environment import cpu_facts, num_cores
 from narrows.native import why_absent
-from narrows.ranks.affinity import num_cores
 
 __all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 
@@ -26,7 +24,8 @@ def machine() -> dict[str, Any]:
     """CPU, cores that this process may use, memory, how busy it was when asked, and the GPUs, if there are any."""
     cpu, features = cpu_facts()
     memory = _pairs("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    torch = sys.modules.get("torch")  # whatever runs on a GPU has imported it; a client of a server need not
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
         "cpu": cpu,
         "features": list(features),

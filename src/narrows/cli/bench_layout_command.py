@@ -17,9 +17,7 @@ from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.plan.named import applicable_layouts, named_layout
 
-__all__ = ["ABOUT", "add_flags", "measure", "write_page"]
-
-ABOUT = "every layout over a grid of row counts: prices against measured time, the choice against the best"
+__all__ = ["add_flags", "measure", "write_page"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -31,9 +31,7 @@ from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.errors import ConfigError
 from narrows.workload.figures import figures
 
-__all__ = ["ABOUT", "add_flags", "run"]
-
-ABOUT = "a load on an OpenAI-compatible server, and the field's figures (docs/bench-serve.md)"
+__all__ = ["add_flags", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

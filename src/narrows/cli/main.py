@@ -10,10 +10,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
 
+from narrows.cli.lazy_parser import LazyParser, add_lazily
 from narrows.errors import ConfigError, NarrowsError
 
 __all__ = ["COMMANDS", "main", "parse"]
@@ -51,13 +52,6 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises errors of the command line as ConfigErrors: one line, without the usage that --help prints."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's) and return its exit code.
 
@@ -81,41 +75,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _imported(name: str, module: str) -> ModuleType:
-    """The module of a subcommand.
+def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of the subcommand in ``argv``, and its arguments.
 
     Raises:
-        ConfigError: a package that it imports comes with an extra that is not installed.
+        ConfigError: the subcommand or a flag is not known, a value is wrong, or a package that the subcommand imports
+            comes with an extra that is not installed.
     """
+    parser = LazyParser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    modules = {name: module for name, module, _ in COMMANDS}
+    for name, module, about in COMMANDS:
+        add_lazily(subparsers, name, about, partial(_add_flags, module))
     try:
-        return import_module(module)
+        args = parser.parse_args(argv)
+        return import_module(modules[args.command]), args
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "narrows"):
             raise  # a mistake of ours
+        name = next(arg for arg in argv if arg in modules)
         extra = _EXTRAS.get(name, "engine")
         raise ConfigError(
             f"narrows {name} needs {package}, which is not installed: pip install 'narrows[{extra}]'"
         ) from None
 
 
-def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The module of the subcommand in ``argv``, and its arguments.
-
-    Raises:
-        ConfigError: the subcommand or a flag is not known, or a value is wrong.
-    """
-    parser = _Parser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    asked = next((arg for arg in argv if not arg.startswith("-")), None)
-    command = None
-    for name, module, summary in COMMANDS:
-        about = f"{summary[0].upper()}{summary[1:]}."
-        subparser = subparsers.add_parser(name, help=summary, description=about, allow_abbrev=False)
-        if name == asked:
-            command = _imported(name, module)
-            command.add_parser(subparser)
-    args = parser.parse_args(argv)
-    assert command is not None, f"{args.command} was parsed, but its module was not looked for"
-    return command, args
+def _add_flags(module: str, parser: argparse.ArgumentParser) -> None:
+    import_module(module).add_parser(parser)

@@ -15,7 +15,7 @@ from pathlib import Path
 from narrows.native import why_absent
 from narrows.native.library import sources_digest
 
-__all__ = ["CPU_FEATURES", "MachineFingerprint", "cpu_facts", "this_machine"]
+__all__ = ["CPU_FEATURES", "MachineFingerprint", "cpu_facts", "num_cores", "this_machine"]
 
 CPU_FEATURES = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16"),
@@ -64,7 +64,7 @@ def this_machine(*, ranks: int, threads: int, world: str, card: str = "") -> Mac
     return MachineFingerprint(
         cpu=cpu,
         features=" ".join(features),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=num_cores(),
         card=card,
         ranks=ranks,
         threads=threads,
@@ -73,6 +73,11 @@ def this_machine(*, ranks: int, threads: int, world: str, card: str = "") -> Mac
         torch=_version("torch"),
         compiled_code="none" if why_absent() else sources_digest()[:12],
     )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_facts() -> tuple[str, tuple[str, ...]]:
