@@ -5,13 +5,14 @@
 
 Starts ``narrows serve`` on the demo model. Before each attack it waits until the server does nothing, and reads an
 honest client's stream alone; then the same beside the attack, with /health asked on a fresh connection every 50 ms.
-Attackers and observers are processes of their own. Attackers are nice (10), since real ones would have machines of
-their own: what is measured is the server, not how the machine is shared. By default the server has one core, and flags
-that bound a step: a prompt that may fill one holds up every stream, whoever sent it. An attack fails if /health took
-longer than 0.5 s, if the stream's longest gap was more than 3 times its longest alone (of the last 8 seconds alone,
-about as long as an attack: the worst of one time is compared with the worst of another as long), if a new stream
-had to wait 5 s for its first event, if ranks were started again, or if the server's memory did not come back to within
-100 MB. A server that an attack has ended, or does not calm down, is replaced. Prints a table, or with ``--json`` one
+Attackers and observers are processes of their own. The observer runs first (real-time priority, where the system
+allows it) and attackers run last, since real clients have machines of their own: the server is measured, not how the
+machine is shared. By default the rank has one core, and flags bound a step: a prompt that may fill one holds up every
+stream, whoever sent it. An attack fails if /health took longer than 0.5 s, if the stream's longest gap was more than 3
+times its longest alone (of the last 8 seconds alone, about as long as an attack: the worst of one time is compared with
+the worst of another as long), if a new stream had to wait 5 s for its first event, if ranks were started again, or if
+the server's memory did not come back to within 100 MB. A server that an attack has ended, or does not calm down, is
+replaced. Prints a table, or with ``--json`` one
 JSON document; exit code 1 if an attack failed. Needs aiohttp and Linux.
 """
 
@@ -38,6 +39,7 @@ from hostile_load.connections import CONNECTIONS
 from hostile_load.grammars import GRAMMARS
 from hostile_load.items import ITEMS
 from hostile_load.places import PLACES
+from hostile_load.shares import last_in_line
 from hostile_load.texts import TEXTS
 from hostile_load.victim import Victim, start
 from hostile_load.watch import Seen, Watch
@@ -262,8 +264,8 @@ def settled_mb(victim: Victim, before_mb: float) -> float:
 
 
 def attacks(attack: Attack, url: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """The attacker's process. A remote one would take nothing of the server's cores: it gets what is left of them."""
-    os.nice(10)
+    """The attacker's process. A remote one would take nothing of the server's cores; this one gets what they leave."""
+    last_in_line()
 
     async def bounded() -> dict[str, int]:
         connector = aiohttp.TCPConnector(limit=0)

@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 
 import aiohttp
 
+from hostile_load.shares import first_in_line
+
 __all__ = ["Seen", "Watch"]
 
 _EVERY_S = 0.05
@@ -55,6 +57,7 @@ class Watch:
 
 
 def _run(url: str, pipe: Connection) -> None:
+    first_in_line()
     pipe.send(asyncio.run(_watch(url, pipe)))
 
 
