@@ -32,11 +32,13 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
         self._histories: dict[int, _History] = {}
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}  # by request: ids, what is added to their logits
 
     def begin(self, batch: Batch, ids_T: Tensor) -> RowSampler | None:
         """What samples this batch's rows, whose token ids are ``ids_T``; None when every row is greedy."""
         for request in batch.ended:
             self._histories.pop(request, None)
+            self._biases.pop(request, None)
         row = 0
         for group in batch.groups:
             for chunk in group:
@@ -64,6 +66,16 @@ class Sampler:
 
     def history(self, request: int) -> _History:
         return self._histories[request]
+
+    def bias(self, request: int, logit_bias: tuple[tuple[int, float], ...]) -> tuple[Tensor, Tensor]:
+        """A request's ids and what is added to their logits; made once, as there may be one for each token."""
+        if request not in self._biases:
+            ids, biases = zip(*logit_bias, strict=True)
+            self._biases[request] = (
+                torch.tensor(ids, device=self.device),
+                torch.tensor(biases, dtype=torch.float32, device=self.device),
+            )
+        return self._biases[request]
 
 
 class RowSampler:
@@ -95,12 +107,10 @@ class RowSampler:
         self._sampled: tuple[Tensor, Tensor] | None = None
 
     def _constrain(self, row: int, chunk: Chunk, params: SamplingParams) -> None:
-        device = self._sampler.device
         if params.logit_bias:
-            ids, biases = zip(*params.logit_bias, strict=True)
-            self._bias[row] = torch.tensor(ids, device=device), torch.tensor(biases, dtype=torch.float32, device=device)
+            self._bias[row] = self._sampler.bias(chunk.request, params.logit_bias)
         if chunk.allowed or chunk.banned:
-            self._barred[row] = _barred(chunk, self._sampler.vocab_size).to(device)
+            self._barred[row] = _barred(chunk, self._sampler.vocab_size).to(self._sampler.device)
 
     def __call__(self, logits_TV: Tensor) -> Tensor:
         """ids [T] int64 from logits [T, V]: biased, penalised, and without what may not be sampled."""
