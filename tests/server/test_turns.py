@@ -191,7 +191,7 @@ def test_many_who_ask_share_a_call_that_begins_after_they_asked() -> None:
             await go_on.wait()
             return number
 
-        shared = SharedCall(call, 0.0)
+        shared = SharedCall(call, 0.0, Turns())
         first = [asyncio.ensure_future(shared.get()) for _ in range(50)]
         while not calls:
             await asyncio.sleep(0)
@@ -208,6 +208,24 @@ def test_many_who_ask_share_a_call_that_begins_after_they_asked() -> None:
     assert len(calls) == 2
 
 
+def test_those_who_share_a_result_go_on_one_in_each_round() -> None:
+    async def work(turns: Turns, note: Callable[[Any], None]) -> None:
+        async def call() -> int:
+            return 1
+
+        shared = SharedCall(call, 0.0, turns)
+
+        async def ask(number: int) -> None:
+            await shared.get()
+            note(number)
+
+        await asyncio.gather(*(ask(number) for number in range(20)))
+
+    rounds = in_rounds(work)
+    assert sorted(number for found in rounds for number in found) == list(range(20))
+    assert max(map(len, rounds)) == 1
+
+
 def test_a_call_that_fails_is_made_again_for_the_next() -> None:
     outcomes = [ValueError("no"), 5]
 
@@ -218,7 +236,7 @@ def test_a_call_that_fails_is_made_again_for_the_next() -> None:
         return found
 
     async def run() -> None:
-        shared = SharedCall(call, 0.0)
+        shared = SharedCall(call, 0.0, Turns())
         with pytest.raises(ValueError, match="no"):
             await shared.get()
         assert await shared.get() == 5

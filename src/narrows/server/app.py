@@ -22,7 +22,7 @@ from narrows.server.anthropic.messages import count_tokens, create_message
 from narrows.server.anthropic.request import CountRequest, MessagesRequest
 from narrows.server.http.body import Body, BoundedRoute
 from narrows.server.http.errors import ApiError, ClientGoneError, refused, why_absent
-from narrows.server.http.json_io import JsonAnswer, error_answer, to_json
+from narrows.server.http.json_io import JsonAnswer, error_answer, to_json, to_json_in_turns
 from narrows.server.http.middleware import Addresses, ApiKeys, BodyLimit, Encodings, ReservedPlaces, TrailingSlash
 from narrows.server.metrics import Metrics
 from narrows.server.openai.chat import chat
@@ -207,8 +207,9 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 
-    rendered = SharedCall(partial(state.pools.look, state.metrics.render), _METRICS_PAUSE_S)
-    described = SharedCall(lambda: state.pools.operate(state.backend.info), _INFO_PAUSE_S)
+    rendered = SharedCall(partial(state.pools.look, state.metrics.render), _METRICS_PAUSE_S, state.turns)
+    described = SharedCall(partial(state.pools.operate, partial(_server_info, state)), _INFO_PAUSE_S, state.turns)
+    documented = SharedCall(partial(state.pools.operate, partial(_document, app)), _INFO_PAUSE_S, state.turns)
 
     @app.get("/metrics", response_model=None, responses={**_responses(answers.ModelList), 200: text})
     async def metrics() -> Response:
@@ -218,25 +219,30 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
     @app.get("/server_info", response_model=None, responses=_responses(answers.ServerInfo))
     async def server_info() -> Response:
         """What runs, and how."""
-        options = state.options
-        server = {
-            "tool_call_parser": state.tools.name if state.tools is not None else "none",
-            "reasoning_parser": "think" if state.reasons else "none",
-            "sampling_defaults": dict(state.defaults),
-            "max_body_bytes": options.max_body_bytes,
-            "request_timeout_s": options.request_timeout_s,
-        }
-        body = {
-            "version": version("narrows"),
-            "models": list(state.model.names),
-            "max_model_len": state.model.max_context,
-        }
-        return JsonAnswer({**body, "server": server, "backend": await described.get()})
+        return JsonAnswer(await described.get())
 
     @app.get("/openapi.json", response_model=None, include_in_schema=False)
     async def document() -> Response:
         """The document of all routes, written once."""
-        return JsonAnswer(await state.pools.operate(partial(_document, app)))
+        return JsonAnswer(await documented.get())
+
+
+def _server_info(state: ServerState) -> bytes:
+    """The answer of /server_info, made off the event loop."""
+    options = state.options
+    server = {
+        "tool_call_parser": state.tools.name if state.tools is not None else "none",
+        "reasoning_parser": "think" if state.reasons else "none",
+        "sampling_defaults": dict(state.defaults),
+        "max_body_bytes": options.max_body_bytes,
+        "request_timeout_s": options.request_timeout_s,
+    }
+    body = {
+        "version": version("narrows"),
+        "models": list(state.model.names),
+        "max_model_len": state.model.max_context,
+    }
+    return to_json_in_turns({**body, "server": server, "backend": state.backend.info()})
 
 
 def _add_profile(app: FastAPI, state: ServerState) -> None:

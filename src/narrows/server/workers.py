@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from narrows.server.child_process import give_back
 from narrows.server.http.errors import ClientGoneError
+from narrows.server.http.round_robin import Kind, Turns
 
 __all__ = ["LARGE_BYTES", "LoopCalls", "Pools", "SharedCall", "disconnected"]
 
@@ -119,11 +120,12 @@ class SharedCall(Generic[T]):
     """Makes ``call`` for whoever asks. What is got was computed after it was asked for, so it is never stale.
 
     A call begins ``pause_s`` after the last one has ended at the earliest; all who ask meanwhile share it. So however
-    many ask, the work stays the same.
+    many ask, the work stays the same. They go on with the result one by one, each in its turn: writing it fifty times
+    at once would hold the event loop up.
     """
 
-    def __init__(self, call: Callable[[], Awaitable[T]], pause_s: float) -> None:
-        self._call, self._pause_s = call, pause_s
+    def __init__(self, call: Callable[[], Awaitable[T]], pause_s: float, turns: Turns) -> None:
+        self._call, self._pause_s, self._turns = call, pause_s, turns
         self._next: asyncio.Task[T] | None = None
         self._running: asyncio.Task[T] | None = None
         self._rests_until = 0.0
@@ -133,7 +135,9 @@ class SharedCall(Generic[T]):
         loop = asyncio.get_running_loop()
         if self._next is None or self._next.done() or self._next.get_loop() is not loop:
             self._next = loop.create_task(self._run(self._running))
-        return await asyncio.shield(self._next)
+        result = await asyncio.shield(self._next)
+        await self._turns.wait(Kind.NEW)
+        return result
 
     async def _run(self, before: asyncio.Task[T] | None) -> T:
         loop = asyncio.get_running_loop()
