@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -186,6 +187,20 @@ def test_kept_grammars_make_room_and_those_in_use_refuse(grammars: Callable[...,
             await found.get(grammar("e"))
         used.clear()
         assert (await found.get(grammar("f"))).text == grammar("f") and found.memory.used <= 2 * size
+
+    asyncio.run(ask())
+
+
+def test_kept_grammars_take_little_memory_but_one_in_use_is_whole(grammars: Callable[..., Grammars]) -> None:
+    size = 1000 + len(grammar("a"))
+    found = grammars(FakeTrial(1000), kept_bytes=2 * size)
+
+    async def ask() -> None:
+        used = [await found.get(grammar(word)) for word in "abc"]
+        assert len(found) == 2 and found.memory.used == 3 * size
+        used.clear()
+        gc.collect()
+        assert found.memory.used == 2 * size
 
     asyncio.run(ask())
 

@@ -140,6 +140,13 @@ class Grammars:
         self._kept[text] = kept
         return kept
 
+    def _forget_surplus(self) -> None:
+        """Forget those that were asked for least lately, until the rest are few and small enough."""
+        kept_bytes = sum(grammar.nbytes for grammar in self._kept.values())
+        while self._kept and (len(self._kept) > self._limits.num_kept or kept_bytes > self._limits.kept_bytes):
+            _, grammar = self._kept.popitem(last=False)
+            kept_bytes -= grammar.nbytes
+
     def _begin(self, text: str) -> _Pending:
         if self._pool.num_waiting >= self._limits.num_waiting:
             message = f"{self._limits.num_waiting} constraints wait already to be compiled; try again later"
@@ -158,8 +165,7 @@ class Grammars:
                 return
             if (error := future.exception()) is None:
                 self._kept[text] = future.result()
-                while len(self._kept) > self._limits.num_kept:
-                    self._kept.popitem(last=False)
+                self._forget_surplus()
             elif isinstance(error, ConfigError):
                 self._failures.add(text, str(error))
 

@@ -48,9 +48,9 @@ class GrammarLimits:
     building its automaton; ``step_fuel`` and ``step_items``: steps of lexer and parser in one mask; ``lexer_states``:
     states that the automaton may grow to. ``mask_s``: processor time of one mask.
 
-    ``num_kept``: compiled grammars that are kept for those who ask again. ``total_bytes``: memory of all grammars that
-    are kept or in use. ``num_waiting``: distinct grammars that may wait to be compiled. ``failed_s``: for how long it
-    is remembered that a grammar failed; ``num_failed``: of how many.
+    ``num_kept`` and ``kept_bytes``: compiled grammars that are kept for those who ask again, and their memory.
+    ``total_bytes``: memory of all grammars that are kept or in use. ``num_waiting``: distinct grammars that may wait to
+    be compiled. ``failed_s``: for how long it is remembered that a grammar failed; ``num_failed``: of how many.
     """
 
     cpu_s: float = 1.0
@@ -63,6 +63,7 @@ class GrammarLimits:
     lexer_states: int = 20_000
     mask_s: float = 0.25
     num_kept: int = 64
+    kept_bytes: int = 64 * _MB
     total_bytes: int = 512 * _MB
     num_waiting: int = 64
     failed_s: float = 60.0
