@@ -18,6 +18,7 @@ from starlette.requests import Request
 from narrows.server.child_process import give_back
 from narrows.server.http.errors import ClientGoneError
 from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.priority import BODY_NICE, lower_thread_priority
 
 __all__ = ["LARGE_BYTES", "LoopCalls", "Pools", "SharedCall", "disconnected"]
 
@@ -35,10 +36,11 @@ class Pools:
     """One for health and metrics, one for what operators ask, and two for requests, by the size of their bodies."""
 
     def __init__(self) -> None:
+        gives_way: dict[str, Any] = {"initializer": lower_thread_priority, "initargs": (BODY_NICE,)}
         self._watch = ThreadPoolExecutor(2, thread_name_prefix="narrows watch")
-        self._operate = ThreadPoolExecutor(1, thread_name_prefix="narrows operators")
-        self._small = ThreadPoolExecutor(2, thread_name_prefix="narrows requests")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="narrows large requests")
+        self._operate = ThreadPoolExecutor(1, thread_name_prefix="narrows operators", **gives_way)
+        self._small = ThreadPoolExecutor(2, thread_name_prefix="narrows requests", **gives_way)
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="narrows large requests", **gives_way)
         self._give_back = give_back
         self._is_asked = False
 

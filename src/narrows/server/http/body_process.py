@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import resource
 import signal
@@ -28,6 +27,7 @@ from narrows.server.http.body import read_body
 from narrows.server.http.errors import ApiError, invalid
 from narrows.server.http.json_io import JsonLimits
 from narrows.server.options import ServedModel, ServerOptions
+from narrows.server.priority import BODY_NICE, lower_process_priority
 from narrows.server.request import Reading
 
 __all__ = ["PROGRAM", "IntakeLimits", "IntakeProcess", "run", "told_to"]
@@ -146,8 +146,6 @@ PROGRAM = (
 )
 """What ``python -c`` runs. What it needs to know comes through its stdin."""
 
-_NICE = 5
-"""Large bodies give way to the server and the ranks; but trials of constraints give way to them."""
 _MB = 1 << 20
 
 
@@ -173,7 +171,7 @@ def told_to(model: ServedModel, options: ServerOptions, limits: IntakeLimits) ->
 
 def run() -> None:
     """Answer bodies until stdin ends."""
-    os.nice(_NICE)
+    lower_process_priority(BODY_NICE)
     source, answers = sys.stdin.buffer, sys.stdout.buffer
     told = _next(source)
     if told is None:

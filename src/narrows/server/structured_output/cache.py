@@ -25,6 +25,7 @@ import llguidance
 
 from narrows.api import QueueFull
 from narrows.errors import ConfigError, NarrowsError
+from narrows.server.priority import GRAMMAR_NICE, lower_thread_priority
 from narrows.server.structured_output.guide import Grammar, Memory
 from narrows.server.structured_output.trial import Ended, GrammarLimits
 
@@ -279,6 +280,7 @@ class GrammarPool(Generic[T]):
 
     def _work(self, trial: Trial) -> None:
         """What a thread does until the pool is closed."""
+        lower_thread_priority(GRAMMAR_NICE)
         while (job := self._next(trial)) is not None:
             text, future = job
             try:

@@ -25,6 +25,7 @@ import llguidance
 
 from narrows.errors import ConfigError
 from narrows.sched.guide import Guide
+from narrows.server.priority import GRAMMAR_NICE, lower_thread_priority
 from narrows.server.structured_output.trial import GrammarLimits, in_words
 
 __all__ = ["Grammar", "GrammarGuide", "Lane", "MaskThreads", "Memory"]
@@ -305,6 +306,8 @@ class MaskThreads:
                     threading.Thread(target=self._work, args=(queue,), name=name, daemon=True).start()
 
     def _work(self, queue: SimpleQueue[Grammar | None]) -> None:
+        if queue is self._slow:
+            lower_thread_priority(GRAMMAR_NICE)
         while (grammar := queue.get()) is not None:
             self._make(grammar, grammar.waiting.popleft())
             del grammar  # it is kept alive by nothing while the queue is empty

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import resource
 import signal
@@ -24,6 +23,7 @@ import llguidance
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server import child_process
 from narrows.server.child_process import give_back
+from narrows.server.priority import GRAMMAR_NICE, lower_process_priority
 
 __all__ = ["PROGRAM", "Ended", "GrammarLimits", "TrialProcess", "in_words", "run", "told_to"]
 
@@ -226,8 +226,6 @@ PROGRAM = (
 
 _STACK_BYTES = 1 << 20
 """Far less than a thread of the server has, so that what fits here fits there."""
-_NICE = 10
-"""Trials give way to the server and the ranks."""
 
 
 def told_to(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> bytes:
@@ -244,7 +242,7 @@ def told_to(tokenizer: str, num_tokens: int, end_ids: list[int], limits: Grammar
 
 def run(told: dict[str, Any]) -> None:
     """Answer grammars until stdin ends."""
-    os.nice(_NICE)
+    lower_process_priority(GRAMMAR_NICE)
     limits = GrammarLimits(**told["limits"])
     tokens = llguidance.LLTokenizer(told["tokenizer"], n_vocab=told["num_tokens"], eos_token=told["end_ids"] or None)
     del told["tokenizer"]
