@@ -71,26 +71,30 @@ class Loop:
 
     def run(self, closing: threading.Event) -> None:
         """Serve until ``closing``; raises what ends the ranks."""
-        engine = self.engine
         while not closing.is_set():
-            worked = self._take_in()
-            self._trace.mind(engine, self._wake)  # so that what came after it was asked for is in it
-            touched: list[Request] = []
-            if engine.in_flight and engine.in_flight[0].future.done():
-                step = engine.in_flight[0]
-                touched, worked = engine.take(), True
-                self._time_oldest()
-                self._ended(step)
-            touched += engine.settle()
-            if handed := engine.push():
-                worked = True
-                self._handed_out(handed)
-            self._collectives.read()
-            self._publish()
-            for request in touched:  # after the ranks have been given work
-                self._tell_news(request)
-            if not worked:
+            if not self._work():
                 self._rest()
+
+    def _work(self) -> bool:
+        """One round; whether there was anything to do. It leaves no reference to a request while the loop rests."""
+        engine = self.engine
+        worked = self._take_in()
+        self._trace.mind(engine, self._wake)  # so that what came after it was asked for is in it
+        touched: list[Request] = []
+        if engine.in_flight and engine.in_flight[0].future.done():
+            step = engine.in_flight[0]
+            touched, worked = engine.take(), True
+            self._time_oldest()
+            self._ended(step)
+        touched += engine.settle()
+        if handed := engine.push():
+            worked = True
+            self._handed_out(handed)
+        self._collectives.read()
+        self._publish()
+        for request in touched:  # after the ranks have been given work
+            self._tell_news(request)
+        return worked
 
     def end_failed(self, reason: str, *, all_of_them: bool) -> list[Ticket]:
         """The ranks have failed: end what they had begun, or everything; the generations that have only waited."""

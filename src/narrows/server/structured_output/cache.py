@@ -282,18 +282,21 @@ class GrammarPool(Generic[T]):
         """What a thread does until the pool is closed."""
         lower_thread_priority(GRAMMAR_NICE)
         while (job := self._next(trial)) is not None:
-            text, future = job
-            try:
-                nbytes = self._tried(trial, text, future)
-                if future.set_running_or_notify_cancel():
-                    future.set_result(self._compile(text, nbytes))
-            except Ended:
-                future.cancel()
-            except Exception as error:
-                _fail(future, error)
-            except BaseException as error:  # llguidance's panics are no Exceptions
-                _LOG.exception("a constraint could not be compiled")
-                _fail(future, NarrowsError(f"the constraint could not be compiled ({type(error).__name__})"))
+            self._do(trial, *job)
+            del job  # the grammar is kept alive by nothing while there is no job
+
+    def _do(self, trial: Trial, text: str, future: Future[T]) -> None:
+        try:
+            nbytes = self._tried(trial, text, future)
+            if future.set_running_or_notify_cancel():
+                future.set_result(self._compile(text, nbytes))
+        except Ended:
+            future.cancel()
+        except Exception as error:
+            _fail(future, error)
+        except BaseException as error:  # llguidance's panics are no Exceptions
+            _LOG.exception("a constraint could not be compiled")
+            _fail(future, NarrowsError(f"the constraint could not be compiled ({type(error).__name__})"))
 
     def _tried(self, trial: Trial, text: str, future: Future[T]) -> int:
         try:
