@@ -1,11 +1,10 @@
-"""What the first steps of a fresh engine cost: those of its first request, and decode steps walked, recorded, repeated.
+"""What the first steps of a fresh engine cost: a first request, and decode steps op by op, captured and replayed.
 
     python benchmarks/first_steps.py MODEL [--tp 2] [--ranks processes] [--rows 2,8,18]
 
 Starts an engine with random weights and runs one request of 64 tokens: seconds to load, milliseconds to its first token
-and between those after it. Then, by rows, decode steps that are new to it: milliseconds of a step with the tapes
-switched off (median of 6), of the one that is recorded, and of those that a tape repeats (median of 6). Ends in one
-line of JSON.
+and between those after it. Then, by rows, decode steps that are new to it: milliseconds of a step that runs
+op by op (median of 6), of the one that is captured, and of replayed ones (median of 6). Ends in one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from narrows.engine.core import Engine
 _TIMES = 6
 
 
-class NoTapes:
-    """An instrument around every step that a tape would miss, so that none is made."""
+class NoCapture:
+    """A wrap around every operation, so that no step is captured."""
 
     def __init__(self, worker: Any) -> None:
         pass
@@ -61,13 +60,13 @@ def main() -> None:
         ends = [ready, *(perf_counter() for _ in engine.run())]
         tokens = [1e3 * (end - before) for before, end in pairwise(ends)]
         counts = [int(text) for text in args.rows.split(",")]
-        engine.instrument(importlib.import_module("first_steps").NoTapes)  # ranks know it by that name
-        walked = {rows: median(steps(engine, rows)[1:]) for rows in counts}
+        engine.instrument(importlib.import_module("first_steps").NoCapture)  # ranks know it by that name
+        op_by_op = {rows: median(steps(engine, rows)[1:]) for rows in counts}
         engine.instrument(None)
         found = {}
         for rows in counts:
             first, *others = steps(engine, rows)
-            found[rows] = {"walked": walked[rows], "recorded": first, "repeated": median(others)}
+            found[rows] = {"op by op": op_by_op[rows], "captured": first, "replayed": median(others)}
     print(f"loaded in {ready - start:.1f} s; ms of the first tokens:", *(f"{ms:.0f}" for ms in tokens))
     for rows, each in found.items():
         print(f"decode, {rows} rows, ms:", ", ".join(f"{name} {ms:.1f}" for name, ms in each.items()))

@@ -30,7 +30,7 @@ _LOADS = {
     "lengths": "--num-requests 60 --input-length 500 --spread 0.9 --output-length 16 --burstiness 0.2",
 }
 _IDLE_S = 6.0
-"""Until the load: what a server that has been up for a while has done already (it rehearses decode steps)."""
+"""Until the load: what a server that has been up for a while has done already (its warm-up)."""
 _FIGURES = {
     "output tokens per second": lambda found: found["output_throughput"],
     "TTFT mean, ms": lambda found: found["ttft_ms"]["mean"],

@@ -21,7 +21,7 @@ from soak import family, sample
 __all__ = ["Victim", "start"]
 
 _CALM_CORES = 0.25
-"""What a server without requests may use of one core. Below it, nothing is compiled, rehearsed or tokenized."""
+"""What a server without requests may use of one core. Below it, nothing is compiled, warmed up or tokenized."""
 
 _USUAL_DESCRIPTORS = 1024
 _TICKS_PER_S = 100

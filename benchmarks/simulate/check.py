@@ -44,7 +44,7 @@ _TRACE = ["--num-requests", "16", "--scale-lengths", "0.2", "--speed", "10"]
 _WARMUP = 16
 """Requests of the load sent before it, which do not count: they meet cold code."""
 _IDLE_S = 6.0
-"""Until the first of them: what a server that has been up for a while has done already (it rehearses decode steps)."""
+"""Until the first of them: what a server that has been up for a while has done already (its warm-up)."""
 _NARROWS = [sys.executable, "-m", "narrows"]
 
 

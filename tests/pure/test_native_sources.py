@@ -1,4 +1,4 @@
-"""What every compiled function owes: whether a tape repeats it (who says nothing would be missed), and a C++ test."""
+"""Every compiled function says whether it can be replayed, and has a C++ test."""
 
 from __future__ import annotations
 

@@ -8,34 +8,34 @@ from typing import Any
 
 import torch
 
-from narrows.engine import tapes
-from narrows.engine.scratch import Scratch
+from narrows.engine import capture
+from narrows.engine.arena import Arena
 from narrows.engine.step_record import StepRecord, Wants
 from narrows.ops.paged import DecodeRows
 
 
 class StepsSeen:
-    """A reader: how many operations were made by Python, and how many by a tape, on one rank."""
+    """A reader: how many operations ran op by op, and how many were replayed, on one rank."""
 
     wants = Wants.EVERY_OP
 
     def __init__(self, worker: Any) -> None:
-        self.made = self.repeated = 0
+        self.made = self.replayed = 0
 
     def readings(self) -> tuple[int, int]:
-        seen = self.made, self.repeated
-        self.made = self.repeated = 0
+        seen = self.made, self.replayed
+        self.made = self.replayed = 0
         return seen
 
     def take(self, record: StepRecord) -> None:
         assert all(start <= end for start, end in zip(record.starts, record.ends, strict=True))
         assert record.numbers == list(range(len(record.ops)))
         self.made += len(record.ops) - record.num_replayed
-        self.repeated += record.num_replayed
+        self.replayed += record.num_replayed
 
 
-class NoTapes:
-    """An instrument around every step that a tape would miss, so that none is made."""
+class NoCapture:
+    """A wrap around every operation, so that no step is captured."""
 
     def __init__(self, worker: Any) -> None:
         pass
@@ -61,11 +61,11 @@ class Imported:
 
 
 class LittleRoomOnRank1:
-    """An instrument around no step: on rank 1 no walk fits into what tapes have for what they allocate."""
+    """An instrument around no step: on rank 1 no step fits into the arena."""
 
     def __init__(self, worker: Any) -> None:
         if worker.place.rank == 1:
-            worker._tapes._scratch = Scratch(64)
+            worker._captured._arena = Arena(64)
 
     def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> Any:
         return operation
@@ -114,13 +114,13 @@ class LeftOutCollective(_Planted):
     def __init__(self, worker: Any) -> None:
         for name in ("all_reduce", "all_reduce_norm"):
             setattr(worker.comm, name, _computing(getattr(worker.comm, name)))
-        true_keep = tapes.Tapes._keep
+        true_keep = capture.CapturedSteps._keep
 
-        def keep(self: Any, key: Any, walk: Any, rehearsed: bool) -> None:
-            walk._stop += 1
-            true_keep(self, key, walk, rehearsed)
+        def keep(self: Any, key: Any, step: Any, warm_up: bool) -> None:
+            step._stop += 1
+            true_keep(self, key, step, warm_up)
 
-        tapes.Tapes._keep = keep  # type: ignore[method-assign]
+        capture.CapturedSteps._keep = keep  # type: ignore[method-assign]
 
 
 def _computing(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -523,7 +523,7 @@ def alone_in_a_window(spans, window):
 
 @torch.inference_mode()
 def test_windowed_rows_stay_in_the_memory_they_are_given():
-    """As a tape needs it: the addresses of a step are those of the one before."""
+    """As a capture needs it: a step has the addresses of the previous one."""
     held = DecodeRows(2, 40, PAGE)
     first = windowed_rows(held.set([(5, 1, PAGES[0]), (0, 1, PAGES[3])]), 4)
     addresses = first.decode_slots_BL.data_ptr(), first.decode_lens_B.data_ptr()

@@ -14,7 +14,7 @@ import pytest
 from patience import PATIENCE_S, eventually
 
 from narrows.api import Draining, Generation, QueueFull, Unavailable, Update
-from narrows.engine import rehearsals
+from narrows.engine import warmup
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.worker import Worker
@@ -314,43 +314,43 @@ def test_health_sees_a_step_that_does_not_end(
 
 
 def test_doctests() -> None:
-    result = doctest.testmod(rehearsals)
+    result = doctest.testmod(warmup)
     assert result.attempted and not result.failed
 
 
-def test_an_idle_service_rehearses_decode_steps_and_goes_on_when_somebody_comes(
+def test_an_idle_service_warms_up_and_serves_in_between(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearsed: list[int] = []
+    dummies: list[int] = []
     may_go_on = threading.Event()
 
-    def rehearse(worker: Worker, batch: Batch, plan: Plan) -> bool:
-        rehearsed.append(batch.num_rows)
-        assert len(rehearsed) != 5 or may_go_on.wait(PATIENCE_S)
+    def warm_up(worker: Worker, batch: Batch, plan: Plan) -> bool:
+        dummies.append(batch.num_rows)
+        assert len(dummies) != 5 or may_go_on.wait(PATIENCE_S)
         return True
 
-    monkeypatch.setattr(Worker, "rehearse", rehearse)
-    service = serve(rehearse_rows=6)
-    eventually(lambda: len(rehearsed) == 5)
+    monkeypatch.setattr(Worker, "warm_up", warm_up)
+    service = serve(warmup_rows=6)
+    eventually(lambda: len(dummies) == 5)
     caller = Caller(service, asked((1, 2, 3)))
     may_go_on.set()
     assert caller.wait().finish_reason == "length"
-    eventually(lambda: len(rehearsed) == 12)
-    assert rehearsed == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], "greedy and drawn, each once"
+    eventually(lambda: len(dummies) == 12)
+    assert dummies == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], "greedy and drawn, each once"
     assert Caller(service, asked((1, 2, 3))).wait().finish_reason == "length"
-    assert len(rehearsed) == 12
-    assert service.stats().steps == sum(service.stats().plans.values()), "rehearsals are no steps"
+    assert len(dummies) == 12
+    assert service.stats().steps == sum(service.stats().plans.values()), "warm-up steps are not counted"
 
 
-def test_a_rank_that_fails_in_a_rehearsal_is_a_failure_like_others(
+def test_a_failure_in_a_warm_up_is_reported(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rehearse(worker: Worker, batch: Batch, plan: Plan) -> bool:
+    def warm_up(worker: Worker, batch: Batch, plan: Plan) -> bool:
         if batch.num_rows == 3:
             raise RuntimeError("no memory")
         return True
 
-    monkeypatch.setattr(Worker, "rehearse", rehearse)
+    monkeypatch.setattr(Worker, "warm_up", warm_up)
     service = serve(restart=False)
     eventually(lambda: not service.health().ready)
     assert "no memory" in service.health().detail

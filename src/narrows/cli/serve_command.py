@@ -27,6 +27,7 @@ from narrows.cli.arguments import (
     launch_of,
     limit_options,
 )
+from narrows.cli.renamed import add_old_spelling
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import run_local_ranks
@@ -153,13 +154,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         help="seconds that running requests get at the end (default %(default)g)",
     )
     life.add_argument(
-        "--rehearse-rows",
+        "--warmup-rows",
         type=int,
-        default=_DEFAULT["rehearse_rows"],
+        default=_DEFAULT["warmup_rows"],
         metavar="N",
-        help="run decode steps of 1 to N rows while nothing else runs, so that later ones are fast from the first "
-        "(default %(default)s; 0: none)",
+        help="warm up while idle: decode steps of 1 to N rows run once, so that later ones are fast from the first "
+        "(default %(default)s; 0: no warm-up)",
     )
+    add_old_spelling(life, "--rehearse-rows", "--warmup-rows", type=int)
     add_trace_flags(parser, "the steps between POST /start_profile and /stop_profile")
     watch = parser.add_argument_group("predicted and measured")
     watch.add_argument(
@@ -179,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     _say_to_stderr()
     sys.setswitchinterval(_SWITCH_S)
-    life = {name: getattr(args, name) for name in ("rehearse_rows", "prompt_rows")}
+    life = {name: getattr(args, name) for name in ("warmup_rows", "prompt_rows")}
     life["ranks"] = args.ranks or _RANKS
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
     if (launch := launch_of(args, os.environ)) is not None:

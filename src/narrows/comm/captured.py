@@ -13,11 +13,11 @@ from typing import Protocol
 from narrows.comm.fingerprint import Fingerprint
 from narrows.comm.segment import Block
 
-__all__ = ["CapturedCollectives", "Tape"]
+__all__ = ["CapturedCalls", "CapturedCollectives"]
 
 
-class Tape(Protocol):
-    """Compiled calls that can be made again; see :class:`narrows.native.tape.Tape`."""
+class CapturedCalls(Protocol):
+    """Compiled calls that can be made again; see :class:`narrows.native.captured_calls.CapturedCalls`."""
 
     @property
     def size(self) -> int: ...
@@ -49,10 +49,10 @@ class Exchanges(Protocol):
 
 
 class CapturedCollectives:
-    """Collectives and exchanges by their position on ``tape``."""
+    """Collectives and exchanges by their position among ``calls``."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, calls: CapturedCalls) -> None:
+        self.calls = calls
         self.collectives: list[tuple[int, Member, Fingerprint]] = []
         """(position, group member, fingerprint as of the capture)."""
         self.exchanges: list[tuple[int, Exchanges]] = []
@@ -67,13 +67,13 @@ class CapturedCollectives:
         return sum(block.size for block in self.blocks)
 
     def collective(self, member: Member, fingerprint: Fingerprint) -> None:
-        self.collectives.append((self.tape.size, member, fingerprint))
+        self.collectives.append((self.calls.size, member, fingerprint))
 
     def exchange(self, group: Exchanges) -> None:
-        self.exchanges.append((self.tape.size, group))
+        self.exchanges.append((self.calls.size, group))
 
     def end(self, count: int) -> None:
-        """Keep what came before call ``count`` of the tape, and reserve the memory."""
+        """Keep what came before call ``count``, and reserve the memory."""
         self.collectives = [entry for entry in self.collectives if entry[0] < count]
         self.exchanges = [entry for entry in self.exchanges if entry[0] < count]
         self.blocks = list(dict.fromkeys(self.blocks))
@@ -95,14 +95,14 @@ class CapturedCollectives:
         self.blocks = []
 
     def waits(self) -> None:
-        """The call at the tape's position has waited in vain for some time."""
-        position = self.tape.position
+        """Note that the call being replayed waits for other ranks."""
+        position = self.calls.position
         if self._waiting is None or self._waiting[0] != position:
             self._waiting = position, monotonic()
 
     def latest(self) -> tuple[Fingerprint, Member, float | None] | None:
         """The collective that the replay came to last, and since when it waits there (None: it does not wait)."""
-        position = self.tape.position
+        position = self.calls.position
         i = bisect_right(self.collectives, position, key=lambda entry: entry[0]) - 1
         if i < 0:
             return None
@@ -114,7 +114,7 @@ class CapturedCollectives:
 
     def came(self, member: Member) -> int:
         """How many collectives of one group the replay has come to."""
-        position = self.tape.position
+        position = self.calls.position
         return sum(entry[1] is member and entry[0] <= position for entry in self.collectives)
 
     def done(self) -> None:

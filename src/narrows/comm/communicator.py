@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from narrows.comm.buffers import SendBuffers
-from narrows.comm.captured import CapturedCollectives, Tape
+from narrows.comm.captured import CapturedCalls, CapturedCollectives
 from narrows.comm.fingerprint import (
     Fingerprint,
     decoded,
@@ -325,8 +325,8 @@ class Communicator:
 
     # --- captured steps
 
-    def capture_begin(self, tape: Tape) -> CapturedCollectives | None:
-        """Keep what :meth:`replay` needs of the collectives from now on, whose compiled calls ``tape`` records.
+    def capture_begin(self, calls: CapturedCalls) -> CapturedCollectives | None:
+        """Keep what :meth:`replay` needs of the collectives from now on, whose compiled calls ``calls`` records.
 
         Returns:
             what it keeps, complete after :meth:`capture_end`; None where collectives are more than compiled calls
@@ -335,11 +335,11 @@ class Communicator:
         members = self._members.values()
         if members and (self.checked or not all(member.transport.can_replay for member in members)):
             return None
-        self._capture(CapturedCollectives(tape))
+        self._capture(CapturedCollectives(calls))
         return self._captured
 
     def capture_end(self, count: int) -> None:
-        """Ends the capture: the first ``count`` calls of the tape are kept."""
+        """End the capture and keep the first ``count`` calls."""
         assert self._captured is not None, "nothing is captured"
         self._captured.end(count)
         self._capture(None)
@@ -350,15 +350,15 @@ class Communicator:
             member.transport.capture(captured)
 
     def replay(self, captured: CapturedCollectives) -> None:
-        """Make all calls of the captured tape again, the collectives among them, with the same tensors.
+        """Make all captured calls again, the collectives among them, with the same tensors.
 
         Every member of each group makes them too, by replay or anew. Errors are those of the collectives.
         """
-        captured.tape.rewind()
+        captured.calls.rewind()
         self._replayed = captured
-        while outcome := captured.tape.run():
+        while outcome := captured.calls.run():
             latest = captured.latest()
-            assert latest is not None, "only an exchange interrupts a tape"
+            assert latest is not None, "only an exchange interrupts a replay"
             fingerprint, member, _ = latest
             captured.waits()
             try:

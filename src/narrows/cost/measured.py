@@ -154,7 +154,7 @@ _SizeRows = Annotated[list[SizeRow], Field(min_length=2)]
 class StageTable(Part):
     """Microseconds of one stage: what it computes on the largest rank, in which dtype, and the points.
 
-    ``phase``: of which steps; None: of all. Steps of few rows cost less in decode, where they are on tape; attention
+    ``phase``: of which steps; None: of all. Steps of few rows cost less in decode, where they are replayed; attention
     may run in another form. ``points``: [rows, us, spread, attended]; the last two may be left out. ``rows`` are the
     largest rank's; below 1: of the mean rank, where some have none (see :meth:`RowSplit.at_work`). ``spread``: how far
     p90 lies above p10, as a share of the median. ``attended``: tokens of context that a row attends to, on average.

@@ -28,8 +28,8 @@ class RankWorker(Protocol):
         """As :meth:`step` with logits, but no capture has a part in it."""
         ...
 
-    def rehearse(self, batch: Batch, plan: Plan) -> bool:
-        """Run a decode step whose rows are nobody's; whether there is any use in more of them."""
+    def warm_up(self, batch: Batch, plan: Plan) -> bool:
+        """Run a decode step of dummy rows; whether more warm-up steps are of use."""
         ...
 
     def prepare(self, plans: Sequence[Plan]) -> None:

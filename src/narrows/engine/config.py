@@ -97,9 +97,9 @@ class EngineConfig:
     max_context: int | None = None
     kv_tokens: int | None = None
     page_size: int = PAGE_SIZE
-    rehearse_rows: int = 64
-    """Rows of the largest decode step that a service rehearses when nothing runs (`rehearsals.py`); with more, a tape
-    saves little of a step. 0: none."""
+    warmup_rows: int = 64
+    """Rows of the largest warm-up step of an idle service (`warmup.py`); with more rows, a capture saves little. 0: no
+    warm-up."""
     seed: int = 0
     ranks: str = "threads"
     threads: int | None = 1
@@ -196,7 +196,7 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
         ("--max-rows", asked.rows_per_step, 1),
         ("page size", asked.page_size, 1),
         ("--threads", threads, 1),
-        ("--rehearse-rows", asked.rehearse_rows, 0),
+        ("--warmup-rows", asked.warmup_rows, 0),
         ("--prompt-rows", asked.prompt_rows, 0),
     ):
         if size < least:

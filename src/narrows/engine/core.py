@@ -27,9 +27,9 @@ from narrows.engine.config import Resolved
 from narrows.engine.plans import EnginePlans
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import start_ranks
-from narrows.engine.rehearsals import Rehearsals, rehearsal
 from narrows.engine.step_record import Reader
 from narrows.engine.tracer import Tracer
+from narrows.engine.warmup import WarmUp, warmup_batch
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
 from narrows.models.parts import Place
@@ -104,10 +104,10 @@ class Engine:
         self.when_mask_comes: Callable[[], None] = self._mask_came.set
         """Called, from any thread, when a mask that was late is there, so that :meth:`settle` is worth a call."""
         self._tracer: Tracer | None = None
-        self._rehearsed: Future[list[Any]] | None = None
+        self._warming_up: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
         drawn = resolved.plan is None or resolved.plan.gives_logits
-        self._rehearsals = Rehearsals(resolved.limits, resolved.asked.rehearse_rows, drawn=drawn)
+        self._warmup = WarmUp(resolved.limits, resolved.asked.warmup_rows, drawn=drawn)
         if wrap is not None and resolved.asked.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
         if source is None and resolved.asked.ranks == "threads":
@@ -128,22 +128,21 @@ class Engine:
         finally:
             planning.join()
 
-    def rehearse_ahead(self) -> Future[list[Any]] | None:
-        """Have the ranks run one more decode step of nobody's rows, so that the first real one like it finds its tape.
+    def warm_up_next(self) -> Future[list[Any]] | None:
+        """Have the ranks run the next warm-up step, without waiting. For when no step is in flight.
 
-        For when no step is in flight. None: the one before is not done, there are no more, or there is no use in it on
-        these ranks.
+        None: the previous one is not done, there are no more, or these ranks can capture no step.
         """
-        if self._rehearsed is not None:
-            if not self._rehearsed.done():
+        if self._warming_up is not None:
+            if not self._warming_up.done():
                 return None
-            if not self._rehearsed.result()[0]:
-                self._rehearsals.end()
-        batch = self._rehearsals.next()
-        self._rehearsed = (
-            None if batch is None else self.ranks.submit_first(RankWorker.rehearse, batch, self.plans.plan_for(batch))
+            if not self._warming_up.result()[0]:
+                self._warmup.end()
+        batch = self._warmup.next()
+        self._warming_up = (
+            None if batch is None else self.ranks.submit_first(RankWorker.warm_up, batch, self.plans.plan_for(batch))
         )
-        return self._rehearsed
+        return self._warming_up
 
     def prepare(self, plans: Sequence[Plan]) -> None:
         """Have the ranks bind plans, without waiting, so that the first step of a bucket finds its plan there."""
@@ -324,7 +323,7 @@ class Engine:
         others; with anything else around them, steps run op by op. Instruments of other names stay as they are.
         """
         if any(self.ranks.submit(RankWorker.instrument, make, name).result()):
-            self._rehearsals.begin_again()
+            self._warmup.begin_again()
 
     def observe(self, call: Callable[[Batch, Plan], None] | None) -> None:
         """Call something with every step that is handed out from now on, or nothing any more."""
@@ -361,9 +360,9 @@ class Engine:
 
     def capture(self, batch: Batch, plan: Plan) -> None:
         """Have the ranks capture, as a server that is idle does, the decode step of ``plan`` that has as many rows as
-        ``batch``: by a step of rows that are nobody's."""
-        rehearsed = rehearsal(batch.group_rows, self.resolved.limits.page_size, drawn=batch.needs_logits)
-        self.ranks.submit(RankWorker.rehearse, rehearsed, plan).result()
+        ``batch``: by a warm-up step."""
+        dummies = warmup_batch(batch.group_rows, self.resolved.limits.page_size, drawn=batch.needs_logits)
+        self.ranks.submit(RankWorker.warm_up, dummies, plan).result()
 
     def close(self) -> None:
         """End the ranks."""

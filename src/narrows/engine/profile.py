@@ -2,7 +2,7 @@
 
 A GPU is waited for after every operation, so that its time is its own; the run as a whole is slower for it. A
 collective's seconds hold the wait for the slowest rank, as they do in any profiler. Of steps that a capture replays
-(`tapes.py`) the seconds are those of its calls, without Python between them.
+(`capture.py`) the seconds are those of its calls, without Python between them.
 """
 
 from __future__ import annotations

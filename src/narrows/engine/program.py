@@ -63,8 +63,8 @@ class Program:
         self.operations = tuple(binder.operations)
         self.ops = tuple(binder.ops)
         """What each of them is."""
-        self.repeatable = binder.repeatable
-        """Whether a tape may stand in for the operations (`tapes.py`): nothing is around them that it would miss."""
+        self.capturable = binder.capturable
+        """Whether steps of it may be captured (`capture.py`): nothing is wrapped around its operations."""
         self._moves = tuple(binder.moves)
         self._selected = tuple(binder.selected)
         self._outs = tuple(binder.outs)
@@ -154,7 +154,7 @@ class _Binder:
         self.plan, self.model, self.comm, self.fields = plan, model, comm, fields
         self.operations: list[Operation] = []
         self.ops: list[BoundOp] = []
-        self.repeatable = not checked
+        self.capturable = not checked
         self.registers: dict[str, int] = {plan.roles.input: 0}
         self.moves: list[tuple[Mover, RowSet]] = []
         self.selected: list[Layout] = []
@@ -171,7 +171,7 @@ class _Binder:
                 operation = self._check(layer, op, operation)
             if wrap is not None:
                 bare, operation = operation, wrap(layer, op, reads, writes, operation)
-                self.repeatable &= operation is bare
+                self.capturable &= operation is bare
             self.operations.append(operation)
             self.ops.append(BoundOp.of(layer, op, reads, writes))
 

@@ -1,6 +1,6 @@
-"""One rank of the engine: its model, its bound plans, and the walk of one batch. It obeys batches and plans.
+"""One rank of the engine: its model, its bound plans, and the execution of one batch.
 
-Knows its model and communicator; not requests or text. The previous step's samples stay here, so that a
+The previous step's samples stay here, so that a
 token of the next batch may be a reference to one of them.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.arch.stages import Field
 from narrows.comm.communicator import Communicator
+from narrows.engine.capture import CapturedSteps, Ran, Span
 from narrows.engine.program import Operation, Program, Wrap, bind
 from narrows.engine.sampler import Sampler
 from narrows.engine.step_record import Reader, StepRecord, StepRecorder, Wants
-from narrows.engine.tapes import Ran, Span, Tapes
 from narrows.layout import RowSplit, scattered
 from narrows.models.parts import Decoder, Place
 from narrows.models.registry import build_model
@@ -118,13 +118,13 @@ class Worker:
         self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
         self._sampled: tuple[int, ...] = ()
         self._sampler = Sampler(config.vocab_size, place.device)
-        self._tapes = Tapes(comm, self.model, page_size, logit_split)
+        self._captured = CapturedSteps(comm, self.model, page_size, logit_split)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         """Run one batch under one plan. Every rank returns the same ids.
 
-        Before the walk the host copies numbers to the device, during it neither waits for the other, after it the host
-        reads the result.
+        Before the plan runs the host copies numbers to the device, meanwhile neither waits for the other, and after it
+        the host reads the result.
         """
         return self._step(batch, plan, keep_logits=keep_logits, op_by_op=False)
 
@@ -137,7 +137,7 @@ class Worker:
         came = self.comm.num_collectives if keep_logits else 0
         least = Wants.COLLECTIVES if keep_logits else Wants.NOTHING
         record = self._recorder.begin(program.ops, batch.phase, least)
-        ran = (None if op_by_op else self._taped(program, batch, record)) or self._walk(program, batch, record)
+        ran = (None if op_by_op else self._run_captured(program, batch, record)) or self._run(program, batch, record)
         if record is not None:
             self._recorder.end(record)
         self._samples = ran.registers[program.outputs["next_ids"]].flatten()
@@ -152,17 +152,16 @@ class Worker:
         )
         return replace(self._read(ran), logits=logits, run=run)
 
-    def rehearse(self, batch: Batch, plan: Plan) -> bool:
-        """Run a decode step whose rows are nobody's and lie in the null page, so that the first real one like it finds
-        its tape. Nothing is kept of what it computes.
+    def warm_up(self, batch: Batch, plan: Plan) -> bool:
+        """Run a decode step of dummy rows in the null page, so that the first real step like it finds its capture.
 
         Returns:
-            whether there is any use in more of them: False where no step can be on tape, or no further one has room.
+            whether more warm-up steps are of use: False if no step can be captured, or there is no room for another.
         """
         program = self._program(plan)
-        if self._taped(program, batch, None, rehearsed=True) is None:
-            self._walk(program, batch, None)  # other ranks may have a tape, and wait for this one
-        return self._tapes.possible and not self._tapes.full
+        if self._run_captured(program, batch, None, warm_up=True) is None:
+            self._run(program, batch, None)  # other ranks may have a capture, and wait for this one
+        return self._captured.possible and not self._captured.full
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
         """How the batch's rows are dealt to ranks, and (start, rows, pages) of every chunk of this rank's group."""
@@ -177,13 +176,13 @@ class Worker:
         group = batch.groups[self.place.mesh.group_of(self.place.rank)]
         return [length for chunk in group for length in chunk.lengths()]
 
-    def _taped(
-        self, program: Program, batch: Batch, record: StepRecord | None, *, rehearsed: bool = False
+    def _run_captured(
+        self, program: Program, batch: Batch, record: StepRecord | None, *, warm_up: bool = False
     ) -> Ran | None:
-        """As :meth:`_walk`, by or for a tape; None if there can be none."""
+        """Replay a captured step, or capture it now; None if it cannot be captured."""
         rows, spans = self._rows_of(batch)
         begin = partial(self._sampler.begin, batch)
-        return self._tapes.run(
+        return self._captured.run(
             program,
             batch,
             rows,
@@ -191,12 +190,12 @@ class Worker:
             spans,
             begin,
             lengths=self._lengths(batch),
-            rehearsed=rehearsed,
+            warm_up=warm_up,
             record=record,
         )
 
-    def _walk(self, program: Program, batch: Batch, record: StepRecord | None) -> Ran:
-        """A walk of ``program``, operation by operation."""
+    def _run(self, program: Program, batch: Batch, record: StepRecord | None) -> Ran:
+        """Run ``program`` op by op."""
         rows, spans = self._rows_of(batch)
         logit_rows = batch.logit_rows()
         ids_T = self._ids(batch)
@@ -221,7 +220,7 @@ class Worker:
             self._wraps[name] = made
         if not was_around and name not in self._wraps:
             return False
-        self._tapes.forget()
+        self._captured.forget()
         self._programs.clear()
         self._signatures.clear()
         return True

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from narrows.arch.weight_sharding import WeightSharding
+from narrows.engine.capture import uncaptured
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Operation, Wrap
 from narrows.engine.script import Script
-from narrows.engine.tapes import uncaptured
 from narrows.engine.worker import StepResult, Worker
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, named_layout

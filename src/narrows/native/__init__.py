@@ -4,7 +4,7 @@ Lowest room but errors: knows addresses, sizes and strides; not tensors, layouts
 declares the functions it uses, and has a path in torch for where the library is not there.
 """
 
+from narrows.native.captured_calls import CapturedCalls
 from narrows.native.library import Library, library, why_absent
-from narrows.native.tape import Tape
 
-__all__ = ["Library", "Tape", "library", "why_absent"]
+__all__ = ["CapturedCalls", "Library", "library", "why_absent"]

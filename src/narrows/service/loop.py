@@ -172,14 +172,14 @@ class Loop:
         """Until something has come or is done; raises what has ended the ranks meanwhile, be they idle.
 
         Where nothing runs, what steps may ask for is made, a piece at a time, and whoever comes waits for one of them:
-        first plans, a few milliseconds each, then rehearsals, each as long as a step.
+        first plans, a few milliseconds each, then warm-up steps, each as long as a step.
         """
         engine = self.engine
         busy = engine.in_flight or engine.scheduler.late
         while not (self._wake.is_due or busy) and (plan := engine.plans.plan_ahead()) is not None:
             engine.prepare((plan,))
-        if not (self._wake.is_due or busy) and (rehearsal := engine.rehearse_ahead()) is not None:
-            rehearsal.add_done_callback(self._wake)
+        if not (self._wake.is_due or busy) and (warm_up := engine.warm_up_next()) is not None:
+            warm_up.add_done_callback(self._wake)
         self._wake.rest(_TICK_S)
         if (failure := engine.ranks.failure) is not None:
             raise failure

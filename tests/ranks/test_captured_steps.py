@@ -1,4 +1,4 @@
-"""Decode steps that a tape repeats: tokens and probabilities are those of walked steps, failures say what they said."""
+"""Replayed decode steps: tokens and probabilities are those of steps run op by op, and so are the errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import steps_lab as lab
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.step_work import StepWork, run_steps
 from narrows.comm.captured import CapturedCollectives
-from narrows.engine import tapes
+from narrows.engine import capture
 from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
@@ -63,16 +63,16 @@ def texts(engine: Engine, sampling: SamplingParams | None) -> list[tuple[object,
         pytest.param("llama", 2, 2, "processes", marks=pytest.mark.full),
     ],
 )
-def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
+def test_replay_gives_the_bits_of_op_by_op(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
     with Engine(resolve(asked(tiny_model(kind), dp=dp, tp=tp, ranks=ranks))) as engine:
-        engine.instrument(lab.NoTapes)
+        engine.instrument(lab.NoCapture)
         wanted = [texts(engine, way) for way in WAYS]
         engine.instrument(lab.StepsSeen)
         for way, want in zip(WAYS, wanted, strict=True):
             assert texts(engine, way) == want
-            assert texts(engine, way) == want  # now with the tapes that the first time has left, and other pages
-            repeated = [repeated for _, repeated in engine.readings()]
-            assert min(repeated) > 10 * 20, "tapes of 20 steps and more"
+            assert texts(engine, way) == want  # now with the captures of the first time, and other pages
+            replayed = [replayed for _, replayed in engine.readings()]
+            assert min(replayed) > 10 * 20, "20 replayed steps and more"
         engine.instrument(None)
         assert texts(engine, None) == wanted[0]
 
@@ -80,7 +80,7 @@ def test_a_tape_gives_the_bits_of_a_walk(tiny_model, kind: str, dp: int, tp: int
 @pytest.mark.parametrize(
     ("dp", "tp"), [(1, 2), (2, 2), *(pytest.param(*mesh, marks=pytest.mark.full) for mesh in ((2, 1), (1, 4)))]
 )
-def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
+def test_every_layout_is_captured_whole(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
     resolved = resolve(asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), WeightSharding())
     with Engine(resolved) as engine:
         engine.instrument(lab.StepsSeen)
@@ -89,50 +89,50 @@ def test_whatever_the_layout_all_of_a_decode_step_is_on_tape(tiny_model, dp: int
                 work = StepWork(rows=rows, phase="decode", context=20)
                 batch = work.batch_for(engine)
                 plan = work.plan(engine, layout, batch)
-                run_steps(engine, batch, plan, 1)  # walked and recorded
+                run_steps(engine, batch, plan, 1)  # runs and is captured
                 engine.readings()
                 run_steps(engine, batch, plan, 3)
                 assert engine.readings() == [(0, 3 * plan.num_ops)] * (dp * tp), f"{layout}, {rows} rows"
 
 
 @pytest.fixture(scope="module")
-def rehearsing(tiny_model) -> Iterator[Engine]:  # type: ignore[no-untyped-def]
+def warm_engine(tiny_model) -> Iterator[Engine]:  # type: ignore[no-untyped-def]
     """An engine over two processes, for tests that put an instrument of their own into it."""
-    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", rehearse_rows=2))) as engine:
+    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", warmup_rows=2))) as engine:
         yield engine
 
 
-def test_every_step_is_seen_once_whoever_makes_it(rehearsing: Engine) -> None:
-    engine, seen = rehearsing, []
+def test_readers_see_every_step_once(warm_engine: Engine) -> None:
+    engine, seen = warm_engine, []
     engine.instrument(lab.StepsSeen)
     for max_tokens in (1, 20, 40):
         engine.add(PROMPTS[0], max_tokens)
         for _ in engine.run():
             pass
-        seen.append([made + repeated for made, repeated in engine.readings()])
+        seen.append([made + replayed for made, replayed in engine.readings()])
     # One prefill; then decode steps, of which one more may have been on its way when the last token came.
     for prefill, short, long in zip(*seen, strict=True):
         of_one = (long - short) // 20
         assert prefill > 20 and long - short == 20 * of_one and short - prefill in (19 * of_one, 20 * of_one)
 
 
-def test_old_tapes_make_room_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_old_captures_make_room_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         wanted = texts(engine, None)
-    monkeypatch.setattr(tapes, "_MOST_TAPES", 2)
+    monkeypatch.setattr(capture, "_MOST_STEPS", 2)
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         for _ in range(3):
             assert texts(engine, None) == wanted
-    monkeypatch.setattr(tapes, "_SCRATCH_BYTES", 64)
+    monkeypatch.setattr(capture, "_ARENA_BYTES", 64)
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         assert texts(engine, None) == wanted
-        assert [repeated for _, repeated in engine.readings()] == [0], "no walk has room"
+        assert [replayed for _, replayed in engine.readings()] == [0], "no step has room"
 
 
-def test_tapes_of_many_row_counts_stay_side_by_side(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """They share what they allocate, so that a batch may take any size again and find its tape."""
-    monkeypatch.setattr(tapes, "_SCRATCH_BYTES", 50_000)  # a walk of 40 rows takes 40 KB
+def test_captures_of_many_row_counts_stay(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """They share one arena, so that a batch of any size finds its capture again."""
+    monkeypatch.setattr(capture, "_ARENA_BYTES", 50_000)  # a step of 40 rows takes 40 KB
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         steps = []
@@ -140,7 +140,7 @@ def test_tapes_of_many_row_counts_stay_side_by_side(tiny_model, monkeypatch: pyt
             work = StepWork(rows=rows, phase="decode", context=10)
             batch = work.batch_for(engine)
             steps.append((batch, work.plan(engine, "auto", batch)))
-            run_steps(engine, *steps[-1], 1)  # walked and recorded
+            run_steps(engine, *steps[-1], 1)  # runs and is captured
         engine.readings()
         for _ in range(2):
             for batch, plan in steps:
@@ -148,24 +148,24 @@ def test_tapes_of_many_row_counts_stay_side_by_side(tiny_model, monkeypatch: pyt
         assert engine.readings() == [(0, 2 * sum(plan.num_ops for _, plan in steps))]
 
 
-def rehearse(engine: Engine) -> int:
+def warm_up(engine: Engine) -> int:
     count = 0
-    while (done := engine.rehearse_ahead()) is not None:
+    while (done := engine.warm_up_next()) is not None:
         done.result()
         count += 1
     return count
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full)])
-def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
-    """Texts are those before anything was rehearsed, also when the engine rehearses between them."""
-    config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", rehearse_rows=8)
+def test_warm_up_captures_steps_before_they_come(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
+    """Texts are those without a warm-up, also if the engine warms up between them."""
+    config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", warmup_rows=8)
     with Engine(resolve(config)) as engine:
-        engine.instrument(lab.NoTapes)
+        engine.instrument(lab.NoCapture)
         wanted = [texts(engine, way) for way in WAYS]
         engine.instrument(lab.StepsSeen)
-        assert rehearse(engine) == 2 * 8, "plans are bound anew, and none is on tape: 1 to 8 rows, drawn or not"
-        assert rehearse(engine) == 0
+        assert warm_up(engine) == 2 * 8, "plans are bound anew, and no step is captured: 1 to 8 rows, drawn or not"
+        assert warm_up(engine) == 0
         engine.readings()
         work = StepWork(rows=3 * dp, phase="decode", context=10)
         batch = work.batch_for(engine)
@@ -174,32 +174,32 @@ def test_a_rehearsed_decode_step_is_on_tape_when_it_first_comes(tiny_model, dp: 
         assert engine.readings() == [(0, plan.num_ops)] * 2
         for way, want in zip(WAYS, wanted, strict=True):
             assert texts(engine, way) == want
-            rehearse(engine)
+            warm_up(engine)
         engine.instrument(None)
-        assert rehearse(engine) == 0, "a reader comes and goes, and tapes stay"
-        engine.instrument(lab.NoTapes)
+        assert warm_up(engine) == 0, "a reader comes and goes, and captures stay"
+        engine.instrument(lab.NoCapture)
         engine.instrument(None)
-        assert rehearse(engine) == 2 * 8, "plans are bound anew, so that no tape is left"
+        assert warm_up(engine) == 2 * 8, "plans are bound anew, so that no capture is left"
         assert texts(engine, None) == wanted[0]
 
 
-def test_collectives_of_rehearsals_are_nobodys(rehearsing: Engine) -> None:
-    engine = rehearsing
+def test_collectives_of_a_warm_up_are_not_counted(warm_engine: Engine) -> None:
+    engine = warm_engine
     engine.instrument(CollectiveClock)
     batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
     plan = engine.plans.plan_for(batch)
     run_steps(engine, batch, plan, 1)
     of_one = _calls(engine)
     assert of_one > 0
-    assert rehearse(engine) == 4, "one of them is on tape already"
+    assert warm_up(engine) == 4, "one of them is captured already"
     assert _calls(engine) == 0
     run_steps(engine, batch, plan, 2)
     assert _calls(engine) == 2 * of_one
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_trace_has_the_steps_that_a_tape_repeats(tiny_model, tp: int) -> None:  # type: ignore[no-untyped-def]
-    """Each operation with its own times, and with the rows and bytes of the walk that was recorded."""
+def test_a_trace_has_replayed_steps(tiny_model, tp: int) -> None:  # type: ignore[no-untyped-def]
+    """Each operation with its own times, and with the rows and bytes of the captured step."""
     with Engine(resolve(asked(tiny_model("v3"), tp=tp, ranks="processes"))) as engine:
         engine.instrument(CollectiveClock)
         tracer = engine.trace(8)
@@ -229,54 +229,54 @@ def _calls(engine: Engine) -> int:
     return sum(counted.calls for counts in engine.readings() for counted in counts.values())
 
 
-def test_ranks_need_not_agree_on_what_is_on_tape(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    config = asked(tiny_model("v3"), tp=2, ranks="processes", rehearse_rows=2, timeout_s=5.0)
+def test_ranks_may_have_different_captures(tiny_model) -> None:  # type: ignore[no-untyped-def]
+    config = asked(tiny_model("v3"), tp=2, ranks="processes", warmup_rows=2, timeout_s=5.0)
     with Engine(resolve(config)) as engine:
         wanted = texts(engine, None)
         engine.instrument(lab.LittleRoomOnRank1)
         engine.instrument(lab.StepsSeen, "seen")
         batch = StepWork(rows=2, phase="decode", context=10).batch_for(engine)
-        run_steps(engine, batch, engine.plans.plan_for(batch), 1)  # now one rank has a tape of it, and one never will
-        assert rehearse(engine) == 2 * 2
+        run_steps(engine, batch, engine.plans.plan_for(batch), 1)  # only rank 0 has a capture now
+        assert warm_up(engine) == 2 * 2
         assert texts(engine, None) == wanted
-        (_, repeated), (_, never) = engine.readings("seen")
-        assert repeated and not never
+        (_, replayed), (_, never) = engine.readings("seen")
+        assert replayed and not never
 
 
-@pytest.mark.parametrize("limit", ["_MOST_TAPES", "_MOST_BYTES"])
-def test_a_rehearsal_drives_no_tape_out(tiny_model, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(tapes, limit, 3)
+@pytest.mark.parametrize("limit", ["_MOST_STEPS", "_MOST_BYTES"])
+def test_warm_up_replaces_no_capture(tiny_model, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(capture, limit, 3)
     monkeypatch.setattr(CapturedCollectives, "nbytes", 1)
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         batch = StepWork(rows=40, phase="decode", context=10).batch_for(engine)
         plan = engine.plans.plan_for(batch)
         run_steps(engine, batch, plan, 1)
-        assert rehearse(engine) == 3, "two have room, and with the third that has none they end"
+        assert warm_up(engine) == 3, "two have room; the third has none, and the warm-up ends"
         engine.readings()
         run_steps(engine, batch, plan, 1)
         assert engine.readings() == [(0, plan.num_ops)]
 
 
-def test_where_no_step_can_be_on_tape_nothing_is_rehearsed_for_long(tiny_model) -> None:  # type: ignore[no-untyped-def]
+def test_warm_up_ends_where_nothing_can_be_captured(tiny_model) -> None:  # type: ignore[no-untyped-def]
     config = asked(tiny_model("v3"), tp=2, ranks="threads")
     with Engine(resolve(config)) as engine:
-        assert rehearse(engine) == 1
+        assert warm_up(engine) == 1
 
 
 def test_no_step_imports_anything(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    """As the first recording did: torch's compiler, which takes longer than any step."""
+    """The first capture once imported torch's compiler, which takes longer than any step."""
     with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine:
         engine.instrument(lab.Imported, "imported")
         before = engine.readings("imported")
         for way in WAYS:
             texts(engine, way)
-        assert rehearse(engine)
+        assert warm_up(engine)
         for known, modules in zip(before, engine.readings("imported"), strict=True):
             assert "torch" in known and not modules - known
 
 
-def test_checked_ranks_and_float32_walk_every_step(tiny_model) -> None:  # type: ignore[no-untyped-def]
+def test_checked_ranks_and_float32_run_op_by_op(tiny_model) -> None:  # type: ignore[no-untyped-def]
     for config, options in (
         (asked(tiny_model("v3"), tp=2, ranks="processes"), {"checked": True}),
         (asked(tiny_model("v3"), ranks="threads"), {"dtype": "float32"}),
@@ -284,14 +284,14 @@ def test_checked_ranks_and_float32_walk_every_step(tiny_model) -> None:  # type:
         with Engine(resolve(EngineConfig(**{**_fields(config), **options}))) as engine:
             engine.instrument(lab.StepsSeen)
             texts(engine, None)
-            assert all(made and not repeated for made, repeated in engine.readings())
+            assert all(made and not replayed for made, replayed in engine.readings())
 
 
 def _fields(config: EngineConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
-def test_a_rank_that_dies_while_tapes_run_is_named_with_what_the_other_was_at(tiny_model) -> None:  # type: ignore[no-untyped-def]
+def test_a_death_during_replay_names_the_rank_and_the_collective(tiny_model) -> None:  # type: ignore[no-untyped-def]
     with (
         pytest.raises(RankError) as told,
         Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine,

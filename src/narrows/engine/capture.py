@@ -1,10 +1,9 @@
-"""Decode steps walked once and recorded, then repeated by one compiled call: the CPU's counterpart of a CUDA graph.
+"""Decode steps captured once and then replayed by one compiled call: the CPU's counterpart of a CUDA graph.
 
-Knows bound programs, the memory of a step's inputs, and torch's operations as far as to see that there are none; not
-what the compiled calls compute. A walk is recorded when a program meets row counts for the first time. What
-changes from step to step (ids, positions, slots, lengths, angles) lies in memory that stays; what walks allocate lies
-in one `scratch.py` of all tapes. If an operation computes with torch, the tape ends before it, and the walk goes on
-from there.
+A step is captured when a program first meets its row counts. What changes from step to step (ids, positions, slots,
+lengths, angles) lies in memory that stays; everything else that a step allocates comes from one arena, which all
+captured steps share. If an operation computes with torch, the capture ends before it, and a replay runs the rest op by
+op.
 """
 
 from __future__ import annotations
@@ -18,29 +17,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrows.comm.captured import CapturedCollectives
 from narrows.comm.communicator import Communicator
+from narrows.engine.arena import Arena
 from narrows.engine.program import Frame, Program, Registers
 from narrows.engine.sampler import RowSampler
-from narrows.engine.scratch import Scratch
 from narrows.engine.step_record import OpCalls, StepRecord, Wants
 from narrows.layout import RowSplit
 from narrows.models.parts import Decoder
-from narrows.native import Tape, library
+from narrows.native import CapturedCalls, library
 from narrows.ops.compiled import gemm_library
 from narrows.ops.paged import DecodeRows, PagedRows
 from narrows.sched.batch import Batch
 
-__all__ = ["Tapes", "uncaptured"]
+__all__ = ["CapturedSteps", "uncaptured"]
 
-_SCRATCH_BYTES = 64 << 20
-"""What all tapes share for what they allocate; a walk that needs more is not recorded."""
+_ARENA_BYTES = 64 << 20
+"""What the allocations of captured steps share. A step that needs more is not captured."""
 _MOST_BYTES = 64 << 20
-"""What all tapes may hold of the memory that ranks share. The oldest go first."""
-_MOST_TAPES = 512
-"""What is around their calls (arguments, registers, angles) takes some memory too."""
+"""What captured steps may reserve of the memory that ranks share. The oldest make room."""
+_MOST_STEPS = 512
+"""Captured steps that are kept: arguments, registers and angles of each take memory too."""
 _LEAST_ROWS = 16
 """Rows that the first memory for contexts has room for."""
 _MOST_UNFIT = 1 << 12
-"""Kinds of steps that are known to be walked, never recorded."""
+"""Keys that are remembered as not worth a capture."""
 
 _aten = torch.ops.aten
 _FRESH = (
@@ -61,8 +60,7 @@ Begin = Callable[[Tensor], RowSampler | None]
 
 
 class Ran(NamedTuple):
-    """A step as it ran: the registers after it, what has sampled, the contexts that its rows were told, and whether it
-    was replayed from a capture."""
+    """A step that has run: its registers, its sampler, the contexts of its rows, and whether it was replayed."""
 
     registers: Registers
     sampler: RowSampler | None
@@ -79,15 +77,15 @@ def uncaptured(dtype: torch.dtype, device: str) -> str:
     return "" if library() is not None and gemm_library() is not None else "no compiled code here"
 
 
-class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation of torch. Views, and memory as it comes, are no work to be done again; memory comes from
-    ``scratch``, while there is room."""
+class _TorchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches torch's operations during a capture: notes whether one computes, and allocates from ``arena`` while
+    there is room. A view or an uninitialised tensor is no computation."""
 
-    def __init__(self, scratch: Scratch) -> None:
+    def __init__(self, arena: Arena) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.computed, self.fits = False, True
-        self._scratch = scratch
-        scratch.begin()
+        self._arena = arena
+        arena.reset()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -100,7 +98,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func not in _FRESH:
             self.computed |= not func.is_view
             return out
-        taken = self._scratch.take(out)
+        taken = self._arena.take(out)
         self.fits &= taken is not None
         return out if taken is None else taken
 
@@ -123,84 +121,85 @@ class _Inputs:
         return sampler
 
 
-class _Walk:
-    """A walk that was recorded, up to the first operation that computes with torch."""
+class CapturedStep:
+    """A captured step, up to its first operation that computes with torch."""
 
     def __init__(self, program: Program, frame: Frame, inputs: _Inputs) -> None:
         self.program, self.frame, self.inputs = program, frame, inputs
         self.fits = False
         self._stop = 0
-        self._calls, self._collectives = OpCalls(), OpCalls()
+        self._all_ops, self._collective_ops = OpCalls(), OpCalls()
         self._registers: Registers = []
 
-    def record(self, comm: Communicator, scratch: Scratch, record: StepRecord) -> Registers | None:
-        """Walk all operations. None: the communicator cannot repeat its collectives, and nothing was done.
+    def capture(self, comm: Communicator, arena: Arena, record: StepRecord) -> Registers | None:
+        """Run all operations and capture their calls. None: ``comm`` cannot replay its collectives; nothing has run.
 
-        ``record`` gets every operation's times, and from there the walk has what each leaves whenever it is repeated.
+        ``record`` gets every operation's times, and keeps what each operation reports at a replay.
         """
-        self._tape = tape = Tape()
-        recording, count = comm.capture_begin(tape), 0
-        if recording is None:
-            tape.end(0)
+        self._calls = calls = CapturedCalls()
+        collectives, count = comm.capture_begin(calls), 0
+        if collectives is None:
+            calls.end(0)
             return None
-        self.recording: CapturedCollectives = recording
+        self.collectives: CapturedCollectives = collectives
         try:
-            with _Watcher(scratch) as watcher:
+            with _TorchWatch(arena) as watch:
                 registers = self.program.registers(self.inputs.ids_T.unsqueeze(-1))
                 for number, operation in enumerate(self.program.operations):
-                    if not watcher.computed:
-                        self._registers, self._stop, count = list(registers), number, tape.size
+                    if not watch.computed:
+                        self._registers, self._stop, count = list(registers), number, calls.size
                     record.run(number, operation, registers, self.frame)
-                    watcher.computed |= tape.size < count  # a compiled call that no tape repeats
-                    if not watcher.computed:
-                        self._calls.add_last(record, count, tape.size)
+                    watch.computed |= calls.size < count  # a compiled call that cannot be replayed
+                    if not watch.computed:
+                        self._all_ops.add_last(record, count, calls.size)
                         if record.ops[number].crossed:
-                            self._collectives.add_last(record, count, tape.size)
-                if not watcher.computed:
-                    self._registers, self._stop, count = list(registers), number + 1, tape.size
+                            self._collective_ops.add_last(record, count, calls.size)
+                if not watch.computed:
+                    self._registers, self._stop, count = list(registers), number + 1, calls.size
         finally:
-            tape.end(count)
+            calls.end(count)
             comm.capture_end(count)
-        self.fits = watcher.fits
+        self.fits = watch.fits
         return registers
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether a good part of the walk is on the tape."""
+        """Whether more than half of the operations are captured."""
         return self._stop > len(self.program.operations) // 2
 
-    def repeat(self, comm: Communicator, record: StepRecord | None) -> Registers:
-        comm.replay(self.recording)
+    def replay(self, comm: Communicator, record: StepRecord | None) -> Registers:
+        """Replay the captured calls, then run the remaining operations; the registers after them."""
+        comm.replay(self.collectives)
         if record is not None:
-            calls = self._calls if record.wants is Wants.EVERY_OP else self._collectives
-            record.replayed(len(self._calls.numbers), calls, self._tape.times_ns)
+            ops = self._all_ops if record.wants is Wants.EVERY_OP else self._collective_ops
+            record.replayed(len(self._all_ops.numbers), ops, self._calls.times_ns)
         registers = list(self._registers)
         self.program.run_from(self._stop, registers, self.frame, record)
         return registers
 
 
-class Tapes:
-    """The recorded walks of one rank. Ranks need not agree: to repeat a walk is to make the same exchanges.
+class CapturedSteps:
+    """The captured steps of one rank. Ranks need not have the same: a replay makes the same exchanges as a run.
 
-    ``possible``: whether any step can be on tape here, as far as is known. ``full``: a rehearsed walk found no room.
+    ``possible``: whether any step can be captured here, as far as is known. ``full``: a warm-up step found no room.
     """
 
     def __init__(self, comm: Communicator, model: Decoder, page_size: int, logit_split: Split) -> None:
         self._comm, self._model, self._page_size = comm, model, page_size
         self._logit_split = logit_split
-        self._scratch = Scratch(_SCRATCH_BYTES)
+        self._arena = Arena(_ARENA_BYTES)
         self._rows: DecodeRows | None = None
-        self._walks: dict[Key, _Walk] = {}
+        self._steps: dict[Key, CapturedStep] = {}
         self._unfit: set[Key] = set()
         place = model.place
         self.full = False
         self.possible = library() is not None and place.device.type == "cpu" and place.dtype == torch.bfloat16
 
     def forget(self) -> None:
-        """Drop all: their programs are bound anew."""
-        for walk in self._walks.values():
-            walk.recording.close()
-        self._walks.clear()
+        """Drop all captures: their programs are bound anew."""
+        for step in self._steps.values():
+            step.collectives.close()
+        self._steps.clear()
         self._unfit.clear()
         self.full = False
 
@@ -214,35 +213,35 @@ class Tapes:
         begin: Begin,
         *,
         lengths: Lengths = None,
-        rehearsed: bool = False,
+        warm_up: bool = False,
         record: StepRecord | None = None,
     ) -> Ran | None:
-        """A decode step, replayed or walked and recorded; None if it is to be walked without a tape.
+        """Replay a decode step, or run and capture it; None if it has to run without a capture.
 
         ``tokens_of`` gives the batch's ids, ``begin`` makes the step's sampler from them. ``lengths``: as
-        :meth:`Decoder.begin_step` takes them. ``rehearsed``: the rows are nobody's. ``record``: keep times there.
+        :meth:`Decoder.begin_step` takes them. ``warm_up``: the rows are dummies. ``record``: keep times there.
         """
-        if not self.possible or not program.repeatable or batch.phase != "decode":
+        if not self.possible or not program.capturable or batch.phase != "decode":
             return None
         key = program, rows, batch.logit_rows(), batch.needs_logits
-        walk = self._walks.pop(key, None)
-        if walk is None:
+        step = self._steps.pop(key, None)
+        if step is None:
             if key in self._unfit:
                 return None
-            return self._record(key, tokens_of(batch), spans, begin, lengths, rehearsed, record)
-        self._walks[key] = walk  # it is the newest now
-        sampler = walk.inputs.set(tokens_of(batch), spans, begin, lengths)
-        walk.frame.inputs = walk.inputs.step
-        return Ran(walk.repeat(self._comm, record), sampler, walk.inputs.step.rows, replayed=True)
+            return self._capture(key, tokens_of(batch), spans, begin, lengths, warm_up, record)
+        self._steps[key] = step  # now the newest
+        sampler = step.inputs.set(tokens_of(batch), spans, begin, lengths)
+        step.frame.inputs = step.inputs.step
+        return Ran(step.replay(self._comm, record), sampler, step.inputs.step.rows, replayed=True)
 
-    def _record(
+    def _capture(
         self,
         key: Key,
         tokens: Sequence[int],
         spans: Sequence[Span],
         begin: Begin,
         lengths: Lengths,
-        rehearsed: bool,
+        warm_up: bool,
         record: StepRecord | None,
     ) -> Ran:
         program, rows, logit_rows, _ = key
@@ -250,39 +249,39 @@ class Tapes:
         sampler = inputs.set(tokens, spans, begin, lengths)
         split = self._logit_split(rows, logit_rows)
         frame = program.frame(inputs.step, rows, split, logit_rows)
-        walk = _Walk(program, frame, inputs)
+        step = CapturedStep(program, frame, inputs)
         whole = record or StepRecord(program.ops, "decode", Wants.EVERY_OP, self._model.place.device)
         whole.wants = Wants.EVERY_OP
-        registers = walk.record(self._comm, self._scratch, whole)
+        registers = step.capture(self._comm, self._arena, whole)
         if registers is None:
-            self.possible = False  # and the sampler has been begun: the walk is made here all the same
+            self.possible = False  # the sampler has begun, so the step has to run here
             registers = program.run(frame, inputs.ids_T.unsqueeze(-1), record)
             return Ran(registers, sampler, inputs.step.rows, replayed=False)
-        if walk.fits and walk.is_worth_it:
-            self._keep(key, walk, rehearsed)
+        if step.fits and step.is_worth_it:
+            self._keep(key, step, warm_up)
         else:
-            walk.recording.close()
+            step.collectives.close()
             if len(self._unfit) >= _MOST_UNFIT:
                 self._unfit.clear()
             self._unfit.add(key)
         return Ran(registers, sampler, inputs.step.rows, replayed=False)
 
-    def _keep(self, key: Key, walk: _Walk, rehearsed: bool) -> None:
-        """Hold a walk, in place of the oldest ones if there is no room; one that was only rehearsed drives none out."""
-        held = walk.recording.nbytes + sum(walk.recording.nbytes for walk in self._walks.values())
-        if rehearsed and (held > _MOST_BYTES or len(self._walks) == _MOST_TAPES):
-            walk.recording.close()
+    def _keep(self, key: Key, step: CapturedStep, warm_up: bool) -> None:
+        """Keep a captured step; the oldest make room for it, unless it comes from a warm-up."""
+        held = step.collectives.nbytes + sum(other.collectives.nbytes for other in self._steps.values())
+        if warm_up and (held > _MOST_BYTES or len(self._steps) == _MOST_STEPS):
+            step.collectives.close()
             self.full = True
             return
-        self._walks[key] = walk
-        while held > _MOST_BYTES or len(self._walks) > _MOST_TAPES:
-            oldest = self._walks.pop(next(iter(self._walks)))
-            held -= oldest.recording.nbytes
-            oldest.recording.close()
+        self._steps[key] = step
+        while held > _MOST_BYTES or len(self._steps) > _MOST_STEPS:
+            oldest = self._steps.pop(next(iter(self._steps)))
+            held -= oldest.collectives.nbytes
+            oldest.collectives.close()
 
     def _rows_for(self, num_rows: int) -> DecodeRows:
-        """What the steps of all tapes write their rows' contexts to: a new one only if there are more rows than ever,
-        which leaves the tapes that there are the old one."""
+        """The memory for the contexts of captured rows: a new one only if there are more rows than ever before, and
+        then earlier captures keep the old one."""
         if self._rows is None or self._rows.num_rows < num_rows:
             most = max(_LEAST_ROWS, 1 << (num_rows - 1).bit_length())
             alone = {"group_slots": 1} if self._model.place.batch_invariant else {}

@@ -1,8 +1,7 @@
-"""Memory for what recorded walks allocate: one place that all tapes of a rank write, since it runs one step at a time.
+"""The arena that captured steps allocate from: one per rank, since a rank runs one step at a time.
 
-Knows bytes, and who still holds them; not what they mean. Within a walk, memory that nobody holds any more is taken
-again, so that a layer finds what the layer before it has left in the caches; the next walk begins from the front. It
-is a range of addresses of which only what was touched exists.
+Within a step, memory whose tensors are gone is given out again, so that a layer finds the previous layer's memory in
+the CPU's caches. The arena is a range of addresses; only touched pages exist.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Scratch"]
+__all__ = ["Arena"]
 
 _ALIGN = 64
 _UNUSED = 2
-"""References to a piece of memory when no tensor lies in it: the list's own, and the one that counts."""
+"""References to a piece of memory without a tensor: the list's own, and the argument of ``getrefcount``."""
 
 
-class Scratch:
-    """``nbytes`` of addresses. :meth:`begin` starts a walk; what earlier walks took is theirs again when they run."""
+class Arena:
+    """``nbytes`` of addresses. :meth:`reset` starts a capture; earlier captures use the same addresses again when they
+    are replayed."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, nbytes)
@@ -32,15 +32,15 @@ class Scratch:
         self._size = nbytes
         self._pieces: dict[int, list[Any]] = {}
         self.used = 0
-        """Bytes that the walk has needed."""
+        """Bytes taken since the last :meth:`reset`."""
 
-    def begin(self) -> None:
-        """All memory is free, whoever holds it."""
+    def reset(self) -> None:
+        """Free all memory, also what tensors still hold."""
         self._pieces, self.used = {}, 0
 
     def take(self, like: Tensor) -> Tensor | None:
-        """A tensor of the shape, strides and dtype of ``like`` that lies here (``like`` itself if it has no bytes);
-        None if there is no room for it."""
+        """A tensor with the shape, strides and dtype of ``like`` in the arena (``like`` itself if it has no bytes);
+        None if there is no room."""
         size = -(-like.untyped_storage().nbytes() // _ALIGN) * _ALIGN
         if not size:
             return like

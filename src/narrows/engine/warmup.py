@@ -1,7 +1,4 @@
-"""Decode steps of nobody's rows, run when nothing else runs, so that the first real step like one finds its tape.
-
-Knows limits and batches; not when there is time for one, nor what a tape is (`tapes.py`).
-"""
+"""Warm-up: decode steps of dummy rows, run while an engine is idle, so that real steps of their size find a capture."""
 
 from __future__ import annotations
 
@@ -13,17 +10,17 @@ from narrows.sched.limits import Limits
 from narrows.sched.pages import num_pages_for
 from narrows.sched.sampling import SamplingParams
 
-__all__ = ["Rehearsals", "rehearsal"]
+__all__ = ["WarmUp", "warmup_batch"]
 
 _GREEDY, _DRAWN = (False,), (False, True)
 
 
-class Rehearsals:
-    """The decode steps to rehearse, each once, few rows before many.
+class WarmUp:
+    """The decode steps of a warm-up, each once, few rows before many.
 
     Args:
-        most_rows: of the largest.
-        drawn: rows that are drawn too, not greedy ones alone.
+        most_rows: rows of the largest step.
+        drawn: also steps whose tokens are drawn, not only greedy ones.
     """
 
     def __init__(self, limits: Limits, most_rows: int, *, drawn: bool) -> None:
@@ -33,27 +30,27 @@ class Rehearsals:
         self.begin_again()
 
     def next(self) -> Batch | None:
-        """The next one; None: there are no more."""
+        """The next step; None: there are no more."""
         return next(self._left, None)
 
     def begin_again(self) -> None:
-        """What the ranks had of rehearsals is gone: they bind their plans anew."""
+        """Start over: the ranks have bound their plans anew and lost their captures."""
         self._left = self._all()
 
     def end(self) -> None:
-        """Rehearse nothing more."""
+        """Skip the steps that are left."""
         self._left = iter(())
 
     def _all(self) -> Iterator[Batch]:
         for group_rows in expected_decodes(self._limits.num_groups, most=self._most):
             for drawn in self._ways:
-                yield rehearsal(group_rows, self._limits.page_size, drawn=drawn)
+                yield warmup_batch(group_rows, self._limits.page_size, drawn=drawn)
 
 
-def rehearsal(group_rows: tuple[int, ...], page_size: int, *, drawn: bool) -> Batch:
-    """A decode step of so many rows per group, all of token 0 at position 1 of the null page; ``drawn``: not greedily.
+def warmup_batch(group_rows: tuple[int, ...], page_size: int, *, drawn: bool) -> Batch:
+    """A decode step of so many dummy rows per group: token 0 at position 1 of the null page; ``drawn``: not greedy.
 
-    >>> rehearsal((2, 1), 16, drawn=False).phase, rehearsal((2, 1), 16, drawn=True).needs_logits
+    >>> warmup_batch((2, 1), 16, drawn=False).phase, warmup_batch((2, 1), 16, drawn=True).needs_logits
     ('decode', True)
     """
     row = Chunk(

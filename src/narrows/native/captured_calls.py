@@ -1,4 +1,4 @@
-"""A recording of the compiled library's calls, made again by one call (csrc/tape.cpp). Knows addresses and counts."""
+"""A sequence of calls of the compiled library, captured once and replayed by one call (csrc/tape.cpp)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from narrows.native.library import Library, library
 
-__all__ = ["Tape"]
+__all__ = ["CapturedCalls"]
 
 
-class Tape:
-    """Records the calls that this thread makes from now on until :meth:`end`; :meth:`run` makes them again.
+class CapturedCalls:
+    """Captures the calls that this thread makes from now on until :meth:`end`; :meth:`run` replays them.
 
-    Arguments are repeated as they were: whoever records sees to it that the memory they point to stays.
+    A replay passes the same arguments: the caller keeps the memory that they point to.
     """
 
     def __init__(self) -> None:
@@ -29,27 +29,27 @@ class Tape:
 
     @property
     def size(self) -> int:
-        """Calls so far; -1 if one was made that cannot be repeated."""
+        """Calls so far; -1 if one of them cannot be replayed."""
         return int(self._library.narrows_tape_size(self._address))
 
     @property
     def position(self) -> int:
-        """The call that is being made. Any thread may look."""
+        """The number of the call that is being made. Any thread may read it."""
         return self._at.value
 
     def end(self, count: int) -> None:
-        """Records no more, and keeps the first ``count`` calls."""
+        """End the capture and keep the first ``count`` calls."""
         self._library.narrows_tape_end(self._address, ctypes.c_int64(count))
         self._times = (ctypes.c_int64 * (count + 1))()
         self._run = self._library.narrows_tape_run
         self._given = self._address, ctypes.byref(self._at), ctypes.byref(self._times)
 
     def rewind(self) -> None:
-        """The next run begins with the first call."""
+        """Let the next run begin with the first call."""
         self._at.value = 0
 
     def run(self) -> int:
-        """Makes the calls, from :attr:`position` on. Returns 0, or what a call returned that is to be made again."""
+        """Make the calls from :attr:`position` on. Returns 0, or the result of a call that has to be made again."""
         return int(self._run(*self._given))
 
     @property
