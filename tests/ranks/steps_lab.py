@@ -64,7 +64,7 @@ class LittleRoomOnRank1:
     """An instrument around no step: on rank 1 no step fits into the arena."""
 
     def __init__(self, worker: Any) -> None:
-        if worker.place.rank == 1:
+        if worker.rank_context.rank == 1:
             worker._captured._arena = Arena(64)
 
     def __call__(self, layer: Any, step: Any, reads: Any, writes: Any, operation: Callable[..., None]) -> Any:
@@ -82,7 +82,7 @@ class StaleLengths(_Planted):
     """On rank 1 a replay reads as many tokens as the step that was captured, however many there are."""
 
     def __init__(self, worker: Any) -> None:
-        if worker.place.rank == 1:
+        if worker.rank_context.rank == 1:
             true_set = DecodeRows.set
 
             def set_all_but_lengths(self: DecodeRows, spans: Any) -> Any:
@@ -97,7 +97,7 @@ class WrongSlots(_Planted):
     """On rank 1 a replay writes its first row one slot further than it should."""
 
     def __init__(self, worker: Any) -> None:
-        if worker.place.rank == 1:
+        if worker.rank_context.rank == 1:
             true_set = DecodeRows.set
 
             def set_next_slot(self: DecodeRows, spans: Any) -> Any:

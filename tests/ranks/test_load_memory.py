@@ -78,20 +78,20 @@ import sys, torch
 torch.set_num_threads(1)
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, resolve
-from narrows.models.parts import Place
+from narrows.models.decoder import RankContext
 from narrows.models.registry import build_model
 
 model, tp, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resolved = resolve(EngineConfig(model=model, tp=tp, dtype="bfloat16", layout="all-reduce", kv_tokens=64))
 source = resolved.weights()
-place = Place(
+rank_context = RankContext(
     mesh=resolved.mesh, rank=rank, sharding=resolved.sharding, dtype=resolved.dtype, device=torch.device("cpu"),
     num_slots=resolved.num_slots, num_positions=resolved.limits.max_context,
 )
 torch.zeros(64, 64, dtype=torch.bfloat16) @ torch.zeros(64, 64, dtype=torch.bfloat16)
 print("ready" if resolved.sharding == WeightSharding() else resolved.sharding, flush=True)
 sys.stdin.readline()
-kept = build_model(resolved.config, source, place)
+kept = build_model(resolved.config, source, rank_context)
 print("done", flush=True)
 sys.stdin.readline()
 """

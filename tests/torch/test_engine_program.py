@@ -61,7 +61,7 @@ def patched(rank: int, layer: int, stage: str, around: Callable[[Callable[..., A
     """An engine's ``wrap`` that puts ``around`` around one stage of one rank, before plans are bound."""
 
     def wrap(worker: Worker) -> Wrap:
-        if worker.place.rank == rank:
+        if worker.rank_context.rank == rank:
             owner = worker.model.layers[layer]
             setattr(owner, stage, around(getattr(owner, stage)))
         return lambda layer, op, reads, writes, operation: operation
@@ -210,7 +210,7 @@ class Poisoner:
                         self.num_filled += 1
                 for name, layout, register in zip(op.writes, op.writes_at, writes, strict=True):
                     if not layout.owes_sum and regs[register].untyped_storage().data_ptr() in lent:
-                        self.shared.append(f"rank {worker.place.rank}: {name} after {op.name} of layer {layer}")
+                        self.shared.append(f"rank {worker.rank_context.rank}: {name} after {op.name} of layer {layer}")
 
             return watched
 
@@ -408,7 +408,7 @@ def test_plans_that_do_the_same_share_one_program_and_serve_any_row_count(tiny_m
         def around(
             layer: int | None, op: Op, reads: Sequence[int], writes: Sequence[int], operation: Operation
         ) -> Operation:
-            if worker.place.rank == 0:
+            if worker.rank_context.rank == 0:
                 bound.append((layer, op.name))
             return operation
 

@@ -56,7 +56,7 @@ from narrows.engine.sampler import RowSampler
 from narrows.engine.worker import Worker
 from narrows.layout import Mesh
 from narrows.models import moe
-from narrows.models.parts import Place
+from narrows.models.decoder import RankContext
 from narrows.models.registry import EXECUTABLE
 from narrows.ops import mlp
 from narrows.plan.cache import PlanCache, PlanKey
@@ -335,7 +335,7 @@ class Ranks:
 
     def _worker(self, rank: int) -> FakeWorker:
         resolved: Resolved = self.resolved
-        place = Place(
+        rank_context = RankContext(
             mesh=MESH,
             rank=rank,
             sharding=resolved.sharding,
@@ -349,7 +349,7 @@ class Ranks:
             FakeCommunicator(rank),
             resolved.config,
             FakeWeights(),
-            place,
+            rank_context,
             self.planners[False].chain.fields,
             page_size=PAGE,
             wrap=self._wrap,
@@ -366,7 +366,7 @@ class Ranks:
                 try:
                     operation(regs, frame)
                 except Exception as error:
-                    error.add_note(f"in {stage}, layer {layer}, rank {worker.place.rank}")
+                    error.add_note(f"in {stage}, layer {layer}, rank {worker.rank_context.rank}")
                     raise
                 finally:
                     self.guard.stage = ""

@@ -36,8 +36,8 @@ from narrows.engine.worker import StepResult, Worker
 from narrows.errors import CollectiveMismatchError, ConfigError, PlanError, RankError
 from narrows.layout import Mesh, MoveKind, RowSplit
 from narrows.models import moe, parts
+from narrows.models.decoder import StepInputs
 from narrows.models.moe import MoeLayer
-from narrows.models.parts import StepInputs
 from narrows.ops import experts as experts_op
 from narrows.ops import paged, rope_cache
 from narrows.ops.experts import experts_mlp
@@ -594,7 +594,7 @@ def test_no_output_lives_in_a_buffer_that_is_used_again(
 
 
 def _idle(worker: Worker, batch: Batch) -> bool:
-    return not batch.groups[worker.place.mesh.group_of(worker.place.rank)]
+    return not batch.groups[worker.rank_context.mesh.group_of(worker.rank_context.rank)]
 
 
 def _idle_ranks_return(patch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,7 @@ def _idle_ranks_take_another_plan(patch: pytest.MonkeyPatch) -> None:
             deployment = Deployment(
                 config=self.model.config, mesh=plan.mesh, device=device("cpu-core"), dtype="fp32", want_logits=True
             )
-            plan = Planner(deployment, self.place.sharding).plan(plan.shape, "norm-before-gather")
+            plan = Planner(deployment, self.rank_context.sharding).plan(plan.shape, "norm-before-gather")
         return real(self, batch, plan, keep_logits)
 
     patch.setattr(Worker, "step", step)

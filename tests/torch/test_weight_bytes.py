@@ -21,7 +21,7 @@ from narrows.cost.memory import weight_bytes
 from narrows.engine.config import EngineConfig, resolve
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.models.parts import Decoder, Place
+from narrows.models.decoder import Decoder, RankContext
 from narrows.models.registry import build_model
 from narrows.ops.int8 import Int8Linear, Int8Stack, Quantization
 from narrows.plan.deploy import loaded_dtype, planned_dtype
@@ -71,7 +71,7 @@ def held_bytes(model: Decoder) -> int:
 
 def model_of(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, dtype: str, rank: int) -> Decoder:
     kind, quantization = DTYPES[dtype]
-    place = Place(
+    rank_context = RankContext(
         mesh=mesh,
         rank=rank,
         sharding=sharding,
@@ -81,7 +81,7 @@ def model_of(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, dtype: s
         num_positions=1,
         quantization=quantization,
     )
-    return build_model(config, DummyWeights(dtype=kind), place)
+    return build_model(config, DummyWeights(dtype=kind), rank_context)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -154,7 +154,7 @@ class _Filled:
     """An instrument that fills the caches when it is made, and is around no op."""
 
     def __init__(self, worker: Worker) -> None:
-        draw = torch.Generator(worker.place.device).manual_seed(worker.place.rank)
+        draw = torch.Generator(worker.rank_context.device).manual_seed(worker.rank_context.rank)
         for cache in worker.caches():
             _fill(cache, draw)
 

@@ -22,7 +22,7 @@ from narrows.engine.program import Frame, Program, Registers
 from narrows.engine.sampler import RowSampler
 from narrows.engine.step_record import OpCalls, StepRecord, Wants
 from narrows.layout import RowSplit
-from narrows.models.parts import Decoder
+from narrows.models.decoder import Decoder
 from narrows.native import CapturedCalls, library
 from narrows.ops.compiled import gemm_library
 from narrows.ops.paged import DecodeRows, PagedRows
@@ -191,9 +191,11 @@ class CapturedSteps:
         self._rows: DecodeRows | None = None
         self._steps: dict[Key, CapturedStep] = {}
         self._unfit: set[Key] = set()
-        place = model.place
+        rank_context = model.rank_context
         self.full = False
-        self.possible = library() is not None and place.device.type == "cpu" and place.dtype == torch.bfloat16
+        self.possible = (
+            library() is not None and rank_context.device.type == "cpu" and rank_context.dtype == torch.bfloat16
+        )
 
     def forget(self) -> None:
         """Drop all captures: their programs are bound anew."""
@@ -250,7 +252,7 @@ class CapturedSteps:
         split = self._logit_split(rows, logit_rows)
         frame = program.frame(inputs.step, rows, split, logit_rows)
         step = CapturedStep(program, frame, inputs)
-        whole = record or StepRecord(program.ops, "decode", Wants.EVERY_OP, self._model.place.device)
+        whole = record or StepRecord(program.ops, "decode", Wants.EVERY_OP, self._model.rank_context.device)
         whole.wants = Wants.EVERY_OP
         registers = step.capture(self._comm, self._arena, whole)
         if registers is None:
@@ -284,6 +286,6 @@ class CapturedSteps:
         then earlier captures keep the old one."""
         if self._rows is None or self._rows.num_rows < num_rows:
             most = max(_LEAST_ROWS, 1 << (num_rows - 1).bit_length())
-            alone = {"group_slots": 1} if self._model.place.batch_invariant else {}
-            self._rows = DecodeRows(most, self._model.place.num_positions, self._page_size, **alone)
+            alone = {"group_slots": 1} if self._model.rank_context.batch_invariant else {}
+            self._rows = DecodeRows(most, self._model.rank_context.num_positions, self._page_size, **alone)
         return self._rows

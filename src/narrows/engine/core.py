@@ -32,7 +32,7 @@ from narrows.engine.tracer import Tracer
 from narrows.engine.warmup import WarmUp, warmup_batch
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
-from narrows.models.parts import Place
+from narrows.models.decoder import RankContext
 from narrows.ops.int8 import Quantization
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
@@ -386,7 +386,7 @@ def _make_worker(
     wrap: Callable[[Worker], Wrap] | None,
     validate: bool,
 ) -> Worker:
-    place = Place(
+    rank_context = RankContext(
         mesh=resolved.mesh,
         rank=comm.rank,
         sharding=resolved.sharding,
@@ -401,7 +401,7 @@ def _make_worker(
         comm,
         resolved.config,
         source or resolved.weights(),
-        place,
+        rank_context,
         fields,
         page_size=resolved.limits.page_size,
         wrap=wrap,

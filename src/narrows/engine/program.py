@@ -23,7 +23,7 @@ from narrows.comm.movers import Geometry, Mover
 from narrows.comm.transport import RowNorm
 from narrows.engine.step_record import BoundOp, StepRecord
 from narrows.layout import Encoding, Layout, MoveKind, RowSplit
-from narrows.models.parts import Decoder, StepInputs
+from narrows.models.decoder import Decoder, StepInputs
 from narrows.ops.add_rows import add_rows
 from narrows.ops.encode_rows import decode_rows, encode_rows
 from narrows.plan.plan import Op, OpKind, Plan
@@ -69,7 +69,7 @@ class Program:
         self._selected = tuple(binder.selected)
         self._outs = tuple(binder.outs)
         self._num_registers = len(binder.registers)
-        self._rank, self._device = binder.comm.rank, binder.model.place.device
+        self._rank, self._device = binder.comm.rank, binder.model.rank_context.device
         self.outputs = dict(binder.registers)
 
     def frame(
@@ -207,7 +207,7 @@ class _Binder:
         if following is not None and self._feeds(op, following):
             field = self.fields[op.writes[0]]
             at = self._index(self.outs, (op.leaves, op.row_set))
-            lend, width, dtype = self.comm.send_buffer, field.width, self.model.place.dtype
+            lend, width, dtype = self.comm.send_buffer, field.width, self.model.rank_context.dtype
 
             def write_out(regs: Registers, frame: Frame) -> None:
                 out = lend(frame.out_rows[at], width, dtype)
@@ -293,7 +293,7 @@ class _Binder:
         travels = [
             (self._register(name), _CODES.get(encoding)) for name, encoding in zip(op.reads, op.encodings, strict=True)
         ]
-        lend, plain = self.comm.send_buffer, self.model.place.dtype
+        lend, plain = self.comm.send_buffer, self.model.rank_context.dtype
 
         def gather(regs: Registers, frame: Frame) -> None:
             sent: list[Tensor] = []

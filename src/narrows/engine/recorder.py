@@ -109,7 +109,7 @@ class Recorder:
 
     def wrap(self, worker: Worker) -> Wrap:
         """What records, and where asked replays, every stage that ``worker`` binds."""
-        rank = worker.place.rank
+        rank = worker.rank_context.rank
 
         def around(
             layer: int | None, op: Op, reads: tuple[int, ...], writes: tuple[int, ...], operation: Operation
@@ -143,7 +143,7 @@ class Recorder:
     ) -> Operation:
         routed = worker.model.layers[layer]
         assert isinstance(routed, MoeLayer)
-        mesh, rank, layout = worker.place.mesh, worker.place.rank, op.layout
+        mesh, rank, layout = worker.rank_context.mesh, worker.rank_context.rank, op.layout
         ids, weights = writes
 
         def record(regs: Registers, frame: Frame) -> None:

@@ -23,7 +23,7 @@ from narrows.engine.program import Operation, Program, Wrap, bind
 from narrows.engine.sampler import Sampler
 from narrows.engine.step_record import Reader, StepRecord, StepRecorder, Wants
 from narrows.layout import RowSplit, scattered
-from narrows.models.parts import Decoder, Place
+from narrows.models.decoder import Decoder, RankContext
 from narrows.models.registry import build_model
 from narrows.ops.paged import PagedRows, build_paged_rows
 from narrows.plan.plan import Op, Plan
@@ -101,7 +101,7 @@ class Worker:
         comm: Communicator,
         config: ModelConfig,
         source: WeightSource,
-        place: Place,
+        rank_context: RankContext,
         fields: dict[str, Field],
         *,
         page_size: int,
@@ -109,15 +109,15 @@ class Worker:
         validate: bool = True,
     ) -> None:
         self._validate = validate
-        self.comm, self.place, self.fields, self.page_size = comm, place, fields, page_size
-        self.model: Decoder = build_model(config, source, place)
+        self.comm, self.rank_context, self.fields, self.page_size = comm, rank_context, fields, page_size
+        self.model: Decoder = build_model(config, source, rank_context)
         self._wraps: dict[str, Wrap] = {"": wrap(self)} if wrap else {}
-        self._recorder = StepRecorder(place.device)
+        self._recorder = StepRecorder(rank_context.device)
         self._programs: dict[tuple[object, ...], Program] = {}
         self._signatures: dict[int, tuple[Plan, Program]] = {}
-        self._samples = torch.zeros(0, dtype=torch.int64, device=place.device)
+        self._samples = torch.zeros(0, dtype=torch.int64, device=rank_context.device)
         self._sampled: tuple[int, ...] = ()
-        self._sampler = Sampler(config.vocab_size, place.device)
+        self._sampler = Sampler(config.vocab_size, rank_context.device)
         self._captured = CapturedSteps(comm, self.model, page_size, logit_split)
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
@@ -165,15 +165,15 @@ class Worker:
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
         """How the batch's rows are dealt to ranks, and (start, rows, pages) of every chunk of this rank's group."""
-        rows = RowSplit.from_groups(self.place.mesh, batch.group_rows)
-        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
+        rows = RowSplit.from_groups(self.rank_context.mesh, batch.group_rows)
+        group = batch.groups[self.rank_context.mesh.group_of(self.rank_context.rank)]
         return rows, [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
 
     def _lengths(self, batch: Batch) -> list[int] | None:
         """Tokens of the sequence that each of this group's rows belongs to, where the model's angles depend on it."""
         if not self.model.angles.by_length:
             return None
-        group = batch.groups[self.place.mesh.group_of(self.place.rank)]
+        group = batch.groups[self.rank_context.mesh.group_of(self.rank_context.rank)]
         return [length for chunk in group for length in chunk.lengths()]
 
     def _run_captured(
@@ -248,14 +248,14 @@ class Worker:
     def _read(self, ran: Ran) -> StepResult:
         """What the step has left, as numbers: here, and only here, the host waits for the device."""
         ids = self._sampled = tuple(self._samples.tolist())
-        if ran.sampler is None or self.place.rank != 0:
+        if ran.sampler is None or self.rank_context.rank != 0:
             return StepResult(ids=ids)
         return StepResult(ids=ids, logprobs=ran.sampler.logprobs(), scores=ran.sampler.scores())
 
     def _paged_rows(self, spans: list[tuple[int, int, tuple[int, ...]]]) -> PagedRows:
-        if self.place.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
-            return build_paged_rows(spans, self.page_size, self.place.device, decode_group_slots=1)
-        return build_paged_rows(spans, self.page_size, self.place.device)
+        if self.rank_context.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
+            return build_paged_rows(spans, self.page_size, self.rank_context.device, decode_group_slots=1)
+        return build_paged_rows(spans, self.page_size, self.rank_context.device)
 
     def _program(self, plan: Plan) -> Program:
         """The bound plan; plans that run the same ops share one, since row counts come with each batch."""
@@ -296,7 +296,7 @@ class Worker:
     def _ids(self, batch: Batch) -> Tensor:
         """The token ids of all rows, references to the previous step's samples filled in on the device."""
         tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
-        device = self.place.device
+        device = self.rank_context.device
         ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64, device=device)
         at = [row for row, token in enumerate(tokens) if token < 0]
         if at:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from narrows.arch.config import MLA, ModelConfig
+from narrows.models.decoder import Decoder, Loader, StepInputs
 from narrows.models.moe import MoeLayer
-from narrows.models.parts import Decoder, Loader, StepInputs
 from narrows.ops.kv_b import split_kv_b
 from narrows.ops.mla_attention import mla_attention
 from narrows.ops.paged import empty_cache
@@ -51,8 +51,8 @@ class DeepseekLayer(MoeLayer):
         self.w_uk_NDR, self.w_uv_NVR = split_kv_b(kv_b_NXR, mla.qk_nope_head_dim, load.room)
         self.o_proj = load.linear(weights, "o_proj")
         self.scale = mla_softmax_scale(mla.qk_head_dim, config.rope.as_mapping())
-        place = load.place
-        self.cache_SC = empty_cache((place.num_slots, mla.latent_dim), place.dtype, place.device)
+        rank_context = load.rank_context
+        self.cache_SC = empty_cache((rank_context.num_slots, mla.latent_dim), rank_context.dtype, rank_context.device)
 
     def qkv_a_proj(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """Queries' latent, keys' and values' latent, and the shared rotary key, side by side (this rank's columns)."""
@@ -89,7 +89,7 @@ class DeepseekLayer(MoeLayer):
             self.w_uk_NDR,
             self.w_uv_NVR,
             self.scale,
-            batch_invariant=self.place.batch_invariant,
+            batch_invariant=self.rank_context.batch_invariant,
         )
         return self.linear(attended, self.o_proj, self.o_bias_H, out=out)
 

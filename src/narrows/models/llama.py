@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrows.arch.config import GQA, ModelConfig
 from narrows.arch.weight_sharding import head_spans, kv_head_spans
-from narrows.models.parts import Decoder, DecoderLayer, Loader, StepInputs
+from narrows.models.decoder import Decoder, DecoderLayer, Loader, StepInputs
 from narrows.ops.gqa_attention import gqa_attention
 from narrows.ops.paged import empty_cache
 from narrows.ops.rope_cache import rope_write_heads
@@ -26,11 +26,11 @@ class LlamaLayer(DecoderLayer):
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__(config, load, layer)
-        place, gqa = load.place, config.attention
+        rank_context, gqa = load.rank_context, config.attention
         assert isinstance(gqa, GQA)
-        tp_index = place.rank % place.mesh.group_size
-        q_lo, q_hi = head_spans(config, place.mesh.group_size)[tp_index]
-        kv_lo, kv_hi = kv_head_spans(config, place.mesh.group_size)[tp_index]
+        tp_index = rank_context.rank % rank_context.mesh.group_size
+        q_lo, q_hi = head_spans(config, rank_context.mesh.group_size)[tp_index]
+        kv_lo, kv_hi = kv_head_spans(config, rank_context.mesh.group_size)[tp_index]
         per_group = config.num_attention_heads // gqa.num_key_value_heads
         self.num_heads, self.num_kv_heads, self.head_dim = q_hi - q_lo, kv_hi - kv_lo, gqa.head_dim
         self.kv_index = tuple(head // per_group - kv_lo for head in range(q_lo, q_hi))
@@ -46,9 +46,9 @@ class LlamaLayer(DecoderLayer):
         self.o_bias_H: Tensor | None = None
         if gqa.o_bias:
             self.o_bias_H = load.if_held(self.weights["o_proj.bias"])
-        cache = (place.num_slots, self.num_kv_heads, gqa.head_dim)
-        self.k_cache_SKD = empty_cache(cache, place.dtype, place.device)
-        self.v_cache_SKD = empty_cache(cache, place.dtype, place.device)
+        cache = (rank_context.num_slots, self.num_kv_heads, gqa.head_dim)
+        self.k_cache_SKD = empty_cache(cache, rank_context.dtype, rank_context.device)
+        self.v_cache_SKD = empty_cache(cache, rank_context.dtype, rank_context.device)
 
     def attention(self, step: StepInputs, hidden_TH: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Projections, rotary embedding, softmax over the paged cache, output projection of this rank's heads."""

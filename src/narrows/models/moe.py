@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from narrows.arch.config import ModelConfig
-from narrows.models.parts import DecoderLayer, Loader, StepInputs
+from narrows.models.decoder import DecoderLayer, Loader, StepInputs
 from narrows.ops.experts import SharedMlp, experts_mlp
 from narrows.ops.linear import linear
 from narrows.ops.route import Routing, route, router
@@ -46,7 +46,7 @@ class MoeLayer(DecoderLayer):
         if self.moe.n_shared_experts:
             self.shared_gate_up_F2H = load.gate_up(weights, "shared_experts.gate_proj", "shared_experts.up_proj")
             self.shared_down_HF = load.linear(weights, "shared_experts.down_proj")
-            self.adds_shared = load.place.sharding.shared_expert == "sharded"
+            self.adds_shared = load.rank_context.sharding.shared_expert == "sharded"
             self.shared: SharedMlp = self.shared_gate_up_F2H, self.shared_down_HF
             if config.mlp_bias:
                 names = "shared_experts.gate_proj.bias", "shared_experts.up_proj.bias"
@@ -58,12 +58,12 @@ class MoeLayer(DecoderLayer):
 
         ``forced_ids_TK`` replays a choice made elsewhere; the weights are still this run's.
         """
-        logits_TE = linear(hidden_TH.float(), self.gate_EH, batch_invariant=self.place.batch_invariant)
+        logits_TE = linear(hidden_TH.float(), self.gate_EH, batch_invariant=self.rank_context.batch_invariant)
         return route(logits_TE, **self.rule, forced_ids_TK=forced_ids_TK, with_margin=with_margin)
 
     def router(self, step: StepInputs, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
         """(topk_ids int32, topk_weights float32), as they travel."""
-        return router(hidden_TH, self.gate_EH, **self.rule, batch_invariant=self.place.batch_invariant)
+        return router(hidden_TH, self.gate_EH, **self.rule, batch_invariant=self.rank_context.batch_invariant)
 
     def shared_expert(self, step: StepInputs, hidden_TH: Tensor) -> Tensor:
         """The shared experts' MLP over the columns this rank holds (all of them, where they are replicated)."""
@@ -89,5 +89,5 @@ class MoeLayer(DecoderLayer):
             shared=self.shared if self.adds_shared else None,
             hidden_act=self.config.hidden_act,
             out=out,
-            batch_invariant=self.place.batch_invariant,
+            batch_invariant=self.rank_context.batch_invariant,
         )

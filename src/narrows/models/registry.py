@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 from narrows.arch.config import ModelConfig
 from narrows.errors import ConfigError
+from narrows.models.decoder import Decoder, Loader, RankContext
 from narrows.models.deepseek import Deepseek
 from narrows.models.llama import Llama
 from narrows.models.llama_moe import LlamaMoe
-from narrows.models.parts import Decoder, Loader, Place
 from narrows.weights.source import WeightSource
 
 __all__ = ["EXECUTABLE", "build_model", "check_executable"]
@@ -42,7 +42,7 @@ def check_executable(config: ModelConfig) -> None:
         )
 
 
-def build_model(config: ModelConfig, source: WeightSource, place: Place) -> Decoder:
+def build_model(config: ModelConfig, source: WeightSource, rank_context: RankContext) -> Decoder:
     """The model of ``config`` on one rank, its weights taken from ``source``.
 
     Raises:
@@ -50,4 +50,4 @@ def build_model(config: ModelConfig, source: WeightSource, place: Place) -> Deco
         CheckpointError: a tensor is missing or has another shape.
     """
     check_executable(config)
-    return EXECUTABLE[config.model_type](config, Loader(source, place, config.hidden_act))
+    return EXECUTABLE[config.model_type](config, Loader(source, rank_context, config.hidden_act))

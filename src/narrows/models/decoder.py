@@ -1,7 +1,6 @@
-"""What every family shares: loading a rank's slices, the step's inputs, and the stages around attention and experts.
+"""What all model families share: loading a rank's weights, a step's inputs, norms, MLP, embedding, LM head, greedy choice.
 
-Knows one rank's weights. Not a library of modules: a family's own file reads top to bottom, and takes from here only
-what is the same in all of them (norms, MLP, embedding, LM head, greedy choice).
+This is no library of modules: a family's own file reads top to bottom and takes from here only what is the same in all.
 
 Letters: T rows, H hidden_size, F this rank's intermediate columns, V this rank's vocabulary, W ranks of the world.
 """
@@ -31,14 +30,14 @@ from narrows.ops.rms_norm import add_rms_norm, rms_norm
 from narrows.ops.rope_angles import RopeAngles
 from narrows.weights.source import WeightSource
 
-__all__ = ["Decoder", "DecoderLayer", "Loader", "Place", "StepInputs"]
+__all__ = ["Decoder", "DecoderLayer", "Loader", "RankContext", "StepInputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where and as what one rank computes: which rank of which mesh, its weight sharding, dtype and device, its cache's
-    slots, and how many positions a sequence may have. ``batch_invariant``: no row's bits depend on the other
-    rows. ``quantization``: what linear weights are held as."""
+class RankContext:
+    """What one rank computes with: its number in the mesh, weight sharding, dtype, device, slots of its KV cache, and the
+    most positions of a sequence. ``batch_invariant``: no row's bits depend on other rows. ``quantization``: how linear
+    weights are held."""
 
     mesh: Mesh
     rank: int
@@ -66,21 +65,23 @@ class StepInputs:
 class Loader:
     """Takes one rank's slices from a source, on its device and in its dtype."""
 
-    def __init__(self, source: WeightSource, place: Place, hidden_act: str = "silu") -> None:
-        self.source, self.place = source, place
+    def __init__(self, source: WeightSource, rank_context: RankContext, hidden_act: str = "silu") -> None:
+        self.source, self.rank_context = source, rank_context
         self._gated = hidden_act == "silu"
         self.room = LargePages().empty
         """Where packed weights lie."""
 
     def __call__(self, weight: Weight) -> Tensor:
-        place = self.place
-        tensor = self.source.take(weight, weight.span(place.mesh, place.rank))
+        rank_context = self.rank_context
+        tensor = self.source.take(weight, weight.span(rank_context.mesh, rank_context.rank))
         # A copy, also where nothing changes: a view of the checkpoint would keep its whole file mapped.
-        return tensor.to(device=place.device, dtype=torch.float32 if weight.float32 else place.dtype, copy=True)
+        return tensor.to(
+            device=rank_context.device, dtype=torch.float32 if weight.float32 else rank_context.dtype, copy=True
+        )
 
     def if_held(self, weight: Weight) -> Tensor | None:
         """As a call, where this rank holds any of it: an addend of a sum over ranks joins once."""
-        return self(weight) if weight.is_held(self.place.mesh, self.place.rank) else None
+        return self(weight) if weight.is_held(self.rank_context.mesh, self.rank_context.rank) else None
 
     def stacked(self, weights: Mapping[str, Weight], *roles: str) -> Tensor:
         """Several vectors one after the other."""
@@ -88,12 +89,12 @@ class Loader:
 
     def linear(self, weights: Mapping[str, Weight], *roles: str) -> LinearWeight:
         """The rows of several matrices one after the other, ready for one product that computes them all."""
-        place, shapes = self.place, [self._shape(weights[role]) for role in roles]
+        rank_context, shapes = self.rank_context, [self._shape(weights[role]) for role in roles]
         ready = empty_linear(
             sum(rows for rows, _ in shapes),
             shapes[0][1],
-            place.dtype,
-            place.device,
+            rank_context.dtype,
+            rank_context.device,
             self._held_as(weights[roles[0]]),
             self.room,
         )
@@ -102,20 +103,26 @@ class Loader:
 
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
-        place, shape = self.place, self._shape(weights[gate])
+        rank_context, shape = self.rank_context, self._shape(weights[gate])
         ready = empty_gate_up(
-            shape[0], shape[1], place.dtype, place.device, self._held_as(weights[gate]), self.room, gated=self._gated
+            shape[0],
+            shape[1],
+            rank_context.dtype,
+            rank_context.device,
+            self._held_as(weights[gate]),
+            self.room,
+            gated=self._gated,
         )
         self._fill(ready, weights, (gate, up))
         return ready
 
     def _held_as(self, weight: Weight) -> Quantization:
         """The head and whatever else is not rounded stay wide."""
-        return self.place.quantization if weight.int8 else Quantization.NONE
+        return self.rank_context.quantization if weight.int8 else Quantization.NONE
 
     def _shape(self, weight: Weight) -> tuple[int, int]:
         """Of this rank's slice of a matrix."""
-        span = weight.span(self.place.mesh, self.place.rank)
+        span = weight.span(self.rank_context.mesh, self.rank_context.rank)
         rows, columns = weight.shape
         if span is None:
             return rows, columns
@@ -125,20 +132,27 @@ class Loader:
         """One matrix at a time, so that beside the ready weight only one is held."""
         first = 0
         for role in roles:
-            rows = self.source.take(weights[role], weights[role].span(self.place.mesh, self.place.rank))
+            rows = self.source.take(weights[role], weights[role].span(self.rank_context.mesh, self.rank_context.rank))
             fill(ready, first, rows)
             first += rows.shape[0]
 
     def experts(self, weights: Mapping[str, Weight]) -> tuple[ExpertStack, ExpertStack, int]:
         """(gate and up [E, 2F, H], down [E, H, F], first expert) of the experts this rank holds."""
-        place = self.place
+        rank_context = self.rank_context
         gate, up, down = (weights[f"experts.{name}_proj"] for name in ("gate", "up", "down"))
-        first, stop = gate.experts[place.rank]
-        span = gate.span(place.mesh, place.rank)
+        first, stop = gate.experts[rank_context.rank]
+        span = gate.span(rank_context.mesh, rank_context.rank)
         columns = gate.shape[0] if span is None else span[1] - span[0]
         hidden = gate.shape[1]
         gate_up_EF2H, down_EHF = empty_experts(
-            stop - first, columns, hidden, place.dtype, place.device, self._held_as(gate), self.room, gated=self._gated
+            stop - first,
+            columns,
+            hidden,
+            rank_context.dtype,
+            rank_context.device,
+            self._held_as(gate),
+            self.room,
+            gated=self._gated,
         )
         for i in range(stop - first):
             fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
@@ -151,11 +165,11 @@ class DecoderLayer:
     """The stages of a layer that do not depend on its kind of attention. Families add the others in forward order."""
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
-        place = load.place
-        self.config, self.place = config, place
-        self.linear = partial(linear, batch_invariant=place.batch_invariant)
-        self.gated_mlp = partial(mlp, hidden_act=config.hidden_act, batch_invariant=place.batch_invariant)
-        self.weights = layer_weights(config, place.mesh, place.sharding, layer)
+        rank_context = load.rank_context
+        self.config, self.rank_context = config, rank_context
+        self.linear = partial(linear, batch_invariant=rank_context.batch_invariant)
+        self.gated_mlp = partial(mlp, hidden_act=config.hidden_act, batch_invariant=rank_context.batch_invariant)
+        self.weights = layer_weights(config, rank_context.mesh, rank_context.sharding, layer)
         self.eps = config.rms_norm_eps
         self.input_layernorm_H = load(self.weights["input_layernorm"])
         self.post_attention_layernorm_H = load(self.weights["post_attention_layernorm"])
@@ -210,13 +224,13 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, load: Loader, *, rope_dim: int, rope_dtype: torch.dtype | None = None
     ) -> None:
-        place = load.place
-        self.config, self.place = config, place
-        self.linear = partial(linear, batch_invariant=place.batch_invariant)
-        embed = embed_weights(config, place.mesh, place.sharding)["embed_tokens"]
-        head = head_weights(config, place.mesh)
-        span = embed.span(place.mesh, place.rank)
-        head_span = head["lm_head"].span(place.mesh, place.rank)
+        rank_context = load.rank_context
+        self.config, self.rank_context = config, rank_context
+        self.linear = partial(linear, batch_invariant=rank_context.batch_invariant)
+        embed = embed_weights(config, rank_context.mesh, rank_context.sharding)["embed_tokens"]
+        head = head_weights(config, rank_context.mesh)
+        span = embed.span(rank_context.mesh, rank_context.rank)
+        head_span = head["lm_head"].span(rank_context.mesh, rank_context.rank)
         assert head_span is not None
         self.embed_VH = load(embed)
         self.first_embedded = span[0] if span else 0
@@ -235,9 +249,9 @@ class Decoder:
             config.rope.rope_theta,
             scaling=config.rope.as_mapping(),
             max_position=config.max_position_embeddings,
-            num_positions=place.num_positions,
-            dtype=rope_dtype or place.dtype,
-            device=place.device,
+            num_positions=rank_context.num_positions,
+            dtype=rope_dtype or rank_context.dtype,
+            device=rank_context.device,
         )
 
     def begin_step(
