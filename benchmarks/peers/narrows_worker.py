@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from common import Clock, Generate, Ticks, serve
 
-from narrows.bench.variants import parse_variants
+from narrows.bench.engines import parse_variants
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 

@@ -25,9 +25,9 @@ from environments import PEERS, environment
 from to_gguf import write as write_gguf
 from workers import PeerError, Worker
 
+from narrows.bench.interleave import interleave
 from narrows.bench.requests import Times, random_prompts
 from narrows.bench.results import Outcome, Series
-from narrows.bench.rounds import in_turns
 from narrows.calibrate.machine import machine, versions
 from narrows.calibrate.statistics import quantile
 from narrows.cli.bench_tables import print_outcome
@@ -202,7 +202,7 @@ def _measure(
         for name, worker in workers.items():
             if (rate := warm.get((work.name, name))) and _seconds(work, rate) <= args.slow:
                 again[f"{work.name}, {name}"] = partial(_one, work, worker)
-    rounds = in_turns(again, rounds=args.rounds, warmup=0, progress=progress)
+    rounds = interleave(again, rounds=args.rounds, warmup=0, progress=progress)
     return {key: tuple(rounds.get(", ".join(key), [rate])) for key, rate in warm.items()}
 
 

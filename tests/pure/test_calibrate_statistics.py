@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding
+from narrows.bench.interleave import interleave, turn_order
 from narrows.bench.results import Series
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
-from narrows.bench.rounds import in_turns, turn_order
 from narrows.calibrate.statistics import median_interval, quantile, ratios, spread
 from narrows.cost.memory import weight_bytes
 from narrows.layout import Mesh
@@ -65,7 +65,7 @@ def test_ways_take_turns_and_none_is_always_first() -> None:
         ran.append(name)
         return len(ran)
 
-    found = in_turns({name: lambda name=name: way(name) for name in "abc"}, rounds=3, warmup=1)
+    found = interleave({name: lambda name=name: way(name) for name in "abc"}, rounds=3, warmup=1)
     assert "".join(ran) == "abccbabcaacb"
     assert found == {"a": [6, 9, 10], "b": [5, 7, 12], "c": [4, 8, 11]}
 
@@ -88,7 +88,7 @@ def test_cheap_rounds_are_repeated_within_the_seconds_and_dear_ones_are_not(cost
         now += cost / 2
         return now
 
-    found = in_turns({"a": way, "b": way}, rounds=3, warmup=2, seconds=10.5, clock=lambda: now)
+    found = interleave({"a": way, "b": way}, rounds=3, warmup=2, seconds=10.5, clock=lambda: now)
     assert {name: len(given) for name, given in found.items()} == {"a": rounds, "b": rounds}
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from narrows.arch.config import read_config
 from narrows.arch.presets import preset
 from narrows.bench.collectives import must_copy
+from narrows.bench.engines import parse_variants, running_variants
 from narrows.bench.requests import Times, random_prompts
-from narrows.bench.variants import contestants, parse_variants
 from narrows.calibrate.machine import proportional_memory
 from narrows.calibrate.step_work import StepWork, fill_caches
 from narrows.cli.main import main
@@ -263,7 +263,7 @@ def test_prompts_are_the_same_for_the_same_seed() -> None:
 
 def test_variants_share_an_engine_unless_options_differ(folder: Path) -> None:
     asked = EngineConfig(model=str(folder), tp=2)
-    with contestants(parse_variants(asked, ("auto", "all-reduce"), ("tp=1,batch-invariant=yes",))[:3]) as running:
+    with running_variants(parse_variants(asked, ("auto", "all-reduce"), ("tp=1,batch-invariant=yes",))[:3]) as running:
         assert [one.name for one in running] == ["auto", "all-reduce", "auto, tp=1,batch-invariant=yes"]
         assert running[0].shared is running[1].shared is not running[2].shared
         assert running[2].resolved.asked.batch_invariant and running[2].resolved.mesh.size == 1

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from narrows.bench.interleave import interleave
 from narrows.bench.results import Outcome, Series
-from narrows.bench.rounds import in_turns
 from narrows.calibrate.probe import COLLECTIVES, Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import ratios
@@ -91,7 +91,7 @@ def collectives(
                 if "gloo" in against:
                     ways["gloo"] = partial(comms[own].ask, Probe.gloo, op, nbytes, work.dtype, repeats)
                 ways[_MEMCPY] = partial(comms[own].ask, Probe.copy, must_copy(op, nbytes, mesh.size), repeats)
-                found = in_turns(ways, rounds=rounds, warmup=warmup, progress=lambda line: None)
+                found = interleave(ways, rounds=rounds, warmup=warmup, progress=lambda line: None)
                 progress(f"{op}, {_size(nbytes)}")
                 series.append(_series(f"{op}, {_size(nbytes)}", found))
     return Outcome(

@@ -26,7 +26,7 @@ WITHIN = 0.03
 class PlanTimes:
     """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its ops.
     ``clocked_s``: rounds with a clock around every op: what each cost in the plan's order, together as long as the
-    mean rank walked; a wait for another rank's work counts as that work (`calibrate/waits.py`)."""
+    mean rank walked; a wait for another rank's work counts as that work (`calibrate/wait_attribution.py`)."""
 
     layouts: tuple[str, ...]
     plan: Plan

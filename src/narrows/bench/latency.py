@@ -1,6 +1,6 @@
 """How long a prompt takes by its length, and a decode step by its batch; beside what the machine allows in that round.
 
-Knows contestants, requests and rates; prints nothing. A decode step is timed between the tokens of requests that all
+Knows running_variants, requests and rates; prints nothing. A decode step is timed between the tokens of requests that all
 run; the bytes that it must read are counted from the experts that its own kind of step was seen to hit.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from narrows.bench.engines import RunningVariant, Variant, running_variants
+from narrows.bench.interleave import interleave
 from narrows.bench.requests import random_prompts, timed
 from narrows.bench.results import Outcome, Series
 from narrows.bench.roofline import decode_bound, decode_kv_bytes, decode_weight_bytes, prefill_flops
-from narrows.bench.rounds import in_turns
 from narrows.bench.routing import ExpertCounter
-from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.calibrate.rates import CALIBRATION, Calibrator, rates
 from narrows.calibrate.statistics import quantile
 from narrows.engine.config import EngineConfig, Resolved, resolve
@@ -84,11 +84,11 @@ def latency(
     """Seconds of every variant at every work, and the share it reaches of what the machine allowed in that round."""
     roomy = [replace(one, asked=work.limits(one.asked)) for one in variants]
     works: list[_Prefill | _Decode] = [*map(_Prefill, work.prompt_lengths), *map(_Decode, work.batches)]
-    with Calibrator(resolve(roomy[0].asked)) as calibrator, contestants(roomy, trace) as running:
+    with Calibrator(resolve(roomy[0].asked)) as calibrator, running_variants(roomy, trace) as running:
         hits = {(one, batch): _experts_hit(one, work, batch) for one in running for batch in work.batches}
         ways: dict[str, Callable[[], Any]] = {CALIBRATION: calibrator.measure}
         ways |= {f"{kind}, {one.name}": partial(_measure, one, work, kind) for kind in works for one in running}
-        found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
+        found = interleave(ways, rounds=rounds, warmup=warmup, progress=progress)
         resolved = {one.name: one.resolved for one in running}
         evidence = running[0].engine().plans.evidence()
         experts = {(one.name, batch): hit for (one, batch), hit in hits.items()}
@@ -121,7 +121,7 @@ def latency(
     )
 
 
-def _measure(one: Contestant, work: LatencyWork, kind: _Prefill | _Decode) -> float:
+def _measure(one: RunningVariant, work: LatencyWork, kind: _Prefill | _Decode) -> float:
     """Seconds of a prompt, or of the median step."""
     engine, vocab_size = one.engine(), one.resolved.config.vocab_size
     if isinstance(kind, _Prefill):
@@ -135,7 +135,7 @@ def _measure(one: Contestant, work: LatencyWork, kind: _Prefill | _Decode) -> fl
     return quantile(seconds, 0.5)
 
 
-def _experts_hit(one: Contestant, work: LatencyWork, batch: int) -> float:
+def _experts_hit(one: RunningVariant, work: LatencyWork, batch: int) -> float:
     """Routed experts, all layers added up, that a decode step of ``batch`` rows sends rows to; 0 without experts."""
     config, engine = one.resolved.config, one.engine()
     engine.instrument(ExpertCounter)

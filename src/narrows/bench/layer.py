@@ -11,9 +11,9 @@ from functools import partial
 from time import perf_counter
 
 from narrows.arch.stages import PriceClass
+from narrows.bench.engines import RunningVariant, Variant, running_variants
+from narrows.bench.interleave import interleave
 from narrows.bench.results import Outcome, Series
-from narrows.bench.rounds import in_turns
-from narrows.bench.variants import Contestant, Variant, contestants
 from narrows.calibrate.step_work import StepWork, fill_caches
 from narrows.engine.profile import BETWEEN, StepClock, profile_rows
 from narrows.engine.trace_file import TraceFile
@@ -45,14 +45,14 @@ def layer(
     """Milliseconds per part of the step: the mean over ranks, in which a collective holds the wait for the slowest."""
     if work.rows < 1 or (work.phase == "decode" and work.context < 2):
         raise ConfigError(f"--rows {work.rows} must be at least 1, and a decode step needs --context of 2 or more")
-    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
+    with running_variants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
         for engine in {id(one.shared): one.shared for one in running}.values():
             if work.phase == "decode":
                 fill_caches(engine)
             engine.instrument(StepClock)
         steps = {one.name: _step(one, work) for one in running}
         ways = {one.name: partial(_run, one, *steps[one.name]) for one in running}
-        found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
+        found = interleave(ways, rounds=rounds, warmup=warmup, progress=progress)
     predicted = {
         name: published_parts({str(c): s for c, s in plan.totals().items()}) for name, (_, plan) in steps.items()
     }
@@ -86,13 +86,13 @@ def published_parts(seconds: dict[str, float]) -> dict[str, float]:
     return parts | {REST: sum(others.values())} | {f"  {name}": s for name, s in others.items()}
 
 
-def _step(one: Contestant, work: StepWork) -> tuple[Batch, Plan]:
+def _step(one: RunningVariant, work: StepWork) -> tuple[Batch, Plan]:
     engine = one.engine()
     batch = work.batch_for(engine)
     return batch, work.plan(engine, one.layout, batch)
 
 
-def _run(one: Contestant, batch: Batch, plan: Plan) -> dict[str, float]:
+def _run(one: RunningVariant, batch: Batch, plan: Plan) -> dict[str, float]:
     """Seconds per part of one step."""
     engine = one.engine()
     start = perf_counter()

@@ -15,7 +15,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.positions import most_positions
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.bench.grid import Cell, Grid, PlanTimes, grid_of
-from narrows.bench.rounds import in_turns
+from narrows.bench.interleave import interleave
 from narrows.calibrate.machine import available_memory
 from narrows.calibrate.rates import Calibrator, rates
 from narrows.calibrate.statistics import Spread, quantile
@@ -185,9 +185,9 @@ class _Cell:
         turn = self._steps_per_turn()
         warmup = warmup if turn[0] else 0  # the first of a long step is warm-up enough: what is new takes milliseconds
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
-        whole = in_turns(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
+        whole = interleave(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
         self.engine.instrument(WalkTimes)
-        clocked = in_turns(
+        clocked = interleave(
             {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
             rounds=min(rounds, _CLOCKED_ROUNDS),
             warmup=warmup,

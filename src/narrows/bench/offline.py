@@ -1,6 +1,6 @@
 """Throughput: some requests of equal lengths handed over at once, until the last has its last token.
 
-Knows contestants and requests; prints nothing.
+Knows running_variants and requests; prints nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from narrows.bench.engines import RunningVariant, Variant, memory_of, running_variants
+from narrows.bench.interleave import interleave
 from narrows.bench.requests import random_prompts, timed
 from narrows.bench.results import Outcome, Series
-from narrows.bench.rounds import in_turns
-from narrows.bench.variants import Contestant, Variant, contestants, memory_of
 from narrows.calibrate.statistics import quantile
 from narrows.engine.config import EngineConfig
 from narrows.engine.trace_file import TraceFile
@@ -49,11 +49,11 @@ def offline(
     trace: TraceFile | None = None,
 ) -> Outcome:
     """Output and total tokens per second of every variant, and how long the first token of a request took."""
-    with contestants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
+    with running_variants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
         memory: dict[str, int] = {}
         alone = len({id(one.shared) for one in running}) == 1
         ways = {one.name: partial(_run, one, work, memory) for one in running}
-        found = in_turns(ways, rounds=rounds, warmup=warmup, progress=progress)
+        found = interleave(ways, rounds=rounds, warmup=warmup, progress=progress)
         evidence = running[0].engine().plans.evidence()
     name = f"{work.num_requests} x ({work.input_length} in, {work.output_length} out)"
     outputs, inputs = work.num_requests * work.output_length, work.num_requests * work.input_length
@@ -75,7 +75,7 @@ def offline(
     )
 
 
-def _run(one: Contestant, work: OfflineWork, memory: dict[str, int]) -> tuple[float, float]:
+def _run(one: RunningVariant, work: OfflineWork, memory: dict[str, int]) -> tuple[float, float]:
     """(seconds in all, median seconds to a request's first token)."""
     vocab_size = one.resolved.config.vocab_size
     prompts = random_prompts(work.num_requests, work.input_length, vocab_size, work.seed)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrows.calibrate.waits import without_waits
+from narrows.calibrate.wait_attribution import attribute_waits
 from narrows.cost.pricer import StepShape
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig
@@ -130,14 +130,14 @@ def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[floa
 
 
 def clocked_walks(engine: Engine, plan: Plan) -> list[list[float]]:
-    """Seconds that each step cost in every walk of ``plan`` since the last call: see :func:`without_waits`. All ranks
+    """Seconds that each step cost in every walk of ``plan`` since the last call: see :func:`attribute_waits`. All ranks
     have had :class:`WalkTimes` around their ops, and walked no other plan."""
     asked, num = engine.resolved.asked, plan.num_ops
     at_once = num_cores() / engine.resolved.threads if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
     meets = [op.meets for _, op in plan.ops()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)
-    return [without_waits([times[at : at + num] for times in ranks], meets, max(at_once, 1.0)) for at in starts]
+    return [attribute_waits([times[at : at + num] for times in ranks], meets, max(at_once, 1.0)) for at in starts]
 
 
 def fill_caches(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What all model families share: loading a rank's weights, a step's inputs, norms, MLP, embedding, LM head, greedy choice.
+"""What all model families share: loading weights, a step's inputs, norms, MLP, embedding, LM head, greedy choice.
 
 This is no library of modules: a family's own file reads top to bottom and takes from here only what is the same in all.
 

@@ -1,4 +1,4 @@
-"""Runs several ways of doing something in turns. Knows callables and what they give; not what is measured. PURE."""
+"""Runs the variants of a comparison in turns, so that slow moments of the machine hit all of them alike. PURE."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Hashable, Mapping
 from time import perf_counter
 from typing import TypeVar
 
-__all__ = ["in_turns", "turn_order"]
+__all__ = ["interleave", "turn_order"]
 
 Name = TypeVar("Name", bound=Hashable)
 T = TypeVar("T")
 
 
-def in_turns(
+def interleave(
     ways: Mapping[Name, Callable[[], T]],
     *,
     rounds: int,
@@ -21,10 +21,10 @@ def in_turns(
     progress: Callable[[str], None] = lambda line: None,
     clock: Callable[[], float] = perf_counter,
 ) -> dict[Name, list[T]]:
-    """What each way gave in each round; those of the first ``warmup`` rounds are dropped.
+    """The result of each way in each round, without the first ``warmup`` rounds.
 
-    ``rounds`` are run at least, and more of them as long as another one, as long as the mean so far, still fits into
-    ``seconds``. Rounds differ in their order (:func:`turn_order`).
+    At least ``rounds`` rounds run, and more while another one of mean length fits into ``seconds``. Each round has an
+    order of its own (:func:`turn_order`).
     """
     names = list(ways)
     given: dict[Name, list[T]] = {name: [] for name in names}

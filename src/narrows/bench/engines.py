@@ -1,7 +1,4 @@
-"""The variants of a comparison, and their engines side by side: one engine, and one set of weights, for all layouts.
-
-Knows engine configs; measures nothing.
-"""
+"""The variants of a benchmark and their engines. Layouts of one configuration share an engine and its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
 from narrows.ranks.processes import ProcessRanks
 
-__all__ = ["Contestant", "Variant", "contestants", "memory_of", "parse_variants"]
+__all__ = ["RunningVariant", "Variant", "memory_of", "parse_variants", "running_variants"]
 
 _YES = {"yes": True, "no": False}
 _CHANGEABLE = (
@@ -37,8 +34,8 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
-    """A variant whose engine runs. Several may share the engine: :meth:`engine` puts it under this one's layout."""
+class RunningVariant:
+    """A variant whose engine runs. Several may share an engine; :meth:`engine` switches it to this variant's layout."""
 
     name: str
     shared: Engine
@@ -95,10 +92,12 @@ def _value(text: str, kind: type, value: str) -> object:
 
 
 @contextmanager
-def contestants(variants: Sequence[Variant], trace: TraceFile | None = None) -> Iterator[tuple[Contestant, ...]]:
-    """Start the engines that the variants need, and end them after. ``trace``: what records them, warm-up included.
+def running_variants(
+    variants: Sequence[Variant], trace: TraceFile | None = None
+) -> Iterator[tuple[RunningVariant, ...]]:
+    """Start the engines of the variants, and close them at the end. ``trace`` records them, warm-up included.
 
-    Layouts that share an engine hold weights in the published sharding, as the named ones need; one layout alone in the
+    Layouts that share an engine hold weights in the published sharding, which named layouts need; a single layout has the
     sharding that is best for it.
     """
     layouts: dict[EngineConfig, list[str]] = {}
@@ -115,7 +114,7 @@ def contestants(variants: Sequence[Variant], trace: TraceFile | None = None) -> 
             for key, engine in engines.items():
                 trace.start(", ".join(v.name for v in variants if replace(v.asked, layout="auto") == key), engine)
         yield tuple(
-            Contestant(
+            RunningVariant(
                 name=variant.name,
                 shared=engines[replace(variant.asked, layout="auto")],
                 layout=variant.asked.layout,

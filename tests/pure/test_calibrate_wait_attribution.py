@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrows.calibrate.waits import without_waits
+from narrows.calibrate.wait_attribution import attribute_waits
 
 SECONDS = st.floats(0.0, 10.0)
 
@@ -23,7 +23,7 @@ def walks(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
 @given(walks(), st.floats(1, 4))
 def test_no_time_is_lost_or_made(walk: tuple[list[list[float]], list[bool]], at_once: float) -> None:
     ranks, meets = walk
-    found = without_waits(ranks, meets, at_once)
+    found = attribute_waits(ranks, meets, at_once)
     last = max((at + 1 for at, met in enumerate(meets) if met), default=0)
     assert min(found) >= 0
     assert sum(found[:last]) == pytest.approx(sum(sum(times[:last]) for times in ranks) / len(ranks))
@@ -33,13 +33,13 @@ def test_no_time_is_lost_or_made(walk: tuple[list[list[float]], list[bool]], at_
 @given(walks(), st.floats(1, 4))
 def test_it_does_not_matter_which_rank_is_which(walk: tuple[list[list[float]], list[bool]], at_once: float) -> None:
     ranks, meets = walk
-    assert without_waits(ranks[::-1], meets, at_once) == pytest.approx(without_waits(ranks, meets, at_once))
+    assert attribute_waits(ranks[::-1], meets, at_once) == pytest.approx(attribute_waits(ranks, meets, at_once))
 
 
 @given(st.lists(SECONDS, min_size=1, max_size=8), st.data())
 def test_equal_ranks_on_cores_of_their_own_have_no_waits(times: list[float], data: st.DataObject) -> None:
     meets = data.draw(st.lists(st.booleans(), min_size=len(times), max_size=len(times)))
-    assert without_waits([times, times], meets, 2) == pytest.approx(times)
+    assert attribute_waits([times, times], meets, 2) == pytest.approx(times)
 
 
 def clocks(work: list[list[float]], exchange: float, cores: int) -> list[list[float]]:
@@ -71,7 +71,7 @@ def test_work_on_shared_cores_is_work_and_the_exchange_is_what_it_is(cores: int)
     all_work = [1.0] * rounds
     for work, takes in (([all_work] * 4, 4 / cores), ([all_work, *[[0.0] * rounds] * 3], 1.0)):
         meets = [False, True] * rounds
-        found = without_waits(clocks(work, exchange, cores), meets, cores)
+        found = attribute_waits(clocks(work, exchange, cores), meets, cores)
         worked, met = found[::2], found[1::2]
         middle = slice(1, -1)  # the first round has no exchange before it in which a late rank waits
         assert sum(worked[middle]) / (rounds - 2) == pytest.approx(takes, rel=0.01)
