@@ -107,7 +107,7 @@ def test_errors_are_of_every_plan_without_their_signs() -> None:
     one = replace(
         times(("auto",), plan, [2 * plan.seconds]), clocked_s=((plan.seconds / plan.num_ops,) * plan.num_ops,)
     )
-    assert one.walk_error == pytest.approx(0) and one.outside == pytest.approx(plan.seconds)
+    assert one.execution_error == pytest.approx(0) and one.outside == pytest.approx(plan.seconds)
 
 
 def test_seconds_of_classes_and_of_single_steps() -> None:

@@ -35,7 +35,7 @@ def took(op: Op) -> float:
     return 1e-5 * (1 + len(op.price_class) + op.rows)
 
 
-def walk(plan: Plan, pace: float) -> Sequence[float]:
+def times_of(plan: Plan, pace: float) -> Sequence[float]:
     """Layers of a kind differ by turns, but not on the mean; the odd one is as the mean."""
     times = {id(op): sum(other is op for _, other in plan.ops()) for _, op in plan.ops()}
     seconds, nth = [], dict.fromkeys(times, 0)
@@ -53,12 +53,12 @@ def empty() -> Tables:
     return tables
 
 
-def test_plans_are_priced_at_what_their_walks_took() -> None:
+def test_plans_are_priced_at_what_they_took() -> None:
     tables = empty()
     plans = [plan_of(rows) for rows in (8, 16, 64)]
     for plan in plans:
         for pace in (1.0, 3.0, 0.7):  # the median counts
-            tables.book_walk(plan, walk(plan, pace))
+            tables.add_execution(plan, times_of(plan, pace))
     measured = tables.calibration(1.0).measured
     for plan in plans:
         priced = plan_of(plan.shape.rows.total, measured)
@@ -79,7 +79,7 @@ def seconds(table: CollectiveTable) -> dict[float, float]:
     return {row[0]: row[1] / 1e6 for row in table.points}
 
 
-def test_collectives_that_no_walk_makes_cost_what_others_cost_more_in_a_walk_than_alone() -> None:
+def test_unseen_collectives_are_scaled_as_seen_ones() -> None:
     tables = empty()
     key = "all_reduce", 2, "inner"
     tables.alone = {(op, 2, "inner"): {1000: [1e-5], 100_000: [4e-5], 10_000_000: [3e-3]} for op in OPS.values()}
@@ -89,7 +89,7 @@ def test_collectives_that_no_walk_makes_cost_what_others_cost_more_in_a_walk_tha
     assert found(tables, "all_gather").phase == "prefill"
 
 
-def test_a_walk_is_never_cheaper_than_a_collective_alone() -> None:
+def test_a_collective_is_never_cheaper_in_a_plan_than_alone() -> None:
     tables = empty()
     tables.alone = {(op, 2, "inner"): {1000: [1e-5], 100_000: [4e-5]} for op in OPS.values()}
     tables.moves = {"decode": {("all_reduce", 2, "inner"): {1000: [1e-6]}}}

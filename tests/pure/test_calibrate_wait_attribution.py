@@ -12,7 +12,7 @@ SECONDS = st.floats(0.0, 10.0)
 
 
 @st.composite
-def walks(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
+def executions(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
     """Clocks of one to four ranks around the same steps."""
     num = draw(st.integers(1, 8))
     meets = draw(st.lists(st.booleans(), min_size=num, max_size=num))
@@ -20,9 +20,9 @@ def walks(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
     return draw(st.lists(times, min_size=1, max_size=4)), meets
 
 
-@given(walks(), st.floats(1, 4))
-def test_no_time_is_lost_or_made(walk: tuple[list[list[float]], list[bool]], at_once: float) -> None:
-    ranks, meets = walk
+@given(executions(), st.floats(1, 4))
+def test_no_time_is_lost_or_made(execution: tuple[list[list[float]], list[bool]], at_once: float) -> None:
+    ranks, meets = execution
     found = attribute_waits(ranks, meets, at_once)
     last = max((at + 1 for at, met in enumerate(meets) if met), default=0)
     assert min(found) >= 0
@@ -30,9 +30,9 @@ def test_no_time_is_lost_or_made(walk: tuple[list[list[float]], list[bool]], at_
     assert sum(found[last:]) == pytest.approx(max(sum(times[last:]) for times in ranks))
 
 
-@given(walks(), st.floats(1, 4))
-def test_it_does_not_matter_which_rank_is_which(walk: tuple[list[list[float]], list[bool]], at_once: float) -> None:
-    ranks, meets = walk
+@given(executions(), st.floats(1, 4))
+def test_the_order_of_ranks_does_not_matter(execution: tuple[list[list[float]], list[bool]], at_once: float) -> None:
+    ranks, meets = execution
     assert attribute_waits(ranks[::-1], meets, at_once) == pytest.approx(attribute_waits(ranks, meets, at_once))
 
 

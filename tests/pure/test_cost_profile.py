@@ -182,7 +182,7 @@ def test_a_joined_addend_is_in_the_price_of_its_collective() -> None:
     assert joined.ps == 10**6 and added.ps > 100 * joined.ps
 
 
-def test_a_plan_holds_what_a_step_costs_beside_its_walk() -> None:
+def test_a_plan_holds_what_a_step_costs_outside_it() -> None:
     device = replace(DEVICES["cpu-core"], name="here", measured=measured())
     deployment = Deployment(config=CONFIG, mesh=MESH, device=device, graph=False)
     shape = StepShape.of(MESH, (64,), phase="prefill", context=64)

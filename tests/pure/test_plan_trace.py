@@ -21,7 +21,7 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh, MoveKind
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
-from narrows.plan.trace import HostSpan, TracedStep, TraceRun, Walk, check_trace_file, write_trace
+from narrows.plan.trace import Execution, HostSpan, TracedStep, TraceRun, check_trace_file, write_trace
 
 MESH = Mesh.of(dp=2, tp=2)
 STEP_S = 1e-3
@@ -33,12 +33,12 @@ def plan_of(rows: int) -> Plan:
     return Planner(deployment, WeightSharding()).plan(shape)
 
 
-def walk(plan: Plan, start: float, *, received: int) -> Walk:
+def execution(plan: Plan, start: float, *, received: int) -> Execution:
     """Steps of equal length, one right after the other."""
     starts = [start + i * STEP_S / plan.num_ops for i in range(plan.num_ops)]
     crosses = [op.move is not None and op.move.kind is not MoveKind.SLICE for _, op in plan.ops()]
     ends = [*starts[1:], start + STEP_S]
-    return Walk(starts, ends, [1] * plan.num_ops, [received * crossing for crossing in crosses])
+    return Execution(starts, ends, [1] * plan.num_ops, [received * crossing for crossing in crosses])
 
 
 def run_of(num_steps: int = 3, **more: Any) -> TraceRun:
@@ -52,7 +52,9 @@ def run_of(num_steps: int = 3, **more: Any) -> TraceRun:
             submitted=100 + 2 * n * STEP_S,
             begun=100 + 2 * n * STEP_S,
             done=100 + (2 * n + 1.5) * STEP_S,
-            walks=tuple(walk(plan, 100 + (2 * n + 0.1) * STEP_S, received=10 * (rank + 1)) for rank in range(4)),
+            executions=tuple(
+                execution(plan, 100 + (2 * n + 0.1) * STEP_S, received=10 * (rank + 1)) for rank in range(4)
+            ),
             counters={"running": n, "waiting": 1, "kv_pages_used": 7},
         )
         for n in range(num_steps)
@@ -116,9 +118,9 @@ def test_every_rank_has_every_step_of_the_plan_with_what_was_predicted_and_what_
     for rank in range(4):
         pid = next(pid for pid, name in names.items() if name.endswith(f"rank {rank}"))
         mine = [event for event in events if event["pid"] == pid and event["ph"] == "X"]
-        walks = [event for event in mine if event["cat"] == "walk"]
-        steps = [event for event in mine if event["cat"] != "walk"]
-        assert len(walks) == 2 and len(steps) == 2 * plan.num_ops
+        executions = [event for event in mine if event["cat"] == "execution"]
+        steps = [event for event in mine if event["cat"] != "execution"]
+        assert len(executions) == 2 and len(steps) == 2 * plan.num_ops
         for (layer, op), event in zip([*plan.ops()] * 2, steps, strict=True):
             args = event["args"]
             assert event["name"].startswith(op.name) and args.get("layer") == layer
@@ -128,7 +130,7 @@ def test_every_rank_has_every_step_of_the_plan_with_what_was_predicted_and_what_
                 assert args["bytes_received"] == 10 * (rank + 1) and args["bytes_all_ranks"] == 100
             else:
                 assert "bytes_received" not in args
-        assert walks[0]["args"]["predicted_us"] == pytest.approx(plan.ps / 1e6, abs=1e-3)
+        assert executions[0]["args"]["predicted_us"] == pytest.approx(plan.ps / 1e6, abs=1e-3)
 
 
 def test_arrows_lead_from_the_host_to_every_rank_and_counters_are_there(tmp_path: Path) -> None:

@@ -211,17 +211,17 @@ def test_a_trace_has_replayed_steps(tiny_model, tp: int) -> None:  # type: ignor
     decode = [step for step in run.steps if step.phase == "decode"]
     assert len(decode) >= 6
     for rank in range(tp):
-        first, *others = (step.walks[rank] for step in decode)
-        assert not first.num_replayed and not run.steps[0].walks[rank].num_replayed
-        for step, walk in zip(decode[1:], others, strict=True):
-            assert walk.num_replayed == len(walk.starts) == step.plan.num_ops
-            assert (list(walk.rows), list(walk.received)) == (list(first.rows), list(first.received))
-            assert all(start <= end for start, end in zip(walk.starts, walk.ends, strict=True))
-            assert all(end <= start for end, start in zip(walk.ends, walk.starts[1:], strict=False))
-            assert step.submitted <= walk.starts[0] < walk.ends[-1] <= step.done
-        traced = sum(sum(step.walks[rank].received) for step in run.steps)
+        first, *others = (step.executions[rank] for step in decode)
+        assert not first.num_replayed and not run.steps[0].executions[rank].num_replayed
+        for step, execution in zip(decode[1:], others, strict=True):
+            assert execution.num_replayed == len(execution.starts) == step.plan.num_ops
+            assert (list(execution.rows), list(execution.received)) == (list(first.rows), list(first.received))
+            assert all(start <= end for start, end in zip(execution.starts, execution.ends, strict=True))
+            assert all(end <= start for end, start in zip(execution.ends, execution.starts[1:], strict=False))
+            assert step.submitted <= execution.starts[0] < execution.ends[-1] <= step.done
+        traced = sum(sum(step.executions[rank].received) for step in run.steps)
         assert sum(counted.nbytes for counted in counts[rank].values()) >= traced > 0 or tp == 1
-    ran = [event["args"]["ran"] for event in trace_events([run]) if event.get("cat") == "walk"]
+    ran = [event["args"]["ran"] for event in trace_events([run]) if event.get("cat") == "execution"]
     assert ran.count("op by op") == 2 * tp and ran.count("replayed") == len(ran) - 2 * tp > 0
 
 

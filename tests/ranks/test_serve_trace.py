@@ -18,18 +18,23 @@ from narrows.ops.compiled import gemm_library
 
 
 def check(document: dict[str, Any], num_steps: int) -> None:
-    """Both ranks walk every step inside the time in which the host had handed it out."""
+    """Both ranks run every step inside the time in which the host had handed it out."""
     assert "CLOCK_MONOTONIC" in document["otherData"]["clocks"] and "moved" not in document["otherData"]
     events = document["traceEvents"]
     steps = {e["args"]["step"]: e for e in events if e.get("cat") == "step"}
-    walks = [e for e in events if e.get("cat") == "walk"]
-    assert len(steps) == num_steps and len(walks) == 2 * num_steps
+    executions = [e for e in events if e.get("cat") == "execution"]
+    assert len(steps) == num_steps and len(executions) == 2 * num_steps
     handed_out = {e["id"]: e["ts"] for e in events if e["ph"] == "s"}
-    for walk in walks:
-        step = steps[walk["args"]["step"]]
-        (arrow,) = (e for e in events if e["ph"] == "f" and (e["pid"], e["ts"]) == (walk["pid"], walk["ts"]))
-        assert handed_out[arrow["id"]] <= walk["ts"] and walk["ts"] + walk["dur"] <= step["ts"] + step["dur"]
-    assert {walk["args"]["ran"] for walk in walks} == {"op by op"} | ({"replayed"} if gemm_library() else set())
+    for execution in executions:
+        step = steps[execution["args"]["step"]]
+        (arrow,) = (e for e in events if e["ph"] == "f" and (e["pid"], e["ts"]) == (execution["pid"], execution["ts"]))
+        assert (
+            handed_out[arrow["id"]] <= execution["ts"]
+            and execution["ts"] + execution["dur"] <= step["ts"] + step["dur"]
+        )
+    assert {execution["args"]["ran"] for execution in executions} == {"op by op"} | (
+        {"replayed"} if gemm_library() else set()
+    )
     crossed = [e["args"]["bytes_all_ranks"] for e in events if e.get("cat") == "collective"]
     assert crossed and min(crossed) > 0
 

@@ -87,7 +87,7 @@ def test_layer_parts_add_up_to_the_step(folder: Path, capsys: pytest.CaptureFixt
     for name in ("all-reduce", "attn-tp-input-scattered"):
         values = {work: variants[name]["values"] for work, variants in found.items() if not work.startswith(" ")}
         assert list(values) == [
-            "low-rank projection", "norm", "communication", "rest", "outside the walk", "whole step",
+            "low-rank projection", "norm", "communication", "rest", "outside the plan", "whole step",
         ]  # fmt: skip
         whole = values.pop("whole step")
         assert [sum(parts) for parts in zip(*values.values(), strict=True)] == pytest.approx(whole)
@@ -119,7 +119,7 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
         assert len({plan["rounds"] for plan in one["plans"]}) == 1, "plans take turns"
         for plan in one["plans"]:
             assert plan["rounds"] >= 5 and plan["outside_ms"] >= 0
-            assert plan["walk_ms"] > 0 and plan["measured_ms"] > 0
+            assert plan["execution_ms"] > 0 and plan["measured_ms"] > 0
             assert plan["predicted_ms"] > 0 and plan["sources"] == {"roofline": pytest.approx(1)}
             by_class: dict[str, float] = {}
             for step in plan["steps"]:
@@ -367,4 +367,4 @@ def test_a_trace_of_a_bench(
     events = json.loads(file.read_text())["traceEvents"]
     assert rows <= {event["args"]["rows"] for event in events if event.get("cat") == "step"}
     steps = sum(event.get("cat") == "step" for event in events)
-    assert sum(event.get("cat") == "walk" for event in events) == 2 * steps > 0
+    assert sum(event.get("cat") == "execution" for event in events) == 2 * steps > 0

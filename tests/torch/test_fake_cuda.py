@@ -4,15 +4,15 @@ torch's FakeTensorMode propagates shapes, dtypes and devices and computes nothin
 Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and Communicator, whose
 NCCL is torch's fake process group. A step has three parts, and each has its rules:
 
-- before the walk (ids, page tables, row counts, sampling parameters): host work and copies to the device; no reading of
+- before the plan (ids, page tables, row counts, sampling parameters): host work and copies to the device; no reading of
   device tensors, and no op that mixes devices;
-- the walk (every stage and move of the plan, sampling too): no tensor outside the device, not even an index or a 0-dim
+- the plan (every stage and move of the plan, sampling too): no tensor outside the device, not even an index or a 0-dim
   one (``x[0] = 1`` makes one, ``fill_`` does not), nothing whose result or shape the host must wait for, no op without
   a CUDA kernel;
-- after the walk: the host reads the sampled ids and the log-probabilities of rows whose request asked, in one place.
+- after the plan: the host reads the sampled ids and the log-probabilities of rows whose request asked, in one place.
 
-Of sampling, so, the random numbers (from seed and position), temperatures and filters are host work before the walk;
-penalties, filters and draws run in the walk; log-probabilities are cut out and read after it.
+Of sampling, so, the random numbers (from seed and position), temperatures and filters are host work before the plan;
+penalties, filters and draws run in the plan; log-probabilities are cut out and read after it.
 
 The planted faults at the end show that each rule bites.
 """
@@ -168,8 +168,8 @@ class StepGuard(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.stage = ""
-        """The stage or move that is being walked; empty before and after the walk."""
-        self.walked: set[str] = set()
+        """The stage or move that is running; empty before and after the plan."""
+        self.seen: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -180,9 +180,9 @@ class StepGuard(TorchDispatchMode):
         if is_composite(func):  # in inference mode these come whole: look at what they are made of
             with self:
                 return func.decompose(*args, **kwargs)
-        where = f"{self.stage or 'outside the walk'}: {func}"
+        where = f"{self.stage or 'outside the plan'}: {func}"
         if self.stage:
-            self.walked.add(self.stage)
+            self.seen.add(self.stage)
             if func.namespace == "aten" and func.name() not in ops_with_cuda_kernels():
                 raise StepError(f"{where} has no CUDA kernel")
             if func.overloadpacket in _INDEXING and any(index.dtype == torch.bool for index in _tensors(args[1])):
@@ -375,7 +375,7 @@ class Ranks:
 
         return around
 
-    def walk(self, batches: Sequence[Batch], layout: str) -> None:
+    def run(self, batches: Sequence[Batch], layout: str) -> None:
         """Run the batches, in order, on every one of the ranks."""
         if layout not in self.plans:
             self.plans[layout] = {want: PlanCache(planner, layout, 1024) for want, planner in self.planners.items()}
@@ -387,7 +387,7 @@ class Ranks:
                 with torch.inference_mode(), self.fake, self.guard:
                     worker.step(batch, plan)
                 assert worker.num_reads == before + 1
-                assert {op.name for _, op in plan.ops() if op.stage is not None} <= self.guard.walked
+                assert {op.name for _, op in plan.ops() if op.stage is not None} <= self.guard.seen
                 ids = worker._samples
                 assert ids.device == CUDA and ids.shape == (batch.num_logit_rows,) and ids.dtype == torch.int64
 
@@ -463,7 +463,7 @@ def test_every_named_layout_stays_on_the_device_and_never_waits(
     run = Ranks(FAMILIES[family], tmp_path, named_layout(names[0], config, MESH).sharding, ranks)
     for name in names:
         assert named_layout(name, config, MESH).sharding == run.resolved.sharding
-        run.walk(STEPS, name)
+        run.run(STEPS, name)
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
@@ -480,7 +480,7 @@ def test_auto_stays_on_the_device_and_never_waits(
 ) -> None:
     config = read_config(FAMILIES[family])
     run = Ranks(FAMILIES[family], tmp_path, None if sharding == "chosen" else sharding_choices(config, MESH)[-1], ranks)
-    run.walk((*STEPS, SAMPLED, SAMPLED_AGAIN), "auto")
+    run.run((*STEPS, SAMPLED, SAMPLED_AGAIN), "auto")
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
@@ -488,7 +488,7 @@ def test_auto_stays_on_the_device_and_never_waits(
 def test_batch_invariant_steps_stay_on_the_device_and_never_wait(
     family: str, ranks: tuple[int, ...], tmp_path: Path
 ) -> None:
-    Ranks(FAMILIES[family], tmp_path, None, ranks, batch_invariant=True).walk(STEPS, "auto")
+    Ranks(FAMILIES[family], tmp_path, None, ranks, batch_invariant=True).run(STEPS, "auto")
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
@@ -507,7 +507,7 @@ def test_encoded_rows_stay_on_the_device_and_never_wait(
     run = Ranks(FAMILIES[family], tmp_path, WeightSharding(), ranks, encode_rows=encode_rows)
     for layout in ("sequence-parallel", "norm-before-gather"):
         assert run.planners[False].plan(PlanCache(run.planners[False], layout, 1024).shape(KEY), layout).encodings
-        run.walk(STEPS, layout)
+        run.run(STEPS, layout)
 
 
 # Planted faults. Each is put into an op, or where the step hands tensors to ops, and must be found in a llama.
@@ -550,10 +550,10 @@ def test_a_fault_in_an_op_is_found_and_its_stage_named(
         plant(x)
         return act_mul(x, hidden_act)
 
-    llama.walk([PREFILL], "auto")
+    llama.run([PREFILL], "auto")
     monkeypatch.setattr(mlp, "act_mul", faulty)
     with pytest.raises(error) as found:
-        llama.walk([PREFILL], "auto")
+        llama.run([PREFILL], "auto")
     assert "in mlp, layer 0, rank 0" in found.value.__notes__
 
 
@@ -566,7 +566,7 @@ def test_experts_counted_on_the_host_are_found(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(moe, "experts_mlp", counted)
     with pytest.raises(DynamicOutputShapeException) as found:
-        Ranks(FAMILIES["qwen3_moe"], tmp_path, None, ranks=(0,)).walk([PREFILL], "auto")
+        Ranks(FAMILIES["qwen3_moe"], tmp_path, None, ranks=(0,)).run([PREFILL], "auto")
     assert "in experts, layer 0, rank 0" in found.value.__notes__
 
 
@@ -580,16 +580,16 @@ def test_selected_rows_on_the_host_are_found(llama: Ranks, monkeypatch: pytest.M
 
     monkeypatch.setattr(Program, "frame", on_host)
     with pytest.raises(FakeTensorDeviceMismatchError, match="cuda:0 and cpu"):
-        llama.walk([PREFILL], "auto")
+        llama.run([PREFILL], "auto")
 
 
 def test_a_send_buffer_on_the_host_is_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama.workers[0].comm._buffers, "_device", torch.device("cpu"))
     with pytest.raises(StepError, match=r"aten\.empty\.\w+ has tensors on \['cpu'\]"):
-        llama.walk([PREFILL], "auto")
+        llama.run([PREFILL], "auto")
 
 
-def test_samples_read_before_the_walk_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_read_before_the_plan_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that refer to the previous step's samples stay on the device: the host is a step ahead of them."""
     ids = Worker._ids
 
@@ -597,13 +597,13 @@ def test_samples_read_before_the_walk_are_found(llama: Ranks, monkeypatch: pytes
         self._samples.cpu()
         return ids(self, batch)
 
-    llama.walk([PREFILL, DECODE], "auto")
+    llama.run([PREFILL, DECODE], "auto")
     monkeypatch.setattr(Worker, "_ids", read)
-    with pytest.raises(StepError, match=r"outside the walk: .* reads the device on the host"):
-        llama.walk([DECODE], "auto")
+    with pytest.raises(StepError, match=r"outside the plan: .* reads the device on the host"):
+        llama.run([DECODE], "auto")
 
 
-def test_log_probabilities_read_within_the_walk_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_read_within_the_plan_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     call = RowSampler.__call__
 
     def at_once(self: RowSampler, logits_TV: Tensor) -> Tensor:
@@ -611,7 +611,7 @@ def test_log_probabilities_read_within_the_walk_are_found(llama: Ranks, monkeypa
         self.logprobs()
         return ids_T
 
-    llama.walk([PREFILL, SAMPLED], "auto")
+    llama.run([PREFILL, SAMPLED], "auto")
     monkeypatch.setattr(RowSampler, "__call__", at_once)
     with pytest.raises(DataDependentOutputException):
-        llama.walk([SAMPLED], "auto")
+        llama.run([SAMPLED], "auto")

@@ -56,14 +56,14 @@ def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: E
     assert [step.phase for step in run.steps] == ["prefill", "decode", "decode"] and run.num_cut > 0
     assert not run.clocks and run.num_ranks == 2
     for step in run.steps:
-        for walk in step.walks:
-            assert len(walk.starts) == len(walk.ends) == step.plan.num_ops
-            assert step.submitted <= walk.starts[0] and walk.ends[-1] <= step.done
-            assert all(start <= end for start, end in zip(walk.starts, walk.ends, strict=True))
-            assert all(end <= start for end, start in zip(walk.ends, walk.starts[1:], strict=False))
+        for execution in step.executions:
+            assert len(execution.starts) == len(execution.ends) == step.plan.num_ops
+            assert step.submitted <= execution.starts[0] and execution.ends[-1] <= step.done
+            assert all(start <= end for start, end in zip(execution.starts, execution.ends, strict=True))
+            assert all(end <= start for end, start in zip(execution.ends, execution.starts[1:], strict=False))
             crosses = [s.move is not None and s.move.kind is not MoveKind.SLICE for _, s in step.plan.ops()]
-            assert [bool(received) for received in walk.received] == crosses and any(crosses)
-    assert run.steps[0].group_rows == (6,) and run.steps[0].walks[0].rows[0] in (3, 6)
+            assert [bool(received) for received in execution.received] == crosses and any(crosses)
+    assert run.steps[0].group_rows == (6,) and run.steps[0].executions[0].rows[0] in (3, 6)
     assert {span.name for span in run.host} == {"schedule", "plan", "hand out", "commit"}
     run_all(engine)  # nothing is around the steps any more
 
@@ -75,7 +75,7 @@ def test_ranks_keep_no_more_steps_than_they_were_told(engine: Engine) -> None:
     recorded = engine.end_trace(tracer).result()
     assert [len(kept.bounds) for kept in recorded] == [2, 2]
     assert all(kept.bounds[-1] == len(kept.starts) == len(kept.received) for kept in recorded)
-    assert not recorded[0].walk(2).starts
+    assert not recorded[0].execution(2).starts
 
 
 def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
@@ -86,12 +86,12 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     run = tracer.run(engine.end_trace(tracer).result(), "one")
     counted = added(engine.readings(), {})
     clocked = profile_rows(engine.readings("clock"))
-    crossed = sum(sum(walk.received) for step in run.steps for walk in step.walks)
+    crossed = sum(sum(execution.received) for step in run.steps for execution in step.executions)
     assert sum(each.nbytes for each in counted.values()) == crossed > 0
     num_steps = sum(step.plan.num_ops for step in run.steps)
     between = [row for row in clocked if row.price_class == BETWEEN]
     assert sum(row.calls for row in clocked if row not in between) == num_steps
-    assert sum(row.calls for row in between) == num_steps - len(run.steps), "between each two of a walk"
+    assert sum(row.calls for row in between) == num_steps - len(run.steps), "between each two of an execution"
     engine.instrument(None)
     run_all(engine)
     assert profile_rows(engine.readings("clock")), "it is still there"
@@ -126,9 +126,7 @@ def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     assert all(row.ratio is None for row in slices) and len(slices) < len(rows)
 
 
-def test_what_is_between_the_steps_of_a_walk_is_a_row_of_its_own(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_between_the_ops_is_a_row_of_its_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = {"embed": (0.2, 0.0), "lm_head": (0.0, 0.02)}  # before and after a step: before the first is between none
     now, run = [0.0], StepRecord.run
     monkeypatch.setattr(step_record, "perf_counter", lambda: now[0])

@@ -47,7 +47,7 @@ class PriceClass(StrEnum):
     LM_HEAD = "lm_head"
     SAMPLE = "sample"
     HOST = "host"
-    """Beside the walk of the plan: handing the step to the ranks, its inputs, its result. No stage's."""
+    """Outside the plan: handing the step to the ranks, its inputs, its result. No stage's."""
 
 
 class RowSet(StrEnum):

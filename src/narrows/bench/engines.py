@@ -97,8 +97,8 @@ def running_variants(
 ) -> Iterator[tuple[RunningVariant, ...]]:
     """Start the engines of the variants, and close them at the end. ``trace`` records them, warm-up included.
 
-    Layouts that share an engine hold weights in the published sharding, which named layouts need; a single layout has the
-    sharding that is best for it.
+    Layouts that share an engine hold weights in the published sharding, which named layouts need; a single layout has
+    the sharding that is best for it.
     """
     layouts: dict[EngineConfig, list[str]] = {}
     for variant in variants:

@@ -26,7 +26,7 @@ WITHIN = 0.03
 class PlanTimes:
     """One plan in one cell. ``step_s``: seconds of the whole step by round, without clocks around its ops.
     ``clocked_s``: rounds with a clock around every op: what each cost in the plan's order, together as long as the
-    mean rank walked; a wait for another rank's work counts as that work (`calibrate/wait_attribution.py`)."""
+    mean rank took; a wait for another rank's work counts as that work (`calibrate/wait_attribution.py`)."""
 
     layouts: tuple[str, ...]
     plan: Plan
@@ -48,19 +48,19 @@ class PlanTimes:
         return quantile(self.step_s, 0.5)
 
     @cached_property
-    def walk(self) -> float:
-        """The median walk of the plan, in the rounds with clocks."""
+    def execution(self) -> float:
+        """Median seconds of the plan's execution, in the rounds with clocks."""
         return quantile([sum(times) for times in self.clocked_s], 0.5)
 
     @property
     def outside(self) -> float:
-        """What is beside the walk: batch and result on their way, row counts, page tables."""
-        return max(self.seconds - self.walk, 0.0)
+        """Seconds outside the plan: transport of batch and result, row counts, page tables."""
+        return max(self.seconds - self.execution, 0.0)
 
     @property
-    def walk_error(self) -> float:
-        """Predicted over measured walk, less 1."""
-        return (self.plan.seconds - self.plan.host.seconds) / self.walk - 1
+    def execution_error(self) -> float:
+        """Predicted over measured seconds of the plan's execution, less 1."""
+        return (self.plan.seconds - self.plan.host.seconds) / self.execution - 1
 
     @property
     def error(self) -> float:
@@ -114,8 +114,8 @@ class PlanTimes:
             "rounds": len(self.step_s),
             "predicted_ms": 1e3 * self.plan.seconds,
             "error": self.error,
-            "walk_ms": 1e3 * self.walk,
-            "walk_error": self.walk_error,
+            "execution_ms": 1e3 * self.execution,
+            "execution_error": self.execution_error,
             "outside_ms": 1e3 * self.outside,
             "sources": self.sources,
             "classes_ms": {
@@ -221,7 +221,7 @@ class Cell:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """All cells. ``surely_wrong``: those whose regret is beyond 3 % with 90 % confidence. Errors are of every plan in
-    every cell, without their signs; ``mean_walk_error`` is towards the walk alone."""
+    every cell, without their signs; ``mean_execution_error`` is of the plan's execution alone."""
 
     cells: int
     right: int
@@ -231,7 +231,7 @@ class Summary:
     worst_step: str
     mean_regret: float
     mean_error: float
-    mean_walk_error: float
+    mean_execution_error: float
     named_worst_regret: float
 
 
@@ -249,7 +249,7 @@ def summary(cells: Sequence[Cell]) -> Summary:
         worst_step=worst.title,
         mean_regret=sum(cell.regret for cell in cells) / len(cells),
         mean_error=sum(abs(one.error) for one in plans) / len(plans),
-        mean_walk_error=sum(abs(one.walk_error) for one in plans) / len(plans),
+        mean_execution_error=sum(abs(one.execution_error) for one in plans) / len(plans),
         named_worst_regret=max(cell.named_regret for cell in cells),
     )
 

@@ -1,7 +1,7 @@
-"""How long a prompt takes by its length, and a decode step by its batch; beside what the machine allows in that round.
+"""Measures prefill by prompt length and decode steps by batch size, beside what the machine allows in the same round.
 
-Knows running_variants, requests and rates; prints nothing. A decode step is timed between the tokens of requests that all
-run; the bytes that it must read are counted from the experts that its own kind of step was seen to hit.
+A decode step is timed between the tokens of running requests. The bytes that it must read are counted from the experts
+that steps of its kind were seen to use.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ PUBLISHED = {
     PriceClass.COMMUNICATION: "communication",
 }
 """The rows of the published table; all other classes of steps are the rest."""
-REST, TOTAL, OUTSIDE = "rest", "whole step", "outside the walk"
+REST, TOTAL, OUTSIDE = "rest", "whole step", "outside the plan"
 
 
 def layer(
@@ -102,5 +102,5 @@ def _run(one: RunningVariant, batch: Batch, plan: Plan) -> dict[str, float]:
     for row in profile_rows(engine.readings()):
         if row.price_class != BETWEEN:
             by_class[row.price_class] += row.seconds
-    walked = sum(by_class.values())
-    return published_parts(by_class) | {OUTSIDE: max(seconds - walked, 0.0), TOTAL: seconds}
+    executed = sum(by_class.values())
+    return published_parts(by_class) | {OUTSIDE: max(seconds - executed, 0.0), TOTAL: seconds}

@@ -19,11 +19,11 @@ from narrows.bench.interleave import interleave
 from narrows.calibrate.machine import available_memory
 from narrows.calibrate.rates import Calibrator, rates
 from narrows.calibrate.statistics import Spread, quantile
-from narrows.calibrate.step_work import IN_FLIGHT, StepWork, clocked_walks, fill_caches, run_steps, step_title
+from narrows.calibrate.step_work import IN_FLIGHT, StepWork, attributed_op_times, fill_caches, run_steps, step_title
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.walk_times import WalkTimes
+from narrows.engine.op_times import OpTimes
 from narrows.errors import ConfigError
 from narrows.plan.named import shared_plans
 from narrows.plan.plan import Plan
@@ -186,7 +186,7 @@ class _Cell:
         warmup = warmup if turn[0] else 0  # the first of a long step is warm-up enough: what is new takes milliseconds
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
         whole = interleave(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
-        self.engine.instrument(WalkTimes)
+        self.engine.instrument(OpTimes)
         clocked = interleave(
             {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
             rounds=min(rounds, _CLOCKED_ROUNDS),
@@ -225,7 +225,7 @@ class _Cell:
         return quantile(seconds[-count:], 0.5)
 
     def _clocked(self, plan: Plan, untimed: int, count: int) -> tuple[float, ...]:
-        """Seconds that every op of a run cost, the mean over the walks of a turn."""
+        """Seconds that every op of a run cost, the mean over the runs of a turn."""
         run_steps(self.engine, self.batch, plan, untimed + count)
-        walks = clocked_walks(self.engine, plan)[-count:]
-        return tuple(sum(of_walks) / len(walks) for of_walks in zip(*walks, strict=True))
+        executions = attributed_op_times(self.engine, plan)[-count:]
+        return tuple(sum(of_op) / len(executions) for of_op in zip(*executions, strict=True))

@@ -1,7 +1,7 @@
-"""Measures a machine's prices: steps of plans as ranks walk them, and collectives alone; gives the tables of a profile.
+"""Measures a machine's prices: steps of plans as ranks run them, and collectives alone; gives the tables of a profile.
 
 Knows engines of few layers, clocks around the steps of their plans, and probes; what the seconds mean is
-`price_tables.py`'s. Prints and writes nothing. Stages and collectives are timed where they run, in a walk: with cold
+`price_tables.py`'s. Prints and writes nothing. Stages and collectives are timed where they run, in a plan: with cold
 caches, and with the waits that there are between ranks. Everything is gone through in rounds, so that a slow while of
 the machine falls on all of it.
 """
@@ -21,10 +21,10 @@ from narrows.calibrate.price_tables import OPS, Calibration, Tables, axis_of
 from narrows.calibrate.probe import Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import quantile
-from narrows.calibrate.step_work import StepWork, clocked_walks, fill_caches, run_steps, step_title
+from narrows.calibrate.step_work import StepWork, attributed_op_times, fill_caches, run_steps, step_title
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.walk_times import WalkTimes
+from narrows.engine.op_times import OpTimes
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, shared_plans
@@ -182,7 +182,7 @@ def _measure_plans(
     say: Callable[[str], None],
 ) -> None:
     fill_caches(engine)
-    engine.instrument(WalkTimes)
+    engine.instrument(OpTimes)
     where = f"{engine.resolved.config.name} on {engine.resolved.mesh}"
     todo = [_Cell(engine, work, layouts) for work in _cells(grid)]
     pace = _PACE
@@ -273,13 +273,13 @@ def _time(tables: Tables, engine: Engine, batch: Batch, plan: Plan, *, seconds: 
         times, drop = run_steps(engine, batch, plan, 2), 2
     if some := min(int(seconds / (times[-1] - times[-2])), _MOST_STEPS):
         times, drop = run_steps(engine, batch, plan, some + 1), 4
-    walks = clocked_walks(engine, plan)[drop:]
-    for walk in walks:
-        tables.book_walk(plan, walk)
+    executions = attributed_op_times(engine, plan)[drop:]
+    for execution in executions:
+        tables.add_execution(plan, execution)
     whole = quantile([end - start for start, end in pairwise(times)][min(drop, 1) :], 0.5)
-    walked = quantile([sum(walk) for walk in walks], 0.5)
+    executed = quantile([sum(execution) for execution in executions], 0.5)
     table = tables.steps.setdefault(plan.shape.phase, {})
-    table.setdefault(plan.shape.rows.total, []).append(max(whole - walked, 1e-6))
+    table.setdefault(plan.shape.rows.total, []).append(max(whole - executed, 1e-6))
     return whole
 
 

@@ -1,7 +1,7 @@
 """What a calibration has found, as it is found, and the tables of a profile that it makes. PURE.
 
 Knows plans, seconds, and what a price is looked up by; measures nothing. A collective that was measured alone is scaled
-by what others of its size cost in a walk against alone.
+by what others of its size cost in a plan against alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Tables:
         self.left_out: dict[str, None] = {}
         self.dtype = "bf16"
 
-    def book_walk(self, plan: Plan, seconds: Sequence[float]) -> None:
+    def add_execution(self, plan: Plan, seconds: Sequence[float]) -> None:
         """What the ops of one run of ``plan`` took, layers of a kind averaged."""
         found: dict[int, tuple[Op, list[float]]] = {}
         for (_, op), taken in zip(plan.ops(), seconds, strict=True):
@@ -103,23 +103,23 @@ class Tables:
             yield StageTable(stage=price_class, work=list(work), dtype=dtype, phase=phase, points=points)
 
     def _collectives(self) -> Iterator[CollectiveTable]:
-        """Each as it was in walks where it occurred there at its size, else alone times what walks add at that size."""
+        """Each as it was in a plan that has it at its size, else its time alone times the factor at that size."""
         for phase, moves in self.moves.items():
             added = _added(moves, self.alone)
             for key in dict.fromkeys((*self.alone, *moves)):
                 (op, num_ranks, axis), alone = key, self.alone.get(key, {})
                 table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
-                if walks := moves.get(key):
-                    walks = _merged(walks)
-                    least, most = min(walks), max(walks)
-                    table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | walks
+                if executions := moves.get(key):
+                    executions = _merged(executions)
+                    least, most = min(executions), max(executions)
+                    table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | executions
                 if len(table) < 2:
                     continue
                 yield CollectiveTable(op=op, ranks=num_ranks, axis=axis, phase=phase, points=_rows(table))
 
 
 def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
-    """Sizes that lie within a fifth of each other as one, at their mean: what differs there is the walk."""
+    """Sizes that lie within a fifth of each other as one, at their mean: what differs there is the plan."""
     merged: dict[int, list[float]] = {}
     together: list[int] = []
     for nbytes in [*sorted(table), 1 << 62]:
@@ -133,7 +133,7 @@ def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
 def _added(
     moves: dict[tuple[str, int, str], dict[int, list[float]]], alone: dict[tuple[str, int, str], dict[int, list[float]]]
 ) -> Callable[[float], float]:
-    """By what factor a collective of so many bytes takes longer in a walk than alone: the median of all those that
+    """By what factor a collective of so many bytes takes longer in a plan than alone: the median of all those that
     were seen both ways at about that size, at least 1."""
     ratios: dict[int, list[float]] = {}
     for key, table in moves.items():

@@ -1,6 +1,6 @@
 """One step of the engine made by hand: a batch of exactly the rows asked for, run without a scheduler.
 
-Knows batches, limits, plans, and what ranks' clocks say of their walks; decides nothing by it.
+Knows batches, limits, plans, and what ranks' clocks say of their executions; decides nothing by it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from narrows.ranks.affinity import num_cores
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
-__all__ = ["IN_FLIGHT", "StepWork", "clocked_walks", "fill_caches", "run_steps", "step_title"]
+__all__ = ["IN_FLIGHT", "StepWork", "attributed_op_times", "fill_caches", "run_steps", "step_title"]
 
 _FILLED_AT_ONCE = 4096
 IN_FLIGHT = 2
@@ -129,9 +129,10 @@ def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[floa
     return times
 
 
-def clocked_walks(engine: Engine, plan: Plan) -> list[list[float]]:
-    """Seconds that each step cost in every walk of ``plan`` since the last call: see :func:`attribute_waits`. All ranks
-    have had :class:`WalkTimes` around their ops, and walked no other plan."""
+def attributed_op_times(engine: Engine, plan: Plan) -> list[list[float]]:
+    """Seconds that each op cost in every run of ``plan`` since the last call (see :func:`attribute_waits`).
+
+    :class:`OpTimes` has read the steps of all ranks, and they have run no other plan."""
     asked, num = engine.resolved.asked, plan.num_ops
     at_once = num_cores() / engine.resolved.threads if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
     meets = [op.meets for _, op in plan.ops()]

@@ -193,7 +193,7 @@ def _print(profile: Profile, found: Calibration, path: Path) -> None:
         middle = f"{exchanged[len(exchanged) // 2]:.1%}"
         table.add_row("collectives", str(len(measured.collectives)), str(len(exchanged)), middle)
     table.add_row(
-        "steps beside the walk", str(len(measured.steps)), str(sum(len(s.points) for s in measured.steps)), ""
+        "steps outside the plan", str(len(measured.steps)), str(sum(len(s.points) for s in measured.steps)), ""
     )
     out.print(table)
     out.print(

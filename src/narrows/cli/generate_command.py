@@ -210,7 +210,7 @@ def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
     total = sum(row.seconds for row in rows)
     between = sum(row.seconds for row in rows if row.price_class == BETWEEN)
     predicted = sum(row.predicted for row in rows)
-    title = f"{phase}: {total * 1e3:.1f} ms in the walk of the plan, {between / total:.1%} of it between steps "
+    title = f"{phase}: {total * 1e3:.1f} ms executing the plan, {between / total:.1%} of it between steps "
     title += f"(Python), mean of {num_ranks} rank(s)"
     if predicted:
         title += f"; {predicted * 1e3:.1f} ms were predicted (x {total / predicted:.2f})"

@@ -178,7 +178,7 @@ def _cell(cell: Cell, axis: _Axis) -> _CellView:
         for c in PriceClass
         if c in names
     ]
-    table.append(("outside the walk", tuple(ms(one.outside) for one in plans)))
+    table.append(("outside the plan", tuple(ms(one.outside) for one in plans)))
     table.append(("whole step", tuple(f"{ms(one.seconds)} ({ms(one.plan.seconds)})" for one in plans)))
     return _CellView(
         title=cell.title,

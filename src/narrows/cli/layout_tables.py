@@ -26,7 +26,7 @@ def print_grid(grid: Grid, out: Console) -> None:
     out.print(f"regret: worst {percent(found.worst_regret)}{worst}, mean {percent(found.mean_regret)}", markup=False)
     out.print(
         f"mean error of a plan's price: {percent(found.mean_error)} of the whole step, "
-        f"{percent(found.mean_walk_error)} of its walk",
+        f"{percent(found.mean_execution_error)} of its execution",
         markup=False,
     )
 
@@ -43,8 +43,8 @@ def _cell_table(cell: Cell) -> Table:
         if any(measured):
             pairs = zip(measured, totals, strict=True)
             table.add_row(f"  {name}", *(_pair(seconds, total[name]) for seconds, total in pairs))
-    table.add_row("walk of the plan", *(ms(one.walk) for one in cell.plans))
-    table.add_row("outside the walk", *(ms(one.outside) for one in cell.plans))
+    table.add_row("execution of the plan", *(ms(one.execution) for one in cell.plans))
+    table.add_row("outside the plan", *(ms(one.outside) for one in cell.plans))
     table.add_row("whole step", *(_pair(one.seconds, one.plan.seconds) for one in cell.plans), style="bold")
     table.add_row("price less measured", *(f"{one.error:+.1%}" for one in cell.plans))
     table.add_row("auto over it", *(f"{cell.chosen_over(one).median:.3f}" for one in cell.plans))

@@ -17,9 +17,9 @@ class _OldSpelling(argparse.Action):
         self.new = new
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any
-    ) -> None:  # type: ignore[override]
-        print(f"{option} is now {self.new}; the old spelling goes with the next release", file=sys.stderr)
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        print(f"{option_string} is now {self.new}; the old spelling goes with the next release", file=sys.stderr)
         setattr(namespace, self.dest, values)
 
 

@@ -232,7 +232,7 @@ class Measured:
         return None if self._copies is None else self._copies.at(nbytes)
 
     def step(self, phase: str, rows: int) -> Price | None:
-        """Seconds of a step outside of the walk of its plan."""
+        """Seconds of a step outside its plan."""
         curve = self._steps.get(phase)
         return None if curve is None else curve.at(max(rows, 1))
 

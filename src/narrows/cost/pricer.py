@@ -232,11 +232,11 @@ class Pricer:
         else:
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
-        price = self._walked(move.kind.value, move, nbytes)
+        price = self._measured_in_plan(move.kind.value, move, nbytes)
         price = price or collective_price(self.device, op, n, nbytes, graph=self.graph)
         return OpPrice(price.ps, rows, nbytes, price.source)
 
-    def _walked(self, op: str, move: Move, nbytes: int) -> Price | None:
+    def _measured_in_plan(self, op: str, move: Move, nbytes: int) -> Price | None:
         """What a collective was measured to take among such ranks."""
         if self.device.measured is None or not nbytes:
             return None
@@ -250,7 +250,7 @@ class Pricer:
         price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
         if price.nbytes > self.device.fused_norm_bytes:
             return price.plus(replace(normed, ps=normed.ps + 1))
-        if (found := self._walked(REDUCE_NORM, move, price.nbytes)) is not None:
+        if (found := self._measured_in_plan(REDUCE_NORM, move, price.nbytes)) is not None:
             return OpPrice(found.ps, price.rows, price.nbytes, found.source)
         launch = round(self.device.launch_s * 1e12) if normed.nbytes else 0
         return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
@@ -271,7 +271,7 @@ class Pricer:
     def add(self, layout: Layout, row_bytes: int, row_set: RowSet, *, joins: bool) -> OpPrice:
         """Adding an addend held at ``layout`` to rows (or to this rank's rows of an owed sum): two reads, one write.
 
-        ``joins``: to an owed sum. Where collectives were measured in walks, an addend that they take along is in their
+        ``joins``: to an owed sum. Where collectives were measured in plans, an addend that they take along is in their
         price, and what is left is the handing over.
         """
         rows = self._rows(row_set, layout)

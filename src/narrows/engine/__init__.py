@@ -1,1 +1,1 @@
-"""The engine: plans bound to models and walked, requests scheduled, text out; and the proof that layouts agree."""
+"""The engine: binds plans to models, schedules requests, runs steps, gives text."""

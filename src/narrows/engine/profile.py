@@ -23,7 +23,7 @@ __all__ = ["BETWEEN", "Counts", "Expected", "ProfileRow", "StepClock", "profile_
 
 
 BETWEEN = "between"
-"""The class under which is booked what lies between the ops of a walk: Python, registers, clocks."""
+"""The class of the time between the ops of a plan: Python, registers, clocks."""
 
 
 class _Kind(NamedTuple):

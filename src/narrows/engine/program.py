@@ -1,7 +1,7 @@
-"""A plan bound to one rank's model and communicator: a flat tuple of callables, walked once per step.
+"""A plan bound to one rank's model and communicator: a flat tuple of callables that run in order once per step.
 
 Knows plan steps, the model's methods and movers; decides nothing. Binding resolves every name: fields become numbered
-registers, stages bound methods, moves movers. The walk looks nothing up by name and asks for no layout; what changes
+registers, stages bound methods, moves movers. A step looks nothing up by name and asks for no layout; what changes
 from step to step (row counts) comes as a :class:`Frame`, computed once per step for each distinct move.
 
 An addend that joins an owed sum is not added when its step comes: it is handed to the move that completes the sum,
@@ -98,7 +98,7 @@ class Program:
         )
 
     def run(self, frame: Frame, ids: Tensor, record: StepRecord | None = None) -> Registers:
-        """Walk the plan once; the registers hold what :attr:`outputs` names. ``record``: keep times there."""
+        """Run the plan once; the registers hold what :attr:`outputs` names. ``record``: keep times there."""
         registers = self.registers(ids)
         self.run_from(0, registers, frame, record)
         return registers
@@ -130,7 +130,7 @@ def bind(
 ) -> Program:
     """Bind ``plan`` to one rank's ``model`` and ``comm``.
 
-    ``checked``: after every op the rows and columns of what it wrote are compared with its layout. ``validate``: walk
+    ``checked``: after every op the rows and columns of what it wrote are compared with its layout. ``validate``: check
     the plan's layouts first; only a test that plants a fault switches that off.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from narrows.engine.calls import RankWorker
 from narrows.engine.step_record import StepRecord, Wants
 from narrows.plan.plan import Plan
-from narrows.plan.trace import HostSpan, TracedStep, TraceRun, Walk
+from narrows.plan.trace import Execution, HostSpan, TracedStep, TraceRun
 from narrows.ranks.calls import Ranks
 from narrows.sched.batch import Batch
 from narrows.sched.stats import SchedulerStats
@@ -38,8 +38,8 @@ _SPANS_PER_STEP = 8
 
 
 class Recorded(NamedTuple):
-    """What one rank has kept: of each walk where it ends in the arrays and how many of its operations were replayed,
-    and of each operation four numbers."""
+    """What one rank has kept: for each execution its end in the arrays and the number of its replayed operations; for
+    each operation four numbers."""
 
     bounds: array[int]
     replayed: array[int]
@@ -48,13 +48,13 @@ class Recorded(NamedTuple):
     rows: array[int]
     received: array[int]
 
-    def walk(self, number: int) -> Walk:
-        """The ``number``-th walk; empty if it was not recorded."""
+    def execution(self, number: int) -> Execution:
+        """The ``number``-th execution; empty if it was not recorded."""
         if number >= len(self.bounds):
-            return Walk((), (), (), ())
+            return Execution((), (), (), ())
         start, stop = self.bounds[number - 1] if number else 0, self.bounds[number]
         own = slice(start, stop)
-        return Walk(self.starts[own], self.ends[own], self.rows[own], self.received[own], self.replayed[number])
+        return Execution(self.starts[own], self.ends[own], self.rows[own], self.received[own], self.replayed[number])
 
 
 class StepTracer:
@@ -169,9 +169,9 @@ class Tracer:
         for number, step in enumerate(self._steps):
             if step.done is None:
                 break
-            walks = [kept.walk(number) for kept in recorded]
-            for rank, walk in enumerate(walks):
-                if not number and (moved := _other_clock(walk, step)):
+            executions = [kept.execution(number) for kept in recorded]
+            for rank, execution in enumerate(executions):
+                if not number and (moved := _other_clock(execution, step)):
                     clocks[rank] = moved
             steps.append(
                 TracedStep(
@@ -182,7 +182,9 @@ class Tracer:
                     submitted=step.at,
                     begun=max(step.at, free),
                     done=step.done,
-                    walks=tuple(walk.moved(clocks.get(rank, 0.0)) for rank, walk in enumerate(walks)),
+                    executions=tuple(
+                        execution.moved(clocks.get(rank, 0.0)) for rank, execution in enumerate(executions)
+                    ),
                     counters=step.counters,
                 )
             )
@@ -190,9 +192,9 @@ class Tracer:
         return TraceRun(name=name, steps=tuple(steps), host=tuple(self._host), num_cut=self._num_cut, clocks=clocks)
 
 
-def _other_clock(walk: Walk, step: _Submitted) -> float:
-    """Seconds that a rank's times must be moved by, so that its walk ends when the host has heard of it; 0: none."""
+def _other_clock(execution: Execution, step: _Submitted) -> float:
+    """Seconds to move a rank's times by, so that its execution ends when the host has heard of it; 0: none."""
     assert step.done is not None
-    if not walk.starts or (walk.starts[0] > step.at - _SLACK_S and walk.ends[-1] < step.done + _SLACK_S):
+    if not execution.starts or (execution.starts[0] > step.at - _SLACK_S and execution.ends[-1] < step.done + _SLACK_S):
         return 0.0
-    return step.done - walk.ends[-1]
+    return step.done - execution.ends[-1]

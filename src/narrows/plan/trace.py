@@ -17,15 +17,15 @@ from typing import IO, Any
 from narrows.errors import ConfigError
 from narrows.plan.plan import Op, OpKind, Plan
 
-__all__ = ["HostSpan", "TraceRun", "TracedStep", "Walk", "check_trace_file", "trace_events", "write_trace"]
+__all__ = ["Execution", "HostSpan", "TraceRun", "TracedStep", "check_trace_file", "trace_events", "write_trace"]
 
 _HOST_TRACK, _STEP_TRACK, _RANK_TRACK = 1, 2, 1
 """Threads of the host's process (what it does; the steps, one after the other), and the one of a rank's."""
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """A plan as one rank walked it: one entry per step of the plan, in order, in seconds of the rank's clock.
+class Execution:
+    """A plan as one rank ran it: one entry per step of the plan, in order, in seconds of the rank's clock.
 
     ``rows`` that it has left, ``received``: bytes that came from other ranks (0 but for collectives). The first
     ``num_replayed`` of them were replayed from a capture, without Python in between; 0: all ran op by op.
@@ -37,17 +37,17 @@ class Walk:
     received: Sequence[int]
     num_replayed: int = 0
 
-    def moved(self, seconds: float) -> Walk:
-        """The same walk by a clock that is so far ahead of this one."""
+    def moved(self, seconds: float) -> Execution:
+        """The same execution by a clock that is so far ahead of this one."""
         starts, ends = ([time + seconds for time in times] for times in (self.starts, self.ends))
-        return Walk(starts, ends, self.rows, self.received, self.num_replayed)
+        return Execution(starts, ends, self.rows, self.received, self.num_replayed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedStep:
     """One step of an engine. ``submitted``, ``begun`` and ``done`` are seconds of the host's clock: when it was handed
     out, when the host had the answers of the step before (ranks go on before that), and when it had this one's.
-    ``walks`` by rank. ``counters``: what the scheduler held then (requests running and waiting, pages)."""
+    ``executions`` by rank. ``counters``: what the scheduler held then (requests running and waiting, pages)."""
 
     phase: str
     group_rows: tuple[int, ...]
@@ -56,7 +56,7 @@ class TracedStep:
     submitted: float
     begun: float
     done: float
-    walks: tuple[Walk, ...]
+    executions: tuple[Execution, ...]
     counters: Mapping[str, int]
 
 
@@ -82,7 +82,7 @@ class TraceRun:
 
     @property
     def num_ranks(self) -> int:
-        return len(self.steps[0].walks) if self.steps else 0
+        return len(self.steps[0].executions) if self.steps else 0
 
 
 def trace_events(runs: Sequence[TraceRun]) -> Iterator[dict[str, Any]]:
@@ -99,7 +99,7 @@ def trace_events(runs: Sequence[TraceRun]) -> Iterator[dict[str, Any]]:
 
 
 def _first(step: TracedStep) -> list[float]:
-    return [walk.starts[0] for walk in step.walks if walk.starts]
+    return [execution.starts[0] for execution in step.executions if execution.starts]
 
 
 def check_trace_file(file: str) -> None:
@@ -146,7 +146,7 @@ def _told(runs: Sequence[TraceRun]) -> dict[str, Any]:
     cut = {run.name: run.num_cut for run in runs if run.num_cut}
     moved = {run.name: {str(k): f"{s:.6f} s" for k, s in run.clocks.items()} for run in runs if run.clocks}
     out: dict[str, Any] = {
-        "predicted": "of the plan's bucket at its upper end (priced_rows of the walk) and its priced context",
+        "predicted": "of the plan's bucket at its upper end (priced_rows of the execution) and its priced context",
         "waits": "a collective's time holds the wait for the slowest rank",
         "clocks": "one clock for all ranks of this host (CLOCK_MONOTONIC)",
     }
@@ -224,7 +224,7 @@ def _host_events(run: TraceRun, pid: int, zero: float) -> Iterator[dict[str, Any
 
 
 def _flow(phase: str, run: TraceRun, number: int, rank: int, pid: int, tid: int, ts: float) -> dict[str, Any]:
-    """An end of the arrow from a step of the host to a rank's walk."""
+    """An end of the arrow from a step of the host to a rank's execution."""
     event = {"name": "step", "cat": "flow", "ph": phase, "pid": pid, "tid": tid, "ts": ts}
     event["id"] = f"{run.name}/{number}/{rank}"
     return event | {"bp": "e"} if phase == "f" else event
@@ -236,32 +236,34 @@ def _flow(phase: str, run: TraceRun, number: int, rank: int, pid: int, tid: int,
 def _rank_events(run: TraceRun, rank: int, pid: int, zero: float, *, host: int) -> Iterator[dict[str, Any]]:
     yield from _names(pid, f"{run.name}: rank {rank}", {_RANK_TRACK: "plan"})
     for number, traced in enumerate(run.steps):
-        walk, plan = traced.walks[rank], traced.plan
-        if not walk.starts:
+        execution, plan = traced.executions[rank], traced.plan
+        if not execution.starts:
             continue
-        start, end = _us(walk.starts[0] - zero), _us(walk.ends[-1] - zero)
+        start, end = _us(execution.starts[0] - zero), _us(execution.ends[-1] - zero)
         args = {
             "step": number,
             "phase": traced.phase,
             "priced_rows": plan.shape.rows.total,
             "predicted_us": _us(plan.seconds),
             "measured_us": round(end - start, 3),
-            "bytes_received": sum(walk.received),
-            "ran": _ran(walk),
+            "bytes_received": sum(execution.received),
+            "ran": _ran(execution),
         }
-        yield _span(f"walk {traced.phase}", "walk", pid, _RANK_TRACK, start, end, args)
+        yield _span(f"execution {traced.phase}", "execution", pid, _RANK_TRACK, start, end, args)
         yield _flow("f", run, number, rank, pid, _RANK_TRACK, start)
         for i, (layer, op) in enumerate(plan.ops()):
-            at, to = _us(walk.starts[i] - zero), _us(walk.ends[i] - zero)
-            yield _span(_title(op), _category(op), pid, _RANK_TRACK, at, to, _args(layer, op, walk, i, traced, to - at))
+            at, to = _us(execution.starts[i] - zero), _us(execution.ends[i] - zero)
+            yield _span(
+                _title(op), _category(op), pid, _RANK_TRACK, at, to, _args(layer, op, execution, i, traced, to - at)
+            )
 
 
-def _ran(walk: Walk) -> str:
-    """How the operations of a walk were run."""
-    if not walk.num_replayed:
+def _ran(execution: Execution) -> str:
+    """How the operations of an execution were run."""
+    if not execution.num_replayed:
         return "op by op"
-    rest = len(walk.starts) - walk.num_replayed
-    return "replayed" if not rest else f"{walk.num_replayed} operations replayed, {rest} op by op"
+    rest = len(execution.starts) - execution.num_replayed
+    return "replayed" if not rest else f"{execution.num_replayed} operations replayed, {rest} op by op"
 
 
 def _title(op: Op) -> str:
@@ -274,7 +276,9 @@ def _category(op: Op) -> str:
     return "collective" if op.meets else str(op.kind)
 
 
-def _args(layer: int | None, op: Op, walk: Walk, i: int, traced: TracedStep, measured_us: float) -> dict[str, Any]:
+def _args(
+    layer: int | None, op: Op, execution: Execution, i: int, traced: TracedStep, measured_us: float
+) -> dict[str, Any]:
     """What is shown of a step: where, what, how much, and predicted beside measured."""
     mesh = traced.plan.mesh
     reads, leaves = (layout.title(mesh) or str(layout) for layout in (op.layout, op.leaves))
@@ -285,14 +289,14 @@ def _args(layer: int | None, op: Op, walk: Walk, i: int, traced: TracedStep, mea
         "fields": "+".join(op.writes),
         "layout": reads if reads == leaves else f"{reads} -> {leaves}",
         "class": str(op.price_class),
-        "rows": walk.rows[i],
+        "rows": execution.rows[i],
         "predicted_us": _us(op.seconds),
         "measured_us": round(measured_us, 3),
         "source": op.source.label,
     }
     if op.meets:
-        args["bytes_received"] = walk.received[i]
-        args["bytes_all_ranks"] = sum(other.received[i] for other in traced.walks)
+        args["bytes_received"] = execution.received[i]
+        args["bytes_all_ranks"] = sum(other.received[i] for other in traced.executions)
         if op.encoded:
             args["encoded"] = "+".join(f"{name} {encoding}" for name, encoding in op.encoded.items())
     return args

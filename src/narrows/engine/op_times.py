@@ -9,10 +9,10 @@ from narrows.engine.step_record import StepRecord, Wants
 if TYPE_CHECKING:
     from narrows.engine.worker import Worker
 
-__all__ = ["WalkTimes"]
+__all__ = ["OpTimes"]
 
 
-class WalkTimes:
+class OpTimes:
     """Seconds of every operation; a reader of :meth:`Engine.instrument`."""
 
     wants = Wants.EVERY_OP
@@ -26,5 +26,5 @@ class WalkTimes:
         return seconds
 
     def take(self, record: StepRecord) -> None:
-        """Keep a walk's seconds."""
+        """Keep the seconds of one execution."""
         self._seconds += [end - start for start, end in zip(record.starts, record.ends, strict=True)]
