@@ -36,8 +36,8 @@ __all__ = ["Decoder", "DecoderLayer", "Loader", "RankContext", "StepInputs"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankContext:
     """What one rank computes with: its number in the mesh, weight sharding, dtype, device, slots of its KV cache, and
-    the most positions of a sequence. ``batch_invariant``: no row's bits depend on other rows. ``quantization``: how linear
-    weights are held."""
+    the most positions of a sequence. ``batch_invariant``: no row's bits depend on other rows. ``quantization``: how
+    linear weights are held."""
 
     mesh: Mesh
     rank: int
