@@ -35,7 +35,7 @@ from narrows.engine.recorder import Recorder
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import CollectiveMismatchError, ConfigError, PlanError, RankError
 from narrows.layout import Mesh, MoveKind, RowSplit
-from narrows.models import moe, parts
+from narrows.models import decoder, moe
 from narrows.models.decoder import StepInputs
 from narrows.models.moe import MoeLayer
 from narrows.ops import experts as experts_op
@@ -482,7 +482,7 @@ def _complete_embeddings(patch: pytest.MonkeyPatch) -> None:
     def complete(config: Any, mesh: Mesh, sharding: WeightSharding) -> Any:
         return embed_weights(config, mesh, replace(sharding, embed="replicated"))
 
-    patch.setattr(parts, "embed_weights", complete)
+    patch.setattr(decoder, "embed_weights", complete)
 
 
 @planted_in_one("layout", LAYOUTS, Mistake("complete-embeddings-handed-in", _complete_embeddings))
@@ -880,7 +880,7 @@ def _foreign_ids_left_unwritten(patch: pytest.MonkeyPatch) -> None:
         y_TH[here_T] = weight_VH[ids_T[here_T] - first_id]
         return y_TH
 
-    patch.setattr(parts, "embedding", embedding)
+    patch.setattr(decoder, "embedding", embedding)
 
 
 def _slots_behind_the_context(patch: pytest.MonkeyPatch) -> None:
