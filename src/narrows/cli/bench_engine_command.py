@@ -14,13 +14,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from narrows.bench.collectives import OTHERS, CollectivesWork, collectives
+from narrows.bench.engines import Variant, parse_variants
 from narrows.bench.grid import Grid
 from narrows.bench.latency import LatencyWork, latency
 from narrows.bench.layer import layer
 from narrows.bench.offline import OfflineWork, offline
 from narrows.bench.plot import check_plot, plot
 from narrows.bench.results import Outcome
-from narrows.bench.variants import Variant, parse_variants
 from narrows.calibrate.machine import machine, versions
 from narrows.calibrate.step_work import StepWork
 from narrows.cli import bench_layout_command
