@@ -23,6 +23,7 @@ from random_configs import LONGEST, Config, Draw, damaged, legal
 from random_models import save_random_model
 
 from narrows.arch.config import ModelConfig, read_config
+from narrows.arch.positions import most_positions
 from narrows.arch.quantization import check_loadable
 from narrows.engine.config import EngineConfig
 from narrows.engine.transformers_model import TransformersModel, load_transformers
@@ -83,13 +84,14 @@ def _check(folder: Path, config: Config, draw: Draw, *, is_legal: bool, meshes: 
     try:
         save_random_model(folder, draw)
         reference = load_transformers(folder, read)
-        reference.begin([[0] * LONGEST])
+        reference.begin([[0] * min(LONGEST, most_positions(read) - DECODE - 1)])
     except Exception as error:
         if is_legal:
             raise MismatchError(f"the generator made what transformers refuses: {error!r}") from error
         return Outcome(nobody_runs_it=f"{type(error).__name__}: {error}")
+    longest = min(LONGEST, most_positions(read) - DECODE - 1)  # without its scaling a model may be shorter
     prompts = [
-        [draw.randrange(read.vocab_size) for _ in range(draw.choice((1, draw.randint(2, 40), LONGEST)))]
+        [draw.randrange(read.vocab_size) for _ in range(min(longest, draw.choice((1, draw.randint(2, 40), LONGEST))))]
         for _ in range(3)
     ]
     for dp, tp in meshes:

@@ -318,7 +318,10 @@ def damaged(seed: int) -> tuple[Config, frozenset[str]]:
     config = copy.deepcopy(whole)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         draw.choice((_wrong_value, _wrong_value, _wrong_rope, _missing, _contradiction))(draw, config)
-    return config, frozenset(name for name in {*whole, *config} if whole.get(name, ...) != config.get(name, ...))
+    # By their text: true equals 1, and is another value all the same.
+    return config, frozenset(
+        name for name in {*whole, *config} if repr(whole.get(name, ...)) != repr(config.get(name, ...))
+    )
 
 
 def _wrong_value(draw: Draw, config: Config) -> None:

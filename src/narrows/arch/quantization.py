@@ -28,5 +28,5 @@ def check_loadable(quantization: Quantization | None, name: str) -> None:
         method += " without weight_block_size (one scale per tensor or channel)"
     raise ConfigError(
         f"{name}: its weights are quantised by {method}; supported: none, or 'fp8' with a weight_block_size such as "
-        "[128, 128] (DeepSeek's); take the unquantised checkpoint, or a GGUF file of the model"
+        "[128, 128] (DeepSeek's) in quantization_config; take the unquantised checkpoint, or a GGUF file of the model"
     )

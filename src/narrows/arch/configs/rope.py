@@ -228,8 +228,9 @@ def _rotated_columns(head: Head, partial: float) -> int:
         )
     columns = int(head.head_dim * partial)
     if columns < 2 or columns % 2:
+        field = "qk_rope_head_dim" if head.latent else "head_dim"
         what = f"{columns} of a head's {head.head_dim} columns" if partial != 1.0 else f"heads of {columns} columns"
-        raise CheckpointError(f"{what} cannot be rotated in pairs; an even number from 2 on is needed")
+        raise CheckpointError(f"{field}: {what} cannot be rotated in pairs; an even number from 2 on is needed")
     return columns
 
 
