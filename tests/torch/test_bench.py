@@ -122,8 +122,8 @@ def test_layout_measures_every_layout_once_per_way(folder: Path, capsys: pytest.
             assert plan["execution_ms"] > 0 and plan["measured_ms"] > 0
             assert plan["predicted_ms"] > 0 and plan["sources"] == {"roofline": pytest.approx(1)}
             by_class: dict[str, float] = {}
-            for step in plan["steps"]:
-                by_class[step["class"]] = by_class.get(step["class"], 0.0) + step["times"] * step["predicted_us"] / 1e3
+            for op in plan["ops"]:
+                by_class[op["class"]] = by_class.get(op["class"], 0.0) + op["times"] * op["predicted_us"] / 1e3
             for name, ms in plan["classes_ms"].items():
                 assert ms["measured"] > 0 and ms["predicted"] == pytest.approx(by_class[name])
     found = document["summary"]
