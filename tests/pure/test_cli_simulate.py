@@ -138,6 +138,7 @@ def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], 
         (f"{MINI} --max-context 99999", "--max-context 99999 must be between 2 and the model's 16384 positions"),
         (f"{MINI} --max-rows 0", "--max-rows is 0; it must be at least 1"),
         (f"{MINI} --kv-tokens 0", "--kv-tokens is 0; it must be at least 1"),
+        (f"{MINI} --prompt-rows -1", "--prompt-rows is -1; it must be at least 0"),
         (f"{MINI} --requests-per-group 0", "--requests-per-group is 0; it must be at least 1"),
         (f"{MINI} --num-gpus 8", "say --search too"),
         (f"{MINI} --tp 1 --search --num-gpus two", "--num-gpus 'two': whole numbers"),
@@ -232,6 +233,17 @@ def test_the_limit_that_binds_is_named(flags: str, words: str, capsys: pytest.Ca
     assert words in " ".join(out.split())
     steps = found["candidates"][0]["scheduler"]["bound_steps"]
     assert sum(map(bool, steps.values())) == (not words.endswith("none"))
+
+
+@pytest.mark.slow
+def test_fewer_prompt_rows_make_gaps_between_tokens_shorter(capsys: pytest.CaptureFixture[str]) -> None:
+    load = "--num-requests 40 --input-length 600 --output-length 30 --rate 2"
+    figures = {}
+    for rows in (0, 64):
+        _, found = run(capsys, f"simulate dsv3-mini --device cpu-core --dp 2 {load} --prompt-rows {rows}")
+        figures[rows] = found["candidates"][0]["figures"]
+    assert figures[64]["itl_ms"]["p99"] < 0.5 * figures[0]["itl_ms"]["p99"]
+    assert figures[64]["ttft_ms"]["mean"] > figures[0]["ttft_ms"]["mean"]
 
 
 @pytest.mark.slow

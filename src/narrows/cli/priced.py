@@ -10,7 +10,7 @@ from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
 from narrows.plan.planner import ENCODE_ROWS
 
-__all__ = ["add_priced_flags", "add_requests_flag", "add_revision_flag"]
+__all__ = ["add_priced_flags", "add_prompt_rows_flag", "add_requests_flag", "add_revision_flag"]
 
 
 def add_revision_flag(parser: argparse._ActionsContainer) -> None:
@@ -62,4 +62,16 @@ def add_requests_flag(limits: argparse._ActionsContainer) -> None:
         default=DEFAULT_REQUESTS,
         metavar="N",
         help="requests that run at once in each attention group (default %(default)s)",
+    )
+
+
+def add_prompt_rows_flag(limits: argparse._ActionsContainer) -> None:
+    """``--prompt-rows``."""
+    limits.add_argument(
+        "--prompt-rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="most prompt rows of a step that decodes too: fewer make the gaps between tokens even, and prompts slower "
+        "(default: as many as --max-rows leaves)",
     )

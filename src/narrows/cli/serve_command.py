@@ -27,6 +27,7 @@ from narrows.cli.arguments import (
     launch_of,
     limit_options,
 )
+from narrows.cli.priced import add_prompt_rows_flag
 from narrows.cli.renamed import add_old_spelling
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
@@ -138,14 +139,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     life.add_argument(
         "--max-queue", type=int, default=1024, metavar="N", help="requests that may wait (default %(default)s)"
     )
-    life.add_argument(
-        "--prompt-rows",
-        type=int,
-        default=_DEFAULT["prompt_rows"],
-        metavar="N",
-        help="most prompt rows of a step that decodes too: fewer make the gaps between tokens even, and prompts slower "
-        "(default: as many as --max-rows leaves)",
-    )
+    add_prompt_rows_flag(life)
     life.add_argument(
         "--drain-timeout",
         type=float,

@@ -34,7 +34,7 @@ from narrows.cli.loads import (
     workload,
 )
 from narrows.cli.output import add_output_flags, check_output, put_document
-from narrows.cli.priced import add_priced_flags, add_requests_flag
+from narrows.cli.priced import add_priced_flags, add_prompt_rows_flag, add_requests_flag
 from narrows.cli.simulate_tables import print_candidate, print_ranking, print_unfit
 from narrows.cost.devices import Device
 from narrows.cost.environment import this_machine
@@ -77,6 +77,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_priced_flags(served, no_layout="auto")
     add("--max-rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows per step (default %(default)s)")
     add_requests_flag(served)
+    add_prompt_rows_flag(served)
     add("--max-context", type=int, metavar="N", help="tokens per sequence (default: the model's, at most 8192)")
     add("--kv-tokens", type=int, metavar="N", help="KV cache per attention group (default: what the memory leaves)")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute the whole of every prompt")
@@ -178,6 +179,7 @@ def _check(args: argparse.Namespace) -> None:
     check_load(args)
     check_flood(args)
     at_least(args, "max_rows", 1)
+    at_least(args, "prompt_rows", 0)
     for name in ("max_ttft", "max_tpot"):
         more_than_0(args, name)
     if not 0 < args.percentile <= 100:
@@ -267,6 +269,7 @@ def _candidate(
             max_context=max_context,
             kv_tokens=args.kv_tokens,
             requests_per_group=args.requests_per_group,
+            prompt_rows=args.prompt_rows,
             prefix_cache=args.prefix_cache,
         )
     except DoesNotFit as error:

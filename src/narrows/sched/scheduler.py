@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from narrows.sched.accepting import accept
 from narrows.sched.batch import Batch, Chunk
+from narrows.sched.budget import PromptBudget, fixed_budget
 from narrows.sched.chunks import next_chunk, next_rows
 from narrows.sched.dealing import deal_rows
 from narrows.sched.integrity import check_integrity
@@ -45,10 +46,14 @@ class _InFlight:
 
 
 class Scheduler:
-    """Continuous batching over the attention groups of one engine. ``waiting`` is in the order of turns."""
+    """Continuous batching over the attention groups of one engine. ``waiting`` is in the order of turns.
 
-    def __init__(self, limits: Limits) -> None:
+    ``prompt_budget`` bounds the rows of prompts in each step; by default ``limits.prompt_rows`` does.
+    """
+
+    def __init__(self, limits: Limits, prompt_budget: PromptBudget | None = None) -> None:
         self.limits = limits
+        self._prompt_budget = prompt_budget or fixed_budget(limits.prompt_rows)
         self._totals = Totals(limits.num_groups)
         self._places = places = Places(limits, self._totals)
         self.waiting, self.running, self.pools, self.shares = (
@@ -101,9 +106,8 @@ class Scheduler:
         chunks: list[list[Chunk]] = [[] for _ in self.running]
         self._totals.begin_step()
         self._line.make_room()
-        budget = self._decode(chunks, self.limits.rows_per_step)
-        if any(chunks) and self.limits.prompt_rows:
-            budget = min(budget, self.limits.prompt_rows)
+        left = self._decode(chunks, self.limits.rows_per_step)
+        budget = min(left, self._prompt_budget([len(group) for group in chunks], left))
         self._line.admit(budget)
         self._prefill(chunks, budget)
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))

@@ -18,6 +18,7 @@ from narrows.errors import ConfigError
 from narrows.plan.explain import describe
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
+from narrows.sched.budget import PromptBudget
 from narrows.sched.limits import Limits
 from narrows.sched.request import Request
 from narrows.sched.scheduler import Scheduler
@@ -94,14 +95,19 @@ def simulate(
     concurrency: int = 0,
     fair: bool = True,
     watch: Callable[[Batch, StepCost], None] | None = None,
+    prompt_budget: PromptBudget | None = None,
 ) -> Outcome:
     """Run a load to its end.
 
-    A request that can never run here is answered with its error, as a server would. ``concurrency``: most requests at
-    once (0: no limit). ``fair`` false: the scheduler takes all for one client. ``watch``: told of every step as it is
-    handed to the ranks.
+    A request that can never run here is answered with its error, as a server would.
+
+    Args:
+        concurrency: most requests at once (0: no limit).
+        fair: False: the scheduler takes all requests for those of one client.
+        watch: called with every step as it is handed to the ranks.
+        prompt_budget: bounds the rows of prompts in a step, in place of ``limits.prompt_rows``.
     """
-    return _Run(limits, costs, asks, concurrency, fair, watch).outcome()
+    return _Run(limits, costs, asks, concurrency, fair, watch, prompt_budget).outcome()
 
 
 class _Run:
@@ -115,11 +121,12 @@ class _Run:
         concurrency: int,
         fair: bool,
         watch: Callable[[Batch, StepCost], None] | None,
+        prompt_budget: PromptBudget | None,
     ) -> None:
         self._costs, self._asks, self._fair, self._watch = costs, asks, fair, watch
         self._places_held = PlacesHeld() if any(ask.client for ask in asks) else None
         self._places = concurrency or len(asks)
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, prompt_budget)
         self._unsent = deque(sorted(range(len(asks)), key=lambda number: asks[number].at_s))
         self._sent: dict[int, _Sent] = {}
         self._answers: dict[int, Answer] = {}

@@ -50,6 +50,7 @@ def serving(
     max_context: int,
     kv_tokens: int | None = None,
     requests_per_group: int = DEFAULT_REQUESTS,
+    prompt_rows: int = 0,
     prefix_cache: bool = True,
 ) -> Serving:
     """Decide what is left open. ``kv_tokens``: tokens of KV cache per attention group; None: as many as fit.
@@ -71,6 +72,7 @@ def serving(
         max_context=max_context,
         kv_tokens=_tokens_that_fit(deployment, memory) if kv_tokens is None else kv_tokens,
         requests_per_group=requests_per_group,
+        prompt_rows=prompt_rows,
         prefix_cache=prefix_cache,
     )
     if not memory.holds(limits.tokens_per_group if kv_tokens is None else kv_tokens):
