@@ -69,7 +69,7 @@ def test_layouts_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_a_search_ranks_what_there_is_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    out, found = run(capsys, f"{V3} --search --num-gpus 4,8 --layout auto --layout norm-before-gather --max-tpot 17")
+    out, found = run(capsys, f"{V3} --search --num-gpus 4,8 --layout auto --layout norm-before-gather --max-tpot 18.25")
     ranks = [(tuple(one["mesh"].values()), one["layout"]) for one in found["candidates"]]
     assert len(ranks) == 2 * (3 + 4) and {one for one, _ in ranks} == {
         *((1, 4), (2, 2), (4, 1), (1, 8), (2, 4), (4, 2), (8, 1))

@@ -8,6 +8,7 @@ import pytest
 from narrows.cost import DEVICES, Device, collective_price, device
 from narrows.cost.collectives import _curves
 from narrows.cost.gemm import _tables
+from narrows.cost.grids import grids
 from narrows.errors import ConfigError
 
 NAMES = [
@@ -42,11 +43,13 @@ def test_figures_are_plausible_and_say_where_they_come_from(found: Device) -> No
     assert found.tflops_fp32 < found.tflops_bf16
     for group in ("peaks", "memory", "collectives", "gemm", "row work", "attention"):
         assert len(found.source(group)) > 5
-    assert "assumed" in found.source("attention")
+    assert ("measured" if found.kernels else "assumed") in found.source("attention")
 
 
 @pytest.mark.parametrize("found", DEVICES.values(), ids=NAMES)
 def test_the_tables_that_a_device_names_exist(found: Device) -> None:
+    if found.kernels is not None:
+        assert grids(found.kernels, "gemm_bf16") and grids(found.kernels, "moe")
     if found.gemm is not None:
         assert found.gemm in {table for table, _ in _tables()}
     if found.collectives is not None:

@@ -137,11 +137,12 @@ def experts_ps(rows: int, skew: float, experts: str, mesh: Mesh) -> int:
 def test_prices_of_whole_experts_know_ranks_and_skew() -> None:
     eight, sixteen = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=8)
     even, skewed = (experts_ps(16384, skew, "whole", eight) for skew in (0.0, DEFAULT_SKEW))
-    assert 1.3 * even < skewed < 1.55 * even
+    assert 1.1 * even < skewed < 1.55 * even
     wide_even, wide_skewed = (experts_ps(16384, skew, "whole", sixteen) for skew in (0.0, DEFAULT_SKEW))
     assert wide_skewed / wide_even > skewed / even
-    # Split experts are balanced by construction.
-    assert experts_ps(16384, 0.0, "split", eight) == experts_ps(16384, DEFAULT_SKEW, "split", eight)
+    # Split experts are balanced by construction: what differs is how well their rows fill tiles.
+    split, split_skewed = (experts_ps(16384, skew, "split", eight) for skew in (0.0, DEFAULT_SKEW))
+    assert split_skewed < 1.2 * split
 
 
 @pytest.mark.parametrize("skew", [-0.1, 4.5, float("nan")])

@@ -310,7 +310,7 @@ def test_a_profile_of_another_machine_or_version_says_so_where_it_is_planned_by(
 
 
 def test_every_figure_of_a_device_may_be_said() -> None:
-    others = {"name", "title", "sources", "notes", "collectives", "gemm", "measured"}
+    others = {"name", "title", "sources", "notes", "collectives", "gemm", "kernels", "measured"}
     assert set(DeviceFigures.model_fields) - {"like"} == {each.name for each in fields(Device)} - others
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Norm",
     "PriceClass",
     "Role",
+    "RoutedExperts",
     "RowSet",
     "Stage",
     "StageKind",
@@ -178,6 +179,21 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """The routed experts of one layer as one kernel: what the first items of a stage's work (:class:`GroupedGemm` and
+    what lies between them, ``num_items`` in all) come to. ``whole``: each of ``ranks`` ranks holds whole experts;
+    otherwise each holds a part of every expert."""
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    ranks: int
+    whole: bool
+    num_items: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionCore:
     """Scores, softmax and values for ``heads`` heads; prefill and decode may run in different forms (MLA does).
 
@@ -204,8 +220,11 @@ class Stage:
     whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
     its context that a row sees at most, where that is not all. ``row_context_bytes``: held at once per row and token
     of the context, where a kernel has whole rows of scores (the float32 logits of an indexer of sparse attention); 0
-    where it works in blocks. ``role``: what it is to its layer, where a layout may have rules for that. ``cut_after``:
-    few states are possible after it, so that the search may solve the stages up to it and those after it apart.
+    where it works in blocks. ``routed``: the experts that its first items of work are. ``absorbed``: the item of work
+    that expands DeepSeek's latent to keys and values; in its place each head in decode multiplies its queries, and what
+    it read, by its own part of those weights. ``role``: what it is to its layer, where a layout may have rules for
+    that. ``cut_after``: few states are possible after it, so that the search may solve the stages up to it and those
+    after it apart.
     """
 
     name: str
@@ -222,6 +241,8 @@ class Stage:
     any_rows: bool = False
     window: int | None = None
     row_context_bytes: float = 0.0
+    routed: RoutedExperts | None = None
+    absorbed: int | None = None
     role: Role | None = None
     cut_after: bool = False
 

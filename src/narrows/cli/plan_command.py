@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         encode_rows=args.encode_rows,
         expert_skew=args.expert_skew,
         notes=notes,
+        kv_dtype=args.kv_dtype,
+        engine=args.engine,
+        experts=args.experts,
     )
     if args.scattered:
         named_layout(_SCATTERED, report.deployment.config, mesh)  # refused if it cannot apply, whatever is compared

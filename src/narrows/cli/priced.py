@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from narrows.cost.devices import DTYPES
+from narrows.cost.engines import ENGINES, KERNELS_ALONE
 from narrows.cost.imbalance import DEFAULT_SKEW
 from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
@@ -50,6 +51,26 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
         default=DEFAULT_SKEW,
         metavar="A",
         help="exponent of the power law by which experts are chosen; 0: all equally often (default %(default)s)",
+    )
+    add(
+        "--experts",
+        choices=("split", "whole"),
+        default="",
+        help="hold a part of every expert on each rank, or whole experts (expert parallelism); default: as published "
+        "in named layouts, the cheapest in auto",
+    )
+    add(
+        "--kv-dtype",
+        choices=("bf16", "fp8"),
+        default="bf16",
+        help="of the KV cache on a GPU (default bf16, or that of float32 activations)",
+    )
+    add(
+        "--engine",
+        choices=tuple(ENGINES),
+        default=KERNELS_ALONE.name,
+        help="add what this engine's host takes to a step, and the overlap of its kernels (docs/published.md; "
+        "default %(default)s: kernels one after the other)",
     )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
 

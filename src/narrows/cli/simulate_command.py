@@ -37,6 +37,7 @@ from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cli.priced import add_priced_flags, add_prompt_rows_flag, add_requests_flag
 from narrows.cli.simulate_tables import print_candidate, print_ranking, print_unfit
 from narrows.cost.devices import Device
+from narrows.cost.engines import engine_style
 from narrows.cost.environment import this_machine
 from narrows.cost.profile import choose_device
 from narrows.errors import ConfigError
@@ -260,6 +261,9 @@ def _candidate(
         graph=not args.eager and not hardware.shared_memory,  # there steps are launched one by one, always
         encode_rows=args.encode_rows,
         expert_skew=args.expert_skew,
+        kv_dtype=args.kv_dtype,
+        engine=engine_style(args.engine),
+        experts=args.experts,
     )
     try:
         found = serving(
@@ -285,7 +289,14 @@ def _candidate(
         sharding=sharding_words(config, found.sharding),
         kv_tokens=found.limits.tokens_per_group,
         memory=found.memory,
-        outcome=simulate(found.limits, costs, asks, concurrency=args.concurrency, fair=args.fair_shares),
+        outcome=simulate(
+            found.limits,
+            costs,
+            asks,
+            concurrency=args.concurrency,
+            fair=args.fair_shares,
+            arrival_s=deployment.engine.arrival_s,
+        ),
     )
 
 

@@ -67,7 +67,9 @@ class Device:
     collectives: CollectiveSource | None = None
     """None: latency + traffic over the link."""
     gemm: str | None = None
-    """Device name in ``data/gemm.csv``; None: roofline. Another device's table lends its efficiencies."""
+    """Device name in ``data/gemm.csv``, for a device without ``kernels``; None: roofline."""
+    kernels: str | None = None
+    """Device name in ``data/gpu.zip``, whose products, attention and experts were measured over their sizes."""
     gemm_efficiency: float = 0.75
     """Of peak, and used only where no GEMM table is."""
     gemm_memory_efficiency: float = 0.60
@@ -138,6 +140,8 @@ _AIC = "NVIDIA AIConfigurator (Apache-2.0)"
 _SMI = "nvidia-smi as users printed it"
 _OWN_CURVES = f"measured with nccl-tests and a custom all-reduce kernel, {_AIC}"
 _OWN_GEMMS = f"measured, 8 shapes of DeepSeek-V3 by 16 row counts, {_AIC}; others by the nearest shapes' efficiency"
+_OWN_GRIDS = f"measured over 19 x 19 shapes by 14 row counts, {_AIC}; between them interpolated"
+_OWN_ATTENTION = f"measured over heads, batch and length, {_AIC}; between them interpolated"
 _H20_FIT = "efficiencies and launch fitted to the published H20 profile"
 _FP32 = "FP32 vector peak from memory"
 
@@ -152,7 +156,6 @@ _H20_COLLECTIVES = (
     "H100's times / 0.888: what collectives reach of nccl-tests inside an engine, fitted to the H20 profile"
 )
 _H20_GEMM = "roofline at 97 % of nominal, fitted to the published H20 profile, + 5.7 us"
-_HOPPER_ATTENTION = "assumed 60 % of bf16 peak (FlashAttention 3 class)"
 _H20_ATTENTION = "assumed 85 % of bf16 peak: memory feeds this chip 6.7 times better per FLOP than an H100"
 
 _H20 = Device(
@@ -204,9 +207,9 @@ _H100 = Device(
     memory_bytes=81_559 * _MIB,
     link_bytes_per_s=450e9,
     collectives=CollectiveSource(table="h100"),
-    gemm="h100",
+    kernels="h100",
     attention_efficiency=0.60,
-    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GEMMS, _H20_FIT, _HOPPER_ATTENTION),
+    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GRIDS, _H20_FIT, _OWN_ATTENTION),
 )
 
 _H200 = Device(
@@ -219,9 +222,9 @@ _H200 = Device(
     memory_bytes=143_771 * _MIB,
     link_bytes_per_s=450e9,
     collectives=CollectiveSource(table="h200"),
-    gemm="h200",
+    kernels="h200",
     attention_efficiency=0.60,
-    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GEMMS, _H20_FIT, _HOPPER_ATTENTION),
+    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GRIDS, _H20_FIT, _OWN_ATTENTION),
 )
 
 _H800 = Device(
@@ -235,7 +238,7 @@ _H800 = Device(
     link_bytes_per_s=200e9,
     # Chosen so that an all-reduce of 512 MiB among 8 has a bus bandwidth (2 x 7/8 x bytes / time) of 215 GB/s.
     collectives=CollectiveSource(table="h100", byte_factor=2.187),
-    gemm="h100",
+    kernels="h100",
     attention_efficiency=0.60,
     sources=_sources(
         f"vendor; {_FP32}",
@@ -243,7 +246,7 @@ _H800 = Device(
         "H100's curves with the bus slowed to the published 215 GB/s (large all-reduce among 8), same latency",
         "the same chip as the H100, whose table is taken",
         _H20_FIT,
-        _HOPPER_ATTENTION,
+        f"the H100's: {_OWN_ATTENTION}",
     ),
     notes="215 GB/s is 107 % of the 200 GB/s link: an all-reduce that is summed in the switch sends less than a ring.",
 )
@@ -258,15 +261,15 @@ _A100 = Device(
     memory_bytes=81_920 * _MIB,
     link_bytes_per_s=300e9,
     collectives=CollectiveSource(table="a100"),
-    gemm="a100",
+    kernels="a100",
     attention_efficiency=0.60,
     sources=_sources(
         f"{_AIC}; {_FP32}",
         f"{_AIC}; {_SMI}",
         _OWN_CURVES,
-        _OWN_GEMMS,
+        _OWN_GRIDS,
         _H20_FIT,
-        "assumed 60 % of bf16 peak (FlashAttention 2 class)",
+        f"prefill and latent attention: {_OWN_ATTENTION}; grouped-query decode: assumed 60 % of bf16 peak",
     ),
 )
 
@@ -280,11 +283,9 @@ _B200 = Device(
     memory_bytes=183_359 * _MIB,
     link_bytes_per_s=900e9,
     collectives=CollectiveSource(table="b200"),
-    gemm="b200",
+    kernels="b200",
     attention_efficiency=0.50,
-    sources=_sources(
-        f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GEMMS, _H20_FIT, "assumed 50 % of bf16 peak"
-    ),
+    sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GRIDS, _H20_FIT, _OWN_ATTENTION),
 )
 
 _GB200 = Device(
@@ -297,15 +298,15 @@ _GB200 = Device(
     memory_bytes=189_471 * _MIB,
     link_bytes_per_s=900e9,
     collectives=CollectiveSource(table="gb200", lender="b200"),
-    gemm="b200",
+    kernels="gb200",
     attention_efficiency=0.50,
     sources=_sources(
         f"{_AIC}; {_FP32}",
         f"{_AIC}, its size too",
         f"2 and 4 GPUs: nccl-tests, {_AIC}; 8 GPUs, and the custom all-reduce kernel: B200's curves",
-        "B200's efficiencies on this roofline",
+        _OWN_GRIDS,
         _H20_FIT,
-        "assumed 50 % of bf16 peak",
+        _OWN_ATTENTION,
     ),
 )
 

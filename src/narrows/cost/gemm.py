@@ -1,8 +1,8 @@
 """Prices a GEMM, and the grouped GEMM of experts: seconds by device, rows, shape and dtype. Knows no model.
 
-``out[m, n] = x[m, k] @ w[n, k].T``. The tables hold eight (n, k) of DeepSeek-V3 on some devices. For another shape
-the efficiency that its nearest shapes reach against the roofline, at the same rows, is applied to its own roofline; a
-device without a table has a roofline with a stated efficiency.
+``out[m, n] = x[m, k] @ w[n, k].T``. Most GPUs have grids over (n, k, m), which are interpolated. The L40S has a table
+of eight (n, k) of DeepSeek-V3; the efficiency that the nearest of them reach against the roofline is applied to the
+roofline of another shape. A device without tables has a roofline with a stated efficiency.
 
 What is not known: tile and wave effects of shapes that were not measured (leaving each shape out and predicting it from
 the others errs by a factor of 1.1 in bf16 and 1.3 in FP8 from 2K rows up, 1.3 and 1.5 below, and 6 at worst), how
@@ -17,19 +17,36 @@ from functools import cache, lru_cache
 from types import MappingProxyType
 
 from narrows.cost.devices import Device, device
+from narrows.cost.grids import grids
 from narrows.cost.price import ZERO, Price, Source
 from narrows.cost.tables import Curve, read_rows
 from narrows.errors import ConfigError
 
-__all__ = ["gemm_price", "grouped_gemm_price"]
+__all__ = ["absorbed_price", "gemm_price", "grouped_gemm_price"]
 
 _BYTES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {"bf16": (2, 2, 2), "fp8": (1, 1, 2), "int8": (1, 1, 2), "int8-weight-only": (2, 1, 2), "fp32": (4, 4, 4)}
+    {
+        "bf16": (2, 2, 2),
+        "fp8": (1, 1, 2),
+        "fp8-tensor": (1, 1, 2),
+        "int8": (1, 1, 2),
+        "int8-weight-only": (2, 1, 2),
+        "fp32": (4, 4, 4),
+    }
 )
 """Of a value of x, of w and of the result."""
 _TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"bf16": ("bfloat16",), "fp8": ("fp8_block", "fp8"), "int8": (), "int8-weight-only": (), "fp32": ()}
+    {
+        "bf16": ("bfloat16",),
+        "fp8": ("fp8_block", "fp8"),
+        "fp8-tensor": ("fp8",),
+        "int8": (),
+        "int8-weight-only": (),
+        "fp32": (),
+    }
 )
+_GRIDS: Mapping[str, str] = MappingProxyType({"bf16": "gemm_bf16", "fp8": "gemm_fp8_block", "fp8-tensor": "gemm_fp8"})
+"""The measured grid of each dtype."""
 _FP32_EFFICIENCY = 0.8
 _TILE_ROWS = 64
 _NUM_NEIGHBOURS = 3
@@ -66,9 +83,11 @@ def grouped_gemm_price(device: Device, pairs: int, experts: float, n: int, k: in
 @lru_cache(maxsize=1 << 16)
 def _gemm_price(on: Device, m: float, n: int, k: int, dtype: str) -> Price:
     assert m >= 0 and n >= 1 and k >= 1, f"a GEMM of m, n, k = {m}, {n}, {k}"
-    peak = on.flops_per_s(dtype)
+    peak = on.flops_per_s("fp8" if dtype == "fp8-tensor" else dtype)
     if m == 0:
         return ZERO
+    if (found := _of_grid(on, peak, m, n, k, dtype)) is not None:
+        return found
     shapes = _shapes(on.gemm, dtype)
     if not shapes:
         compute = peak * (_FP32_EFFICIENCY if dtype == "fp32" else on.gemm_efficiency)
@@ -90,7 +109,7 @@ def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, 
         raise ConfigError(
             f"{experts:g} experts on a rank: a rank holds whole experts, at least one; use fewer ranks, or split inside"
         )
-    peak = on.flops_per_s(dtype)
+    peak = on.flops_per_s("fp8" if dtype == "fp8-tensor" else dtype)
     if pairs == 0:
         return ZERO
     # In expectation a fraction of an expert fewer than one may come out of rounding.
@@ -107,6 +126,34 @@ def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, 
     read = touched * _bound(math.inf, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype)
     together = max(dense.seconds, read + launch)
     return Price(min(touched * each + launch, together), max(single.source, Source.SCALED))
+
+
+def absorbed_price(on: Device, heads: int, rows: int, dtype: str) -> Price | None:
+    """Seconds of the two products per head around DeepSeek's decode attention: queries into the latent (128 to 512),
+    and what was read out of it (512 to 128). None where they were not measured. ``dtype`` is that of the weights."""
+    found = grids(on.kernels, "mla_bmm") if on.kernels is not None else {}
+    kind = "bf16" if dtype == "bf16" else "fp8"
+    if ("pre", kind) not in found or dtype == "fp32":
+        return None
+    before, after = (found[op, kind].at(found[op, kind].within((heads,)), rows) for op in ("pre", "post"))
+    price = before + after
+    return price if on.kernels == on.name else Price(price.seconds, max(price.source, Source.SCALED))
+
+
+def _of_grid(on: Device, peak: float, m: float, n: int, k: int, dtype: str) -> Price | None:
+    """From the measured grid: interpolated within it, beyond it in proportion to the roofline. None without a grid."""
+    found = grids(on.kernels, _GRIDS[dtype]) if on.kernels is not None and dtype in _GRIDS else {}
+    if not found:
+        return None
+    inside = found[()].within((n, k))
+    price = found[()].at(inside, m)
+    bound = _bound(peak, on.hbm_bytes_per_s, m, n, k, dtype)
+    if inside != (n, k):
+        beyond = max(1.0, bound / _bound(peak, on.hbm_bytes_per_s, m, int(inside[0]), int(inside[1]), dtype))
+        price = Price(price.seconds * beyond, Source.SCALED)
+    if on.kernels != on.name:
+        price = Price(price.seconds, max(price.source, Source.SCALED))
+    return price if price.seconds >= bound else Price(bound, Source.ROOFLINE)
 
 
 def _bound(flops_per_s: float, bytes_per_s: float, m: float, n: int, k: int, dtype: str) -> float:
@@ -149,6 +196,8 @@ def _neighbours(table: str, n: int, k: int, dtype: str) -> tuple[tuple[tuple[int
 
 def _floor(on: Device, dtype: str) -> float:
     """What a GEMM costs however small: the shortest time in the table, or the device's launch."""
+    if on.kernels is not None and dtype in _GRIDS and (grid := grids(on.kernels, _GRIDS[dtype]).get(())) is not None:
+        return min(min(curve.ys) for curve in grid.curves.values())
     shapes = _shapes(on.gemm, dtype)
     return min(min(curve.ys) for curve in shapes.values()) if shapes else on.gemm_launch_s
 

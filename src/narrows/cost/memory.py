@@ -110,11 +110,17 @@ def kv_token_bytes(config: ModelConfig, mesh: Mesh, itemsize: int = 2) -> int:
 
 
 def memory_use(
-    config: ModelConfig, mesh: Mesh, sharding: WeightSharding, device: Device, dtype: str, workspace: int = 0
+    config: ModelConfig,
+    mesh: Mesh,
+    sharding: WeightSharding,
+    device: Device,
+    dtype: str,
+    workspace: int = 0,
+    kv_dtype: str = "bf16",
 ) -> MemoryUse:
     """Weights and KV cache on the rank that holds most weights, and what fits beside them where steps take
-    ``workspace`` bytes."""
-    itemsize = 4 if dtype == "fp32" else 2
+    ``workspace`` bytes. ``kv_dtype`` is ``fp8``, or that of the activations."""
+    itemsize = 1 if kv_dtype == "fp8" else 4 if dtype == "fp32" else 2
     kinds, block = _kinds_of_weights(config, mesh, sharding), _scale_block(config)
     weights = max(_rank_bytes(kinds, block, mesh, dtype, rank) for rank in range(mesh.size))
     return MemoryUse(

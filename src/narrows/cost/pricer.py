@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
+from narrows.cost.attention import AttentionShape, attention_price
 from narrows.cost.collectives import collective_price
 from narrows.cost.devices import Device
-from narrows.cost.gemm import gemm_price, grouped_gemm_price
+from narrows.cost.engines import KERNELS_ALONE, EngineStyle
+from narrows.cost.experts import experts_price
+from narrows.cost.gemm import absorbed_price, gemm_price, grouped_gemm_price
 from narrows.cost.imbalance import DEFAULT_SKEW, imbalance
-from narrows.cost.kernels import attention_price, norm_price, stream_price
+from narrows.cost.kernels import norm_price, stream_price
 from narrows.cost.measured import AXES, REDUCE_NORM, Measured
 from narrows.cost.price import ZERO, Price, Source
 from narrows.errors import ConfigError
@@ -24,7 +27,7 @@ __all__ = ["NOTHING", "PHASES", "OpPrice", "Pricer", "StepShape"]
 
 PHASES = ("prefill", "decode")
 _ITEMSIZES = {"fp32": 4}
-_WEIGHT_BYTES = {"fp8": 1, "int8": 1, "int8-weight-only": 1, "bf16": 2, "fp32": 4}
+_WEIGHT_BYTES = {"fp8": 1, "fp8-tensor": 1, "int8": 1, "int8-weight-only": 1, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +130,8 @@ class Pricer:
     ``dtype`` is that of the GEMMs (``bf16`` or ``fp8``); activations are ``itemsize`` bytes wide. ``graph``: launched
     from a CUDA graph rather than eagerly. ``window``: tokens that a row attends to at most. ``expert_skew``: how
     unequally experts are chosen (:mod:`narrows.cost.imbalance`), which decides what the fullest rank gets of whole
-    experts.
+    experts. ``block_scales``: whether ``fp8`` weights have scales by block, or one per tensor. ``kv_dtype``: of the KV
+    cache, ``fp8`` or that of the activations. ``engine``: what an engine adds to its kernels, and saves of them.
     """
 
     def __init__(
@@ -141,9 +145,13 @@ class Pricer:
         graph: bool,
         window: int | None = None,
         expert_skew: float = DEFAULT_SKEW,
+        block_scales: bool = True,
+        kv_dtype: str = "bf16",
+        engine: EngineStyle = KERNELS_ALONE,
     ) -> None:
         self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
         self.itemsize, self.graph, self.window, self.expert_skew = itemsize, graph, window, expert_skew
+        self.block_scales, self.kv_dtype, self.engine = block_scales, kv_dtype, engine
         self._windowed: dict[int, Pricer] = {}
         self._largest: dict[tuple[RowSet, Layout], int] = {}
 
@@ -153,7 +161,7 @@ class Pricer:
             return self._within(stage.window).stage(stage, layout, fused, row_set)
         rows = self._rows(row_set, layout)
         work = stage.plain_work if stage.plain_work and not fused else stage.work
-        price, nbytes = self._composed(work, rows, self.dtype)
+        price, nbytes = self._composed(work, rows, self.dtype, stage)
         if self.device.measured is not None and rows:
             at_work = self.shape.split(row_set).at_work(layout)
             price = self._measured(self.device.measured, stage.price_class, work, rows, at_work)
@@ -171,16 +179,46 @@ class Pricer:
                 graph=self.graph,
                 window=window,
                 expert_skew=self.expert_skew,
+                block_scales=self.block_scales,
+                kv_dtype=self.kv_dtype,
+                engine=self.engine,
             )
         return self._windowed[window]
 
-    def _composed(self, work: tuple[Work, ...], rows: int, dtype: str) -> tuple[Price, float]:
-        """The price of each item of a stage's work, one after the other, and the bytes that they move."""
+    def _composed(
+        self, work: tuple[Work, ...], rows: int, dtype: str, stage: Stage | None = None
+    ) -> tuple[Price, float]:
+        """The price of each item of a stage's work, one after the other, and the bytes that they move. Items of
+        ``stage`` that were measured together are priced so."""
         price, nbytes, uneven = ZERO, 0.0, self._uneven(work, rows)
-        for item in work:
+        together = self._together(stage, work, rows, dtype) if stage is not None and rows else {}
+        for i, item in enumerate(work):
             item_price, item_bytes = self._work(item, rows, dtype, uneven)
-            price, nbytes = price + item_price, nbytes + item_bytes
+            price, nbytes = price + self._in_engine(together.get(i, item_price)), nbytes + item_bytes
         return price, nbytes
+
+    def _in_engine(self, price: Price) -> Price:
+        """A kernel that begins before the one in front of it has ended."""
+        saved = min(self.engine.launch_overlap_s, price.seconds / 2)
+        return Price(price.seconds - saved, price.source) if saved else price
+
+    def _together(self, stage: Stage, work: tuple[Work, ...], rows: int, dtype: str) -> dict[int, Price]:
+        """What items cost, by place in ``work``, that a GPU's kernels do together or in another form."""
+        found: dict[int, Price] = {}
+        if stage.routed is not None:
+            price = experts_price(self.device, stage.routed, rows, self._fp8(dtype), self.expert_skew)
+            if price is not None:
+                beside = len(work) if self.engine.parallel_shared_expert else stage.routed.num_items
+                found = dict.fromkeys(range(beside), ZERO) | {0: price}
+        if stage.absorbed is not None and self.shape.phase == "decode":
+            heads = next(item.heads for item in work if isinstance(item, AttentionCore))
+            if (price := absorbed_price(self.device, heads, rows, dtype)) is not None:
+                found[stage.absorbed] = price
+        return found
+
+    def _fp8(self, dtype: str) -> str:
+        """The class of products: FP8 with scales by block, or one per tensor."""
+        return "fp8-tensor" if dtype == "fp8" and not self.block_scales else dtype
 
     def _measured(
         self, measured: Measured, price_class: str, work: tuple[Work, ...], rows: int, at_work: float
@@ -216,6 +254,8 @@ class Pricer:
         the device has no measurement of it."""
         rows = self.shape.rows.total
         price = self.device.measured.step(self.shape.phase, rows) if self.device.measured is not None else None
+        if price is None and (host := self.engine.host_s + self.engine.host_row_s * self.shape.logits.total):
+            price = Price(host, Source.SCALED)
         return OpPrice(price.ps, rows, 0, price.source) if price is not None else NOTHING
 
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice:
@@ -233,7 +273,7 @@ class Pricer:
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
         price = self._measured_in_plan(move.kind.value, move, nbytes)
-        price = price or collective_price(self.device, op, n, nbytes, graph=self.graph)
+        price = price or self._in_engine(collective_price(self.device, op, n, nbytes, graph=self.graph))
         return OpPrice(price.ps, rows, nbytes, price.source)
 
     def _measured_in_plan(self, op: str, move: Move, nbytes: int) -> Price | None:
@@ -297,12 +337,12 @@ class Pricer:
     def _work(self, item: Work, rows: int, dtype: str, uneven: float) -> tuple[Price, float]:
         device, size = self.device, self._itemsize(dtype)
         if isinstance(item, Gemm):
-            dtype = self._gemm_dtype(item.precision, dtype)
+            dtype = self._fp8(self._gemm_dtype(item.precision, dtype))
             touched = rows * (item.k + item.n) * size + item.n * item.k * _WEIGHT_BYTES[dtype]
             return gemm_price(device, rows, item.n, item.k, dtype), touched if rows else 0
         if isinstance(item, GroupedGemm):
             pairs = ceil(rows * item.pairs_per_row * (uneven if item.ranks > 1 else 1.0))
-            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, dtype)
+            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, self._fp8(dtype))
             weights = min(item.experts, pairs) * item.n * item.k * _WEIGHT_BYTES[dtype]
             return price, pairs * (item.n + item.k) * size + weights
         if isinstance(item, Norm):
@@ -333,6 +373,25 @@ class Pricer:
             if self.window is not None:
                 kv_rows = min(kv_rows, rows + self.window)
         kv_bytes = kv_rows * item.kv_row_bytes
+        if self.kv_dtype == "fp8":
+            kv_bytes //= size
         flops = 2 * pairs * item.heads * dims
+        latent = item.prefill_dims != item.decode_dims
+        head_dim = item.prefill_dims // 2
+        kv_heads = max(1, round(item.kv_row_bytes / (item.prefill_dims * size)))
+        core = AttentionShape(
+            latent=latent,
+            heads=item.heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            decode=self.shape.phase == "decode",
+            rows=rows,
+            context=self.shape.context,
+            flops=flops,
+            kv_bytes=kv_bytes,
+            share=self.shape.attended(rows, self.window) / self.shape.attended(rows),
+        )
         dtype = "bf16" if size == 2 else "fp32"
-        return attention_price(self.device, flops=flops, kv_bytes=kv_bytes, dtype=dtype), kv_bytes
+        kv_dtype = self.kv_dtype if dtype == "bf16" else dtype
+        price = attention_price(self.device, core, dtype=dtype, kv_dtype=kv_dtype)
+        return price, kv_bytes

@@ -7,6 +7,7 @@ from functools import partial
 
 from narrows.arch.positions import most_positions
 from narrows.arch.presets import load_model_config
+from narrows.cost.engines import engine_style
 from narrows.cost.environment import this_machine
 from narrows.cost.imbalance import DEFAULT_SKEW
 from narrows.cost.pricer import StepShape
@@ -35,6 +36,9 @@ def plan_step(
     graph: bool = True,
     encode_rows: str = "none",
     expert_skew: float = DEFAULT_SKEW,
+    kv_dtype: str = "bf16",
+    engine: str = "none",
+    experts: str = "",
     revision: str = "",
     notes: Sequence[str] = (),
 ) -> PlanReport:
@@ -52,6 +56,10 @@ def plan_step(
         graph: whether kernels are launched from a CUDA graph.
         encode_rows: what rows may travel as before a gather (docs/encoded-rows.md).
         expert_skew: exponent of the power law by which experts are chosen; 0: all alike.
+        kv_dtype: of the KV cache, ``fp8``, or ``bf16`` for that of the activations.
+        engine: whose host and overlap of kernels are priced: ``none``, ``sglang``, ``vllm`` or ``trtllm``.
+        experts: ``split`` or ``whole`` (expert parallelism) in every layout; empty: as published in named layouts, the
+            cheapest in `auto`.
         notes: lines for the report, before those that are found here.
 
     Raises:
@@ -79,5 +87,8 @@ def plan_step(
         graph=graph,
         encode_rows=encode_rows,
         expert_skew=expert_skew,
+        kv_dtype=kv_dtype,
+        engine=engine_style(engine),
+        experts=experts,
     )
     return make_report(deployment, shape, layouts, logit_rows=logit_rows, notes=found)

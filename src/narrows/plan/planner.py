@@ -13,8 +13,10 @@ from functools import lru_cache
 
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
+from narrows.arch.quantization import is_block_fp8
 from narrows.arch.weight_sharding import WeightSharding, check_mesh, sharding_choices
 from narrows.cost.devices import DTYPES, Device
+from narrows.cost.engines import KERNELS_ALONE, EngineStyle
 from narrows.cost.imbalance import DEFAULT_SKEW, LARGEST_SKEW
 from narrows.cost.memory import MemoryUse, memory_use
 from narrows.cost.pricer import Pricer, StepShape
@@ -44,7 +46,9 @@ class Deployment:
     """A model on a mesh of one kind of device. ``graph``: steps are launched from a CUDA graph.
 
     ``want_logits``: every rank needs whole rows of logits, not only the chosen token. ``encode_rows``: one of
-    ENCODE_ROWS. ``expert_skew``: how unequally experts are chosen (:mod:`narrows.cost.imbalance`).
+    ENCODE_ROWS. ``expert_skew``: how unequally experts are chosen (:mod:`narrows.cost.imbalance`). ``kv_dtype``: of the
+    KV cache, ``fp8`` or that of the activations. ``engine``: whose host and overlap are priced, on GPUs. ``experts``:
+    ``split`` or ``whole`` in every layout; empty: as published in named ones, the cheapest in `auto`.
     """
 
     config: ModelConfig
@@ -55,6 +59,9 @@ class Deployment:
     want_logits: bool = False
     encode_rows: str = "none"
     expert_skew: float = DEFAULT_SKEW
+    kv_dtype: str = "bf16"
+    engine: EngineStyle = KERNELS_ALONE
+    experts: str = ""
 
     def __post_init__(self) -> None:
         if self.encode_rows not in ENCODE_ROWS:
@@ -67,13 +74,42 @@ class Deployment:
         check_mesh(self.config, self.mesh)
 
     @property
+    def block_scales(self) -> bool:
+        """Whether FP8 weights have scales by block: the checkpoint's own, or those that are published for experts."""
+        return self.config.moe is not None or is_block_fp8(self.config.quantization)
+
+    @property
     def itemsize(self) -> int:
         """Bytes per value of the activations."""
         return 4 if self.dtype == "fp32" else 2
 
+    def published(self, sharding: WeightSharding) -> WeightSharding:
+        """The weight sharding of a named layout, with experts held as this deployment says."""
+        return replace(sharding, experts=self.experts) if self.experts and self.config.moe else sharding
+
+    def sharding_choices(self) -> tuple[WeightSharding, ...]:
+        """Every weight sharding that it may have, the published one first."""
+        found = sharding_choices(self.config, self.mesh)
+        return tuple(each for each in found if each == self.published(each)) or found
+
     def memory(self, sharding: WeightSharding, workspace: int = 0) -> MemoryUse:
         """Weights and KV cache on the fullest rank, where steps take ``workspace`` bytes beside them."""
-        return memory_use(self.config, self.mesh, sharding, self.device, self.dtype, workspace)
+        return memory_use(self.config, self.mesh, sharding, self.device, self.dtype, workspace, self.kv_dtype)
+
+    def pricer(self, shape: StepShape, kind: type[Pricer] = Pricer) -> Pricer:
+        """What prices its steps of one shape."""
+        return kind(
+            self.device,
+            self.mesh,
+            shape,
+            self.dtype,
+            itemsize=self.itemsize,
+            graph=self.graph,
+            expert_skew=self.expert_skew,
+            block_scales=self.block_scales,
+            kv_dtype=self.kv_dtype,
+            engine=self.engine,
+        )
 
     @property
     def kernels(self) -> Kernels:
@@ -119,7 +155,7 @@ class Planner:
             ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
         """
         d, graph = self.deployment, self.graph(layout)
-        prices = Pricer(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph, expert_skew=d.expert_skew)
+        prices = d.pricer(shape)
         segments = Search(graph, prices).solve()
         return Plan(
             layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, roles=graph.chain.roles, host=prices.step()
@@ -146,7 +182,7 @@ def choose_sharding(
     nothing fits it is the published set: what such a plan says is then at least about layouts. ``planner_of``: planners
     of this deployment that are there already, for who asks often.
     """
-    choices = sharding_choices(deployment.config, deployment.mesh)
+    choices = deployment.sharding_choices()
     tokens = max((shape.kv_tokens for shape, _ in mix), default=0)
     best, least = choices[0], math.inf
     dearest_first = sorted(mix, key=lambda each: -each[1])

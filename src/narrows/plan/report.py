@@ -89,6 +89,8 @@ class PlanReport:
             "graph": deployment.graph,
             "encode_rows": deployment.encode_rows,
             "expert_skew": deployment.expert_skew,
+            "kv_dtype": deployment.kv_dtype,
+            "engine": deployment.engine.name,
             "shape": {
                 "phase": shape.phase,
                 "rows": shape.rows.total,
@@ -179,7 +181,7 @@ def make_report(
         named_layout(name, config, mesh)
     asked = tuple(dict.fromkeys(layouts)) or applicable_layouts(config, mesh)
     sharding = choose_sharding(deployment, [(shape, 1.0)])
-    published = Planner(deployment, WeightSharding())
+    published = Planner(deployment, deployment.published(WeightSharding()))
     planner = published if sharding == published.sharding else Planner(deployment, sharding)
 
     def entry(name: str, by: Planner) -> Entry:

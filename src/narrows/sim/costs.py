@@ -164,8 +164,7 @@ class PlannedCosts:
         return found
 
     def _prices(self, shape: StepShape, kind: type[Pricer]) -> Pricer:
-        d = self._planner.deployment
-        return kind(d.device, d.mesh, shape, d.dtype, itemsize=d.itemsize, graph=d.graph)
+        return self._planner.deployment.pricer(shape, kind)
 
     def _attention(self, planned: _Planned, group: _Group) -> tuple[int, Source]:
         """The attention stages of one group: picoseconds, and how well they are known."""

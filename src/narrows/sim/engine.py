@@ -94,6 +94,7 @@ def simulate(
     *,
     concurrency: int = 0,
     fair: bool = True,
+    arrival_s: float = 0.0,
     watch: Callable[[Batch, StepCost], None] | None = None,
     prompt_budget: PromptBudget | None = None,
 ) -> Outcome:
@@ -104,10 +105,11 @@ def simulate(
     Args:
         concurrency: most requests at once (0: no limit).
         fair: False: the scheduler takes all requests for those of one client.
+        arrival_s: from when a request is sent until the scheduler has it (HTTP, tokenizing).
         watch: called with every step as it is handed to the ranks.
         prompt_budget: bounds the rows of prompts in a step, in place of ``limits.prompt_rows``.
     """
-    return _Run(limits, costs, asks, concurrency, fair, watch, prompt_budget).outcome()
+    return _Run(limits, costs, asks, concurrency, fair, arrival_s, watch, prompt_budget).outcome()
 
 
 class _Run:
@@ -120,10 +122,13 @@ class _Run:
         asks: Sequence[Ask],
         concurrency: int,
         fair: bool,
+        arrival_s: float,
         watch: Callable[[Batch, StepCost], None] | None,
         prompt_budget: PromptBudget | None,
     ) -> None:
         self._costs, self._asks, self._fair, self._watch = costs, asks, fair, watch
+        self._arrival_s = arrival_s
+        self._on_its_way: deque[_Sent] = deque()
         self._places_held = PlacesHeld() if any(ask.client for ask in asks) else None
         self._places = concurrency or len(asks)
         self._scheduler = Scheduler(limits, prompt_budget)
@@ -139,7 +144,7 @@ class _Run:
 
     def outcome(self) -> Outcome:
         while not self._is_over():
-            worked = self._send()
+            worked = self._send() | self._admit()
             touched: list[Request] = []
             if self._in_flight and self._in_flight[0].ends_s <= self._now:
                 touched, worked = self._take(), True
@@ -170,10 +175,11 @@ class _Run:
         return not (self._unsent or self._sent or self._in_flight)
 
     def _next_s(self) -> float:
-        """When the next thing happens: a step ends, or a request comes for which there is a place."""
+        """When the next thing happens: a step ends, a request arrives, or one is sent for which there is a place."""
         ends = self._in_flight[0].ends_s if self._in_flight else math.inf
         comes = self._asks[self._unsent[0]].at_s if self._unsent and len(self._sent) < self._places else math.inf
-        soonest = min(ends, comes)
+        arrives = self._on_its_way[0].sent_s + self._arrival_s if self._on_its_way else math.inf
+        soonest = min(ends, comes, arrives)
         assert self._now < soonest < math.inf, "there is work, but nothing to wait for"
         return soonest
 
@@ -191,13 +197,21 @@ class _Run:
                 max_tokens=ask.output_tokens,
                 client=self._client(number) if self._fair else "",
             )
-            try:
-                self._scheduler.add(request)
-            except ConfigError as error:
-                self._answers[number] = Answer(sent_s=self._now, ended_s=self._now, error=str(error))
-            else:
-                self._sent[number] = _Sent(number, request, self._now)
+            self._sent[number] = _Sent(number, request, self._now)
+            self._on_its_way.append(self._sent[number])
         return sent
+
+    def _admit(self) -> bool:
+        """Requests that arrive at the scheduler now."""
+        admitted = False
+        while self._on_its_way and self._on_its_way[0].sent_s + self._arrival_s <= self._now:
+            sent, admitted = self._on_its_way.popleft(), True
+            try:
+                self._scheduler.add(sent.request)
+            except ConfigError as error:
+                del self._sent[sent.number]
+                self._answers[sent.number] = Answer(sent_s=sent.sent_s, ended_s=self._now, error=str(error))
+        return admitted
 
     def _client(self, number: int) -> str:
         return self._asks[number].client or f"request {number}"

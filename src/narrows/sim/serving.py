@@ -63,7 +63,8 @@ def serving(
     if rows_per_step < 1:
         raise ConfigError(f"--max-rows is {rows_per_step}; it must be at least 1")
     rules = named_layout(layout, config, mesh)
-    sharding = rules.sharding or known_sharding(deployment, tuple(step_mix(mesh, rows_per_step, max_context)))
+    mix = tuple(step_mix(mesh, rows_per_step, max_context))
+    sharding = deployment.published(rules.sharding) if rules.sharding else known_sharding(deployment, mix)
     memory = _memory(deployment, sharding, layout, rows_per_step, max_context)
     limits = limits_of(
         config,
