@@ -38,27 +38,26 @@ _FITTED = "fitted to the shared published runs (docs/published.md)"
 
 SGLANG = EngineStyle(
     name="sglang",
-    launch_overlap_s=4e-6,
     parallel_shared_expert=True,
-    host_s=2.0e-3,
-    host_row_s=48e-6,
-    arrival_s=190e-3,
-    source=f"SGLang 0.5.9, 17 runs, {_FITTED}",
+    host_row_s=52e-6,
+    arrival_s=185e-3,
+    source=f"SGLang 0.5.6 and 0.5.9, 17 runs, {_FITTED}",
 )
 TRTLLM = EngineStyle(
     name="trtllm",
     launch_overlap_s=4e-6,
     parallel_shared_expert=True,
-    host_s=1.2e-3,
-    arrival_s=220e-3,
+    host_s=2.8e-3,
+    host_row_s=20e-6,
+    arrival_s=235e-3,
     source=f"TensorRT-LLM 1.0 to 1.2, 25 runs, {_FITTED}",
 )
 VLLM = EngineStyle(
     name="vllm",
     host_s=1.1e-3,
     host_row_s=28e-6,
-    arrival_s=5e-3,
-    source=f"vLLM 0.1x, 13 runs, {_FITTED}",
+    arrival_s=10e-3,
+    source=f"vLLM to 0.12, 13 runs, {_FITTED}",
 )
 
 ENGINES: Mapping[str, EngineStyle] = MappingProxyType(
