@@ -14,7 +14,7 @@ from pathlib import Path
 
 __all__ = ["first_in_line", "last_in_line"]
 
-_NICE = 19
+_NICE = 10
 
 
 def first_in_line() -> None:
