@@ -17,8 +17,8 @@ from narrows.comm.process_groups import NcclTransport
 from narrows.cost.devices import device_of_card
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM, Completion
-from narrows.engine.verify import verify
 from narrows.errors import ConfigError
+from narrows.evaluate.verify import verify
 from narrows.sched.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

@@ -15,13 +15,14 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.step_work import StepWork, run_steps
 from narrows.comm.captured import CapturedCollectives
 from narrows.engine import capture
-from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.errors import RankError
+from narrows.instruments.collective_clock import CollectiveClock
+from narrows.instruments.trace_events import trace_events
+from narrows.instruments.tracer import Tracer
 from narrows.ops.compiled import gemm_library
 from narrows.plan.named import applicable_layouts
-from narrows.plan.trace import trace_events
 from narrows.sched.sampling import SamplingParams
 
 pytestmark = [
@@ -202,11 +203,11 @@ def test_a_trace_has_replayed_steps(tiny_model, tp: int) -> None:  # type: ignor
     """Each operation with its own times, and with the rows and bytes of the captured step."""
     with Engine(resolve(asked(tiny_model("v3"), tp=tp, ranks="processes"))) as engine:
         engine.instrument(CollectiveClock)
-        tracer = engine.trace(8)
+        tracer = Tracer(engine, 8)
         engine.add(PROMPTS[0], 8)
         for _ in engine.run():
             pass
-        run = tracer.run(engine.end_trace(tracer).result(), "one")
+        run = tracer.run(tracer.end().result(), "one")
         counts = engine.readings()
     decode = [step for step in run.steps if step.phase == "decode"]
     assert len(decode) >= 6

@@ -13,8 +13,8 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.llm import LLM
-from narrows.engine.script import Script
 from narrows.errors import CheckpointError, ConfigError
+from narrows.evaluate.verify_batches import VerifyBatches
 from narrows.native import why_absent
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.sched.batch import Batch
@@ -31,7 +31,7 @@ def generated(engine: Engine) -> list[list[int]]:
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full), (2, 2)])
 def test_processes_give_the_bits_of_threads_under_every_layout(speaking_v3: Path, dp: int, tp: int) -> None:
-    script = Script(PROMPTS, num_groups=dp, num_steps=3, page_size=16)
+    script = VerifyBatches(PROMPTS, num_groups=dp, num_steps=3, page_size=16)
     asked = EngineConfig(
         model=str(speaking_v3),
         dp=dp,
@@ -73,7 +73,7 @@ def test_encoded_rows_have_the_bits_of_threads(
     """Codes and scales as bytes of one exchange, among uneven rows: groups of 14 and 1, ranks without any."""
     if way == "shared memory" and why_absent():
         pytest.skip(f"no compiled code: {why_absent()}")
-    script = Script([PROMPTS[0] * 2, PROMPTS[1][:1]], num_groups=2, num_steps=2, page_size=16)
+    script = VerifyBatches([PROMPTS[0] * 2, PROMPTS[1][:1]], num_groups=2, num_steps=2, page_size=16)
     asked = EngineConfig(
         model=str(speaking_v3),
         dp=2,
@@ -105,7 +105,7 @@ def test_encoded_rows_have_the_bits_of_threads(
                     assert torch.equal(mine.logits, its.logits)
 
 
-def script_batches(script: Script, engine: Engine) -> list[Batch]:
+def script_batches(script: VerifyBatches, engine: Engine) -> list[Batch]:
     """The script's batches, fed with what the engine samples."""
     batches = []
     for batch in script:

@@ -12,7 +12,7 @@ from narrows.arch.stages import StageKind
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
-from narrows.engine.script import Script
+from narrows.evaluate.verify_batches import VerifyBatches
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, Plan
 
 PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,)]
@@ -54,7 +54,7 @@ def in_one(plan: Plan) -> Plan:
 )
 def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int, dtype: str) -> None:
     """Groups with other rows and without any, prefill beside decode, few logits; residuals apart and joined."""
-    script = Script(PROMPTS, num_groups=dp, num_steps=6, page_size=16, few_logits=True)
+    script = VerifyBatches(PROMPTS, num_groups=dp, num_steps=6, page_size=16, few_logits=True)
     asked = EngineConfig(
         model=str(speaking_v3),
         dp=dp,

@@ -26,9 +26,9 @@ from narrows.arch.config import ModelConfig, read_config
 from narrows.arch.positions import most_positions
 from narrows.arch.quantization import check_loadable
 from narrows.engine.config import EngineConfig
-from narrows.engine.transformers_model import TransformersModel, load_transformers
-from narrows.engine.verify import verify
 from narrows.errors import CheckpointError, ConfigError
+from narrows.evaluate.transformers_model import TransformersModel, load_transformers
+from narrows.evaluate.verify import verify
 from narrows.layout import Mesh
 from narrows.models.registry import check_executable
 from narrows.plan.named import applicable_layouts

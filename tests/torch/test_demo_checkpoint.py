@@ -14,9 +14,9 @@ from narrows import LLM
 from narrows.checkpoints import model_path
 from narrows.cli.main import main
 from narrows.engine.config import EngineConfig
-from narrows.engine.verify import verify
 from narrows.evaluate.evaluation import Evaluation, default_files, evaluate
 from narrows.evaluate.tasks import Setting
+from narrows.evaluate.verify import verify
 from narrows.text import Tokenizer
 
 FOLDER = Path(model_path("narrows-demo"))

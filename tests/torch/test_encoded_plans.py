@@ -19,8 +19,8 @@ from narrows.arch.stages import RowSet
 from narrows.comm import Communicator
 from narrows.engine import program
 from narrows.engine.config import EngineConfig, resolve
-from narrows.engine.recorder import Spot
-from narrows.engine.verify import ENCODED_TOLERANCE, TOLERANCE, LayoutReport, verify
+from narrows.evaluate.recorder import Spot
+from narrows.evaluate.verify import ENCODED_TOLERANCE, TOLERANCE, LayoutReport, verify
 from narrows.layout import Encoding
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import OpKind, Plan

@@ -26,8 +26,8 @@ from narrows.cost.pricer import OpPrice, Pricer, StepShape
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
-from narrows.engine.recorder import Recorder
 from narrows.engine.worker import StepResult, Worker
+from narrows.evaluate.recorder import Recorder
 from narrows.layout import Layout, Move, MoveKind, split_evenly
 from narrows.plan.cache import PlanCache
 from narrows.plan.graph import Graph

@@ -20,9 +20,9 @@ from narrows.arch.weights import Weight
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Frame, Operation, Registers, Wrap
-from narrows.engine.recorder import Recorder, Spot
 from narrows.engine.worker import StepResult, Worker, logit_split
 from narrows.errors import CheckpointError, PlanError
+from narrows.evaluate.recorder import Recorder, Spot
 from narrows.layout import RowSplit
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan

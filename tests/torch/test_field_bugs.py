@@ -31,9 +31,9 @@ from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Wrap
-from narrows.engine.recorder import Recorder
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import CollectiveMismatchError, ConfigError, PlanError, RankError
+from narrows.evaluate.recorder import Recorder
 from narrows.layout import Mesh, MoveKind, RowSplit
 from narrows.models import decoder, moe
 from narrows.models.decoder import StepInputs

@@ -41,7 +41,7 @@ from transformers_lab import (
 from narrows.arch.presets import load_model_config
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
-from narrows.engine.recorder import Recorder
+from narrows.evaluate.recorder import Recorder
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM
 from narrows.engine.program import Wrap
-from narrows.engine.verify import verify
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
+from narrows.evaluate.verify import verify
 from narrows.ops.compiled import int8_library
 from narrows.ops.experts import experts_mlp
 from narrows.ops.int8 import Int8Linear, Int8Stack, Quantization, empty_int8, int8_linear, quantize_rows

@@ -13,13 +13,14 @@ from patience import eventually
 
 from narrows.api import Generation, Update
 from narrows.engine import step_record
-from narrows.engine.collective_clock import CollectiveClock, added
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.core import Engine
-from narrows.engine.profile import BETWEEN, Expected, StepClock, profile_rows
 from narrows.engine.step_record import StepRecord
-from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.instruments.collective_clock import CollectiveClock, added
+from narrows.instruments.op_times import BETWEEN, Expected, OpClock, op_times
+from narrows.instruments.trace_file import TraceFile
+from narrows.instruments.tracer import Tracer
 from narrows.layout import MoveKind
 from narrows.plan.cache import PlanKey
 from narrows.plan.evidence import Evidence
@@ -50,9 +51,9 @@ def run_all(engine: Engine, prompts: int = 2, tokens: int = 4) -> None:
 
 
 def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: Engine) -> None:
-    tracer = engine.trace(3)
+    tracer = Tracer(engine, 3)
     run_all(engine)
-    run = tracer.run(engine.end_trace(tracer).result(), "one")
+    run = tracer.run(tracer.end().result(), "one")
     assert [step.phase for step in run.steps] == ["prefill", "decode", "decode"] and run.num_cut > 0
     assert not run.clocks and run.num_ranks == 2
     for step in run.steps:
@@ -69,10 +70,10 @@ def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: E
 
 
 def test_ranks_keep_no_more_steps_than_they_were_told(engine: Engine) -> None:
-    tracer = engine.trace(2)
+    tracer = Tracer(engine, 2)
     run_all(engine)
     assert tracer.done
-    recorded = engine.end_trace(tracer).result()
+    recorded = tracer.end().result()
     assert [len(kept.bounds) for kept in recorded] == [2, 2]
     assert all(kept.bounds[-1] == len(kept.starts) == len(kept.received) for kept in recorded)
     assert not recorded[0].execution(2).starts
@@ -80,12 +81,12 @@ def test_ranks_keep_no_more_steps_than_they_were_told(engine: Engine) -> None:
 
 def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     engine.instrument(CollectiveClock)
-    engine.instrument(StepClock, "clock")
-    tracer = engine.trace(100)
+    engine.instrument(OpClock, "clock")
+    tracer = Tracer(engine, 100)
     run_all(engine)
-    run = tracer.run(engine.end_trace(tracer).result(), "one")
+    run = tracer.run(tracer.end().result(), "one")
     counted = added(engine.readings(), {})
-    clocked = profile_rows(engine.readings("clock"))
+    clocked = op_times(engine.readings("clock"))
     crossed = sum(sum(execution.received) for step in run.steps for execution in step.executions)
     assert sum(each.nbytes for each in counted.values()) == crossed > 0
     num_steps = sum(step.plan.num_ops for step in run.steps)
@@ -94,15 +95,15 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     assert sum(row.calls for row in between) == num_steps - len(run.steps), "between each two of an execution"
     engine.instrument(None)
     run_all(engine)
-    assert profile_rows(engine.readings("clock")), "it is still there"
+    assert op_times(engine.readings("clock")), "it is still there"
 
 
 def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine: Engine) -> None:
     """Plans that run the same ops share one bound program; each op's prices are its own plan's."""
-    tracer = engine.trace(50)
+    tracer = Tracer(engine, 50)
     run_all(engine, prompts=1, tokens=3)
     run_all(engine, prompts=7, tokens=3)
-    run = tracer.run(engine.end_trace(tracer).result(), "one")
+    run = tracer.run(tracer.end().result(), "one")
     decode = [step for step in run.steps if step.phase == "decode"]
     assert {step.plan.shape.rows.total for step in decode} >= {1, 8}
     cache = engine.plans.current
@@ -111,12 +112,12 @@ def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine:
 
 def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     expected = Expected()
-    engine.instrument(StepClock)
+    engine.instrument(OpClock)
     engine.observe(expected.add)
     engine.add((1, 2, 3), 3)
     for _ in engine.run():
         pass
-    rows = profile_rows(engine.readings(), expected)
+    rows = op_times(engine.readings(), expected)
     plans = engine.plans.current
     total = (
         plans.plan_of(PlanKey.of("prefill", (3,), 1)).seconds + 2 * plans.plan_of(PlanKey.of("decode", (1,), 1)).seconds
@@ -138,11 +139,11 @@ def test_what_is_between_the_ops_is_a_row_of_its_own(engine: Engine, monkeypatch
         now[0] += after
 
     monkeypatch.setattr(StepRecord, "run", late)
-    engine.instrument(StepClock)
+    engine.instrument(OpClock)
     engine.add((1, 2, 3), 1)
     for _ in engine.run():
         pass
-    rows = profile_rows(engine.readings())
+    rows = op_times(engine.readings())
     assert [row.price_class for row in rows].index(BETWEEN) == len(rows) - 1
     assert rows[-1].seconds == pytest.approx(0.02)
 

@@ -15,10 +15,10 @@ from narrows.arch.stages import RowSet
 from narrows.arch.weights import Weight
 from narrows.comm import Communicator
 from narrows.engine.config import EngineConfig
-from narrows.engine.recorder import Spot
-from narrows.engine.script import Script
-from narrows.engine.verify import TOLERANCE, LayoutReport, verify
 from narrows.errors import ConfigError
+from narrows.evaluate.recorder import Spot
+from narrows.evaluate.verify import TOLERANCE, LayoutReport, verify
+from narrows.evaluate.verify_batches import VerifyBatches
 from narrows.plan.plan import Op, OpKind, Plan
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
@@ -119,7 +119,7 @@ def test_without_a_prompt_there_is_nothing_to_verify(asked: EngineConfig, wrong:
 
 
 def test_the_script_meets_every_kind_of_step() -> None:
-    script = Script(prompts(23, 5, 40, 1, 9), num_groups=2, num_steps=8, page_size=16, few_logits=True)
+    script = VerifyBatches(prompts(23, 5, 40, 1, 9), num_groups=2, num_steps=8, page_size=16, few_logits=True)
     phases, rows = [], []
     for number, batch in enumerate(script):
         script.sampled(batch, (7,) * batch.num_logit_rows)

@@ -23,9 +23,9 @@ from narrows.cli.main import main
 from narrows.cli.verify_command import _where_to_look
 from narrows.engine.config import EngineConfig
 from narrows.engine.free_memory import free_memory
-from narrows.engine.transformers_model import TransformersModel, load_transformers
-from narrows.engine.verify import VerifyReport, verify
 from narrows.errors import ConfigError
+from narrows.evaluate.transformers_model import TransformersModel, load_transformers
+from narrows.evaluate.verify import VerifyReport, verify
 from narrows.plan.plan import Plan
 from narrows.weights.safetensors_folder import SafetensorsFolder
 

@@ -12,8 +12,8 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.calibrate.machine import proportional_memory
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.instruments.trace_file import TraceFile
 from narrows.ranks.processes import ProcessRanks
 
 __all__ = ["RunningVariant", "Variant", "memory_of", "parse_variants", "running_variants"]

@@ -20,8 +20,8 @@ from narrows.bench.routing import ExpertCounter
 from narrows.calibrate.rates import CALIBRATION, Calibrator, rates
 from narrows.calibrate.statistics import quantile
 from narrows.engine.config import EngineConfig, Resolved, resolve
-from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.instruments.trace_file import TraceFile
 
 __all__ = ["LatencyWork", "latency"]
 

@@ -15,9 +15,9 @@ from narrows.bench.engines import RunningVariant, Variant, running_variants
 from narrows.bench.interleave import interleave
 from narrows.bench.results import Outcome, Series
 from narrows.calibrate.step_work import StepWork, fill_caches
-from narrows.engine.profile import BETWEEN, StepClock, profile_rows
-from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.instruments.op_times import BETWEEN, OpClock, op_times
+from narrows.instruments.trace_file import TraceFile
 from narrows.plan.evidence import evidence_line
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
@@ -49,7 +49,7 @@ def layer(
         for engine in {id(one.shared): one.shared for one in running}.values():
             if work.phase == "decode":
                 fill_caches(engine)
-            engine.instrument(StepClock)
+            engine.instrument(OpClock)
         steps = {one.name: _step(one, work) for one in running}
         ways = {one.name: partial(_run, one, *steps[one.name]) for one in running}
         found = interleave(ways, rounds=rounds, warmup=warmup, progress=progress)
@@ -99,7 +99,7 @@ def _run(one: RunningVariant, batch: Batch, plan: Plan) -> dict[str, float]:
     engine.submit(batch, plan=plan).result()
     seconds = perf_counter() - start
     by_class = dict.fromkeys(map(str, PriceClass), 0.0)
-    for row in profile_rows(engine.readings()):
+    for row in op_times(engine.readings()):
         if row.price_class != BETWEEN:
             by_class[row.price_class] += row.seconds
     executed = sum(by_class.values())

@@ -23,8 +23,8 @@ from narrows.calibrate.step_work import IN_FLIGHT, StepWork, attributed_op_times
 from narrows.cost.memory import kv_token_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.op_times import OpTimes
 from narrows.errors import ConfigError
+from narrows.instruments.op_seconds import OpSeconds
 from narrows.plan.named import shared_plans
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment
@@ -186,7 +186,7 @@ class _Cell:
         warmup = warmup if turn[0] else 0  # the first of a long step is warm-up enough: what is new takes milliseconds
         ways = {names: partial(self._turn, plan, *turn) for names, plan in self.plans.items()}
         whole = interleave(ways, rounds=rounds, warmup=warmup, seconds=(1 - _CLOCKED_SHARE) * seconds)
-        self.engine.instrument(OpTimes)
+        self.engine.instrument(OpSeconds)
         clocked = interleave(
             {names: partial(self._clocked, plan, *turn) for names, plan in self.plans.items()},
             rounds=min(rounds, _CLOCKED_ROUNDS),

@@ -15,7 +15,7 @@ from narrows.bench.requests import random_prompts, timed
 from narrows.bench.results import Outcome, Series
 from narrows.calibrate.statistics import quantile
 from narrows.engine.config import EngineConfig
-from narrows.engine.trace_file import TraceFile
+from narrows.instruments.trace_file import TraceFile
 
 __all__ = ["OfflineWork", "offline"]
 

@@ -24,8 +24,8 @@ from narrows.calibrate.statistics import quantile
 from narrows.calibrate.step_work import StepWork, attributed_op_times, fill_caches, run_steps, step_title
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.op_times import OpTimes
 from narrows.errors import ConfigError
+from narrows.instruments.op_seconds import OpSeconds
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.plan import Plan
@@ -182,7 +182,7 @@ def _measure_plans(
     say: Callable[[str], None],
 ) -> None:
     fill_caches(engine)
-    engine.instrument(OpTimes)
+    engine.instrument(OpSeconds)
     where = f"{engine.resolved.config.name} on {engine.resolved.mesh}"
     todo = [_Cell(engine, work, layouts) for work in _cells(grid)]
     pace = _PACE

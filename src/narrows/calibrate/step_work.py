@@ -132,7 +132,7 @@ def run_steps(engine: Engine, batch: Batch, plan: Plan, count: int) -> list[floa
 def attributed_op_times(engine: Engine, plan: Plan) -> list[list[float]]:
     """Seconds that each op cost in every run of ``plan`` since the last call (see :func:`attribute_waits`).
 
-    :class:`OpTimes` has read the steps of all ranks, and they have run no other plan."""
+    :class:`OpSeconds` has read the steps of all ranks, and they have run no other plan."""
     asked, num = engine.resolved.asked, plan.num_ops
     at_once = num_cores() / engine.resolved.threads if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
     meets = [op.meets for _, op in plan.ops()]

@@ -10,9 +10,9 @@ from typing import Any
 
 from narrows.cli.priced import add_requests_flag, add_revision_flag
 from narrows.engine.config import LOAD_FORMATS, QUANTIZATIONS, RANKS, RUN_ON, EngineConfig
-from narrows.engine.trace_file import TraceFile
-from narrows.engine.tracer import DEFAULT_STEPS
 from narrows.errors import ConfigError
+from narrows.instruments.trace_file import TraceFile
+from narrows.instruments.tracer import DEFAULT_STEPS
 from narrows.plan.planner import ENCODE_ROWS
 from narrows.ranks.launch import Launch
 

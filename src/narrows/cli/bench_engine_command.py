@@ -38,8 +38,8 @@ from narrows.cli.console import console
 from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.cost.pricer import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
-from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.instruments.trace_file import TraceFile
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.ranks.launch import Launch
 

@@ -13,8 +13,8 @@ from narrows.cli.arguments import engine_options
 from narrows.cli.layout_html import grid_page
 from narrows.cost.pricer import PHASES
 from narrows.engine.config import EngineConfig, Resolved, resolve
-from narrows.engine.trace_file import TraceFile
 from narrows.errors import ConfigError
+from narrows.instruments.trace_file import TraceFile
 from narrows.plan.named import applicable_layouts, named_layout
 
 __all__ = ["add_flags", "measure", "write_page"]

@@ -29,9 +29,9 @@ from narrows.cli.arguments import (
 from narrows.cli.console import console
 from narrows.engine.config import EngineConfig, resolve
 from narrows.engine.llm import LLM, Completion, Prompt
-from narrows.engine.profile import BETWEEN, Expected, ProfileRow, StepClock, profile_rows
 from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
+from narrows.instruments.op_times import BETWEEN, Expected, OpClock, OpTime, op_times
 from narrows.sched.sampling import SamplingParams
 
 __all__ = ["add_parser", "run"]
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             notes.print(f"note: {note}")
         expected = Expected()
         if args.profile:
-            llm.engine.instrument(StepClock)
+            llm.engine.instrument(OpClock)
             llm.engine.observe(expected.add)
         if trace is not None:
             trace.start(resolved.config.name, llm.engine)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         if trace is not None:
             notes.print(trace.write(), markup=False)
         if args.profile:
-            _print_profile(profile_rows(llm.engine.readings(), expected), resolved.mesh.size)
+            _print_profile(op_times(llm.engine.readings(), expected), resolved.mesh.size)
     return 0
 
 
@@ -191,7 +191,7 @@ def _print_logprobs(llm: LLM, done: list[Completion]) -> None:
             out.print(f"{logprob:8.3f}  {shown(token):<16} {others}", markup=False)
 
 
-def _print_profile(rows: list[ProfileRow], num_ranks: int) -> None:
+def _print_profile(rows: list[OpTime], num_ranks: int) -> None:
     for phase in ("prefill", "decode"):
         if of_phase := [row for row in rows if row.phase == phase]:
             console().print(_profile_table(of_phase, phase, num_ranks))
@@ -205,7 +205,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-def _profile_table(rows: list[ProfileRow], phase: str, num_ranks: int) -> Table:
+def _profile_table(rows: list[OpTime], phase: str, num_ranks: int) -> Table:
     """Where the time of one phase went, step by step."""
     total = sum(row.seconds for row in rows)
     between = sum(row.seconds for row in rows if row.price_class == BETWEEN)

@@ -23,10 +23,10 @@ from narrows.cli.console import console
 from narrows.cli.output import add_output_flags, check_output, put_document
 from narrows.engine.config import EngineConfig, at_hand
 from narrows.engine.model_text import load_model_text
-from narrows.engine.transformers_model import load_transformers, transformers_version
-from narrows.engine.verify import LayoutReport, VerifyReport, verify
 from narrows.errors import ConfigError
 from narrows.evaluate.served import ServedReport, verify_served
+from narrows.evaluate.transformers_model import load_transformers, transformers_version
+from narrows.evaluate.verify import LayoutReport, VerifyReport, verify
 from narrows.ranks.launch import Launch
 
 __all__ = ["add_parser", "run"]

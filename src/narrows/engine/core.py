@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from narrows.api import Generation
 from narrows.arch.positions import cache_salt
@@ -28,7 +28,6 @@ from narrows.engine.plans import EnginePlans
 from narrows.engine.program import Wrap
 from narrows.engine.ranks import start_ranks
 from narrows.engine.step_record import Reader
-from narrows.engine.tracer import Tracer
 from narrows.engine.warmup import WarmUp, warmup_batch
 from narrows.engine.worker import StepResult, Worker
 from narrows.errors import ConfigError
@@ -41,9 +40,10 @@ from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
 from narrows.sched.scheduler import Request, Scheduler
+from narrows.sched.stats import SchedulerStats
 from narrows.weights.source import WeightSource
 
-__all__ = ["Engine", "StepInFlight"]
+__all__ = ["Engine", "StepInFlight", "StepTracer"]
 
 _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
@@ -67,6 +67,27 @@ class StepInFlight:
         longest that the batch really has, and nothing grows faster."""
         longest = max(chunk.start + len(chunk.tokens) for group in self.batch.groups for chunk in group)
         return self.plan.seconds * max(1.0, longest / self.plan.shape.context)
+
+
+class StepTracer(Protocol):
+    """What an engine tells of its steps while they are traced (`instruments/tracer.py`)."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no further step is recorded."""
+        ...
+
+    def submit(self, batch: Batch, plan: Plan, keep_logits: bool, stats: SchedulerStats) -> Future[list[StepResult]]:
+        """Hand a step to the ranks, and note it."""
+        ...
+
+    def on_host(self, name: str, start: float, end: float) -> None:
+        """Note work of the host; times of ``perf_counter``."""
+        ...
+
+    def passed(self) -> None:
+        """Note that a step ran unrecorded."""
+        ...
 
 
 class Engine:
@@ -103,7 +124,7 @@ class Engine:
         self._mask_came = threading.Event()
         self.when_mask_comes: Callable[[], None] = self._mask_came.set
         """Called, from any thread, when a mask that was late is there, so that :meth:`settle` is worth a call."""
-        self._tracer: Tracer | None = None
+        self._tracer: StepTracer | None = None
         self._warming_up: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
         drawn = resolved.plan is None or resolved.plan.gives_logits
@@ -333,18 +354,9 @@ class Engine:
         """What each rank's instrument has read since it was asked last."""
         return self.ranks.submit(RankWorker.readings, name).result()
 
-    def trace(self, num_steps: int) -> Tracer:
-        """Record the next ``num_steps`` steps, on the host and on every rank, without waiting for any.
-
-        Ends with :meth:`end_trace`. One trace at a time: a new one takes the place of the old.
-        """
-        self._tracer = Tracer(self.ranks, num_steps)
-        return self._tracer
-
-    def end_trace(self, tracer: Tracer) -> Future[list[Any]]:
-        """Record nothing more; what the ranks have recorded, for :meth:`Tracer.run`."""
-        self._tracer = None
-        return tracer.end()
+    def trace_with(self, tracer: StepTracer | None) -> None:
+        """Hand out the next steps through ``tracer``, which replaces an earlier one. None: trace no more."""
+        self._tracer = tracer
 
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
         """Run one batch under a given plan, and wait; every rank's result, with logits.

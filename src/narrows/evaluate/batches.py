@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from narrows.engine.script import Script
+from narrows.evaluate.verify_batches import VerifyBatches
 from narrows.sched.batch import Batch
 from narrows.sched.pages import num_pages_for
 from narrows.sched.scheduler import Limits
@@ -58,12 +58,12 @@ def forced_steps(
     while at < len(texts):
         wave = texts[at : at + (1 if alone else _wave(limits))]
         prompts = [text[: max(1, len(text) - NUM_DECODE)] for text in wave]
-        script = Script(prompts, num_groups=limits.num_groups, num_steps=NUM_DECODE, page_size=limits.page_size)
+        fixed = VerifyBatches(prompts, num_groups=limits.num_groups, num_steps=NUM_DECODE, page_size=limits.page_size)
         turn = at % limits.num_groups if alone else 0
-        for batch in script:
+        for batch in fixed:
             forced, text_of_row = _next_tokens(batch, wave, first_text + at)
-            script.sampled(batch, forced)
-            merged = script.merged(batch)
+            fixed.sampled(batch, forced)
+            merged = fixed.merged(batch)
             groups = batch.groups[-turn:] + batch.groups[:-turn] if turn else batch.groups
             yield ForcedStep(batch=Batch(groups=groups), merged=merged, text_of_row=text_of_row)
         at += len(wave)

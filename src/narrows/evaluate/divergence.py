@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from narrows.engine.core import Engine
-from narrows.engine.verify import TOLERANCE
 from narrows.evaluate.batches import ForcedStep
 from narrows.evaluate.served import BothWays, ServedPath
 from narrows.evaluate.statistics import SIGMAS, Mean, clustered_mean
+from narrows.evaluate.verify import TOLERANCE
 from narrows.layout import Mesh, RowSplit
 
 __all__ = ["NOISE_RATIO", "Baseline", "Distance", "measure", "run_rows"]

@@ -19,8 +19,8 @@ from narrows.engine.capture import uncaptured
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.engine.program import Operation, Wrap
-from narrows.engine.script import Script
 from narrows.engine.worker import StepResult, Worker
+from narrows.evaluate.verify_batches import VerifyBatches
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.plan.plan import Op, Plan
@@ -229,14 +229,14 @@ def verify_served(
     """
     dtype = "auto" if asked.dtype == "float32" else asked.dtype
     steps = max(num_decode, 2)  # the first of them is mixed where there are several prompts
-    script = Script(prompts, num_groups=asked.dp, num_steps=steps, page_size=asked.page_size)
+    verify_batches = VerifyBatches(prompts, num_groups=asked.dp, num_steps=steps, page_size=asked.page_size)
     asked = replace(
         asked,
         want_logits=True,
         layout="auto",
         dtype=dtype,
-        max_context=script.max_context,
-        kv_tokens=script.kv_tokens,
+        max_context=verify_batches.max_context,
+        kv_tokens=verify_batches.kv_tokens,
     )
     resolved = resolve(asked)
     if resolved.mesh.size > 1:
@@ -256,7 +256,7 @@ def verify_served(
             for name in group:
                 engine.instrument(plant, "plant")
                 engine.instrument(_Emptied, "emptied")  # plans are bound anew, and no capture is left
-                report.paths[name] = _run_layout(engine, name, script, batches)
+                report.paths[name] = _run_layout(engine, name, verify_batches, batches)
     return report
 
 
@@ -274,12 +274,12 @@ class _Emptied:
         return operation
 
 
-def _run_layout(engine: Engine, name: str, script: Script, batches: list[Batch]) -> ServedPath:
-    """Run the script's steps; the first layout's tokens are kept in ``batches`` and fed to the others."""
+def _run_layout(engine: Engine, name: str, verify_batches: VerifyBatches, batches: list[Batch]) -> ServedPath:
+    """Run the fixed batches; the first layout's tokens are kept in ``batches`` and fed to the others."""
     both, cache, known = BothWays(engine), engine.plans.cache_of(name), bool(batches)
-    for batch in list(batches) if known else script:
+    for batch in list(batches) if known else verify_batches:
         results = both.run(batch, cache.plan_for(batch))
         if not known:
-            script.sampled(batch, results[0].ids)
+            verify_batches.sampled(batch, results[0].ids)
             batches.append(batch)
     return both.path

@@ -13,8 +13,8 @@ from typing import Any
 
 from narrows.comm.device import is_synchronous
 from narrows.engine.calls import RankWorker
-from narrows.engine.collective_clock import CollectiveClock
 from narrows.engine.core import Engine
+from narrows.instruments.collective_clock import CollectiveClock
 
 __all__ = ["CollectiveReader"]
 

@@ -13,8 +13,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from narrows.api import Stats
-from narrows.engine.collective_clock import Counted, added
 from narrows.engine.core import StepInFlight
+from narrows.instruments.collective_clock import Counted, added
 from narrows.plan.cache import bucket
 from narrows.sched.stats import SchedulerStats
 from narrows.service.step_times import DriftRule, StepTimes

@@ -15,10 +15,10 @@ from time import monotonic
 from typing import Any
 
 from narrows.engine.core import Engine
-from narrows.engine.trace_file import MOST_STEPS, trace_about, written_line
-from narrows.engine.tracer import DEFAULT_STEPS, Tracer
 from narrows.errors import ConfigError
-from narrows.plan.trace import check_trace_file, write_trace
+from narrows.instruments.trace_events import check_trace_file, write_trace
+from narrows.instruments.trace_file import MOST_STEPS, trace_about, written_line
+from narrows.instruments.tracer import DEFAULT_STEPS, Tracer
 
 __all__ = ["ServiceTrace"]
 
@@ -111,11 +111,11 @@ class ServiceTrace:
         if self._state is _State.NONE:
             return
         if self._state is _State.ASKED:
-            self._tracer = engine.trace(self._asked_steps)
+            self._tracer = Tracer(engine, self._asked_steps)
             self._state = _State.RUNNING
         tracer, recorded = self._tracer, self._recorded
         if self._state is _State.RUNNING and tracer is not None and (self._end_asked or tracer.done):
-            recorded = self._recorded = engine.end_trace(tracer)
+            recorded = self._recorded = tracer.end()
             recorded.add_done_callback(wake)
             self._state = _State.ENDING
         if recorded is not None and tracer is not None and recorded.done():

@@ -1,4 +1,4 @@
-"""Where the time went: seconds, rows and bytes per stage and move, read from the records of every rank's steps.
+"""Time per op: seconds, rows and bytes per stage and move, read from the records of every rank's steps.
 
 A GPU is waited for after every operation, so that its time is its own; the run as a whole is slower for it. A
 collective's seconds hold the wait for the slowest rank, as they do in any profiler. Of steps that a capture replays
@@ -19,7 +19,7 @@ from narrows.sched.batch import Batch
 if TYPE_CHECKING:
     from narrows.engine.worker import Worker
 
-__all__ = ["BETWEEN", "Counts", "Expected", "ProfileRow", "StepClock", "profile_rows"]
+__all__ = ["BETWEEN", "Counts", "Expected", "OpClock", "OpTime", "op_times"]
 
 
 BETWEEN = "between"
@@ -56,7 +56,7 @@ Counts = dict[_Kind, _Count]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileRow:
+class OpTime:
     """One kind of op over a whole run. Seconds are the mean over ranks; rows are those of the busiest rank,
     bytes what its ops wrote. ``predicted``: seconds that the plans which ran promised for it; 0: not asked."""
 
@@ -97,7 +97,7 @@ class Expected:
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + share * op.seconds * segment.times
 
 
-class StepClock:
+class OpClock:
     """Times of every operation of one rank, and between them, by kind; a reader of :meth:`Engine.instrument`."""
 
     wants = Wants.EVERY_OP
@@ -134,16 +134,16 @@ class StepClock:
         return held[1]
 
 
-def profile_rows(ranks: Sequence[Counts], expected: Expected | None = None) -> list[ProfileRow]:
+def op_times(ranks: Sequence[Counts], expected: Expected | None = None) -> list[OpTime]:
     """The clocks of all ranks as one row per kind of step, prefill before decode, in the order in which the steps
     first ran, and what is between them last; with what was ``expected`` of them."""
     kinds = list(dict.fromkeys(kind for counts in ranks for kind in counts))
     kinds.sort(key=lambda kind: (kind.phase != "prefill", kind.price_class == BETWEEN))
-    out: list[ProfileRow] = []
+    out: list[OpTime] = []
     for kind in kinds:
         held = [counts[kind] for counts in ranks if kind in counts]
         out.append(
-            ProfileRow(
+            OpTime(
                 **kind._asdict(),
                 calls=max(count.calls for count in held),
                 seconds=sum(count.seconds for count in held) / len(ranks),

@@ -16,7 +16,7 @@ from narrows.errors import ConfigError
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
-__all__ = ["Script"]
+__all__ = ["VerifyBatches"]
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ def _decode(sequence: _Sequence, *, only_first_group: bool) -> int:
     return 0 if only_first_group and sequence.group else 1
 
 
-class Script:
+class VerifyBatches:
     """Iterate for batches; after each, :meth:`sampled` must bring its samples before the next is asked for."""
 
     def __init__(

@@ -9,10 +9,10 @@ from narrows.engine.step_record import StepRecord, Wants
 if TYPE_CHECKING:
     from narrows.engine.worker import Worker
 
-__all__ = ["OpTimes"]
+__all__ = ["OpSeconds"]
 
 
-class OpTimes:
+class OpSeconds:
     """Seconds of every operation; a reader of :meth:`Engine.instrument`."""
 
     wants = Wants.EVERY_OP

@@ -18,10 +18,10 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.devices import device
 from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
+from narrows.instruments.trace_events import Execution, HostSpan, TracedStep, TraceRun, check_trace_file, write_trace
 from narrows.layout import Mesh, MoveKind
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
-from narrows.plan.trace import Execution, HostSpan, TracedStep, TraceRun, check_trace_file, write_trace
 
 MESH = Mesh.of(dp=2, tp=2)
 STEP_S = 1e-3

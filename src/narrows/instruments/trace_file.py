@@ -1,7 +1,4 @@
-"""One file with the traces of one engine or several, from the first step on, for commands that run and end.
-
-Knows engines and tracers; how the file is written is `plan.trace`'s.
-"""
+"""Writes the traces of the engines of one command to one file."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from narrows.engine.core import Engine
-from narrows.engine.tracer import DEFAULT_STEPS, Tracer
 from narrows.errors import ConfigError
-from narrows.plan.trace import TraceRun, check_trace_file, write_trace
+from narrows.instruments.trace_events import TraceRun, check_trace_file, write_trace
+from narrows.instruments.tracer import DEFAULT_STEPS, Tracer
 
 __all__ = ["MOST_STEPS", "TraceFile", "trace_about", "written_line"]
 
@@ -28,7 +25,7 @@ class TraceFile:
 
     file: str
     num_steps: int = DEFAULT_STEPS
-    _open: list[tuple[str, Engine, Tracer]] = field(default_factory=list)
+    _open: list[tuple[str, Tracer]] = field(default_factory=list)
     _runs: list[TraceRun] = field(default_factory=list)
     _about: dict[str, Any] = field(default_factory=dict)
 
@@ -39,13 +36,13 @@ class TraceFile:
 
     def start(self, name: str, engine: Engine) -> None:
         """Record an engine from its next step on; ``name`` is what its rows are called."""
-        self._open.append((name, engine, engine.trace(self.num_steps)))
+        self._open.append((name, Tracer(engine, self.num_steps)))
         self._about = self._about or trace_about(engine)
 
     def collect(self) -> None:
         """Take what the engines' ranks have recorded; before they are closed."""
-        for name, engine, tracer in self._open:
-            self._runs.append(tracer.run(engine.end_trace(tracer).result(), name))
+        for name, tracer in self._open:
+            self._runs.append(tracer.run(tracer.end().result(), name))
         self._open.clear()
 
     def write(self) -> str:

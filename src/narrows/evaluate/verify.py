@@ -34,11 +34,11 @@ from narrows.arch.stages import RowSet
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
-from narrows.engine.recorder import Copy, Flip, Recorder, Spot
-from narrows.engine.script import Script
-from narrows.engine.transformers_model import TransformersModel
 from narrows.engine.worker import StepResult, logit_split
 from narrows.errors import ConfigError, PlanError
+from narrows.evaluate.recorder import Copy, Flip, Recorder, Spot
+from narrows.evaluate.transformers_model import TransformersModel
+from narrows.evaluate.verify_batches import VerifyBatches
 from narrows.layout import Encoding, RowSplit
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
@@ -159,8 +159,10 @@ def verify(
         ConfigError: a model or mesh that cannot be, or a layout that cannot apply.
     """
     asked = replace(asked, want_logits=True, layout="auto")
-    script = Script(prompts, num_groups=asked.dp, num_steps=num_decode, page_size=asked.page_size, few_logits=True)
-    asked = replace(asked, max_context=script.max_context, kv_tokens=script.kv_tokens)
+    verify_batches = VerifyBatches(
+        prompts, num_groups=asked.dp, num_steps=num_decode, page_size=asked.page_size, few_logits=True
+    )
+    asked = replace(asked, max_context=verify_batches.max_context, kv_tokens=verify_batches.kv_tokens)
     sharded = resolve(asked)
     names = tuple(layouts) or applicable_layouts(sharded.config, sharded.mesh)
     by_sharding: dict[WeightSharding, list[str]] = {}
@@ -169,9 +171,9 @@ def verify(
         by_sharding.setdefault(rules.sharding or sharded.sharding, []).append(name)
 
     if outside is None:
-        reference = _one_rank(asked, script, source)
+        reference = _one_rank(asked, verify_batches, source)
     else:
-        reference = _outside(sharded.config, outside(sharded.config), prompts, script)
+        reference = _outside(sharded.config, outside(sharded.config), prompts, verify_batches)
     reports: dict[str, LayoutReport] = {}
     for sharding, group in by_sharding.items():
         recorder = Recorder(sharded.mesh.size, replay=reference.routing) if asked.ranks == "threads" else None
@@ -191,7 +193,7 @@ def verify(
 
 @dataclass(slots=True)
 class _Reference:
-    """A run of the script that others are compared with: the batches it made, and of each every stage's output and the
+    """The run that others are compared with: its batches, and of each batch every stage's output and the
     logits; and the experts it chose, by (step, layer). ``outside``: it was no run of an engine."""
 
     batches: list[Batch] = field(default_factory=list)
@@ -201,19 +203,19 @@ class _Reference:
     outside: bool = False
 
 
-def _one_rank(asked: EngineConfig, script: Script, source: WeightSource | None) -> _Reference:
-    kv_tokens = script.kv_tokens * asked.dp
+def _one_rank(asked: EngineConfig, verify_batches: VerifyBatches, source: WeightSource | None) -> _Reference:
+    kv_tokens = verify_batches.kv_tokens * asked.dp
     # Rows are selected before the head: up to there whatever a layout leaves can be compared, and replayed.
     one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
     recorder = Recorder(1)
     reference = _Reference(routing=recorder.routing)
     with Engine(one, source=source, wrap=recorder.wrap) as engine:
-        for step, batch in enumerate(script):
-            merged = script.merged(batch)
+        for step, batch in enumerate(verify_batches):
+            merged = verify_batches.merged(batch)
             recorder.begin(step)
             (result,) = engine.submit(merged, keep_logits=True).result()
             assert result.logits is not None
-            script.sampled(batch, result.ids)
+            verify_batches.sampled(batch, result.ids)
             reference.batches.append(batch)
             copies = recorder.copies(*_splits(one, merged))
             reference.tensors.append({spot: copy for spot, (copy,) in copies.items()})
@@ -222,14 +224,14 @@ def _one_rank(asked: EngineConfig, script: Script, source: WeightSource | None) 
 
 
 def _outside(
-    config: ModelConfig, model: TransformersModel, prompts: Sequence[Sequence[int]], script: Script
+    config: ModelConfig, model: TransformersModel, prompts: Sequence[Sequence[int]], verify_batches: VerifyBatches
 ) -> _Reference:
     reference = _Reference(outside=True)
     model.begin(prompts)
-    for step, batch in enumerate(script):
+    for step, batch in enumerate(verify_batches):
         result = model.step(batch)
         _check_routing(config, result.routing)
-        script.sampled(batch, tuple(result.logits.argmax(-1).tolist()))
+        verify_batches.sampled(batch, tuple(result.logits.argmax(-1).tolist()))
         reference.batches.append(batch)
         reference.tensors.append({})
         reference.logits.append(result.logits)

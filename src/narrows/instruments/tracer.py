@@ -1,9 +1,9 @@
-"""Records the first steps of an engine: when every rank ran each operation, and what the host did meanwhile.
+"""Records the next steps of an engine: when every rank ran each operation, and what the host did meanwhile.
 
-`plan.trace` writes the record. Ranks keep four numbers per operation, in arrays, for so many engine steps and no more;
-replayed steps are kept as op-by-op ones are. Their clock is ``perf_counter``, on Linux CLOCK_MONOTONIC: the same for
-all processes of a host, and not between hosts. A GPU is waited for after every operation, so that its time is its own;
-the run as a whole is slower for it.
+`trace_events.py` writes the record. A rank keeps four numbers per operation, in arrays, for a given number of steps;
+replayed steps are kept as op-by-op ones are. Its clock is ``perf_counter``, on Linux CLOCK_MONOTONIC: the same for all
+processes of a host, and not between hosts. A GPU is waited for after every operation, so that its time is its own; the
+run as a whole is slower for it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrows.engine.calls import RankWorker
+from narrows.engine.core import Engine
 from narrows.engine.step_record import StepRecord, Wants
+from narrows.instruments.trace_events import Execution, HostSpan, TracedStep, TraceRun
 from narrows.plan.plan import Plan
-from narrows.plan.trace import Execution, HostSpan, TracedStep, TraceRun
 from narrows.ranks.calls import Ranks
 from narrows.sched.batch import Batch
 from narrows.sched.stats import SchedulerStats
@@ -27,7 +28,7 @@ from narrows.sched.stats import SchedulerStats
 if TYPE_CHECKING:
     from narrows.engine.worker import Worker
 
-__all__ = ["DEFAULT_STEPS", "StepTracer", "Tracer"]
+__all__ = ["DEFAULT_STEPS", "RankTracer", "Tracer"]
 
 DEFAULT_STEPS = 200
 """Steps that are kept unless told otherwise: 10 MB per rank for 60 layers."""
@@ -57,7 +58,7 @@ class Recorded(NamedTuple):
         return Execution(self.starts[own], self.ends[own], self.rows[own], self.received[own], self.replayed[number])
 
 
-class StepTracer:
+class RankTracer:
     """Keeps the first records of one rank's steps; a reader of :meth:`Engine.instrument`."""
 
     def __init__(self, worker: Worker, *, num_steps: int) -> None:
@@ -107,18 +108,23 @@ class _Submitted:
 
 @dataclass(slots=True)
 class Tracer:
-    """One trace of an engine that runs; made by :meth:`Engine.trace`."""
+    """Records the next ``num_steps`` steps of an engine, on the host and on every rank, until :meth:`end`.
 
-    ranks: Ranks[RankWorker]
+    An engine has one trace at a time: a new one replaces the old."""
+
+    engine: Engine
     num_steps: int
+    ranks: Ranks[RankWorker] = field(init=False)
     _steps: list[_Submitted] = field(default_factory=list)
     _host: list[HostSpan] = field(default_factory=list)
     _num_cut: int = 0
     _closed: bool = False
 
     def __post_init__(self) -> None:
-        # Calls come to ranks in order: what is handed out from now on is what they record.
-        self.ranks.submit(RankWorker.instrument, partial(StepTracer, num_steps=self.num_steps), _INSTRUMENT)
+        self.ranks = self.engine.ranks
+        self.engine.trace_with(self)
+        # Calls reach ranks in order: they record what is handed out from now on.
+        self.ranks.submit(RankWorker.instrument, partial(RankTracer, num_steps=self.num_steps), _INSTRUMENT)
 
     @property
     def full(self) -> bool:
@@ -157,8 +163,9 @@ class Tracer:
         self._num_cut += 1
 
     def end(self) -> Future[list[Any]]:
-        """Take nothing more; what the ranks have recorded, once they are past what they were given, for :meth:`run`."""
+        """Record nothing more; the ranks' records, for :meth:`run`, once they have run what they were given."""
         self._closed = True
+        self.engine.trace_with(None)
         recorded = self.ranks.submit(RankWorker.readings, _INSTRUMENT)
         self.ranks.submit(RankWorker.instrument, None, _INSTRUMENT)
         return recorded

@@ -1,0 +1,1 @@
+"""Readers of step records: time per op, sums per collective, traces of every rank."""
