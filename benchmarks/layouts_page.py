@@ -20,10 +20,10 @@ from narrows.cost.devices import device
 from narrows.cost.memory import MemoryUse
 from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh, split_evenly
-from narrows.plan.explain import describe, layout_words, main_segment
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import OpKind, Plan
 from narrows.plan.planner import Deployment, Planner, choose_sharding
+from narrows.plan.report.explain import describe, layout_words, main_segment
 
 ROWS = (128, 1024, 4096, 16384)
 CONTEXT = 4096

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from narrows.engine.llm import LLM, Completion, Piece
     from narrows.errors import ConfigError, NarrowsError
-    from narrows.plan.plan_step import plan_step
-    from narrows.plan.report import PlanReport
+    from narrows.plan.report.plan_report import PlanReport
+    from narrows.plan.report.plan_step import plan_step
     from narrows.sched.sampling import SamplingParams
 
 __all__ = ["LLM", "Completion", "ConfigError", "NarrowsError", "Piece", "PlanReport", "SamplingParams", "plan_step"]
@@ -24,9 +24,9 @@ _MODULES = {
     "ConfigError": "narrows.errors",
     "NarrowsError": "narrows.errors",
     "Piece": "narrows.engine.llm",
-    "PlanReport": "narrows.plan.report",
+    "PlanReport": "narrows.plan.report.plan_report",
     "SamplingParams": "narrows.sched.sampling",
-    "plan_step": "narrows.plan.plan_step",
+    "plan_step": "narrows.plan.report.plan_step",
 }
 
 

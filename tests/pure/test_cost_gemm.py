@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from narrows.cost import DEVICES, ZERO, Source, device, gemm_price, grouped_gemm_price
 from narrows.cost.gemm import _tables
 from narrows.cost.grids import grids
-from narrows.cost.tables import Curve
+from narrows.cost.price import Curve
 from narrows.errors import ConfigError
 
 SHAPES = ((256, 7168), (1536, 7168), (2048, 7168), (4096, 7168), (4096, 512), (3072, 1536), (7168, 2048), (7168, 16384))

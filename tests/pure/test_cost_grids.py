@@ -18,8 +18,8 @@ from narrows.cost.experts import experts_price
 from narrows.cost.gemm import absorbed_price
 from narrows.cost.grids import Grid, grids
 from narrows.cost.imbalance import DEFAULT_SKEW
+from narrows.cost.price import Curve
 from narrows.cost.pricer import StepShape
-from narrows.cost.tables import Curve
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.planner import Deployment, Planner

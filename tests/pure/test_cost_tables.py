@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.cost import Source
-from narrows.cost.tables import Curve, read_rows
+from narrows.cost.price import Curve, read_rows
 
 times = st.floats(min_value=1e-7, max_value=1e-1)
 curves = st.lists(times, min_size=2, max_size=24).map(

@@ -21,12 +21,12 @@ from narrows.cost.price import Source
 from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError, PlanError
 from narrows.layout import Encoding, Mesh, Move, MoveKind
-from narrows.plan.code import plan_code
-from narrows.plan.explain import describe
 from narrows.plan.plan import Op, OpKind, Plan
 from narrows.plan.planner import Deployment, Planner
-from narrows.plan.report import make_report
-from narrows.plan.saved import read_plan, write_plan
+from narrows.plan.report.code import plan_code
+from narrows.plan.report.explain import describe
+from narrows.plan.report.plan_report import make_report
+from narrows.plan.report.saved import read_plan, write_plan
 
 TP8, DP2 = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4)
 

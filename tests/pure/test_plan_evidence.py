@@ -13,10 +13,10 @@ from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh
-from narrows.plan import evidence
-from narrows.plan.evidence import Evidence, evidence_line
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner
+from narrows.plan.report import evidence
+from narrows.plan.report.evidence import Evidence, evidence_line
 
 MESH = Mesh.of(dp=1, tp=8)
 

@@ -18,13 +18,14 @@ from narrows.cost.devices import device
 from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, split_evenly
-from narrows.plan import cache, crossovers, explain
-from narrows.plan.crossovers import RowRange, Sweep, row_ranges, spread
-from narrows.plan.explain import compare, describe, main_segment, segment_difference, why
+from narrows.plan import cache
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_sharding, known_sharding
-from narrows.plan.report import make_report
+from narrows.plan.report import crossovers, explain
+from narrows.plan.report.crossovers import RowRange, Sweep, row_ranges, spread
+from narrows.plan.report.explain import compare, describe, main_segment, segment_difference, why
+from narrows.plan.report.plan_report import make_report
 
 TP8, DP2 = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=4)
 

@@ -15,13 +15,13 @@ from narrows.cost.devices import DEVICES, Device, device
 from narrows.cost.pricer import Pricer, StepShape
 from narrows.errors import PlanError
 from narrows.layout import Mesh
-from narrows.plan.code import plan_code
-from narrows.plan.explain import describe, why
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, applicable_layouts
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan
 from narrows.plan.planner import Deployment, Planner, choose_sharding
-from narrows.plan.saved import read_plan, write_plan
+from narrows.plan.report.code import plan_code
+from narrows.plan.report.explain import describe, why
+from narrows.plan.report.saved import read_plan, write_plan
 from narrows.plan.search import Search
 
 MINI, TP2 = preset("dsv3-mini"), Mesh.of(dp=1, tp=2)

@@ -19,11 +19,11 @@ from narrows.arch.weight_sharding import sharding_choices
 from narrows.cost.devices import device
 from narrows.cost.pricer import Pricer, StepShape
 from narrows.layout import Encoding, Mesh, split_evenly
-from narrows.plan.code import plan_code
-from narrows.plan.explain import describe
 from narrows.plan.graph import Graph
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.plan.plan import Op, OpKind, Plan
+from narrows.plan.report.code import plan_code
+from narrows.plan.report.explain import describe
 from narrows.plan.search import Search
 from narrows.plan.workspace import Kernels, workspace
 

@@ -12,11 +12,11 @@ from narrows.cost.devices import device
 from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
-from narrows.plan.code import plan_code
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import OpKind, Plan
 from narrows.plan.planner import Deployment, Planner
-from narrows.plan.saved import read_plan, write_plan
+from narrows.plan.report.code import plan_code
+from narrows.plan.report.saved import read_plan, write_plan
 
 MESH = Mesh.of(dp=2, tp=4)
 

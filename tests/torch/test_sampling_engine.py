@@ -41,7 +41,7 @@ from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.named import applicable_layouts
-from narrows.plan.saved import write_plan
+from narrows.plan.report.saved import write_plan
 from narrows.sched.sampling import SamplingParams, uniform
 from narrows.sched.scheduler import Request
 

@@ -23,7 +23,7 @@ from narrows.instruments.trace_file import TraceFile
 from narrows.instruments.tracer import Tracer
 from narrows.layout import MoveKind
 from narrows.plan.cache import PlanKey
-from narrows.plan.evidence import Evidence
+from narrows.plan.report.evidence import Evidence
 from narrows.sched.batch import Batch, Chunk
 from narrows.service import service as service_module
 from narrows.service.service import EngineService

@@ -13,8 +13,8 @@ from typing import Any
 
 from narrows.bench.results import Outcome, Series
 from narrows.calibrate.statistics import Spread, median_interval, quantile, ratios
-from narrows.plan.evidence import Evidence
 from narrows.plan.plan import Plan
+from narrows.plan.report.evidence import Evidence
 
 __all__ = ["WITHIN", "Cell", "Grid", "PlanTimes", "Summary", "by_layout", "grid_of", "summary"]
 

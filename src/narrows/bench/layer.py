@@ -18,8 +18,8 @@ from narrows.calibrate.step_work import StepWork, fill_caches
 from narrows.errors import ConfigError
 from narrows.instruments.op_times import BETWEEN, OpClock, op_times
 from narrows.instruments.trace_file import TraceFile
-from narrows.plan.evidence import evidence_line
 from narrows.plan.plan import Plan
+from narrows.plan.report.evidence import evidence_line
 from narrows.sched.batch import Batch
 
 __all__ = ["OUTSIDE", "PUBLISHED", "TOTAL", "layer", "published_parts"]

@@ -14,8 +14,8 @@ from narrows.bench.grid import WITHIN, Cell, Grid, PlanTimes
 from narrows.calibrate.statistics import ratios
 from narrows.cli.layout_tables import ms, percent, sources_words
 from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, op_title, render, row_bytes
-from narrows.plan.explain import main_segment
 from narrows.plan.plan import Op
+from narrows.plan.report.explain import main_segment
 
 __all__ = ["grid_page"]
 

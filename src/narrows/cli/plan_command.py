@@ -11,10 +11,10 @@ from narrows.cli.priced import add_priced_flags
 from narrows.cost.pricer import PHASES
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, split_evenly
-from narrows.plan.code import plan_code
 from narrows.plan.named import named_layout
-from narrows.plan.plan_step import plan_step
-from narrows.plan.saved import write_plan
+from narrows.plan.report.code import plan_code
+from narrows.plan.report.plan_step import plan_step
+from narrows.plan.report.saved import write_plan
 
 __all__ = ["add_parser", "run"]
 

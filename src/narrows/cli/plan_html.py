@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from narrows.arch.stages import PriceClass
 from narrows.cli.timeline import BLOCK_WIDTH, COLOURS, Band, Bar, draw, is_block, op_title, render, row_bytes
-from narrows.plan.explain import main_segment
 from narrows.plan.plan import Op, Plan
-from narrows.plan.report import PlanReport
+from narrows.plan.report.explain import main_segment
+from narrows.plan.report.plan_report import PlanReport
 
 __all__ = ["report_page"]
 

@@ -13,10 +13,10 @@ from rich.text import Text
 from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cli.console import console
 from narrows.layout import MoveKind
-from narrows.plan.crossovers import RowRange
-from narrows.plan.explain import compare, fields_words, layout_words, segment_difference
 from narrows.plan.plan import Op, OpKind, Plan, Segment
-from narrows.plan.report import Entry, PlanReport
+from narrows.plan.report.crossovers import RowRange
+from narrows.plan.report.explain import compare, fields_words, layout_words, segment_difference
+from narrows.plan.report.plan_report import Entry, PlanReport
 
 __all__ = ["print_report"]
 

@@ -43,9 +43,9 @@ from narrows.cost.profile import choose_device
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.deploy import DEFAULT_ROWS, longest_context, planned_dtype
-from narrows.plan.evidence import ranks_line
 from narrows.plan.named import applicable_layouts, inapplicable, named_layout
 from narrows.plan.planner import Deployment
+from narrows.plan.report.evidence import ranks_line
 from narrows.sim.costs import StepCosts
 from narrows.sim.engine import simulate
 from narrows.sim.measured import read_step_times

@@ -14,8 +14,8 @@ from importlib.resources import files
 from jinja2 import Environment, FunctionLoader
 
 from narrows.arch.stages import PriceClass
-from narrows.plan.explain import fields_words, layout_words
 from narrows.plan.plan import Op, OpKind, Plan
+from narrows.plan.report.explain import fields_words, layout_words
 
 __all__ = ["BLOCK_WIDTH", "COLOURS", "Band", "Bar", "draw", "is_block", "op_title", "render", "row_bytes"]
 

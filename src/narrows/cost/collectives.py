@@ -15,8 +15,7 @@ from types import MappingProxyType
 
 from narrows.cost.devices import CollectiveSource, Device
 from narrows.cost.measured import COLLECTIVES
-from narrows.cost.price import ZERO, Price, Source
-from narrows.cost.tables import Curve, read_rows
+from narrows.cost.price import ZERO, Curve, Price, Source, read_rows
 
 __all__ = ["COLLECTIVES", "collective_price"]
 

@@ -18,8 +18,7 @@ from types import MappingProxyType
 
 from narrows.cost.devices import Device, device
 from narrows.cost.grids import grids
-from narrows.cost.price import ZERO, Price, Source
-from narrows.cost.tables import Curve, read_rows
+from narrows.cost.price import ZERO, Curve, Price, Source, read_rows
 from narrows.errors import ConfigError
 
 __all__ = ["absorbed_price", "gemm_price", "grouped_gemm_price"]

@@ -17,8 +17,7 @@ from functools import cache
 from itertools import product
 from types import MappingProxyType
 
-from narrows.cost.price import Price, Source
-from narrows.cost.tables import Curve
+from narrows.cost.price import Curve, Price, Source
 
 __all__ = ["Grid", "grids"]
 

@@ -27,8 +27,7 @@ from pydantic import (
 )
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
-from narrows.cost.price import Price, Source
-from narrows.cost.tables import Curve
+from narrows.cost.price import Curve, Price, Source
 
 __all__ = [
     "AXES",

@@ -41,7 +41,7 @@ from narrows.plan.deploy import (
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, known_sharding
-from narrows.plan.saved import read_plan
+from narrows.plan.report.saved import read_plan
 from narrows.ranks.launch import Launch
 from narrows.sched.scheduler import Limits
 from narrows.weights.checkpoint_fit import fit_checkpoint

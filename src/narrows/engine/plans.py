@@ -16,10 +16,10 @@ from narrows.errors import ConfigError
 from narrows.layout import Encoding, split_evenly
 from narrows.plan.cache import FixedPlan, PlanCache, PlanKey
 from narrows.plan.deploy import priced_context
-from narrows.plan.evidence import evidence_line
 from narrows.plan.expected import expected_keys
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Planner
+from narrows.plan.report.evidence import evidence_line
 from narrows.sched.batch import Batch
 
 __all__ = ["EnginePlans"]

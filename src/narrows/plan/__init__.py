@@ -1,1 +1,1 @@
-"""PURE room: the planner, plans, the plan cache and their explanation. No torch, directly or not."""
+"""PURE room: the planner, plans, the plan cache, and reports on plans. No torch, directly or not."""

@@ -14,8 +14,8 @@ from narrows.arch.weight_sharding import sharding_words
 from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
 from narrows.plan.cache import PlanKey
-from narrows.plan.evidence import Evidence
 from narrows.plan.plan import OpKind, Plan
+from narrows.plan.report.evidence import Evidence
 
 __all__ = ["describe"]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from narrows.errors import ConfigError
-from narrows.plan.explain import describe
 from narrows.plan.plan import Plan
+from narrows.plan.report.explain import describe
 from narrows.sched.batch import Batch
 from narrows.sched.budget import PromptBudget
 from narrows.sched.limits import Limits

@@ -13,8 +13,8 @@ from itertools import pairwise
 from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import split_evenly
-from narrows.plan.explain import describe
 from narrows.plan.planner import Planner
+from narrows.plan.report.explain import describe
 
 __all__ = ["RowRange", "Sweep", "row_ranges", "spread"]
 

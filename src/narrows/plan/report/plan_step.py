@@ -16,7 +16,7 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh, split_evenly
 from narrows.plan.deploy import planned_dtype
 from narrows.plan.planner import Deployment
-from narrows.plan.report import PlanReport, make_report
+from narrows.plan.report.plan_report import PlanReport, make_report
 
 __all__ = ["plan_step"]
 

@@ -12,12 +12,12 @@ from typing import Any
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import MemoryUse
 from narrows.cost.pricer import StepShape
-from narrows.plan.crossovers import RowRange, Sweep
-from narrows.plan.evidence import Evidence, evidence_line, ranks_line
-from narrows.plan.explain import why
 from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_sharding
+from narrows.plan.report.crossovers import RowRange, Sweep
+from narrows.plan.report.evidence import Evidence, evidence_line, ranks_line
+from narrows.plan.report.explain import why
 from narrows.plan.workspace import Workspace
 
 __all__ = ["Entry", "PlanReport", "make_report"]
