@@ -270,6 +270,7 @@ class Pricer:
         elif move.kind is MoveKind.ALL_GATHER:
             rows, op = self._gathered(row_set, move.dst, move.src, n), "all_gather"
         else:
+            assert move.kind is MoveKind.REDUCE_SCATTER, f"no price for {move.kind}"
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
         price = self._measured_in_plan(move.kind.value, move, nbytes)

@@ -71,7 +71,7 @@ class Move:
 
 @lru_cache(maxsize=4096)
 def moves_from(mesh: Mesh, layout: Layout) -> tuple[Move, ...]:
-    """Every single move that starts at ``layout``, in a fixed order."""
+    """Every single move that starts at ``layout``, in a fixed order: one at most to each other layout."""
     first, tail, end = layout.num_leading, layout.tail, mesh.num_axes
     found: dict[Layout, Move] = {}
 
