@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from narrows.arch.presets import preset
-from narrows.arch.stages import LayerType
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cli.main import main
 from narrows.cost import device
@@ -16,7 +14,7 @@ from narrows.cost.memory import GPU_COLLECTIVES, GPU_PROCESS
 from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh, split_evenly
 from narrows.plan.planner import Deployment, Planner
-from narrows.plan.workspace import Kernels, Workspace, workspace
+from narrows.plan.workspace import MASK_BYTES, POOL, Kernels, Workspace, workspace
 
 
 def planner(name: str = "deepseek-v3", on: str = "h200", dtype: str = "fp8", dp: int = 1, tp: int = 8) -> Planner:
@@ -79,23 +77,19 @@ def test_scattered_rows_are_divided_by_the_ranks() -> None:
     assert split.total < 1.2 * wide.total  # as many rows in all: no rank has eight times as much
 
 
-def test_a_stage_with_scores_of_all_rows_and_context_is_counted() -> None:
-    by = planner()
-    chain = by.chain
-    indexed = tuple(
-        LayerType(
-            name=kind.name,
-            stages=tuple(
-                replace(stage, row_context_bytes=4.0) if stage.name == "attention" else stage for stage in kind.stages
-            ),
-        )
-        for kind in chain.layer_types
-    )
-    other = planner()
-    other.chain = replace(chain, layer_types=indexed)
-    rows, context = 8192, 131072
-    extra = of(other, rows, context).activations - of(by, rows, context).activations
-    assert 0.5 * rows * context * 4 < extra < 1.2 * rows * context * 4
+def test_masks_on_gpus_grow_with_rows_and_context() -> None:
+    """sglang #35201. A chunk of a long prompt has a mask of its rows and context; a whole prompt is causal without."""
+    by, rows = planner(), 8192
+    whole, half, chunk = (of(by, rows, context).activations for context in (rows, 65536, 131072))
+    assert chunk - half == pytest.approx(POOL * MASK_BYTES * rows * 65536, rel=1e-6)
+    assert whole < POOL * MASK_BYTES * rows * 131072 < chunk
+    assert of(by, 1, 131072, phase="decode").total < 0.01 * chunk
+
+
+def test_scores_on_cpus_are_held_in_blocks() -> None:
+    by = planner("llama-3.1-8b", "cpu-core", "fp32", tp=2)
+    short, long = (of(by, 512, context).activations for context in (4096, 65536))
+    assert long == short, "the block of scores is as large as it gets in both"
 
 
 def test_sampling_holds_float32_logits_of_the_rows_that_have_them() -> None:

@@ -218,13 +218,11 @@ class Stage:
     stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
     costs when the residual was added before; ``work`` what it costs fused. ``any_rows``: it may also run on the rows
     whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
-    its context that a row sees at most, where that is not all. ``row_context_bytes``: held at once per row and token
-    of the context, where a kernel has whole rows of scores (the float32 logits of an indexer of sparse attention); 0
-    where it works in blocks. ``routed``: the experts that its first items of work are. ``absorbed``: the item of work
-    that expands DeepSeek's latent to keys and values; in its place each head in decode multiplies its queries, and what
-    it read, by its own part of those weights. ``role``: what it is to its layer, where a layout may have rules for
-    that. ``cut_after``: few states are possible after it, so that the search may solve the stages up to it and those
-    after it apart.
+    its context that a row sees at most, where that is not all. ``routed``: the experts that its first items of work
+    are. ``absorbed``: the item of work that expands DeepSeek's latent to keys and values; in its place each head in
+    decode multiplies its queries, and what it read, by its own part of those weights. ``role``: what it is to its
+    layer, where a layout may have rules for that. ``cut_after``: few states are possible after it, so that the search
+    may solve the stages up to it and those after it apart.
     """
 
     name: str
@@ -240,7 +238,6 @@ class Stage:
     row_set: RowSet = RowSet.ALL
     any_rows: bool = False
     window: int | None = None
-    row_context_bytes: float = 0.0
     routed: RoutedExperts | None = None
     absorbed: int | None = None
     role: Role | None = None

@@ -17,12 +17,15 @@ from narrows.cost.pricer import StepShape
 from narrows.layout import Layout, MoveKind
 from narrows.plan.plan import Op, OpKind, Plan
 
-__all__ = ["Kernels", "Workspace", "workspace"]
+__all__ = ["MASK_BYTES", "POOL", "Kernels", "Workspace", "workspace"]
 
 EXPANDED_VALUES = 1 << 24
 """Values of keys and values that plain latent attention expands at once (`ops/mla_attention.py`)."""
 SCORES = 1 << 22
 """Scores that plain attention on CPUs holds at once (`ops/causal_attention.py`)."""
+MASK_BYTES = 4
+"""Per row and token of its context, where torch's 16-bit kernels on GPUs need a mask: the mask, its inverse, and the
+two bytes of the addend that torch makes of it (`ops/causal_attention.py`). Not measured on a GPU."""
 HEAP = 2.0
 """What glibc's heap takes for tensors of many sizes over what they hold (benchmarks/memory.py)."""
 POOL = 1.1
@@ -112,31 +115,31 @@ def _buffer(op: Op, fields: Mapping[str, Field], shape: StepShape) -> float:
 def _stage(stage: Stage, op: Op, shape: StepShape, kernels: Kernels) -> tuple[float, float, float]:
     """What a stage holds while it runs, what its kernels keep afterwards, and float32 logits."""
     rows = shape.split(op.row_set).largest(op.layout)
-    inside = rows * shape.context * stage.row_context_bytes
     if stage.price_class is PriceClass.ATTENTION:
-        return inside + _attention(stage, rows, shape, kernels), 0.0, 0.0
+        return _attention(stage, rows, shape, kernels), 0.0, 0.0
     if stage.price_class in (PriceClass.MLP, PriceClass.EXPERTS):
-        more, keeps = _products(stage, rows, kernels)
-        return inside + more, keeps, 0.0
+        return *_products(stage, rows, kernels), 0.0
     if stage.price_class is PriceClass.ROUTER:
         scores = 0.0 if kernels.compiled else sum(4.0 * item.n for item in stage.work if isinstance(item, Gemm))
-        return inside + 3 * rows * scores, 0.0, 0.0  # logits, scores, and what the choice is made of
+        return 3 * rows * scores, 0.0, 0.0  # logits, scores, and what the choice is made of
     if stage.role is Role.SAMPLE:
         width = sum(item.row_bytes for item in stage.work if isinstance(item, Stream))
-        return inside, 0.0, SAMPLED_ROWS * rows * width
-    return inside, 0.0, 0.0
+        return 0.0, 0.0, SAMPLED_ROWS * rows * width
+    return 0.0, 0.0, 0.0
 
 
 def _attention(stage: Stage, rows: int, shape: StepShape, kernels: Kernels) -> float:
-    """Queries, what attends to them, and what plain torch needs beside: expanded keys and values, and scores."""
+    """Queries, what attends to them, and what plain torch needs beside: expanded keys and values, and scores in
+    blocks; on GPUs, in 16 bits, a mask of all rows and their context instead of scores, unless prompts run whole."""
     gemms = [item for item in stage.work if isinstance(item, Gemm)]
     size, context = kernels.itemsize, max(shape.context, 1)
     between = rows * (gemms[0].n + gemms[-1].k) * size
     if kernels.compiled or shape.phase == "decode":
         return between
     expanded = sum(min(context * item.n, EXPANDED_VALUES) * (4 + size) for item in gemms[1:-1])
-    if not kernels.cpu:
-        return between + expanded  # the kernels for 16 bits hold no scores
+    if not kernels.cpu and size == 2:
+        masked = rows < context or stage.window is not None
+        return between + expanded + (MASK_BYTES * min(rows, context) * context if masked else 0)
     heads = sum(item.heads for item in stage.work if isinstance(item, AttentionCore))
     return between + expanded + 4 * min(heads * min(rows, 64) * context, SCORES) * 2
 
