@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from narrows.comm import Communicator
 from narrows.errors import CollectiveMismatchError
 from narrows.layout import Mesh
+from narrows.ranks import ProcessRanks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
 
@@ -300,11 +303,22 @@ def late(comm: Communicator, rank: int, seconds: float) -> None:
     comm.barrier(everyone(comm), "layer 7 experts")
 
 
-def spin(comm: Communicator, rows: int = 1) -> None:
-    """Sums without end; of many rows it is nearly always in the middle of a copy."""
+def spin(comm: Communicator, rows: int = 1, begun: str = "") -> None:
+    """Sums without end; with many rows it is nearly always in the middle of a copy. ``begun``: a file to make then."""
     num = comm.mesh.size
     while True:
         comm.all_reduce(torch.ones(num * rows, 1024), everyone(comm), (rows,) * num, "sum")
+        if begun:
+            Path(begun).touch()
+            begun = ""
+
+
+def start_spinning(ranks: ProcessRanks[Lab], rows: int, begun: str) -> Future[list[Any]]:
+    """The call of :func:`spin`, once it has begun."""
+    future = ranks.submit(Lab.run, spin, rows, begun)
+    while not (Path(begun).exists() or future.done()):
+        time.sleep(0.005)
+    return future
 
 
 def die(comm: Communicator, rank: int) -> None:
