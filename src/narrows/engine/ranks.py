@@ -12,7 +12,8 @@ from narrows.comm.communicator import Communicator
 from narrows.engine.config import Resolved
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
-from narrows.ranks.processes import ProcessRanks, run_node
+from narrows.ranks.node import run_node
+from narrows.ranks.processes import ProcessRanks
 from narrows.ranks.rank_process import run_torchrun_rank
 from narrows.ranks.threads import ThreadRanks
 from narrows.ranks.timing import TIMING, Timing

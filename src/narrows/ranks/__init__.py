@@ -1,6 +1,6 @@
-"""Ranks: started as threads or as processes, handed calls in order, watched, and ended.
+"""Ranks as threads or processes: starts them, hands them calls in order, finds dead and stuck ones, and ends them.
 
-The room decides who is late, stuck or gone; how activations move between ranks is `comm`'s.
+Collectives between the ranks are in `comm`.
 """
 
 from narrows.ranks.launch import Launch

@@ -1,7 +1,4 @@
-"""What whoever has ranks may ask of them: calls that every rank does in the order they were made. PURE.
-
-Knows futures and workers' methods; not where ranks run.
-"""
+"""The interface of ranks, whether they are threads or processes. PURE."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol[Worker_co]):
-    """One worker per rank. A call names a method by itself, as ``Worker.method``: its name goes to the ranks, and each
-    calls what its own worker has by that name."""
+    """One worker per rank. A call passes a method, as ``Worker.method``; each rank calls its own worker's method of
+    that name."""
 
     transport: str
     """How collectives travel, for people."""
@@ -27,13 +24,13 @@ class Ranks(Protocol[Worker_co]):
     def submit(
         self, method: Callable[Concatenate[Worker_co, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[list[T]]:
-        """Every rank calls the method; the results in rank order, or the first error of any rank."""
+        """Calls the method on every rank; a future of the results in rank order, or of the first error of any rank."""
         ...
 
     def submit_first(
         self, method: Callable[Concatenate[Worker_co, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[list[T]]:
-        """As :meth:`submit`, for who looks at rank 0's result, the first of the list, alone; there may be no others."""
+        """As :meth:`submit`, but the list needs to hold only rank 0's result, as its first element."""
         ...
 
     @property
@@ -42,11 +39,11 @@ class Ranks(Protocol[Worker_co]):
         ...
 
     def silence_s(self) -> tuple[float, ...]:
-        """For how long nothing has been heard of each rank, in seconds."""
+        """Seconds since each rank was last heard."""
         ...
 
     def close(self) -> None:
-        """Ends the ranks; again does nothing."""
+        """Ends the ranks. Closing again does nothing."""
         ...
 
     def __exit__(

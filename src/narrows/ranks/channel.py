@@ -1,10 +1,9 @@
-"""Messages between two processes over one TCP connection, both of which have proved that they hold the same key.
+"""Messages over one TCP connection between two processes that have proved to each other that they hold the same key.
 
-Knows sockets and bytes; not what a message means. What arrives may be unpickled by the reader, so nothing is read from
-a peer before the key is proved; what is sent is not encrypted.
+Readers may unpickle what arrives, so nothing is read from a peer before it has proved the key. Nothing is encrypted.
 
-That the other host is still there is the kernels' business: they probe each other (TCP keepalive), whatever the two
-processes compute. A process that ends closes its connections, so its peer learns of it at once.
+A process that ends closes its connections, so its peer learns of it at once. Whether the other host still answers is
+probed by the kernels (TCP keepalive), whatever the two processes compute.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from time import monotonic
 
 from narrows.ranks.timing import TIMING
 
-__all__ = ["Channel", "listen", "resolve"]
+__all__ = ["Channel", "keepalive_options", "listen", "resolve"]
 
 _HEADER = struct.Struct("!cQ")  # kind, bytes that follow
 _NONCE = 32
@@ -33,7 +32,7 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]
     """The address of ``host``, IPv4 first.
 
     Raises:
-        OSError: there is none.
+        OSError: it has none.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
@@ -55,12 +54,18 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
 
 class Channel:
-    """One end. Any thread may send; one thread receives. ``silence_s``: how long the other host may be unreachable."""
+    """One end of a connection. Any thread may send, and one thread receives.
+
+    ``silence_s``: how long the other host may be unreachable.
+    """
 
     def __init__(self, sock: socket.socket, silence_s: float = TIMING.silence_s) -> None:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _probe_the_other_host(sock, silence_s)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in keepalive_options(silence_s).items():
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self._sock = sock
         self._sending = threading.Lock()
         self._received = bytearray()
@@ -73,7 +78,7 @@ class Channel:
         """Connects to a process that listens, and proves the key.
 
         Raises:
-            OSError: nobody listens there. EOFError: it holds another key.
+            OSError: no process listens there. EOFError: it holds another key.
         """
         family, address = resolve(host, port)
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -91,10 +96,10 @@ class Channel:
 
     @classmethod
     def accept(cls, sock: socket.socket, key: bytes, silence_s: float = TIMING.silence_s) -> Channel:
-        """The other end, of a connection that was just accepted.
+        """The listener's end of a connection that was just accepted.
 
         Raises:
-            OSError, EOFError: it went away, said nothing for some seconds, or holds another key.
+            OSError, EOFError: the other end closed it, sent nothing for 10 s, or holds another key.
         """
         try:
             sock.settimeout(_HANDSHAKE_S)
@@ -115,10 +120,10 @@ class Channel:
         return str(self._sock.getsockname()[0])
 
     def send(self, kind: bytes, data: bytes = b"") -> None:
-        """Sends one message whole; waits while the other end does not read.
+        """Sends one whole message; waits while the other end does not read.
 
         Raises:
-            OSError: the connection is gone.
+            OSError: the connection has ended.
         """
         with self._sending:
             if len(data) < _CHUNK:
@@ -128,21 +133,21 @@ class Channel:
                 self._sock.sendall(data)
 
     def try_send(self, kind: bytes, data: bytes = b"") -> None:
-        """Sends a short message if that needs no waiting; says nothing if it cannot."""
+        """Sends a short message if that needs no waiting, else drops it; raises nothing."""
         if not self._sending.acquire(blocking=False):
             return
         try:
-            with contextlib.suppress(OSError):  # whoever receives learns of it
+            with contextlib.suppress(OSError):  # the thread that receives learns of it
                 if self._writable.poll(0):
                     self._sock.sendall(_HEADER.pack(kind, len(data)) + data)
         finally:
             self._sending.release()
 
     def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
-        """The next message, as (kind, data); None if it is not whole yet when the time is over.
+        """The next message, as (kind, data); None if it has not arrived whole within ``timeout_s``.
 
         Raises:
-            EOFError: the other end is gone.
+            EOFError: the connection has ended.
         """
         end = monotonic() + timeout_s
         while (message := self._take()) is None:
@@ -169,31 +174,30 @@ class Channel:
         return kind, data
 
     def shut(self) -> None:
-        """Ends the connection; who waits in :meth:`send` or :meth:`receive`, here or there, is woken by it."""
-        with contextlib.suppress(OSError):  # it is gone already
+        """Ends the connection, which wakes all that wait in :meth:`send` or :meth:`receive` at either end."""
+        with contextlib.suppress(OSError):  # it has ended already
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the connection and gives the socket back; only for when no thread uses it any more."""
+        """Ends the connection and frees the socket; no thread may use it any more."""
         self.shut()
         self._sock.close()
 
 
-def _probe_the_other_host(sock: socket.socket, silence_s: float) -> None:
-    """Have the kernel end the connection once the other host's kernel has not answered for ``silence_s``, or for the
-    3 seconds that its probes take at least."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def keepalive_options(silence_s: float) -> dict[str, int]:
+    """Socket options that end the connection once the other host's kernel has not answered for ``silence_s``.
+
+    The kernel's probes take 3 s at least.
+    """
     idle_s, between_s = 2, 1
-    for name, value in (
-        ("TCP_KEEPIDLE", idle_s),
-        ("TCP_KEEPALIVE", idle_s),  # macOS's name for it
-        ("TCP_KEEPINTVL", between_s),
-        ("TCP_KEEPCNT", max(int(silence_s) - idle_s, 1)),
+    return {
+        "TCP_KEEPIDLE": idle_s,
+        "TCP_KEEPALIVE": idle_s,  # macOS's name for it
+        "TCP_KEEPINTVL": between_s,
+        "TCP_KEEPCNT": min(max(int(silence_s) - idle_s, 1), 127),  # the most that Linux takes
         # While sent data is not acknowledged, nothing is probed.
-        ("TCP_USER_TIMEOUT", int(max(silence_s, idle_s + between_s) * 1000)),
-    ):
-        if (option := getattr(socket, name, None)) is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        "TCP_USER_TIMEOUT": int(max(silence_s, idle_s + between_s) * 1000),
+    }
 
 
 def _read(sock: socket.socket, size: int) -> bytes:

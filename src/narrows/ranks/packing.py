@@ -1,7 +1,7 @@
-"""Calls and results as bytes: tensors as plain memory, and some objects sent only once.
+"""Pickles calls and results: tensors as plain bytes, and objects of some types only once.
 
-Knows pickle and tensors; not what is called. Torch's own reduction goes through a file format (200 us for one tensor),
-and, through multiprocessing, through shared memory that other hosts lack and a killed process leaves behind.
+Torch's own reduction goes through a file format (200 us for one tensor) or, with multiprocessing, through shared
+memory, which other hosts lack and a killed process leaves behind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._packer = packer
 
-    # Not persistent_id, which is asked of every number too.
+    # Not persistent_id, which pickle calls for every number too.
     def reducer_override(self, thing: Any) -> Any:
         if self._packer is not None and (number := self._packer.number_of(thing)) is not None:
             return _kept, (number,)
@@ -32,8 +32,8 @@ class _Pickler(pickle.Pickler):
 
 
 def _kept(number: int) -> Any:
-    """Stands for what an :class:`Unpacker` has kept."""
-    raise AssertionError("only an Unpacker knows what was kept")
+    """A placeholder, which :class:`Unpacker` replaces by the object that it has kept."""
+    raise AssertionError("only an Unpacker has the object")
 
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -43,16 +43,16 @@ def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def pack(thing: Any, packer: Packer | None = None) -> bytes:
-    """``thing`` as bytes; objects that ``packer`` sends once are numbers in it."""
+    """``thing`` as bytes. Objects that ``packer`` sends only once are replaced by their numbers."""
     file = io.BytesIO()
     _Pickler(file, packer).dump(thing)
     return file.getvalue()
 
 
 class Packer:
-    """Numbers the objects of the types ``once``, by identity; they are kept, so that no other takes an object's place.
+    """Numbers the objects of the types ``once`` by identity. It keeps them, so that no other object gets their address.
 
-    After :func:`pack`, :meth:`take_new` says which of them the other side does not have yet.
+    After :func:`pack`, :meth:`take_new` returns those that the other side does not have yet.
     """
 
     def __init__(self, once: tuple[type, ...]) -> None:
@@ -69,19 +69,19 @@ class Packer:
         return self._numbers[id(thing)][0]
 
     def take_new(self) -> list[bytes]:
-        """The objects that were met for the first time since the last time, each packed for :meth:`Unpacker.keep`."""
+        """The objects numbered since the last call, each packed for :meth:`Unpacker.keep`."""
         new, self._new = self._new, []
         return [pack(entry) for entry in new]
 
 
 class Unpacker:
-    """The other side: hands out the same object for the same number."""
+    """The other side: returns the same object for the same number."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Any] = {}
 
     def keep(self, data: bytes) -> None:
-        """An object as :meth:`Packer.take_new` packed it."""
+        """Keeps an object that :meth:`Packer.take_new` has packed."""
         number, thing = pickle.loads(data)
         self._kept[number] = thing
 

@@ -187,10 +187,10 @@ class _Rank:
         else:
             result = getattr(self._worker, method)(*args, **kwargs)
         number, wanted = self._number, self._rank == 0 or not first_only
-        said = pack((number, result)) if wanted else b""
+        packed = pack((number, result)) if wanted else b""
         self._link.done = self._number = number + 1
         if wanted:
-            self._link.channel.send(DONE, said)
+            self._link.channel.send(DONE, packed)
 
     def _failed(self, error: BaseException) -> None:
         """Reports the error, then waits: the coordinator ends all ranks now."""

@@ -1,10 +1,8 @@
-"""Ranks as threads of one process: for tests, `verify` and examples; no faster than the cores they share.
+"""Ranks as threads of one process, for tests, `verify` and examples.
 
-Knows how to start and end rank threads, hand them work in order, and bring back results or the first error. Does not
-know what the work is, nor how collectives are made (`comm/`). Each rank thread runs torch with one thread of
-its own unless told otherwise (several per rank on a busy core are slow) and in inference mode.
-``torch.set_num_threads`` in a thread also becomes the default of threads started later in this process; threads that
-already run keep their number.
+Each rank thread runs in inference mode and with one torch thread unless asked for more, since several per rank are slow
+on a busy core. ``torch.set_num_threads`` in a thread also becomes the default of threads started later in this process;
+threads that already run keep their number.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ CLOSE_GRACE_S = 5.0
 
 
 class _Call(Generic[T]):
-    """Something every rank does once; ``method`` None makes the worker, with the function that is the argument."""
+    """A call of every rank. ``method`` None makes the worker, with the function that is the argument."""
 
     def __init__(self, size: int, method: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.method = method
@@ -52,7 +50,7 @@ class _Call(Generic[T]):
 
 
 class _Crew:
-    """The rank threads and the calls they have to do: each rank does all calls, in the order they were made."""
+    """The rank threads and their calls. Each rank runs all calls, in the order they were made."""
 
     def __init__(
         self,
@@ -113,12 +111,12 @@ class _Crew:
         return [rank for rank, thread in enumerate(self._threads) if thread.is_alive()]
 
     def dismiss(self) -> None:
-        """Asks the threads to end after the calls they have."""
+        """Asks the threads to end after the calls that they already have."""
         for queue in self._queues:
             queue.put(None)
 
     def _serve(self, rank: int) -> None:
-        """What a rank thread runs."""
+        """The main function of a rank thread."""
         if self._device == "cpu":
             pin(rank, len(self._queues), self._num_threads)
         torch.set_num_threads(self._num_threads)
@@ -126,7 +124,7 @@ class _Crew:
         worker: Any = None
         with torch.inference_mode():
             while (call := self._queues[rank].get()) is not None:
-                if call.future.done():  # it failed on another rank, or before it was begun
+                if call.future.done():  # it failed on another rank, or before it began
                     continue
                 comm.call += 1
                 try:
@@ -150,7 +148,7 @@ class _Crew:
         call.future.set_result(call.results)
 
     def _failed(self, call: _Call[Any], rank: int, error: BaseException) -> None:
-        """Fails this call and those made after it, all with the world's first error."""
+        """Fails this call and all later ones, with the first error of any rank."""
         self.shared.fail(rank, error)
         assert self.shared.failure is not None
         with self._lock:
@@ -168,16 +166,16 @@ def _stop_at_exit(crew: weakref.ref[_Crew]) -> None:
 def run_ranks(
     mesh: Mesh, fn: Callable[[Communicator], T], *, checked: bool = False, timeout_s: float = 60.0
 ) -> list[T]:
-    """Runs ``fn`` on every rank of ``mesh``, each in its own thread; the results in rank order.
+    """Runs ``fn`` on every rank of ``mesh``, each in its own thread; returns the results in rank order.
 
     Args:
-        checked: compare what each rank comes to a collective with, before any data is read.
+        checked: compare the ranks' fingerprints of a collective before any data is read.
         timeout_s: how long a rank may keep the others waiting at a collective.
 
     Raises:
         the first error of any rank, itself, with a note that names the rank. The other ranks end with a RankError at
-        their next collective; one that has not begun does not begin. All threads have ended when it is raised, except
-        one that is stuck outside of any collective for longer than ``timeout_s`` (a note names it).
+        their next collective, or do not begin at all. All threads have ended when it is raised, except one that is
+        busy outside of any collective for longer than ``timeout_s`` (a note names it).
     """
     crew = _Crew(mesh, fn, checked=checked, timeout_s=timeout_s)
     try:
@@ -192,15 +190,15 @@ def run_ranks(
 
 
 class ThreadRanks(Generic[Worker]):
-    """Rank threads that stay: one worker per rank, and calls that every rank does in the order they were made.
+    """Rank threads with one worker each, which every call runs on, in the order of the calls.
 
     Args:
         make: builds the worker of a rank, in that rank's thread; it may use collectives.
-        checked: compare what each rank comes to a collective with, before any data is read.
+        checked: compare the ranks' fingerprints of a collective before any data is read.
         timeout_s: how long a rank may keep the others waiting at a collective.
         num_threads: torch threads per rank.
-        device: of the tensors in collectives. All ranks share it: one GPU does their work in the order it is given,
-            which is the order of the meetings.
+        device: of the tensors in collectives. All ranks share it: one GPU runs their work in the order it is given,
+            which is the order of the collectives.
 
     Raises:
         the first error of ``make`` on any rank.
@@ -218,8 +216,8 @@ class ThreadRanks(Generic[Worker]):
     ) -> None:
         self.transport = "memory of one process" if device == "cpu" else f"memory of one device ({device})"
         self._crew = _Crew(mesh, make, checked=checked, timeout_s=timeout_s, num_threads=num_threads, device=device)
-        # For an owner who forgets to close. The finalizer may run inside any code, even of a rank that holds a lock, so
-        # it takes none; at exit a rank thread that is still inside torch would abort the process.
+        # For ranks that are never closed. The finalizer may run inside any code, even in a rank that holds a lock, so
+        # it takes none. At exit, a rank thread that is still inside torch would abort the process.
         weakref.finalize(self, self._crew.dismiss).atexit = False
         atexit.register(_stop_at_exit, weakref.ref(self._crew))
         try:
@@ -230,16 +228,16 @@ class ThreadRanks(Generic[Worker]):
 
     @property
     def failure(self) -> BaseException | None:
-        """The first error of a rank, after which no call is done any more; None while there is none."""
+        """The first error of a rank, after which no call runs any more; None while there is none."""
         failure = self._crew.shared.failure
         return failure[1] if failure else None
 
     def silence_s(self) -> tuple[float, ...]:
-        """Zeros: threads are stopped with their process only."""
+        """Zeros: threads stop only together with their process."""
         return (0.0,) * self._crew.shared.mesh.size
 
     def submit(self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
-        """Every rank calls its worker's method of that name; returns at once: the next call can be made meanwhile.
+        """Calls the worker's method of that name on every rank, without waiting for it.
 
         Returns:
             a future whose ``result(timeout)`` is the list of the ranks' results, in rank order. It raises the first
@@ -250,7 +248,7 @@ class ThreadRanks(Generic[Worker]):
     def submit_first(
         self, method: Callable[Concatenate[Worker, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[list[T]]:
-        """As :meth:`submit`: among threads nothing is saved by fewer results."""
+        """As :meth:`submit`: among threads, fewer results save nothing."""
         return self.submit(method, *args, **kwargs)
 
     def close(self) -> None:

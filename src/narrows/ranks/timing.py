@@ -16,31 +16,31 @@ class Timing:
     """Seconds, and one factor."""
 
     beat_s: float = 0.5
-    """Ranks and nodes say so often that they live."""
+    """Interval of heartbeats from ranks and nodes."""
     doubt_s: float = 2.0
-    """A rank that has said nothing for so long makes a service unhealthy: it is stopped or cut off."""
+    """A rank that is silent for this long makes a service unhealthy: it is stopped or cut off."""
     silence_s: float = 6.0
-    """One that has said nothing for so long is taken for gone."""
+    """A rank that is silent for this long counts as dead."""
     suspended_s: float = 2.0
     """A coordinator that was itself suspended for this long (Ctrl-Z, a laptop's lid) forgives silence before that."""
     stuck_s: float = 3.0
-    """When nobody has been able to move for so long, waiting longer brings nothing."""
+    """When ranks have waited for each other for this long, none of them will go on."""
     blame_s: float = 2.0
-    """How long it may take until it is known which rank went away, when others notice first that one has."""
+    """When a rank reports a lost peer, how long to wait until the peer's own end becomes known."""
     tell_s: float = 1.0
-    """How long after a rank has died the others may say what they were at; none waits once all have."""
+    """After a rank has died, how long the others may take to report what they were at."""
     exit_s: float = 0.5
-    """How long a process may take to end after it has closed its connection."""
+    """How long a process may take to exit after its connection has ended."""
     grace_s: float = 1.0
-    """How long ranks have to end by themselves; then comes SIGKILL."""
+    """How long ranks have to end by themselves before SIGKILL."""
     join_s: float = 120.0
-    """How long processes wait for each other before the first step."""
+    """How long processes wait for each other at the start."""
     slow_factor: float = 20.0
     slow_s: float = 10.0
-    """A step that takes longer than so many times its price and so many seconds is stuck: prices may be off, not so."""
+    """A step is stuck after ``slow_factor`` times its predicted time plus ``slow_s``: no price is that far off."""
 
     def step_is_stuck_after(self, predicted_s: float) -> float:
-        """Seconds that a step of so many predicted ones may take.
+        """Seconds that a step may take before it counts as stuck.
 
         >>> Timing().step_is_stuck_after(0.5)
         20.0
@@ -49,4 +49,4 @@ class Timing:
 
 
 TIMING = Timing()
-"""What holds where nothing else is asked for."""
+"""The default."""
