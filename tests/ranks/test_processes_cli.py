@@ -46,7 +46,7 @@ def start(command: Sequence[str], **environment: str) -> Process:
 
 
 def ended(process: Process) -> tuple[int, str, str]:
-    """Its exit code, and what it said."""
+    """Its exit code, stdout and stderr."""
     try:
         out, err = process.communicate(timeout=PATIENCE_S)
     finally:
@@ -55,7 +55,7 @@ def ended(process: Process) -> tuple[int, str, str]:
 
 
 def first_words(process: Process, count: int) -> str:
-    """Waits until it has written so many characters of text."""
+    """Waits until it has written this many characters."""
     assert process.stdout is not None
     return process.stdout.read(count)
 
@@ -115,9 +115,7 @@ def test_ctrl_c_ends_everything_once(speaking_v3: Path) -> None:
     assert (code, err) == (130, "narrows: interrupted\n")
 
 
-def test_verify_compares_logits_over_processes_and_says_so(
-    speaking_v3: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_compares_logits_over_processes(speaking_v3: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--tp", "2", "--ranks", "processes", "--layout", "auto", "--steps", "2", "--prompt", "w1 w2 w3 w4"]
     assert main(["verify", str(speaking_v3), *flags]) == 0
     out = capsys.readouterr().out
@@ -126,7 +124,7 @@ def test_verify_compares_logits_over_processes_and_says_so(
     assert re.search(r"auto .* 100\.00 % .* ok", out)
 
 
-def test_bench_sets_our_collectives_beside_gloos_and_threads(
+def test_bench_compares_collectives_with_gloo_and_threads(
     speaking_v3: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--tp", "2", "--ranks", "processes", "--sizes", "2K", "--rounds", "1", "--against", "gloo")
@@ -163,7 +161,7 @@ def test_ctrl_c_ends_a_bench_once(speaking_v3: Path) -> None:
         ((*FIRST_OF_TWO, "--master-addr", "203.0.113.1"), "is it this host's?"),
     ],
 )
-def test_flags_that_cannot_be_are_refused(
+def test_wrong_flags_are_refused(
     speaking_v3: Path, capsys: pytest.CaptureFixture[str], flags: Sequence[str], text: str
 ) -> None:
     code = main(["generate", str(speaking_v3), "--tp", "2", "--prompt", "w1", *flags])
@@ -208,15 +206,15 @@ def test_a_launch_is_read_from_torchruns_environment() -> None:
         Launch.of_torchrun(environment, world_size=4)
 
 
-def test_ranks_are_dealt_to_nodes_in_order() -> None:
+def test_ranks_are_assigned_to_nodes_in_order() -> None:
     dealt = [
         Launch.of_nodes(world_size=5, num_nodes=2, node=node, address="10.0.0.1", port=1).ranks for node in range(2)
     ]
     assert dealt == [(0, 1, 2), (3, 4)]
 
 
-def test_a_key_of_the_users_own_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who can reach the store could read the coordinator's key in it, and send it pickles."""
+def test_a_users_own_key_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can reach the store could read the key there, and send the coordinator pickles."""
     launch = Launch.of_nodes(world_size=2, num_nodes=2, node=0, address="127.0.0.1", port=9)
     published = []
     for own in (None, "sesame", "sesame"):
@@ -238,7 +236,7 @@ def test_a_key_of_the_users_own_is_not_published(monkeypatch: pytest.MonkeyPatch
 def nodes(
     folder: Path, address: str, port: int, *more: str, prefix: Sequence[Sequence[str]] = ((), ())
 ) -> list[Process]:
-    """Both nodes of a command, node 1 first: whoever comes early waits."""
+    """Both nodes of a command, node 1 first: it waits for the coordinator."""
     flags = ["--nnodes", "2", "--master-addr", address, "--master-port", str(port), "--quiet", *more]
     started = [start([*prefix[node], *generate(folder, *flags), "--node-rank", str(node)]) for node in (1, 0)]
     return started[::-1]
@@ -319,7 +317,7 @@ def test_two_hosts_print_what_threads_print(speaking_v3: Path, by_threads: str, 
     assert ended(node)[:2] == (0, "")
 
 
-def test_a_host_that_vanishes_is_named_and_all_end(speaking_v3: Path, hosts) -> None:
+def test_a_host_that_vanishes_is_named(speaking_v3: Path, hosts) -> None:
     first, second, address = hosts
     more = ("--tp", "2", "--ignore-eos", "--max-tokens", "1500")
     coordinator, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))

@@ -30,7 +30,7 @@ def generated(engine: Engine) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full), (2, 2)])
-def test_processes_give_the_bits_of_threads_under_every_layout(speaking_v3: Path, dp: int, tp: int) -> None:
+def test_every_layout_has_the_bits_of_threads(speaking_v3: Path, dp: int, tp: int) -> None:
     script = VerifyBatches(PROMPTS, num_groups=dp, num_steps=3, page_size=16)
     asked = EngineConfig(
         model=str(speaking_v3),
@@ -115,7 +115,7 @@ def script_batches(script: VerifyBatches, engine: Engine) -> list[Batch]:
     return batches
 
 
-def test_weights_are_read_in_the_ranks_and_their_error_is_the_callers(speaking_v3: Path, tmp_path: Path) -> None:
+def test_errors_of_loading_reach_the_caller(speaking_v3: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(json.loads((speaking_v3 / "config.json").read_text())))
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         LLM(tmp_path, tp=2, ranks="processes")
@@ -126,7 +126,7 @@ def test_what_needs_shared_memory_is_refused(speaking_v3: Path) -> None:
         Engine(resolve(EngineConfig(model=str(speaking_v3), tp=2, ranks="processes")), wrap=lambda worker: None)
 
 
-def test_a_config_that_cannot_be_is_refused(speaking_v3: Path) -> None:
+def test_a_wrong_config_is_refused(speaking_v3: Path) -> None:
     for options, text in (
         ({"ranks": "fibers"}, "'fibers' is not known; ranks are threads or processes"),
         ({"timeout_s": 0.0}, "it must be more than 0"),

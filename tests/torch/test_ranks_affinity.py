@@ -1,4 +1,4 @@
-"""Which cores a rank gets, and how many ranks and threads a machine gets."""
+"""The cores that a rank is pinned to, and the ranks and threads that fit a machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from narrows.ranks import Launch, affinity
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.sets(st.integers(0, 60), min_size=1, max_size=24))
-def test_shares_fill_the_cores_once_or_nobody_has_one(places: int, threads: int, allowed: set[int]) -> None:
+def test_shares_fill_the_cores_or_are_empty(places: int, threads: int, allowed: set[int]) -> None:
     ordered = sorted(allowed)
     shares = [affinity.share_of(ordered, place, places, threads) for place in range(places)]
     if places * threads == len(ordered):
@@ -45,12 +45,12 @@ def test_ranks_come_before_threads(
     assert fit(config, dp=dp, tp=3, threads=5, run_on="cpu", launch=None) == (3, 5)
 
 
-def test_gpus_are_counted_where_ranks_run_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_gpus_are_one_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(affinity, "num_gpus", lambda: 4)
     assert fit(load_model_config("deepseek-v3"), dp=1, tp=None, threads=None, run_on="cuda", launch=None) == (4, 1)
 
 
-def test_ranks_that_others_started_are_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_decides_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(affinity, "num_cores", lambda: 6)
     config = load_model_config("deepseek-v3")
     launch = Launch.of_nodes(world_size=4, num_nodes=2, node=0, address="10.0.0.1", port=1)
@@ -62,7 +62,7 @@ def test_ranks_that_others_started_are_as_many_as_there_are(monkeypatch: pytest.
     assert fit(config, dp=2, tp=None, threads=None, run_on="cpu", launch=launch) == (4, 3)
 
 
-def test_a_rank_is_kept_on_its_cores() -> None:
+def test_a_rank_is_pinned() -> None:
     before = os.sched_getaffinity(0)
     try:
         one = min(before)

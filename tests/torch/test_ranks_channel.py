@@ -1,4 +1,4 @@
-"""Channels and packed calls: keys, pieces of messages, ends, and objects that are sent once."""
+"""Channels between processes, and packed calls: keys, partial messages, ends, and objects that are sent once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_messages_arrive_whole_and_in_order(pair: tuple[Channel, Channel]) -> No
     assert here.address == there.address == "127.0.0.1"
 
 
-def test_a_message_that_comes_in_pieces_is_waited_for_and_kept(pair: tuple[Channel, Channel]) -> None:
+def test_a_partial_message_is_kept_until_it_is_whole(pair: tuple[Channel, Channel]) -> None:
     here, there = pair
     here._sock.sendall(b"a" + (6).to_bytes(8, "big") + b"abc")
     assert there.receive(0.1) is None
@@ -53,7 +53,7 @@ def test_a_message_that_comes_in_pieces_is_waited_for_and_kept(pair: tuple[Chann
     assert there.receive(PATIENCE_S) == (b"a", b"abcdef")
 
 
-def test_the_end_of_a_connection_is_told_to_both_and_wakes_who_waits(pair: tuple[Channel, Channel]) -> None:
+def test_ending_a_connection_wakes_both_ends(pair: tuple[Channel, Channel]) -> None:
     here, there = pair
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(here.receive, 10)
@@ -68,8 +68,8 @@ def test_the_end_of_a_connection_is_told_to_both_and_wakes_who_waits(pair: tuple
     there.try_send(b"a")  # says nothing
 
 
-def test_a_short_message_that_cannot_be_sent_at_once_is_dropped(pair: tuple[Channel, Channel]) -> None:
-    """Whoever beats must not wait for one that does not read."""
+def test_try_send_drops_what_would_wait(pair: tuple[Channel, Channel]) -> None:
+    """A heartbeat must not wait for a peer that does not read."""
     here, _ = pair
     with ThreadPoolExecutor(1) as threads:
         stuck = threads.submit(here.send, b"a", b"x" * 50_000_000)
@@ -83,7 +83,7 @@ def test_a_short_message_that_cannot_be_sent_at_once_is_dropped(pair: tuple[Chan
 
 
 @pytest.mark.parametrize("wrong", ["connects", "listens"])
-def test_another_key_is_refused_before_anything_is_read(wrong: str) -> None:
+def test_another_key_is_refused(wrong: str) -> None:
     with listen("127.0.0.1") as listener, ThreadPoolExecutor(1) as threads:
         port = listener.getsockname()[1]
         there = threads.submit(Channel.connect, "127.0.0.1", port, b"?" * 32 if wrong == "connects" else KEY)
@@ -93,8 +93,8 @@ def test_another_key_is_refused_before_anything_is_read(wrong: str) -> None:
             there.result(PATIENCE_S)
 
 
-def test_the_listener_proves_the_key_too() -> None:
-    """Who connects does not talk to whoever happens to listen there."""
+def test_the_listener_proves_the_key() -> None:
+    """So that a process does not talk to a stranger that listens there."""
     with listen("127.0.0.1") as listener, ThreadPoolExecutor(1) as threads:
         there = threads.submit(Channel.connect, "127.0.0.1", listener.getsockname()[1], KEY)
         sock, _ = listener.accept()
@@ -106,7 +106,7 @@ def test_the_listener_proves_the_key_too() -> None:
                 there.result(PATIENCE_S)
 
 
-def test_a_listener_is_on_its_own_address_alone() -> None:
+def test_a_listener_binds_only_its_address() -> None:
     with listen("127.0.0.1") as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
         with pytest.raises(OSError), socket.create_connection(("127.0.0.2", listener.getsockname()[1]), 1):
@@ -140,7 +140,7 @@ def test_tensors_keep_bits_dtype_and_shape() -> None:
     assert wide[0, 1] == 1
 
 
-def test_an_object_of_the_types_given_is_packed_once_by_identity() -> None:
+def test_objects_are_packed_once_by_identity() -> None:
     packer, unpack = Packer((Table,)), Unpacker()
     table, twin = Table(tuple(range(10_000))), Table(tuple(range(10_000)))
     first = pack(("step", (1, [table, table])), packer)
@@ -157,8 +157,8 @@ def test_an_object_of_the_types_given_is_packed_once_by_identity() -> None:
     assert unpack(pack(twin, packer)) is not a
 
 
-def test_an_object_stays_as_long_as_its_number() -> None:
-    """A new object at the address of one that is gone would be taken for it."""
+def test_a_numbered_object_is_kept() -> None:
+    """Else a new object at the same address would get its number."""
     packer = Packer((Table,))
     numbers = set()
     for i in range(50):

@@ -1,4 +1,4 @@
-"""Rank threads: results, order, errors, ends."""
+"""Ranks as threads: results, order, errors and ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rank_threads() -> list[threading.Thread]:
 
 
 class Counter:
-    """A worker that remembers what it was told, and sums over the ranks."""
+    """A worker that keeps values, and sums over the ranks."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
@@ -59,7 +59,7 @@ class Counter:
         return "done"
 
 
-def test_run_ranks_returns_results_in_rank_order_and_leaves_nothing_behind() -> None:
+def test_run_ranks_returns_results_in_rank_order() -> None:
     threads = torch.get_num_threads()
 
     def rank(comm: Communicator) -> tuple[int, int, bool, bool]:
@@ -73,7 +73,7 @@ def test_run_ranks_returns_results_in_rank_order_and_leaves_nothing_behind() -> 
     assert torch.get_num_threads() == threads and not torch.is_inference_mode_enabled()
 
 
-def test_calls_are_done_in_the_order_they_were_made_without_waiting() -> None:
+def test_calls_run_in_order() -> None:
     with ThreadRanks(THREE, Counter) as ranks:
         futures = [ranks.submit(Counter.tell, i, 0.001) for i in range(10)]
         last = ranks.submit(Counter.all_told)
@@ -81,7 +81,7 @@ def test_calls_are_done_in_the_order_they_were_made_without_waiting() -> None:
         assert [future.result(0) for future in futures] == [[i, 100 + i, 200 + i] for i in range(10)]
 
 
-def test_a_second_call_may_be_made_before_the_first_is_done() -> None:
+def test_calls_may_overlap() -> None:
     release = threading.Event()
     with ThreadRanks(TWO, Counter) as ranks:
         first, second = ranks.submit(Counter.wait, release), ranks.submit(Counter.sum, 1.5)
@@ -94,7 +94,7 @@ def test_a_second_call_may_be_made_before_the_first_is_done() -> None:
         assert not first.cancel()
 
 
-def test_many_callers_give_every_rank_the_same_order() -> None:
+def test_all_ranks_see_one_order_of_many_callers() -> None:
     with ThreadRanks(THREE, Counter, checked=True) as ranks:
         futures: list[Future[list[int]]] = []
         callers = [
@@ -113,7 +113,7 @@ def test_many_callers_give_every_rank_the_same_order() -> None:
 
 
 @pytest.mark.parametrize("broken", [0, 2])
-def test_an_error_fails_its_call_and_all_later_ones_with_the_first_error(broken: int) -> None:
+def test_an_error_fails_its_call_and_later_ones(broken: int) -> None:
     with ThreadRanks(THREE, Counter, checked=True) as ranks:
         before = ranks.submit(Counter.sum, 1.0)
         bad = ranks.submit(Counter.fail, broken)
@@ -128,14 +128,14 @@ def test_an_error_fails_its_call_and_all_later_ones_with_the_first_error(broken:
     assert not rank_threads()
 
 
-def test_an_unknown_method_is_an_error_of_the_call() -> None:
+def test_an_unknown_method_fails_the_call() -> None:
     def no_such(counter: Counter) -> None: ...
 
     with ThreadRanks(TWO, Counter) as ranks, pytest.raises(AttributeError, match="no_such"):
         ranks.submit(no_such).result(PATIENCE_S)
 
 
-def test_an_error_while_the_workers_are_built_is_raised_at_once() -> None:
+def test_errors_while_workers_are_built() -> None:
     def make(comm: Communicator) -> Counter:
         if comm.rank == 1:
             raise FileNotFoundError("model-00002-of-00002.safetensors")
@@ -147,7 +147,7 @@ def test_an_error_while_the_workers_are_built_is_raised_at_once() -> None:
     assert not rank_threads()
 
 
-def test_a_missing_rank_fails_the_call_in_time() -> None:
+def test_a_late_rank_is_named_after_the_timeout() -> None:
     release = threading.Event()
 
     class Uneven(Counter):
@@ -162,7 +162,7 @@ def test_a_missing_rank_fails_the_call_in_time() -> None:
         release.set()
 
 
-def test_close_may_be_repeated_and_refuses_later_calls() -> None:
+def test_closed_ranks_refuse_calls() -> None:
     ranks = ThreadRanks(TWO, Counter)
     assert len(rank_threads()) == 2 and all(thread.daemon for thread in rank_threads())
     assert ranks.submit(Counter.sum, 0.0).result(PATIENCE_S) == [1.0, 1.0]
@@ -173,7 +173,7 @@ def test_close_may_be_repeated_and_refuses_later_calls() -> None:
         ranks.submit(Counter.sum, 0.0).result(PATIENCE_S)
 
 
-def test_close_fails_the_calls_that_are_not_done() -> None:
+def test_close_fails_pending_calls() -> None:
     class Stepper(Counter):
         def forever(self) -> None:
             while True:
@@ -189,14 +189,14 @@ def test_close_fails_the_calls_that_are_not_done() -> None:
     assert not rank_threads()
 
 
-def test_an_exception_in_the_with_block_ends_the_threads() -> None:
+def test_an_exception_in_a_with_block_ends_the_ranks() -> None:
     with pytest.raises(KeyboardInterrupt), ThreadRanks(TWO, Counter) as ranks:
         ranks.submit(Counter.sum, 1.0)
         raise KeyboardInterrupt
     assert not rank_threads()
 
 
-def test_forgotten_ranks_end_by_themselves() -> None:
+def test_ranks_that_are_never_closed_end() -> None:
     ranks = ThreadRanks(TWO, Counter)
     ranks.submit(Counter.tell, 1).result(PATIENCE_S)
     threads = rank_threads()
@@ -208,7 +208,7 @@ def test_forgotten_ranks_end_by_themselves() -> None:
     assert not rank_threads()
 
 
-def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
+def test_an_interrupted_process_ends_while_ranks_work() -> None:
     """Daemon threads inside torch would abort the interpreter (exit code 134) if they were not ended first."""
     program = """
         import torch
@@ -244,7 +244,7 @@ def test_an_interrupted_process_ends_with_its_ranks_at_work() -> None:
 
 
 def test_closed_ranks_keep_no_worker() -> None:
-    """A worker holds a rank's weights: who starts ranks anew in the same process must not hold both."""
+    """A worker holds a rank's weights, and a restart in the same process must not hold them twice."""
     alive: list[weakref.ref[Counter]] = []
 
     def make(comm: Communicator) -> Counter:

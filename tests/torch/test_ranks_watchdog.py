@@ -1,4 +1,4 @@
-"""Who keeps the others waiting, judged from what ranks say of themselves. No process is started."""
+"""The watchdog's verdicts on ranks that keep others waiting, from their reports alone. No process is started."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def at(number: int, *, ranks: tuple[int, ...] = ALL, done: int = 1, age_s: float
     return Report(done, ((ranks, number + 1),), (fingerprint, ranks), waits, age_s)
 
 
-def test_a_rank_that_others_wait_for_too_long_is_overdue() -> None:
+def test_a_late_rank_is_overdue() -> None:
     watchdog = Watchdog(3, timeout_s=10)
     watchdog.hear(0, at(5, age_s=4), 100.0)
     watchdog.hear(1, at(4, waits=False), 100.0)  # it computes
     watchdog.hear(2, at(5, age_s=3), 100.0)
     assert watchdog.verdict(2, 100.0) is None
     watchdog.hear(0, at(5, age_s=10.5), 106.5)
-    assert watchdog.verdict(2, 106.5) is None, "what rank 1 said before the time was over is no evidence"
+    assert watchdog.verdict(2, 106.5) is None, "rank 1's report from before the timeout is no evidence"
     watchdog.hear(1, at(5, age_s=0.1), 106.9)
-    assert watchdog.verdict(2, 107.0) is None, "it has come in the meantime"
+    assert watchdog.verdict(2, 107.0) is None, "it has entered meanwhile"
     watchdog.hear(1, at(4, waits=False), 106.9)
     ranks, why = watchdog.verdict(2, 107.0)
     assert ranks == [1]
@@ -35,8 +35,8 @@ def test_a_rank_that_others_wait_for_too_long_is_overdue() -> None:
     )
 
 
-def test_a_rank_that_has_passed_is_not_missing() -> None:
-    """It sent what others wait for, and is further on already."""
+def test_a_rank_that_is_ahead_is_not_missing() -> None:
+    """It has sent what others wait for, and has gone on."""
     watchdog = Watchdog(3, timeout_s=10)
     for rank in range(3):
         watchdog.hear(rank, at(5, age_s=99) if rank else at(7, waits=False), 100.0)
@@ -48,12 +48,12 @@ def everyone(watchdog: Watchdog, reports: list[Report], now: float) -> None:
         watchdog.hear(rank, report, now)
 
 
-def test_nobody_waits_long_for_a_rank_that_has_ended_the_call() -> None:
+def test_a_rank_that_has_ended_the_call_is_stuck() -> None:
     watchdog = Watchdog(3, timeout_s=600)
     said = [at(5), at(4, waits=False, done=2), at(5)]
     everyone(watchdog, said, 100.0)
     everyone(watchdog, said, 100.0 + STUCK_S)
-    assert watchdog.verdict(3, 100.0 + STUCK_S) is None, "it was given a third call, and may come in that"
+    assert watchdog.verdict(3, 100.0 + STUCK_S) is None, "it has a third call, and may enter the collective there"
     assert watchdog.verdict(2, 100.0 + STUCK_S - 0.1) is None, "not at once"
     ranks, why = watchdog.verdict(2, 100.0 + STUCK_S)
     assert ranks == [1] and why.startswith('will not come; rank 0 waits at #5 all_reduce "layer 5"; rank 2 waits')
@@ -62,7 +62,7 @@ def test_nobody_waits_long_for_a_rank_that_has_ended_the_call() -> None:
     assert watchdog.verdict(2, 100.0 + STUCK_S) is None
 
 
-def test_ranks_that_wait_for_each_other_are_stuck_and_those_who_wait_for_a_busy_one_are_not() -> None:
+def test_ranks_that_wait_for_each_other_are_stuck() -> None:
     watchdog = Watchdog(3, timeout_s=600)
     crossed = [at(2, ranks=TP), at(5), at(5)]  # 0 waits for 1, which waits for 0; 2 waits for 0 too
     everyone(watchdog, crossed, 100.0)
@@ -76,7 +76,7 @@ def test_ranks_that_wait_for_each_other_are_stuck_and_those_who_wait_for_a_busy_
     assert watchdog.verdict(2, 104.0) is None
 
 
-def test_who_is_named_does_not_depend_on_who_came_first() -> None:
+def test_the_named_rank_does_not_depend_on_order() -> None:
     """Rank 0 waits for 1 in a group of two; 1 waits for all of four; 2 and 3 have done all their calls."""
     four, low, high = (0, 1, 2, 3), (0, 1), (2, 3)
     crossed = [at(0, ranks=low), at(1, ranks=four)]
@@ -96,7 +96,7 @@ def test_who_is_named_does_not_depend_on_who_came_first() -> None:
         assert ranks == [1] and why.startswith('will not come; rank 0 waits at #0 all_reduce "layer 0"')
 
 
-def test_a_rank_that_says_nothing_any_more_is_not_judged_by_what_it_said_last() -> None:
+def test_old_reports_are_no_evidence() -> None:
     watchdog = Watchdog(3, timeout_s=600)
     said = [at(5), at(4, waits=False, done=2), at(5)]
     everyone(watchdog, said, 100.0)
