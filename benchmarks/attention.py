@@ -160,7 +160,7 @@ def grouped(name: str) -> tuple[dict[str, tuple[float, Ways]], dict[str, tuple[i
         return {
             "own": own,
             "brgemm": changed(own, gqa_module, "brgemm", torch_brgemm()),
-            "torch": changed(own, gqa_module, "attention_library", None),
+            "torch": changed(own, gqa_module, "kernels", None),
         }
 
     prefills: dict[str, tuple[float, Ways]] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.argmax import pick, shard_argmax
-from narrows.ops.compiled import gemm_library, int8_library, torch_brgemm
+from narrows.ops.compiled import kernels, torch_brgemm
 from narrows.ops.encode_rows import decode_rows, decode_rows_reference, encode_rows, encode_rows_reference
 from narrows.ops.experts import experts_mlp
 from narrows.ops.int8 import Quantization
@@ -75,7 +75,7 @@ def product(num_rows: int, num_inputs: int, num_outputs: int, rounds: int) -> di
     quantised = {
         kind.value: [packed(weight, kind) for weight in plain]
         for kind in (Quantization.INT8, Quantization.INT8_WEIGHT_ONLY)
-        if int8_library() is not None
+        if kernels() is not None
     }
     ways: dict[str, Callable[[int], object]] = {
         "torch": lambda i: functional.linear(x, plain[i % copies]),
@@ -160,7 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    compiled = gemm_library() is not None
+    compiled = kernels() is not None
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {args.threads} thread(s)")
     if not compiled:
         raise SystemExit("products with packed weights are not compiled here: there is nothing to compare")

@@ -1,21 +1,18 @@
 // Attention of single rows, and products per head, against loops over single numbers.
-#include "attention_decode.cpp"
-
 #include "attention_lab.h"
 
 using namespace testing;
 
-#ifdef NARROWS_GEMM
 TEST_AT_EDGES(products_per_head) {
     Random random;
     for (const int64_t num_rows : {0, 1, 14}) {
         for (const auto& [outputs, inputs] : {std::pair{1, 1}, {33, 15}, {40, 64}}) {
             const int64_t heads = 3, x_head = inputs + 1, x_row = heads * x_head, threads = num_rows == 14 ? 2 : 1;
-            testing::Weights weights(heads, outputs, inputs, NARROWS_BF16, false, random);
+            testing::Weights weights(heads, outputs, inputs, BF16_WEIGHT, false, random);
             Buffer<bf16> x(num_rows ? num_rows * x_row - 1 : 0), out(num_rows * heads * outputs);
             fill_whole(x, random);
             const auto run = [&, outputs = outputs, inputs = inputs] {
-                narrows_per_head(out.data(), heads * outputs, outputs, x.data(), x_row, x_head, weights.panels(),
+                call::per_head(out.data(), heads * outputs, outputs, x.data(), x_row, x_head, weights.panels(),
                                  num_rows, heads, inputs, outputs, int(threads));
             };
             run();
@@ -49,12 +46,12 @@ TEST_AT_EDGES(latent_decode_rows) {
             for (int64_t n = 0; n < heads; ++n) {
                 for (int64_t i = 0; i < turned.size(); ++i)
                     turned[i] = stored<bf16>(of.w_uk.at(n, i % key_dim, i / key_dim));
-                narrows_gemm_pack(&absorb[n * panel_words], turned.data(), key_dim, 0, rank, key_dim, -1);
+                call::gemm_pack(&absorb[n * panel_words], turned.data(), key_dim, 0, rank, key_dim, -1);
             }
             Buffer<bf16> out(all_rows * heads * value_dim);
             const auto run = [&, heads = heads, key_dim = key_dim, rope_dim = rope_dim, rank = rank,
                               value_dim = value_dim] {
-                narrows_mla_decode(out.data(), heads * value_dim, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
+                call::mla_decode(out.data(), heads * value_dim, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
                                    of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), most, held_lens.data(),
                                    row_of.data(), num_rows, absorb.data(), of.w_uv.panels(), heads, key_dim, rope_dim,
                                    rank, value_dim, 0.3f, scattered ? 3 : 1);
@@ -86,7 +83,7 @@ TEST_AT_EDGES(grouped_decode_rows) {
             const int64_t out_head = value_dim + 1, out_row = of.num_heads * out_head;
             Buffer<bf16> out(num_rows * out_row);
             const auto run = [&, key_dim = key_dim, value_dim = value_dim] {
-                narrows_gqa_decode(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim, of.keys.data(),
+                call::gqa_decode(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim, of.keys.data(),
                                    of.key_slot, key_dim, of.values.data(), of.value_slot, value_dim,
                                    slots.data() + window, most, held_lens.data(), nullptr, num_rows, of.kv_of.data(),
                                    of.num_heads, key_dim, value_dim, 0.5f, int(threads));
@@ -103,11 +100,10 @@ TEST_AT_EDGES(grouped_decode_rows) {
 
 TEST(no_decode_rows_at_all) {
     Grouped of(1, {0, 1}, 2, 8, 8, 3);
-    narrows_gqa_decode(nullptr, 16, 8, of.q.data(), of.q_row, 8, of.keys.data(), of.key_slot, 8, of.values.data(),
+    call::gqa_decode(nullptr, 16, 8, of.q.data(), of.q_row, 8, of.keys.data(), of.key_slot, 8, of.values.data(),
                        of.value_slot, 8, nullptr, 0, nullptr, nullptr, 0, of.kv_of.data(), 2, 8, 8, 1.0f, 1);
     Latent latent(1, 2, 8, 4, 8, 8, 3);
-    narrows_mla_decode(nullptr, 16, latent.q_nope.data(), latent.q_row, 8, latent.q_pe.data(), latent.pe_row, 4,
+    call::mla_decode(nullptr, 16, latent.q_nope.data(), latent.q_row, 8, latent.q_pe.data(), latent.pe_row, 4,
                        latent.cache.data(), latent.slot, nullptr, 0, nullptr, nullptr, 0, latent.w_uk.panels(),
                        latent.w_uv.panels(), 2, 8, 4, 8, 8, 1.0f, 1);
 }
-#endif

@@ -3,7 +3,6 @@
 
 #include "weights.h"
 
-#ifdef NARROWS_GEMM
 namespace testing {
 
 // softmax(scale * q k^T) v over `len` tokens, for one query.
@@ -40,8 +39,8 @@ struct Latent {
           slot(latent + rope + 1), q_row(heads * key + 3), pe_row(heads * rope + 1), random(uint64_t(num_rows + heads)),
           cache(span(slots, slot, latent + rope)), q_nope(heads ? span(num_rows, q_row, heads * key) : 0),
           q_pe(heads ? span(num_rows, pe_row, heads * rope) : 0),
-          w_uk(heads, key, latent, NARROWS_BF16, false, random, 0.0625f),
-          w_uv(heads, value, latent, NARROWS_BF16, false, random, 0.0625f) {
+          w_uk(heads, key, latent, BF16_WEIGHT, false, random, 0.0625f),
+          w_uv(heads, value, latent, BF16_WEIGHT, false, random, 0.0625f) {
         fill_uniform(cache, random), fill_uniform(q_nope, random), fill_uniform(q_pe, random);
     }
 
@@ -99,4 +98,3 @@ inline void check_row(const bf16* got, const std::vector<double>& want, int64_t 
 }
 
 }  // namespace testing
-#endif

@@ -1,11 +1,8 @@
 // Causal attention of the last rows of a context against loops over single numbers.
-#include "attention_prefill.cpp"
-
 #include "attention_lab.h"
 
 using namespace testing;
 
-#ifdef NARROWS_GEMM
 TEST_AT_EDGES(latent_prefill_rows) {
     const int64_t shapes[][5] = {{1, 5, 2, 7, 3}, {2, 24, 8, 40, 33}, {3, 33, 3, 31, 20}};
     const std::pair<int64_t, int64_t> spans[] = {{1, 1}, {1, 40}, {13, 13}, {50, 300}};  // rows, context
@@ -20,7 +17,7 @@ TEST_AT_EDGES(latent_prefill_rows) {
                 Buffer<bf16> out(span(num_rows, out_row, heads * value_dim));
                 const auto run = [&, heads = heads, key_dim = key_dim, rope_dim = rope_dim, rank = rank,
                                   value_dim = value_dim, num_rows = num_rows, len = len] {
-                    narrows_mla_prefill(out.data(), out_row, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
+                    call::mla_prefill(out.data(), out_row, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
                                         of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), len, num_rows,
                                         of.w_uk.panels(), of.w_uv.panels(), heads, key_dim, rope_dim, rank, value_dim,
                                         0.3f, num_rows == 13 ? 2 : 1, brgemm);
@@ -51,7 +48,7 @@ TEST_AT_EDGES(grouped_prefill_rows) {
                     const int64_t out_head = value_dim + 1, out_row = of.num_heads * out_head;
                     Buffer<bf16> out(num_rows * out_row);
                     const auto run = [&, key_dim = key_dim, value_dim = value_dim, num_rows = num_rows, len = len] {
-                        narrows_gqa_prefill(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim,
+                        call::gqa_prefill(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim,
                                             of.keys.data(), of.key_slot, key_dim, of.values.data(), of.value_slot,
                                             value_dim, slots.data(), len, num_rows, of.kv_of.data(), of.num_heads,
                                             key_dim, value_dim, 0.5f, num_rows == 13 ? 2 : 1, brgemm);
@@ -67,4 +64,3 @@ TEST_AT_EDGES(grouped_prefill_rows) {
         }
     }
 }
-#endif

@@ -1,6 +1,4 @@
-// Recording and repeating of calls as such; that each function is repeated rightly, its own test says.
-#include "tape.cpp"
-
+// Capture and replay of calls as such; that each function is repeated rightly, its own test says.
 #include <algorithm>
 #include <thread>
 
@@ -10,20 +8,27 @@ using namespace testing;
 
 namespace {
 
-// Calls as a kernel would make them: one is repeated, and one says that it is not.
+// Calls as a kernel's are made: one is repeated, one may be made again, and one says that it is not repeated.
 void append(std::vector<int>* to, int number) {
-    NARROWS_TAPED(append(to, number));
+    if (narrows::Capture* capture = narrows::capturing())
+        capture->calls.emplace_back([=] {
+            append(to, number);
+            return 0;
+        });
     to->push_back(number);
 }
 
 int stumble(std::vector<int>* to, int* left) {
-    if (Tape* tape = recording()) tape->calls.emplace_back([=] { return stumble(to, left); });
+    if (narrows::Capture* capture = narrows::capturing())
+        capture->calls.emplace_back([=] { return stumble(to, left); });
     if ((*left)-- > 0) return 1;
     to->push_back(-1);
     return 0;
 }
 
-void never_repeated() { NARROWS_NOT_TAPED }
+void never_repeated() {
+    if (narrows::Capture* capture = narrows::capturing()) capture->whole = false;
+}
 
 }  // namespace
 
@@ -42,14 +47,14 @@ TEST(calls_are_repeated_in_order_from_where_they_stopped) {
     }
 }
 
-TEST(a_tape_keeps_the_first_calls_only) {
+TEST(a_capture_keeps_the_first_calls_only) {
     std::vector<int> seen;
-    Tape* tape = narrows_tape_begin();
+    narrows::Capture* capture = narrows_capture_begin();
     append(&seen, 1), append(&seen, 2);
-    narrows_tape_end(tape, 1);
+    narrows_capture_end(capture, 1);
     int64_t at = 0, times[2];
-    CHECK(narrows_tape_size(tape) == 1 && narrows_tape_run(tape, &at, times) == 0 && seen.back() == 1 && at == 1);
-    narrows_tape_free(tape);
+    CHECK(narrows_capture_size(capture) == 1 && narrows_capture_run(capture, &at, times) == 0 && seen.back() == 1 && at == 1);
+    narrows_capture_free(capture);
     check_not_replayed(never_repeated);
     CHECK(Capture([] {}).run() == 0);
 }

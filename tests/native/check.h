@@ -14,10 +14,13 @@
 #include <string>
 #include <vector>
 
-#include "tape.h"
-#include "vector.h"
+#include "numbers.h"
+#include "runtime/dispatch.h"
 
 namespace testing {
+
+namespace call = narrows::call;
+using narrows::BF16_WEIGHT, narrows::INT8, narrows::INT8_WEIGHT;
 
 struct Test {
     const char* name;
@@ -32,9 +35,6 @@ struct Registered {
 };
 
 [[noreturn]] void fail(const char* file, int line, const char* condition, const std::string& about);
-
-// Says on stdout, in one line, what is not tested and why.
-void skip(const char* what, const char* why);
 
 // Where a Buffer lies: on the heap, whose ends AddressSanitizer watches wherever code is instrumented; or right before,
 // or right after, a page that nobody may touch, which catches masked loads and stores too:
@@ -175,45 +175,45 @@ bool aborts_saying(const char* sentence, Work work) {
     if (!(CONDITION)) testing::fail(__FILE__, __LINE__, #CONDITION, testing::about(__VA_ARGS__))
 
 extern "C" {
-narrows::Tape* narrows_tape_begin();
-void narrows_tape_end(narrows::Tape*, int64_t);
-int64_t narrows_tape_size(const narrows::Tape*);
-void narrows_tape_free(narrows::Tape*);
-int narrows_tape_run(const narrows::Tape*, int64_t*, int64_t*);
-int narrows_rows();
-int narrows_gemm();
-int narrows_int8();
+narrows::Capture* narrows_capture_begin();
+void narrows_capture_end(narrows::Capture*, int64_t);
+int64_t narrows_capture_size(const narrows::Capture*);
+void narrows_capture_free(narrows::Capture*);
+int narrows_capture_run(const narrows::Capture*, int64_t*, int64_t*);
+const char* narrows_targets();
+const char* narrows_running();
+int narrows_use(const char*);
 }
 
 namespace testing {
 
-// The calls that `work` makes, recorded while it makes them.
+// The calls that `work` makes, captured while it makes them.
 class Capture {
    public:
     template <typename Work>
-    explicit Capture(Work work) : tape_(narrows_tape_begin()) {
+    explicit Capture(Work work) : capture_(narrows_capture_begin()) {
         work();
-        size_ = narrows_tape_size(tape_);
-        narrows_tape_end(tape_, size_ < 0 ? 0 : size_);
+        size_ = narrows_capture_size(capture_);
+        narrows_capture_end(capture_, size_ < 0 ? 0 : size_);
         times_.resize(size_ < 0 ? 1 : size_ + 1);
     }
-    ~Capture() { narrows_tape_free(tape_); }
+    ~Capture() { narrows_capture_free(capture_); }
     Capture(const Capture&) = delete;
     Capture& operator=(const Capture&) = delete;
 
     int64_t size() const { return size_; }
     void rewind() { __atomic_store_n(&at_, 0, __ATOMIC_RELEASE); }
-    int run() { return narrows_tape_run(tape_, &at_, times_.data()); }
+    int run() { return narrows_capture_run(capture_, &at_, times_.data()); }
     int64_t* position() { return &at_; }
     const std::vector<int64_t>& times() const { return times_; }
 
    private:
-    narrows::Tape* tape_;
+    narrows::Capture* capture_;
     int64_t size_ = 0, at_ = 0;
     std::vector<int64_t> times_;
 };
 
-// Makes the call `work` once more, recorded, and again from the tape: `out` must get the same bits each time.
+// Makes the call `work` once more, captured, and replays it: `out` must get the same bits each time.
 // `prepare` brings back what the call overwrites.
 template <typename Out, typename Prepare, typename Work>
 void check_replay(Buffer<Out>& out, Prepare prepare, Work work) {
@@ -230,7 +230,7 @@ void check_replay(Buffer<Out>& out, Work work) {
     check_replay(out, [&] { out.clear(); }, work);
 }
 
-// Of a call that no tape repeats: a tape knows that it has missed one.
+// Of a call that no capture repeats: it knows that it has missed one.
 template <typename Work>
 void check_not_replayed(Work work) {
     CHECK(Capture(work).size() == -1);

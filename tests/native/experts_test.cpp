@@ -1,11 +1,8 @@
 // Routed and shared experts against loops over single numbers.
-#include "experts.cpp"
-
 #include "weights.h"
 
 using namespace testing;
 
-#ifdef NARROWS_GEMM
 namespace {
 
 struct Shape {
@@ -32,7 +29,7 @@ void check_experts(int kind, const Shape& of, int threads, const narrows::Brgemm
     testing::Weights shared_down(1, hidden, shared_inner, kind, false, random, 0.125f);
     const Packed packed[] = {gate_up.packed(), down.packed(), shared_gate_up.packed(), shared_down.packed()};
     const auto run = [&] {
-        narrows_experts(out.data(), out_stride, sizeof(Out) == 4, x.data(), x_stride, ids.data(), sizeof(Id) == 8,
+        call::experts(out.data(), out_stride, sizeof(Out) == 4, x.data(), x_stride, ids.data(), sizeof(Id) == 8,
                         weights.data(), num_rows, top_k, kind, packed, packed + 1, first, num_experts, hidden, inner,
                         packed + 2, packed + 3, shared_inner, threads, brgemm);
     };
@@ -76,6 +73,5 @@ TEST_AT_EDGES(experts_of_odd_shapes) {
 
 TEST(experts_of_many_rows) {
     for (const int kind : kinds()) check_experts<bf16, int32_t>(kind, {60, 3, 2, 34, 18, 5}, 3, &plain_brgemm);
-    check_experts<float, int32_t>(NARROWS_BF16, {16, 1, 2, 8192, 3, 2}, 2, nullptr);  // several groups
+    check_experts<float, int32_t>(BF16_WEIGHT, {16, 1, 2, 8192, 3, 2}, 2, nullptr);  // several groups
 }
-#endif

@@ -1,13 +1,8 @@
 // Rotary embedding and the write of slots against loops over single pairs.
-#include "rope.cpp"
-
 #include "check.h"
 
 using namespace testing;
 
-TEST(rotations_are_compiled_where_norms_are) { CHECK(narrows_rope() == narrows_rows()); }
-
-#ifdef NARROWS_VECTORS
 namespace {
 
 // One head of x rotated, in halves.
@@ -51,7 +46,7 @@ void ropes() {
             fill_uniform(x, random);
             for (const bool interleaved : {false, true}) {
                 const auto rotate = [&] {
-                    narrows_rope_rows(out.data(), heads * 2 * half, 2 * half, x.data(), row, head, cos.data(),
+                    call::rope_rows(out.data(), heads * 2 * half, 2 * half, x.data(), row, head, cos.data(),
                                       sin.data(), num_rows, heads, half, interleaved, is_float, table_is_float,
                                       int(threads));
                 };
@@ -69,7 +64,7 @@ void ropes() {
             fill_uniform(latents, random);
             const std::string before = x.bytes();
             const auto write = [&] {
-                narrows_rope_latents(x.data(), row, head, latents.data(), latent_row, cos.data(), sin.data(),
+                call::rope_latents(x.data(), row, head, latents.data(), latent_row, cos.data(), sin.data(),
                                      cache.data(), slot, slots.data(), num_rows, heads, rank, half, is_float,
                                      table_is_float, int(threads));
             };
@@ -107,7 +102,7 @@ void qkv_ropes() {
                 for (int64_t t = 0; t < num_rows; ++t) slots[t] = 4 - t;
                 const std::string before = qkv.bytes();
                 const auto write = [&] {
-                    narrows_rope_heads(qkv.data(), row, q_norm.data(), k_norm.data(), 1e-6f, cos.data(), sin.data(),
+                    call::rope_heads(qkv.data(), row, q_norm.data(), k_norm.data(), 1e-6f, cos.data(), sin.data(),
                                        keys.data(), values.data(), slots.data(), num_rows, num_q, num_kv, dim,
                                        sizeof(T) == 4, sizeof(Table) == 4, num_rows == 4 ? 2 : 1);
                 };
@@ -141,4 +136,3 @@ TEST_AT_EDGES(rotations_and_latents) { ropes<float, float>(), ropes<bf16, float>
 TEST_AT_EDGES(rotations_of_queries_and_keys) {
     qkv_ropes<float, float>(), qkv_ropes<bf16, float>(), qkv_ropes<bf16, bf16>();
 }
-#endif

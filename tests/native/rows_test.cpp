@@ -1,24 +1,8 @@
 // Norms, router, embedding, argmax and int8 rows against loops over single numbers.
-#include "rows.cpp"
-
 #include "check.h"
 
 using namespace testing;
 
-TEST(a_norm_after_a_sum_is_taken_or_refused_loudly) {
-    float x[3] = {1, 2, 3}, weight[3] = {1, 1, 1}, out[3] = {7, 7, 7};
-    if (narrows_rows()) {
-        rows::add_norm(out, x, nullptr, weight, 1, 3, 0.0f, true);
-        CHECK(near(out[2], 3 / std::sqrt(14.0 / 3), 1e-6));
-        const float residual[3] = {1, 1, 1};
-        rows::add_norm(out, x, residual, weight, 1, 3, 0.0f, true);
-        CHECK(x[2] == 4.0f && near(out[0], 2 / std::sqrt(29.0 / 3), 1e-6));
-        return;
-    }
-    CHECK(aborts_saying("norms are not compiled", [&] { rows::add_norm(out, x, nullptr, weight, 1, 3, 0.0f, true); }));
-}
-
-#ifdef NARROWS_VECTORS
 namespace {
 
 // What out of [1, width] must be; `got` is near it.
@@ -43,7 +27,7 @@ void norms() {
             Buffer<T> out(num_rows * heads * width);
             fill_uniform(x, random), fill_uniform(weight, random);
             const auto norm = [&] {
-                narrows_rms_norm(out.data(), heads * width, width, x.data(), stride, head, weight.data(), num_rows,
+                call::rms_norm(out.data(), heads * width, width, x.data(), stride, head, weight.data(), num_rows,
                                  heads, width, 1e-6f, wide, 1);
             };
             norm();
@@ -54,7 +38,7 @@ void norms() {
             Buffer<T> a(num_rows * width), b(num_rows * width), sum(num_rows * width), normed(num_rows * width);
             fill_whole(a, random), fill_whole(b, random);
             const auto add_norm = [&] {
-                narrows_add_rms_norm(normed.data(), sum.data(), a.data(), b.data(), weight.data(), num_rows, width,
+                call::add_rms_norm(normed.data(), sum.data(), a.data(), b.data(), weight.data(), num_rows, width,
                                      1e-5f, wide, 1);
             };
             add_norm();
@@ -63,7 +47,7 @@ void norms() {
             for (int64_t t = 0; t < num_rows; ++t)
                 check_norm(&normed[t * width], &sum[t * width], weight.data(), width, 1e-5f);
             check_replay(normed, add_norm);
-            const auto add = [&] { narrows_add_rows(sum.data(), a.data(), b.data(), num_rows, width, wide, 1); };
+            const auto add = [&] { call::add_rows(sum.data(), a.data(), b.data(), num_rows, width, wide, 1); };
             check_replay(sum, add);
         }
     }
@@ -78,7 +62,7 @@ void latent_norms() {
             Buffer<T> x(span(num_rows, stride, width)), q_weight(q_width), kv_weight(kv_width), out(num_rows * width);
             fill_uniform(x, random), fill_uniform(q_weight, random), fill_uniform(kv_weight, random);
             const auto norm = [&] {
-                narrows_latent_norm(out.data(), x.data(), stride, q_weight.data(), q_width, kv_weight.data(), kv_width,
+                call::latent_norm(out.data(), x.data(), stride, q_weight.data(), q_width, kv_weight.data(), kv_width,
                                     width, num_rows, 1e-6f, sizeof(T) == 4, 1);
             };
             norm();
@@ -152,7 +136,7 @@ void routers() {
             Buffer<int32_t> ids(num_rows * rule.top_k);
             Buffer<float> weights(num_rows * rule.top_k);
             const auto route = [&] {
-                narrows_router(ids.data(), weights.data(), x.data(), stride, gate.data(), bias.data(), num_rows,
+                call::router(ids.data(), weights.data(), x.data(), stride, gate.data(), bias.data(), num_rows,
                                rule.num_experts, width, rule.top_k, rule.num_groups, rule.topk_group, rule.softmax,
                                rule.two_best, rule.normalise, 2.5f, sizeof(T) == 4, 1);
             };
@@ -181,7 +165,7 @@ void argmaxes() {
         x[2 * stride + width - 1] = stored<T>(INFINITY);
         Buffer<double> out(2 * num_rows);
         const auto argmax = [&] {
-            narrows_argmax(out.data(), x.data(), stride, num_rows, width, 100, sizeof(T) == 4, 1);
+            call::argmax(out.data(), x.data(), stride, num_rows, width, 100, sizeof(T) == 4, 1);
         };
         argmax();
         for (int64_t t = 0; t < num_rows; ++t) {
@@ -207,10 +191,10 @@ void encodings() {
         Buffer<int8_t> codes(num_rows * width);
         Buffer<float> scales(num_rows);
         const auto encode = [&] {
-            narrows_encode_rows(codes.data(), scales.data(), x.data(), stride, num_rows, width, sizeof(T) == 4, 1);
+            call::encode_rows(codes.data(), scales.data(), x.data(), stride, num_rows, width, sizeof(T) == 4, 1);
         };
         const auto decode = [&] {
-            narrows_decode_rows(back.data(), codes.data(), scales.data(), num_rows, width, sizeof(T) == 4, 1);
+            call::decode_rows(back.data(), codes.data(), scales.data(), num_rows, width, sizeof(T) == 4, 1);
         };
         encode(), decode();
         CHECK(scales[0] == 0.0f && (width == 0 || std::isnan(scales[1])), width);
@@ -245,7 +229,7 @@ TEST_AT_EDGES(embedding_of_ids_here_and_elsewhere) {
         for (int64_t i = 0; i < table.size(); ++i) table[i] = char(i + 1);
         for (int64_t t = 0; t < num_rows; ++t) ids[t] = first - 1 + t;
         const auto embed = [&] {
-            narrows_embedding(out.data(), stride, ids.data(), num_rows, table.data(), first, num_ids, row_bytes);
+            call::embedding(out.data(), stride, ids.data(), num_rows, table.data(), first, num_ids, row_bytes);
         };
         embed();
         for (int64_t t = 0; t < num_rows; ++t)
@@ -262,7 +246,7 @@ TEST_AT_EDGES(pick_of_pairs) {
     Buffer<double> held(4 * 6);
     std::memcpy(held.data(), pairs, sizeof pairs);
     Buffer<int64_t> out(4);
-    const auto pick = [&] { narrows_pick(out.data(), held.data(), 6, 4, 3); };
+    const auto pick = [&] { call::pick(out.data(), held.data(), 6, 4, 3); };
     pick();
     for (int64_t t = 0; t < 4; ++t) CHECK(out[t] == want[t], t);
     check_replay(out, pick);
@@ -277,11 +261,10 @@ TEST(rows_shared_out_to_threads) {
     fill_uniform(x, random), fill_uniform(weight, random), fill_uniform(gate, random, 0.1f);
     for (const int threads : {1, 3}) {
         Buffer<float>& out = threads == 1 ? one : two;
-        narrows_rms_norm(out.data(), width, 0, x.data(), width, 0, weight.data(), num_rows, 1, width, 1e-6f, 1,
+        call::rms_norm(out.data(), width, 0, x.data(), width, 0, weight.data(), num_rows, 1, width, 1e-6f, 1,
                          threads);
-        narrows_router((threads == 1 ? ids : ids_two).data(), (threads == 1 ? worth : worth_two).data(), x.data(),
+        call::router((threads == 1 ? ids : ids_two).data(), (threads == 1 ? worth : worth_two).data(), x.data(),
                        width, gate.data(), nullptr, num_rows, num_experts, width, 2, 1, 1, 1, 0, 1, 1.0f, 1, threads);
     }
     CHECK(one.bytes() == two.bytes() && ids.bytes() == ids_two.bytes() && worth.bytes() == worth_two.bytes());
 }
-#endif

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,10 @@ COMPILER = os.environ.get("CXX", "g++")
 TIMEOUT_S = 900
 """A safety net: nothing here takes as long."""
 
-FLAGS = ("-std=c++20", "-O0", "-g1", "-Wall", "-Wno-tsan", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS")
+FLAGS = (
+    *("-std=c++20", "-O0", "-g1", "-Wall", "-Wno-tsan", "-ffp-contract=off"),
+    *("-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"),
+)
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1:detect_stack_use_after_return=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -30,34 +34,45 @@ OPTIONS = {
 }
 
 
+def targets() -> dict[str, list[str]]:
+    """The compiler's options for each target that kernels are compiled for on this kind of machine."""
+    found = re.findall(
+        r"^TARGET\((\w+),((?:\s*FEATURE\(\"\w+\"\))*)\s*\)$", (SOURCES / "targets.def").read_text(), re.M
+    )
+    options = {name: [f"-m{feature}" for feature in re.findall(r'"([^"]+)"', features)] for name, features in found}
+    return {name: given for name, given in options.items() if not given or platform.machine() in ("x86_64", "AMD64")}
+
+
 @dataclass(frozen=True)
 class Build:
-    """One build of all tests. ``march``: the CPU it is for; on lesser ones than this, the tests of what is left run."""
+    """One build of all tests, with the kernels of every target."""
 
     name: str
-    sanitizer: str
     planted: tuple[str, ...]
-    march: str = "native"
-    needs: frozenset[str] = frozenset()
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return (*FLAGS, f"-fsanitize={self.sanitizer}", f"-march={self.march}")
+        return (*FLAGS, f"-fsanitize={self.name}")
 
 
 BUILDS = [
-    Build("address", "address", ("address", "leak")),
-    Build("undefined", "undefined", ("undefined",)),
-    Build("thread", "thread", ("thread",)),
+    Build("address", ("address", "leak")),
+    Build("undefined", ("undefined",)),
+    Build("thread", ("thread",)),
 ]
-if platform.machine() == "x86_64":  # what is compiled for lesser CPUs, which a newer one runs too
-    AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
-    AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    BUILDS += [
-        Build("undefined-avx512", "undefined", ("undefined",), "x86-64-v4", AVX512),
-        Build("undefined-avx2", "undefined", ("undefined",), "x86-64-v3", AVX2),
-        Build("undefined-plain", "undefined", ("undefined",), "x86-64"),
-    ]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to be compiled; a kernel, for one target."""
+
+    path: Path
+    target: str = ""
+    flags: tuple[str, ...] = ()
+
+    @property
+    def made(self) -> str:
+        return f"{self.target}{self.path.stem}.o"
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -72,13 +87,10 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def why_not(build: Build) -> str:
     """Why a build cannot be made or trusted here, in one clause; empty where it can."""
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    if missing := sorted(build.needs - set(flags)):
-        return f"this CPU lacks {', '.join(missing)}"
     program = str(BUILD / f"{build.name}-planted")
     made = run([COMPILER, *build.flags, str(HERE / "planted.cpp"), "-o", program, "-pthread"])
     if made.returncode:
-        return f"{COMPILER} cannot build with -fsanitize={build.sanitizer} ({made.stdout.strip().splitlines()[-1]})"
+        return f"{COMPILER} cannot build with -fsanitize={build.name} ({made.stdout.strip().splitlines()[-1]})"
     if (clean := run([program])).returncode:
         return f"its runtime does not work here ({clean.stdout.strip().splitlines()[0]})"
     for mistake in build.planted:
@@ -87,21 +99,30 @@ def why_not(build: Build) -> str:
     return ""
 
 
-def compile_one(build: Build, source: Path) -> str:
-    """The object file of a source. A thread build has threads of its own (team.cpp)."""
-    made = BUILD / build.name / f"{source.stem}.o"
-    given = ("-fopenmp", f"-I{SOURCES}", '-DNARROWS_SOURCES="tests"', "-c", str(source), "-o", str(made))
-    done = run([COMPILER, *build.flags, *given])
+def compile_one(build: Build, source: Source) -> str:
+    """The object file of a source."""
+    made = BUILD / build.name / source.made
+    given = ("-fopenmp", f"-I{SOURCES}", '-DNARROWS_SOURCES="tests"', "-c", str(source.path), "-o", str(made))
+    target = (f"-DNARROWS_TARGET={source.target}", *source.flags) if source.target else ()
+    done = run([COMPILER, *build.flags, *given, *target])
     print(done.stdout, end="", file=sys.stderr)
     if done.returncode:
-        raise SystemExit(f"{build.name}: {source.name} does not compile")
+        raise SystemExit(f"{build.name}: {source.path.name} {source.target} does not compile")
     return str(made)
 
 
-def sources(build: Build) -> list[Path]:
-    """The largest first, so that no core waits for it at the end."""
-    found = [HERE / "main.cpp", *HERE.glob("*_test.cpp"), *([HERE / "team.cpp"] if build.name == "thread" else [])]
-    return sorted(found, key=lambda file: (file.name not in {"experts_test.cpp", "gemm_test.cpp"}, file.name))
+def sources(build: Build) -> list[Source]:
+    """All of a build; a thread build has threads of its own (team.cpp). shm_test.cpp includes what it tests.
+
+    In this order: where several targets have the same function of the standard library, the linker takes the first one.
+    """
+    tests = [HERE / "main.cpp", *HERE.glob("*_test.cpp"), *([HERE / "team.cpp"] if build.name == "thread" else [])]
+    runtime = [path for path in (SOURCES / "runtime").glob("*.cpp") if path.name != "collectives.cpp"]
+    kernels = sorted((SOURCES / "kernels").glob("*.cpp"))
+    return [
+        *(Source(path) for path in sorted([*tests, *runtime])),
+        *(Source(path, name, tuple(flags)) for name, flags in reversed(targets().items()) for path in kernels),
+    ]
 
 
 def test(build: Build, objects: list[str]) -> bool:
@@ -114,7 +135,7 @@ def test(build: Build, objects: list[str]) -> bool:
     if done.returncode or not lines or not lines[-1].endswith(" tests"):
         print(f"{build.name}: FAILED\n{done.stdout}", flush=True)
         return False
-    skipped = [line for line in lines if line.startswith("skipped: ")] if build.march == "native" else []
+    skipped = [line for line in lines if line.startswith("skipped: ")]
     print("\n".join([*(f"{build.name}: {line}" for line in skipped), f"{build.name}: {lines[-1]}"]), flush=True)
     return True
 

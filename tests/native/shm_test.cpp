@@ -1,6 +1,6 @@
 // Collectives through shared memory, among threads and among processes: all kinds, uneven counts, in many rounds. Every
 // rank knows what the others bring, so each checks all that it gets.
-#include "collectives.cpp"
+#include "runtime/collectives.cpp"
 
 #include <sched.h>
 #include <sys/prctl.h>
@@ -270,7 +270,7 @@ void rounds(Host& host, int64_t me, int64_t count) {
             case 1: gather_columns(rank, round, counts); break;
             case 2: reduce_rows(rank, round, counts, false, false); break;
             case 3: reduce_rows(rank, round, counts, true, false); break;
-            default: reduce_rows(rank, round, counts, true, narrows_rows()); break;
+            default: reduce_rows(rank, round, counts, true, true); break;
         }
     }
     CHECK(rank.wire.number == uint64_t(count) && rank.wire.stage == outside);
@@ -368,9 +368,9 @@ TEST(late_ranks_among_threads) { on_threads(3, others_return_when_a_rank_is_late
 TEST(different_calls_among_threads) { on_threads(3, who_differs_is_told_and_the_next_exchange_is_everybodys); }
 TEST(places_outside_among_threads) { on_threads(3, a_place_that_cannot_be_is_not_read); }
 
-// Exchanges recorded once and repeated, with other numbers each time; a rank that has waited in vain goes on from
+// Exchanges captured once and replayed, with other numbers each time; a rank that has waited in vain goes on from
 // where it was.
-TEST(exchanges_repeated_from_a_tape) {
+TEST(exchanges_replayed_from_a_capture) {
     on_threads(3, [](Host& host, int64_t me) {
         Rank rank(host, me);
         const int64_t size = host.size(), width = 21, total = size * width;
@@ -387,7 +387,7 @@ TEST(exchanges_repeated_from_a_tape) {
             rank.meet(narrows_shm_reduce, reduce, reduce_args);
         });
         CHECK(capture.size() == 2);
-        // A tape keeps its own copies.
+        // A capture keeps its own copies.
         for (auto* of : {&gather, &reduce, &gather_args, &reduce_args}) std::fill(of->begin(), of->end(), -1);
         for (int64_t round = 0; round < 100; ++round) {
             for (int64_t i = 0; i < width; ++i) own[i] = brought_by(me, round, i);

@@ -1,20 +1,19 @@
-// Packed weights and the product that many rows may go to, as the tests of products need them. Include it after the
-// source under test, which says whether there are such things.
+// Packed weights and the product that many rows may go to, as the tests of products need them.
 #pragma once
 
 #include "check.h"
-#include "gemm_int8.h"
 
-#ifdef NARROWS_GEMM
-
-extern "C" void narrows_gemm_pack(uint32_t*, const bf16*, int64_t, int64_t, int64_t, int64_t, int64_t);
-extern "C" void narrows_gemm_pack_int8(uint32_t*, const int8_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
 
 namespace testing {
 
+using narrows::Brgemm, narrows::Packed;
+
+constexpr int64_t PANEL = 32;  // outputs of a panel
+inline int64_t pairs_of(int64_t num_inputs) { return (num_inputs + 1) / 2; }
+inline int64_t panels_of(int64_t num_outputs) { return (num_outputs + PANEL - 1) / PANEL; }
+
 inline std::vector<int> kinds() {
-    if (!narrows_int8()) return {NARROWS_BF16};
-    return {NARROWS_BF16, NARROWS_INT8, NARROWS_WEIGHT_INT8};
+    return {BF16_WEIGHT, INT8, INT8_WEIGHT};
 }
 
 // `count` weights [num_outputs, num_inputs] of small whole numbers times `scale`, packed one after the other. `gated`:
@@ -24,7 +23,7 @@ class Weights {
     Weights(int64_t count, int64_t num_outputs, int64_t num_inputs, int kind, bool gated, Random& random,
             float scale = 1)
         : num_outputs_(num_outputs), num_inputs_(num_inputs), kind_(kind),
-          padded_(narrows::panels_of(num_outputs) * narrows::PANEL),
+          padded_(panels_of(num_outputs) * PANEL),
           values_(count * num_outputs * num_inputs), panels_(count * padded_ * words()),
           scales_(kind ? count * padded_ : 0) {
         Buffer<bf16> rows(num_outputs * num_inputs);
@@ -53,7 +52,7 @@ class Weights {
     }
     const uint32_t* panels() { return panels_.data(); }
     const float* scales() { return scales_.data(); }
-    narrows::Packed packed() { return {panels(), scales()}; }
+    Packed packed() { return {panels(), scales()}; }
 
    private:
     int64_t words() const { return kind_ ? (num_inputs_ + 3) / 4 : (num_inputs_ + 1) / 2; }
@@ -67,9 +66,9 @@ class Weights {
         uint32_t* to = panels_.data() + weight * padded_ * words();
         const int64_t source = (from + first) * num_inputs_;
         if (kind_)
-            narrows_gemm_pack_int8(to, codes.data() + source, num_inputs_, first, num_rows, num_inputs_, half);
+            call::gemm_pack_int8(to, codes.data() + source, num_inputs_, first, num_rows, num_inputs_, half);
         else
-            narrows_gemm_pack(to, rows.data() + source, num_inputs_, first, num_rows, num_inputs_, half);
+            call::gemm_pack(to, rows.data() + source, num_inputs_, first, num_rows, num_inputs_, half);
     }
 
     int64_t num_outputs_, num_inputs_;
@@ -93,7 +92,6 @@ inline void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t 
     }
 }
 inline void plain_release(bool) {}
-inline constexpr narrows::Brgemm plain_brgemm{plain_product, plain_release};
+inline constexpr Brgemm plain_brgemm{plain_product, plain_release};
 
 }  // namespace testing
-#endif

@@ -1,48 +1,72 @@
-"""Every compiled function says whether it can be replayed, and has a C++ test."""
+"""What the compiled code owes: every kernel has a C++ test, and no intrinsic or #if is in an algorithm."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import narrows.native
+from narrows.native import library, targets
 
 SOURCES = Path(narrows.native.__file__).parent / "csrc"
-FUNCTION = re.compile(r"^NARROWS_EXPORT (?:void|int) (narrows_\w+)\((.*?)\) \{\n(.*?)^\}", re.S | re.M)
+KERNEL = re.compile(r"^KERNEL\((\w+), (CAPTURED|NOT_CAPTURED),", re.M)
 EXPORTED = re.compile(r"^NARROWS_EXPORT [^;{]*?(narrows_\w+)\(", re.M)
 TESTS = Path(__file__).parents[1] / "native"
-NOT_WORK = {"narrows_shm_layout", "narrows_tape_end", "narrows_tape_free", "narrows_tape_run"}
 
 
-def test_functions_that_take_arguments_are_taped_or_say_that_they_are_not() -> None:
-    seen = set()
-    for file in SOURCES.glob("*.cpp"):
-        for name, arguments, body in FUNCTION.findall(file.read_text()):
-            if not arguments.strip() or name in NOT_WORK:
-                continue
-            seen.add(name)
-            given = ", ".join(argument.split()[-1].lstrip("*&") for argument in arguments.split(","))
-            call = re.search(r"NARROWS_TAPED\((\w+)\((.*?)\)\);", body, re.S)
-            if call:
-                assert call[1] == name and " ".join(call[2].split()) == given, name
-            else:
-                assert body.lstrip().startswith("NARROWS_NOT_TAPED") or f"tape({name}, wire, call," in body, name
-    assert {"narrows_linear", "narrows_experts", "narrows_mla_decode", "narrows_shm_reduce"} <= seen
+def test_every_kernel_and_every_exported_function_is_called_by_a_test_under_sanitizers() -> None:
+    tests = "".join(file.read_text() for file in TESTS.iterdir() if file.suffix in (".cpp", ".h"))
+    kernels = {name for name, _ in KERNEL.findall((SOURCES / "kernels.def").read_text())}
+    exported = {name for file in SOURCES.rglob("*.cpp") for name in EXPORTED.findall(file.read_text())}
+    assert {"linear", "experts", "mla_decode", "sum"} <= kernels
+    assert {"narrows_capture_run", "narrows_shm_gather", "narrows_use"} <= exported
+    assert kernels - set(re.findall(r"\bcall::(\w+)\(", tests)) == set()
+    assert exported - set(re.findall(r"\b(narrows_\w+)[(,]", tests)) == set()
 
 
-def test_every_exported_function_is_called_by_a_test_under_sanitizers() -> None:
-    sources, tests = (
-        {file.name: file.read_text() for file in folder.iterdir() if file.is_file()} for folder in (SOURCES, TESTS)
-    )
-    exported = {name for text in sources.values() for name in EXPORTED.findall(text)}
-    called = {name for text in tests.values() for name in re.findall(r"\b(narrows_\w+)[(,]", text)}
-    included = {name for text in tests.values() for name in re.findall(r'#include "(\w+\.cpp)"', text)}
-    assert {"narrows_linear", "narrows_tape_run", "narrows_shm_gather"} <= exported
-    assert exported - called == set()
-    assert included == {name for name in sources if name.endswith(".cpp")}
+def test_algorithms_have_no_intrinsic_and_no_condition_on_the_cpu() -> None:
+    for file in (SOURCES / "kernels").iterdir():
+        text = file.read_text()
+        assert not re.search(r"\b_mm|\b__m\d|immintrin|__AVX|arm_neon", text), file.name
+        assert set(re.findall(r"^# *if.*", text, re.M)) <= {"#ifndef NARROWS_TARGET"}, file.name
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None or library() is None, reason="no objdump, or nothing compiled")
+def test_no_target_calls_a_function_of_a_better_one() -> None:
+    """What several targets have in common, such as functions of the standard library, is linked once: it has to be the
+    one that all of its callers' CPUs can run. Registers of 256 bits come with AVX2, those of 512 bits with AVX-512."""
+    if "avx512bf16" not in {target.name for target in targets()}:
+        pytest.skip("no AVX-512 targets on this kind of CPU")
+    file = next(Path(narrows.native.__file__).parent.glob("_narrows*.so"))
+    listing = subprocess.run(["objdump", "-d", str(file)], capture_output=True, text=True, check=True).stdout
+    bodies = dict(re.findall(r"^[0-9a-f]+ <([^>]+)>:\n(.*?)\n\n", listing, re.S | re.M))
+    calls = {name: set(re.findall(r"(?:call|jmp) .*<([^+>]+)>", body)) for name, body in bodies.items()}
+
+    def reached(mark: str) -> set[str]:
+        found, ahead = set(), [name for name in bodies if mark in name]
+        assert ahead, mark
+        while ahead:
+            name = ahead.pop()
+            if name in bodies and name not in found:
+                found.add(name)
+                ahead += calls[name]
+        return found
+
+    for mark, register in (("8baseline", "%[yz]mm"), ("narrows_", "%[yz]mm"), ("4avx2", "%zmm")):
+        assert {name for name in reached(mark) if re.search(register, bodies[name])} == set(), mark
+    for mark, register in (
+        ("4avx2", "%ymm"),
+        ("6avx512", "%zmm"),
+        ("10avx512bf16", "vdpbf16ps"),
+        ("10avx512bf16", "vpdpbusd"),
+    ):
+        assert any(register in bodies[name] for name in reached(mark)), (mark, register)
 
 
 def test_tests_of_compiled_code_that_cannot_run_say_so_in_one_line(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from narrows.errors import RankError
 from narrows.instruments.collective_clock import CollectiveClock
 from narrows.instruments.trace_events import trace_events
 from narrows.instruments.tracer import Tracer
-from narrows.ops.compiled import gemm_library
+from narrows.ops.compiled import kernels
 from narrows.plan.named import applicable_layouts
 from narrows.sched.sampling import SamplingParams
 
 pytestmark = [
-    pytest.mark.skipif(gemm_library() is None, reason="no compiled products with bf16 weights here"),
+    pytest.mark.skipif(kernels() is None, reason="no compiled products with bf16 weights here"),
 ]
 
 PROMPTS = [tuple(range(1, 8)), (9, 8, 7), (5, 6) * 12, (33,), (2, 4, 6)]

@@ -14,7 +14,7 @@ import httpx
 from patience import PATIENCE_S
 from server_process import ServerProcess
 
-from narrows.ops.compiled import gemm_library
+from narrows.ops.compiled import kernels
 
 
 def check(document: dict[str, Any], num_steps: int) -> None:
@@ -33,7 +33,7 @@ def check(document: dict[str, Any], num_steps: int) -> None:
             and execution["ts"] + execution["dur"] <= step["ts"] + step["dur"]
         )
     assert {execution["args"]["ran"] for execution in executions} == {"op by op"} | (
-        {"replayed"} if gemm_library() else set()
+        {"replayed"} if kernels() else set()
     )
     crossed = [e["args"]["bytes_all_ranks"] for e in events if e.get("cat") == "collective"]
     assert crossed and min(crossed) > 0

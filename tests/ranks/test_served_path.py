@@ -14,11 +14,11 @@ from narrows.evaluate.batches import forced_steps
 from narrows.evaluate.divergence import Baseline, measure, run_rows
 from narrows.evaluate.evaluation import LayoutResult, Measured
 from narrows.evaluate.served import served_line, verify_served
-from narrows.ops.compiled import gemm_library
+from narrows.ops.compiled import kernels
 
 PROMPTS = [list(range(1, 24)), [9, 8, 7, 6], [5, 6] * 12, [33]]
 
-captures = pytest.mark.skipif(gemm_library() is None, reason="no compiled products with bf16 weights here")
+captures = pytest.mark.skipif(kernels() is None, reason="no compiled products with bf16 weights here")
 
 
 def asked(tiny_model: Any, kind: str = "v3", **options: Any) -> EngineConfig:
@@ -61,7 +61,7 @@ def test_a_fault_in_a_capture_is_named(tiny_model: Any, plant: Any, rank: int, c
 def test_where_no_step_is_captured_the_report_says_why(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     report = verify_served(asked(tiny_model, dtype="float32"), PROMPTS, layouts=["auto"])
     assert report.ok and str(report) == "served path: op by op: no compiled code for float32 here"
-    monkeypatch.setattr("narrows.engine.capture.gemm_library", lambda: None)
+    monkeypatch.setattr("narrows.engine.capture.kernels", lambda: None)
     report = verify_served(asked(tiny_model), PROMPTS, layouts=["auto"])
     assert report.ok and str(report) == "served path: op by op: no compiled code here"
 

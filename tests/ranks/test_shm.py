@@ -30,7 +30,7 @@ from narrows.comm.transport import RowNorm
 from narrows.errors import CollectiveMismatchError
 from narrows.layout import Mesh
 from narrows.native import why_absent
-from narrows.ops.compiled import rows_library
+from narrows.ops.compiled import kernels
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
 from narrows.ranks import run_ranks
 
@@ -71,7 +71,7 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     st.booleans(),
     st.booleans(),
 )
-@pytest.mark.skipif(rows_library() is None, reason="the norms are not compiled for this CPU")
+@pytest.mark.skipif(kernels() is None, reason="the norms are not compiled for this CPU")
 def test_a_sum_and_its_norm_at_once_have_the_bits_of_one_after_the_other(
     counts: list[int], width: int, dtype: torch.dtype, kinds: Sequence[torch.dtype], apart: bool, checked: bool
 ) -> None:

@@ -17,7 +17,7 @@ from narrows.ops import gqa_attention as gqa_module
 from narrows.ops import mla_attention as mla_module
 from narrows.ops import packed as packed_module
 from narrows.ops.causal_attention import causal_attention, causal_attention_reference
-from narrows.ops.compiled import attention_library, torch_brgemm
+from narrows.ops.compiled import kernels, torch_brgemm
 from narrows.ops.gqa_attention import gqa_attention, gqa_attention_reference, head_blocks
 from narrows.ops.kv_b import PackedKeys, plain_halves, split_kv_b
 from narrows.ops.mla_attention import mla_attention, mla_attention_reference
@@ -34,9 +34,9 @@ def _seed():
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch", "brgemm"])
-def kernels(request, monkeypatch):
+def which(request, monkeypatch):
     """brgemm: the compiled kernels as on a CPU with AMX, their products of spans by torch's brgemm."""
-    if request.param != "torch" and attention_library() is None:
+    if request.param != "torch" and kernels() is None:
         pytest.skip("attention is not compiled here")
     if request.param == "brgemm":
         if torch_brgemm() is None:
@@ -44,8 +44,8 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(gqa_module, "brgemm", torch_brgemm)
         monkeypatch.setattr(mla_module, "brgemm", torch_brgemm)
     if request.param == "torch":
-        monkeypatch.setattr(gqa_module, "attention_library", lambda: None)
-        monkeypatch.setattr(packed_module, "gemm_library", lambda: None)
+        monkeypatch.setattr(gqa_module, "kernels", lambda: None)
+        monkeypatch.setattr(packed_module, "kernels", lambda: None)
     return request.param
 
 
@@ -370,12 +370,12 @@ def check_near(got, expected):
 @pytest.mark.parametrize("heads", [1, 9])
 @pytest.mark.parametrize("model", MODELS)
 @torch.inference_mode()
-def test_mla_of_models(model, heads, shapes, kernels):
+def test_mla_of_models(model, heads, shapes, which):
     """bf16 against float64: as near as torch's products are."""
     spans, slots = spans_of(shapes)
     rows = build_paged_rows(spans, PAGE_OF_MODELS)
     mla = Mla(num_rows(spans), torch.bfloat16, heads=heads, dims=MODELS[model], slots=slots, scale=0.1)
-    assert isinstance(mla.w_uk, PackedKeys) == (kernels != "torch")
+    assert isinstance(mla.w_uk, PackedKeys) == (which != "torch")
     torch.set_num_threads(1)
     check_near(mla(mla_attention, rows), exact_mla(mla, rows))
 
@@ -408,8 +408,8 @@ def test_gqa_of_models(model, shapes):
 
 
 @torch.inference_mode()
-def test_threads_change_no_bit(kernels):
-    if kernels == "torch":
+def test_threads_change_no_bit(which):
+    if which == "torch":
         pytest.skip("libraries split work by the number of threads")
     spans, slots = spans_of([(0, 70), (299, 1), (40, 1), (300, 4)])
     rows = build_paged_rows(spans, PAGE_OF_MODELS)
@@ -434,7 +434,7 @@ def test_both_forms_of_mla_prefill_in_bf16(absorb, monkeypatch):
 
 
 @torch.inference_mode()
-def test_large_scores_and_padding_never_show(kernels):
+def test_large_scores_and_padding_never_show(which):
     """Scores far apart (the largest of a row comes late, in another block) and a null page of infinities."""
     spans, slots = spans_of([(0, 290), (270, 1)])
     rows = build_paged_rows(spans, PAGE_OF_MODELS)
@@ -442,7 +442,7 @@ def test_large_scores_and_padding_never_show(kernels):
     keys[rows.prefills[0].slots_L[280]] *= 40
     q = (torch.randn(291, 2, 32) * 20).to(torch.bfloat16)
     expected = gqa_attention_reference(q, keys, values, rows, (0, 0), 1.0)
-    if kernels != "torch":  # torch's padded reads ask the null page to be finite
+    if which != "torch":  # torch's padded reads ask the null page to be finite
         keys[:PAGE_OF_MODELS] = values[:PAGE_OF_MODELS] = float("inf")
     torch.testing.assert_close(gqa_attention(q, keys, values, rows, (0, 0), 1.0), expected, rtol=2e-2, atol=2e-2)
 

@@ -21,7 +21,7 @@ from narrows.engine.program import Wrap
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
 from narrows.evaluate.verify import verify
-from narrows.ops.compiled import int8_library
+from narrows.ops.compiled import kernels
 from narrows.ops.experts import experts_mlp
 from narrows.ops.int8 import Int8Linear, Int8Stack, Quantization, empty_int8, int8_linear, quantize_rows
 from narrows.ops.linear import linear
@@ -31,7 +31,7 @@ from narrows.ops.packed import LinearWeight, PackedLinear, empty_experts, empty_
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 INT8, WEIGHT_ONLY = Quantization.INT8, Quantization.INT8_WEIGHT_ONLY
 BOTH = pytest.mark.parametrize("quantization", [INT8, WEIGHT_ONLY], ids=lambda q: q.value)
-compiled = pytest.mark.skipif(int8_library() is None, reason="int8 products are not compiled for this CPU")
+compiled = pytest.mark.skipif(kernels() is None, reason="int8 products are not compiled for this CPU")
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -186,10 +186,10 @@ def test_without_compiled_code_the_twins_run(tiny_model: Callable[..., Path], mo
             return " ".join(llm.resolved.notes), done.token_ids
 
     before, tokens = text()
-    monkeypatch.setattr("narrows.ops.packed.int8_library", lambda: None)
-    monkeypatch.setattr("narrows.engine.config.int8_library", lambda: None)
+    monkeypatch.setattr("narrows.ops.packed.kernels", lambda: None)
+    monkeypatch.setattr("narrows.engine.config.kernels", lambda: None)
     after, same = text()
-    assert "plain torch" in after and (int8_library() is None or "plain torch" not in before)
+    assert "plain torch" in after and (kernels() is None or "plain torch" not in before)
     assert tokens[:2] == same[:2]
 
 
@@ -197,7 +197,7 @@ def test_only_what_can_be_is_quantised(tiny_model: Callable[..., Path]) -> None:
     folder = str(tiny_model("v3"))
     with pytest.raises(ConfigError, match="none, int8, int8-weight-only"):
         resolve(EngineConfig(model=folder, quantization="int4"))
-    if int8_library() is not None:  # else it runs, and is priced, as plain torch
+    if kernels() is not None:  # else it runs, and is priced, as plain torch
         with pytest.raises(ConfigError, match="has no price for int8"):
             resolve(EngineConfig(model=folder, quantization="int8", dtype="bfloat16", device="h100"))
     workers: list[Worker] = []

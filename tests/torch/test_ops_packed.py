@@ -18,7 +18,7 @@ from narrows.ops import experts as experts_op
 from narrows.ops import linear as linear_op
 from narrows.ops import mlp as mlp_op
 from narrows.ops.argmax import pick, shard_argmax
-from narrows.ops.compiled import gemm_library, rows_library, torch_brgemm
+from narrows.ops.compiled import kernels, torch_brgemm
 from narrows.ops.experts import experts_mlp, experts_mlp_reference
 from narrows.ops.linear import linear, linear_reference
 from narrows.ops.mlp import mlp, mlp_reference
@@ -37,8 +37,8 @@ from narrows.ops.rms_norm import add_rms_norm, latent_norm, latent_norm_referenc
 from narrows.ops.route import router, router_reference
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
-PACKS = pytest.mark.skipif(gemm_library() is None, reason="products with packed weights are not compiled here")
-COMPILED = pytest.mark.skipif(rows_library() is None, reason="row-wise functions are not compiled here")
+PACKS = pytest.mark.skipif(kernels() is None, reason="products with packed weights are not compiled here")
+COMPILED = pytest.mark.skipif(kernels() is None, reason="row-wise functions are not compiled here")
 CLOSE = dict(rtol=1e-2, atol=1e-3)  # of float32 sums rounded to bf16 once: half a unit in 256
 
 

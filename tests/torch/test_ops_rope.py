@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama as llama
 from narrows.errors import ConfigError
 from narrows.ops import rope as rope_module
 from narrows.ops import rope_cache as rope_cache_module
-from narrows.ops.compiled import rope_library
+from narrows.ops.compiled import kernels
 from narrows.ops.rope import (
     apply_rope,
     apply_rope_reference,
@@ -39,15 +39,15 @@ def _seed():
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def kernels(request, monkeypatch):
-    if request.param == "compiled" and rope_library() is None:
+def which(request, monkeypatch):
+    if request.param == "compiled" and kernels() is None:
         pytest.skip("the rotation is not compiled here")
     if request.param == "torch":
-        monkeypatch.setattr(rope_module, "rope_library", lambda: None)
-        monkeypatch.setattr(rope_cache_module, "rope_library", lambda: None)
+        monkeypatch.setattr(rope_module, "kernels", lambda: None)
+        monkeypatch.setattr(rope_cache_module, "kernels", lambda: None)
 
 
-USES_KERNELS = pytest.mark.usefixtures("kernels")
+USES_KERNELS = pytest.mark.usefixtures("which")
 
 
 LLAMA_31 = {

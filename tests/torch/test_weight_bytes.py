@@ -40,8 +40,7 @@ NOT_WEIGHTS = ("cache", "cos_", "sin_")
 @pytest.fixture
 def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without panels, whose last one is padded, and without the second packing of ``kv_b_proj``."""
-    monkeypatch.setattr("narrows.ops.packed.gemm_library", lambda: None)
-    monkeypatch.setattr("narrows.ops.packed.int8_library", lambda: None)
+    monkeypatch.setattr("narrows.ops.packed.kernels", lambda: None)
 
 
 def held_bytes(model: Decoder) -> int:

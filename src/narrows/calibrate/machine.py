@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from narrows.cost.environment import cpu_facts, num_cores
-from narrows.native import why_absent
+from narrows.native import kernels, why_absent
 
 __all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
         "narrows": version("narrows"),
         "torch": version("torch"),
         "python": platform.python_version(),
-        "compiled_code": "used" if not why_absent() else f"not used: {why_absent()}",
+        "compiled_code": f"kernels for {running.target}" if (running := kernels()) else f"not used: {why_absent()}",
     }
 
 

@@ -1,6 +1,6 @@
 """The compiled functions of the shared-memory collectives, and the memory layout in which they read a call.
 
-The layout is that of `native/csrc/collectives.cpp`. The description of a call is the same from step to step, so it is
+The layout is that of `csrc/runtime/collectives.cpp`. The description of a call is the same from step to step, so it is
 laid out once and kept.
 """
 
@@ -19,6 +19,7 @@ __all__ = [
     "DIFFERS",
     "NOT_YET",
     "STAGED_SMALL",
+    "SUMMED",
     "Call",
     "Functions",
     "Limits",
@@ -37,6 +38,9 @@ STAGED_SMALL = -1
 
 _KEPT_CALLS = 1 << 12
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+SUMMED = frozenset(_CODES)
+"""What can be summed."""
 
 Numbers = ctypes.Array[ctypes.c_int64]
 
@@ -63,10 +67,7 @@ class Functions(NamedTuple):
     gather: Callable[[int, int, int], int]
     reduce: Callable[[int, int, int], int]
     limits: Limits
-    reduce_norm: Callable[[int, int, int], int] | None
-    """None on a CPU for which the norms are not compiled."""
-    summed: frozenset[torch.dtype]
-    """The dtypes that they can sum."""
+    reduce_norm: Callable[[int, int, int], int]
 
 
 @cache
@@ -80,11 +81,9 @@ def functions() -> Functions | None:
     layout = numbers(*(0,) * len(Limits._fields))
     opened.narrows_shm_layout.restype = None
     opened.narrows_shm_layout(layout)
-    opened.narrows_sums_dtypes.restype = ctypes.c_int64
-    known = opened.narrows_sums_dtypes()
-    summed = frozenset(dtype for dtype, code in _CODES.items() if known >> code & 1)
-    norms = opened.narrows_shm_reduce_norm if opened.narrows_rows() else None
-    return Functions(opened.narrows_shm_gather, opened.narrows_shm_reduce, Limits(*layout[:]), norms, summed)
+    return Functions(
+        opened.narrows_shm_gather, opened.narrows_shm_reduce, Limits(*layout[:]), opened.narrows_shm_reduce_norm
+    )
 
 
 class Call(NamedTuple):

@@ -1,6 +1,6 @@
 """The transport among ranks of one host: they read each other's memory, and meet once per exchange.
 
-The meeting, the copies and the sums are compiled (`shm_calls.py`, `native/csrc/collectives.cpp`).
+The meeting, the copies and the sums are compiled (`shm_calls.py`, `csrc/runtime/collectives.cpp`).
 
 A rank's inputs must lie in its segment until all have read them. A send buffer lies there already, and so does a large
 result of an earlier collective, which is the caller's again only when all have read it; anything else is copied there.
@@ -28,6 +28,7 @@ from narrows.comm.shm_calls import (
     DIFFERS,
     NOT_YET,
     STAGED_SMALL,
+    SUMMED,
     Call,
     column_call,
     gather_call,
@@ -105,8 +106,8 @@ class ShmTransport(Transport):
 
     def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], whole: bool) -> Tensor:
         counts, kinds = tuple(counts), tuple([addend.dtype for addend in addends])
-        summed, most = self._functions.summed, self._limits.max_fields
-        if x.dtype not in summed or not summed.issuperset(kinds) or len(kinds) >= most:
+        most = self._limits.max_fields
+        if x.dtype not in SUMMED or not SUMMED.issuperset(kinds) or len(kinds) >= most:
             return self._reduce_uncommon(x, counts, addends, whole)
         at_once = whole and x.nbytes <= _AT_ONCE
         call = reduce_call(self.me, counts, x.shape[1], x.dtype, kinds, at_once, whole and not at_once, most)
@@ -123,13 +124,11 @@ class ShmTransport(Transport):
 
     def can_reduce_norm(self, x: Tensor, addends: Sequence[Tensor], norm: RowNorm) -> bool:
         """Sums that every member makes whole, of a dtype for which the norms are compiled."""
-        functions = self._functions
         return (
-            functions.reduce_norm is not None
-            and x.nbytes <= _AT_ONCE
+            x.nbytes <= _AT_ONCE
             and x.dtype == norm.weight_W.dtype
             and x.dtype in _NORMED
-            and functions.summed.issuperset([addend.dtype for addend in addends])
+            and SUMMED.issuperset([addend.dtype for addend in addends])
             and len(addends) + 1 < self._limits.max_fields // 2
         )
 
@@ -151,7 +150,6 @@ class ShmTransport(Transport):
         more = (summed.data_ptr(), must_wait, residual, weight_W.data_ptr(), normed.data_ptr(), rows, width, _bits(eps))
         for at, value in enumerate(more, end):
             self._args[at] = value
-        assert self._functions.reduce_norm is not None
         self._meet(self._functions.reduce_norm, call)
         return normed, summed
 

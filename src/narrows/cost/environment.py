@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from narrows.native import why_absent
+from narrows.native import kernels
 from narrows.native.library import sources_digest
 
 __all__ = ["CPU_FEATURES", "MachineFingerprint", "cpu_facts", "num_cores", "this_machine"]
@@ -71,7 +71,7 @@ def this_machine(*, ranks: int, threads: int, world: str, card: str = "") -> Mac
         world="alone" if ranks == 1 else world,
         narrows=_version("narrows"),
         torch=_version("torch"),
-        compiled_code="none" if why_absent() else sources_digest()[:12],
+        compiled_code=_compiled_code(),
     )
 
 
@@ -93,6 +93,12 @@ def cpu_facts() -> tuple[str, tuple[str, ...]]:
     flags = set(info.get("flags", info.get("Features", "")).split())
     name = info.get("model name") or platform.processor() or platform.machine()
     return name, tuple(feature for feature in CPU_FEATURES if feature in flags)
+
+
+def _compiled_code() -> str:
+    """The kernels that run, and what they were made of: prices hold for these."""
+    running = kernels()
+    return "none" if running is None else f"{running.target} {sources_digest()[:12]}"
 
 
 def _version(package: str) -> str:

@@ -23,8 +23,8 @@ from narrows.engine.sampler import RowSampler
 from narrows.engine.step_record import OpCalls, StepRecord, Wants
 from narrows.layout import RowSplit
 from narrows.models.decoder import Decoder
-from narrows.native import CapturedCalls, library
-from narrows.ops.compiled import gemm_library
+from narrows.native import CapturedCalls
+from narrows.ops.compiled import kernels
 from narrows.ops.paged import DecodeRows, PagedRows
 from narrows.sched.batch import Batch
 
@@ -74,7 +74,7 @@ def uncaptured(dtype: torch.dtype, device: str) -> str:
         return f"ranks on {device} capture no steps"
     if dtype != torch.bfloat16:
         return f"no compiled code for {str(dtype).removeprefix('torch.')} here"
-    return "" if library() is not None and gemm_library() is not None else "no compiled code here"
+    return "" if kernels() is not None else "no compiled code here"
 
 
 class _TorchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -194,7 +194,7 @@ class CapturedSteps:
         rank_context = model.rank_context
         self.full = False
         self.possible = (
-            library() is not None and rank_context.device.type == "cpu" and rank_context.dtype == torch.bfloat16
+            kernels() is not None and rank_context.device.type == "cpu" and rank_context.dtype == torch.bfloat16
         )
 
     def forget(self) -> None:

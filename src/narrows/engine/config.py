@@ -26,7 +26,7 @@ from narrows.engine.prices import setting_of
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, split_evenly
 from narrows.models.registry import check_executable
-from narrows.ops.compiled import int8_library
+from narrows.ops.compiled import kernels
 from narrows.ops.int8 import Quantization
 from narrows.plan.deploy import (
     DEFAULT_REQUESTS,
@@ -307,8 +307,8 @@ def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
         raise ConfigError(f"--quantization {asked.quantization} is for CPU ranks; leave it out, or --run-on cuda")
     rows = "rows are rounded to int8 too" if quantization is Quantization.INT8 else "rows stay as they are"
     notes.append(f"linear and expert weights are rounded to int8, a scale per output; {rows} (docs/kernels.md)")
-    if int8_library() is None or gemm_dtype == "fp32":
-        why = "in float32" if gemm_dtype == "fp32" else "without compiled int8 products (AVX-512 VNNI)"
+    if kernels() is None or gemm_dtype == "fp32":
+        why = "in float32" if gemm_dtype == "fp32" else "without compiled code"
         notes.append(f"int8 {why} is computed by plain torch, which is slower than no quantisation at all")
         return gemm_dtype
     return asked.quantization

@@ -1,10 +1,9 @@
-"""Compiled code in plain C++ (csrc/), called by ctypes: kernels of ops, sums and waits of comm.
+"""Compiled code in plain C++ (csrc/), called by ctypes: kernels of ops, collectives among processes, captured steps.
 
-Lowest room but errors: knows addresses, sizes and strides; not tensors, layouts or ranks. Who calls it (ops/, comm/)
-declares the functions it uses, and has a path in torch for where the library is not there.
+It takes addresses, sizes and strides. Whoever calls it (ops/, comm/) has a path in torch for where it is not there.
 """
 
 from narrows.native.captured_calls import CapturedCalls
-from narrows.native.library import Library, library, why_absent
+from narrows.native.library import Kernels, Library, Target, kernels, library, targets, why_absent
 
-__all__ = ["CapturedCalls", "Library", "library", "why_absent"]
+__all__ = ["CapturedCalls", "Kernels", "Library", "Target", "kernels", "library", "targets", "why_absent"]

@@ -1,4 +1,4 @@
-"""A sequence of calls of the compiled library, captured once and replayed by one call (csrc/tape.cpp)."""
+"""A sequence of calls of the compiled library, captured once and replayed by one call (csrc/runtime/capture.cpp)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class CapturedCalls:
         found = library()
         assert found is not None, "nothing is compiled here"
         self._library: Library = found
-        found.narrows_tape_begin.restype = ctypes.c_void_p
-        found.narrows_tape_size.restype = ctypes.c_int64
-        found.narrows_tape_end.restype = found.narrows_tape_free.restype = None
-        self._address = ctypes.c_void_p(found.narrows_tape_begin())
+        found.narrows_capture_begin.restype = ctypes.c_void_p
+        found.narrows_capture_size.restype = ctypes.c_int64
+        found.narrows_capture_end.restype = found.narrows_capture_free.restype = None
+        self._address = ctypes.c_void_p(found.narrows_capture_begin())
         self._at = ctypes.c_int64(0)
         self._times = (ctypes.c_int64 * 1)()
 
     @property
     def size(self) -> int:
         """Calls so far; -1 if one of them cannot be replayed."""
-        return int(self._library.narrows_tape_size(self._address))
+        return int(self._library.narrows_capture_size(self._address))
 
     @property
     def position(self) -> int:
@@ -39,9 +39,9 @@ class CapturedCalls:
 
     def end(self, count: int) -> None:
         """End the capture and keep the first ``count`` calls."""
-        self._library.narrows_tape_end(self._address, ctypes.c_int64(count))
+        self._library.narrows_capture_end(self._address, ctypes.c_int64(count))
         self._times = (ctypes.c_int64 * (count + 1))()
-        self._run = self._library.narrows_tape_run
+        self._run = self._library.narrows_capture_run
         self._given = self._address, ctypes.byref(self._at), ctypes.byref(self._times)
 
     def rewind(self) -> None:
@@ -58,4 +58,4 @@ class CapturedCalls:
         return self._times[:]
 
     def __del__(self) -> None:
-        self._library.narrows_tape_free(self._address)
+        self._library.narrows_capture_free(self._address)

@@ -1,28 +1,97 @@
-"""Finds and opens the compiled library once, or says why it cannot be used. Knows what it says of itself, no more."""
+"""Finds and opens the compiled library once, or says why it cannot be used; says which targets it has, and which runs.
+
+A target is an instruction set that all kernels are compiled for (csrc/targets.def). The best one that this CPU can run
+is taken when the library is opened; ``NARROWS_TARGET`` names another.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Library", "library", "why_absent"]
+from narrows.errors import ConfigError
+
+__all__ = ["Kernels", "Library", "Target", "kernels", "library", "sources_digest", "targets", "why_absent"]
 
 Library = ctypes.CDLL
 
 _SWITCH = "NARROWS_NATIVE"
+_TARGET = "NARROWS_TARGET"
+_TYPES = {"P": ctypes.c_void_p, "L": ctypes.c_int64, "I": ctypes.c_int, "F": ctypes.c_float}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An instruction set that the library has kernels for. ``missing``: what this CPU lacks to run them."""
+
+    name: str
+    missing: tuple[str, ...]
+
+
+class Kernels:
+    """The kernels of the target that runs, as functions by the names of csrc/kernels.def, with their argument types."""
+
+    def __init__(self, opened: Library) -> None:
+        opened.narrows_running.restype = ctypes.c_char_p
+        self.target = opened.narrows_running().decode()
+        self.names = []
+        for name, letters, address in _bindings(opened):
+            setattr(self, name, ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in letters))(address))
+            self.names.append(name)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        raise AttributeError(f"no kernel is called {name!r}")
+
+
+class _Binding(ctypes.Structure):
+    """``Binding`` of csrc/runtime/dispatch.cpp."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("letters", ctypes.c_char_p), ("function", ctypes.c_void_p))
+
+
+def _bindings(opened: Library) -> Iterator[tuple[str, str, int]]:
+    opened.narrows_kernels.restype = ctypes.POINTER(_Binding)
+    for binding in opened.narrows_kernels():
+        if binding.name is None:
+            return
+        yield binding.name.decode(), binding.letters.decode(), binding.function
 
 
 def library() -> Library | None:
-    """The compiled library, or None where it is not to be used (see :func:`why_absent`)."""
+    """The compiled library, or None where it is not to be used (see :func:`why_absent`).
+
+    Raises ConfigError where ``NARROWS_TARGET`` names a target that cannot run here.
+    """
     return _open()[0]
 
 
 def why_absent() -> str:
     """Why there is no compiled code here, in one clause; empty where there is."""
     return _open()[1]
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels of the target that runs, or None where there is no compiled code."""
+    opened = library()
+    return None if opened is None else Kernels(opened)
+
+
+def targets() -> tuple[Target, ...]:
+    """What the library has kernels for, the best first; none where there is no compiled code."""
+    opened = library()
+    return () if opened is None else _targets(opened)
+
+
+def _targets(opened: Library) -> tuple[Target, ...]:
+    opened.narrows_targets.restype = ctypes.c_char_p
+    lines = (line.split() for line in opened.narrows_targets().decode().splitlines())
+    return tuple(Target(name, tuple(missing)) for name, *missing in lines)
 
 
 @cache
@@ -37,34 +106,29 @@ def _open() -> tuple[Library | None, str]:
     except OSError as error:
         return None, f"{files[0].name} does not open ({error})"
     try:
-        sources, compiled_for = opened.narrows_sources, opened.narrows_compiled_for
+        sources = opened.narrows_sources
     except AttributeError:
         return None, f"{files[0].name} is none of this version's; install narrows anew"
     sources.restype = ctypes.c_char_p
     if sources().decode() != sources_digest():
         return None, f"{files[0].name} was built from other sources than those beside it; install narrows anew"
-    compiled_for.restype = ctypes.c_char_p
-    missing = sorted(set(compiled_for().decode().split()) - _cpu_flags())
-    if missing:
-        return (
-            None,
-            f"it was built for a CPU with {', '.join(missing)}, which this one lacks; install narrows anew here",
-        )
+    if asked := os.environ.get(_TARGET):
+        _use(opened, asked)
     return opened, ""
+
+
+def _use(opened: Library, name: str) -> None:
+    if opened.narrows_use(name.encode()):
+        return
+    there = {target.name: target.missing for target in _targets(opened)}
+    why = f"this CPU lacks {', '.join(there[name])}" if name in there else "there is no such target"
+    can = ", ".join(target for target, missing in there.items() if not missing)
+    raise ConfigError(f"{_TARGET}={name}: {why}; here it may be {can}")
 
 
 def sources_digest() -> str:
     """Of the C++ sources beside this file: equal to what a library says that was built from them."""
     digest = hashlib.sha256()
-    for file in sorted((Path(__file__).parent / "csrc").iterdir()):
+    for file in sorted(path for path in (Path(__file__).parent / "csrc").rglob("*") if path.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _cpu_flags() -> set[str]:
-    """The CPU's features by their names in /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())

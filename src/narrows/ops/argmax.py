@@ -9,7 +9,7 @@ Letters: T rows, V columns held here, W proposals per row.
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import rows_library
+from narrows.ops.compiled import kernels
 
 __all__ = ["pick", "pick_reference", "shard_argmax"]
 
@@ -31,15 +31,15 @@ def shard_argmax(logits_TV: Tensor, first_id: int, *, out: Tensor | None = None)
         out[:, 0].fill_(float("-inf"))
         out[:, 1].fill_(NO_ID)
         return out
-    library = rows_library()
+    compiled = kernels()
     if (
-        library is not None
+        compiled is not None
         and logits_TV.is_cpu
         and logits_TV.dtype in (torch.bfloat16, torch.float32)
         and logits_TV.stride(1) == 1
         and out.is_contiguous()
     ):
-        library.narrows_argmax(
+        compiled.argmax(
             out.data_ptr(),
             logits_TV.data_ptr(),
             logits_TV.stride(0),
@@ -63,14 +63,12 @@ def pick(candidates_T2W: Tensor) -> Tensor:
     Shapes: candidates [T, 2W] float64, W pairs (value, id) as `shard_argmax` leaves them, in any order -> ids [T]
     int64. Over shards that together hold all columns this is ``torch.argmax`` of the whole row.
     """
-    library = rows_library()
-    if library is not None and candidates_T2W.is_cpu and candidates_T2W.dim() == 2 and candidates_T2W.stride(1) == 1:
+    compiled = kernels()
+    if compiled is not None and candidates_T2W.is_cpu and candidates_T2W.dim() == 2 and candidates_T2W.stride(1) == 1:
         num_rows, width = candidates_T2W.shape
         assert width and candidates_T2W.dtype == torch.float64
         ids_T = torch.empty(num_rows, dtype=torch.int64)
-        library.narrows_pick(
-            ids_T.data_ptr(), candidates_T2W.data_ptr(), candidates_T2W.stride(0), num_rows, width // 2
-        )
+        compiled.pick(ids_T.data_ptr(), candidates_T2W.data_ptr(), candidates_T2W.stride(0), num_rows, width // 2)
         return ids_T
     pairs_TW2 = torch.unflatten(candidates_T2W, -1, (-1, 2))
     values_TW, ids_TW = pairs_TW2.unbind(-1)

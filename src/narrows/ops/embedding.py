@@ -9,7 +9,7 @@ Letters: T rows, V ids held here, H columns.
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import rows_library
+from narrows.ops.compiled import kernels
 
 __all__ = ["embedding", "embedding_reference"]
 
@@ -25,9 +25,9 @@ def embedding(ids_T: Tensor, weight_VH: Tensor, first_id: int, *, out: Tensor | 
     if num_ids == 0:
         shape = (ids_T.shape[0], weight_VH.shape[1])
         return weight_VH.new_zeros(shape) if out is None else out.zero_()
-    library = rows_library()
+    compiled = kernels()
     if (
-        library is not None
+        compiled is not None
         and weight_VH.is_cpu
         and weight_VH.stride(1) == 1
         and weight_VH.stride(0) == weight_VH.shape[1]
@@ -39,7 +39,7 @@ def embedding(ids_T: Tensor, weight_VH: Tensor, first_id: int, *, out: Tensor | 
             out = torch.empty((ids_T.shape[0], weight_VH.shape[1]), dtype=weight_VH.dtype)
         assert out.shape == (ids_T.shape[0], weight_VH.shape[1])
         size = weight_VH.element_size()
-        library.narrows_embedding(
+        compiled.embedding(
             out.data_ptr(),
             out.stride(0) * size,
             ids_T.data_ptr(),

@@ -9,7 +9,7 @@ Letters: T rows, H columns.
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import rows_library
+from narrows.ops.compiled import kernels
 
 __all__ = ["decode_rows", "decode_rows_reference", "encode_rows", "encode_rows_reference"]
 
@@ -30,14 +30,14 @@ def encode_rows(x_TH: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) 
     1e-36 in int8) it is 0, and so is the row. A row with an infinity or a NaN has the scale NaN and comes back all
     NaN: what went wrong must not look finite.
     """
-    library = rows_library()
-    if library is None or dtype is not torch.int8 or not _compiled(x_TH, out):
+    compiled = kernels()
+    if compiled is None or dtype is not torch.int8 or not _compiled(x_TH, out):
         return encode_rows_reference(x_TH, dtype, out=out)
     num_rows, width = x_TH.shape
     codes_TH = torch.empty((num_rows, width), dtype=dtype) if out is None else out
     assert codes_TH.shape == x_TH.shape and codes_TH.dtype == dtype
     scale_T1 = torch.empty((num_rows, 1), dtype=torch.float32)
-    library.narrows_encode_rows(
+    compiled.encode_rows(
         codes_TH.data_ptr(),
         scale_T1.data_ptr(),
         x_TH.data_ptr(),
@@ -69,9 +69,9 @@ def decode_rows(codes_TH: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tenso
 
     Shapes: codes [T, H] int8 or float8_e4m3fn, scales [T, 1] float32 -> [T, H] in ``dtype`` (bf16 or float32).
     """
-    library = rows_library()
+    compiled = kernels()
     if (
-        library is None
+        compiled is None
         or codes_TH.dtype is not torch.int8
         or dtype not in _COMPILED
         or not (codes_TH.is_cpu and codes_TH.is_contiguous() and scale_T1.is_contiguous())
@@ -79,7 +79,7 @@ def decode_rows(codes_TH: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tenso
         return decode_rows_reference(codes_TH, scale_T1, dtype)
     num_rows, width = codes_TH.shape
     x_TH = torch.empty((num_rows, width), dtype=dtype)
-    library.narrows_decode_rows(
+    compiled.decode_rows(
         x_TH.data_ptr(),
         codes_TH.data_ptr(),
         scale_T1.data_ptr(),

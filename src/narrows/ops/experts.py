@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.act_mul import act_mul
-from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.compiled import Pair, brgemm, kernels
 from narrows.ops.mlp import mlp, mlp_reference
 from narrows.ops.packed import ExpertStack, LinearWeight, PackedLinear, PackedStack
 
@@ -51,7 +51,7 @@ def experts_mlp(
     A row's sum is taken in float32, by rising expert id, and rounded once. The order does not depend on the other
     rows; the products may, unless ``batch_invariant`` asks for `linear`'s remedy (on CPU; elsewhere it does nothing).
 
-    Weights packed for silu: one call (native/csrc/experts.cpp) for all experts; no product is rounded before the sum,
+    Weights packed for silu: one call (csrc/kernels/experts.cpp) for all experts; no product is rounded before the sum,
     and the bits are `linear`'s affair. Others on CPU: rows sorted by expert, a loop over the experts that were chosen,
     never over rows; the segment lengths are read on the host, which is free there. Elsewhere:
     `experts_mlp_grouped`. Measured on CPU the loop and that take the same time when all experts are held here (torch's
@@ -201,9 +201,9 @@ def _packed_experts(
     out: Tensor | None,
     many: Pair | None,
 ) -> Tensor:
-    library = gemm_library()
+    compiled = kernels()
     num_rows, hidden = x_TH.shape
-    assert library is not None and x_TH.dtype == torch.bfloat16 and topk_weights_TK.dtype == torch.float32
+    assert compiled is not None and x_TH.dtype == torch.bfloat16 and topk_weights_TK.dtype == torch.float32
     assert hidden == gate_up.num_inputs and topk_ids_TK.dtype in (torch.int32, torch.int64)
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
@@ -224,7 +224,7 @@ def _packed_experts(
         assert isinstance(shared_gate_up, PackedLinear) and isinstance(shared_down, PackedLinear)
         assert shared_gate_up.given[0] == shared_down.given[0] == gate_up.given[0] == down.given[0], "kinds of weights"
         of_shared = (byref(shared_gate_up.address), byref(shared_down.address), shared_down.num_inputs)
-    library.narrows_experts(
+    compiled.experts(
         y_TH.data_ptr(),
         y_TH.stride(0),
         y_TH.dtype == torch.float32,

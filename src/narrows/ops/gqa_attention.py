@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.causal_attention import causal_attention
-from narrows.ops.compiled import attention_library, brgemm
+from narrows.ops.compiled import brgemm, kernels
 from narrows.ops.paged import PagedRows, PrefillSpan, row_contexts
 
 __all__ = ["HeadBlock", "causal_heads", "gqa_attention", "gqa_attention_reference", "head_blocks"]
@@ -110,9 +110,9 @@ def causal_heads(
     out_TNV: Tensor,
 ) -> None:
     """`gqa_attention` of one span by the compiled kernel; key and value columns may differ in number."""
-    library = attention_library()
-    assert library is not None
-    library.narrows_gqa_prefill(
+    compiled = kernels()
+    assert compiled is not None
+    compiled.gqa_prefill(
         *_strided(out_TNV),
         *_strided(q_TND),
         *_strided(k_cache_SKD),
@@ -139,9 +139,9 @@ def _compiled_decode(
     scale: float,
     out_TND: Tensor,
 ) -> None:
-    library = attention_library()
-    assert library is not None
-    library.narrows_gqa_decode(
+    compiled = kernels()
+    assert compiled is not None
+    compiled.gqa_decode(
         *_strided(out_TND),
         *_strided(q_TND),
         *_strided(k_cache_SKD),
@@ -161,9 +161,7 @@ def _compiled_decode(
 
 
 def _is_compiled(*tensors: Tensor) -> bool:
-    return attention_library() is not None and all(
-        x.dtype == torch.bfloat16 and x.is_cpu and x.stride(2) == 1 for x in tensors
-    )
+    return kernels() is not None and all(x.dtype == torch.bfloat16 and x.is_cpu and x.stride(2) == 1 for x in tensors)
 
 
 def _strided(x_XND: Tensor) -> tuple[int, int, int]:

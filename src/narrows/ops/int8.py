@@ -1,6 +1,6 @@
 """Weights of int8 with a scale per output, and rows of int8 with a scale per row: what they are, in plain torch.
 
-Knows numbers only. The compiled products (native/csrc/gemm_int8.h, behind `linear`, `mlp` and `experts_mlp`) compute
+The compiled products (csrc/kernels/products.h, behind `linear`, `mlp` and `experts_mlp`) compute
 the same; these are their twins, and what runs where they are not compiled.
 
 A weight's output o is rounded to ``round(w[o] * 127 / max |w[o]|)``, its scale is ``max |w[o]| / 127``: symmetric, of
@@ -36,7 +36,7 @@ MAX_INPUTS = 1 << 16
 
 
 class Quantization(Enum):
-    """What linear weights are held as. The number is the kind of native/csrc/gemm_int8.h."""
+    """What linear weights are held as. The number is the ``Kind`` of csrc/kernels.h."""
 
     NONE = "none"
     INT8 = "int8"

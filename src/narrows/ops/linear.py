@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrows.ops.compiled import Pair, brgemm, gemm_library, has_amx
+from narrows.ops.compiled import Pair, brgemm, has_amx, kernels
 from narrows.ops.int8 import Int8Linear, int8_linear
 from narrows.ops.packed import LinearWeight, PackedLinear, plain
 
@@ -125,16 +125,16 @@ def _few(x_TI: Tensor, weight_OI: Tensor, out: Tensor | None) -> bool:
         and x_TI.stride(1) == 1
         and weight_OI.is_contiguous()
         and (out is None or (out.stride(1) == 1 and out.dtype == torch.bfloat16))
-        and gemm_library() is not None
+        and kernels() is not None
     )
 
 
 def _few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None) -> Tensor:
-    library = gemm_library()
-    assert library is not None and weight_OI.dtype == torch.bfloat16 and x_TI.shape[1] == weight_OI.shape[1]
+    compiled = kernels()
+    assert compiled is not None and weight_OI.dtype == torch.bfloat16 and x_TI.shape[1] == weight_OI.shape[1]
     y_TO = torch.empty((x_TI.shape[0], weight_OI.shape[0]), dtype=torch.bfloat16) if out is None else out
     assert y_TO.shape == (x_TI.shape[0], weight_OI.shape[0]) and (bias_O is None or bias_O.dtype == torch.bfloat16)
-    library.narrows_linear_few(
+    compiled.linear_few(
         y_TO.data_ptr(),
         y_TO.stride(0),
         x_TI.data_ptr(),
@@ -151,8 +151,8 @@ def _few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tenso
 def _packed_linear(
     x_TI: Tensor, weight: PackedLinear, bias_O: Tensor | None, out: Tensor | None, many: Pair | None
 ) -> Tensor:
-    library = gemm_library()
-    assert library is not None and not weight.gated and x_TI.dtype == torch.bfloat16
+    compiled = kernels()
+    assert compiled is not None and not weight.gated and x_TI.dtype == torch.bfloat16
     num_rows, num_inputs = x_TI.shape
     assert num_inputs == weight.num_inputs, f"{num_inputs} columns, but a weight of {weight.num_inputs} inputs"
     if x_TI.stride(1) != 1:
@@ -161,7 +161,7 @@ def _packed_linear(
         return out.copy_(_packed_linear(x_TI, weight, bias_O, None, many))
     y_TO = torch.empty((num_rows, weight.num_outputs), dtype=torch.bfloat16) if out is None else out
     assert y_TO.shape == (num_rows, weight.num_outputs) and (bias_O is None or bias_O.dtype == torch.bfloat16)
-    library.narrows_linear(
+    compiled.linear(
         y_TO.data_ptr(),
         y_TO.stride(0),
         x_TI.data_ptr(),

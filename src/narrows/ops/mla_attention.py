@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrows.ops.causal_attention import causal_attention
-from narrows.ops.compiled import attention_library, brgemm
+from narrows.ops.compiled import brgemm, kernels
 from narrows.ops.gqa_attention import causal_heads
 from narrows.ops.kv_b import KeyWeight, PackedKeys, ValueWeight, plain_halves
 from narrows.ops.linear import rows_alike
@@ -127,8 +127,8 @@ def _compiled(
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    library = attention_library()
-    assert library is not None and cache_SC.stride(1) == 1 and q_nope_TND.stride(2) == q_pe_TNP.stride(2) == 1
+    compiled = kernels()
+    assert compiled is not None and cache_SC.stride(1) == 1 and q_nope_TND.stride(2) == q_pe_TNP.stride(2) == 1
     num_heads, key_dim, rank = w_uk.shape
     value_dim, rope_dim = w_uv.num_outputs, q_pe_TNP.shape[2]
     sizes = num_heads, key_dim, rope_dim, rank, value_dim
@@ -143,7 +143,7 @@ def _compiled(
             )
             per_head(c_TNR, w_uv, out=o_TX.view(o_TX.shape[0], num_heads, value_dim))
             continue
-        library.narrows_mla_prefill(
+        compiled.mla_prefill(
             o_TX.data_ptr(),
             o_TX.stride(0),
             q_nope.data_ptr(),
@@ -165,7 +165,7 @@ def _compiled(
             brgemm(),
         )
     if rows.decode_groups:
-        library.narrows_mla_decode(
+        compiled.mla_decode(
             out.data_ptr(),
             out.stride(0),
             q_nope_TND.data_ptr(),
@@ -192,12 +192,12 @@ def _compiled(
 
 def per_head(x_TNI: Tensor, weight: PackedStack, *, out: Tensor | None = None) -> Tensor:
     """``x[t, n] @ weight[n]^T``, [T, N, O], of a packed weight [N, O, I]."""
-    library = attention_library()
-    assert library is not None and x_TNI.stride(2) == 1
+    compiled = kernels()
+    assert compiled is not None and x_TNI.stride(2) == 1
     num_heads, num_outputs, num_inputs = weight.shape
     if out is None:
         out = x_TNI.new_empty((x_TNI.shape[0], num_heads, num_outputs))
-    library.narrows_per_head(
+    compiled.per_head(
         out.data_ptr(),
         out.stride(0),
         out.stride(1),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from narrows.ops.act_mul import act_mul
-from narrows.ops.compiled import Pair, brgemm, gemm_library
+from narrows.ops.compiled import Pair, brgemm, kernels
 from narrows.ops.linear import linear
 from narrows.ops.packed import LinearWeight, PackedLinear, plain
 
@@ -63,15 +63,15 @@ def mlp_reference(
 
 
 def _packed_gate_up(x_TH: Tensor, weight: PackedLinear, bias_F2: Tensor | None, many: Pair | None) -> Tensor:
-    library = gemm_library()
-    assert library is not None and weight.gated and x_TH.dtype == torch.bfloat16
+    compiled = kernels()
+    assert compiled is not None and weight.gated and x_TH.dtype == torch.bfloat16
     num_rows, num_inputs = x_TH.shape
     assert num_inputs == weight.num_inputs, f"{num_inputs} columns, but a weight of {weight.num_inputs} inputs"
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
     num_inner = weight.num_outputs // 2
     inner_TF = torch.empty((num_rows, num_inner), dtype=torch.bfloat16)
-    library.narrows_gate_up(
+    compiled.gate_up(
         inner_TF.data_ptr(),
         num_inner,
         x_TH.data_ptr(),

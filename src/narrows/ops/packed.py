@@ -4,7 +4,7 @@ Knows how a weight is laid out, and fills it piece by piece, so that a load neve
 what reads it (`linear`, `mlp`, `experts_mlp`), nor whose weight it is. What int8 means is `int8.py`'s.
 
 A packed bf16 weight is panels [P, K / 2, 32, 2]: 32 outputs side by side, two neighbouring inputs together
-(native/csrc/gemm.h); a packed int8 weight [P, K / 4, 32, 4] (gemm_int8.h). A gate-and-up weight has 16 gates and 16 ups
+(csrc/kernels/products.h); a packed int8 weight [P, K / 4, 32, 4]. A gate-and-up weight has 16 gates and 16 ups
 in each panel, so that a product leaves both in one place.
 
 Letters: E experts, O outputs, I inputs, F inner columns.
@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import gemm_library, int8_library
+from narrows.ops.compiled import kernels
 from narrows.ops.int8 import (
     MAX_INPUTS,
     Int8Linear,
@@ -53,7 +53,7 @@ Room = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 class PackedWeight(ctypes.Structure):
-    """``Packed`` of native/csrc/gemm.h: addresses of panels and scales."""
+    """``Packed`` of csrc/kernels.h: addresses of panels and scales."""
 
     _fields_ = (("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p))
 
@@ -124,7 +124,7 @@ def empty_linear(
     room: Room = _anywhere,
 ) -> LinearWeight:
     """Room for a weight [O, I], to be filled."""
-    if _packs(dtype, device, quantization):
+    if _packs(dtype, device):
         return _stack(1, num_outputs, num_inputs, False, quantization, room)[0]
     if quantization.kind:
         return empty_int8(1, num_outputs, num_inputs, device, quantization)[0]
@@ -142,7 +142,7 @@ def empty_gate_up(
     gated: bool = True,
 ) -> LinearWeight:
     """Room for a weight [2F, I], gates first. ``gated``: packed for silu, which compiled products have in them."""
-    if not gated or not _packs(dtype, device, quantization):
+    if not gated or not _packs(dtype, device):
         return empty_linear(2 * num_inner, num_inputs, dtype, device, quantization, room)
     return _stack(1, 2 * num_inner, num_inputs, True, quantization, room)[0]
 
@@ -159,7 +159,7 @@ def empty_experts(
     gated: bool = True,
 ) -> tuple[ExpertStack, ExpertStack]:
     """Room for gate and up [E, 2F, H], gates first, and down [E, H, F]. ``gated``: see :func:`empty_gate_up`."""
-    if _packs(dtype, device, quantization):
+    if _packs(dtype, device):
         return (
             _stack(num_experts, 2 * num_inner, hidden, gated, quantization, room),
             _stack(num_experts, hidden, num_inner, False, quantization, room),
@@ -184,7 +184,7 @@ def empty_heads(
     room: Room | None = None,
 ) -> Tensor | PackedStack:
     """Room for one weight [O, I] per head; ``room``: what gives memory for packed ones."""
-    if not _packs(dtype, device, Quantization.NONE):
+    if not _packs(dtype, device):
         return torch.empty((num_heads, num_outputs, num_inputs), dtype=dtype, device=device)
     return _stack(num_heads, num_outputs, num_inputs, False, Quantization.NONE, room or _anywhere)
 
@@ -200,20 +200,20 @@ def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
     if isinstance(weight, Int8Linear):
         weight.fill(first, rows_XI)
         return
-    library = gemm_library()
-    assert library is not None and rows_XI.shape[1] == weight.num_inputs
+    compiled = kernels()
+    assert compiled is not None and rows_XI.shape[1] == weight.num_inputs
     num_rows, half = rows_XI.shape[0], -1
     if weight.gated:
         num_inner = weight.num_outputs // 2
         half, first = divmod(first, num_inner) if num_inner else (0, 0)
         assert first + num_rows <= num_inner, "rows that are both gates and ups"
-    pack = library.narrows_gemm_pack
+    pack = compiled.gemm_pack
     if weight.int8 is None:
         rows_XI = rows_XI.to(torch.bfloat16)
     else:
         rows_XI, scales_X = quantize_rows(rows_XI)
         weight.int8.values[_places(first, num_rows, half)] = scales_X
-        pack = library.narrows_gemm_pack_int8
+        pack = compiled.gemm_pack_int8
     if rows_XI.stride(1) != 1:
         rows_XI = rows_XI.contiguous()
     pack(weight.panels.data_ptr(), rows_XI.data_ptr(), rows_XI.stride(0), first, num_rows, weight.num_inputs, half)
@@ -244,9 +244,8 @@ def plain(weight: LinearWeight) -> Tensor:
     return torch.cat([half.flatten(0, 1)[:num_inner] for half in (gates, ups)])
 
 
-def _packs(dtype: torch.dtype, device: torch.device, quantization: Quantization) -> bool:
-    library = int8_library() if quantization.kind else gemm_library()
-    return dtype == torch.bfloat16 and device.type == "cpu" and library is not None
+def _packs(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu" and kernels() is not None
 
 
 def _stack(

@@ -8,7 +8,7 @@ Letters: T rows, H columns.
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import rows_library
+from narrows.ops.compiled import kernels
 
 __all__ = [
     "add_rms_norm",
@@ -32,15 +32,15 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, *, out: Tensor | None =
     one unit apart.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); transformers ``DeepseekV3RMSNorm``.
     """
-    library = rows_library()
-    if library is not None and _compiled(x_TH, weight_H, 3) and (out is None or out.stride(-1) == 1):
+    compiled = kernels()
+    if compiled is not None and _compiled(x_TH, weight_H, 3) and (out is None or out.stride(-1) == 1):
         if out is None:
             out = torch.empty_like(x_TH)
         assert out.shape == x_TH.shape and out.dtype == x_TH.dtype
         heads, head_stride, out_head_stride = 1, 0, 0
         if x_TH.dim() == 3:
             heads, head_stride, out_head_stride = x_TH.shape[1], x_TH.stride(1), out.stride(1)
-        library.narrows_rms_norm(
+        compiled.rms_norm(
             out.data_ptr(),
             out.stride(0),
             out_head_stride,
@@ -92,9 +92,9 @@ def add_rms_norm(
     norm reads its rounded result, as in transformers' decoder layers. ``residual_out`` may be ``residual_TH`` (in
     place) or ``x_TH``; ``out`` may be ``x_TH`` if ``residual_out`` is not.
     """
-    library = rows_library()
+    compiled = kernels()
     if (
-        library is not None
+        compiled is not None
         and _compiled(x_TH, weight_H, 2)
         and x_TH.dtype == residual_TH.dtype
         and x_TH.is_contiguous()
@@ -107,7 +107,7 @@ def add_rms_norm(
         num_rows, width = x_TH.shape
         for result in (normed_TH, new_residual_TH):
             assert result.shape == x_TH.shape and result.dtype == x_TH.dtype
-        library.narrows_add_rms_norm(
+        compiled.add_rms_norm(
             normed_TH.data_ptr(),
             new_residual_TH.data_ptr(),
             x_TH.data_ptr(),
@@ -148,12 +148,12 @@ def latent_norm(
     Shapes: latent [T, C], q_weight [Q] or None (Q is 0), kv_weight [R] with Q + R <= C -> [T, C] in latent's dtype.
     Source: transformers ``DeepseekV3Attention`` (``q_a_layernorm``, ``kv_a_layernorm``, the rotary key unnormed).
     """
-    library = rows_library()
-    if library is None or out is not None or not _compiled(latent_TC, kv_weight_R, 2):
+    compiled = kernels()
+    if compiled is None or out is not None or not _compiled(latent_TC, kv_weight_R, 2):
         return latent_norm_reference(latent_TC, q_weight_Q, kv_weight_R, eps, out=out)
     num_rows, width = latent_TC.shape
     normed_TC = torch.empty((num_rows, width), dtype=latent_TC.dtype)
-    library.narrows_latent_norm(
+    compiled.latent_norm(
         normed_TC.data_ptr(),
         latent_TC.data_ptr(),
         latent_TC.stride(0),

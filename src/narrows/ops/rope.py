@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from narrows.errors import ConfigError
-from narrows.ops.compiled import rope_library
+from narrows.ops.compiled import kernels
 
 __all__ = [
     "apply_rope",
@@ -29,7 +29,7 @@ __all__ = [
 KNOWN_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 
 MOST_COLUMNS = 1024
-"""Rotated columns per head up to which the compiled rotation keeps a head (native/csrc/rope.cpp)."""
+"""Rotated columns per head up to which the compiled rotation keeps a head (csrc/kernels/rope.cpp)."""
 
 
 def rope_inverse_frequencies(
@@ -119,13 +119,13 @@ def apply_rope(
     the wider of the dtypes of x and the table, rounded to x's dtype at the end: a table in x's dtype gives
     transformers' bits for Llama, Qwen and V3, one in float32 those of V2. ``out`` may be ``x_TND``.
     """
-    library, types = rope_library(), compiled_types(x_TND, cos_TD2, sin_TD2)
-    if library is None or types is None or (out is not None and out.stride(-1) != 1):
+    compiled, types = kernels(), compiled_types(x_TND, cos_TD2, sin_TD2)
+    if compiled is None or types is None or (out is not None and out.stride(-1) != 1):
         return _rotated_by_torch(x_TND, cos_TD2, sin_TD2, interleaved, out)
     if out is None:
         out = torch.empty(x_TND.shape, dtype=x_TND.dtype)
     assert out.shape == x_TND.shape and out.dtype == x_TND.dtype
-    library.narrows_rope_rows(
+    compiled.rope_rows(
         out.data_ptr(),
         out.stride(0),
         out.stride(1),

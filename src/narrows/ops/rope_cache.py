@@ -9,7 +9,7 @@ S slots.
 import torch
 from torch import Tensor
 
-from narrows.ops.compiled import rope_library
+from narrows.ops.compiled import kernels
 from narrows.ops.paged import write_cache
 from narrows.ops.rms_norm import rms_norm
 from narrows.ops.rope import apply_rope, compiled_types
@@ -33,10 +33,10 @@ def rope_write_latents(
     [T, P/2], cache [S, C], slots [T] int64. Pairs of neighbours are rotated (``interleaved`` false: halves), and left
     in halves; the bits are those of `apply_rope`. Halves take a pass more: no published checkpoint has them.
     """
-    library = rope_library()
+    compiled = kernels()
     types = compiled_types(q_pe_TNP, cos_TD2, sin_TD2)
     if (
-        library is None
+        compiled is None
         or types is None
         or not interleaved
         or latents_TC.stride(1) != 1
@@ -46,7 +46,7 @@ def rope_write_latents(
             q_pe_TNP, latents_TC, cos_TD2, sin_TD2, cache_SC, slots_T, interleaved=interleaved
         )
     num_rows, num_heads, rope_dim = q_pe_TNP.shape
-    library.narrows_rope_latents(
+    compiled.rope_latents(
         q_pe_TNP.data_ptr(),
         q_pe_TNP.stride(0),
         q_pe_TNP.stride(1),
@@ -101,12 +101,12 @@ def rope_write_heads(
     slots [T] int64. With weights [D] each query and key head is normed before (see `rms_norm`). Halves are rotated, of
     the columns that cos and sin are for: a narrower table rotates the first ones and leaves the rest.
     """
-    library = rope_library()
+    compiled = kernels()
     types = compiled_types(qkv_TND, cos_TD2, sin_TD2)
     num_kv, dim = k_cache_SKD.shape[1:]
     num_q = qkv_TND.shape[1] - 2 * num_kv
     if (
-        library is None
+        compiled is None
         or types is None
         or not (k_cache_SKD.is_contiguous() and v_cache_SKD.is_contiguous())
         or qkv_TND.stride(1) != dim
@@ -116,7 +116,7 @@ def rope_write_heads(
         return rope_write_heads_reference(
             qkv_TND, cos_TD2, sin_TD2, k_cache_SKD, v_cache_SKD, slots_T, q_norm_D=q_norm_D, k_norm_D=k_norm_D, eps=eps
         )
-    library.narrows_rope_heads(
+    compiled.rope_heads(
         qkv_TND.data_ptr(),
         qkv_TND.stride(0),
         None if q_norm_D is None else q_norm_D.data_ptr(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrows.ops.compiled import rows_library
+from narrows.ops.compiled import kernels
 from narrows.ops.linear import linear
 
 __all__ = ["Method", "Routing", "Scoring", "route", "route_reference", "router", "router_reference"]
@@ -151,8 +151,8 @@ def router(
     Its logits differ from torch's by the order of their sums, and its sigmoid by a unit in the last place, so scores
     that close may be ranked otherwise; equal logits still go to the lower id.
     """
-    library = rows_library()
-    if library is None or not x_TH.is_cpu or x_TH.dtype not in (torch.bfloat16, torch.float32) or x_TH.stride(1) != 1:
+    compiled = kernels()
+    if compiled is None or not x_TH.is_cpu or x_TH.dtype not in (torch.bfloat16, torch.float32) or x_TH.stride(1) != 1:
         return router_reference(
             x_TH, gate_EH, correction_bias_E=correction_bias_E, batch_invariant=batch_invariant, **rule
         )
@@ -167,7 +167,7 @@ def router(
         assert topk_group is not None and topk_group <= groups and top_k <= topk_group * (num_experts // groups)
     ids_TK = torch.empty((num_rows, top_k), dtype=torch.int32)
     weights_TK = torch.empty((num_rows, top_k), dtype=torch.float32)
-    library.narrows_router(
+    compiled.router(
         ids_TK.data_ptr(),
         weights_TK.data_ptr(),
         x_TH.data_ptr(),

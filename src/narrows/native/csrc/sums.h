@@ -1,4 +1,4 @@
-// float32 sums of numbers stored as float32, bf16 or float16, in a fixed order, rounded once. Knows no rank.
+// What sums are taken of: numbers stored as float32, bf16 or float16.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,5 @@ struct Part {
 };
 
 inline int64_t size_of(int64_t dtype) { return dtype == float32 ? 4 : 2; }
-
-// out[i] = ((part_0[i] + part_1[i]) + part_2[i]) + ..., in the dtype of part 0. `out` overlaps no part.
-void sum(char* out, const Part* parts, int64_t num_parts, int64_t count);
 
 }  // namespace sums

@@ -1,17 +1,13 @@
 // The routed experts of one rank as one grouped product: rows sorted by expert, gate and up with their activation, then
-// down, added up per row by rising expert in float32 and rounded once. gemm.h has the products.
-#include "gemm_int8.h"
-
+// down, added up per row by rising expert in float32 and rounded once. products.h has the products.
 #include <omp.h>
 
+#include <algorithm>
 #include <vector>
 
-#include "export.h"
-#include "tape.h"
+#include "kernels/products.h"
 
-#ifdef NARROWS_GEMM
-using namespace narrows;
-
+namespace narrows::NARROWS_TARGET {
 namespace {
 
 struct Weights {
@@ -85,9 +81,10 @@ void pack_group(uint32_t* packed, int64_t stride, const Piece* begin, const Piec
         for (int64_t b = 0; b < blocks.count; ++b) {
             if (turn++ % threads != thread) continue;
             const int64_t first = blocks.start(b);
-            Kind::pack(to + first * Kind::row_words(width_of(*piece)),
-                       [&](int64_t r) { return row_of(piece->start + first + r); }, blocks.start(b + 1) - first,
-                       width_of(*piece), brgemm != nullptr && piece->count >= MANY);
+            Kind::pack(
+                to + first * Kind::row_words(width_of(*piece)),
+                [&](int64_t r) { return row_of(piece->start + first + r); }, blocks.start(b + 1) - first,
+                width_of(*piece), brgemm != nullptr && piece->count >= MANY);
         }
     }
 }
@@ -101,11 +98,9 @@ void multiply_group(const uint32_t* packed, int64_t stride, const Piece* begin, 
         const Blocks blocks(piece->count, Kind::MOST_ROWS);
         const auto [weight, count] = panels_of_piece(*piece);
         for (int64_t p = thread * count / threads; p < (thread + 1) * count / threads; ++p) {
-            panel_product<Kind>(packed + (piece->start - begin->start) * stride, blocks, 0, blocks.count, weight, p,
-                                width_of(*piece), piece->count >= MANY ? brgemm : nullptr,
-                                [&](int64_t r, __m512 low, __m512 high) {
-                                    store(*piece, p, piece->start + r, low, high);
-                                });
+            Kind::product(packed + (piece->start - begin->start) * stride, blocks, 0, blocks.count, weight, p,
+                          width_of(*piece), piece->count >= MANY ? brgemm : nullptr,
+                          [&](int64_t r, F32x16 low, F32x16 high) { store(*piece, p, piece->start + r, low, high); });
         }
     }
 }
@@ -114,8 +109,8 @@ template <typename Out>
 void round_rows(Out* out, int64_t stride, const float* sums, int64_t width, int64_t first, int64_t stop) {
     for (int64_t t = first; t < stop; ++t) {
         for (int64_t h = 0; h < width; h += 16) {
-            const __mmask16 here = first_lanes(width - h);
-            store16(out + t * stride + h, load16(sums + t * width + h, here), here);
+            const Lanes here = first_lanes(width - h);
+            store(out + t * stride + h, load(sums + t * width + h, here), here);
         }
     }
 }
@@ -136,9 +131,10 @@ struct Stack {
 };
 
 template <typename Kind>
-void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride, const void* ids, int wide_ids,
-             const float* weights, int64_t num_rows, int64_t top_k, const Stack& gate_up, const Stack& down,
-             int64_t first_expert, int64_t num_experts, const Weights& shared, int num_threads, const Brgemm* brgemm) {
+void run_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride, const void* ids,
+                 int wide_ids, const float* weights, int64_t num_rows, int64_t top_k, const Stack& gate_up,
+                 const Stack& down, int64_t first_expert, int64_t num_experts, const Weights& shared, int num_threads,
+                 const Brgemm* brgemm) {
     const int64_t num_inputs = gate_up.num_inputs, num_inner = down.num_inputs, shared_inner = shared.num_inner;
     static thread_local Places kept_places;
     static thread_local std::vector<int64_t> kept_ends;
@@ -171,35 +167,41 @@ void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_s
         const int64_t row = thread * num_rows / threads, stop_row = (thread + 1) * num_rows / threads;
         std::fill(sums + row * num_inputs, sums + stop_row * num_inputs, 0.0f);
         for (int64_t g = 0; g + 1 < int64_t(places.groups.size()); ++g) {
-            const Piece *begin = places.pieces.data() + places.groups[g], *end = places.pieces.data() + places.groups[g + 1];
+            const Piece *begin = places.pieces.data() + places.groups[g],
+                        *end = places.pieces.data() + places.groups[g + 1];
             if (begin == end) continue;
             const int64_t base = begin->start;
-            pack_group<Kind>(packed, row_words, begin, end, thread, threads, brgemm,
-                       [&](int64_t place) { return x + places.row[place] * x_stride; }, inputs_of);
+            pack_group<Kind>(
+                packed, row_words, begin, end, thread, threads, brgemm,
+                [&](int64_t place) { return x + places.row[place] * x_stride; }, inputs_of);
             barrier();
-            multiply_group<Kind>(packed, row_words, begin, end, thread, threads, brgemm,
-                           [&](const Piece& piece) {
-                               return std::pair(piece.expert.gate_up, panels_of(2 * piece.expert.num_inner));
-                           },
-                           inputs_of, [&](const Piece& piece, int64_t panel, int64_t place, __m512 gate, __m512 up) {
-                               const int64_t column = panel * panel_columns;
-                               store16(inner + (place - base) * widest + column, silu_mul16(gate, up),
-                                       first_lanes(piece.expert.num_inner - column));
-                           });
+            multiply_group<Kind>(
+                packed, row_words, begin, end, thread, threads, brgemm,
+                [&](const Piece& piece) {
+                    return std::pair(piece.expert.gate_up, panels_of(2 * piece.expert.num_inner));
+                },
+                inputs_of,
+                [&](const Piece& piece, int64_t panel, int64_t place, F32x16 gate, F32x16 up) {
+                    const int64_t column = panel * panel_columns;
+                    store(inner + (place - base) * widest + column, silu_mul(gate, up),
+                          first_lanes(piece.expert.num_inner - column));
+                });
             barrier();
-            pack_group<Kind>(packed_inner, inner_words, begin, end, thread, threads, brgemm,
-                       [&](int64_t place) { return inner + (place - base) * widest; }, inner_of);
+            pack_group<Kind>(
+                packed_inner, inner_words, begin, end, thread, threads, brgemm,
+                [&](int64_t place) { return inner + (place - base) * widest; }, inner_of);
             barrier();
-            multiply_group<Kind>(packed_inner, inner_words, begin, end, thread, threads, brgemm,
-                           [&](const Piece& piece) { return std::pair(piece.expert.down, panels_of(num_inputs)); },
-                           inner_of, [&](const Piece&, int64_t panel, int64_t place, __m512 low, __m512 high) {
-                               const int64_t left = num_inputs - panel * PANEL;
-                               const __mmask16 here = first_lanes(left), next = first_lanes(left - 16);
-                               const __m512 weight = _mm512_set1_ps(places.weight[place]);
-                               float* to = sums + places.row[place] * num_inputs + panel * PANEL;
-                               store16(to, _mm512_fmadd_ps(weight, low, load16(to, here)), here);
-                               store16(to + 16, _mm512_fmadd_ps(weight, high, load16(to + 16, next)), next);
-                           });
+            multiply_group<Kind>(
+                packed_inner, inner_words, begin, end, thread, threads, brgemm,
+                [&](const Piece& piece) { return std::pair(piece.expert.down, panels_of(num_inputs)); }, inner_of,
+                [&](const Piece&, int64_t panel, int64_t place, F32x16 low, F32x16 high) {
+                    const int64_t left = num_inputs - panel * PANEL;
+                    const Lanes here = first_lanes(left), next = first_lanes(left - 16);
+                    const F32x16 weight = set(places.weight[place]);
+                    float* to = sums + places.row[place] * num_inputs + panel * PANEL;
+                    store(to, mul_add(weight, low, load(to, here)), here);
+                    store(to + 16, mul_add(weight, high, load(to + 16, next)), next);
+                });
         }
         if (brgemm != nullptr) brgemm->release(true);
         barrier();
@@ -227,24 +229,21 @@ void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_s
 //
 // ids [num_rows, top_k], int32, or int64 where `wide_ids`; others than first_expert <= id < first_expert + num_experts
 // add nothing. gate_up and down: the experts' packed weights one after the other, scales too (`kind`:
-// gemm_int8.h). out: bf16, float32 where `wide`.
-NARROWS_EXPORT void narrows_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride,
-                                    const void* ids, int wide_ids, const float* weights, int64_t num_rows,
-                                    int64_t top_k, int kind, const Packed* gate_up, const Packed* down,
-                                    int64_t first_expert, int64_t num_experts, int64_t num_inputs, int64_t num_inner,
-                                    const Packed* shared_gate_up, const Packed* shared_down, int64_t shared_inner,
-                                    int num_threads, const Brgemm* brgemm) {
-    NARROWS_TAPED(narrows_experts(out, out_stride, wide, x, x_stride, ids, wide_ids, weights, num_rows, top_k,
-                                  kind, gate_up, down, first_expert, num_experts, num_inputs, num_inner,
-                                  shared_gate_up, shared_down, shared_inner, num_threads, brgemm));
+// products.h). out: bf16, float32 where `wide`.
+void experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t x_stride, const void* ids, int wide_ids,
+             const float* weights, int64_t num_rows, int64_t top_k, int kind, const Packed* gate_up, const Packed* down,
+             int64_t first_expert, int64_t num_experts, int64_t num_inputs, int64_t num_inner,
+             const Packed* shared_gate_up, const Packed* shared_down, int64_t shared_inner, int num_threads,
+             const Brgemm* brgemm) {
     if (num_rows == 0) return;
-    if (kind != NARROWS_BF16) brgemm = nullptr;
+    if (kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
     Weights shared{{}, {}, 0};
     if (shared_inner) shared = {*shared_gate_up, *shared_down, shared_inner};
     with_kind(kind, [&]<typename Kind>(Kind) {
-        experts<Kind>(out, out_stride, wide, x, x_stride, ids, wide_ids, weights, num_rows, top_k,
-                      {*gate_up, 2 * num_inner, num_inputs}, {*down, num_inputs, num_inner}, first_expert, num_experts,
-                      shared, num_threads, brgemm);
+        run_experts<Kind>(out, out_stride, wide, x, x_stride, ids, wide_ids, weights, num_rows, top_k,
+                          {*gate_up, 2 * num_inner, num_inputs}, {*down, num_inputs, num_inner}, first_expert,
+                          num_experts, shared, num_threads, brgemm);
     });
 }
-#endif
+
+}  // namespace narrows::NARROWS_TARGET

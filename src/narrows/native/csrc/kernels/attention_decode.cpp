@@ -1,122 +1,23 @@
 // Attention of single rows, each over a context of its own, read in place from a paged cache.
 //
-// A unit is up to HEADS query heads that read the same keys, a task one row and some units. A task goes once through the
-// context, a block of tokens at a time, which is fetched from memory into the L2 cache while the one before is worked on.
-// Latent attention is the case in which all heads read the same key (the slot) and the same value (its latent); its
-// queries go through w_uk before and its sums through w_uv after.
-#include "attention.h"
-
+// A unit is up to HEADS query heads that read the same keys, a task one row and some units. A task goes once through
+// the context, a block of tokens at a time, which is fetched from memory into the L2 cache while the one before is
+// worked on. Latent attention is the case in which all heads read the same key (the slot) and the same value (its
+// latent); its queries go through w_uk before and its sums through w_uv after.
 #include <omp.h>
 
-#include "export.h"
-#include "tape.h"
+#include <algorithm>
+#include <cstring>
 
-#ifdef NARROWS_GEMM
-using namespace narrows;
+#include "kernels/products.h"
+#include "kernels/softmax.h"
+#include "tile/attention.h"
 
+namespace narrows::NARROWS_TARGET {
 namespace {
 
-constexpr int64_t TOKENS = 128;  // most of a block
-constexpr int64_t BYTES = 256 << 10;  // of a block, about: two have to stay in the L2 cache
-constexpr int64_t HEADS = 8;     // of a unit: 8 x 2 accumulators
-
-// Sixteen vectors to their sixteen sums.
-inline __m512 sums_of(const __m512 (&x)[16]) {
-    __m512 y[8], z[4];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        y[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m512d a = _mm512_castps_pd(y[2 * i]), b = _mm512_castps_pd(y[2 * i + 1]);
-        z[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    const auto halves = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return halves(halves(z[0], z[1]), halves(z[2], z[3]));
-}
-
-// Scores of H heads (rows of `q`, zeros behind the last column) for 16 / H tokens.
-template <int H>
-inline void score(float* scores, const bf16* q, int64_t q_stride, const bf16* const* token, int64_t num_columns) {
-    constexpr int N = 16 / H;
-    __m512 sums[16];
-#pragma GCC unroll 16
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
-    const auto add = [&](int64_t column, __mmask32 mask) [[gnu::always_inline]] {
-        __m512bh x[H];
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) x[h] = (__m512bh)_mm512_loadu_si512(q + h * q_stride + column);
-#pragma GCC unroll 16
-        for (int t = 0; t < N; ++t) {
-            const __m512bh key = (__m512bh)(mask == 0xffffffff ? _mm512_loadu_si512(token[t] + column)
-                                                              : _mm512_maskz_loadu_epi16(mask, token[t] + column));
-#pragma GCC unroll 4
-            for (int h = 0; h < H; ++h) sums[h * N + t] = _mm512_dpbf16_ps(sums[h * N + t], x[h], key);
-        }
-    };
-    int64_t column = 0;
-    for (; column + 32 <= num_columns; column += 32) add(column, 0xffffffff);
-    if (column < num_columns) add(column, (1u << (num_columns - column)) - 1);
-    alignas(64) float all[16];
-    _mm512_store_ps(all, sums_of(sums));
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) std::memcpy(scores + h * TOKENS, all + h * N, N * sizeof(float));
-}
-
-// Sums of H heads over 32 columns: `sums` shrunk, then the products of probabilities and values added. Columns are in
-// the order that unpacking leaves, here as everywhere before `ordered`.
-template <int H>
-inline void add_values(float* sums, int64_t sums_stride, const float* shrink, const uint32_t* p,
-                       const bf16* const* token, int64_t num_tokens, int64_t column, __mmask32 mask) {
-    __m512 low[H], high[H];
-#pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-        const __m512 kept = _mm512_set1_ps(shrink[h]);
-        low[h] = _mm512_mul_ps(_mm512_loadu_ps(sums + h * sums_stride), kept);
-        high[h] = _mm512_mul_ps(_mm512_loadu_ps(sums + h * sums_stride + 16), kept);
-    }
-    const auto add = [&](__m512i first, __m512i second) [[gnu::always_inline]] {
-        const __m512bh v0 = (__m512bh)_mm512_unpacklo_epi16(first, second);
-        const __m512bh v1 = (__m512bh)_mm512_unpackhi_epi16(first, second);
-#pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) {
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(p[h * TOKENS / 2]));
-            low[h] = _mm512_dpbf16_ps(low[h], x, v0);
-            high[h] = _mm512_dpbf16_ps(high[h], x, v1);
-        }
-        ++p;
-    };
-    if (mask == 0xffffffff) {
-        for (int64_t t = 0; t < num_tokens; t += 2) {
-            _mm_prefetch(reinterpret_cast<const char*>(token[t + 4] + column), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(token[t + 5] + column), _MM_HINT_T0);
-            add(_mm512_loadu_si512(token[t] + column), _mm512_loadu_si512(token[t + 1] + column));
-        }
-    } else {
-        for (int64_t t = 0; t < num_tokens; t += 2) {
-            add(_mm512_maskz_loadu_epi16(mask, token[t] + column),
-                _mm512_maskz_loadu_epi16(mask, token[t + 1] + column));
-        }
-    }
-#pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-        _mm512_storeu_ps(sums + h * sums_stride, low[h]);
-        _mm512_storeu_ps(sums + h * sums_stride + 16, high[h]);
-    }
-}
-
-// What add_values left of 32 columns, times `share`, in order and rounded.
-inline void ordered(bf16* out, const float* sums, __m512 share, int64_t there) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(sums), share);
-    const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(sums + 16), share);
-    store16(out, _mm512_permutex2var_ps(low, first, high), first_lanes(there));
-    store16(out + 16, _mm512_permutex2var_ps(low, second, high), first_lanes(there - 16));
-}
+constexpr int64_t BYTES = 256 << 10;   // of a block of tokens, about: two have to stay in the L2 cache
+constexpr int64_t HEADS = MOST_HEADS;  // of a unit
 
 struct Cache {
     const bf16 *keys, *values;
@@ -131,7 +32,7 @@ struct Unit {
 
 // Into the L2 cache.
 inline void fetch(const bf16* numbers, int64_t count) {
-    for (int64_t i = 0; i < count; i += 32) _mm_prefetch(reinterpret_cast<const char*>(numbers + i), _MM_HINT_T1);
+    for (int64_t i = 0; i < count; i += 32) fetch_far(numbers + i);
 }
 
 // A block of tokens of one row: where they are, `count` of them, and what their scores and probabilities go to.
@@ -139,7 +40,7 @@ struct Tokens {
     const bf16 *keys[TOKENS + 16], *values[TOKENS + 16];
     int64_t count, padded;
     alignas(64) float scores[HEADS * TOKENS];
-    alignas(64) bf16 p[HEADS * TOKENS];
+    alignas(64) Probability p[HEADS * TOKENS];
 
     void find(const Cache& cache, int64_t kv, const int64_t* slots, int64_t first, int64_t most, int64_t context_len) {
         count = std::min(most, context_len - first);
@@ -158,7 +59,7 @@ struct Tokens {
 
     // `step` is called once for every 16 tokens, and by `add_all` for every 32 columns.
     template <typename Step>
-    void score_all(const bf16* q, int64_t q_stride, int64_t num_heads, int64_t key_dim, Step step) {
+    void score_all(const Query* q, int64_t q_stride, int64_t num_heads, int64_t key_dim, Step step) {
         const auto some = [&]<int H>(int64_t h) [[gnu::always_inline]] {
             for (int64_t t = 0; t < count; t += 16 / H) {
                 if (h == 0 && t % 16 == 0) step();
@@ -172,15 +73,16 @@ struct Tokens {
     }
 
     template <typename Step>
-    void add_all(float* sums, int64_t width, const float* shrink, int64_t num_heads, int64_t value_dim, Step step) const {
-        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(p);
+    void add_all(float* sums, int64_t width, const float* shrink, int64_t num_heads, int64_t value_dim,
+                 Step step) const {
         for (int64_t column = 0; column < value_dim; column += 32) {
             step();
             const int64_t there = value_dim - column;
-            const __mmask32 mask = there >= 32 ? 0xffffffff : (1u << there) - 1;
             switch (num_heads) {
-#define CASE(N) \
-    case N: add_values<N>(sums + column, width, shrink, pairs, values, count, column, mask); break;
+#define CASE(N)                                                                       \
+    case N:                                                                           \
+        add_values<N>(sums + column, width, shrink, p, values, count, column, there); \
+        break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
             }
@@ -194,21 +96,22 @@ void attend(bf16* out, int64_t out_head, const bf16* q, int64_t q_head, const Ca
     if (num_units == 0) return;  // a rank without heads
     static thread_local Scratch query_memory, sum_memory, softmax_memory;
     const int64_t q_stride = (cache.key_dim + 31) / 32 * 32, width = panels_of(cache.value_dim) * PANEL;
-    bf16* queries = query_memory.of<bf16>(num_units * HEADS * q_stride);
+    Query* queries = query_memory.of<Query>(num_units * HEADS * q_stride);
     float* sums = sum_memory.of<float>(num_units * HEADS * width);
     Softmax* softmax = softmax_memory.of<Softmax>(num_units * HEADS);
     std::fill(sums, sums + num_units * HEADS * width, 0.0f);
     std::fill(softmax, softmax + num_units * HEADS, Softmax{});
     for (int64_t u = 0; u < num_units; ++u) {
         for (int64_t h = 0; h < units[u].num_heads; ++h) {
-            bf16* to = queries + (u * HEADS + h) * q_stride;
-            std::memcpy(to, q + (units[u].first + h) * q_head, cache.key_dim * sizeof(bf16));
-            std::fill(to + cache.key_dim, to + q_stride, bf16(0));
+            Query* to = queries + (u * HEADS + h) * q_stride;
+            to_queries(to, q + (units[u].first + h) * q_head, cache.key_dim);
+            std::fill(to + cache.key_dim, to + q_stride, Query(0));
         }
     }
     const auto [low, high] = std::minmax_element(units, units + num_units, [](auto a, auto b) { return a.kv < b.kv; });
     const int64_t first_kv = low->kv, more = high->kv - first_kv;
-    const int64_t key_span = more * cache.key_head + cache.key_dim, value_span = more * cache.value_head + cache.value_dim;
+    const int64_t key_span = more * cache.key_head + cache.key_dim,
+                  value_span = more * cache.value_head + cache.value_dim;
     const bool apart = cache.values != cache.keys;
     const int64_t slot_bytes = (cache.key_slot + (apart ? cache.value_slot : 0)) * int64_t(sizeof(bf16));
     const int64_t most = std::clamp<int64_t>(BYTES / slot_bytes / 16 * 16, 16, TOKENS);
@@ -216,7 +119,8 @@ void attend(bf16* out, int64_t out_head, const bf16* q, int64_t q_head, const Ca
     const auto fetch_until = [&](int64_t token) {
         for (; fetched < std::min(token, context_len); ++fetched) {
             fetch(cache.keys + slots[fetched] * cache.key_slot + first_kv * cache.key_head, key_span);
-            if (apart) fetch(cache.values + slots[fetched] * cache.value_slot + first_kv * cache.value_head, value_span);
+            if (apart)
+                fetch(cache.values + slots[fetched] * cache.value_slot + first_kv * cache.value_head, value_span);
         }
     };
     fetch_until(most);
@@ -243,7 +147,7 @@ void attend(bf16* out, int64_t out_head, const bf16* q, int64_t q_head, const Ca
     }
     for (int64_t u = 0; u < num_units; ++u) {
         for (int64_t h = 0; h < units[u].num_heads; ++h) {
-            const __m512 share = _mm512_set1_ps(1.0f / softmax[u * HEADS + h].sum);
+            const F32x16 share = set(1.0f / softmax[u * HEADS + h].sum);
             for (int64_t column = 0; column < cache.value_dim; column += 32) {
                 ordered(out + (units[u].first + h) * out_head + column, sums + (u * HEADS + h) * width + column, share,
                         cache.value_dim - column);
@@ -256,22 +160,22 @@ void attend(bf16* out, int64_t out_head, const bf16* q, int64_t q_head, const Ca
 void head_product(bf16* out, int64_t out_row, const bf16* x, int64_t x_row, const uint32_t* panels, int64_t num_rows,
                   int64_t num_inputs, int64_t num_outputs) {
     static thread_local Scratch memory;
-    const int64_t num_pairs = pairs_of(num_inputs), num_panels = panels_of(num_outputs);
-    const Blocks blocks(num_rows);
-    uint32_t* packed = memory.of<uint32_t>(num_rows * num_pairs);
+    const int64_t row_words = Bf16::row_words(num_inputs), num_panels = panels_of(num_outputs);
+    const Blocks blocks(num_rows, Bf16::MOST_ROWS);
+    uint32_t* packed = memory.of<uint32_t>(num_rows * row_words);
     for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t start = blocks.start(b), count = blocks.start(b + 1) - start;
-        pack_rows(packed + start * num_pairs, [&](int64_t r) { return x + (start + r) * x_row; }, count, num_inputs,
-                  false);
+        Bf16::pack(
+            packed + start * row_words, [&](int64_t r) { return x + (start + r) * x_row; }, count, num_inputs, false);
     }
     for (int64_t panel = 0; panel < num_panels; ++panel) {
         const int64_t column = panel * PANEL;
-        const __mmask16 here = first_lanes(num_outputs - column), next = first_lanes(num_outputs - column - 16);
-        panel_product<Bf16>(packed, blocks, 0, blocks.count, {panels, nullptr}, panel, num_inputs,
-                      nullptr, [&](int64_t row, __m512 low, __m512 high) {
+        const Lanes here = first_lanes(num_outputs - column), next = first_lanes(num_outputs - column - 16);
+        Bf16::product(packed, blocks, 0, blocks.count, {panels, nullptr}, panel, num_inputs, nullptr,
+                      [&](int64_t row, F32x16 low, F32x16 high) {
                           bf16* to = out + row * out_row + column;
-                          store16(to, low, here);
-                          store16(to + 16, high, next);
+                          store(to, low, here);
+                          store(to + 16, high, next);
                       });
     }
 }
@@ -295,10 +199,9 @@ void share_out(int64_t count, int num_threads, Task task) {
 }  // namespace
 
 // Per head x[t, n] @ weight[n]^T: x [num_rows, heads, num_inputs], weights as panels, one head after the other.
-NARROWS_EXPORT void narrows_per_head(bf16* out, int64_t out_row, int64_t out_head, const bf16* x, int64_t x_row,
-                                     int64_t x_head, const uint32_t* panels, int64_t num_rows, int64_t num_heads,
-                                     int64_t num_inputs, int64_t num_outputs, int num_threads) {
-    NARROWS_NOT_TAPED
+void per_head(bf16* out, int64_t out_row, int64_t out_head, const bf16* x, int64_t x_row, int64_t x_head,
+              const uint32_t* panels, int64_t num_rows, int64_t num_heads, int64_t num_inputs, int64_t num_outputs,
+              int num_threads) {
     if (num_rows == 0) return;
     const int64_t head_size = panels_of(num_outputs) * pairs_of(num_inputs) * PANEL;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
@@ -311,16 +214,11 @@ NARROWS_EXPORT void narrows_per_head(bf16* out, int64_t out_row, int64_t out_hea
 // Latent attention of `num_rows` rows: row b of queries and of `out` is row row_of[b] (b where that is null), and reads
 // the first lens[b] slots of slots + b * slots_row. `absorb`: panels of w_uk^T, `rank` outputs of `key_dim` inputs;
 // `w_uv`: panels of `value_dim` outputs of `rank` inputs. A slot is its latent, then `rope_dim` rotated columns.
-NARROWS_EXPORT void narrows_mla_decode(bf16* out, int64_t out_row, const bf16* q_nope, int64_t nope_row,
-                                       int64_t nope_head, const bf16* q_pe, int64_t pe_row, int64_t pe_head,
-                                       const bf16* cache, int64_t slot_stride, const int64_t* slots, int64_t slots_row,
-                                       const int64_t* lens, const int64_t* row_of, int64_t num_rows,
-                                       const uint32_t* absorb, const uint32_t* w_uv, int64_t num_heads, int64_t key_dim,
-                                       int64_t rope_dim, int64_t rank, int64_t value_dim, float scale,
-                                       int num_threads) {
-    NARROWS_TAPED(narrows_mla_decode(out, out_row, q_nope, nope_row, nope_head, q_pe, pe_row, pe_head, cache,
-                                     slot_stride, slots, slots_row, lens, row_of, num_rows, absorb, w_uv,
-                                     num_heads, key_dim, rope_dim, rank, value_dim, scale, num_threads));
+void mla_decode(bf16* out, int64_t out_row, const bf16* q_nope, int64_t nope_row, int64_t nope_head, const bf16* q_pe,
+                int64_t pe_row, int64_t pe_head, const bf16* cache, int64_t slot_stride, const int64_t* slots,
+                int64_t slots_row, const int64_t* lens, const int64_t* row_of, int64_t num_rows, const uint32_t* absorb,
+                const uint32_t* w_uv, int64_t num_heads, int64_t key_dim, int64_t rope_dim, int64_t rank,
+                int64_t value_dim, float scale, int num_threads) {
     if (num_rows == 0) return;
     static thread_local Scratch query_memory, sum_memory, place_memory, unit_memory;
     const int64_t width = rank + rope_dim;
@@ -338,8 +236,8 @@ NARROWS_EXPORT void narrows_mla_decode(bf16* out, int64_t out_row, const bf16* q
     const int64_t value_size = panels_of(value_dim) * pairs_of(rank) * PANEL;
     const auto at = [&](int64_t b) { return row_of == nullptr ? b : row_of[b]; };
     // Rows of a step's mix are brought together for the products, and scattered after.
-    bf16* gathered = row_of == nullptr ? nullptr
-                                       : place_memory.of<bf16>(num_rows * num_heads * std::max(key_dim, value_dim));
+    bf16* gathered =
+        row_of == nullptr ? nullptr : place_memory.of<bf16>(num_rows * num_heads * std::max(key_dim, value_dim));
     const auto absorbed = [&](int64_t n) {
         const bf16* x = q_nope + n * nope_head;
         int64_t x_row = nope_row;
@@ -350,7 +248,8 @@ NARROWS_EXPORT void narrows_mla_decode(bf16* out, int64_t out_row, const bf16* q
             }
             x = mine, x_row = key_dim;
         }
-        head_product(queries + n * width, num_heads * width, x, x_row, absorb + n * absorb_size, num_rows, key_dim, rank);
+        head_product(queries + n * width, num_heads * width, x, x_row, absorb + n * absorb_size, num_rows, key_dim,
+                     rank);
         for (int64_t b = 0; b < num_rows; ++b) {
             std::memcpy(queries + (b * num_heads + n) * width + rank, q_pe + at(b) * pe_row + n * pe_head,
                         rope_dim * sizeof(bf16));
@@ -384,15 +283,11 @@ NARROWS_EXPORT void narrows_mla_decode(bf16* out, int64_t out_row, const bf16* q
 
 // Grouped-query attention of `num_rows` rows over keys and values in their caches; rows and slots as above: query
 // head n reads key/value head kv_of[n].
-NARROWS_EXPORT void narrows_gqa_decode(bf16* out, int64_t out_row, int64_t out_head, const bf16* q, int64_t q_row,
-                                       int64_t q_head, const bf16* key_cache, int64_t key_slot, int64_t key_head,
-                                       const bf16* value_cache, int64_t value_slot, int64_t value_head,
-                                       const int64_t* slots, int64_t slots_row, const int64_t* lens,
-                                       const int64_t* row_of, int64_t num_rows, const int32_t* kv_of, int64_t num_heads,
-                                       int64_t key_dim, int64_t value_dim, float scale, int num_threads) {
-    NARROWS_TAPED(narrows_gqa_decode(out, out_row, out_head, q, q_row, q_head, key_cache, key_slot, key_head,
-                                     value_cache, value_slot, value_head, slots, slots_row, lens, row_of,
-                                     num_rows, kv_of, num_heads, key_dim, value_dim, scale, num_threads));
+void gqa_decode(bf16* out, int64_t out_row, int64_t out_head, const bf16* q, int64_t q_row, int64_t q_head,
+                const bf16* key_cache, int64_t key_slot, int64_t key_head, const bf16* value_cache, int64_t value_slot,
+                int64_t value_head, const int64_t* slots, int64_t slots_row, const int64_t* lens, const int64_t* row_of,
+                int64_t num_rows, const int32_t* kv_of, int64_t num_heads, int64_t key_dim, int64_t value_dim,
+                float scale, int num_threads) {
     static thread_local Scratch unit_memory;
     Unit* units = unit_memory.of<Unit>(num_heads);
     int64_t num_units = 0;
@@ -415,4 +310,5 @@ NARROWS_EXPORT void narrows_gqa_decode(bf16* out, int64_t out_row, int64_t out_h
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     share_out(num_rows * parts, num_threads, attended);
 }
-#endif
+
+}  // namespace narrows::NARROWS_TARGET

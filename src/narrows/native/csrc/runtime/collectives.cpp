@@ -2,7 +2,7 @@
 //
 // Knows addresses, bytes and three kinds of floating numbers; not tensors, labels, or who a rank is. No call blocks for
 // long: one that returns `not_yet` is made again with the same arguments, so that its caller can look around meanwhile.
-#include "collectives.h"
+#include "runtime/collectives.h"
 
 #include <ctime>
 #include <linux/futex.h>
@@ -12,10 +12,9 @@
 
 #include <cstring>
 
-#include "export.h"
-#include "rows.h"
+#include "runtime/dispatch.h"
+#include "runtime/export.h"
 #include "sums.h"
-#include "tape.h"
 
 using namespace collectives;
 
@@ -105,7 +104,7 @@ struct Brought {
 };
 
 class Arrival {
-public:
+ public:
     Arrival(Wire& wire, uint64_t signature) : w(wire), small(nullptr) {
         w.number++;
         post(w, w.me).signature = signature;
@@ -132,7 +131,7 @@ public:
         raise(w, &Slot::arrived);
     }
 
-private:
+ private:
     Wire& w;
     char* small;
 };
@@ -184,17 +183,17 @@ struct Reduce {
     int64_t starts[];  // of each member's piece, in numbers; one more: how many there are
 };
 
-// A tape keeps copies of what Python writes anew for every call: arguments, and the call's description.
+// A capture keeps copies of what Python writes anew for every call: arguments, and the call's description.
 template <typename Call>
-void tape(int (*function)(Wire*, const Call*, const int64_t*), Wire* wire, const Call* call, int64_t call_bytes,
-          const int64_t* args, int64_t num_args) {
-    narrows::Tape* to = narrows::recording();
+void capture(int (*function)(Wire*, const Call*, const int64_t*), Wire* wire, const Call* call, int64_t call_bytes,
+             const int64_t* args, int64_t num_args) {
+    narrows::Capture* to = narrows::capturing();
     if (to == nullptr || wire->stage != outside) return;  // a call that is made again is one call
     const char* bytes = reinterpret_cast<const char*>(call);
-    to->calls.emplace_back([=, kept = std::vector<char>(bytes, bytes + call_bytes),
-                            given = std::vector<int64_t>(args, args + num_args)] {
-        return function(wire, reinterpret_cast<const Call*>(kept.data()), given.data());
-    });
+    to->calls.emplace_back(
+        [=, kept = std::vector<char>(bytes, bytes + call_bytes), given = std::vector<int64_t>(args, args + num_args)] {
+            return function(wire, reinterpret_cast<const Call*>(kept.data()), given.data());
+        });
 }
 
 // The end of every call: the others may know that this rank has read, or must all have read before it goes on.
@@ -228,7 +227,8 @@ bool sum_piece(const Wire& w, const Reduce& call, const int64_t* args, int64_t p
     sums::Part parts[max_ranks + max_fields];
     int64_t num = 0;
     for (int64_t i = 0; i < w.size; i++) {
-        const char* x = i == w.me ? reinterpret_cast<const char*>(args[0]) : brought(w, i, 0, field_bytes(w, call, i, 0));
+        const char* x =
+            i == w.me ? reinterpret_cast<const char*>(args[0]) : brought(w, i, 0, field_bytes(w, call, i, 0));
         if (!x) return false;
         parts[num++] = {x + start * sums::size_of(call.dtype), call.dtype};
     }
@@ -238,7 +238,7 @@ bool sum_piece(const Wire& w, const Reduce& call, const int64_t* args, int64_t p
         if (!x) return false;
         parts[num++] = {x, call.addend_dtypes[a - 1]};
     }
-    sums::sum(out, parts, num, count);
+    narrows::kernels().sum(out, parts, num, count);
     return true;
 }
 
@@ -250,7 +250,11 @@ struct Norm {
     double eps;
 
     void take(void* sum, int64_t dtype) const {
-        rows::add_norm(out, sum, residual, weight, num_rows, width, float(eps), dtype == sums::float32);
+        const int wide = dtype == sums::float32;
+        if (residual)
+            narrows::kernels().add_rms_norm(out, sum, sum, residual, weight, num_rows, width, float(eps), wide, 1);
+        else
+            narrows::kernels().rms_norm(out, width, 0, sum, width, 0, weight, num_rows, 1, width, float(eps), wide, 1);
     }
 };
 
@@ -273,7 +277,8 @@ int reduce(Wire& w, const Reduce* call, const int64_t* args, const Norm* norm) {
         char* out = reinterpret_cast<char*>(args[2 * num_fields]);
         for (int64_t step = 0; step < (call->whole ? w.size : 1); step++) {
             const int64_t p = (w.me + step) % w.size;
-            if (!sum_piece(w, *call, args, p, out + (call->whole ? call->starts[p] * item : 0))) return leave_at_once(w);
+            if (!sum_piece(w, *call, args, p, out + (call->whole ? call->starts[p] * item : 0)))
+                return leave_at_once(w);
         }
         if (norm) {
             raise(w, &Slot::read);  // the others need not wait for it
@@ -296,11 +301,12 @@ NARROWS_EXPORT void narrows_shm_layout(int64_t* out) {
 // write to `data` as soon as this returns, so that all must have read it.
 NARROWS_EXPORT int narrows_shm_gather(Wire* wire, const Gather* call, const int64_t* args) {
     Wire& w = *wire;
-    tape(narrows_shm_gather, wire, call, sizeof(Gather) + call->num_fields * w.size * sizeof(Part), args,
-         3 * call->num_fields + 1);
+    capture(narrows_shm_gather, wire, call, sizeof(Gather) + call->num_fields * w.size * sizeof(Part), args,
+            3 * call->num_fields + 1);
     if (w.stage == outside) {
         Arrival arrival(w, call->signature);
-        for (int64_t f = 0; f < call->num_fields; f++) arrival.bring(f, args + 3 * f, call->part(w, f, w.me).bytes(), 0, 0);
+        for (int64_t f = 0; f < call->num_fields; f++)
+            arrival.bring(f, args + 3 * f, call->part(w, f, w.me).bytes(), 0, 0);
         arrival.tell();
         for (int64_t f = 0; f < call->num_fields; f++)
             call->part(w, f, w.me).copy(reinterpret_cast<char*>(args[3 * f + 2]), reinterpret_cast<char*>(args[3 * f]));
@@ -324,7 +330,8 @@ NARROWS_EXPORT int narrows_shm_gather(Wire* wire, const Gather* call, const int6
 // Sums the members' x: this rank's piece, or all of it if `whole`, for which the addends travel too. args: for x and
 // then for each addend the addresses (data, stage or 0 or staged_small); out; and whether all must have read `data`.
 NARROWS_EXPORT int narrows_shm_reduce(Wire* wire, const Reduce* call, const int64_t* args) {
-    tape(narrows_shm_reduce, wire, call, sizeof(Reduce) + (wire->size + 1) * sizeof(int64_t), args, 2 * (1 + call->num_addends) + 2);
+    capture(narrows_shm_reduce, wire, call, sizeof(Reduce) + (wire->size + 1) * sizeof(int64_t), args,
+            2 * (1 + call->num_addends) + 2);
     return reduce(*wire, call, args, nullptr);
 }
 
@@ -332,6 +339,7 @@ NARROWS_EXPORT int narrows_shm_reduce(Wire* wire, const Reduce* call, const int6
 // behind the other args. The bits are those of the sum and then of narrows_rms_norm or narrows_add_rms_norm.
 NARROWS_EXPORT int narrows_shm_reduce_norm(Wire* wire, const Reduce* call, const int64_t* args) {
     const int64_t num_args = 2 * (1 + call->num_addends) + 2;
-    tape(narrows_shm_reduce_norm, wire, call, sizeof(Reduce) + (wire->size + 1) * sizeof(int64_t), args, num_args + sizeof(Norm) / sizeof(int64_t));
+    capture(narrows_shm_reduce_norm, wire, call, sizeof(Reduce) + (wire->size + 1) * sizeof(int64_t), args,
+            num_args + sizeof(Norm) / sizeof(int64_t));
     return reduce(*wire, call, args, reinterpret_cast<const Norm*>(args + num_args));
 }

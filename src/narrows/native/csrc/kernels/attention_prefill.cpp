@@ -5,23 +5,30 @@
 // multiplied from the latents), then every group of rows that sees some of the block meets it.
 //
 // On CPUs with AMX the products are another library's (`Brgemm`), of the same panels with rows in order.
-#include "attention_pack.h"
-
 #include <omp.h>
 
-#include "export.h"
-#include "tape.h"
+#include <algorithm>
 
-#ifdef NARROWS_GEMM
-using namespace narrows;
+#include "kernels/products.h"
+#include "kernels/softmax.h"
+#include "tile/attention.h"
 
+namespace narrows::NARROWS_TARGET {
 namespace {
 
-constexpr int64_t KEYS = 256;           // tokens of a block: its values' panel stays in the L1 cache
+constexpr int64_t KEYS = 256;  // tokens of a block: its values' panel stays in the L1 cache
 constexpr int64_t KEY_PANELS = KEYS / PANEL;
-constexpr int64_t SUMS = 4 << 20;       // most sums in float32 kept at once, for heads that share their keys
-constexpr int64_t GROUP = 4;            // blocks of rows that meet a panel of keys while it is in the L1 cache
-constexpr int64_t GROUP_ROWS = GROUP * BLOCK;
+constexpr int64_t SUMS = 4 << 20;   // most sums in float32 kept at once, for heads that share their keys
+constexpr int64_t GROUP_ROWS = 48;  // rows, some blocks of them, that meet a panel of keys while it is in the L1 cache
+static_assert(GROUP_ROWS % BLOCK == 0 && BLOCK % 3 == 0);
+
+constexpr int64_t words_of(int64_t num_pairs) { return num_pairs * WORDS_OF_PAIR; }
+
+// Addresses of the tokens of a block; those beyond the context are its last one (their scores are never looked at).
+inline void addresses(const bf16** token, const bf16* cache, int64_t slot_stride, const int64_t* slots, int64_t first,
+                      int64_t count, int64_t context_len) {
+    for (int64_t t = 0; t < count; ++t) token[t] = cache + slots[std::min(first + t, context_len - 1)] * slot_stride;
+}
 
 // Panels of one block of tokens: keys in two parts (the second is shared by all heads, or absent), and values.
 struct Panels {
@@ -29,22 +36,31 @@ struct Panels {
     int64_t key_pairs, shared_pairs, value_panels;
 };
 
+template <int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void clear(F32x16 (&sums)[ROWS][VECTORS]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
+    }
+}
+
 // Memory for the queries, sums and softmax of rows of some heads, and for one group's scores and probabilities.
 class Rows {
-   public:
+ public:
     void begin(int64_t num_heads, int64_t num_rows, int64_t num_pairs, int64_t value_panels, const Brgemm* brgemm) {
         brgemm_ = brgemm;
         num_rows_ = num_rows;
         num_pairs_ = num_pairs;
         width_ = value_panels * PANEL;
         const int64_t padded = (num_rows + BLOCK - 1) / BLOCK * BLOCK;
-        queries_ = q_.of<uint32_t>(num_heads * padded * num_pairs);
+        queries_ = q_.of<Word>(num_heads * padded * words_of(num_pairs));
         sums_ = o_.of<float>(num_heads * padded * width_);
         std::fill(sums_, sums_ + num_heads * padded * width_, 0.0f);
         softmax_ = m_.of<Softmax>(num_heads * padded);
         std::fill(softmax_, softmax_ + num_heads * padded, Softmax{});
         scores_ = s_.of<float>(GROUP_ROWS * KEYS);
-        p_ = p_memory_.of<bf16>(GROUP_ROWS * KEYS);
+        p_ = p_memory_.of<Probability>(GROUP_ROWS * KEYS);
         padded_ = padded;
     }
 
@@ -55,12 +71,13 @@ class Rows {
         for (int64_t row = 0; row < num_rows_; row += block_rows) {
             const int64_t count = std::min(block_rows, num_rows_ - row);
             const int64_t height = brgemm_ != nullptr ? 1 : height_of(count);
-            uint32_t* block = queries_ + (head * padded_ + row) * num_pairs_;
+            Word* block = queries_ + (head * padded_ + row) * words_of(num_pairs_);
             for (int64_t r = 0; r < height; ++r) {
                 const int64_t from = row + std::min(r, count - 1);
-                part(block + r, height, first + from * first_stride, num_first);
-                for (int64_t p = pairs_of(num_first); p < first_pairs; ++p) block[p * height + r] = 0;
-                if (num_second) part(block + first_pairs * height + r, height, second + from * second_stride, num_second);
+                pack_row(block + r, height, first + from * first_stride, num_first);
+                const int64_t end = words_of(first_pairs);
+                for (int64_t w = words_of(pairs_of(num_first)); w < end; ++w) block[w * height + r] = 0;
+                if (num_second) pack_row(block + end * height + r, height, second + from * second_stride, num_second);
             }
         }
     }
@@ -78,21 +95,15 @@ class Rows {
     void write(int64_t head, bf16* out, int64_t out_stride, int64_t num_columns) const {
         for (int64_t row = 0; row < num_rows_; ++row) {
             const float* from = sums_ + (head * padded_ + row) * width_;
-            const __m512 share = _mm512_set1_ps(1.0f / softmax_[head * padded_ + row].sum);
+            const F32x16 share = set(1.0f / softmax_[head * padded_ + row].sum);
             for (int64_t c = 0; c < num_columns; c += 16) {
-                store16(out + row * out_stride + c, _mm512_mul_ps(_mm512_loadu_ps(from + c), share),
-                        first_lanes(num_columns - c));
+                store(out + row * out_stride + c, load(from + c) * share, first_lanes(num_columns - c));
             }
         }
     }
 
-   private:
-    static int64_t height_of(int64_t rows) { return (rows + 3) / 4 * 4; }
-
-    static void part(uint32_t* to, int64_t height, const bf16* row, int64_t num_columns) {
-        for (int64_t p = 0; p < num_columns / 2; ++p) std::memcpy(to + p * height, row + 2 * p, 4);
-        if (num_columns % 2) to[num_columns / 2 * height] = row[num_columns - 1];
-    }
+ private:
+    static int64_t height_of(int64_t rows) { return (rows + BLOCK / 3 - 1) / (BLOCK / 3) * (BLOCK / 3); }
 
     void group(int64_t head, int64_t row, const Panels& panels, int64_t first_seen, int64_t num_keys, float scale) {
         const int64_t rows = std::min(GROUP_ROWS, num_rows_ - row), base = head * padded_ + row;
@@ -103,15 +114,16 @@ class Rows {
         } else {
             for_blocks(rows, [&]<int ROWS>(int64_t r, int64_t last) {
                 for (int64_t key = 0; key < seen_by(last); key += PANEL) {
-                    score<ROWS>(scores_ + r * KEYS + key, queries_ + (base + r) * num_pairs_, panels, key / PANEL);
+                    score<ROWS>(scores_ + r * KEYS + key, queries_ + (base + r) * words_of(num_pairs_), panels,
+                                key / PANEL);
                 }
             });
         }
         float shrink[GROUP_ROWS];
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t last = std::min(rows, r / BLOCK * BLOCK + BLOCK) - 1;
-            const int64_t padded = brgemm_ != nullptr ? panels_of(seen) * PANEL
-                                                      : (std::max<int64_t>(0, seen_by(last)) + 15) / 16 * 16;
+            const int64_t padded =
+                brgemm_ != nullptr ? panels_of(seen) * PANEL : (std::max<int64_t>(0, seen_by(last)) + 15) / 16 * 16;
             shrink[r] = take_scores(softmax_[base + r], scores_ + r * KEYS, seen_by(r), padded, scale, p_ + r * KEYS);
         }
         if (brgemm_ != nullptr) return group_sums(base, rows, panels, seen, shrink);
@@ -120,7 +132,8 @@ class Rows {
                 const int64_t pairs = (seen_by(last) + 1) / 2;
                 if (pairs <= 0) return;
                 sum<ROWS>(sums_ + (base + r) * width_ + panel * PANEL, shrink + r,
-                          reinterpret_cast<const uint32_t*>(p_ + r * KEYS), panels.values + panel * KEYS / 2 * PANEL, pairs);
+                          reinterpret_cast<const Word*>(p_ + r * KEYS), panels.values + panel * KEYS / 2 * PANEL,
+                          pairs);
             });
         }
     }
@@ -131,9 +144,14 @@ class Rows {
         for (int64_t r = 0; r < rows; r += BLOCK) {
             const int64_t count = std::min(BLOCK, rows - r);
             switch (height_of(count)) {
-                case 4: block.template operator()<4>(r, r + count - 1); break;
-                case 8: block.template operator()<8>(r, r + count - 1); break;
-                default: block.template operator()<12>(r, r + count - 1);
+                case BLOCK / 3:
+                    block.template operator()<BLOCK / 3>(r, r + count - 1);
+                    break;
+                case BLOCK / 3 * 2:
+                    block.template operator()<BLOCK / 3 * 2>(r, r + count - 1);
+                    break;
+                default:
+                    block.template operator()<BLOCK>(r, r + count - 1);
             }
         }
     }
@@ -142,7 +160,7 @@ class Rows {
     static int64_t whole_blocks(int64_t rows) { return (rows + BLOCK - 1) / BLOCK * BLOCK; }
 
     void group_scores(int64_t base, int64_t rows, const Panels& panels, int64_t seen) const {
-        const bf16* q = reinterpret_cast<const bf16*>(queries_ + base * num_pairs_);
+        const bf16* q = reinterpret_cast<const bf16*>(queries_ + base * words_of(num_pairs_));
         const auto add = [&](const bf16* first, const uint32_t* panel, int64_t pairs, int64_t key, bool more) {
             brgemm_->product(whole_blocks(rows), PANEL, 2 * pairs, 2 * num_pairs_, PANEL, KEYS, more, first,
                              reinterpret_cast<const bf16*>(panel), scores_ + key, true);
@@ -151,7 +169,8 @@ class Rows {
             const int64_t i = key / PANEL * PANEL;
             add(q, panels.keys + i * panels.key_pairs, panels.key_pairs, key, false);
             if (panels.shared_pairs) {
-                add(q + 2 * panels.key_pairs, panels.shared_keys + i * panels.shared_pairs, panels.shared_pairs, key, true);
+                add(q + 2 * panels.key_pairs, panels.shared_keys + i * panels.shared_pairs, panels.shared_pairs, key,
+                    true);
             }
         }
     }
@@ -159,80 +178,93 @@ class Rows {
     void group_sums(int64_t base, int64_t rows, const Panels& panels, int64_t seen, const float* shrink) const {
         float* sums = sums_ + base * width_;
         for (int64_t r = 0; r < rows; ++r) {
-            const __m512 kept = _mm512_set1_ps(shrink[r]);
+            const F32x16 kept = set(shrink[r]);
             for (int64_t c = r * width_; c < (r + 1) * width_; c += 16) {
-                _mm512_storeu_ps(sums + c, _mm512_mul_ps(_mm512_loadu_ps(sums + c), kept));
+                store(sums + c, load(sums + c) * kept);
             }
         }
         for (int64_t panel = 0; panel < panels.value_panels; ++panel) {
-            brgemm_->product(whole_blocks(rows), PANEL, panels_of(seen) * PANEL, KEYS, PANEL, width_, true, p_,
+            brgemm_->product(whole_blocks(rows), PANEL, panels_of(seen) * PANEL, KEYS, PANEL, width_, true,
+                             reinterpret_cast<const bf16*>(p_),
                              reinterpret_cast<const bf16*>(panels.values + panel * KEYS / 2 * PANEL),
                              sums + panel * PANEL, true);
         }
     }
 
     template <int ROWS>
-    static void score(float* to, const uint32_t* q, const Panels& panels, int64_t panel) {
-        __m512 low[ROWS], high[ROWS];
-        clear<ROWS>(low, high);
-        add_products<ROWS, 1, ROWS>(low, high, q, panels.keys + panel * panels.key_pairs * PANEL, panels.key_pairs);
-        if (panels.shared_pairs) {
-            add_products<ROWS, 1, ROWS>(low, high, q + panels.key_pairs * ROWS,
-                                        panels.shared_keys + panel * panels.shared_pairs * PANEL, panels.shared_pairs);
-        }
+    static void score(float* to, const Word* q, const Panels& panels, int64_t panel) {
+        for_vectors<ROWS>([&]<int VECTORS>(int first) [[gnu::always_inline]] {
+            F32x16 sums[ROWS][VECTORS];
+            clear(sums);
+            add_words<1, ROWS>(sums, q, panels.keys + panel * panels.key_pairs * PANEL, first, panels.key_pairs);
+            if (panels.shared_pairs) {
+                add_words<1, ROWS>(sums, q + words_of(panels.key_pairs) * ROWS,
+                                   panels.shared_keys + panel * panels.shared_pairs * PANEL, first,
+                                   panels.shared_pairs);
+            }
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            _mm512_storeu_ps(to + r * KEYS, low[r]);
-            _mm512_storeu_ps(to + r * KEYS + 16, high[r]);
-        }
+            for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) store(to + r * KEYS + 16 * (first + v), sums[r][v]);
+            }
+        });
     }
 
     template <int ROWS>
-    void sum(float* to, const float* shrink, const uint32_t* p, const uint32_t* values, int64_t pairs) const {
-        __m512 low[ROWS], high[ROWS];
+    void sum(float* to, const float* shrink, const Word* p, const uint32_t* values, int64_t pairs) const {
+        for_vectors<ROWS>([&]<int VECTORS>(int first) [[gnu::always_inline]] {
+            F32x16 sums[ROWS][VECTORS];
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512 kept = _mm512_set1_ps(shrink[r]);
-            low[r] = _mm512_mul_ps(_mm512_loadu_ps(to + r * width_), kept);
-            high[r] = _mm512_mul_ps(_mm512_loadu_ps(to + r * width_ + 16), kept);
-        }
-        add_products<ROWS, KEYS / 2, 1>(low, high, p, values, pairs);
+            for (int r = 0; r < ROWS; ++r) {
+                const F32x16 kept = set(shrink[r]);
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(to + r * width_ + 16 * (first + v)) * kept;
+            }
+            add_words<words_of(KEYS / 2), 1>(sums, p, values, first, pairs);
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            _mm512_storeu_ps(to + r * width_, low[r]);
-            _mm512_storeu_ps(to + r * width_ + 16, high[r]);
-        }
+            for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) store(to + r * width_ + 16 * (first + v), sums[r][v]);
+            }
+        });
     }
 
     const Brgemm* brgemm_ = nullptr;
     int64_t num_rows_ = 0, padded_ = 0, num_pairs_ = 0, width_ = 0;
-    uint32_t* queries_ = nullptr;
+    Word* queries_ = nullptr;
     float *sums_ = nullptr, *scores_ = nullptr;
     Softmax* softmax_ = nullptr;
-    bf16* p_ = nullptr;
+    Probability* p_ = nullptr;
     Scratch q_, o_, m_, s_, p_memory_;
 };
 
-// Rows [0, 32) of one panel, as the broadcast operand, times another panel: 32 rows of 32 results, stored as 16 rows of
-// pairs of rows.
-void panel_times_panel(uint32_t* pairs, const uint32_t* rows, const uint32_t* panel, int64_t num_pairs) {
-    const auto part = [&]<int ROWS>(int64_t first) [[gnu::always_inline]] {
-        __m512 low[ROWS], high[ROWS];
-        clear<ROWS>(low, high);
-        add_products<ROWS, 1, PANEL>(low, high, rows + first, panel, num_pairs);
+// ROWS rows from `first_row` on of one panel (`rows`, see as_rows), times another panel: stored as pairs of rows.
+template <int ROWS>
+void rows_times(uint32_t* pairs, const Word* rows, int64_t first_row, const uint32_t* panel, int64_t num_pairs) {
+    for_vectors<ROWS>([&]<int VECTORS>(int first) [[gnu::always_inline]] {
+        F32x16 sums[ROWS][VECTORS];
+        clear(sums);
+        add_words<1, PANEL>(sums, rows + first_row, panel, first, num_pairs);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r += 2) {
-            uint32_t* to = pairs + (first + r) / 2 * PANEL;
-            _mm512_storeu_si512(to, paired(low[r], low[r + 1]));
-            _mm512_storeu_si512(to + 16, paired(high[r], high[r + 1]));
+            uint32_t* to = pairs + (first_row + r) / 2 * PANEL;
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) store_paired(to + 16 * (first + v), sums[r][v], sums[r + 1][v]);
         }
-    };
-    part.template operator()<12>(0);
-    part.template operator()<10>(12);
-    part.template operator()<10>(22);
+    });
 }
 
-// `num_rows` rows in order, a multiple of 32, times a panel by `brgemm`: the same pairs, as one run of 16 rows for each 32.
+// All 32 rows of one panel times another panel: 16 rows of pairs of rows.
+void panel_times_panel(uint32_t* pairs, const Word* rows, const uint32_t* panel, int64_t num_pairs) {
+    constexpr int64_t WHOLE = PANEL / BLOCK - 1;  // blocks; the rest in two of even heights
+    for (int64_t b = 0; b < WHOLE; ++b) rows_times<BLOCK>(pairs, rows, b * BLOCK, panel, num_pairs);
+    constexpr int64_t REST = PANEL - WHOLE * BLOCK, FIRST = (REST / 2 + 1) / 2 * 2;
+    rows_times<FIRST>(pairs, rows, WHOLE * BLOCK, panel, num_pairs);
+    rows_times<REST - FIRST>(pairs, rows, WHOLE * BLOCK + FIRST, panel, num_pairs);
+}
+
+// `num_rows` rows in order, a multiple of 32, times a panel by `brgemm`: the same pairs, as one run of 16 rows for
+// each 32.
 void rows_times_panel(uint32_t* pairs, int64_t pairs_stride, const uint32_t* rows, int64_t num_rows,
                       const uint32_t* panel, int64_t num_pairs, const Brgemm& brgemm) {
     static thread_local Scratch memory;
@@ -242,8 +274,8 @@ void rows_times_panel(uint32_t* pairs, int64_t pairs_stride, const uint32_t* row
     for (int64_t r = 0; r < num_rows; r += 2) {
         uint32_t* to = pairs + r / PANEL * pairs_stride + r % PANEL / 2 * PANEL;
         const float* from = sums + r * PANEL;
-        _mm512_storeu_si512(to, paired(_mm512_loadu_ps(from), _mm512_loadu_ps(from + PANEL)));
-        _mm512_storeu_si512(to + 16, paired(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from + PANEL + 16)));
+        store_paired(to, load(from), load(from + PANEL));
+        store_paired(to + 16, load(from + 16), load(from + PANEL + 16));
     }
 }
 
@@ -260,14 +292,12 @@ void unpack(uint32_t* rows, const uint32_t* panels, int64_t num_panels, int64_t 
 // Latent attention of `num_rows` rows, the last of a context of `context_len` tokens in `slots`: per head
 // softmax(scale (q_nope k^T + q_pe k_pe^T)) v with keys and values expanded from the latents by `w_uk` and `w_uv`
 // (panels of 32 outputs, `rank` inputs, one head after the other). Strides count numbers.
-NARROWS_EXPORT void narrows_mla_prefill(bf16* out, int64_t out_row, const bf16* q_nope, int64_t nope_row,
-                                        int64_t nope_head, const bf16* q_pe, int64_t pe_row, int64_t pe_head,
-                                        const bf16* cache, int64_t slot_stride, const int64_t* slots,
-                                        int64_t context_len, int64_t num_rows, const uint32_t* w_uk,
-                                        const uint32_t* w_uv, int64_t num_heads, int64_t key_dim, int64_t rope_dim,
-                                        int64_t rank, int64_t value_dim, float scale, int num_threads,
-                                        const Brgemm* brgemm) {
-    NARROWS_NOT_TAPED
+void mla_prefill(bf16* out, int64_t out_row, const bf16* q_nope, int64_t nope_row, int64_t nope_head, const bf16* q_pe,
+                 int64_t pe_row, int64_t pe_head, const bf16* cache, int64_t slot_stride, const int64_t* slots,
+                 int64_t context_len, int64_t num_rows, const uint32_t* w_uk, const uint32_t* w_uv, int64_t num_heads,
+                 int64_t key_dim, int64_t rope_dim, int64_t rank, int64_t value_dim, float scale, int num_threads,
+                 const Brgemm* brgemm) {
+    if (!TAKES_BRGEMM) brgemm = nullptr;
     static thread_local Scratch latent_memory, rope_memory, order_memory;
     const int64_t num_panels = panels_of(context_len), rank_pairs = pairs_of(rank), rope_pairs = pairs_of(rope_dim);
     const int64_t key_panels = panels_of(key_dim), value_panels = panels_of(value_dim);
@@ -293,7 +323,8 @@ NARROWS_EXPORT void narrows_mla_prefill(bf16* out, int64_t out_row, const bf16* 
         uint32_t* keys = key_memory.of<uint32_t>(KEYS * key_pairs);
         uint32_t* values = value_memory.of<uint32_t>(KEYS / 2 * value_panels * PANEL);
         rows.begin(1, num_rows, key_pairs + rope_pairs, value_panels, brgemm);
-        rows.queries(0, q_nope + head * nope_head, nope_row, key_dim, key_pairs, q_pe + head * pe_head, pe_row, rope_dim);
+        rows.queries(0, q_nope + head * nope_head, nope_row, key_dim, key_pairs, q_pe + head * pe_head, pe_row,
+                     rope_dim);
         const uint32_t* head_uk = w_uk + head * key_panels * rank_pairs * PANEL;
         const uint32_t* head_uv = w_uv + head * value_panels * rank_pairs * PANEL;
         uint32_t* uk_rows = nullptr;
@@ -314,14 +345,16 @@ NARROWS_EXPORT void narrows_mla_prefill(bf16* out, int64_t out_row, const bf16* 
                 return;
             }
             for (int64_t d = 0; d < key_panels; ++d) {
+                const Word* rows_d = as_rows(head_uk + d * rank_pairs * PANEL, rank_pairs);
                 for (int64_t t = 0; t < blocks; ++t) {
-                    panel_times_panel(keys + (t * key_pairs + d * PANEL / 2) * PANEL, head_uk + d * rank_pairs * PANEL,
+                    panel_times_panel(keys + (t * key_pairs + d * PANEL / 2) * PANEL, rows_d,
                                       block + t * rank_pairs * PANEL, rank_pairs);
                 }
             }
-            for (int64_t v = 0; v < value_panels; ++v) {
-                for (int64_t t = 0; t < blocks; ++t) {
-                    panel_times_panel(values + (v * KEYS / 2 + t * PANEL / 2) * PANEL, block + t * rank_pairs * PANEL,
+            for (int64_t t = 0; t < blocks; ++t) {
+                const Word* rows_t = as_rows(block + t * rank_pairs * PANEL, rank_pairs);
+                for (int64_t v = 0; v < value_panels; ++v) {
+                    panel_times_panel(values + (v * KEYS / 2 + t * PANEL / 2) * PANEL, rows_t,
                                       head_uv + v * rank_pairs * PANEL, rank_pairs);
                 }
             }
@@ -352,13 +385,12 @@ NARROWS_EXPORT void narrows_mla_prefill(bf16* out, int64_t out_row, const bf16* 
 
 // Attention of `num_rows` rows, the last of a context of `context_len` tokens in `slots`, over keys and values in their
 // caches: query head n reads key/value head kv_of[n]. Heads that read the same one stand side by side in `kv_of`.
-NARROWS_EXPORT void narrows_gqa_prefill(bf16* out, int64_t out_row, int64_t out_head, const bf16* q, int64_t q_row,
-                                        int64_t q_head, const bf16* key_cache, int64_t key_slot, int64_t key_head,
-                                        const bf16* value_cache, int64_t value_slot, int64_t value_head,
-                                        const int64_t* slots, int64_t context_len, int64_t num_rows,
-                                        const int32_t* kv_of, int64_t num_heads, int64_t key_dim, int64_t value_dim,
-                                        float scale, int num_threads, const Brgemm* brgemm) {
-    NARROWS_NOT_TAPED
+void gqa_prefill(bf16* out, int64_t out_row, int64_t out_head, const bf16* q, int64_t q_row, int64_t q_head,
+                 const bf16* key_cache, int64_t key_slot, int64_t key_head, const bf16* value_cache, int64_t value_slot,
+                 int64_t value_head, const int64_t* slots, int64_t context_len, int64_t num_rows, const int32_t* kv_of,
+                 int64_t num_heads, int64_t key_dim, int64_t value_dim, float scale, int num_threads,
+                 const Brgemm* brgemm) {
+    if (!TAKES_BRGEMM) brgemm = nullptr;
     const int64_t key_pairs = pairs_of(key_dim), value_panels = panels_of(value_dim);
     // Heads [first, stop) that read one key/value head.
     const auto heads_of = [&](int64_t first, int64_t stop) {
@@ -411,4 +443,5 @@ NARROWS_EXPORT void narrows_gqa_prefill(bf16* out, int64_t out_row, int64_t out_
         heads_of(head, stop);
     }
 }
-#endif
+
+}  // namespace narrows::NARROWS_TARGET

@@ -1,11 +1,9 @@
 // Products with packed weights against loops over single numbers; the memory that kernels keep.
-#include "gemm.cpp"
-
+#include "kernels/scratch.h"
 #include "weights.h"
 
 using namespace testing;
 
-#ifdef NARROWS_GEMM
 namespace {
 
 // x, a weight and a bias of whole numbers: sums are exact, so results have to be right to the bit in any order. Rows of
@@ -19,10 +17,10 @@ void check_linear(int kind, int64_t num_rows, int64_t num_outputs, int64_t num_i
     Buffer<Out> out(span(num_rows, out_stride, num_outputs));
     fill_whole(x, random), fill_whole(bias, random);
     for (int64_t t = 0; t < num_rows && num_inputs; ++t)
-        x[t * x_stride + num_inputs / 2] = stored<bf16>(kind == NARROWS_INT8 ? 127 : 2);
+        x[t * x_stride + num_inputs / 2] = stored<bf16>(kind == INT8 ? 127 : 2);
     Weights weight(1, num_outputs, num_inputs, kind, false, random);
     const auto product = [&] {
-        narrows_linear(out.data(), out_stride, x.data(), x_stride, kind, weight.panels(), weight.scales(), bias.data(),
+        call::linear(out.data(), out_stride, x.data(), x_stride, kind, weight.panels(), weight.scales(), bias.data(),
                        num_rows, num_outputs, num_inputs, sizeof(Out) == 4, threads, brgemm);
     };
     product();
@@ -31,7 +29,7 @@ void check_linear(int kind, int64_t num_rows, int64_t num_outputs, int64_t num_i
             float sum = with_bias ? to_float(bias[o]) : 0.0f;
             for (int64_t k = 0; k < num_inputs; ++k) sum += to_float(x[t * x_stride + k]) * weight.at(0, o, k);
             const float got = to_float(out[t * out_stride + o]), want = to_float(stored<Out>(sum));
-            CHECK(kind == NARROWS_INT8 ? near(got, want, 0.01) : got == want, kind, num_rows, num_outputs, num_inputs,
+            CHECK(kind == INT8 ? near(got, want, 0.01) : got == want, kind, num_rows, num_outputs, num_inputs,
                   t, o);
         }
     }
@@ -53,8 +51,8 @@ TEST_AT_EDGES(linear_of_odd_shapes) {
 
 TEST_AT_EDGES(linear_by_another_library) {
     for (const int64_t num_rows : {15, 16, 29}) {
-        check_linear<bf16>(NARROWS_BF16, num_rows, 47, 31, 1, true, &plain_brgemm);
-        check_linear<float>(NARROWS_BF16, num_rows, 40, 32, 2, false, &plain_brgemm);
+        check_linear<bf16>(BF16_WEIGHT, num_rows, 47, 31, 1, true, &plain_brgemm);
+        check_linear<float>(BF16_WEIGHT, num_rows, 40, 32, 2, false, &plain_brgemm);
     }
 }
 
@@ -79,7 +77,7 @@ TEST_AT_EDGES(linear_of_few_rows_and_a_plain_weight) {
                 fill_whole(x, random), fill_whole(weight, random), fill_whole(bias, random);
                 const bf16* given_bias = threads == 1 ? bias.data() : nullptr;
                 const auto product = [&, outputs = outputs, inputs = inputs] {
-                    narrows_linear_few(out.data(), out_stride, x.data(), x_stride, weight.data(), given_bias, num_rows,
+                    call::linear_few(out.data(), out_stride, x.data(), x_stride, weight.data(), given_bias, num_rows,
                                        outputs, inputs, threads);
                 };
                 product();
@@ -108,7 +106,7 @@ TEST_AT_EDGES(gates_and_ups) {
                 Weights weight(1, 2 * inner, inputs, kind, true, random, 0.125f);
                 const Brgemm* brgemm = num_rows == 18 ? &plain_brgemm : nullptr;
                 const auto product = [&, inner = inner, inputs = inputs] {
-                    narrows_gate_up(out.data(), stride, x.data(), inputs, kind, weight.panels(), weight.scales(),
+                    call::gate_up(out.data(), stride, x.data(), inputs, kind, weight.panels(), weight.scales(),
                                     bias.data(), num_rows, inner, inputs, num_rows == 13 ? 2 : 1, brgemm);
                 };
                 product();
@@ -133,33 +131,31 @@ TEST(packing_is_not_replayed) {
     Buffer<uint32_t> panels(32);
     Buffer<bf16> row(2);
     Buffer<int8_t> codes(4);
-    check_not_replayed([&] { narrows_gemm_pack(panels.data(), row.data(), 2, 0, 1, 2, -1); });
-    check_not_replayed([&] { narrows_gemm_pack_int8(panels.data(), codes.data(), 4, 0, 1, 4, -1); });
+    check_not_replayed([&] { call::gemm_pack(panels.data(), row.data(), 2, 0, 1, 2, -1); });
+    check_not_replayed([&] { call::gemm_pack_int8(panels.data(), codes.data(), 4, 0, 1, 4, -1); });
 }
 
 TEST(rows_of_int8_that_are_not_finite) {
-    if (!narrows_int8()) return;
     Random random;
     const int64_t num_inputs = 40, num_outputs = 32;
-    Weights weight(1, num_outputs, num_inputs, NARROWS_INT8, false, random);
+    Weights weight(1, num_outputs, num_inputs, INT8, false, random);
     Buffer<bf16> x(3 * num_inputs);
     Buffer<float> out(3 * num_outputs);
     for (bf16& value : x) value = stored<bf16>(1.0f);
     for (int64_t k = 0; k < 4; ++k) x[k] = stored<bf16>(NAN), x[num_inputs + k] = stored<bf16>(INFINITY);
-    narrows_linear(out.data(), num_outputs, x.data(), num_inputs, NARROWS_INT8, weight.panels(), weight.scales(),
+    call::linear(out.data(), num_outputs, x.data(), num_inputs, INT8, weight.panels(), weight.scales(),
                    nullptr, 3, num_outputs, num_inputs, 1, 1, nullptr);
     for (int64_t o = 0; o < num_outputs; ++o)
         CHECK(std::isnan(out[o]) && !std::isfinite(out[num_outputs + o]) && std::isfinite(out[2 * num_outputs + o]), o);
 }
 
 TEST(scratch_is_nobody_elses_and_says_when_there_is_no_memory) {
-    static_assert(!std::is_copy_constructible_v<Scratch> && !std::is_copy_assignable_v<Scratch>);
-    Scratch scratch;
+    static_assert(!std::is_copy_constructible_v<narrows::Scratch> && !std::is_copy_assignable_v<narrows::Scratch>);
+    narrows::Scratch scratch;
     char* const memory = scratch.of<char>(100);
     CHECK(uintptr_t(memory) % 64 == 0);
     std::memset(memory, 1, 128);
     CHECK(scratch.of<char>(0) != nullptr && scratch.of<char>(90) == memory);
-    CHECK(Scratch().of<float>(0) != nullptr);
+    CHECK(narrows::Scratch().of<float>(0) != nullptr);
     CHECK(aborts_saying("no memory for", [&] { scratch.of<char>(int64_t(1) << 60)[0] = 1; }));
 }
-#endif

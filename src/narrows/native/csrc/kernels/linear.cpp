@@ -1,32 +1,13 @@
-// Products of bf16 rows with a packed weight (gemm.h says how): a linear layer, and gate and up with their activation.
-#include "gemm_int8.h"
-
+// Products of bf16 rows with a packed weight (products.h says how): a linear layer, and gate and up with their
+// activation.
 #include <omp.h>
 
-#include "export.h"
-#include "tape.h"
+#include <algorithm>
+#include <cstring>
 
-// 1 where products with packed weights are compiled for this CPU, else 0 (and then nothing else here may be called).
-NARROWS_EXPORT int narrows_gemm() {
-#ifdef NARROWS_GEMM
-    return 1;
-#else
-    return 0;
-#endif
-}
+#include "kernels/products.h"
 
-// 1 where products with int8 weights are compiled for this CPU too.
-NARROWS_EXPORT int narrows_int8() {
-#ifdef NARROWS_GEMM_INT8
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-#ifdef NARROWS_GEMM
-using namespace narrows;
-
+namespace narrows::NARROWS_TARGET {
 namespace {
 
 // Puts rows [first, first + num_rows) of a weight into its panels, `INPUTS` numbers to a word of 4 bytes.
@@ -46,7 +27,8 @@ void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t
                 const Number* x = source + (r - first) * stride;
                 for (int64_t p = from; p < until; ++p) {
                     uint32_t word = 0;
-                    std::memcpy(&word, x + INPUTS * p, std::min<int64_t>(INPUTS, num_inputs - INPUTS * p) * sizeof(Number));
+                    std::memcpy(&word, x + INPUTS * p,
+                                std::min<int64_t>(INPUTS, num_inputs - INPUTS * p) * sizeof(Number));
                     panel[p * PANEL + r - row] = word ^ flip;
                 }
             }
@@ -59,16 +41,14 @@ void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t
 
 // Puts rows [first, first + num_rows) of a bf16 weight into its panels, source [num_rows, num_inputs] with row stride
 // `stride`. `half`: panels hold 16 gates and 16 ups; this is a part of the gates (0) or the ups (1); -1: plain panels.
-NARROWS_EXPORT void narrows_gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first,
-                                      int64_t num_rows, int64_t num_inputs, int64_t half) {
-    NARROWS_NOT_TAPED
+void gemm_pack(uint32_t* panels, const bf16* source, int64_t stride, int64_t first, int64_t num_rows,
+               int64_t num_inputs, int64_t half) {
     pack_weight<2>(panels, source, stride, first, num_rows, num_inputs, half, 0);
 }
 
-// The same for a weight of int8, whose panels hold 128 more (gemm_int8.h).
-NARROWS_EXPORT void narrows_gemm_pack_int8(uint32_t* panels, const int8_t* source, int64_t stride, int64_t first,
-                                           int64_t num_rows, int64_t num_inputs, int64_t half) {
-    NARROWS_NOT_TAPED
+// The same for a weight of int8, whose panels hold 128 more (products.h).
+void gemm_pack_int8(uint32_t* panels, const int8_t* source, int64_t stride, int64_t first, int64_t num_rows,
+                    int64_t num_inputs, int64_t half) {
     pack_weight<4>(panels, source, stride, first, num_rows, num_inputs, half, 0x80808080);
 }
 
@@ -94,8 +74,9 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
         const int64_t base = blocks.start(first);
         for (int64_t b = first + thread; b < stop; b += threads) {
             const int64_t start = blocks.start(b);
-            Kind::pack(packed + (start - base) * row_words, [&](int64_t r) { return x + (start + r) * stride; },
-                       blocks.start(b + 1) - start, num_inputs, brgemm != nullptr);
+            Kind::pack(
+                packed + (start - base) * row_words, [&](int64_t r) { return x + (start + r) * stride; },
+                blocks.start(b + 1) - start, num_inputs, brgemm != nullptr);
         }
     };
     const auto multiply = [&](const uint32_t* packed, int64_t first, int64_t stop, int thread, int threads) {
@@ -132,22 +113,23 @@ void for_chunks(const bf16* x, int64_t stride, int64_t num_rows, int64_t num_inp
 }
 
 template <typename Kind, typename Out>
-void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight, const bf16* bias,
-            int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
+void multiply_rows(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight,
+                   const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int num_threads,
+                   const Brgemm* brgemm) {
     const Blocks blocks(num_rows, Kind::MOST_ROWS);
     const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
         for (; panel < last; ++panel) {
             const int64_t column = panel * PANEL;
-            const __mmask16 here = first_lanes(num_outputs - column);
-            const __mmask16 next = first_lanes(num_outputs - column - 16);
-            __m512 b0 = _mm512_setzero_ps(), b1 = b0;
-            if (bias != nullptr) b0 = load16(bias + column, here), b1 = load16(bias + column + 16, next);
-            panel_product<Kind>(packed, blocks, first, stop, weight, panel, num_inputs, brgemm,
-                                [&](int64_t row, __m512 low, __m512 high) {
-                                    Out* to = out + row * out_stride + column;
-                                    store16(to, _mm512_add_ps(low, b0), here);
-                                    store16(to + 16, _mm512_add_ps(high, b1), next);
-                                });
+            const Lanes here = first_lanes(num_outputs - column);
+            const Lanes next = first_lanes(num_outputs - column - 16);
+            F32x16 b0 = zero(), b1 = b0;
+            if (bias != nullptr) b0 = load(bias + column, here), b1 = load(bias + column + 16, next);
+            Kind::product(packed, blocks, first, stop, weight, panel, num_inputs, brgemm,
+                          [&](int64_t row, F32x16 low, F32x16 high) {
+                              Out* to = out + row * out_stride + column;
+                              store(to, low + b0, here);
+                              store(to + 16, high + b1, next);
+                          });
         }
     };
     for_chunks<Kind>(x, x_stride, num_rows, num_inputs, panels_of(num_outputs), num_threads, brgemm, product);
@@ -156,23 +138,21 @@ void linear(Out* out, int64_t out_stride, const bf16* x, int64_t x_stride, const
 }  // namespace
 
 // out[t] = x[t] weight^T + bias, summed in float32, rounded once; `wide`: out is float32, not rounded. Strides in
-// elements. bias may be null, and so may brgemm (gemm.h), which is for bf16 alone. `kind` of weight: gemm_int8.h;
+// elements. bias may be null, and so may brgemm (kernels.h), which is for bf16 alone. `kind` of weight: products.h;
 // `scales`: of int8, for whole panels.
-NARROWS_EXPORT void narrows_linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
-                                   const uint32_t* panels, const float* scales, const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
-                                   int wide, int num_threads, const Brgemm* brgemm) {
-    NARROWS_TAPED(narrows_linear(out, out_stride, x, x_stride, kind, panels, scales, bias, num_rows,
-                                 num_outputs, num_inputs, wide, num_threads, brgemm));
+void linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind, const uint32_t* panels,
+            const float* scales, const bf16* bias, int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int wide,
+            int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
-    if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
+    if (num_rows < MANY || kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
     const Packed weight{panels, scales};
     with_kind(kind, [&]<typename Kind>(Kind) {
         if (wide) {
-            linear<Kind>(static_cast<float*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
-                         num_inputs, num_threads, brgemm);
+            multiply_rows<Kind>(static_cast<float*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
+                                num_inputs, num_threads, brgemm);
         } else {
-            linear<Kind>(static_cast<bf16*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
-                         num_inputs, num_threads, brgemm);
+            multiply_rows<Kind>(static_cast<bf16*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
+                                num_inputs, num_threads, brgemm);
         }
     });
 }
@@ -183,40 +163,37 @@ namespace {
 template <int ROWS>
 void few_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const bf16* weight, const bf16* bias,
               int64_t first, int64_t stop, int64_t num_inputs) {
-    constexpr int AT_ONCE = 4;
+    constexpr int AT_ONCE = OUTPUTS_AT_ONCE<ROWS>;
     for (; first < stop; first += AT_ONCE) {
         const int64_t here = std::min<int64_t>(AT_ONCE, stop - first);
         const bf16* w[AT_ONCE];
         for (int o = 0; o < AT_ONCE; ++o) w[o] = weight + (first + std::min<int64_t>(o, here - 1)) * num_inputs;
-        __m512 sum[ROWS][AT_ONCE];
+        F32x16 sum[ROWS][AT_ONCE];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-            for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = _mm512_setzero_ps();
+            for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = zero();
         }
         const auto step = [&](int64_t k, auto load) {
-            __m512bh column[AT_ONCE];
+            Numbers column[AT_ONCE];
 #pragma GCC unroll 4
             for (int o = 0; o < AT_ONCE; ++o) column[o] = load(w[o] + k);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
-                const __m512bh value = load(x + r * x_stride + k);
+                const Numbers value = load(x + r * x_stride + k);
 #pragma GCC unroll 4
-                for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], value, column[o]);
+                for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = add_dot(sum[r][o], value, column[o]);
             }
         };
         int64_t k = 0;
-        for (; k + 32 <= num_inputs; k += 32) {
-            step(k, [](const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); });
-            _mm_prefetch(w[AT_ONCE - 1] + k + 4 * num_inputs, _MM_HINT_T0);
+        for (; k + NUMBERS <= num_inputs; k += NUMBERS) {
+            step(k, [](const bf16* p) { return load_numbers(p); });
+            fetch_near(w[AT_ONCE - 1] + k + AT_ONCE * num_inputs);
         }
-        if (k < num_inputs) {
-            const __mmask32 left = (1u << (num_inputs - k)) - 1;
-            step(k, [&](const bf16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(left, p); });
-        }
+        if (k < num_inputs) step(k, [&](const bf16* p) { return load_numbers(p, num_inputs - k); });
         for (int r = 0; r < ROWS; ++r) {
             for (int64_t o = 0; o < here; ++o) {
-                const float y = _mm512_reduce_add_ps(sum[r][o]) + (bias == nullptr ? 0.0f : to_float(bias[first + o]));
+                const float y = reduce_sum(sum[r][o]) + (bias == nullptr ? 0.0f : to_float(bias[first + o]));
                 out[r * out_stride + first + o] = to_bf16(y);
             }
         }
@@ -227,16 +204,15 @@ void few_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, co
 
 // As narrows_linear, of a plain weight [num_outputs, num_inputs] without gaps and at most 4 rows: for a weight that
 // has to stay as it is (an embedding that is also the head).
-NARROWS_EXPORT void narrows_linear_few(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride,
-                                       const bf16* weight, const bf16* bias, int64_t num_rows, int64_t num_outputs,
-                                       int64_t num_inputs, int num_threads) {
-    NARROWS_TAPED(narrows_linear_few(out, out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
-                                     num_inputs, num_threads));
+void linear_few(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const bf16* weight, const bf16* bias,
+                int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int num_threads) {
     const auto work = [&](int64_t thread, int64_t threads) {
         const int64_t first = thread * num_outputs / threads, stop = (thread + 1) * num_outputs / threads;
         switch (num_rows) {
-#define CASE(N) \
-    case N: few_rows<N>(out, out_stride, x, x_stride, weight, bias, first, stop, num_inputs); break;
+#define CASE(N)                                                                           \
+    case N:                                                                               \
+        few_rows<N>(out, out_stride, x, x_stride, weight, bias, first, stop, num_inputs); \
+        break;
             CASE(1) CASE(2) CASE(3) CASE(4)
 #undef CASE
         }
@@ -249,20 +225,21 @@ NARROWS_EXPORT void narrows_linear_few(bf16* out, int64_t out_stride, const bf16
 namespace {
 
 template <typename Kind>
-void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight, const bf16* bias,
-             int64_t num_rows, int64_t num_inner, int64_t num_inputs, int num_threads, const Brgemm* brgemm) {
+void activate_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const Packed& weight,
+                   const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs, int num_threads,
+                   const Brgemm* brgemm) {
     const Blocks blocks(num_rows, Kind::MOST_ROWS);
     const auto product = [&](int64_t first, int64_t stop, const uint32_t* packed, int64_t panel, int64_t last) {
         for (; panel < last; ++panel) {
             const int64_t column = panel * PANEL / 2;
-            const __mmask16 here = first_lanes(num_inner - column);
-            __m512 b0 = _mm512_setzero_ps(), b1 = b0;
-            if (bias != nullptr) b0 = load16(bias + column, here), b1 = load16(bias + num_inner + column, here);
-            panel_product<Kind>(packed, blocks, first, stop, weight, panel, num_inputs, brgemm,
-                                [&](int64_t row, __m512 low, __m512 high) {
-                                    const __m512 y = silu_mul16(_mm512_add_ps(low, b0), _mm512_add_ps(high, b1));
-                                    store16(out + row * out_stride + column, y, here);
-                                });
+            const Lanes here = first_lanes(num_inner - column);
+            F32x16 b0 = zero(), b1 = b0;
+            if (bias != nullptr) b0 = load(bias + column, here), b1 = load(bias + num_inner + column, here);
+            Kind::product(packed, blocks, first, stop, weight, panel, num_inputs, brgemm,
+                          [&](int64_t row, F32x16 low, F32x16 high) {
+                              const F32x16 y = silu_mul(low + b0, high + b1);
+                              store(out + row * out_stride + column, y, here);
+                          });
         }
     };
     for_chunks<Kind>(x, x_stride, num_rows, num_inputs, panels_of(2 * num_inner), num_threads, brgemm, product);
@@ -272,16 +249,15 @@ void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, con
 
 // out[t] = silu(gate x[t] + bias) * (up x[t] + bias), in float32, rounded once; out [num_rows, num_inner] and bias
 // [gates, then ups] or null. The weight as in narrows_linear.
-NARROWS_EXPORT void narrows_gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind,
-                                    const uint32_t* panels, const float* scales, const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs,
-                                    int num_threads, const Brgemm* brgemm) {
-    NARROWS_TAPED(narrows_gate_up(out, out_stride, x, x_stride, kind, panels, scales, bias, num_rows, num_inner,
-                                  num_inputs, num_threads, brgemm));
+void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int kind, const uint32_t* panels,
+             const float* scales, const bf16* bias, int64_t num_rows, int64_t num_inner, int64_t num_inputs,
+             int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
-    if (num_rows < MANY || kind != NARROWS_BF16) brgemm = nullptr;
+    if (num_rows < MANY || kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
     with_kind(kind, [&]<typename Kind>(Kind) {
-        gate_up<Kind>(out, out_stride, x, x_stride, {panels, scales}, bias, num_rows, num_inner, num_inputs,
-                      num_threads, brgemm);
+        activate_rows<Kind>(out, out_stride, x, x_stride, {panels, scales}, bias, num_rows, num_inner, num_inputs,
+                            num_threads, brgemm);
     });
 }
-#endif
+
+}  // namespace narrows::NARROWS_TARGET

@@ -1,0 +1,35 @@
+"""What runs on a lesser CPU, on this one: models against transformers with the kernels of each other target.
+
+The tests of this folder run on the best target that the CPU has; here some of them run again, in a process of its own
+for each target. Kernels alone are tested for all targets in tests/native.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from narrows.native import kernels, targets
+
+HERE = Path(__file__).parent
+RUNNING = kernels()
+OTHERS = [target.name for target in targets() if not target.missing and RUNNING and target.name != RUNNING.target]
+AGAIN = ("test_features_against_transformers.py::test_bfloat16_stays_close", "test_ops_packed.py", "test_ops_int8.py")
+
+
+@pytest.mark.skipif(not OTHERS, reason="no other target runs here")
+@pytest.mark.parametrize("target", OTHERS)
+def test_models_stay_close_to_transformers_on_every_target(target: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *(str(HERE / test) for test in AGAIN)],
+        env={**os.environ, "NARROWS_TARGET": target},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
