@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from narrows.sched import line, scheduler
+from narrows.sched import queue, scheduler
 from narrows.sched.admission import Place, choose_place
 from narrows.sched.batch import Batch
 from narrows.sched.chunks import next_rows
 from narrows.sched.limits import Limits
-from narrows.sched.line import Line
 from narrows.sched.pages import PagePool
+from narrows.sched.queue import WaitingQueue
 from narrows.sched.request import Request
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import Outcome, simulate
@@ -81,7 +81,7 @@ def _choose(monkeypatch: pytest.MonkeyPatch, key: Callable[[Place, Sequence[Requ
         ]
         return min(places, key=lambda place: (*key(place, running[place.group]), place.group), default=None)
 
-    monkeypatch.setattr(line, "choose_place", choose)
+    monkeypatch.setattr(queue, "choose_place", choose)
 
 
 def to_the_fewest_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,12 +109,12 @@ def rows_by_turn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def left(ahead: Sequence[int], groups: Iterable[int], budget: int) -> bool:
         return sum(ahead) < budget
 
-    monkeypatch.setattr(scheduler, "deal_rows", deal)
-    monkeypatch.setattr(line, "has_row_left", left)
+    monkeypatch.setattr(scheduler, "share_rows", deal)
+    monkeypatch.setattr(queue, "has_row_left", left)
 
 
 def everybody_waits_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def admit(self: Line, budget: int) -> None:
+    def admit(self: WaitingQueue, budget: int) -> None:
         places = self._places
         while (found := self._next(budget, range(places.limits.num_groups), ())) is not None:
             place = choose_place(found[0], places.pools, places.running, places.limits)
@@ -122,7 +122,7 @@ def everybody_waits_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
                 return
             places.place(found[0], place)
 
-    monkeypatch.setattr(Line, "admit", admit)
+    monkeypatch.setattr(WaitingQueue, "admit", admit)
 
 
 # -- the threads -------------------------------------------------------------------------------------------------------

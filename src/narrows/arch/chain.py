@@ -1,7 +1,6 @@
-"""From a model to its chain of stages: what the planner reads and what `models` executes, name for name.
+"""Builds a model's chain of stages, which the planner reads and `models` executes, name for name.
 
-Knows how each family's layer is built and what each stage costs in FLOPs and bytes on the largest rank of a mesh.
-Knows nothing of prices or of which layouts are chosen. A DeepSeek decoder layer reads:
+Each stage has its FLOPs and bytes on the largest rank of a mesh. A DeepSeek decoder layer reads:
 
     input_norm        norm     hidden (+ residual) -> hidden, residual
     qkv_a_proj        row      hidden -> qkv_latent              [q_lora_rank + kv_lora_rank + qk_rope_head_dim]
@@ -15,8 +14,8 @@ Knows nothing of prices or of which layouts are chosen. A DeepSeek decoder layer
 Without ``q_lora_rank`` (DeepSeek-V2-Lite) queries come from ``hidden`` itself, so attention reads that too. Layers with
 grouped-query attention have neither ``qkv_a_proj`` nor ``latent_norm``: attention reads ``hidden``.
 
-Nothing after the last layer's attention looks at other rows of a sequence, so that those stages may run on the rows
-alone whose logits are asked for: the last layer is a type of its own.
+After the attention of the last layer no stage looks at other rows of a sequence. Those stages may run only on the rows
+whose logits are needed, so the last layer is a layer type of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def build_chain(
             planner may also send only each shard's best token.
 
     Raises:
-        ConfigError: the model's units cannot be dealt to the mesh (see :func:`check_mesh`).
+        ConfigError: the model's units cannot be split over the mesh (see :func:`check_mesh`).
     """
     check_mesh(config, mesh)
     builder = _Builder(config, mesh, sharding or WeightSharding(), itemsize)

@@ -1,4 +1,4 @@
-"""From a ``config.json`` to a :class:`~narrows.arch.model.ModelConfig`: ``configs/`` has one schema per family."""
+"""Reads a ``config.json`` into a :class:`~narrows.arch.model.ModelConfig`; ``configs/`` has one schema per family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds a model's ``config.json``, or says what is there instead of one."""
+"""Finds the ``config.json`` of a model, and says in the error what is there instead."""
 
 from __future__ import annotations
 

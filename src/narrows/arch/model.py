@@ -1,7 +1,6 @@
-"""What a model is, in numbers: the frozen form of a Hugging Face ``config.json`` that everything else reads.
+"""A model's dimensions: the frozen form of a Hugging Face ``config.json`` that all other code reads.
 
-Field names are kept as they stand in ``config.json`` (transformers 4 and 5), so that a reader can put the two side by
-side. ``configs/`` makes one from a file.
+Field names are those of ``config.json`` (transformers 4 and 5). ``configs/`` makes one from a file.
 """
 
 from __future__ import annotations

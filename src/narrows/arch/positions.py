@@ -1,4 +1,4 @@
-"""How far a model's positions reach, and which prompts are rotated alike."""
+"""How many positions a model has, and which prompts are rotated alike."""
 
 from __future__ import annotations
 

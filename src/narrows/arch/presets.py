@@ -1,6 +1,6 @@
-"""Models by name, so that `narrows plan` needs no checkpoint: the rows of the dimension table of the public configs.
+"""Models by name, so that `narrows plan` needs no checkpoint: the dimensions in their public configs.
 
-Only what prices need is exact here (dimensions, layer counts, routing); tokens and rope are the defaults of a family.
+Only what prices need is exact here (dimensions, layer counts, routing). Tokens and rope are the defaults of a family.
 """
 
 from __future__ import annotations

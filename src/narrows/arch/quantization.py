@@ -1,4 +1,4 @@
-"""Whether a checkpoint's way of storing weights is read here: one answer for whoever plans it and whoever loads it."""
+"""Whether narrows reads the way in which a checkpoint stores its weights: one answer for planner and loader."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Stages, fields and work: the vocabulary in which a model is described to the planner.
 
-Knows layouts and plain numbers; not models, prices or torch. Widths and weight shapes inside ``work`` are those of the
-rank with the largest share, because a step lasts as long as its slowest rank.
+Widths and weight shapes inside ``work`` are those of the rank with the largest share, because a step lasts as long as
+its slowest rank.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Gemm:
 class GroupedGemm:
     """``rows * pairs_per_row`` rows spread over ``experts`` weight matrices of ``k x n`` held on the rank.
 
-    ``ranks``: to how many whole experts are dealt. Then ``pairs_per_row`` is the even share, and the fullest rank's are
+    ``ranks``: how many hold whole experts. Then ``pairs_per_row`` is the even share, and the fullest rank's are
     for who prices to count; 1: each rank has a part of every expert, and all get the same.
     """
 
@@ -171,11 +171,11 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Element-wise work that moves this many bytes per row. ``dealt_bytes`` more go with the pairs of whole experts
+    """Element-wise work that moves this many bytes per row. ``uneven_bytes`` more go with the pairs of whole experts
     (see :class:`GroupedGemm`): per row if those were even."""
 
     row_bytes: float
-    dealt_bytes: float = 0.0
+    uneven_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

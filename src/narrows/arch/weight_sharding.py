@@ -39,7 +39,7 @@ class WeightSharding:
     shared_expert: str = "sharded"
     """``sharded``: split over the world beside the experts; ``replicated``: a row stage whose output is joined."""
     experts: str = "split"
-    """``split``: every expert's intermediate size split over the world; ``whole``: whole experts dealt to ranks."""
+    """``split``: every expert's intermediate size split over the world; ``whole``: each rank has whole experts."""
 
     def __str__(self) -> str:
         return (
@@ -113,7 +113,7 @@ def kv_head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuse a mesh that the model's whole units cannot be dealt to.
+    """Refuse a mesh that the model's whole units cannot be split over.
 
     Raises:
         ConfigError: with the numbers, and meshes of the same size that work.

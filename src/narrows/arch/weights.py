@@ -1,7 +1,6 @@
-"""Which slices of which checkpoint tensors a rank holds: one truth for the price of memory and for the loader.
+"""The slices of checkpoint tensors that each rank holds, for the price of memory and for the loader.
 
-Names are the checkpoint's (Hugging Face's). No file is opened. A rank's slice is a span along one dimension,
-or whole experts, or everything.
+Names are those of the checkpoint (Hugging Face's). A slice is a span along one dimension, whole experts, or everything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prices one collective: seconds by device, operation, ranks and bytes. Knows nothing of layouts, rows or padding.
+"""Prices one collective: seconds by device, operation, ranks and bytes.
 
 An all-reduce is NOT a reduce-scatter plus an all-gather in time: on NVSwitch machines it is faster than that pair at
 the same width, so each operation has its own curve per device, group size and backend. Where no curve exists the next

@@ -1,9 +1,8 @@
 """The devices that plans are priced for: peaks, bandwidths, efficiencies, and where each figure comes from.
 
-A device is plain data; it knows no operation and no model. Peaks are dense. Fitted figures are of one published profile
-(DeepSeek-V3 on H20), assumed ones say so, and only ``cpu-core`` was measured by this project. A measured machine is
-``dataclasses.replace`` of one of these with its tables (`profile`): prices are cached by the whole device, so it gets
-its own.
+Peaks are dense. Fitted figures are of one published profile (DeepSeek-V3 on H20), assumed ones say so, and only
+``cpu-core`` was measured by this project. A measured machine is ``dataclasses.replace`` of one of these with its tables
+(`profile`): prices are cached by the whole device, so it gets its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What this machine is, in the words by which a profile says for what it was made. PURE: reads /proc and metadata.
-
-Knows the CPU, the cores this process may use and the versions of what is installed; measures nothing.
-"""
+"""The fingerprint of this machine (CPU, cores, versions), by which a profile says what it was made for."""
 
 from __future__ import annotations
 

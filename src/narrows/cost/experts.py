@@ -67,7 +67,7 @@ def experts_price(device: Device, experts: RoutedExperts, rows: int, dtype: str,
 
 
 def _measured(grid: Grid, experts: RoutedExperts, rows: int) -> Price:
-    """Experts split over ``ranks`` (tp), or dealt to them whole (ep), beyond the measured counts in proportion."""
+    """Experts split over ``ranks`` (tp), or held whole by them (ep), beyond the measured counts in proportion."""
     key = (1, experts.ranks) if experts.whole else (experts.ranks, 1)
     inside = grid.within(key)
     price = grid.at(inside, rows)

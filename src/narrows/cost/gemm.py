@@ -1,4 +1,4 @@
-"""Prices a GEMM, and the grouped GEMM of experts: seconds by device, rows, shape and dtype. Knows no model.
+"""Prices a GEMM, and the grouped GEMM of experts: seconds by device, rows, shape and dtype.
 
 ``out[m, n] = x[m, k] @ w[n, k].T``. Most GPUs have grids over (n, k, m), which are interpolated. The L40S has a table
 of eight (n, k) of DeepSeek-V3; the efficiency that the nearest of them reach against the roofline is applied to the

@@ -1,4 +1,4 @@
-"""How many times its even share the fullest rank gets where whole experts are dealt to ranks: by ranks and rows.
+"""The load of the fullest rank over the even share, where ranks hold whole experts: a function of ranks and rows.
 
 Two causes. Experts are not equally popular: their loads are drawn from a power law, density ``x ** -skew`` between 1
 and 0.8 x 4096, which is what NVIDIA AIConfigurator draws synthetic DeepSeek loads from (exponent 1.01; 0.6 stands for
@@ -42,7 +42,7 @@ _LAST = 16
 def imbalance(ranks: int, rows: float, *, experts: int, top_k: int, skew: float = DEFAULT_SKEW) -> float:
     """The fullest rank's (row, expert) pairs over those it would have if all experts were chosen alike, expected.
 
-    ``experts`` in all are dealt whole to ``ranks``, each row goes to ``top_k`` of them; ``skew`` 0: all alike.
+    ``experts`` in all are held whole by ``ranks``, each row goes to ``top_k`` of them; ``skew`` 0: all alike.
     Rises with ranks and skew, falls with rows; between powers of 2 of rows it is a straight line in their logarithm.
 
     >>> imbalance(1, 8, experts=256, top_k=8)

@@ -1,6 +1,6 @@
-"""What was measured on one machine, and the price that follows: stages by rows, collectives by bytes and group, copies.
+"""Prices from what was measured on one machine: stages by rows, collectives by bytes and group, copies.
 
-The tables are held as a profile has them (docs/profiles.md): the classes here are what is read, priced by, and written.
+The tables are those of a profile (docs/profiles.md): these classes are read from it, priced by, and written to it.
 A stage is looked up by what it computes (its price class and work), so a table made with one model serves every model
 whose ranks do the same work. What was not measured is priced by its nearest neighbour's share of the roofline, and says
 `scaled`.

@@ -1,4 +1,4 @@
-"""Memory per rank: weights, KV cache per token, and the context that fits. Knows slices of weights, opens no file."""
+"""Memory per rank: weights, KV cache per token, and the context that fits."""
 
 from __future__ import annotations
 

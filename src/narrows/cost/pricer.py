@@ -1,6 +1,5 @@
-"""Prices for stages, moves and adds: turns a stage's work and a step's row counts into picoseconds.
+"""Prices stages, moves and adds: turns the work of a stage and the row counts of a step into picoseconds.
 
-Knows `arch` stages, row splits and the price functions of this room; not which stage follows which, and no plan.
 A stage costs its largest rank's rows. A collective on a device whose ranks need equal pieces costs the padded pieces.
 """
 
@@ -350,7 +349,7 @@ class Pricer:
             moved = rows * item.width * size * (4 if item.fused else 2)
             return norm_price(device, moved, fused=item.fused or item.streamed), moved
         if isinstance(item, Stream):
-            streamed = rows * (item.row_bytes + item.dealt_bytes * uneven)
+            streamed = rows * (item.row_bytes + item.uneven_bytes * uneven)
             return stream_price(device, streamed), streamed
         return self._attention(item, rows, size)
 

@@ -1,4 +1,4 @@
-"""Profiles: a machine's prices in a file, and the one door by which a command finds the device it plans for.
+"""Profiles: a machine's prices in a file, and how a command finds the device that it plans for.
 
 :class:`Profile` is the file (docs/profiles.md). It names the machine that it was made for (a
 :class:`MachineFingerprint`). Ranks that run here refuse a profile of another machine, since their plans would rest on

@@ -1,4 +1,4 @@
-"""Row encodings: how the rows of a field travel through a gather. Knows widths and bytes, not fields.
+"""Row encodings: how the rows of a field travel through a gather.
 
 An encoded row is its values as one byte each and one float32 scale: int8 with scale = largest magnitude / 127, or fp8
 (e4m3) with scale = largest magnitude / 448. `ops/encode_rows.py` makes and reads them.

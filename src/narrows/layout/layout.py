@@ -1,6 +1,6 @@
 """Layouts: one placement per mesh axis, which of them are legal, and their canonical form.
 
-Knows meshes and nothing else: no rows, no tensors, no prices. The placements are DTensor's, plus ``C``:
+The placements are DTensor's, plus ``C``:
 
     R   replicated: every rank along the axis holds the same rows
     S   sharded: each rank along the axis holds its own rows
@@ -8,8 +8,8 @@ Knows meshes and nothing else: no rows, no tensors, no prices. The placements ar
     C   columns: all the rows, some of the columns
     -   nothing to say: the axis has one rank
 
-The legal layouts for dp 2 x tp 2 and the rows a b c d, drawn rank by rank. A number after ``'`` is an addend of an
-owed sum, one after ``|`` a piece of the columns:
+The legal layouts for dp 2 x tp 2 and the rows a b c d, drawn rank by rank. A number after ``'`` is an addend of an owed
+sum, one after ``|`` a piece of the columns:
 
 >>> mesh = Mesh.of(dp=2, tp=2)
 >>> for layout in legal_layouts(mesh):

@@ -1,7 +1,7 @@
 """The mesh: named axes of ranks, and which ranks form a group along some of them.
 
-Knows nothing of tensors, models or collectives. Today's meshes have the axes ``dp`` and ``tp``, but nothing here
-counts on two: everything is said over axes in order, outermost first, and rank numbers follow in row-major order.
+Today's meshes have the axes ``dp`` and ``tp``, but nothing here depends on there being two. Axes come in order,
+outermost first, and ranks are numbered in row-major order.
 """
 
 from __future__ import annotations

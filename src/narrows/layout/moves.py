@@ -1,9 +1,9 @@
 """Moves: the single collectives and local operations that change a layout, and which layouts they connect.
 
-Knows layouts, not rows, tensors or prices. A move changes the layout along consecutive axes by ONE operation; several
-moves in a row are a path that the planner finds. Every layout of whole rows can be reached from every legal layout. A
-sum can be taken but not owed anew, and columns are only left by a stage whose weights are sharded by column, so a
-layout with ``P`` or ``C`` is reached only where fewer axes owe the sum: (P,P) -> (S,P).
+A move changes the layout along consecutive axes by ONE operation; several moves in a row are a path that the planner
+finds. Every layout of whole rows can be reached from every legal layout. A sum can be taken but not owed anew, and
+columns are only left by a stage whose weights are sharded by column, so a layout with ``P`` or ``C`` is reached only
+where fewer axes owe the sum: (P,P) -> (S,P).
 
     slice           (S*,R) -> more S      local: each rank keeps its own rows
     all_gather      more S -> (S*,R)      rows of the ranks along the axes

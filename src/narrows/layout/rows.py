@@ -1,6 +1,6 @@
-"""Row splits: how many rows each rank holds, in any layout. Knows meshes and layouts, not tensors.
+"""Row splits: how many rows each rank holds, in any layout.
 
-Rows are tokens of one step, ordered by attention group, then by position in the batch. A split is said once, as the
+Rows are tokens of one step, ordered by attention group, then by position in the batch. A split is stated once, as the
 number of rows of each rank when scattered; every other layout's rows follow from it, because the legal layouts are
 nested. Nothing is ever assumed even.
 

@@ -1,4 +1,4 @@
-"""The plan cache: plans by bucketed row counts, so that a step looks its plan up and does not search for it.
+"""The plan cache: plans by bucketed row counts, so that a step looks up its plan instead of searching for it.
 
 A key has the rows in total, the rows of the largest group, the rows with logits, and the phase. The plan of a bucket is
 priced at the bucket's upper end and runs any step that falls into it: a plan says which operations run, and the row

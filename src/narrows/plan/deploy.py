@@ -1,7 +1,6 @@
 """What a deployment decides before its first step: its limits, and the steps that it is planned for.
 
-Knows models and meshes as numbers; no torch, no checkpoint and no machine. The engine and its simulation decide by
-the same functions, so that the one is priced as the other runs.
+The engine and the simulation call the same functions, so that what is simulated is what would run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which steps a server will run, most likely ones first: what they need can be made ready before they come.
-
-Knows limits in numbers; no plan and no price.
-"""
+"""The steps that a server will probably run, the likeliest first, so that it can prepare for them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ __all__ = ["expected_decodes", "expected_keys"]
 
 
 def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) -> Iterator[PlanKey]:
-    """Every bucket of a step whose rows are dealt evenly to the groups, or all in one of them.
+    """Every bucket of a step whose rows are spread evenly over the groups, or all in one of them.
 
     Decode steps of 1 to ``most_decoding`` rows come first, few rows before many; then prefill steps of 1 to
     ``rows_per_step`` rows, first those in which one prompt or none ends, then those with more rows that ask for logits.
@@ -31,7 +28,7 @@ def expected_keys(num_groups: int, *, most_decoding: int, rows_per_step: int) ->
 
 
 def expected_decodes(num_groups: int, *, most: int) -> Iterator[tuple[int, ...]]:
-    """The rows of each group in every decode step of 1 to ``most`` rows that are dealt evenly.
+    """The rows of each group in every decode step of 1 to ``most`` rows that are spread evenly.
 
     >>> list(expected_decodes(2, most=3))
     [(1, 0), (1, 1), (2, 1)]

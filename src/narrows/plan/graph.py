@@ -1,8 +1,8 @@
 """The graph that the search walks: every legal next op from every state, for one chain, mesh and named layout.
 
-Knows which moves, adds and selections may come before a stage and at which layouts the stage may run; knows no price,
-so one graph serves every shape of step. A node is (a stage that is yet to run, the layout of each live field, which
-rows are held); its edges stay before the same stage, its run leads past it. Nodes are made when a search first asks.
+A node is a stage that is yet to run, the layout of each live field, and which rows are held. Its edges (moves, adds,
+selections) stay before the same stage; its runs lead past the stage. The graph has no prices, so one graph serves every
+shape of step. Nodes are made when a search first asks for them.
 """
 
 from __future__ import annotations

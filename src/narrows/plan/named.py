@@ -1,7 +1,7 @@
-"""Named layouts: the published ways through a layer, each said as the edges that the search may use.
+"""Named layouts: the published ways through a layer, each as a subset of the edges that the search may use.
 
 A named layout is the same search over fewer edges, with the weight sharding of the published code. Where one cannot
-apply to a model or a mesh, it says which condition fails.
+apply to a model or a mesh, the error says which condition fails.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The plan: the frozen list of ops for a whole model, each with its rows, bytes, time and where its price comes from.
+"""A plan: the frozen list of ops for a whole model, with each op's rows, bytes, predicted time and source of its price.
 
-Knows stages and moves as values. It does not search (`search`), price (`cost`) or execute (`engine`), but it can be
-checked: :meth:`Plan.validate` walks the layout of every field and refuses an op that would read an owed sum or
-another layout.
+:meth:`Plan.validate` follows the layout of every field through the plan, and refuses an op that would read an owed sum
+or another layout.
 """
 
 from __future__ import annotations

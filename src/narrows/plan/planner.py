@@ -1,4 +1,4 @@
-"""The planner: from a model, a mesh, a device and the shape of a step to plans, under any named layout.
+"""The planner: makes plans from a model, a mesh, a device and the shape of a step, under any named layout.
 
 Weight sharding decides what ranks load, so it is chosen once per deployment, for a stated mix of steps. Layouts are
 chosen for every step.

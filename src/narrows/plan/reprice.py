@@ -1,7 +1,7 @@
-"""A plan's own ops at other row counts: what a plan that was made for one shape costs a step of another.
+"""Prices a plan's ops at other row counts than the plan was made for.
 
-Knows a plan and the graph that it was found in; searches nothing. A plan runs every step of its bucket
-(:mod:`narrows.plan.cache`), so its price is that of the bucket's upper end; here it is that of the step at hand.
+A plan runs every step of its bucket (:mod:`narrows.plan.cache`), so its price is that of the bucket's upper end. Here
+it is the price of the step at hand.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """The search: the cheapest path through a model's chain of stages, exactly.
 
-Knows a graph of legal ops and a source of prices; not how either comes about, nor names of devices. Prices are
-integer picoseconds, so a path's cost does not depend on how it is summed. Ties go to fewer ops, then to the edge that
-is generated first.
+Prices are integer picoseconds, so the cost of a path does not depend on the order of addition. Ties go to the path with
+fewer ops, then to the edge that is generated first.
 
-Between two layers, after a norm and after attention, only few states can occur (what the last stage leaves, and where
-the residual is), so the stages up to each of those are solved once per entry state and the tables are chained
-(min-plus): the optimum of the plain search, at the cost of two layers and a half, because layers share their tables.
+Between two layers, after a norm and after attention, only few states can occur: what the last stage leaves, and where
+the residual is. The stages up to each of those points are solved once per entry state, and the tables are chained
+(min-plus). That is the optimum of the plain search at the cost of two and a half layers, because layers share tables.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What a step takes beside weights and KV cache on the rank with most rows: activations, stages' own memory, buffers.
+"""The memory that a step needs beside weights and KV cache, on the rank with the most rows.
 
-A plan says which rows of which field a rank holds at every op, so that the peak is counted, not assumed: fields live
-until they are written again, as the engine's registers do; a stage holds what is between its products; a collective
-has a buffer on the way. Which of these a kernel needs depends on what computes: compiled code on CPUs, plain torch in
-float32 there, torch on GPUs.
+The plan says which rows of which field a rank holds at every op, so the peak is counted. Fields live until they are
+written again, as registers of the engine do. A stage also holds what is between its products, and a collective has a
+buffer. How much a kernel needs depends on the backend: compiled code or plain torch on CPUs, torch on GPUs.
 """
 
 from __future__ import annotations

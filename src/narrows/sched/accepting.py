@@ -1,4 +1,4 @@
-"""Whether a request can ever run within a scheduler's limits; refused with the numbers and the way out if not."""
+"""Checks that a request can run within the limits of a scheduler; the error has the numbers and the way out."""
 
 from __future__ import annotations
 

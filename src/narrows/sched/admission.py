@@ -1,9 +1,9 @@
-"""Which attention group a request goes to, if any has room for it now. Ints only; looks, and takes nothing.
+"""Chooses the attention group for a request, if any has room for it now.
 
 A group has room if it can hold all tokens that the request has, and one page more for each of its requests that may
-still need one: so those that run go on for a page's length before anyone has to be put back. A group without requests
-has room for any request that was accepted at all. Where no group has room, it also says which of the requests that are
-to yield would make some.
+still need one. So running requests go on for the length of a page before one has to be put back. A group without
+requests has room for any request that was accepted at all. Where no group has room, it also finds the requests that
+have to be put back to make some.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A step's work as plain numbers: which rows of which requests, in which attention group, and where their KV lives.
+"""A batch: the work of one step as plain numbers, which rows of which requests in which group, and where their KV is.
 
-Knows ints only. Ranks obey a batch; they decide nothing, so none can disagree with another. Rows are ordered by group,
-then by chunk, then by position. A token is an id, or a reference to a sample of the previous step, which stays on the
-ranks: the next step can be scheduled before the host knows it.
+Ranks only execute a batch, so none can disagree with another. Rows are ordered by group, then by chunk, then by
+position. A token is an id, or a reference to a sample of the previous step, which stays on the ranks: so the next step
+can be scheduled before the host knows the sample.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A request's next rows as a chunk: how many go into a step, and what ranks must be told along with them.
+"""Cuts the next chunk of a request: how many of its rows go into a step, and what the ranks need to know about them.
 
-Changes the request's counters as its rows are scheduled; knows no other request, no step and no pool.
+The counters of the request change as its rows are scheduled.
 """
 
 from __future__ import annotations

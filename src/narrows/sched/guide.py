@@ -1,4 +1,4 @@
-"""What a constrained request may generate next: the Protocol that a grammar fulfils. Knows no grammar.
+"""The Protocol by which a grammar says what a constrained request may generate next.
 
 A guided request's next row is scheduled only when its last token is known, since which tokens are allowed depends on
 it, and when the mask that says so is there. Making a mask may take long, so a guide makes it elsewhere: the scheduler

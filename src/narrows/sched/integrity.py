@@ -1,4 +1,4 @@
-"""Whether a scheduler's state is whole: for tests, which ask after every step. Looks, and changes nothing."""
+"""Checks that the state of a scheduler is consistent; tests call it after every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step and the cache may hold, and the numbers of the scheduler's rules. Knows nothing else."""
+"""The limits of a step and of the cache, and the numbers in the rules of the scheduler."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The pages of one attention group's KV cache: who holds them, and which are found again by their tokens.
+"""The pages of one attention group's KV cache: which requests hold them, and which can be found by their tokens.
 
-Knows ints and hashes only. Page 0 is never given out: it is the null page, where rows that stand for nothing are
-written. A page that is full and whose tokens are known has a hash, chained over the tokens before it. When nobody holds
-it any more it stays findable until its room is needed; the one unused longest goes first.
+Page 0 is never given out: it is the null page, where rows that stand for nothing are written. A page that is full and
+whose tokens are known has a hash, chained over the tokens before it. Once no request holds it, it can still be found
+until its room is needed; the page that was unused for longest goes first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who waits and who runs, in which attention group and with which pages.
+"""The requests that wait and run, with their attention groups and pages.
 
-Requests come, are placed, grow, are put back to wait again, and leave; pages, shares and turns stay in agreement.
+Requests come, are placed, grow, are put back to wait again, and leave. Pages, shares and turns stay consistent.
 """
 
 from __future__ import annotations

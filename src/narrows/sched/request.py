@@ -1,7 +1,7 @@
-"""One prompt on its way to text, and how far it is. Knows its own tokens and counters; no other request.
+"""A request: one prompt on its way to text, with its counters.
 
-Positions: a request's tokens are its prompt and, after it, what was sampled. A token's row must run once for the next
-one to be sampled, and again if its KV was given up meanwhile.
+The tokens of a request are its prompt, then the sampled ones. The row of a token runs once before the next token can be
+sampled, and again if its KV was given up meanwhile.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a request's next token is chosen, in plain numbers, and the random stream it is chosen with.
+"""Sampling parameters, and the random stream that tokens are drawn with.
 
-Knows no logits. The stream is a function of (seed, position) alone: a token does not depend on what else is in the
+The stream is a function of (seed, position) alone: a token does not depend on what else is in the
 batch, on the order of steps, or on the number of ranks.
 
 >>> uniform(7, 0) == uniform(7, 0), uniform(7, 0) == uniform(7, 1)

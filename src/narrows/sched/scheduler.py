@@ -1,13 +1,13 @@
-"""The scheduler of all ranks: which rows of which requests run in the next step. Ints only; pure and deterministic.
+"""The scheduler of all ranks: decides which rows of which requests run in the next step. It is deterministic.
 
 One scheduler sees all attention groups, so no rank decides anything. Each step takes one row of every running request
-(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of what
-has to be prefilled, shared over the groups that have any (:mod:`narrows.sched.dealing`), by turn. A request is admitted
-when its turn comes within the budget (:mod:`narrows.sched.line`), to the group that then has the least to compute, of
-those with room for the tokens it has (:mod:`narrows.sched.admission`); it takes more pages as it grows. When a group's
-pages run out, its request with the last turn is put back and begins again later, with what it has generated. Where
-several clients compete, turns are by fair shares (:mod:`narrows.sched.shares`), and requests beyond their client's
-share are put back for one of a client that runs fewer. ``docs/scheduling.md`` says the rules in words.
+(its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
+prompts, shared over the groups that have any (:mod:`narrows.sched.prompt_rows`), by turn. A request is admitted when
+its turn comes within the budget (:mod:`narrows.sched.queue`), to the group that then has the least to compute, of those
+with room for its tokens (:mod:`narrows.sched.admission`). It takes more pages as it grows. When a group's pages run
+out, its request with the last turn is put back and begins again later, with what it has generated. Where several
+clients compete, turns are by fair shares (:mod:`narrows.sched.shares`), and requests beyond their client's share are
+put back for one of a client that runs fewer. ``docs/scheduling.md`` has the rules.
 
 :meth:`schedule` may run ahead: it can be called again before :meth:`commit` has brought the samples of the step before.
 A request that turns out to have ended by then has one row too many in flight; its sample is dropped. Ranks run steps in
@@ -25,11 +25,11 @@ from narrows.sched.accepting import accept
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.budget import PromptBudget, fixed_budget
 from narrows.sched.chunks import next_chunk, next_rows
-from narrows.sched.dealing import deal_rows
 from narrows.sched.integrity import check_integrity
 from narrows.sched.limits import Limits
-from narrows.sched.line import Line
 from narrows.sched.places import Places
+from narrows.sched.prompt_rows import share_rows
+from narrows.sched.queue import WaitingQueue
 from narrows.sched.request import Request
 from narrows.sched.sampling import Logprobs, TokenScore
 from narrows.sched.stats import Bound, SchedulerStats, Totals
@@ -62,7 +62,7 @@ class Scheduler:
             places.pools,
             places.shares,
         )
-        self._line = Line(places, self._totals)
+        self._queue = WaitingQueue(places, self._totals)
         self.late: list[Request] = []
         """Guided requests whose next mask is not there yet; :meth:`settle` looks again."""
         self._ended: list[int] = []
@@ -105,10 +105,10 @@ class Scheduler:
         assert len(self._in_flight) <= 1, "a token can refer to the previous step's samples only: commit a step first"
         chunks: list[list[Chunk]] = [[] for _ in self.running]
         self._totals.begin_step()
-        self._line.make_room()
+        self._queue.make_room()
         left = self._decode(chunks, self.limits.rows_per_step)
         budget = min(left, self._prompt_budget([len(group) for group in chunks], left))
-        self._line.admit(budget)
+        self._queue.admit(budget)
         self._prefill(chunks, budget)
         batch = Batch(groups=tuple(tuple(group) for group in chunks), ended=tuple(self._ended))
         if batch.num_rows == 0:
@@ -138,9 +138,9 @@ class Scheduler:
         size = self.limits.page_size
         # One that left its row to prompts takes a page when it has a row.
         able = [each for each in requests if not each.prefilled or len(each.pages) * size > each.num_cached]
-        dealt = deal_rows(self.shares.waves(able), budget, self.limits)
+        shared = share_rows(self.shares.waves(able), budget, self.limits)
         for request in able:
-            left = dealt.get(request, 0)
+            left = shared.get(request, 0)
             if left < request.rows_left and not request.scores_prompt:
                 self._totals.binds(Bound.ROWS)
             while left:

@@ -1,8 +1,7 @@
-"""Whose turn it is when several clients ask for more than there is: places, pages and rows by max-min fair shares.
+"""Max-min fair shares of places, pages and rows among clients, by which turns are decided.
 
-Knows what each client has in one scheduler: its texts, how many of them run, and when one last did. Where every text is
-a client of its own, or all are one client's, turns alone decide. Else a client's second running text comes after every
-other's first, and so on; ``docs/scheduling.md`` says the rules in words.
+If every request is from a client of its own, or all are from one client, turns alone decide. Else the second running
+request of a client comes after the first of every other, and so on. ``docs/scheduling.md`` has the rules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the scheduler has done and holds, in numbers: totals that it counts, and what it tells of them."""
+"""What the scheduler has done and holds, in numbers."""
 
 from __future__ import annotations
 

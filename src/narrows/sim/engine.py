@@ -1,10 +1,9 @@
-"""The engine without ranks: the real scheduler, one step ahead, on a clock that steps' predicted seconds move.
+"""Simulates the engine: the real scheduler, one step ahead, on a clock that advances by predicted step times.
 
-Knows requests, batches and what they cost; no model. It goes through the same motions as the service that serves
-(:mod:`narrows.service.loop`): take in what has come, commit the step that is done, hand out the next one, tell the
-callers; at most two steps are with the ranks. A request is a client of its own, unless the load says whose it is, as
-over HTTP. Tokens are dummies and texts as long as they may be. Who sends does it as
-``narrows bench serve``: each request at its time, at most so many at once. Equal loads give equal runs.
+It does what the loop of the service does (:mod:`narrows.service.loop`): take in new requests, commit the step that is
+done, hand out the next one, notify callers. At most two steps are with the ranks. A request is a client of its own,
+unless the load names its client. Tokens are dummies, and texts are as long as they may be. Requests are sent as by
+``narrows bench serve``: each at its time, with at most so many at once. Equal loads give equal runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Steps that were measured in place of predicted ones: what is left of an error is then the simulator's own.
+"""Measured step times in place of predicted ones, so that what error remains is the simulator's own.
 
 Reads lines of JSON with ``phase``, ``rows`` and ``seconds`` of each step that a server has run
-(``benchmarks/simulate/serve_timed.py`` writes them). Knows nothing else of a step.
+(``benchmarks/simulate/serve_timed.py`` writes them).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who had which part of the running places while texts waited, step by step. Knows counts and seconds; no scheduler."""
+"""How the running places were shared among clients while requests waited, step by step."""
 
 from __future__ import annotations
 

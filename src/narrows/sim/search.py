@@ -1,7 +1,4 @@
-"""Meshes and layouts side by side under one load and a target of latency: which is best, and why the others are not.
-
-Knows outcomes of simulations; simulates nothing.
-"""
+"""Compares meshes and layouts under one load and a latency target: which is best, and why the others are not."""
 
 from __future__ import annotations
 
@@ -83,7 +80,7 @@ class Candidate:
 
 
 def meshes(config: ModelConfig, num_ranks: int) -> tuple[Mesh, ...]:
-    """Every dp x tp of so many ranks that the model can be dealt to, attention groups fewest first.
+    """Every dp x tp of so many ranks that the model can be split over, attention groups fewest first.
 
     Raises:
         ConfigError: there is none.

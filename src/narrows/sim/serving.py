@@ -1,7 +1,6 @@
 """A deployment as it would serve on any device: weight sharding, limits and memory decided as the engine decides them.
 
-Knows models, meshes and devices as numbers. Where the engine takes two contexts of KV cache unless it is told
-otherwise, this takes what the device's memory leaves.
+By default the engine takes two contexts of KV cache; this takes what the memory of the device leaves.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""PURE room: who asks what when, and the figures of the answers. For benchmarks and simulations; knows no server."""
+"""PURE room: loads of requests over time, and figures of the answers, for benchmarks and simulations."""

@@ -1,7 +1,4 @@
-"""Who asks what when: arrivals, lengths, shared prefixes, or a trace of real ones. PURE.
-
-Knows numbers and files of numbers; no server, no clock. Equal seeds give equal workloads.
-"""
+"""Loads of requests: arrival times, lengths, shared prefixes, or a trace of real ones. Equal seeds give equal loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a load's clients fared beside each other: their waiting times, and Jain's index of what each got. PURE."""
+"""How the clients of a load fared: their waiting times, and Jain's index of what each got."""
 
 from __future__ import annotations
 

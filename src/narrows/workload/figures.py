@@ -1,4 +1,4 @@
-"""The field's figures of a load on a server, from when each request's pieces came. PURE; times are seconds.
+"""Latency and throughput figures of a load, from the times at which pieces of each answer arrived. Times are seconds.
 
 TTFT   first token - request sent
 TPOT   (last token - first token) / (output tokens - 1), one per request of at least 2 tokens

@@ -1,1 +1,1 @@
-"""One schema per model family: what of a ``config.json`` is read, what is refused, and what is known to be harmless."""
+"""One schema per model family: the fields of ``config.json`` that are read, refused, or known to be harmless."""

@@ -1,8 +1,8 @@
 """Fields that reveal another architecture.
 
 A config whose ``model_type`` was edited (DeepSeek-V3.2 called ``deepseek_v3``), or that was saved for a fork of a
-family, would be computed without the parts that these fields describe. The patterns name kinds of parts, so that a new
-model's field of the kind is met too.
+family, would be computed without the parts that these fields describe. The patterns name kinds of parts, so that they
+match fields of new models too.
 """
 
 from __future__ import annotations

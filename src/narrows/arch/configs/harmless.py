@@ -1,4 +1,4 @@
-"""Fields that any config may have and that change no number of what narrows computes."""
+"""Fields that any config may have and that change no number that narrows computes."""
 
 from __future__ import annotations
 

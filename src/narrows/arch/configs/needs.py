@@ -1,7 +1,7 @@
-"""What may stand in a field: types with their bounds, and the words for a value that is none of it.
+"""Types of config fields with their bounds, and the words for a value outside them.
 
-Bounds are far above any published model (126 layers, 128 heads, 384 experts, 262144 tokens). They are there because a
-planner walks layers and experts: ten million of them are a slip or an attack, and would be minutes without a word.
+Bounds are far above any published model (126 layers, 128 heads, 384 experts, 262144 tokens). The planner walks layers
+and experts, so ten million of them, a slip or an attack, would take minutes without a message.
 """
 
 from __future__ import annotations

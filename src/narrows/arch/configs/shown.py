@@ -1,4 +1,4 @@
-"""A value of a config as an error shows it."""
+"""Shows a value of a config in an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as a straight-line program: what every rank does, in order, one line per op. Words only; it runs nothing."""
+"""A plan as a straight-line program: what every rank does, in order, one line per op. It is for reading only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""At which row counts the best layout changes: a sweep over row counts, then bisection to the exact count.
+"""The row counts at which the best layout changes: a sweep over row counts, then bisection to the exact count.
 
 Weights stay sharded as the planner has them, because a deployment loads its weights once.
 """

@@ -1,6 +1,6 @@
-"""What a plan's predicted time rests on: how much of it was measured on the device, and the one line that says so.
+"""How much of a plan's predicted time was measured on the device, in numbers and in one line.
 
-Knows plans and the sources of prices; prices nothing. An op counts as its weakest source, as it does in tables.
+An op counts by its weakest source.
 """
 
 from __future__ import annotations

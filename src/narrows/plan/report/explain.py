@@ -1,7 +1,6 @@
-"""Says in words what a plan does and where it differs from another: totals side by side, and why `auto` is what it is.
+"""Plans in words: what a plan does, how two plans differ, and why `auto` is the one that it is.
 
-Knows plans and nothing else: every word comes from the ops, their layouts, rows and prices. It has no text for any
-named layout, and it prints nothing.
+Every word comes from the ops, their layouts, rows and prices. There is no text for any particular named layout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A report on one step of a deployment: its plans under several layouts, why `auto` is what it is, and what it needs.
+"""The report on one step of a deployment: its plans under several layouts, why `auto` was chosen, and memory.
 
-Knows planners and their words; prints nothing. :meth:`PlanReport.document` is the same as plain data, for JSON.
+:meth:`PlanReport.document` is the same report as plain data, for JSON.
 """
 
 from __future__ import annotations

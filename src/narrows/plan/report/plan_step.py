@@ -1,4 +1,4 @@
-"""Plans one step of a model from names and numbers, as `narrows plan` and Python callers give them. PURE."""
+"""Plans one step of a model, from names and numbers: the entry for `narrows plan` and for Python."""
 
 from __future__ import annotations
 

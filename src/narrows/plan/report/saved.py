@@ -1,7 +1,7 @@
-"""Plans kept in a file and read back.
+"""Writes plans to files and reads them back.
 
 The file is JSON. It names the model's dimensions, the mesh and the weight sharding that it was made for. Reading it for
-others is an error that says what differs, because a plan's ops mean nothing without them.
+others is an error that names the difference, because the ops of a plan mean nothing without them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who of those that wait gets a place in the next step, and whom others' requests are put back for.
+"""The queue of waiting requests: which one gets a place in the next step, and which running ones are put back for it.
 
-Places are given by turn while the step has a row for one more. A request for which no group has room holds the group
-that lacks the fewest pages: until it runs, nobody behind it gets a place there. So it waits no longer than if nobody
+Places are given by turn while the step has a row for one more. A request for which no group has room reserves the group
+that lacks the fewest pages: until it runs, no request behind it gets a place there. So it waits no longer than if none
 passed it, and a group that is short of pages does not stall the others.
 """
 
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from narrows.sched.admission import choose_hold, choose_place, choose_yielding, pages_lacking
-from narrows.sched.dealing import has_row_left
 from narrows.sched.places import Places
+from narrows.sched.prompt_rows import has_row_left
 from narrows.sched.request import Request
 from narrows.sched.stats import Bound, Totals
 
-__all__ = ["Line"]
+__all__ = ["WaitingQueue"]
 
 
-class Line:
-    """Those that wait for one of a scheduler's places."""
+class WaitingQueue:
+    """The requests that wait for a place in a scheduler."""
 
     def __init__(self, places: Places, totals: Totals) -> None:
         self._places, self._totals, self._limits = places, totals, places.limits

@@ -1,7 +1,6 @@
-"""How the rows of one step are dealt to prompts: equally over the attention groups that have any, by turn within each.
+"""Shares the rows of a step among prompts: equally over the attention groups that have any, by turn within each.
 
-Every group waits for the one with the most rows, so rows that one group has while another has none cost the other's
-time too. Ints only; looks, and schedules nothing.
+Every group waits for the one with the most rows, so rows of one group cost the time of all others.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from narrows.sched.chunks import next_rows
 from narrows.sched.limits import Limits
 from narrows.sched.request import Request
 
-__all__ = ["deal_rows", "has_row_left"]
+__all__ = ["has_row_left", "share_rows"]
 
 
-def deal_rows(waves: Iterable[Sequence[Request]], budget: int, limits: Limits) -> dict[Request, int]:
+def share_rows(waves: Iterable[Sequence[Request]], budget: int, limits: Limits) -> dict[Request, int]:
     """Rows of prompts for one step: ``budget`` at most, ``limits.scored_rows`` of them of scored prompts.
 
     ``waves``: requests in the order in which they get rows; a later wave gets what those before it leave. Within a wave
@@ -25,10 +24,10 @@ def deal_rows(waves: Iterable[Sequence[Request]], budget: int, limits: Limits) -
     """
     step = _Step(budget, limits)
     for wave in waves:
-        step.deal(wave)
+        step.share(wave)
         if step.is_full:
             break
-    return step.dealt
+    return step.shared
 
 
 def has_row_left(ahead: Sequence[int], groups: Iterable[int], budget: int) -> bool:
@@ -38,17 +37,17 @@ def has_row_left(ahead: Sequence[int], groups: Iterable[int], budget: int) -> bo
 
 
 class _Step:
-    """A step's rows of prompts while they are dealt."""
+    """The rows of prompts of a step while they are shared out."""
 
     def __init__(self, budget: int, limits: Limits) -> None:
-        self.dealt: dict[Request, int] = {}
+        self.shared: dict[Request, int] = {}
         self.is_full = not budget
         self._limits = limits
         self._budget, self._scored = budget, limits.scored_rows
         self._has = [0] * limits.num_groups
 
-    def deal(self, wave: Sequence[Request]) -> None:
-        """Rounds, in each of which groups have equal shares of what is left, until no row can be dealt any more."""
+    def share(self, wave: Sequence[Request]) -> None:
+        """Rounds, in each of which groups have equal shares of what is left, until no row can be given any more."""
         queues: dict[int, list[Request]] = {}
         for request in wave:
             queues.setdefault(request.group, []).append(request)
@@ -76,12 +75,12 @@ class _Step:
 
     def _may_be_passed(self, request: Request) -> bool:
         """Whether it is scored rows that it waits for."""
-        return request.scores_prompt and next_rows(request, self._budget, self._limits, self.dealt.get(request, 0)) > 0
+        return request.scores_prompt and next_rows(request, self._budget, self._limits, self.shared.get(request, 0)) > 0
 
     def _take(self, request: Request, room: int, *, whole: bool) -> int:
         """Rows for it, so many at most; with ``whole`` its next chunk at least, if the step has room for that."""
         most = min(self._budget, self._scored) if request.scores_prompt else self._budget
-        begun, rows = self.dealt.get(request, 0), 0
+        begun, rows = self.shared.get(request, 0), 0
         while begun + rows < request.rows_left:
             chunk = next_rows(request, min(room, most) - rows, self._limits, begun + rows)
             if not chunk and whole and not rows:
@@ -90,7 +89,7 @@ class _Step:
                 break
             rows += chunk
         if rows:
-            self.dealt[request] = begun + rows
+            self.shared[request] = begun + rows
             self._has[request.group] += rows
             self._budget -= rows
             self._scored -= rows if request.scores_prompt else 0
@@ -108,4 +107,4 @@ class _Step:
 
     def _left(self, request: Request) -> int:
         """Rows that it wants yet."""
-        return request.rows_left - self.dealt.get(request, 0)
+        return request.rows_left - self.shared.get(request, 0)
