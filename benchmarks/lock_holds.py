@@ -20,13 +20,13 @@ from typing import Any
 from narrows.checkpoints import model_path
 from narrows.engine.model_text import load_model_text
 from narrows.server.http.body import read_body
-from narrows.server.http.body_process import IntakeProcess
+from narrows.server.http.body_process import BodyProcess
 from narrows.server.http.errors import ApiError
 from narrows.server.http.json_io import JsonLimits
 from narrows.server.openai import completions
 from narrows.server.openai.completions import CompletionRequest
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 
 
 def longest_hold(work: Callable[[], Any]) -> tuple[float, float]:
@@ -51,8 +51,8 @@ def longest_hold(work: Callable[[], Any]) -> tuple[float, float]:
     return took, late[0]
 
 
-def _read(reading: Reading, data: bytes, limits: JsonLimits) -> Any:
-    return completions.read(reading, read_body(data, CompletionRequest, limits))
+def _read(reader: RequestReader, data: bytes, limits: JsonLimits) -> Any:
+    return completions.read(reader, read_body(data, CompletionRequest, limits))
 
 
 def main() -> None:
@@ -69,8 +69,8 @@ def main() -> None:
         vocab_size=text.tokenizer.vocab_size,
         eos_ids=text.tokenizer.eos_ids,
     )
-    reading, limits = Reading(model, ServerOptions()), JsonLimits()
-    process = IntakeProcess(model, ServerOptions())
+    reader, limits = RequestReader(model, ServerOptions()), JsonLimits()
+    process = BodyProcess(model, ServerOptions())
     bodies = {
         "15 MB of text": json.dumps({"prompt": "hello world " * 1_250_000}).encode(),
         "15 MB of escapes": b'{"prompt":"' + b"\\n" * 7_400_000 + b'"}',
@@ -84,7 +84,7 @@ def main() -> None:
             for where, work in (
                 (
                     "on a thread",
-                    lambda data=data: completions.read(reading, read_body(data, CompletionRequest, limits)),
+                    lambda data=data: completions.read(reader, read_body(data, CompletionRequest, limits)),
                 ),
                 ("in a process", lambda data=data: process.ask(data, CompletionRequest, limits, completions.read)),
             ):

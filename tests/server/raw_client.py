@@ -10,7 +10,7 @@ from http.client import HTTPResponse
 from io import BufferedReader
 from typing import Any
 
-from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.http.round_robin import RoundRobin, WorkKind
 
 __all__ = ["Answer", "AtOnce", "Clock", "RawClient", "Wire", "post"]
 
@@ -142,10 +142,10 @@ class Clock:
         self.timers.pop().call()
 
 
-class AtOnce(Turns):
+class AtOnce(RoundRobin):
     """Every piece of work has its turn at once: for what is tested without an event loop."""
 
-    def call(self, kind: Kind, work: Callable[[], None]) -> None:
+    def call(self, kind: WorkKind, work: Callable[[], None]) -> None:
         work()
 
 

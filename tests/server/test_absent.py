@@ -11,7 +11,7 @@ import openai
 import pytest
 from server_lab import Lab, error_of
 
-from narrows.server.http.errors import why_absent
+from narrows.server.http.errors import why_missing
 from narrows.server.options import ServerOptions
 
 
@@ -69,4 +69,4 @@ def _appended(to: list[Any]) -> Callable[[httpx.Request], Any]:
 
 def test_no_route_that_there_is_counts_as_absent(plain: Lab) -> None:
     paths = set(plain.app.openapi()["paths"]) - {"/v1/responses"}  # what is below it is absent, not the route
-    assert {path: why for path in paths if (why := why_absent(path))} == {}
+    assert {path: why for path in paths if (why := why_missing(path))} == {}

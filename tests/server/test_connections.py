@@ -17,9 +17,9 @@ from patience import eventually
 from raw_client import Answer, AtOnce, Clock, RawClient, Wire, post
 from uvicorn.server import ServerState
 
-from narrows.server.http.connection_limits import Places, unread_bytes
+from narrows.server.http.connection_limits import ConnectionSlots, unread_bytes
 from narrows.server.http.connections import Connection
-from narrows.server.http.round_robin import Turns
+from narrows.server.http.round_robin import RoundRobin
 from narrows.server.options import ConnectionLimits
 
 HEAD = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
@@ -284,12 +284,18 @@ def test_a_body_is_asked_for_where_the_client_waits_for_that(served: Any) -> Non
 
 
 def make_connection(
-    loop: Any, wire: Wire, app: Any = None, turns: Turns | None = None, **limits: Any
+    loop: Any, wire: Wire, app: Any = None, turns: RoundRobin | None = None, **limits: Any
 ) -> tuple[Connection, Wire]:
     """A connection without a server."""
     config = uvicorn.Config(app or never_answers, interface="asgi3", log_level="error", ws="none", lifespan="off")
     made = Connection(
-        config, ServerState(), {}, loop, limits=ConnectionLimits(**limits), places=Places(1, 1), turns=turns or AtOnce()
+        config,
+        ServerState(),
+        {},
+        loop,
+        limits=ConnectionLimits(**limits),
+        places=ConnectionSlots(1, 1),
+        turns=turns or AtOnce(),
     )
     made.connection_made(wire)  # type: ignore[arg-type]
     return made, wire
@@ -375,11 +381,11 @@ def test_an_answer_that_is_never_read_frees_its_place(make_served: Callable[...,
         assert not client.rest().endswith((b"0\r\n\r\n", b"}"))
 
 
-# Places
+# ConnectionSlots
 
 
 def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any]) -> None:
-    served = make_served(max_connections=3, reserved_places=2)
+    served = make_served(max_connections=3, reserved_slots=2)
     with held(served, 3) as clients:
         for _ in range(5):
             refused = get(served, "/v1/models")
@@ -398,7 +404,7 @@ def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any
 
 
 def test_a_client_that_still_sends_can_read_that_there_is_no_place(make_served: Callable[..., Any]) -> None:
-    served = make_served(max_connections=1, reserved_places=1)
+    served = make_served(max_connections=1, reserved_slots=1)
     with held(served, 1):
         for more in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
             with RawClient(served.port) as client:
@@ -414,7 +420,7 @@ def test_a_client_that_still_sends_can_read_that_there_is_no_place(make_served: 
 def test_a_client_that_got_a_reserved_place_may_ask_for_anything_once_there_is_room(
     make_served: Callable[..., Any],
 ) -> None:
-    served = make_served(max_connections=1, reserved_places=1)
+    served = make_served(max_connections=1, reserved_slots=1)
     with held(served, 1) as (client,), RawClient(served.port) as late:
         served.lab.backend.gate.set()
         assert client.answer().status == 200

@@ -16,7 +16,7 @@ from server_lab import Lab, error_of
 
 from narrows.server import workers as pools_module
 from narrows.server.http import body as intake_module
-from narrows.server.http.errors import ApiError, of_validation
+from narrows.server.http.errors import ApiError, validation_error
 from narrows.server.http.json_io import JsonLimits, check_json, parse_json
 
 HEADERS = {"content-type": "application/json"}
@@ -226,8 +226,8 @@ async def request_of_a_client_that_leaves(lab: Lab, content: bytes) -> None:
 
 def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake_module, "LARGE_BYTES", 1000)
-    intake = plain.app.state.server.intake
-    intake._max_held_bytes = 6000
+    bodies = plain.app.state.server.bodies
+    bodies._max_held_bytes = 6000
 
     async def run() -> list[int]:
         begun, go_on = asyncio.Event(), asyncio.Event()
@@ -250,7 +250,7 @@ def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch
             return [(await first).status_code, refused.status_code, small.status_code]
 
     assert asyncio.run(run()) == [400, 503, 200]
-    assert intake._held_bytes == 0
+    assert bodies._held_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -315,9 +315,9 @@ def test_checking_stops_at_the_first_wrong_item(plain: Lab, monkeypatch: pytest.
 
     def counted(errors: Any, body: Any) -> ApiError:
         counts.append(len(errors))
-        return of_validation(errors, body)
+        return validation_error(errors, body)
 
-    monkeypatch.setattr(intake_module, "of_validation", counted)
+    monkeypatch.setattr(intake_module, "validation_error", counted)
     path, body = WRONG[name]
     answer = asyncio.run(plain.post(path, body))
     assert answer.status_code == 400 and len(counts) == 1 and counts[0] <= 4

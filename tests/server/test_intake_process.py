@@ -21,14 +21,14 @@ import pytest
 from server_lab import Lab, error_of
 from test_intake import request_of_a_client_that_leaves
 
-from narrows.server.conversation import read_conversation
+from narrows.server.conversation import parse_chat
 from narrows.server.http import body as intake_module
-from narrows.server.http.body_process import IntakeLimits, IntakeProcess
+from narrows.server.http.body_process import BodyProcess, BodyProcessLimits
 from narrows.server.http.errors import ApiError
 from narrows.server.http.json_io import JsonLimits
 from narrows.server.openai.completions import CompletionRequest
 from narrows.server.options import ServerOptions
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 from narrows.server.schema.chat import ChatRequest
 from narrows.text import Tokenizer
 
@@ -61,7 +61,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def apart(hermes_tokenizer: Tokenizer) -> Iterator[Lab]:
     """A lab whose bodies are all read in a process."""
-    lab = Lab(hermes_tokenizer, ServerOptions(intake_process=True))
+    lab = Lab(hermes_tokenizer, ServerOptions(body_process=True))
     yield lab
     lab.close()
 
@@ -102,14 +102,14 @@ def test_answers_are_the_same_as_those_of_threads(
 
 def test_what_is_handed_over_is_small_however_large_the_body(apart: Lab) -> None:
     """A conversation whose template drops most of it, with tools and variables that nobody needs any more."""
-    reading = apart.app.state.server
+    reader = apart.app.state.server
     body = {**CHAT, "chat_template_kwargs": {"text": "x" * 1_000_000}, "logit_bias": {"5": 1.0}}
-    asked = read_conversation(reading, ChatRequest.model_validate(body), {})
+    asked = parse_chat(reader, ChatRequest.model_validate(body), {})
     assert len(pickle.dumps(asked)) < 4000
 
 
 def test_small_bodies_stay_and_large_ones_go(hermes_tokenizer: Tokenizer) -> None:
-    lab = Lab(hermes_tokenizer, ServerOptions(intake_process=True))
+    lab = Lab(hermes_tokenizer, ServerOptions(body_process=True))
     try:
         process = lab.app.state.server.process
         assert asyncio.run(lab.complete("hi")).status_code == 200 and process.num_started == 0
@@ -125,33 +125,33 @@ def test_small_bodies_stay_and_large_ones_go(hermes_tokenizer: Tokenizer) -> Non
 # What befalls the process
 
 
-def _prompt(reading: Reading, body: Any) -> Any:
+def _prompt(reader: RequestReader, body: Any) -> Any:
     return body.prompt
 
 
-def _pid(reading: Reading, body: Any) -> int:
+def _pid(reader: RequestReader, body: Any) -> int:
     return os.getpid()
 
 
-def _spin(reading: Reading, body: Any) -> None:
+def _spin(reader: RequestReader, body: Any) -> None:
     while True:
         pass
 
 
-def _grow(reading: Reading, body: Any) -> int:
+def _grow(reader: RequestReader, body: Any) -> int:
     _KEPT.append(bytearray(os.urandom(1) * 60_000_000))
     return os.getpid()
 
 
-def _too_much(reading: Reading, body: Any) -> None:
+def _too_much(reader: RequestReader, body: Any) -> None:
     bytearray(1 << 40)
 
 
-def _fail(reading: Reading, body: Any) -> None:
+def _fail(reader: RequestReader, body: Any) -> None:
     raise ZeroDivisionError("oh")
 
 
-def _die(reading: Reading, body: Any) -> None:
+def _die(reader: RequestReader, body: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -160,19 +160,19 @@ BODY = b'{"prompt": "hi"}'
 
 
 @pytest.fixture
-def process(hermes_tokenizer: Tokenizer, make_lab: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[IntakeProcess]:
+def process(hermes_tokenizer: Tokenizer, make_lab: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[BodyProcess]:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # it finds this module by name
     lab = make_lab()
-    made = IntakeProcess(lab.model, ServerOptions(), IntakeLimits(cpu_s=2))
+    made = BodyProcess(lab.model, ServerOptions(), BodyProcessLimits(cpu_s=2))
     yield made
     made.end()
 
 
-def ask(process: IntakeProcess, call: Any) -> Any:
+def ask(process: BodyProcess, call: Any) -> Any:
     return process.ask(BODY, CompletionRequest, JsonLimits(), call)
 
 
-def test_whatever_a_body_does_there_the_next_one_is_read(process: IntakeProcess) -> None:
+def test_whatever_a_body_does_there_the_next_one_is_read(process: BodyProcess) -> None:
     first = ask(process, _pid)
     assert first != os.getpid() and ask(process, _prompt) == "hi"
     for call, status, said in (
@@ -188,7 +188,7 @@ def test_whatever_a_body_does_there_the_next_one_is_read(process: IntakeProcess)
     assert process.num_started == 3, "two of them ended it"
 
 
-def test_a_process_that_has_grown_is_replaced(process: IntakeProcess) -> None:
+def test_a_process_that_has_grown_is_replaced(process: BodyProcess) -> None:
     grown = ask(process, _grow)
     with pytest.raises(ProcessLookupError):
         os.kill(grown, 0)
@@ -210,7 +210,7 @@ def test_the_process_has_no_torch() -> None:
 def test_a_client_that_leaves_is_not_waited_for(apart: Lab, nothing_is_read_here: None) -> None:
     asyncio.run(asyncio.wait_for(request_of_a_client_that_leaves(apart, json.dumps({"prompt": "x"}).encode()), 60))
     assert asyncio.run(apart.complete("hi")).status_code == 200
-    assert apart.app.state.server.intake._held_bytes == 0
+    assert apart.app.state.server.bodies._held_bytes == 0
 
 
 def test_many_at_once_are_all_answered(apart: Lab, nothing_is_read_here: None) -> None:

@@ -19,7 +19,7 @@ from narrows.api import Generation, Health, QueueFull, Unavailable
 from narrows.errors import ConfigError
 from narrows.sched.sampling import SamplingParams
 from narrows.server import generation as generation_module
-from narrows.server.generation import Running
+from narrows.server.generation import RunningRequest
 from narrows.server.http.json_io import to_json_in_turns
 from narrows.server.options import ServerOptions
 
@@ -285,7 +285,7 @@ def test_others_get_their_turn_while_a_request_of_many_texts_is_taken_in(plain: 
 
     async def run() -> None:
         state = plain.app.state.server
-        running = Running(state.backend, state.loop_calls, state.metrics, state.turns, "a client")
+        running = RunningRequest(state.backend, state.loop_calls, state.metrics, state.turns, "a client")
         generations = [Generation(prompt=(3,), max_tokens=1, sampling=SamplingParams())] * 64
         submitting = asyncio.ensure_future(running.submit(generations, "prompt"))
         while not submitting.done():

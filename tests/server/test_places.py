@@ -8,7 +8,7 @@ import pytest
 
 from narrows.errors import ConfigError
 from narrows.server.http import connection_limits as descriptors
-from narrows.server.http.connection_limits import Places, connections_for, raise_descriptor_limit
+from narrows.server.http.connection_limits import ConnectionSlots, connections_for, raise_descriptor_limit
 from narrows.server.options import ConnectionLimits, ServerOptions
 
 
@@ -31,7 +31,7 @@ def left(of: list[Guest]) -> list[int]:
 
 
 def test_the_one_that_has_waited_longest_makes_room() -> None:
-    places, here = Places(4, 1), guests(4)
+    places, here = ConnectionSlots(4, 1), guests(4)
     assert all(places.take(guest) for guest in here)
     places.works(here[0])
     places.works(here[1])
@@ -44,7 +44,7 @@ def test_the_one_that_has_waited_longest_makes_room() -> None:
 
 
 def test_reserved_places_are_for_when_nobody_waits() -> None:
-    places, here = Places(2, 2), guests(2)
+    places, here = ConnectionSlots(2, 2), guests(2)
     for guest in here:
         assert places.take(guest) and places.works(guest)
     first, second, third = guests(3)
@@ -62,7 +62,7 @@ def test_reserved_places_are_for_when_nobody_waits() -> None:
 
 
 def test_a_request_on_a_reserved_place_may_take_that_of_one_that_waits() -> None:
-    places, busy, late = Places(1, 1), Guest(), Guest()
+    places, busy, late = ConnectionSlots(1, 1), Guest(), Guest()
     assert places.take(busy) and places.works(busy)
     assert places.take(late)
     places.waits(busy)
@@ -70,7 +70,7 @@ def test_a_request_on_a_reserved_place_may_take_that_of_one_that_waits() -> None
 
 
 def test_one_that_has_left_takes_no_place_with_it() -> None:
-    places, old, new = Places(1, 1), Guest(), Guest()
+    places, old, new = ConnectionSlots(1, 1), Guest(), Guest()
     assert places.take(old) and places.take(new) and old.left
     for _ in range(2):
         places.leave(old)
@@ -81,7 +81,7 @@ def test_one_that_has_left_takes_no_place_with_it() -> None:
 
 def test_it_is_said_once_until_places_were_free_for_a_minute(said: list[str]) -> None:
     now = [100.0]
-    places = Places(1, 1, clock=lambda: now[0])
+    places = ConnectionSlots(1, 1, clock=lambda: now[0])
     lines = []
 
     def come_and_go(after: float) -> None:

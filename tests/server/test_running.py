@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable
 
 from narrows.api import Generation, Update
-from narrows.server.generation import Running
-from narrows.server.http.round_robin import Turns
+from narrows.server.generation import RunningRequest
+from narrows.server.http.round_robin import RoundRobin
 from narrows.server.workers import LoopCalls
 
 
@@ -32,7 +32,7 @@ def test_what_a_slow_reader_has_not_taken_comes_in_parts_between_which_others_ru
 
 async def slow_reader() -> None:
     backend = Backend()
-    running = Running(backend, LoopCalls(asyncio.get_running_loop()), Times(), Turns(), "a client")
+    running = RunningRequest(backend, LoopCalls(asyncio.get_running_loop()), Times(), RoundRobin(), "a client")
     await running.submit([Generation(prompt=(1,), max_tokens=1000)] * 2, "prompt")
     for token in range(1000):
         for deliver in backend.deliver:

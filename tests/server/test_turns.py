@@ -12,16 +12,16 @@ from raw_client import AtOnce, Clock, RawClient, Wire
 from test_connections import CHUNKED, get, make_connection
 
 from narrows.server.http.connection_limits import Listener
-from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.http.round_robin import RoundRobin, WorkKind
 from narrows.server.workers import SharedCall
 
 
-def in_rounds(work: Callable[[Turns, Callable[[Any], None]], Awaitable[Any]]) -> list[list[Any]]:
+def in_rounds(work: Callable[[RoundRobin, Callable[[Any], None]], Awaitable[Any]]) -> list[list[Any]]:
     """What was noted in each round of the event loop."""
     rounds: list[list[Any]] = [[]]
 
     async def run() -> None:
-        doing = asyncio.ensure_future(work(Turns(), lambda what: rounds[-1].append(what)))  # type: ignore[arg-type]
+        doing = asyncio.ensure_future(work(RoundRobin(), lambda what: rounds[-1].append(what)))  # type: ignore[arg-type]
         while not doing.done():
             await asyncio.sleep(0)
             rounds.append([])
@@ -32,14 +32,14 @@ def in_rounds(work: Callable[[Turns, Callable[[Any], None]], Awaitable[Any]]) ->
 
 
 def test_of_what_asks_together_each_round_has_one() -> None:
-    async def work(turns: Turns, note: Callable[[Any], None]) -> None:
+    async def work(turns: RoundRobin, note: Callable[[Any], None]) -> None:
         async def one(number: int) -> None:
             for _ in range(3):
-                await turns.wait(Kind.RUNNING)
+                await turns.wait(WorkKind.RUNNING)
                 note(number)
 
         for number in range(20):
-            turns.call(Kind.NEW, lambda number=number: note(-number))  # type: ignore[misc]
+            turns.call(WorkKind.NEW, lambda number=number: note(-number))  # type: ignore[misc]
         await asyncio.gather(*(one(number) for number in range(1, 20)))
         assert not turns.num_waiting
 
@@ -50,34 +50,34 @@ def test_of_what_asks_together_each_round_has_one() -> None:
 
 
 def test_no_kind_waits_for_all_of_another() -> None:
-    order: list[Kind] = []
+    order: list[WorkKind] = []
 
-    async def work(turns: Turns, note: Callable[[Any], None]) -> None:
-        for kind in (Kind.NEW,) * 50 + (Kind.PROBE, Kind.RUNNING):
+    async def work(turns: RoundRobin, note: Callable[[Any], None]) -> None:
+        for kind in (WorkKind.NEW,) * 50 + (WorkKind.PROBE, WorkKind.RUNNING):
             turns.call(kind, lambda kind=kind: order.append(kind))  # type: ignore[misc]
         while turns.num_waiting:
             await asyncio.sleep(0)
 
     in_rounds(work)
-    assert len(order) == 52 and order.index(Kind.PROBE) <= 2 and order.index(Kind.RUNNING) <= 2
+    assert len(order) == 52 and order.index(WorkKind.PROBE) <= 2 and order.index(WorkKind.RUNNING) <= 2
 
 
 def test_who_is_cancelled_or_fails_costs_the_others_no_turn() -> None:
     done: list[int] = []
 
     async def run() -> None:
-        turns = Turns()
+        turns = RoundRobin()
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
 
         async def one(number: int) -> None:
-            await turns.wait(Kind.RUNNING)
+            await turns.wait(WorkKind.RUNNING)
             done.append(number)
 
         tasks = [asyncio.ensure_future(one(number)) for number in range(100)]
         await asyncio.sleep(0)
         for task in tasks[1:99]:
             task.cancel()
-        turns.call(Kind.NEW, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        turns.call(WorkKind.NEW, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
         rounds = 0
         while not tasks[-1].done():
             await asyncio.sleep(0)
@@ -89,14 +89,14 @@ def test_who_is_cancelled_or_fails_costs_the_others_no_turn() -> None:
 
 
 def test_turns_go_on_in_another_event_loop() -> None:
-    turns = Turns()
+    turns = RoundRobin()
 
     async def leave() -> None:
         for _ in range(3):
-            turns.call(Kind.NEW, lambda: None)
+            turns.call(WorkKind.NEW, lambda: None)
 
     asyncio.run(leave())  # ends before all had their turn
-    asyncio.run(asyncio.wait_for(turns.wait(Kind.NEW), 10))
+    asyncio.run(asyncio.wait_for(turns.wait(WorkKind.NEW), 10))
 
 
 def test_a_door_lets_a_few_in_at_a_time() -> None:
@@ -129,23 +129,23 @@ def test_a_door_lets_a_few_in_at_a_time() -> None:
 
 
 def test_a_question_to_health_waits_for_no_request() -> None:
-    kinds: list[Kind] = []
+    kinds: list[WorkKind] = []
 
     class Noted(AtOnce):
-        def call(self, kind: Kind, work: Callable[[], None]) -> None:
+        def call(self, kind: WorkKind, work: Callable[[], None]) -> None:
             kinds.append(kind)
 
     for data in (b"GET /health HTTP/1.1\r\n", b"GET /metrics", b"POST /v1/completions HTTP/1.1\r\n", b"G"):
         connection, _ = make_connection(Clock(), Wire(), turns=Noted())
         connection.data_received(data)
-    assert kinds == [Kind.PROBE, Kind.PROBE, Kind.NEW, Kind.NEW]
+    assert kinds == [WorkKind.PROBE, WorkKind.PROBE, WorkKind.NEW, WorkKind.NEW]
 
 
 def test_what_comes_before_its_turn_is_parsed_then_and_no_more_is_read() -> None:
     waiting: list[Callable[[], None]] = []
 
     class Later(AtOnce):
-        def call(self, kind: Kind, work: Callable[[], None]) -> None:
+        def call(self, kind: WorkKind, work: Callable[[], None]) -> None:
             waiting.append(work)
 
     connection, wire = make_connection(Clock(), Wire(), turns=Later())
@@ -191,7 +191,7 @@ def test_many_who_ask_share_a_call_that_begins_after_they_asked() -> None:
             await go_on.wait()
             return number
 
-        shared = SharedCall(call, 0.0, Turns())
+        shared = SharedCall(call, 0.0, RoundRobin())
         first = [asyncio.ensure_future(shared.get()) for _ in range(50)]
         while not calls:
             await asyncio.sleep(0)
@@ -209,7 +209,7 @@ def test_many_who_ask_share_a_call_that_begins_after_they_asked() -> None:
 
 
 def test_those_who_share_a_result_go_on_one_in_each_round() -> None:
-    async def work(turns: Turns, note: Callable[[Any], None]) -> None:
+    async def work(turns: RoundRobin, note: Callable[[Any], None]) -> None:
         async def call() -> int:
             return 1
 
@@ -236,7 +236,7 @@ def test_a_call_that_fails_is_made_again_for_the_next() -> None:
         return found
 
     async def run() -> None:
-        shared = SharedCall(call, 0.0, Turns())
+        shared = SharedCall(call, 0.0, RoundRobin())
         with pytest.raises(ValueError, match="no"):
             await shared.get()
         assert await shared.get() == 5

@@ -36,7 +36,7 @@ from narrows.errors import ConfigError
 from narrows.server.app import create_app, state_of
 from narrows.server.http.connection_limits import (
     MAX_CONNECTIONS,
-    RESERVED_PLACES,
+    RESERVED_SLOTS,
     connections_for,
     raise_descriptor_limit,
 )
@@ -255,7 +255,7 @@ def _options(args: argparse.Namespace) -> ServerOptions:
         allow_priority=args.allow_priority,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
-        intake_process=args.intake == "process",
+        body_process=args.intake == "process",
     )
 
 
@@ -263,7 +263,7 @@ def _connection_limits(asked: int | None) -> ConnectionLimits:
     connections, told = connections_for(asked, raise_descriptor_limit())
     if told:
         logging.getLogger("narrows.server").warning("%s", told)
-    return ConnectionLimits(max_connections=connections, reserved_places=RESERVED_PLACES)
+    return ConnectionLimits(max_connections=connections, reserved_slots=RESERVED_SLOTS)
 
 
 def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:

@@ -21,9 +21,9 @@ from narrows.errors import NarrowsError
 from narrows.server.anthropic.messages import count_tokens, create_message
 from narrows.server.anthropic.request import CountRequest, MessagesRequest
 from narrows.server.http.body import Body, BoundedRoute
-from narrows.server.http.errors import ApiError, ClientGoneError, refused, why_absent
+from narrows.server.http.errors import ApiError, ClientGoneError, backend_error, why_missing
 from narrows.server.http.json_io import JsonAnswer, error_answer, to_json, to_json_in_turns
-from narrows.server.http.middleware import Addresses, ApiKeys, BodyLimit, Encodings, ReservedPlaces, TrailingSlash
+from narrows.server.http.middleware import Addresses, ApiKeys, BodyLimit, Encodings, ReservedSlots, TrailingSlash
 from narrows.server.metrics import Metrics
 from narrows.server.openai.chat import chat
 from narrows.server.openai.completions import CompletionRequest, complete
@@ -38,7 +38,7 @@ from narrows.server.openai.tokenize import (
     tokenize,
 )
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 from narrows.server.schema import answers
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
@@ -112,7 +112,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
     app.add_middleware(Encodings)
     app.add_middleware(ApiKeys, keys=options.api_keys)
     app.add_middleware(Addresses, hosts=options.hosts, origins=options.origins)
-    app.add_middleware(ReservedPlaces)
+    app.add_middleware(ReservedSlots)
     app.add_middleware(_Counted, metrics=state.metrics)
     app.add_middleware(TrailingSlash)
     if options.origins:
@@ -250,7 +250,7 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
         try:
             return JsonAnswer(await state.pools.operate(call))
         except NarrowsError as error:
-            raise refused(error) from error
+            raise backend_error(error) from error
 
     @app.post("/start_profile", response_model=None, responses=_responses(answers.TraceStarted))
     async def start_profile(body: Body[answers.StartProfileRequest] | None = None) -> Response:
@@ -265,7 +265,7 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
         return await told(state.backend.stop_trace)
 
 
-def _as_it_is(reading: Reading, body: answers.StartProfileRequest) -> answers.StartProfileRequest:
+def _as_it_is(reader: RequestReader, body: answers.StartProfileRequest) -> answers.StartProfileRequest:
     return body
 
 
@@ -295,7 +295,7 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
     """What the framework itself refuses."""
     message = str(error.detail)
     if error.status_code == 404:
-        why = why_absent(request.url.path) or "/openapi.json lists what there is"
+        why = why_missing(request.url.path) or "/openapi.json lists what there is"
         message = f"there is no {request.url.path[:200]} here; {why}"
     if error.status_code == 405:
         message = f"{request.url.path} does not answer {request.method}"

@@ -10,39 +10,39 @@ from typing import Any
 
 from narrows.errors import ConfigError
 from narrows.server.generation import Job
-from narrows.server.http.errors import invalid, refused
+from narrows.server.http.errors import backend_error, invalid
 from narrows.server.http.json_io import JsonLimits, read_json
-from narrows.server.output import Turn
+from narrows.server.output import ChatOutput
 from narrows.server.parsers.formats import Calls, begins_inside
-from narrows.server.request import Asked, Reading, Wishes, truncated
+from narrows.server.request import AnswerOptions, ParsedRequest, RequestReader, truncated
 from narrows.server.schema.chat import ChatMessage, ChatRequest, ContentPart, Function, Tool, ToolChoice
-from narrows.server.structured_output.constraints import Constraint, Form, asked_form, closed, literal
+from narrows.server.structured_output.constraints import Constraint, Form, closed, literal, requested_grammar
 from narrows.text import GeneratedText, Tokenizer
 
 __all__ = [
-    "Conversation",
-    "Conversing",
+    "ChatJob",
     "History",
+    "ParsedChat",
     "ToolUse",
-    "begin_conversation",
-    "conversation_prompt",
-    "read_conversation",
+    "chat_prompt",
+    "parse_chat",
     "render_chat",
+    "start_chat",
     "tool_use",
 ]
 
-Conversation = Job[Turn]
+ChatJob = Job[ChatOutput]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conversing(Asked):
+class ParsedChat(ParsedRequest):
     """What a body comes to. ``inside``: the prompt has opened a thought."""
 
     calls: Calls
     inside: bool
 
 
-def read_conversation(reading: Reading, body: ChatRequest, head: dict[str, Any], *, capped: bool = False) -> Conversing:
+def parse_chat(reader: RequestReader, body: ChatRequest, head: dict[str, Any], *, capped: bool = False) -> ParsedChat:
     """What a body comes to; ``head`` is what every piece of the answer begins with.
 
     ``capped``: more tokens may be asked for than the context has room for; then it is as many as there is room for.
@@ -50,61 +50,63 @@ def read_conversation(reading: Reading, body: ChatRequest, head: dict[str, Any],
     Raises:
         ApiError: 400, naming the field.
     """
-    use = tool_use(reading, body)
-    prompt, ids = _prompt(reading, body, use)
+    use = tool_use(reader, body)
+    prompt, ids = _prompt(reader, body, use)
     asked = body.most_tokens
     if capped and asked is not None:
-        asked = min(asked, max(1, reading.model.max_context - len(ids)))
-    max_tokens = reading.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
-    reading.check_amount(1, body.num_choices)
-    inside = reading.reasons and begins_inside(prompt)
-    forms, param = _forms(reading, body, use)
+        asked = min(asked, max(1, reader.model.max_context - len(ids)))
+    max_tokens = reader.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
+    reader.check_amount(1, body.num_choices)
+    inside = reader.reasons and begins_inside(prompt)
+    forms, param = _forms(reader, body, use)
     if forms and body.allowed_token_ids is not None:
         message = f"allowed_token_ids and {param} both say which tokens may come; leave one out"
         raise invalid(message, "allowed_token_ids")
     constraint = None
     if forms:
-        constraint = Constraint(forms=tuple(forms), param=param, reasoning=reading.reasons, inside=inside)
-    return Conversing(
-        wishes=Wishes.of(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None),
+        constraint = Constraint(forms=tuple(forms), param=param, reasoning=reader.reasons, inside=inside)
+    return ParsedChat(
+        options=AnswerOptions.of(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None),
         head=head,
         prompts=(array("I", ids),),
         max_tokens=max_tokens,
-        end_ids=reading.end_ids(body),
-        sampling=reading.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None),
-        allowed=reading.allowed(body),
+        end_ids=reader.end_ids(body),
+        sampling=reader.sampling(body, logprobs=(body.top_logprobs or 0) if body.logprobs else None),
+        allowed=reader.allowed(body),
         constraint=constraint,
         calls=use.calls(parallel=body.parallel_tool_calls is not False),
         inside=inside,
     )
 
 
-def begin_conversation(reading: Reading, asked: Conversing) -> Conversation:
+def start_chat(reader: RequestReader, asked: ParsedChat) -> ChatJob:
     """Its texts, before their first token."""
-    wishes, ids = asked.wishes, tuple(asked.prompts[0])
+    options, ids = asked.options, tuple(asked.prompts[0])
     text = GeneratedText(
-        reading.tokenizer,
-        stop=wishes.stops,
-        keep_stop=wishes.keeps_stop,
+        reader.tokenizer,
+        stop=options.stops,
+        keep_stop=options.keeps_stop,
         end_ids=asked.end_ids,
-        skip_special_tokens=wishes.skips_special,
-        spelled_out=reading.spelled_out,
+        skip_special_tokens=options.skips_special,
+        spelled_out=reader.spelled_out,
     )
-    turns = [Turn(reading, wishes, at, asked.calls, asked.inside, text.another()) for at in range(wishes.num_choices)]
-    generations = [asked.generation(ids, at) for at in range(wishes.num_choices)]
-    return Job(wishes, asked.head, len(ids), turns, generations, asked.constraint)
+    turns = [
+        ChatOutput(reader, options, at, asked.calls, asked.inside, text.another()) for at in range(options.num_choices)
+    ]
+    generations = [asked.generation(ids, at) for at in range(options.num_choices)]
+    return Job(options, asked.head, len(ids), turns, generations, asked.constraint)
 
 
-def conversation_prompt(reading: Reading, body: ChatRequest) -> tuple[str, tuple[int, ...]]:
+def chat_prompt(reader: RequestReader, body: ChatRequest) -> tuple[str, tuple[int, ...]]:
     """What the model reads, as text and as tokens.
 
     Raises:
         ApiError: 400, naming the field.
     """
-    return _prompt(reading, body, tool_use(reading, body))
+    return _prompt(reader, body, tool_use(reader, body))
 
 
-def _prompt(reading: Reading, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:
+def _prompt(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:
     if body.continue_final_message and body.add_generation_prompt:
         message = "the last message goes on, or an answer begins; set add_generation_prompt false"
         raise invalid(f"continue_final_message: {message}", "continue_final_message")
@@ -112,29 +114,29 @@ def _prompt(reading: Reading, body: ChatRequest, use: ToolUse) -> tuple[str, tup
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
     text = render_chat(
-        reading.tokenizer,
+        reader.tokenizer,
         body.messages,
         tools=use.tools,
         variables=variables,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
-        arguments_as_text=reading.tools is not None and reading.tools.arguments_as_text,
+        arguments_as_text=reader.tools is not None and reader.tools.arguments_as_text,
     )
     cut = body.truncate_prompt_tokens is not None
-    ids = reading.encode(text, "messages", add_special_tokens=bool(body.add_special_tokens), cut=cut)
+    ids = reader.encode(text, "messages", add_special_tokens=bool(body.add_special_tokens), cut=cut)
     if not ids:
         raise invalid("the chat template made an empty prompt of these messages", "messages")
-    return text, truncated(reading, body, ids, "messages")
+    return text, truncated(reader, body, ids, "messages")
 
 
-def _forms(reading: Reading, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
+def _forms(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
     """What the answer has to be one of, and the field that says so; empty if it may be anything."""
-    asked = asked_form(body)
+    asked = requested_grammar(body)
     calls = None
     if use.tools and (asked is not None or use.must):
-        assert reading.tools is not None, "checked: a format needs a tokenizer"
+        assert reader.tools is not None, "checked: a format needs a tokenizer"
         functions = [(tool.function.name, _arguments(tool.function)) for tool in use.tools]
-        calls = Form("calls", reading.tools.grammar(functions, partial(literal, reading.tokenizer), use.many))
+        calls = Form("calls", reader.tools.grammar(functions, partial(literal, reader.tokenizer), use.many))
     if use.must:
         if asked is not None:
             raise invalid(f"{asked[1]} and tool_choice both say what the answer is; leave one out", asked[1])
@@ -184,7 +186,7 @@ def render_chat(
             variables=variables,
         )
     except ConfigError as error:
-        raise refused(error, "messages") from error
+        raise backend_error(error, "messages") from error
     return _cut_open(text) if continue_final_message else text
 
 
@@ -282,7 +284,7 @@ class ToolUse:
         return Calls(are_read=bool(self.tools), most=None if parallel else 1, names=names)
 
 
-def tool_use(reading: Reading, body: ChatRequest) -> ToolUse:
+def tool_use(reader: RequestReader, body: ChatRequest) -> ToolUse:
     """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` come to.
 
     Raises:
@@ -296,7 +298,7 @@ def tool_use(reading: Reading, body: ChatRequest) -> ToolUse:
         raise invalid("tool_choice is given, but no tools", "tool_choice")
     if not tools or choice == "none":
         return ToolUse()
-    if reading.tools is None:
+    if reader.tools is None:
         message = "the model's chat template knows no tool calls in a format that this server reads"
         raise invalid(f"{message}; a server started with --tool-call-parser reads one", "tools")
     many = body.parallel_tool_calls is not False

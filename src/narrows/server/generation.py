@@ -20,19 +20,19 @@ from starlette.responses import Response
 from narrows.api import Backend, Generation, Update
 from narrows.errors import ConfigError, NarrowsError
 from narrows.sched.limits import MOST_PRIORITY
-from narrows.server.http.errors import ApiError, invalid, refused
+from narrows.server.http.errors import ApiError, backend_error, invalid
 from narrows.server.http.json_io import JsonAnswer, to_json_in_turns
 from narrows.server.http.middleware import key_of
-from narrows.server.http.round_robin import Kind, Turns
-from narrows.server.http.stream import DataLines, EventStream, Wire, unless_gone
+from narrows.server.http.round_robin import RoundRobin, WorkKind
+from narrows.server.http.stream import DataLines, EventStream, StreamFormat, until_disconnect
 from narrows.server.output import Count, usage
-from narrows.server.request import Wishes, new_id
+from narrows.server.request import AnswerOptions, new_id
 from narrows.server.state import ServerState
 from narrows.server.structured_output.constraints import Constraint
 from narrows.server.structured_output.guide import GrammarGuide
 from narrows.server.workers import LoopCalls
 
-__all__ = ["Choice", "Job", "Running", "Times", "make_guides", "respond"]
+__all__ = ["Choice", "Job", "RunningRequest", "Times", "make_guides", "respond"]
 
 _AT_ONCE = 8
 """Generations that are submitted in one turn: each is looked at in full."""
@@ -59,13 +59,13 @@ class Times(Protocol):
         ...
 
 
-class Running:
+class RunningRequest:
     """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more.
 
     ``client``: on whose behalf they run; clients share what the backend has.
     """
 
-    def __init__(self, backend: Backend, calls: LoopCalls, times: Times, turns: Turns, client: str) -> None:
+    def __init__(self, backend: Backend, calls: LoopCalls, times: Times, turns: RoundRobin, client: str) -> None:
         self._backend = backend
         self._turns = turns
         self._client = client
@@ -87,7 +87,7 @@ class Running:
         try:
             for index, generation in enumerate(generations):
                 if not index % _AT_ONCE:
-                    await self._turns.wait(Kind.RUNNING)
+                    await self._turns.wait(WorkKind.RUNNING)
                 self._open.add(index)
                 deliver = partial(self._deliver, index)
                 self._numbers.append(self._backend.submit(replace(generation, client=self._client), deliver))
@@ -95,7 +95,7 @@ class Running:
             self._open.discard(len(self._numbers))
             self.close()
             if isinstance(error, NarrowsError):
-                raise refused(error, param) from error
+                raise backend_error(error, param) from error
             raise
 
     def _deliver(self, index: int, update: Update) -> None:
@@ -130,7 +130,7 @@ class Running:
                 _check(update)
             for number, (part, work) in enumerate(_parts(inbox)):
                 if number or work > _FREE_UPDATES:
-                    await self._turns.wait(Kind.RUNNING)
+                    await self._turns.wait(WorkKind.RUNNING)
                 yield part
 
     def abort(self, index: int) -> None:
@@ -234,7 +234,7 @@ class Job(Generic[ChoiceT]):
     ``constraint``: what the texts have to be; their guides are made when the job is answered.
     """
 
-    wishes: Wishes
+    options: AnswerOptions
     head: dict[str, Any]
     """What every piece of the answer begins with."""
     num_prompt_tokens: int
@@ -247,7 +247,7 @@ class Job(Generic[ChoiceT]):
         """Its tokens, as the API spells them."""
         return usage(self.num_prompt_tokens, [choice.count for choice in self.choices])
 
-    async def updates(self, running: Running) -> AsyncGenerator[list[ChoiceT], None]:
+    async def updates(self, running: RunningRequest) -> AsyncGenerator[list[ChoiceT], None]:
         """The choices that have something new, until all have ended."""
         async with aclosing(running.updates()) as updates:
             async for inbox in updates:
@@ -265,30 +265,30 @@ async def respond(
     job: Job[ChoiceT],
     param: str,
     *,
-    stream: Callable[[Job[ChoiceT], Running], AsyncGenerator[dict[str, Any], None]],
-    whole: Callable[[Job[ChoiceT], Running], Coroutine[Any, Any, dict[str, Any]]],
-    wire: Wire | None = None,
+    stream: Callable[[Job[ChoiceT], RunningRequest], AsyncGenerator[dict[str, Any], None]],
+    whole: Callable[[Job[ChoiceT], RunningRequest], Coroutine[Any, Any, dict[str, Any]]],
+    stream_format: StreamFormat | None = None,
 ) -> Response:
     """The answer, as ``stream`` or ``whole`` makes it; whatever ends it, the generations are ended with it.
 
-    ``param``: the field that is wrong if the backend refuses a generation. ``wire``: how a stream is written; None: as
-    :class:`~narrows.server.http.stream.DataLines`.
+    ``param``: the field that is wrong if the backend refuses a generation. ``stream_format``: how
+    a stream is written; None: as :class:`~narrows.server.http.stream.DataLines`.
 
     Raises:
         ApiError: the backend takes none of them, a priority that is not allowed, or the time is over.
     """
     timeout_s = state.options.request_timeout_s
-    _check_priority(state, job.wishes.priority)
+    _check_priority(state, job.options.priority)
     num_logprobs = state.check_logprobs(job.generations)
     generations = job.generations
     if job.constraint is not None:
         making = make_guides(state, job.constraint, len(job.choices))
-        guides = await unless_gone(request, making, timeout_s=timeout_s, close=lambda: None, turns=state.turns)
+        guides = await until_disconnect(request, making, timeout_s=timeout_s, close=lambda: None, turns=state.turns)
         for choice, guide in zip(job.choices, guides, strict=True):
             choice.guide = guide
         generations = [replace(each, guide=guide) for each, guide in zip(generations, guides, strict=False)]
     client = _client_of(state, request) or new_id("request")
-    running = Running(state.backend, state.loop_calls, state.metrics, state.turns, client)
+    running = RunningRequest(state.backend, state.loop_calls, state.metrics, state.turns, client)
     await running.submit(generations, param)
 
     def close() -> None:
@@ -297,11 +297,11 @@ async def respond(
             state.guides.grammars.forget_broken()
             state.pools.free_memory_soon()
 
-    if job.wishes.stream:
+    if job.options.stream:
         return EventStream(
-            stream(job, running), wire or DataLines(), timeout_s=timeout_s, close=close, turns=state.turns
+            stream(job, running), stream_format or DataLines(), timeout_s=timeout_s, close=close, turns=state.turns
         )
-    answer = await unless_gone(request, whole(job, running), timeout_s=timeout_s, close=close, turns=state.turns)
+    answer = await until_disconnect(request, whole(job, running), timeout_s=timeout_s, close=close, turns=state.turns)
     if num_logprobs > _MANY_LOGPROBS:
         return JsonAnswer(await state.pools.prepare(request, to_json_in_turns, answer))
     return JsonAnswer(answer)
@@ -337,4 +337,4 @@ async def make_guides(state: ServerState, asked: Constraint, count: int) -> list
     except ConfigError as error:
         raise invalid(f"{param}: {error}", param) from error
     except NarrowsError as error:
-        raise refused(error, param) from error
+        raise backend_error(error, param) from error

@@ -18,11 +18,7 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The metrics of one server. ``first_token`` and the like are what :class:`~narrows.server.generation.Running`
-    calls.
-
-    Numbers come in on the event loop; any thread may :meth:`render` them.
-    """
+    """The metrics of one server. Numbers are added on the event loop; any thread may :meth:`render` them."""
 
     def __init__(self, backend: Backend) -> None:
         self._registry = CollectorRegistry()

@@ -31,7 +31,7 @@ class ServedModel:
 class ConnectionLimits:
     """What a connection may take before, between and beside its requests.
 
-    ``max_connections`` at once, and ``reserved_places`` more that may ask for /health and /metrics only. A request's
+    ``max_connections`` at once, and ``reserved_slots`` more that may ask for /health and /metrics only. A request's
     head has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
     ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it; its chunks, if it comes in many, have at
     least ``min_chunk_bytes`` on the average. At most ``max_pipelined`` requests wait
@@ -43,7 +43,7 @@ class ConnectionLimits:
     """
 
     max_connections: int = 512
-    reserved_places: int = 16
+    reserved_slots: int = 16
     max_head_bytes: int = 64 * 1024
     max_headers: int = 128
     max_pipelined: int = 16
@@ -67,7 +67,7 @@ class ServerOptions:
     ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (the chat template tells) or ``none``.
     ``max_generations``: most texts of a request, prompts times ``n``. ``allow_priority``: requests may be more urgent
     than normal (``priority`` below 0). ``hosts``: names that a request's Host may have beside this machine's own; None:
-    any. ``origins``: web pages that may use the server; ``*``: all of them. ``intake_process``: large bodies are
+    any. ``origins``: web pages that may use the server; ``*``: all of them. ``body_process``: large bodies are
     read in a process of their own.
 
     Raises:
@@ -83,7 +83,7 @@ class ServerOptions:
     reasoning_parser: str = "auto"
     hosts: frozenset[str] | None = None
     origins: tuple[str, ...] = ()
-    intake_process: bool = False
+    body_process: bool = False
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:

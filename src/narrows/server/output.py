@@ -11,20 +11,20 @@ from narrows.sched.sampling import Logprobs
 from narrows.server.http.errors import invalid
 from narrows.server.parsers.events import Event, ToolCall, joined
 from narrows.server.parsers.formats import Calls, OutputParser, ReasoningSplit
-from narrows.server.request import Reading, Wishes
+from narrows.server.request import AnswerOptions, RequestReader
 from narrows.server.structured_output.guide import GrammarGuide
 from narrows.text import GeneratedText, Tokenizer
 
-__all__ = ["Count", "LogprobColumns", "Turn", "chat_logprob", "usage"]
+__all__ = ["ChatOutput", "Count", "LogprobColumns", "chat_logprob", "usage"]
 
 
-class Turn:
+class ChatOutput:
     """A message that the model writes: its events so far, its tokens, and why it ended."""
 
     def __init__(
         self,
-        reading: Reading,
-        wishes: Wishes,
+        reader: RequestReader,
+        options: AnswerOptions,
         index: int,
         calls: Calls,
         inside: bool,
@@ -33,17 +33,17 @@ class Turn:
         self.index = index
         self.finish_reason: str | None = None
         self.count = Count()
-        self._tokenizer = reading.tokenizer
+        self._tokenizer = reader.tokenizer
         self.guide: GrammarGuide | None = None
         self._text = text
         self._parser = OutputParser(
-            reasoning=ReasoningSplit(inside=inside) if reading.reasons else None,
-            tools=reading.tools.new_parser() if calls.are_read and reading.tools is not None else None,
+            reasoning=ReasoningSplit(inside=inside) if reader.reasons else None,
+            tools=reader.tools.new_parser() if calls.are_read and reader.tools is not None else None,
             max_calls=calls.most,
             names=calls.names,
         )
         self._has_calls = False
-        self._wants_logprobs = wishes.logprobs is not None
+        self._wants_logprobs = options.logprobs is not None
         self._events: list[Event] = []
         self._logprobs: list[dict[str, Any]] = []
 

@@ -13,19 +13,28 @@ from narrows.api import Generation
 from narrows.errors import ConfigError
 from narrows.sched.guide import Guide
 from narrows.sched.sampling import SamplingParams
-from narrows.server.http.errors import ApiError, invalid, refused
+from narrows.server.http.errors import ApiError, backend_error, invalid
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.server.parsers.formats import CLOSE, OPEN, REASONING_PARSERS, TOOL_PARSERS, reasoning_parser, tool_format
 from narrows.server.schema.common import GenerationFields
 from narrows.server.structured_output.constraints import Constraint
 from narrows.text import Tokenizer
 
-__all__ = ["AllowedTokens", "Asked", "Reading", "Wishes", "new_id", "now", "of_choice", "truncated"]
+__all__ = [
+    "AllowedTokens",
+    "AnswerOptions",
+    "ParsedRequest",
+    "RequestReader",
+    "new_id",
+    "now",
+    "sampling_of_choice",
+    "truncated",
+]
 
 _MASK63 = 2**63 - 1
 
 
-class Reading:
+class RequestReader:
     """A model with its text and defaults, and a server's options.
 
     Raises:
@@ -87,7 +96,7 @@ class Reading:
         try:
             return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
         except ConfigError as error:
-            raise refused(error, param) from error
+            raise backend_error(error, param) from error
 
     def check_model(self, name: str | None) -> str:
         """The name under which the request is answered.
@@ -147,7 +156,7 @@ class Reading:
         try:
             return SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
         except ConfigError as error:
-            raise refused(error, str(error).split(maxsplit=1)[0]) from error
+            raise backend_error(error, str(error).split(maxsplit=1)[0]) from error
 
     def _bias(self, body: GenerationFields) -> tuple[tuple[int, float], ...]:
         bias: dict[int, float] = {}
@@ -182,7 +191,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class AnswerOptions:
     """What of a body matters while it is answered. ``logprobs``: best ones of each token; None: no log-probabilities.
 
     ``most_tokens``: what ``max_tokens`` was, by whichever of its names.
@@ -199,7 +208,7 @@ class Wishes:
     skips_special: bool
 
     @classmethod
-    def of(cls, body: GenerationFields, *, logprobs: int | None) -> Wishes:
+    def of(cls, body: GenerationFields, *, logprobs: int | None) -> AnswerOptions:
         """Those of a body."""
         return cls(
             stream=bool(body.stream),
@@ -215,10 +224,10 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ParsedRequest:
     """What a body comes to. ``head``: what every piece of the answer begins with. ``prompts``: as token ids."""
 
-    wishes: Wishes
+    options: AnswerOptions
     head: dict[str, Any]
     prompts: tuple[array[int], ...]
     max_tokens: int
@@ -233,13 +242,13 @@ class Asked:
             prompt=prompt,
             max_tokens=self.max_tokens,
             end_ids=self.end_ids,
-            sampling=of_choice(self.sampling, choice),
-            priority=self.wishes.priority,
+            sampling=sampling_of_choice(self.sampling, choice),
+            priority=self.options.priority,
             guide=self.allowed,
         )
 
 
-def of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
+def sampling_of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
     """The parameters of the ``index``-th of ``n`` texts: a seed of its own, so that they differ."""
     if sampling.seed is None or not index:
         return sampling
@@ -273,7 +282,7 @@ def now() -> int:
     return int(time.time())
 
 
-def truncated(reading: Reading, body: GenerationFields, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
+def truncated(reader: RequestReader, body: GenerationFields, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
     """What ``truncate_prompt_tokens`` leaves of a prompt; -1: as many tokens as there is room for beside the answer.
 
     Raises:
@@ -283,7 +292,7 @@ def truncated(reading: Reading, body: GenerationFields, ids: tuple[int, ...], pa
     if keep is None:
         return ids
     if keep == -1:
-        keep = reading.model.max_context - max(body.most_tokens or 1, 1)
+        keep = reader.model.max_context - max(body.most_tokens or 1, 1)
     if keep < 1:
         raise invalid(f"{param}: no token would be left of the prompt", "truncate_prompt_tokens")
     return ids[:keep] if body.truncation_side == "right" else ids[-keep:]

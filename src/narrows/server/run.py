@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from narrows.api import Backend
 from narrows.errors import ConfigError
 from narrows.server.app import state_of
-from narrows.server.http.connection_limits import Listener, Places
+from narrows.server.http.connection_limits import ConnectionSlots, Listener
 from narrows.server.http.connections import Connection
 
 __all__ = ["Drainable", "bind", "curl_line", "serve", "url_of"]
@@ -100,7 +100,7 @@ def serve(
     except OSError as error:
         raise ConfigError(f"cannot listen on {url_of(bound)}: {error}; give another --port") from None
     limits = state_of(app).options.connections
-    places = Places(limits.max_connections, limits.reserved_places)
+    places = ConnectionSlots(limits.max_connections, limits.reserved_slots)
     config = uvicorn.Config(
         app,
         http=partial(Connection, limits=limits, places=places, turns=state_of(app).turns),  # type: ignore[arg-type]

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Sequence
 
 from narrows.api import Backend, Generation
-from narrows.server.http.body import Intake
-from narrows.server.http.body_process import IntakeProcess
+from narrows.server.http.body import BodyReader
+from narrows.server.http.body_process import BodyProcess
 from narrows.server.http.errors import invalid
-from narrows.server.http.round_robin import Turns
+from narrows.server.http.round_robin import RoundRobin
 from narrows.server.metrics import Metrics
 from narrows.server.options import ServedModel, ServerOptions
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 from narrows.server.structured_output.constraints import GuideMaker
 from narrows.server.workers import LoopCalls, Pools
 
@@ -24,7 +24,7 @@ _BODIES_AT_ONCE = 8
 """Bodies of the largest size that may be read or checked at once; small ones do not count."""
 
 
-class ServerState(Reading):
+class ServerState(RequestReader):
     """A backend with a model's name, text and defaults.
 
     Raises:
@@ -35,10 +35,12 @@ class ServerState(Reading):
         super().__init__(model, options)
         self.backend = backend
         self.metrics = Metrics(backend)
-        self.turns = Turns()
-        self.process = IntakeProcess(model, options) if options.intake_process else None
+        self.turns = RoundRobin()
+        self.process = BodyProcess(model, options) if options.body_process else None
         self.pools = Pools()
-        self.intake = Intake(self, self.pools, self.process, max_held_bytes=_BODIES_AT_ONCE * options.max_body_bytes)
+        self.bodies = BodyReader(
+            self, self.pools, self.process, max_held_bytes=_BODIES_AT_ONCE * options.max_body_bytes
+        )
         self.draining = False
         self._loop_calls: LoopCalls | None = None
         self.guides = None

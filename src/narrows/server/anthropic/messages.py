@@ -13,19 +13,19 @@ from starlette.responses import Response
 
 from narrows.server.anthropic.request import CHAT_NAMES, CountRequest, MessagesRequest, chat_of
 from narrows.server.conversation import (
-    Conversation,
-    Conversing,
-    begin_conversation,
-    conversation_prompt,
-    read_conversation,
+    ChatJob,
+    ParsedChat,
+    chat_prompt,
+    parse_chat,
+    start_chat,
 )
-from narrows.server.generation import Running, respond
+from narrows.server.generation import RunningRequest, respond
 from narrows.server.http.body import Body
-from narrows.server.http.errors import ApiError, error_body, renamed, translated
+from narrows.server.http.errors import ApiError, error_body, renaming_fields, validation_as_api_error
 from narrows.server.http.json_io import JsonAnswer
 from narrows.server.http.stream import named_event
 from narrows.server.parsers.events import Content, Event, Reasoning, ToolCall
-from narrows.server.request import Reading, new_id
+from narrows.server.request import RequestReader, new_id
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
 
@@ -40,9 +40,9 @@ async def create_message(state: ServerState, body: Body[MessagesRequest], reques
     Raises:
         ApiError: it cannot be served.
     """
-    job = await body.begin(begin_conversation, _read)
+    job = await body.begin(start_chat, _read)
     writer = MessageWriter(job.head["model"])
-    with renamed(CHAT_NAMES):
+    with renaming_fields(CHAT_NAMES):
         return await respond(
             state,
             request,
@@ -50,7 +50,7 @@ async def create_message(state: ServerState, body: Body[MessagesRequest], reques
             "messages",
             stream=partial(_stream, writer),
             whole=partial(_whole, writer),
-            wire=_Wire(),
+            stream_format=_Wire(),
         )
 
 
@@ -64,23 +64,23 @@ async def count_tokens(body: Body[CountRequest]) -> Response:
 
 
 def _chat(body: CountRequest) -> ChatRequest:
-    with translated():
+    with validation_as_api_error():
         return chat_of(body)
 
 
-def _count(reading: Reading, body: CountRequest) -> int:
-    reading.check_model(body.model)
+def _count(reader: RequestReader, body: CountRequest) -> int:
+    reader.check_model(body.model)
     chat = _chat(body)
-    with renamed(CHAT_NAMES):
-        _, ids = conversation_prompt(reading, chat)
+    with renaming_fields(CHAT_NAMES):
+        _, ids = chat_prompt(reader, chat)
     return len(ids)
 
 
-def _read(reading: Reading, body: MessagesRequest) -> Conversing:
-    name = reading.check_model(body.model)
+def _read(reader: RequestReader, body: MessagesRequest) -> ParsedChat:
+    name = reader.check_model(body.model)
     chat = _chat(body)
-    with renamed(CHAT_NAMES):
-        return read_conversation(reading, chat, {"model": name}, capped=True)
+    with renaming_fields(CHAT_NAMES):
+        return parse_chat(reader, chat, {"model": name}, capped=True)
 
 
 class _Wire:
@@ -95,7 +95,7 @@ class _Wire:
         return named_event(error_body(error, PATH))
 
 
-async def _stream(writer: MessageWriter, job: Conversation, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+async def _stream(writer: MessageWriter, job: ChatJob, running: RunningRequest) -> AsyncGenerator[dict[str, Any], None]:
     for event in writer.begin(job.usage):
         yield event
     async with aclosing(job.updates(running)) as updates:
@@ -108,20 +108,20 @@ async def _stream(writer: MessageWriter, job: Conversation, running: Running) ->
         yield event
 
 
-async def _whole(writer: MessageWriter, job: Conversation, running: Running) -> dict[str, Any]:
+async def _whole(writer: MessageWriter, job: ChatJob, running: RunningRequest) -> dict[str, Any]:
     async with aclosing(_stream(writer, job, running)) as events:
         async for _ in events:
             pass
     return writer.message
 
 
-def _why(job: Conversation) -> tuple[str, str | None]:
+def _why(job: ChatJob) -> tuple[str, str | None]:
     """Why the message ended, and the stop sequence that ended it."""
     (turn,) = job.choices
     if turn.finish_reason == "tool_calls":
         return "tool_use", None
     if turn.finish_reason == "length":
-        asked = job.wishes.most_tokens
+        asked = job.options.most_tokens
         cut = asked is not None and job.generations[0].max_tokens < asked
         return "model_context_window_exceeded" if cut else "max_tokens", None
     return ("stop_sequence", turn.stop_string) if turn.stop_string else ("end_turn", None)

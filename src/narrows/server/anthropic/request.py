@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from narrows.server.conversation import History
-from narrows.server.http.errors import given, invalid
+from narrows.server.http.errors import invalid, required
 from narrows.server.schema.chat import (
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -273,7 +273,7 @@ def _messages(body: CountRequest) -> list[ChatMessage]:
     ):
         blocks = [(block, where) for _, block, where in pieces]
         if is_text:
-            texts = [given(block.text, f"{where}.text") for block, where in blocks]
+            texts = [required(block.text, f"{where}.text") for block, where in blocks]
             history.say(role, ("" if role == "assistant" else "\n").join(texts))
         else:
             for block, where in blocks:
@@ -295,12 +295,12 @@ def _pieces(messages: Sequence[PastMessage]) -> Iterator[tuple[str, Block, str]]
 
 def _add(history: History, block: Block, where: str) -> None:
     if block.type == "thinking":
-        history.think(given(block.thinking, f"{where}.thinking"))
+        history.think(required(block.thinking, f"{where}.thinking"))
     elif block.type == "tool_use":
-        number, name = given(block.id, f"{where}.id"), given(block.name, f"{where}.name")
+        number, name = required(block.id, f"{where}.id"), required(block.name, f"{where}.name")
         history.call(number, name, json.dumps(block.input or {}, ensure_ascii=False))
     elif block.type == "tool_result":
-        history.result(given(block.tool_use_id, f"{where}.tool_use_id"), _result(block, where))
+        history.result(required(block.tool_use_id, f"{where}.tool_use_id"), _result(block, where))
     elif block.type != "redacted_thinking":  # another server's thought, which nobody here can read
         known = "text, thinking, tool_use and tool_result"
         raise invalid(f"{where}.type: a block of type {block.type[:64]!r}; this server reads {known}", f"{where}.type")

@@ -1,6 +1,6 @@
 """Request bodies: read within a memory budget, then parsed and validated off the event loop.
 
-"Reading" a body is all work before its generations start: parsing, validation, the chat template, tokenizing. Small
+Reading a body is all work before its generations start: parsing, validation, the chat template, tokenizing. Small
 bodies are read on a thread. Large ones are read in a child process (:mod:`narrows.server.http.body_process`), because a
 single call on them may hold the interpreter's lock for tens of milliseconds.
 """
@@ -17,15 +17,15 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from narrows.server.http.errors import ApiError, ClientGoneError, invalid, of_validation
+from narrows.server.http.errors import ApiError, ClientGoneError, invalid, validation_error
 from narrows.server.http.json_io import JsonLimits, parse_json
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 from narrows.server.workers import LARGE_BYTES, Pools
 
 if TYPE_CHECKING:
-    from narrows.server.http.body_process import IntakeProcess
+    from narrows.server.http.body_process import BodyProcess
 
-__all__ = ["Body", "BoundedRoute", "Intake", "read_body"]
+__all__ = ["Body", "BodyReader", "BoundedRoute", "read_body"]
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 P = ParamSpec("P")
@@ -43,14 +43,14 @@ def read_body(data: bytes, model: type[BodyT], limits: JsonLimits) -> BodyT:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise of_validation(error.errors(include_url=False, include_input=False), value) from None
+        raise validation_error(error.errors(include_url=False, include_input=False), value) from None
 
 
 class Body(Generic[BodyT]):
     """A request's body, which is read once. ``held``: how many of its bytes count as held until then."""
 
-    def __init__(self, intake: Intake, request: Request, model: type[BodyT]) -> None:
-        self._intake, self._request, self._model = intake, request, model
+    def __init__(self, bodies: BodyReader, request: Request, model: type[BodyT]) -> None:
+        self._bodies, self._request, self._model = bodies, request, model
         self.data = b""
         self.held = 0
 
@@ -58,9 +58,11 @@ class Body(Generic[BodyT]):
         """It has been read, or never will be."""
         held, self.held = self.held, 0
         self.data = b""
-        self._intake.release(held)
+        self._bodies.release(held)
 
-    async def read(self, call: Callable[Concatenate[Reading, BodyT, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def read(
+        self, call: Callable[Concatenate[RequestReader, BodyT, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """What ``call`` makes of it, on a thread or in a process.
 
         ``call`` is a function of a module; what it is given and returns can be pickled, and is small.
@@ -74,35 +76,35 @@ class Body(Generic[BodyT]):
     async def begin(
         self,
         then: Callable[[Any, T], U],
-        call: Callable[Concatenate[Reading, BodyT, P], T],
+        call: Callable[Concatenate[RequestReader, BodyT, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> U:
         """What ``then`` makes of that, with the server's state and on a thread of the server."""
-        reading = partial(self._made, self.data, then, call, args, kwargs)
+        reader = partial(self._made, self.data, then, call, args, kwargs)
         try:
-            return await self._intake.pools.prepare(self._request, reading)
+            return await self._bodies.pools.prepare(self._request, reader)
         finally:
             self.drop()
 
     def _made(self, data: bytes, then: Callable[[Any, T], U], call: Callable[..., T], args: Any, kwargs: Any) -> U:
-        intake = self._intake
-        if intake.process is not None and len(data) > LARGE_BYTES:
-            found: T = intake.process.ask(data, self._model, intake.limits, partial(_call, call, args, kwargs))
+        bodies = self._bodies
+        if bodies.process is not None and len(data) > LARGE_BYTES:
+            found: T = bodies.process.ask(data, self._model, bodies.limits, partial(_call, call, args, kwargs))
         else:
-            found = _call(call, args, kwargs, intake.state, read_body(data, self._model, intake.limits))
-        return then(intake.state, found)
+            found = _call(call, args, kwargs, bodies.state, read_body(data, self._model, bodies.limits))
+        return then(bodies.state, found)
 
 
-def _call(call: Callable[..., T], args: Any, kwargs: Any, reading: Reading, body: BaseModel) -> T:
-    return call(reading, body, *args, **kwargs)
+def _call(call: Callable[..., T], args: Any, kwargs: Any, reader: RequestReader, body: BaseModel) -> T:
+    return call(reader, body, *args, **kwargs)
 
 
 def _as_it_is(state: Any, value: T) -> T:
     return value
 
 
-class Intake:
+class BodyReader:
     """Reads bodies. ``max_held_bytes``: the most that all large bodies being read or checked may take together.
 
     ``process``: where large bodies are read; None: on a thread, as small ones are.
@@ -110,9 +112,9 @@ class Intake:
 
     def __init__(
         self,
-        state: Reading,
+        state: RequestReader,
         pools: Pools,
-        process: IntakeProcess | None,
+        process: BodyProcess | None,
         *,
         max_held_bytes: int,
         limits: JsonLimits | None = None,
@@ -179,7 +181,7 @@ class Intake:
 class BoundedRoute(APIRoute):
     """A route whose endpoint may take ``body``, a :class:`~narrows.server.http.body.Body` or None, and ``request``.
 
-    The body's model is what the document says of it; the application's intake (``app.state.server.intake``) takes it.
+    The body's model is what the document says of it; the application's bodies (``app.state.server.bodies``) takes it.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -201,7 +203,7 @@ class BoundedRoute(APIRoute):
         optional = self._body.default is None
 
         async def handle(request: Request) -> Response:
-            body = await request.app.state.server.intake.take(request, self._model, optional=optional)
+            body = await request.app.state.server.bodies.take(request, self._model, optional=optional)
             values = {"body": body} | ({"request": request} if self._takes_request else {})
             try:
                 answer = await self._bounded(**values)

@@ -28,19 +28,19 @@ from narrows.server.http.errors import ApiError, invalid
 from narrows.server.http.json_io import JsonLimits
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.server.priority import BODY_NICE, lower_process_priority
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 
-__all__ = ["PROGRAM", "IntakeLimits", "IntakeProcess", "run", "told_to"]
+__all__ = ["PROGRAM", "BodyProcess", "BodyProcessLimits", "run", "startup_message"]
 
 _LOG = logging.getLogger("narrows.server")
 
 
-class IntakeProcess:
+class BodyProcess:
     """Reads bodies one after another, on one thread; :meth:`start` and :meth:`end` may be called from any."""
 
-    def __init__(self, model: ServedModel, options: ServerOptions, limits: IntakeLimits | None = None) -> None:
+    def __init__(self, model: ServedModel, options: ServerOptions, limits: BodyProcessLimits | None = None) -> None:
         self._model, self._options = model, options
-        self._limits = limits or IntakeLimits()
+        self._limits = limits or BodyProcessLimits()
         self._told = b""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,7 +52,7 @@ class IntakeProcess:
         self._running()
 
     def ask(self, data: bytes, model: type[BaseModel], limits: JsonLimits, call: Callable[..., Any]) -> Any:
-        """What ``call`` makes of a body there: ``call(reading, body)``.
+        """What ``call`` makes of a body there: ``call(reader, body)``.
 
         Raises:
             ApiError: what is wrong with the body; 400, it takes too much time or memory; 503, it could not be read.
@@ -112,7 +112,7 @@ class IntakeProcess:
             process = self._process = child_process.start(PROGRAM, "narrows reads bodies")
             self.num_started += 1
             if not self._told:
-                self._told = told_to(self._model, self._options, self._limits)
+                self._told = startup_message(self._model, self._options, self._limits)
         child_process.write(process, self._told)
         return process
 
@@ -150,7 +150,7 @@ _MB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntakeLimits:
+class BodyProcessLimits:
     """``cpu_s`` and ``wall_s``: for one body. ``memory_bytes``: beside what the process has when it begins.
 
     ``grown_bytes``: a process that keeps more after a body is replaced.
@@ -162,7 +162,7 @@ class IntakeLimits:
     grown_bytes: int = 48 * _MB
 
 
-def told_to(model: ServedModel, options: ServerOptions, limits: IntakeLimits) -> bytes:
+def startup_message(model: ServedModel, options: ServerOptions, limits: BodyProcessLimits) -> bytes:
     """What the process is told first."""
     import_path = json.dumps(sys.path).encode()
     data = pickle.dumps((model, options, limits))
@@ -177,7 +177,7 @@ def run() -> None:
     if told is None:
         return
     model, options, limits = pickle.loads(told)
-    reading = Reading(model, options)
+    reader = RequestReader(model, options)
     if model.tokenizer is not None:
         model.tokenizer.fewest_tokens("")
     _bound(resource.RLIMIT_CORE, 0)
@@ -188,7 +188,7 @@ def run() -> None:
         asked, data = (source.read(size) for size in sizes)
         # Passing this ends the process, whatever code it is in: the signal has no handler.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        kind, value = _made(reading, asked, data)
+        kind, value = _made(reader, asked, data)
         signal.setitimer(signal.ITIMER_PROF, 0)
         del asked, data
         give_back()
@@ -197,10 +197,10 @@ def run() -> None:
         answers.flush()
 
 
-def _made(reading: Reading, asked: bytes, data: bytes) -> tuple[str, Any]:
+def _made(reader: RequestReader, asked: bytes, data: bytes) -> tuple[str, Any]:
     call, model, limits = pickle.loads(asked)
     try:
-        return "value", call(reading, read_body(data, model, limits))
+        return "value", call(reader, read_body(data, model, limits))
     except ApiError as error:
         return "error", error
     except MemoryError:

@@ -26,11 +26,11 @@ from narrows.errors import ConfigError
 
 __all__ = [
     "MAX_CONNECTIONS",
-    "RESERVED_PLACES",
+    "RESERVED_SLOTS",
+    "ConnectionSlots",
     "Listener",
-    "Occupant",
-    "Places",
-    "ReaderWatch",
+    "SlotHolder",
+    "SlowReaderTimer",
     "connections_for",
     "raise_descriptor_limit",
     "unread_bytes",
@@ -117,7 +117,7 @@ _QUIET_S = 60.0
 """How long places must have been free before it is said again that they are taken."""
 
 
-class Occupant(Protocol):
+class SlotHolder(Protocol):
     """What has a place."""
 
     def make_room(self) -> None:
@@ -125,7 +125,7 @@ class Occupant(Protocol):
         ...
 
 
-class Places:
+class ConnectionSlots:
     """``num`` places, and ``num_reserved`` more for connections that may ask for /health and /metrics only.
 
     A connection that comes when all places are taken takes that of the oldest one without a request under way. If
@@ -143,7 +143,7 @@ class Places:
         """Connections that have a place."""
         return len(self._kept.members) + len(self._reserved.members)
 
-    def take(self, who: Occupant) -> bool:
+    def take(self, who: SlotHolder) -> bool:
         """Give a new connection a place, at which it waits; False: there is none, it must go."""
         self._notice()
         for room in (self._kept, self._reserved):
@@ -153,7 +153,7 @@ class Places:
                 return True
         return False
 
-    def works(self, who: Occupant) -> bool:
+    def works(self, who: SlotHolder) -> bool:
         """A request of it is under way. Returns whether it may ask for anything; False: its place is a reserved one."""
         if who in self._reserved.members and self._kept.makes_room():
             self._reserved.remove(who)
@@ -162,13 +162,13 @@ class Places:
             room.waiting.pop(who, None)
         return who in self._kept.members
 
-    def waits(self, who: Occupant) -> None:
+    def waits(self, who: SlotHolder) -> None:
         """It has no request under way; from now on it may have to make room."""
         for room in (self._kept, self._reserved):
             if who in room.members:
                 room.waiting[who] = None
 
-    def leave(self, who: Occupant) -> None:
+    def leave(self, who: SlotHolder) -> None:
         """It is gone. One that has made room, or never had a place, may say so too."""
         for room in (self._kept, self._reserved):
             room.remove(who)
@@ -188,12 +188,12 @@ class Places:
 
 
 class _Room:
-    """Places of one kind. ``waiting``: those of its members that may have to make room, the oldest first."""
+    """Slots of one kind. ``waiting``: those of its members that may have to make room, the oldest first."""
 
     def __init__(self, num: int) -> None:
         self.num = num
-        self.members: set[Occupant] = set()
-        self.waiting: dict[Occupant, None] = {}
+        self.members: set[SlotHolder] = set()
+        self.waiting: dict[SlotHolder, None] = {}
 
     @property
     def has_free(self) -> bool:
@@ -207,12 +207,12 @@ class _Room:
             oldest.make_room()
         return self.has_free
 
-    def remove(self, who: Occupant) -> None:
+    def remove(self, who: SlotHolder) -> None:
         self.members.discard(who)
         self.waiting.pop(who, None)
 
 
-class ReaderWatch:
+class SlowReaderTimer:
     """Aborts a transport whose client has taken in nothing for ``timeout_s``, while something waits for it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, timeout_s: float) -> None:
@@ -259,7 +259,7 @@ def unread_bytes(transport: asyncio.Transport) -> int:
 MAX_CONNECTIONS = 4096
 """Connections at once unless a flag says otherwise: more than texts may run and wait."""
 
-RESERVED_PLACES = 16
+RESERVED_SLOTS = 16
 """Connections beyond those, which may ask for /health and /metrics only."""
 
 _MOST_DESCRIPTORS = 1 << 20
@@ -284,10 +284,10 @@ def connections_for(asked: int | None, descriptors: int) -> tuple[int, str]:
     Raises:
         ConfigError: more are asked for than files may be open.
     """
-    room = descriptors - min(_OWN_DESCRIPTORS, descriptors // 2) - RESERVED_PLACES
+    room = descriptors - min(_OWN_DESCRIPTORS, descriptors // 2) - RESERVED_SLOTS
     limit = f"this process may open {descriptors} files (ulimit -n), which is room for {room} connections"
     if room < 1:
-        raise ConfigError(f"{limit}; raise the limit to {2 * RESERVED_PLACES + 1} at least")
+        raise ConfigError(f"{limit}; raise the limit to {2 * RESERVED_SLOTS + 1} at least")
     if asked is not None and asked > room:
         raise ConfigError(f"--max-connections is {asked}; {limit}: raise the limit or ask for fewer")
     if asked is not None:

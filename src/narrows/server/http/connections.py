@@ -13,11 +13,11 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from narrows.server.http.connection_limits import Places, ReaderWatch
+from narrows.server.http.connection_limits import ConnectionSlots, SlowReaderTimer
 from narrows.server.http.errors import ApiError
 from narrows.server.http.json_io import to_json
 from narrows.server.http.middleware import PROBES, RESERVED
-from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.http.round_robin import RoundRobin, WorkKind
 from narrows.server.options import ConnectionLimits
 
 __all__ = ["Connection"]
@@ -44,8 +44,8 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         limits: ConnectionLimits,
-        places: Places,
-        turns: Turns,
+        places: ConnectionSlots,
+        turns: RoundRobin,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
@@ -68,7 +68,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: it waits at a place, or has to go at once."""
         super().connection_made(transport)
-        self._reader = ReaderWatch(self.loop, transport, self._limits.send_timeout_s)
+        self._reader = SlowReaderTimer(self.loop, transport, self._limits.send_timeout_s)
         if self._places.take(self):
             self._allow(self._limits.head_timeout_s)
         else:
@@ -98,7 +98,7 @@ class Connection(HttpToolsProtocol):
             return self._parse(data)
         self._arrived.append(data)
         if len(self._arrived) == 1:
-            self._turns.call(Kind.PROBE if data.startswith(_PROBES) else Kind.NEW, self._parse_arrived)
+            self._turns.call(WorkKind.PROBE if data.startswith(_PROBES) else WorkKind.NEW, self._parse_arrived)
             if self._arrived:
                 self.flow.pause_reading()
 
@@ -190,7 +190,7 @@ class Connection(HttpToolsProtocol):
         self._running = cycle
         if self._has_turn:
             return self._begin(cycle, app)
-        self._turns.call(Kind.NEW, partial(self._begin, cycle, app))  # it waited behind another
+        self._turns.call(WorkKind.NEW, partial(self._begin, cycle, app))  # it waited behind another
 
     def _begin(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if not self.transport.is_closing():

@@ -17,15 +17,15 @@ from narrows.errors import ConfigError, NarrowsError
 __all__ = [
     "ApiError",
     "ClientGoneError",
+    "backend_error",
     "error_body",
-    "given",
     "invalid",
     "is_messages_path",
-    "of_validation",
-    "refused",
-    "renamed",
-    "translated",
-    "why_absent",
+    "renaming_fields",
+    "required",
+    "validation_as_api_error",
+    "validation_error",
+    "why_missing",
 ]
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def given(value: T | None, param: str) -> T:
+def required(value: T | None, param: str) -> T:
     """The value of a field that may not be left out here.
 
     Raises:
@@ -112,10 +112,10 @@ def given(value: T | None, param: str) -> T:
 
 
 @contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
+def renaming_fields(names: Mapping[str, str]) -> Iterator[None]:
     """Errors that name a field of chats name that of another API instead; ``names`` leads from one to the other.
 
-    >>> with renamed({"messages": "input"}):
+    >>> with renaming_fields({"messages": "input"}):
     ...     raise invalid("messages: too long", "messages")
     Traceback (most recent call last):
     narrows.server.http.errors.ApiError: input: too long
@@ -132,11 +132,11 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def validation_as_api_error() -> Iterator[None]:
     """What another API allows and a chat does not is the client's error, named as chats name it.
 
     >>> from narrows.server.schema.chat import ChatMessage
-    >>> with translated():
+    >>> with validation_as_api_error():
     ...     ChatMessage(role="r" * 65)
     Traceback (most recent call last):
     narrows.server.http.errors.ApiError: role: String should have at most 64 characters
@@ -149,7 +149,7 @@ def translated() -> Iterator[None]:
         raise invalid(f"{place}: {first['msg']}", place) from error
 
 
-def refused(error: NarrowsError, param: str | None = None) -> ApiError:
+def backend_error(error: NarrowsError, param: str | None = None) -> ApiError:
     """What a backend's or a tokenizer's refusal is over HTTP."""
     message = " ".join(str(error).split())
     if isinstance(error, QueueFull):
@@ -165,7 +165,7 @@ def refused(error: NarrowsError, param: str | None = None) -> ApiError:
 _Path = tuple[str | int, ...]
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """Status 400, naming the first field that is wrong.
 
     A field that may be of several types has an error for each of them. The one that tells what was meant is that of the
@@ -271,10 +271,10 @@ _ABSENT = (
 )
 
 
-def why_absent(path: str) -> str:
+def why_missing(path: str) -> str:
     """Why there is nothing at ``path``, and what to do instead; empty if nobody would expect anything there.
 
-    >>> why_absent("/v1/embeddings").partition(";")[0]
+    >>> why_missing("/v1/embeddings").partition(";")[0]
     'this server generates text and makes no embeddings'
     """
     path = path.rstrip("/")

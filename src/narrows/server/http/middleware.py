@@ -27,7 +27,7 @@ __all__ = [
     "ApiKeys",
     "BodyLimit",
     "Encodings",
-    "ReservedPlaces",
+    "ReservedSlots",
     "TrailingSlash",
     "checked_origins",
     "hosts_to_check",
@@ -45,7 +45,7 @@ RESERVED = "narrows.reserved"
 """In a scope's state: the connection has a reserved place, so it may ask for :data:`PROBES` only."""
 
 
-class ReservedPlaces:
+class ReservedSlots:
     """Answers 503 to requests on reserved places, unless they are probes."""
 
     def __init__(self, app: ASGIApp) -> None:

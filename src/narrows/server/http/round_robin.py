@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 
-__all__ = ["Kind", "Turns"]
+__all__ = ["RoundRobin", "WorkKind"]
 
 
-class Kind(IntEnum):
+class WorkKind(IntEnum):
     """What a piece of work is for; of two kinds that wait, each gets every second round."""
 
     PROBE = 0
@@ -29,7 +29,7 @@ class Kind(IntEnum):
 _Work = Callable[[], None] | asyncio.Future[None]
 
 
-class Turns:
+class RoundRobin:
     """Of the work that asks, one piece is done in each round. A piece should take a millisecond at most."""
 
     def __init__(self) -> None:
@@ -39,22 +39,22 @@ class Turns:
     def _begin(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self._loop = loop
         self._is_taken = False
-        self._waiting: tuple[deque[_Work], ...] = tuple(deque() for _ in Kind)
-        self._last = Kind.NEW
+        self._waiting: tuple[deque[_Work], ...] = tuple(deque() for _ in WorkKind)
+        self._last = WorkKind.NEW
 
     @property
     def num_waiting(self) -> int:
         """Pieces that have not had their turn."""
         return sum(map(len, self._waiting))
 
-    def call(self, kind: Kind, work: Callable[[], None]) -> None:
+    def call(self, kind: WorkKind, work: Callable[[], None]) -> None:
         """Call ``work`` at once if this round has no piece yet, else in its turn; from the event loop only."""
         if self._takes():
             work()
         else:
             self._waiting[kind].append(work)
 
-    async def wait(self, kind: Kind) -> None:
+    async def wait(self, kind: WorkKind) -> None:
         """Return in the caller's turn: at once, if this round has no piece yet."""
         if not self._takes():
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -88,8 +88,8 @@ class Turns:
         self._is_taken = False
 
     def _pop(self) -> _Work | None:
-        for step in range(1, len(Kind) + 1):
-            kind = Kind((self._last + step) % len(Kind))
+        for step in range(1, len(WorkKind) + 1):
+            kind = WorkKind((self._last + step) % len(WorkKind))
             if self._waiting[kind]:
                 self._last = kind
                 return self._waiting[kind].popleft()

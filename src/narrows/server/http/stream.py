@@ -13,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from narrows.server.http.errors import ApiError, ClientGoneError
 from narrows.server.http.json_io import to_json
-from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.http.round_robin import RoundRobin, WorkKind
 
-__all__ = ["DataLines", "EventStream", "Wire", "named_event", "unless_gone"]
+__all__ = ["DataLines", "EventStream", "StreamFormat", "named_event", "until_disconnect"]
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ _LAST_WORDS_S = 1.0
 """How long a stream that is over its time waits for a slow reader to take the error in."""
 
 
-class Wire(Protocol):
+class StreamFormat(Protocol):
     """How an API writes a stream: each of its events, the one that says why it failed, and its last words."""
 
     def event(self, event: Any) -> bytes:
@@ -41,7 +41,7 @@ class Wire(Protocol):
 
 
 class DataLines:
-    """A :class:`Wire` of ``data:`` lines without names, then ``[DONE]``: chat completions and completions."""
+    """A :class:`StreamFormat` of ``data:`` lines without names, then ``[DONE]``: chat completions and completions."""
 
     end = b"data: [DONE]\n\n"
 
@@ -60,8 +60,8 @@ def named_event(event: dict[str, Any]) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + to_json(event) + b"\n\n"
 
 
-async def unless_gone(
-    request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None], turns: Turns
+async def until_disconnect(
+    request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None], turns: RoundRobin
 ) -> T:
     """What ``work`` makes; it is cancelled when the client disconnects or the time is over.
 
@@ -78,7 +78,7 @@ async def unless_gone(
         if task in done:
             return task.result()
         if gone in done:
-            await turns.wait(Kind.RUNNING)
+            await turns.wait(WorkKind.RUNNING)
             raise ClientGoneError
         raise _over_time(timeout_s)
     finally:
@@ -89,7 +89,7 @@ async def unless_gone(
 
 
 class EventStream(Response):
-    """``events`` one by one, as ``wire`` writes them.
+    """``events`` one by one, as ``stream_format`` writes them.
 
     An :class:`ApiError` in between becomes the last event. When the client disconnects, or the time is over, ``close``
     is called at once, even while a slow reader keeps a write waiting; and in any case at the end.
@@ -100,16 +100,16 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[Any, None],
-        wire: Wire,
+        stream_format: StreamFormat,
         *,
         timeout_s: float,
         close: Callable[[], None],
-        turns: Turns,
+        turns: RoundRobin,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._wire = wire
+        self._format = stream_format
         self._timeout_s = timeout_s
         self._close = close
         self._turns = turns
@@ -123,7 +123,7 @@ class EventStream(Response):
             if writing.done():
                 return writing.result()
             if gone.done():  # many may leave at once
-                await self._turns.wait(Kind.RUNNING)
+                await self._turns.wait(WorkKind.RUNNING)
             self._close()
             writing.cancel()
             with suppress(asyncio.CancelledError):
@@ -142,14 +142,14 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in events:
-                    await _send(send, self._wire.event(event))
+                    await _send(send, self._format.event(event))
             except ApiError as error:
                 await self._end(send, error)
                 return
-        await _send(send, self._wire.end, more=False)
+        await _send(send, self._format.end, more=False)
 
     async def _end(self, send: Send, error: ApiError) -> None:
-        await _send(send, self._wire.failure(error), more=False)
+        await _send(send, self._format.failure(error), more=False)
 
 
 async def _send(send: Send, body: bytes, *, more: bool = True) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from narrows.server.conversation import Conversation, Conversing, begin_conversation, read_conversation
-from narrows.server.generation import Running, respond
+from narrows.server.conversation import ChatJob, ParsedChat, parse_chat, start_chat
+from narrows.server.generation import RunningRequest, respond
 from narrows.server.http.body import Body
 from narrows.server.http.errors import invalid
-from narrows.server.output import Turn
+from narrows.server.output import ChatOutput
 from narrows.server.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
-from narrows.server.request import Reading, new_id, now
+from narrows.server.request import RequestReader, new_id, now
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
 
@@ -29,14 +29,14 @@ async def chat(state: ServerState, body: Body[ChatRequest], request: Request) ->
     Raises:
         ApiError: it cannot be served.
     """
-    job = await body.begin(begin_conversation, _read)
+    job = await body.begin(start_chat, _read)
     return await respond(state, request, job, "messages", stream=_stream, whole=_whole)
 
 
-def _read(reading: Reading, body: ChatRequest) -> Conversing:
-    name = reading.check_model(body.model)
+def _read(reader: RequestReader, body: ChatRequest) -> ParsedChat:
+    name = reader.check_model(body.model)
     _check(body)
-    return read_conversation(reading, body, {"id": new_id("chatcmpl"), "created": now(), "model": name})
+    return parse_chat(reader, body, {"id": new_id("chatcmpl"), "created": now(), "model": name})
 
 
 def _check(body: ChatRequest) -> None:
@@ -49,11 +49,11 @@ def _check(body: ChatRequest) -> None:
             raise invalid(f"{name} is 0; a chat has an answer of at least 1 token", name)
 
 
-async def _stream(job: Conversation, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+async def _stream(job: ChatJob, running: RunningRequest) -> AsyncGenerator[dict[str, Any], None]:
     head = {**job.head, "object": "chat.completion.chunk"}
-    no_usage = {"usage": None} if job.wishes.wants_usage else {}
+    no_usage = {"usage": None} if job.options.wants_usage else {}
 
-    def chunk(turn: Turn, delta: dict[str, Any], logprobs: list[dict[str, Any]], finish: str | None) -> Any:
+    def chunk(turn: ChatOutput, delta: dict[str, Any], logprobs: list[dict[str, Any]], finish: str | None) -> Any:
         scores = {"content": logprobs} if logprobs else None
         entry = {"index": turn.index, "delta": delta, "logprobs": scores, "finish_reason": finish}
         return {**head, "choices": [entry], **no_usage}
@@ -69,7 +69,7 @@ async def _stream(job: Conversation, running: Running) -> AsyncGenerator[dict[st
                     logprobs = []
                 if logprobs or turn.finish_reason is not None:
                     yield chunk(turn, {}, logprobs, turn.finish_reason)
-    if job.wishes.wants_usage:
+    if job.options.wants_usage:
         yield {**head, "choices": [], "usage": job.usage}
 
 
@@ -84,7 +84,7 @@ def _delta(event: Event) -> dict[str, Any]:
     return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
 
 
-async def _whole(job: Conversation, running: Running) -> dict[str, Any]:
+async def _whole(job: ChatJob, running: RunningRequest) -> dict[str, Any]:
     events: list[list[Event]] = [[] for _ in job.choices]
     logprobs: list[list[dict[str, Any]]] = [[] for _ in job.choices]
     async with aclosing(job.updates(running)) as updates:
@@ -97,7 +97,7 @@ async def _whole(job: Conversation, running: Running) -> dict[str, Any]:
         {
             "index": turn.index,
             "message": _message(events[turn.index]),
-            "logprobs": {"content": logprobs[turn.index]} if job.wishes.logprobs is not None else None,
+            "logprobs": {"content": logprobs[turn.index]} if job.options.logprobs is not None else None,
             "finish_reason": turn.finish_reason,
         }
         for turn in job.choices

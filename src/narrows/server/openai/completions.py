@@ -14,14 +14,14 @@ from starlette.responses import Response
 
 from narrows.api import Generation, Update
 from narrows.sched.sampling import TokenScore
-from narrows.server.generation import Job, Running, respond
+from narrows.server.generation import Job, RunningRequest, respond
 from narrows.server.http.body import Body
 from narrows.server.http.errors import invalid
 from narrows.server.output import Count, LogprobColumns
-from narrows.server.request import Asked, Reading, Wishes, new_id, now, truncated
+from narrows.server.request import AnswerOptions, ParsedRequest, RequestReader, new_id, now, truncated
 from narrows.server.schema.common import MAX_IDS, AtMost, GenerationFields, Text, TokenId, TopLogprobs
 from narrows.server.state import ServerState
-from narrows.server.structured_output.constraints import Constraint, asked_form
+from narrows.server.structured_output.constraints import Constraint, requested_grammar
 from narrows.server.structured_output.guide import GrammarGuide
 from narrows.text import GeneratedText, TokenPlaces
 
@@ -86,7 +86,7 @@ async def complete(state: ServerState, body: Body[CompletionRequest], request: R
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Completing(Asked):
+class _ParsedCompletion(ParsedRequest):
     """What a body comes to. ``texts``: prompts as they were written, None: as ids, or cut. ``runs``: not all is there.
 
     ``adds_special``: tokens were added around a text; ``as_ids``: tokens are named by their ids.
@@ -99,32 +99,32 @@ class _Completing(Asked):
     as_ids: bool
 
 
-def read(reading: Reading, body: CompletionRequest) -> _Completing:
+def read(reader: RequestReader, body: CompletionRequest) -> _ParsedCompletion:
     """What a body comes to.
 
     Raises:
         ApiError: 400, naming the field; 404, another model.
     """
-    name = reading.check_model(body.model)
+    name = reader.check_model(body.model)
     _check(body)
-    reading.check_amount(len(body.prompts), body.num_choices)
+    reader.check_amount(len(body.prompts), body.num_choices)
     prompts: list[array[int]] = []
     rooms: list[int] = []
     for asked in body.prompts:  # the first one that is too long is the last one that is read
-        prompts.append(array("I", _encode(reading, body, asked)))
-        rooms.append(reading.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, len(prompts[-1]), "prompt"))
+        prompts.append(array("I", _encode(reader, body, asked)))
+        rooms.append(reader.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, len(prompts[-1]), "prompt"))
     max_tokens = min(rooms)
-    form = asked_form(body)
+    form = requested_grammar(body)
     scored = body.logprobs if body.echo else None
     whole = body.truncate_prompt_tokens is None
-    return _Completing(
-        wishes=Wishes.of(body, logprobs=body.logprobs),
+    return _ParsedCompletion(
+        options=AnswerOptions.of(body, logprobs=body.logprobs),
         head={"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": name},
         prompts=tuple(prompts),
         max_tokens=max_tokens,
-        end_ids=reading.end_ids(body),
-        sampling=reading.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored),
-        allowed=reading.allowed(body),
+        end_ids=reader.end_ids(body),
+        sampling=reader.sampling(body, logprobs=body.logprobs, prompt_logprobs=scored),
+        allowed=reader.allowed(body),
         constraint=Constraint(forms=(form[0],), param=form[1]) if form and max_tokens else None,
         texts=tuple(text if isinstance(text, str) and whole and body.echo else None for text in body.prompts),
         echoes=bool(body.echo),
@@ -134,25 +134,25 @@ def read(reading: Reading, body: CompletionRequest) -> _Completing:
     )
 
 
-def begin(reading: Reading, asked: _Completing) -> _Job:
+def begin(reader: RequestReader, asked: _ParsedCompletion) -> _Job:
     """Its texts, before their first token."""
-    wishes = asked.wishes
+    options = asked.options
     choices: list[_Choice] = []
     generations: list[Generation] = []
     generated = GeneratedText(
-        reading.model.tokenizer,
-        stop=wishes.stops,
-        keep_stop=wishes.keeps_stop,
+        reader.model.tokenizer,
+        stop=options.stops,
+        keep_stop=options.keeps_stop,
         end_ids=asked.end_ids,
-        skip_special_tokens=wishes.skips_special,
+        skip_special_tokens=options.skips_special,
     )
     for at, ids in enumerate(asked.prompts):
         prompt = tuple(ids)
-        for choice in range(wishes.num_choices):
-            choices.append(_Choice(reading, asked, len(choices), at, prompt, generated.another()))
+        for choice in range(options.num_choices):
+            choices.append(_Choice(reader, asked, len(choices), at, prompt, generated.another()))
             generations.append(asked.generation(prompt, choice))
     total = sum(map(len, asked.prompts))
-    return Job(wishes, asked.head, total, choices, generations if asked.runs else [], asked.constraint)
+    return Job(options, asked.head, total, choices, generations if asked.runs else [], asked.constraint)
 
 
 def _check(body: CompletionRequest) -> None:
@@ -162,16 +162,16 @@ def _check(body: CompletionRequest) -> None:
         raise invalid("stream_options goes with stream: true only", "stream_options")
 
 
-def _encode(reading: Reading, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
+def _encode(reader: RequestReader, body: CompletionRequest, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
         special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
-        prompt = list(reading.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
+        prompt = list(reader.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
     if not prompt:
         raise invalid("prompt is empty: there is no token to go on from", "prompt")
-    if max(prompt) >= reading.model.vocab_size:
-        message = f"token id {max(prompt)} is outside the model's vocabulary of {reading.model.vocab_size}"
+    if max(prompt) >= reader.model.vocab_size:
+        message = f"token id {max(prompt)} is outside the model's vocabulary of {reader.model.vocab_size}"
         raise invalid(f"prompt: {message}", "prompt")
-    return truncated(reading, body, tuple(prompt), "prompt")
+    return truncated(reader, body, tuple(prompt), "prompt")
 
 
 class _Choice:
@@ -179,8 +179,8 @@ class _Choice:
 
     def __init__(
         self,
-        reading: Reading,
-        asked: _Completing,
+        reader: RequestReader,
+        asked: _ParsedCompletion,
         index: int,
         prompt_index: int,
         prompt: tuple[int, ...],
@@ -191,12 +191,12 @@ class _Choice:
         self.finish_reason: str | None = None
         self._prompt = prompt
         self.guide: GrammarGuide | None = None
-        tokenizer = reading.model.tokenizer
-        skips, echoed = asked.wishes.skips_special, asked.texts[prompt_index]
+        tokenizer = reader.model.tokenizer
+        skips, echoed = asked.options.skips_special, asked.texts[prompt_index]
         self._text = generated
         self._columns: LogprobColumns | None = None
-        if asked.wishes.logprobs is not None:
-            self._columns = LogprobColumns(tokenizer, num_best=asked.wishes.logprobs, as_ids=asked.as_ids)
+        if asked.options.logprobs is not None:
+            self._columns = LogprobColumns(tokenizer, num_best=asked.options.logprobs, as_ids=asked.as_ids)
         adds = tokenizer is not None and echoed is not None and asked.adds_special
         self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
         self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
@@ -259,7 +259,7 @@ class _Choice:
 _Job = Job[_Choice]
 
 
-async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice], None]:
+async def _updates(job: _Job, running: RunningRequest) -> AsyncGenerator[list[_Choice], None]:
     """The choices that have something new; all of them at once, if prompts are echoed and nothing runs."""
     async with aclosing(job.updates(running)) as updates:
         async for choices in updates:
@@ -270,19 +270,19 @@ async def _updates(job: _Job, running: Running) -> AsyncGenerator[list[_Choice],
         yield job.choices
 
 
-async def _stream(job: _Job, running: Running) -> AsyncGenerator[dict[str, Any], None]:
-    no_usage = {"usage": None} if job.wishes.wants_usage else {}
+async def _stream(job: _Job, running: RunningRequest) -> AsyncGenerator[dict[str, Any], None]:
+    no_usage = {"usage": None} if job.options.wants_usage else {}
     async with aclosing(_updates(job, running)) as updates:
         async for choices in updates:
             for choice in choices:
                 entry = choice.entry()
                 if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
                     yield {**job.head, "choices": [entry], **no_usage}
-    if job.wishes.wants_usage:
+    if job.options.wants_usage:
         yield {**job.head, "choices": [], "usage": job.usage}
 
 
-async def _whole(job: _Job, running: Running) -> dict[str, Any]:
+async def _whole(job: _Job, running: RunningRequest) -> dict[str, Any]:
     async with aclosing(_updates(job, running)) as updates:
         async for _ in updates:
             pass

@@ -12,14 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.sched.sampling import SamplingParams
-from narrows.server.conversation import Conversation, Conversing, begin_conversation, read_conversation
-from narrows.server.generation import Running, respond
+from narrows.server.conversation import ChatJob, ParsedChat, parse_chat, start_chat
+from narrows.server.generation import RunningRequest, respond
 from narrows.server.http.body import Body
-from narrows.server.http.errors import ApiError, renamed, translated
+from narrows.server.http.errors import ApiError, renaming_fields, validation_as_api_error
 from narrows.server.http.stream import named_event
 from narrows.server.openai.responses_request import CHAT_NAMES, ResponsesRequest, chat_of
 from narrows.server.parsers.events import Content, Event, Reasoning, ToolCall
-from narrows.server.request import Reading, new_id, now
+from narrows.server.request import RequestReader, new_id, now
 from narrows.server.state import ServerState
 
 __all__ = ["ResponseWriter", "create_response"]
@@ -31,9 +31,9 @@ async def create_response(state: ServerState, body: Body[ResponsesRequest], requ
     Raises:
         ApiError: it cannot be served.
     """
-    job = await body.begin(begin_conversation, _read)
-    writer = ResponseWriter(job.head, scored=job.wishes.logprobs is not None)
-    with renamed(CHAT_NAMES):
+    job = await body.begin(start_chat, _read)
+    writer = ResponseWriter(job.head, scored=job.options.logprobs is not None)
+    with renaming_fields(CHAT_NAMES):
         return await respond(
             state,
             request,
@@ -41,16 +41,16 @@ async def create_response(state: ServerState, body: Body[ResponsesRequest], requ
             "input",
             stream=partial(_stream, writer),
             whole=partial(_whole, writer),
-            wire=_Wire(writer),
+            stream_format=_Wire(writer),
         )
 
 
-def _read(reading: Reading, body: ResponsesRequest) -> Conversing:
-    name = reading.check_model(body.model)
-    with translated():
+def _read(reader: RequestReader, body: ResponsesRequest) -> ParsedChat:
+    name = reader.check_model(body.model)
+    with validation_as_api_error():
         chat = chat_of(body)
-    with renamed(CHAT_NAMES):
-        asked = read_conversation(reading, chat, {})
+    with renaming_fields(CHAT_NAMES):
+        asked = parse_chat(reader, chat, {})
     return replace(asked, head=_head(body, asked.sampling, name))
 
 
@@ -104,7 +104,9 @@ class _Wire:
         return named_event(self._writer.fail(error))
 
 
-async def _stream(writer: ResponseWriter, job: Conversation, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+async def _stream(
+    writer: ResponseWriter, job: ChatJob, running: RunningRequest
+) -> AsyncGenerator[dict[str, Any], None]:
     for event in writer.begin():
         yield event
     async with aclosing(job.updates(running)) as updates:
@@ -116,7 +118,7 @@ async def _stream(writer: ResponseWriter, job: Conversation, running: Running) -
         yield event
 
 
-async def _whole(writer: ResponseWriter, job: Conversation, running: Running) -> dict[str, Any]:
+async def _whole(writer: ResponseWriter, job: ChatJob, running: RunningRequest) -> dict[str, Any]:
     async with aclosing(_stream(writer, job, running)) as events:
         async for _ in events:
             pass

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from narrows.server.conversation import History
-from narrows.server.http.errors import given, invalid
+from narrows.server.http.errors import invalid, required
 from narrows.server.schema.chat import (
     MAX_PARTS,
     MAX_TOOLS,
@@ -285,16 +285,16 @@ def _messages(body: ResponsesRequest) -> list[Any]:
 def _add(history: History, item: InputItem, where: str) -> None:
     kind = item.type or "message"
     if kind == "message":
-        history.say(given(item.role, f"{where}.role"), _text(item.content, f"{where}.content"))
+        history.say(required(item.role, f"{where}.role"), _text(item.content, f"{where}.content"))
     elif kind == "reasoning":
         thought = item.content or item.summary
         if thought:
             history.think(_text(thought, f"{where}.{'content' if item.content else 'summary'}"))
     elif kind == "function_call":
-        name, arguments = given(item.name, f"{where}.name"), given(item.arguments, f"{where}.arguments")
-        history.call(given(item.call_id, f"{where}.call_id"), name, arguments)
+        name, arguments = required(item.name, f"{where}.name"), required(item.arguments, f"{where}.arguments")
+        history.call(required(item.call_id, f"{where}.call_id"), name, arguments)
     elif kind == "function_call_output":
-        history.result(given(item.call_id, f"{where}.call_id"), _text(item.output, f"{where}.output"))
+        history.result(required(item.call_id, f"{where}.call_id"), _text(item.output, f"{where}.output"))
     elif kind == "item_reference":
         raise invalid(f"{where}.type: this server stores no items to refer to; send the item itself", f"{where}.type")
     else:

@@ -9,7 +9,7 @@ from pydantic import Field
 from narrows.server.conversation import render_chat
 from narrows.server.http.errors import invalid
 from narrows.server.http.json_io import to_json
-from narrows.server.request import Reading
+from narrows.server.request import RequestReader
 from narrows.server.schema.chat import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool
 from narrows.server.schema.common import MAX_IDS, AtMost, Body, JsonObject, Name, Text, TokenId
 
@@ -51,41 +51,41 @@ class Detokenized(Body):
     prompt: str
 
 
-def tokenize(reading: Reading, body: TokenizeRequest) -> bytes:
+def tokenize(reader: RequestReader, body: TokenizeRequest) -> bytes:
     """The ids of a prompt or of messages, as :class:`~narrows.server.openai.tokenize.Tokenized`.
 
     Raises:
         ApiError: neither or both are given, or they cannot be encoded.
     """
-    reading.check_model(body.model)
+    reader.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     text, special = body.prompt or "", body.add_special_tokens is not False
     if body.messages is not None:
         text = render_chat(
-            reading.tokenizer,
+            reader.tokenizer,
             body.messages,
             tools=body.tools or (),
             variables=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False,
-            arguments_as_text=reading.tools is not None and reading.tools.arguments_as_text,
+            arguments_as_text=reader.tools is not None and reader.tools.arguments_as_text,
         )
         special = False
-    ids = reading.encode(text, "prompt" if body.messages is None else "messages", add_special_tokens=special)
-    out: dict[str, Any] = {"count": len(ids), "max_model_len": reading.model.max_context, "tokens": ids}
+    ids = reader.encode(text, "prompt" if body.messages is None else "messages", add_special_tokens=special)
+    out: dict[str, Any] = {"count": len(ids), "max_model_len": reader.model.max_context, "tokens": ids}
     if body.return_token_strs:
-        out["token_strs"] = [reading.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        out["token_strs"] = [reader.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
     return to_json(out)
 
 
-def detokenize(reading: Reading, body: DetokenizeRequest) -> bytes:
+def detokenize(reader: RequestReader, body: DetokenizeRequest) -> bytes:
     """The text of ids, special tokens spelled out.
 
     Raises:
         ApiError: an id that the model does not have.
     """
-    reading.check_model(body.model)
-    if (largest := max(body.tokens, default=0)) >= reading.model.vocab_size:
-        message = f"token id {largest} is outside the model's vocabulary of {reading.model.vocab_size}"
+    reader.check_model(body.model)
+    if (largest := max(body.tokens, default=0)) >= reader.model.vocab_size:
+        message = f"token id {largest} is outside the model's vocabulary of {reader.model.vocab_size}"
         raise invalid(f"tokens: {message}", "tokens")
-    return to_json({"prompt": reading.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    return to_json({"prompt": reader.tokenizer.decode(body.tokens, skip_special_tokens=False)})

@@ -19,7 +19,7 @@ from narrows.server.structured_output.cache import Grammars
 from narrows.server.structured_output.gbnf import gbnf_to_lark
 from narrows.server.structured_output.guide import GrammarGuide, MaskThreads
 from narrows.server.structured_output.json_schema import COMPACT, WHITE_SPACE, close_objects, json_rule
-from narrows.server.structured_output.trial import GrammarLimits, TrialProcess, told_to
+from narrows.server.structured_output.trial import GrammarLimits, TrialProcess, startup_message
 from narrows.text import Tokenizer
 
 __all__ = [
@@ -27,12 +27,12 @@ __all__ = [
     "Form",
     "GrammarGuide",
     "GuideMaker",
-    "asked_form",
     "choice_form",
     "closed",
     "json_form",
     "literal",
     "regex_form",
+    "requested_grammar",
 ]
 
 
@@ -149,14 +149,14 @@ class GuideMaker:
 
     @cached_property
     def _told(self) -> bytes:
-        return told_to(self._tokenizer.to_json(), self._vocab_size, self._end_ids, self.limits)
+        return startup_message(self._tokenizer.to_json(), self._vocab_size, self._end_ids, self.limits)
 
 
 Asked = tuple[Form, str]
 """A form, and the field that asks for it."""
 
 
-def asked_form(body: GenerationFields) -> Asked | None:
+def requested_grammar(body: GenerationFields) -> Asked | None:
     """The form of the text and the field that asks for it; None: any text.
 
     Raises:

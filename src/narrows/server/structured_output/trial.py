@@ -25,7 +25,7 @@ from narrows.server import child_process
 from narrows.server.child_process import give_back
 from narrows.server.priority import GRAMMAR_NICE, lower_process_priority
 
-__all__ = ["PROGRAM", "Ended", "GrammarLimits", "TrialProcess", "in_words", "run", "told_to"]
+__all__ = ["PROGRAM", "Ended", "GrammarLimits", "TrialProcess", "in_words", "run", "startup_message"]
 
 _MB = 1 << 20
 _SIZES = (
@@ -228,7 +228,7 @@ _STACK_BYTES = 1 << 20
 """Far less than a thread of the server has, so that what fits here fits there."""
 
 
-def told_to(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> bytes:
+def startup_message(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> bytes:
     """What a trial process is told first: a line of JSON."""
     told = {
         "path": sys.path,
