@@ -18,29 +18,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from narrows.api import Backend
 from narrows.errors import NarrowsError
-from narrows.server.anthropic.messages import count_tokens, create_message
-from narrows.server.anthropic.request import CountRequest, MessagesRequest
+from narrows.server.anthropic.messages import message_tokens, messages
 from narrows.server.http.body import Body, BoundedRoute
 from narrows.server.http.errors import ApiError, ClientGoneError, backend_error, why_missing
 from narrows.server.http.json_io import JsonAnswer, error_answer, to_json, to_json_in_turns
 from narrows.server.http.middleware import Addresses, ApiKeys, BodyLimit, Encodings, ReservedSlots, TrailingSlash
 from narrows.server.metrics import Metrics
-from narrows.server.openai.chat import chat
-from narrows.server.openai.completions import CompletionRequest, complete
-from narrows.server.openai.responses import create_response
-from narrows.server.openai.responses_request import ResponsesRequest
-from narrows.server.openai.tokenize import (
-    Detokenized,
-    DetokenizeRequest,
-    Tokenized,
-    TokenizeRequest,
-    detokenize,
-    tokenize,
-)
+from narrows.server.openai.chat import chat_completions
+from narrows.server.openai.completions import completions
+from narrows.server.openai.responses import responses
+from narrows.server.openai.tokenize import Detokenized, Tokenized, detokenize, tokenize
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.server.request import RequestReader
 from narrows.server.schema import answers
-from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
 from narrows.server.workers import SharedCall
 
@@ -83,8 +73,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
     app.router.route_class = BoundedRoute
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     _add_errors(app)
-    _add_generation(app, state)
-    _add_other_apis(app, state)
+    _add_generation(app)
     _add_models(app, state)
     _add_operations(app, state)
     _add_profile(app, state)
@@ -137,45 +126,18 @@ def _responses(
     return {200: {"model": model, "description": "done", **content}, **errors}
 
 
-def _add_generation(app: FastAPI, state: ServerState) -> None:
-    @app.post("/v1/chat/completions", response_model=None, responses=_responses(answers.ChatCompletion, stream=True))
-    async def chat_completions(body: Body[ChatRequest], request: Request) -> Response:
-        """The next message of a conversation."""
-        return await chat(state, body, request)
-
-    @app.post("/v1/completions", response_model=None, responses=_responses(answers.Completion, stream=True))
-    async def completions(body: Body[CompletionRequest], request: Request) -> Response:
-        """What follows a prompt."""
-        return await complete(state, body, request)
-
-    @app.post("/tokenize", response_model=None, responses=_responses(Tokenized))
-    async def tokenize_(body: Body[TokenizeRequest]) -> Response:
-        """Text, or messages through the chat template, to token ids."""
-        return JsonAnswer(await body.read(tokenize))
-
-    @app.post("/detokenize", response_model=None, responses=_responses(Detokenized))
-    async def detokenize_(body: Body[DetokenizeRequest]) -> Response:
-        """Token ids to text, special tokens spelled out."""
-        return JsonAnswer(await body.read(detokenize))
-
-
-def _add_other_apis(app: FastAPI, state: ServerState) -> None:
+def _add_generation(app: FastAPI) -> None:
     of_messages = partial(_responses, error=answers.MessageErrorAnswer)
-
-    @app.post("/v1/responses", response_model=None, responses=_responses(answers.ResponseAnswer, stream=True))
-    async def responses(body: Body[ResponsesRequest], request: Request) -> Response:
-        """The next items of a conversation; nothing of it is kept."""
-        return await create_response(state, body, request)
-
-    @app.post("/v1/messages", response_model=None, responses=of_messages(answers.MessageAnswer, stream=True))
-    async def messages(body: Body[MessagesRequest], request: Request) -> Response:
-        """The next message of a conversation, in Anthropic's words."""
-        return await create_message(state, body, request)
-
-    @app.post("/v1/messages/count_tokens", response_model=None, responses=of_messages(answers.MessageTokens))
-    async def message_tokens(body: Body[CountRequest]) -> Response:
-        """How many tokens a conversation has."""
-        return await count_tokens(body)
+    for path, endpoint, described in (
+        ("/v1/chat/completions", chat_completions, _responses(answers.ChatCompletion, stream=True)),
+        ("/v1/completions", completions, _responses(answers.Completion, stream=True)),
+        ("/tokenize", tokenize, _responses(Tokenized)),
+        ("/detokenize", detokenize, _responses(Detokenized)),
+        ("/v1/responses", responses, _responses(answers.ResponseAnswer, stream=True)),
+        ("/v1/messages", messages, of_messages(answers.MessageAnswer, stream=True)),
+        ("/v1/messages/count_tokens", message_tokens, of_messages(answers.MessageTokens)),
+    ):
+        app.post(path, response_model=None, responses=described)(endpoint)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:

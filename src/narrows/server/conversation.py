@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
 
 from narrows.errors import ConfigError
-from narrows.server.generation import Job
-from narrows.server.http.errors import backend_error, invalid
+from narrows.server.generation import Job, RunningRequest, respond
+from narrows.server.http.errors import ApiError, backend_error, invalid
 from narrows.server.http.json_io import JsonLimits, read_json
+from narrows.server.http.stream import NamedEvents
 from narrows.server.output import ChatOutput
+from narrows.server.parsers.events import Event
 from narrows.server.parsers.formats import Calls, begins_inside
 from narrows.server.request import AnswerOptions, ParsedRequest, RequestReader, truncated
 from narrows.server.schema.chat import ChatMessage, ChatRequest, ContentPart, Function, Tool, ToolChoice
+from narrows.server.state import ServerState
 from narrows.server.structured_output.constraints import Constraint, Form, closed, literal, requested_grammar
 from narrows.text import GeneratedText, Tokenizer
 
 __all__ = [
     "ChatJob",
-    "History",
+    "EventWriter",
     "ParsedChat",
     "ToolUse",
     "chat_prompt",
     "parse_chat",
     "render_chat",
+    "respond_with_events",
     "start_chat",
     "tool_use",
 ]
@@ -95,6 +103,61 @@ def start_chat(reader: RequestReader, asked: ParsedChat) -> ChatJob:
     ]
     generations = [asked.generation(ids, at) for at in range(options.num_choices)]
     return Job(options, asked.head, len(ids), turns, generations, asked.constraint)
+
+
+class EventWriter(Protocol):
+    """Writes one chat answer as the events of an API's stream; ``answer`` is the whole of it after :meth:`end`."""
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The answer as far as it has come."""
+        ...
+
+    def begin(self, job: ChatJob) -> list[dict[str, Any]]:
+        """The events before the first token."""
+        ...
+
+    def take(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is new, as events."""
+        ...
+
+    def end(self, job: ChatJob) -> list[dict[str, Any]]:
+        """The events after the last token."""
+        ...
+
+    def fail(self, error: ApiError) -> dict[str, Any]:
+        """The event that ends a stream which cannot go on."""
+        ...
+
+
+async def respond_with_events(
+    state: ServerState, request: Request, job: ChatJob, param: str, writer: EventWriter
+) -> Response:
+    """The answer of an API whose streams are named events: as ``writer`` writes them, or the whole that they make.
+
+    Raises:
+        ApiError: it cannot be served.
+    """
+
+    async def stream(job: ChatJob, running: RunningRequest) -> AsyncGenerator[dict[str, Any], None]:
+        for event in writer.begin(job):
+            yield event
+        async with aclosing(job.updates(running)) as updates:
+            async for outputs in updates:
+                for output in outputs:
+                    for event in writer.take(*output.take_events()):
+                        yield event
+        for event in writer.end(job):
+            yield event
+
+    async def whole(job: ChatJob, running: RunningRequest) -> dict[str, Any]:
+        async with aclosing(stream(job, running)) as events:
+            async for _ in events:
+                pass
+        return writer.answer
+
+    named = NamedEvents(writer.fail)
+    return await respond(state, request, job, param, stream=stream, whole=whole, stream_format=named)
 
 
 def chat_prompt(reader: RequestReader, body: ChatRequest) -> tuple[str, tuple[int, ...]]:
@@ -324,65 +387,3 @@ def _of_choice(choice: ToolChoice, tools: dict[str, Tool], many: bool) -> ToolUs
     return ToolUse(
         tools=tuple(tool for name, tool in tools.items() if name in names), must=must, many=many, strangers=False
     )
-
-
-class History:
-    """The messages so far. What the model thought, said and called, in this order, becomes one message.
-
-    >>> history = History()
-    >>> history.say("user", "2 + 2?"), history.think("easy"), history.say("assistant", "4")
-    (None, None, None)
-    >>> [(message.role, message.reasoning_content, message.content) for message in history.messages]
-    [('user', None, '2 + 2?'), ('assistant', 'easy', '4')]
-    """
-
-    def __init__(self) -> None:
-        self._messages: list[ChatMessage] = []
-        self._thought: str | None = None
-        self._text: str | None = None
-        self._calls: list[dict[str, Any]] = []
-
-    @property
-    def messages(self) -> list[ChatMessage]:
-        """All of them."""
-        self._end_answer()
-        return self._messages
-
-    def think(self, text: str) -> None:
-        """The model thought this."""
-        if self._text is not None or self._calls:
-            self._end_answer()
-        self._thought = (self._thought or "") + text
-
-    def say(self, role: str, text: str) -> None:
-        """Somebody said this."""
-        if role == "assistant":
-            if self._text is not None or self._calls:
-                self._end_answer()
-            self._text = text
-        else:
-            self._end_answer()
-            self._messages.append(ChatMessage(role=role, content=text))
-
-    def call(self, number: str, name: str, arguments: str) -> None:
-        """The model called a function; ``arguments`` are JSON."""
-        function = {"name": name, "arguments": arguments}
-        self._calls.append({"id": number, "type": "function", "function": function})
-
-    def result(self, number: str, text: str) -> None:
-        """What a call came to."""
-        self._end_answer()
-        self._messages.append(ChatMessage(role="tool", tool_call_id=number, content=text))
-
-    def _end_answer(self) -> None:
-        if self._thought is None and self._text is None and not self._calls:
-            return
-        self._messages.append(
-            ChatMessage(
-                role="assistant",
-                content=self._text,
-                reasoning_content=self._thought,
-                tool_calls=self._calls or None,
-            )
-        )
-        self._thought, self._text, self._calls = None, None, []

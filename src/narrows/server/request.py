@@ -112,6 +112,16 @@ class RequestReader:
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
+    def check_token_ids(self, ids: Iterable[int], param: str) -> None:
+        """
+        Raises:
+            ApiError: 400, naming ``param``: the model does not have one of the ids.
+        """
+        largest = max(ids, default=0)
+        if largest >= self.model.vocab_size:
+            message = f"token id {largest} is outside the model's vocabulary of {self.model.vocab_size}"
+            raise invalid(f"{param}: {message}", param)
+
     def end_ids(self, body: GenerationFields) -> frozenset[int]:
         """The tokens that end the text."""
         eos = frozenset() if body.ignore_eos else self.model.eos_ids
@@ -175,9 +185,7 @@ class RequestReader:
         """
         if body.allowed_token_ids is None:
             return None
-        if (largest := max(body.allowed_token_ids)) >= self.model.vocab_size:
-            message = f"token id {largest} is outside the model's vocabulary of {self.model.vocab_size}"
-            raise invalid(f"allowed_token_ids: {message}", "allowed_token_ids")
+        self.check_token_ids(body.allowed_token_ids, "allowed_token_ids")
         return AllowedTokens(body.allowed_token_ids, self.model.vocab_size)
 
     def check_amount(self, num_prompts: int, num_choices: int) -> None:

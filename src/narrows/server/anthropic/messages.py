@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -17,49 +15,32 @@ from narrows.server.conversation import (
     ParsedChat,
     chat_prompt,
     parse_chat,
+    respond_with_events,
     start_chat,
 )
-from narrows.server.generation import RunningRequest, respond
 from narrows.server.http.body import Body
 from narrows.server.http.errors import ApiError, error_body, renaming_fields, validation_as_api_error
 from narrows.server.http.json_io import JsonAnswer
-from narrows.server.http.stream import named_event
 from narrows.server.parsers.events import Content, Event, Reasoning, ToolCall
 from narrows.server.request import RequestReader, new_id
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
 
-__all__ = ["PATH", "MessageWriter", "count_tokens", "create_message"]
+__all__ = ["PATH", "MessageWriter", "message_tokens", "messages"]
 
 PATH = "/v1/messages"
 
 
-async def create_message(state: ServerState, body: Body[MessagesRequest], request: Request) -> Response:
-    """Answer a request.
-
-    Raises:
-        ApiError: it cannot be served.
-    """
+async def messages(state: ServerState, body: Body[MessagesRequest], request: Request) -> Response:
+    """The next message of a conversation, in Anthropic's format."""
     job = await body.begin(start_chat, _read)
     writer = MessageWriter(job.head["model"])
     with renaming_fields(CHAT_NAMES):
-        return await respond(
-            state,
-            request,
-            job,
-            "messages",
-            stream=partial(_stream, writer),
-            whole=partial(_whole, writer),
-            stream_format=_Wire(),
-        )
+        return await respond_with_events(state, request, job, "messages", writer)
 
 
-async def count_tokens(body: Body[CountRequest]) -> Response:
-    """How many tokens the conversation has, as the model would read it.
-
-    Raises:
-        ApiError: it cannot be read.
-    """
+async def message_tokens(body: Body[CountRequest]) -> Response:
+    """The number of tokens of a conversation, as the model would read it."""
     return JsonAnswer({"input_tokens": await body.read(_count)})
 
 
@@ -81,38 +62,6 @@ def _read(reader: RequestReader, body: MessagesRequest) -> ParsedChat:
     chat = _chat(body)
     with renaming_fields(CHAT_NAMES):
         return parse_chat(reader, chat, {"model": name}, capped=True)
-
-
-class _Wire:
-    """The API's events by name; the last one is ``message_stop``, or the error."""
-
-    end = b""
-
-    def event(self, event: Any) -> bytes:
-        return named_event(event)
-
-    def failure(self, error: ApiError) -> bytes:
-        return named_event(error_body(error, PATH))
-
-
-async def _stream(writer: MessageWriter, job: ChatJob, running: RunningRequest) -> AsyncGenerator[dict[str, Any], None]:
-    for event in writer.begin(job.usage):
-        yield event
-    async with aclosing(job.updates(running)) as updates:
-        async for turns in updates:
-            for turn in turns:
-                events, _ = turn.take_events()
-                for event in writer.take(events):
-                    yield event
-    for event in writer.end(*_why(job), job.usage):
-        yield event
-
-
-async def _whole(writer: MessageWriter, job: ChatJob, running: RunningRequest) -> dict[str, Any]:
-    async with aclosing(_stream(writer, job, running)) as events:
-        async for _ in events:
-            pass
-    return writer.message
 
 
 def _why(job: ChatJob) -> tuple[str, str | None]:
@@ -138,16 +87,17 @@ class MessageWriter:
         self._head = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": model}
         self._blocks: list[dict[str, Any]] = []
         self._open: _Block | None = None
-        self.message: dict[str, Any] = {}
+        self.answer: dict[str, Any] = {}
         """The whole of it after :meth:`end`."""
 
-    def begin(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
+    def begin(self, job: ChatJob) -> list[dict[str, Any]]:
         """The events before the first token."""
+        usage = job.usage
         empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
         return [{"type": "message_start", "message": {**self._head, **empty}}, {"type": "ping"}]
 
-    def take(self, events: Sequence[Event]) -> list[dict[str, Any]]:
-        """What is new, as events."""
+    def take(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is new, as events; this API has no log-probabilities."""
         out: list[dict[str, Any]] = []
         for event in events:
             kind = _kind(event)
@@ -159,15 +109,21 @@ class MessageWriter:
                 out.append(self._open.more(event.text))
         return out
 
-    def end(self, stop_reason: str, stop_sequence: str | None, usage: dict[str, Any]) -> list[dict[str, Any]]:
+    def end(self, job: ChatJob) -> list[dict[str, Any]]:
         """The events after the last token."""
+        stop_reason, stop_sequence = _why(job)
+        usage = job.usage
         out: list[dict[str, Any]] = []
         if self._open is None and not self._blocks:
             out.append(self._begin("text", ""))
         out += self._close()
         why = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
-        self.message = {**self._head, "content": self._blocks, **why, "usage": _usage(usage)}
+        self.answer = {**self._head, "content": self._blocks, **why, "usage": _usage(usage)}
         return [*out, {"type": "message_delta", "delta": why, "usage": _usage(usage)}, {"type": "message_stop"}]
+
+    def fail(self, error: ApiError) -> dict[str, Any]:
+        """The event that ends a stream which cannot go on."""
+        return error_body(error, PATH)
 
     def _begin(self, kind: str, name: str) -> dict[str, Any]:
         self._open = _Block(kind, len(self._blocks), name)

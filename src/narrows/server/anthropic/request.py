@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from narrows.server.conversation import History
 from narrows.server.http.errors import invalid, required
 from narrows.server.schema.chat import (
     MAX_MESSAGES,
@@ -19,6 +18,7 @@ from narrows.server.schema.chat import (
     ChatRequest,
     Function,
     FunctionName,
+    History,
     Tool,
     ToolChoice,
     ToolName,
@@ -26,13 +26,13 @@ from narrows.server.schema.chat import (
 from narrows.server.schema.common import (
     MAX_STOPS,
     AtMost,
-    Body,
     GenerationFields,
     JsonObject,
     JsonSchemaFormat,
     OneOf,
     ResponseFormat,
     StopString,
+    StrictModel,
     Text,
     Word,
 )
@@ -69,21 +69,21 @@ def _client_tool(kind: Any) -> Any:
     )
 
 
-class TextBlock(Body):
+class TextBlock(StrictModel):
     """Text of a system prompt."""
 
     type: Literal["text"]
     text: Text
 
 
-class ResultBlock(Body):
+class ResultBlock(StrictModel):
     """A part of what a tool returned; this server reads text."""
 
     type: Word
     text: Text | None = None
 
 
-class Block(Body):
+class Block(StrictModel):
     """A part of a message: text, a thought, the use of a tool, or what that came to."""
 
     type: Word
@@ -102,7 +102,7 @@ class Block(Body):
     ) = None
 
 
-class PastMessage(Body):
+class PastMessage(StrictModel):
     """One message; if the last is the assistant's, its text is gone on with."""
 
     role: Literal["user", "assistant", "system"]
@@ -112,7 +112,7 @@ class PastMessage(Body):
     ]
 
 
-class MessagesTool(Body):
+class MessagesTool(StrictModel):
     """A tool that the client runs; ``input_schema`` is a JSON schema of its arguments."""
 
     type: Annotated[Literal["custom"], BeforeValidator(_client_tool)] | None = None
@@ -122,7 +122,7 @@ class MessagesTool(Body):
     strict: bool | None = None
 
 
-class MessagesToolChoice(Body):
+class MessagesToolChoice(StrictModel):
     """Whether a tool is used: if the model wants to, any one, the one of that name, or none."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -130,21 +130,21 @@ class MessagesToolChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Body):
+class Thinking(StrictModel):
     """Whether the model thinks first: a variable of the chat template. ``budget_tokens`` is not kept to."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = Field(default=None, ge=1, lt=2**31)
 
 
-class OutputFormat(Body):
+class OutputFormat(StrictModel):
     """A JSON schema that the text has to fulfil."""
 
     type: Literal["json_schema"]
     schema_: JsonObject = Field(alias="schema")
 
 
-class OutputConfig(Body):
+class OutputConfig(StrictModel):
     """``effort`` is a variable of the chat template."""
 
     effort: Word | None = None

@@ -179,19 +179,20 @@ class BodyReader:
 
 
 class BoundedRoute(APIRoute):
-    """A route whose endpoint may take ``body``, a :class:`~narrows.server.http.body.Body` or None, and ``request``.
+    """A route whose endpoint may take ``body`` (a :class:`Body` or None), ``request`` and ``state``.
 
-    The body's model is what the document says of it; the application's bodies (``app.state.server.bodies``) takes it.
+    ``state`` is the application's, ``app.state.server``, whose ``bodies`` read the body. The OpenAPI document has the
+    body's model.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         parameters = inspect.signature(endpoint).parameters
         self._bounded: Callable[..., Any] = endpoint
         self._body = parameters.get("body")
-        self._takes_request = "request" in parameters
+        self._takes = set(parameters)
         if self._body is not None:
-            unknown = set(parameters) - {"body", "request"}
-            assert not unknown, f"{path}: a route with a body is handed body and request only, not {unknown}"
+            unknown = self._takes - {"body", "request", "state"}
+            assert not unknown, f"{path}: a route with a body takes body, request and state only, not {unknown}"
             self._model = _model_of(get_type_hints(endpoint)["body"])
             endpoint = _documented(endpoint, self._body, self._model)
         super().__init__(path, endpoint, **options)
@@ -203,10 +204,11 @@ class BoundedRoute(APIRoute):
         optional = self._body.default is None
 
         async def handle(request: Request) -> Response:
-            body = await request.app.state.server.bodies.take(request, self._model, optional=optional)
-            values = {"body": body} | ({"request": request} if self._takes_request else {})
+            state = request.app.state.server
+            body = await state.bodies.take(request, self._model, optional=optional)
+            values = {"body": body, "request": request, "state": state}
             try:
-                answer = await self._bounded(**values)
+                answer = await self._bounded(**{name: values[name] for name in self._takes})
             finally:
                 if body is not None:
                     body.drop()

@@ -15,7 +15,7 @@ from narrows.server.http.errors import ApiError, ClientGoneError
 from narrows.server.http.json_io import to_json
 from narrows.server.http.round_robin import RoundRobin, WorkKind
 
-__all__ = ["DataLines", "EventStream", "StreamFormat", "named_event", "until_disconnect"]
+__all__ = ["DataLines", "EventStream", "NamedEvents", "StreamFormat", "until_disconnect"]
 
 T = TypeVar("T")
 
@@ -54,10 +54,25 @@ class DataLines:
         return self.event(error.body)
 
 
-def named_event(event: dict[str, Any]) -> bytes:
-    """A server-sent event whose name is its ``type``, as the responses and messages APIs write theirs."""
-    name: str = event["type"]
-    return b"event: " + name.encode() + b"\ndata: " + to_json(event) + b"\n\n"
+class NamedEvents:
+    """A :class:`StreamFormat` of events named by their ``type``: responses and messages. The last event ends it.
+
+    ``failure``: the event that says why a stream failed.
+    """
+
+    end = b""
+
+    def __init__(self, failure: Callable[[ApiError], dict[str, Any]]) -> None:
+        self._failure = failure
+
+    def event(self, event: dict[str, Any]) -> bytes:
+        """The event with its name."""
+        name: str = event["type"]
+        return b"event: " + name.encode() + b"\ndata: " + to_json(event) + b"\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        """The event of a failure."""
+        return self.event(self._failure(error))
 
 
 async def until_disconnect(

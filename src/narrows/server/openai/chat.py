@@ -20,15 +20,11 @@ from narrows.server.request import RequestReader, new_id, now
 from narrows.server.schema.chat import ChatRequest
 from narrows.server.state import ServerState
 
-__all__ = ["chat"]
+__all__ = ["chat_completions"]
 
 
-async def chat(state: ServerState, body: Body[ChatRequest], request: Request) -> Response:
-    """Answer a request.
-
-    Raises:
-        ApiError: it cannot be served.
-    """
+async def chat_completions(state: ServerState, body: Body[ChatRequest], request: Request) -> Response:
+    """The next message of a conversation."""
     job = await body.begin(start_chat, _read)
     return await respond(state, request, job, "messages", stream=_stream, whole=_whole)
 

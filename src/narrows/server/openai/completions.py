@@ -25,7 +25,7 @@ from narrows.server.structured_output.constraints import Constraint, requested_g
 from narrows.server.structured_output.guide import GrammarGuide
 from narrows.text import GeneratedText, TokenPlaces
 
-__all__ = ["CompletionRequest", "PromptIds", "begin", "complete", "read"]
+__all__ = ["CompletionRequest", "PromptIds", "begin", "completions", "read"]
 
 MAX_PROMPTS = 1024
 
@@ -75,12 +75,8 @@ _DEFAULT_TOKENS = 16
 """OpenAI's default of ``max_tokens`` in this API."""
 
 
-async def complete(state: ServerState, body: Body[CompletionRequest], request: Request) -> Response:
-    """Answer a request.
-
-    Raises:
-        ApiError: it cannot be served.
-    """
+async def completions(state: ServerState, body: Body[CompletionRequest], request: Request) -> Response:
+    """The text that follows a prompt."""
     job = await body.begin(begin, read)
     return await respond(state, request, job, "prompt", stream=_stream, whole=_whole)
 
@@ -168,9 +164,7 @@ def _encode(reader: RequestReader, body: CompletionRequest, prompt: str | list[i
         prompt = list(reader.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
     if not prompt:
         raise invalid("prompt is empty: there is no token to go on from", "prompt")
-    if max(prompt) >= reader.model.vocab_size:
-        message = f"token id {max(prompt)} is outside the model's vocabulary of {reader.model.vocab_size}"
-        raise invalid(f"prompt: {message}", "prompt")
+    reader.check_token_ids(prompt, "prompt")
     return truncated(reader, body, tuple(prompt), "prompt")
 
 

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from narrows.sched.sampling import SamplingParams
-from narrows.server.conversation import ChatJob, ParsedChat, parse_chat, start_chat
-from narrows.server.generation import RunningRequest, respond
+from narrows.server.conversation import ChatJob, ParsedChat, parse_chat, respond_with_events, start_chat
 from narrows.server.http.body import Body
 from narrows.server.http.errors import ApiError, renaming_fields, validation_as_api_error
-from narrows.server.http.stream import named_event
 from narrows.server.openai.responses_request import CHAT_NAMES, ResponsesRequest, chat_of
 from narrows.server.parsers.events import Content, Event, Reasoning, ToolCall
 from narrows.server.request import RequestReader, new_id, now
 from narrows.server.state import ServerState
 
-__all__ = ["ResponseWriter", "create_response"]
+__all__ = ["ResponseWriter", "responses"]
 
 
-async def create_response(state: ServerState, body: Body[ResponsesRequest], request: Request) -> Response:
-    """Answer a request.
-
-    Raises:
-        ApiError: it cannot be served.
-    """
+async def responses(state: ServerState, body: Body[ResponsesRequest], request: Request) -> Response:
+    """The next items of a conversation; the server stores none."""
     job = await body.begin(start_chat, _read)
     writer = ResponseWriter(job.head, scored=job.options.logprobs is not None)
     with renaming_fields(CHAT_NAMES):
-        return await respond(
-            state,
-            request,
-            job,
-            "input",
-            stream=partial(_stream, writer),
-            whole=partial(_whole, writer),
-            stream_format=_Wire(writer),
-        )
+        return await respond_with_events(state, request, job, "input", writer)
 
 
 def _read(reader: RequestReader, body: ResponsesRequest) -> ParsedChat:
@@ -89,42 +73,6 @@ def _head(body: ResponsesRequest, sampling: SamplingParams, name: str) -> dict[s
     }
 
 
-class _Wire:
-    """The API's events by name; what ends the stream is one of them."""
-
-    end = b""
-
-    def __init__(self, writer: ResponseWriter) -> None:
-        self._writer = writer
-
-    def event(self, event: Any) -> bytes:
-        return named_event(event)
-
-    def failure(self, error: ApiError) -> bytes:
-        return named_event(self._writer.fail(error))
-
-
-async def _stream(
-    writer: ResponseWriter, job: ChatJob, running: RunningRequest
-) -> AsyncGenerator[dict[str, Any], None]:
-    for event in writer.begin():
-        yield event
-    async with aclosing(job.updates(running)) as updates:
-        async for turns in updates:
-            for turn in turns:
-                for event in writer.take(*turn.take_events()):
-                    yield event
-    for event in writer.end(job.choices[0].finish_reason or "stop", job.usage):
-        yield event
-
-
-async def _whole(writer: ResponseWriter, job: ChatJob, running: RunningRequest) -> dict[str, Any]:
-    async with aclosing(_stream(writer, job, running)) as events:
-        async for _ in events:
-            pass
-    return writer.response
-
-
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 
 
@@ -132,7 +80,7 @@ class ResponseWriter:
     """One response on its way. ``head`` is all that is known of it beforehand; ``scored``: its text has logprobs."""
 
     def __init__(self, head: dict[str, Any], *, scored: bool = False) -> None:
-        self.response = {**head, "status": "in_progress", "output": []}
+        self.answer = {**head, "status": "in_progress", "output": []}
         """The response as far as it has come; whole after :meth:`end`."""
         self._scored = scored
         self._num_events = 0
@@ -141,9 +89,9 @@ class ResponseWriter:
         self._logprobs: list[dict[str, Any]] = []
         """Of tokens whose text is still held back."""
 
-    def begin(self) -> list[dict[str, Any]]:
+    def begin(self, job: ChatJob) -> list[dict[str, Any]]:
         """The events before the first token."""
-        return [self._event(f"response.{name}", response=self.response) for name in ("created", "in_progress")]
+        return [self._event(f"response.{name}", response=self.answer) for name in ("created", "in_progress")]
 
     def take(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
         """What is new, as events."""
@@ -159,29 +107,29 @@ class ResponseWriter:
             self._logprobs = []
         return out
 
-    def end(self, finish_reason: str, usage: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events after the last token; ``usage`` in the words of chats."""
-        cut = finish_reason == "length"
+    def end(self, job: ChatJob) -> list[dict[str, Any]]:
+        """The events after the last token."""
+        cut = job.choices[0].finish_reason == "length"
         status = "incomplete" if cut else "completed"
         out: list[dict[str, Any]] = []
         if self._open is None and not self._items:
             out += self._begin("message", Content(""))
         out += self._close(status)
-        self.response |= {
+        self.answer |= {
             "status": status,
             "output": self._items,
-            "usage": _usage(usage),
+            "usage": _usage(job.usage),
             "completed_at": None if cut else now(),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
         }
-        return [*out, self._event(f"response.{status}", response=self.response)]
+        return [*out, self._event(f"response.{status}", response=self.answer)]
 
     def fail(self, error: ApiError) -> dict[str, Any]:
         """The event that ends a stream which cannot go on, with the items that were done."""
         code = _ERROR_CODES.get(error.status, "server_error")
         failed = {"status": "failed", "output": self._items, "error": {"code": code, "message": error.message}}
-        self.response |= failed
-        return self._event("response.failed", response=self.response)
+        self.answer |= failed
+        return self._event("response.failed", response=self.answer)
 
     def _event(self, name: str, /, **fields: Any) -> dict[str, Any]:
         self._num_events += 1

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from narrows.server.conversation import History
 from narrows.server.http.errors import invalid, required
 from narrows.server.schema.chat import (
     MAX_PARTS,
@@ -17,18 +16,19 @@ from narrows.server.schema.chat import (
     Function,
     FunctionKind,
     FunctionName,
+    History,
     Tool,
     ToolChoice,
     ToolName,
 )
 from narrows.server.schema.common import (
     AtMost,
-    Body,
     GenerationFields,
     JsonObject,
     JsonSchemaFormat,
     OneOf,
     ResponseFormat,
+    StrictModel,
     Text,
     TopLogprobs,
     Word,
@@ -53,7 +53,7 @@ Metadata = Annotated[
 ]
 
 
-class InputPart(Body):
+class InputPart(StrictModel):
     """A part of a message or of a function's output; this server reads text."""
 
     type: Word
@@ -65,7 +65,7 @@ Parts = Annotated[list[InputPart], AtMost(MAX_PARTS, "parts")]
 TextOrParts = Annotated[str | list[InputPart], OneOf({"a text": Text, "a list": Parts})]
 
 
-class InputItem(Body):
+class InputItem(StrictModel):
     """A message, a call of a function, what the function returned, or what the model thought before."""
 
     type: Word | None = Field(default=None, description="left out: message")
@@ -78,7 +78,7 @@ class InputItem(Body):
     summary: Parts | None = None
 
 
-class ResponsesTool(Body):
+class ResponsesTool(StrictModel):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
     type: FunctionKind
@@ -88,14 +88,14 @@ class ResponsesTool(Body):
     strict: bool | None = None
 
 
-class AllowedFunction(Body):
+class AllowedFunction(StrictModel):
     """A tool by its kind and name."""
 
     type: FunctionKind
     name: str = Field(max_length=128)
 
 
-class ResponsesToolChoice(Body):
+class ResponsesToolChoice(StrictModel):
     """The one function that has to be called, of type ``function``; or a choice of them, of type ``allowed_tools``."""
 
     type: Literal["function", "allowed_tools"]
@@ -104,7 +104,7 @@ class ResponsesToolChoice(Body):
     tools: Annotated[list[AllowedFunction], AtMost(MAX_TOOLS, "allowed tools", least=1)] | None = None
 
 
-class TextFormat(Body):
+class TextFormat(StrictModel):
     """What the text has to look like."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -114,14 +114,14 @@ class TextFormat(Body):
     strict: bool | None = None
 
 
-class TextConfig(Body):
+class TextConfig(StrictModel):
     """The text's form, and how long-winded it is to be: a variable of the chat template."""
 
     format: TextFormat | None = None
     verbosity: Word | None = None
 
 
-class ReasoningConfig(Body):
+class ReasoningConfig(StrictModel):
     """``effort`` is a variable of the chat template. Thoughts come whole, so there is nothing to say of summaries."""
 
     effort: Word | None = None

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import Field
+from starlette.responses import Response
 
 from narrows.server.conversation import render_chat
+from narrows.server.http.body import Body
 from narrows.server.http.errors import invalid
-from narrows.server.http.json_io import to_json
+from narrows.server.http.json_io import JsonAnswer, to_json
 from narrows.server.request import RequestReader
 from narrows.server.schema.chat import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool
-from narrows.server.schema.common import MAX_IDS, AtMost, Body, JsonObject, Name, Text, TokenId
+from narrows.server.schema.common import MAX_IDS, AtMost, JsonObject, Name, StrictModel, Text, TokenId
 
 __all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized", "detokenize", "tokenize"]
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(StrictModel):
     """A text, or a conversation, which goes through the chat template."""
 
     model: Name | None = None
@@ -29,7 +31,7 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
 
-class Tokenized(Body):
+class Tokenized(StrictModel):
     """Ids, how many, and how many the model takes."""
 
     count: int
@@ -38,20 +40,30 @@ class Tokenized(Body):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(StrictModel):
     """Ids to text, special tokens spelled out."""
 
     model: Name | None = None
     tokens: Annotated[list[TokenId], AtMost(MAX_IDS, "token ids")]
 
 
-class Detokenized(Body):
+class Detokenized(StrictModel):
     """The text."""
 
     prompt: str
 
 
-def tokenize(reader: RequestReader, body: TokenizeRequest) -> bytes:
+async def tokenize(body: Body[TokenizeRequest]) -> Response:
+    """Text, or messages through the chat template, to token ids."""
+    return JsonAnswer(await body.read(_token_ids))
+
+
+async def detokenize(body: Body[DetokenizeRequest]) -> Response:
+    """Token ids to text, special tokens spelled out."""
+    return JsonAnswer(await body.read(_text))
+
+
+def _token_ids(reader: RequestReader, body: TokenizeRequest) -> bytes:
     """The ids of a prompt or of messages, as :class:`~narrows.server.openai.tokenize.Tokenized`.
 
     Raises:
@@ -78,14 +90,12 @@ def tokenize(reader: RequestReader, body: TokenizeRequest) -> bytes:
     return to_json(out)
 
 
-def detokenize(reader: RequestReader, body: DetokenizeRequest) -> bytes:
+def _text(reader: RequestReader, body: DetokenizeRequest) -> bytes:
     """The text of ids, special tokens spelled out.
 
     Raises:
         ApiError: an id that the model does not have.
     """
     reader.check_model(body.model)
-    if (largest := max(body.tokens, default=0)) >= reader.model.vocab_size:
-        message = f"token id {largest} is outside the model's vocabulary of {reader.model.vocab_size}"
-        raise invalid(f"tokens: {message}", "tokens")
+    reader.check_token_ids(body.tokens, "tokens")
     return to_json({"prompt": reader.tokenizer.decode(body.tokens, skip_special_tokens=False)})

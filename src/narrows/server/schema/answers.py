@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from narrows.server.schema.common import Body
+from narrows.server.schema.common import StrictModel
 
 __all__ = [
     "ChatCompletion",
@@ -290,7 +290,7 @@ class ServerInfo(BaseModel):
     backend: dict[str, Any]
 
 
-class StartProfileRequest(Body):
+class StartProfileRequest(StrictModel):
     """How many steps the trace may hold; ``num_steps`` is SGLang's name. Absent: what ``--trace-steps`` says."""
 
     steps: int | None = Field(default=None, ge=1, le=100_000)

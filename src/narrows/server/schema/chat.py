@@ -1,4 +1,4 @@
-"""The body of ``/v1/chat/completions``."""
+"""The body of ``/v1/chat/completions``, and the past of a conversation as its messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from narrows.server.schema.common import AtMost, Body, GenerationFields, JsonObject, Name, OneOf, Text, TopLogprobs
+from narrows.server.schema.common import (
+    AtMost,
+    GenerationFields,
+    JsonObject,
+    Name,
+    OneOf,
+    StrictModel,
+    Text,
+    TopLogprobs,
+)
 
 __all__ = [
     "MAX_MESSAGES",
@@ -18,6 +27,7 @@ __all__ = [
     "ContentPart",
     "Function",
     "FunctionKind",
+    "History",
     "Tool",
     "ToolChoice",
     "ToolName",
@@ -54,7 +64,7 @@ ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 FunctionKind = Annotated[Literal["function"], BeforeValidator(_function_kind)]
 
 
-class ContentPart(Body):
+class ContentPart(StrictModel):
     """A part of a message; this server reads text. ``refusal`` and ``thinking`` are parts of past answers."""
 
     type: str = Field(max_length=64)
@@ -63,7 +73,7 @@ class ContentPart(Body):
     thinking: Text | None = None
 
 
-class ChatMessage(Body):
+class ChatMessage(StrictModel):
     """One message. Further fields are handed to the chat template as they are."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -83,7 +93,7 @@ class ChatMessage(Body):
     refusal: Text | None = Field(default=None, description="of a past answer without content: what it said instead")
 
 
-class Function(Body):
+class Function(StrictModel):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
     name: ToolName
@@ -92,34 +102,34 @@ class Function(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(StrictModel):
     """A tool; functions are the only kind."""
 
     type: FunctionKind
     function: Function
 
 
-class FunctionName(Body):
+class FunctionName(StrictModel):
     """A function by name."""
 
     name: str = Field(max_length=128)
 
 
-class AllowedTool(Body):
+class AllowedTool(StrictModel):
     """A tool by its kind and name."""
 
     type: FunctionKind
     function: FunctionName
 
 
-class AllowedTools(Body):
+class AllowedTools(StrictModel):
     """Those of ``tools`` that may be called now: if the model wants to, or one at least."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[AllowedTool], AtMost(MAX_TOOLS, "allowed tools", least=1)]
 
 
-class ToolChoice(Body):
+class ToolChoice(StrictModel):
     """The one function that has to be called, of type ``function``; or a choice of them, of type ``allowed_tools``."""
 
     type: Literal["function", "allowed_tools"]
@@ -155,3 +165,65 @@ class ChatRequest(GenerationFields):
     def most_tokens(self) -> int | None:
         """``max_completion_tokens``, or ``max_tokens`` by either name."""
         return super().most_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class History:
+    """The messages so far. What the model thought, said and called, in this order, becomes one message.
+
+    >>> history = History()
+    >>> history.say("user", "2 + 2?"), history.think("easy"), history.say("assistant", "4")
+    (None, None, None)
+    >>> [(message.role, message.reasoning_content, message.content) for message in history.messages]
+    [('user', None, '2 + 2?'), ('assistant', 'easy', '4')]
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[ChatMessage] = []
+        self._thought: str | None = None
+        self._text: str | None = None
+        self._calls: list[dict[str, Any]] = []
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """All of them."""
+        self._end_answer()
+        return self._messages
+
+    def think(self, text: str) -> None:
+        """The model thought this."""
+        if self._text is not None or self._calls:
+            self._end_answer()
+        self._thought = (self._thought or "") + text
+
+    def say(self, role: str, text: str) -> None:
+        """Somebody said this."""
+        if role == "assistant":
+            if self._text is not None or self._calls:
+                self._end_answer()
+            self._text = text
+        else:
+            self._end_answer()
+            self._messages.append(ChatMessage(role=role, content=text))
+
+    def call(self, number: str, name: str, arguments: str) -> None:
+        """The model called a function; ``arguments`` are JSON."""
+        function = {"name": name, "arguments": arguments}
+        self._calls.append({"id": number, "type": "function", "function": function})
+
+    def result(self, number: str, text: str) -> None:
+        """What a call came to."""
+        self._end_answer()
+        self._messages.append(ChatMessage(role="tool", tool_call_id=number, content=text))
+
+    def _end_answer(self) -> None:
+        if self._thought is None and self._text is None and not self._calls:
+            return
+        self._messages.append(
+            ChatMessage(
+                role="assistant",
+                content=self._text,
+                reasoning_content=self._thought,
+                tool_calls=self._calls or None,
+            )
+        )
+        self._thought, self._text, self._calls = None, None, []

@@ -40,7 +40,6 @@ __all__ = [
     "MAX_STOPS",
     "MAX_TEXT",
     "AtMost",
-    "Body",
     "GenerationFields",
     "JsonObject",
     "JsonSchema",
@@ -48,6 +47,7 @@ __all__ = [
     "OneOf",
     "ResponseFormat",
     "StreamOptions",
+    "StrictModel",
     "StructuredOutputs",
     "Text",
     "TopLogprobs",
@@ -86,7 +86,7 @@ def _member_by_member(value: Any, check: Callable[[Any], Any], *, most: int | No
     return out
 
 
-class Body(BaseModel):
+class StrictModel(BaseModel):
     """A body, or part of one."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
@@ -240,13 +240,13 @@ def _checked_biases(value: Any) -> Any:
 Biases = Annotated[dict[str, float], AtMost(MAX_BIASES, "biases"), BeforeValidator(_checked_biases)]
 
 
-class StreamOptions(Body):
+class StreamOptions(StrictModel):
     """What a stream carries beside text."""
 
     include_usage: bool | None = Field(default=None, description="a last chunk without choices says how many tokens")
 
 
-class JsonSchemaFormat(Body):
+class JsonSchemaFormat(StrictModel):
     """A JSON schema that the text has to fulfil; ``strict`` closes its objects. ``name`` changes nothing here."""
 
     name: Name | None = None
@@ -254,7 +254,7 @@ class JsonSchemaFormat(Body):
     strict: bool | None = Field(default=None, description="objects that do not say additionalProperties have none")
 
 
-class ResponseFormat(Body):
+class ResponseFormat(StrictModel):
     """What the text has to look like: any text, any JSON object, JSON by a schema, or text of a regex or a grammar."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
@@ -273,7 +273,7 @@ class ResponseFormat(Body):
         return value
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(StrictModel):
     """The same by vLLM's field: one of a regex, a JSON schema, any JSON object, a list of texts, and a grammar."""
 
     regex: Pattern | None = None
@@ -299,7 +299,7 @@ def _field_error(name: str, error: PydanticCustomError) -> ValidationError:
     return ValidationError.from_exception_data(name, [InitErrorDetails(type=error, loc=(name,), input=None)])
 
 
-class GenerationFields(Body):
+class GenerationFields(StrictModel):
     """What both APIs let a client say about one generation."""
 
     model: Name | None = Field(default=None, description="left out: the served model")
