@@ -1,7 +1,4 @@
-"""What a server asks of whatever generates tokens, and what passes between them: generations, updates, refusals. PURE.
-
-Plain values and one Protocol. Knows no HTTP, text, rank or plan; both sides import it, and neither the other.
-"""
+"""The contract between a server and an engine: generations in, updates out, health and numbers (:class:`Backend`)."""
 
 from __future__ import annotations
 
@@ -21,11 +18,11 @@ class Unavailable(NarrowsError):  # noqa: N818 - a state of the server
 
 
 class Draining(Unavailable):
-    """The server is ending: it finishes what it has and takes nothing new."""
+    """The server is ending: it finishes running requests and accepts no new ones."""
 
 
 class QueueFull(NarrowsError):  # noqa: N818 - a state of the server
-    """As many requests wait as may. ``retry_after_s``: when it is worth trying again, in seconds."""
+    """The queue is full. ``retry_after_s``: when a retry is worth it, in seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -34,11 +31,11 @@ class QueueFull(NarrowsError):  # noqa: N818 - a state of the server
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One text to generate. ``max_tokens`` 0, with ``sampling.prompt_logprobs``: the prompt is scored, and that is all.
+    """One text to generate. ``max_tokens`` 0, with ``sampling.prompt_logprobs``: only score the prompt.
 
     ``end_ids`` end the text and are its last token. ``sampling``: how tokens are chosen; None: the best one.
-    ``priority``: lower runs earlier; equal ones first come, first served. ``guide``: what may be generated, token by
-    token; None: anything. ``client``: on whose behalf; clients share places, pages and the queue.
+    ``priority``: lower runs earlier; equal ones first come, first served. ``guide``: the tokens that may come
+    next, at each step; None: any. ``client``: the client that it runs for; clients share places, pages and the queue.
     """
 
     prompt: tuple[int, ...]
@@ -52,10 +49,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What is new of one generation, in order: new ids, one entry of ``logprobs`` per id if they were asked for.
+    """News of one generation, in order: new ids, and one entry of ``logprobs`` per id if requested.
 
     ``prompt_logprobs`` come once, when the prompt has run. ``finish_reason`` is empty until the last update: ``stop``
-    (an end id), ``length``, ``abort`` (nobody wants it any more), or ``error``, which ``error`` explains in one line.
+    (an end id), ``length``, ``abort`` (ended on request), or ``error``, which ``error`` explains in one line.
     ``num_cached_prompt``: tokens of the prompt whose rows were found in the prefix cache.
     """
 
@@ -118,12 +115,12 @@ class Backend(Protocol):
     """
 
     def submit(self, generation: Generation, deliver: Callable[[Update], None]) -> int:
-        """Take a generation in; returns its number. ``deliver`` gets every update and must not block.
+        """Submit a generation; returns its number. ``deliver`` gets every update and must not block.
 
         Raises:
             ConfigError: it can never run here (too long, an id outside the vocabulary).
-            QueueFull: as many wait as may, and of this client not fewer than its even part.
-            Draining, Unavailable: nothing is taken now.
+            QueueFull: the queue is full, and this client has its even share of it.
+            Draining, Unavailable: no generation is accepted now.
         """
         ...
 
@@ -132,7 +129,7 @@ class Backend(Protocol):
         ...
 
     def health(self) -> Health:
-        """Whether requests are served now; told from outside, so it answers at once whatever the ranks do."""
+        """Whether requests are served now; it asks no rank, so it answers at once."""
         ...
 
     def stats(self) -> Stats:
@@ -140,21 +137,21 @@ class Backend(Protocol):
         ...
 
     def start_trace(self, num_steps: int | None = None) -> dict[str, Any]:
-        """Begin to write a trace of the next steps, ``num_steps`` at most; where it goes.
+        """Start a trace of the next steps, ``num_steps`` at most; returns its file.
 
         Raises:
-            ConfigError: it writes none, one is being made, or a number that cannot be.
+            ConfigError: traces are off, one is running, or the number is out of range.
         """
         ...
 
     def stop_trace(self) -> dict[str, Any]:
-        """End the trace, or take one that has ended by itself; what was written.
+        """End the trace, unless it has ended by itself; returns what was written.
 
         Raises:
-            ConfigError: none was begun, or it cannot be written.
+            ConfigError: none was started, or it cannot be written.
         """
         ...
 
     def info(self) -> dict[str, Any]:
-        """What runs: config, mesh, ranks, transport, plan cache, prices' sources; plain values for JSON."""
+        """The running configuration: config, mesh, ranks, transport, plan cache, sources of prices; for JSON."""
         ...

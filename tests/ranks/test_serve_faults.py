@@ -276,8 +276,8 @@ def test_more_silent_connections_than_files_may_be_open_and_a_drain_that_ends_at
             assert server.health().status_code == 200 and server.text(max_tokens=4)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert "may open 1024 files (ulimit -n), which is room for 752 connections" in server.said
-        assert server.said.count("all 752 places for connections are taken") == 1
+        assert "may open 1024 files (ulimit -n), enough for 752 connections" in server.said
+        assert server.said.count("all 752 connections are in use") == 1
         thread, lines = streaming(server, **LONG)
         assert server.stop() == 0
         thread.join(PATIENCE_S)
@@ -299,7 +299,7 @@ def test_wrong_starts_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             (["no-such-model"], "no-such-model"),
             (["narrows-demo", "--api-key", ""], "API key"),
             (["narrows-demo", "--max-connections", "0"], "--max-connections is 0; it must be between 1 and"),
-            (["narrows-demo", "--port", "0", "--max-connections", "1000000"], "files (ulimit -n), which is room for"),
+            (["narrows-demo", "--port", "0", "--max-connections", "1000000"], "files (ulimit -n), enough for"),
             (["narrows-demo", "--port", "0", "--allow-host", "http://x"], "--allow-host is 'http://x'; it must be"),
             (["narrows-demo", "--port", "0", "--allow-origin", "x.y/"], "--allow-origin is 'x.y/'; it must be"),
             (["narrows-demo", "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),

@@ -184,7 +184,7 @@ def test_every_answer_says_that_the_page_may_read_it(
     assert seen == [200, 200, 400, 401, 404, 405, 413, 403, 500]
 
 
-def test_no_page_may_read_anything_unless_it_is_said(make_lab: Callable[..., Lab]) -> None:
+def test_no_page_may_read_answers_by_default(make_lab: Callable[..., Lab]) -> None:
     of = make_lab()
     answers = [ask(of, "OPTIONS", "/v1/models", PREFLIGHT), ask(of, "GET", "/v1/models", {"origin": PAGE})]
     assert [answer.status_code for answer in answers] == [405, 200]

@@ -108,7 +108,7 @@ def test_failures_are_counted_shown_and_end_in_another_exit_code(
     assert found["errors"] == {said: 6} and found["completed"] == 0 and found["ttft_ms"]["mean"] is None
 
 
-def test_the_key_is_not_told(slow: Slow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_not_logged(slow: Slow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--input-length", "8", "--api-key", "hush"]
     monkeypatch.setattr("sys.argv", ["narrows", "bench", "serve", *options])
     assert bench(slow, capsys, *options)["command"] == "narrows bench serve --input-length 8 --api-key ***"

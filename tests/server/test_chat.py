@@ -78,7 +78,7 @@ def test_log_probabilities_by_token(plain: lab.Lab) -> None:
     assert [e for entry in entries for e in (entry["logprobs"] or {"content": []})["content"]] == found
 
 
-def test_reasoning_is_told_apart(hermes: lab.Lab) -> None:
+def test_reasoning_is_separated(hermes: lab.Lab) -> None:
     hermes.text = "<think>\nLet me see.\n</think>\n\nIt is <b>.\n"
     choice = ask(hermes)
     assert choice["message"]["reasoning_content"] == "Let me see." and choice["message"]["content"] == "It is <b>.\n"
@@ -97,7 +97,7 @@ def test_reasoning_that_the_prompt_has_opened(hermes: lab.Lab) -> None:
     assert ask(hermes)["message"]["content"] == hermes.text, "without the tag in front it is content"
 
 
-def test_reasoning_is_content_where_the_server_is_told_so(make_lab, hermes_tokenizer) -> None:
+def test_reasoning_parser_none_leaves_it_in_content(make_lab, hermes_tokenizer) -> None:
     of = make_lab(ServerOptions(reasoning_parser="none"), tokenizer=hermes_tokenizer)
     of.text = "<think>a</think>b"
     assert ask(of)["message"] == {"role": "assistant", "content": of.text}
@@ -139,7 +139,7 @@ def test_without_tools_or_with_none_chosen_a_call_is_text(hermes: lab.Lab) -> No
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "sub"}}])
-def test_a_call_that_is_asked_for_comes_whatever_the_model_would_say(
+def test_required_call_comes_whatever_the_model_prefers(
     make_lab, hermes_tokenizer, plain_tokenizer, choice, seed: int, thinking: bool
 ) -> None:
     fields = {"tools": TOOLS, "tool_choice": choice, "seed": seed, "parallel_tool_calls": False}
@@ -165,7 +165,7 @@ def test_past_calls_reach_the_template_as_objects(hermes: lab.Lab) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_text_has_the_form_that_is_asked_for(plain: lab.Lab, seed: int) -> None:
+def test_text_has_the_requested_form(plain: lab.Lab, seed: int) -> None:
     schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}, "y": {"type": "boolean"}}, "required": ["x", "y"]}
     schema["additionalProperties"] = False
     asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}

@@ -27,7 +27,7 @@ def clients_of(lab: Lab, path: str, body: dict[str, Any], key: str = "", **field
 @pytest.mark.parametrize(("path", "body"), [CHAT, COMPLETION])
 @pytest.mark.parametrize(("keys", "key"), [((), ""), (("only",), "only")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_all_texts_of_a_request_are_one_client_and_no_two_requests_are(
+def test_each_request_is_one_client(
     make_lab: Callable[..., Lab], path: str, body: dict[str, Any], keys: tuple[str, ...], key: str, stream: bool
 ) -> None:
     lab = make_lab(ServerOptions(api_keys=keys))
@@ -36,7 +36,7 @@ def test_all_texts_of_a_request_are_one_client_and_no_two_requests_are(
     assert not set(first) & set(clients_of(lab, path, body, key, n=3, stream=stream))
 
 
-def test_with_several_keys_each_is_a_client_that_does_not_say_the_key(make_lab: Callable[..., Lab]) -> None:
+def test_each_of_several_keys_is_a_client_without_its_key(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(ServerOptions(api_keys=("secret", "hidden")))
     seen = [set(clients_of(lab, *of, key)) for of in (CHAT, COMPLETION) for key in ("secret", "hidden")]
     assert [len(each) for each in seen] == [1] * 4
@@ -45,9 +45,7 @@ def test_with_several_keys_each_is_a_client_that_does_not_say_the_key(make_lab: 
 
 
 @pytest.mark.parametrize(("path", "body"), [CHAT, COMPLETION])
-def test_to_be_urgent_needs_a_flag_on_the_server_and_to_be_patient_does_not(
-    make_lab: Callable[..., Lab], path: str, body: dict[str, Any]
-) -> None:
+def test_priority_below_zero_needs_the_flag(make_lab: Callable[..., Lab], path: str, body: dict[str, Any]) -> None:
     closed, opened = make_lab(), make_lab(ServerOptions(allow_priority=True))
     for priority in (0, 1, 100, None):
         assert asyncio.run(closed.post(path, body | {"priority": priority})).status_code == 200

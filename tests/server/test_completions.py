@@ -47,7 +47,7 @@ def test_sampling_fields_reach_the_backend_as_they_are(plain: lab.Lab) -> None:
     assert plain.sent.sampling == want and plain.sent.priority == 3 and plain.sent.max_tokens == 9
 
 
-def test_the_default_temperature_is_one_unless_the_checkpoint_says_otherwise(make_lab) -> None:
+def test_default_temperature_is_one_or_the_checkpoints(make_lab) -> None:
     silent, greedy = make_lab(), make_lab(generation=GenerationConfig(do_sample=False, temperature=0.3))
     told = make_lab(generation=GenerationConfig(temperature=0.6, top_k=20))
     for of in (silent, greedy, told):
@@ -63,7 +63,7 @@ def test_several_texts_of_one_seed_have_seeds_of_their_own(plain: lab.Lab) -> No
 
 
 @pytest.mark.parametrize("per_update", [1, 3])
-def test_a_stop_string_across_tokens_ends_the_text_and_the_generation(plain: lab.Lab, per_update: int) -> None:
+def test_stop_string_across_tokens_ends_text_and_generation(plain: lab.Lab, per_update: int) -> None:
     plain.text = "one two three four five six seven"
     plain.backend.per_update = per_update
     body = ask(plain, stop=["ee fo", "never"], max_tokens=50)
@@ -73,7 +73,7 @@ def test_a_stop_string_across_tokens_ends_the_text_and_the_generation(plain: lab
     assert body["usage"]["completion_tokens"] < whole
 
 
-def test_end_ids_are_eos_unless_ignored_and_those_asked_for(plain: lab.Lab) -> None:
+def test_end_ids_are_eos_and_stop_token_ids(plain: lab.Lab) -> None:
     ask(plain, stop_token_ids=[9])
     assert plain.sent.end_ids == {lab.EOS, 9}
     body = ask(plain, ignore_eos=True, max_tokens=30)
@@ -140,7 +140,7 @@ def test_part_of_a_character_is_spelled_in_bytes(plain: lab.Lab) -> None:
     assert named[-1] == f"token_id:{lab.EOS}"
 
 
-def test_a_stream_says_the_same_as_the_whole(plain: lab.Lab) -> None:
+def test_stream_equals_whole(plain: lab.Lab) -> None:
     plain.text = "Some text with ünïcödé \U0001f9ff and a STOP here"
     fields = dict(prompt=["a", "b"], n=2, stop="STOP", logprobs=1, echo=True, max_tokens=60)
     whole = ask(plain, **fields)
@@ -157,7 +157,7 @@ def test_a_stream_says_the_same_as_the_whole(plain: lab.Lab) -> None:
             assert [x for part in parts for x in part["logprobs"][name]] == column
 
 
-def test_a_model_without_a_tokenizer_takes_ids_and_gives_their_scores(make_lab) -> None:
+def test_model_without_tokenizer_takes_and_scores_ids(make_lab) -> None:
     of = make_lab(tokenizer=None)
     of.backend.script = lambda generation: [5, 6, lab.EOS]
     body = ask(of, [3, 4], logprobs=1, echo=True)

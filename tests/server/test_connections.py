@@ -156,7 +156,7 @@ def test_a_body_that_is_announced_and_not_sent_ends_the_request(make_served: Cal
     with RawClient(served.port) as client:
         client.send(post("/v1/completions", TEXT)[:-10])
         answer = client.answer()
-        assert answer.status == 408 and "bytes have come" in answer.message
+        assert answer.status == 408 and "bytes so far" in answer.message
         assert answer.headers["connection"] == "close" and client.rest() == b""
 
 
@@ -178,7 +178,7 @@ def test_a_body_that_came_fast_may_stall_no_longer_for_it(make_served: Callable[
         assert client.answer().status == 408
 
 
-def test_the_rest_of_a_body_that_was_refused_does_not_keep_a_connection(make_served: Callable[..., Any]) -> None:
+def test_rest_of_a_refused_body_ends_the_connection(make_served: Callable[..., Any]) -> None:
     served = make_served(head_timeout_s=0.3, keep_alive_s=60.0)
     with RawClient(served.port) as client:
         client.send(CHUNKED.replace(b"chunked", b"gzip, chunked") + b"\r\n")
@@ -258,7 +258,7 @@ def test_garbage_behind_a_request_does_not_get_into_its_answer(make_served: Call
             assert client.rest() == b""
 
 
-def test_what_is_not_http_is_told_so(served: Any) -> None:
+def test_non_http_gets_400(served: Any) -> None:
     for junk in (
         b"\x16\x03\x01\0\0\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
@@ -271,7 +271,7 @@ def test_what_is_not_http_is_told_so(served: Any) -> None:
             assert answer.status == 400 and "HTTP/1.1" in answer.message and client.rest() == b""
 
 
-def test_a_body_is_asked_for_where_the_client_waits_for_that(served: Any) -> None:
+def test_expect_100_continue_is_answered(served: Any) -> None:
     head, _, body = post("/v1/completions", TEXT, headers="Expect: 100-continue\r\n").partition(b"\r\n\r\n")
     with RawClient(served.port) as client:
         client.send(head + b"\r\n\r\n")
@@ -417,7 +417,7 @@ def test_a_client_that_still_sends_can_read_that_there_is_no_place(make_served: 
             assert client.answer().status == 503 and client.rest() == b""
 
 
-def test_a_client_that_got_a_reserved_place_may_ask_for_anything_once_there_is_room(
+def test_reserved_connection_becomes_ordinary_when_a_slot_is_free(
     make_served: Callable[..., Any],
 ) -> None:
     served = make_served(max_connections=1, reserved_slots=1)
@@ -441,7 +441,7 @@ def test_the_oldest_silent_connections_make_room(
         assert get(served, "/v1/models").status == 200
         served.lab.backend.gate.set()
         assert busy.answer().status == 200
-    assert len([line for line in said if "all 10 places" in line]) == 1
+    assert len([line for line in said if "all 10 connections" in line]) == 1
 
 
 def test_a_server_out_of_descriptors_serves_on(served: Any) -> None:

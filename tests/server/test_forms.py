@@ -84,14 +84,14 @@ def test_the_text_is_of_the_form_that_the_field_asks_for(
         ({"grammar": 'start ::= "a"'}, "grammar", "no rule 'root'"),
         ({"ebnf": "root ::= x"}, "ebnf", "there is no rule 'x'"),
         ({"guided_grammar": "start: b"}, "guided_grammar", ""),
-        ({"grammar": 'root ::= "a"', "regex": "b"}, "grammar", "leave one out"),
+        ({"grammar": 'root ::= "a"', "regex": "b"}, "grammar", "send only one"),
         ({"response_format": {"type": "text", "schema": NUMBER}}, "response_format.schema", "does not go with"),
         ({"response_format": {"type": "json_object", "pattern": "a"}}, "response_format.pattern", "does not go with"),
         ({"response_format": {"type": "json_schema", "schema": {}, "json_schema": {"schema": {}}}}, None, "second"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
         ({"response_format": {"type": "grammar"}}, "response_format.grammar", "missing"),
         ({"structured_outputs": {"json": {}, "json_object": True}}, "structured_outputs", "both"),
-        ({"structured_outputs": {"json": {}, "regex": "a"}}, None, "leave one out"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, None, "send only one"),
     ],
 )
 def test_a_form_that_cannot_be_kept_is_named(
@@ -187,7 +187,7 @@ def test_objects_are_closed_at_every_level() -> None:
     assert "additionalProperties" not in schema and "additionalProperties" not in leaf, "the client's own is kept"
 
 
-def test_an_object_that_says_it_stays_open_and_its_parts_are_closed() -> None:
+def test_object_declared_open_stays_open_with_closed_parts() -> None:
     inner = {"type": "object"}
     found = close_objects({"type": "object", "properties": {"x": inner}, "additionalProperties": True})
     assert found["additionalProperties"] is True and found["properties"]["x"]["additionalProperties"] is False

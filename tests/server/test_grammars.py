@@ -122,7 +122,7 @@ def test_a_schema_is_compiled_once_for_all_texts_of_all_requests(plain: lab.Lab)
     assert guides.grammars.num_compiled == 2
 
 
-def test_all_who_ask_while_it_is_compiled_wait_for_the_same(grammars: Callable[..., Grammars]) -> None:
+def test_requests_share_one_compilation(grammars: Callable[..., Grammars]) -> None:
     first, second = FakeTrial(), FakeTrial()
     for trial in (first, second):
         trial.gate.clear()
@@ -158,7 +158,7 @@ def test_two_grammars_are_tried_at_once_where_there_are_two_places(grammars: Cal
 # -- bounds ----------------------------------------------------------------------------------------------------------
 
 
-def test_as_many_are_kept_as_may_be_and_the_one_unused_longest_goes(grammars: Callable[..., Grammars]) -> None:
+def test_cache_drops_the_least_recently_used(grammars: Callable[..., Grammars]) -> None:
     trial = FakeTrial()
     found = grammars(trial, num_kept=2)
 
@@ -242,7 +242,7 @@ def test_too_many_that_wait_are_refused(grammars: Callable[..., Grammars]) -> No
         await until(lambda: bool(trial.begun))
         asked += [asyncio.ensure_future(found.get(grammar(word))) for word in "bcbc"]
         await asyncio.sleep(0)
-        with pytest.raises(QueueFull, match="2 constraints wait already"):
+        with pytest.raises(QueueFull, match="2 constraints are waiting"):
             await found.get(grammar("d"))
         trial.gate.set()
         await asyncio.gather(*asked)
@@ -272,7 +272,7 @@ def test_what_failed_is_remembered_for_a_while(grammars: Callable[..., Grammars]
     assert [text[-2] for text in trial.begun] == ["a", "a", "b", "c", "a"] and found.num_compiled == 0
 
 
-def test_a_server_fault_is_told_and_not_remembered(grammars: Callable[..., Grammars]) -> None:
+def test_server_fault_is_raised_and_not_cached(grammars: Callable[..., Grammars]) -> None:
     trial = FakeTrial()
     trial.wrong = {grammar("a"): RuntimeError("no process could be started")}
     found = grammars(trial)
@@ -286,7 +286,7 @@ def test_a_server_fault_is_told_and_not_remembered(grammars: Callable[..., Gramm
 # -- nobody waits ----------------------------------------------------------------------------------------------------
 
 
-def test_when_the_last_who_waits_has_gone_its_trial_is_ended(grammars: Callable[..., Grammars]) -> None:
+def test_trial_ends_with_its_last_waiter(grammars: Callable[..., Grammars]) -> None:
     trial = FakeTrial()
     trial.gate.clear()
     found = grammars(trial)
@@ -365,7 +365,7 @@ def test_a_process_that_has_grown_is_ended_and_its_memory_is_back(
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_is_not(make_lab: Callable[..., lab.Lab]) -> None:
+def test_slow_grammar_is_refused_and_the_next_one_works(make_lab: Callable[..., lab.Lab]) -> None:
     of = make_lab()
     state = state_of(of.app)
     assert state.guides is not None and of.tokenizer is not None
@@ -402,7 +402,7 @@ def test_an_automaton_that_is_too_large_names_the_limits(maker: Callable[..., Gu
         asyncio.run(maker(lexer_fuel=40_000).guides([enum], 1))
 
 
-def test_what_nothing_fulfils_and_what_is_no_text_is_said(maker: Callable[..., GuideMaker]) -> None:
+def test_impossible_and_non_unicode_grammars_are_explained(maker: Callable[..., GuideMaker]) -> None:
     guides = maker()
     cycle = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
     for form, said in (
@@ -442,7 +442,7 @@ def test_the_tokenizer_is_written_out_once_for_all_trial_processes(
     assert (first.num_started, second.num_started, len(calls)) == (2, 1, 1)
 
 
-def test_words_of_one_line_are_made_of_whatever_is_said() -> None:
+def test_library_errors_become_one_line() -> None:
     limits = GrammarLimits()
     assert in_words("", limits) == "not valid"
     assert in_words("bad <non-verbose/>\n", limits) == "bad"

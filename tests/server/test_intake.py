@@ -154,9 +154,7 @@ def test_a_text_that_no_context_holds_is_not_tokenized(
     assert error["code"] == "context_length_exceeded" and "holds 512 tokens" in error["message"]
 
 
-def test_health_and_metrics_answer_while_every_thread_for_requests_is_taken(
-    plain: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_health_and_metrics_answer_while_request_threads_are_busy(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain.tokenizer is not None
     let_go, entered = threading.Event(), threading.Semaphore(0)
     encode = plain.tokenizer.encode
@@ -283,7 +281,7 @@ def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}, 1]}, "messages.1", "valid dictionary"),
     ],
 )  # fmt: skip
-def test_the_item_that_is_wrong_and_the_limit_that_was_passed_are_named(
+def test_wrong_item_and_passed_limit_are_named(
     plain: Lab, path: str, body: dict[str, Any], param: str, said: str
 ) -> None:
     answer = asyncio.run(plain.post(f"/v1/{path}", body))

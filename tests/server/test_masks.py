@@ -73,9 +73,7 @@ def prove(grammar: Grammar) -> None:
 # -- a guide ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_is_there_when_it_was_made_and_whoever_waits_is_told(
-    make: Callable[..., Grammar], tokens: GuideMaker
-) -> None:
+def test_finished_mask_wakes_its_waiter(make: Callable[..., Grammar], tokens: GuideMaker) -> None:
     lane, told = Kept(), []
     guide = GrammarGuide(make(), lane)
     a, c = token_of(tokens, "a"), token_of(tokens, "c")
@@ -102,9 +100,7 @@ def test_a_guide_that_has_ended_makes_no_mask(make: Callable[..., Grammar], toke
     assert not guide.ready
 
 
-def test_who_waits_is_woken_and_a_slow_grammar_is_not_waited_for(
-    make: Callable[..., Grammar], tokens: GuideMaker
-) -> None:
+def test_waiter_is_woken_and_slow_grammar_is_not_waited_for(make: Callable[..., Grammar], tokens: GuideMaker) -> None:
     lane = Kept()
     grammar = make()
     guide = GrammarGuide(grammar, lane)
@@ -118,7 +114,7 @@ def test_who_waits_is_woken_and_a_slow_grammar_is_not_waited_for(
     assert not guide.wait(60.0), "or this test takes a minute"
 
 
-def test_a_mask_that_takes_too_long_ends_its_text_and_names_the_limit(
+def test_slow_mask_ends_its_text_and_names_the_limit(
     make: Callable[..., Grammar], tokens: GuideMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lane = Kept()
@@ -136,7 +132,7 @@ def test_a_mask_that_takes_too_long_ends_its_text_and_names_the_limit(
 # -- quick and slow --------------------------------------------------------------------------------------------------
 
 
-def test_many_quick_masks_prove_a_grammar_and_a_slow_one_takes_that_back(make: Callable[..., Grammar]) -> None:
+def test_quick_masks_prove_a_grammar_until_a_slow_one(make: Callable[..., Grammar]) -> None:
     grammar = make()
     prove(grammar)
     assert not grammar.is_slow
@@ -171,7 +167,7 @@ def made_on(guide: GrammarGuide, token: int) -> str:
     return names[0]
 
 
-def test_masks_of_proven_grammars_are_made_at_once_others_on_threads(
+def test_proven_grammars_make_masks_inline_others_on_threads(
     make: Callable[..., Grammar], threads: MaskThreads, tokens: GuideMaker
 ) -> None:
     grammar, a = make(), token_of(tokens, "a")
@@ -186,7 +182,7 @@ def test_masks_of_proven_grammars_are_made_at_once_others_on_threads(
     assert made_on(guide, a) == here
 
 
-def test_a_proven_grammar_that_is_at_work_elsewhere_is_not_waited_for(
+def test_proven_grammar_in_use_elsewhere_is_not_waited_for(
     make: Callable[..., Grammar], threads: MaskThreads, tokens: GuideMaker
 ) -> None:
     grammar, a = make(), token_of(tokens, "a")

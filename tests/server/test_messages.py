@@ -128,7 +128,7 @@ def test_a_text(plain: Lab) -> None:
     assert usage["output_tokens"] == len(plain.tokenizer.encode("Hello world", add_special_tokens=False)) + 1
 
 
-def test_a_stream_is_the_whole_in_the_order_of_the_api(plain: Lab) -> None:
+def test_stream_is_the_whole_in_api_order(plain: Lab) -> None:
     events = stream(plain)
     assert told(events) == [*START, *TEXT, *END]
     begin = events[0]["message"]
@@ -192,7 +192,7 @@ def test_tools_are_left_out_where_none_is_to_be_used(hermes: Lab) -> None:
     assert message["content"] == [{"type": "text", "text": CALL}] and "<tools>" not in prompt_of(hermes)
 
 
-def test_arguments_that_are_cut_are_told_as_such(hermes: Lab) -> None:
+def test_truncated_arguments_are_marked(hermes: Lab) -> None:
     hermes.text = CALL
     cut = len(hermes.tokenizer.encode(CALL.partition("1")[0], add_special_tokens=False))
     message = ask(hermes, tools=TOOLS[:1], max_tokens=cut)
@@ -307,7 +307,7 @@ def test_errors_have_the_shape_of_the_api_wherever_they_come_from(make_lab: Call
     assert sent() == (503, "overloaded_error")
 
 
-def test_the_key_may_come_as_that_api_has_it_there_and_nowhere_else(make_lab: Callable[..., Lab]) -> None:
+def test_x_api_key_works_on_anthropic_routes_only(make_lab: Callable[..., Lab]) -> None:
     of = make_lab(ServerOptions(api_keys=("secret", "other")))
     body = {"max_tokens": 4, "messages": HI}
     for headers in ({"x-api-key": "secret"}, {"x-api-key": "other"}, {"authorization": "Bearer secret"}):

@@ -43,7 +43,7 @@ def test_the_one_that_has_waited_longest_makes_room() -> None:
     assert left(here) == [0, 2, 3] and len(places) == 4
 
 
-def test_reserved_places_are_for_when_nobody_waits() -> None:
+def test_reserved_slots_are_used_when_none_is_idle() -> None:
     places, here = ConnectionSlots(2, 2), guests(2)
     for guest in here:
         assert places.take(guest) and places.works(guest)
@@ -61,7 +61,7 @@ def test_reserved_places_are_for_when_nobody_waits() -> None:
     assert places.take(Guest())
 
 
-def test_a_request_on_a_reserved_place_may_take_that_of_one_that_waits() -> None:
+def test_reserved_request_may_take_the_slot_of_an_idle_connection() -> None:
     places, busy, late = ConnectionSlots(1, 1), Guest(), Guest()
     assert places.take(busy) and places.works(busy)
     assert places.take(late)
@@ -79,7 +79,7 @@ def test_one_that_has_left_takes_no_place_with_it() -> None:
     assert places.take(Guest()) and old.left == 1
 
 
-def test_it_is_said_once_until_places_were_free_for_a_minute(said: list[str]) -> None:
+def test_full_slots_are_logged_once_until_free_for_a_minute(said: list[str]) -> None:
     now = [100.0]
     places = ConnectionSlots(1, 1, clock=lambda: now[0])
     lines = []
@@ -104,7 +104,7 @@ def test_it_is_said_once_until_places_were_free_for_a_minute(said: list[str]) ->
         now[0] += 1000.0
         places.take(Guest())
     assert len(said) == 4
-    assert "all 1 places" in said[0] and "--max-connections" in said[0]
+    assert "all 1 connections" in said[0] and "--max-connections" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_connections_leave_room_for_other_files(descriptors_: int, room: int) ->
     else:
         assert f"{descriptors_} files" in line and f"{room} connections" in line
     assert connections_for(1, descriptors_) == (1, "")
-    with pytest.raises(ConfigError, match=r"--max-connections is 2000000; .* ask for fewer"):
+    with pytest.raises(ConfigError, match=r"--max-connections is 2000000; .* lower the flag"):
         connections_for(2_000_000, descriptors_)
     with pytest.raises(ConfigError, match="raise the limit to 33 at least"):
         connections_for(None, 32)
@@ -140,7 +140,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatc
         assert was_set == ([wanted] if wanted else [])
 
 
-def test_a_soft_limit_that_stays_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unraisable_soft_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(which: int, limits: tuple[int, int]) -> None:
         raise ValueError("not allowed to raise maximum limit")
 

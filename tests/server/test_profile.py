@@ -50,7 +50,7 @@ def test_refusals_are_one_clear_line(plain: Lab) -> None:
     assert form.status_code == 415, "no web page can send it"
 
 
-def test_keys_are_asked_for(make_lab: Callable[..., Lab]) -> None:
+def test_keys_are_required(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(ServerOptions(api_keys=("secret",)))
     for path in ("/start_profile", "/stop_profile"):
         assert post(lab, path).status_code == 401

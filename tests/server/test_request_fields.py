@@ -43,7 +43,7 @@ def refusal(of: lab.Lab, path: str, fields: dict[str, Any]) -> dict[str, Any]:
         ({"allowed_token_ids": []}, "allowed_token_ids", "must not be empty"),
         ({"allowed_token_ids": [lab.VOCAB]}, "allowed_token_ids", f"vocabulary of {lab.VOCAB}"),
         ({"allowed_token_ids": [5, -1]}, "allowed_token_ids.1", "greater than or equal to 0"),
-        ({"allowed_token_ids": [5], "guided_regex": "a"}, "allowed_token_ids", "leave one out"),
+        ({"allowed_token_ids": [5], "guided_regex": "a"}, "allowed_token_ids", "send only one"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "no token would be left"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
     ],
@@ -68,7 +68,7 @@ def test_the_limit_or_the_item_is_named(
         (7, "prompt", "must be a text, token ids, or a list of either"),
     ],
 )
-def test_a_prompt_that_is_none_is_told_why(shared: lab.Lab, prompt: Any, param: str, says: str) -> None:
+def test_wrong_prompt_is_explained(shared: lab.Lab, prompt: Any, param: str, says: str) -> None:
     error = lab.error_of(asyncio.run(shared.complete(prompt)))
     assert error["param"] == param and says in error["message"], error
 
@@ -87,14 +87,14 @@ def test_a_prompt_that_is_none_is_told_why(shared: lab.Lab, prompt: Any, param: 
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages.0.content.0", "text parts only"),
     ],
 )
-def test_a_message_that_is_none_is_told_why(shared: lab.Lab, message: Any, param: str, says: str) -> None:
+def test_wrong_message_is_explained(shared: lab.Lab, message: Any, param: str, says: str) -> None:
     error = refusal(shared, PATHS[1], {"messages": [message]})
     assert error["param"] == param and says in error["message"], error
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_cannot_be_obeyed_is_refused_unless_it_asks_for_nothing(shared: lab.Lab, path: str, name: str) -> None:
+def test_unsupported_field_is_refused_unless_harmless(shared: lab.Lab, path: str, name: str) -> None:
     if name in ("best_of", "echo") and "chat" not in path:
         return  # fields of this route's own
     error = refusal(shared, path, {name: {"some": "thing"}})
@@ -182,13 +182,13 @@ def test_the_last_message_goes_on_as_transformers_has_it(tmp_path: Any, make_lab
 @pytest.mark.parametrize(
     ("last", "fields", "says"),
     [
-        ({"role": "assistant", "content": "a"}, {"add_generation_prompt": True}, "set add_generation_prompt false"),
+        ({"role": "assistant", "content": "a"}, {"add_generation_prompt": True}, "excludes add_generation_prompt"),
         ({"role": "user", "content": "a"}, {}, "must be the assistant's"),
         ({"role": "assistant", "content": ""}, {}, "with text"),
         ({"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}, {}, "without tool calls"),
     ],
 )
-def test_a_message_that_cannot_go_on_is_told_why(
+def test_message_that_cannot_be_continued_is_explained(
     make_lab: Any, closing: Any, last: dict[str, Any], fields: dict[str, Any], says: str
 ) -> None:
     of = make_lab(tokenizer=closing)

@@ -107,7 +107,7 @@ def test_a_text(plain: Lab) -> None:
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
 
 
-def test_a_stream_is_the_whole_in_the_order_of_the_api(plain: Lab) -> None:
+def test_stream_is_the_whole_in_api_order(plain: Lab) -> None:
     events = stream(plain)
     assert told(events) == ["created", "in_progress", *TEXT, "completed"]
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Hello world"
@@ -197,7 +197,7 @@ def test_a_thought_that_comes_back_belongs_to_the_answer_after_it() -> None:
         ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}, {"add"}),
     ],
 )
-def test_a_call_that_is_asked_for_comes(make_lab: Callable[..., Lab], choice: Any, names: set[str], seed: int) -> None:
+def test_requested_call_comes(make_lab: Callable[..., Lab], choice: Any, names: set[str], seed: int) -> None:
     of = make_lab(ServerOptions(tool_call_parser="hermes"))
     response = ask(of, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, seed=seed)
     (call,) = response.output

@@ -26,7 +26,7 @@ class Times:
     def ended(self, seconds: float, reason: str) -> None: ...
 
 
-def test_what_a_slow_reader_has_not_taken_comes_in_parts_between_which_others_run() -> None:
+def test_unread_updates_come_in_parts_with_turns_between() -> None:
     asyncio.run(slow_reader())
 
 

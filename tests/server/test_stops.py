@@ -46,7 +46,7 @@ def test_a_special_tokens_text_is_a_stop_string_as_any_other(
     assert ask(plain, path, stream, {"stop": "user"}) == ("one two three four five", "stop"), "no text of a token"
 
 
-def test_the_end_token_stops_by_its_text_where_it_is_ignored_otherwise(plain: lab.Lab) -> None:
+def test_ignored_end_token_still_matches_a_stop_string(plain: lab.Lab) -> None:
     end = plain.tokenizer.decode([lab.EOS], skip_special_tokens=False)
     assert ask(plain, "/v1/completions", False, {"ignore_eos": True, "max_tokens": 20})[1] == "length"
     assert ask(plain, "/v1/completions", False, {"ignore_eos": True, "stop": end}) == ("Hello world", "stop")

@@ -62,7 +62,7 @@ def test_no_kind_waits_for_all_of_another() -> None:
     assert len(order) == 52 and order.index(WorkKind.PROBE) <= 2 and order.index(WorkKind.RUNNING) <= 2
 
 
-def test_who_is_cancelled_or_fails_costs_the_others_no_turn() -> None:
+def test_cancelled_or_failing_piece_costs_no_turn() -> None:
     done: list[int] = []
 
     async def run() -> None:
@@ -141,7 +141,7 @@ def test_a_question_to_health_waits_for_no_request() -> None:
     assert kinds == [WorkKind.PROBE, WorkKind.PROBE, WorkKind.NEW, WorkKind.NEW]
 
 
-def test_what_comes_before_its_turn_is_parsed_then_and_no_more_is_read() -> None:
+def test_input_waits_for_its_turn_and_reading_pauses() -> None:
     waiting: list[Callable[[], None]] = []
 
     class Later(AtOnce):
@@ -179,7 +179,7 @@ def test_a_body_in_some_small_or_many_fair_chunks_is_read(served: Any, size: int
         assert client.answer().status == 200
 
 
-def test_many_who_ask_share_a_call_that_begins_after_they_asked() -> None:
+def test_shared_call_begins_after_its_requests() -> None:
     calls: list[int] = []
 
     async def run() -> None:

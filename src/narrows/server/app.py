@@ -39,26 +39,26 @@ __all__ = ["create_app", "state_of"]
 _LOG = logging.getLogger("narrows.server")
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "a field is wrong, or too much was asked for; param names the field"},
+    400: {"description": "a field is wrong or passes a limit; param names the field"},
     401: {"description": "no API key, or a wrong one"},
-    403: {"description": "a Host or an Origin that is not let in (--allow-host, --allow-origin)"},
+    403: {"description": "the Host or Origin is not allowed (--allow-host, --allow-origin)"},
     404: {"description": "no such model"},
-    408: {"description": "the headers or the body did not come in time"},
+    408: {"description": "the headers or the body did not arrive in time"},
     413: {"description": "the body is too large"},
-    415: {"description": "the body is not sent as application/json, or compressed"},
-    429: {"description": "too many requests wait; retry-after says when to try again"},
+    415: {"description": "the body is not application/json, or is compressed"},
+    429: {"description": "too many requests are waiting; retry-after says when to try again"},
     431: {"description": "the headers are too large, or too many"},
     500: {"description": "the engine failed"},
     501: {"description": "the body comes in a transfer coding other than chunked"},
-    503: {"description": "the server is starting, restarting its ranks, ending, or out of places for connections"},
-    504: {"description": "the request was not done within --request-timeout"},
+    503: {"description": "the server is starting, restarting its ranks, ending, or out of connections"},
+    504: {"description": "the request took longer than --request-timeout"},
 }
 
 
 _NO_PAGES: dict[str, Any] = {"openapi_url": None, "docs_url": None, "redoc_url": None, "redirect_slashes": False}
 """Pages of the framework that are not there; the document is written once, by a route of ours."""
 _METRICS_PAUSE_S, _INFO_PAUSE_S = 0.1, 0.25
-"""Between two times that metrics, and what runs, are put together, for however many who ask."""
+"""Pauses between two renderings of /metrics and of /server_info, which all requests meanwhile share."""
 
 
 def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> FastAPI:
@@ -82,7 +82,7 @@ def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> 
 
 
 def state_of(app: FastAPI) -> ServerState:
-    """What the routes of an application share."""
+    """The state that an application's routes share."""
     state = app.state.server
     assert isinstance(state, ServerState)
     return state
@@ -180,7 +180,7 @@ def _add_operations(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/server_info", response_model=None, responses=_responses(answers.ServerInfo))
     async def server_info() -> Response:
-        """What runs, and how."""
+        """The running configuration."""
         return JsonAnswer(await described.get())
 
     @app.get("/openapi.json", response_model=None, include_in_schema=False)
@@ -208,7 +208,7 @@ def _server_info(state: ServerState) -> bytes:
 
 
 def _add_profile(app: FastAPI, state: ServerState) -> None:
-    async def told(call: Callable[[], dict[str, Any]]) -> Response:
+    async def operate(call: Callable[[], dict[str, Any]]) -> Response:
         try:
             return JsonAnswer(await state.pools.operate(call))
         except NarrowsError as error:
@@ -216,15 +216,15 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
 
     @app.post("/start_profile", response_model=None, responses=_responses(answers.TraceStarted))
     async def start_profile(body: Body[answers.StartProfileRequest] | None = None) -> Response:
-        """Begin to write a trace of the next steps of the engine, on every rank."""
+        """Start a trace of the engine's next steps, on every rank."""
         asked = answers.StartProfileRequest() if body is None else await body.read(_as_it_is)
         steps = asked.steps if asked.steps is not None else asked.num_steps
-        return await told(partial(state.backend.start_trace, steps))
+        return await operate(partial(state.backend.start_trace, steps))
 
     @app.post("/stop_profile", response_model=None, responses=_responses(answers.TraceWritten))
     async def stop_profile() -> Response:
-        """End the trace; answered when its file is written."""
-        return await told(state.backend.stop_trace)
+        """End the trace; the answer comes when its file is written."""
+        return await operate(state.backend.stop_trace)
 
 
 def _as_it_is(reader: RequestReader, body: answers.StartProfileRequest) -> answers.StartProfileRequest:
@@ -239,7 +239,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientGoneError)
     async def client_gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # for the metrics; nobody reads it
+        return Response(status_code=499)  # for the metrics only
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:

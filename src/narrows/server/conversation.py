@@ -44,16 +44,16 @@ ChatJob = Job[ChatOutput]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedChat(ParsedRequest):
-    """What a body comes to. ``inside``: the prompt has opened a thought."""
+    """A parsed chat request. ``inside``: the prompt has opened the reasoning already."""
 
     calls: Calls
     inside: bool
 
 
 def parse_chat(reader: RequestReader, body: ChatRequest, head: dict[str, Any], *, capped: bool = False) -> ParsedChat:
-    """What a body comes to; ``head`` is what every piece of the answer begins with.
+    """The parsed request; ``head``: the fields that every chunk of the answer begins with.
 
-    ``capped``: more tokens may be asked for than the context has room for; then it is as many as there is room for.
+    ``capped``: a ``max_tokens`` beyond the context's room is reduced to that room instead of refused.
 
     Raises:
         ApiError: 400, naming the field.
@@ -68,7 +68,7 @@ def parse_chat(reader: RequestReader, body: ChatRequest, head: dict[str, Any], *
     inside = reader.reasons and begins_inside(prompt)
     forms, param = _forms(reader, body, use)
     if forms and body.allowed_token_ids is not None:
-        message = f"allowed_token_ids and {param} both say which tokens may come; leave one out"
+        message = f"allowed_token_ids and {param} both restrict the tokens; send only one"
         raise invalid(message, "allowed_token_ids")
     constraint = None
     if forms:
@@ -88,7 +88,7 @@ def parse_chat(reader: RequestReader, body: ChatRequest, head: dict[str, Any], *
 
 
 def start_chat(reader: RequestReader, asked: ParsedChat) -> ChatJob:
-    """Its texts, before their first token."""
+    """Its job: outputs and generations before the first token."""
     options, ids = asked.options, tuple(asked.prompts[0])
     text = GeneratedText(
         reader.tokenizer,
@@ -161,7 +161,7 @@ async def respond_with_events(
 
 
 def chat_prompt(reader: RequestReader, body: ChatRequest) -> tuple[str, tuple[int, ...]]:
-    """What the model reads, as text and as tokens.
+    """The prompt, as text and as token ids.
 
     Raises:
         ApiError: 400, naming the field.
@@ -171,7 +171,7 @@ def chat_prompt(reader: RequestReader, body: ChatRequest) -> tuple[str, tuple[in
 
 def _prompt(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[str, tuple[int, ...]]:
     if body.continue_final_message and body.add_generation_prompt:
-        message = "the last message goes on, or an answer begins; set add_generation_prompt false"
+        message = "it excludes add_generation_prompt; set that to false"
         raise invalid(f"continue_final_message: {message}", "continue_final_message")
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
@@ -193,7 +193,7 @@ def _prompt(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[str
 
 
 def _forms(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
-    """What the answer has to be one of, and the field that says so; empty if it may be anything."""
+    """The required forms of the answer, and the field that demands them; empty: any text."""
     asked = requested_grammar(body)
     calls = None
     if use.tools and (asked is not None or use.must):
@@ -202,7 +202,7 @@ def _forms(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[list
         calls = Form("calls", reader.tools.grammar(functions, partial(literal, reader.tokenizer), use.many))
     if use.must:
         if asked is not None:
-            raise invalid(f"{asked[1]} and tool_choice both say what the answer is; leave one out", asked[1])
+            raise invalid(f"{asked[1]} and tool_choice both set the format of the answer; send only one", asked[1])
         if body.min_tokens:
             raise invalid("min_tokens does not go with a tool_choice that decides where the text ends", "min_tokens")
         return [calls] if calls is not None else [], "tools"
@@ -266,7 +266,7 @@ def _cut_open(text: str) -> str:
     """The text up to the mark."""
     at = text.rfind(_OPEN_END.rstrip())
     if at < 0:
-        message = "the chat template does not write the last message as it is, so it cannot go on"
+        message = "the chat template changes the last message, so it cannot be continued"
         raise invalid(f"continue_final_message: {message}", "continue_final_message")
     trims = not text.startswith(_OPEN_END, at)  # then it would have trimmed the message itself, too
     return text[:at].rstrip() if trims else text[:at]
@@ -300,17 +300,17 @@ def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, 
 
 
 def _text(part: ContentPart, where: str) -> str:
-    """What a part says in the conversation; a past thought is no text of it.
+    """The text of a part; a past thought has none.
 
     Raises:
         ApiError: 400, a part that is not text.
     """
-    said = part.refusal if part.type == "refusal" else part.text
+    text = part.refusal if part.type == "refusal" else part.text
     if part.type == "thinking" and part.thinking is not None:
         return ""
-    if part.type not in ("text", "input_text", "output_text", "refusal") or said is None:
-        raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server reads text parts only", where)
-    return said
+    if part.type not in ("text", "input_text", "output_text", "refusal") or text is None:
+        raise invalid(f"{where}: a part of type {part.type[:40]!r}; this server accepts text parts only", where)
+    return text
 
 
 def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
@@ -362,8 +362,8 @@ def tool_use(reader: RequestReader, body: ChatRequest) -> ToolUse:
     if not tools or choice == "none":
         return ToolUse()
     if reader.tools is None:
-        message = "the model's chat template knows no tool calls in a format that this server reads"
-        raise invalid(f"{message}; a server started with --tool-call-parser reads one", "tools")
+        message = "the model's chat template has no tool-call format that this server can parse"
+        raise invalid(f"{message}; start the server with --tool-call-parser", "tools")
     many = body.parallel_tool_calls is not False
     if not isinstance(choice, ToolChoice):
         return ToolUse(tools=tuple(tools.values()), must=choice == "required", many=many)

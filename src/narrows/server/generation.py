@@ -35,16 +35,16 @@ from narrows.server.workers import LoopCalls
 __all__ = ["Choice", "Job", "RunningRequest", "Times", "make_guides", "respond"]
 
 _AT_ONCE = 8
-"""Generations that are submitted in one turn: each is looked at in full."""
+"""Generations that are submitted in one turn; each is checked in full."""
 _FREE_UPDATES = 2
-"""So many updates of one token each are read without a turn: what a stream of one text gets at a time."""
+"""Updates of one token that are read without waiting for a turn, as a stream of one text gets them."""
 _WORK_AT_ONCE = 32
-"""What is read in one turn: a token counts for one, and each of its log-probabilities for a quarter more."""
+"""Work that is read in one turn: 1 for a token, and a quarter more for each of its log-probabilities."""
 _OF_LOGPROB = 0.25
 
 
 class Times(Protocol):
-    """Who wants to know when tokens came; all in seconds."""
+    """Receives the times of a request's tokens, in seconds."""
 
     def first_token(self, seconds: float) -> None:
         """From the request to its first token."""
@@ -60,9 +60,9 @@ class Times(Protocol):
 
 
 class RunningRequest:
-    """The generations of one request. Whoever submits them calls :meth:`close` when nobody wants them any more.
+    """The generations of one request; :meth:`close` aborts those that still run.
 
-    ``client``: on whose behalf they run; clients share what the backend has.
+    ``client``: the client that they run for; clients share the backend's capacity.
     """
 
     def __init__(self, backend: Backend, calls: LoopCalls, times: Times, turns: RoundRobin, client: str) -> None:
@@ -79,7 +79,7 @@ class RunningRequest:
         self._waiter: asyncio.Future[None] | None = None
 
     async def submit(self, generations: Sequence[Generation], param: str) -> None:
-        """Hand all of them to the backend, or none; others get their turn in between.
+        """Submit all of them to the backend, or none; other requests get turns in between.
 
         Raises:
             ApiError: it refuses one; ``param`` is the field that made it.
@@ -114,12 +114,12 @@ class RunningRequest:
             self._waiter.set_result(None)
 
     async def updates(self) -> AsyncGenerator[list[tuple[int, Update]], None]:
-        """What has come since the last, as (index of the generation, update), until all have ended.
+        """New updates, as (index of the generation, update), until all generations have ended.
 
-        If that is much (a slow reader, a long prompt that is scored), it comes in parts; others get their turn between.
+        Many updates (a slow reader, a long scored prompt) come in parts, and other requests get turns in between.
 
         Raises:
-            ApiError: a generation failed, or was ended by somebody else.
+            ApiError: a generation failed, or the backend ended it.
         """
         while self._inbox or self._open:
             if not self._inbox:
@@ -134,7 +134,7 @@ class RunningRequest:
                 yield part
 
     def abort(self, index: int) -> None:
-        """Nobody wants this one any more."""
+        """End one generation, whose text is complete by a stop string."""
         if index in self._open:
             self._open.discard(index)
             self._backend.abort(self._numbers[index])
@@ -160,7 +160,7 @@ class RunningRequest:
 
 
 def _parts(inbox: Sequence[tuple[int, Update]]) -> Iterator[tuple[list[tuple[int, Update]], float]]:
-    """Updates in lists of about as much work as is done in one turn, each with its work."""
+    """Updates in lists of about one turn's work, each with its work."""
     part: list[tuple[int, Update]] = []
     work = 0.0
     for index, whole in inbox:
@@ -206,11 +206,11 @@ def _check(update: Update) -> None:
 
 
 _MANY_LOGPROBS = 20_000
-"""An answer that may hold more is written off the event loop: some tens of milliseconds of work."""
+"""An answer that may hold more is serialised off the event loop: it takes tens of milliseconds."""
 
 
 class Choice(Protocol):
-    """One text on its way. ``guide``: what holds it to its form, if there is one."""
+    """One text that is being generated. ``guide``: its constraint, if there is one."""
 
     guide: GrammarGuide | None
 
@@ -220,7 +220,7 @@ class Choice(Protocol):
         ...
 
     def take(self, update: Update) -> bool:
-        """Take an update in; whether nobody wants more of this text."""
+        """Take an update in; whether the text is complete, so that its generation can be aborted."""
         ...
 
 
@@ -229,14 +229,14 @@ ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[ChoiceT]):
-    """What a body comes to. ``generations`` are one per choice, or none, if nothing has to run.
+    """A parsed request, ready to run. ``generations`` are one per choice, or none if nothing has to run.
 
-    ``constraint``: what the texts have to be; their guides are made when the job is answered.
+    ``constraint``: the required format; its guides are made when the job is answered.
     """
 
     options: AnswerOptions
     head: dict[str, Any]
-    """What every piece of the answer begins with."""
+    """The fields that every chunk of the answer begins with."""
     num_prompt_tokens: int
     choices: list[ChoiceT]
     generations: list[Generation]
@@ -269,13 +269,13 @@ async def respond(
     whole: Callable[[Job[ChoiceT], RunningRequest], Coroutine[Any, Any, dict[str, Any]]],
     stream_format: StreamFormat | None = None,
 ) -> Response:
-    """The answer, as ``stream`` or ``whole`` makes it; whatever ends it, the generations are ended with it.
+    """The answer, as ``stream`` or ``whole`` makes it. The generations end with it, whatever ends it.
 
-    ``param``: the field that is wrong if the backend refuses a generation. ``stream_format``: how
+    ``param``: the field to name if the backend refuses a generation. ``stream_format``: how
     a stream is written; None: as :class:`~narrows.server.http.stream.DataLines`.
 
     Raises:
-        ApiError: the backend takes none of them, a priority that is not allowed, or the time is over.
+        ApiError: the backend refuses, the priority is not allowed, or the request times out.
     """
     timeout_s = state.options.request_timeout_s
     _check_priority(state, job.options.priority)
@@ -308,7 +308,7 @@ async def respond(
 
 
 def _client_of(state: ServerState, request: Request) -> str:
-    """Its API key, if there are several to tell clients by; empty: none but the request itself."""
+    """The request's API key where the server has several; empty: the request is a client of its own."""
     key = key_of(request.scope)
     return "" if key is None or len(state.options.api_keys) < 2 else f"key {key}"
 

@@ -61,7 +61,7 @@ class Metrics:
 
 
 class _BackendNumbers(Collector):
-    """Asks the backend when it is asked."""
+    """Reads the backend's numbers at each scrape."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -108,7 +108,9 @@ def _totals(stats: Stats) -> Iterator[Metric]:
         ("group_short_steps", "Steps in which the group had too few pages", stats.short_steps),
     ):
         yield _by_group(CounterMetricFamily, name, what, values)
-    bound = CounterMetricFamily("narrows_bound_steps", "Steps in which somebody waited for it", labels=["limit"])
+    bound = CounterMetricFamily(
+        "narrows_bound_steps", "Steps in which a request waited for this limit", labels=["limit"]
+    )
     for limit, steps in stats.bound_steps.items():
         bound.add_metric([limit], steps)
     yield bound

@@ -19,7 +19,7 @@ __all__ = ["ChatOutput", "Count", "LogprobColumns", "chat_logprob", "usage"]
 
 
 class ChatOutput:
-    """A message that the model writes: its events so far, its tokens, and why it ended."""
+    """One chat message that is being generated: its events so far, its tokens, and why it ended."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class ChatOutput:
         self._logprobs: list[dict[str, Any]] = []
 
     def take(self, update: Update) -> bool:
-        """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
+        """Take an update in; whether a stop string has completed the text."""
         if self.finish_reason is not None:
             return False  # came before the backend knew
         self.count.cached = max(self.count.cached, update.num_cached_prompt)
@@ -68,7 +68,7 @@ class ChatOutput:
 
     def _end(self, reason: str) -> None:
         if self.guide is not None and self.guide.problem:
-            raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
+            raise invalid(f"the text ended before its required format was complete: {self.guide.problem}")
         if text := self._text.finish():
             self._add(self._parser.push(text))
         self._add(self._parser.finish())
@@ -91,7 +91,7 @@ class ChatOutput:
 
 
 _LEAST = -9999.0
-"""What stands for no chance at all: JSON has no infinity."""
+"""Stands for minus infinity, which JSON does not have."""
 
 
 def chat_logprob(tokenizer: Tokenizer, token: int, found: Logprobs) -> dict[str, Any]:

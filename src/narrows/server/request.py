@@ -35,7 +35,7 @@ _MASK63 = 2**63 - 1
 
 
 class RequestReader:
-    """A model with its text and defaults, and a server's options.
+    """Reads requests: a model with its tokenizer and defaults, and the server's options.
 
     Raises:
         ConfigError: a parser that is not known, or one for a model without a tokenizer.
@@ -108,7 +108,7 @@ class RequestReader:
             return self.model.names[0]
         if name not in self.model.names:
             served = ", ".join(self.model.names)
-            message = f"the model {name[:200]!r} does not exist here; this server has: {served}"
+            message = f"the model {name[:200]!r} does not exist here; this server serves: {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
@@ -136,10 +136,10 @@ class RequestReader:
         context = self.model.max_context
         room = context - longest
         if longest > context or (asked is None and room < 1) or (asked is not None and asked > room):
-            wanted = f"{asked} were asked for" if asked is not None else "there is no room for any"
+            wanted = f"{asked} more were requested" if asked is not None else "the answer has no room"
             message = (
-                f"the model's context holds {context} tokens: the prompt has {longest}, and of the text {wanted}; "
-                "shorten the prompt or ask for fewer"
+                f"the model's context holds {context} tokens: the prompt has {longest}, and {wanted}; "
+                "shorten the prompt or request fewer"
             )
             raise invalid(message, param, "context_length_exceeded")
         most = asked if asked is not None else room if default is None else min(default, room)
@@ -200,7 +200,7 @@ class RequestReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """What of a body matters while it is answered. ``logprobs``: best ones of each token; None: no log-probabilities.
+    """The options of a request that matter while it is answered. ``logprobs``: best tokens to list; None: no logprobs.
 
     ``most_tokens``: what ``max_tokens`` was, by whichever of its names.
     """
@@ -233,7 +233,7 @@ class AnswerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
-    """What a body comes to. ``head``: what every piece of the answer begins with. ``prompts``: as token ids."""
+    """A parsed request. ``head``: the fields that every chunk of the answer begins with. ``prompts``: token ids."""
 
     options: AnswerOptions
     head: dict[str, Any]

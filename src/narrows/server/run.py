@@ -32,7 +32,7 @@ _BACKLOG = 2048
 
 
 class Drainable(Backend, Protocol):
-    """A backend that can end in an orderly way."""
+    """A backend that can be drained and closed."""
 
     @property
     def failure(self) -> str:
@@ -40,11 +40,11 @@ class Drainable(Backend, Protocol):
         ...
 
     def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, finish what is there; whether all was finished in time."""
+        """Accept nothing new and finish the rest; whether all was finished in time."""
         ...
 
     def close(self) -> None:
-        """End now; what still runs gets a last update."""
+        """End now; running generations get a last update."""
         ...
 
 
@@ -90,10 +90,10 @@ def serve(
 ) -> int:
     """Serve until a signal has drained it, or the backend has failed for good. Returns the process's exit code.
 
-    0: drained, be it that what was left at the limit was cut off. 1: a second signal came, or the backend failed.
+    0: drained, even if requests were cut off at the limit. 1: a second signal came, or the backend failed.
 
     Raises:
-        ConfigError: somebody else listens on the port by now.
+        ConfigError: another process listens on the port by now.
     """
     try:
         bound.listen(_BACKLOG)

@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from narrows.server.child_process import give_back
 from narrows.server.http.errors import ClientGoneError
-from narrows.server.http.round_robin import Kind, Turns
+from narrows.server.http.round_robin import RoundRobin, WorkKind
 from narrows.server.priority import BODY_NICE, lower_thread_priority
 
 __all__ = ["LARGE_BYTES", "LoopCalls", "Pools", "SharedCall", "disconnected"]
@@ -33,7 +33,7 @@ LARGE_BYTES = 16 * 1024
 
 
 class Pools:
-    """One for health and metrics, one for what operators ask, and two for requests, by the size of their bodies."""
+    """Thread pools: for health and metrics, for operators' routes, and for requests with small and large bodies."""
 
     def __init__(self) -> None:
         gives_way: dict[str, Any] = {"initializer": lower_thread_priority, "initargs": (BODY_NICE,)}
@@ -119,26 +119,26 @@ class LoopCalls:
 
 
 class SharedCall(Generic[T]):
-    """Makes ``call`` for whoever asks. What is got was computed after it was asked for, so it is never stale.
+    """Shares the results of ``call``. A result was computed after it was requested, so it is never stale.
 
-    A call begins ``pause_s`` after the last one has ended at the earliest; all who ask meanwhile share it. So however
-    many ask, the work stays the same. They go on with the result one by one, each in its turn: writing it fifty times
-    at once would hold the event loop up.
+    A call begins at least ``pause_s`` after the last one has ended; all requests until then share it. So the work does
+    not grow with the number of requests. They continue with the result one by one, in turns: writing it fifty times at
+    once would hold up the event loop.
     """
 
-    def __init__(self, call: Callable[[], Awaitable[T]], pause_s: float, turns: Turns) -> None:
+    def __init__(self, call: Callable[[], Awaitable[T]], pause_s: float, turns: RoundRobin) -> None:
         self._call, self._pause_s, self._turns = call, pause_s, turns
         self._next: asyncio.Task[T] | None = None
         self._running: asyncio.Task[T] | None = None
         self._rests_until = 0.0
 
     async def get(self) -> T:
-        """The result of a call that begins from now on; who is cancelled leaves it to the others."""
+        """The result of a call that begins from now on; cancelling leaves it to the others."""
         loop = asyncio.get_running_loop()
         if self._next is None or self._next.done() or self._next.get_loop() is not loop:
             self._next = loop.create_task(self._run(self._running))
         result = await asyncio.shield(self._next)
-        await self._turns.wait(Kind.NEW)
+        await self._turns.wait(WorkKind.NEW)
         return result
 
     async def _run(self, before: asyncio.Task[T] | None) -> T:
@@ -147,7 +147,7 @@ class SharedCall(Generic[T]):
             await asyncio.wait({before})
         if (rest := self._rests_until - loop.time()) > 0:
             await asyncio.sleep(min(rest, self._pause_s))
-        self._running, self._next = self._next, None  # who asks from now on gets the next one
+        self._running, self._next = self._next, None  # later requests get the next one
         try:
             return await self._call()
         finally:

@@ -81,7 +81,7 @@ _SIGNATURE = "unsigned"
 
 
 class MessageWriter:
-    """One message on its way. ``usage`` in the words of chats, wherever it is asked for."""
+    """Writes one message as blocks and events."""
 
     def __init__(self, model: str) -> None:
         self._head = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": model}
@@ -194,7 +194,7 @@ def _object(arguments: str) -> dict[str, Any]:
 
 
 def _usage(of_chat: dict[str, Any]) -> dict[str, Any]:
-    """The prompt's tokens are told in two parts: those that were cached, and the rest."""
+    """Token counts; the prompt's are split into cached ones and the rest."""
     cached = of_chat["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": of_chat["prompt_tokens"] - cached,

@@ -84,7 +84,7 @@ class ResultBlock(StrictModel):
 
 
 class Block(StrictModel):
-    """A part of a message: text, a thought, the use of a tool, or what that came to."""
+    """A part of a message: text, a thought, the use of a tool, or its result."""
 
     type: Word
     text: Text | None = None
@@ -103,7 +103,7 @@ class Block(StrictModel):
 
 
 class PastMessage(StrictModel):
-    """One message; if the last is the assistant's, its text is gone on with."""
+    """One message; if the last is the assistant's, the answer continues its text."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[
@@ -301,7 +301,7 @@ def _add(history: History, block: Block, where: str) -> None:
         history.call(number, name, json.dumps(block.input or {}, ensure_ascii=False))
     elif block.type == "tool_result":
         history.result(required(block.tool_use_id, f"{where}.tool_use_id"), _result(block, where))
-    elif block.type != "redacted_thinking":  # another server's thought, which nobody here can read
+    elif block.type != "redacted_thinking":  # another server's encrypted thought
         known = "text, thinking, tool_use and tool_result"
         raise invalid(f"{where}.type: a block of type {block.type[:64]!r}; this server reads {known}", f"{where}.type")
 
@@ -312,7 +312,7 @@ def _result(block: Block, where: str) -> str:
     for at, part in enumerate(block.content):
         if part.type != "text" or part.text is None:
             here = f"{where}.content.{at}"
-            raise invalid(f"{here}: a part of type {part.type[:64]!r}; this server reads text parts only", here)
+            raise invalid(f"{here}: a part of type {part.type[:64]!r}; this server accepts text parts only", here)
     return _lines(block.content)
 
 

@@ -144,7 +144,7 @@ PROGRAM = (
     "import json, sys; path = sys.stdin.buffer.readline() or sys.exit(1); sys.path[:] = json.loads(path); "
     "from narrows.server.http.body_process import run; run()"
 )
-"""What ``python -c`` runs. What it needs to know comes through its stdin."""
+"""What ``python -c`` runs; its first message comes through stdin."""
 
 _MB = 1 << 20
 
@@ -163,7 +163,7 @@ class BodyProcessLimits:
 
 
 def startup_message(model: ServedModel, options: ServerOptions, limits: BodyProcessLimits) -> bytes:
-    """What the process is told first."""
+    """The first message to the process."""
     import_path = json.dumps(sys.path).encode()
     data = pickle.dumps((model, options, limits))
     return import_path + b"\n" + len(data).to_bytes(8, "little") + data
@@ -173,10 +173,10 @@ def run() -> None:
     """Answer bodies until stdin ends."""
     lower_process_priority(BODY_NICE)
     source, answers = sys.stdin.buffer, sys.stdout.buffer
-    told = _next(source)
-    if told is None:
+    message = _next(source)
+    if message is None:
         return
-    model, options, limits = pickle.loads(told)
+    model, options, limits = pickle.loads(message)
     reader = RequestReader(model, options)
     if model.tokenizer is not None:
         model.tokenizer.fewest_tokens("")

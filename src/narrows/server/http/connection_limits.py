@@ -40,12 +40,12 @@ _LOG = logging.getLogger("narrows.server")
 
 _AT_ONCE = 4
 _RETRY_S = 0.25
-"""How long nobody is let in after the system had no memory for one more connection."""
+"""How long nothing is accepted after the system had no memory for one more connection."""
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 class Listener:
-    """Lets clients in until it is closed; each gets a protocol of ``make``."""
+    """Accepts connections until it is closed; each gets a protocol of ``make``."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, bound: socket.socket, make: Callable[[], asyncio.Protocol]
@@ -54,22 +54,22 @@ class Listener:
         self._is_open = True
         self._is_short = False
         self._spare = os.open(os.devnull, os.O_RDONLY)
-        self._greeting: set[asyncio.Task[None]] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
         bound.setblocking(False)
-        loop.add_reader(bound, self._let_in)
+        loop.add_reader(bound, self._accept)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Accept no more connections."""
         if self._is_open:
             self._is_open = False
             self._loop.remove_reader(self._bound)
             os.close(self._spare)
 
     async def wait_closed(self) -> None:
-        """Those that are being let in have been."""
-        await asyncio.gather(*self._greeting, return_exceptions=True)
+        """Wait until accepted connections have their protocol."""
+        await asyncio.gather(*self._connecting, return_exceptions=True)
 
-    def _let_in(self) -> None:
+    def _accept(self) -> None:
         for _ in range(_AT_ONCE):
             try:
                 client, _ = self._bound.accept()
@@ -80,13 +80,13 @@ class Listener:
             except OSError as error:
                 return self._fail(error)
             self._is_short = False
-            task = self._loop.create_task(self._greet(client))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            task = self._loop.create_task(self._connect(client))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
 
     def _fail(self, error: OSError) -> None:
         if not self._is_short:
-            _LOG.warning("a connection could not be taken (%s); more of this is not told", error.strerror)
+            _LOG.warning("a connection could not be accepted (%s); further failures are not logged", error.strerror)
         self._is_short = True
         if error.errno in _NO_DESCRIPTOR:
             os.close(self._spare)
@@ -95,13 +95,13 @@ class Listener:
             self._spare = os.open(os.devnull, os.O_RDONLY)
         else:
             self._loop.remove_reader(self._bound)
-            self._loop.call_later(_RETRY_S, self._open_again)
+            self._loop.call_later(_RETRY_S, self._resume)
 
-    def _open_again(self) -> None:
+    def _resume(self) -> None:
         if self._is_open:
-            self._loop.add_reader(self._bound, self._let_in)
+            self._loop.add_reader(self._bound, self._accept)
 
-    async def _greet(self, client: socket.socket) -> None:
+    async def _connect(self, client: socket.socket) -> None:
         client.setblocking(False)
         with suppress(OSError):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -114,14 +114,14 @@ class Listener:
 
 
 _QUIET_S = 60.0
-"""How long places must have been free before it is said again that they are taken."""
+"""How long slots must have been free before the log says again that all are taken."""
 
 
 class SlotHolder(Protocol):
-    """What has a place."""
+    """A connection that has a slot."""
 
     def make_room(self) -> None:
-        """Leave; the place has been given to another."""
+        """Close; the slot goes to another connection."""
         ...
 
 
@@ -143,35 +143,35 @@ class ConnectionSlots:
         """Connections that have a place."""
         return len(self._kept.members) + len(self._reserved.members)
 
-    def take(self, who: SlotHolder) -> bool:
+    def take(self, holder: SlotHolder) -> bool:
         """Give a new connection a place, at which it waits; False: there is none, it must go."""
         self._notice()
         for room in (self._kept, self._reserved):
             if room.makes_room():
-                room.members.add(who)
-                room.waiting[who] = None
+                room.members.add(holder)
+                room.waiting[holder] = None
                 return True
         return False
 
-    def works(self, who: SlotHolder) -> bool:
+    def works(self, holder: SlotHolder) -> bool:
         """A request of it is under way. Returns whether it may ask for anything; False: its place is a reserved one."""
-        if who in self._reserved.members and self._kept.makes_room():
-            self._reserved.remove(who)
-            self._kept.members.add(who)
+        if holder in self._reserved.members and self._kept.makes_room():
+            self._reserved.remove(holder)
+            self._kept.members.add(holder)
         for room in (self._kept, self._reserved):
-            room.waiting.pop(who, None)
-        return who in self._kept.members
+            room.waiting.pop(holder, None)
+        return holder in self._kept.members
 
-    def waits(self, who: SlotHolder) -> None:
+    def waits(self, holder: SlotHolder) -> None:
         """It has no request under way; from now on it may have to make room."""
         for room in (self._kept, self._reserved):
-            if who in room.members:
-                room.waiting[who] = None
+            if holder in room.members:
+                room.waiting[holder] = None
 
-    def leave(self, who: SlotHolder) -> None:
+    def leave(self, holder: SlotHolder) -> None:
         """It is gone. One that has made room, or never had a place, may say so too."""
         for room in (self._kept, self._reserved):
-            room.remove(who)
+            room.remove(holder)
         if self._kept.has_free and self._free_since == math.inf:
             self._free_since = self._clock()
 
@@ -180,8 +180,8 @@ class ConnectionSlots:
             return
         if self._clock() - self._free_since >= _QUIET_S:
             _LOG.warning(
-                "all %d places for connections are taken (--max-connections): the oldest one without a request makes "
-                "room; while there is none, new requests get 503",
+                "all %d connections are in use (--max-connections): the oldest idle one is closed for a new one; while "
+                "none is idle, new requests get 503",
                 self._kept.num,
             )
         self._free_since = math.inf
@@ -207,9 +207,9 @@ class _Room:
             oldest.make_room()
         return self.has_free
 
-    def remove(self, who: SlotHolder) -> None:
-        self.members.discard(who)
-        self.waiting.pop(who, None)
+    def remove(self, holder: SlotHolder) -> None:
+        self.members.discard(holder)
+        self.waiting.pop(holder, None)
 
 
 class SlowReaderTimer:
@@ -282,16 +282,16 @@ def connections_for(asked: int | None, descriptors: int) -> tuple[int, str]:
     """The limit of connections and, where open files hold it below the usual, a line that says so.
 
     Raises:
-        ConfigError: more are asked for than files may be open.
+        ConfigError: the flag asks for more connections than files may be open.
     """
     room = descriptors - min(_OWN_DESCRIPTORS, descriptors // 2) - RESERVED_SLOTS
-    limit = f"this process may open {descriptors} files (ulimit -n), which is room for {room} connections"
+    limit = f"this process may open {descriptors} files (ulimit -n), enough for {room} connections"
     if room < 1:
         raise ConfigError(f"{limit}; raise the limit to {2 * RESERVED_SLOTS + 1} at least")
     if asked is not None and asked > room:
-        raise ConfigError(f"--max-connections is {asked}; {limit}: raise the limit or ask for fewer")
+        raise ConfigError(f"--max-connections is {asked}; {limit}: raise the limit or lower the flag")
     if asked is not None:
         return asked, ""
     if room < MAX_CONNECTIONS:
-        return room, f"{limit}; more of them make room or are refused"
+        return room, f"{limit}; further connections replace idle ones or are refused"
     return MAX_CONNECTIONS, ""

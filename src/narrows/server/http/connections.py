@@ -22,8 +22,8 @@ from narrows.server.options import ConnectionLimits
 
 __all__ = ["Connection"]
 
-_LAST_WORDS_S = 2.0
-"""How long a client that still sends may take to read why it was refused."""
+_LINGER_S = 2.0
+"""How long a refused client that still sends may take to read the answer."""
 _FEW_CHUNKS = 1024
 """Chunks that a body may come in, however small they are."""
 _PROBES = tuple(f"GET {path}".encode() for path in PROBES)
@@ -54,7 +54,7 @@ class Connection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._refusal: ApiError | None = None
-        self._deaf = False  # whatever else it sends is thrown away
+        self._discards = False  # further input is thrown away
         self._is_last = False  # no request follows the one that is being answered
         self._in_head = self._in_body = False
         self._head_bytes = 0
@@ -75,14 +75,14 @@ class Connection(HttpToolsProtocol):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone, whoever ended it."""
+        """The connection is closed, by either side."""
         self._places.leave(self)
         self._allow(None)
         self._reader.stop()
         self._arrived.clear()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
-            _tell_gone(self._running)  # uvicorn tells the last request only
+            _mark_disconnected(self._running)  # uvicorn tells the last request only
 
     def make_room(self) -> None:
         """Close at once: the place is another's."""
@@ -92,7 +92,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse a body's bytes at once, which is short work; what may be requests, in its turn."""
-        if self._deaf:
+        if self._discards:
             return
         if self._in_body and not self._arrived:
             return self._parse(data)
@@ -115,13 +115,13 @@ class Connection(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse, and see what is not done yet: a head has a deadline, and nothing grows without end."""
-        if self._deaf:
+        if self._discards:
             return
         self._undigested += len(data)
         self._ahead = self._ahead + len(data) if self.pipeline else 0
         had_begun = self._in_head
         super().data_received(data)
-        if self._deaf or self.transport.is_closing():
+        if self._discards or self.transport.is_closing():
             return
         if self._undigested > self._limits.max_head_bytes:
             self._refuse(self._too_large())
@@ -152,7 +152,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._undigested = 0
         if len(self.pipeline) >= self._limits.max_pipelined:
-            self._hear_no_more()
+            self._stop_reading()
             raise _Enough
         super().on_headers_complete()
         self._in_body = True
@@ -180,8 +180,8 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What the parser got is no HTTP, or one of the callbacks above has said why it takes no more."""
-        if not self._deaf:
+        """The bytes are not HTTP, or a callback above has refused them."""
+        if not self._discards:
             self._refuse(self._refusal or ApiError(400, "this is not HTTP/1.1", code="bad_request"))
 
     # What the server answers
@@ -254,20 +254,20 @@ class Connection(HttpToolsProtocol):
             self._refusal = self._too_large()
             raise _Enough
         if self._head_fields > self._limits.max_headers:
-            message = f"the request has more than {self._limits.max_headers} headers, the most that this server takes"
+            message = f"the request has more than {self._limits.max_headers} headers, the most that this server accepts"
             self._refusal = ApiError(431, message, code="headers_too_large")
             raise _Enough
 
     def _too_large(self) -> ApiError:
         most = self._limits.max_head_bytes
-        message = f"the request's line and headers have more than {most} bytes, the most that this server takes"
+        message = f"the request's line and headers have more than {most} bytes, the most that this server accepts"
         return ApiError(431, message, code="headers_too_large")
 
     def _too_small(self) -> ApiError:
         mean, least = self._body_bytes / self._num_chunks, self._limits.min_chunk_bytes
         message = (
-            f"the body comes in chunks of {mean:.0f} bytes on the average; beyond the first {_FEW_CHUNKS:,}, this "
-            f"server takes no body in chunks of less than {least}"
+            f"the body comes in chunks of {mean:.0f} bytes on average; beyond the first {_FEW_CHUNKS:,}, this "
+            f"server needs chunks of at least {least} bytes"
         )
         return ApiError(400, message, code="chunks_too_small")
 
@@ -278,12 +278,12 @@ class Connection(HttpToolsProtocol):
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self._too_late)
 
     def _too_late(self) -> None:
-        if self._deaf:
+        if self._discards:
             self.transport.abort()
         elif self._in_head:
             message = f"the request's headers were not complete within {self._limits.head_timeout_s:g} s"
             self._say(ApiError(408, message, code="request_timeout"))
-        else:  # a client that has asked nothing expects no answer
+        else:  # a client that has sent no request expects no answer
             self.transport.close()
             self._reader.start_if_closing()
 
@@ -296,10 +296,10 @@ class Connection(HttpToolsProtocol):
             else:
                 self._say(error)
         elif last is self._running and last.more_body and not last.response_started:
-            _tell_gone(last)
+            _mark_disconnected(last)
             self._say(error)
         else:
-            self._hear_no_more()
+            self._stop_reading()
 
     def _say(self, error: ApiError) -> None:
         """Answer outside of any route, and close."""
@@ -312,16 +312,16 @@ class Connection(HttpToolsProtocol):
 
     def _part(self) -> None:
         """Close once the client, which may still send, has read what is written; or soon."""
-        self._deaf = True
+        self._discards = True
         self.flow.resume_reading()
         self._places.waits(self)
-        self._allow(_LAST_WORDS_S)
+        self._allow(_LINGER_S)
         with suppress(OSError, RuntimeError):  # it has gone already
             self.transport.write_eof()
 
-    def _hear_no_more(self) -> None:
+    def _stop_reading(self) -> None:
         """Answer the requests that have come completely, then close; another is dropped."""
-        self._deaf = True
+        self._discards = True
         if self.pipeline and self.pipeline[0][0].more_body:
             self.pipeline.popleft()
         last = self.pipeline[0][0] if self.pipeline else self._running
@@ -334,8 +334,8 @@ class _Enough(Exception):  # noqa: N818 - ends the parser's call, is no error
     """No more is parsed."""
 
 
-def _tell_gone(cycle: RequestResponseCycle) -> None:
-    """Have the route of a request see that nobody waits for its answer."""
+def _mark_disconnected(cycle: RequestResponseCycle) -> None:
+    """Tell a request's route that its client has disconnected."""
     cycle.disconnected = True
     cycle.message_event.set()
 
@@ -352,7 +352,7 @@ def _without_close(cycle: RequestResponseCycle, send: Send) -> Send:
 
 
 def _without_chunks(cycle: RequestResponseCycle, send: Send) -> Send:
-    """``send`` for HTTP/1.0, which has no chunks: a body whose length is not told ends with the connection."""
+    """``send`` for HTTP/1.0, which has no chunks: a body of unknown length ends with the connection."""
 
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":

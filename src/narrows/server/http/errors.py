@@ -67,7 +67,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the client reads."""
+        """The body of the answer."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -92,7 +92,7 @@ def is_messages_path(path: str) -> bool:
 
 
 class ClientGoneError(Exception):
-    """The client went away before its answer was begun; nobody reads one."""
+    """The client disconnected before its answer began."""
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -101,10 +101,10 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def required(value: T | None, param: str) -> T:
-    """The value of a field that may not be left out here.
+    """The value of a required field.
 
     Raises:
-        ApiError: 400, it is.
+        ApiError: 400, it is missing.
     """
     if value is None:
         raise invalid(f"{param} is missing", param)
@@ -113,7 +113,7 @@ def required(value: T | None, param: str) -> T:
 
 @contextmanager
 def renaming_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors that name a field of chats name that of another API instead; ``names`` leads from one to the other.
+    """Errors that name a field of chats name the other API's field instead, by ``names``.
 
     >>> with renaming_fields({"messages": "input"}):
     ...     raise invalid("messages: too long", "messages")
@@ -133,7 +133,7 @@ def renaming_fields(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def validation_as_api_error() -> Iterator[None]:
-    """What another API allows and a chat does not is the client's error, named as chats name it.
+    """Pydantic's validation errors inside become the client's error 400.
 
     >>> from narrows.server.schema.chat import ChatMessage
     >>> with validation_as_api_error():
@@ -150,7 +150,7 @@ def validation_as_api_error() -> Iterator[None]:
 
 
 def backend_error(error: NarrowsError, param: str | None = None) -> ApiError:
-    """What a backend's or a tokenizer's refusal is over HTTP."""
+    """A refusal of the backend or the tokenizer, as an HTTP error."""
     message = " ".join(str(error).split())
     if isinstance(error, QueueFull):
         wait = str(max(1, math.ceil(error.retry_after_s)))
@@ -218,10 +218,10 @@ def _said(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return "is missing"
     if error["type"] == "too_long":
-        told = f"at most {limits['max_length']:,} are taken"
-        return told if limits["actual_length"] is None else f"{told}, {limits['actual_length']:,} were sent"
+        most = f"at most {limits['max_length']:,} are accepted"
+        return most if limits["actual_length"] is None else f"{most}, {limits['actual_length']:,} were sent"
     if error["type"] == "string_too_long":
-        return f"at most {limits['max_length']:,} characters are taken"
+        return f"at most {limits['max_length']:,} characters are accepted"
     return str(error["msg"])
 
 
@@ -272,7 +272,7 @@ _ABSENT = (
 
 
 def why_missing(path: str) -> str:
-    """Why there is nothing at ``path``, and what to do instead; empty if nobody would expect anything there.
+    """Why there is nothing at ``path``, and what to do instead; empty for other paths.
 
     >>> why_missing("/v1/embeddings").partition(";")[0]
     'this server generates text and makes no embeddings'

@@ -55,7 +55,7 @@ class ReservedSlots:
         """Pass the request on, or answer 503."""
         if scope["type"] != "http" or scope["path"] in PROBES or not scope.get("state", {}).get(RESERVED):
             return await self._app(scope, receive, send)
-        message = "all places for connections are taken (--max-connections); try again in a second"
+        message = "all connections are in use (--max-connections); try again in a second"
         headers = {"connection": "close", "retry-after": "1"}
         answer = error_answer(ApiError(503, message, code="too_many_connections", headers=headers), scope["path"])
         await answer(scope, receive, send)
@@ -126,14 +126,16 @@ class Encodings:
             given = [each.strip() for value in headers.getlist(header) for each in value.lower().split(",")]
             unknown = ", ".join(each for each in given if each and each != plain)
             if unknown:
-                message = f"the body comes with {header.title()}: {unknown[:100]}; this server takes it as it is only"
+                message = (
+                    f"the body comes with {header.title()}: {unknown[:100]}; this server accepts it uncompressed only"
+                )
                 error = ApiError(status, message, code="unsupported_encoding", headers={"accept-encoding": "identity"})
                 return await error_answer(error, scope["path"])(scope, receive, send)
         await self._app(scope, receive, send)
 
 
 class BodyLimit:
-    """Refuses bodies of more than ``max_bytes`` (413), told beforehand or found out, and those that stall (408).
+    """Refuses bodies of more than ``max_bytes`` (413), by Content-Length or by count, and those that stall (408).
 
     A body has ``timeout_s`` in all. Its client may keep the server waiting for ``wait_s``; each ``bytes_per_s`` that
     come win a second of that back, and never more than ``wait_s``.
@@ -152,9 +154,9 @@ class BodyLimit:
         """Pass the request on, with a body that is counted as it comes."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        told = Headers(scope=scope).get("content-length", "")
-        if told.isdecimal() and int(told) > self._max_bytes:
-            answer = error_answer(_too_large(self._max_bytes, f"{int(told)} bytes"), scope["path"])
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            answer = error_answer(_too_large(self._max_bytes, f"{int(length)} bytes"), scope["path"])
             return await answer(scope, receive, send)
         now = asyncio.get_running_loop().time
         num_bytes = 0
@@ -187,12 +189,12 @@ class BodyLimit:
         message = f"the body did not come within {self._timeout_s:g} s"
         if in_time:
             rate = f"{self._wait_s:g} s, or for {self._bytes_per_s} bytes a second"
-            message = f"the body comes too slowly: of it, {num_bytes} bytes have come; this server waits {rate}"
+            message = f"the body arrives too slowly: {num_bytes} bytes so far; this server waits {rate}"
         return HTTPException(408, message, headers={"connection": "close"})
 
 
 def _too_large(max_bytes: int, size: str) -> ApiError:
-    return ApiError(413, f"the body has {size}; this server takes {max_bytes} bytes at most (--max-body-mb)")
+    return ApiError(413, f"the body has {size}; this server accepts at most {max_bytes} bytes (--max-body-mb)")
 
 
 _PORT = re.compile(r":\d*$")

@@ -73,15 +73,15 @@ class RoundRobin:
         return True
 
     def _next(self) -> None:
-        """Have whoever waits be called in the next round, and then this again."""
+        """Schedule the next waiting piece for the next round, and this method after it."""
         loop = self._loop
-        assert loop is not None, "somebody has taken a turn"
+        assert loop is not None, "a turn was taken"
         while (work := self._pop()) is not None:
             if not isinstance(work, asyncio.Future):
                 loop.call_soon(work)
             elif not work.done():
                 work.set_result(None)
-            else:  # who waited was cancelled
+            else:  # its waiter was cancelled
                 continue
             loop.call_soon(self._next)
             return

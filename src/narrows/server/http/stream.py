@@ -24,7 +24,7 @@ _LAST_WORDS_S = 1.0
 
 
 class StreamFormat(Protocol):
-    """How an API writes a stream: each of its events, the one that says why it failed, and its last words."""
+    """How an API writes a stream: its events, the event of a failure, and its end."""
 
     def event(self, event: Any) -> bytes:
         """An event that the answer consists of."""
@@ -130,7 +130,7 @@ class EventStream(Response):
         self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; returns when it has ended or nobody reads it."""
+        """Send the stream; returns when it has ended or the client is gone."""
         gone = asyncio.ensure_future(_disconnected(receive))
         writing = asyncio.ensure_future(self._write(send))
         try:
@@ -177,5 +177,5 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _over_time(timeout_s: float) -> ApiError:
-    message = f"the request was not done within {timeout_s:g} s, the server's --request-timeout; it was ended"
+    message = f"the request took longer than the server's --request-timeout of {timeout_s:g} s and was ended"
     return ApiError(504, message, code="request_timeout")

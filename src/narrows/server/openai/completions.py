@@ -33,7 +33,7 @@ PromptIds = Annotated[list[TokenId], AtMost(MAX_IDS, "token ids of a prompt", le
 
 
 def _kind(prompt: Any) -> str | None:
-    """Of which form a prompt is; a list's first item decides, so that the others are told what they should be."""
+    """The type of a prompt. A list's first item decides, so that errors name what the others should be."""
     if isinstance(prompt, str):
         return "text"
     if not isinstance(prompt, list):
@@ -83,7 +83,7 @@ async def completions(state: ServerState, body: Body[CompletionRequest], request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ParsedCompletion(ParsedRequest):
-    """What a body comes to. ``texts``: prompts as they were written, None: as ids, or cut. ``runs``: not all is there.
+    """A parsed request. ``texts``: prompts as written; None: sent as ids, or truncated. ``runs``: it needs the backend.
 
     ``adds_special``: tokens were added around a text; ``as_ids``: tokens are named by their ids.
     """
@@ -96,7 +96,7 @@ class _ParsedCompletion(ParsedRequest):
 
 
 def read(reader: RequestReader, body: CompletionRequest) -> _ParsedCompletion:
-    """What a body comes to.
+    """The parsed request.
 
     Raises:
         ApiError: 400, naming the field; 404, another model.
@@ -131,7 +131,7 @@ def read(reader: RequestReader, body: CompletionRequest) -> _ParsedCompletion:
 
 
 def begin(reader: RequestReader, asked: _ParsedCompletion) -> _Job:
-    """Its texts, before their first token."""
+    """Its job: choices and generations before the first token."""
     options = asked.options
     choices: list[_Choice] = []
     generations: list[Generation] = []
@@ -169,7 +169,7 @@ def _encode(reader: RequestReader, body: CompletionRequest, prompt: str | list[i
 
 
 class _Choice:
-    """One text on its way."""
+    """One text that is being generated."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class _Choice:
         self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=asked.end_ids)
 
     def take(self, update: Update) -> bool:
-        """Take an update in; whether a stop string has ended the text, so that nobody wants more."""
+        """Take an update in; whether a stop string has completed the text."""
         if self.finish_reason is not None:
             return False  # came before the backend knew
         if update.prompt_logprobs:
@@ -228,7 +228,7 @@ class _Choice:
     def end(self, reason: str) -> None:
         """No more tokens come."""
         if self.guide is not None and self.guide.problem:
-            raise invalid(f"the text had to end before its form was complete: {self.guide.problem}")
+            raise invalid(f"the text ended before its required format was complete: {self.guide.problem}")
         self._pieces.append(self._text.finish())
         self.finish_reason = "stop" if self._text.stopped else reason
 

@@ -313,5 +313,5 @@ def _text(content: str | list[InputPart] | None, where: str) -> str:
 def _said(part: InputPart, where: str) -> str:
     text = part.refusal if part.type == "refusal" else part.text if part.type in _TEXT_PARTS else None
     if text is None:
-        raise invalid(f"{where}: a part of type {part.type[:64]!r}; this server reads text parts only", where)
+        raise invalid(f"{where}: a part of type {part.type[:64]!r}; this server accepts text parts only", where)
     return text

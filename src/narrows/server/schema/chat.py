@@ -90,7 +90,7 @@ class ChatMessage(StrictModel):
     tool_call_id: Name | None = None
     tool_calls: Annotated[list[JsonObject], AtMost(MAX_TOOLS, "tool calls of a message")] | None = None
     reasoning_content: Text | None = None
-    refusal: Text | None = Field(default=None, description="of a past answer without content: what it said instead")
+    refusal: Text | None = Field(default=None, description="of a past answer without content: its refusal")
 
 
 class Function(StrictModel):
@@ -168,7 +168,7 @@ class ChatRequest(GenerationFields):
 
 
 class History:
-    """The messages so far. What the model thought, said and called, in this order, becomes one message.
+    """The messages so far. A thought, a text and calls of the model, in this order, become one message.
 
     >>> history = History()
     >>> history.say("user", "2 + 2?"), history.think("easy"), history.say("assistant", "4")
@@ -190,13 +190,13 @@ class History:
         return self._messages
 
     def think(self, text: str) -> None:
-        """The model thought this."""
+        """Add a thought of the model."""
         if self._text is not None or self._calls:
             self._end_answer()
         self._thought = (self._thought or "") + text
 
     def say(self, role: str, text: str) -> None:
-        """Somebody said this."""
+        """Add a text of ``role``."""
         if role == "assistant":
             if self._text is not None or self._calls:
                 self._end_answer()
@@ -206,12 +206,12 @@ class History:
             self._messages.append(ChatMessage(role=role, content=text))
 
     def call(self, number: str, name: str, arguments: str) -> None:
-        """The model called a function; ``arguments`` are JSON."""
+        """Add a call of a function; ``arguments`` are JSON."""
         function = {"name": name, "arguments": arguments}
         self._calls.append({"id": number, "type": "function", "function": function})
 
     def result(self, number: str, text: str) -> None:
-        """What a call came to."""
+        """Add the result of a call."""
         self._end_answer()
         self._messages.append(ChatMessage(role="tool", tool_call_id=number, content=text))
 

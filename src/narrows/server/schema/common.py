@@ -58,7 +58,7 @@ _MARK = "narrows_member_by_member"
 
 
 def _stopping(node: Any) -> Any:
-    """A part of a schema, and all within it, rewritten so that it stops at its first error."""
+    """A part of a schema, and all parts within it, rewritten to stop at the first error."""
     if isinstance(node, list):
         return [_stopping(each) for each in node]
     if isinstance(node, tuple):
@@ -78,8 +78,8 @@ def _member_by_member(value: Any, check: Callable[[Any], Any], *, most: int | No
     if not isinstance(value, dict) or not value:
         return check(value)
     if most is not None and len(value) > most:
-        told = {"field_type": "Dictionary", "max_length": most, "actual_length": len(value)}
-        raise PydanticKnownError("too_long", told)
+        values = {"field_type": "Dictionary", "max_length": most, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", values)
     out: dict[Any, Any] = {}
     for key, item in value.items():
         out |= check({key: item})
@@ -106,7 +106,7 @@ MAX_ENTRIES = 10_000
 class AtMost:
     """A list, mapping or text of at most ``count`` of what ``noun`` says; ``least`` 1: it must not be empty.
 
-    Looked at before any item is read, and a list's items are read up to the first that is wrong.
+    The count is checked before any item; a list's items are checked up to the first wrong one.
     """
 
     count: int
@@ -192,7 +192,7 @@ def _schema_of(value: Any) -> Any:
     try:
         found = read_json(value, JsonLimits(), "a JSON schema as text")
     except ApiError as error:
-        raise PydanticCustomError("json_schema", "{said}", {"said": error.message}) from None
+        raise PydanticCustomError("json_schema", "{problem}", {"problem": error.message}) from None
     except ValueError:
         raise PydanticCustomError("json_schema", "a JSON schema as text must be JSON, and this is not") from None
     if not isinstance(found, dict):
@@ -226,7 +226,7 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 def _checked_biases(value: Any) -> Any:
-    """Looks at the biases up to the first that is wrong."""
+    """Checks the biases up to the first wrong one."""
     if not isinstance(value, dict):
         return value
     for token, bias in value.items():
@@ -241,7 +241,7 @@ Biases = Annotated[dict[str, float], AtMost(MAX_BIASES, "biases"), BeforeValidat
 
 
 class StreamOptions(StrictModel):
-    """What a stream carries beside text."""
+    """Options of a stream."""
 
     include_usage: bool | None = Field(default=None, description="a last chunk without choices says how many tokens")
 
@@ -266,7 +266,7 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        """Says of types of other servers what to do instead."""
+        """Refuses types of other servers and names the alternative."""
         if isinstance(value, dict) and value.get("type") == "structural_tag":
             message = REFUSED["structural_tag"].reason
             raise _field_error("type", PydanticCustomError("structural_tag", "structural_tag: {why}", {"why": message}))
@@ -295,12 +295,12 @@ class StructuredOutputs(StrictModel):
 
 
 def _field_error(name: str, error: PydanticCustomError) -> ValidationError:
-    """An error of one field, found when the whole object is looked at."""
+    """An error of one field, found while the whole object is checked."""
     return ValidationError.from_exception_data(name, [InitErrorDetails(type=error, loc=(name,), input=None)])
 
 
 class GenerationFields(StrictModel):
-    """What both APIs let a client say about one generation."""
+    """The fields that all generation routes have."""
 
     model: Name | None = Field(default=None, description="left out: the served model")
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -319,7 +319,7 @@ class GenerationFields(StrictModel):
     )
     seed: int | None = Field(default=None, ge=-_INT64 - 1, le=_INT64)
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    n_predict: int | None = Field(default=None, ge=-1, lt=2**31, description="llama.cpp's max_tokens; -1: none is said")
+    n_predict: int | None = Field(default=None, ge=-1, lt=2**31, description="llama.cpp's max_tokens; -1: no limit")
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     stop: (
         Annotated[
@@ -358,7 +358,7 @@ class GenerationFields(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, value: Any) -> Any:
-        """Refuses fields that decide the text on other servers, and cannot be obeyed here."""
+        """Refuses fields that decide the text on other servers and are not supported here."""
         if isinstance(value, dict):
             for name in value:
                 if name in cls.model_fields or not isinstance(name, str):

@@ -81,7 +81,7 @@ class Grammars:
     ) -> None:
         self._tokens, self._limits = tokens, limits
         self._pool: GrammarPool[Grammar] = GrammarPool(trials, self._compile)
-        self._lock = threading.RLock()  # a future that is done already is told of at once
+        self._lock = threading.RLock()  # a finished future calls back at once
         self._pending: dict[str, _Pending] = {}
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._failures = _Failures(limits, clock)
@@ -150,7 +150,7 @@ class Grammars:
 
     def _begin(self, text: str) -> _Pending:
         if self._pool.num_waiting >= self._limits.num_waiting:
-            message = f"{self._limits.num_waiting} constraints wait already to be compiled; try again later"
+            message = f"{self._limits.num_waiting} constraints are waiting to be compiled; try again later"
             raise QueueFull(message, _RETRY_S)
         pending = self._pending[text] = _Pending(self._pool.submit(text))
         pending.future.add_done_callback(partial(self._done, text))
@@ -187,7 +187,7 @@ class Grammars:
 
 
 async def _result(future: Future[Grammar]) -> Grammar:
-    """The future's result; who is cancelled meanwhile leaves the future alone."""
+    """The future's result; cancelling this call leaves the future alone."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
@@ -233,7 +233,7 @@ class GrammarPool(Generic[T]):
     """As many threads as there are places for trials; each starts when there is a job for it.
 
     Args:
-        compile_: makes what is asked for of a grammar's text and the bytes that it takes, once its trial has passed.
+        compile_: makes the result of a grammar's text and size in bytes, after its trial has passed.
     """
 
     def __init__(self, trials: Sequence[Trial], compile_: Callable[[str, int], T]) -> None:
@@ -263,7 +263,7 @@ class GrammarPool(Generic[T]):
         return future
 
     def drop(self, future: Future[T]) -> None:
-        """Nobody wants this one any more: it is not begun, or its trial is ended. What has passed it is finished."""
+        """Cancel a grammar: it is not begun, or its trial ends. One that has passed its trial is finished."""
         if not future.cancel():
             return
         with self._changed:
@@ -319,7 +319,7 @@ class GrammarPool(Generic[T]):
 
 
 def _fail(future: Future[T], error: Exception) -> None:
-    with suppress(InvalidStateError):  # nobody waits for it any more, since a moment ago
+    with suppress(InvalidStateError):  # cancelled a moment ago
         future.set_exception(error)
 
 

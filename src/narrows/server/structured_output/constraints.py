@@ -38,14 +38,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Lark rules that define ``name``, which the text, or a part of it, has to be."""
+    """Lark rules that define ``name``: the grammar of a text or of a part of it."""
 
     name: str
     rules: str
 
 
 def json_form(schema: dict[str, Any]) -> Form:
-    """Text that is JSON and fulfils the schema."""
+    """JSON text that fulfils the schema."""
     return Form("json_text", f"json_text: {json_rule(schema)}")
 
 
@@ -61,7 +61,7 @@ def choice_form(texts: Sequence[str]) -> Form:
 
 
 def literal(tokenizer: Tokenizer, text: str) -> str:
-    """``text`` in a Lark rule. What the tokenizer holds as special tokens stands there as such."""
+    """``text`` in a Lark rule. Special tokens of the tokenizer stay special tokens."""
     parts: list[str] = []
     plain = text
     while plain:
@@ -91,12 +91,12 @@ class GuideMaker:
         self._end_ids = sorted(end_ids)
         self._lock = threading.Lock()
         self.limits = limits or GrammarLimits()
-        self.trials = [TrialProcess(self._tell, self.limits) for _ in range(num_trials)]
+        self.trials = [TrialProcess(self._startup_message, self.limits) for _ in range(num_trials)]
         self.grammars = Grammars(lambda: self.tokens, self.trials, self.limits)
         self._masks = MaskThreads()
 
     def prepare(self) -> None:
-        """Make the table of the model's tokens that constraints need: half a second for 100,000 tokens, once."""
+        """Make the token table that constraints need, once: half a second for 100,000 tokens."""
         _ = self.tokens
 
     async def guides(
@@ -104,8 +104,8 @@ class GuideMaker:
     ) -> list[GrammarGuide]:
         """A guide for each of ``count`` texts, which are one of ``forms``.
 
-        ``reasoning``: a thought may come first; ``inside``: it has begun already. Whoever is cancelled meanwhile leaves
-        no work behind.
+        ``reasoning``: a thought may come first; ``inside``: it has begun already. Cancelling
+        the call leaves no work behind.
 
         Raises:
             ConfigError: a form that is not valid, or passes a limit; the message says what.
@@ -132,7 +132,7 @@ class GuideMaker:
 
     @property
     def tokens(self) -> llguidance.LLTokenizer:
-        """The model's tokens; made once, in some tenths of a second for a large vocabulary, without letting go."""
+        """The model's token table; made once, holding the interpreter's lock."""
         with self._lock:
             return self._tokens
 
@@ -142,22 +142,22 @@ class GuideMaker:
             self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._end_ids or None
         )
 
-    def _tell(self) -> bytes:
-        """What trial processes are told: made once, as it may be tens of megabytes, and processes end often."""
+    def _startup_message(self) -> bytes:
+        """The first message to trial processes; made once, as it may be tens of megabytes and they end often."""
         with self._lock:
-            return self._told
+            return self._message
 
     @cached_property
-    def _told(self) -> bytes:
+    def _message(self) -> bytes:
         return startup_message(self._tokenizer.to_json(), self._vocab_size, self._end_ids, self.limits)
 
 
 Asked = tuple[Form, str]
-"""A form, and the field that asks for it."""
+"""A form, and the field that demands it."""
 
 
 def requested_grammar(body: GenerationFields) -> Asked | None:
-    """The form of the text and the field that asks for it; None: any text.
+    """The required form of the text and the field that demands it; None: any text.
 
     Raises:
         ApiError: 400, two fields ask for a form, or one is incomplete.
@@ -165,18 +165,18 @@ def requested_grammar(body: GenerationFields) -> Asked | None:
     found = [*_of_response_format(body), *_of_others(body)]
     if len(found) > 1:
         names = " and ".join(param for _, param in found)
-        raise invalid(f"{names} both say what the text looks like; leave one out", found[1][1])
+        raise invalid(f"{names} both set the format of the text; send only one", found[1][1])
     if found and body.min_tokens:
         raise invalid(f"min_tokens does not go with {found[0][1]}: the form decides where the text ends", "min_tokens")
     if found and body.allowed_token_ids is not None:
-        message = f"allowed_token_ids and {found[0][1]} both say which tokens may come; leave one out"
+        message = f"allowed_token_ids and {found[0][1]} both restrict the tokens; send only one"
         raise invalid(message, "allowed_token_ids")
     return found[0] if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """What the texts of a request have to be: one of ``forms``, as the field ``param`` asks.
+    """The required format of a request's texts: one of ``forms``, as the field ``param`` demands.
 
     ``reasoning``: a thought may come first; ``inside``: it has begun already.
     """
@@ -252,7 +252,6 @@ def _of_format(asked: ResponseFormat, name: str) -> Any:
 
 
 def _of_others(body: GenerationFields) -> list[Asked]:
-    out = body.structured_outputs or StructuredOutputs()
     found: list[Asked] = []
     for name in ("guided_regex", "regex"):
         if (pattern := getattr(body, name)) is not None:
@@ -266,7 +265,7 @@ def _of_others(body: GenerationFields) -> list[Asked]:
     for name in ("guided_grammar", "grammar", "ebnf"):
         if text := getattr(body, name):  # an empty one is no grammar, as in llama.cpp
             found.append((_grammar(text, name), name))
-    return [*found, *_of_structured_outputs(out)]
+    return [*found, *(_of_structured_outputs(body.structured_outputs) if body.structured_outputs is not None else ())]
 
 
 def _of_structured_outputs(out: StructuredOutputs) -> list[Asked]:
@@ -281,9 +280,7 @@ def _of_structured_outputs(out: StructuredOutputs) -> list[Asked]:
         white_space = COMPACT if out.disable_any_whitespace else WHITE_SPACE
         found.append((_json(schema, white_space if out.whitespace_pattern is None else out.whitespace_pattern), where))
     if out.json_ is not None and out.json_object:
-        raise invalid(
-            "structured_outputs: json and json_object both say what the text looks like", "structured_outputs"
-        )
+        raise invalid("structured_outputs: json and json_object both set the format of the text", "structured_outputs")
     if out.choice is not None:
         found.append((choice_form(out.choice), "structured_outputs.choice"))
     if out.grammar:

@@ -88,7 +88,7 @@ class Grammar:
         weakref.finalize(self, memory.take, -nbytes)
         self.num_guides = 0
         self.is_broken = False
-        """Whether its lexer has failed a text, so that it may fail others."""
+        """Whether its lexer has failed for a text, and so may fail for others."""
         self.renewed: Grammar | None = None
         """The same grammar with a lexer of its own, if one was made."""
         self._renewing = threading.Lock()
@@ -113,7 +113,7 @@ class Grammar:
         return self._fresh.deep_copy()
 
     def latest(self) -> Grammar:
-        """Itself, or the last of those that were made in its place."""
+        """This grammar, or its latest replacement."""
         found = self
         while found.renewed is not None:
             found = found.renewed
@@ -140,7 +140,7 @@ class GrammarGuide(Guide):
         grammar.num_guides += 1
         self.grammar = grammar
         self.problem = ""
-        """Why the text had to end before its form was fulfilled; empty if it did not."""
+        """Why the text ended before its grammar was complete; empty if it did not."""
         self._lane = lane
         self._matcher: llguidance.LLMatcher | None = None
         self._taken: list[int] = []
@@ -219,7 +219,7 @@ class GrammarGuide(Guide):
         if self.problem:
             self._matcher = None
         self._mask = mask
-        self._is_there = True  # before the two are looked at: who asks later sees it
+        self._is_there = True  # set before the two are read, so that a later caller sees it
         if (awaited := self._awaited) is not None:
             awaited.set()
         if (call := self._call) is not None:

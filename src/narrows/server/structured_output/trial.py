@@ -48,7 +48,7 @@ class GrammarLimits:
     building its automaton; ``step_fuel`` and ``step_items``: steps of lexer and parser in one mask; ``lexer_states``:
     states that the automaton may grow to. ``mask_s``: processor time of one mask.
 
-    ``num_kept`` and ``kept_bytes``: compiled grammars that are kept for those who ask again, and their memory.
+    ``num_kept`` and ``kept_bytes``: compiled grammars that are kept for later requests, and their memory.
     ``total_bytes``: memory of all grammars that are kept or in use. ``num_waiting``: distinct grammars that may wait to
     be compiled. ``failed_s``: for how long it is remembered that a grammar failed; ``num_failed``: of how many.
     """
@@ -81,7 +81,7 @@ class GrammarLimits:
 
     @property
     def too_slow(self) -> str:
-        """Said of a grammar that takes more time."""
+        """The message for a grammar that takes more time."""
         return (
             f"the constraint takes more than {self.cpu_s:g} s of processor time to compile, the limit; make it "
             "simpler: large multipleOf, many patternProperties and nested repetitions cost most"
@@ -89,14 +89,14 @@ class GrammarLimits:
 
     @property
     def too_much_memory(self) -> str:
-        """Said of a grammar that takes more memory."""
+        """The message for a grammar that takes more memory."""
         return (
             f"the constraint takes more than {self.memory_bytes // _MB} MB of memory to compile, the limit; make it "
             "smaller: large enums, choices and repetitions cost most"
         )
 
     def slow_mask(self, seconds: float) -> str:
-        """Said of a grammar that takes so long for one mask."""
+        """The message for a grammar that takes so long for one mask."""
         return f"one token's mask took {seconds:.2g} s of processor time; the limit is {self.mask_s:g} s"
 
 
@@ -133,11 +133,11 @@ class TrialProcess:
     """Tries grammars one after another, on one thread; :meth:`end` may be called from any.
 
     Args:
-        told: the line of JSON that says what the process has to know; asked for at each start.
+        message: gives the line of JSON that the process reads first; called at each start.
     """
 
-    def __init__(self, told: Callable[[], bytes], limits: GrammarLimits) -> None:
-        self._told, self._limits = told, limits
+    def __init__(self, message: Callable[[], bytes], limits: GrammarLimits) -> None:
+        self._message, self._limits = message, limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._why_ended = ""
@@ -146,11 +146,11 @@ class TrialProcess:
     def try_out(self, text: str, wanted: Callable[[], bool]) -> int:
         """Compile the grammar there, and make its first mask; the bytes that it takes.
 
-        ``wanted``: whether to begin at all. Whoever makes it false calls :meth:`end` after that.
+        ``wanted``: whether to begin at all. After it turns false, :meth:`end` is called.
 
         Raises:
             ConfigError: it is not valid, or passes a limit; the message says which.
-            Ended: nobody wants it, or :meth:`end` was called meanwhile.
+            Ended: it is not wanted any more, or :meth:`end` was called meanwhile.
         """
         process = self._start(wanted)
         watch = threading.Timer(self._limits.wall_s, self.end, (f"{self._limits.wall_s:g} s",))
@@ -181,14 +181,14 @@ class TrialProcess:
     def _start(self, wanted: Callable[[], bool]) -> subprocess.Popen[bytes]:
         with self._lock:
             if not wanted():
-                raise Ended("nobody waits for the grammar any more")
+                raise Ended("no request waits for the grammar any more")
             if self._process is not None and self._process.poll() is None and not self._why_ended:
                 return self._process
             child_process.close(self._process)
             self._process = process = child_process.start(PROGRAM, "narrows grammar trial")
             self._why_ended = ""
             self.num_started += 1
-        child_process.write(process, self._told())
+        child_process.write(process, self._message())
         return process
 
     def _death(self, process: subprocess.Popen[bytes]) -> NarrowsError:
@@ -199,7 +199,7 @@ class TrialProcess:
             self._process, why = None, self._why_ended
             self._why_ended = ""
         if why == "ended":
-            return Ended("nobody waits for the grammar any more")
+            return Ended("no request waits for the grammar any more")
         if why:
             return ConfigError(f"the constraint was not compiled within {why}: this machine is very busy; try again")
         if code == -signal.SIGPROF:
@@ -219,33 +219,35 @@ def _ask(process: subprocess.Popen[bytes], body: bytes) -> bytes:
 
 
 PROGRAM = (
-    "import json, sys; told = json.loads(sys.stdin.buffer.readline() or sys.exit(1)); sys.path[:] = told['path']; "
-    "from narrows.server.structured_output.trial import run; run(told)"
+    "import json, sys; first = json.loads(sys.stdin.buffer.readline() or sys.exit(1)); sys.path[:] = first['path']; "
+    "from narrows.server.structured_output.trial import run; run(first)"
 )
-"""What ``python -c`` runs. What it needs to know comes through its stdin."""
+"""What ``python -c`` runs; its first message comes through stdin."""
 
 _STACK_BYTES = 1 << 20
 """Far less than a thread of the server has, so that what fits here fits there."""
 
 
 def startup_message(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> bytes:
-    """What a trial process is told first: a line of JSON."""
-    told = {
+    """The first message to a trial process: a line of JSON."""
+    message = {
         "path": sys.path,
         "tokenizer": tokenizer,
         "num_tokens": num_tokens,
         "end_ids": end_ids,
         "limits": asdict(limits),
     }
-    return json.dumps(told).encode() + b"\n"
+    return json.dumps(message).encode() + b"\n"
 
 
-def run(told: dict[str, Any]) -> None:
+def run(message: dict[str, Any]) -> None:
     """Answer grammars until stdin ends."""
     lower_process_priority(GRAMMAR_NICE)
-    limits = GrammarLimits(**told["limits"])
-    tokens = llguidance.LLTokenizer(told["tokenizer"], n_vocab=told["num_tokens"], eos_token=told["end_ids"] or None)
-    del told["tokenizer"]
+    limits = GrammarLimits(**message["limits"])
+    tokens = llguidance.LLTokenizer(
+        message["tokenizer"], n_vocab=message["num_tokens"], eos_token=message["end_ids"] or None
+    )
+    del message["tokenizer"]
     _bound(resource.RLIMIT_STACK, _STACK_BYTES)
     _bound(resource.RLIMIT_CORE, 0)
     _bound(resource.RLIMIT_AS, _memory_mapped() + limits.memory_bytes)
