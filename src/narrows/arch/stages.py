@@ -146,7 +146,7 @@ class GroupedGemm:
     """``rows * pairs_per_row`` rows spread over ``experts`` weight matrices of ``k x n`` held on the rank.
 
     ``ranks``: how many hold whole experts. Then ``pairs_per_row`` is the even share, and the fullest rank's are
-    for who prices to count; 1: each rank has a part of every expert, and all get the same.
+    counted by the pricer; 1: each rank has a part of every expert, and all get the same.
     """
 
     experts: int

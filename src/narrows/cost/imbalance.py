@@ -24,7 +24,7 @@ from narrows.layout import Span, split_evenly, starts
 __all__ = ["DEFAULT_SKEW", "LARGEST_SKEW", "imbalance", "largest_loads"]
 
 DEFAULT_SKEW = 1.01
-"""The exponent for a model whose experts nobody rearranges."""
+"""The exponent for a model whose experts are not rearranged."""
 LARGEST_SKEW = 4.0
 
 _RANGE = 0.8 * 4096

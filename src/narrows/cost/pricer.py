@@ -286,7 +286,7 @@ class Pricer:
     def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
         is in cache, and writing it is the reduction's), launched once. Where the device has no such op of that size
-        it is the two, and a picosecond, so that nobody takes it for nothing."""
+        it is the two, and a picosecond, so that the search never prefers it."""
         price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
         if price.nbytes > self.device.fused_norm_bytes:
             return price.plus(replace(normed, ps=normed.ps + 1))

@@ -257,10 +257,11 @@ def choose_device(
         dtype: of weights, by the name that prices use. Empty: whatever the profile knows.
         model: that the steps are of: its name or folder.
         runs: ranks run here by these prices. They refuse a profile of another setting, and without a profile take the
-            nearest device of the catalogue. Who only plans is told of a profile's other setting, and needs one.
+            nearest device of the catalogue. A command that only plans gets a note on
+            a profile's other setting, and needs a profile.
 
     Raises:
-        ConfigError: no such device, no such profile, or one that does not hold here; what to do is said.
+        ConfigError: no such device, no such profile, or one that does not hold here, with the way out.
     """
     if asked == "auto":
         return _kept(setting(), dtype, model, runs)

@@ -253,7 +253,7 @@ class Engine:
         Who stops listening may go on later, with another call. Once a rank has failed every call raises its error.
         """
         while self.scheduler.has_work or self.in_flight:
-            # Steps in flight are kept, whoever stops listening when: what comes next may refer to their samples.
+            # Steps in flight are kept even if their caller stops listening: later steps may refer to their samples.
             yield from self.settle()
             if self.push() is not None and len(self.in_flight) < _AHEAD:
                 continue

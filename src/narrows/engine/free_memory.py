@@ -15,7 +15,7 @@ def free_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     """Bytes that can be taken without swapping.
 
     Linux's own estimate (MemAvailable), and no more than what a container's limit leaves (cgroup v2: what the container
-    holds of files' pages counts as free, since it can be dropped). Elsewhere the pages that nobody holds.
+    holds of files' pages counts as free, since it can be dropped). Elsewhere the free pages.
     """
     if not meminfo.is_file():
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -26,7 +26,7 @@ def free_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
 
 
 def total_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes of the machine, and no more than a container's limit (cgroup v2), whoever holds them."""
+    """Bytes of the machine, and no more than a container's limit (cgroup v2), used or not."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()

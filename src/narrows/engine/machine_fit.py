@@ -17,7 +17,7 @@ from narrows.ranks.launch import Launch
 __all__ = ["fit"]
 
 _CHOICES = (8, 4, 2)
-"""Ranks per group, the best first. More were never measured on one host; who has the cores can ask for them."""
+"""Ranks per group, the best first. More were never measured on one host; machines with the cores can ask for them."""
 
 
 def fit(

@@ -44,7 +44,7 @@ class Instrument(Protocol):
 
 
 class RowContext(NamedTuple):
-    """What one decode row of a step was told: its position, the cache slot it writes, the tokens that it reads."""
+    """The inputs of one decode row: its position, the cache slot it writes, the tokens that it reads."""
 
     position: int
     slot: int
@@ -311,6 +311,6 @@ class Worker:
 
 
 def _contexts(rows: PagedRows) -> tuple[RowContext, ...]:
-    """What the decode rows of a step are told."""
+    """The inputs of a step's decode rows."""
     numbers = (rows.positions_T[rows.decode_rows_B], rows.slots_T[rows.decode_rows_B], rows.decode_lens_B)
     return tuple(RowContext(*row) for row in zip(*(x.tolist() for x in numbers), strict=True))

@@ -1,1 +1,1 @@
-"""An engine that serves: requests of many callers, one loop, ranks started anew; what it tells of itself."""
+"""An engine that serves many callers: a queue, one loop, recovery of failed ranks, and figures about itself."""

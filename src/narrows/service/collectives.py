@@ -1,7 +1,4 @@
-"""Clocks of collectives around an engine's steps, read now and then while steps run.
-
-Knows when to ask the ranks; what a clock counts is the engine's `collective_clock.py`.
-"""
+"""Seconds and bytes of an engine's collectives, read from its ranks now and then while steps run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A running engine as plain data for ``/server_info``: config, mesh, limits, weight sharding, plans, sources of prices.
-
-Reads the engine's decisions and changes nothing.
-"""
+"""A running engine as plain data for ``/server_info``: config, mesh, limits, sharding, plans, sources of prices."""
 
 from __future__ import annotations
 

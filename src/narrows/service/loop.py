@@ -1,7 +1,7 @@
-"""The loop on one engine: take in what has come, commit the step that is done, hand out the next one, tell the callers.
+"""The loop of one engine: take new requests, commit the finished step, hand out the next one, send updates.
 
-Knows requests, steps and callers; not what becomes of ranks that fail. It never waits for a rank, so aborts, drains and
-failures are seen while a step runs; where there is nothing to do it rests, until somebody wakes it.
+It never waits for a rank, so aborts, drains and failures are seen while a step runs. Without work it sleeps until it
+is woken.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from narrows.api import Update
 from narrows.engine.core import Engine, StepInFlight
 from narrows.errors import ConfigError, RankError
 from narrows.sched.scheduler import Request
+from narrows.service.active_request import ActiveRequest, notify
 from narrows.service.collectives import CollectiveReader
 from narrows.service.numbers import Numbers
 from narrows.service.queue import RequestQueue
 from narrows.service.step_times import StepTimes
-from narrows.service.tickets import Ticket, tell
 from narrows.service.trace import ServiceTrace
 
 __all__ = ["Loop", "Wake"]
@@ -61,7 +61,7 @@ class Loop:
         self.engine = engine
         self.oldest: tuple[float, float] | None = None
         self._queue, self._numbers, self._trace, self._wake = queue, numbers, trace, wake
-        self._tickets: dict[int, Ticket] = {}
+        self._active: dict[int, ActiveRequest] = {}
         """Those that the scheduler has, by their request's id."""
         self._ends: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         engine.when_mask_comes = wake
@@ -96,39 +96,39 @@ class Loop:
             self._tell_news(request)
         return worked
 
-    def end_failed(self, reason: str, *, all_of_them: bool) -> list[Ticket]:
+    def end_failed(self, reason: str, *, all_of_them: bool) -> list[ActiveRequest]:
         """The ranks have failed: end what they had begun, or everything; the generations that have only waited."""
-        for ticket in [each for each in self._tickets.values() if each.request.num_fed or all_of_them]:
-            del self._tickets[ticket.request.id]
-            self._queue.forget(ticket, ran=True)
-            if ticket.request.guide is not None:
-                ticket.request.guide.end()
-            tell(ticket, Update(finish_reason="error", error=f"the ranks failed while this text was made: {reason}"))
-        waiting = list(self._tickets.values())
-        self._tickets.clear()
+        for active in [each for each in self._active.values() if each.request.num_fed or all_of_them]:
+            del self._active[active.request.id]
+            self._queue.forget(active, ran=True)
+            if active.request.guide is not None:
+                active.request.guide.end()
+            notify(active, Update(finish_reason="error", error=f"the ranks failed while this text was made: {reason}"))
+        waiting = list(self._active.values())
+        self._active.clear()
         return waiting
 
-    def give_up(self, ticket: Ticket, error: Exception) -> None:
+    def give_up(self, active: ActiveRequest, error: Exception) -> None:
         """End one generation that cannot be run after all; the others go on."""
         if not isinstance(error, ConfigError):
-            _LOG.error("generation %d cannot be run", ticket.number, exc_info=error)
-        self._queue.forget(ticket, ran=False)
-        tell(ticket, Update(finish_reason="error", error=f"it cannot be run: {' '.join(str(error).split())}"))
+            _LOG.error("generation %d cannot be run", active.number, exc_info=error)
+        self._queue.forget(active, ran=False)
+        notify(active, Update(finish_reason="error", error=f"it cannot be run: {' '.join(str(error).split())}"))
 
     def _take_in(self) -> bool:
-        """New generations, and those nobody wants any more; whether there were any."""
+        """Admit new requests and drop aborted ones; whether there were any."""
         arrived, unwanted = self._queue.take()
-        for ticket in arrived:
+        for active in arrived:
             try:
-                self.engine.scheduler.add(ticket.request)
+                self.engine.scheduler.add(active.request)
             except Exception as error:
-                self.give_up(ticket, error)
+                self.give_up(active, error)
             else:
-                self._tickets[ticket.request.id] = ticket
-        for ticket in unwanted:
-            self.engine.scheduler.abort(ticket.request)
-            self._tickets.pop(ticket.request.id, None)
-            tell(ticket, Update(finish_reason="abort"))
+                self._active[active.request.id] = active
+        for active in unwanted:
+            self.engine.scheduler.abort(active.request)
+            self._active.pop(active.request.id, None)
+            notify(active, Update(finish_reason="abort"))
         return bool(arrived or unwanted)
 
     def _handed_out(self, step: StepInFlight) -> None:
@@ -153,26 +153,26 @@ class Loop:
         self.oldest = (monotonic(), oldest.expected_s) if oldest else None
 
     def _publish(self) -> None:
-        """The scheduler's numbers for whoever asks from another thread."""
+        """The scheduler's numbers, for other threads to read."""
         now = self.engine.scheduler.stats()
         self._numbers.scheduled(now)
         self._queue.waits(now.waiting, self.engine.scheduler.shares.waiting)
 
     def _tell_news(self, request: Request) -> None:
-        ticket = self._tickets.get(request.id)
-        if ticket is None:
+        active = self._active.get(request.id)
+        if active is None:
             return
-        update = ticket.news()
+        update = active.update()
         if update.finish_reason:
-            del self._tickets[request.id]
-            self._queue.forget(ticket, ran=True)
-        tell(ticket, update)
+            del self._active[request.id]
+            self._queue.forget(active, ran=True)
+        notify(active, update)
 
     def _rest(self) -> None:
-        """Until something has come or is done; raises what has ended the ranks meanwhile, be they idle.
+        """Wait until a request arrives or a step is done; raises what has ended the ranks meanwhile.
 
-        Where nothing runs, what steps may ask for is made, a piece at a time, and whoever comes waits for one of them:
-        first plans, a few milliseconds each, then warm-up steps, each as long as a step.
+        An idle loop makes what later steps may need, a piece at a time: first plans, a few milliseconds each, then
+        warm-up steps, each as long as a step. A request that arrives waits for one piece at most.
         """
         engine = self.engine
         busy = engine.in_flight or engine.scheduler.late

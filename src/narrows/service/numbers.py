@@ -1,6 +1,6 @@
-"""What has run, counted by the loop for whoever asks from another thread. Totals go on over engines.
+"""Counts of steps, tokens, plans and collectives, kept by the loop for other threads to read.
 
-Knows numbers of schedulers, steps, plans and collectives; not requests.
+Totals survive the engine: new ranks go on counting.
 """
 
 from __future__ import annotations

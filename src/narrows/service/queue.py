@@ -1,6 +1,6 @@
-"""Generations that callers have handed in: numbered, refused where too many wait, given to the loop, and forgotten.
+"""Requests on their way to the loop: numbered, refused where too many wait, handed over, and forgotten.
 
-Knows tickets, clients and a limit; not steps or ranks. Any thread may call; all state lies under one lock.
+Any thread may call; all state lies under one lock.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from time import monotonic
 
 from narrows.api import Draining, Generation, QueueFull, Unavailable, Update
 from narrows.engine.core import Engine
-from narrows.service.tickets import Ticket
+from narrows.service.active_request import ActiveRequest
 
 __all__ = ["RequestQueue"]
 
@@ -21,7 +21,7 @@ _RATE_OF = 64
 
 
 class RequestQueue:
-    """What waits to be taken in by the loop, and who waits for an answer.
+    """Requests that wait for the loop, and those whose clients wait for an answer.
 
     Args:
         limit: generations that may wait for a place; more are refused, except those of a client that has fewer of them
@@ -36,8 +36,8 @@ class RequestQueue:
         self._shut = "the ranks are starting"
         self._draining = self._over = False
         self._num_taken = 0
-        self._tickets: dict[int, Ticket] = {}
-        self._arrived: list[Ticket] = []
+        self._active: dict[int, ActiveRequest] = {}
+        self._arrived: list[ActiveRequest] = []
         self._unwanted: list[int] = []
         self._num_scheduled, self._scheduled = 0, dict[str, int]()
         self._ends: deque[float] = deque(maxlen=_RATE_OF)
@@ -58,16 +58,16 @@ class RequestQueue:
             if (taking := self._taking(generation.client)) is not engine:  # ranks were started anew meanwhile
                 request = taking.request(generation)
             number, self._num_taken = self._num_taken, self._num_taken + 1
-            ticket = Ticket(number, generation, deliver, request)
-            self._tickets[number] = ticket
-            self._arrived.append(ticket)
+            active = ActiveRequest(number, generation, deliver, request)
+            self._active[number] = active
+            self._arrived.append(active)
         self._wake()
         return number
 
     def abort(self, number: int) -> None:
         """Have the loop end a generation; one that has ended already is left as it is."""
         with self._changed:
-            if number in self._tickets:
+            if number in self._active:
                 self._unwanted.append(number)
         self._wake()
 
@@ -75,7 +75,7 @@ class RequestQueue:
         """Take nothing new; whether all that is there was finished within ``timeout_s``."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._tickets or self._over, timeout_s)
+            return self._changed.wait_for(lambda: not self._active or self._over, timeout_s)
 
     @property
     def num_arrived(self) -> int:
@@ -116,7 +116,7 @@ class RequestQueue:
     def _has_fewer_than_its_part(self, client: str) -> bool:
         """Whether fewer of its generations wait than it may have in any case: a queue that others have filled."""
         waiting = Counter(self._scheduled)
-        waiting.update(ticket.generation.client for ticket in self._arrived)
+        waiting.update(active.generation.client for active in self._arrived)
         return waiting[client] < self.limit // len(waiting.keys() | {client})
 
     def _place_free_in_s(self) -> float:
@@ -132,46 +132,46 @@ class RequestQueue:
         with self._changed:
             self._engine, self._shut = engine, ""
 
-    def close(self, why: str) -> list[Ticket]:
+    def close(self, why: str) -> list[ActiveRequest]:
         """Take none until :meth:`open`; those that the loop had not taken in."""
         with self._changed:
             self._engine, self._shut = None, why
             arrived, self._arrived = self._arrived, []
             return arrived
 
-    def take(self) -> tuple[list[Ticket], list[Ticket]]:
+    def take(self) -> tuple[list[ActiveRequest], list[ActiveRequest]]:
         """Those that have come since the last call, and those that are not wanted any more, which are forgotten."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
-            unwanted = [self._tickets.pop(number) for number in self._unwanted if number in self._tickets]
+            unwanted = [self._active.pop(number) for number in self._unwanted if number in self._active]
             self._unwanted = []
             self._changed.notify_all()
         return arrived, unwanted
 
-    def put_back(self, tickets: Iterable[Ticket]) -> None:
+    def put_back(self, requests: Iterable[ActiveRequest]) -> None:
         """Have the loop take these in before all others. One that is not wanted any more is found by its number."""
         with self._changed:
-            self._arrived[:0] = tickets
+            self._arrived[:0] = requests
 
     def waits(self, count: int, by_client: Mapping[str, int]) -> None:
         """How many wait for a place in the scheduler, in all and by client."""
         with self._changed:
             self._num_scheduled, self._scheduled = count, dict(by_client)
 
-    def forget(self, *tickets: Ticket, ran: bool) -> None:
+    def forget(self, *requests: ActiveRequest, ran: bool) -> None:
         """These have ended. ``ran``: on the ranks, so that places become free as fast as that."""
         with self._changed:
-            for ticket in tickets:
-                self._tickets.pop(ticket.number, None)
+            for active in requests:
+                self._active.pop(active.number, None)
             if ran:
-                self._ends.extend(monotonic() for _ in tickets)
+                self._ends.extend(monotonic() for _ in requests)
             self._changed.notify_all()
 
-    def end(self) -> list[Ticket]:
+    def end(self) -> list[ActiveRequest]:
         """The loop has ended: nothing is taken any more; those that still wait for an answer."""
         with self._changed:
-            left = list(self._tickets.values())
-            self._tickets.clear()
+            left = list(self._active.values())
+            self._active.clear()
             self._over = True
             self._shut = self._shut or "the server has ended"
             self._changed.notify_all()

@@ -1,7 +1,4 @@
-"""Ranks that have failed: what they ran ends with the reason, and what only waited is run by ranks in their place.
-
-Knows loops and how to start one; not why ranks fail.
-"""
+"""What happens when ranks fail: running requests end with the reason, and new ranks run those that only waited."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from time import monotonic
 
 from narrows.api import Update
 from narrows.errors import RankError
+from narrows.service.active_request import ActiveRequest, notify
 from narrows.service.loop import Loop
 from narrows.service.queue import RequestQueue
-from narrows.service.tickets import Ticket, tell
 
 __all__ = ["Recovery"]
 
@@ -38,7 +35,7 @@ class Recovery:
         self._start, self._queue, self._restart = start, queue, restart
         self._restarted_at = -math.inf
 
-    def after(self, loop: Loop, error: Exception, arrived: list[Ticket]) -> Loop | None:
+    def after(self, loop: Loop, error: Exception, arrived: list[ActiveRequest]) -> Loop | None:
         """``error`` has ended the ranks of ``loop``; the loop on those in their place, None if there are none.
 
         The queue is closed; ``arrived`` are those that ``loop`` had not taken in, and are its again afterwards.
@@ -60,22 +57,22 @@ class Recovery:
         except Exception as final:
             self._fail(one_line(final), waiting)
             return None
-        for ticket in list(waiting):
+        for active in list(waiting):
             try:
-                ticket.request = started.engine.request(ticket.generation)
+                active.request = started.engine.request(active.generation)
             except Exception as impossible:
-                waiting.remove(ticket)
-                started.give_up(ticket, impossible)
+                waiting.remove(active)
+                started.give_up(active, impossible)
         self._queue.put_back(waiting)
         self.num_restarts += 1
         return started
 
-    def _fail(self, reason: str, waiting: list[Ticket]) -> None:
+    def _fail(self, reason: str, waiting: list[ActiveRequest]) -> None:
         """There will be no ranks any more."""
         self.failure = f"the ranks have failed: {reason}"
         self._queue.forget(*waiting, ran=False)
-        for ticket in waiting:
-            tell(ticket, Update(finish_reason="error", error=self.failure))
+        for active in waiting:
+            notify(active, Update(finish_reason="error", error=self.failure))
 
 
 def one_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""An engine that serves: generations come and go from any thread while one thread of its own keeps the ranks busy.
+"""The backend of a server: any thread submits and aborts requests, and one thread keeps the ranks busy.
 
-Knows who does what: callers meet the queue (`queue.py`), the thread runs the loop (`loop.py`), and when ranks fail
-others take their place (`recovery.py`). It is the backend of a server (:mod:`narrows.api` has the words they share).
+Callers meet the queue (`queue.py`), the thread runs the loop (`loop.py`), and `recovery.py` replaces failed ranks.
+`narrows.api` defines what server and backend exchange.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from narrows.engine.config import Resolved
 from narrows.engine.core import Engine
 from narrows.errors import ConfigError
 from narrows.ranks.timing import TIMING, Timing
+from narrows.service.active_request import notify
+from narrows.service.health import fault
 from narrows.service.info import describe
 from narrows.service.loop import Loop, Wake
 from narrows.service.numbers import Numbers
 from narrows.service.queue import RequestQueue
 from narrows.service.recovery import Recovery, one_line
 from narrows.service.step_times import DriftRule
-from narrows.service.tickets import tell
 from narrows.service.trace import ServiceTrace
-from narrows.service.trouble import trouble
 
 __all__ = ["EngineService"]
 
@@ -44,7 +44,7 @@ class EngineService:
         max_queue: generations that may wait for a place; more are refused, except those of a client that has fewer
             of them waiting than its even part.
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
-        drift: when it is said that steps take another time than was predicted for them.
+        drift: when to warn that steps take another time than predicted.
         trace: what writes traces; by default nothing can.
         timing: the durations by which ranks are judged.
     """
@@ -129,7 +129,7 @@ class EngineService:
         if not detail and not self._thread.is_alive():
             detail = "the engine's loop has ended"
         if not detail and loop is not None:
-            detail = trouble(loop.engine, loop.oldest)
+            detail = fault(loop.engine, loop.oldest)
         return Health(ready=not detail, detail=detail, num_restarts=self._recovery.num_restarts)
 
     def stats(self) -> Stats:
@@ -182,8 +182,8 @@ class EngineService:
                 except Exception as error:
                     self._recover(loop, error)
         finally:
-            for ticket in self._queue.end():
-                tell(ticket, Update(finish_reason="abort", error="the server has ended"))
+            for active in self._queue.end():
+                notify(active, Update(finish_reason="abort", error="the server has ended"))
 
     def _begin(self) -> Loop:
         """Ranks that have loaded the model, and the loop on them."""

@@ -1,10 +1,9 @@
-"""How long an engine's steps take beside what was predicted for them, by bucket of the plan cache.
+"""Measured times of steps beside their predictions, by bucket of the plan cache.
 
-Knows plans, buckets and seconds; starts nothing and prints nothing. A step's time is the host's: from when the ranks
-had it and were free for it until the last of them had answered. That holds what no plan prices (a batch's numbers on
-their way, samples, answers), which matters for steps of a millisecond. What was predicted is of the bucket's upper end
-and of the cache's one context; for a prefill step it is taken in proportion to its rows; a decode step reads the same
-weights whatever its rows, so there it is taken as it is.
+A step's time is the coordinator's: from when the ranks had the step and were free for it until the last of them had
+answered. That includes what no plan prices (inputs on their way, samples, answers), which matters for steps of a
+millisecond. A prediction is that of the bucket's upper end at the cache's one context. It is scaled by rows for a
+prefill step; a decode step reads the same weights whatever its rows, so there it is taken as it is.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class BucketTimes:
     predicted: float = 0.0
     measured: float = 0.0
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    told: bool = False
+    warned: bool = False
 
     @property
     def median_measured(self) -> float:
@@ -183,12 +182,12 @@ class StepTimes:
 
     def _drift(self, key: PlanKey, found: BucketTimes, *, needs_logits: bool) -> str:
         rule = self.rule
-        if found.told or found.steps < rule.least_steps or found.steps % rule.least_steps:
+        if found.warned or found.steps < rule.least_steps or found.steps % rule.least_steps:
             return ""
         ratio = found.ratio
         if 1 / rule.factor <= ratio <= rule.factor:
             return ""
-        found.told = True
+        found.warned = True
         logits = f"{key.logit_rows} with logits" if needs_logits else f"{key.logit_rows} sampled"
         return (
             f"{key.phase} steps of up to {key.rows} rows ({logits}; {found.plan.layout_name}) take "

@@ -1,7 +1,7 @@
-"""Traces of an engine that serves: any thread asks for one to begin or end, the service's loop does it.
+"""Traces of an engine that serves: any thread asks for one to begin or end, and the service's loop does it.
 
-Knows tracers and a file; not HTTP. A trace ends when it is told to, or by itself when it has as many steps as were
-asked for. It is written on a thread of its own, so that nothing waits for a disk. The next one overwrites it.
+A trace ends on request, or by itself after the number of steps that was asked for. A thread of its own writes it, so
+that nothing waits for a disk. The next trace overwrites it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ServiceTrace"]
 
 _LOG = logging.getLogger("narrows.engine")
 _END_S = 60.0
-"""How long who ends a trace waits for its file."""
+"""Seconds that the end of a trace waits for its file."""
 
 
 class _State(StrEnum):

@@ -1,6 +1,6 @@
-"""What is wrong with an engine's ranks right now, told from outside: dead, silent, or stuck in a step.
+"""What is wrong with an engine's ranks right now: dead, silent, or stuck in a step.
 
-Knows ranks and clocks; not requests. Asks nothing that a stuck rank would have to answer.
+Found from outside, without a question that a stuck rank would have to answer.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from time import monotonic
 
 from narrows.engine.core import Engine
 
-__all__ = ["trouble"]
+__all__ = ["fault"]
 
 
-def trouble(engine: Engine, oldest: tuple[float, float] | None) -> str:
-    """What is wrong, in one line; empty if nothing is known to be.
+def fault(engine: Engine, oldest: tuple[float, float] | None) -> str:
+    """The fault in one line; empty if none is known.
 
-    ``oldest``: of the oldest step in flight, since when (``monotonic``) it is that, and its predicted seconds.
+    ``oldest``: since when (``monotonic``) the oldest step in flight has been that, and its predicted seconds.
     """
     if (failure := engine.ranks.failure) is not None:
         return f"the ranks have failed: {' '.join(str(failure).split())}"

@@ -1,4 +1,4 @@
-"""Generations that somebody waits for, and what they are told. Knows requests and updates; no ranks, no threads."""
+"""A request that a client waits for, and the updates that it is still to get."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from narrows.api import Generation, Update
 from narrows.sched.scheduler import Request
 
-__all__ = ["Ticket", "tell"]
+__all__ = ["ActiveRequest", "notify"]
 
 _LOG = logging.getLogger("narrows.engine")
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
-    """A generation that somebody waits for."""
+class ActiveRequest:
+    """A generation and the scheduler's request for it, until it ends; ``deliver`` takes its updates."""
 
     number: int
     generation: Generation
     deliver: Callable[[Update], None]
     request: Request
-    num_told: int = 0
-    scores_told: bool = False
+    num_delivered: int = 0
+    scores_delivered: bool = False
 
-    def news(self) -> Update:
-        """What the request has that was not told yet."""
-        request, start = self.request, self.num_told
+    def update(self) -> Update:
+        """What the request has gained since the last update."""
+        request, start = self.request, self.num_delivered
         scores: tuple[Any, ...] = ()
-        if not self.scores_told:
-            scores, self.scores_told = tuple(request.prompt_logprobs), True
-        self.num_told = len(request.output)
+        if not self.scores_delivered:
+            scores, self.scores_delivered = tuple(request.prompt_logprobs), True
+        self.num_delivered = len(request.output)
         return Update(
             token_ids=tuple(request.output[start:]),
             logprobs=tuple(request.logprobs[start:]),
@@ -42,9 +42,9 @@ class Ticket:
         )
 
 
-def tell(ticket: Ticket, update: Update) -> None:
+def notify(active: ActiveRequest, update: Update) -> None:
     """Deliver an update; a caller that raises does not stop the others."""
     try:
-        ticket.deliver(update)
+        active.deliver(update)
     except Exception:
-        _LOG.exception("an update of generation %d could not be delivered", ticket.number)
+        _LOG.exception("an update of generation %d could not be delivered", active.number)
