@@ -234,7 +234,7 @@ def test_without_matplotlib_the_extra_is_named(
         (("offline", "--against", "colour=red"), "OPTION=VALUE[,OPTION=VALUE] is needed"),
         (("offline", "--against", "tp=two"), "'two' must be a whole number"),
         (("offline", "--against", "checked=perhaps"), "'perhaps' must be yes or no"),
-        (("collectives",), "one rank has nobody to exchange with"),
+        (("collectives",), "one rank has no other to exchange with"),
         (("collectives", "--tp", "2", "--against", "mpi"), "transports: gloo, threads"),
         (("collectives", "--tp", "2", "--against", "gloo"), "compare with them under --ranks processes"),
         (("collectives", "--tp", "2", "--sizes", "2X"), "is no number of bytes"),

@@ -155,7 +155,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_nextn_predict_layers": 0,
             "max_position_embeddings": 131072,
         },
-        # Nobody's models: small ones of these shapes, for benchmarks with random weights (docs/benchmarks.md).
+        # No published models: small ones of these shapes, for benchmarks with random weights (docs/benchmarks.md).
         "dsv3-mini": _deepseek(
             3, **_DEEPSEEK_MINI, q_lora_rank=384, norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc"
         ),

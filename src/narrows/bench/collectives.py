@@ -66,7 +66,7 @@ def collectives(
     """Microseconds of every collective at every size, per transport; and how often a memcpy's time that is."""
     mesh = resolve(asked).mesh
     if mesh.size < 2:
-        raise ConfigError("one rank has nobody to exchange with: give --tp 2, or --dp 2, or more")
+        raise ConfigError("one rank has no other to exchange with: give --tp 2, or --dp 2, or more")
     unknown = [name for name in against if name not in OTHERS]
     if unknown:
         raise ConfigError(f"--against {unknown[0]!r} is not known; transports: {', '.join(OTHERS)}")

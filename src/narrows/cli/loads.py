@@ -108,7 +108,7 @@ def add_flood_flags(load: argparse._ArgumentGroup) -> None:
         "--no-fair-shares",
         dest="fair_shares",
         action="store_false",
-        help="serve requests in order of arrival, whoever sent them",
+        help="serve requests in order of arrival, whichever client sent them",
     )
 
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("narrows: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone (`| head`); what Python would still flush at exit goes nowhere.
+        # The reader of the output has gone (`| head`); what Python would still flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
                 where = f"{resolved.mesh}, {resolved.asked.threads} thread(s) per rank"
                 gc.freeze()  # what is there will be: no collection looks at it again, some tens of milliseconds each
                 line = f"narrows: {model.names[0]} on {where} is ready at {url} ({seconds:.1f} s); try: {curl}"
-                with suppress(OSError):  # nobody reads it, or the disk is full
+                with suppress(OSError):  # no reader, or a full disk
                     print(line, flush=True)
 
             code = serve(app, service, bound, drain_timeout_s=args.drain_timeout, when_ready=ready)

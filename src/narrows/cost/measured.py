@@ -196,7 +196,7 @@ class StepTable(Part):
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Measured:
     """All tables of one machine. ``copies``: one pass that reads and writes, [bytes of both, us]. ``num_ranks``: the
-    ranks that were at work together; 0: not said."""
+    ranks that were at work together; 0: unknown."""
 
     stages: Sequence[StageTable] = ()
     collectives: Sequence[CollectiveTable] = ()

@@ -75,7 +75,7 @@ class DeviceFigures(Part):
     gemm_launch_s: _Seconds = _UNSAID
 
     def given(self) -> dict[str, Any]:
-        """The figures that are said. Of fp8 and int8 it may be said that the device has no such rate."""
+        """The figures that the file gives. For fp8 and int8 it may say that the device has no such rate."""
         return {
             name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set - {"like"}
         }

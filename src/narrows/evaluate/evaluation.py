@@ -120,7 +120,7 @@ def evaluate(
             or as many as 256 MB of logits hold; 0: none.
         with_float32: compare distributions in float32 too; without, a dtype's own rounding is a crude bound.
         float32_tasks: run the tasks on one rank in float32 as well.
-        progress: told what runs next.
+        progress: called with what runs next.
 
     Raises:
         ConfigError: a model without a tokenizer, a task or file that cannot be, a mesh or layout that cannot be.

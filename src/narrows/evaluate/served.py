@@ -1,9 +1,9 @@
 """Decode steps run as a server runs them, replayed from a capture, against the same steps run op by op: to the bit.
 
-A server captures a decode step from rows that are nobody's (token 0 at position 1 of the null page) and replays it with
+A server captures a decode step from rows of no request (token 0 at position 1 of the null page) and replays it with
 the batch's own rows. So does this module, and then runs the same batch op by op: first the replay, so that it cannot
 read what the other run has left in the cache. Ids and logits of every rank must be the same bits. Where they differ,
-the contexts that the rows were told and the number of collectives say why, if the cause is one of these.
+the contexts that the rows were given and the number of collectives say why, if the cause is one of these.
 """
 
 from __future__ import annotations

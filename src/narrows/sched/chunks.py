@@ -25,7 +25,7 @@ def next_rows(request: Request, room: int, limits: Limits, begun: int = 0) -> in
 
 
 def next_chunk(request: Request, rows: int, limits: Limits) -> Chunk:
-    """Its next rows, scheduled from now on. ``num_sampled`` is left to whoever knows the sample's slot."""
+    """Its next rows, scheduled from now on. ``num_sampled`` is left to the caller, which knows the sample's slot."""
     start = request.num_cached
     stop = start + rows
     tokens = request.tokens(start, stop)

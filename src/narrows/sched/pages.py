@@ -25,7 +25,7 @@ def num_pages_for(num_tokens: int, page_size: int) -> int:
 def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """128 bits for a page's tokens and, through ``parent`` (first page: ``b""``), for all tokens before them.
 
-    A cryptographic hash (BLAKE2b), since whoever could make two texts meet would read another's cache.
+    A cryptographic hash (BLAKE2b), since a client that could make two texts collide would read another's cache.
     """
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
@@ -33,7 +33,7 @@ def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
 class PagePool:
     """Pages ``1 .. num_pages - 1``, given out lowest first so that runs are repeatable.
 
-    Each is free, or held by one or more, or cached and held by nobody.
+    Each is free, or held by one or more, or cached and held by none.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -52,7 +52,7 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken: the free ones, and the cached ones that nobody holds."""
+        """Pages that can be taken: the free ones, and the cached ones without a holder."""
         return self.num_pages - self._fresh + len(self._free) + len(self._unheld)
 
     @property
@@ -92,7 +92,7 @@ class PagePool:
         return self._holders[page]
 
     def num_unheld(self, pages: Iterable[int]) -> int:
-        """How many of these cached pages nobody holds: holding them makes so many fewer free."""
+        """How many of these cached pages have no holder: holding them makes so many fewer free."""
         return sum(page in self._unheld for page in pages)
 
     def share(self, pages: Iterable[int]) -> None:
@@ -104,7 +104,7 @@ class PagePool:
 
     def register(self, page: int, key: bytes) -> None:
         """A held page is full and will be found by its hash, unless another page of the same content is already."""
-        assert self._holders[page], "a page that nobody holds cannot have been written"
+        assert self._holders[page], "a page without a holder cannot have been written"
         if key not in self._page_of and page not in self._hash_of:
             self._page_of[key] = page
             self._hash_of[page] = key

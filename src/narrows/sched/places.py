@@ -79,13 +79,14 @@ class Places:
     def grow(self, request: Request, order: Sequence[Request]) -> bool:
         """Pages for its next row; False if it was put back for want of them.
 
-        Whoever is put back comes later in the order than all that have rows in this step, as those are served by it.
+        A request that is put back comes later in the order than all that have rows in this step, which are served in
+        that order.
         """
         pool = self.pools[request.group]
         count = num_pages_for(request.num_cached + 1, self.limits.page_size) - len(request.pages)
         if count > pool.num_free:
             for other in self.running[request.group]:
-                if other.is_through:  # nothing of it is to run: its pages serve nobody
+                if other.is_through:  # nothing of it is to run: its pages serve no request
                     self.release(other)
         while count > pool.num_free:
             last = next(other for other in reversed(order) if other.group == request.group and not other.is_through)

@@ -20,7 +20,7 @@ def share_rows(waves: Iterable[Sequence[Request]], budget: int, limits: Limits) 
     ``waves``: requests in the order in which they get rows; a later wave gets what those before it leave. Within a wave
     groups have equal shares, and what one cannot use goes to the others (max-min fair), to the chunk where prompts are
     not cut; rows that do not divide go to groups by the turn of their first request. A chunk that does not fit any more
-    is passed by nobody. Scored rows are shared the same way, and others of a group may pass those that wait for them.
+    is not passed. Scored rows are shared the same way, and others of a group may pass those that wait for them.
     """
     step = _Step(budget, limits)
     for wave in waves:

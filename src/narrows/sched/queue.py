@@ -62,7 +62,7 @@ class WaitingQueue:
     def make_room(self) -> None:
         """Place requests of clients that run fewer than others; if need be, others' are put back for them.
 
-        Before anybody has rows, so that whoever is put back has none in this step.
+        Before any request has rows, so that one that is put back has none in this step.
         """
         places, groups = self._places, range(self._limits.num_groups)
         while places.shares.compete and (found := self._next(None, groups, ())) is not None:
@@ -90,7 +90,7 @@ class WaitingQueue:
     def _next(
         self, budget: int | None, groups: Sequence[int], passed: Collection[Request]
     ) -> tuple[Request, list[Request]] | None:
-        """Whose turn it is, and the order with it among those that run; None: nobody's, or ``groups`` have no row left.
+        """Whose turn it is, and the order with it among those that run; None: no turn, or ``groups`` have no row left.
 
         ``budget``: rows for prompts; None: what fair shares leave of the next step's. ``passed``: it is none of these.
         """

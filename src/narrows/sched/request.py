@@ -54,7 +54,7 @@ class Request:
     group: int = -1
     """Its attention group while it runs; -1 while it waits."""
     holds: int = -1
-    """The group that takes nobody who comes after it until it has a place; -1: none."""
+    """The group that admits no later request until this one has a place; -1: none."""
     pages: list[int] = field(default_factory=list)
     num_found: int = 0
     """Tokens whose KV was found in the cache when it was admitted last."""
@@ -92,7 +92,7 @@ class Request:
 
     @property
     def most_samples(self) -> int:
-        """Samples it may take; a prompt that is only scored takes one, which is nobody's."""
+        """Samples it may take; a prompt that is only scored takes one, which is dropped."""
         return max(self.max_tokens, 1)
 
     @property

@@ -205,7 +205,7 @@ class Scheduler:
             if request.finish_reason:
                 continue  # it ended at the step before; this row was in flight already
             touched.append(request)
-            if not request.max_tokens:  # its prompt was to be scored, and now is: the sample is nobody's
+            if not request.max_tokens:  # its prompt was to be scored, and now is: its sample is dropped
                 self._finish(request, "length")
                 continue
             request.output.append(sampled_ids[slot])

@@ -35,7 +35,7 @@ class RowShares:
 
 
 class Shares:
-    """The clients of one scheduler, told of every text that comes, runs, stops running and ends."""
+    """The clients of one scheduler, notified of every text that comes, runs, stops running and ends."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -45,7 +45,7 @@ class Shares:
         self._waiting: Counter[str] = Counter()
         self._stopped: dict[str, tuple[int, int]] = {}  # of each client: when a text last stopped running, and which
 
-    # -- what it is told -----------------------------------------------------------------------------------------------
+    # -- notifications -----------------------------------------------------------------------------------------------
 
     def came(self, request: Request) -> None:
         """A text waits for its first place."""

@@ -204,8 +204,8 @@ def _typed(name: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     kind = next(iter(said.values()), "default")
     numbers = {key: each for key, each in fields.items() if key not in (*said, *_Place.model_fields)}
     if kind == "default" and (scaled := sorted(_NUMBERS & numbers.keys())):
-        told = f"says {shown('default')}" if said else "is missing"
-        raise CheckpointError(f"{name} has {', '.join(scaled)} while its rope_type {told}")
+        stated = f"says {shown('default')}" if said else "is missing"
+        raise CheckpointError(f"{name} has {', '.join(scaled)} while its rope_type {stated}")
     if kind != "default" and kind not in ROPE_TYPES:
         known = ", ".join(("default", *ROPE_TYPES))
         raise ConfigError(f"{name} has rope_type {shown(kind)}, which narrows does not know; it knows {known}")

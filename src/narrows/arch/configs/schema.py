@@ -190,7 +190,7 @@ class Schema(Part):
 
     @classmethod
     def _sorted(cls, raw: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The fields to read, and the names of those that nobody knows."""
+        """The fields to read, and the names of those that are unknown."""
         read: dict[str, Any] = {}
         unknown: list[str] = []
         for name, value in raw.items():

@@ -77,7 +77,7 @@ def look_at(url: str, api_key: str) -> tuple[str, dict[str, Any]]:
     """The first model of a server, and what it says of itself at ``/server_info`` (empty if it has no such route).
 
     Raises:
-        ConfigError: nobody answers there, or not as an OpenAI-compatible server does.
+        ConfigError: no server answers there, or not as an OpenAI-compatible server does.
     """
     aiohttp = _aiohttp()
 
@@ -106,7 +106,7 @@ def send_all(
 ) -> list[Answer]:
     """Send every request at its time, at most ``concurrency`` at once (0: no limit); the answers, in their order.
 
-    ``progress`` is told how many have ended. Ctrl-C ends the sending: what has ended by then is returned.
+    ``progress`` is called with how many have ended. Ctrl-C ends the sending: what has ended by then is returned.
     """
     aiohttp = _aiohttp()
     answers: list[Answer | None] = [None] * len(asks)
