@@ -23,7 +23,7 @@ _BF16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """``memory``: bytes of the machine, or of the container that this process is in; ``free``: of these, the bytes in no
+    """``memory``: bytes of the machine, or of the container that this process is in; ``free``: of these, those in no
     use. ``cpu_features``: those of ``cost.environment.CPU_FEATURES`` that the CPU has; none where they are unknown."""
 
     memory: int
