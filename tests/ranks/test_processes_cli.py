@@ -94,8 +94,13 @@ def test_torchrun_starts_the_ranks(speaking_v3: Path, by_threads: str) -> None:
     assert (code, out) == (0, by_threads), err
 
 
+LONG = ("--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500", *(20 * PROMPTS))
+"""Many texts as long as the context, one after the other: they do not end while a test does what it came for."""
+ONE_BY_ONE = ("--requests-per-group", "1")
+
+
 def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path, running: Callable[[], set[int]]) -> None:
-    long = ("--tp", "1", "--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500")
+    long = ("--tp", "1", *LONG, *ONE_BY_ONE)
     before = running()
     process = start(generate(speaking_v3, *long))
     first_words(process, 20)
@@ -107,8 +112,7 @@ def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path, running
 
 
 def test_ctrl_c_ends_everything_once(speaking_v3: Path) -> None:
-    long = ("--tp", "2", "--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500")
-    process = start(generate(speaking_v3, *long))
+    process = start(generate(speaking_v3, "--tp", "2", *LONG, *ONE_BY_ONE))
     first_words(process, 20)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     code, _, err = ended(process)

@@ -101,10 +101,10 @@ def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
     number: int, running: Callable[[], set[int]]
 ) -> None:
     before = running()
-    with ServerProcess("--tp", "2", "--drain-timeout", "120", "--batch-invariant") as server:
-        longer = LONG | {"max_tokens": 500}
+    with ServerProcess("--tp", "2", "--drain-timeout", "900", "--batch-invariant") as server:
+        longer = LONG | {"max_tokens": 1000}
         expected = server.text(**longer)
-        streams = [streaming(server, **longer) for _ in range(4)]  # long enough to ask twice meanwhile
+        streams = [streaming(server, **longer) for _ in range(8)]  # long enough to ask twice meanwhile
         os.killpg(server.process.pid, number)  # as a terminal does: ranks get it too
         eventually(lambda: server.complete(max_tokens=1).status_code == 503)
         assert server.health().status_code == 503

@@ -22,9 +22,11 @@ AGAIN = ("test_features_against_transformers.py::test_bfloat16_stays_close", "te
 
 
 @pytest.mark.skipif(not OTHERS, reason="no other target runs here")
-@pytest.mark.parametrize("target", OTHERS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=() if name == "avx2" else pytest.mark.full) for name in OTHERS]
+)
 def test_models_stay_close_to_transformers_on_every_target(target: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *(str(HERE / test) for test in AGAIN)],
         env={**os.environ, "NARROWS_TARGET": target},
