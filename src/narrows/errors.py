@@ -1,4 +1,4 @@
-"""The exception tree of narrows. This file knows no other room.
+"""The exception tree of narrows.
 
 NarrowsError
 +-- ConfigError (also a ValueError)   what a user can cause: one clear line, the numbers, the way out; exit code 2

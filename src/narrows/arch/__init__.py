@@ -1,1 +1,1 @@
-"""PURE room: what models are (configs, presets), their stages, weight sharding and slices of weights. No torch."""
+"""What models are (configs, presets), their stages, weight sharding and slices of weights. No torch."""

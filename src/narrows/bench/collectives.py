@@ -1,7 +1,4 @@
-"""Every collective of the communicator by size, beside the copying that it cannot avoid, and beside other transports.
-
-Knows probes on ranks, and what a collective must read and write; prints nothing.
-"""
+"""Every collective by size, beside the copying that it cannot avoid, and beside other transports."""
 
 from __future__ import annotations
 

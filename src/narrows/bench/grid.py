@@ -1,7 +1,7 @@
-"""What layouts cost in a grid of steps, measured beside priced: choices, regret, errors. PURE.
+"""What layouts cost in a grid of steps, measured beside priced: choices, regret, errors.
 
-Knows plans, seconds and names; measures and prints nothing. Layouts whose plans run the same ops are one entry, so
-that noise between two runs of the same thing is never regret. Times are compared within rounds.
+Layouts whose plans run the same ops are one entry, so that noise between two runs of the same thing is never regret.
+Times are compared within rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the variants of a comparison in turns, so that slow moments of the machine hit all of them alike. PURE."""
+"""Runs the variants of a comparison in turns, so that slow moments of the machine hit all of them alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where the time of one step goes, per layout: the published table, the predicted time beside the measured one.
-
-Knows plans and clocks around steps; the step itself is `calibrate/step_work.py`'s.
-"""
+"""Where the time of one step goes, per layout: the published table, the predicted time beside the measured one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Measures every layout over a grid of row counts, for its price to be held against.
-
-Knows one engine, its plans, steps made by hand, and the machine's rates beside them; what the numbers mean is
-`grid.py`'s.
-"""
+"""Measures every layout over a grid of row counts, for its price to be held against."""
 
 from __future__ import annotations
 

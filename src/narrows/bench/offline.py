@@ -1,7 +1,4 @@
-"""Throughput: some requests of equal lengths handed over at once, until the last has its last token.
-
-Knows running_variants and requests; prints nothing.
-"""
+"""Throughput: some requests of equal lengths handed over at once, until the last has its last token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random requests of stated lengths, and the times of their tokens. Knows an engine's public door and a clock."""
+"""Random requests of stated lengths, and the times of their tokens."""
 
 from __future__ import annotations
 

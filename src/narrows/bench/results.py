@@ -1,6 +1,6 @@
-"""What a benchmark has found, as plain values: one series per work, with every variant's values in it. PURE.
+"""What a benchmark has found, as plain values: one series per work, with every variant's values in it.
 
-Knows names, units and numbers; prints nothing. The first variant of a series is the one the others are compared with.
+The first variant of a series is the one the others are compared with.
 """
 
 from __future__ import annotations

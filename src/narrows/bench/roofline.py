@@ -1,7 +1,6 @@
-"""What a step must at least do: FLOPs of a prompt, bytes of weights that a decode step reads. PURE.
+"""What a step must at least do: FLOPs of a prompt, bytes of weights that a decode step reads.
 
-Knows a model's config; not how any engine computes it, nor how it is cut over ranks. Only products count: the gates and
-norms between them are passes over memory, which a better engine makes shorter.
+Only products count: the gates and norms between them are passes over memory, which a better engine makes shorter.
 """
 
 from __future__ import annotations

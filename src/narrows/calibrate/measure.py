@@ -1,9 +1,8 @@
 """Measures a machine's prices: steps of plans as ranks run them, and collectives alone; gives the tables of a profile.
 
-Knows engines of few layers, clocks around the steps of their plans, and probes; what the seconds mean is
-`price_tables.py`'s. Prints and writes nothing. Stages and collectives are timed where they run, in a plan: with cold
-caches, and with the waits that there are between ranks. Everything is gone through in rounds, so that a slow while of
-the machine falls on all of it.
+Prints and writes nothing. Stages and collectives are timed where they run, in a plan: with cold caches, and with the
+waits that there are between ranks. Everything is gone through in rounds, so that a slow while of the machine falls on
+all of it.
 """
 
 from __future__ import annotations

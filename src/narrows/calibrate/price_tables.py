@@ -1,7 +1,6 @@
-"""What a calibration has found, as it is found, and the tables of a profile that it makes. PURE.
+"""What a calibration has found, as it is found, and the tables of a profile that it makes.
 
-Knows plans, seconds, and what a price is looked up by; measures nothing. A collective that was measured alone is scaled
-by what others of its size cost in a plan against alone.
+A collective that was measured alone is scaled by what others of its size cost in a plan against alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a rank does to find out what the machine allows, and what its collectives cost. Runs on ranks.
 
-Knows one communicator, memory and clocks; not models or plans. Every measurement starts on all ranks together, after a
-barrier, since cores share memory: what one rank reaches alone says nothing of all of them.
+Every measurement starts on all ranks together, after a barrier, since cores share memory: what one rank reaches alone
+says nothing of all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What this machine allows right now, measured on ranks of their own beside an engine: memory reads, products.
-
-Knows ranks and rates; what a step needs of them is `roofline.py`'s.
-"""
+"""What this machine allows right now, measured on ranks of their own beside an engine: memory reads, products."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Medians, spreads, and ratios of what was measured in turns. PURE.
+"""Medians, spreads, and ratios of what was measured in turns.
 
-Knows numbers only. A machine that others use too is slow for a while and fast again, so variants take turns within
-rounds, and a ratio is taken within each round before its median: what slows a whole round cancels out.
+A machine that others use too is slow for a while and fast again, so variants take turns within rounds, and a ratio is
+taken within each round before its median: what slows a whole round cancels out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One step of the engine made by hand: a batch of exactly the rows asked for, run without a scheduler.
-
-Knows batches, limits, plans, and what ranks' clocks say of their executions; decides nothing by it.
-"""
+"""One step of the engine made by hand: a batch of exactly the rows asked for, run without a scheduler."""
 
 from __future__ import annotations
 

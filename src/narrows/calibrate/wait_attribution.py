@@ -1,4 +1,4 @@
-"""Attributes waits: turns the ranks' clocks around the operations of a plan into what each operation costs. PURE.
+"""Attributes waits: turns the ranks' clocks around the operations of a plan into what each operation costs.
 
 A rank that reaches a collective first waits there, so its clock charges the other ranks' work to the collective. If
 ranks take turns on a core, or only some ranks have rows, most of a collective's time is such a wait, whatever its

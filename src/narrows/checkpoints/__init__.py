@@ -1,4 +1,4 @@
-"""Models by name: checkpoints that come with the package, and those of the Hugging Face hub. PURE.
+"""Models by name: checkpoints that come with the package, and those of the Hugging Face hub.
 
 ``model_path`` makes no request; ``local_model`` may.
 """

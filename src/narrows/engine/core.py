@@ -1,7 +1,7 @@
 """The engine: one scheduler, one plan cache, and the ranks that obey them. Token ids in, token ids out.
 
-Knows requests, batches and plans; not text. One step is always scheduled ahead: while the ranks compute step n, the
-host schedules step n + 1, whose tokens may refer to samples that it has not seen.
+One step is always scheduled ahead: while the ranks compute step n, the host schedules step n + 1, whose tokens may
+refer to samples that it has not seen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The Python front door: ``LLM(model, tp=2).generate(["..."])``. Text in, text out, over planned ranks.
-
-Knows tokenizers and the engine; not batches, plans or ranks beyond their numbers.
-"""
+"""The Python front door: ``LLM(model, tp=2).generate(["..."])``. Text in, text out, over planned ranks."""
 
 from __future__ import annotations
 

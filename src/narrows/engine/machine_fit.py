@@ -1,8 +1,7 @@
 """Ranks and threads for the machine at hand, where the user leaves them open.
 
-Knows cores, GPUs and what meshes a model can be dealt to; starts nothing. On CPUs a rank computes on its own cores and
-meets the others in memory, so ranks come first: the largest power of two, at most 8, that the cores and the model
-allow. What is left of the cores becomes threads of each rank.
+On CPUs a rank computes on its own cores and meets the others in memory, so ranks come first: the largest power of two,
+at most 8, that the cores and the model allow. What is left of the cores becomes threads of each rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a model's path holds beside weights: its tokenizer, and what it recommends for generation, in either format.
-
-Knows that a model is a Hugging Face folder, a GGUF file or a preset's name; reads no weights.
-"""
+"""What a model's path holds beside weights: its tokenizer, and what it recommends for generation, in either format."""
 
 from __future__ import annotations
 

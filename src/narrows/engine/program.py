@@ -1,8 +1,8 @@
 """A plan bound to one rank's model and communicator: a flat tuple of callables that run in order once per step.
 
-Knows plan steps, the model's methods and movers; decides nothing. Binding resolves every name: fields become numbered
-registers, stages bound methods, moves movers. A step looks nothing up by name and asks for no layout; what changes
-from step to step (row counts) comes as a :class:`Frame`, computed once per step for each distinct move.
+Binding resolves every name: fields become numbered registers, stages bound methods, moves movers. A step looks nothing
+up by name and asks for no layout; what changes from step to step (row counts) comes as a :class:`Frame`, computed once
+per step for each distinct move.
 
 An addend that joins an owed sum is not added when its step comes: it is handed to the move that completes the sum,
 where it enters in float32, and rows selected in between are selected of it too.

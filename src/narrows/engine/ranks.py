@@ -1,7 +1,4 @@
-"""Where an engine's ranks run: threads of this process, or processes on one host or several. The one door to both.
-
-Knows the two implementations and what the config asks for; not what ranks do.
-"""
+"""Where an engine's ranks run: threads of this process, or processes on one host or several. The one door to both."""
 
 from __future__ import annotations
 

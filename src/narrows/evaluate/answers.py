@@ -1,7 +1,7 @@
-"""Prompts of the field's usual tasks, and the answer in a generated text. PURE: text in, text out.
+"""Prompts of the field's usual tasks, and the answer in a generated text. Text in, text out.
 
-Knows the tasks' published formats: GSM8K (Cobbe et al., 2021) ends a solution in ``#### number``; HellaSwag (Zellers et
-al., 2019) marks where a how-to's step begins in brackets.
+GSM8K (Cobbe et al., 2021) ends a solution in ``#### number``; HellaSwag (Zellers et al., 2019) marks where a how-to's
+step begins in brackets.
 """
 
 from __future__ import annotations

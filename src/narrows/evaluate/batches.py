@@ -1,8 +1,8 @@
 """Fixed steps over known texts, so that two engines see the same rows: prefill in chunks, mixed steps, decode.
 
-Knows token ids, groups and pages as ints; runs nothing. Texts come in waves that fit a step and the cache, or one at a
-time: what goes wrong only with one row on many ranks is then not averaged away. Every row asks for logits, and decode
-is fed the text's own next token, so no engine can lead another astray.
+Texts come in waves that fit a step and the cache, or one at a time: what goes wrong only with one row on many ranks is
+then not averaged away. Every row asks for logits, and decode is fed the text's own next token, so no engine can lead
+another astray.
 """
 
 from __future__ import annotations

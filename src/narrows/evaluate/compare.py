@@ -1,6 +1,6 @@
-"""Outcomes of a task as one row of a table: shares, perplexity, and what changed against one rank. PURE.
+"""Outcomes of a task as one row of a table: shares, perplexity, and what changed against one rank.
 
-Knows outcomes, item by item; not how they came about. Item i of both lists is the same item.
+Item i of both lists is the same item.
 """
 
 from __future__ import annotations

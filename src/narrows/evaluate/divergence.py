@@ -1,8 +1,8 @@
 """How far an engine's distributions are from one rank's, row by row: KL divergence, greedy agreement, and a verdict.
 
-Knows engines, batches and rows of logits; not tasks or layouts. The one rank's logits are kept (float32, a bounded
-number of rows), the judged engine's only for the batch at hand. The one rank runs op by op; the judged engine runs as a
-server does, and where that is a replay of a captured step, its bits must be those of op by op (`served.py`).
+The one rank's logits are kept (float32, a bounded number of rows), the judged engine's only for the batch at hand. The
+one rank runs op by op; the judged engine runs as a server does, and where that is a replay of a captured step, its bits
+must be those of op by op (`served.py`).
 
 What a right layout may differ by comes from the arithmetic, not from experience with layouts:
 

@@ -1,9 +1,9 @@
 """A model's tasks on one rank and under layouts, and whether the layouts are what one rank is: the room's front door.
 
-Knows engines, tasks and what is compared with what; prints nothing. One rank runs first, in the same dtype; if that is
-not float32, one rank in float32 too, since it tells how much the dtype itself rounds. Every layout then runs the same
-items, batched and one at a time, and the same rows for its distributions, in its dtype and in float32, where a wrong
-layout has no rounding to hide in. Engines run one after the other, so memory holds one model.
+One rank runs first, in the same dtype; if that is not float32, one rank in float32 too, since it tells how much the
+dtype itself rounds. Every layout then runs the same items, batched and one at a time, and the same rows for its
+distributions, in its dtype and in float32, where a wrong layout has no rounding to hide in. Engines run one after the
+other, so memory holds one model.
 """
 
 from __future__ import annotations

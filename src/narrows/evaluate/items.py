@@ -1,7 +1,6 @@
-"""The files of tasks: one JSON object per line, read and checked; or a text. PURE.
+"""The files of tasks: one JSON object per line, read and checked; or a text.
 
-Knows the field names of docs/eval.md, those that the data sets are published with; not models. An error names the file,
-the line and what is missing there.
+An error names the file, the line and what is missing there.
 """
 
 from __future__ import annotations

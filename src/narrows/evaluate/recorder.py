@@ -1,6 +1,6 @@
 """Keeps what every stage and encoded gather left on every rank, and replays one run's choice of experts in another.
 
-Knows bound steps, registers and layouts; compares nothing. Put around the steps of an engine by :meth:`Recorder.wrap`.
+Put around the steps of an engine by :meth:`Recorder.wrap`.
 """
 
 from __future__ import annotations

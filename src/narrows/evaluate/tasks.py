@@ -1,6 +1,6 @@
 """The tasks: items made into token ids once, put to an engine batched or one at a time, and judged.
 
-Knows files, prompts and the engine's front door; not layouts, nor what is compared with what. Generation is greedy.
+Generation is greedy.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The proof that layouts agree: the same batches under every layout, against one rank, stage by stage; or against
 transformers, logit by logit.
 
-Knows engines, plans and tensors; not text. One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed
-with decode, decode, steps that leave groups without rows) and keeps what every stage left. Each layout then runs the
-same steps, fed the same tokens, and is compared: every stage's output, put together from all ranks by its layout (in as
-many copies as ranks hold the same rows), and at the end each rank's logits. The first stage whose output differs by
-more than the tolerance is named, and the rank where one rank holds the wrong row. A plan that encodes rows rounds on
-purpose: it has a tolerance of its own, and what ranks hold in common must be the same bits. So do int8 weights, whose
-scales are those of the part that a rank holds.
+One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed with decode, decode, steps that leave groups
+without rows) and keeps what every stage left. Each layout then runs the same steps, fed the same tokens, and is
+compared: every stage's output, put together from all ranks by its layout (in as many copies as ranks hold the same
+rows), and at the end each rank's logits. The first stage whose output differs by more than the tolerance is named, and
+the rank where one rank holds the wrong row. A plan that encodes rows rounds on purpose: it has a tolerance of its own,
+and what ranks hold in common must be the same bits. So do int8 weights, whose scales are those of the part that a rank
+holds.
 
 A near-tie in the choice of experts falls either way in the last bit, and then everything after it differs. So the one
 rank's choice is replayed, with the weights of this run, and rows where this run would have chosen otherwise are

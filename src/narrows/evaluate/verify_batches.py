@@ -1,9 +1,9 @@
 """A fixed sequence of steps that meets every kind of batch: what `verify` runs on one rank and on many.
 
-Knows prompts, groups and pages as ints. Prompt i belongs to group i modulo the groups. The first step prefills half of
-every prompt; the next the rest of the even ones, so that groups differ; then the even ones decode while the odd ones
-finish their prompts; then all decode, and every third step only the first group has rows. Every row asks for logits,
-or with ``few_logits`` in the third step only the last of each sequence, as of any prompt that is not scored.
+Prompt i belongs to group i modulo the groups. The first step prefills half of every prompt; the next the rest of the
+even ones, so that groups differ; then the even ones decode while the odd ones finish their prompts; then all decode,
+and every third step only the first group has rows. Every row asks for logits, or with ``few_logits`` in the third step
+only the last of each sequence, as of any prompt that is not scored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Steps that ran, as a document that Perfetto and chrome://tracing open: one row per rank, and the host's above them.
 
-The format is Chrome's trace event format, in its JSON object form. Knows plans and times in seconds of one clock; not
-how they were measured, nor ranks. Every event of a rank is a step of the plan that ran, with what was predicted for it
-beside what it took. :func:`trace_events` makes events one by one, so that a long trace is never in memory as a whole.
+The format is Chrome's trace event format, in its JSON object form. Every event of a rank is a step of the plan that
+ran, with what was predicted for it beside what it took. :func:`trace_events` makes events one by one, so that a long
+trace is never in memory as a whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PURE room: meshes, layouts, row splits, moves and row encodings. No torch."""
+"""Meshes, layouts, row splits, moves and row encodings. No torch."""
 
 from narrows.layout.encoding import Encoding
 from narrows.layout.even_split import Span, split_evenly, starts

@@ -1,7 +1,7 @@
 """DeepSeek V2 and V3 (and Kimi-K2): multi-head latent attention and routed experts, in the order of the forward pass.
 
-Knows one rank's heads, experts and latent cache. Sources of the numbers: DeepSeek-V2 (2405.04434, section 2.1),
-DeepSeek-V3 (2412.19437), and transformers' ``DeepseekV2ForCausalLM`` and ``DeepseekV3ForCausalLM``.
+Sources of the numbers: DeepSeek-V2 (2405.04434, section 2.1), DeepSeek-V3 (2412.19437), and transformers'
+``DeepseekV2ForCausalLM`` and ``DeepseekV3ForCausalLM``.
 
 Letters: T rows, H hidden_size, N this rank's heads, R kv_lora_rank, P qk_rope_head_dim, C = R + P, V v_head_dim,
 S cache slots.

@@ -1,6 +1,6 @@
 """The stages of a layer with routed experts, the same in every family that has them: router, shared_expert, experts.
 
-Knows one rank's experts (or its share of each) and the routing rule of the config. Not which rank sees which rows.
+Not which rank sees which rows.
 
 Letters: T rows, H hidden_size, E experts, K num_experts_per_tok, F intermediate columns held here.
 """

@@ -1,7 +1,7 @@
 """The operations of a layer on one rank's tensors: one file per op, a plain-torch twin beside every faster path.
 
-This room knows tensors, dtypes and shapes. It knows no rank, no layout, no plan, no model and no configuration:
-whatever an op needs is an argument. It is the only room beside ``comm`` that may ask what device a tensor lives on.
+It knows no rank, no layout, no plan, no model and no configuration: whatever an op needs is an argument. It is the only
+room beside ``comm`` that may ask what device a tensor lives on.
 
 Conventions of every op:
 

@@ -1,7 +1,4 @@
-"""The sum of two tensors of rows, where no norm follows that would take it along.
-
-Knows one row at a time; not that one of the two is a residual stream.
-"""
+"""The sum of two tensors of rows, where no norm follows that would take it along."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,6 @@
 """Greedy choice over a vocabulary of which each rank holds some columns: each proposes, then one picks.
 
-Knows its columns and the id of the first. Does not know how the proposals travel: they are one tensor, so that they can
-travel as one.
+The proposals of all ranks are one tensor, so that they can travel as one.
 
 Letters: T rows, V columns held here, W proposals per row.
 """

@@ -1,7 +1,5 @@
 """Softmax attention of the last rows of one context over all of it: the core of every prefill.
 
-Knows queries, keys and values of one context. Does not know caches, pages, latents or which model this is.
-
 Letters: K key/value heads, G query heads per key/value head, T rows (the context's last), L tokens of the context, D
 query and key columns, V value columns, M rows of one block.
 """

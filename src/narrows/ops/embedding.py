@@ -1,7 +1,6 @@
 """Token ids to rows of a table of which this tensor holds one range.
 
-Knows the range it holds. Does not know who holds the rest: over all ranges that cover the vocabulary the results add up
-to the embedding.
+Over all ranks whose ranges cover the vocabulary the results add up to the embedding.
 
 Letters: T rows, V ids held here, H columns.
 """

@@ -1,7 +1,6 @@
 """Rows as one byte per value and a scale per row, and back: what a gather carries where the plan encodes rows.
 
-Knows one row at a time; not what the rows are, nor where they go. The numbers are the same on every device, so ranks
-that decode the same bytes hold the same bits.
+The numbers are the same on every device, so ranks that decode the same bytes hold the same bits.
 
 Letters: T rows, H columns.
 """

@@ -1,7 +1,6 @@
 """The routed experts' MLPs for the experts held here.
 
-Knows rows, their chosen experts and weights, and one range of experts. Does not know who holds the others: over all
-ranges the results add up to the layer's.
+Over all ranks that hold experts the results add up to the layer's.
 
 Letters: T rows, K experts chosen per row, E experts held here, F intermediate columns held here, H columns, X pairs
 (row, expert) of experts held here, sorted by expert.

@@ -1,7 +1,6 @@
 """The core of grouped-query attention over paged caches of keys and values (multi-head and multi-query included).
 
-Knows the caches and query heads held here, and which key/value head each query head reads. Does not know how heads were
-split over ranks: an uneven split is just an uneven ``kv_index``.
+``kv_index`` says which key and value head each query head reads, so heads may be split unevenly over ranks.
 
 Letters: T rows, B decode rows, N query heads held here, K key/value heads held here, G query heads per key/value
 head, D columns of a head, L tokens of a context, S slots.

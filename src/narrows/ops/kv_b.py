@@ -1,7 +1,5 @@
 """The checkpoint's ``kv_b_proj`` as latent attention multiplies with it: keys' and values' halves, per head.
 
-Knows how the halves are held (plain, or packed where products are compiled). Does not know what is multiplied.
-
 Letters: N heads held here, D query/key columns without rotation, R kv_lora_rank, V value columns.
 """
 

@@ -1,7 +1,6 @@
 """Matrix product with a weight in the checkpoint's [out, in] order, or packed for the CPU's bf16 products.
 
-Knows rows, a weight and a bias. Does not know whether the weight is a shard, nor whether the result is a sum still
-owed.
+The weight may be a shard, and the result a sum that is still owed over ranks: the op is the same.
 
 Letters: T rows, I inputs, O outputs.
 """

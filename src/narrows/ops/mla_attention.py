@@ -1,8 +1,6 @@
 """The core of multi-head latent attention over a paged cache of latents.
 
-Knows the cache, one step's rows, and the two halves of the checkpoint's ``kv_b_proj`` for the heads held here. Does not
-know how many heads others hold; the projections, norms and rotation before, and the output projection behind, are the
-model's.
+Projections, norms and rotation before it, and the output projection after it, are the model's.
 
 Letters: T rows, B decode rows, N heads held here, D query/key columns without rotation, P rotated columns, R
 kv_lora_rank, C = R + P (a slot: latent, then the rotated key all heads share), V value columns, L tokens of a

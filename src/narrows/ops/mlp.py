@@ -1,7 +1,5 @@
 """A gated MLP: two products with the activation between them.
 
-Knows rows and the two weights. Does not know which columns of the model's they are, nor whether a sum is owed.
-
 Letters: T rows, H columns, F inner columns held here.
 """
 

@@ -1,7 +1,8 @@
 """Weights made ready for use: packed once for the CPU's products where those are compiled, else plain tensors.
 
-Knows how a weight is laid out, and fills it piece by piece, so that a load never holds a weight twice. Does not know
-what reads it (`linear`, `mlp`, `experts_mlp`), nor whose weight it is. What int8 means is `int8.py`'s.
+A weight is filled piece by piece, so that a load never holds one twice.
+
+What int8 means is `int8.py`'s.
 
 A packed bf16 weight is panels [P, K / 2, 32, 2]: 32 outputs side by side, two neighbouring inputs together
 (csrc/kernels/products.h); a packed int8 weight [P, K / 4, 32, 4]. A gate-and-up weight has 16 gates and 16 ups

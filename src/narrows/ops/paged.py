@@ -1,8 +1,5 @@
 """How the rows of one step meet a paged cache: where each row is written, and what each row reads.
 
-Knows pages and positions, as integers on the host. Does not know what a slot holds, how many layers or caches there
-are, nor which requests the rows belong to.
-
 A cache is a tensor [S, ...] of slots, one token each; page p is the slots p * page_size .. (p + 1) * page_size - 1.
 Page 0 is the null page: never a request's, written by dead rows and read by padding, so it must hold finite numbers
 (zeros at first).

@@ -1,7 +1,5 @@
 """RMSNorm, alone or after the residual addition.
 
-Knows one row at a time. Does not know what the rows are, nor whether the tensor beside them is a residual stream.
-
 Letters: T rows, H columns.
 """
 

@@ -1,8 +1,6 @@
 """Rotary position embedding: frequencies, table, rotation, and the softmax scale that YaRN changes.
 
-Knows the numbers of a checkpoint's ``rope_scaling`` dictionary. Does not know which part of a head is rotated: the
-caller passes exactly the columns to rotate, and ``dim`` is their number (so ``partial_rotary_factor`` is applied by
-the caller).
+The caller passes exactly the columns to rotate, and ``dim`` is their number; so it applies ``partial_rotary_factor``.
 
 Letters: T rows, P positions in the table, N heads, D rotated columns per head, ``D2`` = D / 2.
 """

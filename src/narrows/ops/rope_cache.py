@@ -1,7 +1,5 @@
 """Rotary embedding of a step's queries and keys together with the write of its slots: one pass over each row.
 
-Knows rows, a table and caches; the order of norm, rotation and write. Does not know which model asks.
-
 Letters: T rows, N query heads, K key/value heads, D columns of a head, P rotated columns, R kv_lora_rank, C = R + P,
 S slots.
 """

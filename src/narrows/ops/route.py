@@ -1,7 +1,6 @@
 """Router scores to chosen experts and their weights.
 
-Knows one row of logits at a time and the numbers of the routing rule. Does not know where the experts live, and never
-sees a dead row: their ids are set to -1 by the caller.
+Ids of dead rows are set to -1 by the caller.
 
 Letters: T rows, E experts, K chosen per row, G groups of E / G experts.
 """

@@ -1,6 +1,6 @@
 """Choosing and scoring tokens from whole rows of logits: penalties, filters, one uniform number per row; ranks.
 
-Knows rows of logits and numbers per row; not requests, seeds or ranks. Equal logits and numbers give equal tokens.
+Equal logits and numbers give equal tokens.
 
 Letters: T rows, V vocabulary, C candidates: the best tokens of a row by falling logit, equal ones by rising id.
 """

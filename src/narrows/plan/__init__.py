@@ -1,1 +1,1 @@
-"""PURE room: the planner, plans, the plan cache, and reports on plans. No torch, directly or not."""
+"""The planner, plans, the plan cache, and reports on plans. No torch, directly or not."""

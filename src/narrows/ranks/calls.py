@@ -1,4 +1,4 @@
-"""The interface of ranks, whether they are threads or processes. PURE."""
+"""The interface of ranks, whether they are threads or processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every duration that decides whether a rank is late, stuck or dead, in one table. PURE.
+"""Every duration that decides whether a rank is late, stuck or dead, in one table.
 
 The coordinator, its ranks and nodes, and the service use the same table. The coordinator passes it on, so a test of
 faults can use short durations.

@@ -1,1 +1,1 @@
-"""PURE room: requests, pages, the scheduler and the batches it makes, in whole numbers. No torch."""
+"""Requests, pages, the scheduler and the batches it makes, in whole numbers. No torch."""

@@ -1,1 +1,1 @@
-"""PURE room: the real scheduler on predicted time. No torch, ranks or clock."""
+"""The real scheduler on predicted time. No torch, ranks or clock."""

@@ -1,1 +1,1 @@
-"""Where a rank's weights come from: checkpoints on disk, or seeded random numbers. Knows slices, not models."""
+"""Where a rank's weights come from: checkpoints on disk, or seeded random numbers."""

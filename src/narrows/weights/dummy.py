@@ -1,7 +1,7 @@
 """Seeded random weights (``--load-format dummy``): the same tensor whichever rank asks, so sharded equals whole.
 
-Knows tensor names and shapes. Norm weights are near 1, others normal with a standard deviation that keeps activations
-of order one through many layers.
+Norm weights are near 1, others normal with a standard deviation that keeps activations of order one through many
+layers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FP8 block-scaled weights: which scales a slice needs, and the product. Knows numbers and blocks, no files or names.
+"""FP8 block-scaled weights: which scales a slice needs, and the product.
 
 A tensor [N, K] of float8 values has a tensor of scales [B, C]: one for each block of R x S values (128 x 128 in
 DeepSeek-V3), the last row and column of blocks cut off where N and K end. The weight is ``value * scale``; the field's

@@ -1,7 +1,7 @@
 """Random weights cut from one pool of numbers: as good as any where only time counts, and there at once.
 
-Knows shapes and names; the same tensor whichever rank asks. Gates and biases spread rows over experts as those of
-`dummy.py` do, since the time of experts depends on how many are hit.
+Gates and biases spread rows over experts as those of `dummy.py` do, since the time of experts depends on how many are
+hit.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""PURE room: loads of requests over time, and figures of the answers, for benchmarks and simulations."""
+"""Loads of requests over time, and figures of the answers, for benchmarks and simulations."""

@@ -1,7 +1,7 @@
 """Sends a workload to an OpenAI-compatible server and notes when the pieces of each answer came.
 
-Knows HTTP and server-sent events; no figures. Needs aiohttp (the extra ``bench``). Pieces are told apart by bytes and
-parsed only where a count or an error stands in them, so that the client takes little of the machine that it measures.
+Needs aiohttp (the extra ``bench``). Pieces are told apart by bytes and parsed only where a count or an error stands in
+them, so that the client takes little of the machine that it measures.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""PURE: plans in words, tables, JSON and files. The planner imports none of it."""
+"""Plans in words, tables, JSON and files. The planner imports none of it."""
