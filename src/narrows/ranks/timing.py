@@ -18,7 +18,7 @@ class Timing:
     beat_s: float = 0.5
     """Interval of heartbeats from ranks and nodes."""
     doubt_s: float = 2.0
-    """A rank that is silent for this long makes a service unhealthy: it is stopped or cut off."""
+    """After this much silence of a rank `/health` is red: the rank is probably suspended or unreachable."""
     silence_s: float = 6.0
     """A rank that is silent for this long counts as dead."""
     suspended_s: float = 2.0

@@ -19,7 +19,7 @@ __all__ = ["Recovery"]
 _LOG = logging.getLogger("narrows.engine")
 
 _RESTART_S = 60.0
-"""Ranks that fail again so soon after they were started in place of others are not started a third time."""
+"""If replacement ranks fail within so many seconds of their start, the service ends."""
 
 
 class Recovery:
