@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from narrows.arch.chain import build_chain
 from narrows.arch.presets import preset
 from narrows.arch.stages import RoutedExperts
 from narrows.arch.weight_sharding import WeightSharding
@@ -23,6 +26,8 @@ from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Mesh
 from narrows.plan.planner import Deployment, Planner
+from narrows.plan.report.plan_report import make_report
+from narrows.sim.serving import serving
 
 V3 = RoutedExperts(hidden=7168, intermediate=2048, experts=256, top_k=8, ranks=8, whole=False)
 QWEN3 = RoutedExperts(hidden=4096, intermediate=1536, experts=128, top_k=8, ranks=4, whole=False)
@@ -121,15 +126,11 @@ def test_every_table_can_be_read() -> None:
     assert not grids("h20", "moe")
 
 
+V3_ON_H200 = Deployment(config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h200"), dtype="fp8")
+
+
 def step_ps(engine: EngineStyle, *, kv_dtype: str = "bf16", rows: int = 8) -> int:
-    deployment = Deployment(
-        config=preset("deepseek-v3"),
-        mesh=Mesh.of(dp=1, tp=8),
-        device=device("h200"),
-        dtype="fp8",
-        engine=engine,
-        kv_dtype=kv_dtype,
-    )
+    deployment = replace(V3_ON_H200, engine=engine, kv_dtype=kv_dtype)
     shape = StepShape.of(deployment.mesh, (rows,), phase="decode", context=4096)
     return Planner(deployment, WeightSharding()).plan(shape, "all-reduce").ps
 
@@ -146,12 +147,66 @@ def test_an_engine_adds_its_host_and_saves_its_overlap() -> None:
 def test_a_narrow_cache_is_read_faster_and_takes_half() -> None:
     none = EngineStyle(name="none")
     assert step_ps(none, kv_dtype="fp8", rows=64) < step_ps(none, rows=64)
-    deployment = Deployment(config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h200"), dtype="fp8")
-    wide = deployment.memory(WeightSharding()).kv_per_token
-    narrow = Deployment(
-        config=deployment.config, mesh=deployment.mesh, device=deployment.device, dtype="fp8", kv_dtype="fp8"
+    narrow = replace(V3_ON_H200, kv_dtype="fp8")
+    assert 2 * narrow.memory(WeightSharding()).kv_per_token == V3_ON_H200.memory(WeightSharding()).kv_per_token
+
+
+def test_the_shared_expert_beside_the_routed_ones_costs_what_it_takes_longer() -> None:
+    deployment = replace(V3_ON_H200, engine=EngineStyle(name="beside", parallel_shared_expert=True))
+    stage = next(
+        stage for stage in build_chain(deployment.config, deployment.mesh).layer_types[-1].stages if stage.routed
     )
-    assert narrow.memory(WeightSharding()).kv_per_token * 2 == wide
+    shape = StepShape.of(deployment.mesh, (64,), phase="decode", context=4096)
+    beside, after = (
+        each.pricer(shape).stage(stage, stage.accepts, False, stage.row_set) for each in (deployment, V3_ON_H200)
+    )
+    routed = replace(stage, work=stage.work[: stage.routed.num_items])
+    shared = replace(stage, work=stage.work[stage.routed.num_items :], routed=None)
+    parts = [V3_ON_H200.pricer(shape).stage(part, stage.accepts, False, stage.row_set).ps for part in (routed, shared)]
+    assert abs(sum(parts) - after.ps) <= 2 and beside.ps == max(parts)
+    long = replace(stage, work=stage.work[: stage.routed.num_items] + 100 * shared.work)
+    assert deployment.pricer(shape).stage(long, stage.accepts, False, stage.row_set).ps > 2 * parts[0]
+
+
+def test_fp8_has_scales_by_block_where_checkpoints_have_them() -> None:
+    llama = Deployment(config=preset("llama-3.1-70b"), mesh=Mesh.of(dp=1, tp=2), device=device("h200"), dtype="fp8")
+    assert V3_ON_H200.block_scales and not llama.block_scales
+    assert llama.pricer(StepShape.of(llama.mesh, (8,), phase="decode", context=64))._fp8("fp8") == "fp8-tensor"
+    shape = StepShape.of(llama.mesh, (4096,), phase="prefill", context=4096)
+    by_block = replace(llama, config=replace(llama.config, quantization=V3_ON_H200.config.quantization))
+    mlp = {
+        each: Planner(each, WeightSharding()).plan(shape, "all-reduce").totals()["mlp"] for each in (llama, by_block)
+    }
+    assert mlp[llama] != mlp[by_block]
+
+
+@pytest.mark.parametrize("experts", ["split", "whole"])
+def test_every_layout_holds_experts_as_asked(experts: str) -> None:
+    deployment = replace(V3_ON_H200, experts=experts)
+    report = make_report(deployment, StepShape.of(deployment.mesh, (64,), phase="decode", context=4096))
+    assert {entry.sharding.experts for entry in report.entries} == {experts}
+    found = serving(deployment, "all-reduce", rows_per_step=1024, max_context=4096)
+    assert found.sharding.experts == experts
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"experts": "some"}, r"--experts 'some' is not known; it is one of split, whole"),
+        ({"experts": "whole", "config": preset("llama-3.1-8b")}, r"llama-3.1-8b has no experts; leave it out"),
+        ({"experts": "whole", "mesh": Mesh.of(dp=512, tp=1)}, r"256 experts cannot be dealt whole to 512 ranks; use"),
+        ({"kv_dtype": "int4"}, r"--kv-dtype 'int4' is not known; it is one of bf16, fp8"),
+        ({"kv_dtype": "fp8", "dtype": "fp32"}, r"--kv-dtype fp8 is for GPUs .* this is h200 in fp32"),
+        ({"kv_dtype": "fp8", "dtype": "bf16", "device": device("cpu-core")}, r"this is cpu-core in bf16; leave it out"),
+        (
+            {"engine": ENGINES["vllm"], "dtype": "bf16", "device": device("cpu-core")},
+            r"engine on GPUs, not on cpu-core",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(change: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        replace(V3_ON_H200, **change)
 
 
 def test_an_unknown_engine_is_refused() -> None:

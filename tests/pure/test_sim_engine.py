@@ -56,6 +56,17 @@ def test_who_comes_while_two_steps_are_with_the_ranks_waits_for_both() -> None:
     assert second.ttft_s == pytest.approx(2.4)
 
 
+def test_a_request_is_on_its_way_before_the_scheduler_has_it() -> None:
+    # Its way counts in its time to the first token, and it has its place meanwhile.
+    asks = [ask(2.0, 10, 4), ask(2.0, 10, 2)]
+    found = simulate(Limits(), SIMPLE, asks, concurrency=1, arrival_s=0.25)
+    first, second = found.answers
+    assert first.sent_s == 2.0 and first.pieces_s == (3.25, 3.75, 4.25, 4.75)
+    assert second.sent_s == 4.75 and second.pieces_s == (6.0, 6.5)
+    refused = simulate(Limits(max_context=16), SIMPLE, [ask(0.0, 16, 1)], arrival_s=0.25)
+    assert refused.answers[0].error and refused.answers[0].ended_s == 0.25
+
+
 def test_at_most_so_many_are_sent_at_once_and_places_are_taken_after_the_next_step_is_out() -> None:
     found = simulate(Limits(), SIMPLE, [ask(0.0, 4, 2)] * 3, concurrency=1)
     assert found.figures.peak_concurrency == 1

@@ -9,7 +9,7 @@ from narrows.cost.engines import ENGINES, KERNELS_ALONE
 from narrows.cost.imbalance import DEFAULT_SKEW
 from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
-from narrows.plan.planner import ENCODE_ROWS
+from narrows.plan.planner import ENCODE_ROWS, EXPERTS, KV_DTYPES
 
 __all__ = ["add_priced_flags", "add_prompt_rows_flag", "add_requests_flag", "add_revision_flag"]
 
@@ -54,14 +54,14 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
     )
     add(
         "--experts",
-        choices=("split", "whole"),
+        choices=EXPERTS,
         default="",
         help="hold a part of every expert on each rank, or whole experts (expert parallelism); default: as published "
         "in named layouts, the cheapest in auto",
     )
     add(
         "--kv-dtype",
-        choices=("bf16", "fp8"),
+        choices=KV_DTYPES,
         default="bf16",
         help="of the KV cache on a GPU (default bf16, or that of float32 activations)",
     )

@@ -159,7 +159,8 @@ def run(args: argparse.Namespace) -> int:
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
             dtype_line = f"dtype {dtype}: {because}" if because else ""
-            for line in filter(None, (dtype_line, ranks_line(hardware, candidate.mesh.size), _saturation(used))):
+            notes = (dtype_line, engine_style(args.engine).note, ranks_line(hardware, candidate.mesh.size))
+            for line in filter(None, (*notes, _saturation(used))):
                 out.print(f"note: {line}", markup=False, highlight=False)
         if target.is_set and len(candidates) > 1 and target.misses(best.outcome):
             out.print(f"none of these {len(candidates)} meets the target; the nearest comes first", markup=False)

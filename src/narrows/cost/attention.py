@@ -50,11 +50,11 @@ def attention_price(device: Device, shape: AttentionShape, *, dtype: str, kv_dty
     limit = roofline_price(device, flops=shape.flops, kv_bytes=shape.kv_bytes, dtype=dtype)
     kernel = f"{'mla' if shape.latent else 'gqa'}_{'decode' if shape.decode else 'prefill'}"
     tables = grids(device.kernels, kernel) if device.kernels is not None and dtype != "fp32" else {}
-    grid = tables.get((kv_dtype,)) or tables.get(("bf16",))
+    own = device.kernels == device.name and (kv_dtype,) in tables
+    grid = tables.get((kv_dtype,)) or tables.get(("bf16",))  # a kernel over an fp8 cache multiplies in bf16
     if grid is None:
         return limit
     price = _at(grid, shape, shape.rows, shape.context * shape.share) if shape.decode else _prefill(grid, shape)
-    own = device.kernels == device.name
     return price if own else Price(price.seconds, max(price.source, Source.SCALED))
 
 

@@ -17,9 +17,9 @@ class EngineStyle:
 
     ``launch_overlap_s``: how much earlier a kernel begins than the one before it ends (programmatic dependent launch,
     a second stream); at most half of a kernel is saved. ``parallel_shared_expert``: the shared expert runs beside the
-    routed ones on a second stream, and costs nothing more. ``host_s`` and ``host_row_s``: what each step takes beside
-    its kernels, and for each row with logits (scheduling, sampling, detokenizing). ``arrival_s``: from when a request
-    is sent until the scheduler has it (HTTP, tokenizing). ``source``: where they come from.
+    routed ones on a second stream, so that the longer of the two counts. ``host_s`` and ``host_row_s``: what each step
+    takes beside its kernels, and for each row with logits (scheduling, sampling, detokenizing). ``arrival_s``: from
+    when a request is sent until the scheduler has it (HTTP, tokenizing). ``source``: where they come from.
     """
 
     name: str
@@ -30,11 +30,16 @@ class EngineStyle:
     arrival_s: float = 0.0
     source: str = ""
 
+    @property
+    def note(self) -> str:
+        """One line for people who read prices of this engine; empty if there is none."""
+        return "" if self is KERNELS_ALONE else f"engine {self.name}: host and overlap of {self.source}"
+
 
 KERNELS_ALONE = EngineStyle(name="none", source="isolated kernels, one after the other")
 """No engine: the sum of its kernels."""
 
-_FITTED = "fitted to the shared published runs (docs/published.md)"
+_FITTED = "fitted to the published runs of docs/published.md"
 
 SGLANG = EngineStyle(
     name="sglang",

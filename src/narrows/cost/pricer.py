@@ -5,6 +5,7 @@ A stage costs its largest rank's rows. A collective on a device whose ranks need
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -169,19 +170,8 @@ class Pricer:
     def _within(self, window: int) -> Pricer:
         """A pricer of the same to which a row attends to so many tokens at most."""
         if window not in self._windowed:
-            self._windowed[window] = Pricer(
-                self.device,
-                self.mesh,
-                self.shape,
-                self.dtype,
-                itemsize=self.itemsize,
-                graph=self.graph,
-                window=window,
-                expert_skew=self.expert_skew,
-                block_scales=self.block_scales,
-                kv_dtype=self.kv_dtype,
-                engine=self.engine,
-            )
+            self._windowed[window] = pricer = copy(self)
+            pricer.window, pricer._windowed, pricer._largest = window, {}, {}
         return self._windowed[window]
 
     def _composed(
@@ -189,12 +179,19 @@ class Pricer:
     ) -> tuple[Price, float]:
         """The price of each item of a stage's work, one after the other, and the bytes that they move. Items of
         ``stage`` that were measured together are priced so."""
-        price, nbytes, uneven = ZERO, 0.0, self._uneven(work, rows)
+        nbytes, uneven = 0.0, self._uneven(work, rows)
         together = self._together(stage, work, rows, dtype) if stage is not None and rows else {}
+        prices = []
         for i, item in enumerate(work):
             item_price, item_bytes = self._work(item, rows, dtype, uneven)
-            price, nbytes = price + self._in_engine(together.get(i, item_price)), nbytes + item_bytes
-        return price, nbytes
+            prices.append(self._in_engine(together.get(i, item_price)))
+            nbytes += item_bytes
+        if stage is not None and stage.routed is not None and self.engine.parallel_shared_expert:
+            routed, shared = (
+                sum(part, ZERO) for part in (prices[: stage.routed.num_items], prices[stage.routed.num_items :])
+            )
+            return Price(max(routed.seconds, shared.seconds), (routed + shared).source), nbytes
+        return sum(prices, ZERO), nbytes
 
     def _in_engine(self, price: Price) -> Price:
         """A kernel that begins before the one in front of it has ended."""
@@ -207,8 +204,7 @@ class Pricer:
         if stage.routed is not None:
             price = experts_price(self.device, stage.routed, rows, self._fp8(dtype), self.expert_skew)
             if price is not None:
-                beside = len(work) if self.engine.parallel_shared_expert else stage.routed.num_items
-                found = dict.fromkeys(range(beside), ZERO) | {0: price}
+                found = dict.fromkeys(range(stage.routed.num_items), ZERO) | {0: price}
         if stage.absorbed is not None and self.shape.phase == "decode":
             heads = next(item.heads for item in work if isinstance(item, AttentionCore))
             if (price := absorbed_price(self.device, heads, rows, dtype)) is not None:

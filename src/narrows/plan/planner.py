@@ -28,7 +28,7 @@ from narrows.plan.plan import Plan
 from narrows.plan.search import Search
 from narrows.plan.workspace import Kernels, Workspace, workspace
 
-__all__ = ["ENCODE_ROWS", "Deployment", "Planner", "choose_sharding", "known_sharding"]
+__all__ = ["ENCODE_ROWS", "EXPERTS", "KV_DTYPES", "Deployment", "Planner", "choose_sharding", "known_sharding"]
 
 ENCODE_ROWS = {
     "none": (Encoding.PLAIN, False),
@@ -39,6 +39,12 @@ ENCODE_ROWS = {
 }
 """What rows may travel as in gathers: where the planner finds it cheaper, or wherever it is allowed (``always``), which
 is the most that any plan can round: for measuring quality."""
+
+
+KV_DTYPES = ("bf16", "fp8")
+"""Of the KV cache; ``bf16`` stands for the dtype of the activations."""
+EXPERTS = ("split", "whole")
+"""How ranks hold experts: a part of each, or whole ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +78,36 @@ class Deployment:
         if not 0 <= self.expert_skew <= LARGEST_SKEW:
             raise ConfigError(f"--expert-skew is {self.expert_skew:g}; it must be between 0 and {LARGEST_SKEW:g}")
         check_mesh(self.config, self.mesh)
+        self._check_experts()
+        self._check_gpu_options()
+
+    def _check_experts(self) -> None:
+        """Refuse a way to hold experts that this model or mesh cannot have."""
+        if not self.experts:
+            return
+        if self.experts not in EXPERTS:
+            raise ConfigError(f"--experts {self.experts!r} is not known; it is one of {', '.join(EXPERTS)}")
+        if self.config.moe is None:
+            raise ConfigError(f"--experts {self.experts}: {self.config.name} has no experts; leave it out")
+        if self.experts == "whole" and (count := self.config.moe.n_routed_experts) < self.mesh.size:
+            raise ConfigError(
+                f"--experts whole: {count} experts cannot be dealt whole to {self.mesh.size} ranks; "
+                f"use --experts split, or at most {count} ranks"
+            )
+
+    def _check_gpu_options(self) -> None:
+        """Refuse what is priced for GPUs alone."""
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"--kv-dtype {self.kv_dtype!r} is not known; it is one of {', '.join(KV_DTYPES)}")
+        if self.kv_dtype == "fp8" and (self.device.is_cpu or self.dtype == "fp32"):
+            raise ConfigError(
+                f"--kv-dtype fp8 is for GPUs with bf16 activations, and this is {self.device.name} in {self.dtype}; "
+                "leave it out"
+            )
+        if self.engine is not KERNELS_ALONE and self.device.is_cpu:
+            raise ConfigError(
+                f"--engine {self.engine.name} describes an engine on GPUs, not on {self.device.name}; leave it out"
+            )
 
     @property
     def block_scales(self) -> bool:
@@ -89,8 +125,7 @@ class Deployment:
 
     def sharding_choices(self) -> tuple[WeightSharding, ...]:
         """Every weight sharding that it may have, the published one first."""
-        found = sharding_choices(self.config, self.mesh)
-        return tuple(each for each in found if each == self.published(each)) or found
+        return tuple(dict.fromkeys(self.published(each) for each in sharding_choices(self.config, self.mesh)))
 
     def memory(self, sharding: WeightSharding, workspace: int = 0) -> MemoryUse:
         """Weights and KV cache on the fullest rank, where steps take ``workspace`` bytes beside them."""

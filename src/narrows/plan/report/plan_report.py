@@ -209,7 +209,12 @@ def make_report(
         why=tuple(why(auto.plan, other) for other in others),
         best_named=sweep.named(published, named or applicable_layouts(config, mesh)[:-1]),
         best_auto=sweep.auto(planner),
-        notes=(*notes, *filter(None, [ranks_line(deployment.device, mesh.size)]), *_room(auto, shape), *config.notes),
+        notes=(
+            *notes,
+            *filter(None, [deployment.engine.note, ranks_line(deployment.device, mesh.size)]),
+            *_room(auto, shape),
+            *config.notes,
+        ),
     )
 
 
