@@ -14,7 +14,7 @@ import torch
 
 from narrows.native import kernels
 
-__all__ = ["Pair", "brgemm", "has_amx", "kernels", "torch_brgemm"]
+__all__ = ["Pair", "brgemm", "has_amx", "has_avx512", "kernels", "torch_brgemm"]
 
 Pair = ctypes.Array[ctypes.c_void_p]
 
@@ -23,8 +23,8 @@ Pair = ctypes.Array[ctypes.c_void_p]
 def brgemm() -> Pair | None:
     """The product that the compiled ones leave many rows to: torch's, on CPUs with AMX; else None.
 
-    It uses AMX's tiles (several times the rate of AVX-512) and takes weights packed as ours are. Its bits are oneDNN's
-    affair, so who promises them (``batch_invariant``) does without.
+    It uses AMX's tiles (several times the rate of AVX-512) and takes weights packed as ours are. Its bits depend on the
+    number of rows, so ``batch_invariant`` does without.
     """
     found = kernels()
     return torch_brgemm() if has_amx() and found is not None and found.target == "avx512bf16" else None
@@ -34,6 +34,13 @@ def brgemm() -> Pair | None:
 def has_amx() -> bool:
     """Whether this CPU multiplies bf16 matrices in tiles."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+@cache
+def has_avx512() -> bool:
+    """Whether torch and its libraries compute with AVX-512 (``ATEN_CPU_CAPABILITY`` and
+    ``MKL_ENABLE_INSTRUCTIONS`` can hold them to less)."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache

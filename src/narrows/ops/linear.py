@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrows.ops.compiled import Pair, brgemm, has_amx, kernels
+from narrows.ops.compiled import Pair, brgemm, has_amx, has_avx512, kernels
 from narrows.ops.int8 import Int8Linear, int8_linear
 from narrows.ops.packed import LinearWeight, PackedLinear, plain
 
@@ -24,6 +24,10 @@ rows on an AMD EPYC (Zen 4), of 1 to 15 on a Xeon (Ice Lake); torch for bf16 one
 AMX_ROWS = 32
 """bf16 rows of one product on CPUs with AMX. From one number of rows to another, up to hundreds, oneDNN sums in other
 orders there, so no number of rows is enough: every product is one of this many."""
+
+AVX2_ROWS = 16
+"""float32 rows of one product on CPUs without AVX-512, where MKL does the same. In products of 16 rows all places are
+alike; in products of 8 or 32 they are not."""
 
 FEW_ROWS = 4
 """bf16 rows up to which a plain weight on CPU is read by the compiled product: at the speed of memory, torch at less
@@ -53,9 +57,9 @@ def linear(
     (measured: 2048 x 1408, 1 to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
 
     ``batch_invariant``, of a plain weight: the bits of a row do not depend on how many rows there are, nor on which:
-    few rows are filled up with zeros, and many bf16 rows are several products on CPUs with AMX (`rows_alike`). One row
-    in float32 is then 16, and no longer a product of a matrix and a vector. In bf16 there is no difference to measure
-    without AMX; with it, 512 rows of 2048 x 2048 take three times as long (docs/log.md).
+    few rows are filled up with zeros. Many rows are several products in bf16 with AMX, and in float32 without AVX-512
+    (`rows_alike`). One row in float32 is then 16, and no longer a product of a matrix and a vector. 512 rows of
+    2048 x 2048 take three times as long in bf16 with AMX, and 1.7 times in float32 without AVX-512 (docs/log.md).
     That the kernels are such is checked by a test of every product here, on the machine that runs it; it is not what
     MKL or oneDNN promise.
     Source: ``torch.nn.functional.linear``.
@@ -88,11 +92,20 @@ def rows_alike(product: Callable[[Tensor], Tensor], x_T: Tensor, num_inputs: int
     num_rows = x_T.shape[0]
     if num_rows == 0:
         return product(x_T)
-    if x_T.dtype == torch.bfloat16 and x_T.is_cpu and has_amx():
-        blocks = [product(_filled(block, AMX_ROWS)) for block in torch.split(x_T, AMX_ROWS)]
+    if (size := _block_rows(x_T)) is not None:
+        blocks = [product(_filled(block, size)) for block in torch.split(x_T, size)]
         return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[:num_rows]
     least = max(MIN_ROWS.get(x_T.dtype, 1), -(-MIN_PRODUCTS // max(1, num_inputs * num_outputs)))
     return product(_filled(x_T, least))[:num_rows]
+
+
+def _block_rows(x_T: Tensor) -> int | None:
+    """How many rows one product has where no number of rows treats all alike; None: as many as there are."""
+    if x_T.is_cpu and x_T.dtype == torch.bfloat16 and has_amx():
+        return AMX_ROWS
+    if x_T.is_cpu and x_T.dtype == torch.float32 and not has_avx512():
+        return AVX2_ROWS
+    return None
 
 
 def _filled(x_T: Tensor, num_rows: int) -> Tensor:
