@@ -13,6 +13,7 @@ from narrows.cost.environment import cpu_facts
 from narrows.cost.memory import kv_token_bytes, weight_bytes
 from narrows.engine.free_memory import free_memory, total_memory
 from narrows.errors import ConfigError
+from narrows.native import kernels
 from narrows.plan.planner import Deployment
 
 __all__ = ["Host", "Needs", "check_memory", "slow_bf16"]
@@ -24,16 +25,20 @@ _BF16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """``memory``: bytes of the machine, or of the container that this process is in; ``free``: of these, those in no
-    use. ``cpu_features``: those of ``cost.environment.CPU_FEATURES`` that the CPU has; none where they are unknown."""
+    use. ``cpu_features``: those of ``cost.environment.CPU_FEATURES`` that the CPU has; none where they are unknown.
+    ``target``: the instruction set of the compiled kernels; empty where there are none."""
 
     memory: int
     free: int
     cpu_features: tuple[str, ...] = ()
+    target: str = ""
 
     @classmethod
     def here(cls) -> Host:
         """This one, now."""
-        return cls(memory=total_memory(), free=free_memory(), cpu_features=cpu_facts()[1])
+        running = kernels()
+        target = running.target if running else ""
+        return cls(memory=total_memory(), free=free_memory(), cpu_features=cpu_facts()[1], target=target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,16 +106,23 @@ def check_memory(needs: Needs, host: Host, *, kv_tokens: int, rows: int) -> str:
 
 
 def slow_bf16(bfloat16: Needs, float32: Needs, host: Host) -> str:
-    """What to say where the checkpoint's bfloat16 runs on a CPU that has no products for it; empty where it has."""
-    if not host.cpu_features or _BF16_PRODUCTS & set(host.cpu_features):
+    """What to say where the checkpoint's bfloat16 runs on a CPU without products for it, and without vectors wide
+    enough for the compiled kernels to make up for that; empty elsewhere."""
+    if not host.cpu_features or _BF16_PRODUCTS & set(host.cpu_features) or host.target not in ("", "baseline"):
         return ""
+    faster = "prompts" if host.target else "prompts and batches"
     line = (
-        "this CPU has no bf16 products (neither AVX-512 BF16 nor AMX), so prompts and batches are faster in float32: "
-        f"--dtype float32, for {_size(float32.weights)} of weights here in place of {_size(bfloat16.weights)}"
+        f"this CPU has no bf16 products (neither AVX-512 BF16 nor AMX), and {_kernels(host)}, so {faster} are faster "
+        f"in float32: --dtype float32, for {_size(float32.weights)} of weights here "
+        f"in place of {_size(bfloat16.weights)}"
     )
     if float32.total > host.free:
         line += f"; it takes {float32.total / 1e9:.1f} GB in all, and {host.free / 1e9:.1f} are free now"
     return line
+
+
+def _kernels(host: Host) -> str:
+    return "the compiled kernels run without AVX2" if host.target else "there are no compiled kernels for it"
 
 
 def _size(nbytes: int) -> str:
