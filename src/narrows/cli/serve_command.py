@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import signal
@@ -212,7 +211,6 @@ def run(args: argparse.Namespace) -> int:
                 curl = curl_line(url, model.names[0], has_key=bool(options.api_keys), chats=chats)
                 seconds = perf_counter() - started
                 where = f"{resolved.mesh}, {resolved.asked.threads} thread(s) per rank"
-                gc.freeze()  # what is there will be: no collection looks at it again, some tens of milliseconds each
                 line = f"narrows: {model.names[0]} on {where} is ready at {url} ({seconds:.1f} s); try: {curl}"
                 with suppress(OSError):  # no reader, or a full disk
                     print(line, flush=True)

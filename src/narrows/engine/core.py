@@ -7,7 +7,7 @@ refer to samples that it has not seen.
 from __future__ import annotations
 
 import itertools
-import secrets
+import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +45,8 @@ from narrows.weights.source import WeightSource
 
 __all__ = ["Engine", "StepInFlight", "StepTracer"]
 
+_SEEDS = random.Random()
+"""Of requests without one. Seeded once by the system: asking it each time gives up the interpreter's lock."""
 _AHEAD = 2
 """Steps that the ranks have been given at most: the one they run, and the next."""
 _MASK_S = 0.002
@@ -212,7 +214,7 @@ class Engine:
         self._check_sampling(asked.sampling, asked.guide)
         sampling = asked.sampling
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
+            sampling = replace(sampling, seed=_SEEDS.getrandbits(63))
         request = Request(
             id=next(self._ids),
             prompt=asked.prompt,

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from narrows.api import Backend
 from narrows.errors import ConfigError
 from narrows.server.app import state_of
+from narrows.server.garbage import FullCollections
 from narrows.server.http.connection_limits import ConnectionSlots, Listener
 from narrows.server.http.connections import Connection
 
@@ -135,6 +136,7 @@ class _Server(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._when_ready = when_ready
         self._drains: threading.Thread | None = None
+        self._collections = FullCollections()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Uvicorn's, with doors of our own in place of its servers."""
@@ -147,6 +149,7 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Uvicorn's, once the ready line is out."""
         self._when_ready()
+        self._collections.begin()
         await super().main_loop()
 
     async def on_tick(self, counter: int) -> bool:
@@ -154,6 +157,7 @@ class _Server(uvicorn.Server):
         if self._backend.failure and self._drains is None:
             self.exit_code = 1
             return True
+        self._collections.look(busy=bool(self.server_state.tasks))
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

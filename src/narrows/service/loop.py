@@ -28,6 +28,8 @@ _LOG = logging.getLogger("narrows.engine")
 
 _TICK_S = 0.25
 """How often the loop looks at the ranks while nothing else wakes it."""
+_TAKEN_AT_ONCE = 32
+"""New and aborted requests of one round: a thousand that come or leave together hold up no step."""
 
 
 class Wake:
@@ -117,7 +119,7 @@ class Loop:
 
     def _take_in(self) -> bool:
         """Admit new requests and drop aborted ones; whether there were any."""
-        arrived, unwanted = self._queue.take()
+        arrived, unwanted = self._queue.take(_TAKEN_AT_ONCE)
         for active in arrived:
             try:
                 self.engine.scheduler.add(active.request)

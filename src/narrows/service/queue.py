@@ -139,12 +139,23 @@ class RequestQueue:
             arrived, self._arrived = self._arrived, []
             return arrived
 
-    def take(self) -> tuple[list[ActiveRequest], list[ActiveRequest]]:
-        """Those that have come since the last call, and those that are not wanted any more, which are forgotten."""
+    def take(self, limit: int) -> tuple[list[ActiveRequest], list[ActiveRequest]]:
+        """Those that have come, and those that are not wanted any more, which are forgotten.
+
+        At most ``limit`` of each, first come first; the others are left for later calls. None is unwanted before it
+        was taken as one that has come.
+        """
         with self._changed:
-            arrived, self._arrived = self._arrived, []
-            unwanted = [self._active.pop(number) for number in self._unwanted if number in self._active]
-            self._unwanted = []
+            arrived, self._arrived = self._arrived[:limit], self._arrived[limit:]
+            to_come = {active.number for active in self._arrived}
+            left: list[int] = []
+            unwanted: list[ActiveRequest] = []
+            for number in self._unwanted:
+                if number in to_come or len(unwanted) == limit:
+                    left.append(number)
+                elif (active := self._active.pop(number, None)) is not None:
+                    unwanted.append(active)
+            self._unwanted = left
             self._changed.notify_all()
         return arrived, unwanted
 
