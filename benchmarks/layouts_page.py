@@ -47,18 +47,18 @@ test holds the two together. One prefill step of so many rows in all, context {C
 logits, in a CUDA graph. **These are predictions**: no row of it has been run on these machines.
 
 *Weight sharding* is chosen for that one step among the ways that fit memory with its KV cache, as by `narrows plan`.
-The named layouts have the published sharding. The last columns say what each costs more than the plan picked:
-`all-reduce` is what engines did before the two publications, **A** is `attn-tp-input-scattered`, **B** is
-`norm-before-gather` ([what was published](published.md)), "seq" is Megatron's `sequence-parallel`. A dash means that a
+The named layouts have the published sharding. The last columns say what each costs more than the plan picked.
+`all-reduce` is what engines did before the two publications ([what was published](published.md)). **A** is
+`attn-tp-input-scattered`, **B** is `norm-before-gather`, "seq" is Megatron's `sequence-parallel`. A dash means that a
 layout does not apply. *Published sharding* is the same for `auto` with the published sharding: it separates what the
-sharding saves from what the layouts save. *Prices* says what the picked plan's time rests on: m measured, i
-interpolated between measured points, s scaled from another device or size, r roofline with a stated efficiency. Words
-for a plan: the moves into attention and into the experts in most layers, where the router runs, and weight sharding
-other than the published. "Last layer narrow": the last layer's experts see only the rows whose logits are asked for,
-in every plan picked here where that saves anything.
+sharding saves from what the layouts save. *Prices* gives the sources of the picked plan's time: m measured, i
+interpolated between measured points, s scaled from another device or size, r roofline (with a stated efficiency). A
+plan is described by its moves into attention and into the experts in most layers, by where the router runs, and by
+any unpublished weight sharding. "Last layer narrow": the last layer's experts see only the rows whose
+logits are requested, in every plan picked here where that saves anything.
 
-GPUs have no kernel here that makes an all-reduce and the norm after it at once, so that no plan below has that op,
-and rows travel plain: int8 or fp8 rows in gathers are off unless asked for ([encoded rows](encoded-rows.md)).
+No plan below has an all-reduce with its norm as one op, because GPUs have no such kernel here. Rows travel plain:
+int8 or fp8 rows in gathers are off by default ([encoded rows](encoded-rows.md)).
 """
 
 
@@ -184,9 +184,9 @@ def beside_the_prototype() -> Iterator[str]:
 ## Beside an independent prototype
 
 Before this planner there was a prototype of the search, written apart from it, with its own prices from the same
-tables. DeepSeek-V3 in FP8 on 8 GPUs, published sharding, memory ignored (so H100 too): what all-reduce costs more than
-the best plan / what the published layout does (A at dp 1, else B), in %; behind it, in brackets, what the prototype
-found.
+tables. The table is for DeepSeek-V3 in FP8 on 8 GPUs, published sharding, memory ignored (so H100 too). It says, in
+%, what all-reduce costs more than the best plan / what the published layout does (A at dp 1, else B). The prototype's
+figures follow in brackets.
 
 | | 128 rows | 1024 | 4096 | 16384 |
 |---|---|---|---|---|"""
@@ -206,22 +206,23 @@ found.
 
 
 BESIDE = """
-Only the prototype's figures are left, so what explains a difference is said here as far as it can be checked:
+Only the prototype's figures are left, so differences are explained here as far as that can be checked:
 
-- Both find the same order nearly everywhere: all-reduce at few rows, both collectives converted and the router on
-  slices from about 1000 rows on, and the most to gain at dp 2 x tp 4.
+- Both find the same order nearly everywhere. It is all-reduce at few rows; from about 1000 rows on both collectives
+  are converted and the router runs on slices. The most to gain is at dp 2 x tp 4.
 - Every plan here may run the last layer's experts on the rows with logits alone, which no named layout does. Without
   that `auto` on H20, dp 1 x tp 8, 4096 rows is 15.7 / 2.5, so it adds about 1 to each figure.
-- At 128 rows, and on B200 at 1024, A costs more here than there. A reduce-scatter and a gather of the latent take 113
-  us in the measured B200 curves at 1024 rows, an all-reduce 52: 61 layers lose 3.7 ms of about 41, more than the
-  narrower projection and norm give back. The prototype must have priced those small collectives otherwise.
-- At 4096 rows and more on H100 and B200 all-reduce costs less here than there (12.4 against 19.4 at dp 8). The router
-  is priced at the bf16 rate on GPUs here ([decisions](decisions.md)) and the attention core is part of the total; a
-  dearer router or a cheaper rest makes the same difference in collectives a larger share.
+- At 128 rows, and on B200 at 1024, A costs more here than in the prototype. In the measured B200 curves at 1024 rows
+  a reduce-scatter and a gather of the latent take 113 us, an all-reduce 52. So 61 layers lose 3.7 ms of about 41,
+  more than the narrower projection and norm give back. The prototype must have priced those small collectives
+  otherwise.
+- At 4096 rows and more on H100 and B200 all-reduce costs less here than in the prototype (12.4 against 19.4 at dp 8).
+  The router is priced at the bf16 rate on GPUs here ([decisions](decisions.md)), and the attention core is part of
+  the total. With a dearer router or a cheaper rest the same difference in collectives is a larger share.
 
-The larger savings of the tables above are mostly `experts whole` (the column *published sharding*): with
-experts dealt whole to ranks their GEMMs are wider, and a rank reads fewer of them. It rests on an assumed imbalance
-of 1.2 between ranks, and on GEMM efficiencies that were measured for other shapes: a prediction to try, not a
+The larger savings of the tables above are mostly `experts whole` (the column *published sharding*). With whole
+experts on a rank their GEMMs are wider, and a rank reads fewer of them. The saving rests on an assumed imbalance of
+1.2 between ranks, and on GEMM efficiencies that were measured for other shapes. It is a prediction to try, not a
 promise."""
 
 
