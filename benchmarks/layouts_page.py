@@ -52,9 +52,9 @@ The named layouts have the published sharding. The last columns say what each co
 `attn-tp-input-scattered`, **B** is `norm-before-gather`, "seq" is Megatron's `sequence-parallel`. A dash means that a
 layout does not apply. *Published sharding* is the same for `auto` with the published sharding: it separates what the
 sharding saves from what the layouts save. *Prices* gives the sources of the picked plan's time: m measured, i
-interpolated between measured points, s scaled from another device or size, r roofline (with a stated efficiency). A
-plan is described by its moves into attention and into the experts in most layers, by where the router runs, and by
-any unpublished weight sharding. "Last layer narrow": the last layer's experts see only the rows whose
+interpolated between measured points, s scaled from another device or size, r roofline. A roofline states its
+efficiency. A plan is described by its moves into attention and into the experts in most layers. The place of the
+router follows, and any unpublished weight sharding. "Last layer narrow": the last layer's experts see only the rows whose
 logits are requested, in every plan picked here where that saves anything.
 
 No plan below has an all-reduce with its norm as one op, because GPUs have no such kernel here. Rows travel plain:
