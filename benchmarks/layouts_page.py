@@ -54,8 +54,8 @@ layout does not apply. *Published sharding* is the same for `auto` with the publ
 sharding saves from what the layouts save. *Prices* gives the sources of the picked plan's time: m measured, i
 interpolated between measured points, s scaled from another device or size, r roofline. A roofline states its
 efficiency. A plan is described by its moves into attention and into the experts in most layers. The place of the
-router follows, and any unpublished weight sharding. "Last layer narrow": the last layer's experts see only the rows whose
-logits are requested, in every plan picked here where that saves anything.
+router follows, and any unpublished weight sharding. "Last layer narrow": the last layer's experts see only the rows
+whose logits are requested, in every plan picked here where that saves anything.
 
 No plan below has an all-reduce with its norm as one op, because GPUs have no such kernel here. Rows travel plain:
 int8 or fp8 rows in gathers are off by default ([encoded rows](encoded-rows.md)).

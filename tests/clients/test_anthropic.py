@@ -75,12 +75,12 @@ def test_a_tool_is_used_and_its_result_sent_back(client: anthropic.Anthropic, pe
     assert streamed.type == "tool_use" and json.loads("".join(pieces)) == streamed.input
 
 
-def test_a_form_is_parsed(client: anthropic.Anthropic) -> None:
+def test_structured_output_is_parsed(client: anthropic.Anthropic) -> None:
     parsed = client.messages.parse(model=MODEL, max_tokens=200, messages=HI, output_format=Person)
     assert isinstance(parsed.parsed_output, Person)
 
 
-def test_errors_are_those_that_the_client_knows(client: anthropic.Anthropic, server: str) -> None:
+def test_errors_raise_the_clients_own_exceptions(client: anthropic.Anthropic, server: str) -> None:
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         client.messages.create(model="no", max_tokens=5, messages=HI)
     with pytest.raises(anthropic.BadRequestError, match=r"tools\.0\.type"):

@@ -39,7 +39,7 @@ def test_a_response_and_its_stream(client: openai.OpenAI) -> None:
     assert raw[-1].type == kinds[-1] == f"response.{whole.status}"
 
 
-def test_a_form_is_parsed(client: openai.OpenAI) -> None:
+def test_structured_output_is_parsed(client: openai.OpenAI) -> None:
     parsed = client.responses.parse(model=MODEL, input="Who?", text_format=Person, max_output_tokens=200)
     assert isinstance(parsed.output_parsed, Person)
     with client.responses.stream(model=MODEL, input="Who?", text_format=Person, max_output_tokens=200) as events:
@@ -100,7 +100,7 @@ def test_allowed_tools_and_refusals_in_chats(client: openai.OpenAI, person: dict
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0"),
     ],
 )
-def test_what_needs_a_store_or_other_tools_is_refused_by_name(
+def test_fields_that_need_a_store_or_other_tools_are_refused_by_name(
     client: openai.OpenAI, fields: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
@@ -108,7 +108,7 @@ def test_what_needs_a_store_or_other_tools_is_refused_by_name(
     assert wrong.value.param == param
 
 
-def test_what_is_not_here_says_so(client: openai.OpenAI) -> None:
+def test_missing_routes_give_the_reason(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="makes no embeddings"):
         client.embeddings.create(model=MODEL, input="x")
     with pytest.raises(openai.NotFoundError, match="moderates none"):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
     ("num_kv", "group", "dim", "value_dim"),
     [(16, 1, 192, 128), (1, 16, 576, 512), (4, 7, 128, 128), (2, 3, 64, 64), (3, 1, 24, 8)],
 )
-def test_rows_see_what_comes_before_them(
+def test_rows_attend_to_earlier_rows(
     num_rows: int, context_len: int, num_kv: int, group: int, dim: int, value_dim: int
 ) -> None:
     torch.manual_seed(0)

@@ -39,19 +39,19 @@ def on_cpu() -> dict[SamplingParams | None, list[Completion]]:
 
 @pytest.mark.parametrize("sampling", [None, DRAWN])
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 2), (1, 8), (4, 2)])
-def test_texts_are_those_of_the_cpu(
+def test_texts_equal_the_cpus(
     dp: int, tp: int, sampling: SamplingParams | None, on_cpu: dict[SamplingParams | None, list[Completion]]
 ) -> None:
     got = texts(sampling, dtype="float32", run_on="cuda", dp=dp, tp=tp)
     assert [one.token_ids for one in got] == [one.token_ids for one in on_cpu[sampling]]
 
 
-def test_texts_of_a_rank_process_are_those_of_the_cpu(on_cpu: dict[SamplingParams | None, list[Completion]]) -> None:
+def test_texts_of_a_rank_process_equal_the_cpus(on_cpu: dict[SamplingParams | None, list[Completion]]) -> None:
     got = texts(dtype="float32", run_on="cuda", ranks="processes")
     assert [one.token_ids for one in got] == [one.token_ids for one in on_cpu[None]]
 
 
-def test_scores_are_those_of_the_cpu() -> None:
+def test_scores_equal_the_cpus() -> None:
     scored = []
     for run_on in ("cpu", "cuda"):
         with LLM("narrows-demo", dtype="float32", run_on=run_on) as llm:
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("dp", "tp"), [(1, 4), (2, 2), (4, 1), (2, 4)])
-def test_every_layout_and_stage_is_that_of_one_rank(dp: int, tp: int, dtype: str) -> None:
+def test_every_layout_and_stage_equals_one_rank(dp: int, tp: int, dtype: str) -> None:
     prompts = [[(7 * i + j) % 250 for j in range(5 + 9 * i)] for i in range(6)]
     report = verify(EngineConfig(model="narrows-demo", run_on="cuda", dtype=dtype, dp=dp, tp=tp), prompts, num_decode=4)
     assert report.layouts and report.ok, [layout.failure for layout in report.layouts]
@@ -78,7 +78,7 @@ def test_published_widths_run_in_bf16(kind: str, tmp_path: Path) -> None:
         assert all(-100 < logprob <= 0 for one in done for logprob, _ in one.logprobs)
 
 
-def test_prices_are_those_of_the_card() -> None:
+def test_prices_are_for_the_installed_gpu() -> None:
     name = device_of_card(torch.cuda.get_device_name(0))
     if name is None:
         pytest.skip("no prices for this card")
@@ -93,7 +93,7 @@ def test_more_rank_processes_than_gpus_are_refused() -> None:
         LLM("narrows-demo", run_on="cuda", ranks="processes", tp=num)
 
 
-def test_nccl_wire_of_one_rank() -> None:
+def test_nccl_transport_of_one_rank() -> None:
     """What NCCL is asked for is legal, and padding goes again; sums among several need several GPUs."""
     torch.cuda.set_device(0)
     transport = NcclTransport(torch.distributed.HashStore(), 0, 1, host=None)

@@ -71,7 +71,7 @@ def test_without_a_low_rank_query_attention_reads_hidden_too() -> None:
     assert stage_of(v3, "qkv_a_proj").frees == ("hidden",)
 
 
-def test_where_sharded_stages_read_and_what_they_leave() -> None:
+def test_layouts_of_inputs_and_outputs_of_sharded_stages() -> None:
     chain = build_chain(preset("deepseek-v3"), MESH)
     found = {s.name: (s.accepts, s.leaves) for s in all_stages(chain) if s.kind is StageKind.SHARDED}
     assert found["embed"] == (full(MESH), owed(MESH))
@@ -81,7 +81,7 @@ def test_where_sharded_stages_read_and_what_they_leave() -> None:
     assert {s.row_set for s in chain.epilogue[1:]} == {RowSet.LOGITS}
 
 
-def test_forms_change_the_chain() -> None:
+def test_weight_sharding_changes_the_chain() -> None:
     sharding = WeightSharding(embed="replicated", qkv_a_proj="column", shared_expert="replicated", experts="whole")
     chain = build_chain(preset("deepseek-v3"), MESH, sharding)
     assert stage_of(chain, "embed").kind is StageKind.ROW
@@ -176,13 +176,13 @@ def test_an_axis_more_changes_nothing_but_the_groups() -> None:
         ("qwen3-30b-a3b", Mesh.of(dp=64, tp=16), "1024 ranks, more than moe_intermediate_size 768 of qwen3-30b-a3b"),
     ],
 )
-def test_a_mesh_that_units_cannot_be_dealt_to(name: str, mesh: Mesh, words: str) -> None:
+def test_a_mesh_with_more_ranks_than_units_is_refused(name: str, mesh: Mesh, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_chain(preset(name), mesh)
     assert words in str(caught.value)
 
 
-def test_form_choices_are_distinct_and_begin_with_the_published_ones() -> None:
+def test_sharding_choices_are_distinct_and_begin_with_the_published() -> None:
     def count(config: ModelConfig, mesh: Mesh) -> int:
         choices = sharding_choices(config, mesh)
         assert choices[0] == WeightSharding() and len(set(choices)) == len(choices)

@@ -135,7 +135,7 @@ def test_deepseek_v3_in_full() -> None:
     )
 
 
-def test_what_sets_the_families_apart() -> None:
+def test_differences_between_families() -> None:
     def attention(family: str, **changes: Any) -> MLA | GQA:
         return read_config(raw_config(family, **changes)).attention
 
@@ -163,7 +163,7 @@ def test_what_sets_the_families_apart() -> None:
     assert read_config(raw_config("llama")).moe is None
 
 
-def test_defaults_of_fields_that_may_be_missing() -> None:
+def test_defaults_of_missing_fields() -> None:
     raw = raw_config("llama")
     for name in ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "torch_dtype", "eos_token_id"):
         del raw[name]
@@ -220,7 +220,7 @@ def test_defaults_of_fields_that_may_be_missing() -> None:
         ({"rms_norm_eps": "tiny"}, CheckpointError, 'rms_norm_eps is "tiny", where a number from 0 is needed'),
     ],
 )
-def test_a_wrong_config_is_one_line_that_names_the_field(
+def test_a_wrong_config_is_a_one_line_error_naming_the_field(
     changes: dict[str, Any], kind: type[ConfigError], words: str
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -240,7 +240,7 @@ def test_variants_that_are_not_supported_are_refused(family: str, changes: dict[
         read_config(raw_config(family, **changes))
 
 
-def test_folders_files_and_what_is_wrong_with_them(tmp_path: Path) -> None:
+def test_config_paths_and_their_errors(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
@@ -357,7 +357,7 @@ def test_the_layers_with_experts(family: str, changes: dict[str, Any], moe_layer
         (LLAMA3 | {"type": "llama3"}, 4096),
     ],
 )
-def test_how_far_positions_reach(rope: dict[str, Any], positions: int) -> None:
+def test_largest_position_by_rope_type(rope: dict[str, Any], positions: int) -> None:
     scaling = {"rope_scaling": rope} if rope else {}
     assert most_positions(read_config(raw_config("llama", **scaling))) == positions
 

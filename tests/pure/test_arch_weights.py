@@ -82,7 +82,7 @@ def test_slices_of_all_ranks_are_each_tensor_once(name: str, mesh: Mesh) -> None
                     assert weight.span(mesh, rank) == weight.span(mesh, rank % mesh.group_size)
 
 
-def test_key_value_heads_overlap_only_where_there_are_fewer_than_ranks() -> None:
+def test_key_value_heads_are_shared_only_if_fewer_than_ranks() -> None:
     for name in ("llama-3.1-8b", "glm-4.5", "qwen3-30b-a3b"):
         config = preset(name)
         assert isinstance(config.attention, GQA)
@@ -92,7 +92,7 @@ def test_key_value_heads_overlap_only_where_there_are_fewer_than_ranks() -> None
             assert (held > config.attention.num_key_value_heads) == (tp > config.attention.num_key_value_heads)
 
 
-def test_heads_that_do_not_divide_are_dealt_in_whole_groups() -> None:
+def test_heads_that_do_not_divide_are_split_in_whole_groups() -> None:
     weights = layer_weights(SMOLLM, Mesh.of(dp=1, tp=2), WeightSharding(), 0)
     assert weights["q_proj"].spans == ((0, 6 * 64), (6 * 64, 9 * 64))
     assert weights["k_proj"].spans == ((0, 2 * 64), (2 * 64, 3 * 64))
@@ -170,7 +170,7 @@ def test_deepseek_v3_in_fp8_on_8_ranks() -> None:
     assert max(weight_bytes(config, Mesh.of(dp=8, tp=1), WeightSharding(), "fp8", rank) for rank in range(8)) > 94e9
 
 
-def test_what_the_cache_holds_per_token() -> None:
+def test_cache_bytes_per_token() -> None:
     v3, llama = preset("deepseek-v3"), preset("llama-3.1-70b")
     for tp in (1, 8):  # every rank of a group holds the latent
         assert kv_token_bytes(v3, Mesh.of(dp=8 // tp, tp=tp)) == 61 * 576 * 2
@@ -178,7 +178,7 @@ def test_what_the_cache_holds_per_token() -> None:
     assert kv_token_bytes(llama, Mesh.of(dp=1, tp=3)) == 80 * 2 * 3 * 128 * 2  # the rank with most heads
 
 
-def test_the_context_that_fits_is_what_the_weights_leave() -> None:
+def test_the_largest_context_fills_the_memory_beside_the_weights() -> None:
     config, h20 = preset("deepseek-v3"), device("h20")
     use = memory_use(config, Mesh.of(dp=1, tp=8), WeightSharding(), h20, "fp8")
     assert 0.8 * h20.memory_bytes < use.usable < h20.memory_bytes

@@ -56,7 +56,7 @@ def test_plans_of_the_same_steps_are_measured_once() -> None:
 
 
 @given(st.lists(st.tuples(SECONDS, SECONDS, SECONDS), min_size=1, max_size=9))
-def test_regret_is_never_negative_and_is_that_of_the_best(rounds: list[tuple[float, float, float]]) -> None:
+def test_regret_is_relative_to_the_best_plan_and_never_negative(rounds: list[tuple[float, float, float]]) -> None:
     a, b, auto = ([of[i] for of in rounds] for i in range(3))
     found = cell({("all-reduce",): a, ("sequence-parallel",): b, ("auto",): auto})
     assert found.regret >= 0 and found.named_regret >= 0
@@ -128,7 +128,7 @@ def test_seconds_of_classes_and_of_single_steps() -> None:
     assert at == plan.num_ops
 
 
-def test_what_a_price_rests_on_adds_up() -> None:
+def test_shares_of_price_sources_add_up() -> None:
     sources = times(("auto",), MANY["auto"], [1.0]).sources
     assert sum(sources.values()) == pytest.approx(1)
     assert set(sources) <= {source.label for source in Source}

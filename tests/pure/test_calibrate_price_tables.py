@@ -53,7 +53,7 @@ def empty() -> Tables:
     return tables
 
 
-def test_plans_are_priced_at_what_they_took() -> None:
+def test_plans_are_priced_at_their_measured_time() -> None:
     tables = empty()
     plans = [plan_of(rows) for rows in (8, 16, 64)]
     for plan in plans:

@@ -58,7 +58,7 @@ def test_a_slow_round_does_not_change_a_ratio(rounds: list[tuple[float, float, f
     assert noisy.median == pytest.approx(quiet.median)
 
 
-def test_ways_take_turns_and_none_is_always_first() -> None:
+def test_variants_alternate_and_none_is_always_first() -> None:
     ran: list[str] = []
 
     def way(name: str) -> int:
@@ -71,7 +71,7 @@ def test_ways_take_turns_and_none_is_always_first() -> None:
 
 
 @pytest.mark.parametrize("num", range(1, 9))
-def test_every_way_follows_every_other_one_equally_often(num: int) -> None:
+def test_every_variant_follows_every_other_equally_often(num: int) -> None:
     rounds = [turn_order(num, turn) for turn in range(2 * num)]
     assert all(sorted(order) == list(range(num)) for order in rounds)
     assert Counter(order[0] for order in rounds) == dict.fromkeys(range(num), 2)
@@ -80,7 +80,7 @@ def test_every_way_follows_every_other_one_equally_often(num: int) -> None:
 
 
 @pytest.mark.parametrize(("cost", "rounds"), [(1.0, 10), (3.0, 3), (50.0, 3), (2.6, 4)])
-def test_cheap_rounds_are_repeated_within_the_seconds_and_dear_ones_are_not(cost: float, rounds: int) -> None:
+def test_only_cheap_rounds_are_repeated_within_the_time_limit(cost: float, rounds: int) -> None:
     now = 0.0
 
     def way() -> float:
@@ -133,7 +133,7 @@ def test_a_step_that_hits_every_expert_reads_all_weights_but_the_embedding(name:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int8-weight-only"])
-def test_int8_weights_are_half_the_bytes_but_for_what_stays_wide(dtype: str) -> None:
+def test_int8_weights_are_half_the_bytes_except_unquantised_ones(dtype: str) -> None:
     config, mesh = preset("dsv3-mini"), Mesh.of(dp=1, tp=1)
     every = config.moe.n_routed_experts * 11  # type: ignore[union-attr]
     wide, held = (weight_bytes(config, mesh, WeightSharding(), name, 0) for name in ("bf16", dtype))
@@ -163,7 +163,7 @@ def test_a_decode_step_is_bound_by_bytes_or_by_flops_product_by_product() -> Non
     assert both == pytest.approx(2 * rows * weights / 8e3 + 2 * keys / 1e3, rel=1e-6)
 
 
-def test_the_bound_of_routed_experts_reads_those_that_are_hit_and_computes_those_that_rows_take() -> None:
+def test_the_bound_of_routed_experts_counts_used_experts_and_routed_rows() -> None:
     config, one = preset("dsv3-mini"), 2 * 3 * 1024 * 256
     hit = [
         decode_bound(config, 2, rows=4, context=1, experts_hit=hit, bytes_per_s=1e3, flop_per_s=1e30)

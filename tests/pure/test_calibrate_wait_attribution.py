@@ -66,7 +66,7 @@ def clocks(work: list[list[float]], exchange: float, cores: int) -> list[list[fl
 
 
 @pytest.mark.parametrize("cores", [1, 2, 4])
-def test_work_on_shared_cores_is_work_and_the_exchange_is_what_it_is(cores: int) -> None:
+def test_waits_on_shared_cores_are_charged_to_stages(cores: int) -> None:
     rounds, exchange = 400, 2.0
     all_work = [1.0] * rounds
     for work, takes in (([all_work] * 4, 4 / cores), ([all_work, *[[0.0] * rounds] * 3], 1.0)):

@@ -73,7 +73,7 @@ def test_every_plan_of_every_step_is_drawn_in_both_ways_inside_its_frame(page: s
             assert float(rect.attrib["y"]) + float(rect.attrib["height"]) <= float(found[name].attrib["height"])
 
 
-def test_measured_bars_are_as_much_longer_as_the_steps_took_longer(page: str) -> None:
+def test_measured_bars_are_in_proportion_to_measured_time(page: str) -> None:
     drawing = drawings(page)["prefill 512: auto, scaled"]
     by_title: dict[str, list[float]] = {}
     for group in drawing.iter("g"):
@@ -92,7 +92,7 @@ def test_steps_can_be_chosen_and_the_first_is(page: str) -> None:
         assert f'id="at{at}"' in page and f'id="cell{at}"' in page and f"#at{at}:checked ~ main #cell{at}" in page
 
 
-def test_all_plans_equally_far_from_their_prices_are_marked_where_they_were_priced(page: str) -> None:
+def test_plans_equally_far_from_their_prices_are_drawn_at_their_price(page: str) -> None:
     figure = drawings(page)["measured and priced time of every plan over auto's"]
     circles = [circle.attrib for circle in figure.iter("circle")]
     assert len(circles) == 2 * (3 + 3), "auto itself is the line"

@@ -86,7 +86,7 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_layouts_are_exactly_those_asked_for_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts_are_the_requested_ones_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     def names(line: str) -> list[str]:
         return [layout["name"] for layout in document(capsys, line)["layouts"]]
 
@@ -134,9 +134,7 @@ def test_flags_reach_the_step(capsys: pytest.CaptureFixture[str]) -> None:
         ("plan llama-3.1-8b --device h200 --rows 8", "bf16", "the checkpoint's weights are bfloat16"),
     ],
 )
-def test_the_dtype_that_was_chosen_is_said(
-    capsys: pytest.CaptureFixture[str], line: str, dtype: str, because: str
-) -> None:
+def test_the_chosen_dtype_is_printed(capsys: pytest.CaptureFixture[str], line: str, dtype: str, because: str) -> None:
     found = document(capsys, line)
     assert found["dtype"] == dtype and f"dtype {dtype}: {because}" in found["notes"]
     assert not any(note.startswith("dtype") for note in document(capsys, f"{line} --dtype bf16")["notes"])
@@ -198,7 +196,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_tables_say_what_does_not_apply_and_what_forms_were_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_name_inapplicable_layouts_and_the_chosen_sharding(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "plan deepseek-v3 --device h200 --tp 8 --rows 4096 --layout all-reduce")
     assert "weight sharding of auto, chosen for this one step: " in out
     assert "weight sharding of the named layouts, as published: embed vocab, qkv_a_proj replicated" in out
@@ -259,7 +257,9 @@ V3 = "plan deepseek-v3 --device h20"
         ("", "the following arguments are required: COMMAND"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], line: str, words: str) -> None:
+def test_wrong_input_is_a_one_line_error_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -267,7 +267,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
     assert err.startswith("narrows: error: ") and err.count("\n") == 1
 
 
-def test_a_broken_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_a_one_line_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     for content, words in (("{", "not valid JSON"), ('{"model_type": "mamba"}', 'architecture "mamba" is not known')):
         file.write_text(content, encoding="utf-8")

@@ -24,7 +24,7 @@ def test_code_prints_a_program_and_nothing_else(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_save_keeps_the_layout_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_save_keeps_the_requested_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--layout", "sequence-parallel", "--save", str(tmp_path / "plan.json")]) == 0
     assert '"layout": "sequence-parallel"' in (tmp_path / "plan.json").read_text()
     assert main([*COMMAND, "--save", str(tmp_path / "plan.json")]) == 0
@@ -32,7 +32,7 @@ def test_save_keeps_the_layout_that_was_asked_for(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_page_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--html", str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 

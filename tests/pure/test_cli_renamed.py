@@ -9,7 +9,7 @@ import pytest
 from narrows.cli.renamed import add_old_spelling
 
 
-def test_an_old_spelling_sets_the_new_flag_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_spelling_sets_the_new_flag_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--new-rows", type=int, default=7)
     add_old_spelling(parser, "--old-rows", "--new-rows", type=int)

@@ -68,7 +68,7 @@ def test_layouts_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_ranks_what_there_is_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_ranks_deployments_and_gives_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     out, found = run(capsys, f"{V3} --search --num-gpus 4,8 --layout auto --layout norm-before-gather --max-tpot 18.25")
     ranks = [(tuple(one["mesh"].values()), one["layout"]) for one in found["candidates"]]
     assert len(ranks) == 2 * (3 + 4) and {one for one, _ in ranks} == {
@@ -155,7 +155,9 @@ def test_traces_steps_and_requests_in_files(capsys: pytest.CaptureFixture[str], 
         (f"{MINI} --dtype fp8", "cpu-core (one core of a Xeon with AMX) has no fp8"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], line: str, words: str) -> None:
+def test_wrong_input_is_a_one_line_error_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err
@@ -163,7 +165,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_prompts_that_are_cut_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_truncated_prompts_are_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     rows = [{"timestamp": 0, "input_length": 600 * i, "output_length": 5} for i in (1, 2)]
     trace.write_text("\n".join(map(json.dumps, rows)))
@@ -198,7 +200,7 @@ def uneven_trace(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_group_that_is_short_of_pages_is_named_and_the_others_go_on(
+def test_a_group_short_of_pages_is_named_and_the_others_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """TRT-LLM #17379, #17978: one attention-DP rank out of KV pages stalled them all in silence."""
@@ -247,7 +249,7 @@ def test_fewer_prompt_rows_make_gaps_between_tokens_shorter(capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_a_load_near_saturation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_load_near_saturation_prints_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     line = "simulate dsv3-mini --device cpu-core --tp 2 --num-requests 8 --input-length 64 --output-length 8"
     used = {}
     for rate in (0.5, 500.0):
@@ -261,7 +263,7 @@ def test_a_load_near_saturation_says_so(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-def test_a_target_that_nothing_meets_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_that_nothing_meets_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     line = "simulate dsv3-mini --device cpu-core --search --num-gpus 2 --layout auto --num-requests 2 --max-tpot 0.001"
     assert main(line.split()) == 1
     assert "none of these 2 meets the target" in capsys.readouterr().out

@@ -44,18 +44,18 @@ def questions(source: str) -> list[tuple[int, set[str]]]:
         "match transport:\n    case ShmTransport(): pass",
     ],
 )
-def test_a_question_for_a_type_is_seen(line: str) -> None:
+def test_an_isinstance_check_is_found(line: str) -> None:
     ((_, used),) = questions(line)
     assert used & {"ShmTransport", "Communicator", "Transport"}
 
 
-def test_comm_asks_for_no_type() -> None:
+def test_comm_has_no_isinstance_checks() -> None:
     assert len(COMM) > 10
     asked = {path.name: found for path in COMM if (found := questions(path.read_text()))}
     assert not asked
 
 
-def test_nothing_asks_for_the_type_of_a_communicator_or_transport() -> None:
+def test_no_code_checks_the_type_of_a_communicator_or_transport() -> None:
     for path in SOURCES:
         for line, used in questions(path.read_text()):
             kinds = used & {

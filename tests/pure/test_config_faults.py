@@ -70,7 +70,7 @@ def test_fields_left_out_take_the_familys_published_defaults() -> None:
 
 
 @pytest.mark.parametrize("family", RAW)
-def test_a_size_left_out_is_asked_for(family: str) -> None:
+def test_a_missing_size_is_an_error(family: str) -> None:
     optional = {"intermediate_size"} if family in ("qwen3_moe", "deepseek_v2") else set()
     for field in RAW[family].keys() - {"num_key_value_heads", "sliding_window"} - optional:
         raw = {name: value for name, value in RAW[family].items() if name != field}
@@ -78,7 +78,7 @@ def test_a_size_left_out_is_asked_for(family: str) -> None:
             read_config(raw | {"model_type": family}, "c.json")
 
 
-def test_rope_is_read_wherever_it_stands() -> None:
+def test_rope_is_read_from_every_place_that_may_hold_it() -> None:
     rope = read("llama", rope_scaling=LINEAR | {"rope_theta": 5e5}).rope
     assert (rope.rope_theta, rope.scaling) == (5e5, LinearRope(factor=2.0))
     places: list[dict[str, Any]] = [
@@ -108,7 +108,7 @@ def test_rope_is_read_wherever_it_stands() -> None:
     assert latent == LinearRope(factor=2.0, mscale_all_dim=0.7)
 
 
-def test_what_engines_read_differently_is_said() -> None:
+def test_differences_between_engines_are_noted() -> None:
     for family, changes in (
         ("deepseek_v3", {"scoring_func": "softmax"}),
         ("deepseek_v3", {"topk_method": "greedy"}),
@@ -122,7 +122,7 @@ def test_what_engines_read_differently_is_said() -> None:
     assert read("deepseek_v3", scoring_func="sigmoid", topk_method="noaux_tc").notes == ()
 
 
-def test_variants_are_carried_to_who_computes_them() -> None:
+def test_variants_reach_the_stages_that_compute_them() -> None:
     assert not schema(DeepseekV3, rope_interleave=False).rope.interleaved
     assert not schema(DeepseekV3, rope_interleave=None).rope.interleaved  # as transformers takes it
     assert schema(DeepseekV3).rope.interleaved and schema(DeepseekV2).rope.interleaved
@@ -144,7 +144,7 @@ def test_variants_are_carried_to_who_computes_them() -> None:
     assert schema(Qwen2, hidden_act="swish").hidden_act == "silu"
 
 
-def test_quantised_weights_are_seen_under_their_other_names() -> None:
+def test_quantised_weights_are_recognised_under_all_names() -> None:
     mlx = {"group_size": 64, "bits": 4}
     for changes, method in (
         ({"quantization": mlx, "quantization_config": mlx}, "mlx"),
@@ -280,7 +280,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("family", "changes", "words"), WRONG, ids=lambda value: str(value)[:60])
-def test_a_wrong_config_is_one_line_that_says_what_is_meant(family: str, changes: dict[str, Any], words: str) -> None:
+def test_a_wrong_config_is_a_one_line_error_with_the_valid_values(
+    family: str, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read(family, **changes)
     said = str(caught.value)

@@ -114,7 +114,7 @@ def test_the_smallest_config_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @given(changes=CHANGES, without=st.sets(st.sampled_from(NAMES), max_size=2))
 @settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_config_is_a_model_or_one_line(name: str, changes: dict[str, Any], without: set[str]) -> None:
+def test_any_config_is_a_model_or_a_one_line_error(name: str, changes: dict[str, Any], without: set[str]) -> None:
     raw = {field: value for field, value in (base(name) | changes).items() if field not in without}
     config = outcome(raw | {"model_type": name})
     if config is not None:
@@ -123,7 +123,7 @@ def test_any_config_is_a_model_or_one_line(name: str, changes: dict[str, Any], w
 
 @given(raw=st.dictionaries(st.text(max_size=4) | st.just("model_type"), JUNK | st.sampled_from(sorted(FAMILIES))))
 @settings(max_examples=examples(50), deadline=None)
-def test_any_object_is_a_model_or_one_line(raw: dict[str, Any]) -> None:
+def test_any_object_is_a_model_or_a_one_line_error(raw: dict[str, Any]) -> None:
     outcome(raw)
 
 
@@ -143,7 +143,7 @@ PLAUSIBLE = st.fixed_dictionaries(
 
 @given(name=st.sampled_from(sorted(FAMILIES)), changes=PLAUSIBLE, mesh=st.sampled_from(["--tp 1", "--dp 2 --tp 2"]))
 @settings(max_examples=examples(8), deadline=None)
-def test_what_is_read_is_planned(name: str, changes: dict[str, Any], mesh: str) -> None:
+def test_every_config_that_is_read_can_be_planned(name: str, changes: dict[str, Any], mesh: str) -> None:
     fields = FAMILIES[name].model_fields.keys() | base(name).keys()
     raw = base(name) | {field: value for field, value in changes.items() if field in fields}
     out, err = io.StringIO(), io.StringIO()
@@ -173,7 +173,7 @@ ODD_TEXTS = {
 
 
 @pytest.mark.parametrize("content", ODD_TEXTS.values(), ids=ODD_TEXTS)
-def test_a_file_that_is_no_config_is_one_line(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_config_is_a_one_line_error(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -181,7 +181,7 @@ def test_a_file_that_is_no_config_is_one_line(content: bytes, tmp_path: Path) ->
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(base("llama")).encode())
     assert read_config(tmp_path).hidden_size == 32
 

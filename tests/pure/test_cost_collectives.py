@@ -87,7 +87,7 @@ def test_a_point_of_the_own_table_is_measured(
     assert found.source == Source.MEASURED
 
 
-def test_an_all_to_all_is_asked_for_by_the_sum_over_ranks() -> None:
+def test_an_all_to_all_is_priced_by_its_bytes_over_all_ranks() -> None:
     # 512 MiB in nccl-tests' words is one rank's buffer.
     found = collective_price(device("h100"), "all_to_all", 8, 8 * 512 * MIB)
     assert found == Price(pytest.approx(1490.42e-6), Source.MEASURED)  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_h800_reaches_the_published_bus_bandwidth_and_keeps_the_latency() -> Non
     assert seconds("h800", "all_reduce", 8, 8192) < 1.1 * seconds("h100", "all_reduce", 8, 8192)
 
 
-def test_gb200_borrows_from_b200_what_was_not_measured() -> None:
+def test_gb200_uses_b200s_tables_for_unmeasured_collectives() -> None:
     found = collective_price(device("gb200"), "all_gather", 8, MIB)
     assert found == Price(seconds("b200", "all_gather", 8, MIB), Source.SCALED)
     assert collective_price(device("gb200"), "all_reduce", 4, MIB).source == Source.SCALED  # the custom kernel
@@ -214,7 +214,7 @@ def test_a_price_stays_within_its_neighbouring_points(key: tuple[str, str, int, 
     assert low * (1 - 1e-9) <= curve.at(x).seconds <= high * (1 + 1e-9)
 
 
-def test_a_price_asked_for_twice_is_the_same() -> None:
+def test_a_price_is_the_same_when_computed_twice() -> None:
     first = collective_price(device("h100"), "all_reduce", 8, 12_345_678)
     assert collective_price(device("h100"), "all_reduce", 8, 12_345_678, graph=True) is first
 

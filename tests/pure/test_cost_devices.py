@@ -24,7 +24,7 @@ def test_the_known_devices() -> None:
         DEVICES["h100"] = DEVICES["h20"]  # type: ignore[index]
 
 
-def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
+def test_an_unknown_device_error_lists_the_known_devices() -> None:
     with pytest.raises(ConfigError) as error:
         device("h1000")
     assert "h1000" in str(error.value)
@@ -32,7 +32,7 @@ def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("found", DEVICES.values(), ids=NAMES)
-def test_figures_are_plausible_and_say_where_they_come_from(found: Device) -> None:
+def test_figures_are_plausible_and_have_sources(found: Device) -> None:
     for field in dataclasses.fields(found):
         value = getattr(found, field.name)
         if field.name.endswith("efficiency"):

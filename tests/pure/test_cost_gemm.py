@@ -61,7 +61,7 @@ def test_a_glitch_of_the_sweep_does_not_decide() -> None:
     assert Curve.of([(1, 2e-6), (2, 10e-6), (4, 3e-6)]).xs == (1, 4)
 
 
-def test_weights_that_the_sweep_found_in_the_cache_are_read_from_memory() -> None:
+def test_weights_that_fit_the_cache_in_the_sweep_are_priced_from_memory() -> None:
     # 7168 x 2048 in FP8 took the L40S 7.4 us at one row, which is 2 TB/s from a memory of 0.864.
     found = gemm_price(device("l40s"), 1, 7168, 2048, "fp8")
     assert found.source == Source.ROOFLINE
@@ -153,7 +153,7 @@ def test_float32_is_a_roofline_everywhere() -> None:
     assert router.seconds > 10 * gemm_price(device("h100"), 32768, 256, 7168, "bf16").seconds
 
 
-def test_a_device_without_fp8_says_so() -> None:
+def test_fp8_on_a_device_without_it_is_an_error() -> None:
     for name in ("a100", "cpu-core", "xeon-8480"):
         with pytest.raises(ConfigError, match=f"{name} .* has no fp8 arithmetic; use bf16"):
             gemm_price(device(name), 8, 2112, 7168, "fp8")
@@ -196,7 +196,7 @@ def test_one_expert_is_one_gemm() -> None:
 
 
 @pytest.mark.parametrize("name", ["h20", "h100", "b200", "a100", "mi300x", "cpu-core"])
-def test_many_pairs_cost_what_their_experts_cost_apart(name: str) -> None:
+def test_many_pairs_cost_the_sum_of_their_experts(name: str) -> None:
     grouped = grouped_gemm_price(device(name), 32 * 1024, 32.0, 4096, 7168, "bf16").seconds
     apart = 32 * gemm_price(device(name), 1024, 4096, 7168, "bf16").seconds
     together = gemm_price(device(name), 32 * 1024, 4096, 7168, "bf16").seconds
@@ -235,7 +235,7 @@ def test_a_grouped_gemm_lies_between_its_rooflines(
     assert seconds <= 2 * (touched + 1) * single
 
 
-def test_a_price_asked_for_twice_is_the_same() -> None:
+def test_a_price_is_the_same_when_computed_twice() -> None:
     assert gemm_price(device("h100"), 77, 2112, 7168, "fp8") is gemm_price(device("h100"), 77, 2112, 7168, "fp8")
     args = (device("h100"), 77, 32.0, 4096, 7168, "fp8")
     assert grouped_gemm_price(*args) is grouped_gemm_price(*args)
@@ -246,7 +246,7 @@ def test_fp8_is_worth_it_for_many_rows(name: str) -> None:
     assert us(name, 16384, 4096, 7168, "fp8") < 0.8 * us(name, 16384, 4096, 7168, "bf16")
 
 
-def test_a_grouped_gemm_of_many_small_experts_is_not_dearer_than_one_of_all_rows_in_tiles() -> None:
+def test_a_grouped_gemm_costs_at_most_one_gemm_of_its_tiles() -> None:
     h100 = device("h100")
     grouped = grouped_gemm_price(h100, 131072, 256.0, 512, 7168, "fp8").seconds
     assert grouped <= 1.01 * gemm_price(h100, 131072, 512, 7168, "fp8").seconds

@@ -64,7 +64,7 @@ def test_a_point_of_a_table_is_its_time(found: object, expected: float) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_between_points_it_is_the_mean_of_logarithms() -> None:
+def test_between_points_the_time_is_the_mean_of_logarithms() -> None:
     grid = Grid.of({(a,): Curve(xs=(1, 4), ys=(a * 1e-6, 4e-6 * a)) for a in (1, 4)})
     assert grid.at((2,), 2).seconds == pytest.approx(4e-6)
     assert grid.at((2,), 2).source == Source.INTERPOLATED
@@ -72,7 +72,7 @@ def test_between_points_it_is_the_mean_of_logarithms() -> None:
     assert grid.at((4,), 1).source == Source.MEASURED
 
 
-def test_a_missing_corner_leaves_its_weight_to_the_others() -> None:
+def test_the_weight_of_a_missing_corner_goes_to_the_others() -> None:
     curve = Curve(xs=(1, 2), ys=(1e-6, 2e-6))
     grid = Grid.of({(1, 1): curve, (1, 4): curve, (4, 1): curve})
     assert grid.at((2, 2), 1).seconds == pytest.approx(1e-6)
@@ -92,7 +92,7 @@ def test_more_heads_rows_and_context_never_cost_much_less(name: str, rows: int, 
         assert more > 0.8 * one
 
 
-def test_a_chunk_of_a_prompt_costs_what_the_prompt_has_more_with_it() -> None:
+def test_a_chunk_costs_the_difference_of_two_prompts() -> None:
     whole, before = (attention("h200", rows=n, context=n, decode=False) for n in (8192, 6144))
     assert attention("h200", rows=2048, context=8192, decode=False) == pytest.approx(whole - before)
 
@@ -104,7 +104,7 @@ def test_absorbed_products_are_measured_per_head() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 256, 4096, 16384])
-def test_another_model_is_the_nearest_one_scaled(rows: int) -> None:
+def test_an_unmeasured_model_is_scaled_from_the_nearest(rows: int) -> None:
     h200 = device("h200")
     own = experts_price(h200, V3, rows, "fp8", DEFAULT_SKEW)
     narrower = RoutedExperts(hidden=7168, intermediate=1024, experts=256, top_k=8, ranks=8, whole=False)
@@ -144,14 +144,14 @@ def test_an_engine_adds_its_host_and_saves_its_overlap() -> None:
     assert step_ps(EngineStyle(name="beside", parallel_shared_expert=True)) < alone
 
 
-def test_a_narrow_cache_is_read_faster_and_takes_half() -> None:
+def test_an_fp8_cache_is_read_faster_and_takes_half() -> None:
     none = EngineStyle(name="none")
     assert step_ps(none, kv_dtype="fp8", rows=64) < step_ps(none, rows=64)
     narrow = replace(V3_ON_H200, kv_dtype="fp8")
     assert 2 * narrow.memory(WeightSharding()).kv_per_token == V3_ON_H200.memory(WeightSharding()).kv_per_token
 
 
-def test_the_shared_expert_beside_the_routed_ones_costs_what_it_takes_longer() -> None:
+def test_a_parallel_shared_expert_costs_only_its_excess_time() -> None:
     deployment = replace(V3_ON_H200, engine=EngineStyle(name="beside", parallel_shared_expert=True))
     stage = next(
         stage for stage in build_chain(deployment.config, deployment.mesh).layer_types[-1].stages if stage.routed
@@ -168,7 +168,7 @@ def test_the_shared_expert_beside_the_routed_ones_costs_what_it_takes_longer() -
     assert deployment.pricer(shape).stage(long, stage.accepts, False, stage.row_set).ps > 2 * parts[0]
 
 
-def test_fp8_has_scales_by_block_where_checkpoints_have_them() -> None:
+def test_fp8_has_block_scales_where_checkpoints_do() -> None:
     llama = Deployment(config=preset("llama-3.1-70b"), mesh=Mesh.of(dp=1, tp=2), device=device("h200"), dtype="fp8")
     assert V3_ON_H200.block_scales and not llama.block_scales
     assert llama.pricer(StepShape.of(llama.mesh, (8,), phase="decode", context=64))._fp8("fp8") == "fp8-tensor"
@@ -181,7 +181,7 @@ def test_fp8_has_scales_by_block_where_checkpoints_have_them() -> None:
 
 
 @pytest.mark.parametrize("experts", ["split", "whole"])
-def test_every_layout_holds_experts_as_asked(experts: str) -> None:
+def test_every_layout_has_the_requested_expert_sharding(experts: str) -> None:
     deployment = replace(V3_ON_H200, experts=experts)
     report = make_report(deployment, StepShape.of(deployment.mesh, (64,), phase="decode", context=4096))
     assert {entry.sharding.experts for entry in report.entries} == {experts}
@@ -204,7 +204,7 @@ def test_every_layout_holds_experts_as_asked(experts: str) -> None:
         ),
     ],
 )
-def test_options_that_cannot_be_are_one_line(change: dict[str, Any], line: str) -> None:
+def test_impossible_options_are_a_one_line_error(change: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         replace(V3_ON_H200, **change)
 

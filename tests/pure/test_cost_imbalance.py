@@ -41,7 +41,7 @@ def test_the_figures_of_deepseek_v3(ranks: int) -> None:
     assert imbalance(ranks, 8, **V3, skew=0.0) == pytest.approx(even, rel=0.08)
 
 
-def test_one_row_on_so_many_ranks_is_what_can_be_counted() -> None:
+def test_one_row_matches_the_exact_count() -> None:
     """8 different experts of 256 on 2 ranks of 128: the mean of the larger half is a sum of hypergeometric terms."""
     exact = sum(max(k, 8 - k) * comb(128, k) * comb(128, 8 - k) for k in range(9)) / comb(256, 8) / 4
     assert imbalance(2, 1, **V3, skew=0.0) == pytest.approx(exact, rel=0.03)
@@ -50,7 +50,7 @@ def test_one_row_on_so_many_ranks_is_what_can_be_counted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize(("experts", "top_k"), [(256, 8), (160, 6), (32, 4), (8, 2)])
-def test_it_rises_with_ranks_and_falls_with_rows(experts: int, top_k: int, skew: float) -> None:
+def test_imbalance_rises_with_ranks_and_falls_with_rows(experts: int, top_k: int, skew: float) -> None:
     ranks = [n for n in RANKS if n <= experts]
     rows = [1, 2, 3, 7, 8, 50, 64, 100, 1000, 4096, 32768, 10**6]
     table = [[imbalance(n, m, experts=experts, top_k=top_k, skew=skew) for m in rows] for n in ranks]
@@ -62,7 +62,7 @@ def test_it_rises_with_ranks_and_falls_with_rows(experts: int, top_k: int, skew:
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
-def test_it_rises_with_skew(ranks: int) -> None:
+def test_imbalance_rises_with_skew(ranks: int) -> None:
     for rows in (64, 4096):
         found = [imbalance(ranks, rows, **V3, skew=skew) for skew in SKEWS]
         assert found == sorted(found) and found[0] < found[-1]
@@ -72,11 +72,11 @@ def test_even_popularity_and_many_rows_are_even() -> None:
     assert imbalance(8, 65536, **V3, skew=0.0) == pytest.approx(1.0, abs=0.01)
 
 
-def test_where_every_row_goes_everywhere_all_ranks_get_the_same() -> None:
+def test_rows_that_use_every_expert_load_all_ranks_equally() -> None:
     assert imbalance(4, 1, experts=8, top_k=8) == 1.0
 
 
-def test_no_rank_gets_more_than_there_is() -> None:
+def test_no_rank_gets_more_than_all_pairs() -> None:
     for rows in (1, 10, 10**5):
         assert imbalance(8, rows, experts=8, top_k=2) <= 8 / 2 + 1e-6  # one expert a rank, at most one pair of a row
 
@@ -107,7 +107,7 @@ class Counting(Random):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 8, 33, 1024, 4096, 8191, 8192])
-def test_the_most_experts_take_a_bounded_number_of_draws(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_are_bounded_for_the_most_experts(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A popularity of each expert in each trial, and the experts of a few rows, some of them drawn again."""
     monkeypatch.setattr(module, "Random", Counting)
     monkeypatch.setattr(Counting, "drawn", 0)
@@ -116,7 +116,7 @@ def test_the_most_experts_take_a_bounded_number_of_draws(top_k: int, monkeypatch
 
 
 @pytest.mark.slow
-def test_fewer_draws_find_what_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_draws_agree_with_many(monkeypatch: pytest.MonkeyPatch) -> None:
     bounded = largest_loads(4, 2048, 512, DEFAULT_SKEW)
     monkeypatch.setattr(module, "_PAIRS", 512 << 3)
     monkeypatch.setattr(module, "_POPULARITIES", 2048 * 96)
@@ -134,7 +134,7 @@ def experts_ps(rows: int, skew: float, experts: str, mesh: Mesh) -> int:
     return round(plan.totals()[PriceClass.EXPERTS] * 1e12)
 
 
-def test_prices_of_whole_experts_know_ranks_and_skew() -> None:
+def test_prices_of_whole_experts_depend_on_ranks_and_skew() -> None:
     eight, sixteen = Mesh.of(dp=1, tp=8), Mesh.of(dp=2, tp=8)
     even, skewed = (experts_ps(16384, skew, "whole", eight) for skew in (0.0, DEFAULT_SKEW))
     assert 1.1 * even < skewed < 1.55 * even
@@ -146,7 +146,7 @@ def test_prices_of_whole_experts_know_ranks_and_skew() -> None:
 
 
 @pytest.mark.parametrize("skew", [-0.1, 4.5, float("nan")])
-def test_a_skew_that_cannot_be(skew: float) -> None:
+def test_an_impossible_skew_is_refused(skew: float) -> None:
     deployment = Deployment(config=preset("dsv3-mini"), mesh=Mesh.of(dp=1, tp=2), device=device("cpu-core"))
     with pytest.raises(ConfigError, match=r"--expert-skew is .*; it must be between 0 and 4"):
         replace(deployment, expert_skew=skew)

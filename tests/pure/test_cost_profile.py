@@ -63,7 +63,7 @@ def pricer(tables: Measured, rows: int = 64, mesh: Mesh = MESH, **options: Any) 
     return Pricer(device, mesh, shape, options.pop("dtype", "bf16"), itemsize=options.pop("itemsize", 2), graph=False)
 
 
-def test_a_stage_costs_what_was_measured() -> None:
+def test_a_measured_stage_costs_its_measured_time() -> None:
     proj = stage("qkv_a_proj")
     at_a_point = pricer(measured()).stage(proj, full(MESH), False, RowSet.ALL)
     assert (at_a_point.ps, at_a_point.source) == (6 * 10**8, Source.MEASURED)
@@ -73,7 +73,7 @@ def test_a_stage_costs_what_was_measured() -> None:
     assert beyond.ps == 6 * 10**9 and beyond.source is Source.SCALED
 
 
-def test_ranks_without_rows_leave_the_machine_to_the_others() -> None:
+def test_one_row_costs_less_when_other_ranks_have_none() -> None:
     """One row: on every rank, or on one of two."""
     proj = stage("qkv_a_proj")
     found = table("qkv_a_proj", proj.work, points((0.5, 100), (1, 200), (2, 200)))
@@ -82,7 +82,7 @@ def test_ranks_without_rows_leave_the_machine_to_the_others() -> None:
     assert prices.stage(proj, scattered(MESH), False, RowSet.ALL).ps == 10**8
 
 
-def test_a_stage_of_other_size_is_scaled_by_the_nearest_and_of_another_kind_is_not() -> None:
+def test_only_stages_of_the_same_kind_are_scaled_from_the_nearest_size() -> None:
     proj = stage("qkv_a_proj")
     (gemm,) = proj.work
     assert isinstance(gemm, Gemm)
@@ -95,7 +95,7 @@ def test_a_stage_of_other_size_is_scaled_by_the_nearest_and_of_another_kind_is_n
     assert prices.stage(norm, full(MESH), False, RowSet.ALL) == plain.stage(norm, full(MESH), False, RowSet.ALL)
 
 
-def test_a_stage_of_another_dtype_is_scaled_by_what_its_products_cost_there() -> None:
+def test_a_stage_of_another_dtype_is_scaled_by_rooflines() -> None:
     proj, norm = stage("qkv_a_proj"), stage("input_norm")
     bf16 = pricer(measured(), rows=64).stage(proj, full(MESH), False, RowSet.ALL)
     int8 = pricer(measured(), rows=64, dtype="int8").stage(proj, full(MESH), False, RowSet.ALL)
@@ -112,7 +112,7 @@ def test_a_stage_of_another_dtype_is_scaled_by_what_its_products_cost_there() ->
     assert pricer(unknown).stage(norm, full(MESH), True, RowSet.ALL).source is Source.ROOFLINE, "no fp8 on this device"
 
 
-def test_attention_is_interpolated_in_rows_and_in_what_rows_attend_to() -> None:
+def test_attention_is_interpolated_in_rows_and_attended_tokens() -> None:
     attention = stage("attention")
     lines = points((8, 1000), (32, 3000), attended=10.0) + points((8, 2000), (32, 7000), attended=110.0)
     found = Measured(stages=[table("attention", attention.work, lines, phase="prefill")])
@@ -140,7 +140,7 @@ def test_more_rows_and_more_context_never_cost_less(rows: int, attended: float) 
     assert 0 < price.seconds <= more_rows.seconds * (1 + 1e-9) and price.seconds <= more_context.seconds
 
 
-def test_each_phase_has_its_own_prices_and_goes_on_by_the_others() -> None:
+def test_each_phase_has_its_own_prices_and_extends_with_the_other_phase() -> None:
     norm = stage("input_norm")
     prefill = table("norm", norm.work, points((1, 9000), (8, 9000), (64, 10_000)), phase="prefill")
     decode = table("norm", norm.work, points((1, 1000), (8, 2000)), phase="decode")
@@ -160,7 +160,7 @@ def test_each_phase_has_its_own_prices_and_goes_on_by_the_others() -> None:
     assert [price and price.seconds for price in moved] == [1e-5, 9e-5, 5e-5, 9e-5]
 
 
-def test_collectives_are_of_their_group_size_and_place() -> None:
+def test_collectives_are_priced_by_group_size_and_axis() -> None:
     mesh = Mesh.of(dp=2, tp=2)
     given = ((2, "inner", 1000), (2, "outer", 2000), (4, "inner", 3000))
     found = [
@@ -182,7 +182,7 @@ def test_a_joined_addend_is_in_the_price_of_its_collective() -> None:
     assert joined.ps == 10**6 and added.ps > 100 * joined.ps
 
 
-def test_a_plan_holds_what_a_step_costs_outside_it() -> None:
+def test_a_plan_has_the_cost_of_its_step_outside_the_plan() -> None:
     device = replace(DEVICES["cpu-core"], name="here", measured=measured())
     deployment = Deployment(config=CONFIG, mesh=MESH, device=device, graph=False)
     shape = StepShape.of(MESH, (64,), phase="prefill", context=64)
@@ -211,7 +211,7 @@ def running(asked: str = "auto", **more: Any) -> tuple[Device, list[str]]:
     return choose_device(asked, lambda: this_machine(ranks=2, threads=1, world="shm"), runs=True, **more)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_profile_reads_back_equal(tmp_path: Path) -> None:
     profile, path = a_profile(), tmp_path / "folder" / "mine.json"
     write_profile(path, profile)
     assert read_profile(path) == profile
@@ -226,7 +226,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert document["stages"][0]["points"] == [[1, 100.0, 0.0], [64, 600.0, 0.0]]
 
 
-def test_one_door_to_a_device(tmp_path: Path) -> None:
+def test_plans_and_engines_find_the_same_device(tmp_path: Path) -> None:
     """The tables that a device is priced by are those of the file, not copies."""
     path = tmp_path / "mine.json"
     write_profile(path, a_profile())
@@ -244,11 +244,11 @@ def never() -> MachineFingerprint:
     raise AssertionError("a named device holds wherever it is asked for")
 
 
-def test_a_named_device_asks_nothing_of_this_machine() -> None:
+def test_a_named_device_reads_nothing_of_this_machine() -> None:
     assert choose_device("h20", never, runs=True) == choose_device("h20", never, runs=False) == (DEVICES["h20"], [])
 
 
-def test_a_profile_fits_what_it_was_made_for() -> None:
+def test_a_profile_fits_only_its_own_machine() -> None:
     mine = this_machine(ranks=2, threads=1, world="shm")
     assert not mine.misfit(mine) and not MachineFingerprint(ranks=2).misfit(mine)
     assert "cpu 'another' there" in MachineFingerprint(cpu="another").misfit(mine)
@@ -263,7 +263,7 @@ def kept(folder: Path, name: str, dtype: str = "bf16", models: tuple[str, ...] =
     write_profile(folder / name, a_profile(dtype, made, **fits))
 
 
-def test_of_the_profiles_that_fit_the_one_of_the_weights_and_of_the_model_is_taken(
+def test_profiles_of_the_dtype_and_then_of_the_model_are_preferred(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NARROWS_PROFILES", str(tmp_path))
@@ -298,7 +298,7 @@ def test_of_the_profiles_that_fit_the_one_of_the_weights_and_of_the_model_is_tak
         planned("auto", 3)
 
 
-def test_a_profile_of_another_machine_or_version_says_so_where_it_is_planned_by(tmp_path: Path) -> None:
+def test_plans_by_a_profile_of_another_machine_or_version_print_a_note(tmp_path: Path) -> None:
     write_profile(tmp_path / "mine.json", a_profile(ranks=8, world="gloo"))
     file = str(tmp_path / "mine.json")
     assert planned(file)[1] == [f"prices: the profile {file}, made 2026-11-27"]
@@ -309,12 +309,12 @@ def test_a_profile_of_another_machine_or_version_says_so_where_it_is_planned_by(
     assert other.startswith(f"the profile {file} is not of this machine: cpu 'an abacus' there") and "0.0.7" in other
 
 
-def test_every_figure_of_a_device_may_be_said() -> None:
+def test_every_figure_of_a_device_may_be_given() -> None:
     others = {"name", "title", "sources", "notes", "collectives", "gemm", "kernels", "measured"}
     assert set(DeviceFigures.model_fields) - {"like"} == {each.name for each in fields(Device)} - others
 
 
-def test_peaks_that_are_not_said_follow_those_that_are(tmp_path: Path) -> None:
+def test_missing_peaks_are_scaled_from_the_given_one(tmp_path: Path) -> None:
     path = tmp_path / "slow.json"
     path.write_text(json.dumps({"narrows_profile": 1, "device": {"like": "cpu-core", "tflops_bf16": 0.22}}))
     device = planned(str(path))[0]
@@ -398,7 +398,7 @@ def a_stage(**change: Any) -> dict[str, Any]:
         ({"stages": 7}, "stages: input should be a valid array, not 7"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_errors_of_profile_files(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps({"narrows_profile": 1} | change))
     with pytest.raises(ConfigError) as error:
@@ -413,7 +413,7 @@ def test_the_example_of_the_page_is_a_profile() -> None:
     assert {each.stage for each in Profile.model_validate_json(example[1]).stages} == {"qkv_a_proj", "attention"}
 
 
-def test_files_that_are_no_profiles(tmp_path: Path) -> None:
+def test_files_that_are_no_profiles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_profile(tmp_path / "nowhere.json")
     for text, said in (("{", "is not JSON"), ("[]", "is not a profile"), ("{}", "make one with: narrows calibrate")):

@@ -28,7 +28,7 @@ def test_a_point_between_two_is_between_their_times(curve: Curve, share: float, 
 
 @settings(deadline=None)
 @given(curves)
-def test_points_come_back_exactly(curve: Curve) -> None:
+def test_measured_points_are_reproduced_exactly(curve: Curve) -> None:
     for x, y in zip(curve.xs, curve.ys, strict=True):
         assert (curve.at(x).seconds, curve.at(x).source) == (y, Source.MEASURED)
 
@@ -72,6 +72,6 @@ def test_the_tables_are_whole(name: str, columns: tuple[str, ...], count: int) -
     assert all(t > 0 and math.isfinite(t) for t in times_us)
 
 
-def test_a_table_with_other_columns_is_refused() -> None:
+def test_a_table_with_wrong_columns_is_refused() -> None:
     with pytest.raises(AssertionError, match="has columns device,dtype"):
         read_rows("gemm.csv", ("device", "m"))

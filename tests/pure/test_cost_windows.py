@@ -64,7 +64,7 @@ def test_a_window_makes_attention_cheaper_and_nothing_else(phase: str) -> None:
     assert priced(model(8192)) == whole
 
 
-def test_what_a_step_must_do_within_windows() -> None:
+def test_bytes_and_flops_of_windowed_attention() -> None:
     per_token = 2 * 2 * 128 * 2
     assert decode_kv_bytes(model(None), 2, rows=3, context=100) == 4 * 3 * 100 * per_token
     assert decode_kv_bytes(model(16, frozenset({1})), 2, rows=3, context=100) == 3 * (3 * 100 + 16) * per_token

@@ -40,14 +40,14 @@ def test_the_number_of_an_answer(text: str, strict: str | None, flexible: str | 
 
 
 @given(st.integers(-(10**9), 10**9), st.text("ab c\n", max_size=20))
-def test_a_number_is_found_however_it_is_written(number: int, around: str) -> None:
+def test_numbers_are_found_in_every_notation(number: int, around: str) -> None:
     for written in (str(number), f"{number:,}", f"{number}.0"):
         assert same_number(strict_number(f"{around}#### {written}\n{around}"), str(number))
         assert same_number(flexible_number(f"{around} {written} {around}"), str(number))
 
 
 @pytest.mark.parametrize(("first", "second"), [("7", None), (None, None), ("7", "8"), ("1.2.3", "1.2")])
-def test_what_is_no_number_is_not_the_same_number(first: str | None, second: str | None) -> None:
+def test_different_or_missing_numbers_are_unequal(first: str | None, second: str | None) -> None:
     assert not same_number(first, second)
 
 
@@ -57,7 +57,7 @@ def test_the_gsm8k_prompt_ends_where_the_answer_begins() -> None:
     assert gsm8k_prompt([], "e?") == "Question: e?\nAnswer:"
 
 
-def test_hellaswag_marks_go_out_and_titles_become_sentences() -> None:
+def test_hellaswag_marks_are_removed_and_titles_become_sentences() -> None:
     assert hellaswag_text("[header] How to [title] Begin [step] Do  it [substeps] now.") == "How to. Begin Do it now."
     assert hellaswag_text(" plain text ") == "plain text"
 
@@ -129,7 +129,7 @@ def test_wrong_choices_are_named(tmp_path: Path, changes: dict[str, object], say
     assert f"line 1: {says}" in str(error.value) or says in str(error.value)
 
 
-def test_a_text_that_is_empty_missing_or_no_text(tmp_path: Path) -> None:
+def test_empty_missing_and_binary_texts_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "text"
     with pytest.raises(ConfigError, match="cannot be read"):
         read_text(file)
@@ -145,13 +145,13 @@ def test_a_text_that_is_empty_missing_or_no_text(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(-100, 100), min_size=5, max_size=40))
-def test_without_clusters_the_error_is_that_of_a_mean(values: list[float]) -> None:
+def test_without_clusters_the_error_is_the_standard_error_of_a_mean(values: list[float]) -> None:
     mean = clustered_mean(values, range(len(values)))
     assert mean.value == pytest.approx(statistics.fmean(values), abs=1e-9)
     assert mean.error == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), abs=1e-9)
 
 
-def test_values_that_repeat_within_a_cluster_bring_no_certainty() -> None:
+def test_repeated_values_within_a_cluster_do_not_shrink_the_error() -> None:
     values = [1.0, 4.0, 2.0, 8.0, 5.0]
     once = clustered_mean(values, range(5))
     ten_times = clustered_mean([v for v in values for _ in range(10)], [i for i in range(5) for _ in range(10)])
@@ -160,7 +160,7 @@ def test_values_that_repeat_within_a_cluster_bring_no_certainty() -> None:
     assert clustered_mean([], []).error == math.inf
 
 
-def test_the_threshold_is_kept_by_chance() -> None:
+def test_chance_rarely_passes_the_threshold() -> None:
     """Normal noise in clusters: z has a standard deviation of about 1."""
     draw = random.Random(7)
     scores = []
@@ -234,7 +234,7 @@ def test_perplexity_per_token_word_and_byte() -> None:
     assert found.bits_per_byte == pytest.approx(24 / math.log(2) / 48)
 
 
-def test_text_less_likely_than_its_noise_explains_is_a_failure() -> None:
+def test_a_perplexity_change_beyond_its_noise_is_a_failure() -> None:
     one = text(0.0)
     assert score_of("p", text(0.0, noise=0.05), one, alone=False).failure == ""
     assert score_of("p", text(LEAST_NATS / 2), one, alone=False).failure == "", "certain, and too small to count"

@@ -46,7 +46,7 @@ def test_importing_narrows_imports_nothing_else() -> None:
     assert done.stdout == "['narrows']\n"
 
 
-def test_each_name_of_the_front_door_is_there() -> None:
+def test_every_public_name_exists_in_narrows() -> None:
     import_all = "from narrows import *; import narrows; assert all(name in globals() for name in narrows.__all__)"
     assert sorted(narrows.__all__, key=str.lower) == sorted(narrows._MODULES, key=str.lower)
     assert narrows.SamplingParams.__module__ == "narrows.sched.sampling"

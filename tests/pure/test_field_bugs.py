@@ -204,7 +204,7 @@ def test_a_sum_taken_twice_is_refused_before_it_runs(
 
 @planted(BELIEVES_THE_CONSUMER)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_a_sum_that_nobody_takes_is_refused_before_it_runs(
+def test_a_missing_reduction_is_refused_before_it_runs(
     mesh: Mesh, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #23431, #24785, #23729 (first 2 of 100 tokens right): producer and consumer each leave it to the other."""
@@ -225,7 +225,7 @@ def _reduce_replicas(patch: pytest.MonkeyPatch) -> None:
 
 @planted(Mistake("replicas-are-reduced-too", _reduce_replicas, words="sums rows that are equal"))
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_rows_that_are_equal_on_all_ranks_are_never_summed(
+def test_equal_rows_of_all_ranks_are_never_summed(
     mesh: Mesh, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #31699, #32609: DP1 and DP8 right, DP2 and DP4 corrupt. No legal plan reduces what owes no sum."""
@@ -241,7 +241,7 @@ def _any_letters(patch: pytest.MonkeyPatch) -> None:
 
 @planted(Mistake("any-letters-are-a-layout", _any_letters, pytest.fail.Exception, "DID NOT RAISE"))
 @pytest.mark.parametrize("placements", ["RS", "PS", "RP", "PR", "CP"])
-def test_a_sum_over_ranks_that_hold_different_rows_is_no_layout(
+def test_a_sum_over_ranks_with_different_rows_is_no_layout(
     placements: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #31699: the layouts in which such a sum would be legal do not exist as values."""
@@ -251,7 +251,7 @@ def test_a_sum_over_ranks_that_hold_different_rows_is_no_layout(
 
 @planted(BELIEVES_THE_CONSUMER)
 @pytest.mark.parametrize("mesh", [m for m in MESHES if m.num_groups > 1], ids=str)
-def test_a_slice_of_equal_rows_turned_into_a_reduction_is_refused(
+def test_a_reduction_of_equal_rows_is_refused(
     mesh: Mesh, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #31699, #32609, in a plan that came from elsewhere (a file, a hand): the value says what it owes."""
@@ -378,7 +378,7 @@ def _guess_from_rows(patch: pytest.MonkeyPatch) -> None:
 
 
 @planted(Mistake("as-many-rows-as-all-is-all", _guess_from_rows, words="row 0 is held by 2 ranks"))
-def test_one_row_on_two_ranks_has_a_layout_that_its_shape_does_not_tell(
+def test_the_layout_of_one_row_on_two_ranks_is_not_its_shape(
     mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vllm #50681, #50685: [1, H] on rank 0 of TP2 may be all rows, its own row or an addend. The layout says which."""
@@ -574,7 +574,7 @@ CANNOT = [
 
 @planted(Mistake("inert-without-a-word", _nothing_is_inapplicable, pytest.fail.Exception, "DID NOT RAISE"))
 @pytest.mark.parametrize(("layout", "model", "mesh", "condition"), CANNOT, ids=str)
-def test_a_layout_that_cannot_apply_says_which_condition_fails(
+def test_an_inapplicable_layout_names_the_failed_condition(
     layout: str, model: str, mesh: Mesh, condition: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SGLang's switch goes off with one INFO line, and guides recommend it where it is inert. Here that is an error."""

@@ -133,7 +133,7 @@ def planted(*mistakes: Put) -> pytest.MarkDecorator:
 
 
 @planted(to_the_fewest_requests, to_the_fewest_tokens)
-def test_requests_go_where_their_prefix_is(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_go_to_the_group_with_their_prefix(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """sglang #26611, #31170, tpu-inference #3307, vllm #52463: data-parallel routing loses the prefix."""
 
     def check() -> None:
@@ -145,7 +145,7 @@ def test_requests_go_where_their_prefix_is(put: Put | None, monkeypatch: pytest.
 
 
 @planted(to_the_longest_prefix)
-def test_one_prefix_pins_nobody_to_one_group(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_prefix_does_not_pin_requests_to_one_group(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """sglang #31170, vllm #52463: routing by prefix alone sends every request of one prefix to one rank."""
 
     def check() -> None:

@@ -49,7 +49,7 @@ def cached(tmp_path: Path, name: str = "config.json", content: str = "{}") -> Pa
     return snapshot
 
 
-def test_files_of_the_folder_are_found_and_others_are_not_there(home: Path, tmp_path: Path) -> None:
+def test_files_of_the_folder_are_found_and_missing_ones_are_none(home: Path, tmp_path: Path) -> None:
     assert file_in(home, "a.json") == home / "a.json" and file_in(home, "more/b.json") == home / "more/b.json"
     assert file_in(home, "c.json") is None and file_in(home, "no/c.json") is None
     (home / "link.json").symlink_to("more/b.json")
@@ -60,21 +60,21 @@ def test_files_of_the_folder_are_found_and_others_are_not_there(home: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "more/../../outside.json", "/etc/hostname", "{abs}", "a\0b", ".."])
-def test_a_name_that_leads_out_is_refused(home: Path, tmp_path: Path, name: str) -> None:
+def test_a_name_outside_the_folder_is_refused(home: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as error:
         file_in(home, name.replace("{abs}", str(tmp_path / "outside.json")))
     assert "outside the folder; only files in it are read" in said(error)
 
 
 @pytest.mark.parametrize("target", ["../outside.json", "{abs}", "more/out.json"])
-def test_a_link_that_leads_out_is_refused(home: Path, tmp_path: Path, target: str) -> None:
+def test_a_link_out_of_the_folder_is_refused(home: Path, tmp_path: Path, target: str) -> None:
     (home / "more" / "out.json").symlink_to("../../outside.json")
     (home / "link.json").symlink_to(target.replace("{abs}", str(tmp_path / "outside.json")))
     with pytest.raises(CheckpointError, match=r"is a link to .*outside\.json, outside the folder"):
         file_in(home, "link.json")
 
 
-def test_a_folder_of_links_that_leads_out_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_outside_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.json").write_text("{}", encoding="utf-8")
     (home / "sub").symlink_to("../elsewhere")
@@ -102,7 +102,7 @@ def test_links_of_the_hub_cache_lead_to_its_own_files_only(tmp_path: Path) -> No
         file_in(snapshot, "config.json")
 
 
-def test_what_is_no_regular_file_is_refused(home: Path) -> None:
+def test_a_file_that_is_not_regular_is_refused(home: Path) -> None:
     (home / "loop").symlink_to("loop")
     (home / "around").symlink_to("around2")
     (home / "around2").symlink_to("around")
@@ -137,13 +137,13 @@ def test_a_file_that_cannot_be_read(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("content", ["{", "", "\x00", "[" * 100000, "1" * 5000, "{'a': 1}"])
-def test_what_is_not_json(home: Path, content: str) -> None:
+def test_invalid_json_is_refused(home: Path, content: str) -> None:
     (home / "a.json").write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_json(home / "a.json")
 
 
-def test_an_object_is_needed_and_no_file_is_an_empty_one(home: Path) -> None:
+def test_json_must_be_an_object_and_a_missing_file_is_empty(home: Path) -> None:
     assert read_json_object(home / "a.json") == {"name": "home/a.json"} and read_json_object(None) == {}
     for content, kind in (("[]", "list"), ('"x"', "str"), ("null", "NoneType"), ("3", "int")):
         (home / "a.json").write_text(content, encoding="utf-8")
@@ -197,7 +197,7 @@ def test_byte_order_marks_of_the_tokenizer_and_of_templates(tmp_path: Path) -> N
         "additional_chat_templates/rag.jinja",
     ],
 )
-def test_no_file_of_a_checkpoint_may_be_a_link_out_of_it(tmp_path: Path, name: str) -> None:
+def test_checkpoint_files_that_link_outside_are_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     (folder / "additional_chat_templates").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
@@ -237,7 +237,7 @@ def test_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
     assert read_tokenizer_files(tmp_path).templates == {"default": "file", "rag": "file of rag"}
 
 
-def test_a_folder_without_config_says_what_is_there(tmp_path: Path) -> None:
+def test_a_folder_without_config_lists_its_files(tmp_path: Path) -> None:
     for name, words in (
         ("", r"config\.json: no such file; a model is a folder with config\.json, org/name of the hub, or a preset$"),
         ("adapter_config.json", "holds an adapter .* merge it"),
@@ -252,7 +252,7 @@ def test_a_folder_without_config_says_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "two words", "名前 ü", "v1.5"])
-def test_names_of_folders_as_people_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_folder_names_in_every_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")

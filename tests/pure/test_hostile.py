@@ -62,14 +62,14 @@ def test_figures_at_their_bounds_are_well(hostile: ModuleType, well: Any) -> Non
         ("gap_alone", 0.12, "gap"),
     ],
 )
-def test_each_bound_breaks_by_itself(hostile: ModuleType, well: Any, field: str, value: object, wrong: str) -> None:
+def test_each_bound_fails_alone(hostile: ModuleType, well: Any, field: str, value: object, wrong: str) -> None:
     broken = replace(well, **{field: value})
     assert broken.wrong == [wrong]
     assert hostile.report([well, broken, well], as_json=False) == 1
 
 
 @pytest.mark.parametrize(("field", "value"), [("health", 0.501), ("gap", 0.376), ("first", 5.01)])
-def test_each_time_breaks_by_itself(
+def test_each_time_limit_fails_alone(
     hostile: ModuleType, well: Any, field: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = replace(well, seen=replace(well.seen, **{field: value}))
@@ -78,7 +78,7 @@ def test_each_time_breaks_by_itself(
     assert [row["wrong"] for row in document["attacks"]] == [[], [field]]
 
 
-def test_attacks_have_names_of_their_own_and_say_what_they_do(hostile: ModuleType) -> None:
+def test_attacks_have_distinct_names_and_descriptions(hostile: ModuleType) -> None:
     names = [hostile.name_of(attack) for attack in hostile.ATTACKS]
     assert len({*names}) == len(names) >= 60
     assert all(attack.__doc__ and "\n" not in attack.__doc__ for attack in hostile.ATTACKS)

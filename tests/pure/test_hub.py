@@ -108,13 +108,13 @@ def sharded(*names: str) -> dict[str, bytes]:
         ("here/is", False),
     ],
 )
-def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, is_one: bool) -> None:
+def test_which_names_are_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, is_one: bool) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "is").mkdir(parents=True)
     assert is_hub_name(model) == is_one
 
 
-def test_the_cache_is_where_the_library_has_it() -> None:
+def test_the_cache_folder_is_huggingface_hubs() -> None:
     home = os.path.expanduser("~")
     for given, want in (
         ({}, f"{home}/.cache/huggingface/hub"),
@@ -153,7 +153,7 @@ def test_folders_of_the_cache_given_as_paths(tmp_path: Path) -> None:
         model_path(str(repo))
 
 
-def test_a_revision_of_what_has_none(tmp_path: Path) -> None:
+def test_a_revision_of_a_model_outside_the_hub_is_refused(tmp_path: Path) -> None:
     for model in (str(tmp_path), "deepseek-v3", "narrows-demo", "x.gguf"):
         with pytest.raises(ConfigError, match="has no revisions; models of the hub"):
             local_model(model, revision="main", needed="config")
@@ -167,7 +167,7 @@ def test_names_of_models() -> None:
 # -- what is fetched -------------------------------------------------------------------------------------------------
 
 
-def test_only_the_config_is_fetched_for_a_plan_and_then_nobody_is_asked(hub: FakeHub) -> None:
+def test_a_plan_fetches_only_the_config_and_later_uses_the_cache(hub: FakeHub) -> None:
     hub.repos["org/name"] = Repo(FILES | NOISE | {"model.safetensors": b"w"})
     config = load_model_config("org/name")
     assert (config.name, config.hidden_size) == ("org/name", 8)
@@ -184,7 +184,7 @@ def test_a_folder_of_that_name_wins(hub: FakeHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("needed", ["text", "weights"])
-def test_what_is_read_is_fetched_and_nothing_else(hub: FakeHub, needed: str) -> None:
+def test_only_files_that_are_read_are_fetched(hub: FakeHub, needed: str) -> None:
     more = {"model.safetensors": b"w", "additional_chat_templates/rag.jinja": b"r", "tokenizer.model": b"t"}
     hub.repos["org/name"] = Repo(FILES | NOISE | more)
     folder = local_model("org/name", needed=needed)  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ def test_a_token_opens_private_and_gated_models(hub: FakeHub, monkeypatch: pytes
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_nobody_has(hub: FakeHub) -> None:
+def test_an_unknown_hub_name_is_refused(hub: FakeHub) -> None:
     text = refused("org/nme")
     assert "org/nme is neither a folder here nor a model that" in text and hub.url in text
 
@@ -253,7 +253,7 @@ def test_a_hub_that_refuses(hub: FakeHub, caplog: pytest.LogCaptureFixture, stat
 
 
 @pytest.mark.parametrize("page", [b"<html>log in first</html>", b"[]", b'"x"', b"{}"])
-def test_what_is_no_hub(hub: FakeHub, page: bytes) -> None:
+def test_a_server_that_is_no_hub_is_refused(hub: FakeHub, page: bytes) -> None:
     hub.page = page
     assert f"{hub.url} answers as no hub does" in refused("org/name")
 
@@ -269,7 +269,7 @@ def test_a_download_that_breaks_off(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     assert (local / "model.safetensors").read_bytes() == b"weights" * 1000
 
 
-def test_without_a_network_the_cache_is_read_if_it_is_whole(hub: FakeHub, silence: Callable[[], None]) -> None:
+def test_without_a_network_a_complete_cache_is_read(hub: FakeHub, silence: Callable[[], None]) -> None:
     parts = sharded("a.safetensors", "b.safetensors")
     for name in ("org/whole", "org/text"):
         hub.repos[name] = Repo(FILES | parts)
@@ -282,7 +282,7 @@ def test_without_a_network_the_cache_is_read_if_it_is_whole(hub: FakeHub, silenc
     assert "org/none is neither a folder here nor in the cache" in text and "check the network" in text
 
 
-def test_offline_nobody_is_asked(
+def test_offline_mode_makes_no_request(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.repos["org/name"] = Repo(FILES | {"model.safetensors": b"w"})
@@ -294,7 +294,7 @@ def test_offline_nobody_is_asked(
     assert not hub.asked and not caplog.records
 
 
-def test_a_cache_that_others_made(hub: FakeHub, tmp_path: Path, silence: Callable[[], None]) -> None:
+def test_a_cache_of_an_older_library_is_read(hub: FakeHub, tmp_path: Path, silence: Callable[[], None]) -> None:
     """Of an older library: links to blobs, and no list of what the repository holds."""
     repo = tmp_path / "hub" / "models--org--old"
     (repo / "blobs").mkdir(parents=True)
@@ -361,7 +361,7 @@ def test_plan_and_simulate_take_names(hub: FakeHub, capsys: pytest.CaptureFixtur
     assert "deepseek-v3 has no revisions" in capsys.readouterr().err
 
 
-def test_no_other_name_imports_the_hubs_library() -> None:
+def test_local_names_do_not_import_huggingface_hub() -> None:
     code = (
         "import sys\nfrom narrows.cli.main import main\n"
         "main(['plan', 'narrows-demo', '--device', 'h20', '--rows', '8', '--json'])\n"
@@ -371,7 +371,7 @@ def test_no_other_name_imports_the_hubs_library() -> None:
 
 
 @pytest.mark.slow
-def test_names_are_said_without_noise_in_a_pipe(hub: FakeHub, tmp_path: Path) -> None:
+def test_fetching_prints_no_progress_into_a_pipe(hub: FakeHub, tmp_path: Path) -> None:
     hub.repos["org/demo"] = Repo({"config.json": (DEMO / "config.json").read_bytes()})
     env = os.environ | {"HF_HOME": str(tmp_path / "home")}
     env.pop("HF_HUB_CACHE")

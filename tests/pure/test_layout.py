@@ -53,7 +53,7 @@ def real(mesh: Mesh, placements: str) -> str:
 
 
 @given(st.integers(0, 5000), st.integers(1, 64))
-def test_deal_gives_whole_units_as_evenly_as_they_go(units: int, parts: int) -> None:
+def test_split_evenly_gives_whole_units(units: int, parts: int) -> None:
     shares = split_evenly(units, parts)
     assert len(shares) == parts and sum(shares) == units
     assert max(shares) - min(shares) <= 1
@@ -123,7 +123,7 @@ def test_legal_is_sharded_axes_first_then_one_other_placement(mesh: Mesh) -> Non
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_the_canonical_form_says_nothing_of_axes_of_one_rank(mesh: Mesh) -> None:
+def test_the_canonical_form_omits_axes_of_one_rank(mesh: Mesh) -> None:
     for layout in legal_layouts(mesh):
         assert Layout.on(mesh, layout.placements) == layout
         assert [p == "-" for p in layout.placements] == [size == 1 for size in mesh.sizes]
@@ -184,7 +184,7 @@ def test_the_spans_of_a_layout_partition_the_rows(split: RowSplit) -> None:
 
 
 @given(splits())
-def test_pieces_are_what_the_members_of_the_group_hold(split: RowSplit) -> None:
+def test_pieces_are_the_parts_of_the_group_members(split: RowSplit) -> None:
     mesh = split.mesh
     for outer, inner in itertools.product(legal_layouts(mesh), repeat=2):
         if outer.num_leading > inner.num_leading:
@@ -197,7 +197,7 @@ def test_pieces_are_what_the_members_of_the_group_hold(split: RowSplit) -> None:
 
 
 @given(meshes, st.data())
-def test_groups_deal_their_rows_to_their_ranks(mesh: Mesh, data: st.DataObject) -> None:
+def test_groups_split_their_rows_over_their_ranks(mesh: Mesh, data: st.DataObject) -> None:
     rows = st.lists(st.integers(0, 2000), min_size=mesh.num_groups, max_size=mesh.num_groups)
     group_rows = tuple(data.draw(rows))
     split = RowSplit.from_groups(mesh, group_rows)
@@ -251,7 +251,7 @@ def test_moves_go_between_legal_layouts_by_the_operation_they_need(mesh: Mesh) -
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_whole_rows_are_reachable_from_everywhere_and_nothing_else_is_but_a_smaller_debt(mesh: Mesh) -> None:
+def test_only_whole_rows_and_smaller_sums_are_reachable_from_every_layout(mesh: Mesh) -> None:
     for src, dst in itertools.product(legal_layouts(mesh), repeat=2):
         less_owed = src.owes_sum and dst.owes_sum and dst.num_leading >= src.num_leading
         possible = src == dst or dst.is_whole or less_owed
@@ -284,7 +284,7 @@ def test_three_axes() -> None:
 
 @settings(max_examples=50)
 @given(splits(), st.data())
-def test_a_chain_of_moves_changes_who_holds_rows_never_how_many_there_are(split: RowSplit, data: st.DataObject) -> None:
+def test_a_chain_of_moves_keeps_the_number_of_rows(split: RowSplit, data: st.DataObject) -> None:
     mesh = split.mesh
     layout = data.draw(st.sampled_from(legal_layouts(mesh)))
     for _ in range(6):

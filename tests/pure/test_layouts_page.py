@@ -43,7 +43,7 @@ def test_the_page_is_up_to_date(script: ModuleType) -> None:
     assert script.page() == KEPT, STALE
 
 
-def test_what_does_not_fit_is_said(script: ModuleType) -> None:
+def test_a_model_that_does_not_fit_is_named_with_its_size(script: ModuleType) -> None:
     """V3's FP8 weights take more of a rank than a card of 80 GB has, at 8 ranks."""
     lines = list(script.section("h100", "deepseek-v3", "fp8", (Mesh.of(dp=1, tp=8),)))
     d = Deployment(config=preset("deepseek-v3"), mesh=Mesh.of(dp=1, tp=8), device=device("h100"), dtype="fp8")

@@ -52,7 +52,7 @@ there = pytest.mark.skipif(library() is None, reason=f"no compiled library: {why
 
 
 @there
-def test_the_best_target_that_this_cpu_can_run_is_taken_unless_another_is_named():
+def test_the_best_target_of_this_cpu_is_the_default():
     can = [target.name for target in targets() if not target.missing]
     assert can[-1] == "baseline"
     # In a process of its own for each: one library has one target.
@@ -64,7 +64,7 @@ def test_the_best_target_that_this_cpu_can_run_is_taken_unless_another_is_named(
 
 
 @there
-def test_a_target_that_cannot_run_here_is_an_error_that_names_those_that_can(monkeypatch: pytest.MonkeyPatch):
+def test_a_target_that_cannot_run_here_is_an_error_listing_the_others(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NARROWS_TARGET", "sse9")
     with pytest.raises(ConfigError, match=r"^NARROWS_TARGET=sse9: there is no such target; here it may be .*baseline$"):
         open_anew()

@@ -69,7 +69,7 @@ def test_no_target_calls_a_function_of_a_better_one() -> None:
         assert any(register in bodies[name] for name in reached(mark)), (mark, register)
 
 
-def test_tests_of_compiled_code_that_cannot_run_say_so_in_one_line(tmp_path: Path) -> None:
+def test_native_tests_that_cannot_run_print_one_line(tmp_path: Path) -> None:
     """Without a compiler, and with one that has no sanitizers."""
     poor = tmp_path / "poor"
     poor.write_text("#!/bin/sh\necho cannot find -lasan\nexit 1\n")

@@ -12,7 +12,7 @@ def imported(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
 
 
-def test_torch_is_kept_out_by_the_plugin_and_not_by_its_import() -> None:
+def test_the_plugin_blocks_torch_only_when_configured() -> None:
     """Imported alone it once kept torch from every later test of its process."""
     kept_out = imported("import no_torch; no_torch.pytest_configure()")
     assert kept_out.returncode == 1 and "torch is not there for tests that need no torch" in kept_out.stderr

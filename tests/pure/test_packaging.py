@@ -46,7 +46,7 @@ def test_torch_is_pinned_to_one_version() -> None:
     assert len(SpecifierSet(f"=={pins()['torch']}")) == 1 and pins()["torch"] == "2.13.0"
 
 
-def test_planning_asks_for_no_torch_and_serving_for_all_of_the_engine() -> None:
+def test_the_bare_package_has_no_torch_and_serve_includes_the_engine() -> None:
     bare = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert not bare & {"torch", "numpy", "safetensors", "tokenizers", "fastapi", "uvicorn"}
     assert "narrows[engine]" in EXTRAS["serve"]
@@ -58,7 +58,7 @@ def test_each_dependency_has_its_reason() -> None:
     assert not {each.name for each in requirements()} - reasons
 
 
-def test_the_licence_is_whole_and_the_prices_have_their_notice() -> None:
+def test_the_licence_and_the_notice_of_prices_are_packaged() -> None:
     licence = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
     for file in PROJECT["license-files"]:
@@ -77,7 +77,7 @@ def test_the_licence_is_whole_and_the_prices_have_their_notice() -> None:
         ("bench layer", "torch", "engine"),
     ],
 )
-def test_a_command_that_lacks_an_extra_names_it_in_one_line(command: str, absent: str, extra: str) -> None:
+def test_a_command_without_its_extra_names_it_in_one_line(command: str, absent: str, extra: str) -> None:
     said = f"narrows {command.split()[0]} needs {absent}, which is not installed: pip install 'narrows[{extra}]'"
     code = f"import sys; sys.modules[{absent!r}] = None; from narrows.cli.main import main; sys.exit(main())"
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_a_load_is_sent_without_torch() -> None:
     assert done.returncode == 2 and "no OpenAI-compatible server answers at http://127.0.0.1:9" in done.stderr
 
 
-def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0 and capsys.readouterr().out == f"narrows {version('narrows')}\n"

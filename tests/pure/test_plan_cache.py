@@ -20,7 +20,7 @@ def cache(mesh: Mesh, layout: str = "auto") -> PlanCache:
 
 
 @given(st.integers(0, 2**20), st.integers(0, 2**20))
-def test_buckets_hold_what_falls_into_them_and_waste_less_than_half(a: int, b: int) -> None:
+def test_buckets_cover_their_rows_and_waste_less_than_half(a: int, b: int) -> None:
     assert a <= bucket(a) <= max(a, 1.5 * a)
     assert bucket(bucket(a)) == bucket(a)
     assert bucket(min(a, b)) <= bucket(max(a, b))

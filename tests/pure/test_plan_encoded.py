@@ -127,7 +127,7 @@ def gather_before(boundary: str, *fields: str):
         ("auto", lambda step: step.kind is OpKind.STAGE, (Encoding.INT8,), "only an all_gather may"),
     ],
 )
-def test_a_plan_that_rounds_what_it_must_not_is_refused(layout: str, is_one, encodings, says: str) -> None:
+def test_a_plan_that_encodes_a_forbidden_field_is_refused(layout: str, is_one, encodings, says: str) -> None:
     plan = planner("none", DP2).plan(step_of(DP2, 16384), layout)
     plan.validate()
     with pytest.raises(PlanError, match=says):

@@ -51,7 +51,7 @@ def test_shares_are_of_predicted_seconds_and_count_every_layer() -> None:
 
 
 @pytest.mark.parametrize("source", Source)
-def test_only_what_was_not_measured_is_said(source: Source) -> None:
+def test_only_unmeasured_prices_are_named(source: Source) -> None:
     line = evidence_line("h100", {"prefill of 4096 rows": as_if(plan_on("h100"), source)})
     if source in (Source.MEASURED, Source.INTERPOLATED):
         assert not line

@@ -19,7 +19,7 @@ def test_doctests() -> None:
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3])
-def test_every_step_that_is_dealt_evenly_finds_its_bucket(num_groups: int) -> None:
+def test_every_evenly_split_step_has_a_bucket(num_groups: int) -> None:
     keys = list(expected_keys(num_groups, most_decoding=24, rows_per_step=100))
     assert len(keys) == len(set(keys)) and all(key.rows <= 128 for key in keys)
     for rows in range(1, 25):

@@ -64,7 +64,7 @@ def test_compare_puts_totals_side_by_side() -> None:
 # -- why ---------------------------------------------------------------------------------------------------------------
 
 
-def test_why_says_what_is_in_the_steps() -> None:
+def test_the_reason_names_the_ops_that_differ() -> None:
     plans = planner(TP8)
     auto, other = (plans.plan(step_of(TP8, 32768), name) for name in ("auto", "attn-tp-input-scattered"))
     text = why(auto, other)
@@ -82,7 +82,7 @@ def test_why_says_what_is_in_the_steps() -> None:
     assert "qkv_a_proj" not in text  # both run it on scattered rows
 
 
-def test_why_of_several_axes_names_them() -> None:
+def test_the_reason_names_each_of_several_axes() -> None:
     plans = planner(DP2, "h100")
     auto, other = (plans.plan(step_of(DP2, 16384), name) for name in ("auto", "norm-before-gather"))
     text = why(auto, other).replace(" of the largest rank", "")
@@ -118,7 +118,7 @@ def test_why_of_an_equal_plan() -> None:
     )
 
 
-def test_why_of_other_forms_and_of_a_cheaper_plan() -> None:
+def test_the_reason_for_another_sharding_and_for_a_cheaper_plan() -> None:
     shape = step_of(TP8, 4096)
     published, column = planner(TP8), planner(TP8, sharding=WeightSharding(qkv_a_proj="column"))
     better, worse = published.plan(shape), column.plan(shape)
@@ -154,7 +154,7 @@ def test_a_plan_in_words() -> None:
     )
 
 
-def test_how_an_odd_layer_differs_is_said_in_a_line() -> None:
+def test_a_differing_layer_is_described_in_one_line() -> None:
     plan = planner(TP8).plan(step_of(TP8, 32768), "attn-tp-input-scattered")
     first = next(segment for segment in plan.segments if segment.layers == (0,))
     usual = next(segment for segment in plan.segments if segment.layers == (1, 2))
@@ -182,7 +182,7 @@ def test_changes_a_factor_of_two_apart_are_found_to_the_row(powers: list[int], p
     assert [each.best for each in found] == [best_at(each.first) for each in found]
 
 
-def test_a_best_that_flickers_near_its_change_is_told_once() -> None:
+def test_a_crossover_that_flickers_is_printed_once() -> None:
     def best_at(rows: int) -> str:
         return "few" if rows < 1000 or (rows < 1040 and rows % 8) else "many"
 
@@ -220,7 +220,7 @@ def test_ranges_agree_with_plans_at_their_ends(mesh: Mesh, on: str) -> None:
     assert auto[0].best.startswith("all-reduce") and auto[-1].best.count("reduce-scatter") == 2
 
 
-def test_the_published_machine_changes_where_the_boundary_table_says() -> None:
+def test_crossovers_of_the_published_machine_match_the_table() -> None:
     """All-reduce at few rows, the narrow gather from some hundred rows on: H100's collectives, dp 1 x tp 8."""
     sweep = Sweep(shape=step_of(TP8, 1024), top=65536)
     found = sweep.named(planner(TP8, "h100"), ("all-reduce", "attn-tp-input-scattered", "sequence-parallel"))
@@ -246,7 +246,7 @@ def test_a_sweep_keeps_groups_phase_and_logit_rows() -> None:
 
 
 @pytest.mark.slow
-def test_forms_are_the_cheapest_that_leave_room_for_the_step() -> None:
+def test_sharding_is_the_cheapest_that_leaves_room_for_the_step() -> None:
     deployment = planner(TP8, "h200").deployment
     shape = step_of(TP8, 16384)
     chosen = choose_sharding(deployment, [(shape, 1.0)])
@@ -261,7 +261,7 @@ def test_forms_are_the_cheapest_that_leave_room_for_the_step() -> None:
 
 
 @pytest.mark.slow
-def test_forms_leave_room_for_what_the_step_itself_takes() -> None:
+def test_sharding_leaves_room_for_the_steps_activations() -> None:
     """The cheapest set's weights and KV cache fit, half of the step's activations do not."""
     deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 4096)
     dear = choose_sharding(deployment, [(shape, 1.0)])
@@ -273,7 +273,7 @@ def test_forms_leave_room_for_what_the_step_itself_takes() -> None:
     assert by.sharding != dear and by.memory(by.plan(shape)).holds(shape.kv_tokens)
 
 
-def test_forms_are_searched_once_for_equal_deployments_and_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_is_searched_once_for_equal_deployments_and_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment, shape = planner(TP8, "h200").deployment, step_of(TP8, 77)
     chosen = known_sharding(deployment, ((shape, 1.0),))
     assert chosen == choose_sharding(deployment, [(shape, 1.0)])

@@ -51,7 +51,7 @@ def changed(plan: Plan, change: object) -> Plan:
     return replace(plan, segments=segments)
 
 
-def test_the_price_is_the_reductions_and_half_of_what_the_norm_moves_without_its_launch() -> None:
+def test_the_fused_price_is_the_reduction_and_half_the_norms_traffic() -> None:
     on = device("cpu-core")
     plan = planner().plan(decode(4))
     (_, first, *_) = fused(plan)
@@ -66,7 +66,7 @@ def test_the_price_is_the_reductions_and_half_of_what_the_norm_moves_without_its
     assert first.ps < reduction.ps + norm.ps
 
 
-def test_it_is_chosen_only_where_the_device_has_it_and_up_to_its_size() -> None:
+def test_the_fused_op_is_chosen_only_on_its_devices_and_sizes() -> None:
     assert fused(planner().plan(decode(1))) and fused(planner().plan(decode(8)))
     on = device("cpu-core")
     most = on.fused_norm_bytes // (2 * MINI.hidden_size)
@@ -78,7 +78,7 @@ def test_it_is_chosen_only_where_the_device_has_it_and_up_to_its_size() -> None:
             assert not fused(planner(device(name)).plan(decode(1))), name
 
 
-def test_named_layouts_keep_the_two_steps_and_auto_says_what_it_does_instead() -> None:
+def test_named_layouts_keep_both_ops_and_auto_explains_the_fused_one() -> None:
     plans = planner()
     auto, published = plans.plan(decode(1)), plans.plan(decode(1), "all-reduce")
     for name in applicable_layouts(MINI, TP2):
@@ -88,7 +88,7 @@ def test_named_layouts_keep_the_two_steps_and_auto_says_what_it_does_instead() -
     assert "with post_attn_norm as an op of its own" in text and "more" in text.split(":")[0]
 
 
-def test_code_and_saved_plans_have_it(tmp_path: Path) -> None:
+def test_code_and_saved_plans_contain_the_fused_op(tmp_path: Path) -> None:
     plan = planner().plan(decode(1))
     tree = ast.parse(plan_code(plan))
     calls = [
@@ -102,7 +102,7 @@ def test_code_and_saved_plans_have_it(tmp_path: Path) -> None:
     assert back == plan and fused(back)[0].stage is not None
 
 
-def test_a_plan_in_which_it_reads_what_it_must_not_is_refused() -> None:
+def test_a_plan_whose_fused_op_reads_a_wrong_layout_is_refused() -> None:
     plan = planner().plan(decode(2))
     assert any(op.fused for op in fused(plan))
 
@@ -120,7 +120,7 @@ def test_a_plan_in_which_it_reads_what_it_must_not_is_refused() -> None:
         changed(plan, without_residual).validate()
 
 
-def test_a_residual_that_has_joined_cannot_be_added_again_by_the_norm() -> None:
+def test_a_joined_residual_cannot_be_added_again_by_the_norm() -> None:
     plan = planner().plan(decode(2), "attn-tp-input-scattered")  # its residual joins the sum before post_attn_norm
     segments = []
     for segment in plan.segments:
@@ -146,7 +146,7 @@ def test_a_residual_that_has_joined_cannot_be_added_again_by_the_norm() -> None:
         replace(plan, segments=tuple(segments)).validate()
 
 
-def test_a_search_without_such_steps_is_not_asked_for_their_price() -> None:
+def test_a_search_without_fused_ops_does_not_price_them() -> None:
     on = device("h100")
     deployment = Deployment(config=MINI, mesh=TP2, device=on, dtype="bf16")
     plans = Planner(deployment, WeightSharding())
@@ -183,7 +183,7 @@ def cheapest(mesh: Mesh, rows: int, on: str, **pinned: str) -> WeightSharding:
     return min(choices, key=lambda sharding: Planner(d, sharding).plan(shape).ps)
 
 
-def test_a_projection_by_columns_is_priced_as_its_share_and_its_gather() -> None:
+def test_a_column_split_projection_costs_its_share_and_its_gather() -> None:
     """Each rank multiplies by an eighth of the columns, and the columns are gathered: the price is both."""
     mesh = Mesh.of(dp=1, tp=8)
     whole, column = (
@@ -198,7 +198,7 @@ def test_a_projection_by_columns_is_priced_as_its_share_and_its_gather() -> None
 
 
 @pytest.mark.slow
-def test_a_projection_by_columns_is_chosen_at_few_rows_where_the_gather_is_cheap() -> None:
+def test_a_column_split_projection_is_chosen_at_few_rows_with_a_cheap_gather() -> None:
     """On cores that share memory a gather of few rows is little beside reading eight times the weights."""
     mesh = Mesh.of(dp=1, tp=8)
     d = Deployment(

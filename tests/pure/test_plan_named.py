@@ -87,7 +87,7 @@ def test_the_steps_of_a_layer_before_and_after_publication_a() -> None:
     ]
 
 
-def test_what_publication_a_gathers_is_the_narrow_latent_and_what_it_joins_is_an_eighth() -> None:
+def test_publication_a_gathers_the_latent_and_joins_an_eighth() -> None:
     ops = {(op.name, op.boundary): op for op in moe_layer(plan("attn-tp-input-scattered", TP8)).ops}
     gather = ops["all_gather", "latent_norm"]
     assert (gather.reads, gather.nbytes) == (("qkv_latent",), 32768 * 2112 * 2)
@@ -212,7 +212,7 @@ def test_an_unknown_layout_lists_the_known_ones() -> None:
         named_layout("ring", preset("deepseek-v3"), TP8)
 
 
-def test_what_applies_where() -> None:
+def test_which_layouts_apply_on_which_mesh() -> None:
     v3, llama = preset("deepseek-v3"), preset("llama-3.1-8b")
     assert applicable_layouts(v3, DP2) == NAMED_LAYOUTS
     assert applicable_layouts(v3, TP8) == ("all-reduce", "attn-tp-input-scattered", "sequence-parallel", "auto")

@@ -35,7 +35,7 @@ def made(
 
 
 @pytest.mark.parametrize("mesh", [Mesh.of(dp=1, tp=1), Mesh.of(dp=1, tp=8), MESH, Mesh.of(dp=8, tp=1)], ids=str)
-def test_a_saved_plan_comes_back_equal_under_every_layout(mesh: Mesh, tmp_path: Path) -> None:
+def test_a_saved_plan_reads_back_equal_under_every_layout(mesh: Mesh, tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     for layout in applicable_layouts(config, mesh):
         plan = made(layout, mesh)
@@ -44,7 +44,7 @@ def test_a_saved_plan_comes_back_equal_under_every_layout(mesh: Mesh, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_saved_plan_keeps_its_forms_and_its_logits(tmp_path: Path) -> None:
+def test_a_saved_plan_keeps_its_sharding_and_its_logits(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     for sharding in sharding_choices(config, MESH):
         for logits in (False, True):
@@ -53,7 +53,7 @@ def test_a_saved_plan_keeps_its_forms_and_its_logits(tmp_path: Path) -> None:
             assert read_plan(tmp_path / "plan.json", config, MESH) == (plan, sharding)
 
 
-def test_a_plan_for_something_else_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_a_plan_for_another_deployment_is_refused_with_the_difference(tmp_path: Path) -> None:
     config = preset("deepseek-v3")
     file = tmp_path / "plan.json"
     write_plan(file, made(), config, WeightSharding())
@@ -111,7 +111,7 @@ def test_a_saved_plan_whose_reduction_was_cut_out_is_refused_by_name(tmp_path: P
         read_plan(file, config, MESH)
 
 
-def test_the_plan_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> None:
+def test_saving_a_plan_to_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         write_plan(tmp_path / "no" / "plan.json", made(), preset("deepseek-v3"), WeightSharding())
 

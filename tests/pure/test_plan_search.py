@@ -366,7 +366,7 @@ def test_rules_that_leave_no_way_name_the_stage() -> None:
 
 
 @pytest.mark.slow
-def test_inapplicable_agrees_with_what_can_be_planned() -> None:
+def test_inapplicable_agrees_with_the_planner() -> None:
     """Every layout that is said to apply has a plan, on every mesh and model."""
     for family, mesh in itertools.product(("v3", "v2-lite", "llama", "qwen3-moe"), MESHES):
         config = tiny(family, 2)
@@ -427,7 +427,7 @@ def solved(chain: Chain, mesh: Mesh, prices: RandomPrices, *encoding: Encoding, 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=examples(60))
 @given(chains(st.integers(1, 4)), seeds, scales)
-def test_off_or_too_dear_changes_nothing_and_more_edges_never_cost(built: tuple, seed: int, scale: int) -> None:
+def test_dear_encodings_change_no_plan_and_free_ones_never_cost(built: tuple, seed: int, scale: int) -> None:
     chain, mesh = built
     off = solved(chain, mesh, Recoding(seed, scale, None))
     assert not off.encodings
@@ -440,7 +440,7 @@ def test_off_or_too_dear_changes_nothing_and_more_edges_never_cost(built: tuple,
 @pytest.mark.slow
 @settings(deadline=None, max_examples=examples(60))
 @given(chains(st.integers(1, 4)), seeds, st.booleans())
-def test_only_what_norms_and_gemms_made_is_encoded(built: tuple, seed: int, always: bool) -> None:
+def test_only_outputs_of_norms_and_gemms_are_encoded(built: tuple, seed: int, always: bool) -> None:
     """Never an owed sum, the residual stream, ids or the choice of experts, however cheap that were."""
     chain, mesh = built
     plan = solved(chain, mesh, Recoding(seed, 10**6, 0), Encoding.FP8, always=always)

@@ -43,7 +43,7 @@ def test_usable_memory_falls_with_rows() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_workspace(capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for rows in (2048, 32768):
         line = f"plan deepseek-v3 --device h200 --tp 8 --rows {rows} --context 131072 --layout auto --json"
@@ -64,7 +64,7 @@ def test_activations_are_rows_times_widths() -> None:
     assert of(by, rows).activations == pytest.approx(1.1 * rows * 2 * (3 * hidden + 3 * inner), rel=0.01)
 
 
-def test_it_is_in_proportion_to_rows() -> None:
+def test_workspace_is_in_proportion_to_rows() -> None:
     by = planner("llama-3.1-8b", "a100", "bf16", tp=2)
     assert of(by, 16384).total == pytest.approx(2 * of(by, 8192).total, rel=0.01)
 

@@ -15,7 +15,7 @@ def chunk(request: int, start: int, rows: int, num_logits: int = 0) -> Chunk:
 
 
 @given(st.integers(0, 10**6))
-def test_a_reference_is_no_token_id_and_tells_its_slot(slot: int) -> None:
+def test_a_reference_is_no_token_id_and_encodes_its_slot(slot: int) -> None:
     assert sample_ref(slot) < 0
     assert sample_slot(sample_ref(slot)) == slot
 
@@ -25,7 +25,7 @@ def test_references_to_different_slots_differ() -> None:
 
 
 @pytest.mark.parametrize(("rows", "num_logits"), [(0, 0), (2, 3), (2, -1)])
-def test_a_chunk_has_rows_and_asks_for_logits_of_its_own(rows: int, num_logits: int) -> None:
+def test_a_chunk_without_rows_or_with_foreign_logits_is_an_assertion(rows: int, num_logits: int) -> None:
     with pytest.raises(AssertionError, match="a chunk has rows"):
         chunk(0, 0, rows, num_logits)
 

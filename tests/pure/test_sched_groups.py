@@ -55,7 +55,7 @@ def step(scheduler: Scheduler) -> Batch:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def test_admission_goes_on_until_each_group_has_its_share_of_the_rows() -> None:
+def test_admission_continues_until_each_group_has_its_share_of_rows() -> None:
     """Not until as many rows as a step has are waiting in one group."""
     scheduler = make()
     for number, own in enumerate((500, 3, 90, 90, 90, 90)):
@@ -72,7 +72,7 @@ def test_a_group_alone_with_prompts_has_all_rows() -> None:
     assert [step(scheduler).group_rows for _ in range(3)] == [(64, 0, 0, 0)] * 3
 
 
-def test_an_urgent_prompt_waits_for_no_less_urgent_one_of_another_group() -> None:
+def test_an_urgent_prompt_never_waits_for_a_less_urgent_one_of_another_group() -> None:
     scheduler = make(num_groups=2, align_steps=0)
     add(scheduler, 0, 500)
     add(scheduler, 1, 500)
@@ -84,7 +84,7 @@ def test_an_urgent_prompt_waits_for_no_less_urgent_one_of_another_group() -> Non
     assert rows == {2: 36, 0: 14, 1: 14} and urgent.prefilled
 
 
-def test_a_clients_first_prompt_waits_for_no_further_one_of_another_group() -> None:
+def test_a_clients_first_prompt_never_waits_for_further_prompts_of_another_group() -> None:
     scheduler = make(num_groups=2, align_steps=0)
     for number in range(4):
         add(scheduler, number, 300 - number, client="flood")
@@ -99,7 +99,7 @@ def test_a_clients_first_prompt_waits_for_no_further_one_of_another_group() -> N
 # -- who goes where ----------------------------------------------------------------------------------------------------
 
 
-def test_a_request_goes_where_the_least_is_left_to_compute() -> None:
+def test_a_request_goes_to_the_group_with_the_least_left_to_compute() -> None:
     scheduler = make(num_groups=3, decode_weight=0, rows_per_step=6)
     sizes = (20, 4, 8, 4, 1)
     requests = [add(scheduler, number, own) for number, own in enumerate(sizes)]
@@ -111,7 +111,7 @@ def test_a_request_goes_where_the_least_is_left_to_compute() -> None:
 
 
 @pytest.mark.parametrize(("pending", "group"), [(59, 0), (60, 1), (61, 1)])
-def test_a_cached_prefix_draws_as_far_as_it_saves_rows(pending: int, group: int) -> None:
+def test_a_cached_prefix_attracts_a_request_as_far_as_it_saves_rows(pending: int, group: int) -> None:
     """40 tokens are cached where ``pending`` rows are to be computed; elsewhere 20 are, of fewer tokens in all."""
     scheduler = make(num_groups=2, decode_weight=0, rows_per_step=1000, max_context=4000)
     add(scheduler, 0, 1, shared=40, max_tokens=1)
@@ -139,7 +139,7 @@ def test_each_running_request_counts_as_256_rows_against_a_cached_prefix(running
     assert place is not None and place.group == group
 
 
-def test_running_requests_count_too_so_that_a_prefix_leaves_no_group_idle() -> None:
+def test_running_requests_count_so_a_shared_prefix_idles_no_group() -> None:
     """Two prefixes, as reinforcement learning sends them: what they save must not keep half of the groups empty."""
     scheduler = make(rows_per_step=2048, page_size=16)
     for number in range(64):
@@ -169,7 +169,7 @@ def test_equal_loads_give_equal_steps() -> None:
 # -- a group without pages ---------------------------------------------------------------------------------------------
 
 
-def test_a_group_short_of_pages_stalls_no_other_and_whoever_waits_for_it_is_not_passed_there() -> None:
+def test_a_group_short_of_pages_stalls_no_other_and_keeps_its_waiting_order() -> None:
     """Both groups have 50 pages. A request that needs 45 waits for one of them; small ones go on in the other."""
     scheduler = make(num_groups=2, pages_per_group=51, max_context=200, align_steps=0)
     held = [add(scheduler, number, 60, max_tokens=40) for number in range(2)]
@@ -208,7 +208,7 @@ def test_a_stream_of_small_requests_never_starves_a_large_one() -> None:
     assert scheduler.stats().waiting > 50, "there were always others"
 
 
-def test_with_one_group_nobody_passes_who_waits_for_pages() -> None:
+def test_with_one_group_no_request_passes_one_that_waits_for_pages() -> None:
     scheduler = make(num_groups=1, pages_per_group=21, max_context=80)
     add(scheduler, 0, 40, max_tokens=30)
     step(scheduler)
@@ -218,7 +218,7 @@ def test_with_one_group_nobody_passes_who_waits_for_pages() -> None:
     assert (large.group, small.group) == (-1, -1)
 
 
-def test_only_the_group_whose_texts_grow_too_long_puts_any_back_and_the_stats_name_it() -> None:
+def test_only_the_group_out_of_pages_preempts_and_stats_name_it() -> None:
     """Five texts on the group that has their prefix need 260 pages of 190; one on the other group 105."""
     scheduler = make(num_groups=2, pages_per_group=191, rows_per_step=512, max_context=600, decode_weight=16)
     long = [add(scheduler, 0, 4, shared=400, max_tokens=120)]
@@ -240,7 +240,7 @@ def test_only_the_group_whose_texts_grow_too_long_puts_any_back_and_the_stats_na
     assert {request.finish_reason for request in long} == {"length"}
 
 
-def test_a_text_that_its_group_puts_back_goes_on_in_another_and_the_group_is_named() -> None:
+def test_a_preempted_text_continues_in_another_group_and_stats_name_its_own() -> None:
     """Group 1 is the one that is short; what it puts back finds room in group 0 at once, so that nobody ever waits."""
     scheduler = make(num_groups=2, pages_per_group=31, max_context=200, decode_weight=0)
     add(scheduler, 0, 60, max_tokens=8)

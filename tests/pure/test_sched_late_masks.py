@@ -70,7 +70,7 @@ def rows(batch: Batch | None) -> list[int]:
     return [chunk.request for group in batch.groups for chunk in group] if batch is not None else []
 
 
-def test_a_request_whose_mask_is_late_has_no_row_and_the_others_have_theirs() -> None:
+def test_a_request_with_a_late_mask_has_no_row_and_others_keep_theirs() -> None:
     scheduler, guide = make(), Held()
     late, other = add(scheduler, 0, 2, 4, guide), add(scheduler, 1, 2, 6)
     assert rows(step(scheduler)) == [0, 1]
@@ -86,7 +86,7 @@ def test_a_request_whose_mask_is_late_has_no_row_and_the_others_have_theirs() ->
     assert late.output == [8, 8] and guide.taken == [8, 8]
 
 
-def test_nothing_runs_while_every_mask_is_late_though_there_is_work() -> None:
+def test_no_step_runs_while_every_mask_is_late() -> None:
     scheduler, guide = make(), Held()
     request = add(scheduler, 0, 2, 2, guide)
     step(scheduler)
@@ -119,7 +119,7 @@ def test_a_first_mask_may_be_late_too() -> None:
     assert scheduler.stats().kv_pages_used == 0
 
 
-def test_an_abort_while_the_mask_is_late_frees_the_pages_and_wants_no_mask_any_more() -> None:
+def test_an_abort_with_a_late_mask_frees_the_pages_and_drops_the_mask() -> None:
     scheduler, guide = make(), Held()
     request = add(scheduler, 0, 6, 9, guide)
     step(scheduler)
@@ -130,7 +130,7 @@ def test_an_abort_while_the_mask_is_late_frees_the_pages_and_wants_no_mask_any_m
     assert scheduler.settle() == [] and scheduler.schedule() is None and not scheduler.has_work
 
 
-def test_a_request_that_is_put_back_while_its_mask_is_late_comes_again_with_it() -> None:
+def test_a_request_preempted_with_a_late_mask_returns_with_its_mask() -> None:
     scheduler = make(pages_per_group=5, max_context=16)  # four pages that can be used
     guide = Held()
     first = add(scheduler, 0, 4, 12)
@@ -151,7 +151,7 @@ def test_a_request_that_is_put_back_while_its_mask_is_late_comes_again_with_it()
     assert late.output == [8, 8] and guide.taken == [8, 8]
 
 
-def test_put_back_and_admitted_again_it_still_waits_for_its_mask() -> None:
+def test_a_readmitted_request_still_waits_for_its_mask() -> None:
     scheduler = make(pages_per_group=5, max_context=16)
     guide = Held()
     first = add(scheduler, 0, 4, 12)
@@ -166,7 +166,7 @@ def test_put_back_and_admitted_again_it_still_waits_for_its_mask() -> None:
     assert scheduler.settle() == [late] and scheduler.stats().kv_pages_used == 0
 
 
-def test_steps_are_the_same_as_without_late_masks_when_each_comes_before_the_next_step() -> None:
+def test_masks_that_come_before_the_next_step_change_no_step() -> None:
     def steps(held: bool) -> list[list[int]]:
         scheduler = make(rows_per_step=4)
         guides = [Held() for _ in range(3)]

@@ -20,7 +20,7 @@ def test_num_pages_for_rounds_up(num_tokens: int, page_size: int, pages: int) ->
 
 
 @pytest.mark.parametrize("num_pages", [0, 1])
-def test_a_pool_without_a_page_to_give_is_refused_with_its_number(num_pages: int) -> None:
+def test_a_pool_without_usable_pages_is_refused(num_pages: int) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"a KV cache of {num_pages} pages holds nothing")):
         PagePool(num_pages)
 
@@ -33,7 +33,7 @@ def test_pages_go_out_lowest_first_and_never_the_null_page() -> None:
     assert pool.num_free == 0
 
 
-def test_more_than_is_free_and_a_page_given_back_twice_are_our_own_errors() -> None:
+def test_taking_too_many_pages_or_freeing_twice_is_an_assertion() -> None:
     pool = PagePool(4)
     with pytest.raises(AssertionError, match="4 pages asked for, 3 free"):
         pool.take(4)
@@ -58,7 +58,7 @@ def test_every_page_is_free_or_out_and_never_both(num_pages: int, acts: list[tup
         assert len(held) + pool.num_free == num_pages - 1
 
 
-def test_a_cached_page_is_found_until_its_room_is_needed_the_one_unused_longest_first() -> None:
+def test_cached_pages_are_evicted_least_recently_used_first() -> None:
     pool = PagePool(4)
     first = page_hash(b"", (1, 2))
     second = page_hash(first, (3, 4))
@@ -77,7 +77,7 @@ def test_a_cached_page_is_found_until_its_room_is_needed_the_one_unused_longest_
         pool.take(1)
 
 
-def test_a_hash_stands_for_all_tokens_before_too() -> None:
+def test_a_page_hash_covers_all_tokens_before_it() -> None:
     keys = {page_hash(parent, tokens) for parent in (b"", page_hash(b"", (7,))) for tokens in ((1, 2), (2, 1), (258,))}
     assert len(keys) == 6
 

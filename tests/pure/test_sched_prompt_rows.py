@@ -72,7 +72,7 @@ def test_groups_have_equal_shares_and_no_row_is_lost(queue: list[Request], budge
         assert not any(shared.get(each) for each in behind), "passed in its own group"
 
 
-def test_what_a_group_cannot_use_goes_to_the_others_and_the_rest_by_turn() -> None:
+def test_unused_shares_go_to_other_groups_and_the_remainder_by_turn() -> None:
     queue = [prompt(0, 3, 100), prompt(1, 0, 2), prompt(2, 1, 100), prompt(3, 1, 100), prompt(4, 0, 3)]
     assert by_group(share_rows([queue], 41, limits())) == [5, 18, 0, 18]
     assert by_group(share_rows([queue], 42, limits())) == [5, 18, 0, 19]
@@ -121,7 +121,7 @@ def test_chunks_stay_whole_and_groups_differ_by_one_of_them(
         assert all(max(rows) < rows[each.group] + 2 * chunk for each in plain), "another has two chunks more"
 
 
-def test_a_chunk_that_does_not_fit_is_passed_by_no_smaller_one_of_another_group() -> None:
+def test_no_smaller_chunk_of_another_group_passes_one_that_does_not_fit() -> None:
     queue = [prompt(0, 0, 8), prompt(1, 1, 8), prompt(2, 2, 2)]
     assert by_group(share_rows([queue], 11, limits(chunk=8))) == [8, 0, 0, 0]
 
@@ -139,7 +139,9 @@ def test_one_group_is_served_by_turn(queue: list[Request], budget: int, chunk: i
 
 
 @given(prompts(scored=False), prompts(scored=False), st.integers(0, 150))
-def test_a_later_wave_gets_what_those_before_it_leave(first: list[Request], later: list[Request], budget: int) -> None:
+def test_a_later_wave_gets_the_rows_left_by_earlier_ones(
+    first: list[Request], later: list[Request], budget: int
+) -> None:
     shared = share_rows([first, later], budget, limits())
     alone = share_rows([first], budget, limits())
     assert {each: rows for each, rows in shared.items() if each in first} == alone
@@ -147,7 +149,7 @@ def test_a_later_wave_gets_what_those_before_it_leave(first: list[Request], late
 
 
 @given(prompts(scored=False), st.integers(0, GROUPS - 1), st.integers(0, 150))
-def test_a_request_is_let_in_where_it_would_get_a_row(queue: list[Request], group: int, budget: int) -> None:
+def test_a_request_is_admitted_where_it_would_get_a_row(queue: list[Request], group: int, budget: int) -> None:
     """``has_row_left`` says so without sharing; at the very end of the budget, where rows do not divide, it may be one
     row too hopeful."""
     ahead = [sum(each.rows_left for each in queue if each.group == other) for other in range(GROUPS)]

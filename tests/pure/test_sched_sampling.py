@@ -23,7 +23,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_the_ends_of_a_range_are_allowed_and_what_lies_beyond_is_refused_with_the_numbers(name: str) -> None:
+def test_range_ends_are_allowed_and_values_beyond_are_refused_with_numbers(name: str) -> None:
     low, high = RANGES[name]
     for value in (low, high):
         assert getattr(SamplingParams(**{name: value}), name) == value
@@ -33,12 +33,12 @@ def test_the_ends_of_a_range_are_allowed_and_what_lies_beyond_is_refused_with_th
         assert str(error.value) == f"{name} is {value:g}; it must be between {low:g} and {high:g}"
 
 
-def test_top_p_0_is_refused_since_it_would_keep_nothing() -> None:
+def test_top_p_0_is_refused_because_it_keeps_no_token() -> None:
     with pytest.raises(ConfigError, match=r"top_p is 0; it must be between 1e-09 and 1"):
         SamplingParams(top_p=0.0)
 
 
-def test_top_k_and_logprobs_say_what_they_take() -> None:
+def test_errors_of_top_k_and_logprobs_give_the_range() -> None:
     with pytest.raises(ConfigError, match=r"top_k is -1; it must be at least 0 \(0 keeps all tokens\)"):
         SamplingParams(top_k=-1)
     for count in (-1, MAX_LOGPROBS + 1):
@@ -48,7 +48,7 @@ def test_top_k_and_logprobs_say_what_they_take() -> None:
     assert SamplingParams(logprobs=MAX_LOGPROBS, top_k=10**9).top_k == 10**9
 
 
-def test_who_needs_whole_rows_of_logits() -> None:
+def test_which_requests_need_whole_rows_of_logits() -> None:
     assert not GREEDY.needs_logits
     assert not SamplingParams(top_k=5, top_p=0.5, min_p=0.1, seed=3).needs_logits, "without a temperature it is greedy"
     assert SamplingParams(temperature=0.1).needs_logits and not SamplingParams(temperature=0.1).penalizes
@@ -123,7 +123,7 @@ def test_another_process_gives_the_same_numbers() -> None:
     assert said.strip() == str([uniform(3, p).hex() for p in range(4)])
 
 
-def test_numbers_lie_in_0_to_1_and_never_reach_it() -> None:
+def test_random_numbers_lie_in_0_to_1_exclusive() -> None:
     # 1.0 would point behind the last token. The largest possible one is 1 - 2^-53.
     values = [uniform(seed, position) for seed in range(40) for position in range(250)]
     assert min(values) >= 0.0 and max(values) < 1.0

@@ -46,7 +46,7 @@ def rows(batch: Batch) -> list[list[tuple[int, int, tuple[int, ...], int]]]:
 # -- the row budget --------------------------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_is_cut_into_chunks_of_the_budget_and_only_the_last_asks_for_logits() -> None:
+def test_a_long_prompt_runs_in_chunks_and_only_the_last_has_logits() -> None:
     scheduler = make(rows_per_step=4)
     add(scheduler, 0, prompt=10, max_tokens=3)
     assert rows(step(scheduler)) == [[(0, 0, (1, 2, 3, 4), 0)]]
@@ -55,7 +55,7 @@ def test_a_long_prompt_is_cut_into_chunks_of_the_budget_and_only_the_last_asks_f
     assert rows(step(scheduler)) == [[(0, 8, (9, 10), 1)]]
 
 
-def test_decode_rows_come_first_and_prompts_share_what_is_left_first_come_first_served() -> None:
+def test_decode_rows_come_first_and_prompts_share_the_rest_in_order() -> None:
     scheduler = make(rows_per_step=6)
     add(scheduler, 0, prompt=2, max_tokens=5)
     step(scheduler)
@@ -66,7 +66,7 @@ def test_decode_rows_come_first_and_prompts_share_what_is_left_first_come_first_
     assert batch.num_rows == 6
 
 
-def test_more_requests_than_the_budget_wait_their_turn_and_all_end() -> None:
+def test_requests_beyond_the_budget_wait_and_all_finish() -> None:
     scheduler = make(rows_per_step=1, num_groups=2)
     requests = [add(scheduler, i, prompt=2, max_tokens=3, eos=frozenset()) for i in range(5)]
     for _ in range(100):
@@ -81,14 +81,14 @@ def test_more_requests_than_the_budget_wait_their_turn_and_all_end() -> None:
 # -- prompts cut at fixed places -------------------------------------------------------------------------------------
 
 
-def test_prompts_are_cut_at_multiples_of_the_chunk_however_many_fit_into_the_step() -> None:
+def test_prompts_are_cut_at_multiples_of_the_chunk() -> None:
     scheduler = make(rows_per_step=10, prefill_chunk=4)
     add(scheduler, 0, prompt=11, max_tokens=3)
     assert rows(step(scheduler)) == [[(0, 0, (1, 2, 3, 4), 0), (0, 4, (5, 6, 7, 8), 0)]]
     assert rows(step(scheduler)) == [[(0, 8, (9, 10, 11), 1)]]
 
 
-def test_a_chunk_that_does_not_fit_beside_the_others_waits_and_nobody_passes_it() -> None:
+def test_a_chunk_that_does_not_fit_waits_and_is_not_passed() -> None:
     scheduler = make(rows_per_step=4, prefill_chunk=4)
     add(scheduler, 0, prompt=2, max_tokens=3)
     long = add(scheduler, 1, prompt=5, max_tokens=1)
@@ -113,7 +113,7 @@ def test_a_step_must_hold_a_chunk() -> None:
 # -- admission and groups --------------------------------------------------------------------------------------------
 
 
-def test_admission_leaves_a_page_for_each_request_that_may_still_grow_and_nobody_passes_who_waits() -> None:
+def test_admission_reserves_a_page_per_growing_request_in_order() -> None:
     scheduler = make(pages_per_group=5)  # four pages of 4 tokens
     first = add(scheduler, 0, prompt=5, max_tokens=8, eos=frozenset())  # two pages now, three in the end
     second = add(scheduler, 1, prompt=5, max_tokens=2)  # two pages, but then the first has none to grow into
@@ -124,7 +124,7 @@ def test_admission_leaves_a_page_for_each_request_that_may_still_grow_and_nobody
     assert [chunk.request for chunk in step(scheduler).groups[0]] == [1, 2]
 
 
-def test_pages_come_as_the_text_grows_and_a_chunk_lists_those_of_its_tokens_only() -> None:
+def test_pages_are_allocated_as_the_text_grows_and_a_chunk_lists_only_its_own() -> None:
     scheduler = make(rows_per_step=6, page_size=4)
     request = add(scheduler, 0, prompt=7, max_tokens=8)
     assert [len(c.pages) for c in step(scheduler).groups[0]] == [2]
@@ -147,7 +147,7 @@ def test_no_more_requests_per_group_than_the_limit() -> None:
 # -- the prefix cache, preemption, priorities, alignment, guides -------------------------------------------------------
 
 
-def test_a_prompt_that_is_all_cached_still_runs_its_last_token_and_scored_prompts_skip_nothing() -> None:
+def test_a_cached_prompt_runs_its_last_token_and_a_scored_one_runs_all() -> None:
     scheduler = make(page_size=4)
     add(scheduler, 0, prompt=8, max_tokens=1)
     step(scheduler)
@@ -179,7 +179,7 @@ def test_no_page_is_found_with_the_prefix_cache_off() -> None:
         commit(scheduler, (7,))
 
 
-def test_the_last_request_is_put_back_when_pages_run_out_and_runs_prompt_and_outputs_again() -> None:
+def test_the_last_request_is_preempted_without_pages_and_recomputed() -> None:
     scheduler = make(pages_per_group=5, page_size=2, prefix_cache=False)  # four pages
     first, second = (add(scheduler, number, prompt=2, max_tokens=7, eos=frozenset()) for number in range(2))
     ran = []
@@ -194,7 +194,7 @@ def test_the_last_request_is_put_back_when_pages_run_out_and_runs_prompt_and_out
     assert (restart.num_prompt, restart.num_logits) == (2, 1)
 
 
-def test_lower_priorities_run_first_but_nobody_is_passed_forever() -> None:
+def test_lower_priorities_run_first_without_starvation() -> None:
     scheduler = make(requests_per_group=1, aging_steps=5)
     add(scheduler, 0, prompt=1, max_tokens=1)
     late = add(scheduler, 1, prompt=1, max_tokens=1)
@@ -214,7 +214,7 @@ def test_a_priority_out_of_range_is_refused() -> None:
         make().add(Request(id=0, prompt=(1,), max_tokens=1, priority=101))
 
 
-def test_a_prompt_waits_a_bounded_time_for_one_of_another_group_and_not_when_nothing_decodes() -> None:
+def test_a_prompt_waits_for_another_groups_only_briefly_and_while_decoding() -> None:
     scheduler = make(num_groups=2, align_steps=2)
     add(scheduler, 0, prompt=3, max_tokens=20, eos=frozenset())
     assert step(scheduler).group_rows == (3, 0), "nothing else runs"
@@ -255,7 +255,7 @@ class Countdown(Guide):
         self.left -= 1
 
 
-def test_a_guided_request_waits_for_its_last_token_and_ends_when_nothing_is_allowed() -> None:
+def test_a_guided_request_waits_for_its_token_and_ends_when_none_is_allowed() -> None:
     scheduler = make()
     request = Request(id=0, prompt=(1, 2), max_tokens=9, guide=Countdown(2))
     scheduler.add(request)
@@ -280,7 +280,7 @@ def test_end_ids_are_banned_until_min_tokens() -> None:
     assert banned == [(0, 5), (0, 5), ()]
 
 
-def test_a_penalised_request_brings_the_tokens_that_the_cache_let_it_skip() -> None:
+def test_a_penalised_request_sends_its_cached_tokens_too() -> None:
     scheduler = make(page_size=4)
     add(scheduler, 0, prompt=8, max_tokens=1)
     step(scheduler)
@@ -331,7 +331,7 @@ def test_a_third_step_without_a_commit_is_our_own_error() -> None:
         scheduler.schedule()
 
 
-def test_no_row_is_scheduled_past_max_tokens_however_far_ahead() -> None:
+def test_no_row_is_scheduled_past_max_tokens() -> None:
     scheduler = make()
     request = add(scheduler, 0, prompt=2, max_tokens=2)
     step(scheduler)
@@ -342,7 +342,7 @@ def test_no_row_is_scheduled_past_max_tokens_however_far_ahead() -> None:
     assert (request.output, request.finish_reason, scheduler.has_work) == ([5, 6], "length", False)
 
 
-def test_an_end_found_one_step_late_drops_the_extra_sample_and_frees_the_pages() -> None:
+def test_a_late_end_drops_the_extra_sample_and_frees_pages() -> None:
     scheduler = make()
     request = add(scheduler, 0, prompt=2, max_tokens=9)
     other = add(scheduler, 1, prompt=2, max_tokens=9)
@@ -381,7 +381,7 @@ def test_finish_reasons() -> None:
     assert [r.finish_reason for r in (by_eos, by_length, both)] == ["stop", "length", "stop"]
 
 
-def test_abort_takes_a_request_out_whether_it_waits_runs_or_has_ended() -> None:
+def test_abort_removes_waiting_running_and_finished_requests() -> None:
     scheduler = make(requests_per_group=1)
     running = add(scheduler, 0, prompt=2, max_tokens=9)
     waiting = add(scheduler, 1, prompt=2, max_tokens=9)

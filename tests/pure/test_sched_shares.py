@@ -74,7 +74,7 @@ def steps_until(scheduler: Scheduler, request: Request, most: int) -> int:
     ],
 )
 @pytest.mark.parametrize("came_after", [3, pytest.param(60, marks=pytest.mark.full)])
-def test_a_request_beside_eight_prompts_with_n_128_has_its_first_token_after_few_steps(
+def test_a_request_beside_1024_texts_gets_its_first_token_in_few_steps(
     limits: Limits, most: int, came_after: int
 ) -> None:
     scheduler = Scheduler(limits)
@@ -93,7 +93,7 @@ def test_a_request_beside_eight_prompts_with_n_128_has_its_first_token_after_few
     assert places(scheduler)["flood"] >= 1, "the others go on too"
 
 
-def test_a_place_that_is_needed_is_taken_from_the_last_text_of_who_holds_most_and_given_back_when_it_is_free() -> None:
+def test_a_needed_place_comes_from_the_client_with_most_and_returns_later() -> None:
     scheduler = Scheduler(Limits(requests_per_group=6, pages_per_group=ROOMY))
     flood = [text(number, "flood", max_tokens=500) for number in range(9)]
     add(scheduler, *flood[:4], text(20, "other", max_tokens=500), text(21, "other", max_tokens=500))
@@ -109,7 +109,7 @@ def test_a_place_that_is_needed_is_taken_from_the_last_text_of_who_holds_most_an
     assert scheduler.stats().preemptions == 1
 
 
-def test_shares_come_out_even_and_then_nothing_is_put_back_any_more() -> None:
+def test_shares_become_even_and_then_preemption_stops() -> None:
     scheduler = Scheduler(Limits(requests_per_group=10, pages_per_group=ROOMY))
     for first, client in enumerate("abc"):
         add(scheduler, *(text(100 * first + number, client, max_tokens=1000) for number in range(20)))
@@ -133,7 +133,7 @@ def test_a_text_is_put_back_only_for_one_that_then_fits() -> None:
     assert scheduler.stats().preemptions == 0 and running["flood"] > 1
 
 
-def test_texts_are_put_back_as_many_as_pages_need_and_shared_pages_count_once() -> None:
+def test_as_many_texts_are_preempted_as_pages_need_counting_shared_ones_once() -> None:
     scheduler = Scheduler(Limits(pages_per_group=13, page_size=4, max_context=64, rows_per_step=64))
     shared = tuple(range(1, 9))
     flood = [Request(id=n, prompt=(*shared, 50 + n), max_tokens=4, client="flood") for n in range(5)]
@@ -152,7 +152,7 @@ def test_texts_are_put_back_as_many_as_pages_need_and_shared_pages_count_once() 
 # -- rows of a step ----------------------------------------------------------------------------------------------------
 
 
-def test_long_prompts_of_one_client_do_not_keep_anothers_waiting_for_all_of_them() -> None:
+def test_long_prompts_of_one_client_do_not_block_anothers() -> None:
     scheduler = Scheduler(Limits(rows_per_step=64, pages_per_group=ROOMY, max_context=4000))
     add(scheduler, *(text(number, "flood", prompt=640, max_tokens=1) for number in range(1024)))
     for _ in range(25):
@@ -171,7 +171,7 @@ def test_scored_prompts_share_their_rows_too() -> None:
     assert steps_until(scheduler, honest, 13) <= 13
 
 
-def test_texts_beyond_their_share_leave_rows_to_anothers_prompt_and_lose_nothing() -> None:
+def test_texts_beyond_their_share_yield_rows_and_are_not_recomputed() -> None:
     scheduler = Scheduler(Limits(rows_per_step=8, pages_per_group=ROOMY))
     flood = [text(number, "flood", prompt=1, max_tokens=100) for number in range(8)]
     add(scheduler, *flood)
@@ -222,7 +222,7 @@ def test_a_second_text_is_not_starved_by_newcomers_of_one_text_each() -> None:
 # -- priorities --------------------------------------------------------------------------------------------------------
 
 
-def test_a_less_urgent_flood_yields_and_a_less_urgent_request_takes_nothing() -> None:
+def test_less_urgent_texts_yield_and_never_preempt() -> None:
     scheduler = Scheduler(Limits(requests_per_group=4))
     add(scheduler, *(text(number, "flood", priority=5, max_tokens=1000) for number in range(9)))
     step(scheduler)
@@ -232,7 +232,7 @@ def test_a_less_urgent_flood_yields_and_a_less_urgent_request_takes_nothing() ->
     assert places(scheduler) == {"flood": 3, "a": 1}
 
 
-def test_for_a_less_urgent_request_nothing_is_put_back_and_it_passes_nobody() -> None:
+def test_a_less_urgent_request_preempts_and_passes_no_text() -> None:
     scheduler = Scheduler(Limits(requests_per_group=4))
     add(scheduler, *(text(number, "many", max_tokens=5 if number else 2) for number in range(4)))
     step(scheduler)
@@ -244,7 +244,7 @@ def test_for_a_less_urgent_request_nothing_is_put_back_and_it_passes_nobody() ->
     assert (more.group, less.group) == (0, -1)
 
 
-def test_urgent_texts_go_before_others_whatever_their_clients_run_and_share_among_themselves() -> None:
+def test_urgent_texts_run_first_and_share_among_themselves() -> None:
     scheduler = Scheduler(Limits(requests_per_group=4))
     add(scheduler, *(text(number, "urgent", priority=-100, max_tokens=1000) for number in range(9)))
     step(scheduler)
@@ -263,7 +263,7 @@ def test_old_and_less_urgent_requests_have_their_turn() -> None:
     assert patient.finish_reason == "length"
 
 
-def test_the_order_of_rows_is_by_rank_but_nobody_passes_a_more_urgent_one() -> None:
+def test_rows_go_by_rank_but_never_before_a_more_urgent_text() -> None:
     shares = Shares(Limits(aging_steps=10))
     #                     client, priority, turn
     kinds = [("a", 0, 0), ("a", 0, 1), ("b", 0, 2), ("a", -1, -5), ("c", 1, 10), ("c", 0, 12), ("b", 0, 13)]
@@ -314,7 +314,7 @@ def crowd(seed: int, name: str) -> tuple[list[Batch | None], int]:
 
 
 @pytest.mark.slow
-def test_batches_are_the_same_whether_all_are_one_client_or_each_is_its_own() -> None:
+def test_one_client_or_one_each_gives_the_same_batches() -> None:
     preemptions = 0
     for seed in range(examples(42)):
         one, own = crowd(seed, "one"), crowd(seed, "{}")
@@ -325,7 +325,7 @@ def test_batches_are_the_same_whether_all_are_one_client_or_each_is_its_own() ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(10, 40))])
-def test_no_client_gets_a_place_while_one_waits_that_has_fewer(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_client_gets_a_place_before_a_waiting_one_with_fewer(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = Random(seed)
     scheduler = Scheduler(
         Limits(
@@ -363,7 +363,7 @@ def test_no_client_gets_a_place_while_one_waits_that_has_fewer(seed: int, monkey
 # -- how long a step may become ----------------------------------------------------------------------------------------
 
 
-def test_prompts_have_few_rows_in_a_step_in_which_texts_go_on() -> None:
+def test_prompts_have_few_rows_in_a_step_that_decodes() -> None:
     scheduler = Scheduler(Limits(rows_per_step=512, prompt_rows=32, pages_per_group=ROOMY))
     add(scheduler, text(0, "long", prompt=600, max_tokens=4))
     assert step(scheduler).num_rows == 512, "nobody else reads anything"
@@ -379,7 +379,7 @@ def test_prompts_have_few_rows_in_a_step_in_which_texts_go_on() -> None:
     assert sum(ahead) >= 890, "and prompts have the rest"
 
 
-def test_a_chunk_that_may_not_be_cut_fits_into_what_prompts_have() -> None:
+def test_an_uncuttable_chunk_fits_the_prompt_rows() -> None:
     with pytest.raises(ConfigError, match="raise --prompt-rows to at least 256"):
         Limits(prefill_chunk=256, prompt_rows=64)
     Limits(prefill_chunk=256, prompt_rows=256)

@@ -54,7 +54,7 @@ def batch(*groups: list[tuple[int, int]]) -> Batch:
 @pytest.mark.slow
 @pytest.mark.parametrize("encode_rows", ["none", "int8-always"])
 @pytest.mark.parametrize(("model", "dp", "tp"), [("deepseek-v3", 2, 4), ("dsv2-mini", 1, 2), ("qwen3-30b-a3b", 4, 1)])
-def test_a_plan_priced_again_at_its_own_shape_costs_what_it_did(model: str, dp: int, tp: int, encode_rows: str) -> None:
+def test_a_plan_repriced_at_its_own_shape_keeps_its_price(model: str, dp: int, tp: int, encode_rows: str) -> None:
     for layout in applicable_layouts(preset(model), Mesh.of(dp=dp, tp=tp)):
         by = planner(model, dp, tp, layout, encode_rows)
         cache = PlanCache(by, layout, CONTEXT)
@@ -70,7 +70,7 @@ def test_a_plan_priced_again_at_its_own_shape_costs_what_it_did(model: str, dp: 
 
 
 @pytest.mark.parametrize(("model", "dp", "tp"), [("deepseek-v3", 2, 4), ("dsv3-mini", 1, 2), ("llama-3.1-8b", 2, 1)])
-def test_a_step_that_fills_its_bucket_costs_what_its_plan_says(model: str, dp: int, tp: int) -> None:
+def test_a_step_that_fills_its_bucket_costs_its_plans_price(model: str, dp: int, tp: int) -> None:
     by = planner(model, dp, tp)
     costs = PlannedCosts(by, "auto", CONTEXT)
     decode = costs.cost(batch(*[[(CONTEXT - 1, 1)] * 48] * dp))
@@ -85,7 +85,7 @@ def test_a_step_that_fills_its_bucket_costs_what_its_plan_says(model: str, dp: i
     assert with_overhead.seconds == pytest.approx(decode.seconds + 1e-3)
 
 
-def test_what_a_device_needs_between_steps_is_part_of_every_step() -> None:
+def test_time_between_steps_is_part_of_every_step() -> None:
     steps = [StepTable(phase=phase, points=[[1, 1000], [64, 2000], [4096, 9000]]) for phase in ("decode", "prefill")]
     machine = replace(device("cpu-core"), name="here", measured=Measured(steps=steps))
     deployment = Deployment(config=preset("dsv3-mini"), mesh=Mesh.of(dp=1, tp=2), device=machine)
@@ -94,7 +94,7 @@ def test_what_a_device_needs_between_steps_is_part_of_every_step() -> None:
     assert found.parts["host", "measured"] == pytest.approx(2e-3)
 
 
-def test_a_piece_of_a_prompt_attends_to_what_is_before_it() -> None:
+def test_a_chunk_attends_to_the_tokens_before_it() -> None:
     context = 1 << 15
     by = planner("deepseek-v3", 1, 8)
     found = PlannedCosts(by, "auto", context).cost(batch([(context - 1024, 1024)]))
@@ -132,7 +132,7 @@ def test_rounding_is_small_and_settles(n: int) -> None:
     assert near(near(n)) == near(n)
 
 
-def test_measured_steps_stand_for_prices(tmp_path: Path) -> None:
+def test_measured_steps_replace_prices(tmp_path: Path) -> None:
     file = tmp_path / "steps"
     steps = [("decode", 1, 0.1), ("decode", 1, 0.3), ("decode", 8, 0.9), ("prefill", 100, 2.0)]
     file.write_text("\n".join(json.dumps({"phase": p, "rows": r, "seconds": s}) for p, r, s in steps))
@@ -160,7 +160,7 @@ def test_measured_steps_stand_for_prices(tmp_path: Path) -> None:
         ('{"phase": "decode", "rows": 1, "seconds": 1}', "has no prefill step"),
     ],
 )
-def test_files_of_steps_that_cannot_be_read_say_where(tmp_path: Path, text: str, said: str) -> None:
+def test_unreadable_step_files_are_errors_with_the_place(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "steps").write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_step_times(tmp_path / "steps")

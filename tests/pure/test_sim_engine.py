@@ -38,7 +38,7 @@ def ask(at_s: float, given_tokens: int, made: int) -> Ask:
     return Ask(at_s=at_s, input_tokens=given_tokens, output_tokens=made)
 
 
-def test_a_request_alone_takes_its_steps_one_after_the_other() -> None:
+def test_a_single_request_runs_its_steps_in_sequence() -> None:
     found = simulate(Limits(), SIMPLE, [ask(2.0, 10, 4)])
     (answer,) = found.answers
     assert answer.sent_s == 2.0 and answer.pieces_s == (3.0, 3.5, 4.0, 4.5) and answer.ended_s == 4.5
@@ -46,7 +46,7 @@ def test_a_request_alone_takes_its_steps_one_after_the_other() -> None:
     assert found.busy_s == 2.5 and found.stats.steps == 4
 
 
-def test_who_comes_while_two_steps_are_with_the_ranks_waits_for_both() -> None:
+def test_a_request_that_arrives_behind_two_steps_waits_for_both() -> None:
     # At 0 the first request's prefill and its decode step are handed out: until 1.0 and 1.5. The second comes at 0.1,
     # so its prefill is in the step that is handed out at 1.0, and begins at 1.5.
     found = simulate(Limits(), SIMPLE, [ask(0.0, 10, 4), ask(0.1, 10, 2)])
@@ -56,7 +56,7 @@ def test_who_comes_while_two_steps_are_with_the_ranks_waits_for_both() -> None:
     assert second.ttft_s == pytest.approx(2.4)
 
 
-def test_a_request_is_on_its_way_before_the_scheduler_has_it() -> None:
+def test_a_request_reaches_the_scheduler_after_its_arrival_delay() -> None:
     # Its way counts in its time to the first token, and it has its place meanwhile.
     asks = [ask(2.0, 10, 4), ask(2.0, 10, 2)]
     found = simulate(Limits(), SIMPLE, asks, concurrency=1, arrival_s=0.25)
@@ -67,7 +67,7 @@ def test_a_request_is_on_its_way_before_the_scheduler_has_it() -> None:
     assert refused.answers[0].error and refused.answers[0].ended_s == 0.25
 
 
-def test_at_most_so_many_are_sent_at_once_and_places_are_taken_after_the_next_step_is_out() -> None:
+def test_concurrency_is_bounded_and_places_are_refilled_after_the_next_step() -> None:
     found = simulate(Limits(), SIMPLE, [ask(0.0, 4, 2)] * 3, concurrency=1)
     assert found.figures.peak_concurrency == 1
     # 0: prefill, decode; at 1.5 it ends and the next is sent, whose steps are the only ones then.
@@ -77,7 +77,7 @@ def test_at_most_so_many_are_sent_at_once_and_places_are_taken_after_the_next_st
     assert busy.answers[2].sent_s == 1.5 and busy.answers[2].pieces_s[0] == 3.5
 
 
-def test_a_request_that_can_never_run_is_answered_with_its_error() -> None:
+def test_a_request_that_can_never_run_ends_with_an_error() -> None:
     found = simulate(Limits(max_context=16), SIMPLE, [ask(0.0, 16, 1), ask(1.0, 8, 1)])
     assert found.figures.failed == 1 and found.figures.completed == 1
     assert "the context holds 16" in found.answers[0].error
@@ -168,7 +168,7 @@ def candidate(found: Outcome | None, layout: str = "auto", refusal: str = "") ->
     return Candidate(mesh=Mesh.of(dp=1, tp=1), layout=layout, dtype="bf16", outcome=found, refusal=refusal)
 
 
-def test_the_best_is_first_and_the_others_say_why_not() -> None:
+def test_the_best_deployment_is_first_and_others_have_reasons() -> None:
     slow, fast = outcome(0.5), outcome(0.1)
     target = Target(ttft_s=2.0, tpot_s=0.3)
     order = ranked(
@@ -184,7 +184,7 @@ def test_the_best_is_first_and_the_others_say_why_not() -> None:
     assert Target().goodput(slow) == slow.figures.request_throughput and not Target().is_set
 
 
-def test_a_target_that_is_met_goes_before_goodput_and_throughput_before_time() -> None:
+def test_results_are_ranked_by_target_goodput_throughput_and_time() -> None:
     few, costs = Limits(rows_per_step=16), Costs(lambda phase, rows: 1.0 if phase == "prefill" else 0.1)
     crowd = simulate(few, costs, [ask(0, 4, 5)] * 12)  # four prompts in each step: some wait
     alone = outcome(0.5, num=1)
@@ -197,6 +197,6 @@ def test_a_target_that_is_met_goes_before_goodput_and_throughput_before_time() -
     assert [found.layout for found in ranked([candidate(quick, "a"), candidate(many, "b")], Target())] == ["b", "a"]
 
 
-def test_meshes_are_all_that_the_model_can_be_dealt_to() -> None:
+def test_meshes_are_all_that_the_model_can_be_split_over() -> None:
     assert [str(mesh) for mesh in meshes(preset("deepseek-v3"), 4)] == ["dp 1 x tp 4", "dp 2 x tp 2", "dp 4 x tp 1"]
     assert [mesh.sizes for mesh in meshes(preset("dsv3-mini"), 32)] == [(2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]

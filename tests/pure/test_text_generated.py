@@ -21,7 +21,7 @@ def test_the_bytes_of_a_special_token_are_its_name_and_an_unknown_id_has_none() 
     assert TOKENIZER.bytes_of(10**6) == b""
 
 
-def test_special_tokens_are_left_out_but_for_those_spelled_out() -> None:
+def test_special_tokens_are_left_out_except_spelled_ones() -> None:
     user, assistant = TOKENIZER.id_of("<|user|>"), TOKENIZER.id_of("<|assistant|>")
     ids = [*TOKENIZER.encode("one", add_special_tokens=False), user, assistant]
     ids += TOKENIZER.encode(" two", add_special_tokens=False)
@@ -30,7 +30,7 @@ def test_special_tokens_are_left_out_but_for_those_spelled_out() -> None:
     assert "".join(pieces) == text.text == "one<|user|> two"
 
 
-def test_a_stop_string_ends_the_text_and_is_counted_as_settled() -> None:
+def test_a_stop_string_ends_the_text() -> None:
     text = GeneratedText(TOKENIZER, stop=("c d",), end_ids={1})
     for token in TOKENIZER.encode("a b c d e", add_special_tokens=False):
         text.push(token)
@@ -70,7 +70,7 @@ def encoded(source: str, as_tokens: bool) -> list[int]:
     return [token for piece in pieces for token in TOKENIZER.encode(piece, add_special_tokens=False)]
 
 
-def test_special_tokens_that_no_stop_string_names_end_nothing_and_leave_no_trace() -> None:
+def test_special_tokens_outside_stop_strings_end_no_text() -> None:
     ids = TOKENIZER.encode("a<|assistant|>b<|user|>c", add_special_tokens=False)
     assert written(ids, stop=("<|user|>d", "user", "<|user", "\ud800", "ab<|user|>x")).text == "abc"
     found = written(ids, stop=("<|user|>c",))
@@ -82,7 +82,7 @@ def test_half_of_a_surrogate_pair_stops_nothing() -> None:
     assert written(ids, stop=("\ud800", "<|user|>x")).text == "ab"
 
 
-def test_a_checkpoint_that_says_how_to_sample_decides() -> None:
+def test_the_checkpoints_sampling_settings_are_used() -> None:
     greedy = GenerationConfig(do_sample=False, temperature=0.7, repetition_penalty=1.5)
     assert greedy.sampling(samples_by_default=True) == {"repetition_penalty": 1.5}
     sampled = GenerationConfig(do_sample=True, top_k=20)

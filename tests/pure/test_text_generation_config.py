@@ -41,7 +41,7 @@ def test_all_fields(tmp_path):
     assert isinstance(found.top_p, float) and isinstance(found.top_k, int)
 
 
-def test_what_is_absent_is_none(tmp_path):
+def test_missing_and_null_fields_give_the_defaults(tmp_path):
     assert read_generation_config(tmp_path) == GenerationConfig()
     nulls = dict.fromkeys(("eos_token_id", "temperature", "top_k", "top_p", "do_sample"))
     assert read_generation_config(write(tmp_path, nulls)) == GenerationConfig()
@@ -52,7 +52,7 @@ def test_ends_of_text_come_from_both_files(tmp_path):
     assert read_generation_config(write(tmp_path, {}, {"text_config": {"eos_token_id": 9}})).eos_token_id == (9,)
 
 
-def test_no_limit_may_be_written_in_two_ways():
+def test_top_k_0_and_minus_1_mean_no_limit():
     assert parse_generation_config({"top_k": -1}, "x").top_k == 0
     assert parse_generation_config({"top_k": 0}, "x").top_k == 0
 
@@ -93,6 +93,6 @@ def test_a_file_that_is_no_json_object(tmp_path, content):
         read_generation_config(tmp_path)
 
 
-def test_it_cannot_be_changed():
+def test_a_generation_config_is_frozen():
     with pytest.raises(AttributeError):
         GenerationConfig().temperature = 1.0

@@ -35,18 +35,14 @@ def streamed(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
 @given(text=LETTERS, stops=STOPS, cuts=st.sets(st.integers(0, 24)))
 @example(text="ab<|", stops=("b<", "ab<|"), cuts={3})  # the long one begins first, the short one ends first
 @example(text="aab", stops=("b", "ab"), cuts={2})  # both end together
-def test_any_cutting_gives_what_searching_the_whole_text_gives(
-    text: str, stops: tuple[str, ...], cuts: set[int]
-) -> None:
+def test_any_split_equals_a_search_of_the_whole_text(text: str, stops: tuple[str, ...], cuts: set[int]) -> None:
     at = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     pieces = [text[a:b] for a, b in pairwise(at)]
     assert streamed(pieces, stops) == streamed([text], stops) == streamed(list(text), stops) == searched(text, stops)
 
 
 @given(text=LETTERS, stops=STOPS)
-def test_what_was_given_is_never_taken_back_and_no_more_is_held_than_could_become_a_stop(
-    text: str, stops: tuple[str, ...]
-) -> None:
+def test_only_text_that_may_become_a_stop_string_is_held_back(text: str, stops: tuple[str, ...]) -> None:
     stop = StopStrings(stops)
     given = ""
     for i, letter in enumerate(text):
@@ -82,7 +78,7 @@ def test_after_a_stop_nothing_more_is_given() -> None:
     assert (stop.push("more a"), stop.finish()) == ("", "")
 
 
-def test_what_is_held_at_the_end_was_no_stop_string_and_is_given_once() -> None:
+def test_held_text_is_emitted_once_at_the_end() -> None:
     stop = StopStrings(("END",))
     assert (stop.push("the EN"), stop.finish(), stop.finish(), stop.found) == ("the ", "EN", "", False)
 

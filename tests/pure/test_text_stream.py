@@ -83,7 +83,7 @@ def pieces(tokenizer, ids, skip=True):
 
 @pytest.mark.parametrize("build", BACKENDS)
 @given(text=st.text(max_size=40) | st.text(alphabet="a the road 你😀é\ufffd", max_size=40), skip=st.booleans())
-def test_text_comes_back_whole(build, text, skip):
+def test_streamed_text_equals_the_decoded_text(build, text, skip):
     tokenizer = make(build)
     ids = tokenizer.encode(text)
     assert "".join(pieces(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
@@ -91,7 +91,7 @@ def test_text_comes_back_whole(build, text, skip):
 
 @pytest.mark.parametrize("build", BACKENDS)
 @given(data=st.data(), skip=st.booleans())
-def test_any_ids_at_all(build, data, skip):
+def test_any_ids_decode_to_text(build, data, skip):
     """A model may sample anything: cut characters, special tokens inside them, ids that nobody spelled."""
     tokenizer = make(build)
     size = tokenizer.vocab_size
@@ -101,7 +101,7 @@ def test_any_ids_at_all(build, data, skip):
     assert "".join(pieces(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
-def test_a_character_comes_with_its_last_byte():
+def test_a_character_is_emitted_with_its_last_byte():
     tokenizer = make(byte_level)
     alphabet = {tokenizer.decode([i]): i for i in range(tokenizer.vocab_size)}
     ids = tokenizer.encode("\u0928a", add_special_tokens=False)  # three bytes that no merge joins
@@ -111,7 +111,7 @@ def test_a_character_comes_with_its_last_byte():
     assert pieces(tokenizer, [*ids[:2], alphabet["a"]]) == ["", "", "\ufffda", ""]
 
 
-def test_byte_tokens_come_when_their_run_ends():
+def test_byte_tokens_are_emitted_when_their_run_ends():
     tokenizer = make(llama)
     run, letter = tokenizer.encode("\u0928")[1:], tokenizer.encode("a")[-1]
     assert pieces(tokenizer, [*run, letter]) == ["", "", "", "\u0928a", ""]
@@ -153,7 +153,7 @@ class Counted:
 
 
 @given(st.lists(st.sampled_from([0x80, 0xE4, 0xBD, 0xA0, 0xF0, 0x41]), min_size=1, max_size=3), st.integers(20, 60))
-def test_parts_of_characters_without_end_cost_no_more_than_a_few_tokens_each(codes: list[int], times: int) -> None:
+def test_endless_partial_characters_have_bounded_cost(codes: list[int], times: int) -> None:
     tokenizer = make(byte_level)
     tokens = {
         tokenizer.bytes_of(token): token for token in range(tokenizer.vocab_size) if not tokenizer.is_special(token)

@@ -130,7 +130,7 @@ def test_eos_ids_must_be_ids(folder, ids):
         FolderTokenizer.from_folder(folder(config={"eos_token_id": ids}))
 
 
-def test_tokens_only_the_config_knows_are_added(folder):
+def test_tokens_that_only_the_config_has_are_added(folder):
     size = byte_level().get_vocab_size()
     path = folder(
         tokenizer_config={
@@ -208,7 +208,7 @@ def test_templates_listed_by_name(folder):
         ("{{ messages[0].tool_calls is defined }}{{ messages[0].reasoning_content }}", "Falsewhy"),
     ],
 )
-def test_what_templates_rely_on(folder, template, text):
+def test_template_functions_that_checkpoints_use(folder, template, text):
     named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     tokenizer = FolderTokenizer.from_folder(folder(template=template, tokenizer_config=named))
     message = {"role": "user", "content": "x", "tool_calls": None, "reasoning": "why"}
@@ -226,7 +226,7 @@ def test_what_templates_rely_on(folder, template, text):
         ("{% set n = namespace(__init__=1) %}", "namespace"),
     ],
 )
-def test_a_template_that_fails_is_one_line(folder, template, problem):
+def test_a_failing_template_is_a_one_line_error(folder, template, problem):
     tokenizer = FolderTokenizer.from_folder(folder(template=template))
     with pytest.raises(ConfigError, match=problem) as caught:
         tokenizer.apply_chat_template(HELLO)
@@ -248,7 +248,7 @@ def test_chat_errors(folder):
 # -- folders that are wrong -------------------------------------------------------------------------------------------
 
 
-def test_folder_errors_say_what_is_missing(tmp_path):
+def test_folder_errors_name_the_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         FolderTokenizer.from_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no tokenizer.json; download it"):
@@ -323,7 +323,7 @@ TEXTS = st.text(st.sampled_from("the road, é😀\u1112\u1161\u11ab\u0301\n\ud7f
 @pytest.mark.parametrize("build", [byte_level, sentencepiece, composing])
 @settings(deadline=None)
 @given(text=TEXTS)
-def test_a_text_has_at_least_as_many_tokens_as_its_length_says(build, text):
+def test_a_texts_length_bounds_its_tokens_from_below(build, text):
     tokenizer = loaded(build)
     assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
 
@@ -336,7 +336,7 @@ def loaded(build):
 
 
 @pytest.mark.parametrize("build", [byte_level, sentencepiece, composing])
-def test_the_length_of_a_long_text_says_much(build):
+def test_the_bound_of_a_long_text_is_close(build):
     tokenizer = loaded(build)
     text = "the road " * 10_000
     assert tokenizer.fewest_tokens(text) > len(tokenizer.encode(text, add_special_tokens=False)) / 40
@@ -380,7 +380,7 @@ def removes():
         (removes, " " * 5000 + "the"),
     ],
 )
-def test_nothing_is_said_of_the_length_where_text_is_dropped_or_merged(build, text):
+def test_tokenizers_that_drop_or_merge_text_have_no_bound(build, text):
     tokenizer = loaded(build)
     assert len(tokenizer.encode(text, add_special_tokens=False)) < 10
     assert tokenizer.fewest_tokens(text) == 0

@@ -81,7 +81,7 @@ REQUIRED = {
 }
 
 
-def test_events_have_what_the_format_asks_for_and_time_goes_on_in_every_track(tmp_path: Path) -> None:
+def test_events_have_the_formats_fields_and_ordered_times(tmp_path: Path) -> None:
     document = written(tmp_path, run_of(), run_of())
     last: dict[tuple[Any, ...], float] = {}
     for event in document["traceEvents"]:
@@ -109,7 +109,7 @@ def test_events_of_a_track_nest(tmp_path: Path) -> None:
             open_spans.append((start, end))
 
 
-def test_every_rank_has_every_step_of_the_plan_with_what_was_predicted_and_what_crossed(tmp_path: Path) -> None:
+def test_every_rank_has_every_op_with_prediction_and_bytes(tmp_path: Path) -> None:
     run = run_of(2)
     events = written(tmp_path, run)["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -133,7 +133,7 @@ def test_every_rank_has_every_step_of_the_plan_with_what_was_predicted_and_what_
         assert executions[0]["args"]["predicted_us"] == pytest.approx(plan.ps / 1e6, abs=1e-3)
 
 
-def test_arrows_lead_from_the_host_to_every_rank_and_counters_are_there(tmp_path: Path) -> None:
+def test_arrows_lead_from_the_coordinator_to_every_rank(tmp_path: Path) -> None:
     events = written(tmp_path, run_of(2))["traceEvents"]
     begun, ended = ([event for event in events if event["ph"] == kind] for kind in "sf")
     assert len(begun) == len({event["id"] for event in begun}) == 2 * 4
@@ -149,7 +149,7 @@ def test_arrows_lead_from_the_host_to_every_rank_and_counters_are_there(tmp_path
     assert first["args"] | {"step": 0, "rows": 356, "priced_rows": 512, "plan": "auto"} == first["args"]
 
 
-def test_what_is_missing_and_what_was_moved_is_said(tmp_path: Path) -> None:
+def test_missing_and_shifted_ranks_are_named(tmp_path: Path) -> None:
     told = written(tmp_path, run_of(num_cut=5, clocks={2: 1.5}), name="t.json.gz")["otherData"]
     assert told["steps_not_traced"] == {"some model": 5} and told["moved"] == {"some model": {"2": "1.500000 s"}}
     assert "another clock" in told["clocks"] and told["model"] == "some model"

@@ -38,7 +38,7 @@ def test_arrivals_have_their_rate_and_regularity(burstiness: float) -> None:
     assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(burstiness**-0.5, rel=0.1)
 
 
-def test_prompts_share_what_they_are_said_to_share() -> None:
+def test_prompts_share_the_requested_prefixes() -> None:
     asks = random_lengths(30, 9, 1, prefixes=Prefixes(count=2, tokens=20))
     prompts = [prompt_ids(ask, i, vocab_size=100, seed=4) for i, ask in enumerate(asks)]
     assert all(len(prompt) == 29 and set(prompt) <= set(range(100)) for prompt in prompts)
@@ -101,7 +101,7 @@ def test_times_of_a_trace_may_name_their_zone(tmp_path: Path) -> None:
         (AZURE + "2023-11-16 18:15:46,5,0\n", "line 4.*5 tokens in and 0 out; each must be at least 1"),
     ],
 )
-def test_traces_that_cannot_be_read_say_where(tmp_path: Path, text: str, said: str) -> None:
+def test_unreadable_traces_are_errors_with_the_place(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "trace").write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_trace(tmp_path / "trace", 0)
@@ -110,7 +110,7 @@ def test_traces_that_cannot_be_read_say_where(tmp_path: Path, text: str, said: s
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=2, max_size=60))
-def test_percentiles_are_those_of_the_statistics_module(values: list[float]) -> None:
+def test_percentiles_equal_the_statistics_modules(values: list[float]) -> None:
     ordered = sorted(values)
     cuts = statistics.quantiles(ordered, n=100, method="inclusive")
     for q in (50, 90, 99):

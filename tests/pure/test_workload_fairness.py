@@ -35,7 +35,7 @@ def test_jains_index_lies_between_one_for_all_and_all_for_one(values: list[float
 
 
 @given(st.integers(0, 60), st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 20), min_size=1))
-def test_max_min_shares_use_up_the_total_and_who_gets_less_wants_no_more(total: int, wanted: dict[str, int]) -> None:
+def test_max_min_shares_use_the_total_and_only_satisfied_clients_get_less(total: int, wanted: dict[str, int]) -> None:
     shares = max_min(total, wanted)
     assert sum(shares.values()) == pytest.approx(min(total, sum(wanted.values())))
     for one, other in itertools.permutations(wanted, 2):
@@ -54,7 +54,7 @@ def test_places_count_only_while_clients_compete() -> None:
     assert sorted(held.parts) == [pytest.approx(3 / 4), pytest.approx((4 + 9) / (3 + 9))]
 
 
-def test_waiting_times_are_told_by_client() -> None:
+def test_waiting_times_are_reported_by_client() -> None:
     asks = [Ask(at_s=0.0, input_tokens=1, output_tokens=1, client=client) for client in ("f", "", "f", "", "f")]
     answers = [Answer(sent_s=0.0, ended_s=n + 2.0, pieces_s=(n + 1.0,), output_tokens=n) for n in range(4)]
     failed = Answer(sent_s=0.0, ended_s=0.0, error="too long")
@@ -81,7 +81,7 @@ class EachStep:
 
 
 @pytest.mark.slow
-def test_a_flood_moves_others_only_where_shares_are_not_fair() -> None:
+def test_a_flood_delays_others_only_without_fair_shares() -> None:
     honest = [Ask(at_s=10.0 * n, input_tokens=20, output_tokens=4) for n in range(1, 9)]
     asks = [*honest, *flood(64, 20, 200)]
     limits = Limits(requests_per_group=8)
@@ -93,7 +93,7 @@ def test_a_flood_moves_others_only_where_shares_are_not_fair() -> None:
     assert fair.figures.output_tokens == unfair.figures.output_tokens == 8 * 4 + 64 * 200
 
 
-def test_where_each_sends_one_request_nothing_depends_on_shares() -> None:
+def test_shares_change_nothing_with_one_request_per_client() -> None:
     asks = random_lengths(30, 20, 30, spread=0.8, prefixes=Shared(count=2, tokens=16))
     limits = Limits(requests_per_group=4, pages_per_group=40)
     fair, unfair = (simulate(limits, EachStep(), asks, fair=fair) for fair in (True, False))
@@ -101,7 +101,7 @@ def test_where_each_sends_one_request_nothing_depends_on_shares() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_tells_how_clients_fared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_figures_by_client(capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         "simulate dsv3-mini --device cpu-core --tp 2 --num-requests 4 --rate 2 --input-length 60 --output-length 5 "
         "--kv-tokens 1600 --flood 40 --flood-input-length 100 --flood-output-length 200"

@@ -64,7 +64,7 @@ def texts(engine: Engine, sampling: SamplingParams | None) -> list[tuple[object,
         pytest.param("llama", 2, 2, "processes", marks=pytest.mark.full),
     ],
 )
-def test_replay_gives_the_bits_of_op_by_op(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_replay_has_the_bits_of_op_by_op(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
     with Engine(resolve(asked(tiny_model(kind), dp=dp, tp=tp, ranks=ranks))) as engine:
         engine.instrument(lab.NoCapture)
         wanted = [texts(engine, way) for way in WAYS]
@@ -117,7 +117,7 @@ def test_readers_see_every_step_once(warm_engine: Engine) -> None:
         assert prefill > 20 and long - short == 20 * of_one and short - prefill in (19 * of_one, 20 * of_one)
 
 
-def test_old_captures_make_room_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_old_captures_are_evicted_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
         wanted = texts(engine, None)
     monkeypatch.setattr(capture, "_MOST_STEPS", 2)
@@ -158,7 +158,7 @@ def warm_up(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full)])
-def test_warm_up_captures_steps_before_they_come(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
+def test_warm_up_captures_steps_in_advance(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
     """Texts are those without a warm-up, also if the engine warms up between them."""
     config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", warmup_rows=8)
     with Engine(resolve(config)) as engine:

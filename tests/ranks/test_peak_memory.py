@@ -26,7 +26,7 @@ LLAMA = {
 }
 
 
-def test_more_rows_take_what_the_plan_says(tmp_path: Path) -> None:
+def test_peak_memory_grows_as_planned(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     asked = EngineConfig(model=str(tmp_path), tp=2, dtype="bfloat16", load_format="dummy")
     few, many = (peak_memory(asked, rows=rows, length=64) for rows in (64, 8192))

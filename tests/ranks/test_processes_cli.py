@@ -80,7 +80,7 @@ def free_port() -> int:
 # --- one host
 
 
-def test_processes_print_what_threads_print(
+def test_processes_print_the_same_as_threads(
     speaking_v3: Path, by_threads: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = generate(speaking_v3, "--dp", "2", "--quiet", "--ranks", "processes", "--checked")
@@ -314,7 +314,7 @@ def hosts() -> Iterator[tuple[list[str], list[str], str]]:
             subprocess.run([ip, "netns", "del", name], check=True)
 
 
-def test_two_hosts_print_what_threads_print(speaking_v3: Path, by_threads: str, hosts) -> None:
+def test_two_hosts_print_the_same_as_threads(speaking_v3: Path, by_threads: str, hosts) -> None:
     first, second, address = hosts
     more = ("--dp", "2", "--tp", "2", "--checked")
     coordinator, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))

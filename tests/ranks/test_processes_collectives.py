@@ -71,12 +71,12 @@ def test_large_tensors_have_the_bits_of_threads(pool) -> None:
     same_as_threads(pool, pool.mesh, (300, 0, 257, 31), 64, torch.bfloat16)
 
 
-def test_results_are_nobody_elses_memory(pool) -> None:
+def test_results_share_no_memory(pool) -> None:
     pool.submit(lab.Lab.run, lab.results_are_nobody_elses).result(PATIENCE_S)
 
 
 @pytest.mark.parametrize(("rounds", "size"), [(30, 1), (30, 600), (4, 60_000)])
-def test_an_input_may_be_written_again_as_soon_as_the_call_returns(pool, rounds: int, size: int) -> None:
+def test_an_input_may_be_overwritten_after_the_call(pool, rounds: int, size: int) -> None:
     pool.submit(lab.Lab.run, lab.inputs_may_be_written_again, rounds, size).result(PATIENCE_S)
 
 
@@ -84,7 +84,7 @@ def test_send_buffers_are_free_again_after_their_collective(pool) -> None:
     pool.submit(lab.Lab.run, lab.send_buffers).result(PATIENCE_S)
 
 
-def test_a_group_of_one_rank_meets_nobody(pool) -> None:
+def test_a_group_of_one_rank_exchanges_nothing(pool) -> None:
     pool.submit(lab.Lab.run, lab.groups_of_one).result(PATIENCE_S)
 
 
@@ -111,7 +111,7 @@ def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[lab.Big]:
     return packed
 
 
-def test_an_object_is_sent_once_and_is_the_same_one_in_every_call(pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_object_is_sent_once(pool, monkeypatch: pytest.MonkeyPatch) -> None:
     told = len(pool.submit(lab.Lab.all_told).result(PATIENCE_S)[0])
     big, other = lab.Big(tuple(range(100_000))), lab.Big((1,))
     packed = count_packed(monkeypatch)
@@ -125,7 +125,7 @@ def test_an_object_is_sent_once_and_is_the_same_one_in_every_call(pool, monkeypa
     assert pool.submit(lab.Lab.all_told).result(PATIENCE_S)[0][-6:] == [big] * 5 + [other]
 
 
-def test_what_cannot_be_sent_is_refused_and_no_rank_is_called(pool) -> None:
+def test_an_unpicklable_argument_is_refused_before_any_call(pool) -> None:
     with pytest.raises((TypeError, AttributeError), match="pickle"):
         pool.submit(lab.Lab.run, lambda comm: 1)
     assert pool.submit(lab.Lab.run, lab.sum_of, 0.0).result(PATIENCE_S)[0] == sum(range(len(pool.pids)))

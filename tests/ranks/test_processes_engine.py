@@ -121,7 +121,7 @@ def test_errors_of_loading_reach_the_caller(speaking_v3: Path, tmp_path: Path) -
         LLM(tmp_path, tp=2, ranks="processes")
 
 
-def test_what_needs_shared_memory_is_refused(speaking_v3: Path) -> None:
+def test_options_that_need_shared_memory_are_refused(speaking_v3: Path) -> None:
     with pytest.raises(ConfigError, match="--ranks threads"):
         Engine(resolve(EngineConfig(model=str(speaking_v3), tp=2, ranks="processes")), wrap=lambda worker: None)
 

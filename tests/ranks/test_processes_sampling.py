@@ -31,7 +31,7 @@ def serve(engine: Engine, which: list[int]) -> list[tuple[list[int], Any]]:
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
-def test_processes_sample_as_threads_do_and_alone_as_in_company(speaking_v3: Path, dp: int, tp: int) -> None:
+def test_processes_sample_as_threads_alone_and_in_batches(speaking_v3: Path, dp: int, tp: int) -> None:
     options: dict[str, Any] = dict(dp=dp, tp=tp, dtype="float32", max_context=512, checked=True, batch_invariant=True)
     everything = list(range(len(PROMPTS)))
     with Engine(resolve(EngineConfig(model=str(speaking_v3), **options))) as threads:

@@ -78,7 +78,7 @@ def test_ids_and_lists_of_prompts(client: OpenAI, alone: LLM) -> None:
     assert texts == [[expected], [expected, other, expected], [expected], [expected, expected]]
 
 
-def test_echo_and_scores_as_evaluations_ask_for_them(client: OpenAI, alone: LLM) -> None:
+def test_echo_and_prompt_logprobs_as_lm_eval_requests_them(client: OpenAI, alone: LLM) -> None:
     ids = list(alone.encode(SEA))
     done = client.completions.create(model=MODEL, prompt=ids, max_tokens=0, echo=True, logprobs=1, temperature=0)
     (choice,) = done.choices
@@ -147,7 +147,7 @@ def test_seeds_repeat_and_texts_of_n_differ(client: OpenAI) -> None:
     assert client.completions.create(**ask).choices[0].text == first[0]
 
 
-def test_how_tokens_are_chosen(client: OpenAI, alone: LLM) -> None:
+def test_sampling_fields_choose_tokens(client: OpenAI, alone: LLM) -> None:
     def text(**more: Any) -> str:
         extra = {"ignore_eos": True} | more.pop("extra_body", {})
         options = {"model": MODEL, "prompt": SEA, "max_tokens": 16, "extra_body": extra} | more
@@ -222,7 +222,7 @@ def test_models_and_tokens(server: ServerProcess, client: OpenAI, alone: LLM) ->
     assert info["backend"]["collectives"].startswith("gloo" if why_absent() else "shared memory")
 
 
-def test_errors_are_those_that_the_client_knows(server: ServerProcess, client: OpenAI) -> None:
+def test_errors_raise_the_clients_own_exceptions(server: ServerProcess, client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="no", prompt="x")
     with pytest.raises(openai.BadRequestError) as wrong:
@@ -237,9 +237,7 @@ def test_errors_are_those_that_the_client_knows(server: ServerProcess, client: O
 
 
 @pytest.mark.parametrize("number", [20, pytest.param(64, marks=pytest.mark.full)])
-def test_many_streams_of_all_lengths_with_aborts_are_each_the_text_alone(
-    server: ServerProcess, alone: LLM, number: int
-) -> None:
+def test_many_streams_with_aborts_equal_each_text_alone(server: ServerProcess, alone: LLM, number: int) -> None:
     words = [f"word{i} and" for i in range(18)]
     prompts = [" ".join(words[i % 7 : i % 7 + 1 + i % 11]) for i in range(number)]
     lengths = [1 + (i * 37) % 60 for i in range(number)]

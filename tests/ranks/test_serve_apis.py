@@ -40,7 +40,7 @@ def message(server: ServerProcess, **fields: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": "secret"}, timeout=PATIENCE_S)
 
 
-def test_the_same_text_comes_from_each(server: ServerProcess, client: OpenAI) -> None:
+def test_every_api_gives_the_same_text(server: ServerProcess, client: OpenAI) -> None:
     chat = client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=24, temperature=0)
     text = chat.choices[0].message.content
     ask: dict[str, Any] = {"model": MODEL, "instructions": "Be brief.", "input": "Hello", "max_output_tokens": 24}

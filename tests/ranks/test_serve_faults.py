@@ -88,7 +88,7 @@ def test_a_stopped_rank_turns_health_red_and_is_replaced_while_the_disk_for_logs
         assert server.stop() == 0
 
 
-def test_an_idle_server_notices_too_and_without_restart_it_ends(tmp_path: Path) -> None:
+def test_an_idle_server_detects_a_death_and_ends_without_restart(tmp_path: Path) -> None:
     with ServerProcess("--no-restart", log=tmp_path / "log") as server:
         os.kill(server.rank_pids()[0], signal.SIGKILL)
         assert server.process.wait(PATIENCE_S) == 1
@@ -128,7 +128,7 @@ def test_a_second_signal_ends_a_drain_at_once() -> None:
         assert server.stop() == 1
 
 
-def test_a_key_lets_any_host_in() -> None:
+def test_a_key_allows_any_host() -> None:
     with ServerProcess("--api-key", "secret") as server:
         key = {"Authorization": "Bearer secret", "Host": "box.lan"}
         assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
@@ -143,7 +143,7 @@ def hard_pressed() -> object:
         assert server.stop() == 0
 
 
-def test_on_loopback_only_this_machine_and_its_pages_are_let_in(hard_pressed: ServerProcess) -> None:
+def test_on_loopback_only_local_hosts_and_origins_are_accepted(hard_pressed: ServerProcess) -> None:
     for headers, status in (
         ({}, 200),
         ({"Host": "box.lan:80", "Origin": "https://app.example"}, 200),
@@ -240,7 +240,7 @@ def test_a_body_of_100_mb_is_refused_and_takes_no_memory(hard_pressed: ServerPro
     assert rss_mb(server) - before < 40 and server.text(max_tokens=4)
 
 
-def test_a_client_that_reads_slowly_stops_nobody(hard_pressed: ServerProcess) -> None:
+def test_a_slow_reader_does_not_block_others(hard_pressed: ServerProcess) -> None:
     server = hard_pressed
     body = b'{"prompt": "The sea", "stream": true, "max_tokens": 300, "ignore_eos": true, "n": 4, "logprobs": 5}'
     head = (
@@ -257,7 +257,7 @@ def test_a_client_that_reads_slowly_stops_nobody(hard_pressed: ServerProcess) ->
         assert server.metric("kv_pages_used") == 0 and server.text(max_tokens=8)
 
 
-def test_more_silent_connections_than_files_may_be_open_and_a_drain_that_ends_at_its_limit(
+def test_silent_connections_beyond_the_file_limit_and_a_drain_at_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -284,7 +284,7 @@ def test_more_silent_connections_than_files_may_be_open_and_a_drain_that_ends_at
         assert "ended" in events(lines)[-1]["error"]["message"]
 
 
-def test_wrong_starts_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_starts_are_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

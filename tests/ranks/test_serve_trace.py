@@ -63,7 +63,7 @@ def test_a_trace_over_http(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_generate_leaves_a_trace_and_a_profile_of_processes(tmp_path: Path) -> None:
+def test_generate_writes_a_trace_and_a_profile_of_processes(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     command = [sys.executable, "-m", "narrows", "generate", "narrows-demo", "--tp", "2", "--ranks", "processes"]
     more = ["--prompt", "The sea", "--max-tokens", "8", "--ignore-eos", "--trace", str(file), "--trace-steps", "5"]

@@ -58,7 +58,7 @@ def test_a_fault_in_a_capture_is_named(tiny_model: Any, plant: Any, rank: int, c
     assert str(report) == "served path: captured (bfloat16): 3 of 3 decode steps replayed"
 
 
-def test_where_no_step_is_captured_the_report_says_why(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_why_no_step_is_captured(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     report = verify_served(asked(tiny_model, dtype="float32"), PROMPTS, layouts=["auto"])
     assert report.ok and str(report) == "served path: op by op: no compiled code for float32 here"
     monkeypatch.setattr("narrows.engine.capture.kernels", lambda: None)

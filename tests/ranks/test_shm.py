@@ -72,7 +72,7 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     st.booleans(),
 )
 @pytest.mark.skipif(kernels() is None, reason="the norms are not compiled for this CPU")
-def test_a_sum_and_its_norm_at_once_have_the_bits_of_one_after_the_other(
+def test_the_fused_sum_and_norm_equals_both_ops_bit_for_bit(
     counts: list[int], width: int, dtype: torch.dtype, kinds: Sequence[torch.dtype], apart: bool, checked: bool
 ) -> None:
     ranks, total, eps = tuple(range(len(counts))), sum(counts), 1e-5
@@ -95,7 +95,7 @@ def test_a_sum_and_its_norm_at_once_have_the_bits_of_one_after_the_other(
         assert_same(summed, want_summed)
 
 
-def test_what_is_too_large_for_one_pass_is_left_to_two_and_nobody_waits() -> None:
+def test_a_fused_call_that_is_too_large_runs_as_two() -> None:
     def rank(comm: Communicator) -> object:
         x, norm = torch.ones(2, 9000), RowNorm(torch.ones(9000), 1e-6, None)
         one = comm.all_reduce_norm(x[:, :8], (0,), (2,), "alone", (), RowNorm(torch.ones(8), 1e-6, None))
@@ -133,7 +133,7 @@ def test_addends_of_any_dtype_join_a_sum(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_sums_round_as_torch_does_also_what_is_no_ordinary_number(dtype: torch.dtype) -> None:
+def test_sums_round_as_torch_including_special_values(dtype: torch.dtype) -> None:
     """Denormals, ties, zeros of both signs, infinities and what is too large; in blocks and behind the last of them."""
     odd = [0.0, -0.0, 1e-39, -3e-40, 1e-45, 1.00390625, 1.01171875, 3.4e38, -3.4e38, float("inf"), 6e-8, 65504.0, 1e-30]
     x = torch.tensor(odd * 31).to(dtype)
@@ -156,7 +156,7 @@ def test_many_fields_travel_in_several_exchanges() -> None:
 # --- whose memory
 
 
-def test_a_large_result_is_the_callers_own_for_as_long_as_it_is_kept() -> None:
+def test_a_large_result_stays_valid_while_it_is_referenced() -> None:
     """Results lie in blocks that are used again when they are dropped, and only then, be it a view that is kept."""
 
     def rank(comm: Communicator) -> int:
@@ -175,7 +175,7 @@ def test_a_large_result_is_the_callers_own_for_as_long_as_it_is_kept() -> None:
     assert max(run_shared(line(2), rank)) <= 3 + 2
 
 
-def test_a_large_result_may_be_handed_on_and_written_as_soon_as_that_has_returned() -> None:
+def test_a_large_result_may_be_passed_on_and_then_overwritten() -> None:
     """It is read where it lies, so the call waits until everybody has read it, however slow."""
     counts = (900, 900, 900)
 
@@ -198,7 +198,7 @@ def test_a_large_result_may_be_handed_on_and_written_as_soon_as_that_has_returne
 
 
 @pytest.mark.parametrize("size", [1, 700])
-def test_inputs_may_be_written_again_and_results_are_nobody_elses(size: int) -> None:
+def test_inputs_may_be_overwritten_and_results_share_no_memory(size: int) -> None:
     run_shared(line(4), lambda comm: lab.inputs_may_be_written_again(comm, 30, size))
     run_shared(line(4), lab.results_are_nobody_elses)
     run_shared(line(4), lab.send_buffers)
@@ -218,7 +218,7 @@ def test_inputs_may_be_written_again_and_results_are_nobody_elses(size: int) -> 
         lambda comm: comm.all_reduce(torch.ones(6, 4), (0, 1, 2), (1, 2, 3), "x", [torch.ones(2, 4)]),
     ],
 )
-def test_a_call_of_another_shape_is_refused_by_all_also_when_unchecked(other: Rank) -> None:
+def test_a_call_of_another_shape_is_refused_by_all_ranks_unchecked(other: Rank) -> None:
     """Nothing is read; who takes the error goes on."""
 
     def rank(comm: Communicator) -> float:
@@ -232,7 +232,7 @@ def test_a_call_of_another_shape_is_refused_by_all_also_when_unchecked(other: Ra
     assert run_shared(line(3), rank) == [6.0] * 3
 
 
-def test_an_all_reduce_never_meets_a_reduce_scatter_also_where_it_is_made_of_one() -> None:
+def test_an_all_reduce_never_matches_a_reduce_scatter() -> None:
     """Above 32 KiB an all-reduce begins as a reduce-scatter does; what follows it must not meet another gather."""
     counts, x = (32, 32), torch.ones(64, 512)
 
@@ -248,7 +248,7 @@ def test_an_all_reduce_never_meets_a_reduce_scatter_also_where_it_is_made_of_one
     assert run_shared(line(2), rank) == [3.0] * 2
 
 
-def test_a_tensor_that_does_not_fit_the_counts_is_refused_before_anything_is_read() -> None:
+def test_a_tensor_that_contradicts_the_counts_is_refused_before_the_exchange() -> None:
     def rank(comm: Communicator) -> None:
         for bad in (torch.ones(5, 4), torch.ones(7, 4)):
             with pytest.raises(CollectiveMismatchError, match="does not fit"):
@@ -270,7 +270,7 @@ def test_eight_ranks_on_few_cores_make_progress() -> None:
     assert run_shared(line(8), rank) == [sum(8.0 * i + 28 for i in range(200))] * 8
 
 
-def test_who_waits_for_long_burns_no_processor() -> None:
+def test_a_long_wait_uses_no_processor_time() -> None:
     def rank(comm: Communicator) -> float:
         comm.barrier((0, 1), "start")
         if comm.rank == 1:

@@ -68,7 +68,7 @@ FAULTS = ["label", "operation", "width", "dtype", "counts", "fields", "addends",
 
 @pytest.mark.parametrize("how", FAULTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_checked_mode_names_the_rank_that_made_another_call(transport: str, how: str) -> None:
+def test_checked_mode_names_the_rank_with_a_different_call(transport: str, how: str) -> None:
     """Every rank reads the same text, and the ranks can go on if their numbers of collectives agree."""
 
     def rank(comm: Communicator) -> tuple[str, float]:
@@ -82,7 +82,7 @@ def test_checked_mode_names_the_rank_that_made_another_call(transport: str, how:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("checked", [False, True])
-def test_one_rank_meets_nobody(transport: str, checked: bool) -> None:
+def test_one_rank_exchanges_nothing(transport: str, checked: bool) -> None:
     def rank(comm: Communicator) -> int:
         lab.groups_of_one(comm)
         return comm.num_collectives

@@ -67,6 +67,6 @@ def _appended(to: list[Any]) -> Callable[[httpx.Request], Any]:
     return append
 
 
-def test_no_route_that_there_is_counts_as_absent(plain: Lab) -> None:
+def test_no_existing_route_is_listed_as_absent(plain: Lab) -> None:
     paths = set(plain.app.openapi()["paths"]) - {"/v1/responses"}  # what is below it is absent, not the route
     assert {path: why for path in paths if (why := why_missing(path))} == {}

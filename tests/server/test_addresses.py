@@ -51,7 +51,7 @@ def test_a_foreign_host_is_refused(make_lab: Callable[..., Lab], host: str, fine
         assert not of.backend.submitted
 
 
-def test_any_host_is_fine_where_none_is_checked(served: Any) -> None:
+def test_any_host_is_accepted_without_a_check(served: Any) -> None:
     with RawClient(served.port) as client:
         for host in ("evil.example", "[", "a?b#c", "\xff", ""):
             client.send(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"))
@@ -111,13 +111,13 @@ def test_a_page_of_a_foreign_origin_can_do_nothing(make_lab: Callable[..., Lab],
         assert answer.status_code == 403 and "--allow-origin" in error_of(answer)["message"]
 
 
-def test_pages_are_not_checked_where_hosts_are_not(make_lab: Callable[..., Lab]) -> None:
+def test_origins_are_not_checked_where_hosts_are_not(make_lab: Callable[..., Lab]) -> None:
     assert ask(make_lab(), "GET", "/v1/models", {"origin": "https://evil.example"}).status_code == 200
     of = make_lab(ServerOptions(hosts=frozenset(), origins=("*",)))
     assert ask(of, "GET", "/v1/models", {"host": "localhost", "origin": "null"}).status_code == 200
 
 
-def test_what_an_origin_is() -> None:
+def test_which_origins_are_valid() -> None:
     given = ("https://App.example:8443", "*", "null", "chrome-extension://x")
     assert checked_origins(given) == ("https://app.example:8443", "*", "null", "chrome-extension://x")
     assert checked_origins(None) == ()
@@ -153,9 +153,7 @@ def test_preflight_is_answered_without_a_key(
         assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
 
 
-def test_every_answer_says_that_the_page_may_read_it(
-    make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_response_has_the_cors_header(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> None:
     of = make_lab(ServerOptions(api_keys=("secret",), origins=(PAGE,), max_body_bytes=1000, hosts=frozenset({"lab"})))
     key = {"authorization": "Bearer secret"}
     seen = []
@@ -184,7 +182,7 @@ def test_every_answer_says_that_the_page_may_read_it(
     assert seen == [200, 200, 400, 401, 404, 405, 413, 403, 500]
 
 
-def test_no_page_may_read_answers_by_default(make_lab: Callable[..., Lab]) -> None:
+def test_no_cors_header_by_default(make_lab: Callable[..., Lab]) -> None:
     of = make_lab()
     answers = [ask(of, "OPTIONS", "/v1/models", PREFLIGHT), ask(of, "GET", "/v1/models", {"origin": PAGE})]
     assert [answer.status_code for answer in answers] == [405, 200]
@@ -247,7 +245,7 @@ def test_a_slash_opens_no_route(make_lab: Callable[..., Lab]) -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "br", "deflate", "identity, gzip", "x-unknown"])
-def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(plain: Lab, coding: str) -> None:
+def test_a_compressed_body_is_refused_naming_its_encoding(plain: Lab, coding: str) -> None:
     packed = gzip.compress(json.dumps(TEXT).encode())
     headers = {"content-type": "application/json", "content-encoding": coding}
     answer = ask(plain, "POST", "/v1/completions", headers, content=packed)
@@ -256,7 +254,7 @@ def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(plain: Lab, co
     assert f"Content-Encoding: {coding.lower().removeprefix('identity, ')}" in message
 
 
-def test_a_body_as_it_is_is_taken(served: Any) -> None:
+def test_an_uncompressed_body_is_accepted(served: Any) -> None:
     for headers in ("Content-Encoding: identity\r\n", "Content-Encoding:\r\n"):
         with RawClient(served.port) as client:
             client.send(post("/v1/completions", TEXT, headers=headers))

@@ -83,7 +83,7 @@ def bench(slow: Slow, capsys: pytest.CaptureFixture[str], *options: str, code: i
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_times_and_tokens_are_those_of_the_server(
+def test_times_and_tokens_match_the_server(
     slow: Slow, capsys: pytest.CaptureFixture[str], tmp_path: Path, endpoint: str
 ) -> None:
     saved, drawn = tmp_path / "requests", tmp_path / "load.png"
@@ -114,7 +114,7 @@ def test_the_key_is_not_logged(slow: Slow, capsys: pytest.CaptureFixture[str], m
     assert bench(slow, capsys, *options)["command"] == "narrows bench serve --input-length 8 --api-key ***"
 
 
-def test_requests_come_at_their_rate(slow: Slow, capsys: pytest.CaptureFixture[str]) -> None:
+def test_requests_are_sent_at_their_rate(slow: Slow, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench(slow, capsys, "--input-length", "8", "--rate", "20", "--burstiness", "1000")["figures"]
     assert found["duration_s"] == pytest.approx(6 / 20 + 4 * PAUSE_S, abs=0.1)
 
@@ -129,7 +129,7 @@ def test_requests_come_at_their_rate(slow: Slow, capsys: pytest.CaptureFixture[s
         (["--trace", "/no/trace"], "the trace /no/trace cannot be read"),
     ],
 )
-def test_wrong_loads_are_one_line(
+def test_wrong_loads_are_a_one_line_error(
     slow: Slow, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     assert main(["bench", "serve", "--url", slow.url, *options]) == 2

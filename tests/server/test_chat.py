@@ -123,7 +123,7 @@ def test_tool_calls(hermes: lab.Lab) -> None:
     assert len(first) > 6, "arguments come as they are written"
 
 
-def test_one_tool_call_where_parallel_ones_are_not_wanted(hermes: lab.Lab) -> None:
+def test_parallel_tool_calls_false_gives_one_call(hermes: lab.Lab) -> None:
     hermes.text = CALLS + CALLS
     assert len(ask(hermes, tools=TOOLS, parallel_tool_calls=False)["message"]["tool_calls"]) == 1
 
@@ -139,7 +139,7 @@ def test_without_tools_or_with_none_chosen_a_call_is_text(hermes: lab.Lab) -> No
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "sub"}}])
-def test_required_call_comes_whatever_the_model_prefers(
+def test_a_required_call_is_forced(
     make_lab, hermes_tokenizer, plain_tokenizer, choice, seed: int, thinking: bool
 ) -> None:
     fields = {"tools": TOOLS, "tool_choice": choice, "seed": seed, "parallel_tool_calls": False}
@@ -165,7 +165,7 @@ def test_past_calls_reach_the_template_as_objects(hermes: lab.Lab) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_text_has_the_requested_form(plain: lab.Lab, seed: int) -> None:
+def test_text_matches_the_requested_structure(plain: lab.Lab, seed: int) -> None:
     schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}, "y": {"type": "boolean"}}, "required": ["x", "y"]}
     schema["additionalProperties"] = False
     asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
@@ -177,7 +177,7 @@ def test_text_has_the_requested_form(plain: lab.Lab, seed: int) -> None:
         assert ask(plain, seed=seed, **fields)["message"]["content"] in ("yes", "no")
 
 
-def test_a_form_leaves_room_for_calls_where_tools_may_be_called(make_lab) -> None:
+def test_structured_output_still_allows_tool_calls(make_lab) -> None:
     of = make_lab(ServerOptions(tool_call_parser="hermes"))
     fields = {"response_format": {"type": "regex", "pattern": "[0-9]{2}"}, "tools": TOOLS}
     for begins, is_call in (("<tool_call>", True), ("7", False)):

@@ -35,7 +35,7 @@ def message_of(of: Lab, **fields: Any) -> dict[str, Any]:
     return answer.json()["choices"][0]["message"]
 
 
-def test_of_allowed_tools_others_are_neither_shown_nor_called(hermes: Lab) -> None:
+def test_tools_that_are_not_allowed_are_neither_shown_nor_called(hermes: Lab) -> None:
     hermes.text = "Well. " + "\n".join(map(call_of, ("mul", "sub", "mul", "add")))
     fields = {"tools": TOOLS, "tool_choice": allowed("auto", "add", "sub")}
     message = message_of(hermes, **fields)
@@ -57,7 +57,7 @@ def test_of_allowed_tools_others_are_neither_shown_nor_called(hermes: Lab) -> No
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_allowed_tools_one_is_called_where_one_is_required(make_lab: Callable[..., Lab], seed: int) -> None:
+def test_an_allowed_tool_is_called_if_required(make_lab: Callable[..., Lab], seed: int) -> None:
     fields = {"tools": TOOLS, "seed": seed, "parallel_tool_calls": False}
     of = make_lab(ServerOptions(tool_call_parser="hermes"))
     message = message_of(of, tool_choice=allowed("required", "mul", "sub"), **fields)

@@ -18,7 +18,7 @@ def ask(of: lab.Lab, prompt="hi", **fields):
     return answer.json()
 
 
-def test_a_text_gets_a_text_and_its_tokens_are_counted(plain: lab.Lab) -> None:
+def test_a_prompt_gets_a_text_and_token_counts(plain: lab.Lab) -> None:
     body = ask(plain, "Once upon")
     ids = plain.tokenizer.encode("Once upon")
     assert body["choices"] == [{"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}]
@@ -39,7 +39,7 @@ def test_lists_of_texts_and_ids_get_one_text_each(plain: lab.Lab, prompt) -> Non
     assert body["usage"]["prompt_tokens"] == sum(map(len, want))
 
 
-def test_sampling_fields_reach_the_backend_as_they_are(plain: lab.Lab) -> None:
+def test_sampling_fields_reach_the_backend_unchanged(plain: lab.Lab) -> None:
     fields = dict(temperature=0.5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.2)
     fields |= dict(frequency_penalty=-0.3, min_tokens=2)
     ask(plain, top_k=-1, seed=7, logit_bias={"5": 3, "4": -100.0}, priority=3, max_tokens=9, **fields)
@@ -81,7 +81,7 @@ def test_end_ids_are_eos_and_stop_token_ids(plain: lab.Lab) -> None:
     assert body["choices"][0]["finish_reason"] == "length" and body["usage"]["completion_tokens"] == 30
 
 
-def test_what_lm_eval_asks_for_scores_the_prompt(plain: lab.Lab) -> None:
+def test_an_lm_eval_request_scores_the_prompt(plain: lab.Lab) -> None:
     ids = plain.tokenizer.encode("The cat sat", add_special_tokens=False)
     body = ask(plain, [ids], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1)
     found = body["choices"][0]["logprobs"]
@@ -157,7 +157,7 @@ def test_stream_equals_whole(plain: lab.Lab) -> None:
             assert [x for part in parts for x in part["logprobs"][name]] == column
 
 
-def test_model_without_tokenizer_takes_and_scores_ids(make_lab) -> None:
+def test_a_model_without_tokenizer_accepts_and_scores_ids(make_lab) -> None:
     of = make_lab(tokenizer=None)
     of.backend.script = lambda generation: [5, 6, lab.EOS]
     body = ask(of, [3, 4], logprobs=1, echo=True)

@@ -93,7 +93,7 @@ def test_a_large_head_is_let_in(served: Any) -> None:
             assert client.answer().status == 431
 
 
-def test_what_follows_a_body_is_no_part_of_the_head(served: Any) -> None:
+def test_bytes_after_a_body_do_not_count_as_head(served: Any) -> None:
     with RawClient(served.port) as client:
         client.send(CHUNKED + b'\r\n10\r\n{"prompt": "hi"}\r\n0\r\nContent-Type: application/json\r\n\r\n')
         assert client.answer().status == 415
@@ -120,7 +120,7 @@ def test_half_a_head_is_answered_408_and_silence_with_nothing(sent: bytes, statu
     assert not loop.timers
 
 
-def test_a_head_that_goes_on_byte_by_byte_has_one_deadline() -> None:
+def test_a_head_sent_byte_by_byte_has_one_deadline() -> None:
     loop = Clock()
     connection, wire = make_connection(loop, Wire())
     at_connect = list(loop.timers)
@@ -151,7 +151,7 @@ def slowly(data: bytes) -> Iterator[bytes]:
 # Bodies
 
 
-def test_a_body_that_is_announced_and_not_sent_ends_the_request(make_served: Callable[..., Any]) -> None:
+def test_an_announced_but_unsent_body_ends_the_request(make_served: Callable[..., Any]) -> None:
     served = make_served(body_timeout_s=0.2)
     with RawClient(served.port) as client:
         client.send(post("/v1/completions", TEXT)[:-10])
@@ -160,7 +160,7 @@ def test_a_body_that_is_announced_and_not_sent_ends_the_request(make_served: Cal
         assert answer.headers["connection"] == "close" and client.rest() == b""
 
 
-def test_a_body_that_comes_slowly_but_steadily_is_waited_for(make_served: Callable[..., Any]) -> None:
+def test_a_slow_but_steady_body_is_accepted(make_served: Callable[..., Any]) -> None:
     served = make_served(body_timeout_s=4.0, body_bytes_per_s=2)
     data = post("/v1/completions", {**TEXT, "user": "x" * 60})
     with RawClient(served.port) as client:
@@ -171,7 +171,7 @@ def test_a_body_that_comes_slowly_but_steadily_is_waited_for(make_served: Callab
         assert client.answer().status == 200
 
 
-def test_a_body_that_came_fast_may_stall_no_longer_for_it(make_served: Callable[..., Any]) -> None:
+def test_a_fast_start_does_not_extend_the_stall_limit(make_served: Callable[..., Any]) -> None:
     served = make_served(body_timeout_s=0.3, body_bytes_per_s=1)
     with RawClient(served.port) as client:
         client.send(post("/v1/completions", {**TEXT, "user": "x" * 400})[:-1])
@@ -238,7 +238,7 @@ async def never_answers(scope: Any, receive: Any, send: Any) -> None:
         pass
 
 
-def test_a_client_that_leaves_is_noticed_behind_waiting_requests(make_served: Callable[..., Any]) -> None:
+def test_a_disconnect_behind_waiting_requests_is_detected(make_served: Callable[..., Any]) -> None:
     served = make_served()
     with held(served, 1, stream=True) as (client,):
         client.send(HEAD + b"\r\n")
@@ -301,7 +301,7 @@ def make_connection(
     return made, wire
 
 
-def test_a_reader_is_given_up_when_it_has_read_nothing_for_long() -> None:
+def test_a_reader_that_reads_nothing_is_disconnected() -> None:
     loop = Clock()
     connection, wire = make_connection(loop, Wire())
     loop.timers.clear()  # that for its first head
@@ -320,7 +320,7 @@ def test_a_reader_is_given_up_when_it_has_read_nothing_for_long() -> None:
     assert wire.aborted
 
 
-def test_a_connection_that_closes_waits_for_its_reader_as_long() -> None:
+def test_a_closing_connection_waits_as_long_for_its_reader() -> None:
     loop = Clock()
     connection, wire = make_connection(loop, Wire())
     loop.timers.clear()  # that for its first head
@@ -333,7 +333,7 @@ def test_a_connection_that_closes_waits_for_its_reader_as_long() -> None:
     assert wire.aborted
 
 
-def test_an_answer_that_breaks_off_waits_for_its_reader_as_long() -> None:
+def test_an_aborted_response_waits_as_long_for_its_reader() -> None:
     async def breaks_off(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         wire.unread = 9
@@ -350,7 +350,7 @@ def test_an_answer_that_breaks_off_waits_for_its_reader_as_long() -> None:
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_what_the_system_holds_is_unread_too() -> None:
+def test_bytes_in_the_systems_buffers_count_as_unread() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(listening.getsockname())
@@ -403,7 +403,7 @@ def test_probes_are_answered_when_all_places_work(make_served: Callable[..., Any
     assert get(served, "/v1/models").status == 200
 
 
-def test_a_client_that_still_sends_can_read_that_there_is_no_place(make_served: Callable[..., Any]) -> None:
+def test_a_client_that_is_still_sending_can_read_the_503(make_served: Callable[..., Any]) -> None:
     served = make_served(max_connections=1, reserved_slots=1)
     with held(served, 1):
         for more in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
@@ -444,7 +444,7 @@ def test_the_oldest_silent_connections_make_room(
     assert len([line for line in said if "all 10 connections" in line]) == 1
 
 
-def test_a_server_out_of_descriptors_serves_on(served: Any) -> None:
+def test_a_server_out_of_descriptors_continues(served: Any) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files: list[int] = []
     waiting = [socket.socket() for _ in range(20)]
@@ -470,7 +470,7 @@ def test_a_server_out_of_descriptors_serves_on(served: Any) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_stream_is_chunked_only_where_chunks_are_known(served: Any, version: str) -> None:
+def test_streams_are_chunked_only_for_http_1_1(served: Any, version: str) -> None:
     with RawClient(served.port) as client:
         client.send(post("/v1/completions", {**TEXT, "stream": True}, version=version))
         head = b""

@@ -48,12 +48,12 @@ def test_a_field_has_one_fate() -> None:
     assert not set(GenerationFields.model_fields) & {*REFUSED, *IGNORED}
 
 
-def test_the_lists_say_where_they_are_from() -> None:
+def test_the_field_lists_name_their_sources() -> None:
     assert all(len(listed["commit"]) == 40 and listed["repository"] and listed["path"] for listed in LISTS)
     assert {listed["server"] for listed in LISTS} == {"vLLM", "SGLang", "llama.cpp"}
 
 
-def test_the_page_is_what_the_table_prints() -> None:
+def test_the_page_equals_the_printed_table() -> None:
     root = Path(__file__).parents[2]
     spec = importlib.util.spec_from_file_location("request_fields_page", root / "benchmarks" / "request_fields_page.py")
     assert spec is not None and spec.loader is not None

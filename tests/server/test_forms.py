@@ -57,7 +57,7 @@ def post(of: lab.Lab, path: str, fields: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(("fields", "pattern"), KEPT)
-def test_the_text_is_of_the_form_that_the_field_asks_for(
+def test_the_text_matches_the_requested_constraint(
     shared: lab.Lab, path: str, fields: dict[str, Any], pattern: str
 ) -> None:
     for seed in range(4):
@@ -94,7 +94,7 @@ def test_the_text_is_of_the_form_that_the_field_asks_for(
         ({"structured_outputs": {"json": {}, "regex": "a"}}, None, "send only one"),
     ],
 )
-def test_a_form_that_cannot_be_kept_is_named(
+def test_an_unsupported_constraint_is_refused_by_name(
     shared: lab.Lab, path: str, fields: dict[str, Any], param: str | None, says: str
 ) -> None:
     answer = post(shared, path, fields)
@@ -117,7 +117,7 @@ def test_a_form_that_cannot_be_kept_is_named(
         ('root ::= "}" # }\n', ["}"], ["{"]),
     ],
 )
-def test_a_grammar_says_here_what_it_says_in_llama_cpp(
+def test_a_grammar_means_the_same_as_in_llama_cpp(
     shared: lab.Lab, grammar: str, texts: list[str], others: list[str]
 ) -> None:
     assert post(shared, "/v1/completions", {"grammar": grammar}).status_code == 200
@@ -209,7 +209,7 @@ def test_object_declared_open_stays_open_with_closed_parts() -> None:
         ),
     ],
 )
-def test_parts_of_one_object_let_each_others_properties_pass(
+def test_parts_of_one_schema_accept_each_others_properties(
     shared: lab.Lab, schema: dict[str, Any], texts: list[str], others: list[str]
 ) -> None:
     for text in [*texts, *others]:
@@ -221,7 +221,7 @@ def test_parts_of_one_object_let_each_others_properties_pass(
 @pytest.mark.parametrize("properties", [5, "ab", [[1]], [{"a": {}}]])
 @pytest.mark.parametrize("key", ["properties", "patternProperties"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_strict_leaves_what_is_no_schema_to_the_compiler(
+def test_strict_leaves_invalid_schemas_to_the_compiler(
     shared: lab.Lab, key: str, properties: Any, inside: bool
 ) -> None:
     schema = {"type": "object", key: properties}
@@ -232,7 +232,7 @@ def test_strict_leaves_what_is_no_schema_to_the_compiler(
     assert lab.error_of(answer)["param"] == "response_format.json_schema.schema"
 
 
-def test_properties_count_as_often_as_they_are_read() -> None:
+def test_properties_count_each_time_they_are_referenced() -> None:
     many = {"type": "object", "properties": dict.fromkeys(map(str, range(3000)), True)}
     assert close_objects(many)["additionalProperties"] is False
     with pytest.raises(ConfigError, match="strict reads at most"):

@@ -174,7 +174,7 @@ def test_cache_drops_the_least_recently_used(grammars: Callable[..., Grammars]) 
     assert [text[-2] for text in trial.begun] == ["a", "b", "c", "b"] and len(found) == 2
 
 
-def test_kept_grammars_make_room_and_those_in_use_refuse(grammars: Callable[..., Grammars]) -> None:
+def test_cached_grammars_are_evicted_unless_in_use(grammars: Callable[..., Grammars]) -> None:
     size = 1000 + len(grammar("a"))
     found = grammars(FakeTrial(1000), total_bytes=2 * size)
 
@@ -191,7 +191,7 @@ def test_kept_grammars_make_room_and_those_in_use_refuse(grammars: Callable[...,
     asyncio.run(ask())
 
 
-def test_kept_grammars_take_little_memory_but_one_in_use_is_whole(grammars: Callable[..., Grammars]) -> None:
+def test_a_grammar_in_use_counts_in_full_until_it_is_dropped(grammars: Callable[..., Grammars]) -> None:
     size = 1000 + len(grammar("a"))
     found = grammars(FakeTrial(1000), kept_bytes=2 * size)
 
@@ -251,7 +251,7 @@ def test_too_many_that_wait_are_refused(grammars: Callable[..., Grammars]) -> No
     assert found.num_compiled == 3
 
 
-def test_what_failed_is_remembered_for_a_while(grammars: Callable[..., Grammars]) -> None:
+def test_failures_are_cached_for_a_while(grammars: Callable[..., Grammars]) -> None:
     trial, clock = FakeTrial(), Clock()
     trial.wrong = {grammar(word): ConfigError(f"too much of {word}") for word in "abc"}
     found = grammars(trial, clock=clock, failed_s=60.0, num_failed=2)
@@ -311,7 +311,7 @@ def test_trial_ends_with_its_last_waiter(grammars: Callable[..., Grammars]) -> N
     assert [text[-2] for text in trial.begun] == ["a", "b", "a"], "c was never begun"
 
 
-def test_a_client_that_leaves_frees_the_place_of_its_grammar(served: Any) -> None:
+def test_a_disconnect_frees_the_place_of_its_grammar(served: Any) -> None:
     guides = state_of(served.lab.app).guides
     trial = FakeTrial()
     trial.gate.clear()
@@ -351,7 +351,7 @@ def test_a_process_in_the_midst_of_a_grammar_is_ended(maker: Callable[..., Guide
         trial.try_out('start: "a"', lambda: False)
 
 
-def test_a_process_that_has_grown_is_ended_and_its_memory_is_back(
+def test_a_process_that_has_grown_is_replaced(
     maker: Callable[..., GuideMaker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = maker().trials[0]
@@ -421,7 +421,7 @@ def test_impossible_and_non_unicode_grammars_are_explained(maker: Callable[..., 
     ("pattern", "reason"),
     [("(?=a)b", "look-around"), (r"(a)\1", "backreferences are not supported"), ("a{5,2}", "invalid repetition count")],
 )
-def test_what_is_wrong_with_a_regex_is_not_cut(plain: lab.Lab, pattern: str, reason: str) -> None:
+def test_regex_errors_are_not_truncated(plain: lab.Lab, pattern: str, reason: str) -> None:
     schema = {"type": "string", "pattern": pattern}
     for fields, param in (({"guided_regex": pattern}, "guided_regex"), ({"guided_json": schema}, "guided_json")):
         error = lab.error_of(asyncio.run(plain.chat(**fields)))

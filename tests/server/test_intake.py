@@ -222,7 +222,7 @@ async def request_of_a_client_that_leaves(lab: Lab, content: bytes) -> None:
     await lab.app(scope, receive, send)  # type: ignore[arg-type]
 
 
-def test_large_bodies_share_a_budget_and_small_ones_pass(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_bodies_share_a_budget_and_small_ones_do_not(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake_module, "LARGE_BYTES", 1000)
     bodies = plain.app.state.server.bodies
     bodies._max_held_bytes = 6000
@@ -387,7 +387,7 @@ def test_memory_is_given_back_after_large_bodies_alone(plain: Lab, monkeypatch: 
     assert asked
 
 
-def test_what_first_requests_would_wait_for_is_made_before(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_setup_is_done_before_the_first_request(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     state = plain.app.state.server
     state.prepare()
     monkeypatch.setattr(type(plain.tokenizer), "to_json", lambda self: pytest.fail("the tokens' table is made anew"))

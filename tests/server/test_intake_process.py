@@ -79,7 +79,7 @@ def without_ids(text: str) -> str:
 
 @pytest.mark.parametrize("number", range(len(BODIES)))
 @pytest.mark.parametrize("stream", [False, True])
-def test_answers_are_the_same_as_those_of_threads(
+def test_answers_equal_those_of_threads(
     hermes: Lab, apart: Lab, monkeypatch: pytest.MonkeyPatch, number: int, stream: bool
 ) -> None:
     path, body = BODIES[number]
@@ -100,7 +100,7 @@ def test_answers_are_the_same_as_those_of_threads(
         ]
 
 
-def test_what_is_handed_over_is_small_however_large_the_body(apart: Lab) -> None:
+def test_the_result_sent_back_is_small_for_any_body(apart: Lab) -> None:
     """A conversation whose template drops most of it, with tools and variables that nobody needs any more."""
     reader = apart.app.state.server
     body = {**CHAT, "chat_template_kwargs": {"text": "x" * 1_000_000}, "logit_bias": {"5": 1.0}}
@@ -108,7 +108,7 @@ def test_what_is_handed_over_is_small_however_large_the_body(apart: Lab) -> None
     assert len(pickle.dumps(asked)) < 4000
 
 
-def test_small_bodies_stay_and_large_ones_go(hermes_tokenizer: Tokenizer) -> None:
+def test_only_large_bodies_go_to_the_process(hermes_tokenizer: Tokenizer) -> None:
     lab = Lab(hermes_tokenizer, ServerOptions(body_process=True))
     try:
         process = lab.app.state.server.process
@@ -172,7 +172,7 @@ def ask(process: BodyProcess, call: Any) -> Any:
     return process.ask(BODY, CompletionRequest, JsonLimits(), call)
 
 
-def test_whatever_a_body_does_there_the_next_one_is_read(process: BodyProcess) -> None:
+def test_any_body_leaves_the_process_usable(process: BodyProcess) -> None:
     first = ask(process, _pid)
     assert first != os.getpid() and ask(process, _prompt) == "hi"
     for call, status, said in (
@@ -195,7 +195,7 @@ def test_a_process_that_has_grown_is_replaced(process: BodyProcess) -> None:
     assert ask(process, _pid) != grown and process.num_started == 2
 
 
-def test_errors_cross_with_all_they_say() -> None:
+def test_errors_keep_their_fields_across_processes() -> None:
     error = ApiError(400, "no", param="a.b", code="c", headers={"retry-after": "1"})
     found = pickle.loads(pickle.dumps(error))
     assert vars(found) == vars(error) and isinstance(found, ApiError)
@@ -207,7 +207,7 @@ def test_the_process_has_no_torch() -> None:
     assert out.stdout.strip() == "False"
 
 
-def test_a_client_that_leaves_is_not_waited_for(apart: Lab, nothing_is_read_here: None) -> None:
+def test_a_disconnected_client_is_not_waited_for(apart: Lab, nothing_is_read_here: None) -> None:
     asyncio.run(asyncio.wait_for(request_of_a_client_that_leaves(apart, json.dumps({"prompt": "x"}).encode()), 60))
     assert asyncio.run(apart.complete("hi")).status_code == 200
     assert apart.app.state.server.bodies._held_bytes == 0

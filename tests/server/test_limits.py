@@ -90,7 +90,7 @@ def test_a_wrong_field_is_named(plain: Lab, path: str, fields: dict[str, Any], p
         ("/detokenize", {"tokens": "x"}, "tokens"),
     ],
 )
-def test_what_each_route_needs(plain: Lab, path: str, body: dict[str, Any], param: str) -> None:
+def test_missing_fields_of_each_route_are_refused(plain: Lab, path: str, body: dict[str, Any], param: str) -> None:
     answer = post(plain, path, body)
     error = error_of(answer)
     assert answer.status_code == 400 and (error["param"] or "").startswith(param), error
@@ -131,7 +131,7 @@ def test_bodies_are_json_or_refused(plain: Lab) -> None:
     assert asyncio.run(send("application/json; charset=utf-8")).status_code == 200
 
 
-def test_routes_methods_and_models_that_are_not_there(plain: Lab) -> None:
+def test_unknown_routes_methods_and_models(plain: Lab) -> None:
     async def get(path: str, method: str = "GET") -> httpx.Response:
         async with plain.client() as client:
             return await client.request(method, path)
@@ -148,7 +148,7 @@ def test_routes_methods_and_models_that_are_not_there(plain: Lab) -> None:
     assert answer.status_code == 404 and error_of(answer)["code"] == "model_not_found"
 
 
-def test_only_keys_come_in(make_lab: Callable[..., Lab]) -> None:
+def test_requests_need_a_valid_key(make_lab: Callable[..., Lab]) -> None:
     of = make_lab(ServerOptions(api_keys=("one", "two")))
     for headers, status in (
         ({}, 401),
@@ -243,7 +243,7 @@ def test_a_client_that_goes_away_ends_its_generations(served: Any, path: str, st
     backend.gate.set()
 
 
-def test_large_bodies_are_refused_before_or_while_they_come(served: Any) -> None:
+def test_large_bodies_are_refused_before_or_during_transfer(served: Any) -> None:
     """Sent by hand: a client that is answered while it still sends may not get to read the answer."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     chunk = b"2710\r\n" + b" " * 10_000 + b"\r\n"
@@ -254,7 +254,7 @@ def test_large_bodies_are_refused_before_or_while_they_come(served: Any) -> None
         assert answer.startswith(b"HTTP/1.1 413 ") and b"at most 100000 bytes" in answer
 
 
-def test_a_body_that_does_not_come_ends(make_lab: Callable[..., Lab]) -> None:
+def test_a_body_that_never_arrives_ends_the_request(make_lab: Callable[..., Lab]) -> None:
     of = make_lab(ServerOptions(request_timeout_s=0.2))
 
     async def stalls() -> httpx.Response:

@@ -272,7 +272,7 @@ WIDE = f"start: pattern\n{regex_form('[a-d]*a[a-d]{18}e').rules}"
 """Its automaton has thousands of states, and a text sees some of them."""
 
 
-def test_texts_do_not_fail_for_what_others_have_made_of_the_lexer(make: Callable[..., Grammar]) -> None:
+def test_a_lexer_worn_out_by_other_texts_is_replaced(make: Callable[..., Grammar]) -> None:
     lane = Kept()
 
     def alone(seed: int, states: int) -> GrammarGuide:

@@ -163,7 +163,7 @@ def test_the_blocks_of_an_answer_can_be_sent_back(wide: Lab) -> None:
     assert prompt_of(wide).endswith("[tool][assistant]")
 
 
-def test_a_thought_that_comes_back_belongs_to_its_message() -> None:
+def test_reasoning_sent_back_stays_with_its_message() -> None:
     thought = {"type": "thinking", "thinking": "hm", "signature": "unsigned"}
     unread = {"type": "redacted_thinking", "data": "x"}
     content = [unread, thought, {"type": "text", "text": "yes"}]
@@ -186,7 +186,7 @@ def test_a_tool_that_has_to_be_used_is(
     assert message["stop_reason"] == "tool_use"
 
 
-def test_tools_are_left_out_where_none_is_to_be_used(hermes: Lab) -> None:
+def test_tool_choice_none_hides_the_tools(hermes: Lab) -> None:
     hermes.text = CALL
     message = ask(hermes, tools=TOOLS, tool_choice={"type": "none"})
     assert message["content"] == [{"type": "text", "text": CALL}] and "<tools>" not in prompt_of(hermes)
@@ -209,7 +209,7 @@ def test_the_assistant_s_last_message_is_gone_on_with(hermes: Lab) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_form_is_kept(plain: Lab, seed: int) -> None:
+def test_structured_output_is_enforced(plain: Lab, seed: int) -> None:
     form = {"type": "json_schema", "schema": ADD}
     (block,) = ask(plain, output_config={"format": form}, seed=seed)["content"]
     assert json.loads(block["text"])["a"] in (1, 2)
@@ -278,7 +278,7 @@ def test_tokens_are_counted_as_the_model_reads_them(hermes: Lab) -> None:
         ({"container": "c"}, "container"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_by_name(hermes: Lab, fields: dict[str, Any], names: str) -> None:
+def test_unsupported_fields_are_refused_by_name(hermes: Lab, fields: dict[str, Any], names: str) -> None:
     answer = asyncio.run(hermes.post(PATH, {"max_tokens": 400, "messages": HI, **fields}))
     error = error_of(answer)
     assert answer.status_code == 400 and error["type"] == "invalid_request_error" and names in error["message"], error

@@ -55,7 +55,7 @@ def test_the_document_lists_every_route_with_its_errors(lab: Lab) -> None:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("route", ROUTES)
-def test_whatever_the_document_allows_gets_an_answer_that_it_names(lab: Lab, route: str) -> None:
+def test_every_valid_request_gets_a_documented_response(lab: Lab, route: str) -> None:
     method, path = route.split()
     operation = schemathesis.openapi.from_asgi("/openapi.json", lab.app)[path][method]
 

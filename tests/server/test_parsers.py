@@ -89,7 +89,7 @@ def test_pieces_change_nothing(drawn, inside: bool) -> None:
 
 
 @given(cut(st.tuples(st.just("hermes"), st.text())))
-def test_text_without_tags_is_content_as_it_is(drawn) -> None:
+def test_text_without_tags_is_content_unchanged(drawn) -> None:
     _, text, pieces = drawn
     assert parse(parser("hermes"), pieces) == joined([Content(text)])
 
@@ -120,7 +120,7 @@ def test_text_without_tags_is_content_as_it_is(drawn) -> None:
         ("deepseek_v31", f"{B}{b}f{s}{e}{E}done", [ToolCall(0, "f"), Arguments(0, "{}"), Content("done")]),
     ],
 )
-def test_what_texts_mean(name: str, text: str, want) -> None:
+def test_parsed_calls_and_content_of_texts(name: str, text: str, want) -> None:
     assert parse(parser(name), [text]) == want
 
 
@@ -144,7 +144,7 @@ def test_calls_after_the_most_are_left_out() -> None:
     assert parse(parser("hermes", max_calls=1), [text]) == [ToolCall(0, "f"), Arguments(0, "{}"), Content("x")]
 
 
-def test_formats_are_found_by_what_the_template_writes() -> None:
+def test_formats_are_detected_from_the_template() -> None:
     hermes = '<tool_call>{"name": <function-name>, "arguments": <args-json-object>}</tool_call>'
     assert tool_format("auto", hermes).name == "hermes"
     assert tool_format("auto", f"{B}{b} function ```json") is FORMATS["deepseek_v3"]

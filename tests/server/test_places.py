@@ -69,7 +69,7 @@ def test_reserved_request_may_take_the_slot_of_an_idle_connection() -> None:
     assert places.works(late) and busy.left
 
 
-def test_one_that_has_left_takes_no_place_with_it() -> None:
+def test_a_connection_that_left_takes_no_slot() -> None:
     places, old, new = ConnectionSlots(1, 1), Guest(), Guest()
     assert places.take(old) and places.take(new) and old.left
     for _ in range(2):

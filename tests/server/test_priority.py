@@ -20,7 +20,7 @@ def nice_of_this_thread() -> int:
 
 
 @linux
-def test_a_thread_gives_way_and_the_others_stay_as_they_are() -> None:
+def test_one_thread_is_niced_and_others_are_not() -> None:
     before = nice_of_this_thread()
     with ThreadPoolExecutor(1, initializer=lower_thread_priority, initargs=(before + 3,)) as pool:
         assert pool.submit(nice_of_this_thread).result() == before + 3
@@ -30,7 +30,7 @@ def test_a_thread_gives_way_and_the_others_stay_as_they_are() -> None:
 
 
 @linux
-def test_a_process_does_not_add_to_what_it_was_born_with() -> None:
+def test_a_process_does_not_add_to_its_inherited_priority() -> None:
     program = (
         "import os, sys; from narrows.server.priority import lower_process_priority; os.nice(int(sys.argv[1]));"
         "lower_process_priority(10); print(os.getpriority(os.PRIO_PROCESS, 0))"

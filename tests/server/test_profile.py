@@ -58,7 +58,7 @@ def test_keys_are_required(make_lab: Callable[..., Lab]) -> None:
     assert lab.backend.traced is None
 
 
-def test_predicted_and_measured_stand_side_by_side(plain: Lab) -> None:
+def test_predicted_and_measured_are_both_reported(plain: Lab) -> None:
     plain.backend.numbers = Stats(
         plans={("decode", 8, "auto"): 5},
         plan_seconds={("decode", 8, "auto"): (0.25, 0.5)},

@@ -128,7 +128,7 @@ def test_only_allowed_tokens_are_generated(shared: lab.Lab, path: str) -> None:
         ({"truncate_prompt_tokens": -1, "max_tokens": 12}, slice(-500, None)),
     ],
 )
-def test_a_prompt_is_cut_as_asked(shared: lab.Lab, fields: dict[str, Any], kept: slice) -> None:
+def test_a_prompt_is_truncated_as_requested(shared: lab.Lab, fields: dict[str, Any], kept: slice) -> None:
     ids = [70 + place % 50 for place in range(600 if -1 in fields.values() else 10)]
     body = asyncio.run(shared.complete(ids, echo=True, **({"max_tokens": 2} | fields))).json()
     assert shared.sent.prompt == tuple(ids[kept])
@@ -150,7 +150,7 @@ def closing(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lab.make_tokenizer(tmp_path_factory.mktemp("closing"), CLOSED)
 
 
-def test_the_last_message_goes_on(make_lab: Any, closing: Any) -> None:
+def test_the_last_message_is_continued(make_lab: Any, closing: Any) -> None:
     of = make_lab(tokenizer=closing)
     messages = [{"role": "user", "content": "What is 47 + 38?"}, {"role": "assistant", "content": "It is "}]
     for fields in ({"add_generation_prompt": False}, {}):
@@ -166,7 +166,7 @@ def test_the_last_message_goes_on(make_lab: Any, closing: Any) -> None:
     assert of.tokenizer.decode(of.sent.prompt).endswith("[assistant]It is")
 
 
-def test_the_last_message_goes_on_as_transformers_has_it(tmp_path: Any, make_lab: Any) -> None:
+def test_the_last_message_is_continued_as_in_transformers(tmp_path: Any, make_lab: Any) -> None:
     trimming = CLOSED.replace("m.content", "m.content | trim")
     for template in (CLOSED, trimming):
         of = make_lab(tokenizer=lab.make_tokenizer(tmp_path / str(len(template)), template))

@@ -172,7 +172,7 @@ def test_the_items_of_an_answer_can_be_sent_back(wide: Lab) -> None:
     assert prompt_of(wide) == "<|begin|>[assistant]no[system]d[assistant]"
 
 
-def test_a_thought_that_comes_back_belongs_to_the_answer_after_it() -> None:
+def test_reasoning_sent_back_belongs_to_the_answer_after_it() -> None:
     thought = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
     short = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "so"}]}
     call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
@@ -197,7 +197,7 @@ def test_a_thought_that_comes_back_belongs_to_the_answer_after_it() -> None:
         ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}, {"add"}),
     ],
 )
-def test_requested_call_comes(make_lab: Callable[..., Lab], choice: Any, names: set[str], seed: int) -> None:
+def test_a_requested_call_is_made(make_lab: Callable[..., Lab], choice: Any, names: set[str], seed: int) -> None:
     of = make_lab(ServerOptions(tool_call_parser="hermes"))
     response = ask(of, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, seed=seed)
     (call,) = response.output
@@ -226,7 +226,7 @@ def test_parse_and_stream_of_the_client(plain: Lab) -> None:
     assert texts and "".join(texts) == final.output_text == "Hello world"
 
 
-def test_log_probabilities_are_those_of_the_text(hermes: Lab) -> None:
+def test_log_probabilities_match_the_text(hermes: Lab) -> None:
     hermes.text = "<think>hm</think>Hello world"
     fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     (thought, message) = ask(hermes, **fields).output
@@ -276,7 +276,7 @@ def test_log_probabilities_are_those_of_the_text(hermes: Lab) -> None:
         ({"input": [{"type": "function_call", "name": "x", "arguments": "{}"}]}, "input.0.call_id"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_by_name(hermes: Lab, fields: dict[str, Any], param: str) -> None:
+def test_unsupported_fields_are_refused_by_name(hermes: Lab, fields: dict[str, Any], param: str) -> None:
     answer = asyncio.run(hermes.post(PATH, {"input": "hi", **fields}))
     error = error_of(answer)
     assert answer.status_code == 400 and error["param"] == param, error

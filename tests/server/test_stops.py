@@ -35,7 +35,7 @@ def ask(of: lab.Lab, path: str, stream: bool, fields: dict[str, Any]) -> tuple[s
         (["<|assistant|>", " three<|user|>"], "one two", "one two three<|user|>"),
     ],
 )
-def test_a_special_tokens_text_is_a_stop_string_as_any_other(
+def test_a_special_token_works_as_a_stop_string(
     plain: lab.Lab, path: str, stream: bool, stop: Any, text: str, kept: str
 ) -> None:
     plain.text = "one<|user|> two three<|user|> four five"

@@ -31,7 +31,7 @@ def in_rounds(work: Callable[[RoundRobin, Callable[[Any], None]], Awaitable[Any]
     return rounds
 
 
-def test_of_what_asks_together_each_round_has_one() -> None:
+def test_each_round_runs_one_of_the_waiting_pieces() -> None:
     async def work(turns: RoundRobin, note: Callable[[Any], None]) -> None:
         async def one(number: int) -> None:
             for _ in range(3):
@@ -88,7 +88,7 @@ def test_cancelled_or_failing_piece_costs_no_turn() -> None:
     assert done == [0, 99]
 
 
-def test_turns_go_on_in_another_event_loop() -> None:
+def test_turns_work_in_another_event_loop() -> None:
     turns = RoundRobin()
 
     async def leave() -> None:
@@ -208,7 +208,7 @@ def test_shared_call_begins_after_its_requests() -> None:
     assert len(calls) == 2
 
 
-def test_those_who_share_a_result_go_on_one_in_each_round() -> None:
+def test_waiters_of_a_shared_result_resume_one_per_round() -> None:
     async def work(turns: RoundRobin, note: Callable[[Any], None]) -> None:
         async def call() -> int:
             return 1

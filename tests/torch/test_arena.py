@@ -7,7 +7,7 @@ import torch
 from narrows.engine.arena import Arena
 
 
-def test_memory_is_taken_again_once_no_view_of_it_is_left() -> None:
+def test_memory_is_reused_once_no_view_is_left() -> None:
     arena = Arena(1 << 20)
     like = torch.empty(6, 8, dtype=torch.bfloat16)
     a = arena.take(like)
@@ -27,7 +27,7 @@ def test_memory_is_taken_again_once_no_view_of_it_is_left() -> None:
     assert d is not None and d.data_ptr() == at
 
 
-def test_other_sizes_and_strides_lie_apart_and_what_does_not_fit_is_refused() -> None:
+def test_other_sizes_do_not_overlap_and_too_large_ones_are_refused() -> None:
     arena = Arena(4096)
     column = torch.empty_strided((4, 3), (1, 4), dtype=torch.float32)
     a = arena.take(column)

@@ -141,7 +141,7 @@ def apart(got: Tensor, expected: Tensor) -> str:
         for case in ((kind, dtype, *mesh) for mesh in MESHES)
     ],
 )
-def test_logits_alone_and_in_company_are_the_same_bits(
+def test_logits_alone_and_in_a_batch_are_the_same_bits(
     tiny_model: Any, kind: str, dtype: str, dp: int, tp: int
 ) -> None:
     with RecordingEngine(resolved(tiny_model(kind), dp, tp, dtype=dtype)) as engine:
@@ -169,7 +169,7 @@ def test_under_every_layout(tiny_model: Any, kind: str, dp: int, tp: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
-def test_where_the_cache_would_sum_in_another_order(
+def test_the_plan_cache_alone_would_change_the_order_of_sums(
     tiny_model: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Priced for a device whose plans go other ways for few rows and many; without the one plan it is seen."""

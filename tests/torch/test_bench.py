@@ -141,7 +141,7 @@ def test_layout_beside_auto_alone_and_prompts_of_a_length(folder: Path, capsys: 
     assert {plan["rounds"] for plan in only["plans"]} == {2}, "no seconds: as many rounds as were asked for"
 
 
-def test_a_step_whose_cache_is_too_large_is_left_out_and_told(
+def test_a_step_whose_cache_is_too_large_is_left_out_with_a_note(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     token = (12 + 4) * 4 * 3  # latent and rotary key, float32, three layers; one rank
@@ -189,7 +189,7 @@ def test_collectives_beside_memcpy(folder: Path, capsys: pytest.CaptureFixture[s
     assert all(one["times_memcpy"] > 0 for variants in found.values() for one in variants.values())
 
 
-def test_what_a_collective_must_copy() -> None:
+def test_bytes_that_a_collective_must_copy() -> None:
     assert [must_copy(op, 96, 2) for op in ("reduce_scatter", "all_gather", "all_reduce")] == [72, 96, 120]
     assert must_copy("all_reduce", 96, 1) == must_copy("reduce_scatter", 96, 1) == 96
 
@@ -242,7 +242,7 @@ def test_without_matplotlib_the_extra_is_named(
         (("layer", "--rows", "8", "--plot", "/no/such/a.png"), "there is no folder /no/such"),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_impossible_options_are_a_one_line_error(
     folder: Path, flags: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, *more = flags
@@ -279,7 +279,7 @@ def test_a_pinned_plan_refuses_other_layouts(folder: Path) -> None:
         engine.plans.select("all-reduce")
 
 
-def test_ranks_have_the_threads_that_were_asked_for(folder: Path) -> None:
+def test_ranks_have_the_requested_threads(folder: Path) -> None:
     seen: list[int] = []
 
     class Threads:
@@ -291,7 +291,7 @@ def test_ranks_have_the_threads_that_were_asked_for(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("phase", "rows", "context"), [("prefill", 10, 0), ("prefill", 10, 4), ("decode", 5, 9)])
-def test_a_step_made_by_hand_has_the_rows_asked_for(phase: str, rows: int, context: int) -> None:
+def test_a_manual_step_has_the_requested_rows(phase: str, rows: int, context: int) -> None:
     batch = StepWork(rows=rows, phase=phase, context=context).batch(2, 4, 50)
     assert (batch.num_rows, batch.phase) == (rows, phase)
     for group in batch.groups:

@@ -47,7 +47,7 @@ def asked(**options: object) -> EngineConfig:
     return EngineConfig(model="narrows-demo", **{"tp": 2, "dtype": "float32", **options})  # type: ignore[arg-type]
 
 
-def test_every_stage_of_every_mesh_and_form_is_measured(profile: Path) -> None:
+def test_every_stage_of_every_mesh_and_sharding_is_measured(profile: Path) -> None:
     measured = read_profile(profile).device.measured
     assert measured is not None and measured.num_ranks == 2
     classes = {stage.stage for stage in measured.stages}
@@ -66,7 +66,7 @@ def test_every_stage_of_every_mesh_and_form_is_measured(profile: Path) -> None:
     assert sum(points[-1][1] for points in products) > sum(points[0][1] for points in products)
 
 
-def test_an_engine_takes_the_profile_that_fits_and_says_so(
+def test_an_engine_uses_a_fitting_profile_and_logs_it(
     profile: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NARROWS_PROFILES", str(folder))
@@ -125,7 +125,7 @@ def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, caps
     assert "is of 2 rank(s), the mesh has 1" in note
 
 
-def test_bench_layout_says_at_what_pace_of_the_profile_the_machine_runs(
+def test_bench_layout_prints_the_machines_pace_against_the_profile(
     profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read = read_profile(profile)
@@ -161,7 +161,7 @@ def test_bench_layout_says_at_what_pace_of_the_profile_the_machine_runs(
         ),
     ],
 )
-def test_what_cannot_be_calibrated_is_one_line(
+def test_impossible_calibrations_are_a_one_line_error(
     options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["calibrate", *options]) == 2

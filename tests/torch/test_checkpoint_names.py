@@ -319,7 +319,7 @@ def test_two_models_in_one_folder_are_refused(tiny_model: Callable[..., Path], t
         ),
     ],
 )
-def test_names_of_other_engines_are_one_line(
+def test_names_of_other_engines_are_a_one_line_error(
     tiny_model: Callable[..., Path], tmp_path: Path, gone: str, instead: str, words: str
 ) -> None:
     tensors = load_file(tiny_model("qwen2") / "model.safetensors")
@@ -328,9 +328,7 @@ def test_names_of_other_engines_are_one_line(
     assert f"tensor {gone} is missing" in text and words in text
 
 
-def test_all_missing_tensors_are_counted_and_unused_ones_are_said(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_missing_and_unused_tensors_are_reported(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     tensors = load_file(tiny_model("qwen2") / "model.safetensors")
     few = {name: value for name, value in tensors.items() if "layers.1." not in name}
     assert "; 11 more are missing" in refused(write(tmp_path / "few", "qwen2", few))
@@ -434,7 +432,7 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(tiny_model: Callabl
     assert said_once.count("holds both model.safetensors and model.safetensors.index.json: the first is read") == 1
 
 
-def test_tensors_that_the_index_does_not_list_or_lists_in_vain(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_index_with_missing_or_extra_tensors(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     tensors = load_file(tiny_model("llama") / "model.safetensors")
     write(tmp_path, "llama", tensors)
     name = "model.norm.weight"
@@ -459,7 +457,7 @@ def test_files_outside_the_folder_are_not_read(tiny_model: Callable[..., Path], 
     assert "outside the folder; only files in it are read" in refused(folder)
 
 
-def test_folders_without_safetensors_say_what_they_have(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_folders_without_safetensors_list_their_files(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     write(tmp_path, "llama", {"x": torch.zeros(1)})
     (tmp_path / "model.safetensors").unlink()
     for name, words in (
@@ -510,7 +508,7 @@ def test_weights_without_permission(
     assert "model.safetensors: cannot be read (Permission denied)" in refused(tiny_model("llama"))
 
 
-def test_a_text_for_a_folder_with_another_tokenizer_says_how_to_convert_it(
+def test_an_unsupported_tokenizer_error_has_the_conversion_command(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = write(tmp_path, "llama", load_file(tiny_model("llama") / "model.safetensors"))

@@ -70,7 +70,7 @@ def test_the_first_error_ends_every_rank_and_is_raised_itself(checked: bool) -> 
         assert raised[r].__cause__ is original
 
 
-def test_a_rank_that_raises_before_the_others_come_ends_them_too() -> None:
+def test_an_early_error_of_one_rank_ends_the_others() -> None:
     def rank(comm: Communicator) -> None:
         if comm.rank == 3:
             raise KeyError("gone")
@@ -92,7 +92,7 @@ def test_only_the_first_of_several_errors_counts() -> None:
     assert str(error) == "rank 0 is wrong"
 
 
-def test_a_caught_error_of_the_world_does_not_revive_it() -> None:
+def test_a_communicator_stays_failed_after_its_error_is_caught() -> None:
     def rank(comm: Communicator) -> str:
         comm.barrier(ALL, "start")
         if comm.rank == 0:
@@ -175,7 +175,7 @@ def say_number(comm: Communicator) -> None:
         (say_number, "#2 all_reduce", "#1 all_reduce"),
     ],
 )
-def test_a_mismatch_says_who_came_with_what(fn: Callable[[Communicator], object], odd: str, others: str) -> None:
+def test_a_mismatch_names_each_rank_and_its_call(fn: Callable[[Communicator], object], odd: str, others: str) -> None:
     error, raised = errors_of(FOUR, fn)
     assert type(error) is CollectiveMismatchError
     one, rest = str(error).split(", ranks 0, 1, 3 to ")
@@ -212,7 +212,7 @@ def test_nothing_is_read_before_all_have_been_compared() -> None:
     assert seen == ["CollectiveMismatchError"] * 4
 
 
-def test_unchecked_the_same_ends_too_with_what_torch_says() -> None:
+def test_an_unchecked_mismatch_ends_with_torchs_error() -> None:
     def rank(comm: Communicator) -> None:
         comm.barrier(ALL, "start")
         comm.all_gather([torch.ones(1, 5 if comm.rank == 2 else 4)], ALL, (1, 1, 1, 1), "rows")
@@ -259,7 +259,7 @@ def test_a_tensor_that_does_not_fit_its_counts_is_refused(fn: Callable[[Communic
 
 
 @pytest.mark.parametrize("checked", [False, True])
-def test_a_rank_that_never_comes_is_named_with_what_the_others_wait_at(checked: bool) -> None:
+def test_a_missing_rank_is_named_with_the_collective(checked: bool) -> None:
     def rank(comm: Communicator) -> None:
         comm.barrier(ALL, "start")
         if comm.rank != 2:
@@ -289,7 +289,7 @@ def test_ranks_that_wait_for_each_other_in_different_groups_are_named() -> None:
     assert 'barrier "idle step"' in text and 'barrier "attention sum"' in text
 
 
-def test_a_rank_that_comes_to_nothing_is_said_to_have_never_come() -> None:
+def test_a_rank_without_any_collective_is_reported_as_never_arrived() -> None:
     def rank(comm: Communicator) -> None:
         if comm.rank == 0:
             comm.barrier(ALL, "start")
@@ -298,7 +298,7 @@ def test_a_rank_that_comes_to_nothing_is_said_to_have_never_come() -> None:
     assert "ranks 1, 2, 3 did not come" in str(error) and "rank 3 never came" in str(error)
 
 
-def test_a_rank_stuck_outside_of_any_collective_is_given_up_and_named() -> None:
+def test_a_rank_stuck_outside_collectives_is_named() -> None:
     release = threading.Event()
 
     def rank(comm: Communicator) -> None:
@@ -333,7 +333,7 @@ def test_time_is_for_coming_not_for_the_work() -> None:
     assert results == [7, 7]
 
 
-def test_an_error_in_the_work_is_known_before_anyone_is_let_go() -> None:
+def test_an_error_in_shared_work_reaches_every_rank() -> None:
     shared = SharedState(Mesh.of(dp=1, tp=2), checked=False, timeout_s=5)
     raised: list[BaseException] = []
 
@@ -365,7 +365,7 @@ def test_no_rank_may_skip_a_collective_because_it_holds_no_rows() -> None:
     assert "rank 2 did not come" in str(error)
 
 
-def test_a_rank_that_lost_a_whole_call_is_seen_at_the_next_one() -> None:
+def test_a_rank_that_skipped_a_call_is_detected_at_the_next() -> None:
     """The next call has the same label, shape and number of collectives: only the count of calls tells them apart."""
 
     class Worker:

@@ -80,7 +80,7 @@ def test_a_sum_has_the_same_bits_by_every_way(counts: tuple[int, ...], dtype: to
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     st.lists(st.sampled_from([torch.bfloat16, torch.float32]), max_size=3),
 )
-def test_a_sum_has_the_same_bits_by_every_way_for_any_counts(
+def test_a_sum_has_the_same_bits_over_every_path_for_any_counts(
     counts: list[int], width: int, dtype: torch.dtype, addend_dtypes: list[torch.dtype]
 ) -> None:
     reduced_three_ways(tuple(counts), width, dtype, addend_dtypes)
@@ -140,7 +140,7 @@ def test_a_column_gather_lays_columns_side_by_side(rows: int, widths: tuple[int,
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 2), (0, 7), ()], ids=str)
-def test_a_broadcast_brings_the_root_s_tensor(shape: tuple[int, ...]) -> None:
+def test_a_broadcast_delivers_the_roots_tensor(shape: tuple[int, ...]) -> None:
     values = [torch.full(shape, r + 1) for r in range(3)]
 
     def rank(comm: Communicator) -> Tensor:
@@ -190,7 +190,7 @@ def test_groups_are_independent_of_each_other() -> None:
 # --- whose memory
 
 
-def test_results_are_nobody_else_s_memory() -> None:
+def test_results_share_no_memory() -> None:
     """Every result is overwritten by its owner; nobody's input and nobody's result may change."""
     ranks, counts = (0, 1, 2), (2, 0, 1)
 
@@ -217,7 +217,7 @@ def test_results_are_nobody_else_s_memory() -> None:
     run_ranks(line(3), rank)
 
 
-def test_an_input_may_be_written_again_as_soon_as_the_call_returns() -> None:
+def test_an_input_may_be_overwritten_after_the_call() -> None:
     ranks, counts = (0, 1, 2, 3), (2, 1, 0, 3)
 
     def rank(comm: Communicator) -> None:
@@ -246,7 +246,7 @@ def test_an_input_may_be_written_again_as_soon_as_the_call_returns() -> None:
     run_ranks(line(4), rank)
 
 
-def test_a_group_of_one_rank_meets_nobody_and_gets_its_input_back() -> None:
+def test_a_group_of_one_rank_returns_its_input() -> None:
     def rank(comm: Communicator) -> None:
         alone = (comm.rank,)
         if comm.rank == 0:  # the other rank makes no such call
@@ -306,7 +306,7 @@ def test_a_send_buffer_is_reused_only_after_the_collective_that_consumes_it() ->
     run_ranks(line(2), rank, checked=True)
 
 
-def test_a_thread_communicator_keeps_the_protocol() -> None:
+def test_a_thread_communicator_implements_the_protocol() -> None:
     def rank(comm: Communicator) -> bool:
         return comm.mesh == line(2) and comm.checked
 

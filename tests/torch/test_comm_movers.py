@@ -208,7 +208,7 @@ def test_the_geometry_is_plain_numbers_from_this_rank_s_side() -> None:
     ]
 
 
-def test_a_mover_refuses_what_it_cannot_do() -> None:
+def test_a_mover_refuses_unsupported_moves() -> None:
     mesh = Mesh.of(dp=2, tp=2)
     split = RowSplit(mesh, (1, 1, 1, 1))
     columns_move = move(mesh, Layout.on(mesh, "CC"), full(mesh))

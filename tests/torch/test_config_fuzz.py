@@ -101,7 +101,7 @@ def test_damaged_configs_are_refused_by_name_or_harmless() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("first", range(0, NUM_LEGAL, 25))
-def test_every_legal_config_gives_the_numbers_of_transformers(first: int) -> None:
+def test_every_legal_config_equals_transformers(first: int) -> None:
     run_legal(range(first, first + 25))
 
 
@@ -115,7 +115,7 @@ def test_every_damaged_config_is_refused_by_name_or_harmless(first: int) -> None
 # -- the fuzz itself -------------------------------------------------------------------------------------------------
 
 
-def test_the_seeds_meet_every_family_and_every_kind_of_positions() -> None:
+def test_the_seeds_cover_every_family_and_rope_type() -> None:
     configs = [legal(seed) for seed in range(NUM_LEGAL)]
     assert min(Counter(config["model_type"] for config in configs).values()) > NUM_LEGAL / len(FAMILIES) / 2
     ropes = [config.get("rope_scaling") or config.get("rope_parameters") or {} for config in configs]

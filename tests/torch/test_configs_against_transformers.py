@@ -119,17 +119,17 @@ def accepting(raw: dict[str, Any]) -> list[str]:
     return found
 
 
-def test_other_architectures_under_our_names_are_refused() -> None:
+def test_foreign_architectures_under_supported_names_are_refused() -> None:
     """A file whose model_type was edited, by its fields alone."""
     assert {other for other, raw in other_configs().items() if accepting({**raw, "architectures": None})} == ALIKE
 
 
-def test_the_architectures_field_tells_the_rest_apart() -> None:
+def test_the_architectures_field_rules_out_the_rest() -> None:
     for other in ALIKE - {"internlm3", "iquestcoder"}:
         raw = json.loads(CONFIG_MAPPING[other]().to_json_string(use_diff=False))
         assert accepting({**raw, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[other]]}) == []
 
 
-def test_the_known_rope_types_are_those_of_transformers() -> None:
+def test_the_known_rope_types_equal_transformers() -> None:
 
     assert set(ROPE_INIT_FUNCTIONS) - {"proportional"} == set(ROPE_TYPES)  # proportional: Gemma 4's

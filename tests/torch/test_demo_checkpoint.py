@@ -34,7 +34,7 @@ def run(layouts: tuple[str, ...], *tasks: str, dp: int = 2, tp: int = 2, **more:
     return evaluate(asked, {task: files[task] for task in tasks}, layouts, **given)
 
 
-def test_it_is_a_deepseek_v3_of_at_most_30_mb_with_files_for_every_task() -> None:
+def test_the_demo_model_is_a_small_deepseek_v3_with_task_files() -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert all(config[name] for name in ("q_lora_rank", "kv_lora_rank", "n_shared_experts", "topk_group"))
@@ -71,7 +71,7 @@ def test_a_small_sample_of_all_tasks_is_within_fixed_bounds_under_every_layout()
         assert scores["arithmetic"].same is None or scores["arithmetic"].same >= 0.95, result.layout
 
 
-def test_one_percent_of_a_norm_on_one_rank_shows_in_eval_and_is_named_by_verify(faults: Any) -> None:
+def test_a_norm_1_percent_off_on_one_rank_shows_in_eval_and_verify(faults: Any) -> None:
     """In float32: bf16 rounds away more than that, and says so."""
     faults.scale("model.layers.3.input_layernorm.weight", rank=1)
     (found,) = run(("auto",), "arithmetic").layouts
@@ -82,7 +82,7 @@ def test_one_percent_of_a_norm_on_one_rank_shows_in_eval_and_is_named_by_verify(
 
 
 @pytest.mark.full  # on small models in test_evaluate.py and test_verify.py
-def test_a_reduction_left_out_shows_in_every_figure_and_is_named_by_verify(faults: Any) -> None:
+def test_a_missing_reduction_shows_in_every_figure_and_in_verify(faults: Any) -> None:
     faults.leave_out_sum("layer 3 post_attn_norm")
     (found,) = run(("all-reduce",), "perplexity", "arithmetic").layouts
     seen = {line.partition(":")[0] for line in found.failures}

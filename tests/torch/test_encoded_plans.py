@@ -136,7 +136,7 @@ def test_a_packed_gather_encodes_one_field_and_not_the_choice_of_experts(tiny_mo
     assert packed and report.ok, report.failure
 
 
-def test_a_plan_that_encodes_nothing_is_held_to_the_narrow_tolerance(tiny_model: TinyModel) -> None:
+def test_a_plan_that_encodes_nothing_has_the_narrow_tolerance(tiny_model: TinyModel) -> None:
     (report,) = run(asked_for(tiny_model("v3"), 2, 2), "all-reduce")
     assert report.ok and not report.encodings and report.tolerance == TOLERANCE[torch.float32]
 
@@ -144,7 +144,7 @@ def test_a_plan_that_encodes_nothing_is_held_to_the_narrow_tolerance(tiny_model:
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-def test_own_rows_that_stay_as_they_were_are_found(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unencoded_own_rows_are_detected(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that keeps its own rows unrounded is nearer the truth, and disagrees with all others."""
     encode, decode = program.encode_rows, program.decode_rows
     own: dict[str, Tensor] = {}
@@ -198,7 +198,7 @@ def test_a_fault_behind_the_wide_tolerance_is_still_named(tiny_model: TinyModel)
     assert report.first_difference.spot.stage == "post_attn_norm" and report.first_difference.spot.layer == 0
 
 
-def test_the_step_says_what_it_is(tiny_model: TinyModel) -> None:
+def test_an_encoded_op_is_labelled(tiny_model: TinyModel) -> None:
     """In checked mode ranks that disagree on whether rows are encoded are told apart by the label."""
     labels: set[str] = set()
     gather = Communicator.all_gather

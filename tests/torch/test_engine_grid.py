@@ -295,7 +295,7 @@ def test_sharded_equals_one_rank(tiny_model: Callable[..., Path], dp: int, tp: i
         full(1, 4, (0, 1, 2, 3, 4)),
     ],
 )
-def test_every_set_of_forms_equals_one_rank(
+def test_every_weight_sharding_equals_one_rank(
     tiny_model: Callable[..., Path], dp: int, tp: int, num_changed: tuple[int, ...]
 ) -> None:
     """``num_changed``: how many of the four are not as published."""
@@ -354,7 +354,7 @@ def test_every_other_family_on_every_mesh(tiny_model: Callable[..., Path], kind:
 
 
 @pytest.mark.parametrize(("kind", "dp", "tp"), [("v2", 1, 3), ("v2-lite", 2, 2), ("llama", 2, 2), ("llama-9", 1, 4)])
-def test_other_families_in_the_form_furthest_from_the_published(
+def test_other_families_with_the_sharding_furthest_from_the_published(
     tiny_model: Callable[..., Path], kind: str, dp: int, tp: int
 ) -> None:
     folder, steps = tiny_model(kind), Steps(dp, tp, longest=0)
@@ -584,7 +584,7 @@ def test_the_best_token_without_gathering_logits_is_the_same(tiny_model: Callabl
         ("bfloat16", 4, 2, ("norm-before-gather", "sequence-parallel")),
     ],
 )
-def test_layouts_that_take_the_same_sums_by_other_moves_give_the_same_bits(
+def test_layouts_with_the_same_sums_give_the_same_bits(
     tiny_model: Callable[..., Path], dtype: str, dp: int, tp: int, layouts: tuple[str, str]
 ) -> None:
     """All-reduce, or reduce-scatter and gather: sums in float32 in rank order, so the route does not show."""

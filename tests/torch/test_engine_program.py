@@ -113,7 +113,7 @@ def test_every_stage_of_the_chain_is_a_method_of_the_model(tiny_model: TinyModel
         (1, 2, "router", lambda y: (y[0][:, :2], y[1]), r"rank 1: layer 2 router left topk_ids with shape \(13, 2\)"),
     ],
 )
-def test_checked_mode_names_a_stage_that_leaves_another_shape_than_its_layout(
+def test_checked_mode_names_a_stage_whose_output_contradicts_its_layout(
     tiny_model: TinyModel, rank: int, layer: int, stage: str, spoil: Callable[[Any], Any], said: str
 ) -> None:
     wrap = patched(rank, layer, stage, lambda method: lambda *args, **options: spoil(method(*args, **options)))
@@ -161,7 +161,7 @@ def test_a_plan_without_one_of_its_reductions_is_refused_naming_the_stage(
     assert tried >= 15  # those that are one step with a norm aside
 
 
-def test_a_reduction_done_twice_an_addend_left_out_and_a_stage_left_out_are_refused(tiny_model: TinyModel) -> None:
+def test_doubled_reductions_and_missing_addends_or_stages_are_refused(tiny_model: TinyModel) -> None:
     batch = prefill(2)
     with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), WeightSharding())) as engine:
         plan = plan_of(engine, batch, "all-reduce")
@@ -346,9 +346,7 @@ def failing(times: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("stage", ["attention", "router", "input_norm"])
-def test_a_rank_that_raises_inside_a_step_ends_all_with_its_error_and_nothing_runs_after(
-    tiny_model: TinyModel, stage: str
-) -> None:
+def test_an_error_inside_a_step_ends_all_ranks_with_that_error(tiny_model: TinyModel, stage: str) -> None:
     wrap = patched(2, 1, stage, failing(2))
     with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), WeightSharding()), wrap=wrap) as engine:
         assert len(run(engine, prefill(2), "auto")) == 4

@@ -61,7 +61,7 @@ def test_every_layout_is_within_the_bounds_in_float32(asked: EngineConfig) -> No
             assert distance.beyond == 0.0 and distance.noise is None
 
 
-def test_in_bfloat16_the_dtypes_own_rounding_is_the_bound_and_float32_is_compared_beside_it(
+def test_bfloat16_is_bounded_by_its_own_rounding_beside_float32(
     asked: EngineConfig,
 ) -> None:
     report = run(replace(asked, dtype="bfloat16"), ("all-reduce", "auto"), float32_tasks=True)
@@ -129,7 +129,7 @@ def test_a_reduction_that_is_left_out_is_out_of_bounds(asked: EngineConfig, dtyp
         assert noise is not None and noise.value > 2.0 and "that of one rank" in judged["bfloat16", False].failure
 
 
-def test_a_fault_that_only_one_row_alone_meets_is_seen_one_at_a_time(
+def test_a_fault_of_single_row_steps_is_detected_one_at_a_time(
     asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_sum = Communicator.all_reduce
@@ -197,7 +197,7 @@ def test_the_command_prints_tables_and_writes_a_document(
     assert set(found["one_rank"]["scores"][2]["kinds"]) == {"kind 0", "kind 1"}
 
 
-def test_a_layout_out_of_bounds_is_exit_code_1_and_one_line(
+def test_a_layout_out_of_bounds_gives_exit_code_1_and_one_line(
     evaluated_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_sum = Communicator.all_reduce
@@ -208,7 +208,7 @@ def test_a_layout_out_of_bounds_is_exit_code_1_and_one_line(
     assert found["layouts"][0]["failures"]
 
 
-def test_encoded_rows_are_judged_by_the_tasks_and_said(
+def test_encoded_rows_are_marked_and_judged_by_the_tasks(
     evaluated_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layouts = ["--layout", "sequence-parallel", "--layout", "all-reduce"]
@@ -242,7 +242,7 @@ def test_encoded_rows_are_judged_by_the_tasks_and_said(
         (["--task", "gsm8k"], "line 2, after 1 worked examples has 68 tokens"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(
+def test_impossible_options_are_refused_in_one_line(
     evaluated_model: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(evaluated_model, *options)) == 2

@@ -91,7 +91,7 @@ def test_choices_are_made_by_the_sum_and_by_the_sum_per_character(llm: LLM, eval
     assert len({outcome.answer for outcome in outcomes}) > 1 or outcomes[0].answer[0] != outcomes[0].answer[1]
 
 
-def test_answers_are_judged_by_what_the_model_says(llm: LLM, evaluated_model: Path, tmp_path: Path) -> None:
+def test_answers_are_judged_against_the_models_text(llm: LLM, evaluated_model: Path, tmp_path: Path) -> None:
     """The expected answers are the texts that the model gives, but for one."""
     questions = [f"{a} and {a}?" for a in range(4)]
     chats = [[{"role": "user", "content": question}] for question in questions]

@@ -434,7 +434,7 @@ def _gather_by_sum(patch: pytest.MonkeyPatch) -> None:
 
 @planted(Mistake("gathered-as-a-sum-over-equal-rows", _gather_by_sum))
 @pytest.mark.parametrize("dp", [1, 2, 4, 8])
-def test_rows_that_are_equal_in_a_group_are_not_summed(
+def test_equal_rows_of_a_group_are_not_summed(
     beside: Beside, dp: int, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #31699, #32609: DP1 and DP8 right, DP2 and DP4 corrupt. The mistake shows exactly so here."""
@@ -668,7 +668,7 @@ def _skips_without_rows(patch: pytest.MonkeyPatch) -> None:
         r'ranks 0, 1 came to #\d+ .*layer 0 .*hidden.*, ranks 2, 3 to #\d+ column_gather "sample',
     ),
 )
-def test_a_rank_without_rows_takes_part_and_one_that_does_not_is_named(
+def test_a_rank_that_skips_for_lack_of_rows_is_named(
     beside: Beside, layout: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #37561, #34582, #36802: a rank short-circuits on zero rows. Named, with the collective, within seconds."""
@@ -688,7 +688,7 @@ def _accepts_work_when_dead(patch: pytest.MonkeyPatch) -> None:
 
 @planted(Mistake("dead-ranks-accept-work", _accepts_work_when_dead, TimeoutError, None))
 @pytest.mark.parametrize("fault", [_skips_without_rows, _idle_ranks_return])
-def test_ranks_that_have_failed_say_so_at_once(
+def test_failed_ranks_report_it_at_once(
     beside: Beside, fault: Fault, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #29144, #36943: /health stays green during the deadlock. There is no server yet; it will ask this.
@@ -983,7 +983,7 @@ def _trimmed_at_the_end(patch: pytest.MonkeyPatch) -> None:
 
 @planted(Mistake("trimmed-at-the-end-only", _trimmed_at_the_end, AssertionError, "gathered"))
 @pytest.mark.parametrize("counts", [(3, 0, 2), (0, 0, 1), (128, 128, 127), (0, 5, 0)])
-def test_what_pads_equal_pieces_never_shows(
+def test_padding_of_equal_pieces_never_shows(
     counts: tuple[int, ...], mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #21553, vllm-ascend #7801: where a backend needs equal pieces (NCCL), they are padded and trimmed inside
@@ -1035,7 +1035,7 @@ def _writes_the_null_page(patch: pytest.MonkeyPatch) -> None:
     Mistake("padding-rows-written-there", _writes_the_null_page, AssertionError, "the null page was written"),
 )
 @pytest.mark.parametrize("kind", ["v3", "llama"])
-def test_what_stands_in_the_null_page_never_shows(
+def test_contents_of_the_null_page_never_show(
     tiny_model: TINY, kind: str, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #21553: padding read as if it were rows. Padding of short contexts reads page 0: nothing of it shows, as
@@ -1142,7 +1142,7 @@ def _one_row_needs_no_sum(patch: pytest.MonkeyPatch) -> None:
     [(layout, dp, tp) for dp, tp in ((1, 4), (2, 2)) for layout in LAYOUTS if dp > 1 or layout != "norm-before-gather"],
     Mistake("one-row-needs-no-sum", _one_row_needs_no_sum),
 )
-def test_one_request_at_a_time_gives_what_a_batch_gives(
+def test_one_request_at_a_time_equals_a_batch(
     beside: Beside, layout: str, dp: int, tp: int, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sglang #37768: accuracy 0.10 at one request at a time, 0.65 at 32. The batch is right with the mistake too."""
@@ -1190,7 +1190,7 @@ def _nothing_is_inapplicable(patch: pytest.MonkeyPatch) -> None:
         ("llama", 2, 2, "attn-tp-input-scattered", "q_lora_rank is null"),
     ],
 )
-def test_an_engine_does_not_start_in_a_layout_that_cannot_apply(
+def test_an_engine_does_not_start_in_an_inapplicable_layout(
     tiny_model: TINY,
     kind: str,
     dp: int,

@@ -82,7 +82,7 @@ def test_spans_about_the_edges_of_blocks_of_128(tmp_path: Path) -> None:
                 assert torch.equal(got, whole.narrow(dim, lo, hi - lo)), (dim, lo, hi)
 
 
-def test_only_covering_scales_are_read_and_values_are_rounded_once(tmp_path, monkeypatch) -> None:
+def test_only_overlapping_scales_are_read_and_values_are_rounded_once(tmp_path, monkeypatch) -> None:
     read = []
     real = safetensors_folder.dequantize_blocks
 
@@ -295,7 +295,7 @@ def test_fp8_that_the_config_does_not_announce(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8, torch.int32], ids=str)
-def test_other_encodings_are_not_taken_for_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_unknown_encodings_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     source = source_of(tmp_path, (4, 4), **{"a.weight": torch.ones(4, 4).to(dtype)})
     with pytest.raises(CheckpointError, match=r"a.weight is stored as .*; supported: F64, F32, F16, BF16, and F8_E4M3"):
         source.take(Weight(name="a.weight", shape=(4, 4)), None)

@@ -153,7 +153,7 @@ def write(path: Path, arch="llama", kinds=(Kind.Q8_0,), *, metadata=(), tensors=
 # -- the header -------------------------------------------------------------------------------------------------------
 
 
-def test_the_header_says_what_the_gguf_packages_reader_says(tmp_path: Path) -> None:
+def test_the_header_equals_the_gguf_packages_reader(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", "qwen2", KINDS)
     writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
     for kind, value in (("uint8", 200), ("int8", -3), ("uint16", 60000), ("int16", -300), ("int32", -70000)):
@@ -207,7 +207,7 @@ def test_a_broken_header_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [7, "text", [1, 2], ["a"], 2.5, [1.5]], ids=repr)
-def test_metadata_of_another_type_is_one_clear_line(tmp_path: Path, value: object) -> None:
+def test_metadata_of_a_wrong_type_is_a_one_line_error(tmp_path: Path, value: object) -> None:
     keys = [*GgufHeader(write(tmp_path / "m.gguf")).metadata]
     more = ("general.sampling.temp", "split.count", "llama.rope.scaling.type", "tokenizer.chat_templates")
     refused = 0
@@ -485,7 +485,7 @@ def test_other_rotary_factors_are_refused(tmp_path: Path, factors: np.ndarray) -
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_tokenizer_and_generation_config_are_the_converted_folders(tmp_path: Path, arch: str) -> None:
+def test_tokenizer_and_generation_config_equal_the_converted_folders(tmp_path: Path, arch: str) -> None:
     sampling = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "penalty_repeat": 1.1}
     path = write(
         tmp_path / "m.gguf",
@@ -609,7 +609,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize(("make", "problem"), WRONG_FILES.values(), ids=WRONG_FILES)
-def test_a_file_that_cannot_be_run_is_one_line(tmp_path: Path, capsys, make, problem: str) -> None:
+def test_an_unsupported_file_is_a_one_line_error(tmp_path: Path, capsys, make, problem: str) -> None:
     path = make(tmp_path / "m.gguf")
     assert main(["generate", str(path), "--prompt", "the"]) == 2
     out, err = capsys.readouterr()
@@ -617,7 +617,7 @@ def test_a_file_that_cannot_be_run_is_one_line(tmp_path: Path, capsys, make, pro
     assert problem in err
 
 
-def test_an_encoding_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_encoding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "m.gguf")
     name = b"blk.0.attn_k.weight"
     at = path.read_bytes().index(name) + len(name) + 4 + 2 * 8
@@ -625,7 +625,7 @@ def test_an_encoding_that_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFix
     assert "blk.0.attn_k.weight is encoded as encoding number 231, which" in capsys.readouterr().err
 
 
-def test_a_tensor_that_is_not_asked_for_as_it_is(tmp_path: Path) -> None:
+def test_missing_tensors_and_wrong_shapes_are_refused(tmp_path: Path) -> None:
     source = GgufWeights(write(tmp_path / "m.gguf"))
     with pytest.raises(CheckpointError, match=r"tensor model.layers.9.mlp.up_proj.weight is missing \(21 tensors\)"):
         source.take(Weight(name="model.layers.9.mlp.up_proj.weight", shape=(INNER, HIDDEN)), None)

@@ -76,7 +76,7 @@ def write(path: Path, model: Any, **metadata: Any) -> str:
 
 
 @pytest.mark.parametrize("key", sorted(gguf_keys.NEUTRAL))
-def test_a_key_is_passed_by_at_its_neutral_value_and_refused_at_another(tmp_path: Path, model: Any, key: str) -> None:
+def test_a_key_is_accepted_only_at_its_neutral_value(tmp_path: Path, model: Any, key: str) -> None:
     expected = load_model_config(write(tmp_path / "m.gguf", model))
     for value in gguf_keys.NEUTRAL[key]:
         assert load_model_config(write(tmp_path / "m.gguf", model, **{key: value})) == expected
@@ -155,7 +155,7 @@ NUMBERS = ("rope.freq_base", "attention.layer_norm_rms_epsilon")
 
 
 @pytest.mark.parametrize("key", COUNTS)
-def test_counts_that_make_no_sense_are_one_line(tmp_path: Path, model: Any, key: str) -> None:
+def test_impossible_counts_are_a_one_line_error(tmp_path: Path, model: Any, key: str) -> None:
     for value in (float("nan"), 3.5, -1.0, 0, 1 << 31, "8", True, ["a"], [3.5], [0, 0]):
         with pytest.raises(CheckpointError, match=rf"llama\.{key} is .*(one int is needed|at least 1)") as caught:
             load_model_config(write(tmp_path / "m.gguf", model, **{key: value}))
@@ -166,7 +166,7 @@ def test_counts_that_make_no_sense_are_one_line(tmp_path: Path, model: Any, key:
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_that_make_no_sense_are_one_line(tmp_path: Path, model: Any, key: str) -> None:
+def test_impossible_numbers_are_a_one_line_error(tmp_path: Path, model: Any, key: str) -> None:
     for value in (float("nan"), float("inf"), 0.0, -1.0, "8", True, [1.0]):
         with pytest.raises(CheckpointError, match=rf"llama\.{key} is .*(needed|above 0)"):
             load_model_config(write(tmp_path / "m.gguf", model, **{key: value}))
@@ -289,7 +289,7 @@ def test_deepseeks_yarn_needs_its_multiplier(tmp_path: Path) -> None:
 # -- recommendations --------------------------------------------------------------------------------------------------
 
 
-def test_sampling_that_narrows_does_not_have_is_said(tmp_path: Path, model: Any) -> None:
+def test_unsupported_sampling_settings_are_noted(tmp_path: Path, model: Any) -> None:
     sampling = {"general.sampling.mirostat": 2, "general.sampling.mirostat_tau": 5.0, "general.sampling.temp": 0.5}
     path = write(tmp_path / "m.gguf", model, **sampling)
     (note,) = load_model_config(path).notes

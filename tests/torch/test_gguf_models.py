@@ -289,7 +289,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "options", "kind", "problem"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_one_line_before_any_tensor_is_read(tmp_path: Path, name, options, kind, problem) -> None:
+def test_errors_are_one_line_before_any_tensor_is_read(tmp_path: Path, name, options, kind, problem) -> None:
     path = lab.write_model(tmp_path / "m.gguf", lab.model_of(CONFIGS[name]), **options)
     with pytest.raises(kind, match=problem) as caught:
         load_model_config(str(path))

@@ -57,7 +57,7 @@ def logits(model: Path, tp: int = 1) -> torch.Tensor:
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits
 
 
-def test_any_part_and_the_folder_stand_for_the_whole(tmp_path: Path, whole: Path) -> None:
+def test_any_part_or_the_folder_loads_the_whole_model(tmp_path: Path, whole: Path) -> None:
     parts = split(whole, tmp_path / "split")
     assert [part.name for part in parts] == [f"m-{i:05}-of-00004.gguf" for i in range(1, 5)]
     config, text = load_model_config(str(whole)), load_model_text(whole)
@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Callable[[list[Path]], Path], str]] = {
 
 
 @pytest.mark.parametrize(("breakage", "problem"), BROKEN.values(), ids=BROKEN)
-def test_parts_that_do_not_fit_are_one_line(tmp_path: Path, whole: Path, capsys, breakage, problem: str) -> None:
+def test_mismatched_parts_are_a_one_line_error(tmp_path: Path, whole: Path, capsys, breakage, problem: str) -> None:
     path = breakage(split(whole, tmp_path / "split"))
     assert main(["generate", str(path), "--prompt", "the"]) == 2
     out, err = capsys.readouterr()
@@ -160,7 +160,7 @@ def test_parts_that_do_not_fit_are_one_line(tmp_path: Path, whole: Path, capsys,
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_which_file_a_path_means(tmp_path: Path) -> None:
+def test_resolution_of_gguf_paths(tmp_path: Path) -> None:
     assert find_gguf(tmp_path / "no.gguf") == tmp_path / "no.gguf"  # so that it is said to be missing
     assert find_gguf(tmp_path) is None
     assert find_gguf(Path("deepseek-v3")) is None
@@ -232,7 +232,9 @@ def at_tensor(data: bytes, name: str) -> int:
         (16, struct.pack("<Q", (1 << 64) - 32), "output_norm.weight ends at byte 1844"),
     ],
 )
-def test_a_tensor_that_cannot_be_is_one_line(tmp_path: Path, whole: Path, capsys, offset, new, problem: str) -> None:
+def test_an_impossible_tensor_is_a_one_line_error(
+    tmp_path: Path, whole: Path, capsys, offset, new, problem: str
+) -> None:
     data = bytearray(whole.read_bytes())
     at = at_tensor(bytes(data), "output_norm.weight") + offset
     data[at : at + len(new)] = new
@@ -243,7 +245,7 @@ def test_a_tensor_that_cannot_be_is_one_line(tmp_path: Path, whole: Path, capsys
     assert err.count("\n") == 1 and problem in err
 
 
-def test_a_key_or_a_tensor_that_stands_there_twice(tmp_path: Path, whole: Path) -> None:
+def test_duplicate_keys_and_tensors_are_refused(tmp_path: Path, whole: Path) -> None:
     data = whole.read_bytes()
     path = tmp_path / "m.gguf"
     path.write_bytes(data.replace(b"blk.1.attn_norm.weight", b"blk.0.attn_norm.weight"))

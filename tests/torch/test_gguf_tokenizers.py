@@ -206,7 +206,7 @@ def test_the_converted_folder_is_the_same_tokenizer(tmp_path: Path) -> None:
         ({"eom_token_id": 1 << 20}, CheckpointError, "eom token id 1048576 is outside the"),
     ],
 )
-def test_vocabularies_that_make_no_sense(tmp_path: Path, more: dict[str, Any], kind: type, problem: str) -> None:
+def test_impossible_vocabularies_are_refused(tmp_path: Path, more: dict[str, Any], kind: type, problem: str) -> None:
     fields = sentencepiece()
     if more.get("scores") == "all":
         more = {"scores": [-1000.0] * len(fields["tokenizer.ggml.tokens"])}
@@ -258,7 +258,7 @@ def pieces_of(pre: str, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("pre", CUTS)
-def test_where_text_is_cut(pre: str) -> None:
+def test_pre_tokenizers_split_text(pre: str) -> None:
     assert pieces_of(pre, "".join(CUTS[pre])) == CUTS[pre]
 
 
@@ -407,7 +407,7 @@ def test_unknown_ways_to_cut_are_refused_by_name(tmp_path: Path, pre: str) -> No
         load_model_text(write(tmp_path / "m.gguf", fields))
 
 
-def test_a_file_that_does_not_say_how_it_cuts(tmp_path: Path) -> None:
+def test_a_file_without_a_pre_tokenizer_is_refused(tmp_path: Path) -> None:
     fields = {key: value for key, value in byte_level("gpt-2").items() if key != "tokenizer.ggml.pre"}
     with pytest.raises(ConfigError, match=r"does not say how its tokenizer cuts text \(tokenizer.ggml.pre\)"):
         load_model_text(write(tmp_path / "m.gguf", fields))

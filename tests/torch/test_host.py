@@ -51,7 +51,7 @@ def facts(host: Host = ROOMY, **options: object) -> str:
     ],
     ids=str,
 )
-def test_a_cpu_on_which_bf16_is_slow_is_named_with_the_way_out(
+def test_a_cpu_with_slow_bf16_is_named_with_the_alternative(
     features: tuple[str, ...], target: str, faster: str
 ) -> None:
     text = facts(replace(ROOMY, cpu_features=features, target=target))
@@ -74,13 +74,13 @@ def test_the_price_in_memory_is_named() -> None:
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
-def test_who_chose_hears_nothing(options: dict[str, str]) -> None:
+def test_an_explicit_choice_gives_no_note(options: dict[str, str]) -> None:
     host = replace(ROOMY, cpu_features=("avx2",))
     assert SLOW not in facts(host, **options)
     assert str(start(host, **options).dtype) == f"torch.{options.get('dtype', 'bfloat16')}"
 
 
-def test_the_checkpoint_s_dtype_runs_all_the_same() -> None:
+def test_the_checkpoints_dtype_is_kept() -> None:
     slow, fast = (start(replace(ROOMY, cpu_features=has)) for has in (("avx2",), ("avx512_bf16",)))
     assert slow.dtype == fast.dtype and slow.deployment == fast.deployment
 
@@ -126,13 +126,13 @@ def test_a_step_and_the_processes_count_too(ranks: str, processes: int) -> None:
     assert facts(replace(ROOMY, memory=int(needed + (step + own + 0.2) * 1e9)), **options) == ""
 
 
-def test_ranks_on_other_hosts_take_nothing_here() -> None:
+def test_ranks_on_other_hosts_use_no_memory_here() -> None:
     launch = Launch(address="127.0.0.1", port=1, world_size=2, ranks=(0,), node=0, num_nodes=2)
     text = refused(replace(ROOMY, memory=10**8), tp=2, ranks="processes", launch=launch)
     assert "on 1 rank(s) here" in text
 
 
-def test_more_rows_take_more() -> None:
+def test_more_rows_take_more_memory() -> None:
     few = total(start(rows_per_step=64, kv_tokens=1 << 16)) + 0.5e9
     host = replace(ROOMY, memory=int(few))
     start(host, rows_per_step=64, kv_tokens=1 << 16)
@@ -145,12 +145,12 @@ def test_no_step_has_more_rows_than_the_cache_has_places() -> None:
     start(host, rows_per_step=10**9, kv_tokens=512)
 
 
-def test_weights_that_are_too_much_alone() -> None:
+def test_weights_that_exceed_memory_alone_are_refused() -> None:
     text = refused(replace(ROOMY, memory=10**8))
     assert "the weights alone are too much" in text and "--nnodes" in text and "lower --kv-tokens" not in text
 
 
-def test_what_is_there_but_not_free_is_said() -> None:
+def test_memory_that_is_not_free_now_is_named() -> None:
     text = facts(replace(ROOMY, free=10**8))
     assert text.startswith("full use takes ") and text.endswith("; 0.1 GB are free now")
 

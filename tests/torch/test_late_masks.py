@@ -104,7 +104,7 @@ def service(tiny_model: TinyModel) -> Iterator[EngineService]:
     made.close()
 
 
-def test_the_others_go_on_while_one_mask_is_late_and_its_text_goes_on_when_it_comes(service: EngineService) -> None:
+def test_a_late_mask_delays_only_its_own_text(service: EngineService) -> None:
     guide = Held()
     late = Caller(service, (1, 2, 3), 6, guide)
     assert late.first.wait(PATIENCE_S)
@@ -115,9 +115,7 @@ def test_the_others_go_on_while_one_mask_is_late_and_its_text_goes_on_when_it_co
     assert late.wait() == "length" and len(late.tokens) == 6 and guide.num_taken == 5
 
 
-def test_masks_that_come_from_threads_give_the_text_of_masks_that_are_there(
-    service: EngineService, tiny_model: TinyModel
-) -> None:
+def test_masks_from_threads_give_the_same_text(service: EngineService, tiny_model: TinyModel) -> None:
     class Even(Guide):
         def allowed(self) -> bytes:
             return EVEN
@@ -169,7 +167,7 @@ def test_a_drain_waits_for_late_masks(service: EngineService) -> None:
     assert service.drain(60) and late.wait() == "length" and len(late.tokens) == 6
 
 
-def test_ranks_that_fail_while_a_mask_is_late_end_its_text_and_others_run_on_the_next_ones(
+def test_a_failure_with_a_late_mask_ends_its_text_and_waiting_ones_run(
     service: EngineService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Worker.step
@@ -194,7 +192,7 @@ def test_ranks_that_fail_while_a_mask_is_late_end_its_text_and_others_run_on_the
     assert Caller(service, (5, 6), 3).wait() == "length"
 
 
-def test_a_step_is_held_for_a_bounded_time_however_many_masks_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_a_bounded_time_for_any_number_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Never(Guide):
         def __init__(self) -> None:
             self.waited = 0.0

@@ -80,9 +80,7 @@ def test_completions_come_in_the_order_of_the_prompts(llm: LLM, expected: list[C
     assert len({done.text for done in expected}) == len(TEXTS)
 
 
-def test_pieces_joined_are_the_text_and_the_last_of_each_carries_the_completion(
-    llm: LLM, expected: list[Completion]
-) -> None:
+def test_streamed_pieces_join_to_the_text_and_end_with_the_completion(llm: LLM, expected: list[Completion]) -> None:
     pieces = list(llm.stream(TEXTS, max_tokens=LONG))
     for index, done in enumerate(expected):
         own = [piece for piece in pieces if piece.index == index]
@@ -94,7 +92,7 @@ def test_pieces_joined_are_the_text_and_the_last_of_each_carries_the_completion(
     assert order != sorted(order), "prompts are meant to run beside each other"
 
 
-def test_token_ids_text_and_a_prompt_by_itself_give_the_same(llm: LLM, expected: list[Completion]) -> None:
+def test_ids_text_and_a_single_prompt_give_the_same_completion(llm: LLM, expected: list[Completion]) -> None:
     ids = [list(done.prompt_token_ids) for done in expected]
     assert llm.generate(ids, max_tokens=LONG) == expected
     assert llm.generate([TEXTS[0], ids[1]], max_tokens=LONG) == expected[:2]
@@ -132,9 +130,7 @@ def test_an_end_token_ends_the_text_and_is_not_part_of_it(llm: LLM, expected: li
     assert done.text == llm.tokenizer.decode(whole[:place])
 
 
-def test_the_checkpoints_end_token_counts_unless_told_otherwise(
-    folder: Path, tmp_path: Path, expected: list[Completion]
-) -> None:
+def test_the_checkpoints_end_token_is_the_default(folder: Path, tmp_path: Path, expected: list[Completion]) -> None:
     end = expected[1].token_ids[2]
     for file in folder.iterdir():
         if file.name != "config.json":
@@ -222,7 +218,7 @@ def test_a_prompt_that_cannot_run_is_refused_and_leaves_nothing_behind(
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_is_refused_before_anything_starts(
+def test_an_impossible_option_is_refused_before_ranks_start(
     folder: Path, options: dict[str, Any], said: list[str]
 ) -> None:
     before = rank_threads()
@@ -231,7 +227,7 @@ def test_an_option_that_cannot_be_is_refused_before_anything_starts(
     assert rank_threads() == before
 
 
-def test_a_request_larger_than_the_cache_says_how_large_a_cache_would_do(folder: Path) -> None:
+def test_a_request_larger_than_the_cache_names_the_needed_size(folder: Path) -> None:
     with LLM(folder, max_context=96, kv_tokens=30, page_size=10) as llm:
         text = refused(lambda: llm.generate([[2] * 20], max_tokens=20))
         assert "39 tokens" in text and "30" in text and "--kv-tokens to 39" in text
@@ -239,7 +235,7 @@ def test_a_request_larger_than_the_cache_says_how_large_a_cache_would_do(folder:
 
 
 @pytest.mark.parametrize("name", ["no such folder/at all", "no-such-preset", "deepseek-v3"])
-def test_a_model_that_is_not_there(name: str) -> None:
+def test_a_missing_model_is_a_one_line_error(name: str) -> None:
     text = refused(lambda: LLM(name))
     assert name in text and any(part in text for part in ("config.json", "presets", "--load-format dummy"))
 
@@ -258,7 +254,7 @@ def test_closing_ends_the_rank_threads_and_closing_again_does_nothing(folder: Pa
         llm.generate([[2, 3]], max_tokens=3)
 
 
-def test_a_stream_that_is_left_half_way_leaves_a_usable_engine(folder: Path, expected: list[Completion]) -> None:
+def test_an_abandoned_stream_leaves_a_usable_engine(folder: Path, expected: list[Completion]) -> None:
     with LLM(folder, dp=2, max_context=96, rows_per_step=16, page_size=4) as llm:
         for places in (0, 1, 2, 5, 30):
             stream = llm.stream(TEXTS, max_tokens=LONG)
@@ -301,7 +297,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_usable_engine(
         assert llm.generate(TEXTS, max_tokens=LONG) == expected
 
 
-def test_two_streams_at_once_are_refused_and_the_first_goes_on(llm: LLM, expected: list[Completion]) -> None:
+def test_a_second_stream_is_refused_and_the_first_continues(llm: LLM, expected: list[Completion]) -> None:
     stream = llm.stream(TEXTS[:1], max_tokens=LONG)
     pieces = [next(stream)]
     assert "still open" in refused(lambda: llm.generate(TEXTS[1:2]))

@@ -73,7 +73,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(("dp", "tp"), in_ci(2, 2))
-def test_logits_are_those_of_transformers(case: Case, dp: int, tp: int) -> None:
+def test_logits_equal_transformers(case: Case, dp: int, tp: int) -> None:
     ids = prompt(40)
     want = case.logits(ids)
     assert 4 < want.abs().max().item() < 20, "the tolerance below is meant for logits of this size"
@@ -89,7 +89,7 @@ def greedy_text(case: Case) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("dp", "tp"), in_ci(1, 3))
-def test_greedy_text_is_that_of_transformers(case: Case, greedy_text: list[list[int]], dp: int, tp: int) -> None:
+def test_greedy_text_equals_transformers(case: Case, greedy_text: list[list[int]], dp: int, tp: int) -> None:
     """Prompts of different lengths at once, in chunks of at most 16 rows, decoding beside others' prefill."""
     assert run_text(case, dp, tp) == greedy_text
 

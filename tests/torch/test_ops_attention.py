@@ -99,7 +99,7 @@ class Mla:
 @STEP
 @DTYPES
 @torch.inference_mode()
-def test_mla_agrees_with_the_twin(step, dtype):
+def test_mla_agrees_with_the_torch_version(step, dtype):
     rows = build_paged_rows(STEPS[step], PAGE)
     mla = Mla(num_rows(STEPS[step]), dtype)
     expected = mla(mla_attention_reference, rows)
@@ -243,7 +243,7 @@ class Gqa:
 @DTYPES
 @pytest.mark.parametrize("kv_index", KV_INDICES, ids=str)
 @torch.inference_mode()
-def test_gqa_agrees_with_the_twin(step, dtype, kv_index):
+def test_gqa_agrees_with_the_torch_version(step, dtype, kv_index):
     rows = build_paged_rows(STEPS[step], PAGE)
     gqa = Gqa(num_rows(STEPS[step]), dtype, kv_index)
     expected = gqa(gqa_attention_reference, rows)
@@ -298,7 +298,7 @@ def test_an_even_split_is_one_block():
 @DTYPES
 @pytest.mark.parametrize(("rows", "context"), [(1, 1), (1, 9), (5, 5), (4, 9), (150, 150), (70, 200)])
 @torch.inference_mode()
-def test_causal_attention_agrees_with_the_twin(rows, context, dtype):
+def test_causal_attention_agrees_with_the_torch_version(rows, context, dtype):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

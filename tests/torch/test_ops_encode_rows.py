@@ -60,7 +60,7 @@ def test_fp8_rows_come_back_within_a_sixteenth(shape, dtype) -> None:
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 32, 67, 512])
 @pytest.mark.parametrize("num_rows", [0, 1, 12])
 @torch.inference_mode()
-def test_the_compiled_op_has_the_bits_of_its_twin(num_rows: int, width: int, dtype: torch.dtype) -> None:
+def test_the_compiled_op_has_the_bits_of_the_torch_version(num_rows: int, width: int, dtype: torch.dtype) -> None:
     x = rows(width, num_rows, width, dtype, spread=37)  # beyond the normal numbers below, to infinity above
     if num_rows > 4:
         x[2] = 0

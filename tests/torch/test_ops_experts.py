@@ -32,7 +32,7 @@ def example(num_rows, dtype, *, num_experts=8, top_k=3, hidden=16, inner=8, seed
 @DTYPES
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 33])
 @torch.inference_mode()
-def test_paths_agree_with_the_twin(path, dtype, num_rows):
+def test_compiled_experts_agree_with_the_torch_version(path, dtype, num_rows):
     args = example(num_rows, dtype)
     expected = experts_mlp_reference(*args, first_expert=0)
     got = path(*args, first_expert=0)

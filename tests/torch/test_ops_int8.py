@@ -75,7 +75,7 @@ def test_zeros_have_scale_zero_and_no_nan() -> None:
     assert not int8_linear(torch.zeros(2, 8, dtype=BF16), twin(torch.zeros(3, 8), INT8)).any()
 
 
-def test_the_sums_are_those_of_integers() -> None:
+def test_sums_equal_int64_arithmetic() -> None:
     """Against int64, with the largest numbers there can be and as many inputs as are allowed."""
     x, weight = torch.full((1, 1 << 16), -3.0, dtype=BF16), torch.full((1, 1 << 16), 5.0, dtype=BF16)
     want = -15.0 * (1 << 16)
@@ -92,7 +92,9 @@ def test_the_sums_are_those_of_integers() -> None:
         *[(13, 130, 31), (40, 1024, 96), (250, 384, 64)],
     ],
 )
-def test_a_product_is_its_twins(num_rows: int, num_inputs: int, num_outputs: int, quantization: Quantization) -> None:
+def test_a_product_equals_the_torch_version(
+    num_rows: int, num_inputs: int, num_outputs: int, quantization: Quantization
+) -> None:
     weight, x, bias = drawn(num_outputs, num_inputs), drawn(num_rows, num_inputs, seed=1), drawn(num_outputs, seed=2)
     if num_rows > 1:
         x[1] = 0
@@ -110,7 +112,7 @@ def test_a_product_is_its_twins(num_rows: int, num_inputs: int, num_outputs: int
 @BOTH
 @pytest.mark.parametrize("column", [0, 5, 36])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_not_a_number_stays_so(wrong: float, column: int, quantization: Quantization) -> None:
+def test_nan_stays_nan(wrong: float, column: int, quantization: Quantization) -> None:
     """In its own row: a NaN that became a number would hide what made it."""
     weight, x = drawn(33, 37), drawn(3, 37, seed=1)
     x[1, column] = wrong
@@ -120,7 +122,7 @@ def test_what_is_not_a_number_stays_so(wrong: float, column: int, quantization: 
 
 @compiled
 @BOTH
-def test_a_rows_bits_do_not_depend_on_its_company(quantization: Quantization) -> None:
+def test_a_rows_bits_do_not_depend_on_the_batch(quantization: Quantization) -> None:
     weight = packed(drawn(96, 200), quantization)
     x = drawn(300, 200, seed=1) * torch.logspace(-3, 3, 300).unsqueeze(1).to(BF16)
     whole = linear(x, weight)
@@ -131,7 +133,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(quantization: Quantization) ->
 @compiled
 @BOTH
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 40])
-def test_experts_and_mlp_are_their_twins(num_rows: int, quantization: Quantization) -> None:
+def test_experts_and_mlp_equal_the_torch_versions(num_rows: int, quantization: Quantization) -> None:
     num_experts, num_inner, hidden, top_k = 8, 24, 70, 3
     gate_up, down = drawn(num_experts, 2 * num_inner, hidden) / 8, drawn(num_experts, hidden, num_inner, seed=1) / 5
     ours = empty_experts(num_experts, num_inner, hidden, BF16, CPU, quantization)
@@ -160,7 +162,7 @@ def test_experts_and_mlp_are_their_twins(num_rows: int, quantization: Quantizati
 
 @BOTH
 @pytest.mark.parametrize("kind", ["v3", "qwen3-moe", "llama-9"])
-def test_a_sharded_model_is_near_one_rank_and_near_itself(
+def test_a_sharded_int8_model_is_close_to_one_rank(
     kind: str, quantization: Quantization, tiny_model: Callable[..., Path]
 ) -> None:
     """Log-probabilities of a prompt: bf16 alone against int8 on one rank and on meshes. The median, since in a tiny
@@ -179,7 +181,9 @@ def test_a_sharded_model_is_near_one_rank_and_near_itself(
         assert 0 < error < 0.2, f"{mesh}: {error}"  # another token's would differ by 1 and more
 
 
-def test_without_compiled_code_the_twins_run(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_compiled_code_the_torch_versions_run(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def text() -> tuple[str, tuple[int, ...]]:
         with LLM(tiny_model("v3"), dtype="bfloat16", quantization="int8") as llm:
             (done,) = llm.generate([[5, 6, 7, 8]], max_tokens=6, ignore_eos=True)
@@ -193,7 +197,7 @@ def test_without_compiled_code_the_twins_run(tiny_model: Callable[..., Path], mo
     assert tokens[:2] == same[:2]
 
 
-def test_only_what_can_be_is_quantised(tiny_model: Callable[..., Path]) -> None:
+def test_only_supported_weights_are_quantised(tiny_model: Callable[..., Path]) -> None:
     folder = str(tiny_model("v3"))
     with pytest.raises(ConfigError, match="none, int8, int8-weight-only"):
         resolve(EngineConfig(model=folder, quantization="int4"))
@@ -215,7 +219,7 @@ def test_only_what_can_be_is_quantised(tiny_model: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_verify_knows_that_ranks_round_their_own_parts(dtype: str) -> None:
+def test_verify_allows_for_rounding_per_rank(dtype: str) -> None:
     asked = EngineConfig(model="narrows-demo", tp=2, dtype=dtype, quantization="int8-weight-only")
     report = verify(asked, [list(range(40, 70)), [5, 6, 7]], num_decode=2, layouts=("auto",))
     assert report.ok and report.tolerance == 0.1 and report.layouts[0].worst > 1e-4

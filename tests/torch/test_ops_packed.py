@@ -100,7 +100,7 @@ def exact(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 @PACKS
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 1), (31, 2), (32, 33), (33, 7), (100, 64), (16, 130)])
-def test_what_is_packed_comes_back(shape: tuple[int, int], pieces: int) -> None:
+def test_packed_weights_unpack_to_the_original(shape: tuple[int, int], pieces: int) -> None:
     weight = randn(*shape)
     ready = packed(weight, pieces)
     assert isinstance(ready, PackedLinear) and ready.shape == shape

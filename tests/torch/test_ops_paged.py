@@ -69,7 +69,7 @@ def test_write_cache(width, dtype):
     assert torch.equal(cache[[4, 11, 7]], new)
 
 
-def test_decode_rows_in_memory_that_stays_are_those_that_are_built_anew():
+def test_persistent_decode_inputs_equal_rebuilt_ones():
     """Rows that grow by one or by several tokens, get pages, change places, shrink, leave, come back, and become other
     requests'."""
     steps = [

@@ -124,7 +124,7 @@ def test_frequencies_by_length_are_transformers(name, length):
 
 
 @pytest.mark.parametrize("name", [None, *BY_LENGTH])
-def test_angles_are_those_of_each_rows_own_sequence(name):
+def test_angles_depend_only_on_each_rows_own_sequence(name):
     """Rows of a prompt take the whole prompt's length, others their own: as the module rotates one sequence alone."""
     most = 32 if name == "dynamic" else 128
     scaling = None if name is None else BY_LENGTH[name]
@@ -208,7 +208,7 @@ def test_missing_numbers_are_named():
         ({**DEEPSEEK_V3, "factor": 1.0}, 1.0),
     ],
 )
-def test_mla_scale_is_that_of_v2_and_v3(scaling, mscale):
+def test_mla_scale_equals_v2_and_v3(scaling, mscale):
     parameters = {**(scaling or {}), "rope_theta": 1e4}
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     got = mla_softmax_scale(192, scaling)
@@ -219,7 +219,7 @@ def test_mla_scale_is_that_of_v2_and_v3(scaling, mscale):
 @USES_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_rotation_is_that_of_v3_and_llama(dtype):
+def test_rotation_equals_v3_and_llama(dtype):
     config = DeepseekV3Config(rope_parameters={**DEEPSEEK_V3, "rope_type": "yarn", "rope_theta": 1e4})
     config.max_position_embeddings = 163840
     positions = torch.tensor([0, 1, 5, 4095, 100_000])
@@ -237,7 +237,7 @@ def test_rotation_is_that_of_v3_and_llama(dtype):
 @USES_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_scores_are_those_of_v2(dtype):
+def test_scores_equal_v2(dtype):
     """V2 leaves the pairs in place: another order of columns, the same numbers."""
     config = DeepseekV2Config(rope_parameters={**DEEPSEEK_V2_LITE, "rope_type": "yarn", "rope_theta": 1e4})
     config.max_position_embeddings = 163840

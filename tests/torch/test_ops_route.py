@@ -108,7 +108,7 @@ def test_qwen3_moe(router, norm):
 
 @pytest.mark.parametrize("rule", [V3, V2, GREEDY], ids=["v3", "v2", "greedy"])
 @torch.inference_mode()
-def test_twins_agree_to_the_bit_with_many_ties(rule, router):
+def test_compiled_and_torch_routing_agree_bit_for_bit_with_ties(rule, router):
     logits = torch.randint(-2, 3, (400, 16)).float() / 4
     bias = (torch.randint(-3, 3, (16,)).float() / 4) if rule is V3 else None
     got = router(logits, **rule, correction_bias_E=bias, with_margin=True)

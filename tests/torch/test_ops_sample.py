@@ -162,7 +162,7 @@ def test_a_vocabulary_of_one_token_and_no_rows(draw):
 
 
 @torch.inference_mode()
-def test_rows_with_different_numbers_do_not_meet():
+def test_rows_with_different_parameters_are_independent():
     logits = make_logits("random", num_rows=len(CASES) + 2)
     uniforms = torch.rand(logits.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     cases = [dict(), *CASES, dict()]
@@ -184,7 +184,7 @@ def test_rows_with_different_numbers_do_not_meet():
     min_p=st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
 )
 @torch.inference_mode()
-def test_few_candidates_give_the_token_that_sorting_all_gives(
+def test_few_candidates_and_a_full_sort_pick_the_same_token(
     seed, kind, vocab, num_candidates, temperature, top_k, top_p, min_p
 ):
     logits = make_logits(kind, num_rows=20, vocab=vocab, seed=seed)
@@ -243,7 +243,7 @@ def test_top_logprobs(kind):
 
 
 @torch.inference_mode()
-def test_top_logprobs_of_a_small_vocabulary_are_all_there_are():
+def test_top_logprobs_of_a_small_vocabulary_are_all_of_it():
     value, best = top_logprobs(torch.tensor([1.0]), 0, 20)
     assert (value, best) == (0.0, ((0, 0.0),))
 

@@ -68,7 +68,7 @@ def test_ending_a_connection_wakes_both_ends(pair: tuple[Channel, Channel]) -> N
     there.try_send(b"a")  # says nothing
 
 
-def test_try_send_drops_what_would_wait(pair: tuple[Channel, Channel]) -> None:
+def test_try_send_drops_a_message_that_would_block(pair: tuple[Channel, Channel]) -> None:
     """A heartbeat must not wait for a peer that does not read."""
     here, _ = pair
     with ThreadPoolExecutor(1) as threads:

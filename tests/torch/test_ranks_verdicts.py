@@ -98,7 +98,7 @@ def test_a_suspended_coordinator_forgives_silence(scene: Scene) -> None:
     assert scene.silence_s() == (0.0, 0.0)
 
 
-def test_what_a_silent_rank_keeps_waiting_is_said(scene: Scene) -> None:
+def test_an_error_names_the_calls_that_a_silent_rank_delays(scene: Scene) -> None:
     fingerprint = Fingerprint(5, "all_reduce", "layer 5", 2)
     waits = Report(0, (((0, 1), 6),), (fingerprint, (0, 1)), True, 1.0)
     for _ in range(4):
@@ -129,7 +129,7 @@ def test_a_rank_that_lost_an_unknown_peer_is_named_after_a_while(scene: Scene) -
         ),
     ],
 )
-def test_a_death_says_how_the_process_ended(
+def test_a_death_report_has_the_exit_code_or_signal(
     scene: Scene, processes: Processes, program: str, checked: bool, text: str
 ) -> None:
     processes[1] = subprocess.Popen([sys.executable, "-S", "-c", program])
@@ -140,7 +140,7 @@ def test_a_death_says_how_the_process_ended(
     assert str(error) == f'{scene.peers.ranks[1]} {text}; {first} was at #3 all_reduce "sum"'
 
 
-def test_a_death_on_another_host_is_a_closed_connection(scene: Scene) -> None:
+def test_a_death_on_another_host_is_reported_as_a_closed_connection(scene: Scene) -> None:
     error = scene.verdicts.death(scene.peers.ranks[1], at_work=False, checked=True)
     assert str(error) == f"{scene.peers.ranks[1]} is gone: its connection was closed"
 

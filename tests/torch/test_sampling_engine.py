@@ -191,7 +191,7 @@ def alone(models: dict[str, Model]) -> dict[str, list[list[int]]]:
 
 
 @pytest.mark.parametrize("name", ["llama", "v3"])
-def test_drawn_text_is_the_straight_loops(
+def test_sampled_text_equals_a_plain_loop(
     models: dict[str, Model], alone: dict[str, list[list[int]]], name: str
 ) -> None:
     for i, ids in enumerate(PROMPTS):
@@ -212,7 +212,7 @@ def test_drawn_text_is_the_straight_loops(
         ("v3", 2, 2),
     ],
 )
-def test_the_same_seed_gives_the_same_text_in_every_company(
+def test_the_same_seed_gives_the_same_text_in_every_batch(
     models: dict[str, Model], alone: dict[str, list[list[int]]], name: str, dp: int, tp: int
 ) -> None:
     """Under every layout: all prompts at once, in the other order, and cut into chunks beside others' decode."""
@@ -227,7 +227,7 @@ def test_the_same_seed_gives_the_same_text_in_every_company(
             assert [r.output for r in requests[: len(PROMPTS)]] == alone[name], layout
 
 
-def test_another_seed_gives_another_text_and_none_is_drawn_for_each_request(models: dict[str, Model]) -> None:
+def test_seeds_change_the_text_and_a_missing_seed_is_random_per_request(models: dict[str, Model]) -> None:
     hot = SamplingParams(temperature=1.0)
     with engine(models["llama"]) as one:
         seeded = serve(one, [PROMPTS[0]] * 6, [replace(hot, seed=i) for i in range(6)])
@@ -280,7 +280,7 @@ PENALTIES = [
         full("v3", 0.8, 2, 2),
     ],
 )
-def test_penalties_are_the_straight_loops(
+def test_penalties_equal_a_plain_loop(
     models: dict[str, Model], name: str, temperature: float, dp: int, tp: int
 ) -> None:
     """One step runs ahead, so a row's token is often a sample that the host has not seen: it counts all the same."""
@@ -433,7 +433,7 @@ def test_a_stop_string_in_the_last_token_allowed_is_a_stop(llm: LLM) -> None:
     assert done.token_ids == whole.token_ids
 
 
-def test_what_was_held_for_a_stop_string_comes_at_the_end(llm: LLM) -> None:
+def test_text_held_for_a_stop_string_is_emitted_at_the_end(llm: LLM) -> None:
     whole = generate(llm, max_tokens=6)
     done = generate(llm, max_tokens=6, stop=[whole.text[-3:] + "zz"])
     assert (done.text, done.finish_reason) == (whole.text, "length")
@@ -477,7 +477,7 @@ def test_logprobs_stay_with_their_tokens_when_a_text_ends_early(llm: LLM) -> Non
         assert got[0] == pytest.approx(expected[0], abs=1e-5)
 
 
-def test_a_stream_that_nobody_reads_to_its_end_leaves_an_engine_that_goes_on(llm: LLM) -> None:
+def test_an_unread_stream_leaves_a_usable_engine(llm: LLM) -> None:
     expected = llm.generate(PROMPTS, max_tokens=15)
     for length in (1, 2, 7):
         stream = llm.stream(PROMPTS, max_tokens=15)
@@ -489,7 +489,7 @@ def test_a_stream_that_nobody_reads_to_its_end_leaves_an_engine_that_goes_on(llm
     assert llm.generate(PROMPTS, max_tokens=15) == expected
 
 
-def test_requests_go_on_in_another_run_where_one_was_left(models: dict[str, Model]) -> None:
+def test_requests_continue_in_the_next_run(models: dict[str, Model]) -> None:
     with engine(models["llama"]) as one:
         expected = [request.output for request in serve(one, PROMPTS, [None] * 5, 15)]
         requests = [one.add(ids, 15) for ids in PROMPTS]
@@ -516,7 +516,7 @@ def test_stop_strings_need_a_tokenizer_and_may_not_be_empty(models: dict[str, Mo
 # -- what else meets sampling ----------------------------------------------------------------------------------------
 
 
-def test_a_saved_plan_without_whole_logits_refuses_to_sample_and_goes_on(
+def test_a_saved_plan_without_whole_logits_refuses_to_sample_and_continues(
     models: dict[str, Model], tmp_path: Path
 ) -> None:
     with engine(models["llama"], 1, 2) as free:

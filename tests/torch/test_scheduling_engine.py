@@ -47,7 +47,7 @@ def run(engine: Engine, which: list[int]) -> list[Request]:
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1)])
 @pytest.mark.parametrize("kind", ["llama", "v3"])
-def test_texts_are_those_of_each_request_alone(tiny_model: TinyModel, kind: str, dp: int, tp: int) -> None:
+def test_texts_equal_each_request_alone(tiny_model: TinyModel, kind: str, dp: int, tp: int) -> None:
     folder = tiny_model(kind)
     with engine(folder, prefix_cache=False, page_size=4) as one:
         alone = [run(one, [i])[0] for i in range(len(PROMPTS))]
@@ -75,7 +75,7 @@ def test_batch_invariant_texts_are_the_same_bits_after_a_preemption(tiny_model: 
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"batch_invariant": True}, {"dp": 2}])
-def test_texts_that_are_put_back_for_other_clients_are_those_of_each_request_alone(
+def test_texts_preempted_for_other_clients_equal_each_request_alone(
     tiny_model: TinyModel, options: dict[str, Any]
 ) -> None:
     with engine(tiny_model("llama"), page_size=4, prefix_cache=False) as one:
@@ -93,7 +93,7 @@ def test_texts_that_are_put_back_for_other_clients_are_those_of_each_request_alo
         assert [request.output for request in own] == alone
 
 
-def test_texts_of_a_group_that_is_short_of_pages_are_right_and_the_other_groups_steps_go_on(
+def test_a_group_short_of_pages_has_right_texts_and_stalls_no_other(
     tiny_model: TinyModel,
 ) -> None:
     """TRT-LLM #17379, #17978: texts that grow long, all on the group that has their prefix, and one on the other."""

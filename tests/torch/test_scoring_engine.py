@@ -80,7 +80,7 @@ def check(scores: Any, prompt: tuple[int, ...], logprobs_TV: torch.Tensor, num_b
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (2, 2), (1, 3)])
-def test_scores_are_those_of_transformers_under_every_layout_and_in_chunks(
+def test_scores_equal_transformers_under_every_layout_and_in_chunks(
     theirs: tuple[Path, DeepseekV3ForCausalLM], expected: list[torch.Tensor], dp: int, tp: int
 ) -> None:
     options: dict[str, Any] = dict(dp=dp, tp=tp, dtype="float32", max_context=96, rows_per_step=16, checked=True)
@@ -117,7 +117,7 @@ def test_scoring_and_generating_requests_share_steps_and_change_nothing(llm: LLM
     assert not llm.engine.scheduler.has_work
 
 
-def test_the_logits_of_a_step_are_bounded_however_long_the_prompts(
+def test_the_logits_of_a_step_are_bounded_for_any_prompts(
     theirs: tuple[Path, DeepseekV3ForCausalLM], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("narrows.plan.deploy._SCORED_LOGITS", 5 * VOCAB)
@@ -156,7 +156,7 @@ def test_a_prompt_may_fill_the_context_if_nothing_is_generated(llm: LLM) -> None
         llm.score([full], num_best=21)
 
 
-def test_batch_invariant_scores_do_not_depend_on_company(theirs: tuple[Path, DeepseekV3ForCausalLM]) -> None:
+def test_batch_invariant_scores_do_not_depend_on_the_batch(theirs: tuple[Path, DeepseekV3ForCausalLM]) -> None:
     long = prompts(300, 40, 7)
     with LLM(theirs[0], tp=2, dtype="float32", max_context=320, batch_invariant=True, kv_tokens=2000) as llm:
         together = [completion.prompt_logprobs for completion in llm.score(long, num_best=2)]

@@ -79,7 +79,7 @@ def serve(tiny_model: TinyModel) -> Iterator[Callable[..., EngineService]]:
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
-def test_under_load_with_aborts_and_preemption_every_text_is_that_of_its_request_alone(
+def test_texts_under_load_with_aborts_and_preemption_equal_each_alone(
     serve: Callable[..., EngineService], tiny_model: TinyModel, dp: int, tp: int
 ) -> None:
     source = random.Random(5)
@@ -109,7 +109,7 @@ def test_under_load_with_aborts_and_preemption_every_text_is_that_of_its_request
     assert service.health().ready
 
 
-def test_updates_bring_scores_once_and_log_probabilities_token_by_token(serve: Callable[..., EngineService]) -> None:
+def test_updates_have_scores_once_and_log_probabilities_per_token(serve: Callable[..., EngineService]) -> None:
     service = serve(page_size=4)
     sampling = SamplingParams(prompt_logprobs=1, logprobs=2)
     caller = Caller(service, asked((1, 2, 3, 4, 5, 6, 7, 8, 9), 6, sampling=sampling))
@@ -138,7 +138,7 @@ def test_collectives_are_counted(serve: Callable[..., EngineService], monkeypatc
     assert all(plan["price_sources"] and plan["moves"] for plan in info["plan_cache"])
 
 
-def test_what_can_never_run_is_refused_at_once(serve: Callable[..., EngineService]) -> None:
+def test_a_request_that_can_never_run_is_refused_at_once(serve: Callable[..., EngineService]) -> None:
     service = serve()
     for wrong, said in (
         (asked(()), "empty"),
@@ -150,7 +150,7 @@ def test_what_can_never_run_is_refused_at_once(serve: Callable[..., EngineServic
             service.submit(wrong, lambda update: None)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Callable[..., EngineService]) -> None:
+def test_a_full_queue_refuses_with_a_retry_time(serve: Callable[..., EngineService]) -> None:
     service = serve(max_queue=3)
     held = threading.Event()
     first = threading.Event()
@@ -170,7 +170,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(serve: Callable[..., E
         assert caller.wait().finish_reason == "length"
 
 
-def test_one_client_that_fills_the_queue_does_not_close_it_to_others(serve: Callable[..., EngineService]) -> None:
+def test_a_client_that_fills_the_queue_does_not_block_others(serve: Callable[..., EngineService]) -> None:
     service = serve(max_queue=6)
     held = threading.Event()
     first = threading.Event()
@@ -208,7 +208,7 @@ def test_a_caller_that_raises_does_not_stop_the_others(serve: Callable[..., Engi
     assert Caller(service, asked((3, 4), 4)).wait().finish_reason == "length"
 
 
-def test_a_request_that_cannot_be_taken_in_ends_alone(
+def test_a_request_that_fails_on_admission_ends_alone(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = serve()
@@ -227,7 +227,7 @@ def test_a_request_that_cannot_be_taken_in_ends_alone(
     assert service.drain(10), "it is not waited for"
 
 
-def test_a_drain_finishes_what_is_there_and_takes_nothing_new(serve: Callable[..., EngineService]) -> None:
+def test_a_drain_finishes_running_requests_and_refuses_new_ones(serve: Callable[..., EngineService]) -> None:
     service = serve(tp=2)
     caller = Caller(service, asked((1, 2), 40))
     assert service.drain(20) and caller.wait().finish_reason == "length"
@@ -237,7 +237,9 @@ def test_a_drain_finishes_what_is_there_and_takes_nothing_new(serve: Callable[..
     assert not service.health().ready
 
 
-def test_a_close_tells_who_still_waits(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_close_ends_waiting_requests_with_an_error(
+    serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Worker.step
     monkeypatch.setattr(Worker, "step", lambda self, *args: time.sleep(0.05) or real(self, *args))
     service = serve()
@@ -262,7 +264,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("failing")
-def test_ranks_that_fail_are_started_again_once_and_what_waited_runs_there(
+def test_failed_ranks_restart_once_and_waiting_requests_run(
     serve: Callable[..., EngineService], caplog: pytest.LogCaptureFixture
 ) -> None:
     service = serve(tp=2, page_size=4, kv_tokens=16, rows_per_step=4)
@@ -297,7 +299,7 @@ def test_without_restart_a_failure_ends_everything(serve: Callable[..., EngineSe
     assert not service.health().ready and service.drain(1)
 
 
-def test_health_sees_a_step_that_does_not_end(
+def test_health_reports_a_step_that_does_not_end(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, held = Worker.step, threading.Event()

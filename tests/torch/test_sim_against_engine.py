@@ -52,7 +52,7 @@ def asks() -> list[Ask]:
         (2, 2, "auto", 17, 512, True),
     ],
 )
-def test_batches_and_plans_are_those_of_the_engine(
+def test_batches_and_plans_equal_the_engines(
     tiny_model: TinyModel, dp: int, tp: int, layout: str, rows: int, kv_tokens: int, prefix_cache: bool
 ) -> None:
     resolved = resolve(

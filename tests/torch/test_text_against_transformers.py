@@ -143,7 +143,7 @@ def test_ids_and_text_are_equal(pair, build, config):
 @pytest.mark.parametrize("build", [byte_level, byte_level_with_bos, sentencepiece])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
-def test_ends_of_a_text_are_those_of_flags_given_to_transformers(tmp_path, build, bos, eos):
+def test_bos_and_eos_equal_transformers_with_explicit_flags(tmp_path, build, bos, eos):
     """transformers 5 drops the flags of the file, and obeys its caller's: the rule that version 4 had for both."""
     flags = {"add_bos_token": bos, "add_eos_token": eos}
     build().save(str(tmp_path / "tokenizer.json"))

@@ -69,7 +69,7 @@ def test_a_trace_has_every_step_of_every_rank_and_fits_the_hosts_times(engine: E
     run_all(engine)  # nothing is around the steps any more
 
 
-def test_ranks_keep_no_more_steps_than_they_were_told(engine: Engine) -> None:
+def test_ranks_keep_at_most_the_requested_steps(engine: Engine) -> None:
     tracer = Tracer(engine, 2)
     run_all(engine)
     assert tracer.done
@@ -79,7 +79,7 @@ def test_ranks_keep_no_more_steps_than_they_were_told(engine: Engine) -> None:
     assert not recorded[0].execution(2).starts
 
 
-def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
+def test_instruments_are_independent(engine: Engine) -> None:
     engine.instrument(CollectiveClock)
     engine.instrument(OpClock, "clock")
     tracer = Tracer(engine, 100)
@@ -98,7 +98,7 @@ def test_instruments_do_not_know_of_each_other(engine: Engine) -> None:
     assert op_times(engine.readings("clock")), "it is still there"
 
 
-def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine: Engine) -> None:
+def test_traces_name_the_running_plan_not_the_first_bound(engine: Engine) -> None:
     """Plans that run the same ops share one bound program; each op's prices are its own plan's."""
     tracer = Tracer(engine, 50)
     run_all(engine, prompts=1, tokens=3)
@@ -110,7 +110,7 @@ def test_the_plan_that_runs_is_told_and_not_the_one_that_was_bound_first(engine:
     assert all(step.plan is cache.plan_of(PlanKey.of("decode", step.group_rows, step.logit_rows)) for step in decode)
 
 
-def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
+def test_the_profile_has_the_predictions_of_the_plans_that_ran(engine: Engine) -> None:
     expected = Expected()
     engine.instrument(OpClock)
     engine.observe(expected.add)
@@ -127,7 +127,7 @@ def test_profile_has_what_the_plans_that_ran_predict(engine: Engine) -> None:
     assert all(row.ratio is None for row in slices) and len(slices) < len(rows)
 
 
-def test_what_is_between_the_ops_is_a_row_of_its_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_between_ops_is_a_row_of_its_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = {"embed": (0.2, 0.0), "lm_head": (0.0, 0.02)}  # before and after a step: before the first is between none
     now, run = [0.0], StepRecord.run
     monkeypatch.setattr(step_record, "perf_counter", lambda: now[0])
@@ -176,7 +176,7 @@ def batch_of(rows: int, phase: str = "decode") -> Batch:
     return Batch(groups=(tuple(chunks),))
 
 
-def test_a_bucket_that_is_off_is_told_once(engine: Engine) -> None:
+def test_a_bucket_off_its_prediction_is_logged_once(engine: Engine) -> None:
     times = StepTimes(DriftRule(factor=2.0, least_steps=3))
     slow, fast = batch_of(1), batch_of(2)
     now, lines = 0.0, []
@@ -253,7 +253,7 @@ def ask(service: EngineService, tokens: int = 5) -> None:
     eventually(lambda: bool(updates and updates[-1].finish_reason))
 
 
-def test_a_service_traces_when_it_is_asked(serve: Callable[..., EngineService], tmp_path: Path) -> None:
+def test_a_service_traces_on_request(serve: Callable[..., EngineService], tmp_path: Path) -> None:
     service = serve()
     with pytest.raises(ConfigError, match="no trace is being made: POST /start_profile begins one"):
         service.stop_trace()
@@ -278,9 +278,7 @@ def test_a_service_traces_when_it_is_asked(serve: Callable[..., EngineService], 
     assert service.stats().collectives, "clocks of collectives stay"
 
 
-def test_a_trace_that_is_being_made_when_the_server_ends_is_written(
-    serve: Callable[..., EngineService], tmp_path: Path
-) -> None:
+def test_a_trace_under_way_is_written_at_the_end(serve: Callable[..., EngineService], tmp_path: Path) -> None:
     service = serve()
     service.start_trace()
     ask(service)
@@ -312,7 +310,7 @@ def test_a_service_has_predicted_beside_measured(
     json.dumps(info)
 
 
-def test_where_one_plan_runs_every_step_nothing_is_held_against_it(
+def test_a_fixed_plan_is_not_compared_with_measurements(
     serve: Callable[..., EngineService], caplog: pytest.LogCaptureFixture
 ) -> None:
     service = serve(factor=1.0001, batch_invariant=True)

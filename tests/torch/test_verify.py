@@ -105,7 +105,7 @@ def test_layouts_that_do_not_apply_are_listed_with_the_reason(asked: EngineConfi
     assert report.ok and "dp is 1" in report.skipped["norm-before-gather"]
 
 
-def test_one_layout_can_be_asked_for_and_one_that_cannot_apply_is_refused(asked: EngineConfig) -> None:
+def test_one_layout_can_be_chosen_and_an_inapplicable_one_is_refused(asked: EngineConfig) -> None:
     report = verify(asked, prompts(6, 3), num_decode=2, layouts=["sequence-parallel"])
     assert [layout.layout for layout in report.layouts] == ["sequence-parallel"]
     with pytest.raises(ConfigError, match="dp is 1"):
@@ -118,7 +118,7 @@ def test_without_a_prompt_there_is_nothing_to_verify(asked: EngineConfig, wrong:
         verify(asked, wrong)
 
 
-def test_the_script_meets_every_kind_of_step() -> None:
+def test_the_batches_cover_every_kind_of_step() -> None:
     script = VerifyBatches(prompts(23, 5, 40, 1, 9), num_groups=2, num_steps=8, page_size=16, few_logits=True)
     phases, rows = [], []
     for number, batch in enumerate(script):
@@ -177,7 +177,7 @@ def test_a_last_layer_on_the_rows_with_logits_agrees_stage_by_stage(asked: Engin
     assert all(layout.worst < 1e-5 for layout in report.layouts)
 
 
-def test_rows_of_one_field_left_behind_are_refused_and_seen(asked: EngineConfig) -> None:
+def test_a_field_with_unselected_rows_is_refused_and_detected(asked: EngineConfig) -> None:
     """The residual keeps all rows, or is selected as if it lay elsewhere than it does."""
 
     def spoil(change: Callable[[Op], Op]) -> Callable[[Plan], Plan]:
@@ -217,7 +217,7 @@ def test_rows_of_one_field_left_behind_are_refused_and_seen(asked: EngineConfig)
 # -- a plan without one of its reductions ----------------------------------------------------------------------------
 
 
-def test_every_reduction_that_is_removed_is_named_by_the_plan_and_by_the_numbers(asked: EngineConfig) -> None:
+def test_every_removed_reduction_is_named_by_plan_and_numbers(asked: EngineConfig) -> None:
     """One after the other, every reduction of a layout: refused by name before it runs, and seen by name if it does."""
     plans: list[Plan] = []
 
@@ -248,7 +248,7 @@ def test_every_reduction_that_is_removed_is_named_by_the_plan_and_by_the_numbers
         ("all-reduce", None, "final_norm"),
     ],
 )
-def test_a_removed_reduction_that_runs_all_the_same_is_the_first_difference(
+def test_a_removed_reduction_that_still_runs_is_the_first_difference(
     asked: EngineConfig, layout: str, layer: int | None, boundary: str
 ) -> None:
     """All-reduces only: without a reduce-scatter the rows would not fit what comes next."""
@@ -279,7 +279,7 @@ def test_a_removed_reduction_that_runs_all_the_same_is_the_first_difference(
         pytest.param("post_attention_layernorm", 3, marks=pytest.mark.full),
     ],
 )
-def test_a_norm_that_is_off_on_one_rank_is_named_with_the_rank(asked: EngineConfig, norm: str, rank: int) -> None:
+def test_a_wrong_norm_on_one_rank_is_named_with_the_rank(asked: EngineConfig, norm: str, rank: int) -> None:
     """Wherever the norm's rows are: scattered, or replicas of rows that other ranks hold too."""
 
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def test_a_norm_that_is_off_on_one_rank_is_named_with_the_rank(asked: EngineConf
         assert 1e-3 < first.relative < 2e-2
 
 
-def test_a_shard_that_is_off_is_named_where_its_sum_is_taken(asked: EngineConfig) -> None:
+def test_a_wrong_shard_is_named_at_its_sum(asked: EngineConfig) -> None:
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
         return tensor * 1.05 if at == 3 and weight.name == "model.layers.2.self_attn.o_proj.weight" else tensor
 
@@ -304,7 +304,7 @@ def test_a_shard_that_is_off_is_named_where_its_sum_is_taken(asked: EngineConfig
         assert layout.first_difference.spot == Spot(2, "attention", "hidden")
 
 
-def test_nan_is_a_difference_and_not_the_absence_of_one(asked: EngineConfig) -> None:
+def test_nan_counts_as_a_difference(asked: EngineConfig) -> None:
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
         return tensor * float("nan") if at == 1 and weight.name == "model.norm.weight" else tensor
 
@@ -315,9 +315,7 @@ def test_nan_is_a_difference_and_not_the_absence_of_one(asked: EngineConfig) -> 
         assert layout.kl == float("inf")
 
 
-def test_what_the_last_gather_does_to_the_logits_is_compared_too(
-    asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_gather_of_logits_is_compared_too(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """No stage comes after it whose output could give it away."""
     true_gather = Communicator.column_gather
 
@@ -352,7 +350,7 @@ def flips(layout: LayoutReport) -> set[tuple[int, int, int]]:
     return {(flip.step, flip.layer, flip.row) for flip in layout.flips}
 
 
-def test_experts_that_flip_are_reported_with_their_margin_and_do_not_count_as_a_difference(asked: EngineConfig) -> None:
+def test_expert_flips_are_reported_with_margin_but_are_no_difference(asked: EngineConfig) -> None:
     report = verify(asked, prompts(23, 5, 40, 1, 9), source=changed(asked, nudged(3e-3)))
     assert report.ok
     for layout in report.layouts:
@@ -372,7 +370,7 @@ def test_without_a_change_nothing_flips(asked: EngineConfig) -> None:
     assert report.ok and all(layout.flips == [] for layout in report.layouts)
 
 
-def test_a_router_that_weighs_otherwise_is_a_difference(asked: EngineConfig) -> None:
+def test_a_router_with_other_weights_is_a_difference(asked: EngineConfig) -> None:
     """Only the choice is replayed; the weights are each run's own."""
 
     def change(weight: Weight, at: int, times: int, tensor: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def test_a_model_that_is_right_passes_under_every_layout(
         assert 0 <= prompt < 4 and 0 <= position < (23, 5, 30, 1)[prompt] + 4
 
 
-def test_bfloat16_has_the_tolerance_that_it_has_against_one_rank(folder: Path, loaded: TransformersModel) -> None:
+def test_bfloat16_has_the_same_tolerance_as_against_one_rank(folder: Path, loaded: TransformersModel) -> None:
     report = against(folder, loaded, dp=1, dtype="bfloat16", layouts=["auto"])
     assert report.ok and report.tolerance == 6e-2 and report.layouts[0].max_logit_difference > 1e-3
 
@@ -124,14 +124,14 @@ def test_the_command_passes_the_demo_model(capsys: pytest.CaptureFixture[str]) -
     assert "against transformers 5." in out and "of the logits' size" in out and "differs" not in out
 
 
-def test_a_gguf_file_is_compared_once_it_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file_is_compared_after_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, to = write_gguf(tmp_path / "model.gguf", "qwen2"), tmp_path / "folder"
     assert f"make one with `narrows convert {file} FOLDER`" in refused(capsys, file)
     assert main(["convert", str(file), str(to)]) == 0
     assert main(["verify", str(to), "--against", "transformers", "--layout", "auto", "--steps", "2"]) == 0
 
 
-def test_a_prompts_reference_does_not_depend_on_those_before_it(tmp_path: Path) -> None:
+def test_a_prompts_reference_does_not_depend_on_earlier_prompts(tmp_path: Path) -> None:
     """Rotary positions of type dynamic remember the longest text of all: 20 tokens after 30 would be those of 30."""
     config = {"model_type": "llama", "vocab_size": 67, "hidden_size": 16, "num_attention_heads": 2}
     config |= {"num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 16}
@@ -149,7 +149,7 @@ def test_a_prompts_reference_does_not_depend_on_those_before_it(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.weight", "model.norm.weight"])
-def test_a_tensor_that_is_read_wrongly_is_seen_here_alone(folder: Path, loaded: TransformersModel, name: str) -> None:
+def test_a_misread_tensor_is_detected_only_by_the_reference(folder: Path, loaded: TransformersModel, name: str) -> None:
     source = Changed(folder, scaled(name, 1.01))
     layouts = ["sequence-parallel", "auto"]
     asked = EngineConfig(model=str(folder), tp=2, dtype="float32")
@@ -172,16 +172,14 @@ def other_config(folder: Path, to: Path, **fields: Any) -> Path:
     [{"rope_theta": 20000.0}, {"rms_norm_eps": 1e-3}, {"routed_scaling_factor": 2.1}, {"norm_topk_prob": False}],
     ids=str,
 )
-def test_a_field_that_is_read_wrongly_is_seen(
+def test_a_misread_field_is_detected(
     folder: Path, loaded: TransformersModel, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     report = against(other_config(folder, tmp_path / "other", **fields), loaded, dp=1, layouts=["auto"])
     assert not report.ok and report.layouts[0].worst > 1e-4
 
 
-def test_a_rule_that_chooses_other_experts_is_no_near_tie(
-    folder: Path, loaded: TransformersModel, tmp_path: Path
-) -> None:
+def test_a_different_routing_rule_is_no_near_tie(folder: Path, loaded: TransformersModel, tmp_path: Path) -> None:
     """The choice is replayed, so the logits agree; what gives it away is the margin."""
     report = against(other_config(folder, tmp_path / "other", topk_group=4), loaded, dp=1, layouts=["auto"])
     (layout,) = report.layouts
@@ -197,7 +195,7 @@ def test_a_rule_that_chooses_other_experts_is_no_near_tie(
     ],
     ids=["numbers", "layers"],
 )
-def test_experts_in_other_layers_or_numbers_are_one_line(
+def test_other_numbers_or_layers_of_experts_are_a_one_line_error(
     folder: Path, loaded: TransformersModel, tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -221,7 +219,7 @@ def test_the_command_says_where_to_look(
     assert "how config.json is read" in " ".join(out.split())
 
 
-def test_a_layout_that_alone_is_wrong_is_told_from_a_model_that_is(folder: Path, loaded: TransformersModel) -> None:
+def test_a_wrong_layout_is_distinguished_from_a_wrong_model(folder: Path, loaded: TransformersModel) -> None:
     seen: set[str] = set()
 
     def tamper(plan: Plan) -> Plan:

@@ -101,7 +101,7 @@ def test_planned_bytes_are_the_bytes_that_ranks_hold(
         ("qwen3-moe", {"mlp_only_layers": [0, 1, 2]}),
     ],
 )
-def test_so_are_those_of_biases_and_of_kinds_of_layers_in_turns(
+def test_planned_bytes_include_biases_and_mixed_layer_types(
     tiny_model: TinyModel, kind: str, changes: dict[str, Any], plain_weights: None
 ) -> None:
     all_ranks_hold_what_is_planned(read_config(tiny_model(kind, **changes)), "bf16")
@@ -143,7 +143,7 @@ STORED = {
 
 
 @pytest.mark.parametrize(("fields", "on_fp8", "elsewhere"), STORED.values(), ids=STORED)
-def test_a_checkpoint_is_planned_as_what_it_is(
+def test_a_checkpoint_is_planned_in_its_own_format(
     v3: dict[str, Any], fields: dict[str, Any], on_fp8: str, elsewhere: str
 ) -> None:
     config = read_config(v3 | fields, "folder")
@@ -153,7 +153,7 @@ def test_a_checkpoint_is_planned_as_what_it_is(
 
 
 @pytest.mark.parametrize(("fields", "on_fp8", "elsewhere"), STORED.values(), ids=STORED)
-def test_an_engine_here_holds_what_a_plan_for_here_says(
+def test_an_engine_holds_the_bytes_that_its_plan_predicts(
     tmp_path: Path, v3: dict[str, Any], fields: dict[str, Any], on_fp8: str, elsewhere: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(v3 | fields))
@@ -174,7 +174,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("stored", UNREADABLE.values(), ids=UNREADABLE)
-def test_what_cannot_be_loaded_is_refused_in_one_line_by_all(
+def test_every_command_refuses_an_unloadable_checkpoint_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], v3: dict[str, Any], stored: dict[str, Any]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(v3 | {"quantization_config": stored}))

@@ -68,7 +68,7 @@ def said(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 @pytest.mark.parametrize("num_files", [1, 3])
 @pytest.mark.parametrize("kind", ["v3", "v2-lite", "llama-9"])
-def test_the_slices_of_all_ranks_are_the_pieces_of_the_whole_tensors(
+def test_slices_of_all_ranks_equal_pieces_of_whole_tensors(
     tiny_model: Callable[..., Path], tmp_path: Path, kind: str, num_files: int
 ) -> None:
     source = tiny_model(kind)
@@ -99,7 +99,7 @@ def test_the_slices_of_all_ranks_are_the_pieces_of_the_whole_tensors(
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("kind", ["v3", "v2-lite", "llama-9"])
-def test_sharded_slices_of_a_group_meet_without_gap_or_overlap(
+def test_sharded_slices_of_a_group_have_no_gap_or_overlap(
     tiny_model: Callable[..., Path], kind: str, mesh: Mesh
 ) -> None:
     config = read_config(tiny_model(kind))
@@ -191,7 +191,7 @@ def test_a_shard_that_is_no_safetensors_file_at_all(folder: Path) -> None:
         "\ufffe",
     ],
 )
-def test_an_index_that_is_none(folder: Path, content: str) -> None:
+def test_an_invalid_index_is_refused(folder: Path, content: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_bytes(content.encode("utf-16" if content == "\ufffe" else "utf-8"))
     with pytest.raises(CheckpointError) as error:
@@ -264,7 +264,7 @@ def test_a_loaded_engine_keeps_no_file_of_the_checkpoint_mapped(
         assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_file_is_mapped_anew_after_so_many_bytes(
+def test_a_file_is_remapped_after_a_number_of_bytes(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model("v3")
