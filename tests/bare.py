@@ -1,8 +1,8 @@
-"""Builds the wheel and the source archive, installs the bare wheel in a fresh venv, and runs what it promises there.
+"""Builds wheel and source archive, installs the bare wheel in a fresh venv, and runs the commands that it supports.
 
     python tests/bare.py FOLDER
 
-For `make test-bare`, because pip needs a package index. Exits with 1 at the first thing that is not as promised.
+For `make test-bare`, because pip needs a package index. Exits with 1 at the first failure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ V3 = ("deepseek-v3", "--device", "h20", "--dp", "2", "--tp", "4")
 
 
 def run(*command: str | Path, code: int = 0) -> str:
-    """What the command printed on both streams; it must end with ``code``."""
+    """Output of the command on both streams; it must exit with ``code``."""
     print(f"$ {' '.join(map(str, command))}", flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != code:

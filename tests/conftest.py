@@ -1,4 +1,4 @@
-"""For all tests: plans are priced by the catalogue, whatever profiles the user of this machine has."""
+"""For all tests: plans are priced by the catalogue; the user's own profiles are ignored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-"""Where the modules lie that tests of all folders share."""
+"""Folder of the modules that all tests share."""
 
 from patience import FACTOR  # noqa: E402 - found by the line above
 

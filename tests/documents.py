@@ -16,7 +16,7 @@ from narrows.cli.main import main
 def run_for_both(
     capsys: pytest.CaptureFixture[str], command: Sequence[str], code: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """What the command printed, for people, and what it wrote to ``--out``, for programs."""
+    """The printed tables, and the JSON document that ``--out`` wrote."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "document.json"
         assert main([*command, "--out", str(file)]) == code

@@ -15,5 +15,5 @@ class _NoTorch(MetaPathFinder):
 
 
 def pytest_configure() -> None:
-    """Only where it is a plugin: whoever collects examples of all modules imports this one too."""
+    """Only as a plugin, because collecting doctests of all modules imports this one too."""
     sys.meta_path.insert(0, _NoTorch())

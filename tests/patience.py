@@ -1,4 +1,4 @@
-"""How long tests wait for what must come: safety nets, never what a test asserts. `benchmarks/` has speed."""
+"""Timeouts of tests: safety nets, never asserted. `benchmarks/` has speed."""
 
 from __future__ import annotations
 

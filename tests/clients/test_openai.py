@@ -1,4 +1,4 @@
-"""OpenAI's Python client: the responses API as its users call it, and chats with what it sends back."""
+"""OpenAI's Python client: the responses API as its users call it, and chats that send its output back."""
 
 from __future__ import annotations
 

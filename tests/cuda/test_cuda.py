@@ -1,7 +1,7 @@
 """The engine on a real GPU, against the same engine on the CPU. Skipped where torch sees no GPU, as in CI.
 
-Thread ranks share the one GPU, so that every mesh and layout can be checked on it; what only several GPUs can show
-(NCCL between them) is not here.
+Thread ranks share the one GPU, so that every mesh and layout can be checked on it; NCCL between several GPUs is not
+tested.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_more_rank_processes_than_gpus_are_refused() -> None:
 
 
 def test_nccl_transport_of_one_rank() -> None:
-    """What NCCL is asked for is legal, and padding goes again; sums among several need several GPUs."""
+    """Calls to NCCL are legal and padding is removed; sums over several ranks would need several GPUs."""
     torch.cuda.set_device(0)
     transport = NcclTransport(torch.distributed.HashStore(), 0, 1, host=None)
     x = torch.arange(12.0, device="cuda").view(4, 3)

@@ -1,7 +1,7 @@
 """Compiles the tests of the compiled code once for each sanitizer, runs them, fails on any report: make test-native.
 
-Says in one line what this machine cannot run. A sanitizer counts as there only if it reports the mistake that
-``planted.cpp`` has for it. Names of builds may be given: run.py address.
+Prints one line for each sanitizer that this machine cannot run. A sanitizer is used only if it reports the mistake
+that ``planted.cpp`` has for it. Names of builds may be given: run.py address.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ __all__ = ["FakeHub", "Repo", "running_hub"]
 
 @dataclass
 class Repo:
-    """A model's files at its one commit. ``token``: who may read it (empty: all). ``sizes``: what is said of files."""
+    """A model's files at its one commit. ``token`` that may read it (empty: all). ``sizes``: reported file sizes."""
 
     files: dict[str, bytes]
     commit: str = "c0ffee" + "0" * 34
@@ -27,20 +27,20 @@ class Repo:
 
 
 class FakeHub:
-    """``repos`` by name. ``asked``: method and path of every request. ``status``: what all are answered, if not 0."""
+    """``repos`` by name. ``asked``: method and path of every request. ``status``: of every response, if not 0."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.asked: list[str] = []
         self.status = 0
         self.page = b""
-        """What all are answered instead, if anything."""
+        """The body of every response instead, if set."""
         self.cut_after = -1
         """Bytes of a file after which the connection is closed; -1: never."""
         self.url = ""
 
     def fetched(self) -> set[str]:
-        """The files whose content was asked for."""
+        """The files whose content was requested."""
         return {path.rpartition("/")[2] for path in self.asked if path.startswith("GET") and "/resolve/" in path}
 
 
@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         if rest and rest[1] not in (*repo.revisions, repo.commit):
             return self.refuse(404, "RevisionNotFound")
         if path.startswith("/api/models/"):
-            # Of a gated model anybody sees the list of files.
+            # The list of files of a gated model is public.
             return self.send_json(self.info(name, repo) if not rest or rest[0] == "revision" else self.tree(repo))
         if repo.token and given != repo.token:
             return self.refuse(403 if given else 401, "GatedRepo")

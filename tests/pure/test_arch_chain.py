@@ -111,7 +111,7 @@ def test_shapes_of_the_largest_rank() -> None:
     assert stage_of(few_kv, "attention").work[0] == Gemm((8 + 2 * 1) * 128, 4096)  # 4 key-value heads on 8 ranks
 
 
-# Parameters that a token meets, less the embedding it looks up: 37 B for DeepSeek-V3 in the model's own report.
+# Parameters that a token uses, less the embedding it looks up: 37 B for DeepSeek-V3 in the model's own report.
 ACTIVE = {
     "deepseek-v3": 36.6e9,
     "deepseek-v2": 20.9e9,

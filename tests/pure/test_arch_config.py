@@ -1,4 +1,4 @@
-"""Configs of every family, as transformers 4 and 5 write them, the presets, and what a wrong config is told."""
+"""Configs of every family, as transformers 4 and 5 write them, the presets, and errors of wrong configs."""
 
 from __future__ import annotations
 

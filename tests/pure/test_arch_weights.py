@@ -1,4 +1,4 @@
-"""Slices of weights: together the ranks hold each tensor once, or its whole on every rank; and what that weighs."""
+"""Slices of weights: together the ranks hold each tensor once, or its whole on every rank; and their bytes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def num_router_values(config: ModelConfig) -> int:
-    """Values that are held in float32 whatever else runs."""
+    """Number of values that are always float32."""
     moe = config.moe
     if moe is None:
         return 0

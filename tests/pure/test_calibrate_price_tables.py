@@ -1,4 +1,4 @@
-"""What a calibration makes of seconds: tables that price the plans they come from at what these took."""
+"""Price tables made from measured seconds: they price the measured plans at their measured time."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ def test_equal_ranks_on_cores_of_their_own_have_no_waits(times: list[float], dat
 
 
 def clocks(work: list[list[float]], exchange: float, cores: int) -> list[list[float]]:
-    """What clocks show of ranks that work ``work[rank][round]`` seconds in each round and then exchange for so long.
+    """Clocks of ranks that work ``work[rank][round]`` seconds in each round and then exchange for ``exchange`` seconds.
 
-    Rank r runs on core r % cores, after those before it there; who waits for a core has not read its clock yet, so
-    that its exchange seems to last."""
+    Rank r runs on core r % cores, after earlier ranks there. A rank that waits for a core has not read its clock yet,
+    so its exchange seems to last."""
     ready, ends = 0.0, [0.0] * len(work)
     out: list[list[float]] = [[] for _ in work]
     for turn in range(len(work[0])):

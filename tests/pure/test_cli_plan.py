@@ -22,7 +22,7 @@ SMALL = "plan deepseek-v2-lite --device h100 --dp 2 --tp 2 --rows 1024"
 
 
 def run(capsys: pytest.CaptureFixture[str], line: str) -> str:
-    """What the command prints; it must succeed and write nothing else."""
+    """Output of the command, which must succeed and write nothing to stderr."""
     code = main(line.split())
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
@@ -173,7 +173,7 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 120
     assert "\x1b" not in out and "\u2026" not in out and out.isascii()
     warning = "WARNING: does not fit: 86.7 GB of fp8 weights per rank on dp 2 x tp 4, where a rank of h100 has "
-    assert lines[0].startswith(warning)  # what cannot be comes before what it would cost
+    assert lines[0].startswith(warning)  # errors of impossible options come before prices
     del lines[: next(i for i, line in enumerate(lines) if line.startswith("deepseek-v3"))]
     assert lines[0] == "deepseek-v3 on dp 2 x tp 4: 8 x NVIDIA H100 SXM 80 GB, fp8"
     assert lines[1].startswith("one prefill step of 16384 rows (8192 + 8192), context 4096, logits of 4")
@@ -201,7 +201,7 @@ def test_tables_name_inapplicable_layouts_and_the_chosen_sharding(capsys: pytest
     assert "weight sharding of auto, chosen for this one step: " in out
     assert "weight sharding of the named layouts, as published: embed vocab, qkv_a_proj replicated" in out
     header = next(line for line in out.splitlines() if line.startswith("ms per step"))
-    assert header.split() == ["ms", "per", "step", "all-reduce", "auto"]  # auto is shown beside what was asked for
+    assert header.split() == ["ms", "per", "step", "all-reduce", "auto"]  # auto is shown beside the requested layouts
     assert "- norm-before-gather: dp is 1" in out
     assert "KV cache 70272 bytes per token" in out
     decode = run(capsys, "plan deepseek-v3 --device h20 --tp 8 --rows 128 --phase decode")

@@ -20,7 +20,7 @@ V3 = f"simulate deepseek-v3 --device h200 {LOAD}"
 
 
 def run(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[str, dict[str, Any]]:
-    """What the command prints, and its JSON document."""
+    """Output of the command, and its JSON document."""
     return run_for_both(capsys, line.split(), code)
 
 
@@ -63,7 +63,7 @@ def test_layouts_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert slow < fast
     assert f"x {slow / fast:.3f} of the best" in out
     titles = " ".join(out.split())
-    assert titles.index("dp 1 x tp 8, sequence-parallel") < titles.index("dp 1 x tp 8, auto")  # as they were asked for
+    assert titles.index("dp 1 x tp 8, sequence-parallel") < titles.index("dp 1 x tp 8, auto")  # in the requested order
     assert titles.rindex("dp 1 x tp 8 auto") < titles.rindex("dp 1 x tp 8 sequence-parallel")  # the best first
 
 

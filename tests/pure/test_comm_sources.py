@@ -1,4 +1,4 @@
-"""The sources of comm: a transport says what it can, so nothing asks for its type."""
+"""The sources of comm: transports have methods for what they support, so no code checks their type."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def calls(node: ast.AST, *functions: str) -> bool:
 
 
 def questions(source: str) -> list[tuple[int, set[str]]]:
-    """(line, names) of each place that asks for a type: isinstance, issubclass, type(x) is ..., class patterns."""
+    """(line, names) of each check of a type: isinstance, issubclass, type(x) is ..., class patterns."""
     found = []
     for node in ast.walk(ast.parse(source)):
         compares = isinstance(node, ast.Compare) and any(calls(side, "type") for side in (node.left, *node.comparators))

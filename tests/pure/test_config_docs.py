@@ -1,6 +1,6 @@
-"""docs/formats.md lists the fields of every family: the list is that of the schemas.
+"""docs/formats.md lists the fields of every family: the list equals the schemas.
 
-``python tests/pure/test_config_docs.py`` writes it anew.
+``python tests/pure/test_config_docs.py`` rewrites it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def listed() -> str:
 
 
 def with_list(page: str) -> str:
-    """``page`` with the list of the schemas as they are."""
+    """``page`` with the current list of the schemas."""
     return f"{page[: page.index(BEGIN)]}{BEGIN}\n\n{listed().strip()}\n\n{page[page.index(END) :]}"
 
 

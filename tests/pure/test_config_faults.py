@@ -38,7 +38,7 @@ def read(family: str, /, **changes: Any) -> ModelConfig:
 
 
 def schema(kind: type[Schema], /, **changes: Any) -> ModelConfig:
-    """What a schema makes of fields, also of those that no model computes yet."""
+    """The config that a schema reads from fields, also from those that no model computes yet."""
     raw = RAW[kind.model_types[0]] | {"model_type": kind.model_types[0]} | changes
     return kind.read(raw, "c.json")
 

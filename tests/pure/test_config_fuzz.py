@@ -45,7 +45,7 @@ MESHES = [Mesh.of(dp=dp, tp=tp) for dp, tp in ((1, 1), (1, 3), (2, 2))]
 
 
 def base(name: str) -> dict[str, Any]:
-    """The smallest config of a family: what a file must have."""
+    """The smallest config of a family: the required fields only."""
     schema = FAMILIES[name]
     needed = {field for field, info in schema.model_fields.items() if info.is_required()} | {"intermediate_size"}
     more = {"num_key_value_heads"} if "num_key_value_heads" in schema.model_fields else set()
@@ -91,7 +91,7 @@ def outcome(raw: dict[str, Any]) -> ModelConfig | None:
 
 
 def planned(config: ModelConfig) -> None:
-    """Chains and slices of weights on every mesh that the model can be dealt to."""
+    """Chains and slices of weights on every mesh that the model can be split over."""
     for mesh in MESHES:
         try:
             build_chain(config, mesh)

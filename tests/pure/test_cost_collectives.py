@@ -1,4 +1,4 @@
-"""Collective prices: the points of the table, what is made of them, and the choices that follow from them."""
+"""Collective prices: points of the table, prices between them, and the resulting choices."""
 
 import math
 
@@ -200,7 +200,7 @@ def test_large_tensors_cost_no_less_than_smaller_ones(
 ) -> None:
     buffers = num_ranks if op == "all_to_all" else 1  # large for a rank, not only in sum: small points scatter
     small, large = (seconds(name, op, num_ranks, n * buffers, graph) for n in (nbytes, int(nbytes * factor)))
-    # Where one backend's table ends and another's goes on, half a per cent of noise may show.
+    # Where one backend's table ends and another's begins, half a per cent of noise may show.
     assert small <= large * 1.005
 
 

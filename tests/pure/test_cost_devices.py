@@ -1,4 +1,4 @@
-"""Devices: the figures are plausible and say where they come from; an unknown name is answered with the known ones."""
+"""Devices: figures are plausible and have sources; the error of an unknown name lists the known ones."""
 
 import dataclasses
 import pickle

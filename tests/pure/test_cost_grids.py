@@ -1,4 +1,4 @@
-"""Measured kernels of GPUs: points, what lies between and beyond them, and what engines add and save."""
+"""Measured kernels of GPUs: points, prices between and beyond them, and what engines add and save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How unevenly whole experts are loaded: figures that others found, and what more ranks, rows and skew do."""
+"""Imbalance of whole experts: published figures, and the effect of ranks, rows and skew."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_row_chooses_an_expert_once_however_popular() -> None:
 
 
 def test_ranks_with_more_experts_are_not_uneven_for_that() -> None:
-    """10 experts on 4 ranks are 3, 3, 2, 2: chosen alike, the fullest rank has what its 3 make it expect."""
+    """10 experts on 4 ranks are 3, 3, 2, 2: if all are equally likely, the fullest rank has the load of its 3."""
     assert 1.0 <= imbalance(4, 65536, experts=10, top_k=2, skew=0.0) < 1.02
 
 
@@ -96,7 +96,7 @@ def test_uneven_shares_are_shares_of_the_fullest_rank() -> None:
 
 
 class Counting(Random):
-    """How many numbers all of them have drawn."""
+    """Numbers drawn by all instances."""
 
     drawn = 0
 

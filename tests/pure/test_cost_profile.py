@@ -1,4 +1,4 @@
-"""Profiles: what is written is read back, what is wrong is named, and measured prices are used where there are any."""
+"""Profiles: writing and reading, errors that name the place, and measured prices instead of rooflines."""
 
 from __future__ import annotations
 

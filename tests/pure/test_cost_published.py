@@ -1,6 +1,6 @@
 """The published H20 profile, priced: DeepSeek-V3 in FP8, TP8, one step of 32,768 rows, 61 layers.
 
-The figures are what the project's reference prices it at with the same conventions, and what was published.
+The figures are the reference's prices with the same conventions, and the published ones.
 """
 
 import pytest

@@ -39,7 +39,7 @@ PAGES = sorted(path for folder in (".", "docs", ".github") for path in (ROOT / f
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name after ``#``: GitHub's form of each heading."""
+    """The anchors of a page: GitHub's form of each heading."""
     heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 

@@ -1,4 +1,4 @@
-"""The example that needs no torch, run as a reader runs it; and what `from narrows import ...` gives."""
+"""The example that needs no torch, run as a reader runs it; and the names of `from narrows import ...`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""What went wrong in other engines, as plans: each test is one line of docs/field-bugs.md.
-
-Every test runs twice or more: as it is, and with the mistake put in (`planted`), where its own check must fail. The
+"""Bugs of other engines, as plans: each test is one line of docs/field-bugs.md. Every test runs unchanged, and once
+with each mistake planted (`planted`), where its own check must fail. The
 other half, on tensors, is tests/torch/test_field_bugs.py.
 """
 
@@ -63,13 +62,13 @@ class Mistake:
 
 
 def planted(*mistakes: Mistake) -> pytest.MarkDecorator:
-    """The test as it is, and once with each mistake."""
+    """The test unchanged, and once with each mistake."""
     return pytest.mark.parametrize("mistake", [None, *mistakes], ids=lambda m: m.name if m else "as-it-is")
 
 
 @contextmanager
 def noticed(mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is inside must pass, or, with a mistake put in, fail in the way that the mistake says."""
+    """The block must pass or, with a planted mistake, fail in that mistake's way."""
     if mistake is None:
         yield
         return
@@ -84,7 +83,7 @@ def _believe(patch: pytest.MonkeyPatch) -> None:
 
 
 BELIEVES_THE_CONSUMER = Mistake("consumer-believes-what-it-expects", _believe, pytest.fail.Exception, "DID NOT RAISE")
-"""The field's own mistake: what a step reads is taken to be what it expects, whoever left it."""
+"""The common mistake: an op takes its input to be in the layout that it expects."""
 
 
 # -- plans, and plans that were tampered with --------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def takes_a_sum(op: Op) -> bool:
     return op.move is not None and op.move.kind in REDUCTIONS
 
 
-# -- A. who completes the sum ------------------------------------------------------------------------------------------
+# -- A. which rank completes the sum -----------------------------------------------------------------------------------
 
 
 @planted(BELIEVES_THE_CONSUMER)
@@ -254,7 +253,7 @@ def test_a_sum_over_ranks_with_different_rows_is_no_layout(
 def test_a_reduction_of_equal_rows_is_refused(
     mesh: Mesh, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #31699, #32609, in a plan that came from elsewhere (a file, a hand): the value says what it owes."""
+    """sglang #31699, #32609, in a plan from a file or written by hand: the layout says that a sum is owed."""
     plan = planner_of(mesh).plan(shape_of(mesh, 100), "norm-before-gather")
     slices = places(plan, lambda s: s.name == "slice" and s.reads == ("hidden",))
     assert slices
@@ -519,7 +518,7 @@ def _an_idle_group_gets_a_row(patch: pytest.MonkeyPatch) -> None:
 def test_a_group_with_no_rows_has_none(
     rows: tuple[int, ...], mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #19918: one group with zero rows, which others fill up with a row that stands for nothing."""
+    """sglang #19918: one group with zero rows, which other engines fill with a dummy row."""
     with noticed(mistake, monkeypatch):
         check_partition(Mesh.of(dp=2, tp=2), rows)
 
@@ -601,7 +600,7 @@ MARKS: dict[str, Callable[[Plan], set[bool]]] = {
         op.layout == scattered(plan.mesh) for _, op in places(plan, lambda s: s.kind is OpKind.STAGE and s.fused)
     },
 }
-"""What each named layout is about, asked of every op that it is about."""
+"""The defining property of each named layout, checked on every op that it concerns."""
 
 
 def _name_without_rules(patch: pytest.MonkeyPatch) -> None:
@@ -619,7 +618,7 @@ def _name_without_rules(patch: pytest.MonkeyPatch) -> None:
 def test_a_named_layout_is_in_force_at_every_row_count(
     layout: str, rows: int, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A switch that is on but does nothing: one row, decode, or a chunk too small. A name here is what runs."""
+    """A switch that is on without effect: one row, decode, or a small chunk. Here the named layout always runs."""
     mesh = Mesh.of(dp=2, tp=2)
     with noticed(mistake, monkeypatch):
         for phase in ("prefill", "decode"):

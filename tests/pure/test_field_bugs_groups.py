@@ -27,7 +27,7 @@ GROUPS = 4
 
 
 class ByLargestGroup:
-    """Seconds of a step: as long as its largest group takes, and what all rows take together."""
+    """Seconds of a step: the time of its largest group, and of all rows together."""
 
     def __init__(self) -> None:
         self.group_rows: list[tuple[int, ...]] = []
@@ -171,7 +171,7 @@ def test_no_groups_idle_while_prompts_queue_on_one(put: Put | None, monkeypatch:
 
 @planted(rows_by_turn_alone)
 def test_prompts_are_collected_over_groups(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ROCm/ATOM #1611, tpu-inference #2577: small prefills on some ranks hold up everybody's decode steps."""
+    """ROCm/ATOM #1611, tpu-inference #2577: small prefills on some ranks delay the decode steps of all."""
 
     def check() -> None:
         asks = arrive(random_lengths(80, 300, 40, prefixes=Prefixes()), rate=15.0, burstiness=0.2, seed=1)
@@ -186,9 +186,8 @@ def test_prompts_are_collected_over_groups(put: Put | None, monkeypatch: pytest.
 
 @planted(everybody_waits_behind_the_first)
 def test_a_group_out_of_pages_stalls_no_other(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRT-LLM #17379, #17978, #14126, #8372: one attention-DP rank without KV pages stalls all, and nothing says so.
-
-    Long texts fill group 0, and one that is too large for what is left anywhere waits at the head of the queue.
+    """TRT-LLM #17379, #17978, #14126, #8372: one attention-DP rank without KV pages stalls all silently. Long texts
+    fill group 0, and one that fits nowhere now waits at the head of the queue.
     """
 
     def check() -> None:

@@ -87,7 +87,7 @@ def test_attacks_have_distinct_names_and_descriptions(hostile: ModuleType) -> No
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8000", "http://example.org", "http://127.0.0.1.example.org"])
 def test_other_machines_are_not_attacked(hostile: ModuleType, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr(sys, "argv", ["hostile.py", "--url", url, "--pid", "1"])
-    monkeypatch.setattr(hostile, "run", lambda attacks, args: [])  # should the check be missing, nothing is asked
+    monkeypatch.setattr(hostile, "run", lambda attacks, args: [])  # without the check no request is sent
     with pytest.raises(SystemExit) as ended:
         hostile.main()
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""Models by their names on the hub: a fake hub answers over real HTTP, and the real library asks it."""
+"""Models by their names on the hub: the real library sends requests to a fake hub over real HTTP."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.fixture
 def silence(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Nobody answers at the hub's address any more."""
+    """The hub's address no longer answers."""
     return lambda: set_endpoint(monkeypatch, "http://127.0.0.1:9")
 
 

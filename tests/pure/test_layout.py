@@ -223,7 +223,7 @@ def test_a_split_that_does_not_fit_the_mesh_is_refused() -> None:
 
 
 def expected_kind(move: Move) -> MoveKind:
-    """What the move must be, from its two ends alone."""
+    """The move that two layouts imply."""
     src, dst = move.src, move.dst
     if src.owes_sum:
         return MoveKind.ALL_REDUCE if dst.num_leading == src.num_leading else MoveKind.REDUCE_SCATTER

@@ -1,4 +1,4 @@
-"""docs/layouts.md is what benchmarks/layouts_page.py prints: no figure of it is older than the prices."""
+"""docs/layouts.md equals the output of benchmarks/layouts_page.py, so no figure is older than the prices."""
 
 from __future__ import annotations
 

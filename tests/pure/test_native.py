@@ -1,4 +1,4 @@
-"""The compiled library is opened, or it is said in one clause why not."""
+"""The compiled library is opened, or one clause gives the reason why not."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_row_wise_kernels_leave_the_same_bits_on_every_target():
 
 
 def row_wise() -> bytes:
-    """What some kernels make of the same numbers, float32 and bf16, in widths with a rest."""
+    """Results of some kernels for the same numbers, float32 and bf16, in widths with a remainder."""
     compiled, made, rng = kernels(), b"", random.Random(1)
     rows, width, experts = 3, 53, 24
 

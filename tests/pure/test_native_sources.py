@@ -1,4 +1,4 @@
-"""What the compiled code owes: every kernel has a C++ test, and no intrinsic or #if is in an algorithm."""
+"""Rules of the compiled code: every kernel has a C++ test, and algorithms contain no intrinsic or #if."""
 
 from __future__ import annotations
 

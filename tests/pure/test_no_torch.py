@@ -1,4 +1,4 @@
-"""The plugin of `make quick`: it keeps torch out where it is asked to, and nowhere else."""
+"""The plugin of `make quick`: it blocks torch when configured, and not otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package promises to pip: ranges that the pinned versions satisfy, extras, and licences beside the data."""
+"""Packaging: ranges that the pinned versions satisfy, extras, and licences beside the data."""
 
 from __future__ import annotations
 

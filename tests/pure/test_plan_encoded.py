@@ -1,6 +1,6 @@
-"""Encoded rows in plans: what they cost, that they are taken where they pay, and that every text says so.
+"""Encoded rows in plans: their price, their use where it pays, and their words in every report.
 
-That the search stays exact with them, and where they may be at all: `test_plan_search.py`.
+`test_plan_search.py` tests that the search stays exact with them, and where they are allowed.
 """
 
 from __future__ import annotations

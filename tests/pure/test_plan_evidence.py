@@ -1,4 +1,4 @@
-"""What predictions rest on: shares per source that add up, and a line only where something was not measured."""
+"""Sources of predictions: shares that add up, and a line only where prices are unmeasured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buckets that are planned ahead: those that steps ask for, each once, likely ones first."""
+"""Buckets that are planned ahead: those that steps need, each once, likely ones first."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_the_last_layer_is_narrow_where_few_rows_have_logits(rows: int, logits: 
 
 
 def cheapest(mesh: Mesh, rows: int, on: str, **pinned: str) -> WeightSharding:
-    """The cheapest weight sharding for a prefill step of ``rows``, whatever it takes of memory."""
+    """The cheapest weight sharding for a prefill step of ``rows``, ignoring memory."""
     d = Deployment(config=preset("deepseek-v3"), mesh=mesh, device=device(on), dtype="fp8")
     shape = StepShape.of(mesh, (rows // mesh.num_groups,) * mesh.num_groups, phase="prefill", context=4096)
     choices = [f for f in sharding_choices(d.config, mesh) if all(getattr(f, k) == v for k, v in pinned.items())]

@@ -1,4 +1,4 @@
-"""Named layouts are the published ones, op by op, and say which condition fails where they cannot apply."""
+"""Named layouts equal the published ones, op by op; an inapplicable one names the failed condition."""
 
 from __future__ import annotations
 

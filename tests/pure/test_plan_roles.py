@@ -1,4 +1,4 @@
-"""`plan` knows fields and stages by what they are to the model, never by name."""
+"""`plan` identifies fields and stages by their role in the model, never by name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def all_names() -> set[str]:
 
 
 def strings(source: str) -> Iterator[tuple[int, str]]:
-    """Every string of a module that is not a docstring: its line, and what it is."""
+    """(line, value) of every string of a module that is not a docstring."""
     nodes = list(ast.walk(ast.parse(source)))
     documents = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     for node in nodes:
@@ -124,7 +124,7 @@ def solved(chain: Chain, mesh: Mesh, config: ModelConfig, layout: str, encoding:
 
 
 def with_other_names(plan: Plan) -> list[tuple[object, ...]]:
-    """What ``plan`` does and costs, said in the names of :func:`renamed`."""
+    """Ops and prices of ``plan``, with the names of :func:`renamed`."""
     return [(segment.layers, *said(op, other)) for segment in plan.segments for op in segment.ops]
 
 
@@ -133,7 +133,7 @@ def as_named(plan: Plan) -> list[tuple[object, ...]]:
 
 
 def said(op: Op, name: Callable[[str], str]) -> tuple[object, ...]:
-    """Everything of ``step`` with its fields and stages renamed; adds are called after what they add."""
+    """All of ``step`` with its fields and stages renamed; adds are named after their addend."""
     if op.kind is OpKind.STAGE:
         title = name(op.name)
     else:

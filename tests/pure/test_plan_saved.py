@@ -1,4 +1,4 @@
-"""Plans as text: the straight-line program, and files that give the same plan back or say what differs."""
+"""Plans as text: the straight-line program, and files that read back equal or name the difference."""
 
 import ast
 import json

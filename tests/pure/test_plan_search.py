@@ -75,7 +75,7 @@ def tiny(family: str, layers: int) -> ModelConfig:
 
 @dataclass(frozen=True)
 class RandomPrices:
-    """A price from a hash of what is asked for: any price may be the dearest, and asking again gives the same.
+    """A price from a hash of its arguments: any price may be the dearest, and equal arguments give equal prices.
 
     ``scale`` small makes many ties.
     """
@@ -203,7 +203,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: boo
     def ways_to_run(
         stage: Stage, held: dict[str, Layout], selected: bool
     ) -> Iterator[tuple[dict[str, Layout], Layout, bool]]:
-        """What is held after the stage, where it ran, and whether it added the residual; nothing if it cannot run."""
+        """(state after the stage, its layout, whether it added the residual); nothing if it cannot run."""
         reads = {bundle_of[name] for name in stage.reads}
         fused = stage.kind is StageKind.NORM and "residual" in held
         if stage.kind is StageKind.NORM and not fused:
@@ -367,7 +367,7 @@ def test_rules_that_leave_no_way_name_the_stage() -> None:
 
 @pytest.mark.slow
 def test_inapplicable_agrees_with_the_planner() -> None:
-    """Every layout that is said to apply has a plan, on every mesh and model."""
+    """Every applicable layout has a plan, on every mesh and model."""
     for family, mesh in itertools.product(("v3", "v2-lite", "llama", "qwen3-moe"), MESHES):
         config = tiny(family, 2)
         chain = build_chain(config, mesh)
@@ -378,7 +378,7 @@ def test_inapplicable_agrees_with_the_planner() -> None:
 
 @dataclass(frozen=True)
 class CountedPrices(RandomPrices):
-    """What is asked for, in turn."""
+    """The requested prices, in order."""
 
     asked: list[object] = field(default_factory=list)
 
@@ -407,7 +407,7 @@ def test_a_plan_of_61_layers_takes_no_more_prices_than_one_of_5(dp: int, tp: int
 
 @dataclass(frozen=True)
 class Recoding(RandomPrices):
-    """Random prices, but encoding and decoding cost what is said; None: nobody may ask."""
+    """Random prices, but encoding and decoding cost ``ps``; None: they must not be priced."""
 
     ps: int | None
 
@@ -441,7 +441,7 @@ def test_dear_encodings_change_no_plan_and_free_ones_never_cost(built: tuple, se
 @settings(deadline=None, max_examples=examples(60))
 @given(chains(st.integers(1, 4)), seeds, st.booleans())
 def test_only_outputs_of_norms_and_gemms_are_encoded(built: tuple, seed: int, always: bool) -> None:
-    """Never an owed sum, the residual stream, ids or the choice of experts, however cheap that were."""
+    """Never an owed sum, the residual stream, ids or the choice of experts, even if it were free."""
     chain, mesh = built
     plan = solved(chain, mesh, Recoding(seed, 10**6, 0), Encoding.FP8, always=always)
     plan.validate()

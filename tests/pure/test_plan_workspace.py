@@ -1,4 +1,4 @@
-"""What a step takes beside weights: it grows with rows, with rows x context where kernels need it, and is per rank."""
+"""Workspace of a step: it grows with rows, with rows x context where kernels need it, and is per rank."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_workspace_is_in_proportion_to_rows() -> None:
 
 
 def test_scattered_rows_are_divided_by_the_ranks() -> None:
-    """sglang #28884: what a rank holds is counted after rows are divided over groups and ranks."""
+    """sglang #28884: a rank's memory is counted after rows are divided over groups and ranks."""
     wide, split = of(planner(dp=1, tp=8), 32768), of(planner(dp=8, tp=1), 32768)
     by = planner("llama-3.1-70b", "h200", "bf16", dp=1, tp=8)
     assert of(by, 8192, layout="sequence-parallel").activations < of(by, 8192).activations

@@ -1,4 +1,4 @@
-"""Batches: which rows a step has, which of them ask for logits, and what references stand for."""
+"""Batches: the rows of a step, which of them have logits, and what references mean."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_logit_rows_and_samples_agree_with_counting_row_by_row(plan: list[list[t
     number = iter(range(100))
     groups = tuple(tuple(chunk(next(number), 1, rows, min(logits, rows)) for rows, logits in group) for group in plan)
     batch = Batch(groups=groups)
-    rows: list[tuple[int, bool, bool]] = []  # request, asks for logits, is sampled
+    rows: list[tuple[int, bool, bool]] = []  # request, has logits, is sampled
     for group in groups:
         for part in group:
             for i in range(len(part.tokens)):

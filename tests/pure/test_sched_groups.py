@@ -1,4 +1,4 @@
-"""Several attention groups in one scheduler: who gets rows, who goes where, and who waits for a group without pages."""
+"""Several attention groups in one scheduler: shares of rows, routing of requests, and groups without pages."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_clients_first_prompt_never_waits_for_further_prompts_of_another_group
     assert rows == {0: 36, 9: 28}, "and the flood's second has none before both are done"
 
 
-# -- who goes where ----------------------------------------------------------------------------------------------------
+# -- routing ----------------------------------------------------------------------------------------------------
 
 
 def test_a_request_goes_to_the_group_with_the_least_left_to_compute() -> None:
@@ -140,7 +140,7 @@ def test_each_running_request_counts_as_256_rows_against_a_cached_prefix(running
 
 
 def test_running_requests_count_so_a_shared_prefix_idles_no_group() -> None:
-    """Two prefixes, as reinforcement learning sends them: what they save must not keep half of the groups empty."""
+    """Two prefixes, as reinforcement learning sends them: their savings must not keep half of the groups empty."""
     scheduler = make(rows_per_step=2048, page_size=16)
     for number in range(64):
         add(scheduler, number, 32, shared=3584, prefix=number % 2, max_tokens=256)
@@ -170,7 +170,7 @@ def test_equal_loads_give_equal_steps() -> None:
 
 
 def test_a_group_short_of_pages_stalls_no_other_and_keeps_its_waiting_order() -> None:
-    """Both groups have 50 pages. A request that needs 45 waits for one of them; small ones go on in the other."""
+    """Both groups have 50 pages. A request that needs 45 waits for one of them; small ones continue in the other."""
     scheduler = make(num_groups=2, pages_per_group=51, max_context=200, align_steps=0)
     held = [add(scheduler, number, 60, max_tokens=40) for number in range(2)]
     step(scheduler)
@@ -241,7 +241,7 @@ def test_only_the_group_out_of_pages_preempts_and_stats_name_it() -> None:
 
 
 def test_a_preempted_text_continues_in_another_group_and_stats_name_its_own() -> None:
-    """Group 1 is the one that is short; what it puts back finds room in group 0 at once, so that nobody ever waits."""
+    """Group 1 is short of pages; its preempted texts find room in group 0 at once, so no request waits."""
     scheduler = make(num_groups=2, pages_per_group=31, max_context=200, decode_weight=0)
     add(scheduler, 0, 60, max_tokens=8)
     pair = [add(scheduler, 1, 4, shared=40, max_tokens=60)]

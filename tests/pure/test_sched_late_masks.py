@@ -1,4 +1,4 @@
-"""Guides whose masks come late: their requests wait alone, whatever befalls them, and go on when masks are there."""
+"""Guides whose masks come late: only their requests wait, also through preemption, and continue with the mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANY, NOTHING = b"\xff\xff", b"\x00\x00"
 
 
 class Held(Guide):
-    """Its mask is there at first; each later one when the test brings it."""
+    """The first mask is ready; each later one when the test delivers it."""
 
     def __init__(self, mask: bytes | None = ANY) -> None:
         self.mask = mask

@@ -41,7 +41,7 @@ def by_group(shared: dict[Request, int]) -> list[int]:
 
 
 def one_group_dealt(queue: Sequence[Request], budget: int, limits: Limits) -> dict[Request, int]:
-    """The rule for one group, written down plainly: by turn, and others pass only what waits for scored rows."""
+    """The rule for one group, written plainly: by turn; only requests that wait for scored rows are passed."""
     shared: dict[Request, int] = {}
     scored = limits.scored_rows
     for request in queue:
@@ -55,7 +55,7 @@ def one_group_dealt(queue: Sequence[Request], budget: int, limits: Limits) -> di
         if rows == request.rows_left:
             continue
         if not request.scores_prompt or not next_rows(request, budget, limits, rows):
-            break  # a chunk that does not fit at all is passed by nobody
+            break  # no request passes a chunk that does not fit at all
         scored = 0
     return shared
 

@@ -105,7 +105,7 @@ def splitmix64(state: int) -> int:
 
 
 def test_pinned_values() -> None:
-    """A text that somebody kept with its seed comes again from every later version."""
+    """A seed gives the same text in every later version."""
     assert splitmix64(1234567) == 6457827717110365317  # the published test vector
     for seed, position, value in (
         (0, 0, 0.6524484863740322),

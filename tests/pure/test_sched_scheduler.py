@@ -1,4 +1,4 @@
-"""The scheduler's rules one by one: budget, admission, groups, running ahead, ends, and what it refuses."""
+"""The scheduler's rules one by one: budget, admission, groups, running ahead, ends, and refusals."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_lower_priorities_run_first_without_starvation() -> None:
     for number in range(3, 20):
         order += [chunk.request for chunk in step(scheduler).groups[0]]
         commit(scheduler, (7,))
-        add(scheduler, number, prompt=1, max_tokens=1)  # one more urgent one comes per step
+        add(scheduler, number, prompt=1, max_tokens=1)  # one more urgent request arrives per step
     assert late.finish_reason and order[1] == 1 and 3 in order[: order.index(2)]
     assert order.index(2) <= 7, "it goes before those that came 5 steps after it"
 
@@ -406,7 +406,7 @@ def test_nothing_to_do_is_none() -> None:
     assert scheduler.schedule() is None and not scheduler.has_work
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

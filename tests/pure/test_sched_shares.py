@@ -1,4 +1,4 @@
-"""Several clients in one scheduler: nobody holds all places, pages or rows while others wait, and nobody starves."""
+"""Several clients in one scheduler: none holds all places, pages or rows while others wait, and none starves."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_texts_beyond_their_share_yield_rows_and_are_not_recomputed() -> None:
 
 @pytest.mark.parametrize("limits", [Limits(requests_per_group=1), Limits(pages_per_group=8, page_size=4)])
 def test_with_room_for_one_text_clients_take_turns(limits: Limits) -> None:
-    """One place, or pages for a single text: whoever had it last is behind those that came meanwhile."""
+    """One place, or pages for a single text: the client that had it last is behind those that came meanwhile."""
     scheduler = Scheduler(limits)
     flood = [text(number, "flood", prompt=16, max_tokens=12) for number in range(20)]
     add(scheduler, *flood)

@@ -50,9 +50,8 @@ def plain_loop(prompt: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int]
 
 
 class Ranks:
-    """What the ranks do, in ints: write each row to its slot, then read the context back by the pages.
-
-    What is written is the token, and a mark of all tokens before it, as KV depends on those too.
+    """Ranks in ints: write each row to its slot, then read the context back by the pages. A row holds the token
+    and a mark of all tokens before it, as KV depends on those too.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -242,7 +241,7 @@ class Serving(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(20_000):  # a row for each, however often texts are put back
+        for _ in range(20_000):  # a row for each, after any number of preemptions
             if not (self.scheduler.has_work or self.in_flight):
                 break
             if self.in_flight < 2:

@@ -1,4 +1,4 @@
-"""What a simulated step costs: a plan's own price at its own shape, and more with every row and token of context."""
+"""Price of a simulated step: a plan's own price at its own shape, and more with every row and token of context."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_rows_contexts_and_the_fullest_group_decide() -> None:
     # Groups wait for each other, so the longer contexts of one decide.
     assert seconds(long, short) == pytest.approx(seconds(long, long))
     assert seconds(short, [(500, 1)] * 41) >= seconds(short, short)
-    # A prompt in pieces attends to what is before it.
+    # Chunks of a prompt attend to the tokens before them.
     assert seconds([(30000, 1000)], []) > seconds([(0, 1000)], [])
     # Rows of texts beside a prompt's read their contexts, whatever the prompt's are.
     mixed, prompt = seconds([*long, (0, 960)], []), seconds([*short, (0, 960)], [])

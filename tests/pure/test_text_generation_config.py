@@ -1,4 +1,4 @@
-"""What a checkpoint recommends for generation: read as it stands, and refused where it makes no sense."""
+"""Sampling settings of a checkpoint: read unchanged, and refused where they are impossible."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""TextStream: the pieces joined are decode of all ids, whatever the ids; and nothing is held without need."""
+"""TextStream: the joined pieces equal decode of all ids, for any ids; and text is held back only where needed."""
 
 import functools
 from pathlib import Path
@@ -76,7 +76,7 @@ def make(build):
 
 
 def pieces(tokenizer, ids, skip=True):
-    """What each push gives, and what finish gives."""
+    """The pieces of each push and of finish."""
     stream = TextStream(tokenizer, skip_special_tokens=skip)
     return [*(stream.push(i) for i in ids), stream.finish()]
 

@@ -71,7 +71,7 @@ def test_special_tokens_are_ids_in_text_and_skipped_in_decode(folder):
     ids = tokenizer.encode("the<|im_end|>")
     assert ids[-1] == 2
     assert tokenizer.decode(ids) == "the"
-    assert tokenizer.decode([*ids, 10**6]) == "the"  # padded logits may yield an id that nobody spelled
+    assert tokenizer.decode([*ids, 10**6]) == "the"  # padded logits may yield an id without a token
 
 
 def test_bos_is_added_once(folder):
@@ -294,7 +294,7 @@ def test_the_room_needs_no_torch():
 
 
 def sentencepiece(*, fallback=True, normalizer=None):
-    """BPE with a leading ▁, as Llama 2's; ``fallback``: what it lacks becomes bytes, else one unknown token."""
+    """BPE with a leading ▁, as Llama 2's; ``fallback``: unknown text becomes bytes, else one unknown token."""
     alphabet = [*sorted({c for line in CORPUS for c in line} - {" "}), "▁"]
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *alphabet]
     model = models.BPE(

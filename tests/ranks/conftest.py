@@ -16,14 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # rank processes inherit it, and import what they run from there
+sys.path.insert(0, str(HERE))  # rank processes inherit it, and import their code from there
 
 MARK = f"NARROWS_TEST_RUN={uuid.uuid4().hex}"
 """An environment variable that all processes of this test run inherit, and those of other runs do not have."""
 
 
 def marked() -> set[int]:
-    """The processes that this test run has started, whatever their parent is now."""
+    """The processes that this test run has started, even those with another parent by now."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():

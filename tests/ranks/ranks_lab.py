@@ -101,7 +101,7 @@ def rough(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def collectives(comm: Communicator, counts: Sequence[int], width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every collective in every group of this rank, on values that are its own; what each gave.
+    """Every collective in every group of this rank, on this rank's own values; the results.
 
     ``counts``: rows by place in a group; a group takes as many of them as it has members.
     """
@@ -145,7 +145,7 @@ def facts(comm: Communicator) -> tuple[int, int, int, bool, bool, bool, str]:
 
 
 def results_are_nobody_elses(comm: Communicator) -> None:
-    """Every result is overwritten by its owner; nobody's input may change."""
+    """Every result is overwritten by its owner; no input may change."""
     ranks, me = everyone(comm), comm.rank
     counts = [2, 0, 1, 3][: len(ranks)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -188,7 +188,7 @@ def inputs_may_be_written_again(comm: Communicator, rounds: int, size: int) -> N
         copied = comm.broadcast(x, ranks, num - 1, "b")
         x.fill_(-1)
         assert bool((copied == i * 10 + num - 1).all())
-        copied.fill_(-1)  # who sent the most came back the first: what is still under way must not change
+        copied.fill_(-1)  # the largest sender returned first: data still under way must not change
         x.fill_(i * 10 + me)
         piece = comm.reduce_scatter(x, ranks, (*(0,) * (num - 1), num * size), "r to the last")
         x.fill_(-1)
@@ -206,7 +206,7 @@ def send_buffers(comm: Communicator) -> None:
         lent = {first.data_ptr(), second.data_ptr()}
         assert len(lent) == 2, "two buffers at a time are two pieces of memory"
         a, b = comm.all_gather([first, second], ranks, counts, "fields")
-        again = comm.send_buffer(rows, 4, torch.float32).fill_(100)  # whoever is slow still reads the first two
+        again = comm.send_buffer(rows, 4, torch.float32).fill_(100)  # slow ranks still read the first two
         (c,) = comm.all_gather([again], ranks, counts, "field")
         assert not {a.data_ptr(), b.data_ptr()} & lent
         assert bool((a == 1 + turn).all()) and bool((b == 2 + turn).all()) and bool((c == 100).all())
@@ -225,7 +225,7 @@ def send_buffers(comm: Communicator) -> None:
 
 
 def groups_of_one(comm: Communicator) -> None:
-    """Only rank 0 makes these calls: nobody else is needed."""
+    """Only rank 0 makes these calls; no other rank is needed."""
     if comm.rank:
         return
     alone, x, more = (0,), rough(1, 4, 5, dtype=torch.bfloat16), rough(2, 4, 5, dtype=torch.bfloat16)
@@ -241,7 +241,7 @@ def groups_of_one(comm: Communicator) -> None:
 
 
 def differing(comm: Communicator, how: str) -> str:
-    """Rank 1 comes with something else; what this rank is told, and a sum afterwards that shows all is well again."""
+    """Rank 1 makes a different call. Returns this rank's error, and a later sum that shows the ranks have recovered."""
     ranks, odd = everyone(comm), comm.rank == 1
     num = len(ranks)
     split = tuple(range(1, num + 1))
@@ -266,7 +266,7 @@ def differing(comm: Communicator, how: str) -> str:
         elif how == "root":
             comm.broadcast(torch.ones(5), ranks, 1 if odd else 0, label)
         elif how == "number":
-            if odd:  # begins one that cannot be, and goes on as if nothing had happened
+            if odd:  # begins an impossible one, and continues regardless
                 try:
                     comm.all_reduce(torch.ones(total + 1, 4), ranks, split, label)
                 except CollectiveMismatchError as error:

@@ -38,7 +38,7 @@ class ServerProcess:
 
     @property
     def said(self) -> str:
-        """What it has written to standard error."""
+        """Its standard error so far."""
         return self._log.read_text() if self._log else ""
 
     @property

@@ -79,7 +79,7 @@ class _Planted:
 
 
 class StaleLengths(_Planted):
-    """On rank 1 a replay reads as many tokens as the step that was captured, however many there are."""
+    """On rank 1 a replay reads as many tokens as the captured step, whatever the true length."""
 
     def __init__(self, worker: Any) -> None:
         if worker.rank_context.rank == 1:
@@ -109,7 +109,7 @@ class WrongSlots(_Planted):
 
 
 class LeftOutCollective(_Planted):
-    """The capture of every rank ends before the last reduction, and a replay goes on behind it."""
+    """The capture of every rank ends before the last reduction, and a replay continues from there."""
 
     def __init__(self, worker: Any) -> None:
         for name in ("all_reduce", "all_reduce_norm"):

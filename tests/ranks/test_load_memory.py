@@ -1,7 +1,8 @@
 """No rank holds the whole model, not even while it loads: peak memory of a process that loads as one rank of four.
 
-What counts is anonymous memory (``RssAnon`` in /proc/PID/status): what the process made itself and the kernel cannot
-drop. Pages of the mapped checkpoint (``RssFile``) are left out: they are shared by all ranks of a host and are given
+What counts is anonymous memory (``RssAnon`` in /proc/PID/status): memory that the process made itself and the kernel
+cannot drop.
+Pages of the mapped checkpoint (``RssFile``) are left out: they are shared by all ranks of a host and are given
 back when memory is short. What is freed goes back to the system at once, so that it is what is held that counts, not
 what glibc's heap keeps for later (0 to 26 MB here, by chance). The process is watched from outside, every millisecond,
 so that no lock of Python's hides a peak.
@@ -208,7 +209,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def peak_growth(model: Path) -> int:
-    """The most anonymous memory that loading as one rank of `RANKS` took, above what it took before."""
+    """Peak anonymous memory of loading as one rank of `RANKS`, above that before loading."""
     command = [sys.executable, "-c", LOAD, str(model), str(RANKS), str(RANK)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MB // 8)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as child:

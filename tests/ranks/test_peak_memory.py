@@ -1,4 +1,4 @@
-"""Peak memory of rank processes is what a plan says, within a band that holds on any machine."""
+"""Peak memory of rank processes equals the plan's, within a band that holds on any machine."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def test_peak_memory_grows_as_planned(tmp_path: Path) -> None:
     for found in (few, many):
         assert 0.7 * found.peak < found.predicted < 1.4 * found.peak, found
     predicted, measured = many.predicted - few.predicted, many.peak - few.peak
-    assert predicted > 40e6  # what a flat share would not see
-    assert measured / 3 < predicted < 3 * measured  # by how much the heap grows differs between machines
+    assert predicted > 40e6  # a flat share would miss this
+    assert measured / 3 < predicted < 3 * measured  # machines differ in how much the heap grows

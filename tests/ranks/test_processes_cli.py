@@ -64,7 +64,7 @@ def first_words(process: Process, count: int) -> str:
 
 @pytest.fixture(scope="module")
 def by_threads(speaking_v3: Path) -> str:
-    """What is printed; in float32 these texts do not depend on the mesh."""
+    """The printed text; in float32 it does not depend on the mesh."""
     out = io.StringIO()
     with redirect_stdout(out):
         assert main(generate(speaking_v3, "--dp", "2", "--tp", "2", "--quiet")[3:]) == 0
@@ -97,7 +97,7 @@ def test_torchrun_starts_the_ranks(speaking_v3: Path, by_threads: str) -> None:
 
 
 LONG = ("--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500", *(20 * PROMPTS))
-"""Many texts as long as the context, one after the other: they do not end while a test does what it came for."""
+"""Many texts as long as the context, one after the other: they outlast the test's own work."""
 ONE_BY_ONE = ("--requests-per-group", "1")
 
 
@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path, running
 def test_ctrl_c_ends_everything_once(speaking_v3: Path) -> None:
     process = start(generate(speaking_v3, "--tp", "2", *LONG, *ONE_BY_ONE))
     first_words(process, 20)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     code, _, err = ended(process)
     assert (code, err) == (130, "narrows: interrupted\n")
 
@@ -220,7 +220,7 @@ def test_ranks_are_assigned_to_nodes_in_order() -> None:
 
 
 def test_a_users_own_key_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever can reach the store could read the key there, and send the coordinator pickles."""
+    """A key in the store could be read by any host that reaches it, which could then send the coordinator pickles."""
     launch = Launch.of_nodes(world_size=2, num_nodes=2, node=0, address="127.0.0.1", port=9)
     published = []
     for own in (None, "sesame", "sesame"):

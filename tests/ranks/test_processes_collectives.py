@@ -67,7 +67,7 @@ def test_every_collective_has_the_bits_of_threads(pool, counts: tuple[int, ...],
 
 
 def test_large_tensors_have_the_bits_of_threads(pool) -> None:
-    """Larger than what travels at once."""
+    """Larger than one transfer."""
     same_as_threads(pool, pool.mesh, (300, 0, 257, 31), 64, torch.bfloat16)
 
 

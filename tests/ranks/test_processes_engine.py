@@ -106,7 +106,7 @@ def test_encoded_rows_have_the_bits_of_threads(
 
 
 def script_batches(script: VerifyBatches, engine: Engine) -> list[Batch]:
-    """The script's batches, fed with what the engine samples."""
+    """The batches of `verify`, fed with the engine's samples."""
     batches = []
     for batch in script:
         plan = engine.plans.current.plan_for(batch)

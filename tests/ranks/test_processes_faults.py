@@ -93,7 +93,7 @@ def checked() -> Iterator[Ranks]:
     ],
 )
 def test_a_mismatch_names_both_collectives(checked: Ranks, how: str, odd: str, others: str) -> None:
-    """It is found before any data is sent, so ranks that catch it go on."""
+    """It is detected before any data is sent, so ranks that catch it can continue."""
     texts = checked.submit(lab.Lab.run, lab.differing, how).result(PATIENCE_S)
     assert texts == [texts[0]] * 3
     assert texts[0].startswith("ranks met in different collectives: rank 1 came to #")
@@ -216,7 +216,7 @@ def kill(rank: int, rows: int, begun: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "rows"), [(1, 4000), pytest.param(0, 1, marks=pytest.mark.full)])
 def test_a_killed_rank_is_named(tmp_path: Path, rank: int, rows: int) -> None:
-    """Also in the middle of a large copy; the error says what the others were at."""
+    """Also in the middle of a large copy; the error names the others' calls."""
     kill(rank, rows, tmp_path / "begun")
 
 
@@ -349,7 +349,7 @@ def suspend_coordinator() -> None:
 
 
 def test_stopped_processes(tmp_path: Path) -> None:
-    """A stopped rank is named and killed; a stopped coordinator goes on, with or without its ranks."""
+    """A stopped rank is named and killed; a stopped coordinator continues, with or without its ranks."""
     at_once([lambda: stop(1, 4000, tmp_path / "begun"), suspend_all, suspend_coordinator])
 
 

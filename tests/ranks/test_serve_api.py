@@ -49,7 +49,7 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[LLM]:
-    """One rank in this process: what the server's texts are held against."""
+    """One rank in this process: the reference of the server's texts."""
     with LLM(MODEL, dtype="float32") as llm:
         yield llm
 
@@ -270,7 +270,7 @@ def test_many_streams_with_aborts_equal_each_text_alone(server: ServerProcess, a
             assert text.startswith(expected(i)) or expected(i).startswith(text), i
         else:
             assert text.startswith(expected(i)), i
-    # All of one request are there at once, and grow beyond the cache together.
+    # All texts of one request start at once, and together outgrow the cache.
     lengths = [60] * number
     together = {"model": MODEL, "prompt": prompts[:16], "temperature": 0, "max_tokens": 60, "ignore_eos": True}
     headers = {"Authorization": "Bearer secret"}

@@ -1,4 +1,4 @@
-"""A real server asked through its three APIs of conversations: the same text from each, streamed too, and tools."""
+"""A real server through its three APIs of conversations: the same text from each, streamed too, and tools."""
 
 from __future__ import annotations
 

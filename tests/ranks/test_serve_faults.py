@@ -1,4 +1,4 @@
-"""A real server and what machines and users do to it: each ends as it is promised to, and nothing is left behind."""
+"""A real server under faults of machines and users: each ends as documented, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ to_the_end = pytest.mark.skipif(bool(why_absent()), reason="without compiled cod
 
 
 def stream(server: ServerProcess, into: list[str], begun: threading.Event, **fields: object) -> None:
-    """Reads a stream to its end, and then cuts it into lines: whoever asks meanwhile needs this process too."""
+    """Reads a stream to its end, and then cuts it into lines, because other clients share this process."""
     body = {"prompt": "The sea", "temperature": 0, "stream": True, **fields}
     pieces: list[bytes] = []
     with (
@@ -78,7 +78,7 @@ def test_a_stopped_rank_turns_health_red_and_is_replaced_while_the_disk_for_logs
         before = server.text(max_tokens=8)
         thread, lines = streaming(server, **LONG)
         stopped = server.rank_pids()[0]
-        os.kill(stopped, signal.SIGSTOP)  # there is something to say, which nobody can write
+        os.kill(stopped, signal.SIGSTOP)  # there is a message, which cannot be written
         eventually(lambda: server.health().status_code == 503)
         assert "rank 0" in server.health().json()["error"]["message"]
         eventually(lambda: server.health().status_code == 200)
@@ -136,7 +136,7 @@ def test_a_key_allows_any_host() -> None:
 
 @pytest.fixture(scope="module")
 def hard_pressed() -> object:
-    """One server for what users do."""
+    """One server for faults of users."""
     let_in = ("--allow-host", "box.lan", "--allow-origin", "https://app.example")
     with ServerProcess("--tp", "2", "--max-body-mb", "1", *let_in) as server:
         yield server
@@ -253,7 +253,7 @@ def test_a_slow_reader_does_not_block_others(hard_pressed: ServerProcess) -> Non
         slow.sendall(head.encode() + b"\r\n" + body)
         time.sleep(0.5)
         assert server.text(max_tokens=8)
-        eventually(lambda: server.metric("requests_running") == 0)  # its texts are done, though nobody reads them
+        eventually(lambda: server.metric("requests_running") == 0)  # its texts are done, although no client reads them
         assert server.metric("kv_pages_used") == 0 and server.text(max_tokens=8)
 
 

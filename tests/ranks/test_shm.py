@@ -1,4 +1,4 @@
-"""Collectives through shared memory: bit for bit those of rank threads, whatever the sizes; what can go wrong there.
+"""Collectives through shared memory: bit for bit those of rank threads at all sizes; and their faults.
 
 The ranks are threads here, each with a segment of its own, which a process may map as often as it likes.
 """
@@ -134,7 +134,7 @@ def test_addends_of_any_dtype_join_a_sum(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_sums_round_as_torch_including_special_values(dtype: torch.dtype) -> None:
-    """Denormals, ties, zeros of both signs, infinities and what is too large; in blocks and behind the last of them."""
+    """Denormals, ties, zeros of both signs, infinities and overflow; in blocks and in the remainder."""
     odd = [0.0, -0.0, 1e-39, -3e-40, 1e-45, 1.00390625, 1.01171875, 3.4e38, -3.4e38, float("inf"), 6e-8, 65504.0, 1e-30]
     x = torch.tensor(odd * 31).to(dtype)
     parts = [x.view(1, -1), x.roll(5).view(1, -1), x.roll(2).view(1, -1)]
@@ -157,7 +157,7 @@ def test_many_fields_travel_in_several_exchanges() -> None:
 
 
 def test_a_large_result_stays_valid_while_it_is_referenced() -> None:
-    """Results lie in blocks that are used again when they are dropped, and only then, be it a view that is kept."""
+    """Blocks of results are reused only when no result and no view of one is referenced."""
 
     def rank(comm: Communicator) -> int:
         kept, places = [], set()
@@ -176,7 +176,7 @@ def test_a_large_result_stays_valid_while_it_is_referenced() -> None:
 
 
 def test_a_large_result_may_be_passed_on_and_then_overwritten() -> None:
-    """It is read where it lies, so the call waits until everybody has read it, however slow."""
+    """It is read in place, so the call waits until every rank has read it, however slow."""
     counts = (900, 900, 900)
 
     def rank(comm: Communicator) -> None:
@@ -219,7 +219,7 @@ def test_inputs_may_be_overwritten_and_results_share_no_memory(size: int) -> Non
     ],
 )
 def test_a_call_of_another_shape_is_refused_by_all_ranks_unchecked(other: Rank) -> None:
-    """Nothing is read; who takes the error goes on."""
+    """Nothing is read; ranks that catch the error can continue."""
 
     def rank(comm: Communicator) -> float:
         with pytest.raises(CollectiveMismatchError, match=f'rank {comm.rank} came to #0 .* "x", another of ranks 0'):
@@ -233,7 +233,7 @@ def test_a_call_of_another_shape_is_refused_by_all_ranks_unchecked(other: Rank) 
 
 
 def test_an_all_reduce_never_matches_a_reduce_scatter() -> None:
-    """Above 32 KiB an all-reduce begins as a reduce-scatter does; what follows it must not meet another gather."""
+    """Above 32 KiB an all-reduce begins as a reduce-scatter does; its gather must not match another."""
     counts, x = (32, 32), torch.ones(64, 512)
 
     def rank(comm: Communicator) -> float:

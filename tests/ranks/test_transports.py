@@ -69,7 +69,7 @@ FAULTS = ["label", "operation", "width", "dtype", "counts", "fields", "addends",
 @pytest.mark.parametrize("how", FAULTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_checked_mode_names_the_rank_with_a_different_call(transport: str, how: str) -> None:
-    """Every rank reads the same text, and the ranks can go on if their numbers of collectives agree."""
+    """Every rank gets the same text, and the ranks can continue if their numbers of collectives agree."""
 
     def rank(comm: Communicator) -> tuple[str, float]:
         return lab.differing(comm, how), 3.0 if how == "number" else lab.sum_of(comm, 0.0)

@@ -19,7 +19,7 @@ TRANSPORTS = ("threads", *(("shared memory",) if functions() else ()), "gloo")
 
 
 def run_over(transport: str, mesh: Mesh, fn: Callable[[Any], Any], *, checked: bool = False) -> list[Any]:
-    """``fn`` on every rank of ``mesh``, in a thread each that meets the others as rank processes of one host do.
+    """``fn`` on every rank of ``mesh``, in a thread each, connected like rank processes of one host.
 
     Raises:
         an error of any rank.

@@ -58,7 +58,7 @@ def module_lab(plain_tokenizer: Tokenizer) -> Iterator[lab.Lab]:
 
 @pytest.fixture
 def shared(module_lab: lab.Lab) -> lab.Lab:
-    """Like ``plain``, for many cases of one module that look at their own answer and at what was submitted for it."""
+    """Like ``plain``, for many cases of one module that look only at their own answer and submission."""
     module_lab.backend.submitted.clear()
     module_lab.backend.prefer = []
     return module_lab
@@ -112,7 +112,7 @@ def make_served(make_lab: Callable[..., lab.Lab]) -> Iterator[Callable[..., Serv
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What the server writes to its log, whatever other tests have made of the logger above it."""
+    """The server's log, independent of other tests' changes to the parent logger."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

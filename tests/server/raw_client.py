@@ -1,4 +1,4 @@
-"""A client that sends any bytes and reads what comes back, and a wire and a clock for connections without either."""
+"""A client that sends any bytes and reads the response, and a fake transport and clock for connections."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Answer:
 
     @property
     def message(self) -> str:
-        """What an error says; the answer has OpenAI's shape."""
+        """The error of a response, which has OpenAI's shape."""
         assert self.headers["content-type"] == "application/json", self.body
         return str(json.loads(self.body)["error"]["message"])
 
 
 class _Lent:
-    """What has come and is not read yet, lent to one answer, which would close it at its end."""
+    """Received bytes that are not read yet, lent to one response, which would close the socket at its end."""
 
     def __init__(self, file: BufferedReader) -> None:
         self._file = file
@@ -83,7 +83,7 @@ class RawClient:
         return Answer(response)
 
     def get(self, path: str) -> Answer:
-        """What a GET is answered with."""
+        """The response to a GET."""
         assert self.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         return self.answer()
 
@@ -116,7 +116,7 @@ def post(path: str, body: Any, *, version: str = "1.1", headers: str = "") -> by
 
 
 class Timer:
-    """A call that is to come, ``seconds`` after it was asked for."""
+    """A call scheduled ``seconds`` after its request."""
 
     def __init__(self, clock: Clock, seconds: float, call: Callable[[], None]) -> None:
         self.seconds, self.call = seconds, call
@@ -143,7 +143,7 @@ class Clock:
 
 
 class AtOnce(RoundRobin):
-    """Every piece of work has its turn at once: for what is tested without an event loop."""
+    """Every piece of work runs at once, for tests without an event loop."""
 
     def call(self, kind: WorkKind, work: Callable[[], None]) -> None:
         work()

@@ -1,7 +1,7 @@
 """A backend whose tokens the test chooses, a model's text without a model, and clients of the application.
 
-The backend keeps the whole contract (a thread of its own, aborts, end ids, guides, log-probabilities), so that what a
-test sees is the server's doing.
+The backend keeps the whole contract (a thread of its own, aborts, end ids, guides, log-probabilities), so that a test
+sees only effects of the server.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class FakeBackend:
         self.fail_after: int | None = None
         self.submitted: list[Generation] = []
         self.aborted: list[int] = []
-        self.prefer: list[int] = []  # what a constrained text begins with, where it may
+        self.prefer: list[int] = []  # the preferred beginning of a constrained text
         self.ready = Health(ready=True)
         self.numbers = Stats()
         self.failure = ""
@@ -245,7 +245,7 @@ class FakeBackend:
 
     @staticmethod
     def _score(token: int, count: int) -> tuple[float, int, tuple[tuple[int, float], ...]]:
-        """Even tokens are the best of their place, odd ones the second."""
+        """Even tokens are the most likely of their place, odd ones the second."""
         best = ((token, -0.25), (token ^ 1, -1.5)) if token % 2 == 0 else ((token ^ 1, -0.25), (token, -1.5))
         return (-0.25 if token % 2 == 0 else -1.5), 1 + token % 2, best[:count]
 
@@ -277,7 +277,7 @@ class Lab:
 
     @property
     def sent(self) -> Generation:
-        """What the backend was asked for last."""
+        """The last submission to the backend."""
         return self.backend.submitted[-1]
 
     def client(self, **options: Any) -> httpx.AsyncClient:
@@ -296,7 +296,7 @@ class Lab:
         return await self.post("/v1/completions", {"prompt": prompt, **fields})
 
     async def events(self, path: str, body: dict[str, Any]) -> list[Any]:
-        """A stream's events, parsed; the last one is what stood before the end."""
+        """A stream's events, parsed, without the end mark."""
         answer = await self.post(path, {**body, "stream": True})
         assert answer.headers["content-type"].startswith("text/event-stream"), answer.text
         return parse_events(answer.text)

@@ -1,4 +1,4 @@
-"""Routes of other servers: one line says why there is nothing, in the shape of the API that is asked."""
+"""Routes of other servers: one line gives the reason for the 404, in the shape of that API."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ def _appended(to: list[Any]) -> Callable[[httpx.Request], Any]:
 
 
 def test_no_existing_route_is_listed_as_absent(plain: Lab) -> None:
-    paths = set(plain.app.openapi()["paths"]) - {"/v1/responses"}  # what is below it is absent, not the route
+    paths = set(plain.app.openapi()["paths"]) - {"/v1/responses"}  # the path below is absent, not the route
     assert {path: why for path in paths if (why := why_missing(path))} == {}

@@ -1,4 +1,4 @@
-"""Which Host and Origin are let in, what pages may read, and paths and bodies as clients spell them."""
+"""Accepted Host and Origin headers, CORS, and the spellings of paths and bodies."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_which_origins_are_valid() -> None:
             checked_origins([wrong])
 
 
-# What pages may read (CORS)
+# CORS
 
 PREFLIGHT = {
     "origin": PAGE,

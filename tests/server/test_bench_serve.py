@@ -1,4 +1,4 @@
-"""``narrows bench serve`` against a server whose every answer is known: times, counts, errors, and what it prints."""
+"""``narrows bench serve`` against a server with known answers: times, counts, errors, and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tools a chat may call (``allowed_tools``), tools that nobody here can run, and parts that past answers have."""
+"""The tools that a chat may call (``allowed_tools``), unsupported tools, and parts of past answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who asks, as the backend is told: each request a client of its own, or each API key; and who may be urgent."""
+"""The client of a request as the backend sees it: the request itself, or its API key; and who may be urgent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPLETION = ("/v1/completions", {"prompt": ["hi", "ho"]})
 
 
 def clients_of(lab: Lab, path: str, body: dict[str, Any], key: str = "", **fields: Any) -> list[str]:
-    """The clients of the generations that one request comes to."""
+    """The clients of one request's generations."""
     before = len(lab.backend.submitted)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     answer = asyncio.run(lab.post(path, body | {"max_tokens": 2} | fields, headers=headers))

@@ -1,4 +1,4 @@
-"""What a client can do before a request is whole, or without reading: each ends, and nobody else waits for it."""
+"""Clients that send incomplete requests or do not read: each is ended, and no other client waits."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_a_reader_that_reads_nothing_is_disconnected() -> None:
     wire.unread = 100_000
     connection.pause_writing()
     assert [timer.seconds for timer in loop.timers] == [60.0]
-    for unread in (99_000, 98_999, 5):  # it reads, however slowly
+    for unread in (99_000, 98_999, 5):  # it still reads, if slowly
         wire.unread = unread
         loop.ring()
         assert not wire.aborted and len(loop.timers) == 1

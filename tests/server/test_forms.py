@@ -1,4 +1,4 @@
-"""Fields of all servers that say what a text looks like: each is kept, or is a 400 that names it."""
+"""Fields of all servers that constrain the text: each is enforced, or is a 400 that names it."""
 
 from __future__ import annotations
 

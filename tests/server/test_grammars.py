@@ -1,4 +1,4 @@
-"""Grammars: compiled once for all who ask, tried under limits first, dropped when nobody waits, bounded when kept."""
+"""Grammars: compiled once for all requests, tried under limits first, dropped without waiters, bounded in the cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORM = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": 
 
 
 class FakeTrial:
-    """Passes every grammar, when ``gate`` is open; what has been asked for, and what was ended."""
+    """Passes every grammar when ``gate`` is open; keeps the requested and the ended ones."""
 
     def __init__(self, nbytes: int = 1000) -> None:
         self.nbytes = nbytes
@@ -283,7 +283,7 @@ def test_server_fault_is_raised_and_not_cached(grammars: Callable[..., Grammars]
     assert asyncio.run(found.get(grammar("a"))).text == grammar("a")
 
 
-# -- nobody waits ----------------------------------------------------------------------------------------------------
+# -- no waiting client -----------------------------------------------------------------------------------------------
 
 
 def test_trial_ends_with_its_last_waiter(grammars: Callable[..., Grammars]) -> None:

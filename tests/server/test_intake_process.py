@@ -1,4 +1,4 @@
-"""Bodies that are read in a process of their own: the same answers, and whatever they do there stays there."""
+"""Bodies that are read in a process of their own: the same answers, and no effect of a body leaves that process."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_answers_equal_those_of_threads(
 
 
 def test_the_result_sent_back_is_small_for_any_body(apart: Lab) -> None:
-    """A conversation whose template drops most of it, with tools and variables that nobody needs any more."""
+    """A conversation whose template drops most of it, with tools and variables that are no longer needed."""
     reader = apart.app.state.server
     body = {**CHAT, "chat_template_kwargs": {"text": "x" * 1_000_000}, "logit_bias": {"5": 1.0}}
     asked = parse_chat(reader, ChatRequest.model_validate(body), {})
@@ -122,7 +122,7 @@ def test_only_large_bodies_go_to_the_process(hermes_tokenizer: Tokenizer) -> Non
         process.ask(b"{}", CompletionRequest, JsonLimits(), _prompt)
 
 
-# What befalls the process
+# Failures of the process
 
 
 def _prompt(reader: RequestReader, body: Any) -> Any:

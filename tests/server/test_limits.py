@@ -1,4 +1,4 @@
-"""What is refused, with which status, field and way out; and that whatever ends an answer ends its generations."""
+"""Refusals: status, field and alternative; and the end of an answer always ends its generations."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ ITEMS = json_form({"type": "array", "items": {"type": "integer"}, "minItems": 10
 
 
 class Kept:
-    """A lane that does nothing until the test asks."""
+    """A lane that runs its work only when the test does."""
 
     def __init__(self) -> None:
         self.guides: list[GrammarGuide] = []

@@ -1,4 +1,4 @@
-"""``/v1/messages``: blocks, events in their order, tools, thoughts, what is refused, and errors in Anthropic's shape.
+"""``/v1/messages``: blocks, events in their order, tools, reasoning, refusals, and errors in Anthropic's shape.
 
 The real client is tried by ``make test-clients``.
 """
@@ -54,7 +54,7 @@ def stream(of: Lab, messages: Any = None, **fields: Any) -> list[dict[str, Any]]
 
 
 def told(events: list[dict[str, Any]]) -> list[str]:
-    """What happens, in short; repeated deltas once."""
+    """The kinds of events in order; repeated deltas once."""
     names = [
         event["type"].removeprefix("content_block_")
         + (f" {event['content_block']['type']}" if "content_block" in event else "")

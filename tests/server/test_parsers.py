@@ -1,4 +1,4 @@
-"""Reasoning and tool calls in text: the same whatever pieces it comes in; and what is no call stays text."""
+"""Reasoning and tool calls in text: independent of how it is cut into pieces; anything else stays text."""
 
 import json
 
@@ -23,7 +23,7 @@ def parse(of: OutputParser, pieces: list[str]):
     return joined([event for piece in pieces for event in of.push(piece)] + of.finish())
 
 
-# What texts of all kinds are made of: tags, parts of tags, JSON and its parts, white space.
+# Parts of generated texts: tags, parts of tags, JSON and its parts, white space.
 PARTS = st.sampled_from(
     [
         *(

@@ -1,4 +1,4 @@
-"""Who gets a place when there are none left, who leaves for it, and how often that is said."""
+"""Connections beyond the limit: which gets a slot, which is closed for it, and how often the log says so."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_full_slots_are_logged_once_until_free_for_a_minute(said: list[str]) -> 
     lines = []
 
     def come_and_go(after: float) -> None:
-        """One place is taken, somebody else comes ``after`` seconds later, and both go."""
+        """One slot is taken, another client comes ``after`` seconds later, and both leave."""
         now[0] += after
         pair = guests(2)
         for guest in pair:
@@ -100,7 +100,7 @@ def test_full_slots_are_logged_once_until_free_for_a_minute(said: list[str]) -> 
     held = Guest()
     places.take(held)
     places.works(held)
-    for _ in range(3):  # it is never free meanwhile, however long that takes
+    for _ in range(3):  # it is never free meanwhile
         now[0] += 1000.0
         places.take(Guest())
     assert len(said) == 4

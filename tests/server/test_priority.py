@@ -1,4 +1,4 @@
-"""What prepares requests gives way to what streams tokens: nice values of threads and of the server's processes."""
+"""Preparing requests has a lower priority than streaming tokens: nice values of threads and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routes that begin and end a trace: what reaches the backend, what is refused, who may ask. What metrics say."""
+"""The routes that begin and end a trace: calls of the backend, refusals, API keys. Text of the metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields that decide the text: each works, or is a 400 that names it; limits and items are said in plain words."""
+"""Fields that decide the text: each works, or is a 400 that names it; errors name limits and items plainly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``/v1/responses`` with OpenAI's own client and types: items, events in their order, tools, forms, what is refused."""
+"""``/v1/responses`` with OpenAI's types: items, events in their order, tools, structured output, refusals."""
 
 from __future__ import annotations
 

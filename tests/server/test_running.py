@@ -1,4 +1,4 @@
-"""A request's generations on their way to the event loop: what waited long comes in parts, and all of it in order."""
+"""Updates of a request's generations reach the event loop in order; a backlog comes in parts."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from narrows.server.workers import LoopCalls
 
 
 class Backend:
-    """Keeps what generations are delivered by."""
+    """Keeps the callbacks of generations."""
 
     def __init__(self) -> None:
         self.deliver: list[Callable[[Update], None]] = []

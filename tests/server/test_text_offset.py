@@ -1,4 +1,4 @@
-"""``text_offset``: a token's text is where its offset says, whatever the prompt, the tokenizer and the options."""
+"""``text_offset`` is the place of a token's text, for every prompt, tokenizer and option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However much comes at once, a round of the event loop has one piece of it; and calls that many ask for are shared."""
+"""A round of the event loop runs one piece of any backlog; and concurrent equal calls are shared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from narrows.server.workers import SharedCall
 
 
 def in_rounds(work: Callable[[RoundRobin, Callable[[Any], None]], Awaitable[Any]]) -> list[list[Any]]:
-    """What was noted in each round of the event loop."""
+    """The notes of each round of the event loop."""
     rounds: list[list[Any]] = [[]]
 
     async def run() -> None:

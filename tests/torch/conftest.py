@@ -26,7 +26,7 @@ from narrows.weights.dummy import DummyWeights
 from narrows.weights.source import WeightSource
 
 sys.path.insert(0, str(Path(__file__).parent))
-"""Where the modules lie that several test files share."""
+"""Folder of the modules that several test files share."""
 
 _COMMON = {
     "vocab_size": 67,
@@ -106,7 +106,7 @@ def seeded_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """``tiny_model(kind, **changes)``: the folder of a tiny model, its config.json changed where asked.
+    """``tiny_model(kind, **changes)``: the folder of a tiny model, with ``changes`` to its config.json.
 
     Kinds: those of CONFIGS. Weights are float32; do not write into the folder, other tests read it.
     """
@@ -163,7 +163,7 @@ class Faults:
         self._monkeypatch = monkeypatch
 
     def scale(self, name: str, rank: int, factor: float = 1.01) -> None:
-        """One rank's copy of a weight is ``factor`` of what it should be."""
+        """One rank's copy of a weight is multiplied by ``factor``."""
         true_weights = Resolved.weights
 
         def weights(resolved: Resolved) -> WeightSource:

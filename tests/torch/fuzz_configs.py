@@ -1,4 +1,4 @@
-"""One config.json against transformers: random weights, three meshes, a layout drawn for each; and how it shrinks.
+"""One config.json against transformers: random weights, three meshes, a random layout each; and shrinking of failures.
 
 A slice of seeds by hand:  PYTHONPATH=src python tests/torch/fuzz_configs.py legal 0 50 [FAMILY]
 """
@@ -37,16 +37,16 @@ Meshes = tuple[tuple[int, int], ...]
 MESHES: Meshes = ((1, 1), (1, 2), (2, 2))
 DECODE = 5
 _ROUNDINGS = 20
-"""Some random models blow up the last bit (a norm over one column that is nearly 0). What is beyond the tolerance, but
-within so many times of transformers' own rounding, is rounding."""
+"""Some random models blow up the last bit (a norm over one column that is nearly 0). A difference beyond the
+tolerance, but within this multiple of transformers' own rounding, is rounding."""
 _OURS = re.compile(r"read in two ways|cannot (load|run) it|no tensor for")
 """Errors of `verify --against transformers` itself: they do not refuse a config."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a config. ``refused``: why, in one line. ``nobody_runs_it``: why transformers does not run what
-    narrows took. Both empty: the numbers are equal."""
+    """The outcome of a config. ``refused``: the error line. ``nobody_runs_it``: why transformers does not run a
+    config that narrows accepts. Both empty: the numbers are equal."""
 
     refused: str = ""
     nobody_runs_it: str = ""
@@ -139,7 +139,7 @@ def _rounding(reference: TransformersModel, prompts: list[list[int]]) -> float:
 
 
 def _one_line(run: Callable[[], Any]) -> str:
-    """Why ``run`` refused what it was given; empty if it did not."""
+    """The reason why ``run`` refused; empty if it did not."""
     try:
         run()
     except (ConfigError, CheckpointError) as error:

@@ -1,8 +1,8 @@
 """Writes GGUF files from transformers' models the way llama.cpp's converter does, for tests.
 
 Each architecture is written out on its own, from llama.cpp's ``conversion/`` sources: which rows it reorders, which
-tensors it stacks or cuts, which keys it writes. Weights are then quantised, and the model gets what the quantised ones
-decode to: so it is what a reader of the file must compute.
+tensors it stacks or cuts, which keys it writes. Weights are then quantised, and the model gets the decoded values: so
+it computes what a reader of the file must compute.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def write_model(
     whole_kv_b: bool = False,
     fused_experts: bool = False,
 ) -> Path:
-    """Write ``model`` to ``path``; its matrices take ``kinds`` in turn, and become what these decode to.
+    """Write ``model`` to ``path``; its matrices take ``kinds`` in turn, and become the decoded values.
 
     ``metadata``, by key without the architecture for its own fields: replaced, or left out where None. ``drop``:
     tensors to leave out, ``tensors``: to add.

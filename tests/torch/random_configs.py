@@ -1,6 +1,6 @@
 """Random small config.json files: legal ones of every family that runs, and damaged ones. The same seed, the same file.
 
-A field is often left out, so that the family's default must be known; and fields are written as transformers 4 wrote
+A field is often left out, so that the family's default is tested; and fields are written as transformers 4 wrote
 them, or as transformers 5 does. Sizes stay small, since a model is made of each.
 """
 

@@ -1,7 +1,7 @@
-"""``batch_invariant``: a request's logits are the same bits alone and in company, at every mesh and under every layout.
+"""``batch_invariant``: a request's logits are the same bits alone and in a batch, on every mesh and under every layout.
 
-Company changes all that can change: the rows of a step and of each rank, the group that a request is given to, how many
-decode beside it and how long their contexts are, whether anybody samples, and when a prompt's chunks come.
+The batches vary everything that can vary: the rows of a step and of each rank, the group of a request, how many
+decode beside it and how long their contexts are, whether others sample, and when a prompt's chunks come.
 """
 
 from __future__ import annotations

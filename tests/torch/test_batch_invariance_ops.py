@@ -1,4 +1,4 @@
-"""Row i of every op is the same bits whatever other rows are there: one by one, few, many, and at any offset.
+"""Row i of every op has the same bits with any other rows: one by one, few, many, and at any offset.
 
 With one torch thread, as ranks run. It holds for the CPU and the libraries it was run on (docs/batch-invariance.md).
 """
@@ -100,7 +100,7 @@ def test_few_rows_of_linear_are_still_the_product() -> None:
 @pytest.mark.parametrize(("hidden", "inner"), [(32, 16), (40, 24), (576, 192)])
 @pytest.mark.parametrize("num_held", [6, 2])
 def test_experts(dtype: torch.dtype, hidden: int, inner: int, num_held: int) -> None:
-    """The rows of an expert are few or many according to what the others chose."""
+    """The number of an expert's rows depends on the other rows' choices."""
     ids = torch.rand((NUM_ROWS, 6)).argsort(dim=1)[:, :3]
     weights = torch.rand((NUM_ROWS, 3))
     gate_up = randn(num_held, 2 * inner, hidden, dtype=dtype, scale=0.1)
@@ -191,7 +191,7 @@ def test_embedding_and_choice(dtype: torch.dtype, vocab: int) -> None:
 # -- attention: a row or a span beside others -------------------------------------------------------------------------
 
 SPANS = [(0, 5), (12, 1), (3, 1), (7, 6), (0, 1), (30, 1), (2, 2), (64, 1), (0, 70), (61, 3), (17, 1)]
-"""(tokens before, rows): what meets in the steps below, each with pages of its own."""
+"""(tokens before, rows) of the contexts in the steps below, each with pages of its own."""
 
 
 def steps() -> Iterator[list[int]]:

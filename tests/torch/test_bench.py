@@ -1,4 +1,4 @@
-"""`narrows bench` on tiny models with rank threads: what it runs, what it counts, and what it refuses."""
+"""`narrows bench` on tiny models with rank threads: runs, counts, and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tiny_model) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the machine allows is of no interest here."""
+    """The machine's limits do not matter here."""
     for module in ("probe", "rates"):
         monkeypatch.setattr(f"narrows.calibrate.{module}.GEMM_SHAPE", (64, 128, 64))
     monkeypatch.setattr("narrows.calibrate.rates._READ", 1 << 20)

@@ -1,4 +1,4 @@
-"""`narrows calibrate` on small ranks: what it writes is used where it fits, refused where it does not, and said."""
+"""`narrows calibrate` on small ranks: its profile is used where it fits, refused elsewhere, and named."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def write(folder: Path, kind: str, tensors: Tensors, **changes: Any) -> Path:
 
 
 def shards(folder: Path, parts: dict[str, Tensors], index: dict[str, str] | None = None) -> None:
-    """Files by name with an index, which lists what they hold if it is not given."""
+    """Files by name with an index; the default index lists all tensors."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     for name, tensors in parts.items():
         save_file(tensors, folder / name)
@@ -182,7 +182,7 @@ def test_stacked_experts_in_fp8(
     generator = torch.Generator().manual_seed(5)
 
     def quantized(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(values, scales, what they are worth) of a stack."""
+        """(values, scales, dequantised values) of a stack."""
         values = torch.randn(num_experts, rows, columns, generator=generator).to(torch.float8_e4m3fn)
         blocks = (-(-rows // block[0]), -(-columns // block[1]))
         scales = torch.rand(num_experts, *blocks, generator=generator) + 0.5

@@ -1,4 +1,4 @@
-"""The help of every command: each flag says what it does, and results can be had as JSON everywhere in the same way."""
+"""The help of every command: each flag has a description, and JSON output works alike everywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from narrows.cli.main import COMMANDS
 WITHOUT_HELP = {
     f"--{name}" for name in ("temperature", "top-k", "top-p", "min-p", "seed", "min-tokens", "logprobs")
 } | {f"--{name}" for name in ("repetition-penalty", "presence-penalty", "frequency-penalty", "prompt-logprobs")}
-"""Of `narrows generate`: they are what the field calls them."""
+"""Of `narrows generate`: the field's names."""
 
 
 def parsers() -> Iterator[argparse.ArgumentParser]:

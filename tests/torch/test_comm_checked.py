@@ -1,4 +1,4 @@
-"""What goes wrong between ranks is named, with ranks and labels, and ends within seconds. Nothing hangs."""
+"""Faults between ranks end within seconds with an error that names ranks and labels. Nothing hangs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rank_threads() -> list[threading.Thread]:
 def errors_of(
     mesh: Mesh, fn: Callable[[Communicator], object], *, checked: bool = True, timeout_s: float = PATIENCE_S
 ) -> tuple[BaseException, dict[int, BaseException]]:
-    """What run_ranks raises, and what each rank raised."""
+    """The error of run_ranks, and the error of each rank."""
     raised: dict[int, BaseException] = {}
 
     def rank(comm: Communicator) -> None:
@@ -57,7 +57,7 @@ def test_the_first_error_ends_every_rank_and_is_raised_itself(checked: bool) -> 
         if comm.rank == 1:
             time.sleep(0.05)
             raise original
-        for _ in range(3):  # 0 waits in a tp group, 2 and 3 are in another and go on to wait for the world
+        for _ in range(3):  # 0 waits in a tp group, 2 and 3 are in another and then wait for all ranks
             comm.all_reduce(torch.ones(2, 1), FOUR.group(comm.rank, 1, 2), (1, 1), "tp sum")
             comm.barrier(ALL, "step")
 
@@ -151,7 +151,7 @@ def say_root(comm: Communicator) -> None:
 
 def say_number(comm: Communicator) -> None:
     comm.barrier(ALL, "start")
-    if comm.rank == 2:  # begins a collective that cannot be, and goes on as if nothing had happened
+    if comm.rank == 2:  # begins an impossible collective, and continues regardless
         with pytest.raises(CollectiveMismatchError):
             comm.all_reduce(torch.ones(4, 64), ALL, SPLIT, "layer 3 input_norm")
     comm.all_reduce(torch.ones(5, 64), ALL, SPLIT, "layer 3 input_norm")
@@ -197,7 +197,7 @@ def test_every_rank_that_differs_is_named() -> None:
 
 
 def test_nothing_is_read_before_all_have_been_compared() -> None:
-    """Rank 2's tensor would break the concatenation; what is raised is the mismatch."""
+    """Rank 2's tensor would break the concatenation, but the error is the mismatch."""
     seen: list[str] = []
 
     def rank(comm: Communicator) -> None:
@@ -355,7 +355,7 @@ def test_an_error_in_shared_work_reaches_every_rank() -> None:
 
 
 def test_no_rank_may_skip_a_collective_because_it_holds_no_rows() -> None:
-    """All members come, whatever they hold; the one that skips is the one that is named."""
+    """All members take part, also without rows; the error names the one that skips."""
 
     def rank(comm: Communicator) -> None:
         if SPLIT[comm.rank]:

@@ -191,7 +191,7 @@ def test_groups_are_independent_of_each_other() -> None:
 
 
 def test_results_share_no_memory() -> None:
-    """Every result is overwritten by its owner; nobody's input and nobody's result may change."""
+    """Every result is overwritten by its owner; no input and no other result may change."""
     ranks, counts = (0, 1, 2), (2, 0, 1)
 
     def rank(comm: Communicator) -> None:

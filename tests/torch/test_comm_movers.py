@@ -1,4 +1,4 @@
-"""Moves on tensors: whatever way the planner takes, the tensor stays the tensor."""
+"""Moves on tensors: every path of moves keeps the tensor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WIDTH = 10
 
 
 def columns_of(mesh: Mesh, layout: Layout, width: int) -> tuple[int, ...]:
-    """Columns per rank under a layout with columns: dealt within the ranks that hold the same rows, unevenly."""
+    """Columns per rank under a layout with columns: split unevenly over the ranks that hold the same rows."""
     block = len(mesh.group(0, layout.num_leading, mesh.num_axes))
     return tuple(reversed(split_evenly(width, block))) * (mesh.size // block)
 
@@ -250,7 +250,7 @@ def test_assemble_undoes_scatter(mesh: Mesh, data: st.DataObject, width: int, dt
             assert [shard.shape[0] for shard in shards] == [split.num_rows(layout, r) for r in range(mesh.size)]
             got = assemble(layout, split, shards, columns)
             assert got.dtype == dtype and torch.equal(got, want)
-            if layout.owes_sum:  # nobody can take an addend for the value
+            if layout.owes_sum:  # an addend cannot be mistaken for the value
                 for r, shard in enumerate(shards):
                     start, stop = split.span(layout, r)
                     assert not bool(((shard == want[start:stop]) & (want[start:stop] != 0)).any())

@@ -1,4 +1,4 @@
-"""Random config.json files: the numbers of transformers, or one line that says what is refused. Never other numbers.
+"""Random config.json files: transformers' numbers, or an error of one line. Never other numbers.
 
 `make test` runs the first seeds, each on one mesh; `make test-full` 500 legal ones on three, and 1000 damaged ones. A
 failure prints the config as JSON, made smaller as long as it fails.
@@ -26,7 +26,7 @@ DAMAGED_SAMPLE = range(40)
 REFUSED_AND_LEGAL = {
     "rope_type dynamic needs more than 2 rotated columns": "transformers divides by 0 once a text is long enough",
 }
-"""What is refused though transformers runs it: a pattern of the line, and why."""
+"""Configs that are refused although transformers runs them: a pattern of the error, and the reason."""
 LARGEST_SHARE = 0.02
 """Of the legal configs of a slice that may be refused for one of these reasons, or one config."""
 
@@ -35,7 +35,7 @@ REFUSED_AND_DAMAGED = (
     r"^architecture .* is not known to narrows",
     r"attention heads",
 )
-"""What a line says where it names none of the fields that were damaged: these belong to several."""
+"""Errors that name none of the damaged fields, because they concern several."""
 MOST_ACCEPTED_HERE_ALONE = 0.12
 """Share of a slice of damaged configs that narrows runs and transformers does not, since it minds fields that change
 nothing. Of a thousand it is some 3 %."""

@@ -1,4 +1,4 @@
-"""Each family's schema beside its class in transformers: every field, every default, and what other classes publish."""
+"""Each family's schema beside its class in transformers: fields, defaults, and the configs of other classes."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ ALIKE = {
     ),
     "iquestcoder",
 }
-"""Other architectures whose default config has no field that tells them apart; ``architectures`` does.
-
-Of two of them transformers itself makes a Llama."""
+"""Other architectures whose default config has no distinguishing field except ``architectures``. transformers itself
+loads two of them as a Llama."""
 NEEDED = {  # without which the class's own default model computes nothing
     "deepseek_v2": {"num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},

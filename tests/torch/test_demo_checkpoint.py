@@ -1,4 +1,4 @@
-"""narrows-demo, the trained checkpoint that comes along: what it can do under every layout, and that faults show."""
+"""narrows-demo, the included trained checkpoint: its results under every layout, and detection of faults."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_name_is_known_to_every_command(
     assert capsys.readouterr().out.strip() == "42"
     assert main(["plan", "narrows-dema", "--device", "h100", "--tp", "2", "--rows", "64"]) == 2
     assert "built in: narrows-demo" in capsys.readouterr().err
-    (tmp_path / "narrows-demo").mkdir()  # what lies here comes before what comes along
+    (tmp_path / "narrows-demo").mkdir()  # a local folder comes before the included model
     assert main(["plan", "narrows-demo", "--device", "h100", "--tp", "2", "--rows", "64"]) == 2
 
 

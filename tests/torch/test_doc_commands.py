@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 NAMES = {name for name, _, _ in COMMANDS}
 INCOMPLETE = ("the following arguments are required", "expected one argument")
-"""Errors that a command in running text may have: it may leave out what does not matter there."""
+"""Errors that a command in running text may have: it may leave out irrelevant options."""
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:

@@ -199,7 +199,7 @@ def test_a_fault_behind_the_wide_tolerance_is_still_named(tiny_model: TinyModel)
 
 
 def test_an_encoded_op_is_labelled(tiny_model: TinyModel) -> None:
-    """In checked mode ranks that disagree on whether rows are encoded are told apart by the label."""
+    """In checked mode the label reveals ranks that disagree on whether rows are encoded."""
     labels: set[str] = set()
     gather = Communicator.all_gather
 

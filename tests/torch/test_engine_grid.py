@@ -58,8 +58,8 @@ TOLERANCE = 1e-4
 class Steps:
     """A list of named batches for ``dp`` groups of ``tp`` ranks. The first one fills the cache for the others.
 
-    In every group, page i holds the first tokens of request i, which decode rows and later chunks go on from; the pages
-    behind are for prompts. Steps do not depend on each other: each goes on from the first one.
+    In every group, page i holds the first tokens of request i, which decode rows and later chunks continue; the pages
+    behind are for prompts. Steps do not depend on each other: each continues the first one.
     """
 
     def __init__(self, dp: int, tp: int, *, longest: int = 1023) -> None:
@@ -139,7 +139,7 @@ class Steps:
         ]
 
     def _mixed(self, rows: int) -> list[Chunk]:
-        """Decode rows, then a later chunk of a prompt without logits, then a prompt; as many of these as there are."""
+        """Decode rows, then a later chunk of a prompt without logits, then a prompt; as far as there are rows."""
         if rows < 3:
             return self._decode(rows)
         decode = self._decode(min(rows // 3, 3))
@@ -399,7 +399,7 @@ class RandomPrices:
 
 
 def ways(plan: Plan) -> set[str]:
-    """What the plan does, told finely enough to say which of the runner's ways it takes."""
+    """The plan's actions, in enough detail to tell which paths of the runner it uses."""
     found: set[str] = set()
     joined = False
     for _, op in plan.ops():

@@ -1,4 +1,4 @@
-"""The bound program: what it refuses, what checked mode sees, whose memory is whose, and what counts once."""
+"""The bound program: refusals, checked mode, ownership of memory, and addends that count once."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_doubled_reductions_and_missing_addends_or_stages_are_refused(tiny_model
 
 
 class Poisoner:
-    """Fills every send buffer with NaN once its sum is taken, and looks whose memory what lives longer is in."""
+    """Fills every send buffer with NaN once its sum is taken, and finds the owner of memory that lives longer."""
 
     def __init__(self) -> None:
         self.shared: list[str] = []
@@ -286,7 +286,7 @@ def test_a_residual_that_joins_is_counted_once(tiny_model: TinyModel, layout: st
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 2), (4, 1)])
 def test_a_replicated_shared_expert_is_counted_once(tiny_model: TinyModel, dp: int, tp: int) -> None:
-    """Attention and routed experts add nothing: what a MoE layer adds is its shared expert, as on one rank."""
+    """Attention and routed experts add nothing: a MoE layer adds only its shared expert, as on one rank."""
     folder = tiny_model("v3")
     source = Zeroed(folder, "o_proj.weight", "experts.{expert}.down_proj.weight")
     batch = prefill(dp)

@@ -1,4 +1,4 @@
-"""`eval`: right layouts are within the bounds in every dtype, and a planted fault is out of them, wherever it hides."""
+"""`eval`: right layouts are within the bounds in every dtype, and every planted fault is outside."""
 
 from __future__ import annotations
 

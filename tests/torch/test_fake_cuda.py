@@ -1,4 +1,4 @@
-"""Whole steps of every family on fake CUDA tensors: what a GPU would refuse, or wait for, is found without one.
+"""Whole steps of every family on fake CUDA tensors: finds errors and synchronisations of a GPU without one.
 
 torch's FakeTensorMode propagates shapes, dtypes and devices and computes nothing, so these run at the published sizes.
 Every rank of a 2 x 2 mesh runs alone, through the real Worker, bind, Program and Communicator, whose
@@ -163,7 +163,7 @@ def is_composite(func: Any) -> bool:
 
 
 class StepGuard(TorchDispatchMode):
-    """Sees every op of a step, before FakeTensorMode does, and refuses what only a real GPU would show."""
+    """Sees every op of a step before FakeTensorMode does, and refuses those that fail only on a real GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class StepGuard(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        if is_composite(func):  # in inference mode these come whole: look at what they are made of
+        if is_composite(func):  # in inference mode composite ops arrive whole: look at their parts
             with self:
                 return func.decompose(*args, **kwargs)
         where = f"{self.stage or 'outside the plan'}: {func}"
@@ -215,7 +215,7 @@ def _devices(tree: Any) -> set[torch.device]:
 
 
 class FakeNccl:
-    """What NcclTransport makes where there is no NCCL: a group with nobody at the other end."""
+    """NcclTransport's group without NCCL: a group without peers."""
 
     Options = staticmethod(lambda: None)
 
@@ -224,7 +224,7 @@ class FakeNccl:
 
 
 class FakeBuffers(Buffers):
-    """Buffers are told apart by address, and fake tensors have none: every one of these is new."""
+    """Buffers are identified by address, which fake tensors lack, so each counts as new."""
 
     def lend(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((rows, width), dtype=dtype, device=self._device)
@@ -237,7 +237,7 @@ class FakeBuffers(Buffers):
 
 
 class FakeCommunicator(Communicator):
-    """A process among GPUs, alone. Checked mode: tensors are held against the row counts, and compared with nobody."""
+    """A process among GPUs, alone. Checked mode: tensors are checked against the row counts, but with no other rank."""
 
     def __init__(self, rank: int) -> None:
         spans = [(first, last) for first in range(MESH.num_axes) for last in range(first + 1, MESH.num_axes + 1)]
@@ -261,7 +261,7 @@ class FakeWeights:
 
 
 class FakeWorker(Worker):
-    """A Worker whose sampled ids nobody can read: there are none."""
+    """A Worker without sampled ids, since fake tensors hold no values."""
 
     num_reads = 0
 
@@ -558,7 +558,7 @@ def test_a_fault_in_an_op_is_found_and_its_stage_named(
 
 
 def test_experts_counted_on_the_host_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `experts_mlp` does on CPU, where reading the segments' lengths is free."""
+    """`experts_mlp` as on CPU, where reading the segments' lengths is free."""
 
     def counted(x_TH: Tensor, topk_ids_TK: Tensor, *_: Any, **options: Any) -> Tensor:
         counts = torch.bincount(topk_ids_TK.flatten(), minlength=64).tolist()

@@ -1,4 +1,4 @@
-"""What a config may ask of a family beside the usual, against transformers: logits of a prompt, and text in chunks."""
+"""Optional features of configs against transformers: logits of a prompt, and text in chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What went wrong in other engines, on tensors: each test is one line of docs/field-bugs.md.
+"""Bugs of other engines, on tensors: each test is one line of docs/field-bugs.md.
 
 Every test runs twice or more: as it is, and with the mistake of others put into the product (`planted`), where its own
 check must fail. The other half, on plans, is tests/pure/test_field_bugs.py.
@@ -84,12 +84,12 @@ class Mistake:
 
 
 def planted(*mistakes: Mistake) -> pytest.MarkDecorator:
-    """The test as it is, and once with each mistake."""
+    """The test unchanged, and once with each mistake."""
     return pytest.mark.parametrize("mistake", [None, *mistakes], ids=lambda m: m.name if m else "as-it-is")
 
 
 def planted_in_one(names: str | tuple[str, ...], cases: Sequence[Any], *mistakes: Mistake) -> pytest.MarkDecorator:
-    """Every case as it is, and each mistake in one of them, the next mistake in the next; in the others it is for
+    """Every case unchanged, and each mistake in one of them, the next mistake in the next; in the others it is for
     ``make test-full``."""
     found = []
     for place, case in enumerate(cases):
@@ -105,9 +105,9 @@ def planted_in_one(names: str | tuple[str, ...], cases: Sequence[Any], *mistakes
 
 @contextmanager
 def noticed(mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch, *, here: bool = True) -> Iterator[None]:
-    """What is inside must pass, or, with a mistake put in, fail in the way that the mistake says.
+    """The block must pass or, with a planted mistake, fail in that mistake's way.
 
-    ``here`` False: the mistake does no harm in this case, which is why others did not see it; it must pass then too.
+    ``here`` False: the mistake does no harm in this case, which is why others missed it; it must pass then too.
     """
     with monkeypatch.context() as patch:
         if mistake is not None:
@@ -280,7 +280,7 @@ class Beside:
         self._kept: dict[tuple[str, int, str], Outcome] = {}
 
     def one_rank(self, work: Work, kind: str = "v3") -> Outcome:
-        """One rank's run of ``work``, as it is without any mistake."""
+        """One rank's run of ``work``, without any mistake."""
         key = (kind, work.pages_each, repr(work.batches))
         if key not in self._kept:
             asked = asked_for(self.tiny_model(kind), work, 1, 1, "all-reduce")
@@ -313,7 +313,7 @@ LAYOUTS = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "seque
 REPLICATED = WeightSharding(shared_expert="replicated")
 
 
-# -- A. who completes the sum ------------------------------------------------------------------------------------------
+# -- A. which rank does the sum ---------------------------------------------------------------------------------------
 
 
 Real = Callable[..., list[Tensor]]
@@ -338,7 +338,7 @@ def _sums_taken(patch: pytest.MonkeyPatch, way: Way) -> None:
 
 
 def _not_taken(mover: Mover, x: Tensor, geometry: Geometry) -> list[Tensor]:
-    """What the move leaves without its sum: the right rows, this rank's addend."""
+    """The move's result without its sum: the right rows, this rank's addend."""
     whole = mover.move.kind is MoveKind.ALL_REDUCE
     return [(x if whole else x[geometry.start : geometry.stop]).clone()]
 
@@ -691,10 +691,9 @@ def _accepts_work_when_dead(patch: pytest.MonkeyPatch) -> None:
 def test_failed_ranks_report_it_at_once(
     beside: Beside, fault: Fault, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #29144, #36943: /health stays green during the deadlock. There is no server yet; it will ask this.
-
-    All steps are handed out before the first is done, as the engine does: the rank that skips one is in the next, and
-    is told apart from those that wait.
+    """sglang #29144, #36943: /health stays green during the deadlock. All steps
+    are handed out before the first is done, as the engine does: the rank that skips one is in the next, and is
+    distinguished from those that wait.
     """
     work = every_kind(2)
     asked = asked_for(beside.tiny_model("v3"), work, 2, 2, "sequence-parallel")
@@ -839,12 +838,12 @@ def test_running_requests_need_not_be_a_multiple_of_tp(
 
 @contextmanager
 def unwritten_memory(*, is_nan: bool) -> Iterator[None]:
-    """Whether what ``torch.empty`` and its kin give is full of NaN, or what was there. Both with the same kernels."""
+    """``torch.empty`` and related functions return NaN, or the old content of memory. Both with the same kernels."""
     old = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = is_nan
-        if is_nan:  # without it memory holds what was there, which may be the NaN of the test before
+        if is_nan:  # without it memory keeps its old content, which may be the NaN of the test before
             assert torch.empty(1000).isnan().all()
         yield
     finally:
@@ -858,7 +857,7 @@ def caches(worker: Worker) -> list[Tensor]:
 
 
 def spoil(workers: list[Worker]) -> None:
-    """NaN in every slot that nothing has been written to, but for the null page, whose content is said to be finite."""
+    """NaN in every unwritten slot, except the null page, whose content is finite by definition."""
     for worker in workers:
         for cache in caches(worker):
             cache[PAGE:] = float("nan")
@@ -927,10 +926,9 @@ NO_EXPERT = Mistake("without-an-expert-nothing-is-written", _no_expert_no_write,
 def test_uninitialised_memory_never_shows(
     tiny_model: TINY, layout: str, whole: bool, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #21553, #18659-#18685, #28487: what pads is uninitialised, and NaN comes through the residual.
-
-    Everything that nothing was written to is NaN: new tensors, send buffers, slots of the cache. Bit for bit the same
-    logits as without. ``whole``: experts dealt to ranks whole, so that a rank may have none to run.
+    """sglang #21553, #18659-#18685, #28487: padding is uninitialised, and NaN comes through the residual. All
+    unwritten memory is NaN: new tensors, send buffers, slots of the cache. Bit for bit the same
+    logits as without. ``whole``: whole experts per rank, so that a rank may have none to run.
     """
     name, _, invariant = layout.partition(", ")
     sharding, work = WeightSharding(experts="whole") if whole else WeightSharding(), every_kind(2)
@@ -948,7 +946,7 @@ def test_uninitialised_memory_never_shows(
 
 
 class EqualPieces:
-    """What a backend offers whose collectives want equal pieces, made of those of a comm."""
+    """The collectives of a backend that needs equal pieces, built on those of a communicator."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm, self._ranks = comm, tuple(range(comm.mesh.size))
@@ -1109,7 +1107,7 @@ def _dead_rows_clamped(patch: pytest.MonkeyPatch) -> None:
 
 @planted(Mistake("dead-rows-go-to-expert-0", _dead_rows_clamped, AssertionError, "rows multiplied"))
 def test_a_dead_row_loads_no_expert(mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vllm-ascend #14567, for the dead rows that fixed-shape buckets will have: expert -1 is nobody's work."""
+    """vllm-ascend #14567, for the dead rows that fixed-shape buckets will have: expert -1 has no work."""
     generator = torch.Generator().manual_seed(2)
     x_TH, gate_up, down = (torch.randn(n, generator=generator) for n in ((5, 8), (4, 12, 8), (4, 8, 6)))
     ids_TK = torch.tensor([[0, 3], [-1, -1], [2, 1], [-1, -1], [1, 0]])

@@ -517,7 +517,7 @@ def test_tokenizer_and_generation_config_equal_the_converted_folders(tmp_path: P
 
 
 def test_llama3s_way_of_cutting_text(tmp_path: Path) -> None:
-    """Digits in threes, whole words before merges, and bos without being asked."""
+    """Digits in threes, whole words before merges, and bos by default."""
     tokens, merges = vocabulary()
     at = tokens.index("<unused0>")
     tokens = [*tokens[:at], "12345", "123", "1234", "456", *tokens[at:-4]]

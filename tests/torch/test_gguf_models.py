@@ -1,6 +1,6 @@
 """Models of every architecture from GGUF: the same logits as transformers', whole and over ranks.
 
-The files are `gguf_lab`'s. Its way of writing them is checked twice by others: transformers reads the architectures
+The files are `gguf_lab`'s. Two outside programs check these files: transformers reads the architectures
 that it knows from GGUF (below), and llama.cpp itself gave transformers' logits when this was written (docs/formats.md).
 """
 
@@ -165,7 +165,7 @@ def test_a_rank_decodes_the_blocks_of_its_slice_only(tmp_path: Path, monkeypatch
     assert sum(decoded) == 96 * 1 + 32 * 3  # one head's keys (transposed: 96 rows of 32) and its values
 
 
-# -- what the config becomes ------------------------------------------------------------------------------------------
+# -- the resulting config ------------------------------------------------------------------------------------------
 
 
 def test_which_deepseek_a_file_holds(tmp_path: Path) -> None:

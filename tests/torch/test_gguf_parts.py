@@ -161,7 +161,7 @@ def test_mismatched_parts_are_a_one_line_error(tmp_path: Path, whole: Path, caps
 
 
 def test_resolution_of_gguf_paths(tmp_path: Path) -> None:
-    assert find_gguf(tmp_path / "no.gguf") == tmp_path / "no.gguf"  # so that it is said to be missing
+    assert find_gguf(tmp_path / "no.gguf") == tmp_path / "no.gguf"  # so that it is reported missing
     assert find_gguf(tmp_path) is None
     assert find_gguf(Path("deepseek-v3")) is None
     file = tmp_path / "Model.Q8_0.GGUF"
@@ -212,7 +212,7 @@ def test_commands_take_a_folder_with_a_file(tmp_path: Path, whole: Path, command
 
 
 def at_tensor(data: bytes, name: str) -> int:
-    """Where the number of a tensor's dimensions stands."""
+    """Offset of the number of a tensor's dimensions."""
     text = struct.pack("<Q", len(name)) + name.encode()
     return data.index(text) + len(text)
 

@@ -94,7 +94,7 @@ def sentencepiece(**more: Any) -> dict[str, Any]:
 
 def reference(fields: dict[str, Any], text: str) -> list[int]:
     """Sentencepiece's rule, by hand: of all neighbours whose union is a token, the best score first, leftmost first;
-    what is no token is its bytes."""
+    anything else becomes bytes."""
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     ids = {token: i for i, token in enumerate(tokens)}
     scores = {t: s for t, s, k in zip(tokens, fields["tokenizer.ggml.scores"], types, strict=True) if k in (1, 4)}

@@ -1,4 +1,4 @@
-"""What an engine says of the host that it starts on: memory that is not there, and a CPU without bf16 products."""
+"""Notes about the host at the start: too little memory, and a CPU without bf16 products."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def facts(host: Host = ROOMY, **options: object) -> str:
         (("avx2", "avx512f", "amx_bf16"), "", ""),
         (("sve", "bf16"), "", ""),
         (("sve",), "", "prompts and batches"),
-        ((), "", ""),  # nothing says what the CPU has
+        ((), "", ""),  # the CPU's features are unknown
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Late masks through engine and service: the others' steps go on; the late text goes on, ends, or is aborted."""
+"""Late masks through engine and service: other texts continue; the late one continues, ends, or is aborted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BAD = 65
 
 
 class Held(Guide):
-    """Its first mask is there; each later one is made on a thread, when ``gate`` is open."""
+    """The first mask is ready; each later one is made on a thread, when ``gate`` is open."""
 
     def __init__(self, *, open_: bool = False, masks: int = 100) -> None:
         self.gate = threading.Event()
@@ -128,7 +128,7 @@ def test_masks_from_threads_give_the_same_text(service: EngineService, tiny_mode
     threaded = Caller(service, (1, 2, 3), 12, Held(open_=True))
     assert threaded.wait() == "length" and threaded.tokens == expected.tokens
     config = EngineConfig(model=str(tiny_model("llama")), dtype="float32", max_context=64)
-    with Engine(resolve(config)) as engine:  # without a service there is nobody to wake
+    with Engine(resolve(config)) as engine:  # without a service no thread needs a wake-up
         guide = Held()
         alone = engine.add((1, 2, 3), 12, sampling=GREEDY, guide=guide)
         opens = threading.Timer(0.1, guide.gate.set)
@@ -188,7 +188,7 @@ def test_a_failure_with_a_late_mask_ends_its_text_and_waiting_ones_run(
         time.sleep(0.01)
     again = Caller(service, (1, 2, 3), 6, after)
     assert again.wait() == "length" and after.num_taken == 5
-    guide.gate.set()  # its mask comes to nobody
+    guide.gate.set()  # its mask is delivered to no request
     assert Caller(service, (5, 6), 3).wait() == "length"
 
 

@@ -1,4 +1,4 @@
-"""LLM: text in, text out; what is refused, with numbers; and what closing, stopping and failing leave behind."""
+"""LLM: text in, text out; refusals with numbers; and the state after closing, stopping and failing."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_usable_engine(
     folder: Path, expected: list[Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted:
-        """A step whose result the host does not get to see the first time it asks."""
+        """A step whose result is not ready when the host first polls."""
 
         def __init__(self, future: Future[Any], times: int) -> None:
             self._future, self._times = future, times

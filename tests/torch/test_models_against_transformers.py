@@ -84,7 +84,7 @@ def test_logits_equal_transformers(case: Case, dp: int, tp: int) -> None:
 
 @pytest.fixture(scope="module")
 def greedy_text(case: Case) -> list[list[int]]:
-    """What transformers generates for each prompt."""
+    """transformers' text for each prompt."""
     return generated(case)
 
 

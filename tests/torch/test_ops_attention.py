@@ -1,4 +1,4 @@
-"""causal, MLA and GQA attention: against their twins, against transformers, and against themselves in other steps.
+"""causal, MLA and GQA attention: against torch versions, transformers, and themselves in other steps.
 
 Everything runs as it is chosen on this CPU (compiled in bf16, where that is built), by torch alone, and as on a CPU
 with AMX.

@@ -109,7 +109,7 @@ def test_the_sum_of_a_row_does_not_depend_on_the_order_of_its_choices(path):
 @PATHS
 @torch.inference_mode()
 def test_a_row_is_the_same_in_another_batch(path):
-    """With products that are exact (small integers), what is left is the order of the sum."""
+    """With exact products (small integers), only the order of the sum remains."""
     x, ids, weights, gate_up, down = example(40, torch.float32)
     x, gate_up, down = x.round(), (gate_up * 4).round(), (down * 4).round()
     got = path(x, ids, weights, gate_up, down, first_expert=0)

@@ -1,4 +1,4 @@
-"""int8 weights: what they round to, the compiled products against their twins in plain torch, and whole models.
+"""int8 weights: rounding, the compiled products against plain torch, and whole models.
 
 Sums of int8 rows are exact integers, so compiled and plain ones differ by the last rounding at most (the compiler may
 fuse the scale with the bias).
@@ -113,7 +113,7 @@ def test_a_product_equals_the_torch_version(
 @pytest.mark.parametrize("column", [0, 5, 36])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_nan_stays_nan(wrong: float, column: int, quantization: Quantization) -> None:
-    """In its own row: a NaN that became a number would hide what made it."""
+    """In its own row: a NaN that became a number would hide its cause."""
     weight, x = drawn(33, 37), drawn(3, 37, seed=1)
     x[1, column] = wrong
     for held in (packed(weight, quantization), twin(weight, quantization)):

@@ -77,7 +77,7 @@ def packed(weight_OI: Tensor, pieces: int = 1) -> LinearWeight:
 def packed_gate_up(weight_F2H: Tensor) -> LinearWeight:
     inner = weight_F2H.shape[0] // 2
     ready = empty_gate_up(inner, weight_F2H.shape[1], BF16, CPU)
-    cut = inner // 3  # in pieces, as a checkpoint comes
+    cut = inner // 3  # in pieces, as read from a checkpoint
     for first, stop in ((0, cut), (cut, inner), (inner, 2 * inner)):
         fill(ready, first, weight_F2H[first:stop])
     return ready
@@ -143,7 +143,7 @@ def test_linear(shape: tuple[int, int], num_rows: int, with_bias: bool, num_thre
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (41, 32), (64, 33), (10, 100)])
 def test_few_rows_of_a_plain_weight(shape: tuple[int, int], num_rows: int, num_threads: int) -> None:
-    """An embedding that is also the head stays as it is."""
+    """An embedding that is also the head is not packed."""
     torch.set_num_threads(num_threads)
     num_outputs, num_inputs = shape
     x, weight = randn(num_rows, num_inputs + 5)[:, 3 : 3 + num_inputs].round(), randn(*shape).round()
@@ -162,7 +162,7 @@ def test_few_rows_of_a_plain_weight(shape: tuple[int, int], num_rows: int, num_t
 def test_linear_fuzz(rows: int, outputs: int, inputs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn((n, inputs), generator=generator).to(BF16) for n in (rows, outputs))
-    # Small integers: every sum is exact, so the bits must be right, whatever the order.
+    # Small integers: every sum is exact, so the bits must be right in any order.
     x, weight = x.round(), weight.round()
     assert torch.equal(linear(x, packed(weight)), exact(x, weight).to(BF16))
 

@@ -1,6 +1,6 @@
 """rope: frequencies against ROPE_INIT_FUNCTIONS with checkpoints' own numbers, rotation against the modeling files.
 
-What rotates runs twice: as it is chosen on this CPU (compiled, where that is built), and by torch alone.
+Rotation runs twice: as chosen on this CPU (compiled, where that is built), and by torch alone.
 """
 
 import math

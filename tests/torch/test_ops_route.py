@@ -39,7 +39,7 @@ V2 = {**GREEDY, "method": "group_limited_greedy", "num_groups": 4, "topk_group":
 
 @pytest.fixture(params=["few rows", "many rows", "reference"])
 def router(request, monkeypatch):
-    """Both ways to choose, whatever the number of rows, and the twin."""
+    """Both compiled algorithms, for any number of rows, and the torch version."""
     monkeypatch.setattr(route_module, "SORTED_SCORES", 1 << 30 if request.param == "few rows" else 0)
     return route_reference if request.param == "reference" else route
 

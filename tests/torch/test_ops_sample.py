@@ -116,7 +116,7 @@ def test_a_grid_of_uniforms_reproduces_the_probabilities(draw, case):
     # Each token owns one interval, which holds its length in grid points, give or take one.
     assert (share - expected).abs().max() <= 1.01 / num_draws
     assert share[expected == 0].sum() == 0
-    # and tokens lie by falling probability
+    # and tokens are sorted by falling probability
     assert expected[ids].diff().max() <= 0
 
 

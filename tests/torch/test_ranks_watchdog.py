@@ -36,7 +36,7 @@ def test_a_late_rank_is_overdue() -> None:
 
 
 def test_a_rank_that_is_ahead_is_not_missing() -> None:
-    """It has sent what others wait for, and has gone on."""
+    """It has sent its part of the collective, and has moved on."""
     watchdog = Watchdog(3, timeout_s=10)
     for rank in range(3):
         watchdog.hear(rank, at(5, age_s=99) if rank else at(7, waits=False), 100.0)

@@ -1,4 +1,4 @@
-"""Sampling through the engine: a text is its seed's, wherever and beside whatever it runs; penalties, ends, logprobs.
+"""Sampling through the engine: a text depends on its seed alone, in any batch; penalties, ends, logprobs.
 
 The reference is a loop written here over transformers' logits: one request, one token at a time, no cache.
 """
@@ -84,7 +84,7 @@ def full(*case: object) -> Any:
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
 PROMPT_LENGTHS = (9, 1, 30, 4, 17)
 TEXT = {"".join((chr(97 + i // 26), chr(97 + i % 26))): i for i in range(VOCAB)}
-"""The test tokenizer: id 0 is "aa", 1 is "ab", 96 is "ds"; any two letters that meet may belong to one token or two."""
+"""The test tokenizer: id 0 is "aa", 1 is "ab", 96 is "ds"; any two adjacent letters may belong to one token or two."""
 
 
 @dataclass
@@ -182,7 +182,7 @@ def chosen(scores: Tensor, params: SamplingParams, position: int) -> int:
 
 @pytest.fixture(scope="module")
 def alone(models: dict[str, Model]) -> dict[str, list[list[int]]]:
-    """What each prompt gets on one rank with nothing beside it, seed i for prompt i."""
+    """The text of each prompt alone on one rank, with seed i for prompt i."""
     texts = {}
     for name, model in models.items():
         with engine(model) as one:
@@ -235,7 +235,7 @@ def test_seeds_change_the_text_and_a_missing_seed_is_random_per_request(models: 
         unseeded = serve(one, [PROMPTS[0]] * 6, [hot] * 6)
         assert len({tuple(request.output) for request in unseeded}) == 6
         assert len({request.sampling.seed for request in unseeded if request.sampling}) == 6
-        # the seed that was drawn is in the request, so that its text can be had again
+        # the random seed is in the request, so that its text can be reproduced
         again = serve(one, [PROMPTS[0]] * 6, [request.sampling for request in unseeded])
         assert [request.output for request in again] == [request.output for request in unseeded]
 
@@ -324,11 +324,11 @@ def test_ranks_drop_the_history_of_requests_that_ended(models: dict[str, Model])
                 seen.append(histories(workers))
         assert {long.id, short.id, stopped.id} in [ranks[0] for ranks in seen]
         assert all(plain.id not in held for ranks in seen for held in ranks), "nobody asked for its history"
-        # Steps run ahead, so what is held when the host looks may be a step older.
+        # Steps run ahead, so the held text may be a step older when the host looks.
         assert seen[-1] == [{long.id}] * 2
         (other,) = serve(two, [PROMPTS[0]], [None], 2)
         assert histories(workers) == [set()] * 2
-        # and a request with the same tokens begins anew
+        # and a request with the same tokens starts afresh
         (again,) = serve(two, [PROMPTS[0]], [penalized], 12)
         assert again.output == long.output and other.output != []
 
@@ -398,7 +398,7 @@ def test_length(llm: LLM) -> None:
 
 
 def test_a_stop_string_across_a_token_border_ends_the_text_and_frees_the_pages(llm: LLM) -> None:
-    """It is found when a row of the request is in flight already: that sample is dropped, others go on as before."""
+    """It is found when a row of the request is in flight already: that sample is dropped, others continue as before."""
     free = llm.engine.scheduler.pools[0].num_free
     whole, beside = llm.generate([PROMPTS[0], PROMPTS[2]], max_tokens=30)
     text = whole.text
@@ -513,7 +513,7 @@ def test_stop_strings_need_a_tokenizer_and_may_not_be_empty(models: dict[str, Mo
         generate(bare, stop=["x"])
 
 
-# -- what else meets sampling ----------------------------------------------------------------------------------------
+# -- other features with sampling --------------------------------------------------------------------------------------
 
 
 def test_a_saved_plan_without_whole_logits_refuses_to_sample_and_continues(

@@ -1,4 +1,4 @@
-"""Cached prefixes and preemption through the engine change no text, score or history: each is as it is alone."""
+"""Cached prefixes and preemption through the engine change no text, score or history: each equals the request alone."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_group_short_of_pages_has_right_texts_and_stalls_no_other(
     resolved = resolve(
         EngineConfig(model=str(tiny_model("v3")), dp=2, dtype="float32", max_context=64, page_size=4, kv_tokens=120)
     )
-    limits = replace(resolved.limits, decode_weight=0)  # else so short a prefix draws nobody
+    limits = replace(resolved.limits, decode_weight=0)  # otherwise so short a prefix attracts no request
     with Engine(replace(resolved, limits=limits)) as tight:
         requests = [tight.add(long[0], 40)]
         steps = 0

@@ -33,7 +33,7 @@ BAD = 65
 
 
 class Caller:
-    """Keeps what it is told of one generation."""
+    """Keeps the updates of one generation."""
 
     def __init__(self, service: EngineService, generation: Generation) -> None:
         self.updates: list[Update] = []

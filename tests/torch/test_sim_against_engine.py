@@ -19,7 +19,7 @@ from narrows.workload.arrivals import Ask, Prefixes, prompt_ids, random_lengths
 
 TinyModel = Callable[..., Path]
 Seen = tuple[str, tuple[int, ...], int, tuple[object, ...]]
-"""A step's phase, rows by group, rows with logits, and what its plan does."""
+"""A step's phase, rows by group, rows with logits, and its plan's ops."""
 
 
 class Watched(Engine):

@@ -1,4 +1,4 @@
-"""What runs on a lesser CPU, on this one: models against transformers with the kernels of each other target.
+"""Models against transformers with the kernels of each lesser target that this CPU can run.
 
 The tests of this folder run on the best target that the CPU has; here some of them run again, in a process of its own
 for each target. Kernels alone are tested for all targets in tests/native.

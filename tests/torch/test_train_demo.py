@@ -1,4 +1,4 @@
-"""The recipe of narrows-demo, as far as it needs no training: problems, what is held out, vocabulary, files on disk."""
+"""The recipe of narrows-demo without training: problems, held-out facts, vocabulary, files on disk."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def asked(tiny_model: Callable[..., Path]) -> EngineConfig:
 
 
 class Changed:
-    """A checkpoint some of whose tensors are other ones on some ranks.
+    """A checkpoint with different values of some tensors on some ranks.
 
     ``change`` gets the weight, the rank that asks, how many times that rank has asked for it before (the first time is
     the one rank that all others are compared with), and the true tensor.
@@ -280,7 +280,7 @@ def test_a_removed_reduction_that_still_runs_is_the_first_difference(
     ],
 )
 def test_a_wrong_norm_on_one_rank_is_named_with_the_rank(asked: EngineConfig, norm: str, rank: int) -> None:
-    """Wherever the norm's rows are: scattered, or replicas of rows that other ranks hold too."""
+    """Both where the norm's rows are scattered, and where other ranks hold replicas of them."""
 
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
         return tensor * 1.01 if at == rank and weight.name == f"model.layers.1.{norm}.weight" else tensor
@@ -316,7 +316,7 @@ def test_nan_counts_as_a_difference(asked: EngineConfig) -> None:
 
 
 def test_the_last_gather_of_logits_is_compared_too(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stage comes after it whose output could give it away."""
+    """No later stage's output would reveal it."""
     true_gather = Communicator.column_gather
 
     def gather(self: Communicator, x: Tensor, ranks: tuple[int, ...], widths: tuple[int, ...], label: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""`verify --against transformers`: a right model passes, and what all layouts do alike is seen."""
+"""`verify --against transformers`: a right model passes, and an error of all layouts is detected."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_prompts_reference_does_not_depend_on_earlier_prompts(tmp_path: Path) 
     assert torch.equal(alone.logits, after.logits)
 
 
-# -- what all layouts do alike ---------------------------------------------------------------------------------------
+# -- errors of all layouts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.weight", "model.norm.weight"])
@@ -180,7 +180,7 @@ def test_a_misread_field_is_detected(
 
 
 def test_a_different_routing_rule_is_no_near_tie(folder: Path, loaded: TransformersModel, tmp_path: Path) -> None:
-    """The choice is replayed, so the logits agree; what gives it away is the margin."""
+    """The choice is replayed, so the logits agree; the margin reveals the rule."""
     report = against(other_config(folder, tmp_path / "other", topk_group=4), loaded, dp=1, layouts=["auto"])
     (layout,) = report.layouts
     assert "rows go to other experts, and not by a near-tie: first layer 1, row " in layout.failure

@@ -1,4 +1,4 @@
-"""What a plan says that ranks hold is what they hold: every tensor of every rank's model is counted, byte by byte."""
+"""A plan's bytes per rank are the ranks' bytes: every tensor of every rank's model is counted."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def all_ranks_hold_what_is_planned(config: ModelConfig, dtype: str) -> None:
                 assert held == weight_bytes(config, mesh, sharding, dtype, rank), f"{mesh}, {sharding}, rank {rank}"
 
 
-# -- the same folder has one dtype, whoever asks ----------------------------------------------------------------------
+# -- a folder has one dtype for every command ----------------------------------------------------------------------
 
 
 @pytest.fixture

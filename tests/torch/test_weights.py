@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def split(source: Path, target: Path, num_files: int) -> dict[str, Tensor]:
-    """The checkpoint of ``source`` dealt to several files with an index; all of its tensors."""
+    """The checkpoint of ``source`` split over several files with an index; all of its tensors."""
     tensors = load_file(source / "model.safetensors")
     files = [f"model-{i + 1:05}-of-{num_files:05}.safetensors" for i in range(num_files)]
     where = {name: files[i % num_files] for i, name in enumerate(tensors)}
@@ -93,7 +93,7 @@ def test_slices_of_all_ranks_equal_pieces_of_whole_tensors(
                         want = tensors[name].narrow(weight.dim or 0, lo, hi - lo)
                         assert got.dtype == want.dtype and torch.equal(got, want), (mesh, rank, name)
                         covered[name] += hi - lo
-                # KV heads may be held twice, and what is sharded over a group only is held once per group.
+                # KV heads may be held twice; a tensor sharded over a group only is held once per group.
                 assert all(count >= size for count in covered.values()), f"{weight.name} is not whole on {mesh}"
 
 

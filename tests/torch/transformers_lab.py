@@ -146,7 +146,7 @@ def run_logits(case: Case, dp: int, tp: int, ids: list[int], **options: Any) -> 
 
 
 def generated(case: Case, lengths: Sequence[int] = PROMPT_LENGTHS, seed: int = 2) -> list[list[int]]:
-    """What transformers generates for a prompt of each length."""
+    """transformers' text for a prompt of each length."""
     texts = []
     for length in lengths:
         case.forget()
