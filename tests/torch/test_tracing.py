@@ -183,7 +183,9 @@ def test_a_bucket_off_its_prediction_is_logged_once(engine: Engine) -> None:
     for _ in range(9):
         for batch, factor in ((slow, 3.0), (fast, 1.9)):
             plan = engine.plans.plan_for(batch)
-            lines.append(times.ended(batch, plan, [now - 1.0, now + factor * plan.seconds]))  # handed out long before
+            lines.append(
+                times.ended(batch, plan, plan.seconds, [now - 1.0, now + factor * plan.seconds])
+            )  # handed out long before
             now += factor * plan.seconds
     (line,) = filter(None, lines[2:])
     assert lines.index(line) == 4 and line.startswith("decode steps of up to 1 rows (1 sampled; auto) take ")
@@ -201,7 +203,8 @@ def test_predictions_of_prefill_are_in_proportion_to_rows(engine: Engine) -> Non
     batch = batch_of(17, "prefill")
     plan = engine.plans.plan_for(batch)
     assert plan.shape.rows.total == 24
-    times.ended(batch, plan, [0.0, 1.0])
+    predicted = engine.plans.predicted_seconds(plan, batch)
+    times.ended(batch, plan, predicted, [0.0, 1.0])
     assert times.classes["prefill", 24, "auto"].predicted == pytest.approx(plan.seconds * 17 / 24)
     collectives = predicted_collectives(plan)
     assert times.collectives == {kind: pytest.approx(s * 17 / 24) for kind, s in collectives.items()}

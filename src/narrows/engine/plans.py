@@ -15,6 +15,7 @@ from narrows.engine.config import Resolved
 from narrows.errors import ConfigError
 from narrows.layout import Encoding, split_evenly
 from narrows.plan.cache import FixedPlan, PlanCache, PlanKey
+from narrows.plan.context_prices import ContextPrices
 from narrows.plan.deploy import priced_context
 from narrows.plan.expected import expected_keys
 from narrows.plan.plan import Plan
@@ -35,6 +36,8 @@ class EnginePlans:
         self._resolved = resolved
         self.planner = Planner(resolved.deployment, resolved.sharding)
         self._logits_planner = Planner(replace(resolved.deployment, want_logits=True), resolved.sharding)
+        self._prices = ContextPrices(self.planner)
+        self._logits_prices = ContextPrices(self._logits_planner)
         self._caches: dict[str, tuple[PlanCache, PlanCache]] = {}
         self._expected = self._expected_keys()
         self.select(resolved.asked.layout)
@@ -62,6 +65,10 @@ class EnginePlans:
         if self._resolved.plan is not None:
             cache = FixedPlan(self._resolved.plan)
         return cache.plan_for(batch)
+
+    def predicted_seconds(self, plan: Plan, batch: Batch, *, keep_logits: bool = False) -> float:
+        """What :meth:`plan_for`'s ``plan`` predicts for the batch, at the context of its rows."""
+        return (self._logits_prices if keep_logits or batch.needs_logits else self._prices).seconds(plan, batch)
 
     def plan_ahead(self) -> Plan | None:
         """Make one more plan that no step has asked for yet; None: enough of them are made."""

@@ -147,7 +147,8 @@ class Loop:
         times = self._ends.popleft()
         if self.engine.resolved.plan is not None:  # one plan for every step predicts none of them
             return
-        if off := self._numbers.ended(step, times):
+        predicted = self.engine.plans.predicted_seconds(step.plan, step.batch)
+        if off := self._numbers.ended(step, predicted, times):
             _LOG.warning("%s", off)
 
     def _time_oldest(self) -> None:

@@ -5,7 +5,6 @@ Totals survive the engine: new ranks go on counting.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,17 +66,17 @@ class Numbers:
     def scheduled(self, now: SchedulerStats) -> None:
         """The scheduler's numbers, as they are."""
         with self._lock:
-            self._now = _summed(now, self._before)
+            self._now = now.after(self._before) if self._before else now
 
     def handed_out(self, step: StepInFlight) -> None:
         """A step that the ranks have been given."""
         with self._lock:
             self._plans[step.batch.phase, bucket(step.batch.num_rows), step.plan.layout_name] += 1
 
-    def ended(self, step: StepInFlight, times: list[float]) -> str:
+    def ended(self, step: StepInFlight, predicted: float, times: list[float]) -> str:
         """A step that is done (:meth:`StepTimes.ended`); a line for people if its bucket is off its prediction."""
         with self._lock:
-            return self._times.ended(step.batch, step.plan, times)
+            return self._times.ended(step.batch, step.plan, predicted, times)
 
     def add_collectives(self, ranks: Sequence[Mapping[tuple[str, str], Counted]]) -> None:
         """One reading of every rank's clock of collectives."""
@@ -89,18 +88,3 @@ class Numbers:
         with self._lock:
             self._before = replace(self._now, running=0, waiting=0) if self._now else None
             self._times.forget_ranks()
-
-
-def _summed(now: SchedulerStats, before: SchedulerStats | None) -> SchedulerStats:
-    """Totals over engines; what is of this moment stays as it is."""
-    if before is None:
-        return now
-    totals = ("preemptions", "prompt_tokens", "cached_prompt_tokens", "output_tokens", "steps")
-    by_group = ("idle_rows", "group_preemptions", "short_steps")
-    summed: dict[str, Any] = {name: getattr(now, name) + getattr(before, name) for name in totals}
-    summed |= {name: tuple(map(operator.add, getattr(now, name), getattr(before, name))) for name in by_group}
-    return replace(
-        now,
-        **summed,
-        bound_steps={bound: steps + before.bound_steps.get(bound, 0) for bound, steps in now.bound_steps.items()},
-    )

@@ -1,9 +1,9 @@
 """Measured times of steps beside their predictions, by bucket of the plan cache.
 
-A step's time is the coordinator's: from when the ranks had the step and were free for it until the last of them had
-answered. That includes what no plan prices (inputs on their way, samples, answers), which matters for steps of a
-millisecond. A prediction is that of the bucket's upper end at the cache's one context. It is scaled by rows for a
-prefill step; a decode step reads the same weights whatever its rows, so there it is taken as it is.
+A step's time is the coordinator's: from when the ranks had the step and were free for it until rank 0 had answered.
+That includes what no plan prices (inputs on their way, samples, answers), which matters for steps of a millisecond. A
+prediction is that of the bucket's upper end, at the context of the step's rows. It is scaled by rows for a prefill
+step; a decode step reads the same weights whatever its rows, so there it is taken as it is.
 """
 
 from __future__ import annotations
@@ -22,18 +22,13 @@ from narrows.plan.cache import PlanKey, bucket, share_of_plan
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
 
-__all__ = ["BucketTimes", "DriftRule", "StepTimes", "predicted_collectives", "predicted_seconds"]
+__all__ = ["BucketTimes", "DriftRule", "StepTimes", "predicted_collectives"]
 
 _RECENT = 101
 """Steps whose times a bucket keeps, for its median."""
 
 PlanClass = tuple[str, int, str]
 """(phase, bucket of rows, layout)."""
-
-
-def predicted_seconds(plan: Plan, batch: Batch) -> float:
-    """What ``plan`` predicts for ``batch``, which may have fewer rows than its bucket."""
-    return plan.seconds * share_of_plan(plan, batch)
 
 
 def predicted_collectives(plan: Plan) -> dict[tuple[str, str], float]:
@@ -150,13 +145,14 @@ class StepTimes:
         future.add_done_callback(lambda _: times.append(perf_counter()))
         return times
 
-    def ended(self, batch: Batch, plan: Plan, times: list[float]) -> str:
-        """A step is done; a line for people if its bucket has just been found off its prediction, else empty."""
+    def ended(self, batch: Batch, plan: Plan, predicted: float, times: list[float]) -> str:
+        """A step of so many ``predicted`` seconds is done; a line for people if its bucket has just been found off its
+        prediction, else empty."""
         if len(times) < 2:  # its future was done before the callback that tells when
             times.append(perf_counter())
         begun, done = max(times[0], self._free), times[1]
         self._free = done
-        predicted, measured = predicted_seconds(plan, batch), max(done - begun, 0.0)
+        measured = max(done - begun, 0.0)
         self._count_collectives(plan, batch)
         name = (batch.phase, bucket(batch.num_rows), plan.layout_name)
         old = self.classes.get(name, PlanClassTimes())
