@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from operator import add
+from typing import Any
 
 from narrows.sched.request import Request
 
@@ -20,9 +22,12 @@ class Bound(StrEnum):
     KV_PAGES = "kv_pages"
 
 
+_OF_THIS_MOMENT = frozenset(("running", "waiting", "kv_pages", "kv_pages_used", "group_running", "group_kv_pages_used"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """``running``, ``waiting``, ``kv_*`` and ``group_running`` are of this moment, the rest totals since the start.
+    """``running``, ``waiting``, ``kv_*``, ``group_running`` and ``group_kv_*`` are of this moment, the rest totals.
 
     ``kv_pages`` of all groups, the null pages not counted; ``kv_pages_used``: held by requests (pages that are only
     kept to be found again are not used). ``prompt_tokens`` of prompts that have begun to run, ``cached_prompt_tokens``
@@ -49,6 +54,18 @@ class SchedulerStats:
     group_preemptions: tuple[int, ...] = ()
     short_steps: tuple[int, ...] = ()
     bound_steps: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, before: SchedulerStats) -> SchedulerStats:
+        """These numbers of a scheduler that took the place of another: the totals of both, and this one's moment."""
+        totals = [each.name for each in fields(self) if each.name not in _OF_THIS_MOMENT]
+        return replace(self, **{name: _sum(getattr(self, name), getattr(before, name)) for name in totals})
+
+
+def _sum(first: Any, second: Any) -> Any:
+    """Of two numbers, or of each pair of numbers by place or by key."""
+    if isinstance(first, Mapping):
+        return {key: first.get(key, 0) + second.get(key, 0) for key in {**second, **first}}
+    return tuple(map(add, first, second)) if isinstance(first, tuple) else first + second
 
 
 class Totals:
