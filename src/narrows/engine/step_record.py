@@ -146,6 +146,7 @@ def _received(move: Move, held: int, left: Any, encoding: Encoding) -> int:
         return int(left.nbytes) * others
     if move.kind is MoveKind.ALL_REDUCE:  # a share of the sum from each, then each one's sum
         return 2 * int(left.nbytes) * others // move.num_ranks
+    assert move.kind in (MoveKind.ALL_GATHER, MoveKind.COLUMN_GATHER), f"not known what {move.kind} sends"
     came = int(left.nbytes) - held
     if encoding is Encoding.PLAIN or not came:
         return came

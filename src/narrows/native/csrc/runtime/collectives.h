@@ -47,7 +47,7 @@ constexpr int64_t blocks_start = staging_start + max_slots * 2 * small_bytes;
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 
-// One rank's end of one group's exchanges: its own memory, as Python lays it out (narrows/comm/shm.py).
+// One rank's end of one group's exchanges: its own memory, as Python lays it out (narrows/comm/shm_calls.py).
 struct Wire {
     int64_t size, me, slot;
     int64_t segment_bytes;
