@@ -75,6 +75,18 @@ class Mesh:
         base = rank // block * block + rank % stride
         return tuple(base + i * stride for i in range(count))
 
+    def groups(self, first: int, last: int) -> tuple[tuple[int, ...], ...]:
+        """Every group along axes ``first .. last - 1``, in the order of their first ranks; together they are the world.
+
+        >>> Mesh.of(dp=2, tp=2).groups(0, 1)
+        ((0, 2), (1, 3))
+        """
+        return tuple(self.group(rank, first, last) for rank in range(self.size) if self._leads(rank, first, last))
+
+    def _leads(self, rank: int, first: int, last: int) -> bool:
+        """Whether ``rank`` is the first of its group."""
+        return not any(self.coordinates(rank)[first:last])
+
     def group_of(self, rank: int) -> int:
         """Index of the attention group that ``rank`` belongs to."""
         return rank // self.group_size

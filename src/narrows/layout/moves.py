@@ -18,18 +18,26 @@ where fewer axes owe the sum: (P,P) -> (S,P).
 reduce_scatter over dp: (P,P) -> (S,P)
 reduce_scatter over dp x tp: (P,P) -> (S,S)
 all_reduce over dp x tp: (P,P) -> (R,R)
+
+Among ranks on several nodes (:mod:`narrows.layout.topology`) a collective may also be done level by level: inside each
+node, and between the nodes by groups of one rank of each. It is a move of its own, so that a plan states which it is:
+
+>>> nodes = Topology.parse("2x2")
+>>> [str(move) for move in moves_from(mesh, owed(mesh), nodes)][-1]
+'all_reduce over dp x tp, hierarchical: (P,P) -> (R,R)'
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
 from narrows.layout.layout import Layout
 from narrows.layout.mesh import Mesh
+from narrows.layout.topology import Topology
 
-__all__ = ["Move", "MoveKind", "moves_from"]
+__all__ = ["Algorithm", "Move", "MoveKind", "moves_from"]
 
 
 class MoveKind(StrEnum):
@@ -42,6 +50,22 @@ class MoveKind(StrEnum):
     COLUMN_GATHER = "column_gather"
 
 
+class Algorithm(StrEnum):
+    """How the ranks of a group carry out a collective.
+
+    ``HIERARCHICAL``, for a group with equally many ranks, several, on each of its nodes. ``peers`` are the ranks of
+    equal place on their nodes: one rank of each node. Every piece crosses the network once.
+
+        all_reduce      reduce-scatter in the node, all-reduce of that share among peers, all-gather in the node
+        reduce_scatter  reduce-scatter in the node, of shares that hold the pieces of each place; then among peers
+        all_gather      all-gather among peers, then in the node; column_gather alike
+    """
+
+    FLAT = "flat"
+    """One collective among all ranks of the group, as the library has it."""
+    HIERARCHICAL = "hierarchical"
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """One operation from layout ``src`` to layout ``dst`` among the ranks along mesh axes ``first .. last - 1``."""
@@ -52,11 +76,17 @@ class Move:
     dst: Layout
     first: int
     last: int
+    algorithm: Algorithm = Algorithm.FLAT
 
     @property
     def num_ranks(self) -> int:
         """Number of ranks that take part together."""
         return len(self.mesh.group(0, self.first, self.last))
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of every group that makes this move, all at once."""
+        return self.mesh.groups(self.first, self.last)
 
     @property
     def axes(self) -> str:
@@ -66,12 +96,14 @@ class Move:
         return " x ".join(name for name, size in zip(names, sizes, strict=True) if size > 1)
 
     def __str__(self) -> str:
-        return f"{self.kind} over {self.axes}: {self.src} -> {self.dst}"
+        how = "" if self.algorithm is Algorithm.FLAT else f", {self.algorithm}"
+        return f"{self.kind} over {self.axes}{how}: {self.src} -> {self.dst}"
 
 
 @lru_cache(maxsize=4096)
-def moves_from(mesh: Mesh, layout: Layout) -> tuple[Move, ...]:
-    """Every single move that starts at ``layout``, in a fixed order: one at most to each other layout."""
+def moves_from(mesh: Mesh, layout: Layout, topology: Topology | None = None) -> tuple[Move, ...]:
+    """Every single move that starts at ``layout``, in a fixed order: one at most to each other layout, and after them
+    the hierarchical ones that ``topology`` allows (None: all ranks on one node)."""
     first, tail, end = layout.num_leading, layout.tail, mesh.num_axes
     found: dict[Layout, Move] = {}
 
@@ -92,4 +124,8 @@ def moves_from(mesh: Mesh, layout: Layout) -> tuple[Move, ...]:
     if tail in ("R", ""):
         for start in range(first):
             offer(MoveKind.ALL_GATHER, "S" * start + "R" * (end - start), start, first)
-    return tuple(found.values())
+    flat = tuple(found.values())
+    if topology is None or topology.is_one_node:
+        return flat
+    split = (move for move in flat if move.kind is not MoveKind.SLICE and topology.has_two_levels(move.groups))
+    return (*flat, *(replace(move, algorithm=Algorithm.HIERARCHICAL) for move in split))
