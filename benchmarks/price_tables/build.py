@@ -1,4 +1,4 @@
-"""Builds src/narrows/cost/data/gpu.zip, the measured GPU kernel times, from the tables of NVIDIA AIConfigurator.
+"""Builds the measured GPU times of src/narrows/cost/data: kernels (gpu.zip), and collectives between hosts.
 
     python benchmarks/price_tables/build.py FOLDER
 
@@ -6,6 +6,11 @@ FOLDER holds the wide CSV tables (``gemm_bf16.csv``, ``mla_decode.csv``, ``moe_h
 per size, in microseconds. The archive has one member per device and kernel, ``h200/mla_decode.csv``, so that a plan
 parses only what it asks for. Where several backends measured a point, the least time is kept. Left out: expert tables
 whose synthetic router sends all tokens to the same groups (``..._grouped``), whose times are those of half the experts.
+
+gpu.zip is from the tables of NVIDIA AIConfigurator, collectives_hosts.csv from public pages (data/NOTICE).
+``nodes`` in it are what a fast network connects: the 8 hosts of an NVLink domain are one node. The GPUs of one source
+had no peer access, so that all of their traffic crossed the network: they are written as nodes of one GPU. Left out: a
+pair of hosts that was set up badly, and one host, of which data/collectives.csv has more.
 
 The same input gives the same bytes.
 """
@@ -33,7 +38,17 @@ TABLES = {
 """The keys kept of each table, after the device."""
 MEMBERS = {"moe_hopper": "moe", "moe_blackwell": "moe"}
 ROUTINGS = {"balanced", "power_law"}
-TARGET = Path(__file__).parents[2] / "src/narrows/cost/data/gpu.zip"
+DATA = Path(__file__).parents[2] / "src/narrows/cost/data"
+TARGET = DATA / "gpu.zip"
+HOSTS = DATA / "collectives_hosts.csv"
+NETWORKS = {
+    "8x400G-IB": "ib-400",
+    "8x400G-RoCE": "roce-400",
+    "8x400G-RoCE-no-p2p": "roce-400",
+    "4x800G-RoCE": "roce-800",
+    "NVLink-NVL72": "",
+}
+"""Our name of a network, of those tables that are kept; empty: NVLink."""
 EPOCH = (2026, 8, 21, 0, 0, 0)
 
 
@@ -62,6 +77,24 @@ def main(folder: Path) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, "\n".join(text) + "\n", compresslevel=9)
     print(f"{TARGET.name}: {len(members)} tables, {TARGET.stat().st_size} bytes")
+    between_hosts(folder / "collectives_internode.csv")
+
+
+def between_hosts(source: Path) -> None:
+    """Write the collectives that were measured between hosts, or in an NVLink domain of several."""
+    rows = []
+    with source.open() as lines:
+        for row in csv.DictReader(lines):
+            network = NETWORKS.get(row["network"])
+            if network is None:
+                continue
+            nodes = row["num_gpus"] if row["network"].endswith("no-p2p") else row["nodes"] if network else "1"
+            rows.append(
+                (row["device"], row["op"], row["num_gpus"], nodes, network, row["bytes"], f"{float(row['us']):g}")
+            )
+    text = [("device", "op", "num_gpus", "nodes", "network", "bytes", "us"), *rows]
+    HOSTS.write_text("".join(f"{','.join(cells)}\n" for cells in text), encoding="ascii")
+    print(f"{HOSTS.name}: {len(rows)} points, {HOSTS.stat().st_size} bytes")
 
 
 def _sortable(part: str) -> tuple[int, str]:

@@ -56,7 +56,8 @@ def test_the_six_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, SMALL)
     assert set(found) == {
-        *("model", "mesh", "device", "dtype", "graph", "encode_rows", "expert_skew", "kv_dtype", "engine", "shape"),
+        *("model", "mesh", "nodes", "network", "device", "dtype", "graph", "encode_rows", "expert_skew"),
+        *("kv_dtype", "engine", "shape"),
         *("layouts", "inapplicable", "warning", "why", "evidence", "crossovers", "notes"),
     }
     assert (found["model"], found["mesh"], found["device"]) == ("deepseek-v2-lite", {"dp": 2, "tp": 2}, "h100")

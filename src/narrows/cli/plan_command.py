@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         kv_dtype=args.kv_dtype,
         engine=args.engine,
         experts=args.experts,
+        nodes=args.nodes,
+        network=args.network,
     )
     if args.scattered:
         named_layout(_SCATTERED, report.deployment.config, mesh)  # refused if it cannot apply, whatever is compared

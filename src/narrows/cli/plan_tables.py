@@ -10,9 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from narrows.arch.stages import PriceClass
 from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cli.console import console
-from narrows.layout import MoveKind
+from narrows.layout import Algorithm, MoveKind
 from narrows.plan.plan import Op, OpKind, Plan, Segment
 from narrows.plan.report.crossovers import RowRange
 from narrows.plan.report.explain import compare, fields_words, layout_words, segment_difference
@@ -67,14 +68,14 @@ class _Page:
 
 def _print_header(page: _Page, report: PlanReport) -> None:
     deployment, shape = report.deployment, report.shape
-    mesh, published = deployment.mesh, WeightSharding()
+    mesh, published, topology = deployment.mesh, WeightSharding(), deployment.topology
     groups = f" ({' + '.join(str(n) for n in shape.group_rows)})" if mesh.num_groups > 1 else ""
     launch = (
         "" if deployment.device.shared_memory else ", in a CUDA graph" if deployment.graph else ", launched eagerly"
     )
-    page.put(
-        Text(f"{deployment.config.name} on {mesh}: {mesh.size} x {deployment.device.title}, {deployment.dtype}", "bold")
-    )
+    where = "" if topology.is_one_node else f", {topology.num_nodes} nodes of {topology.ranks_per_node}"
+    devices = f"{mesh.size} x {deployment.device.title}{where}"
+    page.put(Text(f"{deployment.config.name} on {mesh}: {devices}, {deployment.dtype}", "bold"))
     page.put(
         f"one {shape.phase} step of {shape.rows.total} rows{groups}, context {shape.context}, "
         f"logits of {shape.logits.total}{launch}"
@@ -111,6 +112,9 @@ def _totals(report: PlanReport) -> Table:
     for price_class, seconds in totals.seconds.items():
         if any(seconds):
             table.add_row(str(price_class), *(f"{1e3 * s:.2f}" for s in seconds))
+        between = [entry.plan.internode_seconds for entry in entries]
+        if price_class is PriceClass.COMMUNICATION and any(between):
+            table.add_row("  of it between nodes", *(f"{1e3 * s:.2f}" for s in between))
     table.add_row("total", *(f"{1e3 * s:.2f}" for s in totals.totals), style="bold")
     table.add_row("against the best", *(f"x {ratio:.3f}" for ratio in totals.ratios))
     if not all(entry.memory.fits for entry in entries):
@@ -191,7 +195,7 @@ def _op(plan: Plan, op: Op, times: int) -> tuple[str, ...]:
     reads, leaves = layout_words(plan.mesh, op.layout), layout_words(plan.mesh, op.leaves)
     name, before = op.name, "" if op.kind is OpKind.STAGE else op.boundary
     if op.move is not None:
-        name = f"{name.replace('_', '-')} {op.move.axes}"
+        name = f"{name.replace('_', '-')} {op.move.axes}{_across(plan, op)}"
     return (
         f"> {name}" if before else name,
         before,
@@ -203,6 +207,15 @@ def _op(plan: Plan, op: Op, times: int) -> tuple[str, ...]:
         f"{op.ps * times / 1e9:.2f}",
         op.source.label[0],
     )
+
+
+def _across(plan: Plan, op: Op) -> str:
+    """That a group lies on several nodes, and what it does about it."""
+    assert op.move is not None
+    if op.move.algorithm is not Algorithm.FLAT:
+        return f", {op.move.algorithm}"
+    nodes = plan.num_nodes(op)
+    return f", {nodes} nodes" if nodes > 1 else ""
 
 
 def _amount(value: float) -> str:

@@ -7,6 +7,7 @@ import argparse
 from narrows.cost.devices import DTYPES
 from narrows.cost.engines import ENGINES, KERNELS_ALONE
 from narrows.cost.imbalance import DEFAULT_SKEW
+from narrows.cost.network import NETWORKS
 from narrows.plan.deploy import DEFAULT_REQUESTS
 from narrows.plan.named import NAMED_LAYOUTS
 from narrows.plan.planner import ENCODE_ROWS, EXPERTS, KV_DTYPES
@@ -71,6 +72,18 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
         default=KERNELS_ALONE.name,
         help="add what this engine's host takes to a step, and the overlap of its kernels (docs/published.md; "
         "default %(default)s: kernels one after the other)",
+    )
+    add(
+        "--nodes",
+        default="",
+        metavar="NxR",
+        help="lay the ranks on N nodes of R: hosts, or NVLink domains of several (docs/topology.md; default: one)",
+    )
+    add(
+        "--network",
+        choices=tuple(NETWORKS),
+        default="",
+        help="what connects nodes (default: the device's usual network)",
     )
     add("--eager", action="store_true", help="price kernels launched one by one, not from a CUDA graph")
 

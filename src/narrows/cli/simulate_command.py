@@ -39,9 +39,10 @@ from narrows.cli.simulate_tables import print_candidate, print_ranking, print_un
 from narrows.cost.devices import Device
 from narrows.cost.engines import engine_style
 from narrows.cost.environment import this_machine
+from narrows.cost.network import network
 from narrows.cost.profile import choose_device
 from narrows.errors import ConfigError
-from narrows.layout import Mesh
+from narrows.layout import Mesh, Topology
 from narrows.plan.deploy import DEFAULT_ROWS, longest_context, planned_dtype
 from narrows.plan.named import applicable_layouts, inapplicable, named_layout
 from narrows.plan.planner import Deployment
@@ -107,7 +108,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     target.add_argument("--search", action="store_true", help="rank every dp x tp x layout of --num-gpus devices")
     target.add_argument(
-        "--num-gpus", default="", metavar="N[,N...]", help="numbers of devices to search (default: dp x tp)"
+        "--num-gpus",
+        default="",
+        metavar="N[,N...]",
+        help="numbers of devices to search (default: those of --nodes, or dp x tp)",
     )
     out = add_output_flags(parser)
     out.add_argument(
@@ -184,6 +188,8 @@ def _check(args: argparse.Namespace) -> None:
     at_least(args, "prompt_rows", 0)
     for name in ("max_ttft", "max_tpot"):
         more_than_0(args, name)
+    if args.network and not args.nodes:
+        raise ConfigError(f"--network {args.network} connects nodes: say --nodes NxR too, or leave it out")
     if not 0 < args.percentile <= 100:
         raise ConfigError(f"--percentile is {args.percentile:g}; it must be more than 0 and at most 100")
     if not 0 <= args.step_overhead < 1e9:
@@ -205,7 +211,8 @@ def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh
             named_layout(layout, config, mesh)
         return [(mesh, layout) for layout in layouts or ("auto",)]
     try:
-        counts = [int(part) for part in args.num_gpus.split(",")] if args.num_gpus else [args.dp * args.tp]
+        nodes = Topology.parse(args.nodes).size if args.nodes and (args.dp, args.tp) == (1, 1) else args.dp * args.tp
+        counts = [int(part) for part in args.num_gpus.split(",")] if args.num_gpus else [nodes]
     except ValueError:
         raise ConfigError(f"--num-gpus {args.num_gpus!r}: whole numbers with commas between are needed") from None
     return [
@@ -254,6 +261,10 @@ def _candidate(
     """Simulate one mesh and layout, or say why that is not possible."""
     if reason := inapplicable(layout, config, mesh):
         return Candidate(mesh=mesh, layout=layout, dtype=dtype, refusal=f"cannot apply: {reason}")
+    nodes = None
+    if args.nodes:
+        nodes = Topology.parse(args.nodes)
+        nodes = nodes.holding(mesh.size) if args.search else nodes
     deployment = Deployment(
         config=config,
         mesh=mesh,
@@ -265,6 +276,8 @@ def _candidate(
         kv_dtype=args.kv_dtype,
         engine=engine_style(args.engine),
         experts=args.experts,
+        nodes=nodes,
+        between=network(args.network) if args.network and nodes is not None and not nodes.is_one_node else None,
     )
     try:
         found = serving(

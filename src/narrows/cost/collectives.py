@@ -2,8 +2,8 @@
 
 An all-reduce is NOT a reduce-scatter plus an all-gather in time: on NVSwitch machines it is faster than that pair at
 the same width, so each operation has its own curve per device, group size and backend. Where no curve exists the next
-best thing is taken and the source says so; what is not known at all is the network between hosts: a group larger than
-the largest measured one is priced as if it sat in one such machine.
+best thing is taken and the source says so. All ranks are on one node here: a group larger than the largest measured one
+is priced as if it sat in one such machine (between nodes: :mod:`narrows.cost.internode`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def _collective_price(device: Device, op: str, num_ranks: int, nbytes: int, grap
 
 
 def _table_price(name: str, source: CollectiveSource, op: str, num_ranks: int, nbytes: int, graph: bool) -> Price:
+    lent = ""
+    if op == "reduce_scatter" and _nearest_count(source, op, num_ranks) < _nearest_count(
+        source, "all_gather", num_ranks
+    ):
+        lent = op = "all_gather"  # in large NVLink domains only that was measured
     count = _nearest_count(source, op, num_ranks)
     # nccl-tests' size of an all-to-all is one rank's buffer, of everything else the full tensor.
     size = source.byte_factor * (nbytes / num_ranks if op == "all_to_all" else nbytes)
@@ -55,7 +60,7 @@ def _table_price(name: str, source: CollectiveSource, op: str, num_ranks: int, n
     # The ring factor: all_reduce moves 2 (n-1)/n of the tensor per rank, the others (n-1)/n; the 2 cancels.
     ring = (num_ranks - 1) / num_ranks * count / (count - 1)
     seconds = best.seconds * source.time_factor * ring
-    own = table == name and count == num_ranks and source.time_factor == source.byte_factor == 1.0
+    own = not lent and table == name and count == num_ranks and source.time_factor == source.byte_factor == 1.0
     return Price(seconds, best.source if own else Source.SCALED)
 
 
@@ -82,6 +87,10 @@ def _curves() -> Mapping[tuple[str, str, int, str], Curve]:
     columns = ("device", "op", "num_gpus", "bytes", "us", "backend")
     for table, op, count, nbytes, us, backend in read_rows("collectives.csv", columns):
         points.setdefault((table, op, int(count), backend), []).append((float(nbytes), float(us) * 1e-6))
+    columns = ("device", "op", "num_gpus", "nodes", "network", "bytes", "us")
+    for table, op, count, nodes, _, nbytes, us in read_rows("collectives_hosts.csv", columns):
+        if nodes == "1":
+            points.setdefault((table, op, int(count), "nccl"), []).append((float(nbytes), float(us) * 1e-6))
     return MappingProxyType({key: Curve.of(found) for key, found in points.items()})
 
 
@@ -101,7 +110,7 @@ def _candidates(source: CollectiveSource, op: str, count: int, graph: bool) -> t
 
 @cache
 def _nearest_count(source: CollectiveSource, op: str, num_ranks: int) -> int:
-    """The measured group size nearest to ``num_ranks`` by ratio (2, 4 and 8 never tie)."""
+    """The measured group size nearest to ``num_ranks`` by ratio; of two as near the smaller."""
     counts = {key[2] for key in _curves() if key[0] in (source.table, source.lender) and key[1] == op}
     assert counts, f"table {source.table} has no {op}"
-    return min(counts, key=lambda count: abs(math.log(count / num_ranks)))
+    return min(sorted(counts), key=lambda count: abs(math.log(count / num_ranks)))

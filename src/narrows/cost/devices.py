@@ -63,6 +63,10 @@ class Device:
     few MB, but this engine has none."""
     link_latency_s: float = 20e-6
     """Of one collective where no table gives it."""
+    network: str = "roce-400"
+    """What usually connects its nodes (:mod:`narrows.cost.network`)."""
+    node_ranks: int | None = 8
+    """How many of it the fast links connect: those of a host, or of an NVLink domain. None: it varies."""
     collectives: CollectiveSource | None = None
     """None: latency + traffic over the link."""
     gemm: str | None = None
@@ -170,7 +174,8 @@ _H20 = Device(
     gemm_efficiency=0.97,
     attention_efficiency=0.85,
     sources=_sources(f"vendor; {_FP32}", f"vendor; {_SMI}", _H20_COLLECTIVES, _H20_GEMM, _H20_FIT, _H20_ATTENTION),
-    notes="The device of the published profile. Its links are as fast as an H100's; its collectives were not measured.",
+    notes="The device of the published profile. Its links are as fast as an H100's; its collectives were not measured. "
+    "Its network varies by cloud, from 25 to 50 GB/s per GPU; the faster is taken.",
 )
 
 _H20_3E = Device(
@@ -205,6 +210,7 @@ _H100 = Device(
     hbm_bytes_per_s=3.35e12,
     memory_bytes=81_559 * _MIB,
     link_bytes_per_s=450e9,
+    network="ib-400",
     collectives=CollectiveSource(table="h100"),
     kernels="h100",
     attention_efficiency=0.60,
@@ -220,6 +226,7 @@ _H200 = Device(
     hbm_bytes_per_s=4.8e12,
     memory_bytes=143_771 * _MIB,
     link_bytes_per_s=450e9,
+    network="ib-400",
     collectives=CollectiveSource(table="h200"),
     kernels="h200",
     attention_efficiency=0.60,
@@ -235,6 +242,7 @@ _H800 = Device(
     hbm_bytes_per_s=3.35e12,
     memory_bytes=81_559 * _MIB,
     link_bytes_per_s=200e9,
+    network="ib-400",
     # Chosen so that an all-reduce of 512 MiB among 8 has a bus bandwidth (2 x 7/8 x bytes / time) of 215 GB/s.
     collectives=CollectiveSource(table="h100", byte_factor=2.187),
     kernels="h100",
@@ -259,6 +267,7 @@ _A100 = Device(
     hbm_bytes_per_s=2.04e12,
     memory_bytes=81_920 * _MIB,
     link_bytes_per_s=300e9,
+    network="ib-200",
     collectives=CollectiveSource(table="a100"),
     kernels="a100",
     attention_efficiency=0.60,
@@ -281,10 +290,12 @@ _B200 = Device(
     hbm_bytes_per_s=7.7e12,
     memory_bytes=183_359 * _MIB,
     link_bytes_per_s=900e9,
+    network="ib-400",
     collectives=CollectiveSource(table="b200"),
     kernels="b200",
     attention_efficiency=0.50,
     sources=_sources(f"{_AIC}; {_FP32}", f"{_AIC}; {_SMI}", _OWN_CURVES, _OWN_GRIDS, _H20_FIT, _OWN_ATTENTION),
+    notes="Boxes have 400 or 800 Gb/s of network per GPU; the slower is taken.",
 )
 
 _GB200 = Device(
@@ -296,13 +307,16 @@ _GB200 = Device(
     hbm_bytes_per_s=8.0e12,
     memory_bytes=189_471 * _MIB,
     link_bytes_per_s=900e9,
+    network="ib-800",
+    node_ranks=72,
     collectives=CollectiveSource(table="gb200", lender="b200"),
     kernels="gb200",
     attention_efficiency=0.50,
     sources=_sources(
         f"{_AIC}; {_FP32}",
         f"{_AIC}, its size too",
-        f"2 and 4 GPUs: nccl-tests, {_AIC}; 8 GPUs, and the custom all-reduce kernel: B200's curves",
+        f"2 and 4 GPUs: nccl-tests, {_AIC}; 8 GPUs, and the custom all-reduce kernel: B200's curves; gathers of more: "
+        "32 GPUs of one NVLink domain, Google's A4X page",
         _OWN_GRIDS,
         _H20_FIT,
         _OWN_ATTENTION,
@@ -318,6 +332,7 @@ _L40S = Device(
     hbm_bytes_per_s=0.864e12,
     memory_bytes=46_068 * _MIB,
     link_bytes_per_s=32e9,
+    network="ethernet-100",
     collectives=CollectiveSource(table="l40s"),
     gemm="l40s",
     attention_efficiency=0.50,
@@ -368,6 +383,8 @@ def _xeon(name: str, title: str, bf16: float, fp32: float, memory: float, link: 
         memory_bytes=512e9,
         is_cpu=True,
         link_bytes_per_s=link,
+        network="ethernet-100",
+        node_ranks=None,
         gemm_efficiency=0.70,
         attention_efficiency=0.30,
         launch_s=10e-6,
@@ -395,6 +412,8 @@ _CPU_CORE = Device(
     memory_bytes=12e9,
     is_cpu=True,
     link_bytes_per_s=10e9,
+    network="ethernet-10",
+    node_ranks=None,
     shared_memory=True,
     fused_norm_bytes=1 << 15,
     link_latency_s=40e-6,

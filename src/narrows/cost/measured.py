@@ -22,8 +22,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     create_model,
     field_validator,
+    model_serializer,
+    model_validator,
 )
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
@@ -173,14 +176,26 @@ class StageTable(Part):
 
 class CollectiveTable(Part):
     """Microseconds of one collective in groups of ``ranks``, over the bytes of the whole tensor. All groups of the
-    world exchange at once. ``axis``: one of AXES; ``phase``: of which steps; None: of all. ``points``: [bytes, us,
-    spread]."""
+    world exchange at once. ``axis``: one of AXES; ``phase``: of which steps; None: of all. ``nodes``: that each group
+    lies on; with one of its ranks on each where ``nodes`` is ``ranks``. ``points``: [bytes, us, spread]."""
 
     op: Literal[MEASURED_OPS]  # type: ignore[valid-type]
     ranks: Annotated[int, Field(ge=2)]
     axis: Literal[AXES] = AXES[0]  # type: ignore[valid-type]
     phase: _Phase | None = None
+    nodes: Annotated[int, Field(ge=1)] = 1
     points: _SizeRows
+
+    @model_validator(mode="after")
+    def _ranks_fill_nodes(self) -> CollectiveTable:
+        if self.ranks % self.nodes:
+            raise ValueError(f"{self.ranks} ranks cannot lie on {self.nodes} nodes, equally many on each")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _said(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = whole(self)
+        return {name: value for name, value in document.items() if name != "nodes" or value != 1}
 
 
 class StepTable(Part):
@@ -221,9 +236,11 @@ class Measured:
         price_class = self._single.get((item, dtype))
         return None if price_class is None else self.stage(price_class, (item,), dtype, rows, phase, attended)
 
-    def collective(self, op: str, num_ranks: int, axis: str, nbytes: int, phase: str = "") -> Price | None:
-        """Seconds of a collective; None if it was not measured in such groups."""
-        curve = _of_phase(self._collectives.get((op, num_ranks, axis), {}), phase)
+    def collective(
+        self, op: str, num_ranks: int, axis: str, nbytes: int, phase: str = "", nodes: int = 1
+    ) -> Price | None:
+        """Seconds of a collective; None if it was not measured in such groups on so many nodes."""
+        curve = _of_phase(self._collectives.get((op, num_ranks, axis, nodes), {}), phase)
         return None if curve is None else curve.at(nbytes)
 
     def copy(self, nbytes: float) -> Price | None:
@@ -263,10 +280,10 @@ class Measured:
         return {(each.works[0], each.dtype): each.stage for each in self.stages if len(each.works) == 1}
 
     @cached_property
-    def _collectives(self) -> Mapping[tuple[str, int, str], Mapping[str, Curve]]:
-        held: dict[tuple[str, int, str], dict[str, tuple[Point, ...]]] = {}
+    def _collectives(self) -> Mapping[tuple[str, int, str, int], Mapping[str, Curve]]:
+        held: dict[tuple[str, int, str, int], dict[str, tuple[Point, ...]]] = {}
         for each in self.collectives:
-            held.setdefault((each.op, each.ranks, each.axis), {})[each.phase or ""] = _points(each.points)
+            held.setdefault((each.op, each.ranks, each.axis, each.nodes), {})[each.phase or ""] = _points(each.points)
         return {
             key: {phase: Curve.of(points) for phase, points in _phases(tables, _size, alike=True)}
             for key, tables in held.items()

@@ -8,20 +8,22 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, replace
 from math import ceil, prod
+from operator import attrgetter
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
 from narrows.cost.attention import AttentionShape, attention_price
-from narrows.cost.collectives import collective_price
 from narrows.cost.devices import Device
 from narrows.cost.engines import KERNELS_ALONE, EngineStyle
 from narrows.cost.experts import experts_price
 from narrows.cost.gemm import absorbed_price, gemm_price, grouped_gemm_price
 from narrows.cost.imbalance import DEFAULT_SKEW, imbalance
+from narrows.cost.internode import hierarchical_parts, internode_price
 from narrows.cost.kernels import norm_price, stream_price
 from narrows.cost.measured import AXES, REDUCE_NORM, Measured
+from narrows.cost.network import Network, network
 from narrows.cost.price import ZERO, Price, Source
 from narrows.errors import ConfigError
-from narrows.layout import Layout, Mesh, Move, MoveKind, RowSplit
+from narrows.layout import Algorithm, Layout, Levels, Mesh, Move, MoveKind, RowSplit, Topology
 
 __all__ = ["NOTHING", "PHASES", "OpPrice", "Pricer", "StepShape"]
 
@@ -123,6 +125,8 @@ class OpPrice:
 NOTHING = OpPrice(0, 0, 0, Source.MEASURED)
 """The price of nothing."""
 
+_seconds = attrgetter("seconds")
+
 
 class Pricer:
     """Prices ops of one shape of step on one device.
@@ -132,6 +136,8 @@ class Pricer:
     unequally experts are chosen (:mod:`narrows.cost.imbalance`), which decides what the fullest rank gets of whole
     experts. ``block_scales``: whether ``fp8`` weights have scales by block, or one per tensor. ``kv_dtype``: of the KV
     cache, ``fp8`` or that of the activations. ``engine``: what an engine adds to its kernels, and saves of them.
+    ``topology``: how ranks lie on nodes (None: all on one); ``between``: the network that connects these (None: the
+    device's usual one).
     """
 
     def __init__(
@@ -148,10 +154,14 @@ class Pricer:
         block_scales: bool = True,
         kv_dtype: str = "bf16",
         engine: EngineStyle = KERNELS_ALONE,
+        topology: Topology | None = None,
+        between: Network | None = None,
     ) -> None:
         self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
         self.itemsize, self.graph, self.window, self.expert_skew = itemsize, graph, window, expert_skew
         self.block_scales, self.kv_dtype, self.engine = block_scales, kv_dtype, engine
+        self.topology = topology or Topology.one_node(mesh.size)
+        self.network = between or network(device.network)
         self._windowed: dict[int, Pricer] = {}
         self._largest: dict[tuple[RowSet, Layout], int] = {}
 
@@ -268,25 +278,48 @@ class Pricer:
             assert move.kind is MoveKind.REDUCE_SCATTER, f"no price for {move.kind}"
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
-        price = self._measured_in_plan(move.kind.value, move, nbytes)
-        price = price or self._in_engine(collective_price(self.device, op, n, nbytes, graph=self.graph))
+        price = max((self._moved(move, op, levels, nbytes) for levels in self._levels(move)), key=_seconds)
         return OpPrice(price.ps, rows, nbytes, price.source)
 
-    def _measured_in_plan(self, op: str, move: Move, nbytes: int) -> Price | None:
+    def _levels(self, move: Move) -> tuple[Levels, ...]:
+        """How the groups that make ``move`` lie on nodes; all are done when the slowest is."""
+        return self.topology.levels_along(move.mesh, move.first, move.last)
+
+    def _moved(self, move: Move, op: str, levels: Levels, nbytes: int) -> Price:
+        """One collective of ``nbytes``, or what it does level by level, in a group that lies so on nodes."""
+        parts = ((op, levels, nbytes),)
+        if move.algorithm is Algorithm.HIERARCHICAL and levels.spans:
+            parts = hierarchical_parts(op, levels, nbytes)
+        price = ZERO
+        for part, among, size in parts:
+            name = move.kind.value if part == op else part
+            found = self._measured_in_plan(name, among, self._axis(move, among, levels), size)
+            price += found or self._in_engine(
+                internode_price(self.device, self.network, part, among, size, graph=self.graph)
+            )
+        return price
+
+    def _axis(self, move: Move, among: Levels, levels: Levels) -> str:
+        """Whether the ranks of a group lie next to each other; those of equal place on their nodes do not."""
+        adjacent = prod(self.mesh.sizes[move.last :]) == 1 and (among == levels or not among.spans)
+        return AXES[0] if adjacent else AXES[1]
+
+    def _measured_in_plan(self, op: str, among: Levels, axis: str, nbytes: int) -> Price | None:
         """What a collective was measured to take among such ranks."""
         if self.device.measured is None or not nbytes:
             return None
-        axis = AXES[0] if prod(self.mesh.sizes[move.last :]) == 1 else AXES[1]
-        return self.device.measured.collective(op, move.num_ranks, axis, nbytes, self.shape.phase)
+        return self.device.measured.collective(op, among.num_ranks, axis, nbytes, self.shape.phase, among.num_nodes)
 
     def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum
         is in cache, and writing it is the reduction's), launched once. Where the device has no such op of that size
         it is the two, and a picosecond, so that the search never prefers it."""
         price, normed = self.move(move, row_bytes, row_set), self.stage(stage, move.dst, fused, row_set)
-        if price.nbytes > self.device.fused_norm_bytes:
+        levels = self._levels(move)[0]
+        if price.nbytes > self.device.fused_norm_bytes or levels.spans:
             return price.plus(replace(normed, ps=normed.ps + 1))
-        if (found := self._measured_in_plan(REDUCE_NORM, move, price.nbytes)) is not None:
+        axis = self._axis(move, levels, levels)
+        if (found := self._measured_in_plan(REDUCE_NORM, levels, axis, price.nbytes)) is not None:
             return OpPrice(found.ps, price.rows, price.nbytes, found.source)
         launch = round(self.device.launch_s * 1e12) if normed.nbytes else 0
         return price.plus(replace(normed, ps=(normed.ps - launch) // 2))

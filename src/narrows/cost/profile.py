@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, field_seriali
 from narrows.cost.devices import DEVICES, Device, device, device_of_card
 from narrows.cost.environment import MachineFingerprint
 from narrows.cost.measured import WORKS, CollectiveTable, Measured, Part, SizeRow, StageTable, StepTable, short
+from narrows.cost.network import NETWORKS
 from narrows.errors import ConfigError
 from narrows.native import why_absent
 
@@ -65,6 +66,8 @@ class DeviceFigures(Part):
     shared_memory: bool = _UNSAID
     fused_norm_bytes: Annotated[int, Field(ge=0)] = _UNSAID
     link_latency_s: _Seconds = _UNSAID
+    network: Literal[tuple(NETWORKS)] = _UNSAID  # type: ignore[valid-type]
+    node_ranks: Annotated[int, Field(ge=1)] | None = _UNSAID
     gemm_efficiency: _Share = _UNSAID
     gemm_memory_efficiency: _Share = _UNSAID
     norm_plain_efficiency: _Share = _UNSAID
@@ -107,7 +110,7 @@ class Profile(Part):
         if len(self.copies) == 1:
             raise ValueError("copies: two points or more are needed")
         keys: list[tuple[str, object]] = [(f"the stage {s.stage}", (s.dtype, s.phase, s.works)) for s in self.stages]
-        keys += [(f"the collective {c.op}", (c.ranks, c.axis, c.phase)) for c in self.collectives]
+        keys += [(f"the collective {c.op}", (c.ranks, c.axis, c.phase, c.nodes)) for c in self.collectives]
         keys += [("steps", s.phase) for s in self.steps]
         seen: set[tuple[str, object]] = set()
         for key in keys:

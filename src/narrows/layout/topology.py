@@ -144,6 +144,10 @@ class Topology:
         first."""
         return _levels(self, groups)
 
+    def levels_along(self, mesh: Mesh, first: int, last: int) -> tuple[Levels, ...]:
+        """:meth:`levels` of the groups of ``mesh`` along axes ``first .. last - 1``; asked for twice, found once."""
+        return _levels_along(self, mesh, first, last)
+
     def has_two_levels(self, groups: Groups) -> bool:
         """Whether a collective among ``groups`` can be done in the nodes and between them: some group spans nodes, and
         all that do have several ranks on each, equally many."""
@@ -155,6 +159,10 @@ class Topology:
 
 
 @lru_cache(maxsize=1024)
+def _levels_along(topology: Topology, mesh: Mesh, first: int, last: int) -> tuple[Levels, ...]:
+    return _levels(topology, mesh.groups(first, last))
+
+
 def _levels(topology: Topology, groups: Groups) -> tuple[Levels, ...]:
     held = [Counter(map(topology.node_of, ranks)) for ranks in groups]
     leaving = Counter(node for nodes in held if len(nodes) > 1 for node in nodes)

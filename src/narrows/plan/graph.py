@@ -15,7 +15,20 @@ from typing import Any, Protocol
 from narrows.arch.stages import Chain, Field, PriceClass, RowSet, Stage, StageKind
 from narrows.cost.price import Source
 from narrows.cost.pricer import OpPrice
-from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, group, legal_layouts, moves_from, scattered
+from narrows.layout import (
+    Algorithm,
+    Encoding,
+    Layout,
+    Mesh,
+    Move,
+    MoveKind,
+    Topology,
+    full,
+    group,
+    legal_layouts,
+    moves_from,
+    scattered,
+)
 from narrows.plan.named import NamedLayout
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind
 
@@ -60,7 +73,7 @@ class Graph:
 
     ``encoding``: what the rows of a field that may be encoded can travel as in a gather, beside plain; ``always``:
     plain gathers of such fields are left out, whatever encoding costs. ``fuses_norms``: the device may have a price for
-    an all-reduce and the norm after it in one op.
+    an all-reduce and the norm after it in one op. ``topology``: how ranks lie on nodes; None: all on one.
     """
 
     def __init__(
@@ -72,6 +85,7 @@ class Graph:
         *,
         always: bool = False,
         fuses_norms: bool = False,
+        topology: Topology | None = None,
     ) -> None:
         self.chain, self.mesh, self.rules = chain, mesh, rules
         self._encoding, self._always = encoding, always
@@ -95,7 +109,8 @@ class Graph:
         self._encoded_bytes = [
             sum(encoding.row_bytes(field.width, field.itemsize) for field in fields) for fields in bundles.values()
         ]
-        self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at)] for at in self._layouts]
+        nodes = topology if rules.hierarchical else None
+        self._moves = [[(move, self._index[move.dst]) for move in moves_from(mesh, at, nodes)] for at in self._layouts]
         self._made: dict[tuple[Any, ...], Edge] = {}
         self._ask_of: dict[Op, int] = {}
         self._nodes: dict[tuple[tuple[str, bool, int | None], State], Node] = {}
@@ -236,7 +251,7 @@ class Graph:
         if not self._fuses_norms or stage.kind is not StageKind.NORM or state[slot] == ABSENT:
             return
         for move, dst in self._moves[state[slot]]:
-            if move.kind is MoveKind.ALL_REDUCE and self._may_move(move, stage):
+            if move.kind is MoveKind.ALL_REDUCE and move.algorithm is Algorithm.FLAT and self._may_move(move, stage):
                 reduced = (*state[:slot], dst, *state[slot + 1 :])
                 run = self._run(reduced, stage)
                 if run is not None:
@@ -278,8 +293,8 @@ class Graph:
     def _move(
         self, move: Move, dst: int, slots: tuple[int, ...], encoded: tuple[int, ...], state: State, stage: Stage
     ) -> Edge:
-        src, selected = state[slots[0]], state[-1]
-        key = ("move", stage.name, slots, encoded, src, dst, selected)
+        src, selected, levelled = state[slots[0]], state[-1], move.algorithm is Algorithm.HIERARCHICAL
+        key = ("move", stage.name, slots, encoded, src, dst, selected, levelled)
         if (made := self._made.get(key)) is not None:
             return made
         row_set = _ROW_SETS[selected]
@@ -299,7 +314,7 @@ class Graph:
 
         return self._edge(
             key,
-            ("move", src, dst, row_bytes, recoded, selected),
+            ("move", src, dst, row_bytes, recoded, selected, levelled),
             ask,
             kind=OpKind.MOVE,
             name=move.kind.value,

@@ -28,7 +28,8 @@ class NamedLayout:
     ``rows_at``: titles of the layouts a row stage may run at. ``sums_by``: the moves that may complete an owed sum
     before a stage. ``residual``: how the residual may come in before a norm: ``fused`` with it, ``added`` to finished
     rows, or ``joined`` to the owed sum. ``select_before``: the stage before which rows may be selected.
-    ``fuses_norms``: an all-reduce and the norm after it may be one op, on devices that have that.
+    ``fuses_norms``: an all-reduce and the norm after it may be one op, on devices that have that. ``hierarchical``:
+    collectives among ranks on several nodes may be done in the nodes and between them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class NamedLayout:
     residual: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     select_before: tuple[Role, ...] | None = None
     fuses_norms: bool = False
+    hierarchical: bool = False
 
     def rows_of(self, stage: Stage) -> tuple[str, ...] | None:
         """``rows_at`` of a row stage; None: anywhere."""
@@ -53,7 +55,7 @@ class NamedLayout:
         return self.residual.get(stage.role) if stage.role else None
 
 
-AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed", fuses_norms=True)
+AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed", fuses_norms=True, hierarchical=True)
 
 _ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 NAMED_LAYOUTS = (*_ORDER, "auto")

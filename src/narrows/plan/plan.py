@@ -14,7 +14,7 @@ from narrows.arch.stages import FieldRoles, PriceClass, Role, RowSet, Stage, Sta
 from narrows.cost.price import Source
 from narrows.cost.pricer import NOTHING, OpPrice, StepShape
 from narrows.errors import PlanError
-from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, scattered
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, Topology, full, scattered
 
 __all__ = ["ALL_REDUCE_NORM", "Op", "OpKind", "Plan", "Segment"]
 
@@ -114,7 +114,7 @@ class Plan:
     """Ops for a whole model on one mesh and one shape of step, under one named layout.
 
     ``roles``: what the fields of its ops are to the model. ``host``: what a step costs beside its ops, the same
-    whatever the plan; nothing where that was never measured.
+    whatever the plan; nothing where that was never measured. ``nodes``: how ranks lie on nodes; None: all on one.
     """
 
     layout_name: str
@@ -123,6 +123,7 @@ class Plan:
     segments: tuple[Segment, ...]
     roles: FieldRoles
     host: OpPrice = NOTHING
+    nodes: Topology | None = None
 
     @property
     def ps(self) -> int:
@@ -164,6 +165,20 @@ class Plan:
         """Whether it ends in whole rows of logits, of which tokens may be drawn, rather than in each shard's best."""
         return any(op.stage is not None and op.stage.role is Role.SAMPLE for op in self.segments[-1].ops)
 
+    def num_nodes(self, op: Op) -> int:
+        """On how many nodes the ranks of a group lie that exchange in ``op``; 1 for local ops."""
+        if self.nodes is None or op.move is None or not op.meets:
+            return 1
+        return max(each.num_nodes for each in self.nodes.levels_along(self.mesh, op.move.first, op.move.last))
+
+    @property
+    def internode_seconds(self) -> float:
+        """Predicted seconds of the ops whose groups lie on several nodes."""
+        if self.nodes is None:
+            return 0.0
+        ops = ((op, segment.times) for segment in self.segments for op in segment.ops)
+        return sum(op.ps * times for op, times in ops if self.num_nodes(op) > 1) * 1e-12
+
     def signature(self) -> tuple[object, ...]:
         """What the plan does, without rows and prices: equal signatures run the same ops."""
         return tuple(
@@ -171,6 +186,7 @@ class Plan:
                 segment.layers,
                 tuple(
                     (s.kind, s.name, s.reads, s.reads_at, s.writes, s.writes_at, s.fused, s.row_set, s.encodings)
+                    + ((s.move.algorithm,) if s.move is not None else ())
                     for s in segment.ops
                 ),
             )

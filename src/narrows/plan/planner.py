@@ -19,9 +19,10 @@ from narrows.cost.devices import DTYPES, Device
 from narrows.cost.engines import KERNELS_ALONE, EngineStyle
 from narrows.cost.imbalance import DEFAULT_SKEW, LARGEST_SKEW
 from narrows.cost.memory import MemoryUse, memory_use
+from narrows.cost.network import Network, network
 from narrows.cost.pricer import Pricer, StepShape
 from narrows.errors import ConfigError
-from narrows.layout import Encoding, Mesh
+from narrows.layout import Encoding, Mesh, Topology
 from narrows.plan.graph import Graph
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
@@ -54,7 +55,8 @@ class Deployment:
     ``want_logits``: every rank needs whole rows of logits, not only the chosen token. ``encode_rows``: one of
     ENCODE_ROWS. ``expert_skew``: how unequally experts are chosen (:mod:`narrows.cost.imbalance`). ``kv_dtype``: of the
     KV cache, ``fp8`` or that of the activations. ``engine``: whose host and overlap are priced, on GPUs. ``experts``:
-    ``split`` or ``whole`` in every layout; empty: as published in named ones, the cheapest in `auto`.
+    ``split`` or ``whole`` in every layout; empty: as published in named ones, the cheapest in `auto`. ``nodes``: how
+    ranks lie on nodes; None: all on one. ``between``: the network that connects these; None: the device's usual one.
     """
 
     config: ModelConfig
@@ -68,6 +70,8 @@ class Deployment:
     kv_dtype: str = "bf16"
     engine: EngineStyle = KERNELS_ALONE
     experts: str = ""
+    nodes: Topology | None = None
+    between: Network | None = None
 
     def __post_init__(self) -> None:
         if self.encode_rows not in ENCODE_ROWS:
@@ -78,6 +82,12 @@ class Deployment:
         if not 0 <= self.expert_skew <= LARGEST_SKEW:
             raise ConfigError(f"--expert-skew is {self.expert_skew:g}; it must be between 0 and {LARGEST_SKEW:g}")
         check_mesh(self.config, self.mesh)
+        self.topology.check(self.mesh)
+        if self.between is not None and self.topology.is_one_node:
+            raise ConfigError(
+                f"--network {self.between.name} connects nodes, and all {self.mesh.size} ranks are on one; say --nodes "
+                "NxR too, or leave it out"
+            )
         self._check_experts()
         self._check_gpu_options()
 
@@ -108,6 +118,16 @@ class Deployment:
             raise ConfigError(
                 f"--engine {self.engine.name} describes an engine on GPUs, not on {self.device.name}; leave it out"
             )
+
+    @property
+    def topology(self) -> Topology:
+        """How ranks lie on nodes."""
+        return self.nodes or Topology.one_node(self.mesh.size)
+
+    @property
+    def network(self) -> Network:
+        """What connects the nodes."""
+        return self.between or network(self.device.network)
 
     @property
     def block_scales(self) -> bool:
@@ -144,6 +164,8 @@ class Deployment:
             block_scales=self.block_scales,
             kv_dtype=self.kv_dtype,
             engine=self.engine,
+            topology=self.topology,
+            between=self.network,
         )
 
     @property
@@ -179,7 +201,13 @@ class Planner:
             encoding, always = ENCODE_ROWS[d.encode_rows]
             rules = named_layout(layout, d.config, d.mesh)
             graph = self._graphs[layout] = Graph(
-                self.chain, d.mesh, rules, encoding, always=always, fuses_norms=d.device.fused_norm_bytes > 0
+                self.chain,
+                d.mesh,
+                rules,
+                encoding,
+                always=always,
+                fuses_norms=d.device.fused_norm_bytes > 0,
+                topology=d.topology,
             )
         return graph
 
@@ -193,7 +221,13 @@ class Planner:
         prices = d.pricer(shape)
         segments = Search(graph, prices).solve()
         return Plan(
-            layout_name=layout, mesh=d.mesh, shape=shape, segments=segments, roles=graph.chain.roles, host=prices.step()
+            layout_name=layout,
+            mesh=d.mesh,
+            shape=shape,
+            segments=segments,
+            roles=graph.chain.roles,
+            host=prices.step(),
+            nodes=None if d.topology.is_one_node else d.topology,
         )
 
     def workspace(self, plan: Plan) -> Workspace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from narrows.arch.stages import RowSet
-from narrows.layout import Layout, Mesh
+from narrows.layout import Algorithm, Layout, Mesh
 from narrows.plan.plan import Op, OpKind, Plan, Segment
 
 __all__ = ["plan_code"]
@@ -61,6 +61,8 @@ def _lines(mesh: Mesh, op: Op, indent: str, receiver: str, joined: list[str]) ->
         if joined and op.layout.owes_sum and not op.leaves.owes_sum:
             more = f", addends=[{', '.join(joined)}]"
             joined.clear()
+        if op.move.algorithm is not Algorithm.FLAT:
+            more += f', algorithm="{op.move.algorithm}"'
         if op.stage is not None:
             more += f', norm="{op.stage.name}"'
         if op.encoded:

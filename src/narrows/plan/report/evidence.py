@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from narrows.cost.devices import Device
 from narrows.cost.price import Source
 from narrows.plan.plan import Plan
+from narrows.plan.planner import Deployment
 
-__all__ = ["Evidence", "evidence_line", "ranks_line"]
+__all__ = ["Evidence", "evidence_line", "nodes_line", "ranks_line"]
 
 _WAY_OUT = "narrows calibrate measures such ranks"
 _LEAST = 0.01
@@ -82,6 +83,23 @@ def ranks_line(device: Device, num_ranks: int) -> str:
     return (
         f"the profile {device.name} is of {measured.num_ranks} rank(s), the mesh has {num_ranks}: what ranks share "
         f"with each other is priced as if they did not; make one with: narrows calibrate --ranks {num_ranks}"
+    )
+
+
+def nodes_line(deployment: Deployment) -> str:
+    """One line on what connects the ranks where one node does not hold them all, or is only taken to; else empty."""
+    topology, device, num_ranks = deployment.topology, deployment.device, deployment.mesh.size
+    if not topology.is_one_node:
+        between = deployment.network
+        return (
+            f"{topology.num_nodes} nodes of {topology.ranks_per_node} ranks, connected by {between.words}: "
+            f"{between.source}"
+        )
+    if device.node_ranks is None or num_ranks <= device.node_ranks:
+        return ""
+    return (
+        f"{num_ranks} ranks are priced as one node, and {device.name} has at most {device.node_ranks} in one; --nodes "
+        f"{-(-num_ranks // device.node_ranks)}x{device.node_ranks} prices the network between them"
     )
 
 

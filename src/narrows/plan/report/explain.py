@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from narrows.arch.stages import PriceClass, StageKind
-from narrows.layout import Encoding, Layout, Mesh, MoveKind
+from narrows.layout import Algorithm, Encoding, Layout, Mesh, MoveKind
 from narrows.plan.plan import Op, OpKind, Plan, Segment
 
 __all__ = [
@@ -84,6 +84,8 @@ def move_words(plan: Plan, op: Op) -> str:
 def _kind_words(op: Op) -> str:
     assert op.move is not None
     words = op.name.replace("_norm", " and norm in one").replace("_", "-")
+    if op.move.algorithm is not Algorithm.FLAT:
+        words = f"{op.move.algorithm} {words}"
     several_axes = sum(size > 1 for size in op.move.mesh.sizes) > 1
     return f"{words} over {op.move.axes}" if several_axes else words
 
@@ -149,6 +151,7 @@ def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
             op.reads_at,
             op.writes_at,
             op.encodings,
+            op.move.algorithm if op.move is not None else None,
         )
 
     here, there = {what(op): op for op in odd.ops}, {what(op): op for op in usual.ops}

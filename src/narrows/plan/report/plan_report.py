@@ -16,7 +16,7 @@ from narrows.plan.named import NAMED_LAYOUTS, applicable_layouts, inapplicable, 
 from narrows.plan.plan import Plan
 from narrows.plan.planner import Deployment, Planner, choose_sharding
 from narrows.plan.report.crossovers import RowRange, Sweep
-from narrows.plan.report.evidence import Evidence, evidence_line, ranks_line
+from narrows.plan.report.evidence import Evidence, evidence_line, nodes_line, ranks_line
 from narrows.plan.report.explain import why
 from narrows.plan.workspace import Workspace
 
@@ -84,6 +84,8 @@ class PlanReport:
         return {
             "model": deployment.config.name,
             "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
+            "nodes": str(deployment.topology),
+            "network": "" if deployment.topology.is_one_node else deployment.network.name,
             "device": deployment.device.name,
             "dtype": deployment.dtype,
             "graph": deployment.graph,
@@ -119,6 +121,7 @@ class PlanReport:
             "weight_sharding": asdict(entry.sharding),
             "total_ms": total,
             "totals_ms": totals | {"total": total},
+            "between_nodes_ms": _round(plan.internode_seconds * 1e3),
             "price_shares": {source: _round(share) for source, share in Evidence.of(plan).shares.items()},
             "memory": {
                 "weights_gb": _round(memory.weights / 1e9),
@@ -149,6 +152,8 @@ class PlanReport:
                     "layout": op.layout.title(plan.mesh) or str(op.layout),
                     "encodings": [str(encoding) for encoding in op.encodings],
                     "axes": op.move.axes if op.move is not None else "",
+                    "algorithm": str(op.move.algorithm) if op.move is not None else "",
+                    "nodes": plan.num_nodes(op),
                     "rows": op.rows,
                     "bytes": op.nbytes,
                     "us": _round(op.ps / 1e6),
@@ -211,7 +216,7 @@ def make_report(
         best_auto=sweep.auto(planner),
         notes=(
             *notes,
-            *filter(None, [deployment.engine.note, ranks_line(deployment.device, mesh.size)]),
+            *filter(None, [nodes_line(deployment), deployment.engine.note, ranks_line(deployment.device, mesh.size)]),
             *_room(auto, shape),
             *config.notes,
         ),

@@ -10,10 +10,11 @@ from narrows.arch.presets import load_model_config
 from narrows.cost.engines import engine_style
 from narrows.cost.environment import this_machine
 from narrows.cost.imbalance import DEFAULT_SKEW
+from narrows.cost.network import network as known_network
 from narrows.cost.pricer import StepShape
 from narrows.cost.profile import choose_device
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, split_evenly
+from narrows.layout import Mesh, Topology, split_evenly
 from narrows.plan.deploy import planned_dtype
 from narrows.plan.planner import Deployment
 from narrows.plan.report.plan_report import PlanReport, make_report
@@ -39,6 +40,8 @@ def plan_step(
     kv_dtype: str = "bf16",
     engine: str = "none",
     experts: str = "",
+    nodes: str = "",
+    network: str = "",
     revision: str = "",
     notes: Sequence[str] = (),
 ) -> PlanReport:
@@ -60,6 +63,8 @@ def plan_step(
         engine: whose host and overlap of kernels are priced: ``none``, ``sglang``, ``vllm`` or ``trtllm``.
         experts: ``split`` or ``whole`` (expert parallelism) in every layout; empty: as published in named layouts, the
             cheapest in `auto`.
+        nodes: how ranks lie on nodes, such as ``2x8`` for 2 of 8 ranks; empty: all on one (docs/topology.md).
+        network: what connects nodes, such as ``ib-400``; empty: the device's usual one.
         notes: lines for the report, before those that are found here.
 
     Raises:
@@ -90,5 +95,7 @@ def plan_step(
         kv_dtype=kv_dtype,
         engine=engine_style(engine),
         experts=experts,
+        nodes=Topology.parse(nodes) if nodes else None,
+        between=known_network(network) if network else None,
     )
     return make_report(deployment, shape, layouts, logit_rows=logit_rows, notes=found)

@@ -18,7 +18,7 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.price import Source
 from narrows.cost.pricer import StepShape
 from narrows.errors import ConfigError, PlanError
-from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, RowSplit
+from narrows.layout import Algorithm, Encoding, Layout, Mesh, Move, MoveKind, RowSplit, Topology
 from narrows.plan.plan import ALL_REDUCE_NORM, Op, OpKind, Plan, Segment
 
 __all__ = ["SavedPlan", "read_plan", "write_plan"]
@@ -39,6 +39,7 @@ def write_plan(path: Path, plan: Plan, config: ModelConfig, sharding: WeightShar
         "narrows_plan": VERSION,
         "model": _model_key(config),
         "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
+        "nodes": str(plan.nodes or Topology.one_node(plan.mesh.size)),
         "weight_sharding": asdict(sharding),
         "layout": plan.layout_name,
         "shape": {
@@ -129,6 +130,7 @@ def _op_document(op: Op) -> dict[str, Any]:
             "src": move.src.placements,
             "dst": move.dst.placements,
             "axes": [move.first, move.last],
+            "algorithm": move.algorithm.value,
         },
     }
 
@@ -143,9 +145,12 @@ def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain
         return {stage.name: stage for stage in chain.layer_types[chain.layers[layers[0]]].stages}
 
     shape = document["shape"]
+    nodes = Topology.parse(document["nodes"]) if "nodes" in document else Topology.one_node(mesh.size)
+    nodes.check(mesh)
     return Plan(
         layout_name=document["layout"],
         mesh=mesh,
+        nodes=None if nodes.is_one_node else nodes,
         roles=chain.roles,
         shape=StepShape(
             rows=RowSplit(mesh, tuple(shape["rows"])),
@@ -184,7 +189,14 @@ def _op(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Op:
         stage=stages[raw["boundary"]] if kind is OpKind.STAGE or raw["name"] == ALL_REDUCE_NORM else None,
         move=None
         if move is None
-        else Move(mesh, MoveKind(move["kind"]), Layout(move["src"]), Layout(move["dst"]), *move["axes"]),
+        else Move(
+            mesh,
+            MoveKind(move["kind"]),
+            Layout(move["src"]),
+            Layout(move["dst"]),
+            *move["axes"],
+            algorithm=Algorithm(move.get("algorithm", Algorithm.FLAT)),
+        ),
         fused=raw["fused"],
         encodings=tuple(Encoding(each) for each in raw.get("encodings", ())),
     )
