@@ -4,7 +4,7 @@
 
 The runs are those of ``published_runs.csv``: deployment, engine and version, load, and the published times. They are
 from the sample of public results in NVIDIA AIConfigurator (``silicon_sample.csv``, Apache-2.0), most of them by
-SemiAnalysis InferenceX. Where ``spread`` is not 0 lengths were drawn between 0.8 and 1.0 of the nominal ones. Each run
+SemiAnalysis InferenceX; the two on two hosts are of tenstorrent/tt-inference-server issue 356. Where ``spread`` is not 0 lengths were drawn between 0.8 and 1.0 of the nominal ones. Each run
 is simulated with fewer requests than the publication sent, as one command of `narrows simulate`. ``--engine none``
 leaves out what engines add to their kernels. Prints a line per run, and by group the median ratio (simulated over
 published), the geometric mean of the error, and how many lie within 15 %.
@@ -53,7 +53,7 @@ def arguments(run: Run, engine: str) -> list[str]:
         "spread": run["spread"],
         "max-rows": "8192",
         "max-context": "10000",
-    } | ({"experts": run["experts"]} if run["experts"] else {})
+    } | {name: run[name] for name in ("experts", "nodes") if run[name]}
     return [
         "simulate",
         run["model"],
@@ -90,7 +90,7 @@ def main() -> None:
         runs = list(csv.DictReader(lines))
     words = {
         id(run): f"{run['model']} {run['dtype']} {int(run['dp']) * int(run['tp'])} x {run['device']} dp {run['dp']} "
-        f"{run['engine']} {run['version']} {run['input_tokens']}/{run['output_tokens']} at {run['concurrency']}"
+        f"{run['nodes']}{' ' * bool(run['nodes'])}{run['engine']} {run['version']} {run['input_tokens']}/{run['output_tokens']} at {run['concurrency']}"
         for run in runs
     }
     runs = [run for run in runs if args.only in words[id(run)]]
@@ -102,7 +102,8 @@ def main() -> None:
                 print(f"{words[id(run)]}: {found}", flush=True)
                 continue
             first, each = (ms / float(run[name]) for ms, name in zip(found, ("ttft_ms", "tpot_ms"), strict=True))
-            for group in (f"{run['model']} on {run['device']}", "all"):
+            on = f"{run['device']}, {run['nodes']}" if run["nodes"] else run["device"]
+            for group in (f"{run['model']} on {on}", "several nodes" if run["nodes"] else "one node"):
                 ttft[group].append(first)
                 tpot[group].append(each)
             print(
@@ -110,7 +111,7 @@ def main() -> None:
                 f"TTFT {run['ttft_ms']:>5} {found[0]:6.0f} x {first:4.2f}",
                 flush=True,
             )
-    for group in sorted(tpot, key=lambda name: (name == "all", name)):
+    for group in sorted(tpot, key=lambda name: (name in ("one node", "several nodes"), name)):
         print(f"\n{group}\n  TPOT {summary(tpot[group])}\n  TTFT {summary(ttft[group])}")
 
 

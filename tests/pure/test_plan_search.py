@@ -22,7 +22,7 @@ from narrows.cost.devices import device
 from narrows.cost.price import Source
 from narrows.cost.pricer import OpPrice, StepShape
 from narrows.errors import PlanError
-from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, full, moves_from, scattered, split_evenly
+from narrows.layout import Encoding, Layout, Mesh, Move, MoveKind, Topology, full, moves_from, scattered, split_evenly
 from narrows.plan.graph import Graph
 from narrows.plan.named import AUTO, NamedLayout, applicable_layouts, inapplicable, named_layout
 from narrows.plan.plan import Op, Plan, Segment
@@ -87,7 +87,7 @@ class RandomPrices:
         return self._price("stage", stage.name, stage.window, layout, fused, row_set)
 
     def move(self, move: Move, row_bytes: int, row_set: RowSet) -> OpPrice:
-        return self._price("move", move.kind, move.src, move.dst, row_bytes, row_set)
+        return self._price("move", move.kind, move.algorithm, move.src, move.dst, row_bytes, row_set)
 
     def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         return self._price("reduce_norm", move.src, stage.name, fused, row_bytes, row_set)
@@ -157,7 +157,9 @@ def test_61_layers_equal_a_plain_search(mesh: Mesh, seed: int, scale: int) -> No
 State = tuple[int, frozenset[tuple[str, Layout]], bool]
 
 
-def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: bool = False) -> int:
+def cheapest(
+    chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: bool = False, nodes: Topology | None = None
+) -> int:
     """Dijkstra over the whole model at once: any field may move before any stage, alone or packed with others."""
     stages = [*chain.prologue, *(s for t in chain.layers for s in chain.layer_types[t].stages), *chain.epilogue]
     last_attention = max(i for i, stage in enumerate(stages) if stage.name == "attention")
@@ -177,7 +179,7 @@ def cheapest(chain: Chain, mesh: Mesh, prices: RandomPrices, *, fuses_norms: boo
             for chosen in itertools.combinations(held, size):
                 if len({held[name] for name in chosen}) > 1:
                     continue
-                for move in moves_from(mesh, held[chosen[0]]):
+                for move in moves_from(mesh, held[chosen[0]], nodes):
                     if size > 1 and move.kind is not MoveKind.ALL_GATHER:
                         continue
                     total = sum(row_bytes[name] for name in chosen)
@@ -248,6 +250,20 @@ def test_no_cheaper_way_exists(family: str, mesh: Mesh, seed: int, scale: int) -
         plan = plan_of(Graph(chain, mesh, AUTO, fuses_norms=fuses), prices)
         plan.validate()
         assert plan.ps == cheapest(chain, mesh, prices, fuses_norms=fuses)
+
+
+@settings(deadline=None, max_examples=examples(15))
+@given(families, seeds, scales, st.booleans())
+def test_no_cheaper_way_exists_on_two_nodes(family: str, seed: int, scale: int, fuses: bool) -> None:
+    mesh, nodes, config = Mesh.of(dp=1, tp=4), Topology(2, 2), tiny(family, 2)
+    sharding = sharding_choices(config, mesh)
+    chain, prices = build_chain(config, mesh, sharding[seed % len(sharding)]), RandomPrices(seed, scale)
+    graph = Graph(chain, mesh, AUTO, fuses_norms=fuses, topology=nodes)
+    plan = plan_of(graph, prices)
+    plan.validate()
+    assert plan.ps == cheapest(chain, mesh, prices, fuses_norms=fuses, nodes=nodes)
+    assert (plan.ps, plan.num_ops) == Search(graph, prices).solve_plainly()
+    assert plan.ps <= plan_of(Graph(chain, mesh, AUTO, fuses_norms=fuses), prices).ps
 
 
 @pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])

@@ -46,7 +46,7 @@ from narrows.layout import Mesh, Topology
 from narrows.plan.deploy import DEFAULT_ROWS, longest_context, planned_dtype
 from narrows.plan.named import applicable_layouts, inapplicable, named_layout
 from narrows.plan.planner import Deployment
-from narrows.plan.report.evidence import ranks_line
+from narrows.plan.report.evidence import nodes_line, ranks_line
 from narrows.sim.costs import StepCosts
 from narrows.sim.engine import simulate
 from narrows.sim.measured import read_step_times
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         for candidate in (best,) if args.search else candidates:
             print_candidate(candidate, title, target, out)
             dtype_line = f"dtype {dtype}: {because}" if because else ""
-            notes = (dtype_line, engine_style(args.engine).note, ranks_line(hardware, candidate.mesh.size))
+            notes = (dtype_line, engine_style(args.engine).note, *candidate.notes)
             for line in filter(None, (*notes, _saturation(used))):
                 out.print(f"note: {line}", markup=False, highlight=False)
         if target.is_set and len(candidates) > 1 and target.misses(best.outcome):
@@ -172,7 +172,9 @@ def run(args: argparse.Namespace) -> int:
             print_ranking(best_first, target, out)
     if args.save_requests:
         save_answers(best.outcome.answers, args.save_requests)
-    put_document(args, _document(args, config, best_first if args.search else candidates, target, len(asks), used))
+    put_document(
+        args, _document(args, config, hardware, best_first if args.search else candidates, target, len(asks), used)
+    )
     if target.is_set and args.search:
         return 1 if target.misses(best.outcome) else 0
     return (
@@ -303,6 +305,7 @@ def _candidate(
         sharding=sharding_words(config, found.sharding),
         kv_tokens=found.limits.tokens_per_group,
         memory=found.memory,
+        notes=(nodes_line(deployment), ranks_line(hardware, mesh.size)),
         outcome=simulate(
             found.limits,
             costs,
@@ -317,6 +320,7 @@ def _candidate(
 def _document(
     args: argparse.Namespace,
     config: ModelConfig,
+    hardware: Device,
     candidates: Sequence[Candidate],
     target: Target,
     count: int,
@@ -325,6 +329,8 @@ def _document(
     return {
         "simulate": config.name,
         "device": args.device,
+        "nodes": args.nodes,
+        "network": (args.network or hardware.network) if args.nodes else "",
         "load": {name: plain(getattr(args, name)) for name in (*LOAD, *FLOOD)} | {"requests": count},
         "target": asdict(target),
         "command": shlex.join(["narrows", *sys.argv[1:]]),

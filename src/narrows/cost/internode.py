@@ -108,15 +108,14 @@ class _Run:
 def _runs() -> Mapping[str, Sequence[_Run]]:
     """The sweeps by operation, those on fewest nodes first."""
     columns = ("device", "op", "num_gpus", "nodes", "network", "bytes", "us")
-    points: dict[tuple[str, str, int, int, str], list[tuple[float, float]]] = {}
+    sweeps: dict[tuple[int, str, str, int, str], list[tuple[float, float]]] = {}
     for device, op, count, nodes, network, nbytes, us in read_rows("collectives_hosts.csv", columns):
         if network:
-            points.setdefault((op, device, int(count), int(nodes), network), []).append(
-                (float(nbytes), float(us) * 1e-6)
-            )
+            sweep = sweeps.setdefault((int(nodes), op, device, int(count), network), [])
+            sweep.append((float(nbytes), float(us) * 1e-6))
     found: dict[str, list[_Run]] = {}
-    for (op, device, count, nodes, network), sweep in sorted(points.items(), key=lambda each: each[0][3]):
-        levels = Levels(num_ranks=count, num_nodes=nodes, per_node=count // nodes, sharing=1)
+    for (num_nodes, op, device, num_ranks, network), sweep in sorted(sweeps.items()):
+        levels = Levels(num_ranks, num_nodes, num_ranks // num_nodes, sharing=1)
         run = _Run(device=device, network=NETWORKS[network], levels=levels, curve=Curve.of(sweep))
         found.setdefault(op, []).append(run)
     found["reduce_scatter"] = found["all_gather"]  # none was measured

@@ -287,7 +287,7 @@ class Pricer:
 
     def _moved(self, move: Move, op: str, levels: Levels, nbytes: int) -> Price:
         """One collective of ``nbytes``, or what it does level by level, in a group that lies so on nodes."""
-        parts = ((op, levels, nbytes),)
+        parts: tuple[tuple[str, Levels, int], ...] = ((op, levels, nbytes),)
         if move.algorithm is Algorithm.HIERARCHICAL and levels.spans:
             parts = hierarchical_parts(op, levels, nbytes)
         price = ZERO

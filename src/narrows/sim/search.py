@@ -77,6 +77,8 @@ class Candidate:
     kv_tokens: int = 0
     """Tokens of KV cache per attention group."""
     memory: MemoryUse | None = None
+    notes: tuple[str, ...] = ()
+    """What prices of it rest on, for people; empty lines say nothing."""
 
 
 def meshes(config: ModelConfig, num_ranks: int) -> tuple[Mesh, ...]:

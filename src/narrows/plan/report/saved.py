@@ -170,7 +170,7 @@ def _plan(document: dict[str, Any], mesh: Mesh, chain: Chain, with_logits: Chain
 
 
 def _op(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Op:
-    kind, move = OpKind(raw["kind"]), raw["move"]
+    kind = OpKind(raw["kind"])
     sources = {source.label: source for source in Source}
     return Op(
         kind=kind,
@@ -187,16 +187,15 @@ def _op(raw: dict[str, Any], mesh: Mesh, stages: dict[str, Stage]) -> Op:
         ps=raw["ps"],
         source=sources[raw["source"]],
         stage=stages[raw["boundary"]] if kind is OpKind.STAGE or raw["name"] == ALL_REDUCE_NORM else None,
-        move=None
-        if move is None
-        else Move(
-            mesh,
-            MoveKind(move["kind"]),
-            Layout(move["src"]),
-            Layout(move["dst"]),
-            *move["axes"],
-            algorithm=Algorithm(move.get("algorithm", Algorithm.FLAT)),
-        ),
+        move=_move(raw["move"], mesh),
         fused=raw["fused"],
         encodings=tuple(Encoding(each) for each in raw.get("encodings", ())),
     )
+
+
+def _move(raw: dict[str, Any] | None, mesh: Mesh) -> Move | None:
+    if raw is None:
+        return None
+    first, last = raw["axes"]
+    algorithm = Algorithm(raw.get("algorithm", Algorithm.FLAT))
+    return Move(mesh, MoveKind(raw["kind"]), Layout(raw["src"]), Layout(raw["dst"]), first, last, algorithm)
