@@ -4,10 +4,11 @@
 
 The runs are those of ``published_runs.csv``: deployment, engine and version, load, and the published times. They are
 from the sample of public results in NVIDIA AIConfigurator (``silicon_sample.csv``, Apache-2.0), most of them by
-SemiAnalysis InferenceX; the two on two hosts are of tenstorrent/tt-inference-server issue 356. Where ``spread`` is not 0 lengths were drawn between 0.8 and 1.0 of the nominal ones. Each run
-is simulated with fewer requests than the publication sent, as one command of `narrows simulate`. ``--engine none``
-leaves out what engines add to their kernels. Prints a line per run, and by group the median ratio (simulated over
-published), the geometric mean of the error, and how many lie within 15 %.
+SemiAnalysis InferenceX; the two on two hosts are of tenstorrent/tt-inference-server issue 356. Where ``spread`` is not
+0 lengths were drawn between 0.8 and 1.0 of the nominal ones. Each run is simulated with fewer requests than the
+publication sent, as one command of `narrows simulate`. ``--engine none`` leaves out what engines add to their kernels.
+Prints a line per run, and by group the median ratio (simulated over published), the geometric mean of the error, and
+how many lie within 15 %.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ def arguments(run: Run, engine: str) -> list[str]:
     ]
 
 
+def on(run: Run) -> str:
+    """The device, and its nodes if there are several."""
+    return f"{run['device']} on {run['nodes']}" if run["nodes"] else run["device"]
+
+
 def simulated(run: Run, engine: str) -> tuple[float, float] | str:
     """Mean milliseconds (TTFT, TPOT), or why there are none."""
     done = subprocess.run(
@@ -89,8 +95,8 @@ def main() -> None:
     with RUNS.open() as lines:
         runs = list(csv.DictReader(lines))
     words = {
-        id(run): f"{run['model']} {run['dtype']} {int(run['dp']) * int(run['tp'])} x {run['device']} dp {run['dp']} "
-        f"{run['nodes']}{' ' * bool(run['nodes'])}{run['engine']} {run['version']} {run['input_tokens']}/{run['output_tokens']} at {run['concurrency']}"
+        id(run): f"{run['model']} {run['dtype']} {int(run['dp']) * int(run['tp'])} x {on(run)} dp {run['dp']} "
+        f"{run['engine']} {run['version']} {run['input_tokens']}/{run['output_tokens']} at {run['concurrency']}"
         for run in runs
     }
     runs = [run for run in runs if args.only in words[id(run)]]
@@ -102,8 +108,7 @@ def main() -> None:
                 print(f"{words[id(run)]}: {found}", flush=True)
                 continue
             first, each = (ms / float(run[name]) for ms, name in zip(found, ("ttft_ms", "tpot_ms"), strict=True))
-            on = f"{run['device']}, {run['nodes']}" if run["nodes"] else run["device"]
-            for group in (f"{run['model']} on {on}", "several nodes" if run["nodes"] else "one node"):
+            for group in (f"{run['model']} on {on(run)}", "several nodes" if run["nodes"] else "one node"):
                 ttft[group].append(first)
                 tpot[group].append(each)
             print(
