@@ -125,11 +125,11 @@ class Backend(Protocol):
         ...
 
     def abort(self, number: int) -> None:
-        """End a generation now; its pages are free within one step. One that has ended already is left as it is."""
+        """End a generation now; its pages are free within one step. One that has already ended is not changed."""
         ...
 
     def health(self) -> Health:
-        """Whether requests are served now; it asks no rank, so it answers at once."""
+        """Whether requests are served now. It waits for no rank, so it returns at once."""
         ...
 
     def stats(self) -> Stats:
@@ -145,7 +145,7 @@ class Backend(Protocol):
         ...
 
     def stop_trace(self) -> dict[str, Any]:
-        """End the trace, unless it has ended by itself; returns what was written.
+        """End the trace, unless it has ended by itself; returns a summary of the file.
 
         Raises:
             ConfigError: none was started, or it cannot be written.

@@ -1,6 +1,7 @@
-"""Bugs of other engines, as plans: each test is one line of docs/field-bugs.md. Every test runs unchanged, and once
-with each mistake planted (`planted`), where its own check must fail. The
-other half, on tensors, is tests/torch/test_field_bugs.py.
+"""Bugs of other engines, as plans: each test is one line of docs/field-bugs.md.
+
+Every test runs unchanged, and once with each mistake planted (`planted`), where its own check must fail. The other
+half, on tensors, is tests/torch/test_field_bugs.py.
 """
 
 from __future__ import annotations

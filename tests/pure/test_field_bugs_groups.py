@@ -186,8 +186,9 @@ def test_prompts_are_collected_over_groups(put: Put | None, monkeypatch: pytest.
 
 @planted(everybody_waits_behind_the_first)
 def test_a_group_out_of_pages_stalls_no_other(put: Put | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRT-LLM #17379, #17978, #14126, #8372: one attention-DP rank without KV pages stalls all silently. Long texts
-    fill group 0, and one that fits nowhere now waits at the head of the queue.
+    """TRT-LLM #17379, #17978, #14126, #8372: one attention-DP rank without KV pages stalls all silently.
+
+    Long texts fill group 0, and one that fits nowhere now waits at the head of the queue.
     """
 
     def check() -> None:

@@ -50,8 +50,9 @@ def plain_loop(prompt: tuple[int, ...], max_tokens: int, eos_ids: frozenset[int]
 
 
 class Ranks:
-    """Ranks in ints: write each row to its slot, then read the context back by the pages. A row holds the token
-    and a mark of all tokens before it, as KV depends on those too.
+    """Ranks in ints: write each row to its slot, then read the context back by the pages.
+
+    A row holds the token and a mark of all tokens before it, as KV depends on those too.
     """
 
     def __init__(self, limits: Limits) -> None:

@@ -16,7 +16,8 @@ __all__ = ["save_random_model"]
 def save_random_model(folder: Path, draw: random.Random) -> None:
     """Add weights to a folder that holds a config.json, in transformers' own format; config.json stays as it is.
 
-    Raises: Exception: transformers refuses the config.
+    Raises:
+        Exception: transformers refuses the config.
     """
     torch.manual_seed(draw.randrange(2**31))
     logging.set_verbosity_error()

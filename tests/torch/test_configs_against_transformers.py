@@ -48,8 +48,9 @@ ALIKE = {
     ),
     "iquestcoder",
 }
-"""Other architectures whose default config has no distinguishing field except ``architectures``. transformers itself
-loads two of them as a Llama."""
+"""Other architectures whose default config has no distinguishing field except ``architectures``.
+
+transformers itself loads two of them as a Llama."""
 NEEDED = {  # without which the class's own default model computes nothing
     "deepseek_v2": {"num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},

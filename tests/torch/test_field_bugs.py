@@ -691,9 +691,10 @@ def _accepts_work_when_dead(patch: pytest.MonkeyPatch) -> None:
 def test_failed_ranks_report_it_at_once(
     beside: Beside, fault: Fault, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #29144, #36943: /health stays green during the deadlock. All steps
-    are handed out before the first is done, as the engine does: the rank that skips one is in the next, and is
-    distinguished from those that wait.
+    """sglang #29144, #36943: /health stays green during the deadlock.
+
+    All steps are handed out before the first is done, as the engine does: the rank that skips one is in the next, and
+    is distinguished from those that wait.
     """
     work = every_kind(2)
     asked = asked_for(beside.tiny_model("v3"), work, 2, 2, "sequence-parallel")
@@ -926,9 +927,10 @@ NO_EXPERT = Mistake("without-an-expert-nothing-is-written", _no_expert_no_write,
 def test_uninitialised_memory_never_shows(
     tiny_model: TINY, layout: str, whole: bool, mistake: Mistake | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang #21553, #18659-#18685, #28487: padding is uninitialised, and NaN comes through the residual. All
-    unwritten memory is NaN: new tensors, send buffers, slots of the cache. Bit for bit the same
-    logits as without. ``whole``: whole experts per rank, so that a rank may have none to run.
+    """sglang #21553, #18659-#18685, #28487: padding is uninitialised, and NaN comes through the residual.
+
+    All unwritten memory is NaN: new tensors, send buffers, slots of the cache. Bit for bit the same logits as without.
+    ``whole``: whole experts per rank, so that a rank may have none to run.
     """
     name, _, invariant = layout.partition(", ")
     sharding, work = WeightSharding(experts="whole") if whole else WeightSharding(), every_kind(2)

@@ -101,7 +101,7 @@ def build_chain(
 
 
 def _for_any_rows(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """A layer's stages where no other layer follows: those after attention need no row that asks for no logits."""
+    """A layer's stages where no other layer follows: those after attention need only the rows with logits."""
     after = 1 + next(i for i, stage in enumerate(stages) if stage.name == "attention")
     return (*stages[:after], *(replace(stage, any_rows=True) for stage in stages[after:]))
 

@@ -36,8 +36,8 @@ def read_config(source: Path | Mapping[str, Any], name: str = "") -> ModelConfig
     """The model that a ``config.json`` (or a folder with one, or its parsed content) describes.
 
     Raises:
-        CheckpointError: no ``config.json``, or it is not JSON, or a field is missing or holds what it must not.
-        ConfigError: an architecture or a variant of one that narrows does not know.
+        CheckpointError: no ``config.json``, or it is not JSON, or a field is missing or has an invalid value.
+        ConfigError: an unsupported architecture, or an unsupported variant of one.
     """
     if not isinstance(source, Path):
         return _read(source, name or "config", name or "config")

@@ -1,4 +1,4 @@
-"""Finds the ``config.json`` of a model, and says in the error what is there instead."""
+"""Finds the ``config.json`` of a model; the error lists what the path has instead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def config_file(path: Path) -> Path:
-    """The ``config.json`` that ``path`` is, or is the folder of.
+    """The ``config.json`` at ``path``, or in the folder ``path``.
 
     Raises:
-        CheckpointError: there is none, or it is not the folder's own; the message says what is there instead.
+        CheckpointError: there is none, or it is not the folder's own; the message lists what the path has instead.
     """
     if not path.is_dir():
         if path.suffix in _WEIGHTS:

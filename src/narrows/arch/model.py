@@ -36,7 +36,7 @@ HIDDEN_ACTS = frozenset(
         "tanh",
     )
 )
-"""What ``hidden_act`` may be: the functions of transformers' ``ACT2FN`` that have no weights, each by one name."""
+"""Valid values of ``hidden_act``: the functions of transformers' ``ACT2FN`` that have no weights, each by one name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class GQA:
     """Grouped-query attention: ``num_key_value_heads`` heads of keys and values serve all query heads.
 
     ``sliding_window``: a row of a layer in ``sliding_layers`` sees itself and that many rows less one before it. None
-    where no layer slides, whatever the file says of windows.
+    where no layer slides, even if the file has a window.
     """
 
     num_key_value_heads: int
@@ -133,7 +133,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only model. ``notes`` says in words what of the checkpoint is not used, such as the MTP layer.
+    """A decoder-only model. ``notes`` names unused parts of the checkpoint, such as the MTP layer.
 
     ``mlp_bias``: of every MLP, the shared experts' among them. ``intermediate_size``: 0 where no layer is dense.
     """

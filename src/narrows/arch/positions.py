@@ -9,8 +9,8 @@ __all__ = ["cache_salt", "most_positions"]
 
 
 def most_positions(config: ModelConfig) -> int:
-    """Tokens that a sequence may have: ``max_position_embeddings``, or what the rotary scaling makes of the model's
-    original positions where that is more (Qwen2.5's card: factor 4 beside 32768).
+    """Tokens that a sequence may have: ``max_position_embeddings``, or the model's original positions after rotary
+    scaling where that is more (Qwen2.5's card: factor 4 beside 32768).
 
     ``linear`` and ``dynamic`` stretch ``max_position_embeddings`` itself, since their files name no original length.
     ``llama3`` and ``longrope`` files give the stretched length.
@@ -24,7 +24,7 @@ def most_positions(config: ModelConfig) -> int:
 
 
 def cache_salt(config: ModelConfig, num_prompt: int) -> bytes:
-    """What tells the cached keys of a prompt of ``num_prompt`` tokens from those of equal tokens in other prompts.
+    """Salt of the cached keys of a prompt of ``num_prompt`` tokens.
 
     Empty for most models: a key depends on its token and those before it. Where the rotation also depends on the length
     of the prompt (``dynamic``, ``longrope``), only prompts of one salt share pages.

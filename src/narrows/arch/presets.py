@@ -231,7 +231,7 @@ def load_model_config(model: str, revision: str = "") -> ModelConfig:
 
 
 def _read_gguf(file: Path) -> ModelConfig:
-    """The model of a GGUF file whose metadata and tensors agree: so no size of it is beyond what the file holds."""
+    """The model of a GGUF file whose metadata and tensors agree: so every size is backed by the file."""
     header = GgufHeader(file)
     raw = gguf_config(header)
     gguf_targets(header, raw)

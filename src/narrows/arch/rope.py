@@ -1,7 +1,7 @@
-"""Rotary positions as a checkpoint asks for them: typed values, checked when the config is read (``configs/rope.py``).
+"""Rotary positions of a checkpoint: typed values, checked when the config is read (``configs/rope.py``).
 
 Field names are those of ``rope_parameters`` in ``config.json``. ``original_max_position_embeddings`` and ``factor`` are
-filled in where the file leaves them to be derived.
+filled in where the file omits them.
 """
 
 from __future__ import annotations
@@ -89,5 +89,5 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def as_mapping(self) -> Mapping[str, Any] | None:
-        """``scaling`` as the dictionary that stands in ``config.json``."""
+        """``scaling`` as the dictionary of ``config.json``."""
         return None if self.scaling is None else {"rope_type": self.scaling.rope_type} | asdict(self.scaling)

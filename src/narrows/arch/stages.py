@@ -34,7 +34,7 @@ __all__ = [
 
 
 class PriceClass(StrEnum):
-    """What a step's time is booked under; the order is the order of printed tables."""
+    """The class under which an op's time is counted; the order is that of printed tables."""
 
     EMBED = "embed"
     QKV_A_PROJ = "qkv_a_proj"
@@ -52,7 +52,7 @@ class PriceClass(StrEnum):
 
 
 class RowSet(StrEnum):
-    """Which rows a field holds: all rows of the step, or only those whose logits are asked for."""
+    """Which rows a field holds: all rows of the step, or only those with logits."""
 
     ALL = "all"
     LOGITS = "logits"
@@ -70,7 +70,7 @@ class StageKind(StrEnum):
 
 
 class Role(Enum):
-    """What a stage is to its layer. `plan` speaks of stages by their roles; their names are the model's own."""
+    """The role of a stage in its layer. `plan` identifies stages by their roles; their names are the model's own."""
 
     ATTENTION_NORM = "the norm before attention"
     LATENT_PROJ = "the projection to the narrow latent that attention reads"
@@ -84,9 +84,9 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldRoles:
-    """What fields are to a plan, whatever they are called.
+    """The roles of fields in a plan.
 
-    ``input``: there before the first stage, on every rank: token ids. ``output``: the chosen tokens. ``stream``: what
+    ``input``: present before the first stage, on every rank: token ids. ``output``: the chosen tokens. ``stream``: what
     sharded stages leave as a sum still owed, and norms read. ``addends``: what a step must add to the stream before the
     next norm, in the order in which the search tries them; ``residual``: the one of them that a norm can add itself.
 
@@ -212,9 +212,9 @@ Work = Gemm | GroupedGemm | Norm | Stream | AttentionCore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One step of the model. ``name`` is the method of the model class that computes it.
+    """One stage of the model. ``name`` is the method of the model class that computes it.
 
-    ``reads`` are fields it needs, ``writes`` those it makes anew, ``frees`` those whose last reader it is. A sharded
+    ``reads`` are fields it needs, ``writes`` those it makes, ``frees`` those whose last reader it is. A sharded
     stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
     costs when the residual was added before; ``work`` what it costs fused. ``any_rows``: it may also run on the rows
     whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
@@ -245,12 +245,12 @@ class Stage:
 
     @property
     def key(self) -> tuple[str, bool, int | None]:
-        """What tells it from every other stage of its chain: those of a name differ in nothing else."""
+        """Identifies it in its chain: stages of one name differ only in this."""
         return self.name, self.any_rows, self.window
 
     @property
     def after_selection(self) -> bool:
-        """Whether it may run on the rows whose logits are asked for alone: then rows may be selected before it."""
+        """Whether the rows with logits suffice for it: then rows may be selected before it."""
         return self.any_rows or self.row_set is RowSet.LOGITS
 
 

@@ -20,7 +20,7 @@ _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One tensor of the checkpoint (or one per expert, ``{expert}`` in its name), and what each rank takes of it.
+    """One tensor of the checkpoint (or one per expert, ``{expert}`` in its name), and each rank's slice of it.
 
     ``spans`` along ``dim`` are per rank of the attention group, or per rank of the world if ``over_world``; without
     ``dim`` every rank takes it whole. ``experts`` are the experts each rank of the world takes. ``quantized``: stored
@@ -43,7 +43,7 @@ class Weight:
 
     @property
     def int8(self) -> bool:
-        """Whether int8 rounds it: what FP8 checkpoints do, less ``kv_b_proj``, whose parts attention multiplies."""
+        """Whether int8 rounds it: the weights of FP8 checkpoints, less ``kv_b_proj``, which attention multiplies."""
         return self.quantized and not self.name.endswith(".kv_b_proj.weight")
 
     def span(self, mesh: Mesh, rank: int) -> Span | None:
@@ -53,14 +53,14 @@ class Weight:
         return self.spans[rank if self.over_world else rank % mesh.group_size]
 
     def num_experts(self, rank: int) -> int:
-        """How many tensors of this name the rank takes: 1, unless there is one per expert."""
+        """Number of tensors of this name that the rank takes: 1, or one per expert."""
         if not self.experts:
             return 1
         start, stop = self.experts[rank]
         return stop - start
 
     def is_held(self, mesh: Mesh, rank: int) -> bool:
-        """Whether the rank has any of it: not of an addend that another rank brings into the sum."""
+        """Whether the rank has any of it: not of an addend that another rank adds to the sum."""
         return not self.once_in or rank % (mesh.group_size if self.once_in == "group" else mesh.size) == 0
 
     def local_shape(self, mesh: Mesh, rank: int) -> tuple[int, ...]:

@@ -24,15 +24,15 @@ def built_in() -> tuple[str, ...]:
 
 
 def model_path(model: str, revision: str = "") -> str:
-    """The folder of a built-in checkpoint's name, unless something of that name is here; the snapshot's of a model's
-    folder in the hub's cache; ``~`` is the user's home; all else as it is.
+    """The folder of a built-in checkpoint's name, unless that path exists; the snapshot of a model's folder in the
+    hub's cache; ``~`` is the user's home; all else as it is.
 
     >>> model_path("a/folder")
     'a/folder'
 
     Raises:
         CheckpointError: the cache's folder has no such snapshot.
-        ConfigError: a ``revision`` of what has none.
+        ConfigError: a ``revision`` of a model that has none.
     """
     if model in built_in() and not Path(model).exists():
         path = str(_FOLDER / model)
@@ -47,7 +47,7 @@ def model_path(model: str, revision: str = "") -> str:
 
 def local_model(model: str, *, revision: str = "", needed: Literal["config", "text", "weights"]) -> str:
     """The path of a model on this machine. A hub's name (``org/name``, if no such folder is here) is fetched: the
-    ``config.json`` alone, all but the weights, or everything. A ``config.json`` that the cache has is not asked for.
+    ``config.json`` alone, all but the weights, or everything. A ``config.json`` that the cache has is not requested.
 
     Raises:
         ConfigError: neither hub nor cache has it; the message says why.
@@ -63,7 +63,7 @@ def local_model(model: str, *, revision: str = "", needed: Literal["config", "te
 
 
 def _check_open(model: str, path: str) -> None:
-    """Refuse a path that cannot be looked at; that nothing is there is for others to say."""
+    """Refuse a path without permission; a missing path is reported elsewhere."""
     if not model:
         raise ConfigError("the model's name is empty; give a folder, a .gguf file, org/name of the hub, or a preset")
     try:

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, by name: what is needed of one is fetched into the hub's cache.
+"""Models of the Hugging Face hub, by name: the files that are needed are fetched into the hub's cache.
 
 Only names of the form ``org/name`` lead here, since importing the hub's library takes a quarter of a second. Its own
 settings hold: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN. Pickles are never fetched.
@@ -69,7 +69,7 @@ class _Bar(tqdm):
 
 
 class _NoBar(tqdm):
-    """For what takes no time."""
+    """A progress bar of calls that take no time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
@@ -78,8 +78,8 @@ class _NoBar(tqdm):
 def fetch(name: str, revision: str, needed: Needed) -> Path:
     """The folder, in the hub's cache, of the files of ``org/name`` that are ``needed``.
 
-    The hub is asked which commit the revision is and what it holds; what the cache has of it is not fetched again. If
-    the hub does not answer, or does not let us in, the cache's snapshot is used, if it is whole.
+    The hub is asked for the commit and the files of the revision; files that the cache has are not fetched again. If
+    the hub does not answer, or denies access, the cache's snapshot is used if it is complete.
 
     Raises:
         ConfigError: the model, the revision or the right to read it is not there, or neither hub nor cache has it.
@@ -160,14 +160,14 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _silent() -> str:
-    """Why the hub is not asked, and what to do."""
+    """Why no request goes to the hub, and what to do."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set: unset it, or copy the model's folder of a cache that has it"
     return f"{constants.ENDPOINT} does not answer: check the network, or give a folder"
 
 
 def _no_model(name: str, listed: Iterable[str]) -> str:
-    """What is wrong with a repository without config.json or safetensors, by what it has."""
+    """The error of a repository without config.json or safetensors, by its files."""
     listed = sorted(listed)
     ggufs, pickles = ([f for f in listed if f.endswith(ends)] for ends in ((".gguf",), (".bin", ".pt", ".pth")))
     if ggufs:
@@ -187,7 +187,7 @@ def _no_model(name: str, listed: Iterable[str]) -> str:
 
 @contextmanager
 def _in_one_line(name: str, revision: str) -> Iterator[None]:
-    """What the hub's library raises, as one line with the way out."""
+    """An error of the hub's library, as one line with the way out."""
     hub = constants.ENDPOINT
     try:
         yield
@@ -212,7 +212,7 @@ def _in_one_line(name: str, revision: str) -> Iterator[None]:
         raise ConfigError(
             f"{name}: the download from {hub} broke off ({_words(error)}); run the command again, it goes on from there"
         ) from None
-    except (ValueError, TypeError, KeyError) as error:  # what was answered is not what the library reads
+    except (ValueError, TypeError, KeyError) as error:  # the library cannot read the response
         raise ConfigError(f"{name}: {hub} answers as no hub does ({_words(error)}); check HF_ENDPOINT") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

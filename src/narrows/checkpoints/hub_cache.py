@@ -55,10 +55,10 @@ def is_repo_folder(path: Path) -> bool:
 
 
 def snapshot_of(repo: Path, revision: str) -> Path:
-    """The folder of a revision's files; of ``main`` if none is asked for, or of the only snapshot.
+    """The folder of a revision's files; by default of ``main``, or of the only snapshot.
 
     Raises:
-        CheckpointError: there is none, or there are several and nothing says which.
+        CheckpointError: there is none, or there are several without a choice.
     """
     snapshots = repo / "snapshots"
     there = sorted(path.name for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
@@ -81,7 +81,7 @@ def snapshot_of(repo: Path, revision: str) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """What a model at ``path`` is called: ``org/name`` in the hub's cache, else the folder's name.
+    """The name of a model at ``path``: ``org/name`` in the hub's cache, else the folder's name.
 
     >>> name_of(Path("/cache/models--Qwen--Qwen3-8B/snapshots/abc")), name_of(Path("runs/model/"))
     ('Qwen/Qwen3-8B', 'model')

@@ -109,7 +109,7 @@ def _count_or_auto(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-_count_or_auto.__name__ = "number, or auto"  # what argparse calls it in its error
+_count_or_auto.__name__ = "number, or auto"  # argparse's name for it in errors
 
 
 def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> N
 
 
 def add_trace_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """``--trace`` and ``--trace-steps``; ``what`` says what the trace shows."""
+    """``--trace`` and ``--trace-steps``; ``what`` describes the trace."""
     trace = parser.add_argument_group("trace for Perfetto and chrome://tracing (docs/tracing.md)")
     trace.add_argument("--trace", default="", metavar="FILE", help=f"write {what}; compressed if FILE ends in .gz")
     trace.add_argument(

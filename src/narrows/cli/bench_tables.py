@@ -31,7 +31,7 @@ _FACTS = {
 
 
 def print_outcome(bench: str, title: str, where: Mapping[str, Any], outcome: Outcome, out: Console) -> None:
-    """Print the machine, the table, what the machine reached beside it, and the notes."""
+    """Print the machine, the table, the machine's rates beside it, and the notes."""
     features = f" ({', '.join(where['features'])})" if where["features"] else ""
     out.print(title, style="bold", markup=False)
     out.print(

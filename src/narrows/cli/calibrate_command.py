@@ -128,7 +128,7 @@ def _asked(args: argparse.Namespace) -> EngineConfig:
         threads=args.threads,
         quantization=args.quantization,
         load_format="dummy",
-        kv_tokens=1024,  # what is measured brings its own
+        kv_tokens=1024,  # the measured tables bring their own
     )
 
 

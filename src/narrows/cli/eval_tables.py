@@ -44,7 +44,7 @@ def print_evaluation(evaluation: Evaluation, skipped: Mapping[str, str], out: Co
 
 
 def _print_encodings(evaluation: Evaluation, out: Console) -> None:
-    """Print what was rounded on request; rows marked `encoded` differ for that reason."""
+    """Print the options that round values; rows marked `encoded` differ for that reason."""
     for layout in evaluation.layouts:
         rounded = [f"rows travelled as {', '.join(layout.encodings)} before gathers"] if layout.encodings else []
         if layout.quantization != "none":

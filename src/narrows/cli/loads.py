@@ -55,7 +55,7 @@ FLOOD = ("flood", "flood_input_length", "flood_output_length", "flood_at", "fair
 
 
 def add_load_flags(load: argparse._ArgumentGroup) -> None:
-    """How many requests come, when, how long they are, and what they share."""
+    """Number, arrival times, lengths and shared prefixes of requests."""
     load.add_argument("--num-requests", type=int, metavar="N", help="number of requests (default: 32; of a trace, all)")
     load.add_argument(
         "--concurrency", type=int, default=0, metavar="N", help="requests at once, at most (default: all)"

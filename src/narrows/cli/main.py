@@ -23,7 +23,7 @@ _EXTRAS = {"serve": "serve"}
 """The extra that a command needs; all others that need one need ``engine``."""
 
 COMMANDS = (
-    # name, module, what it does
+    # name, module, description
     ("plan", "narrows.cli.plan_command", "price the layouts of a model on a machine, and say which is best and why"),
     (
         "simulate",
@@ -55,8 +55,8 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's) and return its exit code.
 
-    0: done. 1: the command's own verdict. 2: the user asked for something that cannot be done; one line on stderr says
-    why. 130: interrupted.
+    0: done. 1: the command's own verdict. 2: a wrong or impossible option; one line on stderr gives the reason.
+    130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("narrows: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the output has gone (`| head`); what Python would still flush at exit goes nowhere.
+        # The reader of the output has gone (`| head`); the rest that Python flushes at exit is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The module of the subcommand in ``argv``, and its arguments.
 
     Raises:
-        ConfigError: the subcommand or a flag is not known, a value is wrong, or a package that the subcommand imports
+        ConfigError: the subcommand or a flag is unknown, a value is wrong, or a package that the subcommand imports
             comes with an extra that is not installed.
     """
     parser = LazyParser(prog="narrows", description="LLM inference that crosses ranks where activations are narrowest.")

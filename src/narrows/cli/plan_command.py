@@ -61,10 +61,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``narrows plan``. ``--save`` and ``--code`` use the one layout that was named, else `auto`.
+    """Run ``narrows plan``. ``--save`` and ``--code`` use the one named layout, else `auto`.
 
     Raises:
-        ConfigError: anything that cannot be, with the numbers and what would work.
+        ConfigError: an impossible option, with the numbers and the alternative.
     """
     if args.code and args.json:
         raise ConfigError("--code and --json each print what the plan is: leave one of them out")

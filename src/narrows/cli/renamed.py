@@ -1,4 +1,4 @@
-"""Old spellings of renamed flags, which work for one release and say what to write instead."""
+"""Old spellings of renamed flags, which work for one release with a warning that has the new spelling."""
 
 from __future__ import annotations
 

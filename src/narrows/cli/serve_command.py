@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_to_stderr() -> None:
-    """Send the log to standard error; if that is full or closed, the server goes on."""
+    """Send the log to standard error; if that is full or closed, the server continues."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("narrows: %(message)s"))
     handler.handleError = lambda record: None  # type: ignore[method-assign]

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``narrows simulate``; returns 1 if a request can never run, or if no candidate of a search meets the target.
 
     Raises:
-        ConfigError: anything that cannot be, with the numbers; a deployment that does not fit, if it is the only one.
+        ConfigError: an impossible option, with the numbers; a deployment that does not fit, if it is the only one.
     """
     _check(args)
     config = load_model_config(args.model, args.revision)
@@ -233,7 +233,7 @@ def _utilisation(asks: Sequence[Ask], at_once: Candidate) -> float | None:
 
 
 def _saturation(used: float | None) -> str:
-    """How near to the ranks' capacity the load is, and what that means for the figures."""
+    """How near the load is to the ranks' capacity, and the effect on the figures."""
     if used is None:
         return ""
     line = f"utilisation: requests come at {used:.0%} of the rate at which they are answered when all come at once"

@@ -49,7 +49,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """Where a timeline lies: its left end, its top, and the space above the axis (``compute``) and below it (``talk``).
+    """The position of a timeline: left end, top, and the space above the axis (``compute``) and below it (``talk``).
 
     ``scale``: pixels per microsecond; ``widest``: bytes per row of the highest communication bar; ``blocks``: whether
     attention, MLP and experts are blocks of one width.
@@ -117,7 +117,7 @@ def row_bytes(op: Op) -> float:
 
 
 def op_title(plan: Plan, op: Op, times: str) -> str:
-    """An op in words: its name, its rows, its time (``times``), and what it moves."""
+    """An op in words: its name, its rows, its time (``times``), and its fields."""
     places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (op.layout, op.leaves)))
     fields = fields_words(plan.roles.bundle_of, op.reads, op.encoded)
     title = f"{op.name} of {fields}: {places}, {op.rows} rows, {times}"

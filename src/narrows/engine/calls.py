@@ -18,7 +18,7 @@ __all__ = ["RankWorker"]
 
 
 class RankWorker(Protocol):
-    """What the ranks of an engine are asked to do."""
+    """The calls of an engine's ranks."""
 
     def step(self, batch: Batch, plan: Plan, keep_logits: bool = False) -> StepResult:
         """Run one batch under one plan; with whole rows of logits if ``keep_logits``."""
@@ -37,9 +37,9 @@ class RankWorker(Protocol):
         ...
 
     def instrument(self, make: Callable[[Worker], Wrap | Reader] | None, name: str = "") -> bool:
-        """Read every step from now on, put something around it, or neither; whether plans are bound anew."""
+        """Read every step from now on, wrap it, or neither; returns whether plans are bound again."""
         ...
 
     def readings(self, name: str = "") -> Any:
-        """What an instrument has read since it was asked last."""
+        """An instrument's readings since the last call."""
         ...

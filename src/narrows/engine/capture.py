@@ -1,6 +1,6 @@
 """Decode steps captured once and then replayed by one compiled call: the CPU's counterpart of a CUDA graph.
 
-A step is captured when a program first meets its row counts. What changes from step to step (ids, positions, slots,
+A step is captured when a program first runs its row counts. What changes from step to step (ids, positions, slots,
 lengths, angles) lies in memory that stays; everything else that a step allocates comes from one arena, which all
 captured steps share. If an operation computes with torch, the capture ends before it, and a replay runs the rest op by
 op.
@@ -31,9 +31,9 @@ from narrows.sched.batch import Batch
 __all__ = ["CapturedSteps", "uncaptured"]
 
 _ARENA_BYTES = 64 << 20
-"""What the allocations of captured steps share. A step that needs more is not captured."""
+"""Size of the arena that captured steps share. A step that needs more is not captured."""
 _MOST_BYTES = 64 << 20
-"""What captured steps may reserve of the memory that ranks share. The oldest make room."""
+"""Shared memory that captured steps may reserve. The oldest are evicted."""
 _MOST_STEPS = 512
 """Captured steps that are kept: arguments, registers and angles of each take memory too."""
 _LEAST_ROWS = 16
@@ -52,7 +52,7 @@ _FRESH = (
 
 Span = tuple[int, int, tuple[int, ...]]
 Key = tuple[Program, RowSplit, tuple[int, ...], bool]
-"""A program, the rows of each rank, the rows that ask for logits, and whether there is a sampler for them."""
+"""A program, the rows of each rank, the rows with logits, and whether they have a sampler."""
 Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
 Lengths = Sequence[int] | None
 """Tokens of the sequence that each row of this rank's group belongs to, where angles depend on it."""
@@ -89,8 +89,7 @@ class _TorchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch's own hook: what it would wrap around the next method imports its compiler, for more than a second in
-        the middle of a step."""
+        """torch's own hook would import its compiler, which takes more than a second in the middle of a step."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +103,7 @@ class _TorchWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Inputs:
-    """The memory of what changes from step to step."""
+    """The memory of inputs that change from step to step."""
 
     def __init__(
         self, model: Decoder, num_rows: int, spans: Sequence[Span], rows: DecodeRows, lengths: Lengths
@@ -198,7 +197,7 @@ class CapturedSteps:
         )
 
     def forget(self) -> None:
-        """Drop all captures: their programs are bound anew."""
+        """Drop all captures: their programs are bound again."""
         for step in self._steps.values():
             step.collectives.close()
         self._steps.clear()
@@ -269,7 +268,7 @@ class CapturedSteps:
         return Ran(registers, sampler, inputs.step.rows, replayed=False)
 
     def _keep(self, key: Key, step: CapturedStep, warm_up: bool) -> None:
-        """Keep a captured step; the oldest make room for it, unless it comes from a warm-up."""
+        """Keep a captured step; it evicts the oldest, unless it comes from a warm-up."""
         held = step.collectives.nbytes + sum(other.collectives.nbytes for other in self._steps.values())
         if warm_up and (held > _MOST_BYTES or len(self._steps) == _MOST_STEPS):
             step.collectives.close()

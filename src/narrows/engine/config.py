@@ -1,4 +1,4 @@
-"""What a user asks of an engine, and what that becomes: 'auto' values are resolved into a new object, once."""
+"""A user's configuration of an engine, and the resolved one: 'auto' values are resolved into a new object, once."""
 
 from __future__ import annotations
 
@@ -61,17 +61,16 @@ INVARIANT_CHUNK = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """An engine as asked for.
+    """An engine as configured.
 
     ``model``: a checkpoint folder, a built-in one's name, a ``.gguf`` file, ``org/name`` of the hub, or a preset;
-    :func:`at_hand` gives the folder of a name, and fetches what is not here.
-    ``run_on``: what ranks compute on. ``device``: the device that steps are priced for, by its name in the catalogue or
-    by a profile's file; ``auto`` is the one they run on, by this user's profile of it where there is one. ``ranks``:
-    ``threads`` of this process, or ``processes``, with ``threads`` torch threads each. ``timeout_s``: how long a rank
-    that lives may keep the others waiting.
-    ``rows_per_step``: most rows (tokens) in one step, all groups together. ``requests_per_group``: most that
-    run at once in an attention group. ``kv_tokens``: tokens of KV cache per
-    attention group. ``checked``: collectives and shapes are compared between ranks at every step.
+    :func:`at_hand` gives the folder of a name, and fetches missing files. ``run_on``: the kind of device of the ranks.
+    ``device``: the device that steps are priced for, by its name in the catalogue or by a profile's file; ``auto`` is
+    the one they run on, by this user's profile of it where there is one. ``ranks``: ``threads`` of this process, or
+    ``processes``, with ``threads`` torch threads each. ``timeout_s``: how long a rank that lives may keep the others
+    waiting. ``rows_per_step``: most rows (tokens) in one step, all groups together. ``requests_per_group``: most that
+    run at once in an attention group. ``kv_tokens``: tokens of KV cache per attention group. ``checked``: collectives
+    and shapes are compared between ranks at every step.
     """
 
     model: str
@@ -89,7 +88,7 @@ class EngineConfig:
     load_format: str = "auto"
     rows_per_step: int = DEFAULT_ROWS
     prompt_rows: int = 0
-    """Most rows of prompts in a step in which texts go on; 0: as many as rows."""
+    """Most rows of prompts in a step that decodes; 0: as many as rows."""
     requests_per_group: int = DEFAULT_REQUESTS
     max_context: int | None = None
     kv_tokens: int | None = None
@@ -108,13 +107,13 @@ class EngineConfig:
     """KV of tokens that another request has in the same places is used again; never with ``batch_invariant``."""
     checked: bool = False
     batch_invariant: bool = False
-    """No request's tokens depend on what else runs: one plan for every step, and rows computed each alone."""
+    """Tokens do not depend on other requests: one plan for every step, and each row computed alone."""
     want_logits: bool = False
     """Every rank gets whole rows of logits, and results carry them."""
     quantization: str = "none"
-    """What linear and expert weights are rounded to as they are loaded: one of QUANTIZATIONS."""
+    """The encoding to which linear and expert weights are rounded at loading: one of QUANTIZATIONS."""
     encode_rows: str = "none"
-    """What rows may travel as before a gather: one of ``plan.planner.ENCODE_ROWS``."""
+    """The encoding of rows before a gather: one of ``plan.planner.ENCODE_ROWS``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +170,7 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
     """Decide everything that ``asked`` leaves open; ``sharding`` and ``host``: in place of its own.
 
     Raises:
-        ConfigError: a model, mesh, layout, device, dtype or size that cannot be; the message says what would work.
+        ConfigError: an impossible model, mesh, layout, device, dtype or size; the message has the alternative.
     """
     asked = at_hand(asked)
     config = load_model_config(asked.model)
@@ -251,8 +250,8 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
 
 
 def at_hand(asked: EngineConfig) -> EngineConfig:
-    """The same, its model a path on this machine: a built-in name becomes its folder, and what a name of the hub stands
-    for is fetched. A config whose model is a path already stays as it is.
+    """The same, its model a path on this machine: a built-in name becomes its folder, and a model of the hub is
+    fetched. A config whose model is a path is not changed.
 
     Raises:
         ConfigError: neither hub nor cache has it.
@@ -262,7 +261,7 @@ def at_hand(asked: EngineConfig) -> EngineConfig:
 
 
 def _checkpoint(asked: EngineConfig, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The config as a folder's tensors have it, and what is worth saying of them; a broken folder is known here."""
+    """The config that agrees with a folder's tensors, and notes about them; raises for a broken folder."""
     folder = Path(asked.model)
     if asked.load_format == "dummy" or not folder.is_dir() or find_gguf(folder) is not None:
         return config, ()
@@ -338,7 +337,7 @@ def _fit_host(
     itemsize: int,
     host: Host,
 ) -> list[str]:
-    """What CPU ranks take of this host is refused where it has not as much; what is worth saying of it otherwise."""
+    """Notes about CPU ranks on this host; raises if they need more memory than it has."""
     if asked.run_on != "cpu" or (asked.load_format != "dummy" and not Path(asked.model).exists()):
         return []  # a preset has no weights, which `Resolved.weights` says
     mesh = deployment.mesh

@@ -72,7 +72,7 @@ class StepInFlight:
 
 
 class StepTracer(Protocol):
-    """What an engine tells of its steps while they are traced (`instruments/tracer.py`)."""
+    """Callbacks of an engine's steps while they are traced (`instruments/tracer.py`)."""
 
     @property
     def full(self) -> bool:
@@ -125,7 +125,7 @@ class Engine:
         self.in_flight: deque[StepInFlight] = deque()
         self._mask_came = threading.Event()
         self.when_mask_comes: Callable[[], None] = self._mask_came.set
-        """Called, from any thread, when a mask that was late is there, so that :meth:`settle` is worth a call."""
+        """Called, from any thread, when a late mask is ready, so that :meth:`settle` should be called."""
         self._tracer: StepTracer | None = None
         self._warming_up: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
@@ -145,7 +145,7 @@ class Engine:
         )
         plan_ahead = partial(self.plans.plan_ahead_for, warm_s)
         planning = threading.Thread(target=plan_ahead, name="narrows plans ahead", daemon=True)
-        planning.start()  # this process has nothing else to do until the ranks are there
+        planning.start()  # this process has nothing else to do until the ranks are ready
         try:
             self.ranks: Ranks[RankWorker] = start_ranks(resolved, make, timing)
         finally:
@@ -154,7 +154,7 @@ class Engine:
     def warm_up_next(self) -> Future[list[Any]] | None:
         """Have the ranks run the next warm-up step, without waiting. For when no step is in flight.
 
-        None: the previous one is not done, there are no more, or these ranks can capture no step.
+        None: the previous one is not done, none is left, or these ranks cannot capture.
         """
         if self._warming_up is not None:
             if not self._warming_up.done():
@@ -252,7 +252,7 @@ class Engine:
     def run(self) -> Iterator[Request]:
         """Run steps until no request has work; yields a request each time it has got a token, or has ended.
 
-        Who stops listening may go on later, with another call. Once a rank has failed every call raises its error.
+        A caller that stops early may continue with another call. Once a rank has failed every call raises its error.
         """
         while self.scheduler.has_work or self.in_flight:
             # Steps in flight are kept even if their caller stops listening: later steps may refer to their samples.
@@ -309,9 +309,9 @@ class Engine:
         return ended
 
     def _hold_for_masks(self, requests: list[Request]) -> None:
-        """Wait a little for the masks of this step's requests, so that those that run together go on together.
+        """Wait a little for the masks of this step's requests, so that those that run together stay together.
 
-        The last is asked first: masks are made in the order of their requests, so that one wait is most often enough.
+        The last is awaited first: masks are made in the order of their requests, so one wait is usually enough.
         """
         end = perf_counter() + min(_MASK_S + _MASK_EACH_S * len(requests), _MASK_MOST_S)
         for request in reversed(requests):
@@ -339,11 +339,11 @@ class Engine:
         return submit(RankWorker.step, batch, plan, keep_logits)
 
     def instrument(self, make: Callable[[Worker], Wrap | Reader] | None, name: str = "") -> None:
-        """Read every step of every rank from now on, or put something around them, or neither any more.
+        """Read every step of every rank from now on, or wrap them, or stop doing so.
 
-        ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. What it
-        makes may have a ``readings()``, which :meth:`readings` asks for. A reader reads replayed steps as it does
-        others; with anything else around them, steps run op by op. Instruments of other names stay as they are.
+        ``make`` is called on each rank; for ranks that are processes it is a function or class of a module. The
+        result may have a ``readings()``, which :meth:`readings` calls. A reader reads replayed steps as it does
+        others; with a wrapper, steps run op by op. Instruments of other names stay as they are.
         """
         if any(self.ranks.submit(RankWorker.instrument, make, name).result()):
             self._warmup.begin_again()
@@ -353,7 +353,7 @@ class Engine:
         self._observe = call
 
     def readings(self, name: str = "") -> list[Any]:
-        """What each rank's instrument has read since it was asked last."""
+        """The readings of each rank's instrument since the last call."""
         return self.ranks.submit(RankWorker.readings, name).result()
 
     def trace_with(self, tracer: StepTracer | None) -> None:
@@ -363,7 +363,7 @@ class Engine:
     def run_plan(self, batch: Batch, plan: Plan) -> list[StepResult]:
         """Run one batch under a given plan, and wait; every rank's result, with logits.
 
-        The batch is the caller's own, so what it writes into the cache is not what the scheduler has cached there.
+        The batch is the caller's own, so it overwrites pages that the scheduler has cached.
         """
         return self.submit(batch, plan=plan, keep_logits=True).result()
 

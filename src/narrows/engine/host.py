@@ -1,4 +1,4 @@
-"""What this host has for CPU ranks: memory for what a plan says that they take, and a CPU that multiplies bf16 or not.
+"""Checks of this host for CPU ranks: memory for the plan, and a CPU with or without bf16 products.
 
 Takes numbers and returns texts; the numbers come from the machine in `Host.here` alone.
 """
@@ -82,10 +82,10 @@ class Needs:
 
 
 def check_memory(needs: Needs, host: Host, *, kv_tokens: int, rows: int) -> str:
-    """What to say of memory that is not free now; empty if it is. ``kv_tokens``: per attention group.
+    """A note about memory that is not free now; empty if it is free. ``kv_tokens``: per attention group.
 
     Raises:
-        ConfigError: the host has less than the ranks will take; pages of the cache take theirs as they are written, so
+        ConfigError: the host has less than the ranks need; pages of the cache take theirs as they are written, so
             this would show long after the start.
     """
     takes = (
@@ -106,7 +106,7 @@ def check_memory(needs: Needs, host: Host, *, kv_tokens: int, rows: int) -> str:
 
 
 def slow_bf16(bfloat16: Needs, float32: Needs, host: Host) -> str:
-    """What to say where the checkpoint's bfloat16 runs on a CPU without products for it, and without vectors wide
+    """A note where the checkpoint's bfloat16 runs on a CPU without products for it, and without vectors wide
     enough for the compiled kernels to make up for that; empty elsewhere."""
     if not host.cpu_features or _BF16_PRODUCTS & set(host.cpu_features) or host.target not in ("", "baseline"):
         return ""

@@ -21,16 +21,16 @@ from narrows.text import GeneratedText, GenerationConfig, Tokenizer
 __all__ = ["LLM", "Completion", "Piece", "Prompt"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text as it is, token ids, or chat messages (``{"role": ..., "content": ...}``) for the model's chat template."""
+"""Text, token ids, or chat messages (``{"role": ..., "content": ...}``) for the model's chat template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What a prompt got.
+    """The result of a prompt.
 
-    ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, be it at the last token allowed, else
-    ``length``. ``token_ids`` are all that were generated, those of a stop string or end included. ``logprobs``
-    has one entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
+    ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, also at the last token allowed, else
+    ``length``. ``token_ids`` are all that were generated, those of a stop string or end included. ``logprobs`` has one
+    entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
     ``prompt_logprobs`` has one per token of the prompt from the second on, if sampling asked for them.
     """
 
@@ -60,7 +60,7 @@ class LLM:
         wrap: put around every bound step of every rank (profiling).
 
     Raises:
-        ConfigError: anything that cannot be; the message says why and what would work.
+        ConfigError: an impossible option; the message has the reason and the alternative.
     """
 
     def __init__(self, model: str | Path, *, wrap: Callable[[Worker], Wrap] | None = None, **options: Any) -> None:
@@ -85,7 +85,7 @@ class LLM:
         return [done[index] for index in range(len(prompts))]
 
     def score(self, prompts: Sequence[Prompt], *, num_best: int = 0) -> list[Completion]:
-        """How likely the model finds the prompts' own tokens; nothing is generated.
+        """Log-probabilities of the prompts' own tokens; nothing is generated.
 
         Returns, per prompt, a completion without text whose ``prompt_logprobs`` hold a :class:`TokenScore` for every
         token from the second on, each with the ``num_best`` most likely tokens at its place.
@@ -154,7 +154,7 @@ class LLM:
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """What the checkpoint's generation config recommends, by transformers' rule: greedy unless ``do_sample``."""
+        """The sampling of the checkpoint's generation config, by transformers' rule: greedy unless ``do_sample``."""
         return SamplingParams(**self.generation.sampling(samples_by_default=False))  # type: ignore[arg-type]
 
     @property

@@ -1,7 +1,7 @@
 """Ranks and threads for the machine at hand, where the user leaves them open.
 
-On CPUs a rank computes on its own cores and meets the others in memory, so ranks come first: the largest power of two,
-at most 8, that the cores and the model allow. What is left of the cores becomes threads of each rank.
+On CPUs a rank computes on its own cores and exchanges through memory, so ranks come first: the largest power of two,
+at most 8, that the cores and the model allow. The remaining cores become threads of each rank.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _CHOICES = (8, 4, 2)
 def fit(
     config: ModelConfig, *, dp: int, tp: int | None, threads: int | None, run_on: str, launch: Launch | None
 ) -> tuple[int, int]:
-    """Ranks per group and threads per rank; what is not None stays as it is.
+    """Ranks per group and threads per rank; a value that is not None is kept.
 
-    Processes that others have started (``launch``) are as many ranks as there are of them.
+    Processes started by a launcher (``launch``) are one rank each.
     """
     if tp is None and launch is not None:
         tp = launch.world_size // max(dp, 1)

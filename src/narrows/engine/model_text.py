@@ -1,4 +1,4 @@
-"""What a model's path holds beside weights: its tokenizer, and what it recommends for generation, in either format."""
+"""The text part of a model's path: its tokenizer and its generation config, in either format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plans of an engine: two plan caches per layout, and the plans that are made before a step asks for them.
+"""The plans of an engine: two plan caches per layout, and the plans that are made before a step needs them.
 
 One cache of a layout is for steps that choose the best token, the other for steps that need whole rows of logits. A
 saved plan, and the one plan of a batch-invariant engine, replace all caches.
@@ -26,7 +26,7 @@ from narrows.sched.batch import Batch
 __all__ = ["EnginePlans"]
 
 _MOST_AHEAD = 128
-"""Buckets whose plans are made before a step asks for them, 20 KB each in every process."""
+"""Buckets whose plans are made before a step needs them, 20 KB each in every process."""
 
 
 class EnginePlans:
@@ -71,7 +71,7 @@ class EnginePlans:
         return (self._logits_prices if keep_logits or batch.needs_logits else self._prices).seconds(plan, batch)
 
     def plan_ahead(self) -> Plan | None:
-        """Make one more plan that no step has asked for yet; None: enough of them are made."""
+        """Make one more plan ahead of need; None: enough of them are made."""
         found = next(self._expected, None)
         if found is None:
             return None
@@ -92,10 +92,10 @@ class EnginePlans:
         keys = expected_keys(limits.num_groups, most_decoding=limits.most_decoding, rows_per_step=limits.rows_per_step)
         for key in itertools.islice(keys, _MOST_AHEAD):
             yield key, False
-            yield key, True  # somebody draws, or asks for log-probabilities
+            yield key, True  # a request samples, or wants log-probabilities
 
     def items(self) -> tuple[tuple[PlanKey | None, Plan], ...]:
-        """Every plan made so far with what it is for; None: any step."""
+        """Every plan made so far with the steps it is for; None: any step."""
         if self._resolved.plan is not None:
             return ((None, self._resolved.plan),)
         caches = dict.fromkeys(cache for pair in list(self._caches.values()) for cache in pair)
@@ -107,11 +107,11 @@ class EnginePlans:
 
     @property
     def encodings(self) -> frozenset[Encoding]:
-        """What rows travel as before gathers, where not plain, in the plans made so far."""
+        """The encodings of rows before gathers, where not plain, in the plans made so far."""
         return frozenset[Encoding]().union(*(plan.encodings for plan in self.values()))
 
     def evidence(self) -> str:
-        """One line if what is predicted rests on prices that were not measured, of a full prefill step and of a decode
+        """One line if predictions rest on unmeasured prices, of a full prefill step and of a decode
         step of one row per group; empty if it does not."""
         resolved, limits = self._resolved, self._resolved.limits
         device = resolved.deployment.device.name

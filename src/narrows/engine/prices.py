@@ -1,4 +1,4 @@
-"""What ranks run on, as a profile must have been made for it to hold for them."""
+"""The environment of ranks that a profile must match."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def world_name(*, run_on: str, ranks: str, several_hosts: bool) -> str:
 
 
 def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int) -> MachineFingerprint:
-    """What a profile must have been made for to hold for such ranks here."""
+    """The environment that a profile must match for such ranks here."""
     return this_machine(
         ranks=num_ranks,
         threads=threads,

@@ -1,7 +1,8 @@
 """A plan bound to one rank's model and communicator: a flat tuple of callables that run in order once per step.
 
-Binding resolves every name: fields become numbered registers, stages bound methods, moves movers. A step looks nothing
-up by name and asks for no layout; what changes from step to step (row counts) comes as a :class:`Frame`, computed once
+Binding resolves every name: fields become numbered registers, stages bound methods, moves movers. A step looks
+nothing up by name and checks no layout; what changes from step to step (row counts)
+comes as a :class:`Frame`, computed once
 per step for each distinct move.
 
 An addend that joins an owed sum is not added when its step comes: it is handed to the move that completes the sum,
@@ -98,7 +99,7 @@ class Program:
         )
 
     def run(self, frame: Frame, ids: Tensor, record: StepRecord | None = None) -> Registers:
-        """Run the plan once; the registers hold what :attr:`outputs` names. ``record``: keep times there."""
+        """Run the plan once; the registers then hold :attr:`outputs`. ``record``: keep times there."""
         registers = self.registers(ids)
         self.run_from(0, registers, frame, record)
         return registers
@@ -130,11 +131,11 @@ def bind(
 ) -> Program:
     """Bind ``plan`` to one rank's ``model`` and ``comm``.
 
-    ``checked``: after every op the rows and columns of what it wrote are compared with its layout. ``validate``: check
-    the plan's layouts first; only a test that plants a fault switches that off.
+    ``checked``: after every op the rows and columns of its outputs are compared with its layout. ``validate``: check
+    the plan's layouts first; only tests that plant a fault switch that off.
 
     Raises:
-        PlanError: the plan would read a field whose sum is owed, or in another layout than it has.
+        PlanError: the plan would read a field whose sum is owed, or in a wrong layout.
     """
     if validate:
         plan.validate()
@@ -288,8 +289,8 @@ class _Binder:
         return reduce_and_norm
 
     def _encoded_gather(self, op: Op, mover: Mover, at: int) -> Operation:
-        """Encode, gather, decode. This rank's own rows come back through the gather too, so that they are decoded like
-        everybody's: the field is the same bits on every rank that holds it."""
+        """Encode, gather, decode. This rank's own rows come back through the gather too, so that they are decoded
+        like all others: the field has the same bits on every rank that holds it."""
         travels = [
             (self._register(name), _CODES.get(encoding)) for name, encoding in zip(op.reads, op.encodings, strict=True)
         ]
@@ -303,7 +304,7 @@ class _Binder:
                     continue
                 rows, width = regs[i].shape
                 encoded, scales = encode_rows(regs[i], codes, out=lend(rows, width, codes))
-                sent += encoded.view(torch.uint8), scales  # as plain bytes: not every transport knows fp8
+                sent += encoded.view(torch.uint8), scales  # as plain bytes: not every transport supports fp8
             came = iter(mover(sent, frame.geometries[at]))
             for i, codes in travels:
                 tensor = next(came)

@@ -21,7 +21,7 @@ Worker = TypeVar("Worker")
 
 
 def start_ranks(resolved: Resolved, make: Callable[[Communicator], Worker], timing: Timing = TIMING) -> Ranks[Worker]:
-    """The ranks that ``resolved`` asks for, each with the worker that ``make`` builds there.
+    """The ranks of ``resolved``, each with the worker that ``make`` builds there.
 
     Raises:
         the first error of ``make``; RankError if a rank does not start.

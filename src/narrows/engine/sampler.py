@@ -32,10 +32,10 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size, self.device = vocab_size, device
         self._histories: dict[int, _History] = {}
-        self._biases: dict[int, tuple[Tensor, Tensor]] = {}  # by request: ids, what is added to their logits
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}  # by request: ids, and the bias of their logits
 
     def begin(self, batch: Batch, ids_T: Tensor) -> RowSampler | None:
-        """What samples this batch's rows, whose token ids are ``ids_T``; None when every row is greedy."""
+        """The sampler of this batch's rows, whose token ids are ``ids_T``; None when every row is greedy."""
         for request in batch.ended:
             self._histories.pop(request, None)
             self._biases.pop(request, None)
@@ -68,7 +68,7 @@ class Sampler:
         return self._histories[request]
 
     def bias(self, request: int, logit_bias: tuple[tuple[int, float], ...]) -> tuple[Tensor, Tensor]:
-        """A request's ids and what is added to their logits; made once, as there may be one for each token."""
+        """A request's ids and the bias of their logits; made once, as there may be one for each token."""
         if request not in self._biases:
             ids, biases = zip(*logit_bias, strict=True)
             self._biases[request] = (
@@ -79,14 +79,14 @@ class Sampler:
 
 
 class RowSampler:
-    """Samples the logit rows of one batch. Its parameters are on the device before the rows are there."""
+    """Samples the logit rows of one batch. Its parameters are on the device before the rows."""
 
     def __init__(self, sampler: Sampler, batch: Batch) -> None:
         self._sampler = sampler
         self._rows: list[tuple[Chunk | None, SamplingParams, float]] = []
-        self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # by row: ids, what is added to their logits
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # by row: ids, and the bias of their logits
         self._barred: dict[int, Tensor] = {}  # by row: [V], true where a token may not be sampled
-        self._scored: list[tuple[int, int, int]] = []  # row, the token that is scored there, how many best ones
+        self._scored: list[tuple[int, int, int]] = []  # row, the scored token, the number of best tokens
         for group in batch.groups:
             for chunk in group:
                 params = chunk.sampling or GREEDY
@@ -113,7 +113,7 @@ class RowSampler:
             self._barred[row] = _barred(chunk, self._sampler.vocab_size).to(self._sampler.device)
 
     def __call__(self, logits_TV: Tensor) -> Tensor:
-        """ids [T] int64 from logits [T, V]: biased, penalised, and without what may not be sampled."""
+        """ids [T] int64 from logits [T, V]: biased, penalised, and masked."""
         wide_TV = logits_TV.float()
         changes = self._bias or self._barred or any(params.penalizes for _, params, _ in self._rows)
         changed_TV = wide_TV.clone() if changes else wide_TV
@@ -144,7 +144,7 @@ class RowSampler:
         return ids_T
 
     def logprobs(self) -> dict[int, Logprobs]:
-        """By row, for the rows that asked, once they are sampled. The host waits for the device."""
+        """By row, for the rows that requested them, once they are sampled. The host waits for the device."""
         if self._sampled is None:
             return {}
         logits_TV, ids_T = self._sampled

@@ -160,7 +160,7 @@ class Reader(Protocol):
 
     @property
     def wants(self) -> Wants:
-        """Asked before each step."""
+        """Called before each step."""
         ...
 
     def take(self, record: StepRecord) -> None:
@@ -168,7 +168,7 @@ class Reader(Protocol):
         ...
 
     def readings(self) -> Any:
-        """What was read since the last call; begins anew. Can be pickled."""
+        """The readings since the last call; resets them. Can be pickled."""
         ...
 
 

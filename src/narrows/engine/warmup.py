@@ -20,7 +20,7 @@ class WarmUp:
 
     Args:
         most_rows: rows of the largest step.
-        drawn: also steps whose tokens are drawn, not only greedy ones.
+        drawn: also steps whose tokens are sampled, not only greedy ones.
     """
 
     def __init__(self, limits: Limits, most_rows: int, *, drawn: bool) -> None:
@@ -30,11 +30,11 @@ class WarmUp:
         self.begin_again()
 
     def next(self) -> Batch | None:
-        """The next step; None: there are no more."""
+        """The next step; None: none is left."""
         return next(self._left, None)
 
     def begin_again(self) -> None:
-        """Start over: the ranks have bound their plans anew and lost their captures."""
+        """Start over: the ranks have bound their plans again and lost their captures."""
         self._left = self._all()
 
     def end(self) -> None:

@@ -36,10 +36,10 @@ __all__ = ["Instrument", "RowContext", "StepResult", "StepRun", "Worker", "logit
 
 @runtime_checkable
 class Instrument(Protocol):
-    """What reads steps, or is around them, and has something to tell."""
+    """An instrument: reads or wraps steps, and has readings."""
 
     def readings(self) -> Any:
-        """What was read since the last call; begins anew. Can be pickled."""
+        """The readings since the last call; resets them. Can be pickled."""
         ...
 
 
@@ -64,10 +64,10 @@ class StepRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One token per logit row, and the rows' logits if they were asked for ([rows, vocab_size], else None).
+    """One token per logit row, and the rows' logits if requested ([rows, vocab_size], else None).
 
-    ``logprobs`` by logit row, for the rows whose request asked, and ``scores`` for those that have a target; on rank 0
-    only, since all ranks have the same. ``run`` comes with the logits.
+    ``logprobs`` by logit row, for the rows whose request wants them, and ``scores`` for those that have a target; on
+    rank 0 only, since all ranks have the same. ``run`` comes with the logits.
     """
 
     ids: tuple[int, ...]
@@ -164,7 +164,7 @@ class Worker:
         return self._captured.possible and not self._captured.full
 
     def _rows_of(self, batch: Batch) -> tuple[RowSplit, list[Span]]:
-        """How the batch's rows are dealt to ranks, and (start, rows, pages) of every chunk of this rank's group."""
+        """How the batch's rows are split over ranks, and (start, rows, pages) of every chunk of this rank's group."""
         rows = RowSplit.from_groups(self.rank_context.mesh, batch.group_rows)
         group = batch.groups[self.rank_context.mesh.group_of(self.rank_context.rank)]
         return rows, [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
@@ -206,10 +206,10 @@ class Worker:
         return Ran(registers, sampler, inputs.rows, replayed=False)
 
     def instrument(self, make: Callable[[Worker], Wrap | Reader] | None, name: str = "") -> bool:
-        """Begin or end to read steps, or to put something around them (see :meth:`Engine.instrument`).
+        """Begin or stop reading or wrapping steps (see :meth:`Engine.instrument`).
 
         Returns:
-            whether plans are bound anew, so that no capture is left: not for a reader.
+            whether plans are bound again, so that no capture is left: not for a reader.
         """
         was_around = self._wraps.pop(name, None) is not None
         self._recorder.readers.pop(name, None)
@@ -226,7 +226,7 @@ class Worker:
         return True
 
     def readings(self, name: str = "") -> Any:
-        """What an instrument has read since it was asked last."""
+        """An instrument's readings since the last call."""
         instrument = self._recorder.readers.get(name) or self._wraps.get(name)
         assert isinstance(instrument, Instrument), "no such instrument is around the steps"
         return instrument.readings()
@@ -246,7 +246,7 @@ class Worker:
             self._program(plan)
 
     def _read(self, ran: Ran) -> StepResult:
-        """What the step has left, as numbers: here, and only here, the host waits for the device."""
+        """The step's results as numbers: here, and only here, the host waits for the device."""
         ids = self._sampled = tuple(self._samples.tolist())
         if ran.sampler is None or self.rank_context.rank != 0:
             return StepResult(ids=ids)

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 GSM8K_STOP = ("Question:",)
-"""Where the answer ends if the model goes on to ask itself the next question."""
+"""Where the answer ends if the model continues with a next question."""
 
 _STRICT = re.compile(r"####\s*\$?\s*(-?[\d.,]+)")
 _ANY_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -47,7 +47,7 @@ def strict_number(text: str) -> str | None:
 
 
 def flexible_number(text: str) -> str | None:
-    """The last number of the text, whatever stands around it; None if there is none.
+    """The last number of the text, whatever surrounds it; None if it has none.
 
     >>> flexible_number("6 apples cost $1,042.50."), flexible_number("I do not know")
     ('1042.50', None)

@@ -1,7 +1,7 @@
 """Fixed steps over known texts, so that two engines see the same rows: prefill in chunks, mixed steps, decode.
 
-Texts come in waves that fit a step and the cache, or one at a time: what goes wrong only with one row on many ranks is
-then not averaged away. Every row asks for logits, and decode is fed the text's own next token, so no engine can lead
+Texts come in waves that fit a step and the cache, or one at a time: an error that needs one row on many ranks is then
+not averaged away. Every row has logits, and decode is fed the text's own next token, so no engine can lead
 another astray.
 """
 

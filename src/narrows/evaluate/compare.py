@@ -1,4 +1,4 @@
-"""Outcomes of a task as one row of a table: shares, perplexity, and what changed against one rank.
+"""Outcomes of a task as one row of a table: shares, perplexity, and changes against one rank.
 
 Item i of both lists is the same item.
 """
@@ -19,8 +19,8 @@ LEAST_NATS = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one item: right or wrong by each measure, what was answered, and log-probabilities of tokens with
-    the bytes and words that they make up."""
+    """The outcome of one item: right or wrong by each measure, the answer, and log-probabilities of tokens with their
+    bytes and words."""
 
     kind: str = ""
     right: dict[str, bool] = field(default_factory=dict)
@@ -60,8 +60,8 @@ class Perplexity:
 class Score:
     """One task, batched or one at a time. ``shares`` by measure, ``kinds`` by kind of item, of the first measure.
 
-    ``same``: the share of items with the answer that one rank gave; None for itself. ``failure``: in one line what
-    changed by more than chance explains, empty if nothing.
+    ``same``: the share of items with the answer that one rank gave; None for itself. ``failure``: one line on changes
+    beyond chance, empty if there are none.
     """
 
     task: str

@@ -149,7 +149,7 @@ def measure(engine: Engine, baseline: Baseline) -> Distance:
 
 @dataclass(slots=True)
 class _Rows:
-    """What is known of every row, in the order in which they were run."""
+    """The measures of every row, in the order in which they were run."""
 
     kl: list[float] = field(default_factory=list)
     beyond: list[bool] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A model's tasks on one rank and under layouts, and whether the layouts are what one rank is: the room's front door.
+"""A model's tasks on one rank and under layouts, and whether they agree: the entry point of `evaluate`.
 
 One rank runs first, in the same dtype; if that is not float32, one rank in float32 too, since it tells how much the
 dtype itself rounds. Every layout then runs the same items, batched and one at a time, and the same rows for its
@@ -45,15 +45,15 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutResult:
-    """All that was found of one layout; of one rank there are no distances."""
+    """The results of one layout; one rank has no distances."""
 
     layout: str
     scores: tuple[Score, ...]
     distances: tuple[Measured, ...] = ()
     encodings: tuple[str, ...] = ()
-    """What rows travelled as before gathers, where they were not plain."""
+    """The encodings of rows before gathers, where not plain."""
     quantization: str = "none"
-    """What weights were rounded to, which those of the one rank are not."""
+    """The encoding of weights, which the one rank does not use."""
 
     @property
     def is_rounded(self) -> bool:
@@ -62,10 +62,10 @@ class LayoutResult:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is out of bounds, each in one line; none if all is well.
+        """Results out of bounds, each in one line; none if all is well.
 
-        Distributions of what is rounded on purpose have no bound: the tasks alone can say that it is too much. A replay
-        has the bits of op by op whatever is rounded.
+        Distributions with encoded rows or weights have no bound: only the tasks judge them. A replay must always have
+        the bits of op by op.
         """
         words = {False: "batched", True: "one at a time"}
         lines = [f"{s.task}, {words[s.alone]}: {s.failure}" for s in self.scores if s.failure]
@@ -80,7 +80,7 @@ class LayoutResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """``one_rank`` is what all ``layouts`` are compared with; ``exact``, if asked for, is one rank in float32."""
+    """``one_rank`` is the reference of all ``layouts``; ``exact``, if requested, is one rank in float32."""
 
     resolved: Resolved
     files: dict[str, Path]
@@ -188,7 +188,7 @@ _Outcomes = dict[tuple[str, bool], list[Outcome]]
 
 
 class _Runs:
-    """What is run on every engine."""
+    """The work that runs on every engine."""
 
     def __init__(self, tasks: Sequence[Task], num_alone: int, progress: Callable[[str], None]) -> None:
         self._tasks, self._num_alone, self._progress = tasks, num_alone, progress
@@ -216,7 +216,7 @@ class _Runs:
 
 
 def _one_rank(asked: EngineConfig, limits: Limits) -> EngineConfig:
-    """What the ranks are compared with: the same weights in the same dtype, and nothing else that was asked for."""
+    """The reference of the ranks: the same weights in the same dtype, without the other options."""
     return EngineConfig(
         model=asked.model,
         dtype=asked.dtype,

@@ -1,6 +1,6 @@
 """The files of tasks: one JSON object per line, read and checked; or a text.
 
-An error names the file, the line and what is missing there.
+An error names the file, the line and the missing field.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_questions(path: Path) -> list[Question]:
 def read_choices(path: Path) -> list[Choices]:
     """Lines with ``ctx``, ``endings`` and ``label`` (a number, or the number as text), optionally ``activity_label``.
 
-    As is usual with HellaSwag: ``ctx_a`` and ``ctx_b``, where both are there, in place of ``ctx``, the second
+    As is usual with HellaSwag: ``ctx_a`` and ``ctx_b``, where both exist, in place of ``ctx``, the second
     capitalised; the activity and a colon before the context; bracketed marks taken out.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Keeps what every stage and encoded gather left on every rank, and replays one run's choice of experts in another.
+"""Keeps the output of every stage and encoded gather on every rank, and replays one run's choice of experts in another.
 
 Put around the steps of an engine by :meth:`Recorder.wrap`.
 """
@@ -87,9 +87,9 @@ class Recorder:
         self._shards = {}
 
     def copies(self, rows: RowSplit, logits: RowSplit) -> dict[Spot, list[Copy]]:
-        """What every stage of this step left, put together from all ranks, in the order of the stages.
+        """The output of every stage of this step, assembled from all ranks, in the order of the stages.
 
-        Where several ranks hold the same rows there are as many copies, each put together from other ranks, so that
+        Where several ranks hold the same rows there are as many copies, each assembled from other ranks, so that
         every rank's rows are in one of them. An owed sum is taken, and columns are laid side by side: one copy.
         ``rows`` and ``logits``: the step's row splits.
         """
@@ -108,7 +108,7 @@ class Recorder:
         return out
 
     def wrap(self, worker: Worker) -> Wrap:
-        """What records, and where asked replays, every stage that ``worker`` binds."""
+        """The wrapper that records, and replays if requested, every stage that ``worker`` binds."""
         rank = worker.rank_context.rank
 
         def around(

@@ -2,7 +2,7 @@
 
 A server captures a decode step from rows of no request (token 0 at position 1 of the null page) and replays it with
 the batch's own rows. So does this module, and then runs the same batch op by op: first the replay, so that it cannot
-read what the other run has left in the cache. Ids and logits of every rank must be the same bits. Where they differ,
+read the other run's rows from the cache. Ids and logits of every rank must be the same bits. Where they differ,
 the contexts that the rows were given and the number of collectives say why, if the cause is one of these.
 """
 
@@ -167,7 +167,7 @@ def _first(served: StepResult, plain: StepResult, at: int) -> str:
 
 
 def _cause(mesh: Mesh, batch: Batch, rank: int, served: StepResult, plain: StepResult) -> str:
-    """What the two runs were given or did in other ways."""
+    """Differences between the inputs or actions of the two runs."""
     ours, theirs = served.run, plain.run
     assert ours is not None and theirs is not None
     first = sum(batch.group_rows[: mesh.group_of(rank)])
@@ -218,7 +218,7 @@ def verify_served(
     (processes), each decode step replayed and op by op.
 
     Args:
-        asked: model, mesh and dtype; its layout is not used. In float32, which no step is captured in, the model's own
+        asked: model, mesh and dtype; its layout is not used. In float32, in which no step is captured, the model's own
             dtype is taken, since a server does so.
         num_decode: steps after the prompts.
         layouts: names to run instead of all that apply.
@@ -255,7 +255,7 @@ def verify_served(
         with Engine(resolve(asked, sharding)) as engine:
             for name in group:
                 engine.instrument(plant, "plant")
-                engine.instrument(_Emptied, "emptied")  # plans are bound anew, and no capture is left
+                engine.instrument(_Emptied, "emptied")  # plans are bound again, and no capture is left
                 report.paths[name] = _run_layout(engine, name, verify_batches, batches)
     return report
 

@@ -1,7 +1,7 @@
 """When a difference is more than chance: standard errors, paired tests, and the one threshold they share.
 
-Everything is paired: a layout answers the same items as one rank, so what both get right or wrong says nothing, and a
-difference far smaller than the standard error of either accuracy shows.
+Everything is paired: a layout answers the same items as one rank, so items that both get right or wrong do not count,
+and a difference far smaller than the standard error of either accuracy shows.
 """
 
 from __future__ import annotations

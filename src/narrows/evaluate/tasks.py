@@ -59,7 +59,7 @@ class Task(Protocol):
         ...
 
     def texts(self) -> list[tuple[int, ...]]:
-        """Token ids that stand for the task where distributions are compared."""
+        """Token ids of the task for the comparison of distributions."""
         ...
 
 
@@ -175,7 +175,7 @@ class MultipleChoice:
         return len(self._items)
 
     def run(self, llm: LLM, items: Sequence[int], *, alone: bool) -> list[Outcome]:
-        """The sum of log-probabilities of every ending's tokens, and what it chooses."""
+        """The sum of log-probabilities of every ending's tokens, and the choice by it."""
         done = iter(_each(llm.score, [ids for i in items for ids, _ in self._prompts[i]], alone))
         outcomes = []
         for i in items:

@@ -29,7 +29,7 @@ __all__ = ["ReferenceStep", "TransformersModel", "load_transformers", "transform
 
 _GATE = re.compile(r"\.layers\.(\d+)\..*\.(gate|router)$")
 _HEADROOM = 1.1
-"""What loading holds beside the weights: the tensor that is being read, and the experts of a layer while they are
+"""Memory of loading beside the weights: the tensor that is being read, and the experts of a layer while they are
 stacked."""
 
 
@@ -42,9 +42,9 @@ class ReferenceStep:
 
 
 class TransformersModel:
-    """A model of transformers, asked for the rows of the steps that an engine runs.
+    """A model of transformers that computes the rows of an engine's steps.
 
-    Prompts are run whole, each alone: that a prompt may be cut into chunks, and run beside others, is what is verified.
+    Prompts are run whole, each alone: this verifies that an engine may cut prompts into chunks and run them together.
     """
 
     def __init__(self, model: Any) -> None:
@@ -62,7 +62,7 @@ class TransformersModel:
         self._prompts = [self._forward(request, prompt, 0) for request, prompt in enumerate(prompts)]
 
     def step(self, batch: Batch) -> ReferenceStep:
-        """What the prompts gave for this step's rows of prompts; its other rows are run now."""
+        """The logits of this step's rows of prompts, computed before; its other rows are run now."""
         parts: list[tuple[ReferenceStep, slice, slice]] = []
         for group in batch.groups:
             for chunk in group:
@@ -90,7 +90,7 @@ class TransformersModel:
                 past_key_values=self._caches.get(request),
                 use_cache=True,
             )
-        except Exception as error:  # as when it is loaded: about this checkpoint, whatever it is
+        except Exception as error:  # as at loading: any error here concerns this checkpoint
             raise ConfigError(_cannot("run", self.model.name_or_path, error)) from error
         self._caches[request] = out.past_key_values
         return ReferenceStep(out.logits[0].float(), self._routing)
@@ -116,7 +116,7 @@ def load_transformers(path: Path, config: ModelConfig, *, room: int | None = Non
 
     Args:
         config: what narrows read of it, for its size.
-        room: bytes that it may take; what is free where None.
+        room: bytes that it may take; None: free memory.
 
     Raises:
         ConfigError: transformers is missing or cannot load it, or it does not fit.
@@ -147,9 +147,9 @@ def load_transformers(path: Path, config: ModelConfig, *, room: int | None = Non
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever it raises, of whatever library, is about this checkpoint
+    except Exception as error:  # any error of any library here concerns this checkpoint
         raise ConfigError(_cannot("load", path, error)) from error
-    # What it does not find transformers draws at random.
+    # transformers initialises missing tensors at random.
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ConfigError(f"{path}: transformers finds no tensor for {len(absent)} of its weights, first {absent[0]}")

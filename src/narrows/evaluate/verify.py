@@ -2,7 +2,7 @@
 transformers, logit by logit.
 
 One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed with decode, decode, steps that leave groups
-without rows) and keeps what every stage left. Each layout then runs the same steps, fed the same tokens, and is
+without rows) and keeps every stage's output. Each layout then runs the same steps, fed the same tokens, and is
 compared: every stage's output, put together from all ranks by its layout (in as many copies as ranks hold the same
 rows), and at the end each rank's logits. The first stage whose output differs by more than the tolerance is named, and
 the rank where one rank holds the wrong row. A plan that encodes rows rounds on purpose: it has a tolerance of its own,
@@ -79,7 +79,7 @@ class Difference:
 
 @dataclass(slots=True, kw_only=True)
 class LayoutReport:
-    """One layout against one rank. ``failure`` says in one line what is wrong, and is empty when all is well.
+    """One layout against one rank. ``failure`` is one line, empty when all is well.
 
     Differences of logits are absolute, and ``largest_at`` is where the largest is: the prompt's number and the position
     in it, both from 0. ``kl`` is the mean KL divergence per row in nats; ``agreement`` the share of
@@ -152,7 +152,7 @@ def verify(
         num_decode: steps after the prompts.
         layouts: names to run instead of all that apply.
         source: weights, if not those of ``asked.model``.
-        outside: loads the model of transformers that takes the one rank's place; it is let go before ranks load.
+        outside: loads the model of transformers that takes the one rank's place; it is released before ranks load.
         tamper, validate: for tests that plant a fault: change each plan before it runs, and run it unchecked.
 
     Raises:
@@ -205,7 +205,7 @@ class _Reference:
 
 def _one_rank(asked: EngineConfig, verify_batches: VerifyBatches, source: WeightSource | None) -> _Reference:
     kv_tokens = verify_batches.kv_tokens * asked.dp
-    # Rows are selected before the head: up to there whatever a layout leaves can be compared, and replayed.
+    # Rows are selected before the head: up to there every layout's outputs can be compared, and replayed.
     one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
     recorder = Recorder(1)
     reference = _Reference(routing=recorder.routing)
@@ -240,7 +240,7 @@ def _outside(
 
 
 def _check_routing(config: ModelConfig, routing: Mapping[int, Tensor]) -> None:
-    """Refuse to replay what cannot be: both must have routed experts in the same layers, and as many for a row."""
+    """Refuse impossible replays: both must have routed experts in the same layers, and as many for a row."""
     top_k = config.moe.num_experts_per_tok if config.moe else 0
     here = {layer: top_k for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)}
     there = {layer: ids_TK.shape[-1] for layer, ids_TK in routing.items()}
@@ -273,7 +273,7 @@ def _run_layout(
             except PlanError as error:
                 report.failure = f"the plan is not valid: {error}"
                 return report
-        report.encodings |= plan.encodings  # what was rounded once stays in the cache
+        report.encodings |= plan.encodings  # rounded values stay in the cache
         report.tolerance = max(report.tolerance, *(ENCODED_TOLERANCE[each] for each in report.encodings), 0.0)
         if recorder is not None:
             recorder.begin(step)
@@ -384,7 +384,7 @@ def _compare_logits(
     for rank, result in enumerate(results):
         assert result.logits is not None
         got = result.logits.double()
-        # Not a stage's output but what the moves after the LM head made of it.
+        # Not a stage's output but the result of the moves after the LM head.
         _compare(report, step, Spot(None, "gathered", "logits"), wanted, got, lambda row, rank=rank: rank)  # type: ignore[misc]
         difference = (got - wanted).abs().nan_to_num(nan=float("inf"))
         largest = difference.max().item()
@@ -402,7 +402,7 @@ def _compare_logits(
 
 
 def _logit_places(batch: Batch) -> list[tuple[int, int]]:
-    """(request, position) of every row that asks for logits, in their order."""
+    """(request, position) of every row with logits, in their order."""
     return [
         (chunk.request, chunk.start + row)
         for group in batch.groups

@@ -1,4 +1,4 @@
-"""A fixed sequence of steps that meets every kind of batch: what `verify` runs on one rank and on many.
+"""A fixed sequence of steps with every kind of batch, which `verify` runs on one rank and on many.
 
 Prompt i belongs to group i modulo the groups. The first step prefills half of every prompt; the next the rest of the
 even ones, so that groups differ; then the even ones decode while the odd ones finish their prompts; then all decode,
@@ -34,7 +34,7 @@ def _decode(sequence: _Sequence, *, only_first_group: bool) -> int:
 
 
 class VerifyBatches:
-    """Iterate for batches; after each, :meth:`sampled` must bring its samples before the next is asked for."""
+    """Iterate for batches; after each, :meth:`sampled` must deliver its samples before the next batch."""
 
     def __init__(
         self,

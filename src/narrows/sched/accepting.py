@@ -10,11 +10,11 @@ __all__ = ["accept"]
 
 
 def accept(request: Request, limits: Limits) -> None:
-    """Cut its ``max_tokens`` to the context, and see whether it can run. Any thread may ask.
+    """Cut its ``max_tokens`` to the context, and check that it can run. Any thread may call.
 
     Raises:
-        ConfigError: an empty prompt, more tokens than the context or a group's cache holds, more tokens asked for at
-            least than at most, a priority out of range, a guide that allows no token.
+        ConfigError: an empty prompt, more tokens than the context or a group's cache holds, ``min_tokens`` above
+        ``max_tokens``, a priority out of range, a guide that allows no token.
     """
     if not request.prompt:
         raise ConfigError("the prompt is empty: it needs at least one token")

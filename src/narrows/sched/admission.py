@@ -1,7 +1,7 @@
 """Chooses the attention group for a request, if any has room for it now.
 
 A group has room if it can hold all tokens that the request has, and one page more for each of its requests that may
-still need one. So running requests go on for the length of a page before one has to be put back. A group without
+still need one. So running requests continue for the length of a page before one is preempted. A group without
 requests has room for any request that was accepted at all. Where no group has room, it also finds the requests that
 have to be put back to make some.
 """
@@ -37,8 +37,8 @@ def choose_place(
     """The group that then has the least to compute: rows of prompts, the request's own that its cache does not hold
     among them, and ``limits.decode_weight`` for each running request.
 
-    So a cached prefix draws as far as it saves rows. Equal ones: the fewest tokens, then the first. Only groups with
-    room that are not ``closed`` count; None if there is none.
+    So a cached prefix attracts as far as it saves rows. At a tie: the fewest tokens, then the first. Only groups with
+    room that are not ``closed`` count; None if no group does.
     """
     hashes = request.hashes_of(_most_found(request, limits), limits.page_size)
     best: tuple[tuple[int, int, int], Place] | None = None

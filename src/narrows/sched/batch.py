@@ -30,8 +30,8 @@ class Chunk:
     """Consecutive rows of one request.
 
     ``start`` is the position of its first row, that is, how many tokens of the request are in the cache already.
-    ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows ask for
-    logits. The first of those are scored: of ``targets``, the tokens that follow them in the prompt, the probability is
+    ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows have logits.
+    The first of those are scored: of ``targets``, the tokens that follow them in the prompt, the probability is
     asked. If one is left over, it is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
     tokens of the request's prompt: rows from there on are its own output. 0: the prompt ends with these rows.
 
@@ -57,7 +57,7 @@ class Chunk:
         assert len(self.targets) <= self.num_logits, "a row that is scored has logits"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A chunk as it travels to ranks, once per step: what most chunks leave as it is stays here."""
+        """A chunk as it is sent to ranks, once per step, without fields at their defaults."""
         usual = (self.request, self.start, self.tokens, self.pages, self.num_logits, self.sampling, self.num_prompt)
         if not (self.targets or self.skipped or self.allowed or self.banned):
             return _chunk, usual
@@ -89,7 +89,7 @@ def _chunk(*values: Any) -> Chunk:
 class Batch:
     """One step of all attention groups; a group without chunks is ordinary.
 
-    ``ended`` are requests that will not come again: what ranks keep of them can go.
+    ``ended`` are requests that will not return: ranks drop their state.
     """
 
     groups: tuple[tuple[Chunk, ...], ...]

@@ -57,7 +57,7 @@ def next_chunk(request: Request, rows: int, limits: Limits) -> Chunk:
 
 
 def _constraints(request: Request) -> tuple[bytes, tuple[int, ...]]:
-    """The mask of what may come next (empty: anything), and the end ids that come too early."""
+    """The mask of allowed tokens (empty: all), and the end ids that come too early."""
     allowed = request.guide.allowed() if request.guide is not None else b""
     least = request.sampling.min_tokens if request.sampling is not None else 0
     banned = tuple(sorted(request.eos_ids)) if request.num_sampled < least else ()

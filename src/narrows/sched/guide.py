@@ -1,7 +1,7 @@
-"""The Protocol by which a grammar says what a constrained request may generate next.
+"""The Protocol by which a grammar limits the next token of a constrained request.
 
 A guided request's next row is scheduled only when its last token is known, since which tokens are allowed depends on
-it, and when the mask that says so is there. Making a mask may take long, so a guide makes it elsewhere: the scheduler
+it, and when their mask is ready. Making a mask may take long, so a guide makes it elsewhere: the scheduler
 never computes one, and a request whose mask is late waits alone.
 """
 
@@ -23,7 +23,7 @@ class Guide(Protocol):
     def allowed(self) -> bytes:
         """The tokens that may come next, one bit each: bit ``t % 8`` of byte ``t // 8`` is token ``t``'s.
 
-        Asked for while :attr:`ready` only.
+        Read only while :attr:`ready`.
         """
         ...
 
@@ -33,7 +33,7 @@ class Guide(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether the mask of the next token is there."""
+        """Whether the mask of the next token is ready."""
         return True
 
     def wait(self, timeout_s: float) -> bool:
@@ -41,7 +41,7 @@ class Guide(Protocol):
         return self.ready
 
     def when_ready(self, call: Callable[[], None]) -> None:
-        """Call once the mask is there, from any thread; at once if it is. A later call takes an earlier one's place."""
+        """``call`` runs once the mask is ready, on any thread, or at once. A later one replaces an earlier one."""
         call()
 
     def end(self) -> None:

@@ -9,12 +9,12 @@ from narrows.errors import ConfigError
 __all__ = ["MOST_PRIORITY", "Limits"]
 
 MOST_PRIORITY = 100
-"""Priorities lie between -100 and 100, so that what waits longest is bounded (see :attr:`Limits.aging_steps`)."""
+"""Priorities lie between -100 and 100, so that the longest wait is bounded (see :attr:`Limits.aging_steps`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a step and the cache may hold. ``pages_per_group`` counts the null page along.
+    """Limits of a step and of the cache. ``pages_per_group`` includes the null page.
 
     ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step; tokens
     that were generated before a preemption run again one row at a time, as they did the first time.

@@ -1,6 +1,6 @@
 """The pages of one attention group's KV cache: which requests hold them, and which can be found by their tokens.
 
-Page 0 is never given out: it is the null page, where rows that stand for nothing are written. A page that is full and
+Page 0 is never given out: it is the null page, where dummy rows are written. A page that is full and
 whose tokens are known has a hash, chained over the tokens before it. Once no request holds it, it can still be found
 until its room is needed; the page that was unused for longest goes first.
 """
@@ -42,7 +42,7 @@ class PagePool:
                 f"a KV cache of {num_pages} pages holds nothing: page 0 is the null page, so 2 are needed"
             )
         self.num_pages = num_pages
-        # What was never taken is a number, not a list: a small model's cache has billions of pages on a large device.
+        # Pages never taken are a number, not a list: a small model's cache has billions of pages on a large device.
         self._fresh = 1
         self._free: list[int] = []
         self._holders: Counter[int] = Counter()
@@ -110,11 +110,11 @@ class PagePool:
             self._hash_of[page] = key
 
     def hash_of(self, page: int) -> bytes | None:
-        """What a cached page is found by; None for others."""
+        """The key of a cached page; None for others."""
         return self._hash_of.get(page)
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Hold pages no longer. The last ones are forgotten first, since nothing is found without those before it."""
+        """Release pages. The last ones are evicted first, since a page is found only through those before it."""
         for page in reversed(pages):
             assert self._holders[page] > 0, "a page was given back twice"
             self._holders[page] -= 1
@@ -127,7 +127,7 @@ class PagePool:
                 self._free.append(page)
 
     def forget(self) -> None:
-        """Find no page again; held ones stay held."""
+        """Forget all cached pages; held ones stay held."""
         self._free.extend(self._unheld)
         self._unheld.clear()
         self._page_of.clear()

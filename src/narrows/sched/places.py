@@ -77,10 +77,9 @@ class Places:
             self.running[request.group].remove(request)
 
     def grow(self, request: Request, order: Sequence[Request]) -> bool:
-        """Pages for its next row; False if it was put back for want of them.
+        """Pages for its next row; False if it was preempted for lack of them.
 
-        A request that is put back comes later in the order than all that have rows in this step, which are served in
-        that order.
+        A preempted request is later in the order than all that have rows in this step, which are served in that order.
         """
         pool = self.pools[request.group]
         count = num_pages_for(request.num_cached + 1, self.limits.page_size) - len(request.pages)

@@ -17,8 +17,9 @@ __all__ = ["has_row_left", "share_rows"]
 def share_rows(waves: Iterable[Sequence[Request]], budget: int, limits: Limits) -> dict[Request, int]:
     """Rows of prompts for one step: ``budget`` at most, ``limits.scored_rows`` of them of scored prompts.
 
-    ``waves``: requests in the order in which they get rows; a later wave gets what those before it leave. Within a wave
-    groups have equal shares, and what one cannot use goes to the others (max-min fair), to the chunk where prompts are
+    ``waves``: requests in the order in which they get rows; a later wave gets the rows that earlier ones leave.
+    Within a wave groups have equal shares, and unused rows go to the others
+    (max-min fair), to the chunk where prompts are
     not cut; rows that do not divide go to groups by the turn of their first request. A chunk that does not fit any more
     is not passed. Scored rows are shared the same way, and others of a group may pass those that wait for them.
     """
@@ -31,7 +32,7 @@ def share_rows(waves: Iterable[Sequence[Request]], budget: int, limits: Limits) 
 
 
 def has_row_left(ahead: Sequence[int], groups: Iterable[int], budget: int) -> bool:
-    """Whether a request gets a row in one of these groups, where so many rows are asked for before it in each group."""
+    """Whether a request gets a row in one of these groups, where this many rows are wanted before it in each group."""
     least = min((ahead[group] for group in groups), default=None)
     return least is not None and sum(min(rows, least) for rows in ahead) < budget
 

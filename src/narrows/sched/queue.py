@@ -1,4 +1,4 @@
-"""The queue of waiting requests: which one gets a place in the next step, and which running ones are put back for it.
+"""The queue of waiting requests: which one gets a place in the next step, and which running ones are preempted for it.
 
 Places are given by turn while the step has a row for one more. A request for which no group has room reserves the group
 that lacks the fewest pages: until it runs, no request behind it gets a place there. So it waits no longer than if none
@@ -52,7 +52,7 @@ class WaitingQueue:
                 return
 
     def _note_want(self, request: Request) -> None:
-        """Say what it is that groups lack for it."""
+        """Count the limits that keep it waiting."""
         for group in range(self._limits.num_groups):
             if pages_lacking(request, group, self._places.pools, self._places.running, self._limits) > 0:
                 self._totals.short_of_pages(group)
@@ -92,7 +92,7 @@ class WaitingQueue:
     ) -> tuple[Request, list[Request]] | None:
         """Whose turn it is, and the order with it among those that run; None: no turn, or ``groups`` have no row left.
 
-        ``budget``: rows for prompts; None: what fair shares leave of the next step's. ``passed``: it is none of these.
+        ``budget``: rows for prompts; None: the next step's, less fair shares. ``passed``: it is none of these.
         """
         places, scored_rows = self._places, self._limits.scored_rows
         scores_wait = False
@@ -112,7 +112,7 @@ class WaitingQueue:
                 return None
             if not request.scores_prompt or sum(scored) < scored_rows:
                 return request, order
-            scores_wait = True  # for the budget of those that score; for others there is room
+            scores_wait = True  # for the budget of scored prompts; others have room
 
 
 def _rows_ahead(order: Sequence[Request], request: Request, num_groups: int) -> tuple[list[int], list[int]]:

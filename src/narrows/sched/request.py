@@ -20,8 +20,8 @@ class Request:
     """``finish_reason`` is empty until it is ``stop``, ``length``, or what it was aborted with.
 
     ``priority``: lower runs earlier, equal ones first come, first served. ``guide``: what may be generated.
-    ``client``: on whose behalf it runs; clients share what there is (:mod:`narrows.sched.shares`). ``cache_salt``: only
-    requests of one salt find each other's pages; not 16 bytes long, as hashes are.
+    ``client``: the client that it runs for; clients share places, pages and rows (:mod:`narrows.sched.shares`).
+    ``cache_salt``: only requests of one salt find each other's pages; not 16 bytes long, as hashes are.
     """
 
     id: int
@@ -35,9 +35,9 @@ class Request:
     cache_salt: bytes = b""
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
-    """One per token of ``output``, if ``sampling`` asks for them."""
+    """One per token of ``output``, if ``sampling`` requests them."""
     prompt_logprobs: list[TokenScore] = field(default_factory=list)
-    """One per token of ``prompt`` from the second on, if ``sampling`` asks for them."""
+    """One per token of ``prompt`` from the second on, if ``sampling`` requests them."""
     finish_reason: str = ""
     num_cached_prompt: int = 0
     """Tokens of the prompt that were found in the prefix cache when it first ran."""
@@ -63,7 +63,7 @@ class Request:
     num_registered: int = 0
     """Its first pages that were found, or have been offered to be found by others."""
     num_fed: int = 0
-    """Tokens whose rows have been scheduled or skipped ever, whatever was given up since."""
+    """Tokens whose rows have ever been scheduled or skipped, preempted ones included."""
     num_sampled: int = 0
     """Samples that have been scheduled; those not yet in ``output`` are still on the ranks."""
     num_scored: int = 0
@@ -71,7 +71,7 @@ class Request:
     mask_late: bool = False
     """Whether its guide was seen still making the mask of the next token."""
     last_slot: int = -1
-    """Where its newest sample stands among the samples of the step it was scheduled in."""
+    """Slot of its newest sample among the samples of its step."""
     hashes: list[bytes] = field(default_factory=list)
     """Of its first full pages, as far as they were needed."""
 
@@ -107,7 +107,7 @@ class Request:
 
     @property
     def wants_rows(self) -> bool:
-        """Whether rows may be scheduled: it takes more samples, and what they depend on is known."""
+        """Whether rows may be scheduled: it needs more samples, and their inputs are known."""
         return not self.is_through and (self.guide is None or not (self.awaits_sample or self.mask_late))
 
     @property

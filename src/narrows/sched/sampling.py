@@ -1,7 +1,7 @@
-"""Sampling parameters, and the random stream that tokens are drawn with.
+"""Sampling parameters, and the random stream of sampling.
 
-The stream is a function of (seed, position) alone: a token does not depend on what else is in the
-batch, on the order of steps, or on the number of ranks.
+The stream is a function of (seed, position) alone: a token does not depend on the rest of the batch,
+on the order of steps, or on the number of ranks.
 
 >>> uniform(7, 0) == uniform(7, 0), uniform(7, 0) == uniform(7, 1)
 (True, False)
@@ -24,7 +24,7 @@ MAX_BIAS = 100.0
 
 
 class TokenScore(NamedTuple):
-    """How likely a token of a prompt was after all before it: its log-probability in nats, its rank among all tokens
+    """Score of a prompt's token after all before it: its log-probability in nats, its rank among all tokens
     (1: the most likely; of equal ones the lowest id comes first), and the best tokens with theirs."""
 
     logprob: float

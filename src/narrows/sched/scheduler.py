@@ -39,7 +39,7 @@ __all__ = ["Limits", "Request", "Scheduler"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _InFlight:
-    """What a step that the host has not seen yet will bring: samples, and scores of prompt tokens, by slot."""
+    """Expected results of a step in flight: samples, and scores of prompt tokens, by slot."""
 
     samples: tuple[tuple[Request, int], ...]
     scored: tuple[tuple[Request, range], ...]
@@ -79,8 +79,8 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ConfigError: it can never run: an empty prompt, more tokens than the context or a group's cache holds, more
-                tokens asked for at least than at most, a priority out of range, a guide that allows no token.
+            ConfigError: it can never run: an empty prompt, more tokens than the context or a group's cache holds,
+            ``min_tokens`` above ``max_tokens``, a priority out of range, a guide that allows no token.
         """
         self.check(request)
         request.arrival = self._num_added
@@ -118,7 +118,7 @@ class Scheduler:
         return batch
 
     def _decode(self, chunks: list[list[Chunk]], budget: int) -> int:
-        """A row of every request that only has its newest sample to run; what is left of the budget."""
+        """A row of every request that only has its newest sample to run; returns the rest of the budget."""
         order = self._places.order()
         rows, taken = self.shares.row_shares(order), Counter[str]()
         for request in [each for each in order if each.prefilled and each.wants_rows]:
@@ -167,7 +167,7 @@ class Scheduler:
         return next_chunk(request, rows, self.limits)
 
     def _fly(self, batch: Batch) -> None:
-        """Count the step, and keep what it will bring."""
+        """Count the step, and keep its expected results."""
         by_id = {request.id: request for requests in self.running for request in requests}
         flying = _InFlight(
             samples=tuple((by_id[number], slot) for number, slot in batch.samples()),
@@ -191,9 +191,10 @@ class Scheduler:
     ) -> list[Request]:
         """Take in the samples of the oldest step in flight; the requests that got a token or ended, in row order.
 
-        ``sampled_ids`` holds one id per logit row of that step, ``logprobs`` what rows asked for, ``scores`` those of
-        every scored row. Requests that end leave, and their pages are free at once. A request that was put back
-        meanwhile gets its token all the same.
+        ``sampled_ids`` holds one id per logit row of that step, ``logprobs`` those that rows requested, ``scores``
+        those of every scored row.
+        Requests that end leave, and their pages are free at once. A request that was preempted meanwhile still gets
+        its token.
         """
         touched: list[Request] = []
         flying = self._in_flight.popleft()
@@ -227,7 +228,7 @@ class Scheduler:
         return [request for request in late if request.finish_reason]
 
     def _see_mask(self, request: Request) -> None:
-        """Whether its next mask is there, and if so, whether anything may follow. Never waits for it."""
+        """Whether its next mask is ready, and if so, whether it allows any token. Never waits for it."""
         if request.guide is None:
             return
         request.mask_late = not request.guide.ready
@@ -237,7 +238,7 @@ class Scheduler:
             self._finish(request, "stop")  # the constraint is fulfilled
 
     def abort(self, request: Request, reason: str = "abort") -> None:
-        """End a request now, for ``reason``; what it still has in flight is dropped."""
+        """End a request now, for ``reason``; its samples in flight are dropped."""
         if not request.finish_reason:
             self._finish(request, reason)
 
@@ -288,7 +289,7 @@ class Scheduler:
 
 
 def _ended_with(request: Request, token: int) -> str:
-    """Why the request ends with this token, its newest; empty if it goes on."""
+    """Why the request ends with this token, its newest; empty if it continues."""
     if token in request.eos_ids:
         return "stop"
     return "length" if len(request.output) >= request.max_tokens else ""

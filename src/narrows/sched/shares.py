@@ -25,7 +25,7 @@ _RANK = attrgetter("rank", "since")
 class RowShares:
     """How clients share the rows of one step.
 
-    ``most``: rows of single tokens that a client has whatever others want. ``kept``: rows that its further ones leave
+    ``most``: rows of single tokens that a client has regardless of others. ``kept``: rows that its further ones leave
     to the prompts of clients that have fewer. ``for_prompts``: rows that are left if no client has more than ``most``.
     """
 
@@ -35,7 +35,7 @@ class RowShares:
 
 
 class Shares:
-    """The clients of one scheduler, notified of every text that comes, runs, stops running and ends."""
+    """The clients of one scheduler, notified when a text arrives, runs, stops running and ends."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -103,7 +103,7 @@ class Shares:
         return max(request.turn, (step + request.priority * self._limits.aging_steps, request.arrival))
 
     def first(self, waiting: Iterable[Request]) -> Request | None:
-        """Which of those that wait, in the order of turns, gets the next place; None if there are none.
+        """The waiting request, by the order of turns, that gets the next place; None if none waits.
 
         Of those as urgent as the first in turn, or more: the first of the client that has the fewest texts running.
         """

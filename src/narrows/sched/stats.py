@@ -1,4 +1,4 @@
-"""What the scheduler has done and holds, in numbers."""
+"""Statistics of the scheduler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Bound", "SchedulerStats", "Totals"]
 
 
 class Bound(StrEnum):
-    """What keeps somebody from rows in a step: it has no more rows, groups no more requests, or no more KV pages."""
+    """The limit that keeps a request from rows in a step: rows, requests per group, or KV pages."""
 
     ROWS = "rows"
     REQUESTS = "requests"
@@ -69,7 +69,7 @@ def _sum(first: Any, second: Any) -> Any:
 
 
 class Totals:
-    """Counts of one scheduler, and of the step that it is making what binds."""
+    """Counts of one scheduler, and the limits that bind in the current step."""
 
     def __init__(self, num_groups: int) -> None:
         self.steps = self.prompt_tokens = self.cached_prompt_tokens = self.output_tokens = 0

@@ -71,15 +71,15 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 _UNSET: tuple[object, ...] = (None, False, 0, "", "none", "default", "rope", "rotary", [], {})
-"""What says that a part is not there."""
+"""The values that mean that a part is absent."""
 
 
 def is_foreign(field: str, value: object, within: str = "") -> bool:
-    """Whether ``field`` (of the object ``within``) belongs to a part of another architecture and says that it is not
-    there.
+    """Whether ``field`` (of the object ``within``) belongs to a part of another architecture, with a value that means
+    absent.
 
     Raises:
-        ConfigError: it says that the part is there.
+        ConfigError: its value means that the part exists.
     """
     for words, patterns in _PATTERNS.items():
         if not any(re.fullmatch(pattern, field) for pattern in patterns):

@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a field needs, in words that continue "where ... is needed"."""
+    """The valid values of a field, in words that continue "where ... is needed"."""
 
     words: str
 
@@ -71,7 +71,7 @@ class Part(BaseModel):
 
 
 def needed(field: FieldInfo) -> str:
-    """What ``field`` needs, in words."""
+    """The valid values of ``field``, in words."""
     words = [each.words for each in field.metadata if isinstance(each, Needs)]
     for option in get_args(field.annotation):
         words += ["null"] if option is type(None) else [n.words for n in get_args(option) if isinstance(n, Needs)]
@@ -85,7 +85,7 @@ def validated(kind: type[P], raw: dict[str, Any], within: str = "") -> P:
     """``raw`` as a ``kind``; ``within``: the field whose value ``raw`` is.
 
     Raises:
-        CheckpointError: a field is missing, or holds what it must not; the first such field.
+        CheckpointError: a field is missing or has an invalid value; the first such field.
     """
     try:
         return kind.model_validate(raw)

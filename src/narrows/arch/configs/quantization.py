@@ -13,7 +13,7 @@ from narrows.errors import CheckpointError
 __all__ = ["DTYPES", "OTHER_NAMES", "read_dtype", "read_quantization"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
-"""What ``dtype`` may name."""
+"""The valid names of ``dtype``."""
 
 OTHER_NAMES: Mapping[str, str] = MappingProxyType({"compression_config": "compressed-tensors", "quantization": "mlx"})
 """Where older compressed-tensors and MLX say how they store weights."""
@@ -39,11 +39,11 @@ def read_dtype(raw: Mapping[str, Any]) -> str:
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
-    """What ``quantization_config`` says, or one of its other names. Whether such weights can be loaded is for who opens
-    them to say.
+    """The quantization of ``quantization_config``, or of one of its other names. The loader decides whether it can
+    load such weights.
 
     Raises:
-        CheckpointError: it names no method, or blocks that are none.
+        CheckpointError: it names no method, or an invalid block size.
     """
     for field, method in OTHER_NAMES.items():
         if raw.get(field) not in (None, {}):

@@ -32,10 +32,10 @@ _DICTIONARIES = ("rope_parameters", "rope_scaling")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What positions are given to: ``head_dim`` columns of a head, in a context of ``max_position_embeddings``.
+    """The rotated part of a head: ``head_dim`` columns, in a context of ``max_position_embeddings``.
 
     ``partial``: the part of the columns that is rotated where the file does not say, None in families that rotate all.
-    ``latent``: multi-head latent attention, whose softmax obeys ``mscale_all_dim``.
+    ``latent``: multi-head latent attention, whose softmax is scaled by ``mscale_all_dim``.
     """
 
     head_dim: int
@@ -135,7 +135,7 @@ _NUMBERS = frozenset().union(*(kind.model_fields for kind in ROPE_TYPES.values()
 
 
 class _Place(Part):
-    """What may stand beside the dictionaries as well as in them."""
+    """Fields that may be beside the dictionaries as well as in them."""
 
     rope_theta: Theta = 10000.0
     partial_rotary_factor: Share | None = None
@@ -143,11 +143,11 @@ class _Place(Part):
 
 
 def read_rope(raw: Mapping[str, Any], head: Head) -> tuple[Rope, tuple[str, ...]]:
-    """The rotary embedding that ``raw`` asks for, and the names of what its dictionary holds beside that.
+    """The rotary embedding of ``raw``, and the names of unused fields in its dictionary.
 
     Raises:
-        CheckpointError: numbers that are none, or missing, or differ between two places.
-        ConfigError: a type of scaling that narrows does not know.
+        CheckpointError: invalid or missing numbers, or numbers that differ between two places.
+        ConfigError: an unsupported type of scaling.
     """
     dictionaries = {name: _dictionary(name, raw[name]) for name in _DICTIONARIES if raw.get(name) not in (None, {})}
     places = {"": raw} | dictionaries
@@ -213,7 +213,7 @@ def _typed(name: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _one_of(typed: dict[str, tuple[str, dict[str, Any]]]) -> tuple[str, str, dict[str, Any]]:
-    """What all dictionaries say: name of one of them, type, numbers."""
+    """The content of all dictionaries: name of one of them, type, numbers."""
     if len(typed) > 1 and len({shown(sorted(each.items())) + kind for kind, each in typed.values()}) > 1:
         raise CheckpointError(f"{' and '.join(typed)} differ; which one counts depends on who reads it, leave one out")
     for name, (kind, numbers) in typed.items():

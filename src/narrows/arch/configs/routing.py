@@ -15,7 +15,7 @@ METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
 class _Fields(Protocol):
-    """What a schema says of its experts under DeepSeek's names."""
+    """The expert fields of a schema under DeepSeek's names."""
 
     n_routed_experts: int
     num_experts_per_tok: int
@@ -58,11 +58,11 @@ def routed_experts(
 
 
 def check_routing(moe: MoE) -> MoE:
-    """``moe``, if every row finds its experts.
+    """``moe``, if every row can choose its experts.
 
     Raises:
-        ConfigError: scores or a choice that narrows does not know.
-        CheckpointError: groups that do not divide, or fewer experts than are asked for.
+        ConfigError: an unsupported scoring or choice of experts.
+        CheckpointError: groups that do not divide, or fewer experts than a row chooses.
     """
     if moe.scoring_func not in SCORES or moe.topk_method not in METHODS:
         raise ConfigError(

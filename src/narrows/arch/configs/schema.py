@@ -1,4 +1,4 @@
-"""What the schemas of all families share: the fields that every decoder has, and the order in which a file is read."""
+"""Base of all families' schemas: the fields that every decoder has, and the order in which a file is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ELSEWHERE = ("dtype", "torch_dtype", "quantization_config", *OTHER_NAMES, *ROPE_
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """A field of which one value is computed, and why no other is; null stands for it."""
+    """A field with one supported value, and the reason for refusing others; null means that value."""
 
     value: Any
     why: str
@@ -87,7 +87,7 @@ class Schema(Part):
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | Annotated[list[TokenId], Needs("a list of token ids")] | None = None
 
-    # -- what a family says ------------------------------------------------------------------------------------------
+    # -- overridden by families --------------------------------------------------------------------------------------
 
     def attention(self) -> MLA | GQA:
         """Its attention."""
@@ -98,7 +98,7 @@ class Schema(Part):
         return None
 
     def head(self) -> Head:
-        """What positions are given to."""
+        """The rotated part of a head."""
         raise NotImplementedError
 
     def dense_size(self, moe: MoE | None) -> int:
@@ -109,7 +109,7 @@ class Schema(Part):
         return False
 
     def notes(self) -> tuple[str, ...]:
-        """What is not used of the fields that are read."""
+        """Notes about fields that are read but not used."""
         return ()
 
     # -- from a file to a model --------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ class Schema(Part):
         """The model that the fields of a ``config.json`` describe.
 
         Raises:
-            CheckpointError: a field is missing, or holds what it must not, or contradicts another.
-            ConfigError: a variant that narrows does not compute.
+            CheckpointError: a field is missing, is invalid, or contradicts another.
+            ConfigError: an unsupported variant.
         """
         cls._check_architectures(raw)
         fields, unknown = cls._sorted(cls._named(raw))
