@@ -62,7 +62,7 @@ _METRICS_PAUSE_S, _INFO_PAUSE_S = 0.1, 0.25
 
 
 def create_app(backend: Backend, model: ServedModel, options: ServerOptions) -> FastAPI:
-    """The application. ``app.state.server`` is what its routes share.
+    """The application. ``app.state.server`` is the state that its routes share.
 
     Raises:
         ConfigError: options that do not fit the model.
@@ -119,7 +119,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
 def _responses(
     model: Any, *, stream: bool = False, error: Any = answers.ErrorAnswer
 ) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer, for the OpenAPI document."""
+    """The responses of a route, for the OpenAPI document."""
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     content = {"content": {"text/event-stream": {"schema": event}}} if stream else {}
     errors = {status: {**text, "model": error} for status, text in _ERRORS.items()}
@@ -254,7 +254,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
-    """What the framework itself refuses."""
+    """An error response of the framework itself."""
     message = str(error.detail)
     if error.status_code == 404:
         why = why_missing(request.url.path) or "/openapi.json lists what there is"

@@ -17,7 +17,7 @@ _HEARD = {signal.SIGINT, signal.SIGTERM}
 
 
 def start(program: str, title: str) -> subprocess.Popen[bytes]:
-    """A new Python that runs ``program``; ``title`` is what lists of processes show."""
+    """A new Python that runs ``program``; ``title`` is its name in lists of processes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     try:
         return subprocess.Popen(
@@ -42,7 +42,7 @@ def write(process: subprocess.Popen[bytes], *parts: bytes) -> None:
 
 
 def close(process: subprocess.Popen[bytes] | None) -> None:
-    """End it, if there is one, and what leads to it."""
+    """End it, if it runs, and close the connection to it."""
     if process is None:
         return
     process.kill()

@@ -118,7 +118,7 @@ class EventWriter(Protocol):
         ...
 
     def take(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What is new, as events."""
+        """The new parts as events."""
         ...
 
     def end(self, job: ChatJob) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ class EventWriter(Protocol):
         ...
 
     def fail(self, error: ApiError) -> dict[str, Any]:
-        """The event that ends a stream which cannot go on."""
+        """The event that ends a failed stream."""
         ...
 
 
@@ -218,7 +218,7 @@ def _arguments(function: Function) -> dict[str, Any]:
 
 
 _OPEN_END = "\ue000the text goes on here\ue000 "
-"""Stands at the end of the message that goes on while the template is rendered; its last space tells of trimming."""
+"""Marks the end of the continued message while the template is rendered; its last space reveals trimming."""
 
 
 def render_chat(
@@ -342,16 +342,16 @@ class ToolUse:
     strangers: bool = True
 
     def calls(self, *, parallel: bool) -> Calls:
-        """What is read in the model's text."""
+        """The formats that are parsed in the model's text."""
         names = None if self.strangers else frozenset(tool.function.name for tool in self.tools)
         return Calls(are_read=bool(self.tools), most=None if parallel else 1, names=names)
 
 
 def tool_use(reader: RequestReader, body: ChatRequest) -> ToolUse:
-    """What ``tools``, ``tool_choice`` and ``parallel_tool_calls`` come to.
+    """The meaning of ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
 
     Raises:
-        ApiError: 400, they contradict each other, or the model's template knows no tools.
+        ApiError: 400, they contradict each other, or the model's template has no tools.
     """
     choice = body.tool_choice
     tools = {tool.function.name: tool for tool in body.tools or ()}

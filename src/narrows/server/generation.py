@@ -210,7 +210,7 @@ _MANY_LOGPROBS = 20_000
 
 
 class Choice(Protocol):
-    """One text that is being generated. ``guide``: its constraint, if there is one."""
+    """One text that is being generated. ``guide``: its constraint, or None."""
 
     guide: GrammarGuide | None
 
@@ -269,7 +269,7 @@ async def respond(
     whole: Callable[[Job[ChoiceT], RunningRequest], Coroutine[Any, Any, dict[str, Any]]],
     stream_format: StreamFormat | None = None,
 ) -> Response:
-    """The answer, as ``stream`` or ``whole`` makes it. The generations end with it, whatever ends it.
+    """The answer, as ``stream`` or ``whole`` makes it. The generations end with it in any case.
 
     ``param``: the field to name if the backend refuses a generation. ``stream_format``: how
     a stream is written; None: as :class:`~narrows.server.http.stream.DataLines`.

@@ -14,7 +14,7 @@ __all__ = ["ConnectionLimits", "ServedModel", "ServerOptions"]
 class ServedModel:
     """A model as clients see it.
 
-    ``names``: any of them may stand in a request's ``model``; the first stands for it in ``/v1/models``.
+    ``names``: any of them may be a request's ``model``; the first is listed in ``/v1/models``.
     ``max_context``: most tokens of a prompt and its text together. ``tokenizer`` None: ids in, ids' probabilities out.
     """
 
@@ -29,9 +29,9 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """What a connection may take before, between and beside its requests.
+    """Limits of a connection before, between and beside its requests.
 
-    ``max_connections`` at once, and ``reserved_slots`` more that may ask for /health and /metrics only. A request's
+    ``max_connections`` at once, and ``reserved_slots`` more for /health and /metrics only. A request's
     head has at most ``max_head_bytes`` and ``max_headers``, and comes within ``head_timeout_s``. Its body comes within
     ``body_timeout_s`` and a second more for each ``body_bytes_per_s`` of it; its chunks, if it comes in many, have at
     least ``min_chunk_bytes`` on the average. At most ``max_pipelined`` requests wait
@@ -62,9 +62,9 @@ class ConnectionLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """``api_keys``: any of them is good; none: all may come in. ``request_timeout_s``: a request's time in all.
+    """``api_keys``: any is valid; without keys all requests are. ``request_timeout_s``: a request's time in all.
 
-    ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (the chat template tells) or ``none``.
+    ``tool_call_parser`` and ``reasoning_parser``: a format's name, ``auto`` (by the chat template) or ``none``.
     ``max_generations``: most texts of a request, prompts times ``n``. ``allow_priority``: requests may be more urgent
     than normal (``priority`` below 0). ``hosts``: names that a request's Host may have beside this machine's own; None:
     any. ``origins``: web pages that may use the server; ``*``: all of them. ``body_process``: large bodies are

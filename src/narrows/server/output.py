@@ -1,4 +1,4 @@
-"""Generated tokens to what answers hold: events of a message, log-probabilities and token counts."""
+"""Generated tokens to the parts of answers: events of a message, log-probabilities and token counts."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ class ChatOutput:
         return self._text.stop_string
 
     def take_events(self) -> tuple[list[Event], list[dict[str, Any]]]:
-        """What is new since the last time, and the log-probabilities of its tokens."""
+        """The new text since the last call, and the log-probabilities of its tokens."""
         events, self._events = self._events, []
         logprobs, self._logprobs = self._logprobs, []
         return events, logprobs
 
 
 _LEAST = -9999.0
-"""Stands for minus infinity, which JSON does not have."""
+"""Replaces minus infinity, which JSON does not have."""
 
 
 def chat_logprob(tokenizer: Tokenizer, token: int, found: Logprobs) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
 
 
 def _spelled(data: bytes) -> str:
-    """The token's text; what is not whole characters byte by byte, as in ``bytes:\\xe4\\xb8``."""
+    """The token's text; incomplete characters byte by byte, as in ``bytes:\\xe4\\xb8``."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -115,7 +115,7 @@ def _spelled(data: bytes) -> str:
 
 
 class LogprobColumns:
-    """The columns of a completion's ``logprobs``, filled token by token; :meth:`take` hands over what is new."""
+    """The columns of a completion's ``logprobs``, filled token by token; :meth:`take` returns the new entries."""
 
     def __init__(self, tokenizer: Tokenizer | None, *, num_best: int, as_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -163,7 +163,7 @@ class Count:
 
 
 def usage(prompt_tokens: int, texts: Iterable[Count]) -> dict[str, Any]:
-    """As the API spells it. A prompt counts once, however many texts it gets.
+    """As the API spells it. A prompt counts once, for any number of texts.
 
     >>> usage(5, [Count(generated=2, cached=4), Count(generated=3)])["total_tokens"]
     10

@@ -1,4 +1,4 @@
-"""CPU priority of the server's threads and processes: what prepares requests runs after what streams tokens.
+"""CPU priority of the server's threads and processes: preparing requests yields to streaming tokens.
 
 Linux keeps a nice value per thread. Elsewhere a value holds for the whole process, so threads keep theirs.
 """
@@ -12,11 +12,11 @@ import threading
 __all__ = ["BODY_NICE", "GRAMMAR_NICE", "lower_process_priority", "lower_thread_priority"]
 
 BODY_NICE = 5
-"""Of what reads and tokenizes bodies: on a machine with few cores it gives way to the ranks and to what streams tokens.
+"""For reading and tokenizing bodies: on a machine with few cores this yields to the ranks and to streaming.
 A higher value would leave a thread that holds the interpreter's lock without a core for long."""
 
 GRAMMAR_NICE = 10
-"""Of what tries and compiles grammars or makes slow masks; such work does not hold the interpreter's lock."""
+"""For trying and compiling grammars and for slow masks; such work does not hold the interpreter's lock."""
 
 
 def lower_thread_priority(nice: int) -> None:

@@ -1,4 +1,4 @@
-"""What the fields of a request come to: prompts, limits, sampling and options of the answer."""
+"""Fields of a request to prompts, limits, sampling and options of the answer."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class RequestReader:
     def sampling(
         self, body: GenerationFields, *, logprobs: int | None = None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
-        """How tokens are chosen: what the body says, else the checkpoint's generation config, else OpenAI's defaults.
+        """The sampling of the body, else of the checkpoint's generation config, else OpenAI's defaults.
 
         Raises:
             ApiError: 400, naming the field.
@@ -180,7 +180,7 @@ class RequestReader:
         return tuple(sorted(bias.items()))
 
     def allowed(self, body: GenerationFields) -> AllowedTokens | None:
-        """What holds a text to ``allowed_token_ids``; None if any token may come.
+        """The guide for ``allowed_token_ids``; None if any token is allowed.
 
         Raises:
             ApiError: 400, an id that the model does not have.
@@ -191,7 +191,7 @@ class RequestReader:
         return AllowedTokens(body.allowed_token_ids, self.model.vocab_size)
 
     def check_amount(self, num_prompts: int, num_choices: int) -> None:
-        """Raises :class:`ApiError` if a request asks for more texts than one may."""
+        """Raises :class:`ApiError` if a request has more texts than allowed."""
         most = self.options.max_generations
         if num_prompts * num_choices > most:
             message = (
@@ -202,9 +202,9 @@ class RequestReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """The options of a request that matter while it is answered. ``logprobs``: best tokens to list; None: no logprobs.
+    """The options of a request that affect its answer. ``logprobs``: best tokens to list; None: no logprobs.
 
-    ``most_tokens``: what ``max_tokens`` was, by whichever of its names.
+    ``most_tokens``: the value of ``max_tokens``, under any of its names.
     """
 
     stream: bool
@@ -293,10 +293,10 @@ def now() -> int:
 
 
 def truncated(reader: RequestReader, body: GenerationFields, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
-    """What ``truncate_prompt_tokens`` leaves of a prompt; -1: as many tokens as there is room for beside the answer.
+    """The part of a prompt that ``truncate_prompt_tokens`` keeps; -1: as many tokens as fit beside the answer.
 
     Raises:
-        ApiError: 400, nothing would be left.
+        ApiError: 400, no token would be left.
     """
     keep = body.truncate_prompt_tokens
     if keep is None:

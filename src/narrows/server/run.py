@@ -27,7 +27,7 @@ from narrows.server.http.connections import Connection
 __all__ = ["Drainable", "bind", "curl_line", "serve", "url_of"]
 
 _GRACE_S = 5
-"""What answers that are complete may take to reach their readers once the backend is done."""
+"""Time for complete answers to reach their readers once the backend is done."""
 
 _BACKLOG = 2048
 
@@ -173,6 +173,6 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         try:
             if not self._backend.drain(self._drain_timeout_s):
-                self._backend.close()  # what still runs gets its last update, and clients their error
+                self._backend.close()  # running texts get their last update, and clients their error
         finally:
             self.should_exit = True

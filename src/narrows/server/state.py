@@ -68,7 +68,7 @@ class ServerState(RequestReader):
 
     @property
     def loop_calls(self) -> LoopCalls:
-        """What other threads have called on the event loop that is running."""
+        """Runs calls of other threads on the running event loop."""
         loop = asyncio.get_running_loop()
         if self._loop_calls is None or self._loop_calls.loop is not loop:
             self._loop_calls = LoopCalls(loop)

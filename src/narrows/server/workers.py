@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _FREE_AFTER_S = 2.0
-"""How long after the work: what follows at once would only ask for the memory again."""
+"""Delay after the work: work that follows at once would only allocate the memory again."""
 
 LARGE_BYTES = 16 * 1024
 """A body of more bytes is large."""
@@ -45,15 +45,15 @@ class Pools:
         self._is_asked = False
 
     async def look(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns; for health and metrics, which answer within milliseconds."""
+        """The result of ``call``; for health and metrics, which answer within milliseconds."""
         return await asyncio.get_running_loop().run_in_executor(self._watch, call)
 
     async def operate(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns; for what an operator asks now and then, which may take seconds."""
+        """The result of ``call``; for rare calls of an operator, which may take seconds."""
         return await asyncio.get_running_loop().run_in_executor(self._operate, call)
 
     def free_memory_soon(self) -> None:
-        """Work that took much memory has ended: what is free goes back to the system, once for all that ends soon."""
+        """Work that took much memory has ended: free memory returns to the system, once for all work that ends soon."""
         if not self._is_asked:
             self._is_asked = True
             asyncio.get_running_loop().call_later(_FREE_AFTER_S, self._free_memory)
@@ -63,7 +63,7 @@ class Pools:
         self._watch.submit(self._give_back)
 
     async def prepare(self, request: Request, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What ``call`` returns, computed in the thread for requests of this size.
+        """The result of ``call``, computed in the thread for requests of this size.
 
         Raises:
             ClientGoneError: the client went away first; a call that had not begun is not made.

@@ -27,7 +27,7 @@ class ActiveRequest:
     scores_delivered: bool = False
 
     def update(self) -> Update:
-        """What the request has gained since the last update."""
+        """The request's new tokens since the last update."""
         request, start = self.request, self.num_delivered
         scores: tuple[Any, ...] = ()
         if not self.scores_delivered:

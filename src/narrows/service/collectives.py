@@ -39,7 +39,7 @@ class CollectiveReader:
         self._num_unread += 1
 
     def read(self) -> None:
-        """Take in what the ranks have said, and ask again if steps have run since."""
+        """Add the ranks' last readings, and request new ones if steps have run since."""
         if self._reading is not None and self._reading.done():
             reading, self._reading = self._reading.result(), None
             self._add(reading)

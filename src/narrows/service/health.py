@@ -1,6 +1,6 @@
-"""What is wrong with an engine's ranks right now: dead, silent, or stuck in a step.
+"""Current faults of an engine's ranks: dead, silent, or stuck in a step.
 
-Found from outside, without a question that a stuck rank would have to answer.
+Found from outside, without a call that a stuck rank would have to answer.
 """
 
 from __future__ import annotations

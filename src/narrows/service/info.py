@@ -23,8 +23,8 @@ def describe(
     steps: Mapping[tuple[str, int, str], int],
     times: Mapping[int, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """One document. ``steps``: how many were run by (phase, bucket of rows, layout); ``times``: what is known of the
-    steps of a plan, by its ``id``."""
+    """One document. ``steps``: number of steps by (phase, bucket of rows, layout); ``times``: measured times of a
+    plan's steps, by its ``id``."""
     asked, mesh, config = resolved.asked, resolved.mesh, resolved.config
     items = engine.plans.items() if engine is not None else ()
     plans = [{**_plan(key, plan), **times.get(id(plan), {"steps": 0})} for key, plan in items]
@@ -62,7 +62,7 @@ def describe(
 
 
 def _plan(key: PlanKey | None, plan: Plan) -> dict[str, Any]:
-    """A plan in short: what it is for, what crosses ranks, predicted time, and how well its prices are known."""
+    """A plan in short: its steps, its moves, predicted time, and the sources of its prices."""
     moves: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     for segment in plan.segments:

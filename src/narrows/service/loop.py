@@ -72,7 +72,7 @@ class Loop:
         self._publish()
 
     def run(self, closing: threading.Event) -> None:
-        """Serve until ``closing``; raises what ends the ranks."""
+        """Serve until ``closing``; raises the error that ends the ranks."""
         while not closing.is_set():
             if not self._work():
                 self._rest()
@@ -81,7 +81,7 @@ class Loop:
         """One round; whether there was anything to do. It leaves no reference to a request while the loop rests."""
         engine = self.engine
         worked = self._take_in()
-        self._trace.mind(engine, self._wake)  # so that what came after it was asked for is in it
+        self._trace.mind(engine, self._wake)  # so that it includes everything after the request for it
         touched: list[Request] = []
         if engine.in_flight and engine.in_flight[0].future.done():
             step = engine.in_flight[0]
@@ -99,7 +99,7 @@ class Loop:
         return worked
 
     def end_failed(self, reason: str, *, all_of_them: bool) -> list[ActiveRequest]:
-        """The ranks have failed: end what they had begun, or everything; the generations that have only waited."""
+        """The ranks have failed: end the running generations, or all; returns the waiting ones."""
         for active in [each for each in self._active.values() if each.request.num_fed or all_of_them]:
             del self._active[active.request.id]
             self._queue.forget(active, ran=True)
@@ -111,7 +111,7 @@ class Loop:
         return waiting
 
     def give_up(self, active: ActiveRequest, error: Exception) -> None:
-        """End one generation that cannot be run after all; the others go on."""
+        """End one generation that cannot run after all; the others continue."""
         if not isinstance(error, ConfigError):
             _LOG.error("generation %d cannot be run", active.number, exc_info=error)
         self._queue.forget(active, ran=False)
@@ -172,9 +172,9 @@ class Loop:
         notify(active, update)
 
     def _rest(self) -> None:
-        """Wait until a request arrives or a step is done; raises what has ended the ranks meanwhile.
+        """Wait until a request arrives or a step is done; raises the error of ranks that have ended meanwhile.
 
-        An idle loop makes what later steps may need, a piece at a time: first plans, a few milliseconds each, then
+        An idle loop prepares later steps, a piece at a time: first plans, a few milliseconds each, then
         warm-up steps, each as long as a step. A request that arrives waits for one piece at most.
         """
         engine = self.engine

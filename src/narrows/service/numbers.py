@@ -1,6 +1,6 @@
 """Counts of steps, tokens, plans and collectives, kept by the loop for other threads to read.
 
-Totals survive the engine: new ranks go on counting.
+Totals survive the engine: new ranks continue them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Numbers"]
 
 
 class Numbers:
-    """The numbers of one service. ``drift``: when a step's time is off what was predicted for it."""
+    """The numbers of one service. ``drift``: the watch for steps that are off their prediction."""
 
     def __init__(self, drift: DriftRule) -> None:
         self.drift = drift
@@ -33,7 +33,7 @@ class Numbers:
         self._collectives: dict[tuple[str, str], Counted] = {}
         self._times = StepTimes(drift)
 
-    # --- what anybody asks
+    # --- for any thread
 
     def stats(self, num_arrived: int) -> Stats:
         """Numbers of this moment, and totals since the start; ``num_arrived`` wait beside those in the scheduler."""
@@ -57,14 +57,14 @@ class Numbers:
             return dict(self._plans)
 
     def times_of_plans(self) -> dict[int, dict[str, Any]]:
-        """What is known of the steps of a plan, by its ``id``."""
+        """Measured times of a plan's steps, by its ``id``."""
         with self._lock:
             return self._times.documents()
 
-    # --- what the loop counts
+    # --- for the loop
 
     def scheduled(self, now: SchedulerStats) -> None:
-        """The scheduler's numbers, as they are."""
+        """The scheduler's numbers, unchanged."""
         with self._lock:
             self._now = now.after(self._before) if self._before else now
 
@@ -84,7 +84,7 @@ class Numbers:
             self._collectives = added(ranks, self._collectives)
 
     def engine_lost(self) -> None:
-        """The engine has failed: what was of its moment is gone, and totals stay."""
+        """The engine has failed: current values are reset, and totals stay."""
         with self._lock:
             self._before = replace(self._now, running=0, waiting=0) if self._now else None
             self._times.forget_ranks()

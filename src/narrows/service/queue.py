@@ -42,7 +42,7 @@ class RequestQueue:
         self._num_scheduled, self._scheduled = 0, dict[str, int]()
         self._ends: deque[float] = deque(maxlen=_RATE_OF)
 
-    # --- what callers ask
+    # --- for callers
 
     def submit(self, generation: Generation, deliver: Callable[[Update], None]) -> int:
         """Take a generation in; returns its number (:meth:`narrows.api.Backend.submit`).
@@ -55,7 +55,7 @@ class RequestQueue:
         engine = self._taking(generation.client)
         request = engine.request(generation)  # outside the lock: it may be long
         with self._changed:
-            if (taking := self._taking(generation.client)) is not engine:  # ranks were started anew meanwhile
+            if (taking := self._taking(generation.client)) is not engine:  # ranks were restarted meanwhile
                 request = taking.request(generation)
             number, self._num_taken = self._num_taken, self._num_taken + 1
             active = ActiveRequest(number, generation, deliver, request)
@@ -65,14 +65,14 @@ class RequestQueue:
         return number
 
     def abort(self, number: int) -> None:
-        """Have the loop end a generation; one that has ended already is left as it is."""
+        """Have the loop end a generation; one that has already ended is not changed."""
         with self._changed:
             if number in self._active:
                 self._unwanted.append(number)
         self._wake()
 
     def drain(self, timeout_s: float) -> bool:
-        """Take nothing new; whether all that is there was finished within ``timeout_s``."""
+        """Accept nothing new; returns whether all requests finished within ``timeout_s``."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: not self._active or self._over, timeout_s)
@@ -125,7 +125,7 @@ class RequestQueue:
             return 1.0
         return min(max((monotonic() - self._ends[0]) / len(self._ends), 1.0), 60.0)
 
-    # --- what the loop does
+    # --- for the loop
 
     def open(self, engine: Engine) -> None:
         """Take generations in for this engine from now on."""

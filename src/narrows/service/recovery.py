@@ -1,4 +1,4 @@
-"""What happens when ranks fail: running requests end with the reason, and new ranks run those that only waited."""
+"""Recovery from failed ranks: running requests end with the reason, and new ranks run those that only waited."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _RESTART_S = 60.0
 class Recovery:
     """Starts new ranks in place of failed ones, or ends everything.
 
-    ``start`` starts ranks and gives the loop on them. ``failure``: why there are none any more, in one line; empty as
-    long as there may be.
+    ``start`` starts ranks and gives the loop on them. ``failure``: one line on why no ranks are left; empty while
+    they are replaced.
     """
 
     def __init__(self, start: Callable[[], Loop], queue: RequestQueue, *, restart: bool) -> None:
@@ -36,7 +36,7 @@ class Recovery:
         self._restarted_at = -math.inf
 
     def after(self, loop: Loop, error: Exception, arrived: list[ActiveRequest]) -> Loop | None:
-        """``error`` has ended the ranks of ``loop``; the loop on those in their place, None if there are none.
+        """``error`` has ended the ranks of ``loop``; the loop on the new ranks, None without any.
 
         The queue is closed; ``arrived`` are those that ``loop`` had not taken in, and are its again afterwards.
         """
@@ -76,11 +76,11 @@ class Recovery:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, or its type's name if it says nothing."""
+    """The message of an error, or its type's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _end(loop: Loop) -> None:
     loop.engine.close()
     gc.unfreeze()  # the engine that a server began with
-    gc.collect()  # what raised holds frames, and those the weights of ranks that are threads
+    gc.collect()  # the error holds frames, and those the weights of ranks that are threads

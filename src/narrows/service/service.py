@@ -34,7 +34,7 @@ _LOG = logging.getLogger("narrows.engine")
 _WARM_S = 0.15
 """For how long plans are made while ranks load; the others are made one by one when nothing runs."""
 _LAST_TRACE_S = 5.0
-"""What a trace that is being made when the service ends may take to be written."""
+"""Time for writing a trace that is under way when the service ends."""
 
 
 class EngineService:
@@ -44,8 +44,8 @@ class EngineService:
         max_queue: generations that may wait for a place; more are refused, except those of a client that has fewer
             of them waiting than its even part.
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
-        drift: when to warn that steps take another time than predicted.
-        trace: what writes traces; by default nothing can.
+        drift: when to warn that steps are off their predicted time. trace: the writer of traces; by default
+        nothing can.
         timing: the durations by which ranks are judged.
     """
 
@@ -89,7 +89,7 @@ class EngineService:
         self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, finish what is there; whether all was finished within ``timeout_s``."""
+        """Accept nothing new and finish the rest; returns whether all finished within ``timeout_s``."""
         done = self._queue.drain(timeout_s)
         if self._trace.is_on and not self._queue.is_over:
             with suppress(ConfigError):  # said in the log
@@ -97,7 +97,7 @@ class EngineService:
         return done
 
     def close(self) -> None:
-        """End the ranks now; what still runs gets its last update. Again does nothing."""
+        """End the ranks now; running requests get their last update. A second call does nothing."""
         self._queue.drain(0.0)
         self._closing.set()
         self._wake()
@@ -107,7 +107,7 @@ class EngineService:
         if loop is not None:
             loop.engine.close()
 
-    # --- what callers ask
+    # --- for callers
 
     def submit(self, generation: Generation, deliver: Callable[[Update], None]) -> int:
         """Take a generation in; returns its number. ``deliver`` is called on the loop's thread, and must not block.
@@ -120,7 +120,7 @@ class EngineService:
         return self._queue.submit(generation, deliver)
 
     def abort(self, number: int) -> None:
-        """End a generation now; its pages are free within one step. One that has ended already is left as it is."""
+        """End a generation now; its pages are free within one step. One that has already ended is not changed."""
         self._queue.abort(number)
 
     def health(self) -> Health:
@@ -137,7 +137,7 @@ class EngineService:
         return self._numbers.stats(self._queue.num_arrived)
 
     def info(self) -> dict[str, Any]:
-        """What runs, for JSON: config, mesh, ranks, limits, weight sharding, plan cache and sources of prices."""
+        """State, for JSON: config, mesh, ranks, limits, weight sharding, plan cache and sources of prices."""
         loop = self._loop
         engine = loop.engine if loop is not None else None
         return {
@@ -154,17 +154,17 @@ class EngineService:
         return self._evidence
 
     def start_trace(self, num_steps: int | None = None) -> dict[str, Any]:
-        """Begin to write a trace of the steps from now on, ``num_steps`` at most; what it will be.
+        """Begin a trace of the steps from now on, ``num_steps`` at most; returns its description.
 
         Raises:
-            ConfigError: the service has no file for traces, one is being made, or a number that cannot be.
+            ConfigError: the service has no file for traces, one is under way, or an impossible number.
         """
         started = self._trace.start(num_steps)
         self._wake()
         return started
 
     def stop_trace(self) -> dict[str, Any]:
-        """End the trace, or take the one that has ended by itself; what is in the file.
+        """End the trace, or take the one that has ended by itself; returns a summary of the file.
 
         Raises:
             ConfigError: none was begun, or it cannot be written.
@@ -174,7 +174,7 @@ class EngineService:
     # --- the thread
 
     def _serve(self) -> None:
-        """What the thread runs: the loop, on new ranks after each failure that allows it."""
+        """The thread's work: the loop, on new ranks after each failure that allows it."""
         try:
             while (loop := self._loop) is not None and not self._closing.is_set():
                 try:
@@ -197,7 +197,7 @@ class EngineService:
         return loop
 
     def _recover(self, loop: Loop, error: Exception) -> None:
-        """End what the ranks ran, with the reason; then serve on others, or not at all."""
+        """End the running requests with the reason; then serve on new ranks, or not at all."""
         failed = f"the ranks have failed: {one_line(error)}"
         arrived = self._queue.close(failed)
         self._loop = None

@@ -80,7 +80,7 @@ class BucketTimes:
 
     @property
     def median_predicted(self) -> float:
-        """Median of what was predicted for the same steps."""
+        """Median of the predictions for the same steps."""
         return median(predicted for predicted, _ in self.recent)
 
     @property
@@ -135,7 +135,7 @@ class StepTimes:
         self._free = 0.0
 
     def documents(self) -> dict[int, dict[str, Any]]:
-        """What ``/server_info`` says of the steps of a plan, by its identity."""
+        """The entry of ``/server_info`` on the steps of a plan, by its identity."""
         return {id(found.plan): found.document() for found in self.buckets.values()}
 
     @staticmethod

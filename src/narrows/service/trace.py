@@ -1,7 +1,7 @@
-"""Traces of an engine that serves: any thread asks for one to begin or end, and the service's loop does it.
+"""Traces of an engine that serves: any thread requests their begin or end, and the service's loop does it.
 
-A trace ends on request, or by itself after the number of steps that was asked for. A thread of its own writes it, so
-that nothing waits for a disk. The next trace overwrites it.
+A trace ends on request, or by itself after the requested number of steps. A thread of its own writes it, so that
+nothing waits for a disk. The next trace overwrites it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ServiceTrace:
         self._tracer: Tracer | None = None
         self._recorded: Future[list[Any]] | None = None
 
-    # --- what callers ask
+    # --- for callers
 
     def start(self, num_steps: int | None) -> dict[str, Any]:
         """Begin a trace of the next ``num_steps`` steps; at once, the file is written when it has ended.
@@ -75,10 +75,10 @@ class ServiceTrace:
         return {"file": self.file, "steps": steps}
 
     def stop(self, wake: Callable[[], None], within_s: float = _END_S) -> dict[str, Any]:
-        """End the trace and wait for its file, or for one that has ended by itself; what was written.
+        """End the trace and wait for its file, or for one that has ended by itself; returns its summary.
 
         Raises:
-            ConfigError: none is being made or was since the last call, or it could not be written.
+            ConfigError: none is under way or was since the last call, or it could not be written.
         """
         with self._changed:
             self._check_has_file()
@@ -104,7 +104,7 @@ class ServiceTrace:
         if not self.file:
             raise ConfigError("this server writes no traces: start it with --trace FILE")
 
-    # --- what the loop does
+    # --- for the loop
 
     def mind(self, engine: Engine, wake: Callable[[object], None]) -> None:
         """Begin, end or write, if it is time for it; never waits."""
@@ -124,7 +124,7 @@ class ServiceTrace:
             threading.Thread(target=self._write, args=args, name="narrows writes a trace", daemon=True).start()
 
     def lost(self, reason: str) -> None:
-        """The ranks have failed: what they recorded is gone."""
+        """The ranks have failed: their records are lost."""
         if self._tracer is not None or self._state is _State.ASKED:
             self._tracer = self._recorded = None
             self._over(None, reason)

@@ -1,4 +1,4 @@
-"""Reads what a Hugging Face folder says about its tokenizer.
+"""Reads the tokenizer settings of a Hugging Face folder.
 
 Several files may state the same fact; precedence is Hugging Face's:
 
@@ -33,7 +33,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """What the JSON files beside ``tokenizer.json`` say.
+    """The settings of the JSON files beside ``tokenizer.json``.
 
     ``named`` maps ``bos_token`` and the like to their token; ``added`` are the tokens of ``added_tokens_decoder`` by
     id; ``extra`` are further special tokens without a role; ``templates`` maps a name (``default``, ``tool_use``) to a
@@ -60,7 +60,7 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read the JSON and jinja files of ``folder``; only ``tokenizer.json`` must exist, and is not opened here.
 
-    Raises `CheckpointError` when it is missing, or when one of the others is not what its name says.
+    Raises `CheckpointError` when it is missing, or when one of the others is invalid.
     """
     if file_in(folder, "tokenizer.json") is None:
         raise CheckpointError(missing_tokenizer(folder))
@@ -110,7 +110,7 @@ def _flag(file: Path, config: Mapping[str, Any], field: str) -> bool | None:
 
 
 def _adds(file: Path, config: Mapping[str, Any], role: str, named: Mapping[str, AddedToken]) -> bool | None:
-    """What ``add_bos_token`` or ``add_eos_token`` says."""
+    """The value of ``add_bos_token`` or ``add_eos_token``."""
     flag = _flag(file, config, f"add_{role}")
     if flag and role not in named:
         raise CheckpointError(f"{file}: add_{role} is true, but no {role} is named; name it there, or say false")
@@ -118,7 +118,7 @@ def _adds(file: Path, config: Mapping[str, Any], role: str, named: Mapping[str, 
 
 
 def missing_tokenizer(folder: Path) -> str:
-    """What to say of a folder without ``tokenizer.json``, by what it has."""
+    """The error of a folder without ``tokenizer.json``, by its files."""
     if not folder.is_dir():
         return f"no tokenizer: {folder} is not a folder; give the folder that holds tokenizer.json"
     others = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
@@ -187,7 +187,7 @@ class TextEnds:
         return None if asked is None or role not in files.named else backend.token_to_id(files.named[role].content)
 
     def put(self, ids: list[int]) -> list[int]:
-        """The ids with the ends that the config asks for. A text that begins with bos itself gets no second one."""
+        """The ids with the bos and eos of the config. A text that begins with bos itself gets no second one."""
         if self._drop_bos:
             ids = ids[1:]
         if self._drop_eos:

@@ -21,7 +21,7 @@ __all__ = ["GenerationConfig", "parse_generation_config", "read_generation_confi
 class GenerationConfig:
     """Field names and meanings are transformers'.
 
-    ``eos_token_id``: any of them ends a text. ``do_sample``: False asks for the best token whatever the others say, and
+    ``eos_token_id``: any of them ends a text. ``do_sample``: False means the best token regardless of the others, and
     so does None in transformers (its default), though other engines sample where a temperature is given.
     ``temperature`` 0: the best token. ``top_k`` 0: no limit. ``repetition_penalty`` 1: none.
     """
@@ -35,10 +35,10 @@ class GenerationConfig:
     repetition_penalty: float | None = None
 
     def sampling(self, *, samples_by_default: bool) -> dict[str, float | int]:
-        """What it recommends, as fields of :class:`~narrows.sched.sampling.SamplingParams`.
+        """Its settings as fields of :class:`~narrows.sched.sampling.SamplingParams`.
 
-        ``samples_by_default``: what a ``do_sample`` that was left out means: the best token in transformers (False),
-        temperature 1 in OpenAI's API (True). A checkpoint that says ``do_sample`` decides either way.
+        ``samples_by_default``: the meaning of a missing ``do_sample``: the best token in transformers (False),
+        temperature 1 in OpenAI's API (True). A ``do_sample`` in the checkpoint decides.
 
         >>> config = GenerationConfig(top_p=0.9, repetition_penalty=1.1)
         >>> config.sampling(samples_by_default=False)
@@ -57,7 +57,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     """Of a Hugging Face folder: ``generation_config.json``, and the ends of text that ``config.json`` adds.
 
     Raises:
-        CheckpointError: one of them is not JSON, or a value is not what it should be; the message names it.
+        CheckpointError: one of them is not JSON, or a value is invalid; the message names it.
     """
     path = folder / "generation_config.json"
     raw, config = (read_json_object(file_in(folder, name)) for name in (path.name, "config.json"))

@@ -10,14 +10,14 @@ from narrows.text.tokenizer import Tokenizer
 __all__ = ["TokenPlaces"]
 
 _FAR = 64
-"""So many characters of a client's text may be what the tokenizer's normalizer leaves out between two tokens."""
+"""Most characters of a client's text that the tokenizer's normalizer may drop between two tokens."""
 
 
 class TokenPlaces:
-    """Places of tokens in the order in which they stand; never falling.
+    """Places of tokens in their order; never falling.
 
     A token whose text is whole characters begins at its place. One that is not in the text (a special token that is
-    left out, part of a character) has the place where it would stand.
+    left out, part of a character) has the place where it would be.
 
     Args:
         tokenizer: None for a model that has none: then there is no text.
@@ -47,13 +47,13 @@ class TokenPlaces:
 
     @property
     def here(self) -> int:
-        """The place of a token that comes next and is not in the text."""
+        """The place of the next token, which is not in the text."""
         held = self._stream.held if self._stream is not None else ""
         self._last = max(self._last, self._at + len(held))
         return self._last
 
     def push(self, token: int) -> int:
-        """The place of ``token``, which comes next."""
+        """The place of the next token, ``token``."""
         if self._stream is not None and self._tokenizer is not None:
             before = self._at + len(self._stream.held)
             place = before

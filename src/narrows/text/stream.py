@@ -23,8 +23,8 @@ _MANY, _KEPT = 16, 8
 class TextStream:
     """Incremental detokenisation of one sequence of ids.
 
-    ``push`` costs the decoding of a few tokens, however long the text, since ids whose text is settled are dropped: but
-    for one, which stands before the next tokens so that a tokenizer which drops the text's first space (sentencepiece)
+    ``push`` costs the decoding of a few tokens at any length of text, since ids with settled text are dropped, except
+    one, which is kept before the next tokens so that a tokenizer which drops the text's first space (sentencepiece)
     does not drop theirs. Exact for decoders that spell a token without looking further ahead than the above; all known
     language models' do. (A decoder that strips the END of a text cannot be streamed.)
     """
@@ -33,7 +33,7 @@ class TextStream:
         """A stream at the beginning of a text; ``skip_special_tokens`` as in `Tokenizer.decode`."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # the settled id that stands in front, then all ids whose text may change
+        self._ids: list[int] = []  # the settled id in front, then all ids whose text may change
         self._num_given = 0  # characters of the text of `_ids` that have been handed out
 
     def push(self, token: int) -> str:
@@ -54,7 +54,7 @@ class TextStream:
 
     @property
     def held(self) -> str:
-        """What is held back so far, as it will be if nothing changes it; without a character that is not complete."""
+        """The text held back so far, without an incomplete character; later tokens may change it."""
         return self._decode(self._ids)[self._num_given :].rstrip("\ufffd")
 
     def finish(self) -> str:
@@ -74,7 +74,7 @@ class TextStream:
             self._ids, self._num_given = last, len(text)
 
     def _forget_front(self, text: str) -> None:
-        """Keep the last ids only, unless they begin inside a character: of parts of characters there is no end."""
+        """Keep the last ids only, unless they begin inside a character: a run of partial characters may be endless."""
         front, back = self._ids[:-_KEPT], self._ids[-_KEPT:]
         before, after = self._decode(front), self._decode(back)
         if after and before + after == text:
@@ -102,9 +102,9 @@ class StopStrings:
         self.which = ""
         """The stop string that was found."""
         self.rest = ""
-        """What came after it in the piece that completed it."""
+        """The rest of the piece after it."""
         self._held = ""
-        self._sorted = sorted(stops)  # those with the same beginning stand together
+        self._sorted = sorted(stops)  # those with the same beginning are adjacent
         self._longest = max(map(len, stops), default=0)
 
     def push(self, text: str) -> str:
@@ -124,7 +124,7 @@ class StopStrings:
         return out
 
     def finish(self) -> str:
-        """What was held back, once no more text comes."""
+        """The text held back, at the end of the text."""
         out, self._held = self._held, ""
         return "" if self.found else out
 
@@ -143,7 +143,7 @@ _ANY_MARK = re.compile("[\ud800-\udfff]")
 
 
 class SpecialStops:
-    """``stops`` as they are to be searched for, and the marks of the ``special`` tokens (by text) that they name.
+    """``stops`` in the form that is searched, and the marks of the ``special`` tokens (by text) that they name.
 
     A stop string is found where all its special tokens are such, or all are spelled out by ordinary tokens.
 
@@ -166,7 +166,7 @@ class SpecialStops:
         self.searched: tuple[str, ...] = (*plain, *self._as_given)
 
     def mark(self, token: int) -> str:
-        """What stands for ``token`` in the text that is searched; empty for one that no stop string names."""
+        """The mark of ``token`` in the searched text; empty for one that no stop string names."""
         return self._by_token.get(token, "")
 
     def visible(self, text: str) -> str:
@@ -183,7 +183,7 @@ class GeneratedText:
 
     Args:
         tokenizer: None for a model that has none: then there is no text.
-        stop: strings that end the text and are not part of it; a special token's text stands for the token too.
+        stop: strings that end the text and are not part of it; a special token's text also matches the token.
         keep_stop: the string that ended the text is part of it.
         end_ids: tokens that end it and are not part of it.
         skip_special_tokens: leave special tokens out of the text, but for ``spelled_out``.
@@ -213,7 +213,7 @@ class GeneratedText:
         self._begin()
 
     def another(self) -> GeneratedText:
-        """A text of its own by the same rules, which are not made anew."""
+        """A new text with the same rules, which are shared."""
         text = copy(self)
         text._begin()
         return text

@@ -1,4 +1,4 @@
-"""The bytes that a token stands for, and the most bytes that one token can stand for.
+"""The bytes of a token, and the most bytes of any token.
 
 Tokenizers spell bytes in two ways: byte-level BPE writes each byte as a printable character (GPT-2's table), and byte
 fallback has tokens named ``<0xE4>``. Most tokenizers keep every byte of a text, so a text's length alone can show that
@@ -20,7 +20,7 @@ __all__ = ["BYTE_OF", "is_byte_level", "most_bytes_per_token", "token_bytes"]
 
 
 def _table() -> dict[str, int]:
-    """Printable bytes of Latin-1 stand for themselves; the others are the characters from U+0100 on, in their order."""
+    """Printable bytes of Latin-1 are themselves; the others are the characters from U+0100 on, in their order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -36,7 +36,7 @@ def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def token_bytes(name: str, text: str, *, byte_level: bool, is_byte: bool) -> bytes:
-    """Bytes of a token by its ``name`` in the vocabulary; ``text`` is what it decodes to, where that is all there is.
+    """Bytes of a token by its ``name`` in the vocabulary; ``text`` is its decoded text, the fallback.
 
     >>> token_bytes("Ġä¸", "?", byte_level=True, is_byte=False)
     b' \\xe4\\xb8'
@@ -107,7 +107,7 @@ def _splits_keep_all(state: dict[str, Any] | None) -> bool:
 
 
 def _keeps_unknown(backend: tokenizers.Tokenizer, byte_level: bool) -> bool:
-    """Whether what the vocabulary lacks becomes bytes; else it is dropped, or however much of it is one token."""
+    """Whether text outside the vocabulary becomes bytes; else it is dropped, or becomes one token of any length."""
     if type(backend.model).__name__ not in ("BPE", "Unigram"):
         return False
     if byte_level:

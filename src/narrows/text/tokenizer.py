@@ -1,6 +1,6 @@
 """Text to token ids and back, and chats to prompts, over a folder's ``tokenizer.json``.
 
-The ids are those of transformers' AutoTokenizer on the same folder when it loads ``tokenizer.json`` as it stands
+The ids are those of transformers' AutoTokenizer on the same folder when it loads ``tokenizer.json`` directly
 (``PreTrainedTokenizerFast``). Where transformers 5 rebuilds a tokenizer from its class instead (``GPT2Tokenizer``
 forgets a digit splitter), this follows the file.
 
@@ -32,7 +32,7 @@ from narrows.text.token_bytes import is_byte_level, most_bytes_per_token, token_
 __all__ = ["Message", "Tokenizer", "compile_template", "plain"]
 
 Message = Mapping[str, Any]
-"""One message of a chat: ``{"role": "user", "content": "hello"}``, and whatever else the template reads."""
+"""One message of a chat: ``{"role": "user", "content": "hello"}``, and other fields that the template reads."""
 
 _LONG = 4096
 """A decoded text of more tokens takes milliseconds."""
@@ -44,7 +44,7 @@ class Tokenizer:
     """The tokenizer of one model folder. Safe to share between threads: it only remembers what it has found."""
 
     def __init__(self, backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
-        """Take over ``backend``, adding the tokens that only ``files`` know; use `from_folder`."""
+        """Take over ``backend``, adding the tokens that only ``files`` have; use `from_folder`."""
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = files.split_special_tokens
@@ -62,7 +62,7 @@ class Tokenizer:
         self._bytes_fall_back = backend.decoder is not None and backend.decoder.decode(["<0x41>"]) == "A"
         self._byte_level = is_byte_level(backend)
         self._ends = TextEnds(backend, files)
-        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
+        self._bytes: dict[int, bytes] = {}  # of tokens looked up so far
         self._templates = {name: self._compile(name, source) for name, source in files.templates.items()}
 
     @classmethod
@@ -77,12 +77,12 @@ class Tokenizer:
         text = read_text(files.tokenizer_json)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+        except Exception as error:  # the library raises plain Exception for any error of the file
             raise CheckpointError(f"{files.tokenizer_json} cannot be read ({error}); fetch it again") from error
         return cls(backend, files)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._backend, self._files)  # templates are compiled anew
+        return Tokenizer, (self._backend, self._files)  # templates are compiled again
 
     @cached_property
     def vocab_size(self) -> int:
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def most_bytes_per_token(self) -> int | None:
-        """The most UTF-8 bytes of a text that one token stands for; None if no such number is known."""
+        """The most UTF-8 bytes of a text that one token covers; None if unknown."""
         return most_bytes_per_token(self._backend, byte_level=self._byte_level)
 
     def fewest_tokens(self, text: str) -> int:
@@ -123,12 +123,12 @@ class Tokenizer:
         return "default" in self._templates
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``; with ``add_special_tokens``, whatever the tokenizer adds (often bos).
+        """Ids of ``text``; with ``add_special_tokens``, those that the tokenizer adds (often bos).
 
-        That is what ``tokenizer.json`` adds, but for bos and eos where ``tokenizer_config.json`` says whether they are
-        added (:mod:`narrows.text.folder`).
+        ``tokenizer.json`` defines them, except bos and eos where ``tokenizer_config.json`` does
+        (:mod:`narrows.text.folder`).
 
-        Special tokens written out in ``text`` become their ids. Other threads run meanwhile, however long the text is.
+        Special tokens written out in ``text`` become their ids. Other threads run meanwhile, also during a long text.
         Raises `ConfigError` for text that is not Unicode
         (half of a surrogate pair, as JSON can carry).
         """
@@ -164,7 +164,7 @@ class Tokenizer:
         return (skip_special_tokens and token in self._silent) or self._backend.id_to_token(token) is None
 
     def is_byte(self, token: int) -> bool:
-        """Whether ``token`` stands for one raw byte (``<0xE4>``), whose text hangs on the bytes around it."""
+        """Whether ``token`` is one raw byte (``<0xE4>``), whose text depends on the bytes around it."""
         if not self._bytes_fall_back:
             return False
         name = self._backend.id_to_token(token) or ""
@@ -180,7 +180,7 @@ class Tokenizer:
         return self._special
 
     def bytes_of(self, token: int) -> bytes:
-        """What ``token`` alone stands for; may be part of a character. Empty for an id that the tokenizer lacks."""
+        """The bytes of ``token`` alone; may be part of a character. Empty for an id that the tokenizer lacks."""
         known = self._bytes.get(token)
         if known is None and (name := self._backend.id_to_token(token)) is not None:
             text = self.decode([token], skip_special_tokens=False)
@@ -190,16 +190,16 @@ class Tokenizer:
         return known or b""
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token of the vocabulary by its name, added tokens included; None if there is none."""
+        """The id of a token of the vocabulary by its name, added tokens included; None if it does not exist."""
         return self._backend.token_to_id(token)
 
     def to_json(self) -> str:
-        """The whole tokenizer as one ``tokenizer.json``, with what the other files add."""
+        """The whole tokenizer as one ``tokenizer.json``, with the additions of the other files."""
         return self._backend.to_str()
 
     @property
     def chat_template_source(self) -> str:
-        """All the checkpoint's templates, as text: what they write tells which formats the model was taught."""
+        """All the checkpoint's templates as text, which reveals the formats that the model was trained on."""
         return "\n".join(self._files.templates.values())
 
     def apply_chat_template(
@@ -266,7 +266,7 @@ class Tokenizer:
 
 
 def _add_missing_tokens(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
-    """Add what the config files know and ``tokenizer.json`` does not; as transformers, the config's flags win."""
+    """Add the tokens that only the config files have; as in transformers, the config's flags win."""
     known = backend.get_added_tokens_decoder()
     changed = [token for i, token in sorted(files.added.items()) if repr(known.get(i)) != repr(token)]
     contents = {token.content for token in known.values()} | {token.content for token in changed}
@@ -312,7 +312,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     for kind in (str, int, float):
-        if isinstance(value, kind):  # a subclass, such as an enum: keep the value, drop what it can do
+        if isinstance(value, kind):  # a subclass, such as an enum: keep the value, drop its methods
             return getattr(kind, "__str__" if kind is str else f"__{kind.__name__}__")(value)
     return f"<{type(value).__name__}>"
 

@@ -1,6 +1,6 @@
-"""Holds a checkpoint's tensors against its config before anything is loaded: what is missing, unused, tied or padded.
+"""Compares a checkpoint's tensors with its config before loading: missing, unused, tied or padded ones.
 
-Reads names and shapes, and values only where it must: of an embedding and a head that may be one tensor.
+Reads names and shapes, and values only where needed: of an embedding and a head that may be one tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS = 4096
 
 
 def fit_checkpoint(source: SafetensorsFolder, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The config with ``tie_word_embeddings`` as the checkpoint has it, and what is worth saying.
+    """The config with ``tie_word_embeddings`` as the checkpoint has it, and notes.
 
     As in transformers: of a tied pair either tensor will do, and two that differ are not tied.
 
@@ -57,7 +57,7 @@ def fit_checkpoint(source: SafetensorsFolder, config: ModelConfig) -> tuple[Mode
 
 
 def _missing(source: SafetensorsFolder, missing: list[tuple[Weight, int | None]], unused: list[str]) -> str:
-    """The first tensor that is missing, how many more are, and what is there that may be these."""
+    """The first missing tensor, the number of others, and tensors that may be these under other names."""
     first = source.missing(*missing[0])
     block = source.names.local(missing[0][0].name).rsplit(".", 2)[0]
     near = [name for name in unused if name.startswith(block)] or unused
@@ -108,7 +108,7 @@ def _named(source: SafetensorsFolder) -> tuple[str, ...]:
 
 
 def _is_known(source: SafetensorsFolder, config: ModelConfig, name: str, used: set[str]) -> bool:
-    """Scales of what is used, tables that are computed, one of a tied pair, and layers that predict more tokens."""
+    """Scales of used tensors, computed tables, one of a tied pair, and multi-token-prediction layers."""
     if name.removesuffix("_scale_inv") in used or name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
         return True
     layer = _LAYER.match(name.removeprefix(source.names.body))

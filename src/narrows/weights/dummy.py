@@ -1,4 +1,4 @@
-"""Seeded random weights (``--load-format dummy``): the same tensor whichever rank asks, so sharded equals whole.
+"""Seeded random weights (``--load-format dummy``): the same tensor on every rank, so sharded equals whole.
 
 Norm weights are near 1, others normal with a standard deviation that keeps activations of order one through many
 layers.

@@ -1,4 +1,4 @@
-"""GGUF files as they are: memory mapped, and dequantised where a rank asks, under Hugging Face's names.
+"""Reads GGUF files: memory mapped, and dequantised per rank and slice, under Hugging Face's names.
 
 No folder is written, and no other rank's values are decoded.
 """
@@ -25,11 +25,11 @@ class GgufWeights:
     """The tensors of a GGUF file under Hugging Face's names. Safe to share between threads: the file is only read.
 
     Args:
-        dtype: that of what is handed out; values are computed in float32 and rounded once.
+        dtype: of the returned tensors; values are computed in float32 and rounded once.
 
     Raises:
         CheckpointError: the file is cut off or contradicts itself.
-        ConfigError: an architecture or an encoding that is not supported; the message names what is.
+        ConfigError: an architecture or an encoding that is not supported; the message lists the supported ones.
     """
 
     def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32) -> None:

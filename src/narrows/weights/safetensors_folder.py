@@ -1,4 +1,4 @@
-"""Hugging Face safetensors folders: memory mapped, one file or several with an index; only what is asked for is read.
+"""Hugging Face safetensors folders: memory mapped, one file or several with an index; only requested slices are read.
 
 Plain values, or FP8 with scales by block, which are multiplied in. `tensor_files.py` says which file, `tensor_names.py`
 under which name. Errors say which file or tensor is wrong, with the numbers.
@@ -29,7 +29,7 @@ _PLAIN = ("F64", "F32", "F16", "BF16")
 _FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"  # behind the name of the tensor that it scales
 _MAPPED = 128 << 20
-"""Bytes read through one mapping of a file: then it is mapped anew, so that what was read need not stay in memory."""
+"""Bytes read through one mapping of a file: then it is mapped again, so that the bytes read need not stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class SafetensorsFolder:
     """The tensors of a checkpoint folder. Safe to share between threads: files are only read.
 
     Args:
-        quantization: what ``config.json`` says of how weights are stored.
+        quantization: how weights are stored, from ``config.json``.
         dtype: of weights that are dequantised; others keep the checkpoint's.
 
     Raises:
         CheckpointError: files are missing or broken.
-        ConfigError: another quantisation than those that are read.
+        ConfigError: an unsupported quantisation.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SafetensorsFolder:
         self._files, self._where, self._absent = found.files, found.where, found.absent
         self.names = TensorNames(self._where.keys(), str(folder))
         self.notes = found.notes
-        """What of the folder is worth saying."""
+        """Notes about the folder."""
         self._num_read = dict.fromkeys(self._files, 0)
 
     def __iter__(self) -> Iterator[str]:
@@ -96,7 +96,7 @@ class SafetensorsFolder:
         return values.contiguous() if dtype != _FP8 else self._dequantized(values, weight, stored, rows, columns)
 
     def missing(self, weight: Weight, expert: int | None = None) -> str:
-        """What to say of a weight that is not there."""
+        """The error of a missing weight."""
         asked = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
         name = self.names.local(asked)
         if name in self._absent:
@@ -123,7 +123,7 @@ class SafetensorsFolder:
         )
 
     def _note(self, path: Path, nbytes: int) -> None:
-        """Counts what was read of a file. Threads may count too little: then the next one maps it anew."""
+        """Counts the bytes read of a file. Threads may count too little: then the next one maps it again."""
         self._num_read[path] += nbytes
         if self._num_read[path] > _MAPPED:
             self._num_read[path] = 0

@@ -19,7 +19,7 @@ class WeightSource(Protocol):
 
         In the checkpoint's dtype, or, where the checkpoint's values are quantised, in the source's. ``expert`` fills in
         the name of a tensor of which there is one per expert. The tensor may be a view of a mapped file that others
-        see too: it is not to be written to.
+        share: do not write to it.
 
         Raises:
             CheckpointError: the tensor is missing, or has another shape than the model's config implies.

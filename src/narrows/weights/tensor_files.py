@@ -1,6 +1,6 @@
 """Which file of a Hugging Face folder a tensor is read from.
 
-transformers' rule: ``model.safetensors`` if it is there, else the shards of the index. The index decides which shard,
+transformers' rule: ``model.safetensors`` if it exists, else the shards of the index. The index decides which shard,
 so a stale copy in another is never read.
 """
 
@@ -40,7 +40,7 @@ def tensor_files(folder: Path) -> TensorFiles:
     """Opens the folder's safetensors files.
 
     Raises:
-        CheckpointError: there is none, one is missing, broken or outside the folder, or the index is none.
+        CheckpointError: there is none, one is missing, broken or outside the folder, or the index is invalid.
     """
     single, index = file_in(folder, _SINGLE), file_in(folder, _INDEX)
     if single is not None:
@@ -103,7 +103,7 @@ def _unlisted(held: Mapping[Path, frozenset[str]], listed: Mapping[str, Path]) -
 
 
 def _nothing(folder: Path) -> str:
-    """What is wrong with a folder that has neither file, by what it has."""
+    """The error of a folder that has neither file, by its files."""
 
     def there(*patterns: str) -> Sequence[str]:
         return sorted(path.name for pattern in patterns for path in folder.glob(pattern))

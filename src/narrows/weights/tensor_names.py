@@ -1,6 +1,6 @@
-"""Under which name, and in which part of it, a checkpoint stores a tensor that a model asks for.
+"""Under which name, and in which part of it, a checkpoint stores a tensor of the model.
 
-Models ask by the names of a causal language model (``model.layers.0...``, ``lm_head.weight``), an expert at a time.
+Models use the names of a causal language model (``model.layers.0...``, ``lm_head.weight``), an expert at a time.
 Checkpoints also come
 
     without model.      saved from transformers' AutoModel; or with another prefix, if one alone can be meant

@@ -77,7 +77,7 @@ def _why(job: ChatJob) -> tuple[str, str | None]:
 
 
 _SIGNATURE = "unsigned"
-"""The API signs thoughts, to know its own when they come back; clients drop those that have no signature at all."""
+"""The API signs reasoning to recognise it when it is sent back; clients drop reasoning without a signature."""
 
 
 class MessageWriter:
@@ -97,7 +97,7 @@ class MessageWriter:
         return [{"type": "message_start", "message": {**self._head, **empty}}, {"type": "ping"}]
 
     def take(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What is new, as events; this API has no log-probabilities."""
+        """The new parts as events; this API has no log-probabilities."""
         out: list[dict[str, Any]] = []
         for event in events:
             kind = _kind(event)
@@ -122,7 +122,7 @@ class MessageWriter:
         return [*out, {"type": "message_delta", "delta": why, "usage": _usage(usage)}, {"type": "message_stop"}]
 
     def fail(self, error: ApiError) -> dict[str, Any]:
-        """The event that ends a stream which cannot go on."""
+        """The event that ends a failed stream."""
         return error_body(error, PATH)
 
     def _begin(self, kind: str, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The body of ``/v1/messages``, and the chat request that it stands for."""
+"""The body of ``/v1/messages``, and its translation to a chat request."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ MAX_BLOCKS = 1_000
 
 
 def _client_tool(kind: Any) -> Any:
-    """A tool's ``type`` as it is, if it is one that its name, description and schema say all about.
+    """A tool's ``type`` unchanged, if its name, description and schema define it.
 
     Raises:
-        PydanticCustomError: it is one of those that Anthropic runs, or has taught its models.
+        PydanticCustomError: it is a tool that Anthropic runs, or has trained its models for.
     """
     if not isinstance(kind, str) or kind == "custom":
         return kind
@@ -173,7 +173,7 @@ class CountRequest(GenerationFields):
 
 
 class MessagesRequest(CountRequest):
-    """A conversation to go on with; at most ``max_tokens``, or as far as the context reaches."""
+    """A conversation to continue by at most ``max_tokens``, or to the end of the context."""
 
     max_tokens: int = Field(ge=1, lt=2**31)
 
@@ -183,7 +183,7 @@ CHAT_NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
     "response_format": "output_config.format",
 }
-"""Fields of chats, and what they are called here."""
+"""Fields of chats, and their names here."""
 
 _ELSEWHERE = {
     "n": "an answer of this API is one message; leave it out",
@@ -199,10 +199,10 @@ _UNSUPPORTED = {
 
 
 def chat_of(body: CountRequest) -> ChatRequest:
-    """The conversation to go on with.
+    """The conversation to continue.
 
     Raises:
-        ApiError: 400, naming a field that this server cannot follow.
+        ApiError: 400, naming an unsupported field.
     """
     _check(body)
     shared = {name: getattr(body, name) for name in GenerationFields.model_fields if name in body.model_fields_set}

@@ -63,12 +63,12 @@ class Body(Generic[BodyT]):
     async def read(
         self, call: Callable[Concatenate[RequestReader, BodyT, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What ``call`` makes of it, on a thread or in a process.
+        """The result of ``call`` for it, on a thread or in a process.
 
-        ``call`` is a function of a module; what it is given and returns can be pickled, and is small.
+        ``call`` is a function of a module; its arguments and result can be pickled, and are small.
 
         Raises:
-            ApiError: 400, naming the first field that is wrong; or what ``call`` raises.
+            ApiError: 400, naming the first wrong field; or an error of ``call``.
             ClientGoneError: the client went away meanwhile.
         """
         return await self.begin(_as_it_is, call, *args, **kwargs)
@@ -80,7 +80,7 @@ class Body(Generic[BodyT]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> U:
-        """What ``then`` makes of that, with the server's state and on a thread of the server."""
+        """The result of ``then`` for that, with the server's state and on a thread of the server."""
         reader = partial(self._made, self.data, then, call, args, kwargs)
         try:
             return await self._bodies.pools.prepare(self._request, reader)
@@ -125,10 +125,10 @@ class BodyReader:
         self._held_bytes = 0
 
     async def take(self, request: Request, model: type[BodyT], *, optional: bool = False) -> Body[BodyT] | None:
-        """The request's body, which counts as held until it was read or dropped; None: there is none, if ``optional``.
+        """The request's body, which counts as held until it was read or dropped; None: absent, if ``optional``.
 
         Raises:
-            ApiError: 400, there is none; 415; 503, too many large bodies at once.
+            ApiError: 400, it is absent; 415; 503, too many large bodies at once.
             ClientGoneError: the client went away meanwhile.
         """
         body = Body(self, request, model)
@@ -137,7 +137,7 @@ class BodyReader:
             if not body.data and optional:
                 return None
             if "json" not in (sent := request.headers.get("content-type", "")):
-                # Read as JSON whatever it says, it could be sent by any web page that the user has open.
+                # If any type were read as JSON, any web page that the user has open could send it.
                 message = (
                     f"the body comes as {sent[:100] or 'nothing'!r}; send the header Content-Type: application/json"
                 )
@@ -219,7 +219,7 @@ class BoundedRoute(APIRoute):
 
 
 def _documented(endpoint: Callable[..., Any], body: inspect.Parameter, model: type[BaseModel]) -> Callable[..., Any]:
-    """What FastAPI looks at in place of the endpoint; it is never called."""
+    """The signature that FastAPI inspects in place of the endpoint's; it is never called."""
 
     async def described() -> None:
         raise AssertionError

@@ -1,4 +1,4 @@
-"""The child process that reads large bodies: how the server starts, calls and replaces it, and what it runs.
+"""The child process that reads large bodies: how the server starts, calls and replaces it, and its own code.
 
 It has no torch, no event loop and no backend. Time and memory per body are bounded. A process whose memory has grown is
 replaced, which returns the memory at once. Both ends are this program, so they exchange pickles.
@@ -52,10 +52,10 @@ class BodyProcess:
         self._running()
 
     def ask(self, data: bytes, model: type[BaseModel], limits: JsonLimits, call: Callable[..., Any]) -> Any:
-        """What ``call`` makes of a body there: ``call(reader, body)``.
+        """The result of ``call(reader, body)`` there.
 
         Raises:
-            ApiError: what is wrong with the body; 400, it takes too much time or memory; 503, it could not be read.
+            ApiError: the body's error; 400, it takes too much time or memory; 503, it could not be read.
         """
         process = self._running()
         watch = threading.Timer(self._limits.wall_s, self._late, (process,))
@@ -144,14 +144,14 @@ PROGRAM = (
     "import json, sys; path = sys.stdin.buffer.readline() or sys.exit(1); sys.path[:] = json.loads(path); "
     "from narrows.server.http.body_process import run; run()"
 )
-"""What ``python -c`` runs; its first message comes through stdin."""
+"""The program of ``python -c``; its first message comes through stdin."""
 
 _MB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BodyProcessLimits:
-    """``cpu_s`` and ``wall_s``: for one body. ``memory_bytes``: beside what the process has when it begins.
+    """``cpu_s`` and ``wall_s``: for one body. ``memory_bytes``: beside the memory of the process at its start.
 
     ``grown_bytes``: a process that keeps more after a body is replaced.
     """
@@ -186,7 +186,7 @@ def run() -> None:
     while (head := source.read(16)) and len(head) == 16:
         sizes = [int.from_bytes(head[at : at + 8], "little") for at in (0, 8)]
         asked, data = (source.read(size) for size in sizes)
-        # Passing this ends the process, whatever code it is in: the signal has no handler.
+        # Passing this ends the process, in any code: the signal has no handler.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         kind, value = _made(reader, asked, data)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -126,10 +126,10 @@ class SlotHolder(Protocol):
 
 
 class ConnectionSlots:
-    """``num`` places, and ``num_reserved`` more for connections that may ask for /health and /metrics only.
+    """``num`` places, and ``num_reserved`` more for connections for /health and /metrics only.
 
-    A connection that comes when all places are taken takes that of the oldest one without a request under way. If
-    there is none, it gets a reserved place. The log says once that places have run out, and again only after some were
+    A connection that comes when all places are taken takes that of the oldest one without a request under way. Without
+    one, it gets a reserved place. The log says once that places have run out, and again only after some were
     free for a minute of ``clock``.
     """
 
@@ -144,7 +144,7 @@ class ConnectionSlots:
         return len(self._kept.members) + len(self._reserved.members)
 
     def take(self, holder: SlotHolder) -> bool:
-        """Give a new connection a place, at which it waits; False: there is none, it must go."""
+        """Give a new connection a place, at which it waits; False: all are taken, it must be closed."""
         self._notice()
         for room in (self._kept, self._reserved):
             if room.makes_room():
@@ -200,7 +200,7 @@ class _Room:
         return len(self.members) < self.num
 
     def makes_room(self) -> bool:
-        """Whether there is a free place now; the oldest member that waits may have left for it."""
+        """Whether a place is free now; the oldest waiting member may have been closed for it."""
         if not self.has_free and self.waiting:
             oldest = next(iter(self.waiting))
             self.remove(oldest)
@@ -247,7 +247,7 @@ class SlowReaderTimer:
 
 
 def unread_bytes(transport: asyncio.Transport) -> int:
-    """Bytes that the other end has not taken in: those held here, and those that the system still has, if it tells."""
+    """Bytes that the other end has not read: those held here, and those that the system reports in its buffers."""
     held = transport.get_write_buffer_size()
     sock = transport.get_extra_info("socket")
     if sock is not None:

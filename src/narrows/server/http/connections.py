@@ -25,7 +25,7 @@ __all__ = ["Connection"]
 _LINGER_S = 2.0
 """How long a refused client that still sends may take to read the answer."""
 _FEW_CHUNKS = 1024
-"""Chunks that a body may come in, however small they are."""
+"""Most chunks of a body, however small they are."""
 _PROBES = tuple(f"GET {path}".encode() for path in PROBES)
 
 
@@ -61,7 +61,7 @@ class Connection(HttpToolsProtocol):
         self._head_fields = 0
         self._undigested = 0  # bytes that no part of a request has come of yet
         self._ahead = 0  # bytes that came while a request waited behind another
-        self._arrived: list[bytes] = []  # what waits for its turn to be parsed
+        self._arrived: list[bytes] = []  # bytes that wait for their turn to be parsed
         self._has_turn = False
         self._num_chunks = self._body_bytes = 0
 
@@ -82,16 +82,16 @@ class Connection(HttpToolsProtocol):
         self._arrived.clear()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
-            _mark_disconnected(self._running)  # uvicorn tells the last request only
+            _mark_disconnected(self._running)  # uvicorn notifies the last request only
 
     def make_room(self) -> None:
         """Close at once: the place is another's."""
         self.transport.abort()
 
-    # What the client sends
+    # Input from the client
 
     def data_received(self, data: bytes) -> None:
-        """Parse a body's bytes at once, which is short work; what may be requests, in its turn."""
+        """Parse a body's bytes at once, which is short work; possible requests in their turn."""
         if self._discards:
             return
         if self._in_body and not self._arrived:
@@ -114,7 +114,7 @@ class Connection(HttpToolsProtocol):
                 self._has_turn = False
 
     def _parse(self, data: bytes) -> None:
-        """Parse, and see what is not done yet: a head has a deadline, and nothing grows without end."""
+        """Parse, and check unfinished parts: a head has a deadline, and nothing grows without bound."""
         if self._discards:
             return
         self._undigested += len(data)
@@ -164,7 +164,7 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()  # uvicorn would not notice that the client leaves
 
     def on_body(self, body: bytes) -> None:
-        """A part of a body has come: a chunk, or what came of it together."""
+        """A chunk of a body has arrived, or a part of one."""
         self._undigested = 0
         self._num_chunks += 1
         self._body_bytes += len(body)
@@ -184,7 +184,7 @@ class Connection(HttpToolsProtocol):
         if not self._discards:
             self._refuse(self._refusal or ApiError(400, "this is not HTTP/1.1", code="bad_request"))
 
-    # What the server answers
+    # Output of the server
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
@@ -288,7 +288,7 @@ class Connection(HttpToolsProtocol):
             self._reader.start_if_closing()
 
     def _refuse(self, error: ApiError) -> None:
-        """Take no more from the client, for a fault in what has come last."""
+        """Read no more from the client, because of an error in its last bytes."""
         last = self.cycle
         if not self._works:
             if self._in_body:
@@ -311,7 +311,7 @@ class Connection(HttpToolsProtocol):
         self._part()
 
     def _part(self) -> None:
-        """Close once the client, which may still send, has read what is written; or soon."""
+        """Close once the client, which may still send, has read the written bytes; or soon."""
         self._discards = True
         self.flow.resume_reading()
         self._places.waits(self)

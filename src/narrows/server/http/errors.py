@@ -31,7 +31,7 @@ __all__ = [
 T = TypeVar("T")
 
 _MESSAGES_PATH = "/v1/messages"
-"""Where Anthropic's API lives: it and what is below it answer in that API's shapes."""
+"""The path of Anthropic's API: it and paths below it answer in that API's shapes."""
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
 _KINDS_OF_MESSAGES = _KINDS | {
@@ -96,7 +96,7 @@ class ClientGoneError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Status 400: the request cannot be served as it is."""
+    """Status 400: the request is wrong or unsupported."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -166,10 +166,10 @@ _Path = tuple[str | int, ...]
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """Status 400, naming the first field that is wrong.
+    """Status 400, naming the first wrong field.
 
-    A field that may be of several types has an error for each of them. The one that tells what was meant is that of the
-    type which fitted furthest into the value: of a list of 33 stops, that they are too many, not that it is no text.
+    A field that may be of several types has an error for each of them. The error shown is that of the type that
+    fitted furthest into the value: for a list of 33 stops, that they are too many, not that it is no text.
     """
     places = [_path(error, body) for error in errors]
     first = places[0]
@@ -272,7 +272,7 @@ _ABSENT = (
 
 
 def why_missing(path: str) -> str:
-    """Why there is nothing at ``path``, and what to do instead; empty for other paths.
+    """Why this server has no ``path``, and the alternative; empty for other paths.
 
     >>> why_missing("/v1/embeddings").partition(";")[0]
     'this server generates text and makes no embeddings'

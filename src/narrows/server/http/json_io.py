@@ -1,8 +1,8 @@
 """JSON in and out: clients' text is measured before it is parsed, and answers are written compactly.
 
 ``json.loads`` builds every value before anything can be refused, holds the interpreter's lock meanwhile, and recurses
-into nested values. So brackets, keys and values are counted in the bytes first, and the parser gets only what it can
-read in a fraction of a second.
+into nested values. So brackets, keys and values are counted in the bytes first, and the parser gets only text that it
+can read in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse_json(data: bytes, limits: JsonLimits, what: str = "the body") -> Any:
     """The value of JSON text in UTF-8, UTF-16 or UTF-32.
 
     Raises:
-        ApiError: 400, it is not JSON, or holds or nests more than ``limits`` say; the message names ``what``.
+        ApiError: 400, it is not JSON, or exceeds ``limits``; the message names ``what``.
     """
     try:
         return read_json(data.decode(json.detect_encoding(data), "surrogatepass"), limits, what)
@@ -65,7 +65,7 @@ def read_json(text: str, limits: JsonLimits, what: str) -> Any:
     """The value of JSON text that a client wrote.
 
     Raises:
-        ApiError: 400, it holds or nests more than ``limits`` say; the message names ``what``.
+        ApiError: 400, it exceeds ``limits``; the message names ``what``.
         ValueError: it is not JSON.
     """
     check_json(text.encode("utf-8", "surrogatepass"), limits, what)
@@ -73,10 +73,10 @@ def read_json(text: str, limits: JsonLimits, what: str) -> Any:
 
 
 def check_json(data: bytes, limits: JsonLimits, what: str) -> None:
-    """Count what JSON text in UTF-8 holds, without reading it.
+    """Count the values of JSON text in UTF-8, without parsing it.
 
     Raises:
-        ApiError: 400, it holds or nests more than ``limits`` say.
+        ApiError: 400, it exceeds ``limits``.
     """
     containers = keys = values = depth = 0
     for piece in _outside_strings(data):
@@ -98,12 +98,12 @@ def check_json(data: bytes, limits: JsonLimits, what: str) -> None:
 
 
 def _outside_strings(data: bytes) -> Iterator[bytes]:
-    """What of JSON text in UTF-8 is outside of its strings, in pieces."""
+    """The parts of JSON text in UTF-8 outside of its strings."""
     inside, carried = 0, b""
     for start in range(0, len(data), _PIECE):
         piece = carried + data[start : start + _PIECE]
         carried = b""
-        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # a backslash belongs to what follows it
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # a backslash belongs to the next character
             piece, carried = piece[:-1], b"\\"
         parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         yield b"".join(parts[inside::2])

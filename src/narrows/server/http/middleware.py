@@ -36,10 +36,10 @@ __all__ = [
 ]
 
 OPEN_PATHS = frozenset({"/health"})
-"""What answers without a key: load balancers have none."""
+"""Routes that need no key: load balancers have none."""
 
 PROBES = OPEN_PATHS | {"/metrics"}
-"""What answers when all other places for connections are taken."""
+"""Routes that answer when all other places for connections are taken."""
 
 RESERVED = "narrows.reserved"
 """In a scope's state: the connection has a reserved place, so it may ask for :data:`PROBES` only."""
@@ -66,17 +66,17 @@ _KEY = "narrows.api_key"
 
 
 def key_of(scope: Scope) -> int | None:
-    """Which of the server's API keys a request came with, counted from 0; None: the server asks for none."""
+    """Which of the server's API keys a request came with, counted from 0; None: the server has no keys."""
     key = scope.get(_KEY)
     assert key is None or isinstance(key, int)
     return key
 
 
 class ApiKeys:
-    """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; all of them if there are none.
+    """Lets requests in that carry ``Authorization: Bearer KEY`` with one of ``keys``; without keys, all of them.
 
-    On Anthropic's routes ``x-api-key: KEY`` does as well: what clients of that API send. Which of them it was,
-    :func:`key_of` says.
+    On Anthropic's routes ``x-api-key: KEY`` works too, as clients of that API send it. :func:`key_of` says which key it
+    was.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -88,7 +88,7 @@ class ApiKeys:
         if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
         given = self._given(scope)
-        # Every key is compared, whatever the ones before gave: the time taken says nothing about which was close.
+        # Every key is compared, also after a match: so the time taken reveals nothing.
         fits = [hmac.compare_digest(key, given.encode()) for key in self._keys]
         if given and any(fits):
             scope[_KEY] = fits.index(True)
@@ -151,7 +151,7 @@ class BodyLimit:
         self._bytes_per_s = bytes_per_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, with a body that is counted as it comes."""
+        """Pass the request on, with a body that is counted as it arrives."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "")
@@ -205,8 +205,8 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 class Addresses:
     """Refuses requests (403) whose Host is neither this machine nor in ``hosts``, and those of foreign web pages.
 
-    A page is foreign unless its host passes as a Host would, or its origin is in ``origins``; ``*`` there stands for
-    all. ``hosts`` None: nothing is refused.
+    A page is foreign unless its host passes as a Host would, or its origin is in ``origins``; ``*`` there means all.
+    ``hosts`` None: nothing is refused.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None, origins: Collection[str]) -> None:
@@ -278,7 +278,7 @@ def is_loopback(host: str) -> bool:
 def hosts_to_check(address: str, name: str, allowed: Iterable[str] | None, *, has_key: bool) -> frozenset[str] | None:
     """The hosts that requests may name beside this machine's own names; None: any.
 
-    ``address`` is what the server is bound to, ``name`` how its user spelled it. Only loopback without a key is
+    ``address`` is what the server is bound to, ``name`` its spelling by the user. Only loopback without a key is
     checked, or where hosts are given in ``allowed``; ``*`` among them ends the check.
 
     Raises:

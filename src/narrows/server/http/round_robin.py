@@ -16,7 +16,7 @@ __all__ = ["RoundRobin", "WorkKind"]
 
 
 class WorkKind(IntEnum):
-    """What a piece of work is for; of two kinds that wait, each gets every second round."""
+    """The purpose of a piece of work; of two waiting kinds, each gets every second round."""
 
     PROBE = 0
     """A question to /health or /metrics."""
@@ -30,7 +30,7 @@ _Work = Callable[[], None] | asyncio.Future[None]
 
 
 class RoundRobin:
-    """Of the work that asks, one piece is done in each round. A piece should take a millisecond at most."""
+    """Runs one piece of the waiting work in each round. A piece should take a millisecond at most."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None

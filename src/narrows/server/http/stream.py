@@ -31,12 +31,12 @@ class StreamFormat(Protocol):
         ...
 
     def failure(self, error: ApiError) -> bytes:
-        """What ends a stream that fails."""
+        """The end of a failed stream."""
         ...
 
     @property
     def end(self) -> bytes:
-        """What ends a stream that is complete."""
+        """The end of a complete stream."""
         ...
 
 
@@ -78,12 +78,12 @@ class NamedEvents:
 async def until_disconnect(
     request: Request, work: Coroutine[Any, Any, T], *, timeout_s: float, close: Callable[[], None], turns: RoundRobin
 ) -> T:
-    """What ``work`` makes; it is cancelled when the client disconnects or the time is over.
+    """The result of ``work``, which is cancelled when the client disconnects or the time is over.
 
     ``close`` is called in any case, at the end.
 
     Raises:
-        ApiError: 504, the time is over; or what ``work`` raises.
+        ApiError: 504, the time is over; or an error of ``work``.
         ClientGoneError: the client went away.
     """
     task = asyncio.ensure_future(work)

@@ -43,7 +43,7 @@ def _kind(prompt: Any) -> str | None:
 
 
 class CompletionRequest(GenerationFields):
-    """A text to go on with, or several; as text or as token ids."""
+    """A prompt to continue, or several; as text or as token ids."""
 
     prompt: Annotated[
         Annotated[Text, Tag("text")]
@@ -199,10 +199,10 @@ class _Choice:
             before = echoed
         elif asked.echoes and tokenizer is not None:
             before = tokenizer.decode(prompt, skip_special_tokens=skips)
-        self._pieces = [before]  # what is new of the text
+        self._pieces = [before]  # the new part of the text
         self._num_scored = 0  # of the prompt's tokens
         if asked.echoes and self._columns is not None:
-            self._add_prompt((None,))  # nothing comes before the first
+            self._add_prompt((None,))  # the first token has none before it
         self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=asked.end_ids)
 
     def take(self, update: Update) -> bool:
@@ -244,7 +244,7 @@ class _Choice:
             columns.add(token, offset, score and score.logprob, score.best if score else ())
 
     def entry(self) -> dict[str, Any]:
-        """What is new, as an entry of ``choices``."""
+        """The new part as an entry of ``choices``."""
         text, self._pieces = "".join(self._pieces), []
         logprobs = self._columns.take() if self._columns is not None else None
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}

@@ -39,7 +39,7 @@ def _read(reader: RequestReader, body: ResponsesRequest) -> ParsedChat:
 
 
 def _head(body: ResponsesRequest, sampling: SamplingParams, name: str) -> dict[str, Any]:
-    """All of a response that is known before the model speaks: the request, with what was left out filled in."""
+    """The part of a response that is known before generation: the request, with defaults filled in."""
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text is not None else {}
     choice = body.tool_choice if body.tool_choice is not None else "auto"
     return {
@@ -94,7 +94,7 @@ class ResponseWriter:
         return [self._event(f"response.{name}", response=self.answer) for name in ("created", "in_progress")]
 
     def take(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-        """What is new, as events."""
+        """The new parts as events."""
         out: list[dict[str, Any]] = []
         self._logprobs += logprobs
         for event in events:
@@ -125,7 +125,7 @@ class ResponseWriter:
         return [*out, self._event(f"response.{status}", response=self.answer)]
 
     def fail(self, error: ApiError) -> dict[str, Any]:
-        """The event that ends a stream which cannot go on, with the items that were done."""
+        """The event that ends a failed stream, with the finished items."""
         code = _ERROR_CODES.get(error.status, "server_error")
         failed = {"status": "failed", "output": self._items, "error": {"code": code, "message": error.message}}
         self.answer |= failed

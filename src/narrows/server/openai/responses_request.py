@@ -1,4 +1,4 @@
-"""The body of ``/v1/responses``, and the chat request that it stands for."""
+"""The body of ``/v1/responses``, and its translation to a chat request."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ TextOrParts = Annotated[str | list[InputPart], OneOf({"a text": Text, "a list": 
 
 
 class InputItem(StrictModel):
-    """A message, a call of a function, what the function returned, or what the model thought before."""
+    """A message, a call of a function, its result, or earlier reasoning."""
 
     type: Word | None = Field(default=None, description="left out: message")
     role: Literal["user", "assistant", "system", "developer"] | None = None
@@ -105,7 +105,7 @@ class ResponsesToolChoice(StrictModel):
 
 
 class TextFormat(StrictModel):
-    """What the text has to look like."""
+    """The required format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Word | None = None
@@ -122,7 +122,7 @@ class TextConfig(StrictModel):
 
 
 class ReasoningConfig(StrictModel):
-    """``effort`` is a variable of the chat template. Thoughts come whole, so there is nothing to say of summaries."""
+    """``effort`` is a variable of the chat template. Reasoning is returned whole, so summaries have no effect."""
 
     effort: Word | None = None
     summary: Word | None = None
@@ -142,7 +142,7 @@ Include = Literal[
 
 
 class ResponsesRequest(GenerationFields):
-    """A text or a list of items to answer. Nothing is stored: every request has to bring the whole conversation."""
+    """A text or a list of items to answer. Nothing is stored: every request must contain the whole conversation."""
 
     input: Annotated[
         str | list[InputItem],
@@ -181,7 +181,7 @@ CHAT_NAMES = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
 }
-"""Fields of chats, and what they are called here."""
+"""Fields of chats, and their names here."""
 
 _ELSEWHERE = {
     "n": "an answer of this API is one text; leave it out",
@@ -203,10 +203,10 @@ _TEXT_PARTS = frozenset({"input_text", "output_text", "text", "summary_text", "r
 
 
 def chat_of(body: ResponsesRequest) -> ChatRequest:
-    """The conversation to go on with.
+    """The conversation to continue.
 
     Raises:
-        ApiError: 400, naming a field that this server cannot follow.
+        ApiError: 400, naming an unsupported field.
     """
     _check(body)
     variables = dict(body.chat_template_kwargs or {})

@@ -39,7 +39,7 @@ class DeepseekParser:
         self._enter("content")
 
     def _enter(self, state: str) -> None:
-        """Go on to read ``state``, which ends at one of its marks."""
+        """Continue in ``state``, which ends at one of its marks."""
         self._state = state
         self._marks = StopStrings(
             {
@@ -70,7 +70,7 @@ class DeepseekParser:
         return events
 
     def finish(self) -> list[Event]:
-        """What was held back, once no more text comes."""
+        """The text held back, at the end of the text."""
         events: list[Event] = []
         self._take(self._marks.finish(), events)
         if self._state == "content" and not self._num_calls:

@@ -1,4 +1,4 @@
-"""The events of an answer: content, reasoning and tool calls, whatever format the model writes them in."""
+"""The events of an answer: content, reasoning and tool calls, in any format of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text of what the model thought before."""
+    """A text of reasoning."""
 
     text: str
 
@@ -81,7 +81,7 @@ class Trimmed:
         return "".join(self._held)
 
     def push(self, text: str) -> str:
-        """What is known to belong to the text."""
+        """The part that certainly belongs to the text."""
         if not self.begun:
             text = text.lstrip()
             self.begun = bool(text)

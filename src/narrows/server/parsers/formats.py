@@ -36,7 +36,7 @@ REASONING_PARSERS = ("auto", "none", "think")
 
 
 def reasoning_parser(asked: str, template: str) -> str:
-    """``think`` or ``none``; ``auto``: whether the chat template knows the tag."""
+    """``think`` or ``none``; ``auto``: by whether the chat template has the tag."""
     if asked != "auto":
         return asked
     return "think" if CLOSE in template else "none"
@@ -57,7 +57,7 @@ class ReasoningSplit:
     def __init__(self, *, inside: bool) -> None:
         self.inside = inside
         self._begin: list[str] | None = None if inside else []
-        self._tag = ""  # of the beginning, what follows its white space
+        self._tag = ""  # the beginning, without its white space
         self._close = StopStrings((CLOSE,))
         self._thought = Trimmed()
         self._after_thought = False
@@ -147,7 +147,7 @@ TOOL_PARSERS = ("auto", "none", *FORMATS)
 
 
 def tool_format(asked: str, template: str) -> ToolFormat | None:
-    """The format by its name; ``auto``: the one that the chat template writes; None: there are no tool calls."""
+    """The format by its name; ``auto``: the one that the chat template writes; None: without tool calls."""
     if asked != "auto":
         return FORMATS.get(asked)
     if deepseek.CALLS_BEGIN in template:
@@ -211,7 +211,7 @@ class OutputParser:
         return joined(out)
 
     def _kept(self, events: list[Event]) -> list[Event]:
-        """Without the calls that are left out; those that stay are counted anew."""
+        """Without the calls that are left out; the others are renumbered."""
         out: list[Event] = []
         for event in events:
             if isinstance(event, ToolCall):

@@ -29,7 +29,7 @@ class HermesParser:
         self._call: CallObject | None = None
         self._announced = False
         self._after: str | None = None
-        """What follows a call and its white space, while it may be the closing tag; None elsewhere."""
+        """The text after a call and its white space, while it may be the closing tag; None elsewhere."""
 
     def push(self, text: str) -> list[Event]:
         """The events that are settled by ``text``."""
@@ -48,7 +48,7 @@ class HermesParser:
         return events
 
     def finish(self) -> list[Event]:
-        """What was held back, once no more text comes."""
+        """The text held back, at the end of the text."""
         if self._call is not None:
             return [] if self._announced else self._as_content(self._call.raw)
         rest = self._after if self._after is not None else self._open.finish()
@@ -79,7 +79,7 @@ class HermesParser:
         return [Content(self._content.push(OPEN + raw))]
 
     def _skip_close(self, text: str) -> str:
-        """Past the closing tag and the white space before it; a model that leaves it out goes on with content."""
+        """Past the closing tag and the white space before it; a model that omits it continues with content."""
         assert self._after is not None, "a call has ended"
         self._after = after = (self._after + text).lstrip()
         if CLOSE.startswith(after) and after != CLOSE:
@@ -119,9 +119,9 @@ class CallObject:
         self._arguments: list[str] = []
         self._has_arguments = False
         self._key: list[str] = []
-        self._field = ""  # what the key says
+        self._field = ""  # the value of the key
         self._first = ""  # character of the value
-        self._value: list[str] = []  # all of it, unless it is handed out as it comes
+        self._value: list[str] = []  # all of it, unless it is streamed
         self._depth = 0
         self._in_string = False
         self._escaped = False
@@ -132,7 +132,7 @@ class CallObject:
         return "".join(self._raw)
 
     def push(self, text: str) -> tuple[str, str]:
-        """``(arguments, rest)``: what is new of the arguments, and what comes after the object ended or failed."""
+        """``(arguments, rest)``: the new part of the arguments, and the text after the object ended or failed."""
         for place, character in enumerate(text):
             if self.state in ("done", "failed"):
                 return self._take(), text[place:]
@@ -236,7 +236,7 @@ class CallObject:
 
 
 def _text_of(literal: str) -> str | None:
-    """What a JSON string says; None for what is none."""
+    """The value of a JSON string; None if it is not one."""
     try:
         value = json.loads(literal)
     except ValueError:

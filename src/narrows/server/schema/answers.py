@@ -27,7 +27,7 @@ __all__ = [
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong: ``param`` names the field, if it was one."""
+    """The error: ``param`` names the field, if a field caused it."""
 
     message: str
     type: str
@@ -165,7 +165,7 @@ class TokensOfInput(BaseModel):
 
 
 class ResponseUsage(BaseModel):
-    """Tokens of the conversation and of what was generated."""
+    """Tokens of the conversation and of the generated text."""
 
     input_tokens: int
     input_tokens_details: TokensOfInput
@@ -175,7 +175,7 @@ class ResponseUsage(BaseModel):
 
 
 class ResponseAnswer(BaseModel):
-    """Answer of ``/v1/responses`` without ``stream``: items, and the request with what was left out filled in."""
+    """Answer of ``/v1/responses`` without ``stream``: items, and the request with defaults filled in."""
 
     id: str
     object: Literal["response"]
@@ -247,7 +247,7 @@ class MessageTokens(BaseModel):
 
 
 class MessageErrorDetail(BaseModel):
-    """What was wrong; the message names the field, if it was one."""
+    """The error; the message names the field, if a field caused it."""
 
     type: str
     message: str
@@ -274,14 +274,14 @@ class ModelList(BaseModel):
 
 
 class HealthAnswer(BaseModel):
-    """``status``: ``ok``. Anything else comes as an error with status 503."""
+    """``status``: ``ok``. Anything else is an error with status 503."""
 
     status: Literal["ok"]
     num_restarts: int
 
 
 class ServerInfo(BaseModel):
-    """What runs, in the words of the backend; and the server's own options."""
+    """The backend's description of itself, and the server's own options."""
 
     version: str
     models: list[str]
@@ -291,7 +291,7 @@ class ServerInfo(BaseModel):
 
 
 class StartProfileRequest(StrictModel):
-    """How many steps the trace may hold; ``num_steps`` is SGLang's name. Absent: what ``--trace-steps`` says."""
+    """Most steps of the trace; ``num_steps`` is SGLang's name. Absent: ``--trace-steps``."""
 
     steps: int | None = Field(default=None, ge=1, le=100_000)
     num_steps: int | None = Field(default=None, ge=1, le=100_000)

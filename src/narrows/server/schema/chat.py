@@ -39,7 +39,7 @@ MAX_PARTS = 1_000
 
 
 def _function_kind(kind: Any) -> Any:
-    """A tool's ``type`` as it is, if this server can offer such a tool to the model.
+    """A tool's ``type`` unchanged, if this server can offer such a tool to the model.
 
     Raises:
         PydanticCustomError: it is a custom tool, or one that the server would have to run.
@@ -74,7 +74,7 @@ class ContentPart(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """One message. Further fields are handed to the chat template as they are."""
+    """One message. Further fields are passed to the chat template unchanged."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -138,7 +138,7 @@ class ToolChoice(StrictModel):
 
 
 class ChatRequest(GenerationFields):
-    """A conversation to go on with."""
+    """A conversation to continue."""
 
     messages: Annotated[list[ChatMessage], AtMost(MAX_MESSAGES, "messages", least=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)

@@ -104,7 +104,7 @@ MAX_ENTRIES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
-    """A list, mapping or text of at most ``count`` of what ``noun`` says; ``least`` 1: it must not be empty.
+    """A list, mapping or text of at most ``count`` items, which ``noun`` names; ``least`` 1: it must not be empty.
 
     The count is checked before any item; a list's items are checked up to the first wrong one.
     """
@@ -164,7 +164,7 @@ def kind_of(value: Any) -> str:
 class OneOf:
     """Metadata for a field that is of one of several JSON types: the error of a wrong item is that type's own.
 
-    ``kinds`` leads from what :func:`kind_of` says to the type that is then meant.
+    ``kinds`` maps the result of :func:`kind_of` to the intended type.
     """
 
     def __init__(self, kinds: Mapping[str, Any]) -> None:
@@ -255,7 +255,7 @@ class JsonSchemaFormat(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """What the text has to look like: any text, any JSON object, JSON by a schema, or text of a regex or a grammar."""
+    """The required format of the text: any text, any JSON object, JSON by a schema, or text of a regex or a grammar."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchemaFormat | None = None

@@ -15,7 +15,7 @@ __all__ = ["IGNORED", "REFUSED", "Refused", "refusal_of"]
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why a field is refused, and what to do; ``harmless``: values that ask for nothing, beside null."""
+    """Why a field is refused, and the alternative; ``harmless``: values without effect, beside null."""
 
     reason: str
     harmless: tuple[Any, ...] = ()

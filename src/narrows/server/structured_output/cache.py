@@ -1,8 +1,8 @@
 """The cache of compiled grammars, and the threads that fill it.
 
 A grammar is compiled once for all requests that wait for it, and kept within bounds. It is tried in a child process
-first, because a thread cannot be stopped; when the last request that waits for it is gone, the trial ends with its
-process. A failure is remembered for a while, so a bad grammar costs one trial however often it is sent.
+first, because a thread cannot be stopped; when no request waits for it any more, the trial ends with its process.
+A failure is remembered for a while, so a bad grammar costs one trial however often it is sent.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Failures:
-    """What was wrong with grammars, by the hash of their text."""
+    """Errors of grammars, by the hash of their text."""
 
     limits: GrammarLimits
     clock: Callable[[], float]
     _known: OrderedDict[bytes, tuple[float, str]] = field(default_factory=OrderedDict)
 
     def add(self, text: str, problem: str) -> None:
-        """Remember one; the oldest is forgotten where there are too many."""
+        """Remember one; beyond the limit the oldest is forgotten."""
         self._known[_hash(text)] = (self.clock() + self.limits.failed_s, problem)
         while len(self._known) > self.limits.num_failed:
             self._known.popitem(last=False)
 
     def of(self, text: str) -> str:
-        """What was wrong with this one lately; empty: nothing that is known."""
+        """The recent error of this one; empty: none is known."""
         until, problem = self._known.get(_hash(text), (0.0, ""))
         return problem if self.clock() < until else ""
 
@@ -68,7 +68,7 @@ class Grammars:
 
     Args:
         tokens: makes the model's tokens, at the first call.
-        clock: seconds; what failed is remembered by it.
+        clock: seconds; failures are remembered by it.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class Grammars:
         """The compiled grammar.
 
         Raises:
-            ConfigError: it is not valid, or passes a limit; the message says what.
-            QueueFull: too many others wait, or take too much memory.
+            ConfigError: it is invalid, or passes a limit; the message names it. QueueFull:
+            too many others wait, or take too much memory.
         """
         if len(text) > self._limits.chars:
             raise ConfigError(
@@ -142,7 +142,7 @@ class Grammars:
         return kept
 
     def _forget_surplus(self) -> None:
-        """Forget those that were asked for least lately, until the rest are few and small enough."""
+        """Forget the least recently used, until the rest are few and small enough."""
         kept_bytes = sum(grammar.nbytes for grammar in self._kept.values())
         while self._kept and (len(self._kept) > self._limits.num_kept or kept_bytes > self._limits.kept_bytes):
             _, grammar = self._kept.popitem(last=False)
@@ -221,16 +221,16 @@ class Trial(Protocol):
     """A place where a grammar can be tried out; one at a time."""
 
     def try_out(self, text: str, wanted: Callable[[], bool]) -> int:
-        """The bytes that the compiled grammar takes; raises what is wrong with it, or :class:`Ended`."""
+        """The bytes that the compiled grammar takes; raises its error, or :class:`Ended`."""
         ...
 
     def end(self) -> None:
-        """End what is being tried, from any thread."""
+        """End the running trial, from any thread."""
         ...
 
 
 class GrammarPool(Generic[T]):
-    """As many threads as there are places for trials; each starts when there is a job for it.
+    """One thread per place for trials; each starts with its first job.
 
     Args:
         compile_: makes the result of a grammar's text and size in bytes, after its trial has passed.
@@ -251,7 +251,7 @@ class GrammarPool(Generic[T]):
         return len(self._jobs)
 
     def submit(self, text: str) -> Future[T]:
-        """What becomes of a grammar; raises what is wrong with it."""
+        """The compiled grammar; raises its error."""
         future: Future[T] = Future()
         with self._changed:
             self._jobs.append((text, future))
@@ -272,18 +272,18 @@ class GrammarPool(Generic[T]):
                 trial.end()
 
     def close(self) -> None:
-        """End the threads and what they try; what waits is never done."""
+        """End the threads and their trials; waiting jobs are dropped."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         _end_all(self._trials)
 
     def _work(self, trial: Trial) -> None:
-        """What a thread does until the pool is closed."""
+        """The loop of a thread until the pool is closed."""
         lower_thread_priority(GRAMMAR_NICE)
         while (job := self._next(trial)) is not None:
             self._do(trial, *job)
-            del job  # the grammar is kept alive by nothing while there is no job
+            del job  # no reference keeps the grammar alive while there is no job
 
     def _do(self, trial: Trial, text: str, future: Future[T]) -> None:
         try:

@@ -104,11 +104,11 @@ class GuideMaker:
     ) -> list[GrammarGuide]:
         """A guide for each of ``count`` texts, which are one of ``forms``.
 
-        ``reasoning``: a thought may come first; ``inside``: it has begun already. Cancelling
+        ``reasoning``: reasoning may come first; ``inside``: it has begun already. Cancelling
         the call leaves no work behind.
 
         Raises:
-            ConfigError: a form that is not valid, or passes a limit; the message says what.
+            ConfigError: an invalid form, or one that passes a limit; the message names it.
             QueueFull: too many other grammars wait, or take too much memory.
         """
         grammar = await self.grammars.get(self._grammar(forms, reasoning=reasoning, inside=inside))
@@ -188,7 +188,7 @@ class Constraint:
 
 
 def closed(schema: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """The schema as ``strict`` asks for it.
+    """The schema as ``strict`` requires it.
 
     Raises:
         ApiError: 400, naming ``param``: it is nested too deep.
@@ -219,7 +219,7 @@ _USED = {
     "regex": ("pattern",),
     "grammar": ("grammar",),
 }
-"""By type of ``response_format``, the fields that say what the text looks like: one of them, if there are any."""
+"""By type of ``response_format``, the fields that constrain the text: one of them, if any."""
 
 
 def _of_response_format(body: GenerationFields) -> list[Asked]:

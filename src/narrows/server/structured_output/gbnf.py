@@ -35,10 +35,10 @@ _SURROGATES = range(0xD800, 0xE000)
 
 
 def gbnf_to_lark(grammar: str) -> str:
-    """Lark rules whose ``start`` is what ``root`` is in ``grammar``.
+    """Lark rules whose ``start`` is the ``root`` of ``grammar``.
 
     Raises:
-        ConfigError: it is no such grammar, or uses what cannot be kept; the message says where.
+        ConfigError: it is no such grammar, or uses unsupported parts; the message has the place.
 
     >>> print(gbnf_to_lark('root ::= "ab" digit+\\ndigit ::= [0-9]'))
     start: "a" "b" (rule1)+

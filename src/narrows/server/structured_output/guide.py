@@ -33,7 +33,7 @@ __all__ = ["Grammar", "GrammarGuide", "Lane", "MaskThreads", "Memory"]
 _SLOW_S, _SLOW_CPU_S = 0.002, 0.001
 """A mask that takes longer by the clock, and as much of the processor, is slow: a busy machine alone makes none so."""
 _CALM, _MOST_CALM = 8, 4096
-"""So many quick masks prove a grammar, at first and after many slow ones: each slow one doubles it."""
+"""Number of quick masks that prove a grammar, at first and at most: each slow one doubles it."""
 _MOVES = 2
 """How often a text begins again with a new lexer."""
 
@@ -62,7 +62,7 @@ class Memory:
 class Grammar:
     """One grammar, compiled, with its first mask. It has passed a trial, so it is known to fit into the limits.
 
-    ``nbytes``: what it takes, as its trial has found; ``memory`` counts it as long as it lives.
+    ``nbytes``: its bytes, as its trial has measured them; ``memory`` counts them as long as it lives.
 
     Raises:
         ConfigError: it is not valid all the same.
@@ -82,7 +82,7 @@ class Grammar:
         """Whether a mask was slow and none of many since; whether many were quick and none slow since."""
         self._num_quick, self._calm = 0, _CALM
         began, spent = perf_counter(), thread_time()
-        self._fresh.deep_copy().compute_bitmask()  # what is made once has been made by now
+        self._fresh.deep_copy().compute_bitmask()  # everything that is made once exists by now
         self.took(perf_counter() - began, thread_time() - spent)
         memory.take(nbytes)
         weakref.finalize(self, memory.take, -nbytes)
@@ -120,7 +120,7 @@ class Grammar:
         return found
 
     def renew(self) -> Grammar:
-        """The same grammar with a lexer that has not failed; compiled, where there is none yet."""
+        """The same grammar with a lexer that has not failed; compiled if it does not exist yet."""
         found = self.latest()
         if not found.is_broken:
             return found
@@ -133,7 +133,7 @@ class Grammar:
 class GrammarGuide(Guide):
     """One text's constraint.
 
-    When nothing may follow, or the grammar became too large to go on (``problem``), no token is allowed any more.
+    When no token may follow, or the grammar became too large (``problem``), no token is allowed any more.
     """
 
     def __init__(self, grammar: Grammar, lane: Lane) -> None:
@@ -166,7 +166,7 @@ class GrammarGuide(Guide):
 
     @property
     def ready(self) -> bool:
-        """Whether the mask of the next token is there."""
+        """Whether the mask of the next token is ready."""
         return self._is_there
 
     def wait(self, timeout_s: float) -> bool:
@@ -177,7 +177,7 @@ class GrammarGuide(Guide):
         return self._is_there or awaited.wait(timeout_s)
 
     def when_ready(self, call: Callable[[], None]) -> None:
-        """Call once it is there."""
+        """Call once it is ready."""
         self._call = call
         if self._is_there:
             call()
@@ -189,7 +189,7 @@ class GrammarGuide(Guide):
     # -- in its turn --------------------------------------------------------------------------------------------------
 
     def make(self) -> None:
-        """Make the mask of the next token, and say that it is there."""
+        """Make the mask of the next token, and notify that it is ready."""
         if self._has_ended:
             return
         grammar = self.grammar
@@ -210,7 +210,7 @@ class GrammarGuide(Guide):
         self._bring(bytes(len(mask)) if self.problem else mask)
 
     def fail(self, problem: str) -> None:
-        """It cannot go on, and why."""
+        """End it with the reason."""
         self.grammar.is_broken = True
         self.problem = problem
         self._bring(bytes(len(self.grammar.first_mask)))
@@ -226,7 +226,7 @@ class GrammarGuide(Guide):
             call()
 
     def _next_mask(self) -> bytes | None:
-        """The mask; None if the grammar's lexer has failed, and another one is there now."""
+        """The mask; None if the grammar's lexer has failed and was replaced."""
         if self._begins_again:
             self._begins_again = False
             self.grammar, self._matcher = self.grammar.renew(), None
@@ -250,7 +250,7 @@ class GrammarGuide(Guide):
         if grammar.num_guides > 1 and self._moves_left:
             self._moves_left -= 1
             self._begins_again = True
-            grammar.took(math.inf, math.inf)  # compiling is for the slow ones' threads
+            grammar.took(math.inf, math.inf)  # compiling runs on the threads of slow masks
             return None
         self.problem = in_words(self._matcher.get_error(), grammar.limits)
         return mask
@@ -263,7 +263,7 @@ _NUM_SLOW = 2
 
 
 class MaskThreads:
-    """A lane with two queues. Its threads start when there is something for them, and end with :meth:`close`."""
+    """A lane with two queues. Its threads start with their first work, and end with :meth:`close`."""
 
     def __init__(self) -> None:
         self._quick: SimpleQueue[Grammar | None] = SimpleQueue()
@@ -285,7 +285,7 @@ class MaskThreads:
             self._put(grammar)
 
     def close(self) -> None:
-        """End the threads when they have done what is there."""
+        """End the threads after the queued work."""
         for queue, count in ((self._quick, 1), (self._slow, _NUM_SLOW)):
             for _ in range(count):
                 queue.put(None)

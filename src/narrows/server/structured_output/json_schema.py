@@ -17,7 +17,7 @@ _OF_OTHERS = ("items", "additionalItems", "unevaluatedItems", "contains", "addit
 _LISTS_OF_OTHERS = ("items", "prefixItems")
 _MAPS_OF_OTHERS = ("properties", "patternProperties", "$defs", "definitions")
 _SAME_VALUE = ("allOf", "anyOf", "oneOf")
-"""Keywords whose schemas are about the same value as the schema they stand in."""
+"""Keywords whose schemas describe the same value as the schema that contains them."""
 _SAYS_IT = ("additionalProperties", "unevaluatedProperties")
 _MOST_REFS = 64
 _MOST_NESTED = 200
@@ -26,10 +26,10 @@ _MOST_READ = 40_000
 
 
 def close_objects(schema: Schema) -> dict[str, Any]:
-    """The schema with ``additionalProperties: false`` on every object that does not say it, at every level.
+    """The schema with ``additionalProperties: false`` on every object without it, at every level.
 
-    Schemas about one value (``allOf``, ``anyOf``, ``oneOf`` beside ``properties``) let each other's properties pass, so
-    that what they allow together stays allowed. ``not``, ``if`` and schemas of names are left as they are.
+    Schemas about one value (``allOf``, ``anyOf``, ``oneOf`` beside ``properties``) accept each other's properties, so
+    that what they allow together stays allowed. ``not``, ``if`` and schemas of names are not changed.
 
     Raises:
         ConfigError: it is nested too deep, or its references multiply without end.
@@ -81,7 +81,7 @@ class _Closer:
     def _close_value(self, schema: Schema, out: dict[str, Any], beside: Schema) -> dict[str, Any]:
         parts = [part for key in _SAME_VALUE for part in _list(schema, key)]
         together = _is_object(schema) or bool(beside) or len(_list(schema, "allOf")) > 1
-        if not together:  # each part alone says what the value is
+        if not together:  # each part alone defines the value
             for key in _SAME_VALUE:
                 if key in out:
                     out[key] = [self._any(part, {}) for part in _list(schema, key)]
@@ -105,7 +105,7 @@ class _Closer:
         return {**out, "additionalProperties": False}
 
     def _properties(self, schema: Schema) -> dict[str, dict[str, Any]]:
-        """What any schema about this value names, each with no demand."""
+        """The property names of all schemas about this value, without constraints."""
         found: dict[str, dict[str, Any]] = {"properties": {}, "patternProperties": {}}
         for each in self._about(schema):
             for kind, names in found.items():
@@ -126,7 +126,7 @@ class _Closer:
                     yield from self._about(self._resolved(part), depth + 1)
 
     def _resolved(self, part: Any) -> Any:
-        """What a reference within the document leads to; other schemas as they are."""
+        """The target of a reference within the document; other schemas unchanged."""
         for _ in range(_MOST_REFS):
             if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
                 return part
@@ -170,7 +170,7 @@ COMPACT = ""
 
 
 def json_rule(schema: Mapping[str, Any], *, white_space: str = WHITE_SPACE) -> str:
-    """The term; whatever may follow it in the rule. ``white_space``: a regex of what may stand between the parts."""
+    """The term, independent of the rest of the rule. ``white_space``: a regex of the white space between the parts."""
     options: dict[str, Any] = {"whitespace_flexible": True, "whitespace_pattern": white_space}
     if white_space == COMPACT:
         options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -101,9 +101,9 @@ class GrammarLimits:
 
 
 def in_words(problem: str, limits: GrammarLimits) -> str:
-    """What llguidance says, in one line: the reason too, which it gives some lines below; and the limit that was met.
+    """llguidance's error in one line: with the reason, which it gives some lines below, and the limit.
 
-    It quotes the grammar in between, which is not the text that the client sent.
+    In between it quotes the grammar, which is not the client's text.
     """
     lines = [line.strip() for line in problem.replace("<non-verbose/>", "").splitlines() if line.strip()]
     if not lines:
@@ -125,7 +125,7 @@ _GROWN_BYTES = 32 << 20
 """A process that keeps more after a grammar is ended."""
 
 
-class Ended(NarrowsError):  # noqa: N818 - what happened
+class Ended(NarrowsError):  # noqa: N818 - an event
     """The process was ended from here while it tried a grammar."""
 
 
@@ -172,7 +172,7 @@ class TrialProcess:
         return int(answer["bytes"])
 
     def end(self, why: str = "") -> None:
-        """End the process now, if there is one; the next grammar starts another."""
+        """End the process now, if one runs; the next grammar starts another."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 self._why_ended = why or "ended"
@@ -192,7 +192,7 @@ class TrialProcess:
         return process
 
     def _death(self, process: subprocess.Popen[bytes]) -> NarrowsError:
-        """What it means that the process has ended amid a grammar."""
+        """The error of a process that has ended during a grammar."""
         code = process.wait()
         with self._lock:
             child_process.close(process)
@@ -222,10 +222,10 @@ PROGRAM = (
     "import json, sys; first = json.loads(sys.stdin.buffer.readline() or sys.exit(1)); sys.path[:] = first['path']; "
     "from narrows.server.structured_output.trial import run; run(first)"
 )
-"""What ``python -c`` runs; its first message comes through stdin."""
+"""The program of ``python -c``; its first message comes through stdin."""
 
 _STACK_BYTES = 1 << 20
-"""Far less than a thread of the server has, so that what fits here fits there."""
+"""Far less than a thread of the server has, so that a grammar that fits here fits there."""
 
 
 def startup_message(tokenizer: str, num_tokens: int, end_ids: list[int], limits: GrammarLimits) -> bytes:
@@ -254,7 +254,7 @@ def run(message: dict[str, Any]) -> None:
     source, answers = sys.stdin.buffer, sys.stdout
     resident = _memory_pages(1)
     while (text := _next(source)) is not None:
-        # Passing this ends the process, whatever code it is in: the signal has no handler.
+        # Passing this ends the process, in any code: the signal has no handler.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         answer = _try(tokens, text, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
