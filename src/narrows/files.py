@@ -83,7 +83,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"the field {name!r} stands twice in one object")
+            raise ValueError(f"the field {name!r} appears twice in one object")
         fields[name] = value
     return fields
 

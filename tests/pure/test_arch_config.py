@@ -183,11 +183,11 @@ def test_defaults_of_missing_fields() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"model_type": "mamba"}, ConfigError, 'architecture "mamba" is not known to narrows; it knows deepseek_v2'),
+        ({"model_type": "mamba"}, ConfigError, 'architecture "mamba" is not supported; supported are deepseek_v2'),
         (
             {"model_type": None},
             ConfigError,
-            "model_type is missing, which names the architecture; narrows knows deepseek_v2",
+            "model_type is missing, which names the architecture; supported are deepseek_v2",
         ),
         (
             {"hidden_size": None},

@@ -229,7 +229,7 @@ V3 = "plan deepseek-v3 --device h20"
     ("line", "words"),
     [
         ("plan deepseek-v3 --device h21 --rows 8", "unknown device 'h21'; known devices: h20, h20-3e, h100"),
-        (f"{V3} --rows 8 --json --code", "--code and --json each print what the plan is"),
+        (f"{V3} --rows 8 --json --code", "--code and --json each print the plan"),
         (f"{V3} --rows 8 --layout ring", "layout 'ring' is not known; layouts: all-reduce, attn-tp-input-scattered"),
         (f"{V3} --rows 8 --layout norm-before-gather", "layout norm-before-gather cannot apply to deepseek-v3 on dp 1"),
         (f"{V3} --rows 8 --enable-attn-tp-input-scattered", "tp is 1: attention has no ranks to scatter its input"),
@@ -270,7 +270,10 @@ def test_wrong_input_is_a_one_line_error_and_exit_code_2(
 
 def test_a_broken_checkpoint_is_a_one_line_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    for content, words in (("{", "not valid JSON"), ('{"model_type": "mamba"}', 'architecture "mamba" is not known')):
+    for content, words in (
+        ("{", "not valid JSON"),
+        ('{"model_type": "mamba"}', 'architecture "mamba" is not supported'),
+    ):
         file.write_text(content, encoding="utf-8")
         assert main(["plan", str(tmp_path), "--device", "h20", "--rows", "8"]) == 2
         err = capsys.readouterr().err

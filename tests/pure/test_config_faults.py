@@ -192,7 +192,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": LINEAR | {"type": "yarn"}}, 'rope_scaling has rope_type "linear" and type "yarn"'),
     ("llama", {"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor while its rope_type is missing"),
     ("llama", {"rope_scaling": LINEAR | {"rope_type": "default"}}, 'has factor while its rope_type says "default"'),
-    ("llama", {"rope_scaling": {"rope_type": "su"}}, 'rope_type "su", which narrows does not know; it knows default'),
+    ("llama", {"rope_scaling": {"rope_type": "su"}}, 'rope_type "su", which is not supported; supported are default'),
     ("llama", {"rope_scaling": {"rope_type": 1}}, "rope_scaling.rope_type is 1, where a text is needed"),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "the field 'rope_scaling.factor' is missing"),
     ("llama", {"rope_scaling": LINEAR | {"factor": "2"}}, 'rope_scaling.factor is "2", where a number above 0'),
@@ -275,7 +275,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"is_causal": False}, "is_causal is false; only true is computed"),
     ("llama", {"model_type": None}, "model_type is missing"),
     ("llama", {"model_type": 3}, "model_type is 3, where a text is needed"),
-    ("llama", {"model_type": "mamba"}, 'architecture "mamba" is not known to narrows; it knows deepseek_v2'),
+    ("llama", {"model_type": "mamba"}, 'architecture "mamba" is not supported; supported are deepseek_v2'),
 ]
 
 

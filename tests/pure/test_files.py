@@ -247,7 +247,7 @@ def test_a_folder_without_config_lists_its_files(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             load_model_config(str(tmp_path))
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="a model is the folder of such a file"):
+    with pytest.raises(CheckpointError, match="give the folder of this file instead"):
         load_model_config(str(tmp_path / "model.safetensors"))
 
 

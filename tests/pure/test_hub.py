@@ -249,13 +249,13 @@ def test_a_hub_that_refuses(hub: FakeHub, caplog: pytest.LogCaptureFixture, stat
     with caplog.at_level(logging.WARNING, "narrows.checkpoints"):
         assert local_model("org/name", needed="weights") == folder
     [record] = [record for record in caplog.records if record.name == "narrows.checkpoints"]
-    assert f"org/name is read as the cache has it, commit {COMMIT}" in record.getMessage()
+    assert f"org/name is read from the cache, commit {COMMIT}" in record.getMessage()
 
 
 @pytest.mark.parametrize("page", [b"<html>log in first</html>", b"[]", b'"x"', b"{}"])
 def test_a_server_that_is_no_hub_is_refused(hub: FakeHub, page: bytes) -> None:
     hub.page = page
-    assert f"{hub.url} answers as no hub does" in refused("org/name")
+    assert f"{hub.url} does not answer like a hub" in refused("org/name")
 
 
 def test_a_download_that_breaks_off(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_a_trace_over_http(tmp_path: Path) -> None:
     ):
         assert httpx.post(f"{server.url}/start_profile").status_code == 401
         refused = client.post("/stop_profile")
-        assert refused.status_code == 400 and "no trace is being made" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and "no trace is under way" in refused.json()["error"]["message"]
         assert client.post("/start_profile").json() == {"file": str(file), "steps": 64}
         body = {"prompt": "The sea", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
         assert client.post("/v1/completions", json=body).status_code == 200

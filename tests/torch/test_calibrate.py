@@ -156,7 +156,7 @@ def test_bench_layout_prints_the_machines_pace_against_the_profile(
         (["--world", "pigeons"], "invalid choice: 'pigeons'"),
         pytest.param(
             ["--world", "gloo"],
-            "--world gloo cannot be had here, ranks would exchange through shm",
+            "--world gloo is not available here: ranks exchange through shm",
             marks=pytest.mark.skipif(bool(why_absent()), reason="gloo can be had without compiled code"),
         ),
     ],

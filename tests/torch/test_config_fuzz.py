@@ -32,7 +32,7 @@ LARGEST_SHARE = 0.02
 
 REFUSED_AND_DAMAGED = (
     r"not valid JSON \((NaN|Infinity) is no JSON number\)",
-    r"^architecture .* is not known to narrows",
+    r"^architecture .* is not supported",
     r"attention heads",
 )
 """Errors that name none of the damaged fields, because they concern several."""

@@ -258,11 +258,11 @@ def ask(service: EngineService, tokens: int = 5) -> None:
 
 def test_a_service_traces_on_request(serve: Callable[..., EngineService], tmp_path: Path) -> None:
     service = serve()
-    with pytest.raises(ConfigError, match="no trace is being made: POST /start_profile begins one"):
+    with pytest.raises(ConfigError, match="no trace is under way: POST /start_profile begins one"):
         service.stop_trace()
     ask(service)
     assert service.start_trace(100) == {"file": str(tmp_path / "t.json"), "steps": 100}
-    with pytest.raises(ConfigError, match="a trace is being made already"):
+    with pytest.raises(ConfigError, match="a trace is already under way"):
         service.start_trace()
     ask(service)
     written = service.stop_trace()
@@ -274,7 +274,7 @@ def test_a_service_traces_on_request(serve: Callable[..., EngineService], tmp_pa
     ask(service)
     ask(service)
     assert service.stop_trace()["steps"] == 2
-    with pytest.raises(ConfigError, match="no trace is being made"):
+    with pytest.raises(ConfigError, match="no trace is under way"):
         service.stop_trace()
     service.start_trace()
     assert service.stop_trace()["steps"] == 0, "nothing ran"

@@ -190,7 +190,7 @@ def test_a_different_routing_rule_is_no_near_tie(folder: Path, loaded: Transform
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_experts_per_tok": 2}, r"routed experts in layer \d .* read in two ways"),
+        ({"num_experts_per_tok": 2}, r"routed experts in layer \d .* read config.json differently"),
         ({"first_k_dense_replace": 0}, r"tensor model.layers.0.mlp.gate.weight is missing"),
     ],
     ids=["numbers", "layers"],

@@ -59,9 +59,9 @@ def _schema(raw: Mapping[str, Any]) -> type[Schema]:
     known = ", ".join(sorted(FAMILIES))
     given = raw.get("model_type")
     if given is None:
-        raise ConfigError(f"model_type is missing, which names the architecture; narrows knows {known}")
+        raise ConfigError(f"model_type is missing, which names the architecture; supported are {known}")
     if not isinstance(given, str):
         raise CheckpointError(f"model_type is {shown(given)}, where a text is needed")
     if given not in FAMILIES:
-        raise ConfigError(f"architecture {shown(given)} is not known to narrows; it knows {known}")
+        raise ConfigError(f"architecture {shown(given)} is not supported; supported are {known}")
     return FAMILIES[given]

@@ -21,7 +21,7 @@ def config_file(path: Path) -> Path:
     """
     if not path.is_dir():
         if path.suffix in _WEIGHTS:
-            raise CheckpointError(f"{path}: a model is the folder of such a file, with its config.json: give that")
+            raise CheckpointError(f"{path}: give the folder of this file instead, with its config.json")
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; {_MODEL}")
         return path

@@ -85,14 +85,14 @@ def calibrate(
     they are nearly over the largest steps are left out, and named.
 
     Raises:
-        ConfigError: models that do not exist, or that cannot be dealt to so many ranks.
+        ConfigError: models that do not exist, or that cannot be split over so many ranks.
     """
     begin = perf_counter()
     configs = {model: load_model_config(model) for model in models}
     jobs = [(mesh, model) for mesh in meshes_of(num_ranks) for model in models if _can_be(configs[model], mesh)]
     if not jobs:
         raise ConfigError(
-            f"{' and '.join(models)} cannot be dealt to {num_ranks} ranks; name another model, or fewer --ranks"
+            f"{' and '.join(models)} cannot be split over {num_ranks} ranks; name another model, or fewer --ranks"
         )
     tables = Tables()
     until, seen = begin, set[Mesh]()

@@ -124,7 +124,7 @@ def _cached(name: str, revision: str, needed: Needed, error: Exception) -> Path:
         raise CheckpointError(f"the cache ({folder}) lacks {len(missing)} file(s), such as {missing[0]}, and {why}")
     if not constants.HF_HUB_OFFLINE:
         logging.getLogger("narrows.checkpoints").warning(
-            "%s gives no answer (%s): %s is read as the cache has it, commit %s",
+            "%s does not answer (%s): %s is read from the cache, commit %s",
             constants.ENDPOINT,
             _words(error),
             name,
@@ -210,10 +210,10 @@ def _in_one_line(name: str, revision: str) -> Iterator[None]:
         raise ConfigError(_refused(name, error)) from None
     except (httpx2.HTTPError, LocalEntryNotFoundError, XetDownloadError, RuntimeError) as error:
         raise ConfigError(
-            f"{name}: the download from {hub} broke off ({_words(error)}); run the command again, it goes on from there"
+            f"{name}: the download from {hub} broke off ({_words(error)}); run the command again to continue"
         ) from None
     except (ValueError, TypeError, KeyError) as error:  # the library cannot read the response
-        raise ConfigError(f"{name}: {hub} answers as no hub does ({_words(error)}); check HF_ENDPOINT") from None
+        raise ConfigError(f"{name}: {hub} does not answer like a hub ({_words(error)}); check HF_ENDPOINT") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full; {_ROOM}") from None

@@ -64,19 +64,19 @@ def snapshot_of(repo: Path, revision: str) -> Path:
     there = sorted(path.name for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
     if not there:
         raise CheckpointError(f"{repo}: no snapshot is in it; download the model again")
-    asked = revision or "main"
-    if ".." in Path(asked).parts or Path(asked).is_absolute():
-        raise ConfigError(f"--revision {asked!r} is none: a branch, a tag or a commit is needed")
-    ref = repo / "refs" / asked
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else asked
+    wanted = revision or "main"
+    if ".." in Path(wanted).parts or Path(wanted).is_absolute():
+        raise ConfigError(f"--revision {wanted!r} is no revision: a branch, a tag or a commit is needed")
+    ref = repo / "refs" / wanted
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else wanted
     if commit in there:
         return snapshots / commit
     if not revision and len(there) == 1:
         return snapshots / there[0]
     refs = sorted(str(path.relative_to(repo / "refs")) for path in (repo / "refs").rglob("*") if path.is_file())
     raise CheckpointError(
-        f"{repo}: no snapshot of the revision {asked!r} is in it; it has {len(there)}, such as {(refs or there)[0]}: "
-        "say which with --revision, or give a snapshot's folder"
+        f"{repo}: no snapshot of the revision {wanted!r} is in it; it has {len(there)}, such as {(refs or there)[0]}: "
+        "choose one with --revision, or give a snapshot's folder"
     )
 
 

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     asks = workload(args, info.get("max_model_len"))
     notes = console(stderr=True)
     if not vocab_size and not target.chat:
-        notes.print("prompts are words: the server does not say its vocabulary's size (--vocab-size)", markup=False)
+        notes.print("prompts are words: the server does not report its vocabulary's size (--vocab-size)", markup=False)
     warm = [replace(ask, at_s=0.0) for ask in asks[: args.warmup]]
     warmed = send_all(target, warm, concurrency=1, seed=args.seed + 1, progress=lambda done: None)
     for answer in warmed:

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             if args.world == "gloo"
             else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --world {world}"
         )
-        raise ConfigError(f"--world {args.world} cannot be had here, ranks would exchange through {world}: {way_out}")
+        raise ConfigError(f"--world {args.world} is not available here: ranks exchange through {world}: {way_out}")
     where = machine()
     models = tuple(args.models) or _MODELS
     out = console(stderr=True)
@@ -201,7 +201,7 @@ def _print(profile: Profile, found: Calibration, path: Path) -> None:
         markup=False, highlight=False,
     )  # fmt: skip
     for left_out in found.left_out:
-        out.print(f"left out, for want of time: {left_out}", markup=False, highlight=False)
+        out.print(f"left out, for lack of time: {left_out}", markup=False, highlight=False)
     out.print(f"profile: {path}", markup=False, highlight=False, soft_wrap=True)
     flag = {"threads": "--ranks threads", "nccl": "--run-on cuda"}.get(profile.fits.world, "--ranks processes")
     used = f"used by generate, serve and bench on {profile.fits.ranks} such ranks here ({flag})"

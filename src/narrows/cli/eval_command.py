@@ -124,10 +124,10 @@ def _files(args: argparse.Namespace, model: str) -> dict[str, Path]:
             raise ConfigError(f"--task {task!r} is not known; tasks: {', '.join(FILES)}")
         if task not in known:
             raise ConfigError(
-                f"{args.model} brings no eval/{FILES[task]} along; give one with --file {task}=PATH (docs/eval.md)"
+                f"{args.model} has no eval/{FILES[task]} of its own; give one with --file {task}=PATH (docs/eval.md)"
             )
     if not asked:
-        raise ConfigError(f"{args.model} brings no tasks along; give one with --file TASK=PATH (docs/eval.md)")
+        raise ConfigError(f"{args.model} has no tasks of its own; give one with --file TASK=PATH (docs/eval.md)")
     return {task: known[task] for task in FILES if task in asked}
 
 

@@ -191,7 +191,7 @@ def _print_failures(evaluation: Evaluation, out: Console) -> None:
         encoded = any(layout.is_rounded for layout in evaluation.layouts)
         aside = " (distributions marked encoded aside)" if encoded else ""
         out.print(
-            f"every layout is what one rank is{aside}: no figure is further off than {SIGMAS:g} standard errors, sums "
+            f"every layout equals one rank{aside}: no figure is further off than {SIGMAS:g} standard errors, sums "
             f"in another order, or x {NOISE_RATIO:g} one rank's own rounding explain (docs/eval.md)"
         )
     else:

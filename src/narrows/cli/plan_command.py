@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: an impossible option, with the numbers and the alternative.
     """
     if args.code and args.json:
-        raise ConfigError("--code and --json each print what the plan is: leave one of them out")
+        raise ConfigError("--code and --json each print the plan: leave one of them out")
     check_output(args)
     notes: list[str] = []
     mesh = _mesh(args, notes)

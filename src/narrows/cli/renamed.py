@@ -19,7 +19,7 @@ class _OldSpelling(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        print(f"{option_string} is now {self.new}; the old spelling goes with the next release", file=sys.stderr)
+        print(f"{option_string} is now {self.new}; the old spelling ends with the next release", file=sys.stderr)
         setattr(namespace, self.dest, values)
 
 

@@ -199,7 +199,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.step_times and (args.search or len(args.layout) > 1):
         raise ConfigError("--step-times are of one mesh and layout: leave out --search, and all but one --layout")
     if args.num_gpus and not args.search:
-        raise ConfigError("--num-gpus is what --search shares out; say --search too, or --dp and --tp instead")
+        raise ConfigError("--num-gpus needs --search; or give --dp and --tp instead")
     if args.num_gpus and (args.dp, args.tp) != (1, 1):
         raise ConfigError("--search finds dp and tp for --num-gpus: leave --dp and --tp out")
 

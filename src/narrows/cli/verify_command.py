@@ -134,7 +134,7 @@ def _print(report: VerifyReport, reference: str, out: Console) -> None:
     if report.outside and not report.ok:
         out.print(_where_to_look(report, reference))
     if report.own_experts:
-        out.print("ranks as processes: logits alone were compared, no stages; every rank's own choice of experts stood")
+        out.print("ranks as processes: logits alone were compared, no stages; ranks kept their own choice of experts")
     if resolved.dtype is not torch.float32:
         out.print(
             f"note: what is below {100 * report.tolerance:g} % of a stage's size can be rounding in this dtype; "

@@ -123,7 +123,7 @@ class LLM:
         if self._streaming:
             raise ConfigError("another stream of this LLM is still open: read it to its end, or close() it, first")
         if stop and self.tokenizer is None:
-            raise ConfigError(f"{self.resolved.config.name} has no tokenizer.json, so stop strings cannot be seen")
+            raise ConfigError(f"{self.resolved.config.name} has no tokenizer.json, so stop strings cannot be found")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = self.default_sampling if sampling is None else sampling
         end_ids = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.eos_ids)

@@ -255,9 +255,9 @@ def _gsm8k(file: Path, tokenizer: Tokenizer, max_context: int, setting: Setting)
             f"{file} has {len(questions)} lines, of which --shots {setting.shots} are worked examples: none is left "
             "to ask; lower --shots"
         )
-    asked = questions[setting.shots :]
-    asked = [asked[i] for i in spread(len(asked), setting.limit)]
-    for question in asked:
+    scored = questions[setting.shots :]
+    scored = [scored[i] for i in spread(len(scored), setting.limit)]
+    for question in scored:
         if strict_number(question.answer) is None:
             raise ConfigError(f"{file}, line {question.line}: the answer does not end in '#### number'")
 
@@ -277,16 +277,16 @@ def _gsm8k(file: Path, tokenizer: Tokenizer, max_context: int, setting: Setting)
         tokenizer.encode_chat([*turns, {"role": "user", "content": q.question}])
         if setting.chat
         else tokenizer.encode(gsm8k_prompt(shots, q.question))
-        for q in asked
+        for q in scored
     ]
-    for question, prompt in zip(asked, prompts, strict=True):
+    for question, prompt in zip(scored, prompts, strict=True):
         what = f"{file}, line {question.line}, after {setting.shots} worked examples"
         _check_length(what, len(prompt), setting.gsm8k_tokens, max_context, " or lower --shots")
     return Generation(
         name="gsm8k",
         prompts=_tuples(prompts),
-        kinds=tuple(q.kind for q in asked),
-        judges=tuple(judge(q.answer) for q in asked),
+        kinds=tuple(q.kind for q in scored),
+        judges=tuple(judge(q.answer) for q in scored),
         max_tokens=setting.gsm8k_tokens,
         stop=GSM8K_STOP,
     )

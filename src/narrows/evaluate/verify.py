@@ -248,7 +248,7 @@ def _check_routing(config: ModelConfig, routing: Mapping[int, Tensor]) -> None:
         if here.get(layer) != there.get(layer):
             raise ConfigError(
                 f"{config.name}: a row goes to {there.get(layer, 0)} routed experts in layer {layer} of transformers' "
-                f"model, and to {here.get(layer, 0)} here: config.json is read in two ways"
+                f"model, and to {here.get(layer, 0)} here: the two read config.json differently"
             )
 
 

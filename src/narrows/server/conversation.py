@@ -60,10 +60,10 @@ def parse_chat(reader: RequestReader, body: ChatRequest, head: dict[str, Any], *
     """
     use = tool_use(reader, body)
     prompt, ids = _prompt(reader, body, use)
-    asked = body.most_tokens
-    if capped and asked is not None:
-        asked = min(asked, max(1, reader.model.max_context - len(ids)))
-    max_tokens = reader.max_tokens(asked, body.min_tokens, None, len(ids), "messages")
+    requested = body.most_tokens
+    if capped and requested is not None:
+        requested = min(requested, max(1, reader.model.max_context - len(ids)))
+    max_tokens = reader.max_tokens(requested, body.min_tokens, None, len(ids), "messages")
     reader.check_amount(1, body.num_choices)
     inside = reader.reasons and begins_inside(prompt)
     forms, param = _forms(reader, body, use)
@@ -87,22 +87,23 @@ def parse_chat(reader: RequestReader, body: ChatRequest, head: dict[str, Any], *
     )
 
 
-def start_chat(reader: RequestReader, asked: ParsedChat) -> ChatJob:
+def start_chat(reader: RequestReader, parsed: ParsedChat) -> ChatJob:
     """Its job: outputs and generations before the first token."""
-    options, ids = asked.options, tuple(asked.prompts[0])
+    options, ids = parsed.options, tuple(parsed.prompts[0])
     text = GeneratedText(
         reader.tokenizer,
         stop=options.stops,
         keep_stop=options.keeps_stop,
-        end_ids=asked.end_ids,
+        end_ids=parsed.end_ids,
         skip_special_tokens=options.skips_special,
         spelled_out=reader.spelled_out,
     )
     turns = [
-        ChatOutput(reader, options, at, asked.calls, asked.inside, text.another()) for at in range(options.num_choices)
+        ChatOutput(reader, options, at, parsed.calls, parsed.inside, text.another())
+        for at in range(options.num_choices)
     ]
-    generations = [asked.generation(ids, at) for at in range(options.num_choices)]
-    return Job(options, asked.head, len(ids), turns, generations, asked.constraint)
+    generations = [parsed.generation(ids, at) for at in range(options.num_choices)]
+    return Job(options, parsed.head, len(ids), turns, generations, parsed.constraint)
 
 
 class EventWriter(Protocol):
@@ -194,20 +195,22 @@ def _prompt(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[str
 
 def _forms(reader: RequestReader, body: ChatRequest, use: ToolUse) -> tuple[list[Form], str]:
     """The required forms of the answer, and the field that demands them; empty: any text."""
-    asked = requested_grammar(body)
+    requested = requested_grammar(body)
     calls = None
-    if use.tools and (asked is not None or use.must):
+    if use.tools and (requested is not None or use.must):
         assert reader.tools is not None, "checked: a format needs a tokenizer"
         functions = [(tool.function.name, _arguments(tool.function)) for tool in use.tools]
         calls = Form("calls", reader.tools.grammar(functions, partial(literal, reader.tokenizer), use.many))
     if use.must:
-        if asked is not None:
-            raise invalid(f"{asked[1]} and tool_choice both set the format of the answer; send only one", asked[1])
+        if requested is not None:
+            raise invalid(
+                f"{requested[1]} and tool_choice both set the format of the answer; send only one", requested[1]
+            )
         if body.min_tokens:
             raise invalid("min_tokens does not go with a tool_choice that decides where the text ends", "min_tokens")
         return [calls] if calls is not None else [], "tools"
-    forms = [asked[0]] if asked is not None else []
-    return [*forms, *([calls] if calls is not None else [])], asked[1] if asked is not None else "tools"
+    forms = [requested[0]] if requested is not None else []
+    return [*forms, *([calls] if calls is not None else [])], requested[1] if requested is not None else "tools"
 
 
 def _arguments(function: Function) -> dict[str, Any]:

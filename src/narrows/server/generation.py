@@ -323,17 +323,19 @@ def _check_priority(state: ServerState, priority: int) -> None:
         raise invalid(f"{message}; 1 to {MOST_PRIORITY} are less urgent", "priority")
 
 
-async def make_guides(state: ServerState, asked: Constraint, count: int) -> list[GrammarGuide]:
+async def make_guides(state: ServerState, constraint: Constraint, count: int) -> list[GrammarGuide]:
     """New guides, one for each of so many generations.
 
     Raises:
         ApiError: 400, naming the field: the form cannot be kept; 429: too many others wait.
     """
-    param = asked.param
+    param = constraint.param
     if state.guides is None:
         raise invalid(f"{state.model.names[0]} has no tokenizer.json, so {param} cannot be kept", param)
     try:
-        return await state.guides.guides(asked.forms, count, reasoning=asked.reasoning, inside=asked.inside)
+        return await state.guides.guides(
+            constraint.forms, count, reasoning=constraint.reasoning, inside=constraint.inside
+        )
     except ConfigError as error:
         raise invalid(f"{param}: {error}", param) from error
     except NarrowsError as error:

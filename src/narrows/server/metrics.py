@@ -95,7 +95,7 @@ def _now(stats: Stats) -> Iterator[Metric]:
 
 def _totals(stats: Stats) -> Iterator[Metric]:
     for name, what, value in (
-        ("preemptions", "Texts put back for want of pages", stats.preemptions),
+        ("preemptions", "Texts preempted for lack of pages", stats.preemptions),
         ("prompt_tokens", "Tokens of prompts", stats.prompt_tokens),
         ("cached_prompt_tokens", "Tokens of prompts found in the prefix cache", stats.cached_prompt_tokens),
         ("output_tokens", "Tokens generated", stats.output_tokens),

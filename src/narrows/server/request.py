@@ -44,14 +44,14 @@ class RequestReader:
     """
 
     def __init__(self, model: ServedModel, options: ServerOptions) -> None:
-        for flag, asked, known in (
+        for flag, name, known in (
             ("--tool-call-parser", options.tool_call_parser, TOOL_PARSERS),
             ("--reasoning-parser", options.reasoning_parser, REASONING_PARSERS),
         ):
-            if asked not in known:
-                raise ConfigError(f"{flag} {asked!r} is not known; there are: {', '.join(known)}")
-            if asked not in ("auto", "none") and model.tokenizer is None:
-                raise ConfigError(f"{flag} {asked} reads text, but {model.names[0]} has no tokenizer.json")
+            if name not in known:
+                raise ConfigError(f"{flag} {name!r} is not known; there are: {', '.join(known)}")
+            if name not in ("auto", "none") and model.tokenizer is None:
+                raise ConfigError(f"{flag} {name} reads text, but {model.names[0]} has no tokenizer.json")
         self.model = model
         self.options = options
         template = model.tokenizer.chat_template_source if model.tokenizer is not None else ""
@@ -129,7 +129,9 @@ class RequestReader:
         eos = frozenset() if body.ignore_eos else self.model.eos_ids
         return eos | frozenset(body.stop_token_ids or ())
 
-    def max_tokens(self, asked: int | None, least: int | None, default: int | None, longest: int, param: str) -> int:
+    def max_tokens(
+        self, requested: int | None, least: int | None, default: int | None, longest: int, param: str
+    ) -> int:
         """How many tokens may be generated after a prompt of ``longest``; ``default`` None: as many as fit.
 
         Raises:
@@ -137,14 +139,14 @@ class RequestReader:
         """
         context = self.model.max_context
         room = context - longest
-        if longest > context or (asked is None and room < 1) or (asked is not None and asked > room):
-            wanted = f"{asked} more were requested" if asked is not None else "the answer has no room"
+        if longest > context or (requested is None and room < 1) or (requested is not None and requested > room):
+            wanted = f"{requested} more were requested" if requested is not None else "the answer has no room"
             message = (
                 f"the model's context holds {context} tokens: the prompt has {longest}, and {wanted}; "
                 "shorten the prompt or request fewer"
             )
             raise invalid(message, param, "context_length_exceeded")
-        most = asked if asked is not None else room if default is None else min(default, room)
+        most = requested if requested is not None else room if default is None else min(default, room)
         if least is not None and least > most:
             raise invalid(f"min_tokens is {least}, but max_tokens {most}", "min_tokens")
         return most
@@ -197,7 +199,7 @@ class RequestReader:
             message = (
                 f"{num_prompts} prompts with n {num_choices} are {num_prompts * num_choices} texts; at most {most}"
             )
-            raise invalid(f"{message} may be asked for at once", "n")
+            raise invalid(f"{message} are allowed in one request", "n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the port, which does not listen yet: until it is ready, clients are refused. Port 0: any free.
 
     Raises:
-        ConfigError: the host or port cannot be had.
+        ConfigError: the host or port is not available.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -102,9 +102,9 @@ class RequestQueue:
         with self._changed:
             engine = self._engine
             if self._draining:
-                raise Draining("the server is ending: it finishes what it has and takes nothing new")
+                raise Draining("the server is ending: it finishes running requests and accepts no new ones")
             if self._shut or engine is None:
-                raise Unavailable(f"no request can be taken now: {self._shut}")
+                raise Unavailable(f"no request is accepted now: {self._shut}")
             waiting = len(self._arrived) + self._num_scheduled
             if waiting >= self.limit and not self._has_fewer_than_its_part(client):
                 raise QueueFull(

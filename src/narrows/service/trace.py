@@ -62,14 +62,14 @@ class ServiceTrace:
         """Begin a trace of the next ``num_steps`` steps; at once, the file is written when it has ended.
 
         Raises:
-            ConfigError: it was not started with a file for traces, one is being made, a number that cannot be.
+            ConfigError: it was not started with a file for traces, one is under way, an impossible number.
         """
         steps = self._num_steps if num_steps is None else num_steps
         _check_steps("steps", steps)
         with self._changed:
             self._check_has_file()
             if self._state is not _State.NONE:
-                raise ConfigError("a trace is being made already: POST /stop_profile ends it")
+                raise ConfigError("a trace is already under way: POST /stop_profile ends it")
             self._state, self._asked_steps, self._end_asked = _State.ASKED, steps, False
             self._written, self._failure = None, ""
         return {"file": self.file, "steps": steps}
@@ -83,7 +83,7 @@ class ServiceTrace:
         with self._changed:
             self._check_has_file()
             if self._state is _State.NONE and self._written is None and not self._failure:
-                raise ConfigError("no trace is being made: POST /start_profile begins one")
+                raise ConfigError("no trace is under way: POST /start_profile begins one")
             self._end_asked = True
         wake()
         with self._changed:
@@ -92,7 +92,7 @@ class ServiceTrace:
             written, failure = self._written, self._failure
             self._written, self._failure = None, ""
         if written is None:
-            raise ConfigError(f"the trace could not be written: {failure or 'somebody else has ended it'}")
+            raise ConfigError(f"the trace could not be written: {failure or 'another request has ended it'}")
         return written
 
     @property

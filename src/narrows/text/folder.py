@@ -113,7 +113,7 @@ def _adds(file: Path, config: Mapping[str, Any], role: str, named: Mapping[str, 
     """The value of ``add_bos_token`` or ``add_eos_token``."""
     flag = _flag(file, config, f"add_{role}")
     if flag and role not in named:
-        raise CheckpointError(f"{file}: add_{role} is true, but no {role} is named; name it there, or say false")
+        raise CheckpointError(f"{file}: add_{role} is true, but no {role} is named; name it there, or set it to false")
     return flag
 
 

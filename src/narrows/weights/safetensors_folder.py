@@ -97,13 +97,13 @@ class SafetensorsFolder:
 
     def missing(self, weight: Weight, expert: int | None = None) -> str:
         """The error of a missing weight."""
-        asked = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
-        name = self.names.local(asked)
+        full_name = weight.name if expert is None else weight.name.replace("{expert}", str(expert))
+        name = self.names.local(full_name)
         if name in self._absent:
             file = self._absent[name].name
             return f"{self.folder}: the index puts {name} into {file}, which lacks it; download that file again"
         said = f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
-        if asked == "lm_head.weight" and not self._absent:
+        if full_name == "lm_head.weight" and not self._absent:
             return said + 'a head that shares the embedding takes "tie_word_embeddings": true in config.json'
         return f"{said}the checkpoint is incomplete, or not the architecture that config.json names"
 

@@ -67,10 +67,10 @@ class TensorNames:
         Raises:
             CheckpointError: experts are stored both one by one and stacked.
         """
-        for asked in weight.stored_as or (weight.name,):
-            name = asked if expert is None else asked.replace("{expert}", str(expert))
+        for pattern in weight.stored_as or (weight.name,):
+            name = pattern if expert is None else pattern.replace("{expert}", str(expert))
             one = self._here(name)
-            stack = self._stack(asked, weight, expert) if expert is not None else None
+            stack = self._stack(pattern, weight, expert) if expert is not None else None
             if one is not None and stack is not None:
                 raise CheckpointError(
                     f"{self._where}: holds {one} and the stack {stack.name}: which of the two counts is not known; "
@@ -82,20 +82,20 @@ class TensorNames:
                 return stack
         return None
 
-    def local(self, asked: str) -> str:
+    def local(self, full_name: str) -> str:
         """The name that a tensor would have here, going by its neighbours."""
-        return self.body + asked.removeprefix(_BODY) if asked.startswith(_BODY) else asked
+        return self.body + full_name.removeprefix(_BODY) if full_name.startswith(_BODY) else full_name
 
-    def _here(self, asked: str) -> str | None:
-        name = self.local(asked)
-        if asked == _HEAD:
+    def _here(self, full_name: str) -> str | None:
+        name = self.local(full_name)
+        if full_name == _HEAD:
             outer = self.body.removesuffix(_BODY) + _HEAD
             others = [each for each in self._names if each.endswith("." + _HEAD)]
             name = next((each for each in (outer, _HEAD) if each in self._names), others[0] if len(others) == 1 else "")
         return name if name in self._names else None
 
-    def _stack(self, asked: str, weight: Weight, expert: int) -> Stored | None:
-        found = _EXPERT.fullmatch(asked)
+    def _stack(self, full_name: str, weight: Weight, expert: int) -> Stored | None:
+        found = _EXPERT.fullmatch(full_name)
         if found is None:
             return None
         fused = "down_proj" if found["part"] == "down" else "gate_up_proj"

@@ -189,7 +189,7 @@ def _shared(field: str, places: Mapping[str, Mapping[str, Any]]) -> Any:
             said[path] = getattr(validated(_Place, {field: fields[field]}, place), field)
     if len(set(said.values())) > 1:
         words = " and ".join(f"{path} is {shown(value)}" for path, value in said.items())
-        raise CheckpointError(f"{words}: which one counts depends on who reads it; leave one of them out")
+        raise CheckpointError(f"{words}: readers disagree on which one counts; leave one of them out")
     return next(iter(said.values()), None)
 
 
@@ -208,14 +208,14 @@ def _typed(name: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{name} has {', '.join(scaled)} while its rope_type {stated}")
     if kind != "default" and kind not in ROPE_TYPES:
         known = ", ".join(("default", *ROPE_TYPES))
-        raise ConfigError(f"{name} has rope_type {shown(kind)}, which narrows does not know; it knows {known}")
+        raise ConfigError(f"{name} has rope_type {shown(kind)}, which is not supported; supported are {known}")
     return kind, numbers
 
 
 def _one_of(typed: dict[str, tuple[str, dict[str, Any]]]) -> tuple[str, str, dict[str, Any]]:
     """The content of all dictionaries: name of one of them, type, numbers."""
     if len(typed) > 1 and len({shown(sorted(each.items())) + kind for kind, each in typed.values()}) > 1:
-        raise CheckpointError(f"{' and '.join(typed)} differ; which one counts depends on who reads it, leave one out")
+        raise CheckpointError(f"{' and '.join(typed)} differ; readers disagree on which one counts, so leave one out")
     for name, (kind, numbers) in typed.items():
         return name, kind, dict(numbers)
     return "", "default", {}

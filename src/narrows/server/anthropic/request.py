@@ -209,7 +209,7 @@ def chat_of(body: CountRequest) -> ChatRequest:
     choice, config = body.tool_choice, body.output_config
     messages = _messages(body)
     last = messages[-1]
-    asked = {
+    fields = {
         "messages": messages,
         "continue_final_message": True if last.role == "assistant" and last.content and not last.tool_calls else None,
         "stop": list(body.stop_sequences) if body.stop_sequences else None,
@@ -220,7 +220,7 @@ def chat_of(body: CountRequest) -> ChatRequest:
         "reasoning_effort": config.effort if config is not None else None,
         "chat_template_kwargs": _variables(body),
     }
-    return ChatRequest(**shared | asked)
+    return ChatRequest(**shared | fields)
 
 
 def _check(body: CountRequest) -> None:
@@ -254,12 +254,12 @@ def _tool(tool: MessagesTool) -> Tool:
     return Tool(type="function", function=function)
 
 
-def _choice(asked: MessagesToolChoice) -> Any:
-    if asked.type != "tool":
-        return "required" if asked.type == "any" else asked.type
-    if asked.name is None:
+def _choice(tool_choice: MessagesToolChoice) -> Any:
+    if tool_choice.type != "tool":
+        return "required" if tool_choice.type == "any" else tool_choice.type
+    if tool_choice.name is None:
         raise invalid("tool_choice.name is missing: the tool to use", "tool_choice.name")
-    return ToolChoice(type="function", function=FunctionName(name=asked.name))
+    return ToolChoice(type="function", function=FunctionName(name=tool_choice.name))
 
 
 def _messages(body: CountRequest) -> list[ChatMessage]:

@@ -62,9 +62,9 @@ class BodyProcess:
         watch.daemon = True
         watch.start()
         try:
-            asked = pickle.dumps((call, model, limits))
-            sizes = b"".join(len(each).to_bytes(8, "little") for each in (asked, data))
-            child_process.write(process, sizes, asked, data)
+            pickled_call = pickle.dumps((call, model, limits))
+            sizes = b"".join(len(each).to_bytes(8, "little") for each in (pickled_call, data))
+            child_process.write(process, sizes, pickled_call, data)
             answer = _answer(process)
         finally:
             watch.cancel()
@@ -185,20 +185,20 @@ def run() -> None:
     before = _pages(1)
     while (head := source.read(16)) and len(head) == 16:
         sizes = [int.from_bytes(head[at : at + 8], "little") for at in (0, 8)]
-        asked, data = (source.read(size) for size in sizes)
+        pickled_call, data = (source.read(size) for size in sizes)
         # Passing this ends the process, in any code: the signal has no handler.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        kind, value = _made(reader, asked, data)
+        kind, value = _made(reader, pickled_call, data)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        del asked, data
+        del pickled_call, data
         give_back()
         answer = pickle.dumps((kind, value, _pages(1) - before))
         answers.write(len(answer).to_bytes(8, "little") + answer)
         answers.flush()
 
 
-def _made(reader: RequestReader, asked: bytes, data: bytes) -> tuple[str, Any]:
-    call, model, limits = pickle.loads(asked)
+def _made(reader: RequestReader, pickled_call: bytes, data: bytes) -> tuple[str, Any]:
+    call, model, limits = pickle.loads(pickled_call)
     try:
         return "value", call(reader, read_body(data, model, limits))
     except ApiError as error:

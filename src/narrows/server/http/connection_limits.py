@@ -278,7 +278,7 @@ def raise_descriptor_limit() -> int:
     return _MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
-def connections_for(asked: int | None, descriptors: int) -> tuple[int, str]:
+def connections_for(requested: int | None, descriptors: int) -> tuple[int, str]:
     """The limit of connections and, where open files hold it below the usual, a line that says so.
 
     Raises:
@@ -288,10 +288,10 @@ def connections_for(asked: int | None, descriptors: int) -> tuple[int, str]:
     limit = f"this process may open {descriptors} files (ulimit -n), enough for {room} connections"
     if room < 1:
         raise ConfigError(f"{limit}; raise the limit to {2 * RESERVED_SLOTS + 1} at least")
-    if asked is not None and asked > room:
-        raise ConfigError(f"--max-connections is {asked}; {limit}: raise the limit or lower the flag")
-    if asked is not None:
-        return asked, ""
+    if requested is not None and requested > room:
+        raise ConfigError(f"--max-connections is {requested}; {limit}: raise the limit or lower the flag")
+    if requested is not None:
+        return requested, ""
     if room < MAX_CONNECTIONS:
         return room, f"{limit}; further connections replace idle ones or are refused"
     return MAX_CONNECTIONS, ""

@@ -106,8 +106,8 @@ def read(reader: RequestReader, body: CompletionRequest) -> _ParsedCompletion:
     reader.check_amount(len(body.prompts), body.num_choices)
     prompts: list[array[int]] = []
     rooms: list[int] = []
-    for asked in body.prompts:  # the first one that is too long is the last one that is read
-        prompts.append(array("I", _encode(reader, body, asked)))
+    for prompt in body.prompts:  # the first one that is too long is the last one that is read
+        prompts.append(array("I", _encode(reader, body, prompt)))
         rooms.append(reader.max_tokens(body.most_tokens, body.min_tokens, _DEFAULT_TOKENS, len(prompts[-1]), "prompt"))
     max_tokens = min(rooms)
     form = requested_grammar(body)
@@ -130,25 +130,25 @@ def read(reader: RequestReader, body: CompletionRequest) -> _ParsedCompletion:
     )
 
 
-def begin(reader: RequestReader, asked: _ParsedCompletion) -> _Job:
+def begin(reader: RequestReader, parsed: _ParsedCompletion) -> _Job:
     """Its job: choices and generations before the first token."""
-    options = asked.options
+    options = parsed.options
     choices: list[_Choice] = []
     generations: list[Generation] = []
     generated = GeneratedText(
         reader.model.tokenizer,
         stop=options.stops,
         keep_stop=options.keeps_stop,
-        end_ids=asked.end_ids,
+        end_ids=parsed.end_ids,
         skip_special_tokens=options.skips_special,
     )
-    for at, ids in enumerate(asked.prompts):
+    for at, ids in enumerate(parsed.prompts):
         prompt = tuple(ids)
         for choice in range(options.num_choices):
-            choices.append(_Choice(reader, asked, len(choices), at, prompt, generated.another()))
-            generations.append(asked.generation(prompt, choice))
-    total = sum(map(len, asked.prompts))
-    return Job(options, asked.head, total, choices, generations if asked.runs else [], asked.constraint)
+            choices.append(_Choice(reader, parsed, len(choices), at, prompt, generated.another()))
+            generations.append(parsed.generation(prompt, choice))
+    total = sum(map(len, parsed.prompts))
+    return Job(options, parsed.head, total, choices, generations if parsed.runs else [], parsed.constraint)
 
 
 def _check(body: CompletionRequest) -> None:
@@ -163,7 +163,7 @@ def _encode(reader: RequestReader, body: CompletionRequest, prompt: str | list[i
         special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
         prompt = list(reader.encode(prompt, "prompt", add_special_tokens=special, cut=cut))
     if not prompt:
-        raise invalid("prompt is empty: there is no token to go on from", "prompt")
+        raise invalid("prompt is empty: at least one token is needed", "prompt")
     reader.check_token_ids(prompt, "prompt")
     return truncated(reader, body, tuple(prompt), "prompt")
 
@@ -174,7 +174,7 @@ class _Choice:
     def __init__(
         self,
         reader: RequestReader,
-        asked: _ParsedCompletion,
+        parsed: _ParsedCompletion,
         index: int,
         prompt_index: int,
         prompt: tuple[int, ...],
@@ -186,24 +186,24 @@ class _Choice:
         self._prompt = prompt
         self.guide: GrammarGuide | None = None
         tokenizer = reader.model.tokenizer
-        skips, echoed = asked.options.skips_special, asked.texts[prompt_index]
+        skips, echoed = parsed.options.skips_special, parsed.texts[prompt_index]
         self._text = generated
         self._columns: LogprobColumns | None = None
-        if asked.options.logprobs is not None:
-            self._columns = LogprobColumns(tokenizer, num_best=asked.options.logprobs, as_ids=asked.as_ids)
-        adds = tokenizer is not None and echoed is not None and asked.adds_special
+        if parsed.options.logprobs is not None:
+            self._columns = LogprobColumns(tokenizer, num_best=parsed.options.logprobs, as_ids=parsed.as_ids)
+        adds = tokenizer is not None and echoed is not None and parsed.adds_special
         self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
         self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
         before = ""
-        if asked.echoes and echoed is not None:
+        if parsed.echoes and echoed is not None:
             before = echoed
-        elif asked.echoes and tokenizer is not None:
+        elif parsed.echoes and tokenizer is not None:
             before = tokenizer.decode(prompt, skip_special_tokens=skips)
         self._pieces = [before]  # the new part of the text
         self._num_scored = 0  # of the prompt's tokens
-        if asked.echoes and self._columns is not None:
+        if parsed.echoes and self._columns is not None:
             self._add_prompt((None,))  # the first token has none before it
-        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=asked.end_ids)
+        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=parsed.end_ids)
 
     def take(self, update: Update) -> bool:
         """Take an update in; whether a stop string has completed the text."""
@@ -235,7 +235,7 @@ class _Choice:
     def _add_prompt(self, scores: Sequence[TokenScore | None]) -> None:
         """The next tokens of the prompt, which have these scores."""
         columns = self._columns
-        assert columns is not None, "scores were asked for with logprobs"
+        assert columns is not None, "scores are requested with logprobs"
         for score in scores:
             place, self._num_scored = self._num_scored, self._num_scored + 1
             token = self._prompt[place]

@@ -213,7 +213,7 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
     if body.text is not None and body.text.verbosity is not None:
         variables.setdefault("verbosity", body.text.verbosity)
     shared = {name: getattr(body, name) for name in GenerationFields.model_fields if name in body.model_fields_set}
-    asked = {
+    fields = {
         "messages": _messages(body),
         "max_completion_tokens": body.max_output_tokens,
         "response_format": _form(body.text.format) if body.text is not None and body.text.format is not None else None,
@@ -225,7 +225,7 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
         "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
         "chat_template_kwargs": variables or None,
     }
-    return ChatRequest(**shared | asked)
+    return ChatRequest(**shared | fields)
 
 
 def _check(body: ResponsesRequest) -> None:
@@ -239,12 +239,12 @@ def _check(body: ResponsesRequest) -> None:
             raise invalid(f"{name}: {why}", name)
 
 
-def _form(asked: TextFormat) -> ResponseFormat:
-    if asked.type != "json_schema":
-        return ResponseFormat(type=asked.type)
-    if asked.schema_ is None:
+def _form(text_format: TextFormat) -> ResponseFormat:
+    if text_format.type != "json_schema":
+        return ResponseFormat(type=text_format.type)
+    if text_format.schema_ is None:
         raise invalid("text.format.schema is missing", "text.format.schema")
-    named = {"name": asked.name, "strict": asked.strict, "schema": asked.schema_}
+    named = {"name": text_format.name, "strict": text_format.strict, "schema": text_format.schema_}
     return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat.model_validate(named))
 
 
@@ -253,19 +253,19 @@ def _tool(tool: Any) -> Tool:
     return Tool(type="function", function=function)
 
 
-def _choice(asked: str | ResponsesToolChoice) -> Any:
+def _choice(tool_choice: str | ResponsesToolChoice) -> Any:
     """Chats have the names one level below."""
-    if isinstance(asked, str):
-        return asked
-    if asked.type == "function":
-        if asked.name is None:
+    if isinstance(tool_choice, str):
+        return tool_choice
+    if tool_choice.type == "function":
+        if tool_choice.name is None:
             raise invalid("tool_choice.name is missing: the function to call", "tool_choice.name")
-        return ToolChoice(type="function", function=FunctionName(name=asked.name))
-    if asked.mode is None or asked.tools is None:
-        missing = "tool_choice.mode" if asked.mode is None else "tool_choice.tools"
+        return ToolChoice(type="function", function=FunctionName(name=tool_choice.name))
+    if tool_choice.mode is None or tool_choice.tools is None:
+        missing = "tool_choice.mode" if tool_choice.mode is None else "tool_choice.tools"
         raise invalid(f"{missing} is missing", missing)
-    tools = [AllowedTool(type="function", function=FunctionName(name=tool.name)) for tool in asked.tools]
-    return ToolChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=asked.mode, tools=tools))
+    tools = [AllowedTool(type="function", function=FunctionName(name=tool.name)) for tool in tool_choice.tools]
+    return ToolChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=tool_choice.mode, tools=tools))
 
 
 def _messages(body: ResponsesRequest) -> list[Any]:

@@ -35,10 +35,10 @@ OPEN, CLOSE = "<think>", "</think>"
 REASONING_PARSERS = ("auto", "none", "think")
 
 
-def reasoning_parser(asked: str, template: str) -> str:
+def reasoning_parser(name: str, template: str) -> str:
     """``think`` or ``none``; ``auto``: by whether the chat template has the tag."""
-    if asked != "auto":
-        return asked
+    if name != "auto":
+        return name
     return "think" if CLOSE in template else "none"
 
 
@@ -146,10 +146,10 @@ FORMATS = {
 TOOL_PARSERS = ("auto", "none", *FORMATS)
 
 
-def tool_format(asked: str, template: str) -> ToolFormat | None:
+def tool_format(name: str, template: str) -> ToolFormat | None:
     """The format by its name; ``auto``: the one that the chat template writes; None: without tool calls."""
-    if asked != "auto":
-        return FORMATS.get(asked)
+    if name != "auto":
+        return FORMATS.get(name)
     if deepseek.CALLS_BEGIN in template:
         return FORMATS["deepseek_v3" if deepseek.FENCE in template else "deepseek_v31"]
     if hermes.OPEN in template and "<function=" not in template and "arguments" in template:

@@ -223,32 +223,36 @@ _USED = {
 
 
 def _of_response_format(body: GenerationFields) -> list[Asked]:
-    asked = body.response_format
-    if asked is None:
+    response_format = body.response_format
+    if response_format is None:
         return []
-    given = [name for name in ("json_schema", "schema", "pattern", "grammar") if _of_format(asked, name) is not None]
-    used = _USED[asked.type]
+    given = [
+        name
+        for name in ("json_schema", "schema", "pattern", "grammar")
+        if _of_format(response_format, name) is not None
+    ]
+    used = _USED[response_format.type]
     if stray := next((name for name in given if name not in used or name != given[0]), None):
         where = f"response_format.{stray}"
-        raise invalid(f"{where} does not go with type {asked.type!r} or a second field; leave it out", where)
-    if not given and asked.type not in ("text", "json_object"):
+        raise invalid(f"{where} does not go with type {response_format.type!r} or a second field; leave it out", where)
+    if not given and response_format.type not in ("text", "json_object"):
         where = f"response_format.{used[0]}"
         raise invalid(f"{where} is missing", where)
-    if asked.pattern is not None:
-        return [(regex_form(asked.pattern), "response_format.pattern")]
-    if asked.grammar is not None:
-        return [(_grammar(asked.grammar, "response_format.grammar"), "response_format.grammar")]
-    if asked.json_schema is not None:
+    if response_format.pattern is not None:
+        return [(regex_form(response_format.pattern), "response_format.pattern")]
+    if response_format.grammar is not None:
+        return [(_grammar(response_format.grammar, "response_format.grammar"), "response_format.grammar")]
+    if response_format.json_schema is not None:
         where = "response_format.json_schema.schema"
-        schema = asked.json_schema.schema_
-        return [(_json(closed(schema, where) if asked.json_schema.strict else schema), where)]
-    if asked.schema_ is not None:
-        return [(_json(asked.schema_), "response_format.schema")]
-    return [(_json({"type": "object"}), "response_format")] if asked.type == "json_object" else []
+        schema = response_format.json_schema.schema_
+        return [(_json(closed(schema, where) if response_format.json_schema.strict else schema), where)]
+    if response_format.schema_ is not None:
+        return [(_json(response_format.schema_), "response_format.schema")]
+    return [(_json({"type": "object"}), "response_format")] if response_format.type == "json_object" else []
 
 
-def _of_format(asked: ResponseFormat, name: str) -> Any:
-    return getattr(asked, "schema_" if name == "schema" else name)
+def _of_format(response_format: ResponseFormat, name: str) -> Any:
+    return getattr(response_format, "schema_" if name == "schema" else name)
 
 
 def _of_others(body: GenerationFields) -> list[Asked]:

@@ -140,7 +140,7 @@ class _Reader:
     def _group(self, piece: _Piece) -> str:
         self._depth += 1
         if self._depth > MOST_NESTED:
-            raise self._wrong(piece, f"more than {MOST_NESTED} groups in each other")
+            raise self._wrong(piece, f"more than {MOST_NESTED} nested groups")
         inner = self._alternatives()
         end = self._next()
         if end is None or end.text != ")":
@@ -162,7 +162,7 @@ class _Reader:
             raise self._wrong(piece, "a count is missing")
         numbers = [int(number) for number in (low, high) if number]
         if max(numbers, default=0) > MOST_REPEATS:
-            raise self._wrong(piece, f"at most {MOST_REPEATS} repeats can be kept")
+            raise self._wrong(piece, f"at most {MOST_REPEATS} repeats are supported")
         if low and high and int(low) > int(high):
             raise self._wrong(piece, "the first count is the larger one")
         return f"{{{low or 0},{high}}}" if comma else f"{{{low},{low}}}"
@@ -177,7 +177,7 @@ class _Reader:
         if not found:
             if negated:
                 return "/(?s:.)/"
-            raise self._wrong(piece, "no character is in it")
+            raise self._wrong(piece, "it has no character")
         return f"/[{'^' if negated else ''}{''.join(found)}]/"
 
     def _class_members(self, piece: _Piece, inner: str) -> list[str]:

@@ -51,7 +51,7 @@ class _Closer:
         self._count()
         self._depth += 1
         if self._depth > _MOST_NESTED:
-            raise ConfigError(f"strict reads at most {_MOST_NESTED} schemas in each other")
+            raise ConfigError(f"strict reads at most {_MOST_NESTED} nested schemas")
         out = self._close_value(schema, self._close_others(schema), beside)
         self._depth -= 1
         return out
@@ -118,7 +118,7 @@ class _Closer:
         """The schema, and all that it holds about the same value."""
         self._count()
         if depth > _MOST_NESTED:
-            raise ConfigError(f"strict reads at most {_MOST_NESTED} schemas in each other")
+            raise ConfigError(f"strict reads at most {_MOST_NESTED} nested schemas")
         yield schema
         for key in _SAME_VALUE:
             for part in _list(schema, key):
