@@ -37,7 +37,7 @@ def fields_page() -> str:
         f"In chats: {_names(chat)}.\n",
         f"In completions: {_names(completion)}.\n",
         "## Refused\n",
-        "Null is accepted for each, and so are the values in the second column, which ask for nothing.\n",
+        "Null is accepted for each, and so are the values in the second column, which have no effect.\n",
         "| field | accepted | why, and what to do |\n|---|---|---|",
         *(f"| `{name}` | {_values(each.harmless)} | {each.reason} |" for name, each in sorted(REFUSED.items())),
         "\n## Ignored\n",

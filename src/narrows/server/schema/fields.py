@@ -24,10 +24,10 @@ class Refused:
 _NO_SAMPLER = "this server has no such sampler; use temperature, top_p, top_k or min_p"
 _NO_BEAMS = "this server samples, it does not search; leave it out"
 _NO_MEDIA = "this server reads and writes text only"
-_NO_ADAPTERS = "this server runs the model as it is, without adapters"
+_NO_ADAPTERS = "this server runs the model without adapters"
 _NO_PLUGINS = "this server runs no code of clients; use logit_bias, allowed_token_ids or a grammar"
-_OLD_FUNCTIONS = "this form is gone from OpenAI's API; use tools and tool_choice"
-_TAGS = "structural tags are not read here; use a grammar, or tools with tool_choice"
+_OLD_FUNCTIONS = "OpenAI's API no longer has this form; use tools and tool_choice"
+_TAGS = "structural tags are not supported; use a grammar, or tools with tool_choice"
 _CUT_REASONING = "reasoning has no budget of its own here; use max_completion_tokens"
 
 REFUSED: Mapping[str, Refused] = {
@@ -37,17 +37,17 @@ REFUSED: Mapping[str, Refused] = {
     "chat_template": Refused("the checkpoint's own template is used; render the prompt and use /v1/completions"),
     "custom_logit_processor": Refused(_NO_PLUGINS, ([],)),
     "custom_params": Refused(_NO_PLUGINS, ({},)),
-    "documents": Refused("put what the documents say into a message", ([],)),
-    "dry_multiplier": Refused(_NO_SAMPLER + "; repetition_penalty is there", (0,)),
+    "documents": Refused("put the text of the documents into a message", ([],)),
+    "dry_multiplier": Refused(_NO_SAMPLER + "; repetition_penalty works", (0,)),
     "dynatemp_range": Refused(_NO_SAMPLER, (0,)),
     "echo": Refused("a chat is not repeated in its answer; use continue_final_message and join the texts", (False,)),
     "function_call": Refused(_OLD_FUNCTIONS, ("none",)),
     "functions": Refused(_OLD_FUNCTIONS, ([],)),
-    "grammar_lazy": Refused("a grammar holds from the first token on; leave it out", (False,)),
-    "grammar_triggers": Refused("a grammar holds from the first token on; leave it out", ([],)),
+    "grammar_lazy": Refused("a grammar applies from the first token on; leave it out", (False,)),
+    "grammar_triggers": Refused("a grammar applies from the first token on; leave it out", ([],)),
     "id_slot": Refused("requests are placed by the scheduler; leave it out", (-1,)),
     "images_config": Refused(_NO_MEDIA, ({},)),
-    "include_reasoning": Refused("reasoning always comes as reasoning_content; drop it there", (True,)),
+    "include_reasoning": Refused("reasoning is always returned as reasoning_content; ignore it there", (True,)),
     "input_ids": Refused("send token ids as prompt to /v1/completions"),
     "length_penalty": Refused(_NO_BEAMS, (1,)),
     "logits_processors": Refused(_NO_PLUGINS, ([],)),
@@ -56,7 +56,7 @@ REFUSED: Mapping[str, Refused] = {
     "max_dynamic_patch": Refused(_NO_MEDIA),
     "media_io_kwargs": Refused(_NO_MEDIA, ({},)),
     "min_dynamic_patch": Refused(_NO_MEDIA),
-    "min_keep": Refused("samplers keep as few tokens as they say; raise min_p's or top_p's share", (0,)),
+    "min_keep": Refused("samplers have no minimum of tokens; raise min_p or top_p", (0,)),
     "mirostat": Refused(_NO_SAMPLER, (0,)),
     "mm_processor_kwargs": Refused(_NO_MEDIA, ({},)),
     "modalities": Refused(_NO_MEDIA, (["text"], [])),
@@ -68,20 +68,20 @@ REFUSED: Mapping[str, Refused] = {
     "prompt_logprobs": Refused("use echo with logprobs in /v1/completions"),
     "reasoning_control": Refused("reasoning cannot be ended from outside; leave it out", (False,)),
     "reasoning_format": Refused(
-        "reasoning comes as reasoning_content; a server started with --reasoning-parser none leaves it in the text",
+        "reasoning is in reasoning_content; a server started with --reasoning-parser none leaves it in the text",
         ("auto", "deepseek"),
     ),
-    "repeat_last_n": Refused("penalties are over the whole text; leave it out", (-1, 64)),
-    "repeat_penalty": Refused("use repetition_penalty, which is over the whole text", (1,)),
-    "repetition_detection": Refused("texts are not watched for loops; use repetition_penalty or frequency_penalty"),
+    "repeat_last_n": Refused("penalties cover the whole text; leave it out", (-1, 64)),
+    "repeat_penalty": Refused("use repetition_penalty, which covers the whole text", (1,)),
+    "repetition_detection": Refused("loops in texts are not detected; use repetition_penalty or frequency_penalty"),
     "response_fields": Refused("answers have OpenAI's shape; leave it out", ([],)),
     "samplers": Refused("samplers apply in one fixed order; leave it out"),
-    "separate_reasoning": Refused("reasoning always comes as reasoning_content", (True,)),
-    "session_params": Refused("a session is not kept; send the whole conversation", ({},)),
+    "separate_reasoning": Refused("reasoning is always returned as reasoning_content", (True,)),
+    "session_params": Refused("sessions are not stored; send the whole conversation", ({},)),
     "stop_regex": Refused("stops are texts and token ids; use stop", ([], "")),
-    "stream_reasoning": Refused("reasoning is streamed as it comes", (True,)),
+    "stream_reasoning": Refused("reasoning is always streamed", (True,)),
     "structural_tag": Refused(_TAGS),
-    "suffix": Refused("this server only goes on where a prompt ends", ("",)),
+    "suffix": Refused("text is only generated after the prompt", ("",)),
     "t_max_predict_ms": Refused("a text is bounded in tokens; use max_tokens", (0, -1)),
     "task": Refused("put it into the messages or chat_template_kwargs"),
     "tfs_z": Refused(_NO_SAMPLER, (1,)),
@@ -90,18 +90,18 @@ REFUSED: Mapping[str, Refused] = {
     "typical_p": Refused(_NO_SAMPLER, (1,)),
     "use_audio_in_video": Refused(_NO_MEDIA, (False,)),
     "use_beam_search": Refused(_NO_BEAMS, (False,)),
-    "verbosity": Refused("say in a message how long the answer should be", ("medium",)),
+    "verbosity": Refused("request the length of the answer in a message", ("medium",)),
     "vllm_xargs": Refused(_NO_PLUGINS, ({},)),
-    "watermarking": Refused("texts are not marked; leave it out", (False,)),
-    "web_search_options": Refused("this server searches nothing; give the model a tool"),
+    "watermarking": Refused("texts get no watermark; leave it out", (False,)),
+    "web_search_options": Refused("this server does not search the web; give the model a tool"),
     "xtc_probability": Refused(_NO_SAMPLER, (0,)),
 }
 """By name, for every route whose body does not have the field itself."""
 
-_ADDS = "asks for more in the answer, not for another text"
-_PLACES = "says where or when a request runs, not what it answers"
-_SETS = "does nothing while the sampler it belongs to is off"
-_KEEPS = "is about what an operator keeps of a request"
+_ADDS = "adds parts to the answer, and does not change the text"
+_PLACES = "decides where or when a request runs, not its text"
+_SETS = "has no effect while its sampler is off"
+_KEEPS = "concerns the operator's records of a request"
 
 IGNORED: Mapping[str, str] = {
     **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank"), _PLACES),
@@ -118,7 +118,7 @@ IGNORED: Mapping[str, str] = {
     **dict.fromkeys(("return_tokens_as_token_ids", "routed_experts_prompt_start", "routed_experts_start_len"), _ADDS),
     **dict.fromkeys(("dry_allowed_length", "dry_base", "dry_penalty_last_n", "dry_sequence_breakers"), _SETS),
     **dict.fromkeys(("dynatemp_exponent", "mirostat_eta", "mirostat_tau", "xtc_threshold"), _SETS),
-    "spaces_between_special_tokens": "changes nothing with the fast tokenizers that are read here",
+    "spaces_between_special_tokens": "has no effect with fast tokenizers, the only ones supported",
 }
 """By name, why it is safe to do nothing about it."""
 
