@@ -27,7 +27,7 @@ _OF_THIS_MOMENT = frozenset(("running", "waiting", "kv_pages", "kv_pages_used", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """``running``, ``waiting``, ``kv_*``, ``group_running`` and ``group_kv_*`` are of this moment, the rest totals.
+    """``running``, ``waiting``, ``kv_*``, ``group_running`` and ``group_kv_*`` are current values, the rest totals.
 
     ``kv_pages`` of all groups, the null pages not counted; ``kv_pages_used``: held by requests (pages that are only
     kept to be found again are not used). ``prompt_tokens`` of prompts that have begun to run, ``cached_prompt_tokens``
