@@ -33,7 +33,7 @@ inline __m256i upper_halves(__m256 x) {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     return _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
 }
-inline __m256i narrow(F32x16 x) {
+[[gnu::always_inline]] inline __m256i narrow(F32x16 x) {
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(upper_halves(x.a), upper_halves(x.b)), 0xd8);
 }
 
@@ -56,13 +56,20 @@ inline void store(float* p, F32x16 x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
-inline void store(bf16* p, F32x16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+[[gnu::always_inline]] inline void store(bf16* p, F32x16 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
 template <typename T>
-inline void store(T* p, F32x16 x, Lanes lanes) {
-    if (are_all(lanes)) return store(p, x);
+[[gnu::noinline]] inline void store_some(T* p, const F32x16& x, int count) {
     T some[16];
     store(some, x);
-    if (lanes.count) std::memcpy(p, some, lanes.count * sizeof(T));
+    if (count) std::memcpy(p, some, count * sizeof(T));
+}
+// Inlined, since a call would pass the numbers through memory.
+template <typename T>
+[[gnu::always_inline]] inline void store(T* p, F32x16 x, Lanes lanes) {
+    if (are_all(lanes)) return store(p, x);
+    store_some(p, x, lanes.count);
 }
 inline void store_exactly(bf16* p, F32x16 x) { store(p, x); }
 inline F32x16 as_bf16(F32x16 x) {
@@ -81,6 +88,14 @@ inline F32x16 operator*(F32x16 x, F32x16 y) { return {_mm256_mul_ps(x.a, y.a), _
 inline F32x16 operator/(F32x16 x, F32x16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F32x16 mul_add(F32x16 x, F32x16 y, F32x16 z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+// GCC 12 would put some sums of a full tile into the register of x or y, and spill others for that.
+inline __m256 add_product(__m256 sum, __m256 x, __m256 y) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
+    return sum;
+}
+inline F32x16 add_product(F32x16 sum, F32x16 x, F32x16 y) {
+    return {add_product(sum.a, x.a, y.a), add_product(sum.b, x.b, y.b)};
 }
 inline F32x16 mul_sub(F32x16 x, F32x16 y, F32x16 z) {
     return {_mm256_fmsub_ps(x.a, y.a, z.a), _mm256_fmsub_ps(x.b, y.b, z.b)};
@@ -200,10 +215,16 @@ inline void store_i8(int8_t* p, I32x16 x, Lanes lanes) {
 inline F32x16 low_half(I32x16 pairs) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(pairs.b, 16))};
 }
+// The mask is read each time: held, it would be the seventeenth register of a tile of six sums, and one of them
+// spilled.
+inline __m256i upper_mask() {
+    alignas(32) static constexpr uint32_t mask[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+    return *reinterpret_cast<const volatile __m256i*>(mask);
+}
 inline F32x16 high_half(I32x16 pairs) {
-    const __m256i upper = _mm256_set1_epi32(int32_t(0xffff0000));
-    return {_mm256_castsi256_ps(_mm256_and_si256(pairs.a, upper)),
-            _mm256_castsi256_ps(_mm256_and_si256(pairs.b, upper))};
+    return {_mm256_castsi256_ps(_mm256_and_si256(pairs.a, upper_mask())),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs.b, upper_mask()))};
 }
 inline I32x16 even_bytes(I32x16 quads) {
     const __m256i even = _mm256_set1_epi32(0x00ff00ff);
@@ -219,9 +240,50 @@ inline I32x16 mul_add_pairs(I32x16 x, I32x16 y, I32x16 z) {
     return {_mm256_add_epi32(_mm256_madd_epi16(x.a, y.a), z.a), _mm256_add_epi32(_mm256_madd_epi16(x.b, y.b), z.b)};
 }
 
+// Four rows as columns: what belongs to column i of each half goes to `step` numbers after column i - 1.
+inline void store_four_rows(float* to, int64_t step, __m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 ab = _mm256_unpacklo_ps(a, b), more_ab = _mm256_unpackhi_ps(a, b);
+    const __m256 cd = _mm256_unpacklo_ps(c, d), more_cd = _mm256_unpackhi_ps(c, d);
+    const __m256 columns[] = {_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee),
+                              _mm256_shuffle_ps(more_ab, more_cd, 0x44), _mm256_shuffle_ps(more_ab, more_cd, 0xee)};
+    for (int i = 0; i < 4; ++i) {
+        _mm_storeu_ps(to + i * step, _mm256_castps256_ps128(columns[i]));
+        _mm_storeu_ps(to + (i + 4) * step, _mm256_extractf128_ps(columns[i], 1));
+    }
+}
+inline void store_two_rows(float* to, int64_t step, __m256 a, __m256 b) {
+    const __m256 ab = _mm256_unpacklo_ps(a, b), more = _mm256_unpackhi_ps(a, b);
+    const __m128 columns[] = {_mm256_castps256_ps128(ab), _mm256_castps256_ps128(more), _mm256_extractf128_ps(ab, 1),
+                              _mm256_extractf128_ps(more, 1)};
+    for (int i = 0; i < 4; ++i) {
+        _mm_storel_pi(reinterpret_cast<__m64*>(to + 2 * i * step), columns[i]);
+        _mm_storeh_pi(reinterpret_cast<__m64*>(to + (2 * i + 1) * step), columns[i]);
+    }
+}
+template <int ROWS>
+inline void store_columns(float* to, const F32x16 (&rows)[ROWS]) {
+    int r = 0;
+    for (; r + 4 <= ROWS; r += 4) {
+        store_four_rows(to + r, ROWS, rows[r].a, rows[r + 1].a, rows[r + 2].a, rows[r + 3].a);
+        store_four_rows(to + 8 * ROWS + r, ROWS, rows[r].b, rows[r + 1].b, rows[r + 2].b, rows[r + 3].b);
+    }
+    if (r + 2 <= ROWS) {
+        store_two_rows(to + r, ROWS, rows[r].a, rows[r + 1].a);
+        store_two_rows(to + 8 * ROWS + r, ROWS, rows[r].b, rows[r + 1].b);
+        r += 2;
+    }
+    if (r < ROWS) {
+        alignas(32) float row[16];
+        store(row, rows[r]);
+        for (int i = 0; i < 16; ++i) to[i * ROWS + r] = row[i];
+    }
+}
+
 inline void fetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void fetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// Whether words are split into their two bf16 beside the products of six rows: shifts have a pipe of their own on Zen.
+constexpr bool WIDENS_FOR_FREE = true;
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;  // 6 sums, which are 12 of the 16 registers
 
 }  // namespace narrows::NARROWS_TARGET

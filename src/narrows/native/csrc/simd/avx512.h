@@ -85,6 +85,7 @@ inline void store_f16(uint16_t* p, F32x16 x) {
 }
 
 inline F32x16 mul_add(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32x16 add_product(F32x16 sum, F32x16 x, F32x16 y) { return mul_add(x, y, sum); }
 inline F32x16 mul_sub(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmsub_ps(a, b, c); }
 inline F32x16 neg_mul_add(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fnmadd_ps(a, b, c); }
 inline F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }
@@ -153,9 +154,19 @@ inline I32x16 mul_add_pairs(I32x16 a, I32x16 b, I32x16 c) {
     return {_mm512_add_epi32(_mm512_madd_epi16(a.v, b.v), c.v)};
 }
 
+template <int ROWS>
+inline void store_columns(float* to, const F32x16 (&rows)[ROWS]) {
+    for (int r = 0; r < ROWS; ++r) {
+        float row[16];
+        store(row, rows[r]);
+        for (int i = 0; i < 16; ++i) to[i * ROWS + r] = row[i];
+    }
+}
+
 inline void fetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void fetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+constexpr bool WIDENS_FOR_FREE = false;
 constexpr int TILE_ROWS = 12, TILE_VECTORS = 2;  // 24 sums in the 32 registers
 
 }  // namespace narrows::NARROWS_TARGET

@@ -99,6 +99,7 @@ OPERATOR(/)
 inline F32x16 mul_add(const F32x16& a, const F32x16& b, const F32x16& c) {
     return each<F32x16>([&](int i) { return fused(a.v[i], b.v[i], c.v[i]); });
 }
+inline F32x16 add_product(const F32x16& sum, const F32x16& x, const F32x16& y) { return mul_add(x, y, sum); }
 inline F32x16 mul_sub(const F32x16& a, const F32x16& b, const F32x16& c) {
     return each<F32x16>([&](int i) { return fused(a.v[i], b.v[i], -c.v[i]); });
 }
@@ -221,9 +222,19 @@ inline I32x16 mul_add_pairs(const I32x16& a, const I32x16& b, const I32x16& c) {
     });
 }
 
+template <int ROWS>
+inline void store_columns(float* to, const F32x16 (&rows)[ROWS]) {
+    for (int r = 0; r < ROWS; ++r) {
+        float row[16];
+        store(row, rows[r]);
+        for (int i = 0; i < 16; ++i) to[i * ROWS + r] = row[i];
+    }
+}
+
 inline void fetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void fetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+constexpr bool WIDENS_FOR_FREE = false;
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;
 
 }  // namespace narrows::NARROWS_TARGET

@@ -5,11 +5,13 @@
 //   store_exactly        as store of bf16, also what is denormal: store flushes that where an instruction does
 //   store_ordinary       four of them as store_exactly, if an instruction can: else false, and nothing is stored
 //   mul_add(a, b, c)     a * b + c rounded once; mul_sub a * b - c, neg_mul_add c - a * b
+//   add_product          sum + x * y rounded once, into the register of the sum: for tiles that fill all registers
 //   as_bf16              rounded to bf16, as store rounds
 //   max(a, b)            b where one of them is a NaN
 //   reduce_sum           by halves: lane i + lane i + 8, then + 4, + 2, + 1; the same tree on every target
 //   round, rounded       to the nearest whole number, ties to even; `rounded` as int32, the least if it does not fit
 //   times_power_of_2     x * 2^n rounded once, n whole
+//   store_columns        so many rows of sixteen, column by column
 //   load_pairs           sixteen pairs of neighbours: first members, and second ones
 //   low_half, high_half  the two bf16 of each word; even_bytes, odd_bytes: two bytes of each word as pairs of int16
 //   mul_add_pairs        c + the two products of int16 in each lane

@@ -40,7 +40,7 @@ inline const Word* as_rows(const uint32_t* panel, int64_t num_pairs) {
 template <int64_t ROW_STEP, int64_t STEP, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void add_words(F32x16 (&sums)[ROWS][VECTORS], const Word* rows, const uint32_t* panel,
                                              int first, int64_t num_pairs) {
-    add_products(sums, rows, ROW_STEP, STEP, Pairs<false>{panel}, first, num_pairs);
+    add_products(sums, rows, ROW_STEP, STEP, Pairs{panel}, NothingAhead{}, first, num_pairs);
 }
 
 // Two rows of sixteen numbers as sixteen pairs of bf16.

@@ -25,10 +25,10 @@ template <int MOST, typename Work>
 }
 
 // Calls `work.operator()<VECTORS>(first)` until both halves of a panel have had their turn: at once where the sums of
-// ROWS rows leave room for it.
+// ROWS rows leave room for it, and for the weights.
 template <int ROWS, typename Work>
 [[gnu::always_inline]] inline void for_vectors(Work work) {
-    if constexpr (2 * ROWS <= TILE_ROWS * TILE_VECTORS) {
+    if constexpr (TILE_VECTORS == 2 || 2 * ROWS < TILE_ROWS) {
         work.template operator()<2>(0);
     } else {
         work.template operator()<1>(0);
@@ -36,14 +36,10 @@ template <int ROWS, typename Work>
     }
 }
 
-// A panel of bf16 as it lies in memory: [pairs][32][2]. FETCH: what lies 8 KB further on is fetched.
-template <bool FETCH>
+// A panel of bf16 as it lies in memory: [pairs][32][2].
 struct Pairs {
     const uint32_t* at;
-    F32x16 even(int vector) const {
-        if (FETCH) fetch_near(at + 2048 + 16 * vector);
-        return low_half(load_int(at + 16 * vector));
-    }
+    F32x16 even(int vector) const { return low_half(load_int(at + 16 * vector)); }
     F32x16 odd(int vector) const { return high_half(load_int(at + 16 * vector)); }
     void next() { at += PANEL; }
 };
@@ -56,29 +52,50 @@ struct Wide {
     void next() { at += 2 * PANEL; }
 };
 
+// What is fetched into the L1 cache meanwhile: `step` bytes further with each vector of a pair.
+struct Ahead {
+    const char* at;
+    int64_t step;
+    Ahead after(int64_t vectors) const { return {at + vectors * step, step}; }
+    void next() {
+        fetch_near(at);
+        at += step;
+    }
+};
+struct NothingAhead {
+    NothingAhead after(int64_t) const { return {}; }
+    void next() {}
+};
+
+// Adds the products of ROWS rows, one number of each, with VECTORS vectors. Row r's number is at rows[r * row_step].
+template <int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void add_outer(F32x16 (&sums)[ROWS][VECTORS], const float* rows, int64_t row_step,
+                                             const F32x16 (&w)[VECTORS]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+        const F32x16 x = set(rows[r * row_step]);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = add_product(sums[r][v], x, w[v]);
+    }
+}
+
 // Adds the products of ROWS rows with VECTORS vectors of a panel. Row r's input k is at rows[r * row_step + k * step].
-template <int ROWS, int VECTORS, typename Weights>
+template <int ROWS, int VECTORS, typename Weights, typename Fetch>
 [[gnu::always_inline]] inline void add_products(F32x16 (&sums)[ROWS][VECTORS], const float* rows, int64_t row_step,
-                                                int64_t step, Weights weights, int first, int64_t num_pairs) {
+                                                int64_t step, Weights weights, Fetch ahead, int first,
+                                                int64_t num_pairs) {
     for (int64_t p = 0; p < num_pairs; ++p) {
         F32x16 w[VECTORS];
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) w[v] = weights.even(first + v);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            const F32x16 x = set(rows[r * row_step]);
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = mul_add(x, w[v], sums[r][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            ahead.next();
+            w[v] = weights.even(first + v);
         }
+        add_outer(sums, rows, row_step, w);
         rows += step;
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) w[v] = weights.odd(first + v);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            const F32x16 x = set(rows[r * row_step]);
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = mul_add(x, w[v], sums[r][v]);
-        }
+        add_outer(sums, rows, row_step, w);
         rows += step;
         weights.next();
     }
@@ -86,7 +103,7 @@ template <int ROWS, int VECTORS, typename Weights>
 
 // The same, onto sums [rows][32] in memory.
 template <int ROWS, typename Weights>
-inline void add_to_sums(float* sums, const float* rows, Weights weights, int64_t num_pairs) {
+inline void add_to_sums(float* sums, const float* rows, Weights weights, Ahead ahead, int64_t num_pairs) {
     for_vectors<ROWS>([&]<int VECTORS>(int first) [[gnu::always_inline]] {
         F32x16 held[ROWS][VECTORS];
 #pragma GCC unroll 12
@@ -94,7 +111,7 @@ inline void add_to_sums(float* sums, const float* rows, Weights weights, int64_t
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v) held[r][v] = load(sums + r * PANEL + 16 * (first + v));
         }
-        add_products(held, rows, 1, ROWS, weights, first, num_pairs);
+        add_products(held, rows, 1, ROWS, weights, ahead.after(first * num_pairs), first, num_pairs);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 2
@@ -106,11 +123,12 @@ inline void add_to_sums(float* sums, const float* rows, Weights weights, int64_t
 // Blocks that meet a piece of a panel while it is in the L1 cache, and how many pairs of inputs, at most, are a piece.
 constexpr int64_t TOGETHER = 8, PIECE = 64;
 
-// Sums of blocks [first, stop) of float32 rows with one panel, in groups. `piece(pairs from, pairs, blocks)` gives the
-// weights of a piece as Pairs or Wide to the function it is given.
+// Sums of blocks [first, stop) of float32 rows with one panel of `pair_bytes` bytes a pair, in groups.
+// `piece_of(pairs from, pairs, blocks, work)` calls `work` with the weights of a piece, Pairs or Wide. Meanwhile the
+// next piece is fetched, each block a part of it, so that memory is never at rest.
 template <typename PieceOf, typename Store>
 inline void product_in_pieces(const float* rows, const Blocks& blocks, int64_t first, int64_t stop, int64_t num_pairs,
-                              PieceOf with_piece, Store store_row) {
+                              const char* panel, int64_t pair_bytes, PieceOf piece_of, Store store_row) {
     const int64_t base = blocks.start(first);
     alignas(64) float sums[TOGETHER * BLOCK * PANEL];
     for (int64_t group = first; group < stop; group += TOGETHER) {
@@ -119,13 +137,15 @@ inline void product_in_pieces(const float* rows, const Blocks& blocks, int64_t f
         std::fill(sums, sums + count * PANEL, 0.0f);
         for (int64_t from = 0; from < num_pairs; from += PIECE) {
             const int64_t pairs = std::min(PIECE, num_pairs - from);
-            with_piece(from, pairs, end - group, [&](auto weights) {
+            piece_of(from, pairs, end - group, [&](auto weights) {
+                Ahead ahead{panel + (from + PIECE) * pair_bytes, pair_bytes / 2 / (end - group)};
                 for (int64_t b = group; b < end; ++b) {
                     const int64_t row = blocks.start(b), height = blocks.start(b + 1) - row;
                     const float* x = rows + (row - base) * 2 * num_pairs + from * 2 * height;
                     with_rows<BLOCK>(height, [&]<int ROWS>() {
-                        add_to_sums<ROWS>(sums + (row - start) * PANEL, x, weights, pairs);
+                        add_to_sums<ROWS>(sums + (row - start) * PANEL, x, weights, ahead, pairs);
                     });
+                    ahead = ahead.after(2 * pairs);
                 }
             });
         }
@@ -137,11 +157,20 @@ inline void product_in_pieces(const float* rows, const Blocks& blocks, int64_t f
 template <typename RowOf>
 inline void pack_wide(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, int64_t padded) {
     float* to = reinterpret_cast<float*>(block);
-    for (int64_t r = 0; r < num_rows; ++r) {
-        const bf16* row = row_of(r);
-        for (int64_t k = 0; k < num_inputs; ++k) to[k * num_rows + r] = to_float(row[k]);
-        for (int64_t k = num_inputs; k < padded; ++k) to[k * num_rows + r] = 0.0f;
-    }
+    with_rows<BLOCK>(num_rows, [&]<int ROWS>() {
+        const bf16* row[ROWS];
+        for (int r = 0; r < ROWS; ++r) row[r] = row_of(r);
+        int64_t k = 0;
+        for (; k + 16 <= num_inputs; k += 16) {
+            F32x16 numbers[ROWS];
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) numbers[r] = load(row[r] + k);
+            store_columns(to + k * ROWS, numbers);
+        }
+        for (; k < padded; ++k) {
+            for (int r = 0; r < ROWS; ++r) to[k * ROWS + r] = k < num_inputs ? to_float(row[r][k]) : 0.0f;
+        }
+    });
 }
 
 struct Bf16 {
@@ -160,10 +189,10 @@ struct Bf16 {
         const int64_t num_pairs = pairs_of(num_inputs);
         const uint32_t* words = weight.panels + panel * num_pairs * PANEL;
         alignas(64) float wide[PIECE * 2 * PANEL];
-        const auto with_piece = [&](int64_t from, int64_t pairs, int64_t num_blocks, auto work) {
+        const auto piece_of = [&](int64_t from, int64_t pairs, int64_t num_blocks, auto work) {
             const uint32_t* piece = words + from * PANEL;
-            // Widening takes about the time of a block's products with half of the rows.
-            if (num_blocks < 3) return work(Pairs<true>{piece});
+            // Else widening takes about the time of a block's products with half of the rows.
+            if (WIDENS_FOR_FREE || num_blocks < 3) return work(Pairs{piece});
             for (int64_t i = 0; i < pairs * PANEL; i += 16) {
                 const I32x16 both = load_int(piece + i);
                 float* to = wide + i / PANEL * 2 * PANEL + i % PANEL;
@@ -172,7 +201,8 @@ struct Bf16 {
             }
             work(Wide{wide});
         };
-        product_in_pieces(reinterpret_cast<const float*>(rows), blocks, first, stop, num_pairs, with_piece, store_row);
+        product_in_pieces(reinterpret_cast<const float*>(rows), blocks, first, stop, num_pairs,
+                          reinterpret_cast<const char*>(words), PANEL * 4, piece_of, store_row);
     }
 };
 
@@ -192,7 +222,7 @@ struct WeightInt8 {
         const int64_t num_quads = quads_of(num_inputs);
         const uint32_t* words = weight.panels + panel * num_quads * PANEL;
         alignas(64) float wide[PIECE * 2 * PANEL];
-        const auto with_piece = [&](int64_t from, int64_t pairs, int64_t, auto work) {
+        const auto piece_of = [&](int64_t from, int64_t pairs, int64_t, auto work) {
             for (int64_t i = 0; i < pairs / 2 * PANEL; i += 16) {
                 const I32x16 quads = load_int(words + from / 2 * PANEL + i);
                 float* to = wide + i / PANEL * 4 * PANEL + i % PANEL;
@@ -204,7 +234,8 @@ struct WeightInt8 {
         const F32x16 low_scale = load(weight.scales + panel * PANEL),
                      high_scale = load(weight.scales + panel * PANEL + 16);
         product_in_pieces(
-            reinterpret_cast<const float*>(rows), blocks, first, stop, 2 * num_quads, with_piece,
+            reinterpret_cast<const float*>(rows), blocks, first, stop, 2 * num_quads,
+            reinterpret_cast<const char*>(words), PANEL * 2, piece_of,
             [&](int64_t row, F32x16 low, F32x16 high) { store_row(row, low * low_scale, high * high_scale); });
     }
 };
@@ -297,7 +328,7 @@ using Numbers = F32x16;
 constexpr int64_t NUMBERS = 16;
 inline Numbers load_numbers(const bf16* p) { return load(p); }
 inline Numbers load_numbers(const bf16* p, int64_t count) { return load(p, first_lanes(count)); }
-inline F32x16 add_dot(F32x16 sum, Numbers a, Numbers b) { return mul_add(a, b, sum); }
+inline F32x16 add_dot(F32x16 sum, Numbers a, Numbers b) { return add_product(sum, a, b); }
 template <int ROWS>
 constexpr int OUTPUTS_AT_ONCE = std::clamp(TILE_ROWS * TILE_VECTORS / ROWS, 1, 4);
 
