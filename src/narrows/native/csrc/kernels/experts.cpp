@@ -199,6 +199,9 @@ void run_experts(void* out, int64_t out_stride, int wide, const bf16* x, int64_t
                     const Lanes here = first_lanes(left), next = first_lanes(left - 16);
                     const F32x16 weight = set(places.weight[place]);
                     float* to = sums + places.row[place] * num_inputs + panel * PANEL;
+                    // The next panel's part of this row: rows lie here and there, for no CPU to foresee.
+                    fetch_far(to + PANEL);
+                    fetch_far(to + PANEL + PANEL / 2);
                     store(to, mul_add(weight, low, load(to, here)), here);
                     store(to + 16, mul_add(weight, high, load(to + 16, next)), next);
                 });
