@@ -159,6 +159,8 @@ void linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int 
 
 namespace {
 
+constexpr int LINE = 64 / sizeof(bf16);  // numbers that are fetched at once
+
 // ROWS rows times four outputs at a time of a plain weight [num_outputs, num_inputs].
 template <int ROWS>
 void few_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, const bf16* weight, const bf16* bias,
@@ -185,10 +187,11 @@ void few_rows(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, co
                 for (int o = 0; o < AT_ONCE; ++o) sum[r][o] = add_dot(sum[r][o], value, column[o]);
             }
         };
+        const bf16* ahead = weight + (first + AT_ONCE) * num_inputs;  // the next outputs, which lie behind these
         int64_t k = 0;
         for (; k + NUMBERS <= num_inputs; k += NUMBERS) {
             step(k, [](const bf16* p) { return load_numbers(p); });
-            fetch_near(w[AT_ONCE - 1] + k + AT_ONCE * num_inputs);
+            for (int i = 0; i < AT_ONCE * NUMBERS; i += LINE) fetch_near(ahead + AT_ONCE * k + i);
         }
         if (k < num_inputs) step(k, [&](const bf16* p) { return load_numbers(p, num_inputs - k); });
         for (int r = 0; r < ROWS; ++r) {
