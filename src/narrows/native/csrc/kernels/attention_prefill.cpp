@@ -36,15 +36,6 @@ struct Panels {
     int64_t key_pairs, shared_pairs, value_panels;
 };
 
-template <int ROWS, int VECTORS>
-[[gnu::always_inline]] inline void clear(F32x16 (&sums)[ROWS][VECTORS]) {
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
-    }
-}
-
 // Memory for the queries, sums and softmax of rows of some heads, and for one group's scores and probabilities.
 class Rows {
  public:
@@ -72,13 +63,14 @@ class Rows {
             const int64_t count = std::min(block_rows, num_rows_ - row);
             const int64_t height = brgemm_ != nullptr ? 1 : height_of(count);
             Word* block = queries_ + (head * padded_ + row) * words_of(num_pairs_);
-            for (int64_t r = 0; r < height; ++r) {
-                const int64_t from = row + std::min(r, count - 1);
-                pack_row(block + r, height, first + from * first_stride, num_first);
-                const int64_t end = words_of(first_pairs);
-                for (int64_t w = words_of(pairs_of(num_first)); w < end; ++w) block[w * height + r] = 0;
-                if (num_second) pack_row(block + end * height + r, height, second + from * second_stride, num_second);
-            }
+            const auto pack = [&](Word* to, const bf16* part, int64_t stride, int64_t num_columns) {
+                pack_rows(
+                    to, height, [&](int64_t r) { return part + (row + std::min(r, count - 1)) * stride; }, num_columns);
+            };
+            Word* end = block + words_of(first_pairs) * height;
+            pack(block, first, first_stride, num_first);
+            std::fill(block + words_of(pairs_of(num_first)) * height, end, Word(0));
+            if (num_second) pack(end, second, second_stride, num_second);
         }
     }
 
@@ -237,31 +229,6 @@ class Rows {
     Probability* p_ = nullptr;
     Scratch q_, o_, m_, s_, p_memory_;
 };
-
-// ROWS rows from `first_row` on of one panel (`rows`, see as_rows), times another panel: stored as pairs of rows.
-template <int ROWS>
-void rows_times(uint32_t* pairs, const Word* rows, int64_t first_row, const uint32_t* panel, int64_t num_pairs) {
-    for_vectors<ROWS>([&]<int VECTORS>(int first) [[gnu::always_inline]] {
-        F32x16 sums[ROWS][VECTORS];
-        clear(sums);
-        add_words<1, PANEL>(sums, rows + first_row, panel, first, num_pairs);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r += 2) {
-            uint32_t* to = pairs + (first_row + r) / 2 * PANEL;
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) store_paired(to + 16 * (first + v), sums[r][v], sums[r + 1][v]);
-        }
-    });
-}
-
-// All 32 rows of one panel times another panel: 16 rows of pairs of rows.
-void panel_times_panel(uint32_t* pairs, const Word* rows, const uint32_t* panel, int64_t num_pairs) {
-    constexpr int64_t WHOLE = PANEL / BLOCK - 1;  // blocks; the rest in two of even heights
-    for (int64_t b = 0; b < WHOLE; ++b) rows_times<BLOCK>(pairs, rows, b * BLOCK, panel, num_pairs);
-    constexpr int64_t REST = PANEL - WHOLE * BLOCK, FIRST = (REST / 2 + 1) / 2 * 2;
-    rows_times<FIRST>(pairs, rows, WHOLE * BLOCK, panel, num_pairs);
-    rows_times<REST - FIRST>(pairs, rows, WHOLE * BLOCK + FIRST, panel, num_pairs);
-}
 
 // `num_rows` rows in order, a multiple of 32, times a panel by `brgemm`: the same pairs, as one run of 16 rows for
 // each 32.

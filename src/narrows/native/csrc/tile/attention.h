@@ -7,6 +7,19 @@
 
 #include "tile/tile.h"
 
+namespace narrows::NARROWS_TARGET {
+
+template <int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void clear(F32x16 (&sums)[ROWS][VECTORS]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
+    }
+}
+
+}  // namespace narrows::NARROWS_TARGET
+
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include "tile/attention_avx512bf16.h"
 #else

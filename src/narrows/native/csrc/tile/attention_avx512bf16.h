@@ -21,6 +21,12 @@ inline void pack_row(Word* to, int64_t height, const bf16* row, int64_t num_colu
     if (num_columns % 2) to[num_columns / 2 * height] = row[num_columns - 1];
 }
 
+// `height` rows side by side.
+template <typename RowOf>
+inline void pack_rows(Word* to, int64_t height, RowOf row_of, int64_t num_columns) {
+    for (int64_t r = 0; r < height; ++r) pack_row(to + r, height, row_of(r), num_columns);
+}
+
 // A panel's 32 outputs as rows, words 32 apart.
 inline const Word* as_rows(const uint32_t* panel, int64_t) { return panel; }
 
@@ -53,6 +59,31 @@ template <int64_t ROW_STEP, int64_t STEP, int ROWS>
 inline void store_paired(uint32_t* to, F32x16 first, F32x16 second) {
     const __m512i low = _mm512_cvtepu16_epi32(narrow(first)), high = _mm512_cvtepu16_epi32(narrow(second));
     _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// ROWS rows from `first_row` on of one panel (`rows`, see as_rows), times another panel: stored as pairs of rows.
+template <int ROWS>
+inline void rows_times(uint32_t* pairs, const Word* rows, int64_t first_row, const uint32_t* panel, int64_t num_pairs) {
+    for_vectors<ROWS>([&]<int VECTORS>(int first) [[gnu::always_inline]] {
+        F32x16 sums[ROWS][VECTORS];
+        clear(sums);
+        add_words<1, PANEL>(sums, rows + first_row, panel, first, num_pairs);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r += 2) {
+            uint32_t* to = pairs + (first_row + r) / 2 * PANEL;
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) store_paired(to + 16 * (first + v), sums[r][v], sums[r + 1][v]);
+        }
+    });
+}
+
+// All 32 rows of one panel times another panel: 16 rows of pairs of rows.
+inline void panel_times_panel(uint32_t* pairs, const Word* rows, const uint32_t* panel, int64_t num_pairs) {
+    constexpr int64_t WHOLE = PANEL / BLOCK - 1;  // blocks; the rest in two of even heights
+    for (int64_t b = 0; b < WHOLE; ++b) rows_times<BLOCK>(pairs, rows, b * BLOCK, panel, num_pairs);
+    constexpr int64_t REST = PANEL - WHOLE * BLOCK, FIRST = (REST / 2 + 1) / 2 * 2;
+    rows_times<FIRST>(pairs, rows, WHOLE * BLOCK, panel, num_pairs);
+    rows_times<REST - FIRST>(pairs, rows, WHOLE * BLOCK + FIRST, panel, num_pairs);
 }
 
 // Sixteen rows of sixteen pairs, turned: afterwards row p holds pair p of all sixteen.

@@ -16,31 +16,48 @@ inline void to_queries(Query* to, const bf16* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 
-// One row's `num_columns` numbers as words `height` apart; an odd last one has a zero behind it.
-inline void pack_row(Word* to, int64_t height, const bf16* row, int64_t num_columns) {
-    for (int64_t k = 0; k < num_columns; ++k) to[k * height] = to_float(row[k]);
-    if (num_columns % 2) to[num_columns * height] = 0.0f;
+// `height` rows side by side, at most BLOCK; behind an odd last column there is a zero.
+template <typename RowOf>
+inline void pack_rows(Word* to, int64_t height, RowOf row_of, int64_t num_columns) {
+    pack_wide(reinterpret_cast<uint32_t*>(to), row_of, height, num_columns, 2 * pairs_of(num_columns));
 }
 
-// A panel's 32 outputs as rows, words 32 apart: kept until the next call.
+// A panel's 32 outputs as rows, in blocks as `Bf16::pack` leaves them: kept until the next call.
 inline const Word* as_rows(const uint32_t* panel, int64_t num_pairs) {
     static thread_local Scratch memory;
     float* rows = memory.of<float>(num_pairs * 2 * PANEL);
-    for (int64_t p = 0; p < num_pairs; ++p) {
-        for (int64_t i = 0; i < PANEL; i += 16) {
-            const I32x16 both = load_int(panel + p * PANEL + i);
-            store(rows + 2 * p * PANEL + i, low_half(both));
-            store(rows + (2 * p + 1) * PANEL + i, high_half(both));
-        }
+    const Blocks blocks(PANEL, BLOCK);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+        const int64_t start = blocks.start(b);
+        float* to = rows + start * 2 * num_pairs;
+        with_rows<BLOCK>(blocks.start(b + 1) - start, [&]<int ROWS>() {
+            // Sixteen at once: those too many are written over by the next ones.
+            constexpr int64_t TOO_MANY = (16 + ROWS - 1) / ROWS;
+            int64_t p = 0;
+            for (; p + TOO_MANY < num_pairs; ++p) {
+                const I32x16 both = load_int(panel + p * PANEL + start);
+                store(to + 2 * p * ROWS, low_half(both));
+                store(to + (2 * p + 1) * ROWS, high_half(both));
+            }
+            for (; p < num_pairs; ++p) {
+                for (int r = 0; r < ROWS; ++r) {
+                    const uint32_t both = panel[p * PANEL + start + r];
+                    to[2 * p * ROWS + r] = std::bit_cast<float>(both << 16);
+                    to[(2 * p + 1) * ROWS + r] = std::bit_cast<float>(both & 0xffff0000);
+                }
+            }
+        });
     }
     return rows;
 }
 
-// Adds the products of ROWS rows with one panel. Row r's word w is at rows[r * ROW_STEP + w * STEP].
+// Adds the products of ROWS rows with one panel. Row r's word w is at rows[r * ROW_STEP + w * STEP]. Meanwhile what
+// lies behind the panel is fetched into the L1 cache.
 template <int64_t ROW_STEP, int64_t STEP, int ROWS, int VECTORS>
 [[gnu::always_inline]] inline void add_words(F32x16 (&sums)[ROWS][VECTORS], const Word* rows, const uint32_t* panel,
                                              int first, int64_t num_pairs) {
-    add_products(sums, rows, ROW_STEP, STEP, Pairs{panel}, NothingAhead{}, first, num_pairs);
+    const Ahead next{reinterpret_cast<const char*>(panel + num_pairs * PANEL + 16 * first), PANEL * 4 / VECTORS};
+    add_products(sums, rows, ROW_STEP, STEP, Pairs{panel}, next, first, num_pairs);
 }
 
 // Two rows of sixteen numbers as sixteen pairs of bf16.
@@ -49,6 +66,19 @@ inline void store_paired(uint32_t* to, F32x16 first, F32x16 second) {
     store(low, first);
     store(high, second);
     for (int i = 0; i < 16; ++i) to[i] = low[i] | uint32_t(high[i]) << 16;
+}
+
+// All 32 rows of one panel (as_rows) times another panel: 16 rows of pairs of rows.
+inline void panel_times_panel(uint32_t* pairs, const Word* rows, const uint32_t* panel, int64_t num_pairs) {
+    F32x16 before[2] = {zero(), zero()};
+    Bf16::product(reinterpret_cast<const uint32_t*>(rows), Blocks(PANEL, BLOCK), 0, Blocks(PANEL, BLOCK).count,
+                  {panel, nullptr}, 0, 2 * num_pairs, nullptr, [&](int64_t row, F32x16 low, F32x16 high) {
+                      if (row % 2) {
+                          store_paired(pairs + row / 2 * PANEL, before[0], low);
+                          store_paired(pairs + row / 2 * PANEL + 16, before[1], high);
+                      }
+                      before[0] = low, before[1] = high;
+                  });
 }
 
 // One panel of keys [pairs][32][2] of the tokens at `token[0..31]`, `num_columns` each.

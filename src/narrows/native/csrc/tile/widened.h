@@ -62,10 +62,6 @@ struct Ahead {
         at += step;
     }
 };
-struct NothingAhead {
-    NothingAhead after(int64_t) const { return {}; }
-    void next() {}
-};
 
 // Adds the products of ROWS rows, one number of each, with VECTORS vectors. Row r's number is at rows[r * row_step].
 template <int ROWS, int VECTORS>
@@ -80,9 +76,9 @@ template <int ROWS, int VECTORS>
 }
 
 // Adds the products of ROWS rows with VECTORS vectors of a panel. Row r's input k is at rows[r * row_step + k * step].
-template <int ROWS, int VECTORS, typename Weights, typename Fetch>
+template <int ROWS, int VECTORS, typename Weights>
 [[gnu::always_inline]] inline void add_products(F32x16 (&sums)[ROWS][VECTORS], const float* rows, int64_t row_step,
-                                                int64_t step, Weights weights, Fetch ahead, int first,
+                                                int64_t step, Weights weights, Ahead ahead, int first,
                                                 int64_t num_pairs) {
     for (int64_t p = 0; p < num_pairs; ++p) {
         F32x16 w[VECTORS];
