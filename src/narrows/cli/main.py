@@ -40,6 +40,11 @@ COMMANDS = (
     ),
     ("bench", "narrows.cli.bench_command", "measure layers, collectives, throughput and latency; variants take turns"),
     ("calibrate", "narrows.cli.calibrate_command", "measure this machine's prices, which later plans use"),
+    (
+        "info",
+        "narrows.cli.info_command",
+        "say what is installed, and which compiled code, transports and prices hold here",
+    ),
     ("convert", "narrows.cli.convert_command", "write a checkpoint folder from a GGUF file, or from the demo model"),
 )
 

@@ -19,11 +19,9 @@ from typing import Any
 from narrows.comm.segment import Segment, mapped
 from narrows.comm.shm_calls import Functions, functions
 from narrows.comm.transport import PeersLostError
-from narrows.native import why_absent
+from narrows.cost.environment import no_shared_memory
 
-__all__ = ["ShmPeers", "is_wanted", "share"]
-
-_SWITCH = "NARROWS_SHM"
+__all__ = ["ShmPeers", "share"]
 
 _NONCE = 32
 
@@ -85,25 +83,17 @@ class ShmPeers:
             os.close(fd)
 
 
-def is_wanted() -> bool:
-    """Whether ranks of one host may share memory: not with NARROWS_SHM=0."""
-    return os.environ.get(_SWITCH, "1") != "0"
-
-
 def share(store: Any, rank: int, size: int) -> tuple[ShmPeers | None, str]:
     """Meets the ranks ``0 .. size - 1`` of a world; each of them must call this, with a store of this use alone.
 
     Returns:
         (peers, why memory may not be shared with all of them). None: this rank shares none, as the others know.
     """
-    compiled = functions()
-    segment, why = None, f"no compiled code: {why_absent()}"
-    if not is_wanted():
-        why = f"{_SWITCH}=0"
-    elif compiled is not None:
+    compiled, segment, why = functions(), None, no_shared_memory()
+    if compiled is not None and not why:
         try:
             segment = Segment(compiled.limits.blocks_start)
-        except (OSError, AttributeError) as error:  # AttributeError: this system has no memory without a name
+        except OSError as error:
             why = f"no shared memory: {error}"
     place: dict[str, Any] | None = None
     if segment is not None:

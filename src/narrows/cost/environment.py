@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from narrows.native import kernels
+from narrows.native import kernels, why_absent
 from narrows.native.library import sources_digest
 
-__all__ = ["CPU_FEATURES", "MachineFingerprint", "cpu_facts", "num_cores", "this_machine"]
+__all__ = ["CPU_FEATURES", "MachineFingerprint", "cpu_facts", "no_shared_memory", "num_cores", "this_machine"]
 
 CPU_FEATURES = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16"),
@@ -90,6 +90,15 @@ def cpu_facts() -> tuple[str, tuple[str, ...]]:
     flags = set(info.get("flags", info.get("Features", "")).split())
     name = info.get("model name") or platform.processor() or platform.machine()
     return name, tuple(feature for feature in CPU_FEATURES if feature in flags)
+
+
+def no_shared_memory() -> str:
+    """Why rank processes of this host cannot share memory, in one clause; empty where they can."""
+    if os.environ.get("NARROWS_SHM", "1") == "0":
+        return "NARROWS_SHM=0"
+    if why := why_absent():
+        return f"no compiled code: {why}"
+    return "" if hasattr(os, "memfd_create") else "this system has no memory without a name (memfd)"
 
 
 def _compiled_code() -> str:

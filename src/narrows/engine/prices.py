@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from narrows.comm.device import gpu_name
-from narrows.comm.shm_peers import is_wanted
-from narrows.cost.environment import MachineFingerprint, this_machine
-from narrows.native import why_absent
+from narrows.cost.environment import MachineFingerprint, no_shared_memory, this_machine
 
 __all__ = ["setting_of", "world_name"]
 
@@ -16,7 +14,7 @@ def world_name(*, run_on: str, ranks: str, several_hosts: bool) -> str:
         return "threads"
     if run_on == "cuda":
         return "nccl"
-    return "gloo" if several_hosts or why_absent() or not is_wanted() else "shm"
+    return "gloo" if several_hosts or no_shared_memory() else "shm"
 
 
 def setting_of(*, run_on: str, ranks: str, several_hosts: bool, num_ranks: int, threads: int) -> MachineFingerprint:

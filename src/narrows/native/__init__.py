@@ -4,6 +4,17 @@ It takes addresses, sizes and strides. Whoever calls it (ops/, comm/) has a path
 """
 
 from narrows.native.captured_calls import CapturedCalls
-from narrows.native.library import Kernels, Library, Target, kernels, library, targets, why_absent
+from narrows.native.library import Kernels, Library, Status, Target, kernels, library, status, targets, why_absent
 
-__all__ = ["CapturedCalls", "Kernels", "Library", "Target", "kernels", "library", "targets", "why_absent"]
+__all__ = [
+    "CapturedCalls",
+    "Kernels",
+    "Library",
+    "Status",
+    "Target",
+    "kernels",
+    "library",
+    "status",
+    "targets",
+    "why_absent",
+]

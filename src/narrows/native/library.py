@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +18,18 @@ from pathlib import Path
 
 from narrows.errors import ConfigError
 
-__all__ = ["Kernels", "Library", "Target", "kernels", "library", "sources_digest", "targets", "why_absent"]
+__all__ = [
+    "Kernels",
+    "Library",
+    "Status",
+    "Target",
+    "kernels",
+    "library",
+    "sources_digest",
+    "status",
+    "targets",
+    "why_absent",
+]
 
 Library = ctypes.CDLL
 
@@ -31,6 +44,22 @@ class Target:
 
     name: str
     missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What of the compiled code is here.
+
+    ``known``: the targets of the sources for this CPU's family, the best first; ``compiled``: those that the library
+    has, none if it cannot be used. ``running``: the one that runs; empty where none does, which is for ``why_none``.
+    ``forced``: what ``NARROWS_TARGET`` says.
+    """
+
+    known: tuple[str, ...]
+    compiled: tuple[Target, ...]
+    running: str
+    why_none: str
+    forced: str
 
 
 class Kernels:
@@ -94,10 +123,45 @@ def _targets(opened: Library) -> tuple[Target, ...]:
     return tuple(Target(name, tuple(missing)) for name, *missing in lines)
 
 
+def status() -> Status:
+    """What there is, what runs, and why not more. Raises nothing, whatever the environment asks for."""
+    found, why_none = _find()
+    running = ""
+    try:
+        if (used := kernels()) is not None:
+            running = used.target
+        elif found is not None:
+            why_none = why_absent()
+    except ConfigError as error:  # NARROWS_TARGET names what cannot run
+        why_none = str(error)
+    return Status(
+        known=_known(),
+        compiled=() if found is None else _targets(found),
+        running=running,
+        why_none=why_none,
+        forced=os.environ.get(_TARGET, ""),
+    )
+
+
+def _known() -> tuple[str, ...]:
+    """The targets that csrc/targets.def has for this CPU's family: those that need features are for x86."""
+    text = (Path(__file__).parent / "csrc" / "targets.def").read_text(encoding="utf-8")
+    found = re.findall(r"^TARGET\((\w+),\s*([^)]*)", text, re.MULTILINE)
+    return tuple(name for name, needs in found if not needs or platform.machine() in ("x86_64", "AMD64"))
+
+
 @cache
 def _open() -> tuple[Library | None, str]:
     if os.environ.get(_SWITCH, "1") == "0":
         return None, f"{_SWITCH}=0"
+    opened, why = _find()
+    if opened is not None and (asked := os.environ.get(_TARGET)):
+        _use(opened, asked)
+    return opened, why
+
+
+def _find() -> tuple[Library | None, str]:
+    """The library beside this file, whether or not it is to be used, or why it cannot be."""
     files = sorted(Path(__file__).parent.glob("_narrows*.so"))
     if not files:
         return None, "it was not built when narrows was installed (a C++ compiler is needed then)"
@@ -112,8 +176,6 @@ def _open() -> tuple[Library | None, str]:
     sources.restype = ctypes.c_char_p
     if sources().decode() != sources_digest():
         return None, f"{files[0].name} was built from other sources than those beside it; install narrows anew"
-    if asked := os.environ.get(_TARGET):
-        _use(opened, asked)
     return opened, ""
 
 
