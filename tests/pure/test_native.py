@@ -48,6 +48,19 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert opened is None and "was built from other sources" in why
 
 
+def test_a_file_that_an_older_build_has_left_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    if library() is None:
+        pytest.skip(f"no compiled library: {why_absent()}")
+    digest, built = MODULE.sources_digest(), Path(library()._name)
+    monkeypatch.setattr(MODULE, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(MODULE, "sources_digest", lambda: digest)
+    (tmp_path / "_narrows.cpython-311-x86_64-linux-gnu.so").write_bytes(b"not a library")
+    assert "does not open" in open_anew()[1]
+    (tmp_path / "_narrows.so").symlink_to(built)
+    opened, why = open_anew()
+    assert opened is not None and why == ""
+
+
 there = pytest.mark.skipif(library() is None, reason=f"no compiled library: {why_absent()}")
 
 

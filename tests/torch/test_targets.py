@@ -42,3 +42,17 @@ def test_models_stay_close_to_transformers_on_every_target(target: str) -> None:
         check=False,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file() or kernels() is None, reason="no /proc, or nothing compiled")
+def test_there_is_one_openmp_runtime_whichever_is_opened_first() -> None:
+    """Two would have a team of threads each, which take each other's cores."""
+    code = "import re; print(*sorted(set(re.findall(r'/.*libgomp.*', open('/proc/self/maps').read()))))"
+    found = []
+    for imports in (
+        "narrows.native; narrows.native.library(); import torch",
+        "torch, narrows.native as n; n.library()",
+    ):
+        line = [sys.executable, "-c", f"import {imports}; {code}"]
+        found.append(subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
+    assert found[0] == found[1] and len(found[0]) == 1

@@ -11,9 +11,11 @@ import hashlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from narrows.errors import ConfigError
@@ -162,21 +164,38 @@ def _open() -> tuple[Library | None, str]:
 
 def _find() -> tuple[Library | None, str]:
     """The library beside this file, whether or not it is to be used, or why it cannot be."""
-    files = sorted(Path(__file__).parent.glob("_narrows*.so"))
-    if not files:
-        return None, "it was not built when narrows was installed (a C++ compiler is needed then)"
+    found, why = None, "it was not built when narrows was installed (a C++ compiler is needed then)"
+    for file in sorted(Path(__file__).parent.glob("_narrows*.so")):  # older builds may have left theirs
+        found, why = _check(file)
+        if found is not None:
+            break
+    return found, why
+
+
+def _check(file: Path) -> tuple[Library | None, str]:
     try:
-        opened = ctypes.CDLL(str(files[0]))
+        _load_openmp()
+        opened = ctypes.CDLL(str(file))
     except OSError as error:
-        return None, f"{files[0].name} does not open ({error})"
+        from_where = "; it comes with torch, or with the system's compiler" if "libgomp" in str(error) else ""
+        return None, f"{file.name} does not open ({error}{from_where})"
     try:
         sources = opened.narrows_sources
     except AttributeError:
-        return None, f"{files[0].name} is none of this version's; install narrows anew"
+        return None, f"{file.name} is none of this version's; install narrows anew"
     sources.restype = ctypes.c_char_p
     if sources().decode() != sources_digest():
-        return None, f"{files[0].name} was built from other sources than those beside it; install narrows anew"
+        return None, f"{file.name} was built from other sources than those beside it; install narrows anew"
     return opened, ""
+
+
+def _load_openmp() -> None:
+    """Load torch's OpenMP runtime where torch is installed, so that both use one team of threads, and none is needed
+    from the system."""
+    spec = None if "torch" in sys.modules else find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for file in Path(folder, "lib").glob("libgomp*.so*"):
+            ctypes.CDLL(str(file))
 
 
 def _use(opened: Library, name: str) -> None:
