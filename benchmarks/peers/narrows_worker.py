@@ -7,16 +7,19 @@ from dataclasses import replace
 
 from common import Clock, Generate, Ticks, serve
 
-from narrows.bench.engines import parse_variants
-from narrows.engine.config import EngineConfig, resolve
-from narrows.engine.core import Engine
+from narrows.lean_torch import importing
+
+with importing(only_cpu=True):  # as the command does
+    from narrows.bench.engines import parse_variants
+    from narrows.engine.config import EngineConfig, resolve
+    from narrows.engine.core import Engine
 
 
 def make(folder: str) -> Generate:
     asked = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].asked
     # Room for 32 requests of 512 + 64 tokens, and for one of 8192, as the peers are given it.
     room = {"max_context": 8256, "kv_tokens": -(-32 // max(asked.dp, 1)) * 640}
-    engine = Engine(resolve(replace(asked, prefix_cache=False, **room)))
+    engine = Engine(resolve(replace(asked, prefix_cache=False, copies=True, **room)))
 
     def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
         clock = Clock(len(prompts))

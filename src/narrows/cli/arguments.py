@@ -128,6 +128,7 @@ def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "checked",
     )
     ranks = {"ranks": args.ranks or _DEFAULT["ranks"], "timeout_s": args.timeout}
+    ranks["copies"] = getattr(args, "copies", False)  # `main` sets it in a process of its own
     return {name: getattr(args, name) for name in names} | ranks | more
 
 

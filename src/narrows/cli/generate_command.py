@@ -32,6 +32,7 @@ from narrows.engine.llm import LLM, Completion, Prompt
 from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
 from narrows.instruments.op_times import BETWEEN, Expected, OpClock, OpTime, op_times
+from narrows.ranks.start_clock import StartClock
 from narrows.sched.sampling import SamplingParams
 
 __all__ = ["add_parser", "run"]
@@ -56,7 +57,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     add_limit_flags(parser)
     _add_sampling_flags(parser)
-    parser.add_argument("--profile", action="store_true", help="print time, rows and bytes per stage and move")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the start went, and time, rows and bytes per stage and move"
+    )
     add_trace_flags(parser, "what every rank ran when, from the first step on")
     parser.add_argument("--quiet", action="store_true", help="print only the texts")
 
@@ -79,6 +82,8 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows generate``; texts go to standard output, everything else to standard error."""
+    clock = StartClock()
+    clock.end("interpreter and imports")
     prompts = read_prompts(args)
     if args.max_tokens < 1:
         raise ConfigError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         return run_local_ranks(resolve(EngineConfig(model=args.model, **options)))
     trace = trace_file(args)
     started = perf_counter()
-    with LLM(args.model, **options) as llm:
+    with LLM(args.model, clock=clock, **options) as llm:
         resolved = llm.resolved
         layout = resolved.plan.layout_name if resolved.plan else args.layout
         notes.print(
@@ -115,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             trace.start(resolved.config.name, llm.engine)
         inputs: list[Prompt] = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in prompts]
         started = perf_counter()
-        done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args)
+        done = _print_stream(llm, inputs, prompts, replace(llm.default_sampling, **given), args, clock)
         seconds = perf_counter() - started
         generated = sum(len(completion.token_ids) for completion in done)
         num_given = sum(len(completion.prompt_token_ids) for completion in done)
@@ -128,12 +133,18 @@ def run(args: argparse.Namespace) -> int:
         if trace is not None:
             notes.print(trace.write(), markup=False)
         if args.profile:
+            notes.print(_start_table(clock))
             _print_profile(op_times(llm.engine.readings(), expected), resolved.mesh.size)
     return 0
 
 
 def _print_stream(
-    llm: LLM, inputs: Sequence[Prompt], prompts: list[str], sampling: SamplingParams, args: argparse.Namespace
+    llm: LLM,
+    inputs: Sequence[Prompt],
+    prompts: list[str],
+    sampling: SamplingParams,
+    args: argparse.Namespace,
+    clock: StartClock,
 ) -> list[Completion]:
     """Print texts as they come: the first unfinished prompt live, the others when their turn comes."""
     kept = [""] * len(prompts)
@@ -158,6 +169,7 @@ def _print_stream(
     shown_title = False
     for piece in pieces:
         if not shown_title:  # only now is it known that every prompt can run
+            clock.end("first token")
             show(title())
             shown_title = True
         kept[piece.index] += piece.text
@@ -195,6 +207,19 @@ def _print_profile(rows: list[OpTime], num_ranks: int) -> None:
     for phase in ("prefill", "decode"):
         if of_phase := [row for row in rows if row.phase == phase]:
             console().print(_profile_table(of_phase, phase, num_ranks))
+
+
+def _start_table(clock: StartClock) -> Table:
+    """Where the time until the first token went."""
+    title = f"start: {clock.seconds:.2f} s from the command to the first token"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("phase", no_wrap=True)
+    table.add_column("s", justify="right")
+    table.add_column("%", justify="right")
+    for phase in clock.phases:
+        name = f"  slowest rank: {phase.name}" if phase.of_ranks else phase.name
+        table.add_row(name, f"{phase.seconds:.3f}", f"{100 * phase.seconds / clock.seconds:.1f}")
+    return table
 
 
 def _short(value: float) -> str:

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from narrows.cli.lazy_parser import LazyParser, add_lazily
 from narrows.errors import ConfigError, NarrowsError
+from narrows.lean_torch import importing
 
 __all__ = ["COMMANDS", "main", "parse"]
 
@@ -49,6 +50,10 @@ COMMANDS = (
 )
 
 
+_ON_CPU = ("generate", "serve")
+"""Commands that run no model but narrows' own, and on CPU tensors unless a flag says cuda."""
+
+
 class _Version(argparse.Action):
     """Prints the version that is installed; looks it up only then, because that takes time."""
 
@@ -63,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: the command's own verdict. 2: a wrong or impossible option; one line on stderr gives the reason.
     130: interrupted.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        command, args = parse(argv)
+        if argv is None:
+            command, args = _parse_own()
+        else:
+            command, args = parse(argv)
         code: int = command.run(args)
         return code
     except NarrowsError as error:
@@ -78,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output has gone (`| head`); the rest that Python flushes at exit is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parse_own() -> tuple[ModuleType, argparse.Namespace]:
+    """:func:`parse` of this process's own command line, with what a process that is ours alone may set."""
+    own = sys.argv[1:]
+    with importing(only_cpu=bool({*own[:1]} & {*_ON_CPU}) and "cuda" not in " ".join(own)):
+        command, args = parse(own)
+    args.copies = True
+    return command, args
 
 
 def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:

@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     life = {name: getattr(args, name) for name in ("warmup_rows", "prompt_rows")}
     life["ranks"] = args.ranks or _RANKS
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
+    engine["copies"] = False  # they would hold the server's socket too
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch
     asked = EngineConfig(model=args.model, **engine)

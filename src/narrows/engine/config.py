@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,6 @@ from narrows.ranks.launch import Launch
 from narrows.sched.scheduler import Limits
 from narrows.weights.checkpoint_fit import fit_checkpoint
 from narrows.weights.dummy import DummyWeights
-from narrows.weights.gguf_source import GgufWeights
 from narrows.weights.safetensors_folder import SafetensorsFolder
 from narrows.weights.source import WeightSource
 
@@ -101,6 +101,9 @@ class EngineConfig:
     threads: int | None = 1
     """torch threads per rank; None: the cores, divided among the ranks."""
     timeout_s: float = 60.0
+    copies: bool = False
+    """Rank processes may be copies of this process (`ranks/copies.py`): set by a process whose own main program is
+    narrows."""
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
     prefix_cache: bool = True
@@ -154,7 +157,9 @@ class Resolved:
             return DummyWeights(seed=self.asked.seed, dtype=self.dtype)
         path = Path(self.asked.model)
         if (file := find_gguf(path)) is not None:
-            return GgufWeights(file, dtype=self.dtype)
+            # Imported only for such files: the gguf package takes a tenth of a second.
+            source: WeightSource = import_module("narrows.weights.gguf_source").GgufWeights(file, dtype=self.dtype)
+            return source
         if not path.is_dir():
             what = (
                 f"is a file: give its folder, {path.parent}" if path.is_file() else "is a preset, which has no weights"

@@ -35,6 +35,7 @@ from narrows.models.decoder import RankContext
 from narrows.ops.int8 import Quantization
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
+from narrows.ranks.start_clock import StartClock
 from narrows.ranks.timing import TIMING, Timing
 from narrows.sched.batch import Batch
 from narrows.sched.guide import Guide
@@ -102,6 +103,7 @@ class Engine:
         warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
             :meth:`prepare` has the ranks bind them.
         timing: the durations by which ranks are judged.
+        clock: is told of the phases of the start.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
@@ -117,6 +119,7 @@ class Engine:
         validate: bool = True,
         warm_s: float = 0.0,
         timing: Timing = TIMING,
+        clock: StartClock | None = None,
     ) -> None:
         self.resolved, self.timing = resolved, timing
         self.plans = EnginePlans(resolved)
@@ -145,11 +148,11 @@ class Engine:
         )
         plan_ahead = partial(self.plans.plan_ahead_for, warm_s)
         planning = threading.Thread(target=plan_ahead, name="narrows plans ahead", daemon=True)
-        planning.start()  # this process has nothing else to do until the ranks are ready
-        try:
-            self.ranks: Ranks[RankWorker] = start_ranks(resolved, make, timing)
+        try:  # this process has nothing else to do until the ranks are ready
+            self.ranks: Ranks[RankWorker] = start_ranks(resolved, make, timing, meanwhile=planning.start, clock=clock)
         finally:
-            planning.join()
+            if planning.ident is not None:
+                planning.join()
 
     def warm_up_next(self) -> Future[list[Any]] | None:
         """Have the ranks run the next warm-up step, without waiting. For when no step is in flight.

@@ -14,6 +14,7 @@ from narrows.engine.model_text import load_model_text
 from narrows.engine.program import Wrap
 from narrows.engine.worker import Worker
 from narrows.errors import ConfigError
+from narrows.ranks.start_clock import StartClock
 from narrows.sched.sampling import GREEDY, Logprobs, SamplingParams, TokenScore
 from narrows.sched.scheduler import Request
 from narrows.text import GeneratedText, GenerationConfig, Tokenizer
@@ -58,22 +59,34 @@ class LLM:
         model: a checkpoint folder, a built-in one's name, or a ``.gguf`` file.
         options: the other fields of :class:`EngineConfig` (``dp``, ``tp``, ``layout``, ``dtype``, ...).
         wrap: put around every bound step of every rank (profiling).
+        clock: is told of the phases of the start.
 
     Raises:
         ConfigError: an impossible option; the message has the reason and the alternative.
     """
 
-    def __init__(self, model: str | Path, *, wrap: Callable[[Worker], Wrap] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        wrap: Callable[[Worker], Wrap] | None = None,
+        clock: StartClock | None = None,
+        **options: Any,
+    ) -> None:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             known = ", ".join(sorted(set(EngineConfig.__dataclass_fields__) - {"model"}))
             raise ConfigError(f"LLM does not know the option {unknown[0]!r}; options: {known}")
         self.resolved: Resolved = resolve(EngineConfig(model=str(model), **options))
+        if clock is not None:
+            clock.end("config, memory and plan")
         text = load_model_text(self.resolved.asked.model)
+        if clock is not None:
+            clock.end("tokenizer")
         self.tokenizer: Tokenizer | None = text.tokenizer
         self.generation: GenerationConfig = text.generation
         self._lack = text.lack
-        self.engine = Engine(self.resolved, wrap=wrap)
+        self.engine = Engine(self.resolved, wrap=wrap, clock=clock)
         self._streaming = False
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:

@@ -12,6 +12,7 @@ from narrows.ranks.calls import Ranks
 from narrows.ranks.node import run_node
 from narrows.ranks.processes import ProcessRanks
 from narrows.ranks.rank_process import run_torchrun_rank
+from narrows.ranks.start_clock import StartClock
 from narrows.ranks.threads import ThreadRanks
 from narrows.ranks.timing import TIMING, Timing
 
@@ -20,15 +21,25 @@ __all__ = ["run_local_ranks", "start_ranks"]
 Worker = TypeVar("Worker")
 
 
-def start_ranks(resolved: Resolved, make: Callable[[Communicator], Worker], timing: Timing = TIMING) -> Ranks[Worker]:
+def start_ranks(
+    resolved: Resolved,
+    make: Callable[[Communicator], Worker],
+    timing: Timing = TIMING,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+    clock: StartClock | None = None,
+) -> Ranks[Worker]:
     """The ranks of ``resolved``, each with the worker that ``make`` builds there.
+
+    ``meanwhile``: called once, when it may start threads, before the ranks are ready. ``clock``: is told of the phases.
 
     Raises:
         the first error of ``make``; RankError if a rank does not start.
     """
     asked = resolved.asked
     if asked.ranks == "threads":
-        return ThreadRanks(
+        meanwhile()
+        threads = ThreadRanks(
             resolved.mesh,
             make,
             checked=asked.checked,
@@ -36,6 +47,9 @@ def start_ranks(resolved: Resolved, make: Callable[[Communicator], Worker], timi
             num_threads=resolved.threads,
             device=asked.run_on,
         )
+        if clock is not None:
+            clock.end("weights on the ranks")
+        return threads
     return ProcessRanks(
         resolved.mesh,
         make,
@@ -46,6 +60,9 @@ def start_ranks(resolved: Resolved, make: Callable[[Communicator], Worker], timi
         once=(Plan,),
         device=asked.run_on,
         timing=timing,
+        copies=asked.copies,
+        meanwhile=meanwhile,
+        clock=clock,
     )
 
 
@@ -57,4 +74,4 @@ def run_local_ranks(resolved: Resolved) -> int:
     """
     launch = resolved.asked.launch
     assert launch is not None and not launch.is_coordinator
-    return run_torchrun_rank(launch) if launch.by_torchrun else run_node(launch)
+    return run_torchrun_rank(launch) if launch.by_torchrun else run_node(launch, resolved.asked.run_on)

@@ -24,7 +24,7 @@ from narrows.ranks.messages import BEAT, CALL, DONE, END, FAILED, KEEP, SETUP, C
 from narrows.ranks.packing import Packer, pack
 from narrows.ranks.peers import Peer, Peers
 from narrows.ranks.pending import PendingCalls
-from narrows.ranks.spawn import Processes, end_processes, ending, spawn
+from narrows.ranks.spawn import Doors, Processes, end_processes, ending, start, tell
 from narrows.ranks.timing import TIMING, Timing
 from narrows.ranks.verdicts import Verdicts
 
@@ -53,6 +53,7 @@ class Coordinator:
         self._packer = Packer(once)
         self._peers = Peers(mesh.size)
         self._processes: Processes = {}
+        self._doors: Doors = {}
         self._verdicts = Verdicts(self._peers, self._processes, timing, mesh.size, timeout_s, clock())
         self._pending = PendingCalls()
         self._ordering = threading.Lock()  # keeps calls in one order on all ranks
@@ -81,9 +82,18 @@ class Coordinator:
 
     # --- the start
 
-    def start(self, *, checked: bool, num_threads: int, device: str) -> None:
-        """Starts this host's ranks, waits until all have connected, and sends them their setup."""
+    def start(
+        self, *, checked: bool, num_threads: int, device: str, copies: bool, meanwhile: Callable[[], None]
+    ) -> None:
+        """Starts this host's ranks, waits until all have connected, and sends them their setup.
+
+        ``copies``: of this process, if it has a single thread, so this comes first. ``meanwhile``: called when the
+        processes are there; from then on this one may start threads.
+        """
         launch, self._checked = self._launch, checked
+        own = launch.ranks if launch else tuple(range(self._mesh.size))
+        self._doors = start(own, self._processes, copies=copies)
+        meanwhile()
         self._store, store_address, store_port = open_store(launch, self._timing.join_s)
         address = launch.address if launch else "127.0.0.1"
         with listen(address) as listener:
@@ -92,8 +102,7 @@ class Coordinator:
             if launch is not None:
                 publish(launch, self._store, contact)
             self._start_thread(self._tick, "narrows watches its ranks")
-            own = launch.ranks if launch else tuple(range(self._mesh.size))
-            spawn(own, 0, contact, self._processes)
+            tell(self._doors, 0, contact, device)
             nodes = launch.num_nodes - 1 if launch and not launch.by_torchrun else 0
             self._accept_all(listener, contact.key, self._mesh.size + nodes)
         setup = Setup(
@@ -232,6 +241,9 @@ class Coordinator:
             self._pending.close()
             for peer in self._peers.all:
                 peer.channel.try_send(END, pickle.dumps((code, why)))
+            for door in self._doors.values():
+                with contextlib.suppress(OSError):
+                    door.close()
             end_processes(self._processes, self._timing.grace_s)
             end = time.monotonic() + self._timing.grace_s
             for peer in self._peers.all:

@@ -29,6 +29,7 @@ __all__ = [
     "Contact",
     "Failure",
     "Hello",
+    "Made",
     "Setup",
     "hello",
 ]
@@ -74,6 +75,15 @@ class Setup:
     store_address: str
     store_port: int
     prefix: str
+
+
+class Made(NamedTuple):
+    """What the first call, which makes the worker, is answered with: how collectives travel, and the seconds that it
+    took to meet the other ranks, and to make the worker."""
+
+    transport: str
+    met_s: float
+    made_s: float
 
 
 class Failure(NamedTuple):

@@ -10,13 +10,15 @@ from narrows.errors import RankError
 from narrows.ranks.channel import Channel
 from narrows.ranks.launch import Launch, find_coordinator
 from narrows.ranks.messages import BEAT, END, FAILED, HELLO, Failure, hello
-from narrows.ranks.spawn import Processes, end_processes, ending, spawn
+from narrows.ranks.spawn import Processes, end_processes, ending, start, tell
 
 __all__ = ["run_node"]
 
 
-def run_node(launch: Launch) -> int:
+def run_node(launch: Launch, device: str) -> int:
     """Runs this node's ranks until the coordinator, on another host, ends them; returns its exit code.
+
+    ``device``: what the ranks compute on.
 
     Raises:
         RankError: the coordinator was not found, or is gone.
@@ -29,7 +31,7 @@ def run_node(launch: Launch) -> int:
         raise RankError(f"node {launch.node} cannot reach its coordinator at {contact.address}: {error}") from None
     processes: Processes = {}
     try:
-        spawn(launch.ranks, launch.node, contact, processes)
+        tell(start(launch.ranks, processes), launch.node, contact, device)
         code, why = _wait_for_end(channel, processes, contact.timing.beat_s)
     except EOFError:
         raise RankError(f"node {launch.node}: the coordinator at {contact.address} is gone") from None

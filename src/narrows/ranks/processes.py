@@ -19,6 +19,8 @@ from narrows.comm.communicator import Communicator
 from narrows.layout import Mesh
 from narrows.ranks.coordinator import Coordinator
 from narrows.ranks.launch import Launch
+from narrows.ranks.messages import Made
+from narrows.ranks.start_clock import StartClock
 from narrows.ranks.timing import TIMING, Timing
 
 __all__ = ["ProcessRanks"]
@@ -42,6 +44,10 @@ class ProcessRanks(Generic[Worker]):
         once: arguments of these types are sent to the ranks the first time only; they must not change.
         device: of the tensors in collectives.
         timing: the durations by which ranks are judged.
+        copies: ranks of this host are copies of this process where it has a single thread (`copies.py`), so they see
+            what it has imported and set; else they are new interpreters, as they are without it.
+        meanwhile: called when this host's processes are there, before they are ready; it may start threads.
+        clock: is told of the phases of the start.
 
     Raises:
         the first error of ``make`` on any rank; RankError if a rank does not start.
@@ -59,6 +65,9 @@ class ProcessRanks(Generic[Worker]):
         once: tuple[type, ...] = (),
         device: str = "cpu",
         timing: Timing = TIMING,
+        copies: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
+        clock: StartClock | None = None,
     ) -> None:
         self.mesh = mesh
         self._coordinator = Coordinator(mesh, timeout_s, launch, once, timing)
@@ -66,14 +75,26 @@ class ProcessRanks(Generic[Worker]):
         weakref.finalize(self, setattr, self._coordinator, "forgotten", True).atexit = False
         atexit.register(_end_at_exit, weakref.ref(self._coordinator))
         try:
-            self._coordinator.start(checked=checked, num_threads=num_threads, device=device)
-            transports = self._coordinator.call(None, (make,), {}).result()
+            self._coordinator.start(
+                checked=checked,
+                num_threads=num_threads,
+                device=device,
+                copies=copies and device == "cpu",
+                meanwhile=meanwhile,
+            )
+            if clock is not None:
+                clock.end("rank processes")
+            made: list[Made] = self._coordinator.call(None, (make,), {}).result()
+            if clock is not None:
+                clock.end("weights on the ranks")
+                clock.of_ranks("meeting the other ranks", max(each.met_s for each in made))
+                clock.of_ranks("reading and packing", max(each.made_s for each in made))
         except BaseException as error:
             self._coordinator.end(error)
             raise
         self.pids = self._coordinator.pids
         """The process id of each rank, on its host."""
-        self.transport = "; ".join(dict.fromkeys(transports))
+        self.transport = "; ".join(dict.fromkeys(each.transport for each in made))
         """How collectives travel, for people: through shared memory, or why not."""
 
     @property

@@ -40,6 +40,7 @@ from narrows.ranks.messages import (
     SETUP,
     Contact,
     Failure,
+    Made,
     Setup,
     hello,
 )
@@ -50,14 +51,14 @@ from narrows.ranks.watchdog import Report
 __all__ = ["PROGRAM", "boot", "boot_line", "run_rank", "run_torchrun_rank"]
 
 PROGRAM = (
-    "import gc, json, sys; args = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = args['path']; "
-    "gc.disable(); from narrows.ranks.rank_process import boot; gc.enable(); gc.freeze(); boot(args)"
+    "import json, sys; args = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = args['path']; "
+    "from narrows.lean_torch import importing\nwith importing(only_cpu=args['device'] == 'cpu'):\n"
+    "  from narrows.ranks.rank_process import boot\nboot(args)"
 )
 """What ``python -c`` runs in a rank process.
 
 Its arguments, and the key above all, come through stdin, since other users can read a command line. The parent's main
-module is not run again, so it needs no ``__main__`` guard. The garbage collector is off while torch is imported, which
-saves a seventh of the start.
+module is not run again, so it needs no ``__main__`` guard.
 """
 
 
@@ -74,11 +75,11 @@ def boot(args: dict[str, Any]) -> NoReturn:
     run_rank(contact, args["rank"], args["node"], tuple(args["local"]), explain=False)
 
 
-def boot_line(contact: Contact, rank: int, node: int, local: tuple[int, int]) -> str:
+def boot_line(contact: Contact, rank: int, node: int, local: tuple[int, int], device: str) -> str:
     """The arguments of :func:`boot` as a line of JSON. ``local``: local rank and local world size."""
     args: dict[str, Any] = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
     args["timing"] = asdict(contact.timing)
-    return json.dumps(args | {"rank": rank, "node": node, "local": local, "path": sys.path}) + "\n"
+    return json.dumps(args | {"rank": rank, "node": node, "local": local, "device": device, "path": sys.path}) + "\n"
 
 
 def run_torchrun_rank(launch: Launch) -> NoReturn:
@@ -147,6 +148,7 @@ class _Rank:
         self._unpack = Unpacker()
         self._worker: Any = None
         self._number = 0  # of the next call
+        self._joined_s = 0.0
 
     def serve(self) -> NoReturn:
         with torch.inference_mode():
@@ -167,6 +169,7 @@ class _Rank:
         if setup.device == "cpu":
             pin(local_rank, local_world_size, setup.num_threads)
         torch.set_num_threads(setup.num_threads)
+        start = time.perf_counter()
         self._link.comm = connect_process(
             setup.mesh,
             self._rank,
@@ -175,6 +178,7 @@ class _Rank:
             device=rank_device(setup.device, local_rank),
             address=self._link.channel.address,
         )
+        self._joined_s = time.perf_counter() - start
 
     def _call(self, data: bytes) -> None:
         method, args, kwargs, first_only = self._unpack(data)
@@ -182,8 +186,9 @@ class _Rank:
         self._link.comm.call = self._number + 1
         if method is None:
             (make,) = args
+            start = time.perf_counter()
             self._worker = make(self._link.comm)
-            result = self._link.comm.transport
+            result = Made(self._link.comm.transport, self._joined_s, time.perf_counter() - start)
         else:
             result = getattr(self._worker, method)(*args, **kwargs)
         number, wanted = self._number, self._rank == 0 or not first_only

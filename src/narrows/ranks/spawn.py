@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
 import time
+from typing import IO, NoReturn, Protocol
 
+from narrows.ranks.copies import can_copy, copy
 from narrows.ranks.messages import Contact
-from narrows.ranks.rank_process import PROGRAM, boot_line
+from narrows.ranks.rank_process import PROGRAM, boot, boot_line
 
-__all__ = ["Processes", "end_processes", "ending", "spawn"]
+__all__ = ["Doors", "Process", "Processes", "end_processes", "ending", "start", "tell"]
 
-Processes = dict[int, subprocess.Popen[bytes]]
+
+class Process(Protocol):
+    """A child of this process: a ``subprocess.Popen``, or a copy of this one."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+Processes = dict[int, Process]
 """Processes by rank."""
 
+Doors = dict[int, IO[bytes]]
+"""By rank, where its process waits for its arguments; one whose file is closed without any ends."""
 
-def spawn(ranks: tuple[int, ...], node: int, contact: Contact, processes: Processes) -> None:
-    """Starts one process per rank and adds it to ``processes``.
+
+def start(ranks: tuple[int, ...], processes: Processes, *, copies: bool = False) -> Doors:
+    """Starts one process per rank and adds it to ``processes``; they wait for :func:`tell`.
 
     Ctrl-C and SIGTERM are blocked in a new process until it ignores them: both may be sent to the whole process group.
+
+    Args:
+        copies: as copies of this process, if it has a single thread; else new interpreters import what they need.
     """
+    doors: Doors = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        for local_rank, rank in enumerate(ranks):
-            command = [sys.executable, "-P", "-c", PROGRAM, f"narrows rank {rank}"]
-            processes[rank] = process = subprocess.Popen(command, stdin=subprocess.PIPE)
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(boot_line(contact, rank, node, (local_rank, len(ranks))).encode())
-                process.stdin.close()
+        names = tuple(f"narrows rank {rank}" for rank in ranks)
+        if copies and can_copy():
+            for rank, (made, door) in zip(ranks, copy(names, _boot), strict=True):
+                processes[rank], doors[rank] = made, door
+            return doors
+        for rank, name in zip(ranks, names, strict=True):
+            new = subprocess.Popen([sys.executable, "-P", "-c", PROGRAM, name], stdin=subprocess.PIPE)
+            assert new.stdin is not None
+            processes[rank], doors[rank] = new, new.stdin
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return doors
+
+
+def tell(doors: Doors, node: int, contact: Contact, device: str) -> None:
+    """Gives the processes of :func:`start` their arguments. ``device``: where the ranks compute."""
+    for local_rank, (rank, door) in enumerate(doors.items()):
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen elsewhere
+            door.write(boot_line(contact, rank, node, (local_rank, len(doors)), device).encode())
+            door.close()
+
+
+def _boot(line: bytes) -> NoReturn:
+    boot(json.loads(line))
 
 
 def end_processes(processes: Processes, grace_s: float) -> None:
@@ -48,7 +86,7 @@ def end_processes(processes: Processes, grace_s: float) -> None:
                 process.wait(max(0.0, end - time.monotonic()))
 
 
-def ending(process: subprocess.Popen[bytes]) -> str:
+def ending(process: Process) -> str:
     """How a process has ended, as the end of a sentence."""
     code = process.returncode
     if code is not None and code < 0:
