@@ -84,6 +84,7 @@ class Part(BaseModel):
 
     model_config = ConfigDict(
         strict=True,
+        defer_build=True,  # most processes read no profile
         extra="forbid",
         allow_inf_nan=False,
         frozen=True,
