@@ -19,10 +19,11 @@ from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cost.devices import device
 from narrows.cost.memory import MemoryUse
 from narrows.cost.pricer import StepShape
-from narrows.layout import Mesh, split_evenly
+from narrows.layout import Mesh, Topology, split_evenly
 from narrows.plan.named import applicable_layouts
 from narrows.plan.plan import OpKind, Plan
 from narrows.plan.planner import Deployment, Planner, choose_sharding
+from narrows.plan.report.evidence import nodes_line
 from narrows.plan.report.explain import describe, layout_words, main_segment
 
 ROWS = (128, 1024, 4096, 16384)
@@ -130,7 +131,8 @@ def section(name: str, model: str, dtype: str, meshes: tuple[Mesh, ...]) -> Iter
     on = device(name)
     size = meshes[0].size
     yield f"\n## {model} in {dtype} on {size} x {on.title}\n"
-    deployments = [Deployment(config=preset(model), mesh=mesh, device=on, dtype=dtype) for mesh in meshes]
+    nodes = Topology(size // 8, 8) if size > 8 else None
+    deployments = [Deployment(config=preset(model), mesh=mesh, device=on, dtype=dtype, nodes=nodes) for mesh in meshes]
     fits = [deployment for deployment in deployments if deployment.memory(WeightSharding()).fits]
     for deployment in deployments:
         if deployment not in fits:
@@ -140,7 +142,7 @@ def section(name: str, model: str, dtype: str, meshes: tuple[Mesh, ...]) -> Iter
     if len(fits) < len(deployments):
         yield ""
     if size > 8:
-        yield "Groups of more than 8 ranks are priced as if one NVSwitch held them; a network between hosts is slow.\n"
+        yield f"{nodes_line(deployments[0])} ([topology](topology.md)).\n"
     yield "| mesh | rows | ms | picked | all-reduce | A | B | seq | published sharding | communication | prices |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for deployment in fits:
