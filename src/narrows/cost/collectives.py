@@ -87,8 +87,8 @@ def _curves() -> Mapping[tuple[str, str, int, str], Curve]:
     columns = ("device", "op", "num_gpus", "bytes", "us", "backend")
     for table, op, count, nbytes, us, backend in read_rows("collectives.csv", columns):
         points.setdefault((table, op, int(count), backend), []).append((float(nbytes), float(us) * 1e-6))
-    columns = ("device", "op", "num_gpus", "nodes", "network", "bytes", "us")
-    for table, op, count, nodes, _, nbytes, us in read_rows("collectives_hosts.csv", columns):
+    of_hosts = ("device", "op", "num_gpus", "nodes", "network", "bytes", "us")
+    for table, op, count, nodes, _, nbytes, us in read_rows("collectives_hosts.csv", of_hosts):
         if nodes == "1":
             points.setdefault((table, op, int(count), "nccl"), []).append((float(nbytes), float(us) * 1e-6))
     return MappingProxyType({key: Curve.of(found) for key, found in points.items()})
