@@ -9,7 +9,7 @@ from narrows.cost.engines import ENGINES, KERNELS_ALONE
 from narrows.cost.imbalance import DEFAULT_SKEW
 from narrows.cost.network import NETWORKS
 from narrows.plan.deploy import DEFAULT_REQUESTS
-from narrows.plan.named import NAMED_LAYOUTS
+from narrows.plan.named import ENGINE_LAYOUTS, NAMED_LAYOUTS
 from narrows.plan.planner import ENCODE_ROWS, EXPERTS, KV_DTYPES
 
 __all__ = ["add_priced_flags", "add_prompt_rows_flag", "add_requests_flag", "add_revision_flag"]
@@ -38,7 +38,8 @@ def add_priced_flags(parser: argparse._ActionsContainer, *, no_layout: str) -> N
         action="append",
         default=[],
         metavar="L",
-        help=f"repeat to compare several (default: {no_layout}); one of {', '.join(NAMED_LAYOUTS)}",
+        help=f"repeat to compare several (default: {no_layout}); one of {', '.join(NAMED_LAYOUTS)}; or what an engine "
+        f"does in several attention groups: {', '.join(ENGINE_LAYOUTS)}",
     )
     add(
         "--encode-rows",

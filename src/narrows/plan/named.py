@@ -1,7 +1,9 @@
 """Named layouts: the published ways through a layer, each as a subset of the edges that the search may use.
 
 A named layout is the same search over fewer edges, with the weight sharding of the published code. Where one cannot
-apply to a model or a mesh, the error says which condition fails.
+apply to a model or a mesh, the error says which condition fails. Beside the published ones there is one per serving
+engine: what it does with several attention groups (SGLang 0.5.23, vLLM 0.33.0, TensorRT-LLM of autumn 2026; in one
+group all three run ``all-reduce``).
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ from narrows.errors import ConfigError
 from narrows.layout import Mesh, MoveKind
 from narrows.plan.plan import Plan
 
-__all__ = ["AUTO", "NAMED_LAYOUTS", "NamedLayout", "applicable_layouts", "inapplicable", "named_layout", "shared_plans"]
+__all__ = [
+    "AUTO",
+    "ENGINE_LAYOUTS",
+    "NAMED_LAYOUTS",
+    "NamedLayout",
+    "applicable_layouts",
+    "inapplicable",
+    "named_layout",
+    "shared_plans",
+]
 
 ALL_REDUCE, REDUCE_SCATTER = MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER
 
@@ -59,6 +70,8 @@ AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed
 
 _ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 NAMED_LAYOUTS = (*_ORDER, "auto")
+ENGINE_LAYOUTS = ("sglang-dp", "vllm-dp", "trtllm-dp")
+"""What serving engines do with several attention groups; planned where they are asked for by name."""
 
 _PINNED = WeightSharding()
 _NORMS = (Role.ATTENTION_NORM, Role.MLP_NORM, Role.FINAL_NORM)
@@ -74,12 +87,14 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
     """
     if name == "auto":
         return AUTO
-    if name not in _ORDER:
-        raise ConfigError(f"layout {name!r} is not known; layouts: {', '.join(NAMED_LAYOUTS)}")
+    if name not in (*_ORDER, *ENGINE_LAYOUTS):
+        raise ConfigError(f"layout {name!r} is not known; layouts: {', '.join((*NAMED_LAYOUTS, *ENGINE_LAYOUTS))}")
     reason = inapplicable(name, config, mesh)
     if reason:
         raise ConfigError(f"layout {name} cannot apply to {config.name} on {mesh}: {reason}")
     several_groups = mesh.num_groups > 1
+    if name in ENGINE_LAYOUTS:
+        return _engine_layout(name, config, mesh)
     if name == "all-reduce":
         return NamedLayout(
             name=name,
@@ -154,6 +169,56 @@ def named_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
     )
 
 
+def _engine_layout(name: str, config: ModelConfig, mesh: Mesh) -> NamedLayout:
+    """One of :data:`ENGINE_LAYOUTS`: all take the experts' sum by reduce-scatter, back to the groups' own rows. Where
+    the router runs on own rows, so does the shared expert, whole on each rank."""
+    has_shared = config.moe is not None and config.moe.n_shared_experts > 0
+    sharding = WeightSharding(shared_expert="replicated") if has_shared and name != "sglang-dp" else _PINNED
+    if name == "vllm-dp" and mesh.group_size > 1 and isinstance(config.attention, MLA):
+        return NamedLayout(
+            name=name,
+            summary="norms and router on scattered rows, gathered at full width for attention and for experts",
+            sharding=sharding,
+            rows_at={
+                Role.ATTENTION_NORM: ("SCATTERED",),
+                **_GROUP_LATENTS,
+                Role.MLP_NORM: ("SCATTERED",),
+                Role.ROUTER: ("SCATTERED",),
+                Role.FINAL_NORM: ("SCATTERED",),
+            },
+            sums_by=dict.fromkeys(_NORMS, (REDUCE_SCATTER,)),
+            residual=dict.fromkeys(_NORMS, ("fused",)),
+            select_before=(Role.LM_HEAD,),
+        )
+    norm, router = ("GROUP",), ("FULL",)
+    residual: tuple[str, ...] = ("fused",)
+    summary = "norm on the attention group's own rows, then gather them for router and experts"
+    if name != "sglang-dp":
+        router, summary = ("SCATTERED",), "norm and router on own rows, then gather them for experts"
+    elif mesh.group_size > 1:
+        norm, residual = ("FULL",), ("added", "joined")
+        summary = "gather the attention group's rows, then norm, router and experts on all of them"
+    return NamedLayout(
+        name=name,
+        summary=summary,
+        sharding=sharding,
+        rows_at={
+            Role.ATTENTION_NORM: ("GROUP",),
+            **_GROUP_LATENTS,
+            Role.MLP_NORM: norm,
+            Role.ROUTER: router,
+            Role.FINAL_NORM: ("GROUP",),
+        },
+        sums_by={
+            Role.ATTENTION_NORM: (REDUCE_SCATTER,),
+            Role.MLP_NORM: (ALL_REDUCE,),
+            Role.FINAL_NORM: (REDUCE_SCATTER,),
+        },
+        residual={Role.ATTENTION_NORM: ("fused",), Role.MLP_NORM: residual, Role.FINAL_NORM: ("fused",)},
+        select_before=(Role.LM_HEAD,),
+    )
+
+
 def inapplicable(name: str, config: ModelConfig, mesh: Mesh) -> str:
     """Why layout ``name`` cannot apply to this model and mesh; empty if it can."""
     if name == "attn-tp-input-scattered":
@@ -169,8 +234,10 @@ def inapplicable(name: str, config: ModelConfig, mesh: Mesh) -> str:
             )
         if mesh.group_size == 1:
             return "tp is 1: attention has no ranks to scatter its input over; it needs tp > 1"
-    if name == "norm-before-gather" and mesh.num_groups == 1:
+    if name in ("norm-before-gather", *ENGINE_LAYOUTS) and mesh.num_groups == 1:
         return "dp is 1: one attention group already holds all rows, so nothing is gathered; it needs dp > 1"
+    if name == "trtllm-dp" and mesh.group_size > 1:
+        return "tp is more than 1: TensorRT-LLM's attention data parallelism has one rank in each group; it needs tp 1"
     if name == "sequence-parallel" and mesh.size == 1:
         return "the mesh has one rank: there is nothing to scatter rows over"
     return ""

@@ -24,7 +24,7 @@ from narrows.cost.pricer import Pricer, StepShape
 from narrows.errors import ConfigError
 from narrows.layout import Encoding, Mesh, Topology
 from narrows.plan.graph import Graph
-from narrows.plan.named import named_layout
+from narrows.plan.named import NamedLayout, named_layout
 from narrows.plan.plan import Plan
 from narrows.plan.search import Search
 from narrows.plan.workspace import Kernels, Workspace, workspace
@@ -198,18 +198,22 @@ class Planner:
         graph = self._graphs.get(layout)
         if graph is None:
             d = self.deployment
-            encoding, always = ENCODE_ROWS[d.encode_rows]
-            rules = named_layout(layout, d.config, d.mesh)
-            graph = self._graphs[layout] = Graph(
-                self.chain,
-                d.mesh,
-                rules,
-                encoding,
-                always=always,
-                fuses_norms=d.device.fused_norm_bytes > 0,
-                topology=d.topology,
-            )
+            graph = self._graphs[layout] = self.graph_by(named_layout(layout, d.config, d.mesh))
         return graph
+
+    def graph_by(self, rules: NamedLayout) -> Graph:
+        """A new graph of the ways that ``rules`` leave."""
+        d = self.deployment
+        encoding, always = ENCODE_ROWS[d.encode_rows]
+        return Graph(
+            self.chain,
+            d.mesh,
+            rules,
+            encoding,
+            always=always,
+            fuses_norms=d.device.fused_norm_bytes > 0,
+            topology=d.topology,
+        )
 
     def plan(self, shape: StepShape, layout: str = "auto") -> Plan:
         """The cheapest plan for ``shape`` under the named layout.
@@ -217,11 +221,17 @@ class Planner:
         Raises:
             ConfigError: an unknown layout, or one that cannot apply to this model and mesh.
         """
-        d, graph = self.deployment, self.graph(layout)
-        prices = d.pricer(shape)
+        return self._search(self.graph(layout), shape)
+
+    def plan_by(self, rules: NamedLayout, shape: StepShape) -> Plan:
+        """The cheapest plan for ``shape`` that ``rules`` leave."""
+        return self._search(self.graph_by(rules), shape)
+
+    def _search(self, graph: Graph, shape: StepShape) -> Plan:
+        d, prices = self.deployment, self.deployment.pricer(shape)
         segments = Search(graph, prices).solve()
         return Plan(
-            layout_name=layout,
+            layout_name=graph.rules.name,
             mesh=d.mesh,
             shape=shape,
             segments=segments,

@@ -22,7 +22,7 @@ from narrows.plan.planner import Planner
 from narrows.plan.reprice import Repricer
 from narrows.sched.batch import Batch, Chunk
 
-__all__ = ["PlannedCosts", "StepCost", "StepCosts", "near"]
+__all__ = ["CostsByPhase", "PlannedCosts", "StepCost", "StepCosts", "near"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,17 @@ class StepCosts(Protocol):
     def cost(self, batch: Batch) -> StepCost:
         """What the ranks need for this batch."""
         ...
+
+
+class CostsByPhase:
+    """Other costs in each phase, such as those of an engine that has one layout for prompts and one for decoding."""
+
+    def __init__(self, costs: Mapping[str, StepCosts]) -> None:
+        self._costs = costs
+
+    def cost(self, batch: Batch) -> StepCost:
+        """What its phase's costs say."""
+        return self._costs[batch.phase].cost(batch)
 
 
 def near(n: int) -> int:
