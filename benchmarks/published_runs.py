@@ -8,7 +8,8 @@ SemiAnalysis InferenceX; the two on two hosts are of tenstorrent/tt-inference-se
 0 lengths were drawn between 0.8 and 1.0 of the nominal ones. Each run is simulated with fewer requests than the
 publication sent, as one command of `narrows simulate`. ``--engine none`` leaves out what engines add to their kernels.
 Prints a line per run, and by group the median ratio (simulated over published), the geometric mean of the error, and
-how many lie within 15 %.
+how many lie within 15 %; by engine, on one node, also the band that ``SERVED`` of ``cost/bands.py`` has: between which
+factors of the simulated figure 8 of 10 published ones lie.
 """
 
 from __future__ import annotations
@@ -86,6 +87,12 @@ def summary(ratios: Sequence[float]) -> str:
     return f"median x {statistics.median(ratios):.2f}, error x {error:.2f}, within 15 %: {within} of {len(ratios)}"
 
 
+def band(ratios: Sequence[float]) -> str:
+    """The tenth and the ninetieth percentile of published over simulated."""
+    tenths = statistics.quantiles([1 / ratio for ratio in ratios], n=10, method="inclusive")
+    return f"8 of 10 published: {tenths[0]:.2f} to {tenths[-1]:.2f} x the simulated"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose description contains this")
@@ -108,7 +115,8 @@ def main() -> None:
                 print(f"{words[id(run)]}: {found}", flush=True)
                 continue
             first, each = (ms / float(run[name]) for ms, name in zip(found, ("ttft_ms", "tpot_ms"), strict=True))
-            for group in (f"{run['model']} on {on(run)}", "several nodes" if run["nodes"] else "one node"):
+            several = ["several nodes"] if run["nodes"] else [f"engine {run['engine']}", "one node"]
+            for group in (f"{run['model']} on {on(run)}", *several):
                 ttft[group].append(first)
                 tpot[group].append(each)
             print(
@@ -118,6 +126,8 @@ def main() -> None:
             )
     for group in sorted(tpot, key=lambda name: (name in ("one node", "several nodes"), name)):
         print(f"\n{group}\n  TPOT {summary(tpot[group])}\n  TTFT {summary(ttft[group])}")
+        if group.startswith("engine") and len(tpot[group]) > 1:
+            print(f"  TPOT {band(tpot[group])}\n  TTFT {band(ttft[group])}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found) == {
         *("model", "mesh", "nodes", "network", "device", "dtype", "graph", "encode_rows", "expert_skew"),
         *("kv_dtype", "engine", "shape"),
-        *("layouts", "inapplicable", "warning", "why", "evidence", "crossovers", "notes"),
+        *("layouts", "inapplicable", "warning", "why", "evidence", "crossovers", "flips", "notes"),
     }
     assert (found["model"], found["mesh"], found["device"]) == ("deepseek-v2-lite", {"dp": 2, "tp": 2}, "h100")
     assert found["shape"] == {
@@ -76,10 +77,14 @@ def test_the_document_in_full(capsys: pytest.CaptureFixture[str]) -> None:
         ops = layout["ops"]
         assert sum(op["us"] * op["times"] for op in ops) / 1e3 == pytest.approx(layout["total_ms"], rel=1e-6)
         assert {op["source"] for op in ops} <= {"measured", "interpolated", "scaled", "roofline"}
+        assert all(0 < op["band"] < 1.2 for op in ops if op["us"]) and 0.03 < layout["band"] < 0.5
         assert sum(len(op["layers"]) for op in ops if op["name"] == "attention") == 27
         assert layout["memory"]["fits"] and layout["memory"]["weights_gb"] > 5
         assert set(layout["weight_sharding"]) == {"embed", "qkv_a_proj", "shared_expert", "experts"}
     assert {"experts": "split", "embed": "vocab"}.items() <= found["layouts"][0]["weight_sharding"].items()
+    assert found["flips"]["found"] and "all legal plans" in found["flips"]["compared"]
+    for flip in found["flips"]["found"]:
+        assert 0.5 <= flip["factor"] <= 2 and flip["factor"] != 1 and flip["cost"] > 0 and flip["words"]
     for ranges in found["crossovers"].values():
         assert ranges[0]["first"] == 1 and ranges[-1]["last"] == 65536
         assert all(a["last"] + 1 == b["first"] for a, b in itertools.pairwise(ranges))
@@ -335,3 +340,11 @@ def test_output_into_a_closed_pipe_is_no_error() -> None:
     finally:
         os.close(write)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.slow
+def test_how_sure_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """The band of the total, and the error of a price that would change the choice, in the words of the issue."""
+    out = " ".join(run(capsys, PUBLISHED).split())
+    assert "How sure that is" in out and "give or take" in out
+    assert re.search(r"another plan is best if all-reduce over tp cost \d+ % less: then attn-tp-input-scattered", out)

@@ -13,15 +13,18 @@ from rich.text import Text
 from narrows.arch.stages import PriceClass
 from narrows.arch.weight_sharding import WeightSharding, sharding_words
 from narrows.cli.console import console
+from narrows.cost.bands import SHARE
 from narrows.layout import Algorithm, MoveKind
 from narrows.plan.plan import Op, OpKind, Plan, Segment
 from narrows.plan.report.crossovers import RowRange
 from narrows.plan.report.explain import compare, fields_words, layout_words, segment_difference
+from narrows.plan.report.flips import LARGEST_FACTOR, Flip
 from narrows.plan.report.plan_report import Entry, PlanReport
 
 __all__ = ["print_report"]
 
 _WIDTH = 120
+_MOST_FLIPS = 4
 _LEGEND = "prices: m measured, i interpolated, s scaled from another device, size or shape, r roofline"
 
 
@@ -34,6 +37,7 @@ def print_report(report: PlanReport) -> None:
     page.put(_totals(report))
     _print_plan(page, report.auto.plan)
     page.bullets("Why auto (rows are those of the rank that has most)", report.why)
+    page.bullets("How sure that is", _sure(report))
     page.title("Cheapest of the named layouts, by rows of the step")
     page.put(_ranges(report.best_named))
     page.title("What auto does in most layers, by rows of the step")
@@ -224,6 +228,28 @@ def _amount(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
+def _sure(report: PlanReport) -> list[str]:
+    """The band of auto's total, and the errors of prices that would change the choice."""
+    plan = report.auto.plan
+    lines = [
+        f"auto takes {1e3 * plan.seconds:.2f} ms, give or take {plan.band:.0%} (docs/published.md): {SHARE:.0%} of the "
+        "prices that could be compared with a measurement lie within their bands"
+    ]
+    told = report.flips[:_MOST_FLIPS]
+    lines += [f"another plan is best if {flip} ({100 * flip.cost:.1f} % at x {_far(flip):g})" for flip in told]
+    rest = "no other error" if told else "no error"
+    lines.append(
+        f"{rest} of one kind of price up to a factor of {LARGEST_FACTOR:g} changes how rows travel in most layers"
+        if len(report.flips) <= _MOST_FLIPS
+        else f"{len(report.flips) - _MOST_FLIPS} larger errors would too (--json)"
+    )
+    return lines
+
+
+def _far(flip: Flip) -> float:
+    return LARGEST_FACTOR if flip.factor > 1 else 1 / LARGEST_FACTOR
+
+
 # -- crossovers and memory ---------------------------------------------------------------------------------------------
 
 
@@ -242,7 +268,8 @@ def _memory(report: PlanReport) -> list[str]:
     lines: dict[str, str] = {}
     auto, published = report.auto, WeightSharding()
     for entry in (*report.entries, auto):
-        whose = "published sharding" if entry.sharding == published else "sharding of auto"
+        whose = "sharding of auto" if entry.sharding == auto.sharding else f"sharding of {entry.plan.layout_name}"
+        whose = "published sharding" if entry.sharding == published else whose
         lines[whose] = f"{whose}: {_fit(entry, report.shape.kv_tokens)}"
     return list(lines.values())
 

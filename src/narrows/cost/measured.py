@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, astuple, dataclass, fields
 from functools import cached_property
+from statistics import median
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
@@ -252,6 +253,19 @@ class Measured:
         """Seconds of a step outside its plan."""
         curve = self._steps.get(phase)
         return None if curve is None else curve.at(max(rows, 1))
+
+    def scatter(self, price_class: str) -> float | None:
+        """How far the measurements of a class of stages, or of collectives (``communication``), lie from their median:
+        half of the share by which p90 lies above p10, the median of all points. None: there are none with a spread."""
+        return self._scatters.get(price_class)
+
+    @cached_property
+    def _scatters(self) -> Mapping[str, float]:
+        spreads: dict[str, list[float]] = {}
+        for table in self.stages:
+            spreads.setdefault(table.stage, []).extend(row[2] for row in table.points if len(row) > 2 and row[2])
+        spreads["communication"] = [row[2] for table in self.collectives for row in table.points if row[2:] and row[2]]
+        return {price_class: median(found) / 2 for price_class, found in spreads.items() if found}
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:

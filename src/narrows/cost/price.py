@@ -14,7 +14,7 @@ import math
 import pkgutil
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["ZERO", "Curve", "Price", "Source", "read_rows"]
 
@@ -42,18 +42,22 @@ class Source(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Predicted seconds of one op, and the weakest evidence behind them."""
+    """Predicted seconds of one op, and the weakest evidence behind them.
+
+    ``error``: how many seconds it may be off (:mod:`narrows.cost.bands`); 0 where nobody has said so yet.
+    """
 
     seconds: float
     source: Source
+    error: float = field(default=0.0, compare=False, repr=False)
 
     def __add__(self, other: Price) -> Price:
-        """Seconds add; the source is the weaker of the two."""
-        return Price(self.seconds + other.seconds, max(self.source, other.source))
+        """Seconds add, and errors; the source is the weaker of the two."""
+        return Price(self.seconds + other.seconds, max(self.source, other.source), self.error + other.error)
 
     def times(self, n: float) -> Price:
         """The price of doing this ``n`` times (``n`` may be a fraction); no times is ``ZERO``."""
-        return Price(self.seconds * n, self.source) if n else ZERO
+        return Price(self.seconds * n, self.source, self.error * n) if n else ZERO
 
     @property
     def ps(self) -> int:

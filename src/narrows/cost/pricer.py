@@ -6,12 +6,13 @@ A stage costs its largest rank's rows. A collective on a device whose ranks need
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from operator import attrgetter
 
-from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, RowSet, Stage, Stream, Work
+from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, RowSet, Stage, Stream, Work
 from narrows.cost.attention import AttentionShape, attention_price
+from narrows.cost.bands import band, work_band
 from narrows.cost.devices import Device
 from narrows.cost.engines import KERNELS_ALONE, EngineStyle
 from narrows.cost.experts import experts_price
@@ -106,12 +107,16 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class OpPrice:
-    """One op's predicted picoseconds, the rows of its largest rank, the bytes it moves, and where that comes from."""
+    """One op's predicted picoseconds, the rows of its largest rank, the bytes it moves, and where that comes from.
+
+    ``error``: picoseconds that it may be off; None: what its source says (:mod:`narrows.cost.bands`).
+    """
 
     ps: int
     rows: int
     nbytes: int
     source: Source
+    error: int | None = field(default=None, compare=False)
 
     @property
     def seconds(self) -> float:
@@ -175,7 +180,16 @@ class Pricer:
         if self.device.measured is not None and rows:
             at_work = self.shape.split(row_set).at_work(layout)
             price = self._measured(self.device.measured, stage.price_class, work, rows, at_work)
-        return OpPrice(price.ps, rows, round(nbytes), price.source)
+        return OpPrice(price.ps, rows, round(nbytes), price.source, self._error(stage.price_class, price))
+
+    def _error(self, price_class: PriceClass, price: Price) -> int | None:
+        """Picoseconds that a price may be off: by the scatter of this machine's own measurement, or by its parts; None:
+        what its source says."""
+        measured = self.device.measured
+        scatter = measured.scatter(price_class) if measured is not None else None
+        if scatter is not None and price.source <= Source.INTERPOLATED:
+            return round(price.ps * band(price_class, price.source, scatter))
+        return round(price.error * 1e12) if price.error else None
 
     def _within(self, window: int) -> Pricer:
         """A pricer of the same to which a row attends to so many tokens at most."""
@@ -191,17 +205,20 @@ class Pricer:
         ``stage`` that were measured together are priced so."""
         nbytes, uneven = 0.0, self._uneven(work, rows)
         together = self._together(stage, work, rows, dtype) if stage is not None and rows else {}
-        prices = []
+        prices: list[Price] = []
+        errors: list[float] = []
         for i, item in enumerate(work):
             item_price, item_bytes = self._work(item, rows, dtype, uneven)
-            prices.append(self._in_engine(together.get(i, item_price)))
+            prices.append(price := self._in_engine(together.get(i, item_price)))
+            errors.append(price.seconds * work_band(item, price.source))
             nbytes += item_bytes
+        seconds, error = sum(price.seconds for price in prices), sum(errors)
+        source = max((price.source for price in prices), default=Source.MEASURED)
         if stage is not None and stage.routed is not None and self.engine.parallel_shared_expert:
-            routed, shared = (
-                sum(part, ZERO) for part in (prices[: stage.routed.num_items], prices[stage.routed.num_items :])
-            )
-            return Price(max(routed.seconds, shared.seconds), (routed + shared).source), nbytes
-        return sum(prices, ZERO), nbytes
+            count = stage.routed.num_items
+            routed, shared = (sum(price.seconds for price in part) for part in (prices[:count], prices[count:]))
+            seconds, error = max((routed, sum(errors[:count])), (shared, sum(errors[count:])))
+        return Price(seconds, source, error), nbytes
 
     def _in_engine(self, price: Price) -> Price:
         """A kernel that begins before the one in front of it has ended."""
@@ -279,7 +296,7 @@ class Pricer:
             rows, op = self._gathered(row_set, move.src, move.dst, n), "reduce_scatter"
         nbytes = rows * row_bytes
         price = max((self._moved(move, op, levels, nbytes) for levels in self._levels(move)), key=_seconds)
-        return OpPrice(price.ps, rows, nbytes, price.source)
+        return OpPrice(price.ps, rows, nbytes, price.source, self._error(PriceClass.COMMUNICATION, price))
 
     def _levels(self, move: Move) -> tuple[Levels, ...]:
         """How the groups that make ``move`` lie on nodes; all are done when the slowest is."""

@@ -406,7 +406,7 @@ class Graph:
 
 def _blank(op: Op) -> Op:
     """The op as the graph has it: no rows, and no price."""
-    return replace(op, rows=0, nbytes=0, ps=0, source=Source.MEASURED)
+    return replace(op, rows=0, nbytes=0, ps=0, source=Source.MEASURED, error_ps=None)
 
 
 def _titles(mesh: Mesh) -> dict[str, Layout]:

@@ -7,10 +7,11 @@ or another layout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from narrows.arch.stages import FieldRoles, PriceClass, Role, RowSet, Stage, StageKind
+from narrows.cost.bands import band, total_band
 from narrows.cost.price import Source
 from narrows.cost.pricer import NOTHING, OpPrice, StepShape
 from narrows.errors import PlanError
@@ -41,6 +42,7 @@ class Op:
     ``nbytes`` the bytes of what a collective carries in all, or what local work moves on that rank. ``ps`` are
     predicted picoseconds: integers, so that sums do not depend on their order. ``encodings``: how each field read by a
     gather travels; such an op is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
+    ``error_ps``: what its price may be off; None: what its source says.
 
     A MOVE with a stage is a reduction and the norm after it in one op, with a price of its own: it reads the
     stream where its sum is owed and, ``fused``, the residual where the norm leaves both.
@@ -63,6 +65,12 @@ class Op:
     move: Move | None = None
     fused: bool = False
     encodings: tuple[Encoding, ...] = ()
+    error_ps: int | None = field(default=None, compare=False)
+
+    @property
+    def error(self) -> float:
+        """Picoseconds that its price may be off (:mod:`narrows.cost.bands`)."""
+        return self.ps * band(self.price_class, self.source) if self.error_ps is None else self.error_ps
 
     @property
     def layout(self) -> Layout:
@@ -144,6 +152,14 @@ class Plan:
             for layer in segment.layers or (None,):
                 for op in segment.ops:
                     yield layer, op
+
+    @property
+    def band(self) -> float:
+        """How far off the whole may be, as a share of it (:mod:`narrows.cost.bands`)."""
+        ops = ((segment.times, op) for segment in self.segments for op in segment.ops)
+        parts = [(op.price_class, op.ps * times, op.error * times) for times, op in ops]
+        host = PriceClass.HOST
+        return total_band([*parts, (host, self.host.ps, self.host.ps * band(host, self.host.source))])
 
     def totals(self) -> dict[PriceClass, float]:
         """Predicted seconds per price class, in the order of :class:`PriceClass`."""

@@ -223,6 +223,11 @@ class Planner:
         """
         return self._search(self.graph(layout), shape)
 
+    def ps(self, shape: StepShape, layout: str = "auto") -> int:
+        """Predicted picoseconds of :meth:`plan`, without the plan."""
+        prices = self.deployment.pricer(shape)
+        return Search(self.graph(layout), prices).ps() + prices.step().ps
+
     def plan_by(self, rules: NamedLayout, shape: StepShape) -> Plan:
         """The cheapest plan for ``shape`` that ``rules`` leave."""
         return self._search(self.graph_by(rules), shape)

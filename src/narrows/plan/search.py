@@ -53,22 +53,22 @@ Frontier = dict[State, _Path]
 class _Weights(dict[int, int]):
     """Weight of each ask of a graph, priced when first needed."""
 
-    def __init__(self, graph: Graph, prices: Prices) -> None:
-        self.graph, self.prices = graph, prices
+    def __init__(self, price_of: Callable[[int], OpPrice]) -> None:
+        self.price_of = price_of
         self.step_prices: dict[int, OpPrice] = {}
 
     def __missing__(self, ask: int) -> int:
-        price = self.step_prices[ask] = self.graph.asks[ask](self.prices)
+        price = self.step_prices[ask] = self.price_of(ask)
         weight = self[ask] = price.ps * _PS + 1
         return weight
 
 
 class Search:
-    """Searches one graph for one source of prices."""
+    """Searches one graph for one source of prices: ``prices``, or a function that prices each of the graph's asks."""
 
-    def __init__(self, graph: Graph, prices: Prices) -> None:
+    def __init__(self, graph: Graph, prices: Prices | Callable[[int], OpPrice]) -> None:
         self.graph, self.chain = graph, graph.chain
-        self._weights = _Weights(graph, prices)
+        self._weights = _Weights(prices if callable(prices) else lambda ask: graph.asks[ask](prices))
         self._tables: dict[tuple[tuple[tuple[str, bool, int | None], ...], State], Frontier] = {}
 
     # -- whole models ------------------------------------------------------------------------------------------------
@@ -79,6 +79,25 @@ class Search:
         Raises:
             PlanError: the rules leave no way through; the stage that cannot be reached is named.
         """
+        return self._segments(self._cheapest())
+
+    def asks(self) -> tuple[int, ...]:
+        """The prices of the cheapest plan's ops, by their index in ``Graph.asks``, each op of each layer in order.
+
+        Raises:
+            PlanError: as :meth:`solve`.
+        """
+        return tuple(ask for ask, _ in self._cheapest().edges())
+
+    def ps(self) -> int:
+        """Picoseconds of the cheapest plan.
+
+        Raises:
+            PlanError: as :meth:`solve`.
+        """
+        return self._cheapest().weight // _PS
+
+    def _cheapest(self) -> _Path:
         chain = self.chain
         layers: dict[tuple[int, State], Frontier] = {}
 
@@ -95,7 +114,7 @@ class Search:
         frontier = _extend(frontier, lambda entry: self._through(entry, (chain.epilogue,)))
         if not frontier:
             self.solve_plainly()  # says which stage cannot be reached
-        return self._segments(min(frontier.values(), key=lambda path: path.weight))
+        return min(frontier.values(), key=lambda path: path.weight)
 
     def solve_plainly(self) -> tuple[int, int]:
         """Cost in picoseconds and number of ops of the optimum, by one search over all stages.
@@ -141,7 +160,16 @@ class Search:
         ops = []
         for ask, op in path.edges():
             price = self._weights.step_prices[ask]
-            ops.append(replace(op, rows=price.rows, nbytes=price.nbytes, ps=price.ps, source=price.source))
+            ops.append(
+                replace(
+                    op,
+                    rows=price.rows,
+                    nbytes=price.nbytes,
+                    ps=price.ps,
+                    source=price.source,
+                    error_ps=price.error,
+                )
+            )
         return tuple(ops)
 
     # -- tables ------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Sweep:
 
         def best_at(rows: int) -> str:
             shape = self.at(rows)
-            return min(names, key=lambda name: planner.plan(shape, name).ps)
+            return min(names, key=lambda name: planner.ps(shape, name))
 
         return row_ranges(best_at, self.top)
 

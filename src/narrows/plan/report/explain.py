@@ -19,6 +19,7 @@ __all__ = [
     "compare",
     "describe",
     "fields_words",
+    "into_words",
     "layout_words",
     "main_segment",
     "move_words",
@@ -100,6 +101,11 @@ def describe(plan: Plan) -> str:
     ``reduce-scatter + all-gather of qkv_latent into attention; all-reduce into experts``."""
     by_target = _moves_by_target(main_segment(plan).ops)
     return "; ".join(f"{_moves_words(plan, moves) or 'no move'} into {target}" for target, moves in by_target.items())
+
+
+def into_words(plan: Plan, target: str) -> str:
+    """The moves into the sharded stage ``target`` in most layers; empty if there is none, or no such stage."""
+    return _moves_words(plan, _moves_by_target(main_segment(plan).ops).get(target, []))
 
 
 def _moves_by_target(ops: Sequence[Op]) -> dict[str, list[Op]]:

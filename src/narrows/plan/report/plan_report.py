@@ -18,6 +18,7 @@ from narrows.plan.planner import Deployment, Planner, choose_sharding
 from narrows.plan.report.crossovers import RowRange, Sweep
 from narrows.plan.report.evidence import Evidence, evidence_line, nodes_line, ranks_line
 from narrows.plan.report.explain import why
+from narrows.plan.report.flips import LARGEST_FACTOR, Flip, flips
 from narrows.plan.workspace import Workspace
 
 __all__ = ["Entry", "PlanReport", "make_report"]
@@ -41,7 +42,8 @@ class PlanReport:
     """``entries`` are the plans asked for, in that order; ``auto`` is there whether it was asked for or not.
 
     ``inapplicable`` has the reason for each named layout that was not asked for by name and cannot apply.
-    ``best_named`` and ``best_auto`` say what is best at how many rows.
+    ``best_named`` and ``best_auto`` say what is best at how many rows. ``flips``: at which error of which price `auto`
+    would be another plan, the smallest error first.
     """
 
     deployment: Deployment
@@ -52,6 +54,7 @@ class PlanReport:
     why: tuple[str, ...]
     best_named: tuple[RowRange, ...]
     best_auto: tuple[RowRange, ...]
+    flips: tuple[Flip, ...]
     notes: tuple[str, ...]
 
     @property
@@ -109,6 +112,10 @@ class PlanReport:
                 "named": [asdict(found) for found in self.best_named],
                 "auto": [asdict(found) for found in self.best_auto],
             },
+            "flips": {
+                "compared": f"all legal plans, each group of prices times {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}",
+                "found": [asdict(flip) for flip in self.flips],
+            },
             "notes": list(self.notes),
         }
 
@@ -122,6 +129,7 @@ class PlanReport:
             "total_ms": total,
             "totals_ms": totals | {"total": total},
             "between_nodes_ms": _round(plan.internode_seconds * 1e3),
+            "band": _round(plan.band),
             "price_shares": {source: _round(share) for source, share in Evidence.of(plan).shares.items()},
             "memory": {
                 "weights_gb": _round(memory.weights / 1e9),
@@ -158,6 +166,7 @@ class PlanReport:
                     "bytes": op.nbytes,
                     "us": _round(op.ps / 1e6),
                     "source": op.source.label,
+                    "band": _round(op.error / op.ps) if op.ps else 0.0,
                 }
                 for segment in plan.segments
                 for op in segment.ops
@@ -190,6 +199,9 @@ def make_report(
     planner = published if sharding == published.sharding else Planner(deployment, sharding)
 
     def entry(name: str, by: Planner) -> Entry:
+        rules = named_layout(name, config, mesh)
+        if rules.sharding is not None and by.sharding != (held := deployment.published(rules.sharding)):
+            by = Planner(deployment, held)
         plan = by.plan(shape, name)
         return Entry(plan=plan, sharding=by.sharding, memory=by.memory(plan), workspace=by.workspace(plan))
 
@@ -214,6 +226,7 @@ def make_report(
         why=tuple(why(auto.plan, other) for other in others),
         best_named=sweep.named(published, named or applicable_layouts(config, mesh)[:-1]),
         best_auto=sweep.auto(planner),
+        flips=flips(planner, auto.plan, [each.plan for each in entries if each is not auto]),
         notes=(
             *notes,
             *filter(None, [nodes_line(deployment), deployment.engine.note, ranks_line(deployment.device, mesh.size)]),
