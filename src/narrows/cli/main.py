@@ -31,6 +31,11 @@ COMMANDS = (
         "narrows.cli.simulate_command",
         "run a load on the real scheduler in predicted time; search meshes and layouts under a latency target",
     ),
+    (
+        "advise",
+        "narrows.cli.advise_command",
+        "find the best deployment that SGLang, vLLM or TensorRT-LLM can run, as its command line",
+    ),
     ("generate", "narrows.cli.generate_command", "generate text from prompts over planned ranks"),
     ("serve", "narrows.cli.serve_command", "answer OpenAI's HTTP API over planned ranks until Ctrl-C or SIGTERM"),
     ("verify", "narrows.cli.verify_command", "compare every layout that applies with one rank, on the real weights"),

@@ -1,0 +1,1 @@
+"""What to run in SGLang, vLLM or TensorRT-LLM: the best deployment that the engine can have, as its command line."""
