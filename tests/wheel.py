@@ -32,9 +32,8 @@ class Venv:
 
     def run(self, name: str, *arguments: str | Path, code: int = 0, **environment: str) -> str:
         """What a command of the venv printed; it must end with ``code``."""
-        print(
-            f"$ {' '.join(f'{k}={v}' for k, v in environment.items())} {name} {' '.join(map(str, arguments))}".strip()
-        )
+        given = (f"{key}={value}" for key, value in environment.items())
+        print("$", *given, name, *arguments)
         sys.stdout.flush()
         done = subprocess.run(
             [self.bin / name, *arguments],
