@@ -174,6 +174,14 @@ def test_gb200_uses_b200s_tables_for_unmeasured_collectives() -> None:
     assert collective_price(device("gb200"), "all_reduce", 4, MIB, graph=False).source == Source.MEASURED
 
 
+def test_an_nvlink_domain_lies_between_what_was_measured_in_it() -> None:
+    for op in ("all_gather", "reduce_scatter"):
+        for nbytes in (16384, MIB, 64 * MIB):
+            few, some, many = (seconds("gb200", op, n, nbytes) for n in (8, 16, 32))
+            assert few < some < many
+            assert collective_price(device("gb200"), op, 16, nbytes).source == Source.SCALED
+
+
 def test_links_between_peers_and_shared_memory() -> None:
     # MI300X: two ranks have one link of 48 GB/s, eight have all seven.
     pair = (seconds("mi300x", "all_gather", 2, 512 * MIB) - 25e-6) / (512 * MIB / 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 
 from narrows.cost.devices import CollectiveSource, Device
@@ -45,12 +46,24 @@ def _collective_price(device: Device, op: str, num_ranks: int, nbytes: int, grap
 
 
 def _table_price(name: str, source: CollectiveSource, op: str, num_ranks: int, nbytes: int, graph: bool) -> Price:
-    lent = ""
-    if op == "reduce_scatter" and _nearest_count(source, op, num_ranks) < _nearest_count(
-        source, "all_gather", num_ranks
-    ):
-        lent = op = "all_gather"  # in large NVLink domains only that was measured
-    count = _nearest_count(source, op, num_ranks)
+    counts, lent = _counts(source, op), False
+    if op == "reduce_scatter" and num_ranks > counts[-1] < _counts(source, "all_gather")[-1]:
+        op, counts, lent = "all_gather", _counts(source, "all_gather"), True  # in large NVLink domains only that was
+    near = _near(counts, num_ranks)
+    prices = [_priced_as(count, source, op, num_ranks, nbytes, graph) for count in near]
+    if len(near) == 2:
+        share = math.log(num_ranks / near[0]) / math.log(near[1] / near[0])
+        low, high = (math.log(price.seconds) for price, _ in prices)
+        return Price(math.exp(low + share * (high - low)), Source.SCALED)
+    ((price, table),) = prices
+    own = not lent and table == name and near[0] == num_ranks and source.time_factor == source.byte_factor == 1.0
+    return price if own else Price(price.seconds, Source.SCALED)
+
+
+def _priced_as(
+    count: int, source: CollectiveSource, op: str, num_ranks: int, nbytes: int, graph: bool
+) -> tuple[Price, str]:
+    """The price by what was measured among ``count`` ranks, and the table that it is of."""
     # nccl-tests' size of an all-to-all is one rank's buffer, of everything else the full tensor.
     size = source.byte_factor * (nbytes / num_ranks if op == "all_to_all" else nbytes)
     candidates = _candidates(source, op, count, graph)
@@ -59,9 +72,7 @@ def _table_price(name: str, source: CollectiveSource, op: str, num_ranks: int, n
     best, table = min(((curve.at(size), table) for table, curve in curves), key=lambda found: found[0].seconds)
     # The ring factor: all_reduce moves 2 (n-1)/n of the tensor per rank, the others (n-1)/n; the 2 cancels.
     ring = (num_ranks - 1) / num_ranks * count / (count - 1)
-    seconds = best.seconds * source.time_factor * ring
-    own = not lent and table == name and count == num_ranks and source.time_factor == source.byte_factor == 1.0
-    return Price(seconds, best.source if own else Source.SCALED)
+    return Price(best.seconds * source.time_factor * ring, best.source), table
 
 
 def _link_price(device: Device, op: str, num_ranks: int, nbytes: int) -> Price:
@@ -109,8 +120,20 @@ def _candidates(source: CollectiveSource, op: str, count: int, graph: bool) -> t
 
 
 @cache
-def _nearest_count(source: CollectiveSource, op: str, num_ranks: int) -> int:
-    """The measured group size nearest to ``num_ranks`` by ratio; of two as near the smaller."""
+def _counts(source: CollectiveSource, op: str) -> tuple[int, ...]:
+    """The measured group sizes, in order."""
     counts = {key[2] for key in _curves() if key[0] in (source.table, source.lender) and key[1] == op}
     assert counts, f"table {source.table} has no {op}"
-    return min(sorted(counts), key=lambda count: abs(math.log(count / num_ranks)))
+    return tuple(sorted(counts))
+
+
+def _near(counts: tuple[int, ...], num_ranks: int) -> tuple[int, ...]:
+    """The measured group size nearest to ``num_ranks`` by ratio; the two around it where they lie far apart.
+
+    >>> [_near((2, 4, 8, 32), n) for n in (3, 8, 9, 16, 72)]
+    [(4,), (8,), (8, 32), (8, 32), (32,)]
+    """
+    for low, high in pairwise(counts):
+        if low < num_ranks < high and high > 2 * low:
+            return low, high
+    return (min(counts, key=lambda count: abs(math.log(count / num_ranks))),)
