@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
@@ -23,7 +22,9 @@ PUT_OFF = frozenset(("torch._meta_registrations", "torch.distributed._meta_regis
 """A torch that has no module of such a name imports whatever it has instead."""
 
 
-class _PutOff(MetaPathFinder):
+class _PutOff:
+    """A finder of modules, in front of the usual ones."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

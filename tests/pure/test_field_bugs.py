@@ -29,6 +29,7 @@ from narrows.layout import (
     Move,
     MoveKind,
     RowSplit,
+    Topology,
     full,
     legal_layouts,
     moves_from,
@@ -216,8 +217,8 @@ def test_a_missing_reduction_is_refused_before_it_runs(
 
 
 def _reduce_replicas(patch: pytest.MonkeyPatch) -> None:
-    def moves(mesh: Mesh, layout: Layout) -> tuple[Move, ...]:
-        found = moves_from(mesh, layout)
+    def moves(mesh: Mesh, layout: Layout, nodes: Topology | None) -> tuple[Move, ...]:
+        found = moves_from(mesh, layout, nodes)
         return tuple(replace(m, kind=MoveKind.REDUCE_SCATTER) if m.kind is MoveKind.SLICE else m for m in found)
 
     patch.setattr("narrows.plan.graph.moves_from", moves)

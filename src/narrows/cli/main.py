@@ -16,7 +16,6 @@ from types import ModuleType
 
 from narrows.cli.lazy_parser import LazyParser, add_lazily
 from narrows.errors import ConfigError, NarrowsError
-from narrows.lean_torch import importing
 
 __all__ = ["COMMANDS", "main", "parse"]
 
@@ -94,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse_own() -> tuple[ModuleType, argparse.Namespace]:
     """:func:`parse` of this process's own command line, with what a process that is ours alone may set."""
+    from narrows.lean_torch import importing  # noqa: PLC0415 - who calls main(argv) does without
+
     own = sys.argv[1:]
     with importing(only_cpu=bool({*own[:1]} & {*_ON_CPU}) and "cuda" not in " ".join(own)):
         command, args = parse(own)
