@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, action="append", help="repeatable (default: this one)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", default="w7 w8 w9", help="of few tokens (default: three of make_mini.py)")
-    parser.add_argument("options", nargs="*")
-    args = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:end])
     trees: list[Path] = args.tree or [HERE]
-    command = [args.model, "--quiet", "--max-tokens", "2", "--prompt", args.prompt, *args.options]
+    command = [args.model, "--quiet", "--max-tokens", "2", "--prompt", args.prompt, *sys.argv[end + 1 :]]
     seen: dict[Path, list[tuple[float, float]]] = {tree: [] for tree in trees}
     for number in range(args.rounds + 1):
         for tree in trees:
