@@ -107,7 +107,7 @@ def main() -> None:
     series = [
         Series(
             work=work.name,
-            unit="tok/s",
+            unit="tok per CPU s" if args.cpu_time else "tok/s",
             values={name: rates[work.name, name] for name in workers if (work.name, name) in rates},
         )
         for work in works
@@ -147,6 +147,9 @@ def _arguments() -> argparse.Namespace:
         "--most", type=float, default=120.0, metavar="S", help="works that would take longer are left out (%(default)g)"
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of a peer (default %(default)s)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="rates by CPU time, for a busy machine; with --threads 1 nobody spins"
+    )
     parser.add_argument("--cache", type=Path, default=user_cache() / "peers", help="(default %(default)s)")
     args = parser.parse_args()
     for flag, of in (("peers", known), ("works", list(WORKS))):
@@ -194,14 +197,16 @@ def _measure(
                 continue
             progress(f"warm-up: {work.name}, {name}")
             try:
-                warm[work.name, name] = _one(work, worker, watch_memory=True)
+                warm[work.name, name] = (
+                    _by_cpu(work, worker) if args.cpu_time else _one(work, worker, watch_memory=True)
+                )
             except PeerError as error:
                 progress(str(error))
     again: dict[str, Callable[[], float]] = {}
     for work in works:
         for name, worker in workers.items():
             if (rate := warm.get((work.name, name))) and _seconds(work, rate) <= args.slow:
-                again[f"{work.name}, {name}"] = partial(_one, work, worker)
+                again[f"{work.name}, {name}"] = partial(_by_cpu if args.cpu_time else _one, work, worker)
     rounds = interleave(again, rounds=args.rounds, warmup=0, progress=progress)
     return {key: tuple(rounds.get(", ".join(key), [rate])) for key, rate in warm.items()}
 
@@ -224,6 +229,14 @@ def _seconds(work: Work, rate: float) -> float:
 def _one(work: Work, worker: Worker, *, watch_memory: bool = False) -> float:
     ticks = worker.ask(work.prompts(), work.max_tokens, watch_memory=watch_memory)["ticks"]
     return work.rate(Times(total=max(t[-1] for t in ticks), tokens=tuple(tuple(t) for t in ticks)))
+
+
+def _by_cpu(work: Work, worker: Worker) -> float:
+    """Tokens per CPU second: of the prompts of a prefill; of all steps behind the first tokens, of a decode work."""
+    seconds = worker.cpu_seconds(work.prompts(), 1)
+    if work.max_tokens == 1:
+        return work.batch * work.length / seconds
+    return work.batch * (work.max_tokens - 1) / (worker.cpu_seconds(work.prompts(), work.max_tokens) - seconds)
 
 
 if __name__ == "__main__":

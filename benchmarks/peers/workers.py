@@ -77,6 +77,12 @@ class Worker:
         self._signal(signal.SIGSTOP)
         return answer
 
+    def cpu_seconds(self, prompts: list[list[int]], max_tokens: int) -> float:
+        """CPU time of a request, of all threads: on a busy machine, time by the clock is of other work too."""
+        before = _cpu_seconds(self._process.pid)
+        self.ask(prompts, max_tokens, watch_memory=True)
+        return _cpu_seconds(self._process.pid) - before
+
     def start_up(self, prompt: list[int]) -> float:
         """Seconds until the first token of a short prompt; to be called first, and at once."""
         start = perf_counter()
@@ -105,6 +111,16 @@ class Worker:
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(SAMPLE_S):
             self.peak = max(self.peak, proportional_memory(_family(self._process.pid)))
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process and all that it has started have taken so far."""
+    ticks = 0
+    for member in _family(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{member}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # in user and in system mode
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _family(pid: int) -> list[int]:
