@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def collectives(comm: Communicator, counts: Sequence[int], width: int, dtype: to
         comm.barrier(ranks, "w")
     out["scalar"] = comm.broadcast(torch.tensor(comm.rank + 1.5), everyone(comm), 0, "scalar")
     return out
+
+
+def in_two_levels(comm: Communicator) -> Communicator:
+    """The same communicator, which from now on makes every collective in two levels where it can."""
+    for name in ("all_gather", "reduce_scatter", "all_reduce", "column_gather"):
+        setattr(comm, name, partial(getattr(comm, name), levels=True))
+    return comm
 
 
 def sum_of(comm: Communicator, value: float) -> float:
@@ -283,6 +291,18 @@ def step_without(comm: Communicator, absent: int, label: str) -> None:
     comm.barrier(everyone(comm), "start")
     if comm.rank != absent:
         comm.all_reduce(torch.ones(comm.mesh.size, 2), everyone(comm), (1,) * comm.mesh.size, label)
+
+
+def sum_without(comm: Communicator, absent: int) -> None:
+    """One rank short-circuits, as on zero rows."""
+    step_without(in_two_levels(comm), absent, "layer 7 experts")
+
+
+def sum_late(comm: Communicator, late: int) -> None:
+    """A rank that computes, or does nothing, while the others wait for its part of a sum."""
+    if comm.rank == late:
+        time.sleep(3600)
+    sum_without(comm, comm.mesh.size)
 
 
 def in_different_groups(comm: Communicator) -> None:

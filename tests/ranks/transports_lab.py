@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import ranks_lab as lab
 import torch
 from torch.distributed import HashStore
 
@@ -16,10 +17,16 @@ from narrows.layout import Mesh
 from narrows.ranks import run_ranks
 
 TRANSPORTS = ("threads", *(("shared memory",) if functions() else ()), "gloo")
+BOTH = "shared memory within hosts"
+"""Needs ``hosts``; every collective that can is made in two levels."""
 
 
-def run_over(transport: str, mesh: Mesh, fn: Callable[[Any], Any], *, checked: bool = False) -> list[Any]:
-    """``fn`` on every rank of ``mesh``, in a thread each, connected like rank processes of one host.
+def run_over(
+    transport: str, mesh: Mesh, fn: Callable[[Any], Any], *, checked: bool = False, hosts: Sequence[int] = ()
+) -> list[Any]:
+    """``fn`` on every rank of ``mesh``, in a thread each, connected like rank processes.
+
+    ``hosts``: of each rank the number of its host; empty: all on one.
 
     Raises:
         an error of any rank.
@@ -31,8 +38,10 @@ def run_over(transport: str, mesh: Mesh, fn: Callable[[Any], Any], *, checked: b
 
     def rank(me: int) -> None:
         try:
-            comm = connect_process(mesh, me, store, checked=checked)
-            assert mesh.size == 1 or comm.transport.startswith(transport)
+            comm = connect_process(mesh, me, store, checked=checked, node=hosts[me] if hosts else 0)
+            assert mesh.size == 1 or comm.transport.startswith(transport), comm.transport
+            if transport == BOTH:
+                lab.in_two_levels(comm)
             with torch.inference_mode():
                 results[me] = fn(comm)
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Collectives: one communicator over four transports, and the moves of a plan bound to it.
+"""Collectives: one communicator over five transports, and the moves of a plan bound to it.
 
 A communicator makes the collectives that a plan asks for, and decides nothing.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from time import monotonic
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,11 +65,15 @@ class Communicator:
     - An input may be written again as soon as the call has returned.
     - On CPU a sum is taken in float32, ``((x_0 + x_1) + x_2) + ...`` in the order of ``ranks``, then this rank's
       addends in their order, and rounded once to ``x.dtype``: the same bits whichever collective takes it.
+    - ``levels``: in the hosts and between them, where a group has several ranks on one of several hosts; elsewhere it
+      changes nothing. Then a sum is taken host by host, and what a host has summed is rounded too (`hierarchical.py`):
+      the same bits on every rank and by every collective, but not those of one host.
     - Nothing hangs. A member that does not come is named, with the label the others wait at. Among threads the
       rendezvous times out; among processes `ranks/` watches :attr:`where`.
 
     Args:
         transports: one for each group of this rank that has several members.
+        levels: for groups that can exchange in two levels, the transport that does.
         checked: compare the members' fingerprints before any data is read.
         transport: how the data travels, for people.
 
@@ -88,6 +93,7 @@ class Communicator:
         buffers: SendBuffers,
         device: torch.device,
         transport: str = "",
+        levels: Mapping[tuple[int, ...], Transport] = MappingProxyType({}),
     ) -> None:
         self.mesh = mesh
         self.rank = rank
@@ -97,7 +103,7 @@ class Communicator:
         self.transport = transport
         self.call = 0
         """The engine's call that this rank is in, counted from 1: part of every fingerprint."""
-        self._members = {ranks: _Member(ranks, transport) for ranks, transport in transports.items()}
+        self._members = {ranks: _Member(ranks, transport, levels.get(ranks)) for ranks, transport in transports.items()}
         self._buffers = buffers
         self._where: LastCollective | None = None
         self._captured: CapturedCollectives | None = None
@@ -106,7 +112,7 @@ class Communicator:
     # --- collectives
 
     def all_gather(
-        self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str
+        self, xs: Sequence[Tensor], ranks: tuple[int, ...], counts: Sequence[int], label: str, *, levels: bool = False
     ) -> list[Tensor]:
         """The rows of all members, in rank order, for several fields packed in one exchange.
 
@@ -119,7 +125,8 @@ class Communicator:
         if len(ranks) == 1:
             return [self._buffers.owned(x) for x in xs]
         member = self._member(ranks)
-        out = self._meet(member, "all_gather", label, of_rows, member.transport.gather_fields, xs, counts)
+        op, transport = member.way("all_gather", levels)
+        out = self._meet(member, op, label, of_rows, transport.gather_fields, xs, counts)
         self._buffers.give_back(xs)
         return out
 
@@ -130,6 +137,8 @@ class Communicator:
         counts: Sequence[int],
         label: str,
         addends: Sequence[Tensor] = (),
+        *,
+        levels: bool = False,
     ) -> Tensor:
         """This rank's rows of the sum over the members, plus this rank's ``addends``; rounded once.
 
@@ -140,7 +149,7 @@ class Communicator:
         Returns:
             ``[counts[me], W]`` in ``x.dtype``.
         """
-        return self._reduce("reduce_scatter", x, ranks, counts, label, addends)
+        return self._reduce("reduce_scatter", x, ranks, counts, label, addends, levels)
 
     def all_reduce(
         self,
@@ -149,6 +158,8 @@ class Communicator:
         counts: Sequence[int],
         label: str,
         addends: Sequence[Tensor] = (),
+        *,
+        levels: bool = False,
     ) -> Tensor:
         """All rows of the sum: bit for bit :meth:`reduce_scatter` followed by :meth:`all_gather` with these counts.
 
@@ -161,7 +172,7 @@ class Communicator:
         Returns:
             ``[T, W]`` in ``x.dtype``.
         """
-        return self._reduce("all_reduce", x, ranks, counts, label, addends)
+        return self._reduce("all_reduce", x, ranks, counts, label, addends, levels)
 
     def all_reduce_norm(
         self,
@@ -188,12 +199,15 @@ class Communicator:
         self._buffers.give_back((x, *addends))
         return out
 
-    def column_gather(self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str) -> Tensor:
+    def column_gather(
+        self, x: Tensor, ranks: tuple[int, ...], widths: Sequence[int], label: str, *, levels: bool = False
+    ) -> Tensor:
         """The columns of all members, in rank order: ``[T, widths[me]]`` -> ``[T, sum(widths)]``."""
         if len(ranks) == 1:
             return self._buffers.owned(x)
         member = self._member(ranks)
-        out = self._meet(member, "column_gather", label, of_columns, member.transport.gather_columns, x, widths)
+        op, transport = member.way("column_gather", levels)
+        out = self._meet(member, op, label, of_columns, transport.gather_columns, x, widths)
         self._buffers.give_back((x,))
         return out
 
@@ -235,6 +249,7 @@ class Communicator:
         counts: Sequence[int],
         label: str,
         addends: Sequence[Tensor],
+        levels: bool,
     ) -> Tensor:
         if len(ranks) == 1:
             if not addends:
@@ -243,7 +258,8 @@ class Communicator:
         else:
             member = self._member(ranks)
             whole = op == "all_reduce"
-            out = self._meet(member, op, label, of_sum, member.transport.reduce, x, counts, addends, whole)
+            op, transport = member.way(op, levels)
+            out = self._meet(member, op, label, of_sum, transport.reduce, x, counts, addends, whole)
         self._buffers.give_back((x, *addends))
         return out
 
@@ -371,14 +387,20 @@ class Communicator:
 
 
 class _Member:
-    """This rank in one group: its transport, and how many collectives it has come to there."""
+    """This rank in one group: its transports, and how many collectives it has come to there."""
 
-    def __init__(self, ranks: tuple[int, ...], transport: Transport) -> None:
+    def __init__(self, ranks: tuple[int, ...], transport: Transport, levels: Transport | None) -> None:
         self.ranks = ranks
-        self.transport = transport
+        self.transport, self._levels = transport, levels
         self.me = transport.me
         self.number = 0
         self.ones = (1,) * len(ranks)
+
+    def way(self, op: str, levels: bool) -> tuple[str, Transport]:
+        """The name of a collective, which says how it is done, and the transport that does it."""
+        if levels and self._levels is not None:
+            return f"hierarchical {op}", self._levels
+        return op, self.transport
 
 
 def _tensor(data: bytes) -> Tensor:

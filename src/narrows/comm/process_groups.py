@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,7 @@ from narrows.comm.buffers import Buffers
 from narrows.comm.sums import sum_rows
 from narrows.comm.transport import PeersLostError, Transport
 
-__all__ = ["GlooTransport", "NcclTransport", "open_transport"]
+__all__ = ["GlooTransport", "Messages", "NcclTransport", "RowTransport", "open_gloo", "open_transport", "viewed"]
 
 _SMALL = 32 * 1024
 """Bytes that every rank may send to every other to save one of the two exchanges of an all-reduce."""
@@ -34,7 +35,16 @@ _GIVE_UP = timedelta(days=1)
 
 
 def open_transport(store: Any, ranks: tuple[int, ...], rank: int, device: torch.device, address: str) -> Transport:
-    """This rank's transport of ``device``'s tensors in the group ``ranks``.
+    """This rank's transport of ``device``'s tensors in the group ``ranks``; arguments and errors of `open_gloo`."""
+    gloo = open_gloo(store, ranks, rank, address)
+    if device.type == "cpu":
+        return gloo
+    with _found(ranks, rank):
+        return NcclTransport(PrefixStore(f"nccl {_name(ranks)}", store), gloo.me, gloo.size, gloo)
+
+
+def open_gloo(store: Any, ranks: tuple[int, ...], rank: int, address: str) -> GlooTransport:
+    """This rank's transport over TCP in the group ``ranks``.
 
     Args:
         store: a ``torch.distributed`` store that all ranks have.
@@ -43,24 +53,31 @@ def open_transport(store: Any, ranks: tuple[int, ...], rank: int, device: torch.
     Raises:
         PeersLostError: the members did not find each other.
     """
-    name = "-".join(map(str, ranks))
     me, size = ranks.index(rank), len(ranks)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    try:
+    with _found(ranks, rank):
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         where = {"interface": interface} if interface else {"hostname": address}
         options._devices = [ProcessGroupGloo.create_device(**where)]
         options._timeout = _GIVE_UP
         options._threads = 1
-        gloo = GlooTransport(ProcessGroupGloo(PrefixStore(f"gloo {name}", store), me, size, options), me, size)
-        if device.type == "cpu":
-            return gloo
-        return NcclTransport(PrefixStore(f"nccl {name}", store), me, size, gloo)
+        group = ProcessGroupGloo(PrefixStore(f"gloo {_name(ranks)}", store), me, size, options)
+        return GlooTransport(group, me, size)
+
+
+@contextmanager
+def _found(ranks: tuple[int, ...], rank: int) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise PeersLostError(f"rank {rank} did not find the ranks {ranks}: {_text(error)}") from error
 
 
-class _RowTransport(Transport):
+def _name(ranks: tuple[int, ...]) -> str:
+    return "-".join(map(str, ranks))
+
+
+class RowTransport(Transport):
     """A transport that gathers one matrix of rows; fields and columns are gathered by means of that."""
 
     @abstractmethod
@@ -71,10 +88,10 @@ class _RowTransport(Transport):
         if len(xs) == 1:
             return [self.gather(xs[0], counts)]
         widths = [x.shape[1] * x.itemsize for x in xs]
-        rows = [_viewed(x.contiguous(), torch.uint8, width) for x, width in zip(xs, widths, strict=True)]
+        rows = [viewed(x.contiguous(), torch.uint8, width) for x, width in zip(xs, widths, strict=True)]
         parts = torch.split(self.gather(torch.cat(rows, dim=1), counts), widths, dim=1)
         copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-        return [_viewed(copy, x.dtype, x.shape[1]) for copy, x in zip(copies, xs, strict=True)]
+        return [viewed(copy, x.dtype, x.shape[1]) for copy, x in zip(copies, xs, strict=True)]
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """The columns travel as rows of one number."""
@@ -84,7 +101,7 @@ class _RowTransport(Transport):
         return torch.cat([piece.view(rows, width) for piece, width in zip(pieces, widths, strict=True)], dim=1)
 
 
-class GlooTransport(_RowTransport):
+class GlooTransport(RowTransport):
     """Point-to-point messages over TCP; pieces without elements are not sent."""
 
     name = "gloo over TCP"
@@ -105,7 +122,7 @@ class GlooTransport(_RowTransport):
 
     def reduce(self, x: Tensor, counts: Sequence[int], addends: Sequence[Tensor], whole: bool) -> Tensor:
         x = x.contiguous()
-        if whole and not addends and x.nbytes <= _SMALL:
+        if whole and not addends and (self.size == 2 or x.nbytes <= _SMALL):  # two send as much either way
             return self._sum(x, {i: x for i in self._others}, x.shape[0], ())
         pieces = torch.split(x, list(counts))
         total = self._sum(pieces[self.me], {i: pieces[i] for i in self._others}, counts[self.me], addends)
@@ -125,17 +142,63 @@ class GlooTransport(_RowTransport):
         Raises:
             PeersLostError: a peer went away.
         """
-        try:
-            works = [self._group.recv([x], i, 0) for i, x in receives.items() if x.numel()]
-            works += [self._group.send([x], i, 0) for i, x in sends.items() if x.numel()]
-            for work in works:
+        messages = self.messages()
+        for i, x in receives.items():
+            messages.receive(i, x)
+        for i, x in sends.items():
+            messages.send(i, x)
+        messages.wait()
+
+    def messages(self) -> Messages:
+        """An exchange whose messages are handed over one by one; none of them may be under way yet."""
+        return Messages(self._group, self._unfinished)
+
+
+class Messages:
+    """Messages of one exchange with the members of a group, at most one each way per peer.
+
+    Tensors are contiguous, and untouched until :meth:`wait` has returned. ``unfinished``: keeps them if it fails, since
+    messages under way may still read or write them.
+
+    Errors:
+        PeersLostError: a peer went away.
+    """
+
+    def __init__(self, group: Any, unfinished: list[Any]) -> None:
+        self._group, self._unfinished = group, unfinished
+        self._works: list[Any] = []
+        self._tensors: list[Tensor] = []
+
+    def receive(self, peer: int, x: Tensor) -> None:
+        """Let what ``peer`` sends be written to ``x``."""
+        self._begin(self._group.recv, peer, x)
+
+    def send(self, peer: int, x: Tensor) -> None:
+        self._begin(self._group.send, peer, x)
+
+    def _begin(self, function: Any, peer: int, x: Tensor) -> None:
+        if not x.numel():
+            return
+        self._tensors.append(x)
+        with self._under_way():
+            self._works.append(function([x], peer, 0))
+
+    def wait(self) -> None:
+        """Returns when all messages have come, and all have been sent."""
+        with self._under_way():
+            for work in self._works:
                 work.wait()
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
-            self._unfinished += [sends, receives]  # messages under way may still read or write them
+            self._unfinished.append(self._tensors)
             raise PeersLostError(_text(error)) from error
 
 
-class NcclTransport(_RowTransport):
+class NcclTransport(RowTransport):
     """NCCL's own collectives, on pieces padded to the largest with zeros. IT HAS NEVER RUN ON A GPU.
 
     Sums are NCCL's: its order, in the dtype of ``x``; addends join before, in this rank's own part of its piece.
@@ -182,7 +245,7 @@ class NcclTransport(_RowTransport):
         return out[: counts[self.me]]
 
 
-def _viewed(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+def viewed(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     """The memory of a contiguous matrix as another dtype; also of no columns, which ``view`` does not take."""
     return x.view(-1).view(dtype).view(x.shape[0], width)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,17 +100,17 @@ class Call(NamedTuple):
 
 
 @lru_cache(_KEPT_CALLS)
-def gather_call(me: int, counts: tuple[int, ...], row_bytes: tuple[int, ...]) -> Call:
-    """A gather of ``counts`` rows per member, for fields of ``row_bytes`` bytes per row."""
+def gather_call(me: int, counts: tuple[tuple[int, ...], ...], row_bytes: tuple[int, ...]) -> Call:
+    """A gather of fields: of field f ``counts[f][i]`` rows of member i, of ``row_bytes[f]`` bytes each."""
     parts = []
-    for row in row_bytes:
+    for row, split in zip(row_bytes, counts, strict=True):
         start = 0
-        for rows in counts:
+        for rows in split:
             parts += [start, row * rows, 1, row * rows]
             start += row * rows
-    held = numbers(_signature(0, counts, row_bytes), len(row_bytes), *parts)
-    nbytes = tuple(row * counts[me] for row in row_bytes)
-    return Call(ctypes.addressof(held), nbytes, len(nbytes), sum(counts), held)
+    held = numbers(_signature(0, row_bytes, counts), len(row_bytes), *parts)
+    nbytes = tuple(row * split[me] for row, split in zip(row_bytes, counts, strict=True))
+    return Call(ctypes.addressof(held), nbytes, len(nbytes), sum(counts[0]), held)
 
 
 @lru_cache(_KEPT_CALLS)
@@ -151,6 +151,6 @@ def reduce_call(
     return Call(ctypes.addressof(held), nbytes, len(nbytes) if whole else 1, sum(counts), held)
 
 
-def _signature(kind: int, counts: tuple[int, ...], more: tuple[int, ...]) -> int:
+def _signature(kind: int, counts: tuple[int, ...], more: tuple[Any, ...]) -> int:
     """The same on every member that comes to the same call; Python does not salt the hashes of numbers."""
     return hash((kind, counts, more))

@@ -1,5 +1,8 @@
 """The ranks that share memory: they find each other on one host, map each other's segments, and notice ended processes.
 
+Which ranks are on one host is what the user has said (the node number); they must be able to open each other's memory.
+Ranks of different nodes do not share memory even if they could, as they can among network namespaces of one machine.
+
 A segment has no name that could outlive its process. A peer opens it through /proc, as the same user in the same
 process namespace, and recognises it by its nonce. Whether a group shares memory is decided from what all its members
 have mapped, so that they decide alike.
@@ -13,6 +16,7 @@ import mmap
 import os
 import secrets
 import select
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +39,14 @@ class ShmPeers:
         self.segment = segment
         self.maps: dict[int, mmap.mmap] = {rank: segment.map}
         self._pids = {other: place["pid"] for other, place in places.items() if place}
+        self._nodes = {other: place["node"] for other, place in places.items() if place}
         self._pidfds: dict[int, int] = {}
         self._seen: dict[int, set[int]] = {}
         self._poll = select.poll()
         for other, place in places.items():
-            if other != rank and place and place["host"] == _host() and (found := _opened(place)) is not None:
+            if other == rank or not place or (place["node"], place["host"]) != (places[rank]["node"], _host()):
+                continue
+            if (found := _opened(place)) is not None:
                 self.maps[other] = found
                 self._watch(other)
 
@@ -54,6 +61,15 @@ class ShmPeers:
         return len(ranks) <= self.functions.limits.max_ranks and all(
             self._seen[rank].issuperset(ranks) for rank in ranks
         )
+
+    def hosts(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """``ranks`` by host, where a group in two levels is possible: several hosts, a host's members one after the
+        other and sharing memory, and somewhere more than one; else empty. The answer is the same on every member."""
+        if not all(self._seen[rank] for rank in ranks):
+            return ()  # one of them shares nothing
+        runs = [tuple(run) for _, run in groupby(ranks, key=self._nodes.__getitem__)]
+        several = 1 < len(runs) < len(ranks) and len({self._nodes[run[0]] for run in runs}) == len(runs)
+        return tuple(runs) if several and all(map(self.share, runs)) else ()
 
     def starts(self, ranks: tuple[int, ...]) -> list[int]:
         """Where the segments of ``ranks`` lie in this process."""
@@ -83,8 +99,10 @@ class ShmPeers:
             os.close(fd)
 
 
-def share(store: Any, rank: int, size: int) -> tuple[ShmPeers | None, str]:
+def share(store: Any, rank: int, size: int, node: int) -> tuple[ShmPeers | None, str]:
     """Meets the ranks ``0 .. size - 1`` of a world; each of them must call this, with a store of this use alone.
+
+    ``node``: the number of this rank's host.
 
     Returns:
         (peers, why memory may not be shared with all of them). None: this rank shares none, as the others know.
@@ -99,7 +117,7 @@ def share(store: Any, rank: int, size: int) -> tuple[ShmPeers | None, str]:
     if segment is not None:
         nonce = secrets.token_bytes(_NONCE)
         segment.map[:_NONCE] = nonce
-        place = {"host": _host(), "pid": os.getpid(), "fd": segment.fd, "nonce": nonce.hex()}
+        place = {"node": node, "host": _host(), "pid": os.getpid(), "fd": segment.fd, "nonce": nonce.hex()}
     store.set(f"rank {rank}", json.dumps(place))
     places = {other: json.loads(store.get(f"rank {other}")) for other in range(size)}
     if segment is None or compiled is None:
@@ -107,7 +125,8 @@ def share(store: Any, rank: int, size: int) -> tuple[ShmPeers | None, str]:
         return None, why
     found = ShmPeers(rank, compiled, segment, places)
     found.agree(store, size)
-    return found, "these ranks cannot open each other's memory"
+    several = len({place["node"] for place in places.values() if place}) > 1
+    return found, "they are on several hosts" if several else "these ranks cannot open each other's memory"
 
 
 def _host() -> list[str]:

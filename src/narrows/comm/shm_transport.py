@@ -84,17 +84,24 @@ class ShmTransport(Transport):
         self._captured: CapturedCollectives | None = None
 
     def gather_fields(self, xs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        total, counts = sum(counts), tuple(counts)
+        out = [self._segment.result((total, *x.shape[1:]), x.dtype) for x in xs]
+        self.gather_into(xs, (counts,) * len(xs), out)
+        return out
+
+    def gather_into(self, xs: Sequence[Tensor], counts: Sequence[tuple[int, ...]], out: Sequence[Tensor]) -> None:
+        """The rows of all members of several matrices, each with its own counts, into contiguous ``out``."""
         most = self._limits.max_fields
         if len(xs) > most:
-            return [*self.gather_fields(xs[:most], counts), *self.gather_fields(xs[most:], counts)]
+            self.gather_into(xs[:most], counts[:most], out[:most])
+            self.gather_into(xs[most:], counts[most:], out[most:])
+            return
         call = gather_call(self.me, tuple(counts), tuple([math.prod(x.shape[1:]) * x.itemsize for x in xs]))
         must_wait = self._place_inputs(xs, call, 3)
-        out = [self._segment.result((call.size, *x.shape[1:]), x.dtype) for x in xs]
         for at, result in enumerate(out):
             self._args[3 * at + 2] = result.data_ptr()
         self._args[3 * len(out)] = must_wait
         self._meet(self._functions.gather, call)
-        return out
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         call = column_call(self.me, tuple(widths), x.shape[0], x.itemsize)
@@ -161,7 +168,7 @@ class ShmTransport(Transport):
         block = self._take(max(1, nbytes), self.number + 2)
         piece = block.as_tensor(shape, x.dtype) if nbytes else x.new_empty(shape)
         self._sum(call, x, addends, piece)
-        call = gather_call(self.me, counts, (x.shape[1] * x.itemsize,))
+        call = gather_call(self.me, (counts,), (x.shape[1] * x.itemsize,))
         out = self._segment.result((call.size, x.shape[1]), x.dtype)
         self._args[0], self._args[1] = piece.data_ptr(), 0 if nbytes else STAGED_SMALL
         self._args[2], self._args[3] = out.data_ptr(), False

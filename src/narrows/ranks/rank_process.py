@@ -98,7 +98,7 @@ def run_rank(contact: Contact, rank: int, node: int, local: tuple[int, int], *, 
         _end(1, f"rank {rank} cannot reach its coordinator at {contact.address} port {contact.port}: {error}")
     link = _CoordinatorLink(channel, rank, contact.timing, explain)
     threading.Thread(target=link.listen, name=f"narrows rank {rank} listens", daemon=True).start()
-    _Rank(rank, local, link, contact.timing).serve()
+    _Rank(rank, node, local, link, contact.timing).serve()
 
 
 class _CoordinatorLink:
@@ -143,8 +143,8 @@ class _CoordinatorLink:
 class _Rank:
     """The main thread of a rank: runs calls in order."""
 
-    def __init__(self, rank: int, local: tuple[int, int], link: _CoordinatorLink, timing: Timing) -> None:
-        self._rank, self._local, self._link, self._timing = rank, local, link, timing
+    def __init__(self, rank: int, node: int, local: tuple[int, int], link: _CoordinatorLink, timing: Timing) -> None:
+        self._rank, self._node, self._local, self._link, self._timing = rank, node, local, link, timing
         self._unpack = Unpacker()
         self._worker: Any = None
         self._number = 0  # of the next call
@@ -177,6 +177,7 @@ class _Rank:
             checked=setup.checked,
             device=rank_device(setup.device, local_rank),
             address=self._link.channel.address,
+            node=self._node,
         )
         self._joined_s = time.perf_counter() - start
 
