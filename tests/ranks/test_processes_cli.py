@@ -1,4 +1,4 @@
-"""The command line over rank processes: on this host, under torchrun, as two nodes, and on two hosts."""
+"""The command line over rank processes: on this host, under torchrun, and as two nodes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -282,54 +281,3 @@ def test_a_node_ends_when_its_coordinator_dies(speaking_v3: Path) -> None:
     code, out, err = ended(node)
     assert (code, out) == (2, "") and "narrows: error: node 1: the coordinator at 127.0.0.1 is gone" in err
     ended(coordinator)
-
-
-@pytest.fixture
-def hosts() -> Iterator[tuple[list[str], list[str], str]]:
-    """Two network namespaces joined by a cable: a command prefix for each, and the address of the first."""
-    ip = shutil.which("ip")
-    if ip is None:
-        pytest.skip("two hosts are made of network namespaces, which need iproute2 (`ip`)")
-    names = [f"narrows-{os.getpid()}-{letter}" for letter in "ab"]
-    made: list[str] = []
-    try:
-        for name in names:
-            done = subprocess.run([ip, "netns", "add", name], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
-            made.append(name)
-        a, b = names
-        for line in (
-            f"link add veth-a netns {a} type veth peer name veth-b netns {b}",
-            f"-n {a} addr add 10.99.0.1/24 dev veth-a",
-            f"-n {b} addr add 10.99.0.2/24 dev veth-b",
-            *(f"-n {name} link set {link} up" for name, link in ((a, "lo"), (b, "lo"), (a, "veth-a"), (b, "veth-b"))),
-        ):
-            done = subprocess.run([ip, *line.split()], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"network namespaces cannot be joined here: {done.stderr.strip()}")
-        yield [ip, "netns", "exec", a], [ip, "netns", "exec", b], "10.99.0.1"
-    finally:
-        for name in made:
-            subprocess.run([ip, "netns", "del", name], check=True)
-
-
-def test_two_hosts_print_the_same_as_threads(speaking_v3: Path, by_threads: str, hosts) -> None:
-    first, second, address = hosts
-    more = ("--dp", "2", "--tp", "2", "--checked")
-    coordinator, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
-    code, out, err = ended(coordinator)
-    assert (code, out) == (0, by_threads), err
-    assert ended(node)[:2] == (0, "")
-
-
-def test_a_host_that_vanishes_is_named(speaking_v3: Path, hosts) -> None:
-    first, second, address = hosts
-    more = ("--tp", "2", "--ignore-eos", "--max-tokens", "1500")
-    coordinator, node = nodes(speaking_v3, address, 29511, *more, prefix=(first, second))
-    first_words(coordinator, 10)
-    subprocess.run([*second, "ip", "link", "set", "veth-b", "down"], check=True)
-    code, _, err = ended(coordinator)
-    assert code == 2
-    assert re.search(r"narrows: error: rank 1 \(pid \d+ on .+\), node 1 .*: nothing was heard for 6 s", err), err
-    assert ended(node)[0] == 2

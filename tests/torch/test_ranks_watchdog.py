@@ -43,6 +43,17 @@ def test_a_rank_that_is_ahead_is_not_missing() -> None:
     assert watchdog.missing(1) == [] and watchdog.verdict(2, 100.0) is None
 
 
+def test_a_collective_that_all_are_in_and_that_does_not_end_is_the_networks() -> None:
+    watchdog = Watchdog(3, timeout_s=10)
+    for rank in range(3):
+        watchdog.hear(rank, at(5, age_s=10 if rank else 9.9), 100.0)
+    assert watchdog.verdict(2, 100.0) is None, "rank 0 has not waited so long"
+    watchdog.hear(0, at(5, age_s=10), 100.1)
+    ranks, why = watchdog.verdict(2, 100.1)
+    assert ranks == [0, 1, 2]
+    assert why.startswith('all came to #5 all_reduce "layer 5", which was not done within 10 s: the network between')
+
+
 def everyone(watchdog: Watchdog, reports: list[Report], now: float) -> None:
     for rank, report in enumerate(reports):
         watchdog.hear(rank, report, now)

@@ -1,6 +1,7 @@
-"""Finds the ranks that keep the others waiting at a collective, from the ranks' heartbeats. Two rules:
+"""Finds the ranks that keep the others waiting at a collective, from the ranks' heartbeats. Three rules:
 
 - *overdue*: a rank has waited ``timeout_s`` at a collective that other members of its group have not entered.
+- *slow*: all members have waited ``timeout_s`` at one collective, which all have entered: what carries it is too slow.
 - *stuck*: ranks wait for each other. A rank is idle if it has done all its calls. It waits in vain if a rank that it
   waits for is idle or waits in vain. If that has been so for ``stuck_s`` for all ranks involved, none will go on,
   however long ``timeout_s`` is. This is how "one rank idle and one not" ends.
@@ -82,7 +83,25 @@ class Watchdog:
             # Older reports are no evidence. A rank that reports no more is named for its silence.
             if missing and all(self._heard[other] >= due for other in missing):
                 return missing, f"did not come within {self.timeout_s:g} s; {self._evidence(rank, missing)}"
+            if not missing and self._all_wait(rank):
+                assert report.last is not None
+                fingerprint, ranks = report.last
+                why = "the network between their hosts is slow, or loses what they send"
+                return list(ranks), f"all came to {fingerprint}, which was not done within {self.timeout_s:g} s: {why}"
         return None
+
+    def _all_wait(self, rank: int) -> bool:
+        """Whether all members have waited ``timeout_s`` where ``rank`` waits."""
+        last = self._reports[rank].last
+        assert last is not None
+        there = [self._reports[other] for other in last[1]]
+        return all(
+            report.waits
+            and report.age_s >= self.timeout_s
+            and report.last is not None
+            and (report.last[0].number, report.last[1]) == (last[0].number, last[1])
+            for report in there
+        )
 
     def _stuck(self, num_calls: int, now: float) -> tuple[list[int], str] | None:
         stuck = {
