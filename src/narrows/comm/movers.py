@@ -18,7 +18,7 @@ from narrows.comm.communicator import Communicator
 from narrows.comm.sums import sum_rows
 from narrows.comm.transport import RowNorm
 from narrows.errors import LayoutError
-from narrows.layout import Layout, Move, MoveKind, RowSplit, scattered, split_evenly, starts
+from narrows.layout import Algorithm, Layout, Move, MoveKind, RowSplit, scattered, split_evenly, starts
 
 __all__ = ["Geometry", "Mover", "assemble", "scatter"]
 
@@ -53,6 +53,7 @@ class Mover:
         self.widths: tuple[int, ...] = ()
         self._comm = comm
         self._me = self.ranks.index(comm.rank)
+        self._levels = move.algorithm is Algorithm.HIERARCHICAL
         if move.kind is MoveKind.COLUMN_GATHER:
             if columns is None or len(columns) != comm.mesh.size:
                 raise LayoutError(f"{move} needs the columns of each of {comm.mesh.size} ranks, not {columns}")
@@ -108,20 +109,22 @@ class Mover:
 
     def _all_gather(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         assert not addends, f"{self.label}: a gather takes no sum that an addend could join"
-        return self._comm.all_gather(xs, self.ranks, geometry.pieces, self.label)
+        return self._comm.all_gather(xs, self.ranks, geometry.pieces, self.label, levels=self._levels)
 
     def _reduce_scatter(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         (x,) = xs
-        return [self._comm.reduce_scatter(x, self.ranks, geometry.pieces, self.label, addends)]
+        reduce = self._comm.reduce_scatter
+        return [reduce(x, self.ranks, geometry.pieces, self.label, addends, levels=self._levels)]
 
     def _all_reduce(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         (x,) = xs
-        return [self._comm.all_reduce(x, self.ranks, geometry.pieces, self.label, addends)]
+        reduce = self._comm.all_reduce
+        return [reduce(x, self.ranks, geometry.pieces, self.label, addends, levels=self._levels)]
 
     def _column_gather(self, xs: Sequence[Tensor], geometry: Geometry, addends: Sequence[Tensor]) -> list[Tensor]:
         assert not addends, f"{self.label}: a gather takes no sum that an addend could join"
         (x,) = xs
-        return [self._comm.column_gather(x, self.ranks, self.widths, self.label)]
+        return [self._comm.column_gather(x, self.ranks, self.widths, self.label, levels=self._levels)]
 
 
 def assemble(

@@ -22,7 +22,7 @@ from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
 from narrows.engine.prices import setting_of
 from narrows.errors import ConfigError
-from narrows.layout import Mesh, split_evenly
+from narrows.layout import Mesh, Topology, split_evenly
 from narrows.models.registry import check_executable
 from narrows.ops.compiled import kernels
 from narrows.ops.int8 import Quantization
@@ -227,6 +227,7 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
         graph=False,  # steps are launched one by one
         want_logits=asked.want_logits,
         encode_rows=asked.encode_rows,
+        nodes=_nodes(asked.launch),
     )
     rules = named_layout(asked.layout, config, mesh)
     limits = _limits(asked, config, mesh)
@@ -284,6 +285,13 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
         raise ConfigError("ranks on several hosts, or started by torchrun, are processes: leave out --ranks threads")
     if asked.launch.world_size != mesh.size:
         raise ConfigError(f"the launch has {asked.launch.world_size} ranks, but the mesh {mesh} has {mesh.size}")
+
+
+def _nodes(launch: Launch | None) -> Topology | None:
+    """How ranks lie on hosts, where each has as many; others are priced as one host's, and exchange flat."""
+    if launch is None or launch.num_nodes == 1 or launch.world_size % launch.num_nodes:
+        return None
+    return Topology(launch.num_nodes, launch.world_size // launch.num_nodes)
 
 
 def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:
