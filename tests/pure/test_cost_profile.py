@@ -258,6 +258,22 @@ def test_a_profile_fits_only_its_own_machine() -> None:
     )
 
 
+def test_a_profile_of_two_hosts_is_not_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWS_PROFILES", str(tmp_path))
+    two = this_machine(ranks=2, threads=1, world="shm+gloo", hosts=2)
+    kept(tmp_path, "two.json", world="shm+gloo", hosts=2)
+    file = str(tmp_path / "two.json")
+    assert choose_device("auto", lambda: two, runs=True, model="dsv3-mini")[1] == [
+        "prices: the profile two.json, made 2026-11-01"
+    ]
+    assert planned(file)[1][1:] == [f"the profile {file} is not of this machine: hosts 2 there, 1 here"]
+    with pytest.raises(ConfigError, match=r"hosts 2 there, 1 here.*narrows calibrate --ranks 2 --out"):
+        running(file, dtype="bf16")
+    kept(tmp_path, "one.json")
+    with pytest.raises(ConfigError, match=r"hosts 1 there, 2 here.*narrows calibrate --ranks 2 --nnodes 2 \(on each"):
+        choose_device(str(tmp_path / "one.json"), lambda: two, runs=True, dtype="bf16")
+
+
 def kept(folder: Path, name: str, dtype: str = "bf16", models: tuple[str, ...] = ("dsv3-mini",), **fits: Any) -> None:
     made = {"date": f"2026-11-{len(list(folder.iterdir())) + 1:02}", "models": list(models)}
     write_profile(folder / name, a_profile(dtype, made, **fits))

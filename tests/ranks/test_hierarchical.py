@@ -10,9 +10,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import ranks_lab as lab
@@ -27,11 +32,14 @@ from transports_lab import BOTH, run_over
 
 from narrows.comm import Communicator
 from narrows.comm.shm_calls import functions
-from narrows.errors import CollectiveMismatchError, RankError
+from narrows.cost.profile import read_profile
+from narrows.engine.config import EngineConfig, resolve
+from narrows.errors import CollectiveMismatchError, ConfigError, RankError
 from narrows.layout import Mesh, starts
 from narrows.native import why_absent
 from narrows.ranks import Launch, ProcessRanks
-from narrows.ranks.node import run_node
+from narrows.ranks.launch import Series, announce_end
+from narrows.ranks.node import run_node, run_series
 
 pytestmark = pytest.mark.skipif(functions() is None, reason=f"no shared memory without compiled code: {why_absent()}")
 
@@ -161,9 +169,8 @@ def test_one_rank_alone_in_two_levels_is_named() -> None:
 # --- faults, among processes
 
 
-@contextmanager
-def two_nodes(mesh: Mesh, **more: object) -> Iterator[ProcessRanks[lab.Lab]]:
-    """Ranks of a world on two nodes, both on this machine."""
+def launches(mesh: Mesh, *series: Series) -> tuple[Launch, Launch]:
+    """Those of two nodes on this machine."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -171,8 +178,15 @@ def two_nodes(mesh: Mesh, **more: object) -> Iterator[ProcessRanks[lab.Lab]]:
         Launch.of_nodes(world_size=mesh.size, num_nodes=2, node=node, address="127.0.0.1", port=port)
         for node in range(2)
     )
+    return (replace(first, series=series[0]), replace(second, series=series[1])) if series else (first, second)
+
+
+@contextmanager
+def two_nodes(mesh: Mesh, **more: object) -> Iterator[ProcessRanks[lab.Lab]]:
+    """Ranks of a world on two nodes, both on this machine."""
+    first, second = launches(mesh)
     ended: list[int] = []
-    node = threading.Thread(target=lambda: ended.append(run_node(second)))
+    node = threading.Thread(target=lambda: ended.append(run_node(second, "cpu")))
     node.start()
     try:
         with ProcessRanks(mesh, lab.Lab, launch=first, timing=QUICK, **more) as ranks:  # type: ignore[arg-type]
@@ -218,3 +232,39 @@ def test_a_rank_on_the_other_host_that_does_not_come_is_named() -> None:
             lambda: failed(rf"^rank 2 will not come; {waits}", lab.sum_without, 2),
         ]
     )
+
+
+def test_a_node_serves_world_after_world_until_none_follows() -> None:
+    """Also two at once: each has a port of its own."""
+    mesh = Mesh.of(dp=1, tp=2)
+    first, second = launches(mesh, Series(), Series())
+    ended: list[int] = []
+    node = threading.Thread(target=lambda: ended.append(run_series(second, "cpu")))
+    node.start()
+    start = partial(ProcessRanks, mesh, lab.Lab)
+    with start(launch=first.world()) as one, start(launch=first.world()) as two:
+        assert not {*one.pids} & {*two.pids}
+        for value, ranks in ((1.0, one), (5.0, two)):
+            assert ranks.submit(lab.Lab.run, lab.sum_of, value).result(PATIENCE_S) == [2 * value + 1] * 2
+    assert not ended, "another world may follow"
+    announce_end(first)
+    node.join(PATIENCE_S)
+    assert ended == [0]
+
+
+@pytest.mark.full
+def test_a_calibration_over_two_nodes_is_used_there_alone(tmp_path: Path) -> None:
+    """Both nodes on this machine: the flags, worlds one after the other, the tables, and whom the profile fits."""
+    file, (first, _) = tmp_path / "two.json", launches(Mesh.of(dp=1, tp=2))
+    work = ["--ranks", "2", "--quick", "--seconds", "5", "--dtype", "float32", "--out", str(file)]
+    where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(first.port), "--node-rank"]
+    command = [sys.executable, "-m", "narrows", "calibrate", "narrows-demo", *work, *where]
+    nodes = [subprocess.Popen([*command, str(node)]) for node in (0, 1)]
+    assert [node.wait(PATIENCE_S) for node in nodes] == [0, 0]
+    profile = read_profile(file)
+    assert (profile.fits.hosts, profile.fits.world) == (2, "shm+gloo")
+    assert {each.nodes for each in profile.collectives} == {2}
+    asked = EngineConfig(model="narrows-demo", tp=2, dtype="float32", ranks="processes", device=str(file))
+    assert resolve(replace(asked, launch=first)).deployment.device.measured is not None
+    with pytest.raises(ConfigError, match="hosts 2 there, 1 here"):
+        resolve(asked)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, zip_longest
+from itertools import pairwise, product, zip_longest
 from time import perf_counter
 from typing import Any
 
 from narrows.arch.config import ModelConfig
 from narrows.arch.presets import load_model_config
 from narrows.arch.weight_sharding import WeightSharding, check_mesh, sharding_choices
-from narrows.calibrate.price_tables import OPS, Calibration, Tables, axis_of
+from narrows.calibrate.price_tables import OPS, Among, Calibration, Tables
 from narrows.calibrate.probe import Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import quantile
@@ -25,7 +25,7 @@ from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.core import Engine
 from narrows.errors import ConfigError
 from narrows.instruments.op_seconds import OpSeconds
-from narrows.layout import Mesh
+from narrows.layout import Algorithm, Mesh
 from narrows.plan.named import applicable_layouts, shared_plans
 from narrows.plan.plan import Plan
 from narrows.sched.batch import Batch
@@ -94,7 +94,7 @@ def calibrate(
         raise ConfigError(
             f"{' and '.join(models)} cannot be split over {num_ranks} ranks; name another model, or fewer --ranks"
         )
-    tables = Tables()
+    tables = Tables(1 if asked.launch is None else asked.launch.num_nodes)
     until, seen = begin, set[Mesh]()
     meshes = [mesh for mesh, _ in jobs]
     shares = [4 if not i else 1 if mesh in meshes[:i] else 2 for i, mesh in enumerate(meshes)]
@@ -158,12 +158,15 @@ def _measure_alone(tables: Tables, alone: Calibrator, mesh: Mesh, grid: Grid) ->
     dtype = alone.resolved.dtype
     for _ in range(3):
         for axes in _axes(mesh):
-            group = len(mesh.group(0, *axes)), axis_of(mesh, axes[1])
-            for op in OPS.values():
+            topology, ways = tables.topology(mesh), [Algorithm.FLAT]
+            ways += [Algorithm.HIERARCHICAL] * topology.has_two_levels(mesh.groups(*axes))
+            for op, way in product(OPS.values(), ways):
+                among = Among.of(op, mesh, axes, topology, way)
                 for nbytes in grid.nbytes:
                     repeats = min(max((1 << 20) // nbytes, 1), 25)
-                    seconds = alone.ask(Probe.exchange, op, axes, nbytes, dtype, repeats)
-                    tables.alone.setdefault((op, *group), {}).setdefault(nbytes, []).append(seconds)
+                    levels = way is Algorithm.HIERARCHICAL
+                    seconds = alone.ask(Probe.exchange, op, axes, nbytes, dtype, repeats, levels)
+                    tables.alone.setdefault(among, {}).setdefault(nbytes, []).append(seconds)
         for nbytes in grid.nbytes:
             seconds = alone.ask(Probe.add, nbytes, min(max((1 << 20) // nbytes, 2), 25))
             tables.copies.setdefault(nbytes, []).append(seconds)

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from narrows.arch.stages import AttentionCore, PriceClass, Work
 from narrows.calibrate.statistics import quantile, spread
 from narrows.cost.measured import AXES, REDUCE_NORM, CollectiveTable, Measured, StageTable, StepTable
-from narrows.layout import Mesh, Move, MoveKind
+from narrows.layout import Algorithm, Mesh, Move, MoveKind, Topology
 from narrows.plan.plan import Op, OpKind, Plan
 
-__all__ = ["OPS", "Calibration", "Tables", "axis_of"]
+__all__ = ["OPS", "Among", "Calibration", "Tables", "axis_of"]
 
 OPS = {
     MoveKind.ALL_REDUCE: "all_reduce",
@@ -36,14 +37,39 @@ class Calibration:
     left_out: tuple[str, ...]
 
 
-class Tables:
-    """Seconds as they are found, by what a price is looked up by."""
+class Among(NamedTuple):
+    """A collective, and the groups that make it: their ranks, whether these lie next to each other, on how many hosts,
+    and how they do it there."""
 
-    def __init__(self) -> None:
+    op: str
+    ranks: int
+    axis: str
+    nodes: int = 1
+    algorithm: str = str(Algorithm.FLAT)
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        mesh: Mesh,
+        axes: tuple[int, int],
+        topology: Topology,
+        algorithm: Algorithm = Algorithm.FLAT,
+    ) -> Among:
+        """Along these axes of a mesh, first and one past the last."""
+        levels = topology.levels_along(mesh, *axes)[0]
+        return cls(op, levels.num_ranks, axis_of(mesh, axes[1]), levels.num_nodes, str(algorithm))
+
+
+class Tables:
+    """Seconds as they are found, by what a price is looked up by. ``num_nodes``: hosts that all ranks lie on."""
+
+    def __init__(self, num_nodes: int = 1) -> None:
+        self.num_nodes = num_nodes
         self.stages: dict[tuple[PriceClass, tuple[Work, ...], str, str], dict[tuple[float, float], list[float]]] = {}
-        self.moves: dict[str, dict[tuple[str, int, str], dict[int, list[float]]]] = {}
+        self.moves: dict[str, dict[Among, dict[int, list[float]]]] = {}
         """By phase."""
-        self.alone: dict[tuple[str, int, str], dict[int, list[float]]] = {}
+        self.alone: dict[Among, dict[int, list[float]]] = {}
         self.copies: dict[int, list[float]] = {}
         self.steps: dict[str, dict[int, list[float]]] = {}
         self.rates: list[tuple[float, float]] = []
@@ -63,6 +89,10 @@ class Tables:
             elif op.move is None and op.stage is not None and op.rows:
                 self._book_stage(op, plan, mean)
 
+    def topology(self, mesh: Mesh) -> Topology:
+        """How the ranks of a mesh lie on the hosts."""
+        return Topology(self.num_nodes, mesh.size // self.num_nodes)
+
     def _book_stage(self, op: Op, plan: Plan, seconds: float) -> None:
         stage, shape = op.stage, plan.shape
         assert stage is not None and op.kind is OpKind.STAGE
@@ -73,7 +103,8 @@ class Tables:
         table.setdefault((shape.split(op.row_set).at_work(op.layout), attended), []).append(seconds)
 
     def _book_move(self, collective: str, move: Move, phase: str, nbytes: int, seconds: float) -> None:
-        key = collective, move.num_ranks, axis_of(move.mesh, move.last)
+        along = move.first, move.last
+        key = Among.of(collective, move.mesh, along, self.topology(move.mesh), move.algorithm)
         self.moves.setdefault(phase, {}).setdefault(key, {}).setdefault(nbytes, []).append(seconds)
 
     def calibration(self, seconds: float) -> Calibration:
@@ -106,7 +137,7 @@ class Tables:
         for phase, moves in self.moves.items():
             added = _added(moves, self.alone)
             for key in dict.fromkeys((*self.alone, *moves)):
-                (op, num_ranks, axis), alone = key, self.alone.get(key, {})
+                alone = self.alone.get(key, {})
                 table = {nbytes: [s * added(nbytes) for s in seconds] for nbytes, seconds in alone.items()}
                 if executions := moves.get(key):
                     executions = _merged(executions)
@@ -114,7 +145,7 @@ class Tables:
                     table = {n: s for n, s in table.items() if n < least / 1.5 or n > most * 1.5} | executions
                 if len(table) < 2:
                     continue
-                yield CollectiveTable(op=op, ranks=num_ranks, axis=axis, phase=phase, points=_rows(table))
+                yield CollectiveTable(**key._asdict(), phase=phase, points=_rows(table))
 
 
 def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
@@ -130,7 +161,7 @@ def _merged(table: dict[int, list[float]]) -> dict[int, list[float]]:
 
 
 def _added(
-    moves: dict[tuple[str, int, str], dict[int, list[float]]], alone: dict[tuple[str, int, str], dict[int, list[float]]]
+    moves: dict[Among, dict[int, list[float]]], alone: dict[Among, dict[int, list[float]]]
 ) -> Callable[[float], float]:
     """By what factor a collective of so many bytes takes longer in a plan than alone: the median of all those that
     were seen both ways at about that size, at least 1."""

@@ -77,15 +77,27 @@ class Probe:
         """
         return self._exchange(op, self._ranks, self._rows(nbytes, dtype), dtype, repeats)
 
-    def exchange(self, op: str, axes: tuple[int, int], nbytes: int, dtype: torch.dtype, repeats: int) -> float:
+    def exchange(
+        self, op: str, axes: tuple[int, int], nbytes: int, dtype: torch.dtype, repeats: int, levels: bool = False
+    ) -> float:
         """As :meth:`collective`, among the ranks along these axes of the mesh, all such groups at once, and also a
-        ``column_gather``; what is gathered lies in memory of its own, as a row stage leaves it."""
+        ``column_gather``; what is gathered lies in memory of its own, as a row stage leaves it. ``levels``: in hosts
+        and between them."""
         ranks = self.comm.mesh.group(self.comm.rank, *axes)
         rows = max(1, round(nbytes / (_WIDTH * dtype.itemsize)))
-        return self._exchange(op, ranks, rows, dtype, repeats, lent=op in ("all_reduce", "reduce_scatter"))
+        lent = op in ("all_reduce", "reduce_scatter")
+        return self._exchange(op, ranks, rows, dtype, repeats, lent=lent, levels=levels)
 
     def _exchange(
-        self, op: str, ranks: tuple[int, ...], rows: int, dtype: torch.dtype, repeats: int, *, lent: bool = True
+        self,
+        op: str,
+        ranks: tuple[int, ...],
+        rows: int,
+        dtype: torch.dtype,
+        repeats: int,
+        *,
+        lent: bool = True,
+        levels: bool = False,
     ) -> float:
         counts, me = split_evenly(rows, len(ranks)), ranks.index(self.comm.rank)
         widths = split_evenly(_WIDTH, len(ranks)) if op == "column_gather" else (_WIDTH,) * len(ranks)
@@ -96,10 +108,10 @@ class Probe:
 
         def call(x: Tensor) -> object:
             if op == "all_gather":
-                return self.comm.all_gather([x], ranks, counts, "bench")
+                return self.comm.all_gather([x], ranks, counts, "bench", levels=levels)
             if op == "column_gather":
-                return self.comm.column_gather(x, ranks, widths, "bench")
-            return getattr(self.comm, op)(x, ranks, counts, "bench")
+                return self.comm.column_gather(x, ranks, widths, "bench", levels=levels)
+            return getattr(self.comm, op)(x, ranks, counts, "bench", levels=levels)
 
         return self._mean([partial(call, x) for x in [brought() for _ in range(repeats)]])
 

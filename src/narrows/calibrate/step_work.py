@@ -131,7 +131,8 @@ def attributed_op_times(engine: Engine, plan: Plan) -> list[list[float]]:
 
     :class:`OpSeconds` has read the steps of all ranks, and they have run no other plan."""
     asked, num = engine.resolved.asked, plan.num_ops
-    at_once = num_cores() / engine.resolved.threads if asked.run_on == "cpu" else float(engine.resolved.mesh.size)
+    hosts = 1 if asked.launch is None else asked.launch.num_nodes
+    at_once = hosts * num_cores() / engine.resolved.threads if asked.run_on == "cpu" else engine.resolved.mesh.size
     meets = [op.meets for _, op in plan.ops()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)

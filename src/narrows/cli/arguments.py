@@ -22,10 +22,12 @@ __all__ = [
     "add_limit_flags",
     "add_prompt_flags",
     "add_trace_flags",
+    "check_host_flags",
     "defaults",
     "engine_options",
     "launch_of",
     "limit_options",
+    "nodes_of",
     "read_prompts",
     "trace_file",
 ]
@@ -127,7 +129,9 @@ def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "load_format",
         "checked",
     )
-    ranks = {"ranks": args.ranks or _DEFAULT["ranks"], "timeout_s": args.timeout}
+    launch = getattr(args, "launch", None)
+    several = "processes" if launch is not None else _DEFAULT["ranks"]
+    ranks = {"ranks": args.ranks or several, "timeout_s": args.timeout, "launch": launch}
     ranks["copies"] = getattr(args, "copies", False)  # `main` sets it in a process of its own
     return {name: getattr(args, name) for name in names} | ranks | more
 
@@ -177,14 +181,35 @@ def launch_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Launc
     """
     dp = max(args.dp, 1)
     if args.nnodes is not None:
-        size = dp * max(args.tp or 1, 1)
-        return Launch.of_nodes(
-            world_size=size, num_nodes=args.nnodes, node=args.node_rank, address=args.master_addr, port=args.master_port
-        )
+        return nodes_of(args, dp * max(args.tp or 1, 1))
+    check_host_flags(args)
+    return Launch.of_torchrun(environment, world_size=None if args.tp is None else dp * max(args.tp, 1))
+
+
+def nodes_of(args: argparse.Namespace, world_size: int) -> Launch:
+    """This process's part where a person starts one on each host (``--nnodes``).
+
+    Raises:
+        ConfigError: a value is missing or out of range.
+    """
+    return Launch.of_nodes(
+        world_size=world_size,
+        num_nodes=args.nnodes,
+        node=args.node_rank,
+        address=args.master_addr,
+        port=args.master_port,
+    )
+
+
+def check_host_flags(args: argparse.Namespace) -> None:
+    """Refuse the flags of :func:`add_host_flags` without ``--nnodes``.
+
+    Raises:
+        ConfigError: one is given.
+    """
     given = [flag for flag in ("node_rank", "master_addr", "master_port") if getattr(args, flag) is not None]
     if given:
         raise ConfigError(f"--{given[0].replace('_', '-')} needs --nnodes: how many hosts there are")
-    return Launch.of_torchrun(environment, world_size=None if args.tp is None else dp * max(args.tp, 1))
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser, *, default: str = "") -> None:

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ from narrows.calibrate.step_work import StepWork
 from narrows.cli import bench_layout_command
 from narrows.cli.arguments import (
     add_engine_flags,
+    add_host_flags,
     add_limit_flags,
     add_trace_flags,
     defaults,
     engine_options,
+    launch_of,
     limit_options,
     trace_file,
 )
@@ -41,7 +44,8 @@ from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.errors import ConfigError
 from narrows.instruments.trace_file import TraceFile
 from narrows.plan.named import applicable_layouts, named_layout
-from narrows.ranks.launch import Launch
+from narrows.ranks.launch import Launch, Series, announce_end
+from narrows.ranks.node import run_series
 
 __all__ = ["add_flags", "run"]
 
@@ -53,6 +57,7 @@ Progress = Callable[[str], None]
 def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     """The flags of one kind of benchmark."""
     add_engine_flags(parser)
+    add_host_flags(parser)
     turns = parser.add_argument_group("turns")
     turns.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default %(default)s)")
     turns.add_argument(
@@ -140,6 +145,18 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("bench starts its ranks itself, on one host: run it without torchrun")
     if args.plot:
         check_plot(args.plot)
+    with ExitStack() as stack:
+        args.launch = launch_of(args, {})
+        if args.launch is not None:
+            args.launch = replace(args.launch, series=Series())
+            if not args.launch.is_coordinator:
+                return run_series(args.launch, args.run_on)
+            stack.callback(announce_end, args.launch)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """In the process that schedules."""
     where = machine()
     notes = console(stderr=True)
     trace = trace_file(args) if "trace" in args else None

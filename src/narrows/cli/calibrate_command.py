@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rich.table import Table
 from narrows.calibrate.machine import machine
 from narrows.calibrate.measure import Grid, calibrate, figures_of
 from narrows.calibrate.price_tables import Calibration
+from narrows.cli.arguments import add_host_flags, check_host_flags, nodes_of
 from narrows.cli.console import console
 from narrows.cost.environment import MachineFingerprint
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
@@ -21,6 +24,8 @@ from narrows.engine.config import QUANTIZATIONS, EngineConfig
 from narrows.engine.prices import setting_of, world_name
 from narrows.errors import ConfigError
 from narrows.ranks.affinity import num_cores
+from narrows.ranks.launch import Launch, Series, announce_end
+from narrows.ranks.node import run_series
 
 __all__ = ["add_parser", "run"]
 
@@ -70,33 +75,35 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the profile to FILE (default: among this user's profiles, see docs/profiles.md)",
     )
+    add_host_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows calibrate``."""
     asked = _asked(args)
     num_ranks = _num_ranks(args, asked.run_on)
-    setting = setting_of(
-        run_on=asked.run_on,
-        ranks=asked.ranks,
-        several_hosts=False,
-        num_ranks=num_ranks,
-        threads=args.threads,
-    )
-    world = world_name(run_on=asked.run_on, ranks=asked.ranks, several_hosts=False)
-    if world != args.world:
+    launch = _launch(args, num_ranks)
+    hosts = 1 if launch is None else launch.num_nodes
+    setting = setting_of(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads)
+    world = world_name(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts)
+    if world not in (args.world, f"{args.world}+gloo"):
         way_out = (
             "processes of one host share memory; run it, and the engine, with NARROWS_SHM=0"
             if args.world == "gloo"
             else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --world {world}"
         )
         raise ConfigError(f"--world {args.world} is not available here: ranks exchange through {world}: {way_out}")
+    if launch is not None and not launch.is_coordinator:
+        return run_series(launch, asked.run_on)
+    asked = replace(asked, launch=launch)
     where = machine()
     models = tuple(args.models) or _MODELS
     out = console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
     bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
-    with bar:
+    with bar, contextlib.ExitStack() as stack:
+        if launch is not None:
+            stack.callback(announce_end, launch)
         task = bar.add_task("starting ranks", total=1.0)
         found = calibrate(
             models,
@@ -132,12 +139,31 @@ def _asked(args: argparse.Namespace) -> EngineConfig:
     )
 
 
+def _launch(args: argparse.Namespace, num_ranks: int) -> Launch | None:
+    """This process's part among several hosts.
+
+    Raises:
+        ConfigError: a flag is missing, or has a value that it cannot have.
+    """
+    if args.nnodes is None:
+        check_host_flags(args)
+        return None
+    if args.ranks is None:
+        raise ConfigError("--nnodes needs --ranks: how many on all hosts together")
+    if args.world not in ("shm", "gloo"):
+        raise ConfigError(f"ranks on several hosts are processes on CPUs: leave out --world {args.world}")
+    launch = nodes_of(args, num_ranks)
+    if num_ranks % launch.num_nodes:
+        raise ConfigError(f"--ranks {num_ranks} cannot be dealt evenly to --nnodes {launch.num_nodes}")
+    return replace(launch, series=Series())
+
+
 def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
     if args.ranks is None:
         return max(num_cores() // int(args.threads), 1)
     if args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}; it must be at least 1")
-    most = _MOST_RANKS_PER_CORE * num_cores()
+    most = _MOST_RANKS_PER_CORE * num_cores() * (args.nnodes or 1)
     if run_on == "cpu" and args.ranks > most:
         raise ConfigError(
             f"--ranks {args.ranks} on {num_cores()} cores would measure how they wait for a core; at most {most} here"
@@ -153,17 +179,18 @@ def _profile(
     memory: float,
     date: str,
 ) -> Profile:
-    words = [f"{setting.ranks}x{setting.threads}", setting.world]
+    words = [f"{setting.ranks}x{setting.threads}", setting.world.replace("+", "-")]
+    words += [f"{setting.hosts}hosts"] if setting.hosts > 1 else []
     words += [args.quantization] if args.quantization != "none" else []
     words += ["fp32"] if args.dtype == "float32" else []
     words += [Path(model).name for model in models if models != _MODELS]
     dtype = "fp32" if args.dtype == "float32" else "bf16"
-    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory, dtype=dtype)
+    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory * setting.hosts, dtype=dtype)
     if setting.card:
         del figures["memory_bytes"]  # the host's, and not its GPUs'
     return Profile(
         name="-".join(words),
-        title=f"{setting.ranks} ranks of {setting.cpu}",
+        title=f"{setting.ranks} ranks of {setting.cpu}" + (f" on {setting.hosts} hosts" if setting.hosts > 1 else ""),
         fits=setting,
         made={
             "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -204,5 +231,6 @@ def _print(profile: Profile, found: Calibration, path: Path) -> None:
         out.print(f"left out, for lack of time: {left_out}", markup=False, highlight=False)
     out.print(f"profile: {path}", markup=False, highlight=False, soft_wrap=True)
     flag = {"threads": "--ranks threads", "nccl": "--run-on cuda"}.get(profile.fits.world, "--ranks processes")
+    flag += f" --nnodes {profile.fits.hosts}" if profile.fits.hosts > 1 else ""
     used = f"used by generate, serve and bench on {profile.fits.ranks} such ranks here ({flag})"
     out.print(f"{used}, and by every command with --device {path}", markup=False, highlight=False, soft_wrap=True)

@@ -128,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     config = load_model_config(args.model, args.revision)
     asked = _asked(args, config)
-    setting = partial(this_machine, ranks=max((mesh.size for mesh, _ in asked), default=1), threads=1, world="")
+    most = max((mesh.size for mesh, _ in asked), default=1)
+    hosts = Topology.parse(args.nodes).num_nodes if args.nodes else 1
+    setting = partial(this_machine, ranks=most, threads=1, world="", hosts=hosts)
     hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
     for line in said:
         print(f"narrows: {line}", file=sys.stderr)

@@ -24,7 +24,8 @@ CPU_FEATURES = (
 class MachineFingerprint:
     """All that prices depend on beside models and row counts. An empty text or 0: prices hold whatever it is.
 
-    ``world``: how ranks exchange: ``shm``, ``threads``, ``gloo`` or ``nccl``; ``alone`` for one rank.
+    ``world``: how ranks exchange: ``shm``, ``threads``, ``gloo`` or ``nccl``; ``shm+gloo`` on several ``hosts``;
+    ``alone`` for one rank.
     """
 
     cpu: str = ""
@@ -34,6 +35,7 @@ class MachineFingerprint:
     ranks: int = 0
     threads: int = 0
     world: str = ""
+    hosts: int = 0
     narrows: str = ""
     torch: str = ""
     compiled_code: str = ""
@@ -55,8 +57,8 @@ class MachineFingerprint:
         return {name: value for name, value in asdict(self).items() if value}
 
 
-def this_machine(*, ranks: int, threads: int, world: str, card: str = "") -> MachineFingerprint:
-    """This machine, with so many ranks of so many threads that exchange through ``world``."""
+def this_machine(*, ranks: int, threads: int, world: str, card: str = "", hosts: int = 1) -> MachineFingerprint:
+    """This machine, with so many ranks of so many threads that exchange through ``world``, on ``hosts`` like it."""
     cpu, features = cpu_facts()
     return MachineFingerprint(
         cpu=cpu,
@@ -66,6 +68,7 @@ def this_machine(*, ranks: int, threads: int, world: str, card: str = "") -> Mac
         ranks=ranks,
         threads=threads,
         world="alone" if ranks == 1 else world,
+        hosts=hosts,
         narrows=_version("narrows"),
         torch=_version("torch"),
         compiled_code=_compiled_code(),

@@ -32,6 +32,7 @@ from pydantic import (
 
 from narrows.arch.stages import AttentionCore, Gemm, GroupedGemm, Norm, PriceClass, Stream, Work
 from narrows.cost.price import Curve, Price, Source
+from narrows.layout import Algorithm
 
 __all__ = [
     "AXES",
@@ -179,13 +180,15 @@ class StageTable(Part):
 class CollectiveTable(Part):
     """Microseconds of one collective in groups of ``ranks``, over the bytes of the whole tensor. All groups of the
     world exchange at once. ``axis``: one of AXES; ``phase``: of which steps; None: of all. ``nodes``: that each group
-    lies on; with one of its ranks on each where ``nodes`` is ``ranks``. ``points``: [bytes, us, spread]."""
+    lies on; with one of its ranks on each where ``nodes`` is ``ranks``. ``algorithm``: how it is done there.
+    ``points``: [bytes, us, spread]."""
 
     op: Literal[MEASURED_OPS]  # type: ignore[valid-type]
     ranks: Annotated[int, Field(ge=2)]
     axis: Literal[AXES] = AXES[0]  # type: ignore[valid-type]
     phase: _Phase | None = None
     nodes: Annotated[int, Field(ge=1)] = 1
+    algorithm: Literal[tuple(map(str, Algorithm))] = str(Algorithm.FLAT)  # type: ignore[valid-type]
     points: _SizeRows
 
     @model_validator(mode="after")
@@ -197,7 +200,8 @@ class CollectiveTable(Part):
     @model_serializer(mode="wrap")
     def _said(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = whole(self)
-        return {name: value for name, value in document.items() if name != "nodes" or value != 1}
+        usual = {"nodes": 1, "algorithm": Algorithm.FLAT}
+        return {name: value for name, value in document.items() if value != usual.get(name, ...)}
 
 
 class StepTable(Part):
@@ -239,10 +243,17 @@ class Measured:
         return None if price_class is None else self.stage(price_class, (item,), dtype, rows, phase, attended)
 
     def collective(
-        self, op: str, num_ranks: int, axis: str, nbytes: int, phase: str = "", nodes: int = 1
+        self,
+        op: str,
+        num_ranks: int,
+        axis: str,
+        nbytes: int,
+        phase: str = "",
+        nodes: int = 1,
+        algorithm: str = Algorithm.FLAT,
     ) -> Price | None:
-        """Seconds of a collective; None if it was not measured in such groups on so many nodes."""
-        curve = _of_phase(self._collectives.get((op, num_ranks, axis, nodes), {}), phase)
+        """Seconds of a collective; None if it was not measured so in such groups on so many nodes."""
+        curve = _of_phase(self._collectives.get((op, num_ranks, axis, nodes, algorithm), {}), phase)
         return None if curve is None else curve.at(nbytes)
 
     def copy(self, nbytes: float) -> Price | None:
@@ -295,10 +306,11 @@ class Measured:
         return {(each.works[0], each.dtype): each.stage for each in self.stages if len(each.works) == 1}
 
     @cached_property
-    def _collectives(self) -> Mapping[tuple[str, int, str, int], Mapping[str, Curve]]:
-        held: dict[tuple[str, int, str, int], dict[str, tuple[Point, ...]]] = {}
+    def _collectives(self) -> Mapping[tuple[str, int, str, int, str], Mapping[str, Curve]]:
+        held: dict[tuple[str, int, str, int, str], dict[str, tuple[Point, ...]]] = {}
         for each in self.collectives:
-            held.setdefault((each.op, each.ranks, each.axis, each.nodes), {})[each.phase or ""] = _points(each.points)
+            key = each.op, each.ranks, each.axis, each.nodes, each.algorithm
+            held.setdefault(key, {})[each.phase or ""] = _points(each.points)
         return {
             key: {phase: Curve.of(points) for phase, points in _phases(tables, _size, alike=True)}
             for key, tables in held.items()

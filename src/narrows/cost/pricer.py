@@ -306,6 +306,10 @@ class Pricer:
         """One collective of ``nbytes``, or what it does level by level, in a group that lies so on nodes."""
         parts: tuple[tuple[str, Levels, int], ...] = ((op, levels, nbytes),)
         if move.algorithm is Algorithm.HIERARCHICAL and levels.spans:
+            axis = self._axis(move, levels, levels)
+            whole = self._measured_in_plan(move.kind.value, levels, axis, nbytes, Algorithm.HIERARCHICAL)
+            if whole is not None:
+                return whole
             parts = hierarchical_parts(op, levels, nbytes)
         price = ZERO
         for part, among, size in parts:
@@ -321,11 +325,14 @@ class Pricer:
         adjacent = prod(self.mesh.sizes[move.last :]) == 1 and (among == levels or not among.spans)
         return AXES[0] if adjacent else AXES[1]
 
-    def _measured_in_plan(self, op: str, among: Levels, axis: str, nbytes: int) -> Price | None:
+    def _measured_in_plan(
+        self, op: str, among: Levels, axis: str, nbytes: int, algorithm: Algorithm = Algorithm.FLAT
+    ) -> Price | None:
         """What a collective was measured to take among such ranks."""
         if self.device.measured is None or not nbytes:
             return None
-        return self.device.measured.collective(op, among.num_ranks, axis, nbytes, self.shape.phase, among.num_nodes)
+        group = among.num_ranks, axis
+        return self.device.measured.collective(op, *group, nbytes, self.shape.phase, among.num_nodes, algorithm)
 
     def reduce_norm(self, move: Move, stage: Stage, fused: bool, row_bytes: int, row_set: RowSet) -> OpPrice:
         """An all-reduce and the norm of its rows in one pass: the reduction, and half of what the norm moves (the sum

@@ -110,7 +110,7 @@ class Profile(Part):
         if len(self.copies) == 1:
             raise ValueError("copies: two points or more are needed")
         keys: list[tuple[str, object]] = [(f"the stage {s.stage}", (s.dtype, s.phase, s.works)) for s in self.stages]
-        keys += [(f"the collective {c.op}", (c.ranks, c.axis, c.phase, c.nodes)) for c in self.collectives]
+        keys += [(f"the collective {c.op}", (c.ranks, c.axis, c.phase, c.nodes, c.algorithm)) for c in self.collectives]
         keys += [("steps", s.phase) for s in self.steps]
         seen: set[tuple[str, object]] = set()
         for key in keys:
@@ -328,7 +328,8 @@ def _said(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) 
 def calibrate_command(setting: MachineFingerprint, dtype: str) -> str:
     """What makes a profile for ``setting`` and weights of ``dtype``."""
     threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
-    world = "" if setting.world in ("shm", "alone") else f" --world {setting.world}"
+    world = "" if setting.world in ("shm", "shm+gloo", "alone") else f" --world {setting.world}"
+    world += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
     switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
     weights = {"bf16": "", "fp32": " --dtype float32"}.get(dtype, f" --quantization {dtype}")
-    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{world}{weights}"
+    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{weights}{world}"

@@ -213,7 +213,7 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
         setting_of,
         run_on=asked.run_on,
         ranks=asked.ranks,
-        several_hosts=asked.launch is not None and asked.launch.num_local_ranks < mesh.size,
+        hosts=1 if asked.launch is None else asked.launch.num_nodes,
         num_ranks=mesh.size,
         threads=threads,
     )

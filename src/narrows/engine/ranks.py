@@ -9,7 +9,7 @@ from narrows.comm.communicator import Communicator
 from narrows.engine.config import Resolved
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
-from narrows.ranks.node import run_node
+from narrows.ranks.node import run_node, run_series
 from narrows.ranks.processes import ProcessRanks
 from narrows.ranks.rank_process import run_torchrun_rank
 from narrows.ranks.start_clock import StartClock
@@ -56,7 +56,7 @@ def start_ranks(
         checked=asked.checked,
         timeout_s=asked.timeout_s,
         num_threads=resolved.threads,
-        launch=asked.launch,
+        launch=asked.launch and asked.launch.world(),
         once=(Plan,),
         device=asked.run_on,
         timing=timing,
@@ -74,4 +74,6 @@ def run_local_ranks(resolved: Resolved) -> int:
     """
     launch = resolved.asked.launch
     assert launch is not None and not launch.is_coordinator
+    if launch.series is not None:
+        return run_series(launch, resolved.asked.run_on)
     return run_torchrun_rank(launch) if launch.by_torchrun else run_node(launch, resolved.asked.run_on)

@@ -8,15 +8,18 @@ is set to the same secret on all hosts. Torch's own messages are not authenticat
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import secrets
+import socket
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -26,9 +29,26 @@ from narrows.ranks.channel import listen, resolve
 from narrows.ranks.messages import Contact
 from narrows.ranks.timing import TIMING, Timing
 
-__all__ = ["Launch", "coordinator_key", "find_coordinator", "join_store", "open_store", "publish"]
+__all__ = [
+    "Launch",
+    "Series",
+    "announce_end",
+    "coordinator_key",
+    "find_coordinator",
+    "join_store",
+    "next_contact",
+    "open_store",
+    "publish",
+]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Series:
+    """Counts the worlds that a command has started."""
+
+    def __init__(self) -> None:
+        self.started = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +72,8 @@ class Launch:
     by_torchrun: bool = False
     store_is_served: bool = False
     run: str = ""
+    series: Series | None = None
+    """Set for a command that starts several worlds, one after the other or at once: each has a port of its own."""
 
     @property
     def num_local_ranks(self) -> int:
@@ -62,6 +84,17 @@ class Launch:
     def is_coordinator(self) -> bool:
         """Whether this process schedules and hands out calls."""
         return 0 in self.ranks
+
+    def world(self, number: int | None = None) -> Launch:
+        """The launch of that world of a series, or of the next one; itself if there is only one."""
+        if self.series is None:
+            return self
+        if number is None:
+            number = self.series.started
+            self.series.started += 1
+        if self.port + number > 65535:
+            raise ConfigError(f"--master-port {self.port} leaves no port for world {number} of this command: lower it")
+        return replace(self, port=self.port + number, series=None)
 
     @classmethod
     def of_nodes(
@@ -190,6 +223,42 @@ def find_coordinator(launch: Launch, join_s: float = TIMING.join_s) -> Contact:
         raise RankError(
             f"node {launch.node}: no coordinator at {launch.address} port {launch.port} for {join_s:g} s ({line})"
         ) from None
+    return _contact(entry)
+
+
+def announce_end(launch: Launch, wait_s: float = 10.0) -> None:
+    """Tells the other nodes of a series that no world follows, and waits until they know, or are gone."""
+    last = launch.world()
+    store, _, _ = open_store(last, wait_s)
+    mine = PrefixStore(f"narrows {last.run}", store)
+    mine.set("coordinator", json.dumps({"is_over": True}))
+    end = time.monotonic() + wait_s
+    while mine.add("told", 0) < last.num_nodes - 1 and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def next_contact(launch: Launch) -> Contact | Literal[False] | None:
+    """Where the coordinator of a world of a series listens, if it does so now; None: no world follows; False: not yet.
+
+    Raises:
+        OSError: the address has no meaning here.
+    """
+    _, where = resolve(launch.address, launch.port)
+    try:
+        with socket.create_connection(where, 1.0):
+            pass
+        store = join_store(launch.address, launch.port, f"narrows {launch.run}", 5.0)
+        entry = json.loads(store.get("coordinator"))
+    except (OSError, RuntimeError):
+        return False
+    if entry.get("is_over"):
+        with contextlib.suppress(RuntimeError):  # the coordinator has not waited
+            store.add("told", 1)
+        return None
+    return _contact(entry)
+
+
+def _contact(entry: Mapping[str, Any]) -> Contact:
     key = bytes.fromhex(entry["key"]) if entry["key"] else coordinator_key()
     return Contact(address=entry["address"], port=entry["port"], key=key, timing=Timing(**entry["timing"]))
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import threading
+import time
+from functools import partial
 
 from narrows.errors import RankError
 from narrows.ranks.channel import Channel
-from narrows.ranks.launch import Launch, find_coordinator
-from narrows.ranks.messages import BEAT, END, FAILED, HELLO, Failure, hello
+from narrows.ranks.launch import Launch, find_coordinator, next_contact
+from narrows.ranks.messages import BEAT, END, FAILED, HELLO, Contact, Failure, hello
 from narrows.ranks.spawn import Processes, end_processes, ending, start, tell
+from narrows.ranks.timing import TIMING
 
-__all__ = ["run_node"]
+__all__ = ["run_node", "run_series"]
+
+_LOOK_S = 0.1
+"""Between two looks for the next world."""
 
 
 def run_node(launch: Launch, device: str) -> int:
@@ -23,7 +30,49 @@ def run_node(launch: Launch, device: str) -> int:
     Raises:
         RankError: the coordinator was not found, or is gone.
     """
-    contact = find_coordinator(launch)
+    return _run(launch, find_coordinator(launch), device)
+
+
+def run_series(launch: Launch, device: str) -> int:
+    """Runs this node's ranks of every world that the coordinator starts, until it says that none follows, or one fails;
+    returns the exit code of the first that did. ``device``: what the ranks compute on.
+
+    Raises:
+        RankError: there was no world for as long as processes wait for each other.
+    """
+    codes: list[int] = []
+    worlds: list[threading.Thread] = []
+    idle_since = time.monotonic()
+    while not any(codes):
+        contact = next_contact(launch.world(len(worlds)))
+        if contact is None:
+            break
+        if contact:
+            work = partial(_run_one, launch, contact, device, codes)
+            worlds.append(threading.Thread(target=work, name=f"narrows world {len(worlds)}", daemon=True))
+            worlds[-1].start()
+        elif any(world.is_alive() for world in worlds):
+            idle_since = time.monotonic()
+            time.sleep(_LOOK_S)
+        elif time.monotonic() - idle_since > TIMING.join_s:
+            where = f"{launch.address} from port {launch.port} on"
+            raise RankError(f"node {launch.node}: no coordinator at {where} for {TIMING.join_s:g} s")
+        else:
+            time.sleep(_LOOK_S)
+    for world in worlds:
+        world.join()
+    return next((code for code in codes if code), 0)
+
+
+def _run_one(launch: Launch, contact: Contact, device: str, codes: list[int]) -> None:
+    try:
+        codes.append(_run(launch, contact, device))
+    except RankError as error:
+        print(f"narrows: {error}", file=sys.stderr)
+        codes.append(2)
+
+
+def _run(launch: Launch, contact: Contact, device: str) -> int:
     try:
         channel = Channel.connect(contact.address, contact.port, contact.key, contact.timing.silence_s)
         channel.send(HELLO, pickle.dumps(hello(None, launch.node, os.getpid())))

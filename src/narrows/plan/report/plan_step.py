@@ -72,7 +72,9 @@ def plan_step(
     """
     mesh = Mesh.of(dp=dp, tp=tp)
     config = load_model_config(model, revision)
-    setting = partial(this_machine, ranks=mesh.size, threads=1, world="")
+    topology = Topology.parse(nodes) if nodes else None
+    hosts = topology.num_nodes if topology else 1
+    setting = partial(this_machine, ranks=mesh.size, threads=1, world="", hosts=hosts)
     hardware, found = choose_device(device, setting, dtype=dtype, model=model, runs=False)
     found = [*notes, *found]
     if not dtype:
@@ -95,7 +97,7 @@ def plan_step(
         kv_dtype=kv_dtype,
         engine=engine_style(engine),
         experts=experts,
-        nodes=Topology.parse(nodes) if nodes else None,
+        nodes=topology,
         between=known_network(network) if network else None,
     )
     return make_report(deployment, shape, layouts, logit_rows=logit_rows, notes=found)
