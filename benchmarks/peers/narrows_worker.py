@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from common import Clock, Generate, Ticks, serve
 
-from narrows.lean_torch import importing
+from narrows.imports import quick_imports
 
-with importing(only_cpu=True):  # as the command does
+with quick_imports():  # as the command does
     from narrows.bench.engines import parse_variants
     from narrows.engine.config import EngineConfig, resolve
     from narrows.engine.core import Engine

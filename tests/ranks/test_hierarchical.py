@@ -186,7 +186,7 @@ def two_nodes(mesh: Mesh, **more: object) -> Iterator[ProcessRanks[lab.Lab]]:
     """Ranks of a world on two nodes, both on this machine."""
     first, second = launches(mesh)
     ended: list[int] = []
-    node = threading.Thread(target=lambda: ended.append(run_node(second, "cpu")))
+    node = threading.Thread(target=lambda: ended.append(run_node(second)))
     node.start()
     try:
         with ProcessRanks(mesh, lab.Lab, launch=first, timing=QUICK, **more) as ranks:  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,9 +204,11 @@ def test_an_encoded_op_is_labelled(tiny_model: TinyModel) -> None:
     labels: set[str] = set()
     gather = Communicator.all_gather
 
-    def watching(comm: Communicator, xs: list[Tensor], ranks: tuple, counts: tuple, label: str) -> list[Tensor]:
+    def watching(
+        comm: Communicator, xs: list[Tensor], ranks: tuple, counts: tuple, label: str, **options: Any
+    ) -> list[Tensor]:
         labels.add(label)
-        return gather(comm, xs, ranks, counts, label)
+        return gather(comm, xs, ranks, counts, label, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Communicator, "all_gather", watching)

@@ -148,8 +148,8 @@ def test_a_fault_of_single_row_steps_is_detected_one_at_a_time(
 def test_logits_that_are_not_numbers_are_out_of_bounds(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     true_gather = Communicator.column_gather
 
-    def gather(self: Communicator, *args: Any) -> Tensor:
-        out = true_gather(self, *args).clone()
+    def gather(self: Communicator, *args: Any, **options: Any) -> Tensor:
+        out = true_gather(self, *args, **options).clone()
         out[0, 5] = torch.nan
         return out
 

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         )
         raise ConfigError(f"--world {args.world} is not available here: ranks exchange through {world}: {way_out}")
     if launch is not None and not launch.is_coordinator:
-        return run_series(launch, asked.run_on)
+        return run_series(launch)
     asked = replace(asked, launch=launch)
     where = machine()
     models = tuple(args.models) or _MODELS

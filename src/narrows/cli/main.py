@@ -54,10 +54,6 @@ COMMANDS = (
 )
 
 
-_ON_CPU = ("generate", "serve")
-"""Commands that run no model but narrows' own, and on CPU tensors unless a flag says cuda."""
-
-
 class _Version(argparse.Action):
     """Prints the version that is installed; looks it up only then, because that takes time."""
 
@@ -93,11 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse_own() -> tuple[ModuleType, argparse.Namespace]:
     """:func:`parse` of this process's own command line, with what a process that is ours alone may set."""
-    from narrows.lean_torch import importing  # noqa: PLC0415 - who calls main(argv) does without
+    from narrows.imports import quick_imports  # noqa: PLC0415 - who calls main(argv) does without
 
-    own = sys.argv[1:]
-    with importing(only_cpu=bool({*own[:1]} & {*_ON_CPU}) and "cuda" not in " ".join(own)):
-        command, args = parse(own)
+    with quick_imports():
+        command, args = parse(sys.argv[1:])
     args.copies = True
     return command, args
 

@@ -75,5 +75,5 @@ def run_local_ranks(resolved: Resolved) -> int:
     launch = resolved.asked.launch
     assert launch is not None and not launch.is_coordinator
     if launch.series is not None:
-        return run_series(launch, resolved.asked.run_on)
-    return run_torchrun_rank(launch) if launch.by_torchrun else run_node(launch, resolved.asked.run_on)
+        return run_series(launch)
+    return run_torchrun_rank(launch) if launch.by_torchrun else run_node(launch)

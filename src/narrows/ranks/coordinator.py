@@ -102,7 +102,7 @@ class Coordinator:
             if launch is not None:
                 publish(launch, self._store, contact)
             self._start_thread(self._tick, "narrows watches its ranks")
-            tell(self._doors, 0, contact, device)
+            tell(self._doors, 0, contact)
             nodes = launch.num_nodes - 1 if launch and not launch.by_torchrun else 0
             self._accept_all(listener, contact.key, self._mesh.size + nodes)
         setup = Setup(

@@ -22,20 +22,18 @@ _LOOK_S = 0.1
 """Between two looks for the next world."""
 
 
-def run_node(launch: Launch, device: str) -> int:
+def run_node(launch: Launch) -> int:
     """Runs this node's ranks until the coordinator, on another host, ends them; returns its exit code.
-
-    ``device``: what the ranks compute on.
 
     Raises:
         RankError: the coordinator was not found, or is gone.
     """
-    return _run(launch, find_coordinator(launch), device)
+    return _run(launch, find_coordinator(launch))
 
 
-def run_series(launch: Launch, device: str) -> int:
+def run_series(launch: Launch) -> int:
     """Runs this node's ranks of every world that the coordinator starts, until it says that none follows, or one fails;
-    returns the exit code of the first that did. ``device``: what the ranks compute on.
+    returns the exit code of the first that did.
 
     Raises:
         RankError: there was no world for as long as processes wait for each other.
@@ -48,7 +46,7 @@ def run_series(launch: Launch, device: str) -> int:
         if contact is None:
             break
         if contact:
-            work = partial(_run_one, launch, contact, device, codes)
+            work = partial(_run_one, launch, contact, codes)
             worlds.append(threading.Thread(target=work, name=f"narrows world {len(worlds)}", daemon=True))
             worlds[-1].start()
         elif any(world.is_alive() for world in worlds):
@@ -64,15 +62,15 @@ def run_series(launch: Launch, device: str) -> int:
     return next((code for code in codes if code), 0)
 
 
-def _run_one(launch: Launch, contact: Contact, device: str, codes: list[int]) -> None:
+def _run_one(launch: Launch, contact: Contact, codes: list[int]) -> None:
     try:
-        codes.append(_run(launch, contact, device))
+        codes.append(_run(launch, contact))
     except RankError as error:
         print(f"narrows: {error}", file=sys.stderr)
         codes.append(2)
 
 
-def _run(launch: Launch, contact: Contact, device: str) -> int:
+def _run(launch: Launch, contact: Contact) -> int:
     try:
         channel = Channel.connect(contact.address, contact.port, contact.key, contact.timing.silence_s)
         channel.send(HELLO, pickle.dumps(hello(None, launch.node, os.getpid())))
@@ -80,7 +78,7 @@ def _run(launch: Launch, contact: Contact, device: str) -> int:
         raise RankError(f"node {launch.node} cannot reach its coordinator at {contact.address}: {error}") from None
     processes: Processes = {}
     try:
-        tell(start(launch.ranks, processes), launch.node, contact, device)
+        tell(start(launch.ranks, processes), launch.node, contact)
         code, why = _wait_for_end(channel, processes, contact.timing.beat_s)
     except EOFError:
         raise RankError(f"node {launch.node}: the coordinator at {contact.address} is gone") from None

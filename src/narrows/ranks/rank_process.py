@@ -52,7 +52,7 @@ __all__ = ["PROGRAM", "boot", "boot_line", "run_rank", "run_torchrun_rank"]
 
 PROGRAM = (
     "import json, sys; args = json.loads(sys.stdin.readline() or sys.exit(1)); sys.path[:] = args['path']; "
-    "from narrows.lean_torch import importing\nwith importing(only_cpu=args['device'] == 'cpu'):\n"
+    "from narrows.imports import quick_imports\nwith quick_imports():\n"
     "  from narrows.ranks.rank_process import boot\nboot(args)"
 )
 """What ``python -c`` runs in a rank process.
@@ -75,11 +75,11 @@ def boot(args: dict[str, Any]) -> NoReturn:
     run_rank(contact, args["rank"], args["node"], tuple(args["local"]), explain=False)
 
 
-def boot_line(contact: Contact, rank: int, node: int, local: tuple[int, int], device: str) -> str:
+def boot_line(contact: Contact, rank: int, node: int, local: tuple[int, int]) -> str:
     """The arguments of :func:`boot` as a line of JSON. ``local``: local rank and local world size."""
     args: dict[str, Any] = {"address": contact.address, "port": contact.port, "key": contact.key.hex()}
     args["timing"] = asdict(contact.timing)
-    return json.dumps(args | {"rank": rank, "node": node, "local": local, "device": device, "path": sys.path}) + "\n"
+    return json.dumps(args | {"rank": rank, "node": node, "local": local, "path": sys.path}) + "\n"
 
 
 def run_torchrun_rank(launch: Launch) -> NoReturn:

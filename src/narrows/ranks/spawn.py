@@ -61,11 +61,11 @@ def start(ranks: tuple[int, ...], processes: Processes, *, copies: bool = False)
     return doors
 
 
-def tell(doors: Doors, node: int, contact: Contact, device: str) -> None:
-    """Gives the processes of :func:`start` their arguments. ``device``: where the ranks compute."""
+def tell(doors: Doors, node: int, contact: Contact) -> None:
+    """Gives the processes of :func:`start` their arguments."""
     for local_rank, (rank, door) in enumerate(doors.items()):
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen elsewhere
-            door.write(boot_line(contact, rank, node, (local_rank, len(doors)), device).encode())
+            door.write(boot_line(contact, rank, node, (local_rank, len(doors))).encode())
             door.close()
 
 
