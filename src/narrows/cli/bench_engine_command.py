@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         if args.launch is not None:
             args.launch = replace(args.launch, series=Series())
             if not args.launch.is_coordinator:
-                return run_series(args.launch, args.run_on)
+                return run_series(args.launch)
             stack.callback(announce_end, args.launch)
         return _run(args)
 
