@@ -239,7 +239,7 @@ def test_a_node_serves_world_after_world_until_none_follows() -> None:
     mesh = Mesh.of(dp=1, tp=2)
     first, second = launches(mesh, Series(), Series())
     ended: list[int] = []
-    node = threading.Thread(target=lambda: ended.append(run_series(second, "cpu")))
+    node = threading.Thread(target=lambda: ended.append(run_series(second)))
     node.start()
     start = partial(ProcessRanks, mesh, lab.Lab)
     with start(launch=first.world()) as one, start(launch=first.world()) as two:
