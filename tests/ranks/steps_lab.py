@@ -126,9 +126,9 @@ class LeftOutCollective(_Planted):
 def _computing(collective: Callable[..., Any]) -> Callable[..., Any]:
     """``collective``, with an addition by torch, which no capture holds, where it completes the last sum."""
 
-    def made(x: Any, ranks: Any, counts: Any, label: str, *more: Any) -> Any:
+    def made(x: Any, ranks: Any, counts: Any, label: str, *more: Any, **options: Any) -> Any:
         if "final_norm" in label:
             torch.zeros(1).add_(1)
-        return collective(x, ranks, counts, label, *more)
+        return collective(x, ranks, counts, label, *more, **options)
 
     return made

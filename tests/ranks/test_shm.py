@@ -308,7 +308,7 @@ def test_ranks_that_cannot_open_each_others_memory_do_not_share_it(monkeypatch: 
 
     def found(ranks: Sequence[int]) -> list[Any]:
         store, out = HashStore(), [None] * 3
-        threads = [threading.Thread(target=lambda r=r: out.__setitem__(r, share(store, r, 3))) for r in ranks]
+        threads = [threading.Thread(target=lambda r=r: out.__setitem__(r, share(store, r, 3, 0))) for r in ranks]
         for thread in threads:
             thread.start()
         for thread in threads:

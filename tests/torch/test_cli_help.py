@@ -40,7 +40,7 @@ def test_each_flag_has_a_help_of_words(parser: argparse.ArgumentParser) -> None:
 
 
 def test_results_are_had_as_json_in_one_way() -> None:
-    with_tables = {"plan", "simulate", "verify", "eval", "info"}
+    with_tables = {"plan", "simulate", "advise", "verify", "eval", "info"}
     found = {
         parser.prog: {flag for action in parser._actions for flag in action.option_strings} for parser in parsers()
     }
