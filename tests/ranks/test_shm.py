@@ -322,4 +322,5 @@ def test_ranks_that_cannot_open_each_others_memory_do_not_share_it(monkeypatch: 
     apart = [peers for peers, _ in found(range(3))]
     assert not any(rank.share(ranks) for rank in apart for ranks in ((0, 1, 2), (0, 2)))
     opened("narrows.comm.shm_peers.functions", lambda: None)
+    opened("narrows.comm.shm_peers.no_shared_memory", lambda: "no compiled code: not built")
     assert all(peers is None and why.startswith("no compiled code") for peers, why in found(range(3)))
