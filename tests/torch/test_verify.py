@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -319,8 +320,8 @@ def test_the_last_gather_of_logits_is_compared_too(asked: EngineConfig, monkeypa
     """No later stage's output would reveal it."""
     true_gather = Communicator.column_gather
 
-    def gather(self: Communicator, x: Tensor, ranks: tuple[int, ...], widths: tuple[int, ...], label: str) -> Tensor:
-        gathered = true_gather(self, x, ranks, widths, label)
+    def gather(self: Communicator, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        gathered = true_gather(self, x, *rest, **more)
         return gathered.roll(1, dims=1) if self.rank == 2 else gathered
 
     monkeypatch.setattr(Communicator, "column_gather", gather)

@@ -277,7 +277,7 @@ def test_the_room_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     ("fields", "says"),
     [
         ({"model_type": "kimi_k2"}, "cannot load it"),
-        ({"model_type": "mamba"}, 'architecture "mamba" is not known'),
+        ({"model_type": "mamba"}, 'architecture "mamba" is not supported'),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}, "not fp8; take the unq"),
     ],
     ids=str,
