@@ -10,15 +10,17 @@ import os
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
 from narrows.comm.communicator import Communicator
 from narrows.comm.device import synchronize
 from narrows.layout import split_evenly
+from narrows.ops.linear import linear
+from narrows.ops.packed import LinearWeight, empty_linear, fill
 
 __all__ = ["COLLECTIVES", "GEMM_SHAPE", "Probe"]
 
@@ -27,8 +29,11 @@ GEMM_SHAPE = (2048, 4096, 2048)
 """Rows, outputs and inputs of the product that stands for the fastest one: 34 GFLOP per rank."""
 
 _WIDTH = 512
+_TRIAL_ROWS = 256
 _PASSES = 3
 """How often a rate is measured at once; the fastest counts, since other work only ever takes time away."""
+
+Made = TypeVar("Made")
 
 
 class Probe:
@@ -37,7 +42,7 @@ class Probe:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         self._ranks = tuple(range(comm.mesh.size))
-        self._kept: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
+        self._kept: dict[str, tuple[object, Any]] = {}
 
     def read(self, nbytes: int) -> float:
         """To read ``nbytes`` once, in a sum over them."""
@@ -45,16 +50,19 @@ class Probe:
         return self._fastest(lambda: x.sum())
 
     def gemm(self, dtype: torch.dtype) -> float:
-        """To compute one product of :data:`GEMM_SHAPE`."""
+        """To compute one product of :data:`GEMM_SHAPE`, by torch or by the engine's kernel on packed weights: whichever
+        is faster on some of the rows."""
         rows, outputs, inputs = GEMM_SHAPE
-        x, weight = self._keep(
-            "gemm",
-            dtype,
-            lambda: tuple(
-                torch.randn(size, device=self.comm.device).to(dtype) for size in ((rows, inputs), (outputs, inputs))
-            ),
-        )
-        return self._fastest(lambda: functional.linear(x, weight))
+        device = self.comm.device
+
+        def make() -> tuple[Tensor, LinearWeight]:
+            x, plain = (torch.randn(size, device=device).to(dtype) for size in ((rows, inputs), (outputs, inputs)))
+            packed = empty_linear(outputs, inputs, dtype, device)
+            fill(packed, 0, plain)
+            return x, min((plain, packed), key=lambda weight: self._seconds(lambda: linear(x[:_TRIAL_ROWS], weight)))
+
+        x, weight = self._keep("gemm", dtype, make)
+        return self._fastest(lambda: linear(x, weight))
 
     def copy(self, nbytes: int, repeats: int) -> float:
         """To copy ``nbytes``: the mean of ``repeats`` copies from different places to one, as results take one."""
@@ -143,20 +151,25 @@ class Probe:
         size = len(self._ranks)
         return size * max(1, round(nbytes / (size * _WIDTH * dtype.itemsize)))
 
-    def _keep(self, what: str, size: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def _keep(self, what: str, size: object, make: Callable[[], Made]) -> Made:
         """What was made for this size, made anew for another."""
         if what not in self._kept or self._kept[what][0] != size:
             self._kept[what] = size, make()
-        return self._kept[what][1]
+        made: Made = self._kept[what][1]
+        return made
 
     def _mean(self, calls: list[Callable[[], object]]) -> float:
         self.comm.barrier(self._ranks, "bench")
+        return self._seconds(*calls) / len(calls)
+
+    def _seconds(self, *calls: Callable[[], object]) -> float:
+        """Of all calls together, on this rank."""
         synchronize(self.comm.device)
         start = perf_counter()
         for call in calls:
             call()
         synchronize(self.comm.device)
-        return (perf_counter() - start) / len(calls)
+        return perf_counter() - start
 
     def _fastest(self, call: Callable[[], object]) -> float:
         return min(self._mean([call]) for _ in range(_PASSES))

@@ -1,8 +1,7 @@
 """A plan bound to one rank's model and communicator: a flat tuple of callables that run in order once per step.
 
-Binding resolves every name: fields become numbered registers, stages bound methods, moves movers. A step looks
-nothing up by name and checks no layout; what changes from step to step (row counts)
-comes as a :class:`Frame`, computed once
+Binding resolves every name: fields become numbered registers, stages bound methods, moves movers. A step looks nothing
+up by name and checks no layout. What changes from step to step (row counts) comes as a :class:`Frame`, computed once
 per step for each distinct move.
 
 An addend that joins an owed sum is not added when its step comes: it is handed to the move that completes the sum,
