@@ -105,7 +105,7 @@ def profile(args: argparse.Namespace, hosts: int) -> Path:
 
 
 def _calibrate(args: argparse.Namespace, rig: HostRig) -> list[str]:
-    command = narrows("calibrate", args.model, "--ranks", "4", "--seconds", str(args.seconds), "--dtype", args.dtype)
+    command = narrows("calibrate", args.model, "--num-ranks", "4", "--seconds", str(args.seconds), "--dtype", args.dtype)
     command += [*["--quick"] * args.quick, "--out"]
     if not args.quick:
         subprocess.run([*command, str(profile(args, 1))], check=True)
@@ -324,8 +324,8 @@ def _cut(args: argparse.Namespace, rig: HostRig) -> list[str]:
 
 
 def _slow(args: argparse.Namespace, rig: HostRig) -> list[str]:
-    """A prefill step whose rows take far longer than --timeout; the time is that from the start."""
-    both = _generating(args, rig, "--prompt", "the sea was calm " * 200, "--timeout", "3")
+    """A prefill step whose rows take far longer than --rank-timeout; the time is that from the start."""
+    both = _generating(args, rig, "--prompt", "the sea was calm " * 200, "--rank-timeout", "3")
     return _named(both, "cable of 0.5 Mb/s", "which was not done within 3 s", most_s=600.0)
 
 

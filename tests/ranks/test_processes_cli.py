@@ -161,7 +161,7 @@ def test_ctrl_c_ends_a_bench_once(speaking_v3: Path) -> None:
         (("--nnodes", "2", "--node-rank", "2"), "--node-rank must be between 0 and 1"),
         (("--nnodes", "2"), "--node-rank must be between 0 and 1"),
         (("--master-port", "1"), "--master-port needs --nnodes"),
-        (("--timeout", "0"), "it must be more than 0"),
+        (("--rank-timeout", "0"), "--rank-timeout is 0 s; it must be more than 0"),
         ((*FIRST_OF_TWO, "--master-addr", "127.0.0.1", "--ranks", "threads"), "leave out --ranks threads"),
         ((*FIRST_OF_TWO, "--master-addr", "203.0.113.1"), "is it this host's?"),
     ],

@@ -17,7 +17,7 @@ from narrows.engine.config import EngineConfig, resolve
 from narrows.errors import ConfigError
 from narrows.native import why_absent
 
-OPTIONS = ["--ranks", "2", "--world", "threads", "--quick", "--dtype", "float32", "--seconds", "8"]
+OPTIONS = ["--num-ranks", "2", "--transport", "threads", "--quick", "--dtype", "float32", "--seconds", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +92,12 @@ def test_plan_takes_the_profile_of_as_many_ranks(
     assert document["layouts"][0]["totals_ms"]["host"] > 0
     assert any(note.startswith("prices: the profile mine.json, made") for note in document["notes"])
     assert main([*options, "--tp", "4"]) == 2
-    assert "make one with: narrows calibrate --ranks 4" in capsys.readouterr().err
+    assert "make one with: narrows calibrate --num-ranks 4" in capsys.readouterr().err
 
 
 def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> None:
     assert resolve(asked(device=str(profile))).deployment.device.measured is not None
-    with pytest.raises(ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --ranks 4 .*--world threads"):
+    with pytest.raises(ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --num-ranks 4 .*--transport threads"):
         resolve(asked(tp=4, device=str(profile)))
     read = read_profile(profile)
     for change, said in (
@@ -147,16 +147,16 @@ def test_bench_layout_prints_the_machines_pace_against_the_profile(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ranks", "0"], "--ranks is 0; it must be at least 1"),
+        (["--num-ranks", "0"], "--num-ranks is 0; it must be at least 1"),
         (["--threads", "0"], "--threads is 0; it must be at least 1"),
         (["--seconds", "0"], "--seconds is 0; it must be more than 0"),
-        (["no-such-model", "--world", "threads"], "no-such-model"),
-        (["--ranks", "1000"], "--ranks 1000 on "),
-        (["--dtype", "float8", "--world", "threads"], "dtype 'float8' is not known"),
-        (["--world", "pigeons"], "invalid choice: 'pigeons'"),
+        (["no-such-model", "--transport", "threads"], "no-such-model"),
+        (["--num-ranks", "1000"], "--num-ranks 1000 on "),
+        (["--dtype", "float8", "--transport", "threads"], "dtype 'float8' is not known"),
+        (["--transport", "pigeons"], "invalid choice: 'pigeons'"),
         pytest.param(
-            ["--world", "gloo"],
-            "--world gloo is not available here: ranks exchange through shm",
+            ["--transport", "gloo"],
+            "--transport gloo is not available here: ranks exchange through shm",
             marks=pytest.mark.skipif(bool(why_absent()), reason="gloo can be had without compiled code"),
         ),
     ],

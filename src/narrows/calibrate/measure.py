@@ -92,7 +92,7 @@ def calibrate(
     jobs = [(mesh, model) for mesh in meshes_of(num_ranks) for model in models if _can_be(configs[model], mesh)]
     if not jobs:
         raise ConfigError(
-            f"{' and '.join(models)} cannot be split over {num_ranks} ranks; name another model, or fewer --ranks"
+            f"{' and '.join(models)} cannot be split over {num_ranks} ranks; name another model, or fewer --num-ranks"
         )
     tables = Tables(1 if asked.launch is None else asked.launch.num_nodes)
     until, seen = begin, set[Mesh]()

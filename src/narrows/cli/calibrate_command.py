@@ -18,6 +18,7 @@ from narrows.calibrate.measure import Grid, calibrate, figures_of
 from narrows.calibrate.price_tables import Calibration
 from narrows.cli.arguments import add_host_flags, check_host_flags, nodes_of
 from narrows.cli.console import console
+from narrows.cli.renamed import add_old_spelling
 from narrows.cost.environment import MachineFingerprint
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
@@ -29,7 +30,7 @@ from narrows.ranks.node import run_series
 
 __all__ = ["add_parser", "run"]
 
-WORLDS = ("shm", "threads", "gloo", "nccl")
+TRANSPORTS = ("shm", "threads", "gloo", "nccl")
 _MODELS = ("dsv3-mini", "dsv2-mini")
 _MOST_RANKS_PER_CORE = 8
 _QUICK = Grid(
@@ -51,15 +52,17 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"presets or folders whose stages are measured, with random weights (default: {' '.join(_MODELS)})",
     )
-    add("--ranks", type=int, metavar="N", help="ranks in all, dp x tp (default: one per core or GPU)")
+    add("--num-ranks", type=int, metavar="N", help="ranks in all, dp x tp (default: one per core or GPU)")
+    add_old_spelling(parser, "--ranks", "--num-ranks", type=int)
     add("--threads", type=int, default=1, help="threads per rank (default %(default)s)")
     add(
-        "--world",
-        choices=WORLDS,
+        "--transport",
+        choices=TRANSPORTS,
         default="shm",
         help="how ranks exchange: processes of one host through shared memory (shm), threads of one process, processes "
         "through gloo, or GPUs through nccl (default %(default)s)",
     )
+    add_old_spelling(parser, "--world", "--transport", choices=TRANSPORTS)
     add("--dtype", default="bfloat16", help="bfloat16 or float32, of activations and weights (default %(default)s)")
     add("--quantization", choices=QUANTIZATIONS, default="none", help="int8 linear and expert weights (default none)")
     add(
@@ -86,13 +89,13 @@ def run(args: argparse.Namespace) -> int:
     hosts = 1 if launch is None else launch.num_nodes
     setting = setting_of(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads)
     world = world_name(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts)
-    if world not in (args.world, f"{args.world}+gloo"):
+    if world not in (args.transport, f"{args.transport}+gloo"):
         way_out = (
             "processes of one host share memory; run it, and the engine, with NARROWS_SHM=0"
-            if args.world == "gloo"
-            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --world {world}"
+            if args.transport == "gloo"
+            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --transport {world}"
         )
-        raise ConfigError(f"--world {args.world} is not available here: ranks exchange through {world}: {way_out}")
+        raise ConfigError(f"--transport {args.transport} is not available here: ranks exchange through {world}: {way_out}")
     if launch is not None and not launch.is_coordinator:
         return run_series(launch)
     asked = replace(asked, launch=launch)
@@ -129,9 +132,9 @@ def _asked(args: argparse.Namespace) -> EngineConfig:
         model=_MODELS[0],
         layout="all-reduce",
         dtype=args.dtype,
-        run_on="cuda" if args.world == "nccl" else "cpu",
-        device="cpu-core" if args.world != "nccl" else "auto",
-        ranks="threads" if args.world == "threads" else "processes",
+        run_on="cuda" if args.transport == "nccl" else "cpu",
+        device="cpu-core" if args.transport != "nccl" else "auto",
+        ranks="threads" if args.transport == "threads" else "processes",
         threads=args.threads,
         quantization=args.quantization,
         load_format="dummy",
@@ -148,27 +151,27 @@ def _launch(args: argparse.Namespace, num_ranks: int) -> Launch | None:
     if args.nnodes is None:
         check_host_flags(args)
         return None
-    if args.ranks is None:
-        raise ConfigError("--nnodes needs --ranks: how many on all hosts together")
-    if args.world not in ("shm", "gloo"):
-        raise ConfigError(f"ranks on several hosts are processes on CPUs: leave out --world {args.world}")
+    if args.num_ranks is None:
+        raise ConfigError("--nnodes needs --num-ranks: how many on all hosts together")
+    if args.transport not in ("shm", "gloo"):
+        raise ConfigError(f"ranks on several hosts are processes on CPUs: leave out --transport {args.transport}")
     launch = nodes_of(args, num_ranks)
     if num_ranks % launch.num_nodes:
-        raise ConfigError(f"--ranks {num_ranks} cannot be dealt evenly to --nnodes {launch.num_nodes}")
+        raise ConfigError(f"--num-ranks {num_ranks} cannot be dealt evenly to --nnodes {launch.num_nodes}")
     return replace(launch, series=Series())
 
 
 def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
-    if args.ranks is None:
+    if args.num_ranks is None:
         return max(num_cores() // int(args.threads), 1)
-    if args.ranks < 1:
-        raise ConfigError(f"--ranks is {args.ranks}; it must be at least 1")
+    if args.num_ranks < 1:
+        raise ConfigError(f"--num-ranks is {args.num_ranks}; it must be at least 1")
     most = _MOST_RANKS_PER_CORE * num_cores() * (args.nnodes or 1)
-    if run_on == "cpu" and args.ranks > most:
+    if run_on == "cpu" and args.num_ranks > most:
         raise ConfigError(
-            f"--ranks {args.ranks} on {num_cores()} cores would measure how they wait for a core; at most {most} here"
+            f"--num-ranks {args.num_ranks} on {num_cores()} cores would measure how they wait for a core; at most {most} here"
         )
-    return int(args.ranks)
+    return int(args.num_ranks)
 
 
 def _profile(

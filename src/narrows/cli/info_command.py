@@ -164,7 +164,7 @@ def profiles(card: str) -> list[dict[str, Any]]:
 
 
 def transports(torch: dict[str, Any] | None, num_gpus: int) -> list[dict[str, Any]]:
-    """How ranks can exchange here, by the names that ``narrows calibrate --world`` takes."""
+    """How ranks can exchange here, by the names that ``narrows calibrate --transport`` takes."""
     try:
         shm = no_shared_memory()
     except ConfigError as error:  # NARROWS_TARGET names what cannot run

@@ -307,7 +307,7 @@ def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tu
     if not runs:
         ranks = setting.ranks
         none = f"there is no profile of this machine for {ranks} rank(s) in {profiles_folder()}"
-        way_out = f"make one with: narrows calibrate --ranks {ranks}, or name a --device"
+        way_out = f"make one with: narrows calibrate --num-ranks {ranks}, or name a --device"
         raise ConfigError(f"{'; '.join(refused) or none}; {way_out}")
     nearest = nearest_device(setting)
     if nearest is None:
@@ -328,8 +328,8 @@ def _said(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) 
 def calibrate_command(setting: MachineFingerprint, dtype: str) -> str:
     """What makes a profile for ``setting`` and weights of ``dtype``."""
     threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
-    world = "" if setting.world in ("shm", "shm+gloo", "alone") else f" --world {setting.world}"
-    world += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
+    transport = "" if setting.world in ("shm", "shm+gloo", "alone") else f" --transport {setting.world}"
+    transport += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
     switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
     weights = {"bf16": "", "fp32": " --dtype float32"}.get(dtype, f" --quantization {dtype}")
-    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{weights}{world}"
+    return f"{switch}narrows calibrate --num-ranks {setting.ranks}{threads}{weights}{transport}"

@@ -278,7 +278,7 @@ def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
     if asked.ranks not in RANKS:
         raise ConfigError(f"--ranks {asked.ranks!r} is not known; ranks are {' or '.join(RANKS)}")
     if not asked.timeout_s > 0:
-        raise ConfigError(f"--timeout is {asked.timeout_s:g} s; it must be more than 0")
+        raise ConfigError(f"--rank-timeout is {asked.timeout_s:g} s; it must be more than 0")
     if asked.launch is None:
         return
     if asked.ranks != "processes":

@@ -82,7 +82,7 @@ def ranks_line(device: Device, num_ranks: int) -> str:
         return ""
     return (
         f"the profile {device.name} is of {measured.num_ranks} rank(s), the mesh has {num_ranks}: what ranks share "
-        f"with each other is priced as if they did not; make one with: narrows calibrate --ranks {num_ranks}"
+        f"with each other is priced as if they did not; make one with: narrows calibrate --num-ranks {num_ranks}"
     )
 
 
