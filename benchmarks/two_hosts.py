@@ -105,7 +105,9 @@ def profile(args: argparse.Namespace, hosts: int) -> Path:
 
 
 def _calibrate(args: argparse.Namespace, rig: HostRig) -> list[str]:
-    command = narrows("calibrate", args.model, "--num-ranks", "4", "--seconds", str(args.seconds), "--dtype", args.dtype)
+    command = narrows(
+        "calibrate", args.model, "--num-ranks", "4", "--seconds", str(args.seconds), "--dtype", args.dtype
+    )
     command += [*["--quick"] * args.quick, "--out"]
     if not args.quick:
         subprocess.run([*command, str(profile(args, 1))], check=True)

@@ -270,7 +270,9 @@ def test_a_profile_of_two_hosts_is_not_for_one(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"hosts 2 there, 1 here.*narrows calibrate --num-ranks 2 --out"):
         running(file, dtype="bf16")
     kept(tmp_path, "one.json")
-    with pytest.raises(ConfigError, match=r"hosts 1 there, 2 here.*narrows calibrate --num-ranks 2 --nnodes 2 \(on each"):
+    with pytest.raises(
+        ConfigError, match=r"hosts 1 there, 2 here.*narrows calibrate --num-ranks 2 --nnodes 2 \(on each"
+    ):
         choose_device(str(tmp_path / "one.json"), lambda: two, runs=True, dtype="bf16")
 
 
@@ -310,7 +312,9 @@ def test_profiles_of_the_dtype_and_then_of_the_model_are_preferred(
     assert "c.json" in taken("bf16", "/else/where/other")
     assert "c.json" in taken("bf16", "unheard-of"), "the newest"
     assert planned("auto", dtype="int8", model="dsv3-mini")[1][0].startswith("prices: the profile b-int8.json")
-    with pytest.raises(ConfigError, match=r"no profile of this machine for 3 rank\(s\).*calibrate --num-ranks 3, or name"):
+    with pytest.raises(
+        ConfigError, match=r"no profile of this machine for 3 rank\(s\).*calibrate --num-ranks 3, or name"
+    ):
         planned("auto", 3)
 
 

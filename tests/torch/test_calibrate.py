@@ -97,7 +97,9 @@ def test_plan_takes_the_profile_of_as_many_ranks(
 
 def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> None:
     assert resolve(asked(device=str(profile))).deployment.device.measured is not None
-    with pytest.raises(ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --num-ranks 4 .*--transport threads"):
+    with pytest.raises(
+        ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --num-ranks 4 .*--transport threads"
+    ):
         resolve(asked(tp=4, device=str(profile)))
     read = read_profile(profile)
     for change, said in (

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from narrows.cli.main import COMMANDS, parse
+from narrows.cli.main import COMMANDS, main, parse
 
 WITHOUT_HELP = {
     f"--{name}" for name in ("temperature", "top-k", "top-p", "min-p", "seed", "min-tokens", "logprobs")
@@ -73,3 +73,15 @@ def test_an_old_spelling_works_and_warns(
     assert values[0] == values[1] and str(values[0]) in (value, f"{value}.0")
     parser = next(each for each in parsers() if each.prog == " ".join(command))
     assert new in parser.format_help() and f"{old} " not in parser.format_help().replace(new, "")
+
+
+@pytest.mark.parametrize("command", ENGINE_COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(("name", "kind"), [("cuda", "cuda"), ("cuda:0", "cuda"), ("gpu", "cuda"), ("cpu", "cpu")])
+def test_a_kind_of_device_is_refused_with_the_flag_for_it(
+    command: list[str], name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"generate": ["--prompt", "w"], "bench": ["--rows", "8"]}.get(command[0], [])
+    assert main([*command, "org/nobody-has-fetched-this", *needed, "--device", name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"narrows: error: --device {name}: ") and said.endswith(f"say --run-on {kind}\n")
+    assert said.count("\n") == 1

@@ -84,7 +84,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
     engine.add_argument(
         "--device",
         default=_DEFAULT["device"],
-        help="device that plans are priced for (default: the one that ranks run on)",
+        help="device that plans are priced for, by name or a profile's file (default: the one that ranks run on)",
     )
     engine.add_argument(
         "--quantization",

@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
             if args.transport == "gloo"
             else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --transport {world}"
         )
-        raise ConfigError(f"--transport {args.transport} is not available here: ranks exchange through {world}: {way_out}")
+        raise ConfigError(
+            f"--transport {args.transport} is not available here: ranks exchange through {world}: {way_out}"
+        )
     if launch is not None and not launch.is_coordinator:
         return run_series(launch)
     asked = replace(asked, launch=launch)
@@ -169,7 +171,8 @@ def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
     most = _MOST_RANKS_PER_CORE * num_cores() * (args.nnodes or 1)
     if run_on == "cpu" and args.num_ranks > most:
         raise ConfigError(
-            f"--num-ranks {args.num_ranks} on {num_cores()} cores would measure how they wait for a core; at most {most} here"
+            f"--num-ranks {args.num_ranks} on {num_cores()} cores would measure how they wait for a core; "
+            f"at most {most} here"
         )
     return int(args.num_ranks)
 

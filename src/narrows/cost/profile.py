@@ -27,6 +27,7 @@ __all__ = [
     "DeviceFigures",
     "Profile",
     "calibrate_command",
+    "check_device_name",
     "choose_device",
     "nearest_device",
     "profiles_folder",
@@ -39,6 +40,8 @@ _FOLDER_VARIABLE = "NARROWS_PROFILES"
 _PEAKS = ("tflops_bf16", "tflops_fp32", "tflops_int8", "tflops_fp8")
 _PLANNED = ("threads", "world", "card")
 """What may differ between a profile and ranks that are only planned."""
+_KINDS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+"""What users call a kind of device, with the value of ``--run-on``."""
 
 _Rate = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -249,6 +252,27 @@ def profiles_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "narrows" / "profiles"
 
 
+def check_device_name(name: str, *, runs: bool) -> None:
+    """Refuse a kind of device (``cpu``, ``cuda``, ``cuda:0``) as the name of the one that plans are priced for.
+
+    Args:
+        name: the value of ``--device``.
+        runs: whether ranks run here, so that the user may mean where they compute.
+
+    Raises:
+        ConfigError: it is a kind; the text has the way out.
+    """
+    kind = _KINDS.get(name.partition(":")[0])
+    if kind is None:
+        return
+    if runs:
+        raise ConfigError(
+            f"--device {name}: --device names the device that plans are priced for; to choose where ranks compute, "
+            f"say --run-on {kind}"
+        )
+    raise ConfigError(f"--device {name} is a kind of device; name the one that is priced: {', '.join(DEVICES)}")
+
+
 def choose_device(
     asked: str, setting: Callable[[], MachineFingerprint], *, dtype: str = "", model: str = "", runs: bool
 ) -> tuple[Device, list[str]]:
@@ -266,6 +290,7 @@ def choose_device(
     Raises:
         ConfigError: no such device, no such profile, or one that does not hold here, with the way out.
     """
+    check_device_name(asked, runs=runs)
     if asked == "auto":
         return _kept(setting(), dtype, model, runs)
     if not (asked.endswith(".json") or os.sep in asked):

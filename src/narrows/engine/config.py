@@ -17,7 +17,7 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.checkpoints import local_model
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.pricer import StepShape
-from narrows.cost.profile import choose_device
+from narrows.cost.profile import check_device_name, choose_device
 from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
 from narrows.engine.prices import setting_of
@@ -260,8 +260,9 @@ def at_hand(asked: EngineConfig) -> EngineConfig:
     fetched. A config whose model is a path is not changed.
 
     Raises:
-        ConfigError: neither hub nor cache has it.
+        ConfigError: neither hub nor cache has it, or ``device`` is a kind of device, which is ``run_on``.
     """
+    check_device_name(asked.device, runs=True)  # before anything is fetched
     needed: Literal["text", "weights"] = "text" if asked.load_format == "dummy" else "weights"
     return replace(asked, model=local_model(asked.model, revision=asked.revision, needed=needed), revision="")
 
