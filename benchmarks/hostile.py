@@ -38,7 +38,7 @@ from hostile_load.attacker import Attack, Attacker
 from hostile_load.connections import CONNECTIONS
 from hostile_load.grammars import GRAMMARS
 from hostile_load.items import ITEMS
-from hostile_load.places import PLACES
+from hostile_load.queue_attacks import QUEUE_ATTACKS
 from hostile_load.shares import last_in_line
 from hostile_load.texts import TEXTS
 from hostile_load.victim import Victim, start
@@ -46,7 +46,7 @@ from hostile_load.watch import Seen, Watch
 from rich.console import Console
 from rich.table import Table
 
-ATTACKS = (*TEXTS, *ITEMS, *GRAMMARS, *CONNECTIONS, *PLACES)
+ATTACKS = (*TEXTS, *ITEMS, *GRAMMARS, *CONNECTIONS, *QUEUE_ATTACKS)
 MAX_HEALTH_S = 0.5
 MAX_GAP_RATIO = 3.0
 MAX_FIRST_S = 5.0

@@ -23,9 +23,9 @@ def make(folder: str) -> Generate:
 
     def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
         clock = Clock(len(prompts))
-        places = {engine.add(tuple(prompt), max_tokens).id: at for at, prompt in enumerate(prompts)}
+        indices = {engine.add(tuple(prompt), max_tokens).id: at for at, prompt in enumerate(prompts)}
         for request in engine.run():
-            clock.add(places[request.id], request.output[-1])
+            clock.add(indices[request.id], request.output[-1])
         return clock.read()
 
     return generate

@@ -104,7 +104,7 @@ def rough(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def collectives(comm: Communicator, counts: Sequence[int], width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every collective in every group of this rank, on this rank's own values; the results.
 
-    ``counts``: rows by place in a group; a group takes as many of them as it has members.
+    ``counts``: rows by index in a group; a group takes as many of them as it has members.
     """
     out: dict[str, Tensor] = {}
     for ranks in groups_of(comm.mesh, comm.rank):

@@ -92,12 +92,12 @@ def planted_in_one(names: str | tuple[str, ...], cases: Sequence[Any], *mistakes
     """Every case unchanged, and each mistake in one of them, the next mistake in the next; in the others it is for
     ``make test-full``."""
     found = []
-    for place, case in enumerate(cases):
+    for index, case in enumerate(cases):
         values = case if isinstance(case, tuple) else (case,)
         ids = "-".join(map(str, values))
         found.append(pytest.param(*values, None, id=f"{ids}-as-it-is"))
         for number, mistake in enumerate(mistakes):
-            marks = () if number % len(cases) == place else pytest.mark.full
+            marks = () if number % len(cases) == index else pytest.mark.full
             found.append(pytest.param(*values, mistake, id=f"{ids}-{mistake.name}", marks=marks))
     names = (names,) if isinstance(names, str) else names
     return pytest.mark.parametrize((*names, "mistake"), found)

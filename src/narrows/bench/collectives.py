@@ -13,7 +13,7 @@ import torch
 
 from narrows.bench.interleave import interleave
 from narrows.bench.results import Outcome, Series
-from narrows.calibrate.probe import COLLECTIVES, Probe
+from narrows.calibrate.probe import PROBED_COLLECTIVES, Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import ratios
 from narrows.engine.config import EngineConfig, resolve
@@ -80,7 +80,7 @@ def collectives(
         series = []
         for nbytes in work.sizes:
             repeats = min(max(_AT_ONCE // nbytes, 1), _MOST_REPEATS)
-            for op in COLLECTIVES:
+            for op in PROBED_COLLECTIVES:
                 ways: dict[str, Callable[[], float]] = {
                     name: partial(comm.ask, Probe.collective, op, nbytes, work.dtype, repeats)
                     for name, comm in comms.items()

@@ -56,7 +56,7 @@ _TEXT = [
     "tiktoken.model",
     "tekken.json",
 ]
-_ROOM = "make room, or name another place with HF_HUB_CACHE"
+_ROOM = "make room, or name another folder with HF_HUB_CACHE"
 _RESERVE = 1 << 26
 """Bytes that stay free on the cache's disk."""
 
@@ -218,7 +218,7 @@ def _in_one_line(name: str, revision: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full; {_ROOM}") from None
         raise ConfigError(
-            f"{name} cannot be fetched into {constants.HF_HUB_CACHE} ({_words(error)}); another place is set by "
+            f"{name} cannot be fetched into {constants.HF_HUB_CACHE} ({_words(error)}); another folder is set by "
             "HF_HUB_CACHE"
         ) from None
 

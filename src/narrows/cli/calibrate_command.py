@@ -22,7 +22,7 @@ from narrows.cli.renamed import add_old_spelling
 from narrows.cost.environment import MachineFingerprint
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
-from narrows.engine.prices import setting_of, world_name
+from narrows.engine.rank_environment import rank_fingerprint, transport_name
 from narrows.errors import ConfigError
 from narrows.ranks.affinity import num_cores
 from narrows.ranks.launch import Launch, Series, announce_end
@@ -87,16 +87,18 @@ def run(args: argparse.Namespace) -> int:
     num_ranks = _num_ranks(args, asked.run_on)
     launch = _launch(args, num_ranks)
     hosts = 1 if launch is None else launch.num_nodes
-    setting = setting_of(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads)
-    world = world_name(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts)
-    if world not in (args.transport, f"{args.transport}+gloo"):
+    fingerprint = rank_fingerprint(
+        run_on=asked.run_on, ranks=asked.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads
+    )
+    transport = transport_name(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts)
+    if transport not in (args.transport, f"{args.transport}+gloo"):
         way_out = (
             "processes of one host share memory; run it, and the engine, with NARROWS_SHM=0"
             if args.transport == "gloo"
-            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --transport {world}"
+            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --transport {transport}"
         )
         raise ConfigError(
-            f"--transport {args.transport} is not available here: ranks exchange through {world}: {way_out}"
+            f"--transport {args.transport} is not available here: ranks exchange through {transport}: {way_out}"
         )
     if launch is not None and not launch.is_coordinator:
         return run_series(launch)
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             seconds=args.seconds,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
-    profile = _profile(args, setting, found, models, where["memory_gib"] * (1 << 30), where["date"])
+    profile = _profile(args, fingerprint, found, models, where["memory_gib"] * (1 << 30), where["date"])
     path = Path(args.out) if args.out else profiles_folder() / f"{profile.name}.json"
     write_profile(path, profile)
     _print(profile, found, path)
@@ -179,25 +181,26 @@ def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
 
 def _profile(
     args: argparse.Namespace,
-    setting: MachineFingerprint,
+    fingerprint: MachineFingerprint,
     found: Calibration,
     models: tuple[str, ...],
     memory: float,
     date: str,
 ) -> Profile:
-    words = [f"{setting.ranks}x{setting.threads}", setting.world.replace("+", "-")]
-    words += [f"{setting.hosts}hosts"] if setting.hosts > 1 else []
+    words = [f"{fingerprint.ranks}x{fingerprint.threads}", fingerprint.world.replace("+", "-")]
+    words += [f"{fingerprint.hosts}hosts"] if fingerprint.hosts > 1 else []
     words += [args.quantization] if args.quantization != "none" else []
     words += ["fp32"] if args.dtype == "float32" else []
     words += [Path(model).name for model in models if models != _MODELS]
     dtype = "fp32" if args.dtype == "float32" else "bf16"
-    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory * setting.hosts, dtype=dtype)
-    if setting.card:
+    figures = figures_of(found, num_ranks=fingerprint.ranks, memory_bytes=memory * fingerprint.hosts, dtype=dtype)
+    if fingerprint.card:
         del figures["memory_bytes"]  # the host's, and not its GPUs'
     return Profile(
         name="-".join(words),
-        title=f"{setting.ranks} ranks of {setting.cpu}" + (f" on {setting.hosts} hosts" if setting.hosts > 1 else ""),
-        fits=setting,
+        title=f"{fingerprint.ranks} ranks of {fingerprint.cpu}"
+        + (f" on {fingerprint.hosts} hosts" if fingerprint.hosts > 1 else ""),
+        fits=fingerprint,
         made={
             "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "command": shlex.join(["narrows", *sys.argv[1:]]),
@@ -205,7 +208,7 @@ def _profile(
             "seconds": round(found.seconds, 1),
             "left_out": list(found.left_out),
         },
-        device=DeviceFigures(like=nearest_device(setting) or "h100", **figures),
+        device=DeviceFigures(like=nearest_device(fingerprint) or "h100", **figures),
         stages=list(found.measured.stages),
         collectives=list(found.measured.collectives),
         copies=[list(row) for row in found.measured.copies],

@@ -67,10 +67,10 @@ def _clients(found: Fairness) -> Table:
 
 def _fairness_words(found: Fairness) -> str:
     if not found.clients:
-        return "places: no client waited while another ran"
+        return "running slots: no client waited while another ran"
     return (
-        f"places while texts waited: Jain's index {found.jain:.3f} over {found.clients} clients; the least that one "
-        f"had is {found.least:.0%} of its fair share"
+        f"running slots while texts waited: Jain's index {found.jain:.3f} over {found.clients} clients; "
+        f"the least that one had is {found.least:.0%} of its fair share"
     )
 
 

@@ -14,7 +14,7 @@ from narrows.convert.gguf_fields import Fields
 from narrows.convert.gguf_header import GgufHeader
 from narrows.errors import ConfigError
 
-__all__ = ["FAMILIES", "SIGMOID", "SOFTMAX", "Family", "gating", "gguf_family"]
+__all__ = ["GGUF_FAMILIES", "SIGMOID", "SOFTMAX", "Family", "gating", "gguf_family"]
 
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
 
@@ -37,7 +37,7 @@ class Family:
     latent: bool = False
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+GGUF_FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(hf_class="LlamaForCausalLM", model_type="llama", rows_reordered=True),
         "qwen2": Family(hf_class="Qwen2ForCausalLM", model_type="qwen2", biases=("q", "k", "v")),
@@ -55,11 +55,13 @@ GLM_LITE_VOCABULARY = 154880
 def gguf_family(file: GgufHeader) -> Family:
     """The architecture; `ConfigError` names those that are known."""
     name = file.need("general.architecture", str)
-    if name not in FAMILIES:
-        raise ConfigError(f"{file.path} is of the architecture {name!r}; supported: {', '.join(map(repr, FAMILIES))}")
+    if name not in GGUF_FAMILIES:
+        raise ConfigError(
+            f"{file.path} is of the architecture {name!r}; supported: {', '.join(map(repr, GGUF_FAMILIES))}"
+        )
     if name == "deepseek2" and _routes(Fields(file)) and gating(Fields(file)) == SIGMOID:
         return DEEPSEEK_V3
-    return FAMILIES[name]
+    return GGUF_FAMILIES[name]
 
 
 def _routes(fields: Fields) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from narrows.cost.devices import Device
 from narrows.cost.price import ZERO, Price, Source
 
-__all__ = ["attention_price", "norm_price", "stream_price"]
+__all__ = ["attention_roofline", "norm_price", "stream_price"]
 
 
 def norm_price(device: Device, nbytes: float, *, fused: bool) -> Price:
@@ -32,7 +32,7 @@ def stream_price(device: Device, nbytes: float) -> Price:
     return _memory_price(device, nbytes, device.stream_efficiency)
 
 
-def attention_price(device: Device, *, flops: float, kv_bytes: float, dtype: str) -> Price:
+def attention_roofline(device: Device, *, flops: float, kv_bytes: float, dtype: str) -> Price:
     """The attention core of one layer: the larger of compute and the reading of keys and values, + launch.
 
     ``flops`` are the multiplies and adds of this rank (2 per multiply-accumulate, masked positions left out),

@@ -20,7 +20,7 @@ an AMD EPYC (Zen 4), 216 to 247 on a Xeon with AMX (benchmarks/memory.py). Libra
 GPU_PROCESS = 3.5e9
 """Of a rank on a GPU: the context, kernels, graphs and workspaces of libraries. NVIDIA AIConfigurator's figure."""
 GPU_COLLECTIVES = 0.4e9
-"""Of NCCL, where there are several ranks; from the same place."""
+"""Of NCCL, where there are several ranks; from the same source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

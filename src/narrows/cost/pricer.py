@@ -226,7 +226,7 @@ class Pricer:
         return Price(price.seconds - saved, price.source) if saved else price
 
     def _together(self, stage: Stage, work: tuple[Work, ...], rows: int, dtype: str) -> dict[int, Price]:
-        """What items cost, by place in ``work``, that a GPU's kernels do together or in another form."""
+        """What items cost, by index in ``work``, that a GPU's kernels do together or in another form."""
         found: dict[int, Price] = {}
         if stage.routed is not None:
             price = experts_price(self.device, stage.routed, rows, self._fp8(dtype), self.expert_skew)
@@ -321,7 +321,7 @@ class Pricer:
         return price
 
     def _axis(self, move: Move, among: Levels, levels: Levels) -> str:
-        """Whether the ranks of a group lie next to each other; those of equal place on their nodes do not."""
+        """Whether the ranks of a group lie next to each other; those of equal rank on their nodes do not."""
         adjacent = prod(self.mesh.sizes[move.last :]) == 1 and (among == levels or not among.spans)
         return AXES[0] if adjacent else AXES[1]
 

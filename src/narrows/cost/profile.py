@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, field_seriali
 
 from narrows.cost.devices import DEVICES, Device, device, device_of_card
 from narrows.cost.environment import MachineFingerprint
-from narrows.cost.measured import WORKS, CollectiveTable, Measured, Part, SizeRow, StageTable, StepTable, short
+from narrows.cost.measured import WORKS, CollectiveTable, Measured, ProfileObject, SizeRow, StageTable, StepTable, short
 from narrows.cost.network import NETWORKS
 from narrows.errors import ConfigError
 from narrows.native import why_absent
@@ -53,7 +53,7 @@ _Seconds = Annotated[float, Field(ge=0)]
 _UNSAID: Any = None
 
 
-class DeviceFigures(Part):
+class DeviceFigures(ProfileObject):
     """Figures of a :class:`~narrows.cost.devices.Device`; what is left out is that of ``like``."""
 
     like: Literal[tuple(DEVICES)] = "cpu-core"  # type: ignore[valid-type]
@@ -94,7 +94,7 @@ class DeviceFigures(Part):
         }
 
 
-class Profile(Part):
+class Profile(ProfileObject):
     """A machine's prices, and what they were made for. ``made``: date, command, models; for people."""
 
     narrows_profile: Literal[1] = 1

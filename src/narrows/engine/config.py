@@ -20,7 +20,7 @@ from narrows.cost.pricer import StepShape
 from narrows.cost.profile import check_device_name, choose_device
 from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
-from narrows.engine.prices import setting_of
+from narrows.engine.rank_environment import rank_fingerprint
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Topology, split_evenly
 from narrows.models.registry import check_executable
@@ -107,7 +107,7 @@ class EngineConfig:
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
     prefix_cache: bool = True
-    """KV of tokens that another request has in the same places is used again; never with ``batch_invariant``."""
+    """KV of tokens that another request has at the same positions is used again; never with ``batch_invariant``."""
     checked: bool = False
     batch_invariant: bool = False
     """Tokens do not depend on other requests: one plan for every step, and each row computed alone."""
@@ -210,7 +210,7 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
     dtype, gemm_dtype = _dtype(asked, config, notes)
     gemm_dtype = _quantized(asked, gemm_dtype, notes)
     setting = partial(
-        setting_of,
+        rank_fingerprint,
         run_on=asked.run_on,
         ranks=asked.ranks,
         hosts=1 if asked.launch is None else asked.launch.num_nodes,
@@ -357,7 +357,7 @@ def _fit_host(
     mesh = deployment.mesh
     planner = Planner(deployment, sharding)
     if plan is None:
-        rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a place in the cache
+        rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a slot of the cache
         shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=limits.max_context)
         plan = planner.plan(shape, asked.layout)
     needs_of = partial(

@@ -101,7 +101,7 @@ class LLM:
         """Log-probabilities of the prompts' own tokens; nothing is generated.
 
         Returns, per prompt, a completion without text whose ``prompt_logprobs`` hold a :class:`TokenScore` for every
-        token from the second on, each with the ``num_best`` most likely tokens at its place.
+        token from the second on, each with the ``num_best`` most likely tokens at its position.
         Memory: the logits of a step's rows are never more than 64 MB per copy, however long the prompts.
 
         Raises:

@@ -390,7 +390,7 @@ def _compare_logits(
         largest = difference.max().item()
         if report.largest_at is None or largest > report.max_logit_difference:
             report.max_logit_difference = largest
-            report.largest_at = _logit_places(batch)[int(difference.amax(-1).argmax())]
+            report.largest_at = _logit_positions(batch)[int(difference.amax(-1).argmax())]
         mean = max(mean, difference.mean(-1).sum().item())
         divergence = (log_p.exp() * (log_p - got.log_softmax(-1))).sum().nan_to_num(nan=float("inf"))
         kl = max(kl, divergence.item())
@@ -401,7 +401,7 @@ def _compare_logits(
     report.agreement += agreed
 
 
-def _logit_places(batch: Batch) -> list[tuple[int, int]]:
+def _logit_positions(batch: Batch) -> list[tuple[int, int]]:
     """(request, position) of every row with logits, in their order."""
     return [
         (chunk.request, chunk.start + row)

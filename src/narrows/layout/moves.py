@@ -54,10 +54,10 @@ class Algorithm(StrEnum):
     """How the ranks of a group carry out a collective.
 
     ``HIERARCHICAL``, for a group with equally many ranks, several, on each of its nodes. ``peers`` are the ranks of
-    equal place on their nodes: one rank of each node. Every piece crosses the network once.
+    equal rank on their nodes: one rank of each node. Every piece crosses the network once.
 
         all_reduce      reduce-scatter in the node, all-reduce of that share among peers, all-gather in the node
-        reduce_scatter  reduce-scatter in the node, of shares that hold the pieces of each place; then among peers
+        reduce_scatter  reduce-scatter in the node, of the pieces of each rank of a node; then among peers
         all_gather      all-gather among peers, then in the node; column_gather alike
     """
 

@@ -21,7 +21,7 @@ class Limits:
     ``scored_rows_per_step``: most rows of scored prompts in a step, at least one such chunk; 0: as many as rows.
     ``prompt_rows``: most rows of prompts in a step in which texts go on, so that long prompts do not hold up who reads
     them; 0: as many as rows.
-    ``prefix_cache``: pages whose tokens another request has in the same places are used again.
+    ``prefix_cache``: pages whose tokens another request has at the same positions are used again.
     ``aging_steps``: a request goes before one of the next more urgent priority that came so many steps after it.
     ``decode_weight``: rows of prompts that a running request counts for, beside those it has left, where the group with
     the least to compute is looked for.

@@ -101,10 +101,10 @@ def serve(
     except OSError as error:
         raise ConfigError(f"cannot listen on {url_of(bound)}: {error}; give another --port") from None
     limits = state_of(app).options.connections
-    places = ConnectionSlots(limits.max_connections, limits.reserved_slots)
+    slots = ConnectionSlots(limits.max_connections, limits.reserved_slots)
     config = uvicorn.Config(
         app,
-        http=partial(Connection, limits=limits, places=places, turns=state_of(app).turns),  # type: ignore[arg-type]
+        http=partial(Connection, limits=limits, slots=slots, turns=state_of(app).turns),  # type: ignore[arg-type]
         ws="none",
         log_level="error",
         access_log=False,

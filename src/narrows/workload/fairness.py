@@ -25,8 +25,8 @@ class ClientFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fairness:
-    """``jain``: Jain's index over clients of the part of its max-min fair share of places that each had while texts
-    waited; 1: all the same part, 1 / clients: one had everything. ``least``: the smallest of those parts.
+    """``jain``: Jain's index over clients of the part of its max-min fair share of running slots that each had
+    while texts waited; 1: all the same part, 1 / clients: one had everything. ``least``: the smallest of those parts.
     ``clients``: how many are in it."""
 
     jain: float

@@ -113,7 +113,7 @@ def send_all(
     done = itertools.count(1)
 
     async def run() -> None:
-        places = asyncio.Semaphore(concurrency or len(asks))
+        slots = asyncio.Semaphore(concurrency or len(asks))
         bodies = [json.dumps(target.body(ask, number, seed)).encode() for number, ask in enumerate(asks)]
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=target.timeout_s)
@@ -124,7 +124,7 @@ def send_all(
             async def one(number: int) -> None:
                 if (wait := begin + asks[number].at_s - perf_counter()) > 0:
                     await asyncio.sleep(wait)
-                async with places:
+                async with slots:
                     answers[number] = await _send(session, f"{target.url}{target.path}", bodies[number])
                 progress(next(done))
 
