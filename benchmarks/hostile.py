@@ -4,7 +4,7 @@
     python benchmarks/hostile.py --url http://127.0.0.1:8000 --pid PID     # a server that runs, on this machine only
 
 Starts ``narrows serve`` on the demo model. Before each attack it waits until the server does nothing, and reads an
-honest client's stream alone; then the same beside the attack, with /health asked on a fresh connection every 50 ms.
+honest client's stream alone; then the same beside the attack, with /health requested on a fresh connection every 50 ms.
 Attackers and observers are processes of their own. The observer runs first (real-time priority, where the system
 allows it) and attackers run last, since real clients have machines of their own: the server is measured, not how the
 machine is shared. By default the rank has one core, and flags bound a step: a prompt that may fill one holds up every

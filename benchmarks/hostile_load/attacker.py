@@ -103,6 +103,6 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **fields}
 
 
-async def together(asked: Iterable[Awaitable[None]]) -> None:
+async def together(requests: Iterable[Awaitable[None]]) -> None:
     """All at once."""
-    await asyncio.gather(*asked)
+    await asyncio.gather(*requests)

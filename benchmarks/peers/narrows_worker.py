@@ -16,10 +16,10 @@ with quick_imports():  # as the command does
 
 
 def make(folder: str) -> Generate:
-    asked = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].asked
+    config = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].config
     # Room for 32 requests of 512 + 64 tokens, and for one of 8192, as the peers are given it.
-    room = {"max_context": 8256, "kv_tokens": -(-32 // max(asked.dp, 1)) * 640}
-    engine = Engine(resolve(replace(asked, prefix_cache=False, copies=True, **room)))
+    room = {"max_context": 8256, "kv_tokens": -(-32 // max(config.dp, 1)) * 640}
+    engine = Engine(resolve(replace(config, prefix_cache=False, copies=True, **room)))
 
     def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
         clock = Clock(len(prompts))

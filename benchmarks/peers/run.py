@@ -5,7 +5,7 @@
 Makes the checkpoint and each peer's environment under --cache on the first run, starts each peer as a worker that
 speaks JSON lines, and lets them take turns in every round. Ratios are to the first peer, round by round. The first
 round only warms up (and is watched for memory); a peer whose warm-up took longer than --slow seconds at a work is not
-asked again, and that one time is what it is given; works that would take it longer than --most are left out. Prints a
+run again, and that one time is what it is given; works that would take it longer than --most are left out. Prints a
 table and ends with one JSON line.
 """
 

@@ -203,12 +203,12 @@ def a_profile(dtype: str = "bf16", made: dict[str, Any] | None = None, **fits: A
     )
 
 
-def planned(asked: str, ranks: int = 2, **more: Any) -> tuple[Device, list[str]]:
-    return choose_device(asked, lambda: this_machine(ranks=ranks, threads=1, world=""), runs=False, **more)
+def planned(name: str, ranks: int = 2, **more: Any) -> tuple[Device, list[str]]:
+    return choose_device(name, lambda: this_machine(ranks=ranks, threads=1, world=""), runs=False, **more)
 
 
-def running(asked: str = "auto", **more: Any) -> tuple[Device, list[str]]:
-    return choose_device(asked, lambda: this_machine(ranks=2, threads=1, world="shm"), runs=True, **more)
+def running(name: str = "auto", **more: Any) -> tuple[Device, list[str]]:
+    return choose_device(name, lambda: this_machine(ranks=2, threads=1, world="shm"), runs=True, **more)
 
 
 def test_a_written_profile_reads_back_equal(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_calibration_over_two_nodes_is_used_there_alone(tmp_path: Path) -> Non
     profile = read_profile(file)
     assert (profile.fits.hosts, profile.fits.world) == (2, "shm+gloo")
     assert {each.nodes for each in profile.collectives} == {2}
-    asked = EngineConfig(model="narrows-demo", tp=2, dtype="float32", ranks="processes", device=str(file))
-    assert resolve(replace(asked, launch=first)).deployment.device.measured is not None
+    engine_config = EngineConfig(model="narrows-demo", tp=2, dtype="float32", ranks="processes", device=str(file))
+    assert resolve(replace(engine_config, launch=first)).deployment.device.measured is not None
     with pytest.raises(ConfigError, match="hosts 2 there, 1 here"):
-        resolve(asked)
+        resolve(engine_config)

@@ -43,7 +43,7 @@ def profile(folder: Path) -> Path:
     return file
 
 
-def asked(**options: object) -> EngineConfig:
+def config_for(**options: object) -> EngineConfig:
     return EngineConfig(model="narrows-demo", **{"tp": 2, "dtype": "float32", **options})  # type: ignore[arg-type]
 
 
@@ -70,12 +70,12 @@ def test_an_engine_uses_a_fitting_profile_and_logs_it(
     profile: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NARROWS_PROFILES", str(folder))
-    resolved = resolve(asked())
+    resolved = resolve(config_for())
     assert resolved.deployment.device.measured is not None
     assert any(note.startswith("prices: the profile mine.json, made 20") for note in resolved.notes)
-    assert resolve(asked(tp=1)).deployment.device.name == "cpu-core", "of another number of ranks"
-    assert resolve(asked(device="cpu-core")).deployment.device.name == "cpu-core", "asked for by name"
-    alone = resolve(asked(threads=2))
+    assert resolve(config_for(tp=1)).deployment.device.name == "cpu-core", "of another number of ranks"
+    assert resolve(config_for(device="cpu-core")).deployment.device.name == "cpu-core", "chosen by name"
+    alone = resolve(config_for(threads=2))
     assert alone.deployment.device.name == "cpu-core"
     assert any(
         "mine.json is not used: threads 1 there, 2 here; anew: narrows calibrate" in note for note in alone.notes
@@ -96,11 +96,11 @@ def test_plan_takes_the_profile_of_as_many_ranks(
 
 
 def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> None:
-    assert resolve(asked(device=str(profile))).deployment.device.measured is not None
+    assert resolve(config_for(device=str(profile))).deployment.device.measured is not None
     with pytest.raises(
         ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --num-ranks 4 .*--transport threads"
     ):
-        resolve(asked(tp=4, device=str(profile)))
+        resolve(config_for(tp=4, device=str(profile)))
     read = read_profile(profile)
     for change, said in (
         ({"cpu": "an abacus"}, "cpu 'an abacus' there"),
@@ -111,7 +111,7 @@ def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> N
         other = tmp_path / "other.json"
         write_profile(other, read.model_copy(update={"fits": replace(read.fits, **change)}))
         with pytest.raises(ConfigError, match=said):
-            resolve(asked(device=str(other)))
+            resolve(config_for(device=str(other)))
 
 
 def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:

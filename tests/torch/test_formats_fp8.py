@@ -208,8 +208,8 @@ def engine_logits(
     model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32", sharding: WeightSharding | None = None
 ) -> Tensor:
     """Of the prompts' last tokens, prefilled together."""
-    asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=32, want_logits=True)
-    with Engine(resolve(asked, sharding)) as engine:
+    engine_config = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=32, want_logits=True)
+    with Engine(resolve(engine_config, sharding)) as engine:
         for prompt in PROMPTS:
             engine.add(prompt, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits

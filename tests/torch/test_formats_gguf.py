@@ -363,8 +363,8 @@ PROMPTS = [tuple(range(0, 280, 7)), (9, 200, 31), (5,) * 17]
 
 def engine_logits(model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32") -> torch.Tensor:
     """Of the prompts' last tokens, prefilled together."""
-    asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=64, want_logits=True)
-    with Engine(resolve(asked)) as engine:
+    engine_config = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=64, want_logits=True)
+    with Engine(resolve(engine_config)) as engine:
         for prompt in PROMPTS:
             engine.add(prompt, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits

@@ -133,7 +133,7 @@ def _words(best: Plan, engine: Plan, roles: tuple[Role, ...]) -> str:
         if its_at.get(name, at) != at:
             parts.append(f"{name} on {at} rows, not {its_at[name]}")
     if Role.FINAL_NORM in roles and not parts:
-        parts.append("the last layer's MLP on the rows whose logits are asked for alone")
+        parts.append("the last layer's MLP only on the rows whose logits are needed")
     return "; ".join(parts)
 
 

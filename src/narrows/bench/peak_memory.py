@@ -45,29 +45,29 @@ class PeakMemory:
         return self.predicted_loaded + self.memory.workspace + self.tokens * self.memory.kv_per_token
 
 
-def peak_memory(asked: EngineConfig, *, rows: int, length: int) -> PeakMemory:
+def peak_memory(config: EngineConfig, *, rows: int, length: int) -> PeakMemory:
     """Run ``rows`` rows in prompts of ``length`` tokens as one step, and watch.
 
     Args:
-        asked: with ranks that are processes of this host.
+        config: with ranks that are processes of this host.
     """
     prompts = rows // length
-    asked = replace(
-        asked,
+    config = replace(
+        config,
         ranks="processes",
         rows_per_step=rows,
-        max_context=length + asked.page_size,
-        kv_tokens=-(-prompts // asked.dp) * (length + 2 * asked.page_size),
+        max_context=length + config.page_size,
+        kv_tokens=-(-prompts // config.dp) * (length + 2 * config.page_size),
     )
-    options = {name: getattr(asked, name) for name in asked.__dataclass_fields__ if name != "model"}
-    with LLM(asked.model, **options) as llm:
+    options = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "model"}
+    with LLM(config.model, **options) as llm:
         resolved, ranks = llm.resolved, llm.engine.ranks
         assert isinstance(ranks, ProcessRanks)
         pids = tuple(ranks.pids)
-        each = [rows // asked.dp] * asked.dp
+        each = [rows // config.dp] * config.dp
         shape = StepShape.of(resolved.mesh, tuple(each), phase="prefill", context=length)
         planner = Planner(resolved.deployment, resolved.sharding)
-        plan = planner.plan(shape, asked.layout)
+        plan = planner.plan(shape, config.layout)
         loaded = max(map(_own_bytes, pids))
         with _Watch(pids) as watch:
             most = resolved.config.vocab_size

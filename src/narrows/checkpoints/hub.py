@@ -78,7 +78,7 @@ class _NoBar(tqdm):
 def fetch(name: str, revision: str, needed: Needed) -> Path:
     """The folder, in the hub's cache, of the files of ``org/name`` that are ``needed``.
 
-    The hub is asked for the commit and the files of the revision; files that the cache has are not fetched again. If
+    The hub gives the commit and the files of the revision; files that the cache has are not fetched again. If
     the hub does not answer, or denies access, the cache's snapshot is used if it is complete.
 
     Raises:

@@ -18,7 +18,7 @@ from narrows.advise.command import ServerLimits, command_lines, num_hosts, weigh
 from narrows.advise.flags import FLAG_LISTS, flag_list
 from narrows.advise.measured import Comparison, Measured, compare, read_measured
 from narrows.advise.missing import StepCosting, missing
-from narrows.advise.search import Advice, Asked, Setting, Trial, advise
+from narrows.advise.search import Advice, Setting, Trial, TrialSpec, advise
 from narrows.advise.served import served_bands
 from narrows.advise.ways import ways
 from narrows.arch.presets import load_model_config
@@ -166,8 +166,8 @@ def _take_load(args: argparse.Namespace, measured: Measured) -> None:
     )
 
 
-def _tracked(bar: Progress) -> Callable[[Sequence[Asked]], Iterable[Asked]]:
-    return lambda asked: bar.track(asked, description="simulations")
+def _tracked(bar: Progress) -> Callable[[Sequence[TrialSpec]], Iterable[TrialSpec]]:
+    return lambda specs: bar.track(specs, description="simulations")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -83,14 +83,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows calibrate``."""
-    asked = _asked(args)
-    num_ranks = _num_ranks(args, asked.run_on)
+    config = _engine_config(args)
+    num_ranks = _num_ranks(args, config.run_on)
     launch = _launch(args, num_ranks)
     hosts = 1 if launch is None else launch.num_nodes
     fingerprint = rank_fingerprint(
-        run_on=asked.run_on, ranks=asked.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads
+        run_on=config.run_on, ranks=config.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads
     )
-    transport = transport_name(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts)
+    transport = transport_name(run_on=config.run_on, ranks=config.ranks, hosts=hosts)
     if transport not in (args.transport, f"{args.transport}+gloo"):
         way_out = (
             "processes of one host share memory; run it, and the engine, with NARROWS_SHM=0"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if launch is not None and not launch.is_coordinator:
         return run_series(launch)
-    asked = replace(asked, launch=launch)
+    config = replace(config, launch=launch)
     where = machine()
     models = tuple(args.models) or _MODELS
     out = console(stderr=True)
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("starting ranks", total=1.0)
         found = calibrate(
             models,
-            asked,
+            config,
             num_ranks=num_ranks,
             grid=_QUICK if args.quick else Grid(),
             seconds=args.seconds,
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace) -> EngineConfig:
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
     if not args.seconds > 0:
         raise ConfigError(f"--seconds is {args.seconds:g}; it must be more than 0")
     if args.threads < 1:

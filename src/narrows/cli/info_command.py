@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetLine:
-    """A target of the compiled code. ``why``: why it does not run, or that it was asked for; empty if it is the best
+    """A target of the compiled code. ``why``: why it does not run, or that it is forced; empty if it is the best
     one."""
 
     name: str

@@ -180,16 +180,16 @@ def run(args: argparse.Namespace) -> int:
     engine["copies"] = False  # they would hold the server's socket too
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch
-    asked = EngineConfig(model=args.model, **engine)
+    config = EngineConfig(model=args.model, **engine)
     drift, trace = DriftRule(factor=args.drift_factor), ServiceTrace(args.trace, args.trace_steps)
     if launch is not None and not launch.is_coordinator:
-        return run_local_ranks(resolve(asked))
+        return run_local_ranks(resolve(config))
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():
         hosts = hosts_to_check(bound.getsockname()[0], args.host, args.allow_host, has_key=bool(options.api_keys))
         options = replace(options, hosts=hosts, connections=_connection_limits(args.max_connections))
-        resolved = resolve(asked)
+        resolved = resolve(config)
         for fact in resolved.facts:
             logging.getLogger("narrows.engine").warning("%s", fact)
         model = _served_model(args, resolved)
@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
                 chats = model.tokenizer is not None and model.tokenizer.has_chat_template
                 curl = curl_line(url, model.names[0], has_key=bool(options.api_keys), chats=chats)
                 seconds = perf_counter() - started
-                where = f"{resolved.mesh}, {resolved.asked.threads} thread(s) per rank"
+                where = f"{resolved.mesh}, {resolved.threads} thread(s) per rank"
                 line = f"narrows: {model.names[0]} on {where} is ready at {url} ({seconds:.1f} s); try: {curl}"
                 with suppress(OSError):  # no reader, or a full disk
                     print(line, flush=True)
@@ -258,20 +258,20 @@ def _options(args: argparse.Namespace) -> ServerOptions:
     )
 
 
-def _connection_limits(asked: int | None) -> ConnectionLimits:
-    connections, told = connections_for(asked, raise_descriptor_limit())
+def _connection_limits(given: int | None) -> ConnectionLimits:
+    connections, told = connections_for(given, raise_descriptor_limit())
     if told:
         logging.getLogger("narrows.server").warning("%s", told)
     return ConnectionLimits(max_connections=connections, reserved_slots=RESERVED_SLOTS)
 
 
 def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:
-    text = load_model_text(resolved.asked.model)
+    text = load_model_text(resolved.engine_config.model)
     if text.lack:
         logging.getLogger("narrows.engine").warning("%s; requests must send token ids", text.lack)
     more = text.tokenizer.eos_ids if text.tokenizer is not None else frozenset()
     return ServedModel(
-        names=tuple(args.served_model_name or [name_of(Path(resolved.asked.model))]),
+        names=tuple(args.served_model_name or [name_of(Path(resolved.engine_config.model))]),
         tokenizer=text.tokenizer,
         generation=text.generation,
         max_context=resolved.limits.max_context,

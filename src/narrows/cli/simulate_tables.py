@@ -75,10 +75,10 @@ def _fairness_words(found: Fairness) -> str:
 
 
 def _target_words(target: Target, outcome: Outcome) -> str:
-    asked, reached = (target.ttft_s, target.tpot_s), target.reached(outcome)
+    targets, reached = (target.ttft_s, target.tpot_s), target.reached(outcome)
     parts = [
         f"{name} {1e3 * found:.1f} ms of {1e3 * most:g}"
-        for name, most, found in zip(("TTFT", "TPOT"), asked, reached, strict=True)
+        for name, most, found in zip(("TTFT", "TPOT"), targets, reached, strict=True)
         if most is not None
     ]
     verdict = "; ".join(target.misses(outcome)) or "met"

@@ -236,7 +236,7 @@ class Communicator:
         """Uninitialised ``[rows, width]`` memory on this rank's device, from which collectives send without a copy.
 
         Valid until the collective that it is handed to (as ``x``, as one of ``xs``, or as an addend) returns. Two
-        buffers asked for before that are two different pieces of memory, whatever their shapes. A buffer that is
+        buffers taken before that are two different pieces of memory, whatever their shapes. A buffer that is
         never handed to a collective is never reused.
         """
         return self._buffers.lend(rows, width, dtype)

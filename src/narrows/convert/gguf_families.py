@@ -74,11 +74,11 @@ def gating(fields: Fields) -> int:
 
     Files older than the key hold DeepSeek V2 (softmax), but for GLM-4.7-Flash, which llama.cpp knows by its sizes.
     """
-    asked = fields.integer("expert_gating_func", 0)
-    if asked == 0:
+    given = fields.integer("expert_gating_func", 0)
+    if given == 0:
         vocab = fields.integer("vocab_size", len(fields.file.get("tokenizer.ggml.tokens", list[str], ())))
         layers = fields.integer("block_count") - fields.integer("nextn_predict_layers", 0)
         return SIGMOID if vocab == GLM_LITE_VOCABULARY and layers in (47, 48) else SOFTMAX
-    if asked not in (SOFTMAX, SIGMOID):
+    if given not in (SOFTMAX, SIGMOID):
         raise fields.refuse("expert_gating_func", f"supported: {SOFTMAX} (softmax) and {SIGMOID} (sigmoid)")
-    return asked
+    return given

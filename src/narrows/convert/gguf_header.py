@@ -122,10 +122,10 @@ class GgufHeader:
 
 
 def _read_parts(path: Path) -> tuple[GgufPart, ...]:
-    asked = GgufPart(path)
-    count = asked.metadata.get("split.count", 0)
+    first = GgufPart(path)
+    count = first.metadata.get("split.count", 0)
     if count in (0, 1):  # 0: an unsplit file written by a tool that splits
-        return (asked,)
+        return (first,)
     match = PART_NAME.fullmatch(path.name)
     if match is None or type(count) is not int or int(match["count"]) != count:
         raise CheckpointError(

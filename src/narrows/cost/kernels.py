@@ -1,6 +1,6 @@
 """Prices what is not a GEMM and not a collective: norms, element-wise work, the attention core.
 
-Each is a roofline with an efficiency that was fitted or assumed, never measured on the device asked about, so every
+Each is a roofline with an efficiency that was fitted or assumed, never measured on that device, so every
 price here says ``roofline``. The norm efficiencies are fitted to the published H20 profile and taken over for the other
 devices; an attention efficiency is a stated assumption (see ``Device.sources``).
 """

@@ -349,7 +349,7 @@ class Pricer:
         return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
 
     def _rows(self, row_set: RowSet, layout: Layout) -> int:
-        """Rows of the largest rank; the same few layouts are asked for again and again."""
+        """Rows of the largest rank; the same few layouts come again and again."""
         rows = self._largest.get((row_set, layout))
         if rows is None:
             rows = self._largest[row_set, layout] = self.shape.split(row_set).largest(layout)
@@ -377,7 +377,7 @@ class Pricer:
         return self._streamed(self._rows(row_set, layout), row_bytes)
 
     def select(self, layout: Layout, row_bytes: int) -> OpPrice:
-        """Copying out the rows whose logits are asked for."""
+        """Copying out the rows whose logits are requested."""
         return self._streamed(self._rows(RowSet.LOGITS, layout), 2 * row_bytes)
 
     def _streamed(self, rows: int, row_bytes: int) -> OpPrice:

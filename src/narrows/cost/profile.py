@@ -274,13 +274,13 @@ def check_device_name(name: str, *, runs: bool) -> None:
 
 
 def choose_device(
-    asked: str, setting: Callable[[], MachineFingerprint], *, dtype: str = "", model: str = "", runs: bool
+    name: str, setting: Callable[[], MachineFingerprint], *, dtype: str = "", model: str = "", runs: bool
 ) -> tuple[Device, list[str]]:
     """The device that plans are priced for, and notes on what its prices rest on.
 
     Args:
-        asked: a device of the catalogue; the file of a profile; or ``auto``: the profile among this user's that fits.
-        setting: says this machine and its ranks; asked for only where a profile may be taken.
+        name: a device of the catalogue; the file of a profile; or ``auto``: the profile among this user's that fits.
+        setting: says this machine and its ranks; needed only where a profile may be taken.
         dtype: of weights, by the name that prices use. Empty: whatever the profile knows.
         model: that the steps are of: its name or folder.
         runs: ranks run here by these prices. They refuse a profile of another setting, and without a profile take the
@@ -290,22 +290,22 @@ def choose_device(
     Raises:
         ConfigError: no such device, no such profile, or one that does not hold here, with the way out.
     """
-    check_device_name(asked, runs=runs)
-    if asked == "auto":
+    check_device_name(name, runs=runs)
+    if name == "auto":
         return _kept(setting(), dtype, model, runs)
-    if not (asked.endswith(".json") or os.sep in asked):
-        return device(asked), []
-    profile, mine = read_profile(Path(asked)), setting()
+    if not (name.endswith(".json") or os.sep in name):
+        return device(name), []
+    profile, mine = read_profile(Path(name)), setting()
     misfit = profile.fits.misfit(mine, whatever=() if runs else ("ranks", *_PLANNED))
     if not runs:
-        other = [f"the profile {asked} is not of this machine: {misfit}"] if misfit else []
-        return profile.device, [profile.said(asked, dtype), *other]
+        other = [f"the profile {name} is not of this machine: {misfit}"] if misfit else []
+        return profile.device, [profile.said(name, dtype), *other]
     if misfit:
         raise ConfigError(
-            f"the profile {asked} was made for something else ({misfit}), so its prices do not hold for these "
-            f"ranks; make one with: {calibrate_command(mine, dtype)} --out {asked}"
+            f"the profile {name} was made for something else ({misfit}), so its prices do not hold for these "
+            f"ranks; make one with: {calibrate_command(mine, dtype)} --out {name}"
         )
-    return profile.device, [_said(profile, asked, mine, dtype)]
+    return profile.device, [_said(profile, name, mine, dtype)]
 
 
 def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tuple[Device, list[str]]:

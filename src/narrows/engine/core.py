@@ -133,10 +133,10 @@ class Engine:
         self._warming_up: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
         drawn = resolved.plan is None or resolved.plan.gives_logits
-        self._warmup = WarmUp(resolved.limits, resolved.asked.warmup_rows, drawn=drawn)
-        if wrap is not None and resolved.asked.ranks != "threads":
+        self._warmup = WarmUp(resolved.limits, resolved.engine_config.warmup_rows, drawn=drawn)
+        if wrap is not None and resolved.engine_config.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
-        if source is None and resolved.asked.ranks == "threads":
+        if source is None and resolved.engine_config.ranks == "threads":
             source = resolved.weights()  # one for all threads; a process opens its own
         make = partial(
             _make_worker,
@@ -205,7 +205,7 @@ class Engine:
         self.scheduler.add(request)
         return request
 
-    def request(self, asked: Generation) -> Request:
+    def request(self, generation: Generation) -> Request:
         """A request that can run here and waits for nothing yet. Any thread may ask for one.
 
         Without a seed of its own, a request that draws gets one.
@@ -213,21 +213,21 @@ class Engine:
         Raises:
             ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).
         """
-        self._check_ids(asked.prompt)
-        self._check_sampling(asked.sampling, asked.guide)
-        sampling = asked.sampling
+        self._check_ids(generation.prompt)
+        self._check_sampling(generation.sampling, generation.guide)
+        sampling = generation.sampling
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=_SEEDS.getrandbits(63))
         request = Request(
             id=next(self._ids),
-            prompt=asked.prompt,
-            max_tokens=asked.max_tokens,
-            eos_ids=asked.end_ids,
+            prompt=generation.prompt,
+            max_tokens=generation.max_tokens,
+            eos_ids=generation.end_ids,
             sampling=sampling,
-            priority=asked.priority,
-            guide=asked.guide,
-            client=asked.client,
-            cache_salt=cache_salt(self.resolved.config, len(asked.prompt)),
+            priority=generation.priority,
+            guide=generation.guide,
+            client=generation.client,
+            cache_salt=cache_salt(self.resolved.config, len(generation.prompt)),
         )
         self.scheduler.check(request)
         return request
@@ -411,8 +411,8 @@ def _make_worker(
         device=comm.device,
         num_slots=resolved.num_slots,
         num_positions=resolved.limits.max_context,
-        batch_invariant=resolved.asked.batch_invariant,
-        quantization=Quantization(resolved.asked.quantization),
+        batch_invariant=resolved.engine_config.batch_invariant,
+        quantization=Quantization(resolved.engine_config.quantization),
     )
     return Worker(
         comm,

@@ -31,8 +31,8 @@ class Completion:
 
     ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, also at the last token allowed, else
     ``length``. ``token_ids`` are all that were generated, those of a stop string or end included. ``logprobs`` has one
-    entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
-    ``prompt_logprobs`` has one per token of the prompt from the second on, if sampling asked for them.
+    entry per token if sampling requests them: the token's log-probability, and the best (id, log-probability).
+    ``prompt_logprobs`` has one per token of the prompt from the second on, if sampling requests them.
     """
 
     text: str
@@ -80,7 +80,7 @@ class LLM:
         self.resolved: Resolved = resolve(EngineConfig(model=str(model), **options))
         if clock is not None:
             clock.end("config, memory and plan")
-        text = load_model_text(self.resolved.asked.model)
+        text = load_model_text(self.resolved.engine_config.model)
         if clock is not None:
             clock.end("tokenizer")
         self.tokenizer: Tokenizer | None = text.tokenizer

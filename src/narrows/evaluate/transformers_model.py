@@ -74,7 +74,7 @@ class TransformersModel:
                 parts.append((prompt, slice(first, stop), slice(stop - chunk.num_logits, stop)))
         layers = sorted({layer for part, _, _ in parts for layer in part.routing})
         return ReferenceStep(
-            torch.cat([part.logits[asked] for part, _, asked in parts]),
+            torch.cat([part.logits[wanted] for part, _, wanted in parts]),
             {layer: torch.cat([part.routing[layer][rows] for part, rows, _ in parts]) for layer in layers},
         )
 

@@ -157,8 +157,8 @@ def _open() -> tuple[Library | None, str]:
     if os.environ.get(_SWITCH, "1") == "0":
         return None, f"{_SWITCH}=0"
     opened, why = _find()
-    if opened is not None and (asked := os.environ.get(_TARGET)):
-        _use(opened, asked)
+    if opened is not None and (forced := os.environ.get(_TARGET)):
+        _use(opened, forced)
     return opened, why
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["LargePages"]
 
 _CHUNK = 64 << 20
-"""Bytes asked for at a time. What is never written takes no memory."""
+"""Bytes allocated at a time. What is never written takes no memory."""
 _PAGE = 2 << 20
 _LINE = 64
 

@@ -266,7 +266,7 @@ class Plan:
 
 
 def _check_rows(where: str, op: Op, selected: bool, state: dict[str, Layout]) -> bool:
-    """Whether only the rows whose logits are asked for are left after ``op``; ``selected``: before it."""
+    """Whether only the rows whose logits are requested are left after ``op``; ``selected``: before it."""
     if op.kind is OpKind.SELECT:
         left = sorted(set(state) - set(op.reads))
         if selected or left:

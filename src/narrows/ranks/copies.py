@@ -1,6 +1,6 @@
 """Rank processes as copies of this one (fork): they start in milliseconds, with all that this process has imported.
 
-A copy has only the thread that asked for it. Whatever other threads held (locks, the teams of OpenMP) would stay as it
+A copy has only the thread that made it. Whatever other threads held (locks, the teams of OpenMP) would stay as it
 was for good. So a process is copied only while it has a single thread, those of C libraries counted.
 """
 

@@ -62,7 +62,7 @@ class PagePool:
 
     def take(self, count: int) -> tuple[int, ...]:
         """``count`` pages to write; the caller has checked that so many are free."""
-        assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        assert count <= self.num_free, f"{count} pages requested, {self.num_free} free"
         return tuple(self._take() for _ in range(count))
 
     def _take(self) -> int:

@@ -30,7 +30,7 @@ _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The server and how it is asked. ``vocab_size`` 0: prompts are words, whose number of tokens is the server's."""
+    """The server, and how requests are sent. ``vocab_size`` 0: prompts are words, which the server tokenizes."""
 
     url: str
     model: str

@@ -34,8 +34,8 @@ def _read(reader: RequestReader, body: ResponsesRequest) -> ParsedChat:
     with validation_as_api_error():
         chat = chat_of(body)
     with renaming_fields(CHAT_NAMES):
-        asked = parse_chat(reader, chat, {})
-    return replace(asked, head=_head(body, asked.sampling, name))
+        parsed = parse_chat(reader, chat, {})
+    return replace(parsed, head=_head(body, parsed.sampling, name))
 
 
 def _head(body: ResponsesRequest, sampling: SamplingParams, name: str) -> dict[str, Any]:
