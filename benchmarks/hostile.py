@@ -5,8 +5,8 @@
 
 Starts ``narrows serve`` on the demo model. Before each attack it waits until the server does nothing, and reads an
 honest client's stream alone; then the same beside the attack, with /health requested on a fresh connection every 50 ms.
-Attackers and observers are processes of their own. The observer runs first (real-time priority, where the system
-allows it) and attackers run last, since real clients have machines of their own: the server is measured, not how the
+Attackers and observers run in separate processes. The observer runs first (real-time priority, where the system
+allows it) and attackers run last, since real clients have their own machines: the server is measured, not how the
 machine is shared. By default the rank has one core, and flags bound a step: a prompt that may fill one holds up every
 stream, whoever sent it. An attack fails if /health took longer than 0.5 s, if the stream's longest gap was more than 3
 times its longest alone (of the last 8 seconds alone, about as long as an attack: the worst of one time is compared with

@@ -84,7 +84,7 @@ class Attacker:
 
 
 Attack = Callable[[Attacker], Awaitable[None]]
-"""Ends by itself, or is ended; the first line of its docstring says what it does."""
+"""Ends, or is ended; the first line of its docstring says what it does."""
 
 
 def repeated(head: str, item: str, tail: str, num_bytes: int) -> bytes:

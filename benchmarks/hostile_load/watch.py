@@ -39,7 +39,7 @@ class Seen:
 
 
 class Watch:
-    """Begins at once, and ends with :meth:`end`. A process of its own: no attacker's work delays its clocks."""
+    """Begins at once, and ends with :meth:`end`. Its own process: no attacker's work delays its clocks."""
 
     def __init__(self, url: str) -> None:
         context = multiprocessing.get_context("fork")

@@ -148,7 +148,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of a peer (default %(default)s)")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="rates by CPU time, for a busy machine; with --threads 1 nobody spins"
+        "--cpu-time",
+        action="store_true",
+        help="rates by CPU time, for a busy machine; with --threads 1 no thread spins",
     )
     parser.add_argument("--cache", type=Path, default=user_cache() / "peers", help="(default %(default)s)")
     args = parser.parse_args()
@@ -182,7 +184,7 @@ def _agreement(workers: dict[str, Worker]) -> str:
     firsts = {name: [tokens[0] for tokens in worker.ask(prompts, 1)["tokens"]] for name, worker in workers.items()}
     mine = next(iter(firsts.values()))
     same = {name: sum(a == b for a, b in zip(mine, theirs, strict=True)) for name, theirs in firsts.items()}
-    return ", ".join(f"{name} {count}" for name, count in list(same.items())[1:]) or "nobody to compare with"
+    return ", ".join(f"{name} {count}" for name, count in list(same.items())[1:]) or "none to compare with"
 
 
 def _measure(

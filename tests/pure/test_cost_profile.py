@@ -293,7 +293,8 @@ def test_profiles_of_the_dtype_and_then_of_the_model_are_preferred(
     kept(tmp_path, "threads.json", world="threads")
     assert running()[0] == DEVICES["cpu-core"], "no profile fits"
     assert taken("bf16") == (
-        "the profile threads.json is not used: world 'threads' there, 'shm' here; anew: narrows calibrate --num-ranks 2"
+        "the profile threads.json is not used: world 'threads' there, 'shm' here; "
+        "make a new one with: narrows calibrate --num-ranks 2"
     )
     kept(tmp_path, "b-int8.json", "int8")
     scaled = "prices: the profile b-int8.json, made 2026-11-02; it measured int8, by which bf16 is scaled"

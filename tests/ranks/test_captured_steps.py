@@ -165,7 +165,7 @@ def test_warm_up_captures_steps_in_advance(tiny_model, dp: int, tp: int) -> None
         engine.instrument(lab.NoCapture)
         wanted = [texts(engine, way) for way in WAYS]
         engine.instrument(lab.StepsSeen)
-        assert warm_up(engine) == 2 * 8, "plans are bound anew, and no step is captured: 1 to 8 rows, drawn or not"
+        assert warm_up(engine) == 2 * 8, "plans are bound again, and no step is captured: 1 to 8 rows, drawn or not"
         assert warm_up(engine) == 0
         engine.readings()
         work = StepWork(rows=3 * dp, phase="decode", context=10)
@@ -180,7 +180,7 @@ def test_warm_up_captures_steps_in_advance(tiny_model, dp: int, tp: int) -> None
         assert warm_up(engine) == 0, "a reader comes and goes, and captures stay"
         engine.instrument(lab.NoCapture)
         engine.instrument(None)
-        assert warm_up(engine) == 2 * 8, "plans are bound anew, so that no capture is left"
+        assert warm_up(engine) == 2 * 8, "plans are bound again, so that no capture is left"
         assert texts(engine, None) == wanted[0]
 
 

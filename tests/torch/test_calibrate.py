@@ -78,7 +78,8 @@ def test_an_engine_uses_a_fitting_profile_and_logs_it(
     alone = resolve(config_for(threads=2))
     assert alone.deployment.device.name == "cpu-core"
     assert any(
-        "mine.json is not used: threads 1 there, 2 here; anew: narrows calibrate" in note for note in alone.notes
+        "mine.json is not used: threads 1 there, 2 here; make a new one with: narrows calibrate" in note
+        for note in alone.notes
     )
 
 

@@ -28,7 +28,7 @@ __all__ = ["Advice", "Setting", "Trial", "TrialSpec", "advise"]
 _AUTO = {"prefill": "auto", "decode": "auto"}
 
 TrialSpec = Way | tuple[Mesh, str]
-"""What is simulated: a way of the engine, or `auto` on a mesh with experts held as said."""
+"""What is simulated: a way of the engine, or `auto` on a mesh with experts held as given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Setting:
     between: Network | None = None
 
     def deployment(self, mesh: Mesh, experts: str) -> Deployment:
-        """The model on ``mesh``, with experts held as said."""
+        """The model on ``mesh``, with experts held as given."""
         return Deployment(
             config=self.config,
             mesh=mesh,

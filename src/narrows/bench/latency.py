@@ -175,7 +175,7 @@ def _facts(
         "kv_mb": context / 1e6,
         "share_of_roofline": quantile(shares, 0.5),
     }
-    if not int8:  # its products have a rate of their own, which is not measured
+    if not int8:  # its products have their own rate, which is not measured
         bound = partial(decode_bound, config, itemsize, rows=kind.batch, context=work.context, experts_hit=experts)
         bounds = [bound(bytes_per_s=rate["read_bytes_per_s"], flop_per_s=rate["gemm_flop_per_s"]) for rate in allowed]
         facts["share_of_bound"] = quantile([bound / s for bound, s in zip(bounds, seconds, strict=True)], 0.5)

@@ -122,7 +122,7 @@ def layout(
         notes=(
             *left_out,
             f"whole step: from a batch handed to the ranks to its tokens, {IN_FLIGHT} steps in flight as in service, "
-            "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
+            "no clock around the steps of the plan; the classes come from separate rounds, with clocks",
             f"predicted for the device {deployment.device.name} in {deployment.dtype}",
             *_pace(deployment, calibration),
             "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",

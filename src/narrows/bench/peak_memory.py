@@ -2,7 +2,7 @@
 
 Measured from outside: memory of the ranks' own (anonymous), and their parts of what they share with each other (PSS).
 Files that processes map, libraries above all, are left out, since other programs map them too. The kernel keeps each
-process's peak, so that none is missed. Where it refuses to start that figure anew, memory is sampled.
+process's peak, so that none is missed. Where it refuses to reset that figure, memory is sampled.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Watch:
     def __enter__(self) -> _Watch:
         for pid in self._pids:
             with suppress(OSError):  # a kernel without the feature, or a container that forbids it
-                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew: man 5 proc
+                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # resets the peak: man 5 proc
                 self._before[pid] = _Memory.of(pid)
         self._thread.start()
         return self

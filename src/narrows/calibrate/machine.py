@@ -40,8 +40,8 @@ def machine() -> dict[str, Any]:
 
 def available_memory() -> int | None:
     """Bytes that this host could give to new work now; None if it does not say."""
-    said = _pairs("/proc/meminfo").get("MemAvailable")
-    return int(said.split()[0]) << 10 if said else None
+    available = _pairs("/proc/meminfo").get("MemAvailable")
+    return int(available.split()[0]) << 10 if available else None
 
 
 def versions() -> dict[str, str]:

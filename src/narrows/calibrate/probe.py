@@ -89,7 +89,7 @@ class Probe:
         self, op: str, axes: tuple[int, int], nbytes: int, dtype: torch.dtype, repeats: int, levels: bool = False
     ) -> float:
         """As :meth:`collective`, among the ranks along these axes of the mesh, all such groups at once, and also a
-        ``column_gather``; what is gathered lies in memory of its own, as a row stage leaves it. ``levels``: in hosts
+        ``column_gather``; what is gathered lies in its own memory, as a row stage leaves it. ``levels``: in hosts
         and between them."""
         ranks = self.comm.mesh.group(self.comm.rank, *axes)
         rows = max(1, round(nbytes / (_WIDTH * dtype.itemsize)))
@@ -152,7 +152,7 @@ class Probe:
         return size * max(1, round(nbytes / (size * _WIDTH * dtype.itemsize)))
 
     def _keep(self, what: str, size: object, make: Callable[[], Made]) -> Made:
-        """What was made for this size, made anew for another."""
+        """What was made for this size; another size makes it again."""
         if what not in self._kept or self._kept[what][0] != size:
             self._kept[what] = size, make()
         made: Made = self._kept[what][1]

@@ -62,7 +62,7 @@ _RESERVE = 1 << 26
 
 
 class _Bar(tqdm):
-    """A progress bar where somebody sees it."""
+    """A progress bar, if a person sees it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"disable": not sys.stderr.isatty()})  # type: ignore[no-untyped-call]

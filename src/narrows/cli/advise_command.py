@@ -42,7 +42,7 @@ from narrows.sim.search import Target
 __all__ = ["add_parser", "run"]
 
 _ROWS = 8192
-"""Rows of a step, as SGLang, vLLM and TensorRT-LLM have it on H100 and H200 where nothing is said."""
+"""Rows of a step, as SGLang, vLLM and TensorRT-LLM have it on H100 and H200 by default."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -203,8 +203,8 @@ def _where(nodes: Topology) -> str:
 
 def _device(args: argparse.Namespace, num_ranks: int) -> Device:
     setting = partial(this_machine, ranks=num_ranks, threads=1, world="")
-    hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
-    for line in said:
+    hardware, notes = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
+    for line in notes:
         print(f"narrows: {line}", file=sys.stderr)
     if hardware.is_cpu:
         raise ConfigError(f"--device {args.device}: {flag_list(args.engine).title} is advised on for GPUs; name one")

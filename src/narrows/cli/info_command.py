@@ -1,6 +1,6 @@
 """``narrows info``: versions, machine, compiled targets, profiles and transports, for reports and first looks.
 
-Imports no torch: what is said of it is read from its files.
+Imports no torch: what it prints of it is read from its files.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def gpus() -> list[dict[str, Any]]:
         return []
     ask = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=_DRIVER_S, check=True).stdout
+        output = subprocess.run(ask, capture_output=True, text=True, timeout=_DRIVER_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    lines = (line.rpartition(",") for line in said.splitlines() if "," in line)
+    lines = (line.rpartition(",") for line in output.splitlines() if "," in line)
     return [
         {"name": name.strip(), "memory_gib": round(int(mib) / 1024, 1) if mib.strip().isdigit() else None}
         for name, _, mib in lines
@@ -132,7 +132,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def profiles(card: str) -> list[dict[str, Any]]:
-    """This user's profiles, and whether each fits this machine for ranks of its own number, threads and world."""
+    """This user's profiles, and whether each fits this machine for ranks of its number, threads and world."""
     found = []
     for path in sorted(profiles_folder().glob("*.json")):
         try:

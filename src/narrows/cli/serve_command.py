@@ -125,7 +125,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--intake",
         choices=("process", "threads"),
         default="process",
-        help="read bodies of more than 16 KB in a process of their own, or (to debug) in threads (default %(default)s)",
+        help="read bodies of more than 16 KB in their own process, or (to debug) in threads (default %(default)s)",
     )
     text = parser.add_argument_group("parsers of the model's text (auto: by the format of its chat template)")
     text.add_argument(
@@ -259,9 +259,9 @@ def _options(args: argparse.Namespace) -> ServerOptions:
 
 
 def _connection_limits(given: int | None) -> ConnectionLimits:
-    connections, told = connections_for(given, raise_descriptor_limit())
-    if told:
-        logging.getLogger("narrows.server").warning("%s", told)
+    connections, warning = connections_for(given, raise_descriptor_limit())
+    if warning:
+        logging.getLogger("narrows.server").warning("%s", warning)
     return ConnectionLimits(max_connections=connections, reserved_slots=RESERVED_SLOTS)
 
 

@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
     most = max((mesh.size for mesh, _ in deployments), default=1)
     hosts = Topology.parse(args.nodes).num_nodes if args.nodes else 1
     setting = partial(this_machine, ranks=most, threads=1, world="", hosts=hosts)
-    hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
-    for line in said:
+    hardware, price_notes = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
+    for line in price_notes:
         print(f"narrows: {line}", file=sys.stderr)
     max_context = longest_context(config, args.max_context)
     asks = with_flood(args, workload(args, max_context), max_context)

@@ -120,7 +120,7 @@ def _bound(stats: SchedulerStats) -> str:
         if count := stats.bound_steps[bound]:
             short = [f"{steps / stats.steps:.1%}" for steps in stats.short_steps] if bound is Bound.KV_PAGES else []
             parts.append(f"{name} in {count / stats.steps:.1%}{_by_group(short)}")
-    return f"limits that kept somebody waiting, of the steps: {', '.join(parts) or 'none'}"
+    return f"limits that kept a request waiting, of the steps: {', '.join(parts) or 'none'}"
 
 
 def _by_group(values: Sequence[object]) -> str:

@@ -1,7 +1,7 @@
 """The transport of a group that lies on several hosts: shared memory within each, gloo between them.
 
 Between two hosts each row travels once, whatever the number of ranks there. A host first sums its own members' rows;
-each member then exchanges the part that it holds with those who hold the same rows elsewhere; what came is gathered in
+each member then exchanges the part that it holds with those that hold the same rows elsewhere; what came is gathered in
 the host. So a host of s members sends 1/s of what it would send if every member met every other.
 
 A sum is taken host by host: float32 in rank order among a host's members, rounded to ``x.dtype`` to travel; then

@@ -1,6 +1,6 @@
 """The ranks that share memory: they find each other on one host, map each other's segments, and notice ended processes.
 
-Which ranks are on one host is what the user has said (the node number); they must be able to open each other's memory.
+Which ranks are on one host is what the user has given (the node number); they must be able to open each other's memory.
 Ranks of different nodes do not share memory even if they could, as they can among network namespaces of one machine.
 
 A segment has no name that could outlive its process. A peer opens it through /proc, as the same user in the same

@@ -49,7 +49,7 @@ _COPIED = 1 << 16
 
 _NORMED = frozenset((torch.float32, torch.bfloat16))
 _LINE = 64
-"""A copied input begins at a cache line of its own."""
+"""A copied input begins at its own cache line."""
 
 
 @cache

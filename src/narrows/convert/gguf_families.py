@@ -1,4 +1,4 @@
-"""The architectures of llama.cpp that narrows reads from GGUF, and what tells them apart.
+"""The architectures of llama.cpp that narrows reads from GGUF, and how they differ.
 
 ``general.architecture`` is llama.cpp's word: ``llama`` covers Mistral too, ``deepseek2`` every model with DeepSeek's
 attention, V2 and V3 alike. Which of the two a file holds is decided by how its experts are routed.

@@ -198,7 +198,7 @@ class CollectiveTable(ProfileObject):
         return self
 
     @model_serializer(mode="wrap")
-    def _said(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _given_fields(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = whole(self)
         usual = {"nodes": 1, "algorithm": Algorithm.FLAT}
         return {name: value for name, value in document.items() if value != usual.get(name, ...)}

@@ -44,7 +44,7 @@ class Source(enum.IntEnum):
 class Price:
     """Predicted seconds of one op, and the weakest evidence behind them.
 
-    ``error``: how many seconds it may be off (:mod:`narrows.cost.bands`); 0 where nobody has said so yet.
+    ``error``: how many seconds it may be off (:mod:`narrows.cost.bands`); 0 where none is known yet.
     """
 
     seconds: float

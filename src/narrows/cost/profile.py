@@ -87,7 +87,7 @@ class DeviceFigures(ProfileObject):
         }
 
     @model_serializer
-    def _said(self) -> dict[str, Any]:
+    def _given_fields(self) -> dict[str, Any]:
         return {
             "like": self.like,
             **{name: short(x) if isinstance(x, float) else x for name, x in self.given().items()},
@@ -148,12 +148,12 @@ class Profile(ProfileObject):
             notes=f"profile for {self.fits.document() or 'any setting'}, made {date or 'at an unknown date'}",
         )
 
-    def said(self, file: str, dtype: str = "") -> str:
-        """What prices of weights of ``dtype`` are, in one line, where they are of this profile."""
-        line = f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
+    def line(self, file: str, dtype: str = "") -> str:
+        """One line for the log: which profile the prices come from, and whether it measured ``dtype``."""
+        text = f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
         if self.knows(dtype):
-            return line
-        return f"{line}; it measured {', '.join(self.dtypes)}, by which {dtype} is scaled"
+            return text
+        return f"{text}; it measured {', '.join(self.dtypes)}, by which {dtype} is scaled"
 
     def knows(self, dtype: str) -> bool:
         """Whether stages were measured in ``dtype``, or none at all; empty: any will do."""
@@ -207,7 +207,7 @@ def read_profile(path: Path) -> Profile:
     if document["narrows_profile"] != VERSION:
         raise ConfigError(
             f"{path} is a profile of version {document['narrows_profile']!r}, and this narrows reads version "
-            f"{VERSION}; make it anew with: narrows calibrate"
+            f"{VERSION}; make a new one with: narrows calibrate"
         )
     try:
         profile = Profile.model_validate_json(text)
@@ -219,10 +219,10 @@ def read_profile(path: Path) -> Profile:
 def _other_rates(base: Device, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, and the peaks that it does not say: those of ``base``, as much faster or slower as the first that it
     does say."""
-    said = next((name for name in _PEAKS if given.get(name) and getattr(base, name)), None)
-    if said is None:
+    reference = next((name for name in _PEAKS if given.get(name) and getattr(base, name)), None)
+    if reference is None:
         return dict(given)
-    factor = given[said] / getattr(base, said)
+    factor = given[reference] / getattr(base, reference)
     others = {name: getattr(base, name) for name in _PEAKS if name not in given}
     return {**{name: peak and peak * factor for name, peak in others.items()}, **given}
 
@@ -299,13 +299,13 @@ def choose_device(
     misfit = profile.fits.misfit(mine, whatever=() if runs else ("ranks", *_PLANNED))
     if not runs:
         other = [f"the profile {name} is not of this machine: {misfit}"] if misfit else []
-        return profile.device, [profile.said(name, dtype), *other]
+        return profile.device, [profile.line(name, dtype), *other]
     if misfit:
         raise ConfigError(
             f"the profile {name} was made for something else ({misfit}), so its prices do not hold for these "
             f"ranks; make one with: {calibrate_command(mine, dtype)} --out {name}"
         )
-    return profile.device, [_said(profile, name, mine, dtype)]
+    return profile.device, [_profile_line(profile, name, mine, dtype)]
 
 
 def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tuple[Device, list[str]]:
@@ -328,7 +328,7 @@ def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tu
             refused.append(f"the profile {path.name} is not used: {misfit}")
     if fitting:
         (*_, file), best = max(fitting, key=lambda one: one[0])
-        return best.device, [_said(best, str(file), setting, dtype) if runs else best.said(str(file), dtype)]
+        return best.device, [_profile_line(best, str(file), setting, dtype) if runs else best.line(str(file), dtype)]
     if not runs:
         ranks = setting.ranks
         none = f"there is no profile of this machine for {ranks} rank(s) in {profiles_folder()}"
@@ -337,7 +337,7 @@ def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tu
     nearest = nearest_device(setting)
     if nearest is None:
         raise ConfigError(f"there are no prices for {setting.card!r} here; name the most similar device with --device")
-    return device(nearest), [f"{line}; anew: {calibrate_command(setting, dtype)}" for line in refused]
+    return device(nearest), [f"{line}; make a new one with: {calibrate_command(setting, dtype)}" for line in refused]
 
 
 def nearest_device(setting: MachineFingerprint) -> str | None:
@@ -345,8 +345,8 @@ def nearest_device(setting: MachineFingerprint) -> str | None:
     return device_of_card(setting.card) if setting.card else "cpu-core"
 
 
-def _said(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) -> str:
-    line = profile.said(file, dtype)
+def _profile_line(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) -> str:
+    line = profile.line(file, dtype)
     return line if profile.knows(dtype) else f"{line}; {calibrate_command(setting, dtype)} measures it"
 
 

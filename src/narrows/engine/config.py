@@ -224,8 +224,10 @@ def resolve(engine_config: EngineConfig, sharding: WeightSharding | None = None,
         num_ranks=mesh.size,
         threads=threads,
     )
-    device, said = choose_device(engine_config.device, setting, dtype=gemm_dtype, model=engine_config.model, runs=True)
-    notes += said
+    device, price_notes = choose_device(
+        engine_config.device, setting, dtype=gemm_dtype, model=engine_config.model, runs=True
+    )
+    notes += price_notes
     deployment = Deployment(
         config=config,
         mesh=mesh,
@@ -390,10 +392,10 @@ def _fit_host(
     rounded = engine_config.quantization if engine_config.quantization != Quantization.NONE.value else ""
     step = planner.workspace(plan).total
     needs = needs_of(dtype=rounded or ("fp32" if itemsize == 4 else "bf16"), step=step)
-    said = [check_memory(needs, host, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
+    lines = [check_memory(needs, host, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
     if engine_config.dtype == "auto" and itemsize == 2 and not rounded:
-        said.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), host))
-    return [line for line in said if line]
+        lines.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), host))
+    return [line for line in lines if line]
 
 
 def _pinned_plan(deployment: Deployment, sharding: WeightSharding, layout: str, limits: Limits) -> Plan:

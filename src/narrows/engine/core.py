@@ -103,7 +103,7 @@ class Engine:
         warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
             :meth:`prepare` has the ranks bind them.
         timing: the durations by which ranks are judged.
-        clock: is told of the phases of the start.
+        clock: gets the phases of the start.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
@@ -208,7 +208,7 @@ class Engine:
     def request(self, generation: Generation) -> Request:
         """A request that can run here and waits for nothing yet. Any thread may ask for one.
 
-        Without a seed of its own, a request that draws gets one.
+        Without its own seed, a request that draws gets one.
 
         Raises:
             ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).

@@ -59,7 +59,7 @@ class LLM:
         model: a checkpoint folder, a built-in one's name, or a ``.gguf`` file.
         options: the other fields of :class:`EngineConfig` (``dp``, ``tp``, ``layout``, ``dtype``, ...).
         wrap: put around every bound step of every rank (profiling).
-        clock: is told of the phases of the start.
+        clock: gets the phases of the start.
 
     Raises:
         ConfigError: an impossible option; the message has the reason and the alternative.

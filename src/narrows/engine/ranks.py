@@ -31,7 +31,7 @@ def start_ranks(
 ) -> Ranks[Worker]:
     """The ranks of ``resolved``, each with the worker that ``make`` builds there.
 
-    ``meanwhile``: called once, when it may start threads, before the ranks are ready. ``clock``: is told of the phases.
+    ``meanwhile``: called once, when it may start threads, before the ranks are ready. ``clock``: gets the phases.
 
     Raises:
         the first error of ``make``; RankError if a rank does not start.

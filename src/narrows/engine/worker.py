@@ -253,7 +253,7 @@ class Worker:
         return StepResult(ids=ids, logprobs=ran.sampler.logprobs(), scores=ran.sampler.scores())
 
     def _paged_rows(self, spans: list[tuple[int, int, tuple[int, ...]]]) -> PagedRows:
-        if self.rank_context.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
+        if self.rank_context.batch_invariant:  # every decode row is read alone, so that no other's length pads it
             return build_paged_rows(spans, self.page_size, self.rank_context.device, decode_group_slots=1)
         return build_paged_rows(spans, self.page_size, self.rank_context.device)
 

@@ -1,6 +1,6 @@
 """A model's tasks on one rank and under layouts, and whether they agree: the entry point of `evaluate`.
 
-One rank runs first, in the same dtype; if that is not float32, one rank in float32 too, since it tells how much the
+One rank runs first, in the same dtype; if that is not float32, one rank in float32 too, since it shows how much the
 dtype itself rounds. Every layout then runs the same items, batched and one at a time, and the same rows for its
 distributions, in its dtype and in float32, where a wrong layout has no rounding to hide in. Engines run one after the
 other, so memory holds one model.

@@ -162,8 +162,8 @@ def transformers_version() -> str:
 
 
 def _cannot(do: str, path: Path | str, error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return f"{path}: transformers {transformers_version()} cannot {do} it ({type(error).__name__}: {said[:300]})"
+    reason = " ".join(str(error).split())
+    return f"{path}: transformers {transformers_version()} cannot {do} it ({type(error).__name__}: {reason[:300]})"
 
 
 def _transformers() -> Any:

@@ -5,7 +5,7 @@ One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed with d
 without rows) and keeps every stage's output. Each layout then runs the same steps, fed the same tokens, and is
 compared: every stage's output, put together from all ranks by its layout (in as many copies as ranks hold the same
 rows), and at the end each rank's logits. The first stage whose output differs by more than the tolerance is named, and
-the rank where one rank holds the wrong row. A plan that encodes rows rounds on purpose: it has a tolerance of its own,
+the rank where one rank holds the wrong row. A plan that encodes rows rounds on purpose: it has its own tolerance,
 and what ranks hold in common must be the same bits. So do int8 weights, whose scales are those of the part that a rank
 holds.
 

@@ -27,7 +27,7 @@ BETWEEN = "between"
 
 
 class _Kind(NamedTuple):
-    """What tells ops apart."""
+    """What distinguishes ops."""
 
     phase: str
     price_class: str

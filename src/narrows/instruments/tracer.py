@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_STEPS", "RankTracer", "Tracer"]
 
 DEFAULT_STEPS = 200
-"""Steps that are kept unless told otherwise: 10 MB per rank for 60 layers."""
+"""Steps that are kept by default: 10 MB per rank for 60 layers."""
 _INSTRUMENT = "trace"
 _SLACK_S = 0.005
-"""By how much a rank's times may lie outside the host's, who hears of them later, before its clock is another one."""
+"""By how much a rank's times may lie outside the host's, which gets them later, before its clock counts as another."""
 _SPANS_PER_STEP = 8
 
 

@@ -1,8 +1,8 @@
 """Moves: the single collectives and local operations that change a layout, and which layouts they connect.
 
 A move changes the layout along consecutive axes by ONE operation; several moves in a row are a path that the planner
-finds. Every layout of whole rows can be reached from every legal layout. A sum can be taken but not owed anew, and
-columns are only left by a stage whose weights are sharded by column, so a layout with ``P`` or ``C`` is reached only
+finds. Every layout of whole rows can be reached from every legal layout. A sum can be taken, but not become owed again.
+Columns are only left by a stage whose weights are sharded by column, so a layout with ``P`` or ``C`` is reached only
 where fewer axes owe the sum: (P,P) -> (S,P).
 
     slice           (S*,R) -> more S      local: each rank keeps its own rows
@@ -20,7 +20,7 @@ reduce_scatter over dp x tp: (P,P) -> (S,S)
 all_reduce over dp x tp: (P,P) -> (R,R)
 
 Among ranks on several nodes (:mod:`narrows.layout.topology`) a collective may also be done level by level: inside each
-node, and between the nodes by groups of one rank of each. It is a move of its own, so that a plan states which it is:
+node, and between the nodes by groups of one rank of each. It is a separate move, so that a plan states which it is:
 
 >>> nodes = Topology.parse("2x2")
 >>> [str(move) for move in moves_from(mesh, owed(mesh), nodes)][-1]

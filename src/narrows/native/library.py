@@ -182,10 +182,10 @@ def _check(file: Path) -> tuple[Library | None, str]:
     try:
         sources = opened.narrows_sources
     except AttributeError:
-        return None, f"{file.name} is none of this version's; install narrows anew"
+        return None, f"{file.name} is none of this version's; install narrows again"
     sources.restype = ctypes.c_char_p
     if sources().decode() != sources_digest():
-        return None, f"{file.name} was built from other sources than those beside it; install narrows anew"
+        return None, f"{file.name} was built from other sources than those beside it; install narrows again"
     return opened, ""
 
 

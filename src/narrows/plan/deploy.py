@@ -117,7 +117,7 @@ def planned_dtype(config: ModelConfig, device: Device, name: str) -> tuple[str, 
     where the device multiplies FP8, else as :func:`loaded_dtype`. ``name``: the model's, for an error.
 
     Raises:
-        ConfigError: weights stored in a way that nothing here loads, in the words of who would load them.
+        ConfigError: weights stored in a way that nothing here loads, in the words of the code that would load them.
     """
     check_loadable(config.quantization, name)
     if config.quantization is None:

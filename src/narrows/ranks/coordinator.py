@@ -24,7 +24,7 @@ from narrows.ranks.messages import BEAT, CALL, DONE, END, FAILED, KEEP, SETUP, C
 from narrows.ranks.packing import Packer, pack
 from narrows.ranks.peers import Peer, Peers
 from narrows.ranks.pending import PendingCalls
-from narrows.ranks.spawn import Doors, Processes, end_processes, ending, start, tell
+from narrows.ranks.spawn import Doors, Processes, end_processes, ending, send_contact, start
 from narrows.ranks.timing import TIMING, Timing
 from narrows.ranks.verdicts import Verdicts
 
@@ -102,7 +102,7 @@ class Coordinator:
             if launch is not None:
                 publish(launch, self._store, contact)
             self._start_thread(self._tick, "narrows watches its ranks")
-            tell(self._doors, 0, contact)
+            send_contact(self._doors, 0, contact)
             nodes = launch.num_nodes - 1 if launch and not launch.by_torchrun else 0
             self._accept_all(listener, contact.key, self._mesh.size + nodes)
         setup = Setup(

@@ -38,7 +38,7 @@ class Copy:
             if self.returncode is None:
                 try:
                     pid, status = os.waitpid(self.pid, os.WNOHANG)
-                except ChildProcessError:  # somebody else has waited for all children of this process
+                except ChildProcessError:  # other code has waited for all children of this process
                     self.returncode = 0
                 else:
                     self.returncode = os.waitstatus_to_exitcode(status) if pid else None

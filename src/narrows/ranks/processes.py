@@ -47,7 +47,7 @@ class ProcessRanks(Generic[Worker]):
         copies: ranks of this host are copies of this process where it has a single thread (`copies.py`), so they see
             what it has imported and set; else they are new interpreters, as they are without it.
         meanwhile: called when this host's processes are there, before they are ready; it may start threads.
-        clock: is told of the phases of the start.
+        clock: gets the phases of the start.
 
     Raises:
         the first error of ``make`` on any rank; RankError if a rank does not start.

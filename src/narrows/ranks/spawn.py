@@ -14,7 +14,7 @@ from narrows.ranks.copies import can_copy, copy
 from narrows.ranks.messages import Contact
 from narrows.ranks.rank_process import PROGRAM, boot, boot_line
 
-__all__ = ["Doors", "Process", "Processes", "end_processes", "ending", "start", "tell"]
+__all__ = ["Doors", "Process", "Processes", "end_processes", "ending", "send_contact", "start"]
 
 
 class Process(Protocol):
@@ -37,7 +37,7 @@ Doors = dict[int, IO[bytes]]
 
 
 def start(ranks: tuple[int, ...], processes: Processes, *, copies: bool = False) -> Doors:
-    """Starts one process per rank and adds it to ``processes``; they wait for :func:`tell`.
+    """Starts one process per rank and adds it to ``processes``; they wait for :func:`send_contact`.
 
     Ctrl-C and SIGTERM are blocked in a new process until it ignores them: both may be sent to the whole process group.
 
@@ -61,7 +61,7 @@ def start(ranks: tuple[int, ...], processes: Processes, *, copies: bool = False)
     return doors
 
 
-def tell(doors: Doors, node: int, contact: Contact) -> None:
+def send_contact(doors: Doors, node: int, contact: Contact) -> None:
     """Gives the processes of :func:`start` their arguments."""
     for local_rank, (rank, door) in enumerate(doors.items()):
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen elsewhere

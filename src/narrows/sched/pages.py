@@ -57,7 +57,7 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody holds."""
+        """Pages that requests hold."""
         return self.num_pages - 1 - self.num_free
 
     def take(self, count: int) -> tuple[int, ...]:

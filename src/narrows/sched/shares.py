@@ -1,6 +1,6 @@
 """Max-min fair shares of running slots, pages and rows among clients, by which turns are decided.
 
-If every request is from a client of its own, or all are from one client, turns alone decide. Else the second running
+If every request is from a different client, or all are from one client, turns alone decide. Else the second running
 request of a client comes after the first of every other, and so on. ``docs/scheduling.md`` has the rules.
 """
 

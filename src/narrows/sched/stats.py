@@ -31,8 +31,8 @@ class SchedulerStats:
 
     ``kv_pages`` of all groups, the null pages not counted; ``kv_pages_used``: held by requests (pages that are only
     kept to be found again are not used). ``prompt_tokens`` of prompts that have begun to run, ``cached_prompt_tokens``
-    of them found in the prefix cache. ``bound_steps``: steps in which somebody got fewer rows than it wanted, or no
-    place, by what there was too little of.
+    of them found in the prefix cache. ``bound_steps``: steps in which a request got fewer rows than it wanted, or did
+    not run, by what there was too little of.
 
     By group: ``idle_rows``, summed over steps, the rows of the step's largest group less its own, since every group
     waits for the largest; ``short_steps``, steps in which it had too few pages for one of its requests, or for one that

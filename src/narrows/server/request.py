@@ -261,7 +261,7 @@ class ParsedRequest:
 
 
 def sampling_of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of the ``index``-th of ``n`` texts: a seed of its own, so that they differ."""
+    """The parameters of the ``index``-th of ``n`` texts: its own seed, so that they differ."""
     if sampling.seed is None or not index:
         return sampling
     return replace(sampling, seed=(sampling.seed + index) & _MASK63)

@@ -161,7 +161,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come; the first one starts to drain, on a thread of its own since that waits."""
+        """A signal has come; the first one starts to drain, on its own thread since that waits."""
         if self._drains is not None:
             self.exit_code = 1
             self.should_exit = self.force_exit = True

@@ -17,7 +17,7 @@ from narrows.service.active_request import ActiveRequest
 __all__ = ["RequestQueue"]
 
 _RATE_OF = 64
-"""Generations whose ends tell how fast the queue moves."""
+"""Generations whose ends show how fast the queue moves."""
 
 
 class RequestQueue:

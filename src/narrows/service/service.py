@@ -92,7 +92,7 @@ class EngineService:
         """Accept nothing new and finish the rest; returns whether all finished within ``timeout_s``."""
         done = self._queue.drain(timeout_s)
         if self._trace.is_on and not self._queue.is_over:
-            with suppress(ConfigError):  # said in the log
+            with suppress(ConfigError):  # it is in the log
                 self._trace.stop(self._wake, _LAST_TRACE_S)
         return done
 

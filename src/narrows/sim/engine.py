@@ -1,7 +1,7 @@
 """Simulates the engine: the real scheduler, one step ahead, on a clock that advances by predicted step times.
 
 It does what the loop of the service does (:mod:`narrows.service.loop`): take in new requests, commit the step that is
-done, hand out the next one, notify callers. At most two steps are with the ranks. A request is a client of its own,
+done, hand out the next one, notify callers. At most two steps are with the ranks. A request counts as a client,
 unless the load names its client. Tokens are dummies, and texts are as long as they may be. Requests are sent as by
 ``narrows bench serve``: each at its time, with at most so many at once. Equal loads give equal runs.
 """
@@ -35,7 +35,7 @@ _AHEAD = 2
 _DUMMY = 0
 """The token that every row samples."""
 _OWN = 1 << 32
-"""Tokens of a prompt that are nobody else's: each request's begin at another multiple."""
+"""Tokens of a prompt that no other request has: each one's begin at another multiple."""
 _SHARED = 1 << 62
 """Where the tokens of shared blocks begin."""
 

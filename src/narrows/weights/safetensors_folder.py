@@ -102,10 +102,12 @@ class SafetensorsFolder:
         if name in self._absent:
             file = self._absent[name].name
             return f"{self.folder}: the index puts {name} into {file}, which lacks it; download that file again"
-        said = f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
+        problem = (
+            f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
+        )
         if full_name == "lm_head.weight" and not self._absent:
-            return said + 'a head that shares the embedding takes "tie_word_embeddings": true in config.json'
-        return f"{said}the checkpoint is incomplete, or not the architecture that config.json names"
+            return problem + 'a head that shares the embedding takes "tie_word_embeddings": true in config.json'
+        return f"{problem}the checkpoint is incomplete, or not the architecture that config.json names"
 
     def _view(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)

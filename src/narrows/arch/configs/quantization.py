@@ -25,9 +25,9 @@ def read_dtype(raw: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: no dtype, or ``dtype`` and ``torch_dtype`` name two.
     """
-    said = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    given = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
     names: dict[str, str] = {}
-    for key, value in said.items():
+    for key, value in given.items():
         names[key] = value.removeprefix("torch.") if isinstance(value, str) else ""
         if names[key] not in DTYPES:
             raise CheckpointError(f"{key} is {shown(value)}, where one of {', '.join(DTYPES)} is needed")

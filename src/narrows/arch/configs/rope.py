@@ -192,29 +192,29 @@ def _dictionary(name: str, value: object) -> Mapping[str, Any]:
 
 def _shared(field: str, objects: Mapping[str, Mapping[str, Any]]) -> Any:
     """The value of ``field`` in all objects that have it; None where none does."""
-    said: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, fields in objects.items():
         if field in fields and (fields[field] is not None or field == "rope_theta"):
             path = f"{name}.{field}".lstrip(".")
-            said[path] = getattr(validated(_SharedFields, {field: fields[field]}, name), field)
-    if len(set(said.values())) > 1:
-        words = " and ".join(f"{path} is {shown(value)}" for path, value in said.items())
+            given[path] = getattr(validated(_SharedFields, {field: fields[field]}, name), field)
+    if len(set(given.values())) > 1:
+        words = " and ".join(f"{path} is {shown(value)}" for path, value in given.items())
         raise CheckpointError(f"{words}: readers disagree on which one counts; leave one of them out")
-    return next(iter(said.values()), None)
+    return next(iter(given.values()), None)
 
 
 def _typed(name: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The type that a dictionary says, and its numbers."""
-    said = {key: fields[key] for key in ("rope_type", "type") if key in fields}
-    for key, kind in said.items():
+    given = {key: fields[key] for key in ("rope_type", "type") if key in fields}
+    for key, kind in given.items():
         if not isinstance(kind, str):
             raise CheckpointError(f"{name}.{key} is {shown(kind)}, where a text is needed")
-    if len(set(said.values())) > 1:
-        raise CheckpointError(f"{name} has rope_type {shown(said['rope_type'])} and type {shown(said['type'])}")
-    kind = next(iter(said.values()), "default")
-    numbers = {key: each for key, each in fields.items() if key not in (*said, *_SharedFields.model_fields)}
+    if len(set(given.values())) > 1:
+        raise CheckpointError(f"{name} has rope_type {shown(given['rope_type'])} and type {shown(given['type'])}")
+    kind = next(iter(given.values()), "default")
+    numbers = {key: each for key, each in fields.items() if key not in (*given, *_SharedFields.model_fields)}
     if kind == "default" and (scaled := sorted(_NUMBERS & numbers.keys())):
-        stated = f"says {shown('default')}" if said else "is missing"
+        stated = f"says {shown('default')}" if given else "is missing"
         raise CheckpointError(f"{name} has {', '.join(scaled)} while its rope_type {stated}")
     if kind != "default" and kind not in ROPE_TYPES:
         known = ", ".join(("default", *ROPE_TYPES))

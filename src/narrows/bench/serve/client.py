@@ -1,7 +1,7 @@
 """Sends a workload to an OpenAI-compatible server and notes when the pieces of each answer came.
 
-Needs aiohttp (the extra ``bench``). Pieces are told apart by bytes and parsed only where a count or an error stands in
-them, so that the client takes little of the machine that it measures.
+Needs aiohttp (the extra ``bench``). Pieces are distinguished by bytes and parsed only where a count or an error stands
+in them, so that the client takes little of the machine that it measures.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def look_at(url: str, api_key: str) -> tuple[str, dict[str, Any]]:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
             async with session.get(f"{url}/v1/models") as answer:
                 if answer.status != 200:
-                    said = (await answer.text())[:200]
-                    raise ConfigError(f"{url}/v1/models answers {answer.status}: {said}")
+                    body = (await answer.text())[:200]
+                    raise ConfigError(f"{url}/v1/models answers {answer.status}: {body}")
                 model = str((await answer.json())["data"][0]["id"])
             async with session.get(f"{url}/server_info") as answer:
                 info = await answer.json() if answer.status == 200 else {}

@@ -134,7 +134,7 @@ def _moves_words(plan: Plan, ops: Sequence[Op]) -> str:
 
 
 def op_words(plan: Plan, op: Op) -> str:
-    """An op in a few words, for saying how one layer differs from another."""
+    """An op in a few words, to describe how one layer differs from another."""
     fields = fields_words(plan.roles.bundle_of, op.reads, op.encoded)
     if op.move is not None:
         return f"{_kind_words(op)} of {fields} to {layout_words(plan.mesh, op.leaves)}"
@@ -145,8 +145,8 @@ def op_words(plan: Plan, op: Op) -> str:
 
 
 def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
-    """How the ops of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
-    by that op."""
+    """How the ops of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is that
+    op's line."""
 
     def what(op: Op) -> tuple[object, ...]:
         return (
@@ -171,11 +171,11 @@ def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
 _WORTH_A_CLAUSE = 0.03
 """Share of all differences, added up without their signs, below which a price class is not mentioned."""
 _MOST_CAUSES = 2
-"""Causes told per price class, the largest ones."""
+"""Causes mentioned per price class, the largest ones."""
 _WORTH_A_CAUSE = 0.1
 """Share of the differences within a class below which a cause is not mentioned."""
 _SAME = 0.05
-"""A cause this near its class's difference is told as the whole of it."""
+"""A cause this near its class's difference is given as the whole of it."""
 
 
 def why(auto: Plan, other: Plan) -> str:
@@ -206,8 +206,8 @@ def _clauses(auto: Plan, other: Plan) -> list[str]:
             continue
         by_words = causes[price_class]
         size = sum(abs(ps) for ps in by_words.values())
-        told = {words: ps for words, ps in by_words.items() if abs(ps) >= _WORTH_A_CAUSE * size}
-        ordered = sorted(told.items(), key=lambda item: -abs(item[1]))[:_MOST_CAUSES]
+        large = {words: ps for words, ps in by_words.items() if abs(ps) >= _WORTH_A_CAUSE * size}
+        ordered = sorted(large.items(), key=lambda item: -abs(item[1]))[:_MOST_CAUSES]
         if len(ordered) == 1 and abs(ordered[0][1] - total) <= _SAME * abs(total):
             text = f"{ordered[0][0]} ({_ms(total)})"
         else:

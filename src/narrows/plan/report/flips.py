@@ -1,7 +1,7 @@
 """At which error of which price another way of moving rows would be the cheapest.
 
 The prices of one group (all-reduces over tp, the products, the norms and other passes over rows ...) are multiplied by
-a factor, all others stay, and the step is searched anew: every legal plan is compared, not only the named ones. The
+a factor, all others stay, and the step is searched again: every legal plan is compared, not only the named ones. The
 cost of a plan is a straight line in the factor, so the least factor at which the choice changes is where two lines
 cross. The choice is how rows travel in most layers; weights stay held as they are.
 """

@@ -24,7 +24,7 @@ from narrows.plan.workspace import Workspace
 __all__ = ["Entry", "PlanReport", "make_report"]
 
 _SWEEP_TOP = {"prefill": 65536, "decode": 4096}
-"""Row counts up to which the best layout is told, unless the step itself is larger."""
+"""Row counts up to which the best layout is listed, unless the step itself is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

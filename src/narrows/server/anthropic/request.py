@@ -317,5 +317,5 @@ def _result(block: Block, where: str) -> str:
 
 
 def _lines(blocks: Iterable[TextBlock | ResultBlock]) -> str:
-    """Blocks are paragraphs of their own."""
+    """Each block is a paragraph."""
     return "\n".join(block.text or "" for block in blocks)

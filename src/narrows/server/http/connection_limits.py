@@ -251,7 +251,7 @@ def unread_bytes(transport: asyncio.Transport) -> int:
     held = transport.get_write_buffer_size()
     sock = transport.get_extra_info("socket")
     if sock is not None:
-        with suppress(OSError, RuntimeError):  # it does not tell, or the transport has closed
+        with suppress(OSError, RuntimeError):  # the system does not report it, or the transport has closed
             held += int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
     return held
 

@@ -180,7 +180,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError
 
     best = max(tries, key=fit)
     error, param = errors[best], ".".join(map(str, paths[best])) or None
-    what = _said(error)
+    what = _explanation(error)
     if param is None:
         return invalid(f"the body must be a JSON object with this endpoint's fields: {what}")
     return invalid(f"{param}: {what}", param)
@@ -213,7 +213,7 @@ def _is_type_error(error: Mapping[str, Any]) -> bool:
     return str(error["type"]).endswith("_type")
 
 
-def _said(error: Mapping[str, Any]) -> str:
+def _explanation(error: Mapping[str, Any]) -> str:
     limits = error.get("ctx", {})
     if error["type"] == "missing":
         return "is missing"

@@ -191,11 +191,11 @@ async def _result(future: Future[Grammar]) -> Grammar:
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
-    def tell(_: Future[Grammar]) -> None:
+    def notify(_: Future[Grammar]) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(done.set)
 
-    future.add_done_callback(tell)
+    future.add_done_callback(notify)
     await done.wait()
     return future.result()
 

@@ -1,6 +1,6 @@
 """Grammars in GBNF (llama.cpp) and EBNF (xgrammar), ``root ::= ...``, to Lark rules.
 
-Each character becomes a terminal of its own. A lexer takes the longest terminal, so ``[a-z]+ "x"`` as two terminals
+Each character becomes its own terminal. A lexer takes the longest terminal, so ``[a-z]+ "x"`` as two terminals
 could never end in an x; character by character, the rules say exactly what the grammar says.
 """
 
