@@ -19,7 +19,7 @@ def make(folder: str) -> Generate:
     config = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].config
     # Room for 32 requests of 512 + 64 tokens, and for one of 8192, as the peers are given it.
     room = {"max_context": 8256, "kv_tokens": -(-32 // max(config.dp, 1)) * 640}
-    engine = Engine(resolve(replace(config, prefix_cache=False, copies=True, **room)))
+    engine = Engine(resolve(replace(config, prefix_cache=False, fork_self=True, **room)))
 
     def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
         clock = Clock(len(prompts))

@@ -149,6 +149,11 @@ def facts(comm: Communicator) -> tuple[int, int, int, bool, bool, bool, str]:
     return comm.rank, os.getpid(), torch.get_num_threads(), inference, in_main, deaf, sys.argv[-1]
 
 
+def surroundings(comm: Communicator, names: tuple[str, ...]) -> tuple[str, tuple[str | None, ...], tuple[int, ...]]:
+    cores = tuple(sorted(os.sched_getaffinity(os.getppid())))
+    return os.getcwd(), tuple(os.environ.get(name) for name in names), cores
+
+
 # --- whose memory
 
 

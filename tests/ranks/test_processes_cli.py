@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from patience import PATIENCE_S
+from processes_lab import rank_pids
 from torch.distributed import HashStore, PrefixStore
 
 from narrows.cli.main import main
@@ -100,12 +101,11 @@ LONG = ("--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500
 ONE_BY_ONE = ("--requests-per-group", "1")
 
 
-def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path, running: Callable[[], set[int]]) -> None:
+def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path) -> None:
     long = ("--tp", "1", *LONG, *ONE_BY_ONE)
-    before = running()
     process = start(generate(speaking_v3, *long))
     first_words(process, 20)
-    (rank,) = running() - before - {process.pid}
+    (rank,) = rank_pids(process.pid)
     os.kill(rank, signal.SIGKILL)
     code, _, err = ended(process)
     assert code == 2

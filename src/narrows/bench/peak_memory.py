@@ -1,8 +1,9 @@
 """Peak memory of rank processes over one prefill step, beside what a plan says that it takes.
 
-Measured from outside: memory of the ranks' own (anonymous), and their parts of what they share with each other (PSS).
-Files that processes map, libraries above all, are left out, since other programs map them too. The kernel keeps each
-process's peak, so that none is missed. Where it refuses to reset that figure, memory is sampled.
+Measured from outside: the ranks' anonymous memory, and their parts of the segments that they share with each other.
+What a rank still shares with the process that forked it counts in full, as if it were alone; the machine holds that
+once. Files that processes map, libraries above all, are left out, since other programs map them too. The kernel keeps
+each process's peak, so that none is missed. Where it refuses to reset that figure, memory is sampled.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _own_bytes(pid: int) -> int:
     """Anonymous memory of a process, and its part of what several share."""
     with suppress(OSError):
         fields = _fields(Path(f"/proc/{pid}/smaps_rollup"))
-        return fields["Pss_Anon"] + fields["Pss_Shmem"]
+        return fields["Anonymous"] + fields["Pss_Shmem"]
     return 0
 
 

@@ -134,7 +134,7 @@ def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     launch = getattr(args, "launch", None)
     several = "processes" if launch is not None else _DEFAULT["ranks"]
     ranks = {"ranks": args.ranks or several, "timeout_s": args.rank_timeout, "launch": launch}
-    ranks["copies"] = getattr(args, "copies", False)  # `main` sets it in its own process
+    ranks["fork_self"] = getattr(args, "fork_self", False)  # `main` sets it in its own process
     return {name: getattr(args, name) for name in names} | ranks | more
 
 

@@ -93,7 +93,7 @@ def _parse_own() -> tuple[ModuleType, argparse.Namespace]:
 
     with quick_imports():
         command, args = parse(sys.argv[1:])
-    args.copies = True
+    args.fork_self = True
     return command, args
 
 

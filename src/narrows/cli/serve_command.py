@@ -32,6 +32,7 @@ from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
+from narrows.ranks.fork_server import fork_server
 from narrows.server.app import create_app, state_of
 from narrows.server.http.connection_limits import (
     MAX_CONNECTIONS,
@@ -177,13 +178,14 @@ def run(args: argparse.Namespace) -> int:
     life = {name: getattr(args, name) for name in ("warmup_rows", "prompt_rows")}
     life["ranks"] = args.ranks or _RANKS
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
-    engine["copies"] = False  # they would hold the server's socket too
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch
     config = EngineConfig(model=args.model, **engine)
     drift, trace = DriftRule(factor=args.drift_factor), ServiceTrace(args.trace, args.trace_steps)
     if launch is not None and not launch.is_coordinator:
         return run_local_ranks(resolve(config))
+    if config.ranks == "processes" and config.run_on == "cpu":
+        fork_server(fork_self=config.fork_self)  # before there is a socket, which it would hold too, and a thread
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():

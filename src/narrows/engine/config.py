@@ -101,8 +101,8 @@ class EngineConfig:
     threads: int | None = 1
     """torch threads per rank; None: the cores, divided among the ranks."""
     timeout_s: float = 60.0
-    copies: bool = False
-    """Rank processes may be copies of this process (`ranks/copies.py`): set by a process whose own main program is
+    fork_self: bool = False
+    """Ranks may come from a fork of this process (`ranks/fork_server.py`): set by a process whose own main program is
     narrows."""
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""

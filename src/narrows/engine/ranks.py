@@ -60,7 +60,7 @@ def start_ranks(
         once=(Plan,),
         device=config.run_on,
         timing=timing,
-        copies=config.copies,
+        fork_self=config.fork_self,
         meanwhile=meanwhile,
         clock=clock,
     )

@@ -10,7 +10,7 @@ import pickle
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -83,16 +83,24 @@ class Coordinator:
     # --- the start
 
     def start(
-        self, *, checked: bool, num_threads: int, device: str, copies: bool, meanwhile: Callable[[], None]
+        self,
+        *,
+        checked: bool,
+        num_threads: int,
+        device: str,
+        fork_self: bool,
+        modules: Sequence[str],
+        meanwhile: Callable[[], None],
     ) -> None:
         """Starts this host's ranks, waits until all have connected, and sends them their setup.
 
-        ``copies``: of this process, if it has a single thread, so this comes first. ``meanwhile``: called when the
-        processes are there; from then on this one may start threads.
+        ``fork_self``: ranks may come from a fork of this process, if it has a single thread, so this comes first.
+        ``modules``: what the ranks will import. ``meanwhile``: called when the processes are there; from then on this
+        one may start threads.
         """
         launch, self._checked = self._launch, checked
         own = launch.ranks if launch else tuple(range(self._mesh.size))
-        self._doors = start(own, self._processes, copies=copies)
+        self._doors = start(own, self._processes, forked=device == "cpu", fork_self=fork_self, modules=modules)
         meanwhile()
         self._store, store_address, store_port = open_store(launch, self._timing.join_s)
         address = launch.address if launch else "127.0.0.1"
