@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import TracebackType
@@ -217,7 +217,7 @@ class Engine:
         self._check_sampling(generation.sampling, generation.guide)
         sampling = generation.sampling
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
-            sampling = replace(sampling, seed=_SEEDS.getrandbits(63))
+            sampling = sampling.with_seed(_SEEDS.getrandbits(63))
         request = Request(
             id=next(self._ids),
             prompt=generation.prompt,
@@ -240,9 +240,8 @@ class Engine:
 
     def _check_sampling(self, sampling: SamplingParams | None, guide: Guide | None) -> None:
         vocab_size = self.resolved.config.vocab_size
-        for token, _ in sampling.logit_bias if sampling is not None else ():
-            if token >= vocab_size:
-                raise ConfigError(f"logit_bias names token {token}, outside the model's vocabulary of {vocab_size}")
+        if sampling is not None and sampling.logit_bias and (token := max(sampling.logit_bias)[0]) >= vocab_size:
+            raise ConfigError(f"logit_bias names token {token}, outside the model's vocabulary of {vocab_size}")
         saved = self.resolved.plan
         if saved is None or (guide is None and (sampling is None or not sampling.needs_logits)):
             return

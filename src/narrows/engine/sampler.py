@@ -33,12 +33,14 @@ class Sampler:
         self.vocab_size, self.device = vocab_size, device
         self._histories: dict[int, _History] = {}
         self._biases: dict[int, tuple[Tensor, Tensor]] = {}  # by request: ids, and the bias of their logits
+        self._biases_of_batch: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of what they are made of
 
     def begin(self, batch: Batch, ids_T: Tensor) -> RowSampler | None:
         """The sampler of this batch's rows, whose token ids are ``ids_T``; None when every row is greedy."""
         for request in batch.ended:
             self._histories.pop(request, None)
             self._biases.pop(request, None)
+        self._biases_of_batch.clear()
         row = 0
         for group in batch.groups:
             for chunk in group:
@@ -68,13 +70,17 @@ class Sampler:
         return self._histories[request]
 
     def bias(self, request: int, logit_bias: tuple[tuple[int, float], ...]) -> tuple[Tensor, Tensor]:
-        """A request's ids and the bias of their logits; made once, as there may be one for each token."""
+        """A request's ids and the bias of their logits. Made once, as there may be one for each token; the texts of a
+        request share it, since they come in one batch and share the tuple."""
         if request not in self._biases:
-            ids, biases = zip(*logit_bias, strict=True)
-            self._biases[request] = (
-                torch.tensor(ids, device=self.device),
-                torch.tensor(biases, dtype=torch.float32, device=self.device),
-            )
+            made = self._biases_of_batch.get(id(logit_bias))
+            if made is None:
+                ids, biases = zip(*logit_bias, strict=True)
+                made = (
+                    torch.tensor(ids, device=self.device),
+                    torch.tensor(biases, dtype=torch.float32, device=self.device),
+                )
+            self._biases[request] = self._biases_of_batch[id(logit_bias)] = made
         return self._biases[request]
 
 
