@@ -54,6 +54,7 @@ from narrows.engine.worker import Worker
 from narrows.models import moe
 from narrows.models.registry import EXECUTABLE
 from narrows.ops import mlp
+from narrows.ops.step_block import StepBlock
 from narrows.plan.cache import PlanCache
 from narrows.plan.named import applicable_layouts, named_layout
 from narrows.sched.batch import Batch
@@ -223,14 +224,14 @@ def test_a_send_buffer_on_the_host_is_found(llama: Ranks, monkeypatch: pytest.Mo
 
 def test_samples_read_before_the_plan_are_found(llama: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that refer to the previous step's samples stay on the device: the host is a step ahead of them."""
-    ids = Worker._ids
+    ids = Worker._stage_ids
 
-    def read(self: Worker, batch: Batch) -> Tensor:
+    def read(self: Worker, batch: Batch, block: StepBlock) -> Callable[[], Tensor]:
         self._samples.cpu()
-        return ids(self, batch)
+        return ids(self, batch, block)
 
     llama.run([PREFILL, DECODE], "auto")
-    monkeypatch.setattr(Worker, "_ids", read)
+    monkeypatch.setattr(Worker, "_stage_ids", read)
     with pytest.raises(StepError, match=r"outside the plan: .* reads the device on the host"):
         llama.run([DECODE], "auto")
 

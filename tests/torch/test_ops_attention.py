@@ -21,8 +21,9 @@ from narrows.ops.compiled import kernels, torch_brgemm
 from narrows.ops.gqa_attention import gqa_attention, gqa_attention_reference, head_blocks
 from narrows.ops.kv_b import PackedKeys, plain_halves, split_kv_b
 from narrows.ops.mla_attention import mla_attention, mla_attention_reference
-from narrows.ops.paged import DecodeRows, build_paged_rows, windowed_rows, write_cache
+from narrows.ops.paged import DecodeRows, build_paged_rows, stage_paged_rows, windowed_rows, write_cache
 from narrows.ops.rope import mla_softmax_scale
+from narrows.ops.step_block import StepBlock
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +238,29 @@ class Gqa:
 
     def __call__(self, op, rows, **kwargs):
         return op(self.q, self.k, self.v, rows, self.kv_index, 0.4, **kwargs)
+
+
+def rows_for_a_device(spans, dtype, **options):
+    """The rows that a GPU gets, here on CPU: no length is a number of the host."""
+    block = StepBlock(torch.device("cpu"))
+    rows = stage_paged_rows(spans, PAGE, block, dtype, **options)
+    block.send()
+    return rows()
+
+
+@pytest.mark.parametrize("group_slots", [1 << 18, 40, 1])
+@STEP
+@DTYPES
+@torch.inference_mode()
+def test_decode_rows_without_lengths_of_the_host(step, dtype, group_slots):
+    """As on a GPU: padded pages, and a bias instead of lengths. What lies in the null page never shows."""
+    spans = STEPS[step]
+    rows = rows_for_a_device(spans, dtype, decode_group_slots=group_slots)
+    mla, gqa = Mla(num_rows(spans), dtype), Gqa(num_rows(spans), dtype, (0, 0, 0, 1))
+    if step != "dead rows":
+        mla.cache[:PAGE], gqa.k[:PAGE], gqa.v[:PAGE] = 50.0, 50.0, 50.0
+    torch.testing.assert_close(mla(mla_attention, rows), mla(mla_attention_reference, rows), **TOLERANCE[dtype])
+    torch.testing.assert_close(gqa(gqa_attention, rows), gqa(gqa_attention_reference, rows), **TOLERANCE[dtype])
 
 
 @STEP

@@ -26,6 +26,7 @@ from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.decoder import Decoder, StepInputs
 from narrows.ops.add_rows import add_rows
 from narrows.ops.encode_rows import decode_rows, encode_rows
+from narrows.ops.step_block import Part, StepBlock
 from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["Frame", "Operation", "Program", "Registers", "Wrap", "bind"]
@@ -34,6 +35,7 @@ Registers = list[Any]
 Operation = Callable[[Registers, "Frame"], None]
 Wrap = Callable[[int | None, Op, tuple[int, ...], tuple[int, ...], Operation], Operation]
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
+Selections = tuple[Part | None, ...]
 
 
 _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
@@ -69,8 +71,17 @@ class Program:
         self._selected = tuple(binder.selected)
         self._outs = tuple(binder.outs)
         self._num_registers = len(binder.registers)
-        self._rank, self._device = binder.comm.rank, binder.model.rank_context.device
+        self._rank = binder.comm.rank
         self.outputs = dict(binder.registers)
+
+    def stage_selections(self, rows: RowSplit, logit_rows: Sequence[int], block: StepBlock) -> Selections:
+        """Puts the numbers of the rows that are selected, in each layout that rows are selected in, into ``block``."""
+        selections: list[Part | None] = []
+        for layout in self._selected:
+            start, stop = rows.span(layout, self._rank)
+            picked = [row - start for row in logit_rows if start <= row < stop]
+            selections.append(None if len(picked) == stop - start else block.put(picked))
+        return tuple(selections)
 
     def frame(
         self,
@@ -78,22 +89,18 @@ class Program:
         rows: RowSplit,
         logits: RowSplit,
         logit_rows: Sequence[int],
+        selections: Selections,
     ) -> Frame:
-        """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected."""
+        """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected, and
+        ``selections`` what :meth:`stage_selections` put into the block, which has been sent."""
         splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
-        selections: list[Tensor | None] = []
-        for layout in self._selected:
-            start, stop = rows.span(layout, self._rank)
-            picked = [row - start for row in logit_rows if start <= row < stop]
-            all_rows = len(picked) == stop - start
-            selections.append(None if all_rows else torch.tensor(picked, dtype=torch.int64, device=self._device))
         return Frame(
             inputs=inputs,
             rows=rows,
             logits=logits,
             logit_rows=logit_rows,
             geometries=tuple(mover.geometry(splits[row_set]) for mover, row_set in self._moves),
-            selections=tuple(selections),
+            selections=tuple(None if part is None else part.tensor for part in selections),
             out_rows=tuple(splits[row_set].num_rows(layout, self._rank) for layout, row_set in self._outs),
         )
 

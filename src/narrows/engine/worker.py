@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +24,9 @@ from narrows.engine.step_record import Reader, StepRecord, StepRecorder, Wants
 from narrows.layout import RowSplit, scattered
 from narrows.models.decoder import Decoder, RankContext
 from narrows.models.registry import build_model
-from narrows.ops.paged import PagedRows, build_paged_rows
+from narrows.ops.paged import PagedRows, build_paged_rows, stage_paged_rows
+from narrows.ops.rope_angles import Lengths
+from narrows.ops.step_block import StepBlock
 from narrows.plan.plan import Op, Plan
 from narrows.sched.batch import Batch, sample_slot
 from narrows.sched.sampling import Logprobs, TokenScore
@@ -169,27 +170,27 @@ class Worker:
         group = batch.groups[self.rank_context.mesh.group_of(self.rank_context.rank)]
         return rows, [(chunk.start, len(chunk.tokens), chunk.pages) for chunk in group]
 
-    def _lengths(self, batch: Batch) -> list[int] | None:
+    def _stage_lengths(self, batch: Batch, block: StepBlock) -> Lengths | None:
         """Tokens of the sequence that each of this group's rows belongs to, where the model's angles depend on it."""
         if not self.model.angles.by_length:
             return None
         group = batch.groups[self.rank_context.mesh.group_of(self.rank_context.rank)]
-        return [length for chunk in group for length in chunk.lengths()]
+        return self.model.angles.stage([length for chunk in group for length in chunk.lengths()], block)
 
     def _run_captured(
         self, program: Program, batch: Batch, record: StepRecord | None, *, warm_up: bool = False
     ) -> Ran | None:
         """Replay a captured step, or capture it now; None if it cannot be captured."""
         rows, spans = self._rows_of(batch)
-        begin = partial(self._sampler.begin, batch)
+        block = StepBlock(self.rank_context.device)
         return self._captured.run(
             program,
             batch,
             rows,
             self._tokens,
             spans,
-            begin,
-            lengths=self._lengths(batch),
+            lambda ids_T: self._sampler.stage(batch, block)(ids_T),
+            lengths=self._stage_lengths(batch, block),
             warm_up=warm_up,
             record=record,
         )
@@ -198,10 +199,15 @@ class Worker:
         """Run ``program`` op by op."""
         rows, spans = self._rows_of(batch)
         logit_rows = batch.logit_rows()
-        ids_T = self._ids(batch)
-        sampler = self._sampler.begin(batch, ids_T)
-        inputs = self.model.begin_step(self._paged_rows(spans), sampler, lengths=self._lengths(batch))
-        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows)
+        block = StepBlock(self.rank_context.device)
+        ids, paged_rows = self._stage_ids(batch, block), self._stage_rows(spans, block)
+        begin, lengths = self._sampler.stage(batch, block), self._stage_lengths(batch, block)
+        selections = program.stage_selections(rows, logit_rows, block)
+        block.send()
+        ids_T = ids()
+        sampler = begin(ids_T)
+        inputs = self.model.begin_step(paged_rows(), sampler, lengths=lengths)
+        frame = program.frame(inputs, rows, logit_split(rows, logit_rows), logit_rows, selections)
         registers = program.run(frame, ids_T.unsqueeze(-1), record)  # a column: ids move as every field does
         return Ran(registers, sampler, inputs.rows, replayed=False)
 
@@ -252,10 +258,13 @@ class Worker:
             return StepResult(ids=ids)
         return StepResult(ids=ids, logprobs=ran.sampler.logprobs(), scores=ran.sampler.scores())
 
-    def _paged_rows(self, spans: list[tuple[int, int, tuple[int, ...]]]) -> PagedRows:
-        if self.rank_context.batch_invariant:  # every decode row is read by itself, so that no other's length pads it
-            return build_paged_rows(spans, self.page_size, self.rank_context.device, decode_group_slots=1)
-        return build_paged_rows(spans, self.page_size, self.rank_context.device)
+    def _stage_rows(self, spans: list[Span], block: StepBlock) -> Callable[[], PagedRows]:
+        # Batch-invariant: every decode row is read by itself, so that no other's length pads it.
+        alone = {"decode_group_slots": 1} if self.rank_context.batch_invariant else {}
+        if block.is_remote:
+            return stage_paged_rows(spans, self.page_size, block, self.rank_context.dtype, **alone)
+        rows = build_paged_rows(spans, self.page_size, **alone)
+        return lambda: rows
 
     def _program(self, plan: Plan) -> Program:
         """The bound plan; plans that run the same ops share one, since row counts come with each batch."""
@@ -293,16 +302,15 @@ class Worker:
 
         return around
 
-    def _ids(self, batch: Batch) -> Tensor:
+    def _stage_ids(self, batch: Batch, block: StepBlock) -> Callable[[], Tensor]:
         """The token ids of all rows, references to the previous step's samples filled in on the device."""
         tokens = [token for group in batch.groups for chunk in group for token in chunk.tokens]
-        device = self.rank_context.device
-        ids_T = torch.tensor([max(token, 0) for token in tokens], dtype=torch.int64, device=device)
-        at = [row for row, token in enumerate(tokens) if token < 0]
-        if at:
-            slots = torch.tensor([sample_slot(tokens[row]) for row in at], device=device)
-            ids_T.index_copy_(0, torch.tensor(at, device=device), self._samples.index_select(0, slots))
-        return ids_T
+        ids = block.put(tokens)
+        if min(tokens, default=0) >= 0:
+            return lambda: ids.tensor
+        num = self._samples.shape[0]
+        at = block.put([num + row if token >= 0 else sample_slot(token) for row, token in enumerate(tokens)])
+        return lambda: torch.cat((self._samples, ids.tensor)).index_select(0, at.tensor)
 
     def _tokens(self, batch: Batch) -> list[int]:
         """The same as plain numbers, from what was read of the previous step's samples."""

@@ -27,7 +27,7 @@ from narrows.ops.mlp import mlp
 from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
 from narrows.ops.paged import PagedRows, windowed_rows
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
-from narrows.ops.rope_angles import RopeAngles
+from narrows.ops.rope_angles import Lengths, RopeAngles
 from narrows.weights.source import WeightSource
 
 __all__ = ["Decoder", "DecoderLayer", "Loader", "RankContext", "StepInputs"]
@@ -259,12 +259,12 @@ class Decoder:
         rows: PagedRows,
         sampler: Callable[[Tensor], Tensor] | None = None,
         *,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
         into: StepInputs | None = None,
     ) -> StepInputs:
         """What the stages need of a step in which this rank's group has these rows.
 
-        ``lengths``: tokens of each row's sequence, as ``angles`` takes them. ``into``: an earlier step's inputs of as
+        ``lengths``: of the rows' sequences, from ``angles.stage``. ``into``: an earlier step's inputs of as
         many rows, in whose memory the angles are put.
         """
         cos, sin = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
