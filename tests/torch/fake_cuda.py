@@ -2,7 +2,8 @@
 
 torch's FakeTensorMode propagates shapes, dtypes and devices and computes nothing, so these run at the published sizes.
 Every rank of a mesh runs alone, through the real Worker, bind, Program and Communicator, whose NCCL is torch's fake
-process group. A test module takes the fixtures ``cuda_device_guard`` and ``nccl`` by importing them.
+process group. A test module takes the fixtures ``cuda_device_guard``, ``nccl`` and ``prefixes`` by importing
+them.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchgen.model import DispatchKey
@@ -37,6 +39,7 @@ from narrows.engine.program import Frame, Operation, Registers, Wrap
 from narrows.engine.worker import Worker
 from narrows.layout import Mesh
 from narrows.models.decoder import RankContext
+from narrows.ops import causal_attention
 from narrows.plan.cache import PlanCache, PlanKey
 from narrows.plan.plan import Op
 from narrows.plan.planner import Planner
@@ -196,7 +199,7 @@ class StepGuard(TorchDispatchMode):
             self.calls.append(Called(self.stage, self.layer, func, args, kwargs, result))
 
 
-_ONE_KERNEL = (torch.ops.aten.scaled_dot_product_attention,)
+_ONE_KERNEL = (torch.ops.aten.scaled_dot_product_attention, torch.ops.aten._fused_rms_norm)
 _NO_WORK = (
     torch.ops.aten.empty,
     torch.ops.aten.empty_like,
@@ -305,6 +308,18 @@ def cuda_device_guard() -> Iterator[None]:
 def nccl() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefixes() -> Iterator[None]:
+    """torch's description of rows behind a prefix is no fake tensor: here the same kernel gets none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            causal_attention,
+            "_behind_a_prefix",
+            lambda q, k, v, scale: functional.scaled_dot_product_attention(q, k, v, scale=scale),
+        )
         yield
 
 

@@ -38,6 +38,7 @@ from fake_cuda import (
     StepError,
     cuda_device_guard,
     nccl,
+    prefixes,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -70,7 +71,7 @@ AUTO_IN_CI = {
 LAYOUTS_IN_CI = {"deepseek_v3", "llama", "glm4_moe"}  # each has other stages
 
 
-__all__ = ["cuda_device_guard", "nccl"]
+__all__ = ["cuda_device_guard", "nccl", "prefixes"]
 
 
 def full(*case: object) -> Any:

@@ -347,6 +347,40 @@ def test_a_rank_without_heads(step, dtype):
     assert mla(mla_attention, rows).shape == gqa(gqa_attention, rows).shape == (num_rows(STEPS[step]), 0)
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """As on a GPU in 16 bits: torch's attention for all heads and rows of a span, and keys of its dtype."""
+    monkeypatch.setattr(gqa_module, "kernels", lambda: None)
+    monkeypatch.setattr(packed_module, "kernels", lambda: None)
+    for module in (causal_module, mla_module):
+        monkeypatch.setattr(module, "is_fused", lambda q: True)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 1, 7, 1000])
+@pytest.mark.parametrize(("rows", "context"), [(1, 1), (1, 9), (5, 5), (4, 9), (150, 150), (70, 200)])
+@torch.inference_mode()
+def test_fused_attention_agrees_with_the_torch_version(rows, context, window, dtype, fused):
+    q, k, v = (torch.randn(shape).to(dtype) for shape in ((2, 3, rows, 8), (2, context, 8), (2, context, 5)))
+    got = causal_attention(q, k, v, 0.35, window=window)
+    assert got.shape == (rows, 2, 3, 5) and got.dtype == dtype
+    torch.testing.assert_close(got, causal_attention_reference(q, k, v, 0.35, window=window), **TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("keys", [1 << 29, 23 * 15, 1])
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("step", ["prompt", "chunk", "two prompts", "mixed"])
+@torch.inference_mode()
+def test_fused_mla_prefill(step, absorb, keys, dtype, fused, monkeypatch):
+    """Keys of all heads at once, of some, and of one."""
+    monkeypatch.setattr(mla_module, "FUSED_KEYS", keys)
+    monkeypatch.setattr(mla_module, "_absorbing_is_cheaper", lambda *_: absorb)
+    mla, rows = Mla(num_rows(STEPS[step]), dtype), rows_for_a_device(STEPS[step], dtype)
+    assert isinstance(mla.w_uk, torch.Tensor)
+    torch.testing.assert_close(mla(mla_attention, rows), mla(mla_attention_reference, rows), **TOLERANCE[dtype])
+
+
 PAGE_OF_MODELS = 16
 
 
