@@ -55,10 +55,8 @@ from narrows.engine.worker import Worker
 from narrows.models import moe
 from narrows.models.registry import EXECUTABLE
 from narrows.ops import mlp
-from narrows.ops.step_block import StepBlock
 from narrows.plan.cache import PlanCache
 from narrows.plan.named import applicable_layouts, named_layout
-from narrows.sched.batch import Batch
 
 AUTO_IN_CI = {
     "chosen": set(FAMILIES) - {"deepseek_v2"},  # its parts are those of two others
@@ -227,9 +225,9 @@ def test_samples_read_before_the_plan_are_found(llama: Ranks, monkeypatch: pytes
     """Tokens that refer to the previous step's samples stay on the device: the host is a step ahead of them."""
     ids = Worker._stage_ids
 
-    def read(self: Worker, batch: Batch, block: StepBlock) -> Callable[[], Tensor]:
+    def read(self: Worker, *args: Any) -> Callable[[], Tensor]:
         self._samples.cpu()
-        return ids(self, batch, block)
+        return ids(self, *args)
 
     llama.run([PREFILL, DECODE], "auto")
     monkeypatch.setattr(Worker, "_stage_ids", read)

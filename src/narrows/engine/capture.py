@@ -60,12 +60,14 @@ Begin = Callable[[Tensor], RowSampler | None]
 
 
 class Ran(NamedTuple):
-    """A step that has run: its registers, its sampler, the contexts of its rows, and whether it was replayed."""
+    """A step that has run: its registers, its sampler, the contexts of its rows, and whether it was replayed. ``live``:
+    the rows that are requests', where others only pad."""
 
     registers: Registers
     sampler: RowSampler | None
-    rows: PagedRows
+    rows: PagedRows | None
     replayed: bool
+    live: tuple[int, ...] | None = None
 
 
 def uncaptured(dtype: torch.dtype, device: str) -> str:

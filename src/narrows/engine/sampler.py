@@ -38,12 +38,12 @@ class Sampler:
         self._histories: dict[int, _History] = {}
         self._biases: dict[int, tuple[Part, Part]] = {}  # by request: ids, and the bias of their logits
 
-    def stage(self, batch: Batch, block: StepBlock) -> Callable[[Tensor], RowSampler | None]:
+    def stage(self, batch: Batch, block: StepBlock) -> tuple[RowSampler | None, Callable[[Tensor], None]]:
         """Puts what the batch's rows need into the step's block.
 
         Returns:
-            what takes the token ids of all rows, once the block is sent, and gives the rows' sampler; None when every
-            row is greedy.
+            the rows' sampler, None when every row is greedy; and what takes the token ids of all rows, once the block
+            is sent.
         """
         for request in batch.ended:
             self._histories.pop(request, None)
@@ -60,14 +60,13 @@ class Sampler:
                     seen.append((chunk, slice(row, stop), block.put(chunk.skipped) if chunk.skipped else None))
                 row = stop
 
-        def begin(ids_T: Tensor) -> RowSampler | None:
+        def see(ids_T: Tensor) -> None:
             for part in new:
                 part.outlive()
             for chunk, rows, skipped in seen:
                 self._see(chunk, ids_T[rows] if skipped is None else torch.cat((skipped.tensor, ids_T[rows])))
-            return sampler
 
-        return begin
+        return sampler, see
 
     def _see(self, chunk: Chunk, ids_T: Tensor) -> None:
         """Adds to a request's history: ``ids`` are the chunk's skipped tokens, then those of its rows."""
@@ -160,6 +159,10 @@ class RowSampler:
         )
         self._sampled = (wide_TV, ids_T)
         return ids_T
+
+    def adopt(self, captured: RowSampler) -> None:
+        """Takes over what ``captured``, of as many rows, has sampled: its tensors now hold this step's."""
+        self._sampled = captured._sampled
 
     def logprobs(self) -> dict[int, Logprobs]:
         """By row, for the rows that requested them, once they are sampled. The host waits for the device."""

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "StepBlock"]
+__all__ = ["Layout", "Part", "StepBlock"]
+
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Types and shapes of a block's arrays: blocks of one layout have them in the same places."""
 
 ALIGNMENT = 16
 """Bytes: each part begins at a multiple, as kernels that load several numbers at once want."""
@@ -38,18 +41,23 @@ class Part:
 
 
 class StepBlock:
-    """One step's arrays. On the CPU nothing is sent: each is a tensor as soon as it is put."""
+    """One step's arrays. On the CPU nothing is sent: each is a tensor as soon as it is put.
 
-    def __init__(self, device: torch.device) -> None:
+    ``stays``: they are in one block there too, which a later step may be sent into.
+    """
+
+    def __init__(self, device: torch.device, *, stays: bool = False) -> None:
         self.device = device
+        self.is_remote = stays or device.type != "cpu"
+        """Whether parts are elsewhere than the host's numbers, so that no shape should depend on those."""
         self.is_sent = False
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._parts: list[Part] = []
 
     @property
-    def is_remote(self) -> bool:
-        """Whether parts are elsewhere than the host's memory, so that reading one makes the host wait."""
-        return self.device.type != "cpu"
+    def layout(self) -> Layout:
+        """Of what has been put so far."""
+        return tuple((array.dtype.str, array.shape) for array in self._arrays)
 
     def put(self, values: Sequence[float] | np.ndarray[Any, Any], dtype: type = np.int64) -> Part:
         """One more array, of numbers of ``dtype``; what it holds may not change before the block is sent."""
@@ -61,19 +69,27 @@ class StepBlock:
         self._parts.append(Part())
         return self._parts[-1]
 
-    def send(self) -> None:
-        """Starts the copy. Work that the device is given from now on sees the parts."""
+    def send(self, into: Tensor | None = None) -> Tensor:
+        """Starts the copy. Work that the device is given from now on sees the parts.
+
+        ``into``: the memory of an earlier block of the same layout.
+
+        Returns:
+            the block's memory on the device.
+        """
         self.is_sent = True
         if not self._arrays:
-            return
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
         host = packed(self._arrays)
-        pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
-        pinned.copy_(host)
-        sent = unpacked(pinned.to(self.device, non_blocking=True), self._arrays)
+        if self.device.type != "cpu":
+            pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+            pinned.copy_(host)
+            host = pinned
+        memory = host.to(self.device, non_blocking=True) if into is None else into.copy_(host, non_blocking=True)
+        sent = unpacked(memory, self._arrays)
         for part, tensor in zip(self._parts, sent, strict=True):
             part._tensor = tensor
-        self._arrays.clear()
-        self._parts.clear()
+        return memory
 
 
 def packed(arrays: Sequence[np.ndarray[Any, Any]]) -> Tensor:
