@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--layout", default="auto")
     parser.add_argument("--warm", type=float, default=0.0, metavar="S")
     args = parser.parse_args()
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=args.model,
         dp=args.dp,
         tp=args.tp,
@@ -49,7 +49,7 @@ def main() -> None:
         kv_tokens=16 * 1100,
     )
     started = perf_counter()
-    with Engine(resolve(asked), warm_s=args.warm) as engine:
+    with Engine(resolve(engine_config), warm_s=args.warm) as engine:
         start_s = perf_counter() - started
         plans = engine.plans.values()
         engine.ranks.submit(RankWorker.prepare, plans).result()

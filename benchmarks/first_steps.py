@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="processes")
     parser.add_argument("--rows", default="2,8,18", help="of the decode steps (default %(default)s)")
     args = parser.parse_args()
-    asked = EngineConfig(
+    config = EngineConfig(
         model=args.model,
         tp=args.tp,
         ranks=args.ranks,
@@ -54,7 +54,7 @@ def main() -> None:
         device="cpu-core",
     )
     start = perf_counter()
-    with Engine(resolve(asked)) as engine:
+    with Engine(resolve(config)) as engine:
         ready = perf_counter()
         engine.add(tuple(range(1, 65)), 12)
         ends = [ready, *(perf_counter() for _ in engine.run())]

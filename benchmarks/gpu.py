@@ -340,7 +340,7 @@ def cases() -> dict[str, Callable[[], Case]]:
 def latency_line(model: str, left_s: float) -> list[str]:
     """The command that measures prompts and decode steps of one model with random weights."""
     options = "--load-format dummy --run-on cuda --dtype bfloat16 --rounds 3 --batches 1,8,64 --prompt-lengths 512,2048"
-    room = f"--max-context 9000 --kv-tokens 100000 --timeout {max(30, round(left_s))}"
+    room = f"--max-context 9000 --kv-tokens 100000 --rank-timeout {max(30, round(left_s))}"
     return [sys.executable, "-m", "narrows", "bench", "latency", model, *options.split(), *room.split()]
 
 

@@ -4,9 +4,9 @@
     python benchmarks/hostile.py --url http://127.0.0.1:8000 --pid PID     # a server that runs, on this machine only
 
 Starts ``narrows serve`` on the demo model. Before each attack it waits until the server does nothing, and reads an
-honest client's stream alone; then the same beside the attack, with /health asked on a fresh connection every 50 ms.
-Attackers and observers are processes of their own. The observer runs first (real-time priority, where the system
-allows it) and attackers run last, since real clients have machines of their own: the server is measured, not how the
+honest client's stream alone; then the same beside the attack, with /health requested on a fresh connection every 50 ms.
+Attackers and observers run in separate processes. The observer runs first (real-time priority, where the system
+allows it) and attackers run last, since real clients have their own machines: the server is measured, not how the
 machine is shared. By default the rank has one core, and flags bound a step: a prompt that may fill one holds up every
 stream, whoever sent it. An attack fails if /health took longer than 0.5 s, if the stream's longest gap was more than 3
 times its longest alone (of the last 8 seconds alone, about as long as an attack: the worst of one time is compared with
@@ -38,7 +38,7 @@ from hostile_load.attacker import Attack, Attacker
 from hostile_load.connections import CONNECTIONS
 from hostile_load.grammars import GRAMMARS
 from hostile_load.items import ITEMS
-from hostile_load.places import PLACES
+from hostile_load.queue_attacks import QUEUE_ATTACKS
 from hostile_load.shares import last_in_line
 from hostile_load.texts import TEXTS
 from hostile_load.victim import Victim, start
@@ -46,7 +46,7 @@ from hostile_load.watch import Seen, Watch
 from rich.console import Console
 from rich.table import Table
 
-ATTACKS = (*TEXTS, *ITEMS, *GRAMMARS, *CONNECTIONS, *PLACES)
+ATTACKS = (*TEXTS, *ITEMS, *GRAMMARS, *CONNECTIONS, *QUEUE_ATTACKS)
 MAX_HEALTH_S = 0.5
 MAX_GAP_RATIO = 3.0
 MAX_FIRST_S = 5.0

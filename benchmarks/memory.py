@@ -46,8 +46,8 @@ def main(rows_of: tuple[int, ...]) -> None:
             (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
             for dp, tp in MESHES:
                 for rows in rows_of:
-                    asked = EngineConfig(model=folder, dp=dp, tp=tp, dtype="bfloat16", load_format="dummy")
-                    found = peak_memory(asked, rows=rows, length=min(LENGTH, rows // dp))
+                    config = EngineConfig(model=folder, dp=dp, tp=tp, dtype="bfloat16", load_format="dummy")
+                    found = peak_memory(config, rows=rows, length=min(LENGTH, rows // dp))
                     memory = found.memory
                     parts = (
                         memory.process,

@@ -88,7 +88,7 @@ def products_beyond(on: Device, dtype: str) -> Found:
     if grid is None:
         return
     peak = on.flops_per_s("fp8" if dtype == "fp8-tensor" else dtype)
-    widest, before = ([axis[place] for axis in grid.axes] for place in (-1, -2))
+    widest, before = ([axis[index] for axis in grid.axes] for index in (-1, -2))
     for (n, k), curve in grid.curves.items():
         for near in [(before[0], k)] * (n == widest[0]) + [(n, before[1])] * (k == widest[1]):
             lent = grid.curves.get(near)

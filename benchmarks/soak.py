@@ -56,13 +56,17 @@ def main() -> int:
 
 
 def family(pid: int) -> dict[str, int]:
-    """The server, its ranks, and the processes that try constraints."""
-    children = Path(f"/proc/{pid}/task").glob("*/children")
-    all_of_them = sorted(int(child) for path in children for child in path.read_text().split())
-    ranks = [child for child in all_of_them if b"rank_process" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    trials = [child for child in all_of_them if child not in ranks]  # that compile constraints
-    named = [(f"rank {i}", child) for i, child in enumerate(ranks)] + [(f"trial {i}", c) for i, c in enumerate(trials)]
-    return {"server": pid} | dict(named)
+    """The server, its ranks, the process that forks them, and those that read bodies and try constraints."""
+    named, others, found = {"server": pid}, 0, [pid]
+    for parent in found:
+        children = Path(f"/proc/{parent}/task").glob("*/children")
+        found += sorted(int(child) for path in children for child in path.read_text().split())
+    for child in found[1:]:
+        name = Path(f"/proc/{child}/comm").read_text().strip()
+        if not name.startswith("narrows "):
+            name, others = f"other {others}", others + 1
+        named[name.removeprefix("narrows ")] = child
+    return named
 
 
 def sample(pid: int) -> dict[str, float]:

@@ -44,7 +44,7 @@ PROMPTS = ("--prompt", "Once upon a time", "--prompt", "The sea was calm and", "
 
 
 def main() -> int:
-    """Run the parts that are asked for."""
+    """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="narrows-demo")
     parser.add_argument("--rows", type=int, default=2048)
@@ -105,7 +105,9 @@ def profile(args: argparse.Namespace, hosts: int) -> Path:
 
 
 def _calibrate(args: argparse.Namespace, rig: HostRig) -> list[str]:
-    command = narrows("calibrate", args.model, "--ranks", "4", "--seconds", str(args.seconds), "--dtype", args.dtype)
+    command = narrows(
+        "calibrate", args.model, "--num-ranks", "4", "--seconds", str(args.seconds), "--dtype", args.dtype
+    )
     command += [*["--quick"] * args.quick, "--out"]
     if not args.quick:
         subprocess.run([*command, str(profile(args, 1))], check=True)
@@ -149,7 +151,7 @@ def _steps_on(args: argparse.Namespace) -> int:
     launch = replace(launch, series=Series())
     if args.node:
         return run_series(launch)
-    asked = EngineConfig(
+    config = EngineConfig(
         model=args.model,
         dp=2,
         tp=2,
@@ -161,8 +163,8 @@ def _steps_on(args: argparse.Namespace) -> int:
         prefix_cache=False,
     )
     try:
-        missed = _measured_steps(args, asked)
-        _alone(asked)
+        missed = _measured_steps(args, config)
+        _alone(config)
     finally:
         announce_end(launch)
     for line in missed:
@@ -170,7 +172,7 @@ def _steps_on(args: argparse.Namespace) -> int:
     return bool(missed)
 
 
-def _measured_steps(args: argparse.Namespace, asked: Any) -> list[str]:
+def _measured_steps(args: argparse.Namespace, config: Any) -> list[str]:
     from narrows.arch.weight_sharding import WeightSharding  # noqa: PLC0415
     from narrows.calibrate.step_work import StepWork, attributed_op_times, run_steps  # noqa: PLC0415
     from narrows.engine.config import resolve  # noqa: PLC0415
@@ -179,8 +181,11 @@ def _measured_steps(args: argparse.Namespace, asked: Any) -> list[str]:
     from narrows.plan.named import applicable_layouts  # noqa: PLC0415
 
     work = StepWork(rows=args.rows, phase="prefill", context=0)
-    asked = work.limits(asked)
-    with Engine(resolve(replace(asked, layout="all-reduce"), WeightSharding())) as named, Engine(resolve(asked)) as own:
+    config = work.limits(config)
+    with (
+        Engine(resolve(replace(config, layout="all-reduce"), WeightSharding())) as named,
+        Engine(resolve(config)) as own,
+    ):
         names = applicable_layouts(own.resolved.config, own.resolved.mesh)
         engines = {name: own if name == "auto" else named for name in names}
         batches = {name: work.batch_for(engine) for name, engine in engines.items()}
@@ -239,13 +244,13 @@ def _levels(levels: dict[str, dict[str, list[float]]]) -> list[str]:
     return missed
 
 
-def _alone(asked: Any) -> None:
+def _alone(config: Any) -> None:
     """Prints what each collective takes alone, in every level, both ways."""
     from narrows.calibrate.probe import Probe  # noqa: PLC0415
     from narrows.calibrate.rates import Calibrator  # noqa: PLC0415
     from narrows.engine.config import resolve  # noqa: PLC0415
 
-    resolved = resolve(replace(asked, layout="all-reduce"))
+    resolved = resolve(replace(config, layout="all-reduce"))
     table = Table(title="collectives of 4 MiB alone, ms", title_justify="left", box=None)
     ways = (
         (LEVELS[0], (1, 2), False),
@@ -285,16 +290,16 @@ def _serve(args: argparse.Namespace, rig: HostRig) -> list[str]:
     served = narrows("serve", args.model, *MESH, "--dtype", "float32", "--port", "8123")
     both = on_both(rig, served, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     body = {"model": args.model, "prompt": text, "max_tokens": int(number), "temperature": 0, "ignore_eos": True}
-    asked = subprocess.run(
+    answer = subprocess.run(
         [*rig.on(0), sys.executable, "-c", _ASK, json.dumps(body)], capture_output=True, text=True, check=False
     )
     both[0].terminate()
     codes = [process.wait() for process in both]
-    equal = asked.stdout.strip() == alone.stdout.strip().removeprefix(text).strip()
+    equal = answer.stdout.strip() == alone.stdout.strip().removeprefix(text).strip()
     print(
-        f"served: {asked.stdout.strip()!r}, {'as' if equal else 'not as'} one rank; ended with {codes} {asked.stderr}"
+        f"served: {answer.stdout.strip()!r}, {'as' if equal else 'not as'} one rank; ended with {codes} {answer.stderr}"
     )
-    return [] if equal and asked.stdout.strip() else [f"one rank says {alone.stdout!r}"]
+    return [] if equal and answer.stdout.strip() else [f"one rank says {alone.stdout!r}"]
 
 
 _ASK = """
@@ -324,8 +329,8 @@ def _cut(args: argparse.Namespace, rig: HostRig) -> list[str]:
 
 
 def _slow(args: argparse.Namespace, rig: HostRig) -> list[str]:
-    """A prefill step whose rows take far longer than --timeout; the time is that from the start."""
-    both = _generating(args, rig, "--prompt", "the sea was calm " * 200, "--timeout", "3")
+    """A prefill step whose rows take far longer than --rank-timeout; the time is that from the start."""
+    both = _generating(args, rig, "--prompt", "the sea was calm " * 200, "--rank-timeout", "3")
     return _named(both, "cable of 0.5 Mb/s", "which was not done within 3 s", most_s=600.0)
 
 

@@ -84,7 +84,7 @@ class Attacker:
 
 
 Attack = Callable[[Attacker], Awaitable[None]]
-"""Ends by itself, or is ended; the first line of its docstring says what it does."""
+"""Ends, or is ended; the first line of its docstring says what it does."""
 
 
 def repeated(head: str, item: str, tail: str, num_bytes: int) -> bytes:
@@ -103,6 +103,6 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **fields}
 
 
-async def together(asked: Iterable[Awaitable[None]]) -> None:
+async def together(requests: Iterable[Awaitable[None]]) -> None:
     """All at once."""
-    await asyncio.gather(*asked)
+    await asyncio.gather(*requests)

@@ -12,7 +12,7 @@ __all__ = ["CONNECTIONS"]
 _HEAD = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n"
 _POST = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n".encode()
 _HELD_S = 4.0
-"""How long connections are held by who has nothing more to say."""
+"""How long connections are held by a client that sends nothing more."""
 
 
 async def _written(writer: asyncio.StreamWriter, pieces: Iterable[bytes], pause_s: float = 0.0) -> None:

@@ -1,9 +1,9 @@
 """Who goes first where clients share the server's machine: observers before the server, attackers after it.
 
-Real clients have machines of their own. An observer that waits for a core would count its own wait as the server's
+Real clients have their own machines. An observer that waits for a core would count its own wait as the server's
 silence; an attacker that takes the server's core would show how a machine is shared, not what a server does. Linux may
 share cores between sessions first (autogroups), and then a nice value counts within its session only: so both kinds of
-process lead sessions of their own.
+process lead their own sessions.
 """
 
 from __future__ import annotations

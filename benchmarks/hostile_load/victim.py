@@ -28,7 +28,7 @@ _TICKS_PER_S = 100
 
 
 class Victim:
-    """A server that runs: where it is asked, and its first process. ``process``: None if it was not started here."""
+    """A server that runs: its address, and its first process. ``process``: None if it was not started here."""
 
     def __init__(self, url: str, pid: int, process: subprocess.Popen[str] | None = None) -> None:
         self.url, self.pid, self.process = url, pid, process

@@ -16,7 +16,7 @@ __all__ = ["Seen", "Watch"]
 
 _EVERY_S = 0.05
 _PATIENCE_S = 10.0
-"""After that a question to /health is asked again; the time goes on from when it was asked first."""
+"""After that a request to /health is sent again; the time goes on from the first one."""
 
 _STREAM = {"prompt": "Once upon a time", "stream": True, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
 
@@ -39,7 +39,7 @@ class Seen:
 
 
 class Watch:
-    """Begins at once, and ends with :meth:`end`. A process of its own: no attacker's work delays its clocks."""
+    """Begins at once, and ends with :meth:`end`. Its own process: no attacker's work delays its clocks."""
 
     def __init__(self, url: str) -> None:
         context = multiprocessing.get_context("fork")
@@ -81,13 +81,13 @@ async def _healths(url: str, seen: Seen) -> None:
     timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)) as session:
         while True:
-            asked = time.monotonic()
+            sent_at = time.monotonic()
             try:
                 while not await _is_healthy(session):
                     await asyncio.sleep(_EVERY_S)
             finally:
-                seen.health = max(seen.health, time.monotonic() - asked)
-            await asyncio.sleep(max(asked + _EVERY_S - time.monotonic(), 0))
+                seen.health = max(seen.health, time.monotonic() - sent_at)
+            await asyncio.sleep(max(sent_at + _EVERY_S - time.monotonic(), 0))
 
 
 async def _is_healthy(session: aiohttp.ClientSession) -> bool:
@@ -120,7 +120,7 @@ async def _streams(url: str, seen: Seen) -> None:
 
 
 class _Silence:
-    """The time since the last event, or since a new stream was asked for."""
+    """The time since the last event, or since a new stream was requested."""
 
     def __init__(self, seen: Seen) -> None:
         self._seen = seen

@@ -38,7 +38,7 @@ def make(file: str) -> Generate:
     batch = llama_cpp.llama_batch_init(LOGICAL, 0, 1)
 
     def decode(rows: list[tuple[int, int, int, bool]]) -> None:
-        """(token, position, sequence, whether its logits are asked for) of every row."""
+        """(token, position, sequence, whether its logits are wanted) of every row."""
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, logits) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, logits

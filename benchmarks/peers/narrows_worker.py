@@ -16,16 +16,16 @@ with quick_imports():  # as the command does
 
 
 def make(folder: str) -> Generate:
-    asked = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].asked
+    config = parse_variants(EngineConfig(model=folder), (), sys.argv[2:3])[-1].config
     # Room for 32 requests of 512 + 64 tokens, and for one of 8192, as the peers are given it.
-    room = {"max_context": 8256, "kv_tokens": -(-32 // max(asked.dp, 1)) * 640}
-    engine = Engine(resolve(replace(asked, prefix_cache=False, copies=True, **room)))
+    room = {"max_context": 8256, "kv_tokens": -(-32 // max(config.dp, 1)) * 640}
+    engine = Engine(resolve(replace(config, prefix_cache=False, fork_self=True, **room)))
 
     def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
         clock = Clock(len(prompts))
-        places = {engine.add(tuple(prompt), max_tokens).id: at for at, prompt in enumerate(prompts)}
+        indices = {engine.add(tuple(prompt), max_tokens).id: at for at, prompt in enumerate(prompts)}
         for request in engine.run():
-            clock.add(places[request.id], request.output[-1])
+            clock.add(indices[request.id], request.output[-1])
         return clock.read()
 
     return generate

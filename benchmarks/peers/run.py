@@ -5,7 +5,7 @@
 Makes the checkpoint and each peer's environment under --cache on the first run, starts each peer as a worker that
 speaks JSON lines, and lets them take turns in every round. Ratios are to the first peer, round by round. The first
 round only warms up (and is watched for memory); a peer whose warm-up took longer than --slow seconds at a work is not
-asked again, and that one time is what it is given; works that would take it longer than --most are left out. Prints a
+run again, and that one time is what it is given; works that would take it longer than --most are left out. Prints a
 table and ends with one JSON line.
 """
 
@@ -148,7 +148,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of a peer (default %(default)s)")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="rates by CPU time, for a busy machine; with --threads 1 nobody spins"
+        "--cpu-time",
+        action="store_true",
+        help="rates by CPU time, for a busy machine; with --threads 1 no thread spins",
     )
     parser.add_argument("--cache", type=Path, default=user_cache() / "peers", help="(default %(default)s)")
     args = parser.parse_args()
@@ -182,7 +184,7 @@ def _agreement(workers: dict[str, Worker]) -> str:
     firsts = {name: [tokens[0] for tokens in worker.ask(prompts, 1)["tokens"]] for name, worker in workers.items()}
     mine = next(iter(firsts.values()))
     same = {name: sum(a == b for a, b in zip(mine, theirs, strict=True)) for name, theirs in firsts.items()}
-    return ", ".join(f"{name} {count}" for name, count in list(same.items())[1:]) or "nobody to compare with"
+    return ", ".join(f"{name} {count}" for name, count in list(same.items())[1:]) or "none to compare with"
 
 
 def _measure(

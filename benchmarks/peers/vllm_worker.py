@@ -26,14 +26,14 @@ def make(folder: str) -> Generate:
     def generate(prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], Ticks]:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         clock = Clock(len(prompts))
-        places = {}
+        indices = {}
         for at, prompt in enumerate(prompts):
             name = str(next(numbers))
-            places[name] = at
+            indices[name] = at
             engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         while engine.has_unfinished_requests():
             for output in engine.step():
-                at = places[output.request_id]
+                at = indices[output.request_id]
                 held = len(clock.tokens[at])
                 clock.add(at, *output.outputs[0].token_ids[held:])
         return clock.read()

@@ -1,4 +1,4 @@
-"""A peer's worker process as the driver sees it: started, asked, put to sleep, watched for memory, ended.
+"""A peer's worker process as the driver sees it: started, given work, put to sleep, watched for memory, ended.
 
 Knows processes and JSON lines; not what is measured.
 """
@@ -27,7 +27,7 @@ class PeerError(Exception):
 
 
 class Worker:
-    """One peer. It sleeps (SIGSTOP) except while it is asked, so that no thread of it spins beside another's work.
+    """One peer. It sleeps (SIGSTOP) except while it works, so that no thread of it spins beside another's work.
 
     Args:
         can_sleep: whether it may be stopped; narrows' ranks watch each other, and wait without spinning.

@@ -61,10 +61,10 @@ def main() -> None:
     loads = _LOADS | ({"trace": ["--trace", args.trace, *_TRACE]} if args.trace else {})
     flags = f"--dp {args.dp} --tp {args.tp} --kv-tokens {args.kv_tokens} --no-prefix-cache"
     deployed = [*flags.split(), "--device", args.device]
-    asked = EngineConfig(model=args.model, dp=int(args.dp), tp=int(args.tp), dtype="bfloat16", ranks="processes")
+    config = EngineConfig(model=args.model, dp=int(args.dp), tp=int(args.tp), dtype="bfloat16", ranks="processes")
     found = {}
     print(f"{'load':8}{'':18}{'out tok/s':>10}{'':>9}{'E2E, ms':>10}{'':>9}{'pace':>9}")
-    with Calibrator(resolve(asked)) as calibrator:
+    with Calibrator(resolve(config)) as calibrator:
         for name, load in loads.items():
             with tempfile.TemporaryDirectory() as folder:
                 steps = Path(folder) / "steps"

@@ -16,7 +16,7 @@ from torch import Tensor
 from vocabulary import ASSISTANT, BOS, EOS, USER
 
 TOKENS = 4096
-"""Tokens of one step, in sequences of the length asked for."""
+"""Tokens of one step, in sequences of the given length."""
 
 IGNORED = -100
 

@@ -66,8 +66,8 @@ def _evaluation(held_out: dict[str, list[str]], out: Path) -> None:
     random = Random("evaluation")
     drawn = [problems.draw(random, held_out=True) for _ in range(PROBLEMS)]
     fields = ("kind", "question", "answer")
-    asked = [problem for problem in drawn if problem.kind != "word problem"]
-    _write(out / "arithmetic.jsonl", ({name: getattr(p, name) for name in fields} for p in asked))
+    chosen = [problem for problem in drawn if problem.kind != "word problem"]
+    _write(out / "arithmetic.jsonl", ({name: getattr(p, name) for name in fields} for p in chosen))
     words = [problems.draw(random, held_out=True, kind=problems.word_problem) for _ in range(WORD_PROBLEMS)]
     _write(out / "gsm8k.jsonl", ({"question": p.question, "answer": p.answer} for p in words))
     _write(out / "choices.jsonl", _choices(held_out, random))

@@ -3,7 +3,7 @@
     from narrows import plan_step            # price a model's layouts, without torch
     from narrows import LLM, SamplingParams  # generate text; needs narrows[engine]
 
-Each name is imported when it is first asked for, so that planning needs no torch.
+Each name is imported when it is first needed, so that planning needs no torch.
 """
 
 from importlib import import_module

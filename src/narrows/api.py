@@ -35,7 +35,8 @@ class Generation:
 
     ``end_ids`` end the text and are its last token. ``sampling``: how tokens are chosen; None: the best one.
     ``priority``: lower runs earlier; equal ones first come, first served. ``guide``: the tokens that may come
-    next, at each step; None: any. ``client``: the client that it runs for; clients share places, pages and the queue.
+    next, at each step; None: any. ``client``: the client that it runs for; clients share running slots, pages and the
+    queue.
     """
 
     prompt: tuple[int, ...]

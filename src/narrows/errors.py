@@ -25,7 +25,7 @@ class NarrowsError(Exception):
 
 
 class ConfigError(NarrowsError, ValueError):
-    """Something a user asked for that cannot be done; the message says why, with the numbers, and what would work."""
+    """A request that cannot be done; the message says why, with the numbers, and what would work."""
 
 
 class CheckpointError(ConfigError):

@@ -13,8 +13,8 @@ __all__ = ["quick_imports"]
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Import without collections of garbage, since there is none yet; what is imported stays exempt from them."""
-    # numpy comes with a BLAS that would start a thread for each core. Nothing here uses it, and rank processes can be
-    # copies of this one only while it has a single thread.
+    # numpy comes with a BLAS that would start a thread for each core. Nothing here uses it, and the process that forks
+    # ranks can be a fork of this one only while it has a single thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()
     try:

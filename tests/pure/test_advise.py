@@ -125,6 +125,10 @@ def test_measured_beside_predicted(capsys: pytest.CaptureFixture[str], tmp_path:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        (
+            "advise llama-3.1-8b --device cuda --engine vllm",
+            "--device cuda is a kind of device; name the one that is priced",
+        ),
         ("advise llama-3.1-8b --device h100 --engine tgi", "invalid choice: 'tgi'"),
         ("advise deepseek-v2 --device h100 --engine trtllm", "AutoDeploy"),
         ("advise deepseek-v3 --device h100 --engine vllm --num-gpus 3", "128 attention heads do not divide over 3"),

@@ -233,6 +233,10 @@ V3 = "plan deepseek-v3 --device h20"
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        (
+            "plan deepseek-v3 --device cuda --rows 8",
+            "--device cuda is a kind of device; name the one that is priced: h20,",
+        ),
         ("plan deepseek-v3 --device h21 --rows 8", "unknown device 'h21'; known devices: h20, h20-3e, h100"),
         (f"{V3} --rows 8 --json --code", "--code and --json each print the plan"),
         (f"{V3} --rows 8 --layout ring", "layout 'ring' is not known; layouts: all-reduce, attn-tp-input-scattered"),

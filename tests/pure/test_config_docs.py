@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from narrows.arch.config import FAMILIES
+from narrows.arch.config import CONFIG_SCHEMAS
 from narrows.arch.configs.harmless import HARMLESS
 from narrows.arch.configs.rope import ROPE_TYPES
 from narrows.arch.configs.schema import ELSEWHERE, EVERYWHERE, Schema
@@ -47,7 +47,7 @@ def listed() -> str:
     for why in dict.fromkeys(HARMLESS.values()):
         lines.append(item(f"not used ({why})", (f"`{name}`" for name, reason in HARMLESS.items() if reason == why)))
     lines.append("")
-    for schema in dict.fromkeys(FAMILIES.values()):
+    for schema in dict.fromkeys(CONFIG_SCHEMAS.values()):
         lines += family(schema)
     return "\n".join(lines)
 

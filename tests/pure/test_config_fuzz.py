@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narrows.arch.chain import build_chain
-from narrows.arch.config import FAMILIES, ModelConfig, read_config
+from narrows.arch.config import CONFIG_SCHEMAS, ModelConfig, read_config
 from narrows.arch.configs.rope import ROPE_FIELDS, ROPE_TYPES
 from narrows.arch.weight_sharding import WeightSharding, sharding_choices
 from narrows.arch.weights import layer_weights
@@ -46,7 +46,7 @@ MESHES = [Mesh.of(dp=dp, tp=tp) for dp, tp in ((1, 1), (1, 3), (2, 2))]
 
 def base(name: str) -> dict[str, Any]:
     """The smallest config of a family: the required fields only."""
-    schema = FAMILIES[name]
+    schema = CONFIG_SCHEMAS[name]
     needed = {field for field, info in schema.model_fields.items() if info.is_required()} | {"intermediate_size"}
     more = {"num_key_value_heads"} if "num_key_value_heads" in schema.model_fields else set()
     return (
@@ -56,7 +56,7 @@ def base(name: str) -> dict[str, Any]:
     )
 
 
-NAMES = sorted({*SIZES, *ROPE_FIELDS, *(field for schema in FAMILIES.values() for field in schema.model_fields)})
+NAMES = sorted({*SIZES, *ROPE_FIELDS, *(field for schema in CONFIG_SCHEMAS.values() for field in schema.model_fields)})
 OTHERS = ["dtype", "quantization_config", "architectures", "index_topk", "logits_scaling", "foo", "_bar", "is_causal"]
 SMALL = st.integers(0, 40)
 ROPE = st.fixed_dictionaries(
@@ -105,13 +105,13 @@ def planned(config: ModelConfig) -> None:
                 assert all(weight.num_values(mesh, rank) >= 0 for rank in range(mesh.size))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIG_SCHEMAS)
 def test_the_smallest_config_is_read(name: str) -> None:
     config = read_config(base(name) | ({"sliding_window": None} if name == "mistral" else {}))
     planned(config)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIG_SCHEMAS)
 @given(changes=CHANGES, without=st.sets(st.sampled_from(NAMES), max_size=2))
 @settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_config_is_a_model_or_a_one_line_error(name: str, changes: dict[str, Any], without: set[str]) -> None:
@@ -121,7 +121,7 @@ def test_any_config_is_a_model_or_a_one_line_error(name: str, changes: dict[str,
         planned(config)
 
 
-@given(raw=st.dictionaries(st.text(max_size=4) | st.just("model_type"), JUNK | st.sampled_from(sorted(FAMILIES))))
+@given(raw=st.dictionaries(st.text(max_size=4) | st.just("model_type"), JUNK | st.sampled_from(sorted(CONFIG_SCHEMAS))))
 @settings(max_examples=examples(50), deadline=None)
 def test_any_object_is_a_model_or_a_one_line_error(raw: dict[str, Any]) -> None:
     outcome(raw)
@@ -141,10 +141,12 @@ PLAUSIBLE = st.fixed_dictionaries(
 )
 
 
-@given(name=st.sampled_from(sorted(FAMILIES)), changes=PLAUSIBLE, mesh=st.sampled_from(["--tp 1", "--dp 2 --tp 2"]))
+@given(
+    name=st.sampled_from(sorted(CONFIG_SCHEMAS)), changes=PLAUSIBLE, mesh=st.sampled_from(["--tp 1", "--dp 2 --tp 2"])
+)
 @settings(max_examples=examples(8), deadline=None)
 def test_every_config_that_is_read_can_be_planned(name: str, changes: dict[str, Any], mesh: str) -> None:
-    fields = FAMILIES[name].model_fields.keys() | base(name).keys()
+    fields = CONFIG_SCHEMAS[name].model_fields.keys() | base(name).keys()
     raw = base(name) | {field: value for field, value in changes.items() if field in fields}
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(out), redirect_stderr(err):

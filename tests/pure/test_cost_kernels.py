@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from narrows.cost import DEVICES, ZERO, Source, attention_price, device, norm_price, stream_price
+from narrows.cost import DEVICES, ZERO, Source, device, norm_price, stream_price
+from narrows.cost.kernels import attention_roofline
 
 H20 = device("h20")
 names = st.sampled_from(sorted(DEVICES))
@@ -24,21 +25,21 @@ def test_a_stream() -> None:
 
 
 def test_attention_is_bound_by_compute_or_by_the_cache() -> None:
-    compute = attention_price(H20, flops=1e12, kv_bytes=1e6, dtype="bf16")
+    compute = attention_roofline(H20, flops=1e12, kv_bytes=1e6, dtype="bf16")
     assert compute.seconds == pytest.approx(1e12 / (0.85 * 148e12) + 3e-6)
-    memory = attention_price(H20, flops=1e9, kv_bytes=1e9, dtype="bf16")
+    memory = attention_roofline(H20, flops=1e9, kv_bytes=1e9, dtype="bf16")
     assert memory.seconds == pytest.approx(1e9 / (0.75 * 4.0e12) + 3e-6)
     assert compute.source == memory.source == Source.ROOFLINE
     # An FP8 cache is read faster because it is smaller, not computed faster.
-    assert attention_price(H20, flops=1e12, kv_bytes=1e6, dtype="fp8") == compute
-    assert attention_price(H20, flops=1e12, kv_bytes=1e6, dtype="fp32").seconds > 3 * compute.seconds
+    assert attention_roofline(H20, flops=1e12, kv_bytes=1e6, dtype="fp8") == compute
+    assert attention_roofline(H20, flops=1e12, kv_bytes=1e6, dtype="fp32").seconds > 3 * compute.seconds
 
 
 def test_nothing_costs_nothing() -> None:
     for found in DEVICES.values():
         assert norm_price(found, 0, fused=True) == norm_price(found, 0, fused=False) == ZERO
         assert stream_price(found, 0) == ZERO
-        assert attention_price(found, flops=0, kv_bytes=0, dtype="bf16") == ZERO
+        assert attention_roofline(found, flops=0, kv_bytes=0, dtype="bf16") == ZERO
 
 
 @settings(deadline=None)
@@ -55,4 +56,4 @@ def test_less_than_nothing_is_an_assertion() -> None:
     with pytest.raises(AssertionError, match="moves -1 bytes"):
         stream_price(H20, -1)
     with pytest.raises(AssertionError, match="-5 flops"):
-        attention_price(H20, flops=-5, kv_bytes=0, dtype="bf16")
+        attention_roofline(H20, flops=-5, kv_bytes=0, dtype="bf16")

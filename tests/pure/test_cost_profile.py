@@ -203,12 +203,12 @@ def a_profile(dtype: str = "bf16", made: dict[str, Any] | None = None, **fits: A
     )
 
 
-def planned(asked: str, ranks: int = 2, **more: Any) -> tuple[Device, list[str]]:
-    return choose_device(asked, lambda: this_machine(ranks=ranks, threads=1, world=""), runs=False, **more)
+def planned(name: str, ranks: int = 2, **more: Any) -> tuple[Device, list[str]]:
+    return choose_device(name, lambda: this_machine(ranks=ranks, threads=1, world=""), runs=False, **more)
 
 
-def running(asked: str = "auto", **more: Any) -> tuple[Device, list[str]]:
-    return choose_device(asked, lambda: this_machine(ranks=2, threads=1, world="shm"), runs=True, **more)
+def running(name: str = "auto", **more: Any) -> tuple[Device, list[str]]:
+    return choose_device(name, lambda: this_machine(ranks=2, threads=1, world="shm"), runs=True, **more)
 
 
 def test_a_written_profile_reads_back_equal(tmp_path: Path) -> None:
@@ -267,10 +267,12 @@ def test_a_profile_of_two_hosts_is_not_for_one(tmp_path: Path, monkeypatch: pyte
         "prices: the profile two.json, made 2026-11-01"
     ]
     assert planned(file)[1][1:] == [f"the profile {file} is not of this machine: hosts 2 there, 1 here"]
-    with pytest.raises(ConfigError, match=r"hosts 2 there, 1 here.*narrows calibrate --ranks 2 --out"):
+    with pytest.raises(ConfigError, match=r"hosts 2 there, 1 here.*narrows calibrate --num-ranks 2 --out"):
         running(file, dtype="bf16")
     kept(tmp_path, "one.json")
-    with pytest.raises(ConfigError, match=r"hosts 1 there, 2 here.*narrows calibrate --ranks 2 --nnodes 2 \(on each"):
+    with pytest.raises(
+        ConfigError, match=r"hosts 1 there, 2 here.*narrows calibrate --num-ranks 2 --nnodes 2 \(on each"
+    ):
         choose_device(str(tmp_path / "one.json"), lambda: two, runs=True, dtype="bf16")
 
 
@@ -291,11 +293,12 @@ def test_profiles_of_the_dtype_and_then_of_the_model_are_preferred(
     kept(tmp_path, "threads.json", world="threads")
     assert running()[0] == DEVICES["cpu-core"], "no profile fits"
     assert taken("bf16") == (
-        "the profile threads.json is not used: world 'threads' there, 'shm' here; anew: narrows calibrate --ranks 2"
+        "the profile threads.json is not used: world 'threads' there, 'shm' here; "
+        "make a new one with: narrows calibrate --num-ranks 2"
     )
     kept(tmp_path, "b-int8.json", "int8")
     scaled = "prices: the profile b-int8.json, made 2026-11-02; it measured int8, by which bf16 is scaled"
-    assert taken("bf16") == f"{scaled}; narrows calibrate --ranks 2 measures it"
+    assert taken("bf16") == f"{scaled}; narrows calibrate --num-ranks 2 measures it"
     who_plans = planned("auto", dtype="bf16", model="dsv3-mini")[1]
     assert who_plans == ["prices: the profile threads.json, made 2026-11-01"], "however its ranks exchange"
     empty = a_profile().model_copy(update={"stages": [], "collectives": [], "copies": [], "steps": []})
@@ -310,7 +313,9 @@ def test_profiles_of_the_dtype_and_then_of_the_model_are_preferred(
     assert "c.json" in taken("bf16", "/else/where/other")
     assert "c.json" in taken("bf16", "unheard-of"), "the newest"
     assert planned("auto", dtype="int8", model="dsv3-mini")[1][0].startswith("prices: the profile b-int8.json")
-    with pytest.raises(ConfigError, match=r"no profile of this machine for 3 rank\(s\).*calibrate --ranks 3, or name"):
+    with pytest.raises(
+        ConfigError, match=r"no profile of this machine for 3 rank\(s\).*calibrate --num-ranks 3, or name"
+    ):
         planned("auto", 3)
 
 

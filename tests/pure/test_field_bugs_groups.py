@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from narrows.sched import queue, scheduler
-from narrows.sched.admission import Place, choose_place
+from narrows.sched.admission import Placement, choose_placement
 from narrows.sched.batch import Batch
 from narrows.sched.chunks import next_rows
 from narrows.sched.limits import Limits
@@ -65,36 +65,38 @@ def seen(put: Put | None, monkeypatch: pytest.MonkeyPatch, check: Callable[[], N
 # -- the field's rules -------------------------------------------------------------------------------------------------
 
 
-def _choose(monkeypatch: pytest.MonkeyPatch, key: Callable[[Place, Sequence[Request]], tuple[int, ...]]) -> None:
+def _choose(monkeypatch: pytest.MonkeyPatch, key: Callable[[Placement, Sequence[Request]], tuple[int, ...]]) -> None:
     def choose(
         request: Request,
         pools: Sequence[PagePool],
         running: Sequence[Sequence[Request]],
         limits: Limits,
         closed: Container[int] = (),
-    ) -> Place | None:
-        places = [
-            place
+    ) -> Placement | None:
+        placements = [
+            placement
             for group in range(limits.num_groups)
-            if (place := choose_place(request, pools, running, limits, {*range(limits.num_groups)} - {group}))
+            if (placement := choose_placement(request, pools, running, limits, {*range(limits.num_groups)} - {group}))
             and group not in closed
         ]
-        return min(places, key=lambda place: (*key(place, running[place.group]), place.group), default=None)
+        return min(
+            placements, key=lambda placement: (*key(placement, running[placement.group]), placement.group), default=None
+        )
 
-    monkeypatch.setattr(queue, "choose_place", choose)
+    monkeypatch.setattr(queue, "choose_placement", choose)
 
 
 def to_the_fewest_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    _choose(monkeypatch, lambda place, running: (len(running),))
+    _choose(monkeypatch, lambda placement, running: (len(running),))
 
 
 def to_the_longest_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    _choose(monkeypatch, lambda place, running: (-len(place.found), len(running)))
+    _choose(monkeypatch, lambda placement, running: (-len(placement.found), len(running)))
 
 
 def to_the_fewest_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cached prefix counts as if it had to be computed."""
-    _choose(monkeypatch, lambda place, running: (sum(other.num_tokens for other in running),))
+    _choose(monkeypatch, lambda placement, running: (sum(other.num_tokens for other in running),))
 
 
 def rows_by_turn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,12 +117,12 @@ def rows_by_turn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def everybody_waits_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def admit(self: WaitingQueue, budget: int) -> None:
-        places = self._places
-        while (found := self._next(budget, range(places.limits.num_groups), ())) is not None:
-            place = choose_place(found[0], places.pools, places.running, places.limits)
-            if place is None:
+        table = self._table
+        while (found := self._next(budget, range(table.limits.num_groups), ())) is not None:
+            placement = choose_placement(found[0], table.pools, table.running, table.limits)
+            if placement is None:
                 return
-            places.place(found[0], place)
+            table.place(found[0], placement)
 
     monkeypatch.setattr(WaitingQueue, "admit", admit)
 

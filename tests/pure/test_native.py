@@ -15,7 +15,7 @@ from narrows.errors import ConfigError
 from narrows.native import Target, kernels, library, targets, why_absent
 
 MODULE = sys.modules["narrows.native.library"]
-open_anew = MODULE._open.__wrapped__  # type: ignore[attr-defined]
+open_again = MODULE._open.__wrapped__  # type: ignore[attr-defined]
 
 
 def test_either_a_library_or_a_reason():
@@ -24,7 +24,7 @@ def test_either_a_library_or_a_reason():
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NARROWS_NATIVE", "0")
-    assert open_anew() == (None, "NARROWS_NATIVE=0")
+    assert open_again() == (None, "NARROWS_NATIVE=0")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_missing_or_broken_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     monkeypatch.setattr(MODULE, "__file__", str(tmp_path / "library.py"))
     if content is not None:
         (tmp_path / "_narrows.so").write_bytes(content)
-    opened, why = open_anew()
+    opened, why = open_again()
     assert opened is None and reason in why
 
 
@@ -44,7 +44,7 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     if library() is None:
         pytest.skip(f"no compiled library: {why_absent()}")
     monkeypatch.setattr(MODULE, "sources_digest", lambda: "0" * 64)
-    opened, why = open_anew()
+    opened, why = open_again()
     assert opened is None and "was built from other sources" in why
 
 
@@ -55,9 +55,9 @@ def test_a_file_that_an_older_build_has_left_is_passed_over(monkeypatch: pytest.
     monkeypatch.setattr(MODULE, "__file__", str(tmp_path / "library.py"))
     monkeypatch.setattr(MODULE, "sources_digest", lambda: digest)
     (tmp_path / "_narrows.cpython-311-x86_64-linux-gnu.so").write_bytes(b"not a library")
-    assert "does not open" in open_anew()[1]
+    assert "does not open" in open_again()[1]
     (tmp_path / "_narrows.so").symlink_to(built)
-    opened, why = open_anew()
+    opened, why = open_again()
     assert opened is not None and why == ""
 
 
@@ -80,12 +80,12 @@ def test_the_best_target_of_this_cpu_is_the_default():
 def test_a_target_that_cannot_run_here_is_an_error_listing_the_others(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NARROWS_TARGET", "sse9")
     with pytest.raises(ConfigError, match=r"^NARROWS_TARGET=sse9: there is no such target; here it may be .*baseline$"):
-        open_anew()
+        open_again()
     lacking = [Target("avx1024", ("avx1024f", "amx_fp64")), Target("baseline", ())]
     monkeypatch.setattr(MODULE, "_targets", lambda opened: lacking)
     monkeypatch.setenv("NARROWS_TARGET", "avx1024")
     with pytest.raises(ConfigError, match=r"this CPU lacks avx1024f, amx_fp64; here it may be baseline$"):
-        open_anew()
+        open_again()
 
 
 @there

@@ -11,7 +11,7 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from narrows.sched.admission import choose_place
+from narrows.sched.admission import choose_placement
 from narrows.sched.batch import Batch
 from narrows.sched.scheduler import Limits, Request, Scheduler
 
@@ -121,8 +121,8 @@ def test_a_cached_prefix_attracts_a_request_as_far_as_it_saves_rows(pending: int
     for number, rows in enumerate((pending, 20)):
         running[number].append(Request(id=50 + number, prompt=(3,) * rows, max_tokens=1, group=number))
     like = Request(id=1, prompt=(*range(40), 7, 7, 7), max_tokens=8)
-    place = choose_place(like, scheduler.pools, running, limits)
-    assert place is not None and (place.group, len(place.found)) == (group, 10 if group == 0 else 0)
+    placement = choose_placement(like, scheduler.pools, running, limits)
+    assert placement is not None and (placement.group, len(placement.found)) == (group, 10 if group == 0 else 0)
 
 
 @pytest.mark.parametrize(("running", "group"), [(14, 0), (16, 1)])
@@ -135,8 +135,8 @@ def test_each_running_request_counts_as_256_rows_against_a_cached_prefix(running
         decoding = Request(id=50 + number, prompt=(3,), max_tokens=9, group=0, num_cached=1, num_sampled=1)
         scheduler.running[0].append(decoding)
     like = Request(id=1, prompt=(*range(3840), 7, 7, 7), max_tokens=8)
-    place = choose_place(like, scheduler.pools, scheduler.running, scheduler.limits)
-    assert place is not None and place.group == group
+    placement = choose_placement(like, scheduler.pools, scheduler.running, scheduler.limits)
+    assert placement is not None and placement.group == group
 
 
 def test_running_requests_count_so_a_shared_prefix_idles_no_group() -> None:
@@ -333,4 +333,4 @@ def look_at(scheduler: Scheduler, batch: Batch, decode: set[tuple[int, int]], bo
         assert bound, "somebody waits, and nothing says why"
         first = scheduler.waiting[0]
         if batch.num_rows < limits.rows_per_step and not limits.prefix_cache:  # which this step may have filled
-            assert choose_place(first, scheduler.pools, scheduler.running, limits) is None, "the first could run"
+            assert choose_placement(first, scheduler.pools, scheduler.running, limits) is None, "the first could run"

@@ -35,7 +35,7 @@ def test_pages_go_out_lowest_first_and_never_the_null_page() -> None:
 
 def test_taking_too_many_pages_or_freeing_twice_is_an_assertion() -> None:
     pool = PagePool(4)
-    with pytest.raises(AssertionError, match="4 pages asked for, 3 free"):
+    with pytest.raises(AssertionError, match="4 pages requested, 3 free"):
         pool.take(4)
     pages = pool.take(2)
     pool.give_back(pages)
@@ -73,7 +73,7 @@ def test_cached_pages_are_evicted_least_recently_used_first() -> None:
     pool.share(pages[:1])
     pool.share(pages[:1])
     pool.check_integrity((*pages, pages[0]))
-    with pytest.raises(AssertionError, match="1 pages asked for, 0 free"):
+    with pytest.raises(AssertionError, match="1 pages requested, 0 free"):
         pool.take(1)
 
 

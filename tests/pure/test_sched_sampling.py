@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_range_ends_are_allowed_and_values_beyond_are_refused_with_numbers(name:
         with pytest.raises(ConfigError) as error:
             SamplingParams(**{name: value})
         assert str(error.value) == f"{name} is {value:g}; it must be between {low:g} and {high:g}"
+
+
+def test_another_seed_changes_nothing_else_and_checks_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """n texts share a bias that may name every token."""
+    first = SamplingParams(temperature=1.0, seed=1, logit_bias=((3, 1.5), (4, -2.0)))
+    expected = replace(first, seed=9)
+    monkeypatch.setattr(SamplingParams, "_check_bias", lambda _: pytest.fail("checked again"))
+    other = first.with_seed(9)
+    assert other == expected and other.logit_bias is first.logit_bias and first.seed == 1
 
 
 def test_top_p_0_is_refused_because_it_keeps_no_token() -> None:

@@ -78,7 +78,7 @@ def test_requests_beyond_the_budget_wait_and_all_finish() -> None:
     assert [(r.output, r.finish_reason) for r in requests] == [([7, 7, 7], "length")] * 5
 
 
-# -- prompts cut at fixed places -------------------------------------------------------------------------------------
+# -- prompts cut at fixed positions ----------------------------------------------------------------------------------
 
 
 def test_prompts_are_cut_at_multiples_of_the_chunk() -> None:

@@ -1,4 +1,4 @@
-"""Several clients in one scheduler: none holds all places, pages or rows while others wait, and none starves."""
+"""Several clients in one scheduler: none holds all running slots, pages or rows while others wait, and none starves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def commit(scheduler: Scheduler, batch: Batch) -> None:
     scheduler.commit((7,) * batch.num_logit_rows, scores=scores)
 
 
-def places(scheduler: Scheduler) -> Counter[str]:
+def running_of(scheduler: Scheduler) -> Counter[str]:
     return Counter(request.client for group in scheduler.running for request in group)
 
 
@@ -65,7 +65,7 @@ def steps_until(scheduler: Scheduler, request: Request, most: int) -> int:
 @pytest.mark.parametrize(
     ("limits", "most"),
     [
-        (Limits(pages_per_group=ROOMY), 1),  # places are short
+        (Limits(pages_per_group=ROOMY), 1),  # slots are short
         (Limits(pages_per_group=257), 1),  # pages are: two contexts, as the engine has it by default
         (Limits(num_groups=2, pages_per_group=ROOMY), 1 + 2),  # it may wait for a prompt of the other group
         (Limits(rows_per_step=256, pages_per_group=ROOMY), 1 + 1000 // 128),  # rows are: it gets its half of them
@@ -90,7 +90,7 @@ def test_a_request_beside_1024_texts_gets_its_first_token_in_few_steps(
     for _ in range(29):
         step(scheduler)
     assert honest.finish_reason == "length", "and a token with every step from then on"
-    assert places(scheduler)["flood"] >= 1, "the others go on too"
+    assert running_of(scheduler)["flood"] >= 1, "the others go on too"
 
 
 def test_a_needed_place_comes_from_the_client_with_most_and_returns_later() -> None:
@@ -100,12 +100,12 @@ def test_a_needed_place_comes_from_the_client_with_most_and_returns_later() -> N
     step(scheduler)
     add(scheduler, *flood[4:], honest := text(30, "honest", max_tokens=3))
     step(scheduler)
-    assert places(scheduler) == {"flood": 3, "other": 2, "honest": 1}
+    assert running_of(scheduler) == {"flood": 3, "other": 2, "honest": 1}
     assert [each.id for each in scheduler.waiting] == [3, 4, 5, 6, 7, 8], "it keeps its turn"
     while not honest.finish_reason:
         step(scheduler)
     step(scheduler)
-    assert places(scheduler) == {"flood": 4, "other": 2} and flood[3].group == 0
+    assert running_of(scheduler) == {"flood": 4, "other": 2} and flood[3].group == 0
     assert scheduler.stats().preemptions == 1
 
 
@@ -114,12 +114,12 @@ def test_shares_become_even_and_then_preemption_stops() -> None:
     for first, client in enumerate("abc"):
         add(scheduler, *(text(100 * first + number, client, max_tokens=1000) for number in range(20)))
         step(scheduler)
-    assert sorted(places(scheduler).values()) == [3, 3, 4]
+    assert sorted(running_of(scheduler).values()) == [3, 3, 4]
     settled = scheduler.stats().preemptions
     assert settled == 5 + 3, "the second client gets half of ten, the third a third"
     for _ in range(300):
         step(scheduler)
-    assert scheduler.stats().preemptions == settled and sorted(places(scheduler).values()) == [3, 3, 4]
+    assert scheduler.stats().preemptions == settled and sorted(running_of(scheduler).values()) == [3, 3, 4]
 
 
 def test_a_text_is_put_back_only_for_one_that_then_fits() -> None:
@@ -127,7 +127,7 @@ def test_a_text_is_put_back_only_for_one_that_then_fits() -> None:
     add(scheduler, *(text(number, "flood", prompt=8, max_tokens=2) for number in range(4)))
     add(scheduler, *(text(10 + number, "other", prompt=4, max_tokens=30) for number in range(1)))
     step(scheduler)
-    running = places(scheduler)
+    running = running_of(scheduler)
     add(scheduler, text(20, "honest", prompt=38, max_tokens=2))  # ten pages: never beside the others' first texts
     step(scheduler)
     assert scheduler.stats().preemptions == 0 and running["flood"] > 1
@@ -141,12 +141,12 @@ def test_as_many_texts_are_preempted_as_pages_need_counting_shared_ones_once() -
     step(scheduler)
     add(scheduler, *flood[1:])
     step(scheduler)
-    assert places(scheduler)["flood"] == 5 and scheduler.pools[0].num_used == 2 + 5
+    assert running_of(scheduler)["flood"] == 5 and scheduler.pools[0].num_used == 2 + 5
     # Five pages are free. Seven are needed: each text put back frees the one that it holds alone.
     scheduler.add(honest := text(9, "honest", prompt=26, max_tokens=2))
     step(scheduler)
     assert honest.group == 0 and len(honest.output) == 1
-    assert places(scheduler)["flood"] == 3 and scheduler.stats().preemptions == 2
+    assert running_of(scheduler)["flood"] == 3 and scheduler.stats().preemptions == 2
 
 
 # -- rows of a step ----------------------------------------------------------------------------------------------------
@@ -186,12 +186,12 @@ def test_texts_beyond_their_share_yield_rows_and_are_not_recomputed() -> None:
     assert len(honest.output) == 1 and scheduler.stats().preemptions == 0
 
 
-# -- more clients than places ------------------------------------------------------------------------------------------
+# -- more clients than slots -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limits", [Limits(requests_per_group=1), Limits(pages_per_group=8, page_size=4)])
 def test_with_room_for_one_text_clients_take_turns(limits: Limits) -> None:
-    """One place, or pages for a single text: the client that had it last is behind those that came meanwhile."""
+    """One slot, or pages for a single text: the client that had it last is behind those that came meanwhile."""
     scheduler = Scheduler(limits)
     flood = [text(number, "flood", prompt=16, max_tokens=12) for number in range(20)]
     add(scheduler, *flood)
@@ -229,7 +229,7 @@ def test_less_urgent_texts_yield_and_never_preempt() -> None:
     add(scheduler, normal := text(20, "a"), less := text(21, "b", priority=6))
     step(scheduler)
     assert (normal.group, less.group) == (0, -1)
-    assert places(scheduler) == {"flood": 3, "a": 1}
+    assert running_of(scheduler) == {"flood": 3, "a": 1}
 
 
 def test_a_less_urgent_request_preempts_and_passes_no_text() -> None:
@@ -238,7 +238,7 @@ def test_a_less_urgent_request_preempts_and_passes_no_text() -> None:
     step(scheduler)
     scheduler.add(less := text(20, "b", priority=1))
     step(scheduler)
-    assert (places(scheduler), scheduler.stats().preemptions) == ({"many": 3}, 0), "the first has ended by itself"
+    assert (running_of(scheduler), scheduler.stats().preemptions) == ({"many": 3}, 0), "the first has ended by itself"
     scheduler.add(more := text(4, "many"))
     step(scheduler)
     assert (more.group, less.group) == (0, -1)
@@ -251,7 +251,7 @@ def test_urgent_texts_run_first_and_share_among_themselves() -> None:
     add(scheduler, normal := text(20, "a"), urgent := text(21, "b", priority=-100))
     step(scheduler)
     assert (normal.group, urgent.group) == (-1, 0)
-    assert places(scheduler) == {"urgent": 3, "b": 1}
+    assert running_of(scheduler) == {"urgent": 3, "b": 1}
 
 
 def test_old_and_less_urgent_requests_have_their_turn() -> None:
@@ -340,7 +340,7 @@ def test_no_client_gets_a_place_before_a_waiting_one_with_fewer(seed: int, monke
     placed, looked = scheduler.shares.placed, []
 
     def look(request: Request) -> None:
-        runs = places(scheduler)
+        runs = running_of(scheduler)
         runs[request.client] -= 1  # as it was before
         others = [other for other in scheduler.waiting if other.priority <= request.priority]
         assert all(runs[request.client] <= runs[other.client] for other in others)

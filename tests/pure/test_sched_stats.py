@@ -12,9 +12,9 @@ MOMENT = {"running", "waiting", "kv_pages", "kv_pages_used", "group_running", "g
 def numbers(start: int) -> SchedulerStats:
     """Every field another number."""
     values: dict[str, object] = {}
-    for place, each in enumerate(fields(SchedulerStats), start):
+    for index, each in enumerate(fields(SchedulerStats), start):
         kind = str(each.type)
-        values[each.name] = (place, 2 * place) if "tuple" in kind else {"rows": place} if "Map" in kind else place
+        values[each.name] = (index, 2 * index) if "tuple" in kind else {"rows": index} if "Map" in kind else index
     return SchedulerStats(**values)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from narrows.cli.main import main
 from narrows.sched.limits import Limits
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import simulate
-from narrows.sim.places import PlacesHeld
+from narrows.sim.running_slots import RunningSlots
 from narrows.workload import fairness
 from narrows.workload.arrivals import Ask, flood, prompt_ids, random_lengths, read_trace
 from narrows.workload.arrivals import Prefixes as Shared
@@ -43,8 +43,8 @@ def test_max_min_shares_use_the_total_and_only_satisfied_clients_get_less(total:
         assert shares[one] >= shares[other] - 1e-9 or shares[one] == pytest.approx(wanted[one])
 
 
-def test_places_count_only_while_clients_compete() -> None:
-    held = PlacesHeld()
+def test_slots_count_only_while_clients_compete() -> None:
+    held = RunningSlots()
     held.note(1.0, {"a": 4}, {"a": 9})
     held.note(1.0, {"a": 2, "b": 2}, {})
     assert held.jain == 1.0 and held.parts == []

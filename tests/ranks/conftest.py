@@ -15,8 +15,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from narrows.ranks.fork_server_process import TITLE
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # rank processes inherit it, and import their code from there
+sys.path.insert(0, str(HERE))
+"""Rank processes inherit it, and import their code from there."""
+
+from processes_lab import ancestors, name_of, parent_of  # noqa: E402 - found by the line above
 
 MARK = f"NARROWS_TEST_RUN={uuid.uuid4().hex}"
 """An environment variable that all processes of this test run inherit, and those of other runs do not have."""
@@ -36,20 +41,12 @@ def marked() -> set[int]:
 
 
 def left_behind(before: set[int]) -> set[int]:
-    """Processes that are new, and that no process of ``before`` has started, as a server shared by tests may."""
-    return {pid for pid in marked() - before if not ancestors(pid) & before}
+    """Processes that are new, and that no process of ``before`` has started, as a server shared by tests may.
 
-
-def ancestors(pid: int) -> set[int]:
-    """Its parent, its parent's parent, and so on, as far as they live."""
-    found: set[int] = set()
-    while pid > 1:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
-        found.add(pid)
-    return found
+    Fork servers of this process live on, but the ranks that they have made do not.
+    """
+    mine = {pid for pid in marked() if name_of(pid) == TITLE and parent_of(pid) == os.getpid()}
+    return {pid for pid in marked() - before - mine if not ancestors(pid) & (before - mine)}
 
 
 @pytest.fixture

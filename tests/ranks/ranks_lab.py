@@ -104,7 +104,7 @@ def rough(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def collectives(comm: Communicator, counts: Sequence[int], width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every collective in every group of this rank, on this rank's own values; the results.
 
-    ``counts``: rows by place in a group; a group takes as many of them as it has members.
+    ``counts``: rows by index in a group; a group takes as many of them as it has members.
     """
     out: dict[str, Tensor] = {}
     for ranks in groups_of(comm.mesh, comm.rank):
@@ -147,6 +147,11 @@ def facts(comm: Communicator) -> tuple[int, int, int, bool, bool, bool, str]:
     deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     inference = torch.is_inference_mode_enabled()
     return comm.rank, os.getpid(), torch.get_num_threads(), inference, in_main, deaf, sys.argv[-1]
+
+
+def surroundings(comm: Communicator, names: tuple[str, ...]) -> tuple[str, tuple[str | None, ...], tuple[int, ...]]:
+    cores = tuple(sorted(os.sched_getaffinity(os.getppid())))
+    return os.getcwd(), tuple(os.environ.get(name) for name in names), cores
 
 
 # --- whose memory

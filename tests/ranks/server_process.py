@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 from patience import PATIENCE_S
+from processes_lab import rank_pids
 
 __all__ = ["ServerProcess", "events"]
 
@@ -46,10 +47,8 @@ class ServerProcess:
         return int(self.url.rpartition(":")[2])
 
     def rank_pids(self) -> list[int]:
-        """The processes of its ranks, in rank order: its children, as they were started."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        found = sorted(int(pid) for path in children for pid in path.read_text().split())
-        return [pid for pid in found if b"rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        """The processes of its ranks, in rank order."""
+        return rank_pids(self.process.pid)
 
     def complete(self, prompt: Any = "The sea", **fields: Any) -> httpx.Response:
         body = {"prompt": prompt, "temperature": 0, **fields}

@@ -37,7 +37,7 @@ WAYS = [
 ]
 
 
-def asked(folder: Path, **options: object) -> EngineConfig:
+def config_for(folder: Path, **options: object) -> EngineConfig:
     return EngineConfig(
         model=str(folder), dtype="bfloat16", max_context=96, kv_tokens=1024, prefix_cache=False, page_size=16, **options
     )
@@ -65,7 +65,7 @@ def texts(engine: Engine, sampling: SamplingParams | None) -> list[tuple[object,
     ],
 )
 def test_a_replay_has_the_bits_of_op_by_op(tiny_model, kind: str, dp: int, tp: int, ranks: str) -> None:  # type: ignore[no-untyped-def]
-    with Engine(resolve(asked(tiny_model(kind), dp=dp, tp=tp, ranks=ranks))) as engine:
+    with Engine(resolve(config_for(tiny_model(kind), dp=dp, tp=tp, ranks=ranks))) as engine:
         engine.instrument(lab.NoCapture)
         wanted = [texts(engine, way) for way in WAYS]
         engine.instrument(lab.StepsSeen)
@@ -82,7 +82,7 @@ def test_a_replay_has_the_bits_of_op_by_op(tiny_model, kind: str, dp: int, tp: i
     ("dp", "tp"), [(1, 2), (2, 2), *(pytest.param(*mesh, marks=pytest.mark.full) for mesh in ((2, 1), (1, 4)))]
 )
 def test_every_layout_is_captured_whole(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
-    resolved = resolve(asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), WeightSharding())
+    resolved = resolve(config_for(tiny_model("v3"), dp=dp, tp=tp, ranks="processes"), WeightSharding())
     with Engine(resolved) as engine:
         engine.instrument(lab.StepsSeen)
         for layout in applicable_layouts(resolved.config, resolved.mesh):
@@ -99,7 +99,7 @@ def test_every_layout_is_captured_whole(tiny_model, dp: int, tp: int) -> None:  
 @pytest.fixture(scope="module")
 def warm_engine(tiny_model) -> Iterator[Engine]:  # type: ignore[no-untyped-def]
     """An engine over two processes, for tests that put an instrument of their own into it."""
-    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes", warmup_rows=2))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), tp=2, ranks="processes", warmup_rows=2))) as engine:
         yield engine
 
 
@@ -118,14 +118,14 @@ def test_readers_see_every_step_once(warm_engine: Engine) -> None:
 
 
 def test_old_captures_are_evicted_for_new_ones(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), ranks="threads"))) as engine:
         wanted = texts(engine, None)
     monkeypatch.setattr(capture, "_MOST_STEPS", 2)
-    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), ranks="threads"))) as engine:
         for _ in range(3):
             assert texts(engine, None) == wanted
     monkeypatch.setattr(capture, "_ARENA_BYTES", 64)
-    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         assert texts(engine, None) == wanted
         assert [replayed for _, replayed in engine.readings()] == [0], "no step has room"
@@ -134,7 +134,7 @@ def test_old_captures_are_evicted_for_new_ones(tiny_model, monkeypatch: pytest.M
 def test_captures_of_many_row_counts_stay(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """They share one arena, so that a batch of any size finds its capture again."""
     monkeypatch.setattr(capture, "_ARENA_BYTES", 50_000)  # a step of 40 rows takes 40 KB
-    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         steps = []
         for rows in range(1, 41):
@@ -160,12 +160,12 @@ def warm_up(engine: Engine) -> int:
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full)])
 def test_warm_up_captures_steps_in_advance(tiny_model, dp: int, tp: int) -> None:  # type: ignore[no-untyped-def]
     """Texts are those without a warm-up, also if the engine warms up between them."""
-    config = asked(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", warmup_rows=8)
+    config = config_for(tiny_model("v3"), dp=dp, tp=tp, ranks="processes", warmup_rows=8)
     with Engine(resolve(config)) as engine:
         engine.instrument(lab.NoCapture)
         wanted = [texts(engine, way) for way in WAYS]
         engine.instrument(lab.StepsSeen)
-        assert warm_up(engine) == 2 * 8, "plans are bound anew, and no step is captured: 1 to 8 rows, drawn or not"
+        assert warm_up(engine) == 2 * 8, "plans are bound again, and no step is captured: 1 to 8 rows, drawn or not"
         assert warm_up(engine) == 0
         engine.readings()
         work = StepWork(rows=3 * dp, phase="decode", context=10)
@@ -180,7 +180,7 @@ def test_warm_up_captures_steps_in_advance(tiny_model, dp: int, tp: int) -> None
         assert warm_up(engine) == 0, "a reader comes and goes, and captures stay"
         engine.instrument(lab.NoCapture)
         engine.instrument(None)
-        assert warm_up(engine) == 2 * 8, "plans are bound anew, so that no capture is left"
+        assert warm_up(engine) == 2 * 8, "plans are bound again, so that no capture is left"
         assert texts(engine, None) == wanted[0]
 
 
@@ -201,7 +201,7 @@ def test_collectives_of_a_warm_up_are_not_counted(warm_engine: Engine) -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_trace_has_replayed_steps(tiny_model, tp: int) -> None:  # type: ignore[no-untyped-def]
     """Each operation with its own times, and with the rows and bytes of the captured step."""
-    with Engine(resolve(asked(tiny_model("v3"), tp=tp, ranks="processes"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), tp=tp, ranks="processes"))) as engine:
         engine.instrument(CollectiveClock)
         tracer = Tracer(engine, 8)
         engine.add(PROMPTS[0], 8)
@@ -231,7 +231,7 @@ def _calls(engine: Engine) -> int:
 
 
 def test_ranks_may_have_different_captures(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    config = asked(tiny_model("v3"), tp=2, ranks="processes", warmup_rows=2, timeout_s=5.0)
+    config = config_for(tiny_model("v3"), tp=2, ranks="processes", warmup_rows=2, timeout_s=5.0)
     with Engine(resolve(config)) as engine:
         wanted = texts(engine, None)
         engine.instrument(lab.LittleRoomOnRank1)
@@ -248,7 +248,7 @@ def test_ranks_may_have_different_captures(tiny_model) -> None:  # type: ignore[
 def test_warm_up_replaces_no_capture(tiny_model, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(capture, limit, 3)
     monkeypatch.setattr(CapturedCollectives, "nbytes", 1)
-    with Engine(resolve(asked(tiny_model("v3"), ranks="threads"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), ranks="threads"))) as engine:
         engine.instrument(lab.StepsSeen)
         batch = StepWork(rows=40, phase="decode", context=10).batch_for(engine)
         plan = engine.plans.plan_for(batch)
@@ -260,14 +260,14 @@ def test_warm_up_replaces_no_capture(tiny_model, limit: str, monkeypatch: pytest
 
 
 def test_warm_up_ends_where_nothing_can_be_captured(tiny_model) -> None:  # type: ignore[no-untyped-def]
-    config = asked(tiny_model("v3"), tp=2, ranks="threads")
+    config = config_for(tiny_model("v3"), tp=2, ranks="threads")
     with Engine(resolve(config)) as engine:
         assert warm_up(engine) == 1
 
 
 def test_no_step_imports_anything(tiny_model) -> None:  # type: ignore[no-untyped-def]
     """The first capture once imported torch's compiler, which takes longer than any step."""
-    with Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), tp=2, ranks="processes"))) as engine:
         engine.instrument(lab.Imported, "imported")
         before = engine.readings("imported")
         for way in WAYS:
@@ -279,8 +279,8 @@ def test_no_step_imports_anything(tiny_model) -> None:  # type: ignore[no-untype
 
 def test_checked_ranks_and_float32_run_op_by_op(tiny_model) -> None:  # type: ignore[no-untyped-def]
     for config, options in (
-        (asked(tiny_model("v3"), tp=2, ranks="processes"), {"checked": True}),
-        (asked(tiny_model("v3"), ranks="threads"), {"dtype": "float32"}),
+        (config_for(tiny_model("v3"), tp=2, ranks="processes"), {"checked": True}),
+        (config_for(tiny_model("v3"), ranks="threads"), {"dtype": "float32"}),
     ):
         with Engine(resolve(EngineConfig(**{**_fields(config), **options}))) as engine:
             engine.instrument(lab.StepsSeen)
@@ -295,7 +295,7 @@ def _fields(config: EngineConfig) -> dict[str, object]:
 def test_a_death_during_replay_names_the_rank_and_the_collective(tiny_model) -> None:  # type: ignore[no-untyped-def]
     with (
         pytest.raises(RankError) as told,
-        Engine(resolve(asked(tiny_model("v3"), tp=2, ranks="processes"))) as engine,
+        Engine(resolve(config_for(tiny_model("v3"), tp=2, ranks="processes"))) as engine,
     ):
         engine.add(PROMPTS[0], 80)
         for number, _ in enumerate(engine.run()):

@@ -256,7 +256,7 @@ def test_a_node_serves_world_after_world_until_none_follows() -> None:
 def test_a_calibration_over_two_nodes_is_used_there_alone(tmp_path: Path) -> None:
     """Both nodes on this machine: the flags, worlds one after the other, the tables, and whom the profile fits."""
     file, (first, _) = tmp_path / "two.json", launches(Mesh.of(dp=1, tp=2))
-    work = ["--ranks", "2", "--quick", "--seconds", "5", "--dtype", "float32", "--out", str(file)]
+    work = ["--num-ranks", "2", "--quick", "--seconds", "5", "--dtype", "float32", "--out", str(file)]
     where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(first.port), "--node-rank"]
     command = [sys.executable, "-m", "narrows", "calibrate", "narrows-demo", *work, *where]
     nodes = [subprocess.Popen([*command, str(node)]) for node in (0, 1)]
@@ -264,7 +264,7 @@ def test_a_calibration_over_two_nodes_is_used_there_alone(tmp_path: Path) -> Non
     profile = read_profile(file)
     assert (profile.fits.hosts, profile.fits.world) == (2, "shm+gloo")
     assert {each.nodes for each in profile.collectives} == {2}
-    asked = EngineConfig(model="narrows-demo", tp=2, dtype="float32", ranks="processes", device=str(file))
-    assert resolve(replace(asked, launch=first)).deployment.device.measured is not None
+    engine_config = EngineConfig(model="narrows-demo", tp=2, dtype="float32", ranks="processes", device=str(file))
+    assert resolve(replace(engine_config, launch=first)).deployment.device.measured is not None
     with pytest.raises(ConfigError, match="hosts 2 there, 1 here"):
-        resolve(asked)
+        resolve(engine_config)

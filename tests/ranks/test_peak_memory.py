@@ -28,8 +28,8 @@ LLAMA = {
 
 def test_peak_memory_grows_as_planned(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    asked = EngineConfig(model=str(tmp_path), tp=2, dtype="bfloat16", load_format="dummy")
-    few, many = (peak_memory(asked, rows=rows, length=64) for rows in (64, 8192))
+    engine_config = EngineConfig(model=str(tmp_path), tp=2, dtype="bfloat16", load_format="dummy")
+    few, many = (peak_memory(engine_config, rows=rows, length=64) for rows in (64, 8192))
     for found in (few, many):
         assert 0.7 * found.peak < found.predicted < 1.4 * found.peak, found
     predicted, measured = many.predicted - few.predicted, many.peak - few.peak

@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from patience import PATIENCE_S
+from processes_lab import rank_pids
 from torch.distributed import HashStore, PrefixStore
 
 from narrows.cli.main import main
@@ -100,12 +101,11 @@ LONG = ("--quiet", "--ranks", "processes", "--ignore-eos", "--max-tokens", "1500
 ONE_BY_ONE = ("--requests-per-group", "1")
 
 
-def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path, running: Callable[[], set[int]]) -> None:
+def test_a_killed_rank_ends_the_command_with_one_line(speaking_v3: Path) -> None:
     long = ("--tp", "1", *LONG, *ONE_BY_ONE)
-    before = running()
     process = start(generate(speaking_v3, *long))
     first_words(process, 20)
-    (rank,) = running() - before - {process.pid}
+    (rank,) = rank_pids(process.pid)
     os.kill(rank, signal.SIGKILL)
     code, _, err = ended(process)
     assert code == 2
@@ -161,7 +161,7 @@ def test_ctrl_c_ends_a_bench_once(speaking_v3: Path) -> None:
         (("--nnodes", "2", "--node-rank", "2"), "--node-rank must be between 0 and 1"),
         (("--nnodes", "2"), "--node-rank must be between 0 and 1"),
         (("--master-port", "1"), "--master-port needs --nnodes"),
-        (("--timeout", "0"), "it must be more than 0"),
+        (("--rank-timeout", "0"), "--rank-timeout is 0 s; it must be more than 0"),
         ((*FIRST_OF_TWO, "--master-addr", "127.0.0.1", "--ranks", "threads"), "leave out --ranks threads"),
         ((*FIRST_OF_TWO, "--master-addr", "203.0.113.1"), "is it this host's?"),
     ],

@@ -90,7 +90,7 @@ def test_a_group_of_one_rank_exchanges_nothing(pool) -> None:
 
 def test_a_rank_is_a_process_of_one_torch_thread(pool) -> None:
     said = pool.submit(lab.Lab.run, lab.facts).result(PATIENCE_S)
-    assert said == [(r, pid, 1, True, True, True, f"narrows rank {r}") for r, pid in enumerate(pool.pids)]
+    assert said == [(r, pid, 1, True, True, True, "narrows forks") for r, pid in enumerate(pool.pids)]
 
 
 # --- calls

@@ -32,7 +32,7 @@ def generated(engine: Engine) -> list[list[int]]:
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.full), (2, 2)])
 def test_every_layout_has_the_bits_of_threads(speaking_v3: Path, dp: int, tp: int) -> None:
     script = VerifyBatches(PROMPTS, num_groups=dp, num_steps=3, page_size=16)
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=str(speaking_v3),
         dp=dp,
         tp=tp,
@@ -42,13 +42,13 @@ def test_every_layout_has_the_bits_of_threads(speaking_v3: Path, dp: int, tp: in
         checked=dp == 1,
         want_logits=True,
     )
-    one = resolve(asked)
+    one = resolve(engine_config)
     layouts = applicable_layouts(one.config, one.mesh)
     sharding = next(rules.sharding for name in layouts if (rules := named_layout(name, one.config, one.mesh)).sharding)
     compared = 0
     with (
-        Engine(resolve(asked, sharding)) as threads,
-        Engine(resolve(replace(asked, ranks="processes"), sharding)) as processes,
+        Engine(resolve(engine_config, sharding)) as threads,
+        Engine(resolve(replace(engine_config, ranks="processes"), sharding)) as processes,
     ):
         for step, batch in enumerate(script):
             wanted = None
@@ -74,7 +74,7 @@ def test_encoded_rows_have_the_bits_of_threads(
     if way == "shared memory" and why_absent():
         pytest.skip(f"no compiled code: {why_absent()}")
     script = VerifyBatches([PROMPTS[0] * 2, PROMPTS[1][:1]], num_groups=2, num_steps=2, page_size=16)
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=str(speaking_v3),
         dp=2,
         tp=2,
@@ -85,7 +85,7 @@ def test_encoded_rows_have_the_bits_of_threads(
         encode_rows=encode_rows,
     )
     layouts = ("attn-tp-input-scattered", "sequence-parallel")
-    with Engine(resolve(asked, WeightSharding())) as threads:
+    with Engine(resolve(engine_config, WeightSharding())) as threads:
         steps = [
             (batch, threads.plans.cache_of(layout).plan_for(batch))
             for batch in script_batches(script, threads)
@@ -94,7 +94,7 @@ def test_encoded_rows_have_the_bits_of_threads(
         assert all(plan.encodings for _, plan in steps)
         wanted = [threads.run_plan(batch, plan) for batch, plan in steps]
     monkeypatch.setenv("NARROWS_NATIVE", "0" if way == "gloo" else "1")  # the ranks inherit it
-    with Engine(resolve(replace(asked, ranks="processes"), WeightSharding())) as processes:
+    with Engine(resolve(replace(engine_config, ranks="processes"), WeightSharding())) as processes:
         assert processes.ranks.transport.startswith(way)
         for (batch, plan), theirs in zip(steps, wanted, strict=True):
             for mine, its in zip(processes.run_plan(batch, plan), theirs, strict=True):

@@ -55,7 +55,7 @@ def in_one(plan: Plan) -> Plan:
 def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int, dtype: str) -> None:
     """Groups with other rows and without any, prefill beside decode, few logits; residuals apart and joined."""
     script = VerifyBatches(PROMPTS, num_groups=dp, num_steps=6, page_size=16, few_logits=True)
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=str(speaking_v3),
         dp=dp,
         tp=tp,
@@ -67,7 +67,7 @@ def test_one_step_or_two_give_the_same_bits(speaking_v3: Path, dp: int, tp: int,
         ranks="processes",
     )
     layouts, seen = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather")[: 1 + dp], set()
-    with Engine(resolve(asked, WeightSharding())) as engine:
+    with Engine(resolve(engine_config, WeightSharding())) as engine:
         for batch in script:
             for layout in layouts:
                 plan = engine.plans.cache_of(layout).plan_for(batch)

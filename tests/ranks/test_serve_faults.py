@@ -102,12 +102,11 @@ def test_a_signal_lets_texts_finish_refuses_new_ones_and_frees_the_port(
 ) -> None:
     before = running()
     with ServerProcess("--tp", "2", "--drain-timeout", "900", "--batch-invariant") as server:
-        longer = LONG | {"max_tokens": 1000}
-        expected = server.text(**longer)
-        streams = [streaming(server, **longer) for _ in range(8)]  # long enough to ask twice meanwhile
+        expected = server.text(**LONG)
+        streams = [streaming(server, **LONG) for _ in range(8)]  # long enough to ask twice meanwhile
         os.killpg(server.process.pid, number)  # as a terminal does: ranks get it too
-        eventually(lambda: server.complete(max_tokens=1).status_code == 503)
-        assert server.health().status_code == 503
+        eventually(lambda: server.health().status_code == 503)  # first, because it never waits for a text
+        assert server.complete(max_tokens=1).status_code == 503
         assert server.process.wait(PATIENCE_S) == 0
         for thread, lines in streams:
             thread.join(PATIENCE_S)

@@ -21,14 +21,14 @@ PROMPTS = [list(range(1, 24)), [9, 8, 7, 6], [5, 6] * 12, [33]]
 captures = pytest.mark.skipif(kernels() is None, reason="no compiled products with bf16 weights here")
 
 
-def asked(tiny_model: Any, kind: str = "v3", **options: Any) -> EngineConfig:
+def config_for(tiny_model: Any, kind: str = "v3", **options: Any) -> EngineConfig:
     return EngineConfig(model=str(tiny_model(kind)), **{"dtype": "bfloat16", "tp": 2, "page_size": 16} | options)
 
 
 @captures
 @pytest.mark.parametrize(("kind", "dp", "tp"), [("v3", 1, 1), ("v3", 2, 1), ("llama", 1, 2)])
 def test_replays_of_every_layout_are_the_op_by_op_run(tiny_model: Any, kind: str, dp: int, tp: int) -> None:
-    report = verify_served(asked(tiny_model, kind, dp=dp, tp=tp), PROMPTS, num_decode=4)
+    report = verify_served(config_for(tiny_model, kind, dp=dp, tp=tp), PROMPTS, num_decode=4)
     num = 3 * len(report.paths)
     assert report.ok and all(path.num_decode == path.num_replayed == 3 for path in report.paths.values())
     said = f"captured (bfloat16): {num} of {num} decode steps replayed, ids and logits bit for bit those of op by op"
@@ -48,7 +48,7 @@ FAULTS = pytest.mark.parametrize(
 @captures
 @FAULTS
 def test_a_fault_in_a_capture_is_named(tiny_model: Any, plant: Any, rank: int, cause: str) -> None:
-    report = verify_served(asked(tiny_model), PROMPTS, num_decode=4, layouts=["all-reduce"], plant=plant)
+    report = verify_served(config_for(tiny_model), PROMPTS, num_decode=4, layouts=["all-reduce"], plant=plant)
     (fault,) = report.faults.values()
     assert not report.ok and (fault.step, fault.rank, fault.num_rows) == (3, rank, 4)
     assert 0 in fault.rows and fault.cause.startswith(cause)
@@ -59,10 +59,10 @@ def test_a_fault_in_a_capture_is_named(tiny_model: Any, plant: Any, rank: int, c
 
 
 def test_the_report_says_why_no_step_is_captured(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = verify_served(asked(tiny_model, dtype="float32"), PROMPTS, layouts=["auto"])
+    report = verify_served(config_for(tiny_model, dtype="float32"), PROMPTS, layouts=["auto"])
     assert report.ok and str(report) == "served path: op by op: no compiled code for float32 here"
     monkeypatch.setattr("narrows.engine.capture.kernels", lambda: None)
-    report = verify_served(asked(tiny_model), PROMPTS, layouts=["auto"])
+    report = verify_served(config_for(tiny_model), PROMPTS, layouts=["auto"])
     assert report.ok and str(report) == "served path: op by op: no compiled code here"
 
 
@@ -72,7 +72,7 @@ def test_distributions_are_of_replays_and_name_a_fault_in_one(
     tiny_model: Any, plant: Any, rank: int, cause: str
 ) -> None:
     texts = [tuple(range(1, 33)), tuple(range(60, 30, -1))]
-    one = asked(tiny_model, tp=1, max_context=64, kv_tokens=512, prefix_cache=False)
+    one = config_for(tiny_model, tp=1, max_context=64, kv_tokens=512, prefix_cache=False)
     many = resolve(replace(one, tp=2, ranks="processes", layout="all-reduce"))
     steps = list(forced_steps(texts, many.limits, alone=False))
     with Engine(resolve(one)) as engine:

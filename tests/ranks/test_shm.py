@@ -160,17 +160,17 @@ def test_a_large_result_stays_valid_while_it_is_referenced() -> None:
     """Blocks of results are reused only when no result and no view of one is referenced."""
 
     def rank(comm: Communicator) -> int:
-        kept, places = [], set()
+        kept, addresses = [], set()
         for i in range(30):
             mine = torch.full((600, 256), float(10 * i + comm.rank))
             (whole,) = comm.all_gather([mine], (0, 1), (600, 600), "g")
-            places.add(whole.data_ptr())
+            addresses.add(whole.data_ptr())
             if i % 10 == 0:
                 kept.append((i, whole[600:, 3]))
             del whole
         for i, column in kept:
             assert bool((column == 10 * i + 1).all())
-        return len(places)
+        return len(addresses)
 
     assert max(run_shared(line(2), rank)) <= 3 + 2
 
@@ -318,7 +318,7 @@ def test_ranks_that_cannot_open_each_others_memory_do_not_share_it(monkeypatch: 
     together = [peers for peers, _ in found(range(3))]
     assert all(rank.share((0, 1, 2)) and rank.share((0, 2)) for rank in together)
     assert ShmTransport(together[0], (0, 2), 0).size == 2
-    opened("narrows.comm.shm_peers._opened", lambda place: None)
+    opened("narrows.comm.shm_peers._opened", lambda address: None)
     apart = [peers for peers, _ in found(range(3))]
     assert not any(rank.share(ranks) for rank in apart for ranks in ((0, 1, 2), (0, 2)))
     opened("narrows.comm.shm_peers.functions", lambda: None)

@@ -65,7 +65,7 @@ def test_a_slow_cable_is_named(speaking_v3: Path, rig: Callable[..., HostRig]) -
     hosts = rig(rate_mbit=0.5, mtu=1500)
     prefix = (hosts.on(0), hosts.on(1))
     long = " ".join(f"w{i % 60}" for i in range(900))
-    more = ("--tp", "2", "--timeout", "1", "--prompt", long)
+    more = ("--tp", "2", "--rank-timeout", "1", "--prompt", long)
     coordinator, node = nodes(speaking_v3, hosts.addresses[0], PORT, *more, prefix=prefix)
     code, _, err = ended(coordinator)
     assert code == 2

@@ -240,12 +240,12 @@ class FakeBackend:
         # A text that may end ends more often than a fair draw would let it.
         if _is_in(EOS, mask) and live.rng.random() < 0.2:
             return EOS
-        places = [8 * at + bit for at, byte in enumerate(mask) if byte for bit in _BITS[byte]]
-        return live.rng.choice([token for token in places if token < self.vocab])
+        bits = [8 * at + bit for at, byte in enumerate(mask) if byte for bit in _BITS[byte]]
+        return live.rng.choice([token for token in bits if token < self.vocab])
 
     @staticmethod
     def _score(token: int, count: int) -> tuple[float, int, tuple[tuple[int, float], ...]]:
-        """Even tokens are the most likely of their place, odd ones the second."""
+        """Even tokens are the most likely of their position, odd ones the second."""
         best = ((token, -0.25), (token ^ 1, -1.5)) if token % 2 == 0 else ((token ^ 1, -0.25), (token, -1.5))
         return (-0.25 if token % 2 == 0 else -1.5), 1 + token % 2, best[:count]
 

@@ -112,7 +112,7 @@ def test_a_prompt_of_one_token_is_echoed_with_its_column(plain: lab.Lab) -> None
 
 
 def test_a_long_prompt_is_scored_in_parts_and_in_order(plain: lab.Lab) -> None:
-    ids = [20 + place % 400 for place in range(500)]
+    ids = [20 + index % 400 for index in range(500)]
     whole = ask(plain, [ids], echo=True, logprobs=1, max_tokens=1)["choices"][0]["logprobs"]
     body = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 1}
     events = asyncio.run(plain.events("/v1/completions", body))

@@ -294,7 +294,7 @@ def make_connection(
         {},
         loop,
         limits=ConnectionLimits(**limits),
-        places=ConnectionSlots(1, 1),
+        slots=ConnectionSlots(1, 1),
         turns=turns or AtOnce(),
     )
     made.connection_made(wire)  # type: ignore[arg-type]

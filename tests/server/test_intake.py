@@ -390,6 +390,6 @@ def test_memory_is_given_back_after_large_bodies_alone(plain: Lab, monkeypatch: 
 def test_slow_setup_is_done_before_the_first_request(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     state = plain.app.state.server
     state.prepare()
-    monkeypatch.setattr(type(plain.tokenizer), "to_json", lambda self: pytest.fail("the tokens' table is made anew"))
+    monkeypatch.setattr(type(plain.tokenizer), "to_json", lambda self: pytest.fail("the tokens' table is made again"))
     assert state.guides is not None and state.guides.tokens.vocab_size >= 2048
     assert "most_bytes_per_token" in vars(plain.tokenizer)

@@ -129,7 +129,7 @@ def test_only_allowed_tokens_are_generated(shared: lab.Lab, path: str) -> None:
     ],
 )
 def test_a_prompt_is_truncated_as_requested(shared: lab.Lab, fields: dict[str, Any], kept: slice) -> None:
-    ids = [70 + place % 50 for place in range(600 if -1 in fields.values() else 10)]
+    ids = [70 + index % 50 for index in range(600 if -1 in fields.values() else 10)]
     body = asyncio.run(shared.complete(ids, echo=True, **({"max_tokens": 2} | fields))).json()
     assert shared.sent.prompt == tuple(ids[kept])
     assert body["choices"][0]["text"].startswith(shared.tokenizer.decode(ids[kept]))

@@ -1,4 +1,4 @@
-"""``text_offset`` is the place of a token's text, for every prompt, tokenizer and option."""
+"""``text_offset`` is the offset of a token's text, for every prompt, tokenizer and option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrows.checkpoints import model_path
-from narrows.text import TextStream, Tokenizer, TokenPlaces
+from narrows.text import TextStream, Tokenizer, TokenOffsets
 
 DEMO = Tokenizer.from_folder(model_path("narrows-demo"))
 TEXTS = st.lists(
@@ -22,9 +22,9 @@ TEXTS = st.lists(
 IDS = st.lists(st.integers(0, 600), max_size=30)
 
 
-def check(places: list[int], ids: list[int], text: str, tokenizer: Tokenizer, left_out: set[int]) -> None:
-    assert all(before <= after for before, after in pairwise(places)) and all(0 <= at <= len(text) for at in places)
-    for token, at in zip(ids, places, strict=True):
+def check(offsets: list[int], ids: list[int], text: str, tokenizer: Tokenizer, left_out: set[int]) -> None:
+    assert all(before <= after for before, after in pairwise(offsets)) and all(0 <= at <= len(text) for at in offsets)
+    for token, at in zip(ids, offsets, strict=True):
         own = tokenizer.bytes_of(token).decode(errors="replace")
         if token not in left_out and "\ufffd" not in own:
             assert text[at:].startswith(own), (token, at, own, text)
@@ -33,17 +33,17 @@ def check(places: list[int], ids: list[int], text: str, tokenizer: Tokenizer, le
 @given(TEXTS)
 def test_tokens_of_a_text_that_a_client_wrote(text: str) -> None:
     ids = DEMO.encode(text)
-    places = TokenPlaces(DEMO, text=text)
-    assert DEMO.added_around == (1, 0) and places.here == 0, "bos, which the text has not"
-    check([places.push(token) for token in ids[1:]], ids[1:], text, DEMO, set())
+    offsets = TokenOffsets(DEMO, text=text)
+    assert DEMO.added_around == (1, 0) and offsets.here == 0, "bos, which the text has not"
+    check([offsets.push(token) for token in ids[1:]], ids[1:], text, DEMO, set())
 
 
 @given(IDS, st.booleans(), st.integers(0, 20))
 def test_tokens_of_the_text_that_ids_decode_to(ids: list[int], skip: bool, start: int) -> None:
     text = "x" * start + DEMO.decode(ids, skip_special_tokens=skip)
-    places = TokenPlaces(DEMO, start=start, skip_special_tokens=skip)
+    offsets = TokenOffsets(DEMO, start=start, skip_special_tokens=skip)
     special = set(DEMO.special_tokens.values()) if skip else set()
-    check([places.push(token) for token in ids], ids, text, DEMO, special)
+    check([offsets.push(token) for token in ids], ids, text, DEMO, special)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -68,12 +68,12 @@ def test_offsets_of_an_answer_with_its_prompt(
     written = prompt if isinstance(prompt, str) else plain.tokenizer.decode(prompt, skip_special_tokens=skip)
     assert text.startswith(written) and offsets == sorted(offsets) and len(offsets) > 5
     given = len(plain.tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt)
-    for place, (token, at) in enumerate(zip(tokens, offsets, strict=True)):
-        spelled = token.startswith("<|") and not (isinstance(prompt, str) and 0 < place < given)
-        gone = token.startswith("bytes:") or (spelled and (skip or place == 0 or token == "<|end|>"))
+    for index, (token, at) in enumerate(zip(tokens, offsets, strict=True)):
+        spelled = token.startswith("<|") and not (isinstance(prompt, str) and 0 < index < given)
+        gone = token.startswith("bytes:") or (spelled and (skip or index == 0 or token == "<|end|>"))
         if not gone and at + len(token) <= len(text):
-            assert text[at:].startswith(token), (place, token, at, text)
-    first = next(at for place, at in enumerate(offsets) if place == given)
+            assert text[at:].startswith(token), (index, token, at, text)
+    first = next(at for index, at in enumerate(offsets) if index == given)
     assert first == len(written), "the continuation begins where the prompt ends"
 
 
@@ -101,7 +101,7 @@ def test_byte_tokens_whose_run_is_settled_late() -> None:
 
     tokenizer: Any = Bytes()
     ids = [*"é".encode(), ord("A"), 256, *"\U0001f9ff".encode(), 256]
-    places = TokenPlaces(tokenizer)
-    assert [places.push(token) for token in ids] == [0, 0, 1, 2, 6, 6, 6, 6, 7]
+    offsets = TokenOffsets(tokenizer)
+    assert [offsets.push(token) for token in ids] == [0, 0, 1, 2, 6, 6, 6, 6, 7]
     stream = TextStream(tokenizer)
     assert "".join([*(stream.push(token) for token in ids), stream.finish()]) == "éA the\U0001f9ff the"

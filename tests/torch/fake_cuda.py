@@ -340,7 +340,7 @@ class Ranks:
         self.mesh = mesh
         file = folder / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
-        asked = EngineConfig(
+        engine_config = EngineConfig(
             model=str(file),
             dp=mesh.num_groups,
             tp=mesh.group_size,
@@ -351,7 +351,7 @@ class Ranks:
             page_size=PAGE,
             encode_rows=encode_rows,
         )
-        self.resolved, self.batch_invariant = resolve(asked, sharding), batch_invariant
+        self.resolved, self.batch_invariant = resolve(engine_config, sharding), batch_invariant
         self.guard = StepGuard()
         self.fake = FakeTensorMode()
         self.planners = {

@@ -98,8 +98,8 @@ def _check(folder: Path, config: Config, draw: Draw, *, is_legal: bool, meshes: 
         if tp > read.num_attention_heads:
             continue  # refused by every command: a head is not split
         layout = draw.choice(sorted(applicable_layouts(read, Mesh.of(dp=dp, tp=tp))))
-        asked = EngineConfig(model=str(folder), dp=dp, tp=tp, dtype="float32", checked=True)
-        if refused := _one_line(partial(_compare, asked, layout, prompts, reference)):
+        engine_config = EngineConfig(model=str(folder), dp=dp, tp=tp, dtype="float32", checked=True)
+        if refused := _one_line(partial(_compare, engine_config, layout, prompts, reference)):
             return Outcome(refused=refused)
     return Outcome()
 
@@ -119,11 +119,11 @@ def _unread_rule(read: ModelConfig) -> str | None:
     return read.moe.topk_method if method and read.moe.topk_method != method else None
 
 
-def _compare(asked: EngineConfig, name: str, prompts: list[list[int]], reference: TransformersModel) -> None:
-    report = verify(asked, prompts, num_decode=DECODE, layouts=[name], outside=lambda _: reference)
+def _compare(engine_config: EngineConfig, name: str, prompts: list[list[int]], reference: TransformersModel) -> None:
+    report = verify(engine_config, prompts, num_decode=DECODE, layouts=[name], outside=lambda _: reference)
     (layout,) = report.layouts
     if not report.ok and (layout.first_difference is None or layout.worst > _ROUNDINGS * _rounding(reference, prompts)):
-        raise MismatchError(f"dp {asked.dp} x tp {asked.tp}, {layout.layout}: {layout.failure}")
+        raise MismatchError(f"dp {engine_config.dp} x tp {engine_config.tp}, {layout.layout}: {layout.failure}")
 
 
 def _rounding(reference: TransformersModel, prompts: list[list[int]]) -> float:

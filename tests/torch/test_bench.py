@@ -138,7 +138,7 @@ def test_layout_beside_auto_alone_and_prompts_of_a_length(folder: Path, capsys: 
     (only,) = bench(capsys, "layout", folder, "--dp", "2", *flags, "--seconds-per-cell", "0")["cells"]
     assert only["step"] == "prefill 12 by 4" and only["context"] == 4
     assert sorted(name for plan in only["plans"] for name in plan["layouts"]) == ["auto", "norm-before-gather"]
-    assert {plan["rounds"] for plan in only["plans"]} == {2}, "no seconds: as many rounds as were asked for"
+    assert {plan["rounds"] for plan in only["plans"]} == {2}, "no seconds: as many rounds as requested"
 
 
 def test_a_step_whose_cache_is_too_large_is_left_out_with_a_note(
@@ -155,9 +155,9 @@ def test_a_step_whose_cache_is_too_large_is_left_out_with_a_note(
 
 
 def test_a_cache_is_filled_as_far_as_it_reaches(folder: Path) -> None:
-    asked = EngineConfig(model=str(folder), tp=2, kv_tokens=5000, page_size=4, max_context=50)
+    engine_config = EngineConfig(model=str(folder), tp=2, kv_tokens=5000, page_size=4, max_context=50)
     workers: list[Worker] = []
-    with Engine(resolve(asked), wrap=_remembers(workers)) as engine:
+    with Engine(resolve(engine_config), wrap=_remembers(workers)) as engine:
         fill_caches(engine)
         caches = [layer.cache_SC for worker in workers for layer in worker.model.layers]
         assert len(caches) == 2 * 3 and all(bool((cache != 0).any(dim=1).all()) for cache in caches)
@@ -262,11 +262,13 @@ def test_prompts_are_the_same_for_the_same_seed() -> None:
 
 
 def test_variants_share_an_engine_unless_options_differ(folder: Path) -> None:
-    asked = EngineConfig(model=str(folder), tp=2)
-    with running_variants(parse_variants(asked, ("auto", "all-reduce"), ("tp=1,batch-invariant=yes",))[:3]) as running:
+    engine_config = EngineConfig(model=str(folder), tp=2)
+    with running_variants(
+        parse_variants(engine_config, ("auto", "all-reduce"), ("tp=1,batch-invariant=yes",))[:3]
+    ) as running:
         assert [one.name for one in running] == ["auto", "all-reduce", "auto, tp=1,batch-invariant=yes"]
         assert running[0].shared is running[1].shared is not running[2].shared
-        assert running[2].resolved.asked.batch_invariant and running[2].resolved.mesh.size == 1
+        assert running[2].resolved.engine_config.batch_invariant and running[2].resolved.mesh.size == 1
         assert running[1].engine().plans.current.layout == "all-reduce"
         assert running[0].engine().plans.current.layout == "auto"
 

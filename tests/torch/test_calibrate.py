@@ -17,7 +17,7 @@ from narrows.engine.config import EngineConfig, resolve
 from narrows.errors import ConfigError
 from narrows.native import why_absent
 
-OPTIONS = ["--ranks", "2", "--world", "threads", "--quick", "--dtype", "float32", "--seconds", "8"]
+OPTIONS = ["--num-ranks", "2", "--transport", "threads", "--quick", "--dtype", "float32", "--seconds", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def profile(folder: Path) -> Path:
     return file
 
 
-def asked(**options: object) -> EngineConfig:
+def config_for(**options: object) -> EngineConfig:
     return EngineConfig(model="narrows-demo", **{"tp": 2, "dtype": "float32", **options})  # type: ignore[arg-type]
 
 
@@ -70,15 +70,16 @@ def test_an_engine_uses_a_fitting_profile_and_logs_it(
     profile: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NARROWS_PROFILES", str(folder))
-    resolved = resolve(asked())
+    resolved = resolve(config_for())
     assert resolved.deployment.device.measured is not None
     assert any(note.startswith("prices: the profile mine.json, made 20") for note in resolved.notes)
-    assert resolve(asked(tp=1)).deployment.device.name == "cpu-core", "of another number of ranks"
-    assert resolve(asked(device="cpu-core")).deployment.device.name == "cpu-core", "asked for by name"
-    alone = resolve(asked(threads=2))
+    assert resolve(config_for(tp=1)).deployment.device.name == "cpu-core", "of another number of ranks"
+    assert resolve(config_for(device="cpu-core")).deployment.device.name == "cpu-core", "chosen by name"
+    alone = resolve(config_for(threads=2))
     assert alone.deployment.device.name == "cpu-core"
     assert any(
-        "mine.json is not used: threads 1 there, 2 here; anew: narrows calibrate" in note for note in alone.notes
+        "mine.json is not used: threads 1 there, 2 here; make a new one with: narrows calibrate" in note
+        for note in alone.notes
     )
 
 
@@ -92,13 +93,15 @@ def test_plan_takes_the_profile_of_as_many_ranks(
     assert document["layouts"][0]["totals_ms"]["host"] > 0
     assert any(note.startswith("prices: the profile mine.json, made") for note in document["notes"])
     assert main([*options, "--tp", "4"]) == 2
-    assert "make one with: narrows calibrate --ranks 4" in capsys.readouterr().err
+    assert "make one with: narrows calibrate --num-ranks 4" in capsys.readouterr().err
 
 
 def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> None:
-    assert resolve(asked(device=str(profile))).deployment.device.measured is not None
-    with pytest.raises(ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --ranks 4 .*--world threads"):
-        resolve(asked(tp=4, device=str(profile)))
+    assert resolve(config_for(device=str(profile))).deployment.device.measured is not None
+    with pytest.raises(
+        ConfigError, match=r"ranks 2 there, 4 here.*narrows calibrate --num-ranks 4 .*--transport threads"
+    ):
+        resolve(config_for(tp=4, device=str(profile)))
     read = read_profile(profile)
     for change, said in (
         ({"cpu": "an abacus"}, "cpu 'an abacus' there"),
@@ -109,7 +112,7 @@ def test_a_file_that_does_not_fit_is_refused(profile: Path, tmp_path: Path) -> N
         other = tmp_path / "other.json"
         write_profile(other, read.model_copy(update={"fits": replace(read.fits, **change)}))
         with pytest.raises(ConfigError, match=said):
-            resolve(asked(device=str(other)))
+            resolve(config_for(device=str(other)))
 
 
 def test_plans_of_the_measured_model_rest_on_measured_prices(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,16 +150,16 @@ def test_bench_layout_prints_the_machines_pace_against_the_profile(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ranks", "0"], "--ranks is 0; it must be at least 1"),
+        (["--num-ranks", "0"], "--num-ranks is 0; it must be at least 1"),
         (["--threads", "0"], "--threads is 0; it must be at least 1"),
         (["--seconds", "0"], "--seconds is 0; it must be more than 0"),
-        (["no-such-model", "--world", "threads"], "no-such-model"),
-        (["--ranks", "1000"], "--ranks 1000 on "),
-        (["--dtype", "float8", "--world", "threads"], "dtype 'float8' is not known"),
-        (["--world", "pigeons"], "invalid choice: 'pigeons'"),
+        (["no-such-model", "--transport", "threads"], "no-such-model"),
+        (["--num-ranks", "1000"], "--num-ranks 1000 on "),
+        (["--dtype", "float8", "--transport", "threads"], "dtype 'float8' is not known"),
+        (["--transport", "pigeons"], "invalid choice: 'pigeons'"),
         pytest.param(
-            ["--world", "gloo"],
-            "--world gloo is not available here: ranks exchange through shm",
+            ["--transport", "gloo"],
+            "--transport gloo is not available here: ranks exchange through shm",
             marks=pytest.mark.skipif(bool(why_absent()), reason="gloo can be had without compiled code"),
         ),
     ],

@@ -401,7 +401,7 @@ def test_a_model_of_the_hubs_cache_is_its_folder_or_its_snapshot(
     want = ours(source)
     assert ours(repo) == ours(snapshot) == want
     with LLM(repo, revision="a" * 40, max_context=64) as llm:
-        assert llm.resolved.config.name == "org/tiny" and llm.resolved.asked.model == str(snapshot)
+        assert llm.resolved.config.name == "org/tiny" and llm.resolved.engine_config.model == str(snapshot)
 
 
 # -- files and the index ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from narrows.cli.main import COMMANDS
+from narrows.cli.main import COMMANDS, main, parse
 
 WITHOUT_HELP = {
     f"--{name}" for name in ("temperature", "top-k", "top-p", "min-p", "seed", "min-tokens", "logprobs")
@@ -48,3 +48,40 @@ def test_results_are_had_as_json_in_one_way() -> None:
     assert len(of_bench) == 6
     for name, flags in found.items():
         assert (name in with_tables | of_bench) == ({"--json", "--out"} <= flags), name
+
+
+ENGINE_COMMANDS = [name.split() for name in ("generate", "serve", "verify", "eval", "bench layer", "bench layout")]
+RENAMED = [
+    (["calibrate"], "--ranks", "--num-ranks", "3"),
+    (["calibrate"], "--world", "--transport", "threads"),
+    *((command, "--timeout", "--rank-timeout", "3") for command in ENGINE_COMMANDS),
+]
+
+
+@pytest.mark.parametrize(("command", "old", "new", "value"), RENAMED, ids=lambda each: "".join(each))
+def test_an_old_spelling_works_and_warns(
+    command: list[str], old: str, new: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    field, model = new.lstrip("-").replace("-", "_"), ["narrows-demo"] if command != ["calibrate"] else []
+    needed = ["--rows", "8"] if command[0] == "bench" else []
+    values = []
+    for flag in (new, old):
+        _, args = parse([*command, *model, *needed, flag, value])
+        values.append(getattr(args, field))
+        said = capsys.readouterr().err
+        assert said == ("" if flag == new else f"{old} is now {new}; the old spelling ends with the next release\n")
+    assert values[0] == values[1] and str(values[0]) in (value, f"{value}.0")
+    parser = next(each for each in parsers() if each.prog == " ".join(command))
+    assert new in parser.format_help() and f"{old} " not in parser.format_help().replace(new, "")
+
+
+@pytest.mark.parametrize("command", ENGINE_COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(("name", "kind"), [("cuda", "cuda"), ("cuda:0", "cuda"), ("gpu", "cuda"), ("cpu", "cpu")])
+def test_a_kind_of_device_is_refused_with_the_flag_for_it(
+    command: list[str], name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"generate": ["--prompt", "w"], "bench": ["--rows", "8"]}.get(command[0], [])
+    assert main([*command, "org/nobody-has-fetched-this", *needed, "--device", name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"narrows: error: --device {name}: ") and said.endswith(f"say --run-on {kind}\n")
+    assert said.count("\n") == 1

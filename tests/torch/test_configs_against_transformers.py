@@ -13,13 +13,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from narrows.arch.config import FAMILIES, read_config
+from narrows.arch.config import CONFIG_SCHEMAS, read_config
 from narrows.arch.configs.harmless import HARMLESS
 from narrows.arch.configs.rope import ROPE_TYPES
 from narrows.arch.configs.schema import ELSEWHERE, EVERYWHERE, Schema
 from narrows.errors import ConfigError
 
-PUBLISHED = [name for name in FAMILIES if name in CONFIG_MAPPING]
+PUBLISHED = [name for name in CONFIG_SCHEMAS if name in CONFIG_MAPPING]
 OTHER_DEFAULTS = {
     "bos_token_id": "a token id is its tokenizer's; narrows takes none that no file names",
     "eos_token_id": "a token id is its tokenizer's; narrows takes none that no file names",
@@ -69,7 +69,7 @@ def own_name(schema: type[Schema], field: str) -> str:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_field_of_the_class_is_read_refused_or_harmless(name: str) -> None:
-    schema = FAMILIES[name]
+    schema = CONFIG_SCHEMAS[name]
     known = {*schema.model_fields, *schema.only, *schema.harmless, *HARMLESS, *EVERYWHERE, *ELSEWHERE}
     assert {own_name(schema, field) for field in fields_of(name)} - known == set()
 
@@ -81,7 +81,7 @@ def test_every_field_of_all_classes_is_read_refused_or_harmless() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_defaults_are_those_of_the_class(name: str) -> None:
-    schema, published = FAMILIES[name], fields_of(name)
+    schema, published = CONFIG_SCHEMAS[name], fields_of(name)
     ours = schema.defaults()
     assert SIZES & ours.keys() <= {"intermediate_size"}
     for field, default in published.items():
@@ -105,14 +105,14 @@ def test_a_saved_config_reads_back(name: str) -> None:
 
 def other_configs() -> dict[str, dict[str, Any]]:
     """The default config of every other class with a language model."""
-    others = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - FAMILIES.keys() - {"gemma4_assistant"}  # has no default
+    others = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - CONFIG_SCHEMAS.keys() - {"gemma4_assistant"}  # has no default
     return {other: json.loads(CONFIG_MAPPING[other]().to_json_string(use_diff=False)) for other in sorted(others)}
 
 
 def accepting(raw: dict[str, Any]) -> list[str]:
     """The families as which ``raw`` is read."""
     found = []
-    for name in FAMILIES:
+    for name in CONFIG_SCHEMAS:
         with contextlib.suppress(ConfigError):
             read_config({**raw, "model_type": name}, name)
             found.append(name)

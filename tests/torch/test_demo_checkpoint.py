@@ -29,9 +29,9 @@ SAMPLE = Setting(limit=24, window=96, arithmetic_tokens=6)
 
 def run(layouts: tuple[str, ...], *tasks: str, dp: int = 2, tp: int = 2, **more: Any) -> Evaluation:
     files = default_files(str(FOLDER))
-    asked = EngineConfig(model="narrows-demo", dp=dp, tp=tp, max_context=512)
+    engine_config = EngineConfig(model="narrows-demo", dp=dp, tp=tp, max_context=512)
     given = {"setting": SAMPLE, "num_alone": 1, "kl_rows": 192} | more
-    return evaluate(asked, {task: files[task] for task in tasks}, layouts, **given)
+    return evaluate(engine_config, {task: files[task] for task in tasks}, layouts, **given)
 
 
 def test_the_demo_model_is_a_small_deepseek_v3_with_task_files() -> None:
@@ -76,8 +76,8 @@ def test_a_norm_1_percent_off_on_one_rank_shows_in_eval_and_verify(faults: Any) 
     faults.scale("model.layers.3.input_layernorm.weight", rank=1)
     (found,) = run(("auto",), "arithmetic").layouts
     assert any(line.startswith("distributions in float32, batched: ") for line in found.failures)
-    asked = EngineConfig(model="narrows-demo", dp=2, tp=2, dtype="float32")
-    (named,) = verify(asked, _prompts(), layouts=["auto"]).layouts
+    engine_config = EngineConfig(model="narrows-demo", dp=2, tp=2, dtype="float32")
+    (named,) = verify(engine_config, _prompts(), layouts=["auto"]).layouts
     assert named.failure.startswith("layer 3 input_norm: hidden differs") and "on rank 1" in named.failure
 
 

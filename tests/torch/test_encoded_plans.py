@@ -35,17 +35,21 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(0, 67, (length,), generator=generator).tolist() for length in lengths]
 
 
-def asked_for(folder: Path, dp: int, tp: int, encode_rows: str = "int8-always", dtype: str = "float32") -> EngineConfig:
+def config_for(
+    folder: Path, dp: int, tp: int, encode_rows: str = "int8-always", dtype: str = "float32"
+) -> EngineConfig:
     return EngineConfig(model=str(folder), dp=dp, tp=tp, dtype=dtype, encode_rows=encode_rows, checked=True)
 
 
-def run(asked: EngineConfig, *layouts: str, lengths: Iterable[int] = (23, 1, 5), **more: object) -> list[LayoutReport]:
-    names = layouts or [name for name in GATHERING if name in applicable(asked)]
-    return list(verify(asked, prompts(*lengths), num_decode=2, layouts=names, **more).layouts)  # type: ignore[arg-type]
+def run(
+    engine_config: EngineConfig, *layouts: str, lengths: Iterable[int] = (23, 1, 5), **more: object
+) -> list[LayoutReport]:
+    names = layouts or [name for name in GATHERING if name in applicable(engine_config)]
+    return list(verify(engine_config, prompts(*lengths), num_decode=2, layouts=names, **more).layouts)  # type: ignore[arg-type]
 
 
-def applicable(asked: EngineConfig) -> tuple[str, ...]:
-    resolved = resolve(asked)
+def applicable(engine_config: EngineConfig) -> tuple[str, ...]:
+    resolved = resolve(engine_config)
     return applicable_layouts(resolved.config, resolved.mesh)
 
 
@@ -61,7 +65,7 @@ def applicable(asked: EngineConfig) -> tuple[str, ...]:
     ],
 )
 def test_encoded_rows_are_near_one_rank_and_equal_on_all(tiny_model: TinyModel, kind: str, dp: int, tp: int) -> None:
-    reports = run(asked_for(tiny_model(kind), dp, tp))
+    reports = run(config_for(tiny_model(kind), dp, tp))
     assert reports
     for report in reports:
         assert report.ok, f"{report.layout}: {report.failure}"
@@ -71,7 +75,7 @@ def test_encoded_rows_are_near_one_rank_and_equal_on_all(tiny_model: TinyModel, 
 
 @pytest.mark.parametrize("kind", ["llama-9", pytest.param("qwen2", marks=pytest.mark.full), "qwen3-moe"])
 def test_families_without_a_latent(tiny_model: TinyModel, kind: str) -> None:
-    for report in run(asked_for(tiny_model(kind), 2, 2)):
+    for report in run(config_for(tiny_model(kind), 2, 2)):
         assert report.ok and report.encodings and report.worst > 1e-3, f"{report.layout}: {report.failure}"
 
 
@@ -85,7 +89,7 @@ def test_families_without_a_latent(tiny_model: TinyModel, kind: str) -> None:
 )
 def test_fp8_rows_and_bf16_models(tiny_model: TinyModel, encode_rows: str, dtype: str) -> None:
     encoding = Encoding(encode_rows.removesuffix("-always"))
-    for report in run(asked_for(tiny_model("v3"), 2, 2, encode_rows, dtype)):
+    for report in run(config_for(tiny_model("v3"), 2, 2, encode_rows, dtype)):
         assert report.ok, f"{report.layout}: {report.failure}"
         assert report.encodings == {encoding} and report.worst > 1e-3
 
@@ -98,16 +102,16 @@ def test_plans_for_a_gpu_run_here(tiny_model: TinyModel) -> None:
         seen.update(op.reads for _, op in plan.ops() if op.encoded)
         return plan
 
-    asked = replace(asked_for(tiny_model("v3"), 2, 2), device="h20")
+    engine_config = replace(config_for(tiny_model("v3"), 2, 2), device="h20")
     for layout in ("auto", "sequence-parallel"):
-        (report,) = run(asked, layout, lengths=(60, 1, 5), tamper=look)
+        (report,) = run(engine_config, layout, lengths=(60, 1, 5), tamper=look)
         assert report.ok, report.failure
     assert seen >= {("hidden",)}
 
 
 def test_a_packed_gather_encodes_one_field_and_not_the_choice_of_experts(tiny_model: TinyModel) -> None:
     """The router where rows are scattered, its choice packed with encoded rows; no price here would choose it."""
-    asked = asked_for(tiny_model("v3"), 2, 2)
+    engine_config = config_for(tiny_model("v3"), 2, 2)
     packed = 0
 
     def pack(plan: Plan) -> Plan:
@@ -133,12 +137,12 @@ def test_a_packed_gather_encodes_one_field_and_not_the_choice_of_experts(tiny_mo
             segments.append(replace(segment, ops=tuple(ops)))
         return replace(plan, segments=tuple(segments))
 
-    (report,) = run(asked, "sequence-parallel", tamper=pack)
+    (report,) = run(engine_config, "sequence-parallel", tamper=pack)
     assert packed and report.ok, report.failure
 
 
 def test_a_plan_that_encodes_nothing_has_the_narrow_tolerance(tiny_model: TinyModel) -> None:
-    (report,) = run(asked_for(tiny_model("v3"), 2, 2), "all-reduce")
+    (report,) = run(config_for(tiny_model("v3"), 2, 2), "all-reduce")
     assert report.ok and not report.encodings and report.tolerance == TOLERANCE[torch.float32]
 
 
@@ -162,7 +166,7 @@ def test_unencoded_own_rows_are_detected(tiny_model: TinyModel, monkeypatch: pyt
 
     monkeypatch.setattr(program, "encode_rows", encoding)
     monkeypatch.setattr(program, "decode_rows", decoding)
-    (report,) = run(asked_for(tiny_model("v3"), 1, 2), "attn-tp-input-scattered")
+    (report,) = run(config_for(tiny_model("v3"), 1, 2), "attn-tp-input-scattered")
     first = report.first_difference
     assert first is not None and first.between_ranks and first.rank == 1, report.failure
     assert first.spot == Spot(0, "all_gather before latent_norm", "qkv_latent")
@@ -172,7 +176,7 @@ def test_unencoded_own_rows_are_detected(tiny_model: TinyModel, monkeypatch: pyt
 def test_scales_of_other_rows_are_a_difference(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = program.decode_rows
     monkeypatch.setattr(program, "decode_rows", lambda codes, scales, dtype: decode(codes, scales.roll(1, 0), dtype))
-    reports = run(asked_for(tiny_model("v3"), 2, 2))
+    reports = run(config_for(tiny_model("v3"), 2, 2))
     assert [report.layout for report in reports if report.ok] == []
 
 
@@ -193,8 +197,8 @@ def test_a_fault_behind_the_wide_tolerance_is_still_named(tiny_model: TinyModel)
         ]
         return replace(plan, segments=tuple(segments))
 
-    asked = asked_for(tiny_model("v3"), 2, 2)
-    (report,) = run(asked, "norm-before-gather", tamper=without_norm_sum, validate=False)
+    engine_config = config_for(tiny_model("v3"), 2, 2)
+    (report,) = run(engine_config, "norm-before-gather", tamper=without_norm_sum, validate=False)
     assert report.first_difference is not None
     assert report.first_difference.spot.stage == "post_attn_norm" and report.first_difference.spot.layer == 0
 
@@ -212,7 +216,7 @@ def test_an_encoded_op_is_labelled(tiny_model: TinyModel) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Communicator, "all_gather", watching)
-        run(asked_for(tiny_model("v3"), 1, 2), "attn-tp-input-scattered")
+        run(config_for(tiny_model("v3"), 1, 2), "attn-tp-input-scattered")
     assert "layer 1 latent_norm: all_gather qkv_latent as int8" in labels
 
 
@@ -223,5 +227,5 @@ def test_selected_rows_before_the_head_may_be_encoded(tiny_model: TinyModel) -> 
         found.extend((op.boundary, op.row_set) for _, op in plan.ops() if op.kind is OpKind.MOVE and op.encoded)
         return plan
 
-    (report,) = run(asked_for(tiny_model("v3"), 2, 2), "sequence-parallel", tamper=look)
+    (report,) = run(config_for(tiny_model("v3"), 2, 2), "sequence-parallel", tamper=look)
     assert report.ok and ("lm_head", RowSet.LOGITS) in found

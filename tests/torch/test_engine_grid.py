@@ -176,8 +176,8 @@ class Sharded:
         self.one = one
         self.recorder = Recorder(one.steps.dp * one.steps.tp, replay=one.routing)
         self.workers: list[Worker] = []
-        asked = asked_for(folder, one.steps, dp=one.steps.dp, tp=one.steps.tp, **options)
-        self.engine = Engine(resolve(asked, sharding), wrap=self._wrap)
+        engine_config = config_for(folder, one.steps, dp=one.steps.dp, tp=one.steps.tp, **options)
+        self.engine = Engine(resolve(engine_config, sharding), wrap=self._wrap)
 
     def _wrap(self, worker: Worker) -> Wrap:
         self.workers.append(worker)
@@ -212,7 +212,7 @@ class Sharded:
                         getattr(layer, name)[PAGE:] = float("nan")
 
 
-def asked_for(folder: Path, steps: Steps, *, dp: int, tp: int, **options: object) -> EngineConfig:
+def config_for(folder: Path, steps: Steps, *, dp: int, tp: int, **options: object) -> EngineConfig:
     defaults = {"dtype": "float32", "want_logits": True, "checked": True, "max_context": 1024, "page_size": PAGE}
     tokens = steps.pages_per_group * PAGE * (steps.dp // dp)
     return EngineConfig(model=str(folder), dp=dp, tp=tp, kv_tokens=tokens, **{**defaults, **options})  # type: ignore[arg-type]
@@ -222,8 +222,8 @@ def run_on_one_rank(folder: Path, steps: Steps, dtype: str = "float32") -> OneRa
     recorder = Recorder(1)
     logits = []
     # Under a layout that keeps all rows up to the head, so that every row's routing is there to be replayed.
-    asked = asked_for(folder, steps, dp=1, tp=1, dtype=dtype, layout="all-reduce")
-    with Engine(resolve(asked), wrap=recorder.wrap) as engine:
+    engine_config = config_for(folder, steps, dp=1, tp=1, dtype=dtype, layout="all-reduce")
+    with Engine(resolve(engine_config), wrap=recorder.wrap) as engine:
         for number, (_, batch) in enumerate(steps.named):
             recorder.begin(number)
             (result,) = engine.submit(steps.merged(batch), keep_logits=True).result()
@@ -301,7 +301,7 @@ def test_every_weight_sharding_equals_one_rank(
     """``num_changed``: how many of the four are not as published."""
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=70)
     one = run_on_one_rank(folder, steps)
-    resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
+    resolved = resolve(config_for(folder, steps, dp=dp, tp=tp))
     choices = sharding_choices(resolved.config, resolved.mesh)
     assert len(choices) == 16
     published = asdict(WeightSharding())
@@ -358,7 +358,7 @@ def test_other_families_with_the_sharding_furthest_from_the_published(
     tiny_model: Callable[..., Path], kind: str, dp: int, tp: int
 ) -> None:
     folder, steps = tiny_model(kind), Steps(dp, tp, longest=0)
-    resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
+    resolved = resolve(config_for(folder, steps, dp=dp, tp=tp))
     sharding = sharding_choices(resolved.config, resolved.mesh)[-1]
     with sharded(folder, run_on_one_rank(folder, steps), sharding) as run:
         run.check(f"auto with {sharding}", run.plans_of("auto"))
@@ -529,7 +529,7 @@ def test_fused_norms_and_a_narrow_last_layer_equal_one_rank(tiny_model: Callable
     one = run_on_one_rank(folder, steps)
     seen: set[str] = set()
     for index in (0, -1):
-        resolved = resolve(asked_for(folder, steps, dp=dp, tp=tp))
+        resolved = resolve(config_for(folder, steps, dp=dp, tp=tp))
         sharding = sharding_choices(resolved.config, resolved.mesh)[index]
         with sharded(folder, one, sharding) as run:
             planner, mesh = run.engine.plans.planner, run.engine.resolved.mesh
@@ -591,7 +591,7 @@ def test_layouts_with_the_same_sums_give_the_same_bits(
     folder, steps = tiny_model("v3"), Steps(dp, tp, longest=200)
     caches: list[PlanCache] = []
     runs: list[list[list[StepResult]]] = []
-    with Engine(resolve(asked_for(folder, steps, dp=dp, tp=tp, dtype=dtype), WeightSharding())) as engine:
+    with Engine(resolve(config_for(folder, steps, dp=dp, tp=tp, dtype=dtype), WeightSharding())) as engine:
         for layout in layouts:
             caches.append(engine.plans.cache_of(layout))
             runs.append([])

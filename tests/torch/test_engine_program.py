@@ -34,7 +34,7 @@ TinyModel = Callable[..., Path]
 REDUCTIONS = ("all_reduce", "reduce_scatter")
 
 
-def asked_for(folder: Path, dp: int, tp: int, **options: Any) -> EngineConfig:
+def config_for(folder: Path, dp: int, tp: int, **options: Any) -> EngineConfig:
     return EngineConfig(
         model=str(folder), dp=dp, tp=tp, **{"dtype": "float32", "want_logits": True, "max_context": 64, **options}
     )
@@ -86,10 +86,10 @@ def test_every_stage_of_the_chain_is_a_method_of_the_model(tiny_model: TinyModel
         workers.append(worker)
         return lambda layer, op, reads, writes, operation: operation
 
-    resolved = resolve(asked_for(folder, 1, 2, want_logits=want_logits))
+    resolved = resolve(config_for(folder, 1, 2, want_logits=want_logits))
     for sharding in sharding_choices(resolved.config, resolved.mesh):
         chain = Planner(resolved.deployment, sharding).chain
-        with Engine(resolve(resolved.asked, sharding), wrap=wrap):
+        with Engine(resolve(resolved.engine_config, sharding), wrap=wrap):
             model = workers[-1].model
             assert len(model.layers) == len(chain.layers)
             for stage in (*chain.prologue, *chain.epilogue):
@@ -117,8 +117,8 @@ def test_checked_mode_names_a_stage_whose_output_contradicts_its_layout(
     tiny_model: TinyModel, rank: int, layer: int, stage: str, spoil: Callable[[Any], Any], said: str
 ) -> None:
     wrap = patched(rank, layer, stage, lambda method: lambda *args, **options: spoil(method(*args, **options)))
-    asked = asked_for(tiny_model("v3"), 2, 2, checked=True, layout="norm-before-gather")
-    with Engine(resolve(asked), wrap=wrap) as engine, pytest.raises(AssertionError, match=said) as error:
+    engine_config = config_for(tiny_model("v3"), 2, 2, checked=True, layout="norm-before-gather")
+    with Engine(resolve(engine_config), wrap=wrap) as engine, pytest.raises(AssertionError, match=said) as error:
         run(engine, prefill(2), "norm-before-gather")
     assert "means" in str(error.value) and f"raised on rank {rank}" in "".join(error.value.__notes__)
 
@@ -146,7 +146,7 @@ def test_a_plan_without_one_of_its_reductions_is_refused_naming_the_stage(
     tiny_model: TinyModel, dp: int, tp: int
 ) -> None:
     batch = prefill(dp)
-    resolved = resolve(asked_for(tiny_model("v3"), dp, tp), WeightSharding())
+    resolved = resolve(config_for(tiny_model("v3"), dp, tp), WeightSharding())
     tried = 0
     for layout in applicable_layouts(resolved.config, resolved.mesh):
         with Engine(resolved) as engine:
@@ -163,7 +163,7 @@ def test_a_plan_without_one_of_its_reductions_is_refused_naming_the_stage(
 
 def test_doubled_reductions_and_missing_addends_or_stages_are_refused(tiny_model: TinyModel) -> None:
     batch = prefill(2)
-    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), WeightSharding())) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), 2, 2), WeightSharding())) as engine:
         plan = plan_of(engine, batch, "all-reduce")
     for s, i, _, op in places(plan, lambda op: op.name in REDUCTIONS):
         with pytest.raises(PlanError, match="reads hidden at"):
@@ -221,7 +221,7 @@ class Poisoner:
 @pytest.mark.parametrize("kind", ["v3", "llama"])
 def test_nothing_that_lives_on_lies_in_a_send_buffer(tiny_model: TinyModel, kind: str, dp: int, tp: int) -> None:
     """After a plain norm the residual IS the hidden that came out of a sum; the next stage writes into that buffer."""
-    resolved = resolve(asked_for(tiny_model(kind), dp, tp, checked=True), WeightSharding())
+    resolved = resolve(config_for(tiny_model(kind), dp, tp, checked=True), WeightSharding())
     poisoner = Poisoner()
     with Engine(resolved) as clean, Engine(resolved, wrap=poisoner.wrap) as watched:
         for layout in applicable_layouts(resolved.config, resolved.mesh):
@@ -250,9 +250,11 @@ class Zeroed:
 
 
 @contextmanager
-def recorded(asked: EngineConfig, sharding: WeightSharding, source: Zeroed) -> Iterator[tuple[Engine, Recorder]]:
-    recorder = Recorder(asked.dp * asked.tp)
-    with Engine(resolve(asked, sharding), wrap=recorder.wrap, source=source) as engine:
+def recorded(
+    engine_config: EngineConfig, sharding: WeightSharding, source: Zeroed
+) -> Iterator[tuple[Engine, Recorder]]:
+    recorder = Recorder(engine_config.dp * engine_config.tp)
+    with Engine(resolve(engine_config, sharding), wrap=recorder.wrap, source=source) as engine:
         yield engine, recorder
 
 
@@ -271,7 +273,7 @@ def test_a_residual_that_joins_is_counted_once(tiny_model: TinyModel, layout: st
     folder = tiny_model("v3")
     source = Zeroed(folder, "o_proj.weight", "down_proj.weight")
     batch = prefill(dp)
-    with recorded(asked_for(folder, dp, tp), WeightSharding(), source) as (engine, recorder):
+    with recorded(config_for(folder, dp, tp), WeightSharding(), source) as (engine, recorder):
         plan = plan_of(engine, batch, layout)
         joins = [op.boundary for _, op in plan.ops() if op.joins]
         assert layout == "all-reduce" or joins.count("post_attn_norm") == 3, "the case that this is about"
@@ -292,12 +294,12 @@ def test_a_replicated_shared_expert_is_counted_once(tiny_model: TinyModel, dp: i
     batch = prefill(dp)
     merged = Batch(groups=(tuple(replace(c, pages=(1 + c.request,)) for group in batch.groups for c in group),))
     spot = Spot(2, "input_norm", "residual")
-    with recorded(asked_for(folder, 1, 1), WeightSharding(), source) as (engine, recorder):
+    with recorded(config_for(folder, 1, 1), WeightSharding(), source) as (engine, recorder):
         run(engine, merged, "auto")
         want = residuals(recorder, merged, engine, spot)
         before = residuals(recorder, merged, engine, Spot(1, "post_attn_norm", "residual"))
     assert (want - before).abs().max() > 0.1, "the shared expert is meant to add something"
-    with recorded(asked_for(folder, dp, tp), WeightSharding(shared_expert="replicated"), source) as (engine, recorder):
+    with recorded(config_for(folder, dp, tp), WeightSharding(shared_expert="replicated"), source) as (engine, recorder):
         plan = plan_of(engine, batch, "auto")
         assert [op.name for _, op in plan.ops()].count("add_shared") == 2
         engine.run_plan(batch, plan)
@@ -311,7 +313,7 @@ def test_biases_of_sharded_outputs_are_counted_once(tiny_model: TinyModel, layou
     folder = tiny_model("llama-9")
     source = Zeroed(folder, "o_proj.weight", "down_proj.weight")
     batch = prefill(dp)
-    with recorded(asked_for(folder, dp, tp), WeightSharding(), source) as (engine, recorder):
+    with recorded(config_for(folder, dp, tp), WeightSharding(), source) as (engine, recorder):
         run(engine, batch, layout)
         held = residuals(recorder, batch, engine, Spot(0, "input_norm", "residual"))
         for layer in range(2):
@@ -348,7 +350,7 @@ def failing(times: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @pytest.mark.parametrize("stage", ["attention", "router", "input_norm"])
 def test_an_error_inside_a_step_ends_all_ranks_with_that_error(tiny_model: TinyModel, stage: str) -> None:
     wrap = patched(2, 1, stage, failing(2))
-    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2), WeightSharding()), wrap=wrap) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), 2, 2), WeightSharding()), wrap=wrap) as engine:
         assert len(run(engine, prefill(2), "auto")) == 4
         futures = [engine.submit(prefill(2)) for _ in range(3)]
         errors = [future.exception(PATIENCE_S) for future in futures]
@@ -361,7 +363,7 @@ def test_an_error_inside_a_step_ends_all_ranks_with_that_error(tiny_model: TinyM
 
 def test_generation_ends_with_the_error_of_the_rank_that_failed(tiny_model: TinyModel) -> None:
     wrap = patched(1, 0, "mlp", failing(3))
-    with Engine(resolve(asked_for(tiny_model("llama"), 1, 2)), wrap=wrap) as engine:
+    with Engine(resolve(config_for(tiny_model("llama"), 1, 2)), wrap=wrap) as engine:
         request = engine.add((1, 2, 3), 10)
         with pytest.raises(ArithmeticError, match="a stage broke"):
             for _ in engine.run():
@@ -382,12 +384,12 @@ def test_a_rank_that_cannot_load_ends_the_others_and_leaves_no_thread(tiny_model
 
     folder = tiny_model("v3")
     with pytest.raises(CheckpointError, match=r"tensor model\.layers\.2\..* is missing"):
-        Engine(resolve(asked_for(folder, 2, 2)), source=Incomplete(folder))
+        Engine(resolve(config_for(folder, 2, 2)), source=Incomplete(folder))
     assert rank_threads() == []
 
 
 def test_a_batch_of_the_wrong_number_of_groups_is_an_error_and_not_a_hang(tiny_model: TinyModel) -> None:
-    with Engine(resolve(asked_for(tiny_model("v3"), 2, 2))) as engine:
+    with Engine(resolve(config_for(tiny_model("v3"), 2, 2))) as engine:
         plan = plan_of(engine, prefill(2), "auto")
         with pytest.raises(ValueError, match="2 attention groups, but rows are given for 1"):
             engine.run_plan(prefill(1), plan)
@@ -413,7 +415,7 @@ def test_plans_that_do_the_same_share_one_program_and_serve_any_row_count(tiny_m
         return around
 
     config = read_config(tiny_model("llama"))
-    with Engine(resolve(asked_for(tiny_model("llama"), 1, 2, layout="all-reduce")), wrap=wrap) as engine:
+    with Engine(resolve(config_for(tiny_model("llama"), 1, 2, layout="all-reduce")), wrap=wrap) as engine:
         for rows in (1, 7, 3, 16):
             assert len(run(engine, prefill(1, rows), "all-reduce")[0].ids) == rows
     assert len(workers) == 2 and bound.count((None, "embed")) == 1

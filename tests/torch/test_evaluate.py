@@ -23,24 +23,24 @@ LAYOUTS = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "seque
 
 
 @pytest.fixture
-def asked(evaluated_model: Path) -> EngineConfig:
+def engine_config(evaluated_model: Path) -> EngineConfig:
     return EngineConfig(model=str(evaluated_model), dp=2, tp=2, max_context=128, dtype="float32")
 
 
 SETTING = Setting(limit=5, window=60, shots=2, arithmetic_tokens=3, gsm8k_tokens=4)
 
 
-def run(asked: EngineConfig, layouts: Sequence[str] = ("all-reduce",), *tasks: str, **more: Any) -> Evaluation:
-    files = default_files(asked.model)
+def run(engine_config: EngineConfig, layouts: Sequence[str] = ("all-reduce",), *tasks: str, **more: Any) -> Evaluation:
+    files = default_files(engine_config.model)
     chosen = {task: files[task] for task in tasks or ("perplexity",)}
-    return evaluate(asked, chosen, layouts, **({"setting": SETTING, "num_alone": 2, "kl_rows": 480} | more))
+    return evaluate(engine_config, chosen, layouts, **({"setting": SETTING, "num_alone": 2, "kl_rows": 480} | more))
 
 
 # -- all is well -----------------------------------------------------------------------------------------------------
 
 
-def test_every_layout_is_within_the_bounds_in_float32(asked: EngineConfig) -> None:
-    report = run(asked, LAYOUTS, "perplexity", "arithmetic", "choices", "gsm8k", num_alone=1)
+def test_every_layout_is_within_the_bounds_in_float32(engine_config: EngineConfig) -> None:
+    report = run(engine_config, LAYOUTS, "perplexity", "arithmetic", "choices", "gsm8k", num_alone=1)
     assert report.ok and [layout.layout for layout in report.layouts] == list(LAYOUTS)
     for layout in report.layouts:
         assert [(score.task, score.alone) for score in layout.scores] == [
@@ -62,9 +62,9 @@ def test_every_layout_is_within_the_bounds_in_float32(asked: EngineConfig) -> No
 
 
 def test_bfloat16_is_bounded_by_its_own_rounding_beside_float32(
-    asked: EngineConfig,
+    engine_config: EngineConfig,
 ) -> None:
-    report = run(replace(asked, dtype="bfloat16"), ("all-reduce", "auto"), float32_tasks=True)
+    report = run(replace(engine_config, dtype="bfloat16"), ("all-reduce", "auto"), float32_tasks=True)
     assert report.ok, [layout.failures for layout in report.layouts]
     assert report.exact is not None and report.exact.scores[0].perplexity is not None
     for layout in report.layouts:
@@ -78,15 +78,15 @@ def test_bfloat16_is_bounded_by_its_own_rounding_beside_float32(
                 assert found.distance.kl < 1e-10
 
 
-def test_without_float32_a_dtype_is_judged_by_its_tolerance(asked: EngineConfig) -> None:
-    report = run(replace(asked, dtype="bfloat16"), with_float32=False)
+def test_without_float32_a_dtype_is_judged_by_its_tolerance(engine_config: EngineConfig) -> None:
+    report = run(replace(engine_config, dtype="bfloat16"), with_float32=False)
     (layout,) = report.layouts
     assert report.ok and [found.dtype for found in layout.distances] == ["bfloat16", "bfloat16"]
     assert all(found.distance.noise is None and found.distance.beyond is not None for found in layout.distances)
 
 
-def test_no_rows_means_no_distributions(asked: EngineConfig) -> None:
-    assert run(asked, kl_rows=0).layouts[0].distances == ()
+def test_no_rows_means_no_distributions(engine_config: EngineConfig) -> None:
+    assert run(engine_config, kl_rows=0).layouts[0].distances == ()
 
 
 # -- planted faults --------------------------------------------------------------------------------------------------
@@ -106,10 +106,10 @@ def shaken(x: Tensor) -> Tensor:
     ],
 )
 def test_a_norm_that_is_one_percent_off_on_one_rank_is_out_of_bounds(
-    asked: EngineConfig, layout: str, rank: int, dtype: str, faults: Any
+    engine_config: EngineConfig, layout: str, rank: int, dtype: str, faults: Any
 ) -> None:
     faults.scale("model.layers.1.input_layernorm.weight", rank)
-    report = run(replace(asked, dtype=dtype), [layout])
+    report = run(replace(engine_config, dtype=dtype), [layout])
     (found,) = report.layouts
     assert not report.ok
     batched = next(f.distance for f in found.distances if f.dtype == "float32" and not f.alone)
@@ -118,9 +118,9 @@ def test_a_norm_that_is_one_percent_off_on_one_rank_is_out_of_bounds(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_reduction_that_is_left_out_is_out_of_bounds(asked: EngineConfig, dtype: str, faults: Any) -> None:
+def test_a_reduction_that_is_left_out_is_out_of_bounds(engine_config: EngineConfig, dtype: str, faults: Any) -> None:
     faults.leave_out_sum("layer 1 post_attn_norm")
-    report = run(replace(asked, dtype=dtype))
+    report = run(replace(engine_config, dtype=dtype))
     (found,) = report.layouts
     judged = {(f.dtype, f.alone): f.distance for f in found.distances}
     assert not report.ok and all(distance.failure for distance in judged.values()), found.failures
@@ -130,7 +130,7 @@ def test_a_reduction_that_is_left_out_is_out_of_bounds(asked: EngineConfig, dtyp
 
 
 def test_a_fault_of_single_row_steps_is_detected_one_at_a_time(
-    asked: EngineConfig, monkeypatch: pytest.MonkeyPatch
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true_sum = Communicator.all_reduce
 
@@ -139,13 +139,15 @@ def test_a_fault_of_single_row_steps_is_detected_one_at_a_time(
         return shaken(out) if len(out) == 1 else out
 
     monkeypatch.setattr(Communicator, "all_reduce", all_reduce)
-    (found,) = run(replace(asked, dp=1), setting=replace(SETTING, window=64)).layouts
+    (found,) = run(replace(engine_config, dp=1), setting=replace(SETTING, window=64)).layouts
     batched, alone = (f.distance for f in found.distances)
     assert not batched.failure
     assert alone.beyond == 0.25 and alone.failure.startswith("rows of decode steps: 100.0 %"), "no more than a rank's"
 
 
-def test_logits_that_are_not_numbers_are_out_of_bounds(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_numbers_are_out_of_bounds(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true_gather = Communicator.column_gather
 
     def gather(self: Communicator, *args: Any, **options: Any) -> Tensor:
@@ -154,7 +156,7 @@ def test_logits_that_are_not_numbers_are_out_of_bounds(asked: EngineConfig, monk
         return out
 
     monkeypatch.setattr(Communicator, "column_gather", gather)
-    report = run(asked)
+    report = run(engine_config)
     assert not report.ok
     assert all("not numbers" in found.distance.failure for found in report.layouts[0].distances)
 

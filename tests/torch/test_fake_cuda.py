@@ -9,7 +9,7 @@ NCCL is torch's fake process group. A step has three parts, and each has its rul
 - the plan (every stage and move of the plan, sampling too): no tensor outside the device, not even an index or a 0-dim
   one (``x[0] = 1`` makes one, ``fill_`` does not), nothing whose result or shape the host must wait for, no op without
   a CUDA kernel;
-- after the plan: the host reads the sampled ids and the log-probabilities of rows whose request asked, in one place.
+- after the plan: the host reads the sampled ids and the log-probabilities of rows whose request wants them, at once.
 
 Of sampling, so, the random numbers (from seed and position), temperatures and filters are host work before the plan;
 penalties, filters and draws run in the plan; log-probabilities are cut out and read after it.

@@ -252,7 +252,7 @@ PREFIXES = (40, 56, 40, 30, 9)
 def test_a_cached_prefix_is_as_good_as_a_computed_one(case: Case, kv_tokens: int) -> None:
     """One after the other, so that pages are found; and all at once in a cache so small that requests are put back."""
     ids, num_new = prompt(max(PREFIXES), seed=5), 24
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=str(case.folder),
         dtype="float32",
         rows_per_step=16,
@@ -260,7 +260,7 @@ def test_a_cached_prefix_is_as_good_as_a_computed_one(case: Case, kv_tokens: int
         page_size=4,
         kv_tokens=kv_tokens,
     )
-    with Engine(resolve(asked)) as engine:
+    with Engine(resolve(engine_config)) as engine:
         requests = []
         for length in PREFIXES:
             requests.append(engine.add(tuple(ids[:length]), num_new))

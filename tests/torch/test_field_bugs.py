@@ -92,12 +92,12 @@ def planted_in_one(names: str | tuple[str, ...], cases: Sequence[Any], *mistakes
     """Every case unchanged, and each mistake in one of them, the next mistake in the next; in the others it is for
     ``make test-full``."""
     found = []
-    for place, case in enumerate(cases):
+    for index, case in enumerate(cases):
         values = case if isinstance(case, tuple) else (case,)
         ids = "-".join(map(str, values))
         found.append(pytest.param(*values, None, id=f"{ids}-as-it-is"))
         for number, mistake in enumerate(mistakes):
-            marks = () if number % len(cases) == place else pytest.mark.full
+            marks = () if number % len(cases) == index else pytest.mark.full
             found.append(pytest.param(*values, mistake, id=f"{ids}-{mistake.name}", marks=marks))
     names = (names,) if isinstance(names, str) else names
     return pytest.mark.parametrize((*names, "mistake"), found)
@@ -207,7 +207,7 @@ class Outcome:
         return found
 
 
-def asked_for(folder: Path, work: Work, dp: int, tp: int, layout: str) -> EngineConfig:
+def config_for(folder: Path, work: Work, dp: int, tp: int, layout: str) -> EngineConfig:
     return EngineConfig(
         model=str(folder),
         dp=dp,
@@ -224,7 +224,7 @@ def asked_for(folder: Path, work: Work, dp: int, tp: int, layout: str) -> Engine
 
 
 def run(
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     batches: Sequence[Batch],
     *,
     sharding: WeightSharding | None = None,
@@ -237,7 +237,7 @@ def run(
     ``replay``: the choice of experts of another run, since a near-tie may fall either way. ``before``, ``after``: done
     to the workers of all ranks before the first step and after the last.
     """
-    resolved, workers = resolve(asked, sharding), list[Worker]()
+    resolved, workers = resolve(engine_config, sharding), list[Worker]()
     recorder = Recorder(resolved.mesh.size, replay)
 
     def wrap(worker: Worker) -> Wrap:
@@ -283,14 +283,14 @@ class Beside:
         """One rank's run of ``work``, without any mistake."""
         key = (kind, work.pages_each, repr(work.batches))
         if key not in self._kept:
-            asked = asked_for(self.tiny_model(kind), work, 1, 1, "all-reduce")
-            self._kept[key] = run(asked, work.merged())
+            engine_config = config_for(self.tiny_model(kind), work, 1, 1, "all-reduce")
+            self._kept[key] = run(engine_config, work.merged())
         return self._kept[key]
 
     def sharded(self, work: Work, dp: int, tp: int, layout: str, kind: str = "v3", **options: Any) -> Outcome:
-        asked = asked_for(self.tiny_model(kind), work, dp, tp, layout)
+        engine_config = config_for(self.tiny_model(kind), work, dp, tp, layout)
         options.setdefault("sharding", WeightSharding())  # choosing them takes longer than the run
-        return run(asked, work.batches, replay=self.one_rank(work, kind).routing, **options)
+        return run(engine_config, work.batches, replay=self.one_rank(work, kind).routing, **options)
 
     def check(self, work: Work, dp: int, tp: int, layout: str, kind: str = "v3", **options: Any) -> None:
         """The sharded run's logits are one rank's, on every rank, in every step."""
@@ -697,10 +697,10 @@ def test_failed_ranks_report_it_at_once(
     is distinguished from those that wait.
     """
     work = every_kind(2)
-    asked = asked_for(beside.tiny_model("v3"), work, 2, 2, "sequence-parallel")
+    engine_config = config_for(beside.tiny_model("v3"), work, 2, 2, "sequence-parallel")
     with noticed(mistake, monkeypatch), monkeypatch.context() as patch:
         fault(patch)
-        with Engine(resolve(asked)) as engine:
+        with Engine(resolve(engine_config)) as engine:
             plans = [engine.plans.current.plan_for(b) for b in work.batches]
             steps = [
                 engine.ranks.submit(RankWorker.step, *step, True) for step in zip(work.batches, plans, strict=True)
@@ -803,11 +803,11 @@ def test_a_group_without_rows(
 def generated(folder: Path, dp: int, tp: int, layout: str, num_requests: int, at_once: int) -> list[list[int]]:
     """The tokens of so many requests, of which each group has pages for ``at_once`` at a time."""
     work = Work([[[1]]])
-    asked = replace(
-        asked_for(folder, work, dp, tp, layout), kv_tokens=at_once * 2 * PAGE, max_context=32, want_logits=False
+    engine_config = replace(
+        config_for(folder, work, dp, tp, layout), kv_tokens=at_once * 2 * PAGE, max_context=32, want_logits=False
     )
     generator = torch.Generator().manual_seed(11)
-    with Engine(resolve(asked)) as engine:
+    with Engine(resolve(engine_config)) as engine:
         requests = [
             engine.add(tuple(torch.randint(0, 67, (2 + i % 3,), generator=generator).tolist()), 4)
             for i in range(num_requests)
@@ -934,12 +934,12 @@ def test_uninitialised_memory_never_shows(
     """
     name, _, invariant = layout.partition(", ")
     sharding, work = WeightSharding(experts="whole") if whole else WeightSharding(), every_kind(2)
-    asked = replace(asked_for(tiny_model("v3"), work, 2, 2, name), batch_invariant=bool(invariant))
+    engine_config = replace(config_for(tiny_model("v3"), work, 2, 2, name), batch_invariant=bool(invariant))
     with unwritten_memory(is_nan=False):
-        want = run(asked, work.batches, sharding=sharding)
+        want = run(engine_config, work.batches, sharding=sharding)
     with noticed(mistake, monkeypatch), monkeypatch.context() as patch, unwritten_memory(is_nan=True):
         _nan_in_send_buffers(patch)
-        got = run(asked, work.batches, sharding=sharding, before=spoil)
+        got = run(engine_config, work.batches, sharding=sharding, before=spoil)
         for number in range(len(work.batches)):
             for a, b in zip(want.steps[number], got.steps[number], strict=True):
                 assert a.logits is not None and b.logits is not None
@@ -1041,8 +1041,8 @@ def test_contents_of_the_null_page_never_show(
     """sglang #21553: padding read as if it were rows. Padding of short contexts reads page 0: nothing of it shows, as
     long as it is finite, and no row is written there."""
     work = every_kind(2)
-    asked = asked_for(tiny_model(kind), work, 2, 2, "norm-before-gather")
-    want = run(asked, work.batches)
+    engine_config = config_for(tiny_model(kind), work, 2, 2, "norm-before-gather")
+    want = run(engine_config, work.batches)
 
     def fill(workers: list[Worker]) -> None:
         for worker in workers:
@@ -1054,7 +1054,7 @@ def test_contents_of_the_null_page_never_show(
             assert all(bool((cache[:PAGE] == 7.25).all()) for cache in caches(worker)), "the null page was written"
 
     with noticed(mistake, monkeypatch):
-        got = run(asked, work.batches, before=fill, after=look)
+        got = run(engine_config, work.batches, before=fill, after=look)
         for number in range(len(work.batches)):
             if not torch.equal(want.logits(number), got.logits(number)):
                 raise Differs(f"step {number}: the null page shows")
@@ -1160,8 +1160,8 @@ def test_one_request_at_a_time_equals_a_batch(
     with noticed(mistake, monkeypatch, here=False):
         beside.check(work, dp, tp, layout)
     with noticed(mistake, monkeypatch):
-        asked = asked_for(beside.tiny_model("v3"), work, dp, tp, layout)
-        got = run(asked, alone, sharding=WeightSharding(), replay=replay)
+        engine_config = config_for(beside.tiny_model("v3"), work, dp, tp, layout)
+        got = run(engine_config, alone, sharding=WeightSharding(), replay=replay)
         for number, (step, at) in enumerate(rows_of):
             want = batched.logits(step)[at]
             compare(
@@ -1201,6 +1201,6 @@ def test_an_engine_does_not_start_in_an_inapplicable_layout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang's one INFO line; guides recommend the switch where it is inert. Here the engine says so and stops."""
-    asked = EngineConfig(model=str(tiny_model(kind)), dp=dp, tp=tp, layout=layout)
+    engine_config = EngineConfig(model=str(tiny_model(kind)), dp=dp, tp=tp, layout=layout)
     with noticed(mistake, monkeypatch), pytest.raises(ConfigError, match=f"{layout} cannot apply to .*{condition}"):
-        resolve(asked)
+        resolve(engine_config)

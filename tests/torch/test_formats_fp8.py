@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PretrainedConfig
 
-from narrows.arch.config import Quantization, read_config
+from narrows.arch.config import CheckpointQuantization, read_config
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight
 from narrows.engine.config import EngineConfig, resolve
@@ -48,7 +48,7 @@ def dequantise(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 
 def source_of(folder: Path, block: tuple[int, int], dtype: torch.dtype = torch.float32, **tensors: Tensor):
     save_file(tensors, folder / "model.safetensors")
-    quantization = Quantization(quant_method="fp8", weight_block_size=block)
+    quantization = CheckpointQuantization(quant_method="fp8", weight_block_size=block)
     return SafetensorsFolder(folder, quantization=quantization, dtype=dtype)
 
 
@@ -208,8 +208,8 @@ def engine_logits(
     model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32", sharding: WeightSharding | None = None
 ) -> Tensor:
     """Of the prompts' last tokens, prefilled together."""
-    asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=32, want_logits=True)
-    with Engine(resolve(asked, sharding)) as engine:
+    engine_config = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=32, want_logits=True)
+    with Engine(resolve(engine_config, sharding)) as engine:
         for prompt in PROMPTS:
             engine.add(prompt, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits
@@ -289,7 +289,9 @@ def test_fp8_that_the_config_does_not_announce(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(4, 4).to(FP8), "b": torch.ones(4).to(FP8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"a.weight \(4, 4\) is stored as F8_E4M3, which takes"):
         SafetensorsFolder(tmp_path).take(Weight(name="a.weight", shape=(4, 4)), None)
-    source = SafetensorsFolder(tmp_path, quantization=Quantization(quant_method="fp8", weight_block_size=(2, 2)))
+    source = SafetensorsFolder(
+        tmp_path, quantization=CheckpointQuantization(quant_method="fp8", weight_block_size=(2, 2))
+    )
     with pytest.raises(CheckpointError, match="takes a matrix"):
         source.take(Weight(name="b", shape=(4,)), None)
 

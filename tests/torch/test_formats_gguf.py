@@ -69,10 +69,10 @@ def raw_blocks(kind: Kind, shape: tuple[int, ...], rng: np.random.Generator) -> 
         return (rng.standard_normal(shape) * 0.1).astype(np.float32).view(np.uint16)[..., 1::2].copy().view(np.uint8)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (prod(shape) // block, size), np.uint8)
-    places, scale = SCALES[kind]
-    for place in places:
+    offsets, scale = SCALES[kind]
+    for offset in offsets:
         values = (rng.uniform(0.5, 1.0, len(blocks)) * scale * rng.choice([-1, 1], len(blocks))).astype(np.float16)
-        blocks[:, place : place + 2] = values.view(np.uint8).reshape(-1, 2)
+        blocks[:, offset : offset + 2] = values.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(*shape[:-1], shape[-1] // block * size)
 
 
@@ -363,8 +363,8 @@ PROMPTS = [tuple(range(0, 280, 7)), (9, 200, 31), (5,) * 17]
 
 def engine_logits(model: Path, dp: int = 1, tp: int = 1, dtype: str = "float32") -> torch.Tensor:
     """Of the prompts' last tokens, prefilled together."""
-    asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=64, want_logits=True)
-    with Engine(resolve(asked)) as engine:
+    engine_config = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=dtype, max_context=64, want_logits=True)
+    with Engine(resolve(engine_config)) as engine:
         for prompt in PROMPTS:
             engine.add(prompt, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits

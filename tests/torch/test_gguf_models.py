@@ -38,8 +38,8 @@ MIXED = (Kind.Q8_0, Kind.Q4_1, Kind.BF16, Kind.Q5_0, Kind.F16)
 
 def ours(model: Path, dp: int = 1, tp: int = 1) -> Tensor:
     """Logits of the prompt's last token."""
-    asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype="float32", max_context=64, want_logits=True)
-    with Engine(resolve(asked)) as engine:
+    engine_config = EngineConfig(model=str(model), dp=dp, tp=tp, dtype="float32", max_context=64, want_logits=True)
+    with Engine(resolve(engine_config)) as engine:
         engine.add(PROMPT, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits[0]
 

@@ -51,8 +51,8 @@ def split(whole: Path, folder: Path, **options: Any) -> list[Path]:
 
 
 def logits(model: Path, tp: int = 1) -> torch.Tensor:
-    asked = EngineConfig(model=str(model), tp=tp, dtype="float32", max_context=64, want_logits=True)
-    with Engine(resolve(asked)) as engine:
+    engine_config = EngineConfig(model=str(model), tp=tp, dtype="float32", max_context=64, want_logits=True)
+    with Engine(resolve(engine_config)) as engine:
         engine.add(PROMPT, 1)
         return engine.submit(engine.scheduler.schedule(), keep_logits=True).result()[0].logits
 

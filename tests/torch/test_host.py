@@ -22,8 +22,8 @@ SLOW = "no bf16 products"
 
 
 def start(host: Host = ROOMY, **options: object) -> Resolved:
-    asked = {"model": "dsv3-mini", "load_format": "dummy", "max_context": 512} | options
-    return resolve(EngineConfig(**asked), WeightSharding(), host)  # type: ignore[arg-type]
+    fields = {"model": "dsv3-mini", "load_format": "dummy", "max_context": 512} | options
+    return resolve(EngineConfig(**fields), WeightSharding(), host)  # type: ignore[arg-type]
 
 
 def facts(host: Host = ROOMY, **options: object) -> str:

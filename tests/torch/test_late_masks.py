@@ -80,8 +80,8 @@ class Caller:
         self.reason = ""
         self.over = threading.Event()
         self.first = threading.Event()
-        asked = Generation(prompt=prompt, max_tokens=max_tokens, sampling=GREEDY, guide=guide)
-        self.number = service.submit(asked, self._take)
+        generation = Generation(prompt=prompt, max_tokens=max_tokens, sampling=GREEDY, guide=guide)
+        self.number = service.submit(generation, self._take)
 
     def _take(self, update: Update) -> None:
         self.tokens += update.token_ids

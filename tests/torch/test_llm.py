@@ -124,10 +124,10 @@ def test_an_end_token_ends_the_text_and_is_not_part_of_it(llm: LLM, expected: li
     assert llm.tokenizer is not None
     whole = expected[0].token_ids
     end = next(token for token in whole[3:] if whole.index(token) >= 3)
-    place = whole.index(end)
+    index = whole.index(end)
     (done,) = llm.generate([TEXTS[0]], max_tokens=LONG, stop_token_ids=[end])
-    assert (done.finish_reason, done.token_ids) == ("stop", whole[: place + 1])
-    assert done.text == llm.tokenizer.decode(whole[:place])
+    assert (done.finish_reason, done.token_ids) == ("stop", whole[: index + 1])
+    assert done.text == llm.tokenizer.decode(whole[:index])
 
 
 def test_the_checkpoints_end_token_is_the_default(folder: Path, tmp_path: Path, expected: list[Completion]) -> None:

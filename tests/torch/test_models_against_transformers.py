@@ -99,8 +99,8 @@ def test_the_choice_of_experts_varies(case: Case) -> None:
     """Without this the tests above would not see a wrong router."""
     recorder = Recorder(1)
     recorder.begin(0)
-    asked = EngineConfig(model=str(case.folder), dtype="float32", max_context=64)
-    with Engine(resolve(asked), wrap=recorder.wrap) as engine:
+    engine_config = EngineConfig(model=str(case.folder), dtype="float32", max_context=64)
+    with Engine(resolve(engine_config), wrap=recorder.wrap) as engine:
         engine.submit(one_prompt(prompt(40), 1)).result()
     for ids_TK in recorder.routing.values():
         assert len(set(ids_TK.flatten().tolist())) > 12

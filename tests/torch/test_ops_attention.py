@@ -442,7 +442,7 @@ GQA_MODELS = [((0,) * 9, 1, 64), ((0, 0, 0, 0, 1, 1, 1, 1), 2, 128), ((0, 1, 2),
 
 
 class GqaOfModel:
-    """bf16 queries side by side with keys and values, as in the model, and caches of as many slots as asked."""
+    """bf16 queries side by side with keys and values, as in the model, and caches of as many slots as given."""
 
     def __init__(self, rows, slots, kv_index, num_kv, dim):
         self.keys, self.values = torch.randn(2, slots, num_kv, dim).to(torch.bfloat16)

@@ -220,6 +220,6 @@ def test_only_supported_weights_are_quantised(tiny_model: Callable[..., Path]) -
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_verify_allows_for_rounding_per_rank(dtype: str) -> None:
-    asked = EngineConfig(model="narrows-demo", tp=2, dtype=dtype, quantization="int8-weight-only")
-    report = verify(asked, [list(range(40, 70)), [5, 6, 7]], num_decode=2, layouts=("auto",))
+    engine_config = EngineConfig(model="narrows-demo", tp=2, dtype=dtype, quantization="int8-weight-only")
+    report = verify(engine_config, [list(range(40, 70)), [5, 6, 7]], num_decode=2, layouts=("auto",))
     assert report.ok and report.tolerance == 0.1 and report.layouts[0].worst > 1e-4

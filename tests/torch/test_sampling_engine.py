@@ -134,8 +134,10 @@ PROMPTS = [prompt(length, seed=i) for i, length in enumerate(PROMPT_LENGTHS)]
 
 def engine(model: Model, dp: int = 1, tp: int = 1, **options: Any) -> Engine:
     wrap = options.pop("wrap", None)
-    asked = EngineConfig(model=str(model.folder), dp=dp, tp=tp, **{"dtype": "float32", "max_context": 128} | options)
-    return Engine(resolve(asked), wrap=wrap)
+    engine_config = EngineConfig(
+        model=str(model.folder), dp=dp, tp=tp, **{"dtype": "float32", "max_context": 128} | options
+    )
+    return Engine(resolve(engine_config), wrap=wrap)
 
 
 def serve(
@@ -323,7 +325,7 @@ def test_ranks_drop_the_history_of_requests_that_ended(models: dict[str, Model])
             if request is long:
                 seen.append(histories(workers))
         assert {long.id, short.id, stopped.id} in [ranks[0] for ranks in seen]
-        assert all(plain.id not in held for ranks in seen for held in ranks), "nobody asked for its history"
+        assert all(plain.id not in held for ranks in seen for held in ranks), "no rank needs its history"
         # Steps run ahead, so the held text may be a step older when the host looks.
         assert seen[-1] == [{long.id}] * 2
         (other,) = serve(two, [PROMPTS[0]], [None], 2)
@@ -359,8 +361,8 @@ def test_logprobs_are_transformers(models: dict[str, Model], name: str, dp: int,
     ]
     with engine(models[name], dp, tp, rows_per_step=20) as busy:
         requests = serve(busy, PROMPTS, params, 10)
-    for request, asked in zip(requests, params, strict=True):
-        if asked is None:
+    for request, sampling in zip(requests, params, strict=True):
+        if sampling is None:
             assert request.logprobs == []
             continue
         assert len(request.logprobs) == len(request.output) == 10
@@ -368,8 +370,10 @@ def test_logprobs_are_transformers(models: dict[str, Model], name: str, dp: int,
             expected = models[name].logits([*request.prompt, *request.output[:i]]).double().log_softmax(dim=-1)
             assert logprob == pytest.approx(expected[token].item(), abs=1e-4), "of the logits before any penalty"
             values = [value for _, value in best]
-            assert len(best) == asked.logprobs and values == sorted(values, reverse=True)
-            assert values == pytest.approx(expected.sort(descending=True).values[: asked.logprobs].tolist(), abs=1e-4)
+            assert len(best) == sampling.logprobs and values == sorted(values, reverse=True)
+            assert values == pytest.approx(
+                expected.sort(descending=True).values[: sampling.logprobs].tolist(), abs=1e-4
+            )
             assert all(value == pytest.approx(expected[other].item(), abs=1e-4) for other, value in best)
 
 
@@ -465,7 +469,7 @@ def test_the_end_of_sequence_token_ends_a_text_unless_it_is_ignored(
         ignoring = generate(ending, max_tokens=20, ignore_eos=True)
         assert (ignoring.token_ids, ignoring.finish_reason) == (whole.token_ids, "length")
         both = generate(ending, max_tokens=20, ignore_eos=True, stop_token_ids=[eos])
-        assert both.token_ids == done.token_ids, "an id that was asked for still ends it"
+        assert both.token_ids == done.token_ids, "an id that was requested still ends it"
 
 
 def test_logprobs_stay_with_their_tokens_when_a_text_ends_early(llm: LLM) -> None:

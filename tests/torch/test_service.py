@@ -55,7 +55,7 @@ class Caller:
         return self.updates[-1]
 
 
-def asked(prompt: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Generation:
+def generation_of(prompt: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Generation:
     return Generation(prompt=prompt, max_tokens=max_tokens, **({"sampling": GREEDY} | fields))
 
 
@@ -83,7 +83,10 @@ def test_texts_under_load_with_aborts_and_preemption_equal_each_alone(
     serve: Callable[..., EngineService], tiny_model: TinyModel, dp: int, tp: int
 ) -> None:
     source = random.Random(5)
-    asks = [asked(tuple(source.choices(range(64), k=source.randint(1, 20))), source.randint(1, 30)) for _ in range(64)]
+    asks = [
+        generation_of(tuple(source.choices(range(64), k=source.randint(1, 20))), source.randint(1, 30))
+        for _ in range(64)
+    ]
     with Engine(resolved_of(tiny_model("v3"), prefix_cache=False)) as engine:
         alone = [engine.add(each.prompt, each.max_tokens) for each in asks]
         for _ in engine.run():
@@ -112,14 +115,14 @@ def test_texts_under_load_with_aborts_and_preemption_equal_each_alone(
 def test_updates_have_scores_once_and_log_probabilities_per_token(serve: Callable[..., EngineService]) -> None:
     service = serve(page_size=4)
     sampling = SamplingParams(prompt_logprobs=1, logprobs=2)
-    caller = Caller(service, asked((1, 2, 3, 4, 5, 6, 7, 8, 9), 6, sampling=sampling))
+    caller = Caller(service, generation_of((1, 2, 3, 4, 5, 6, 7, 8, 9), 6, sampling=sampling))
     assert caller.wait().finish_reason == "length"
     assert [len(update.prompt_logprobs) for update in caller.updates] == [8, 0, 0, 0, 0, 0]
     assert all(len(update.token_ids) == len(update.logprobs) == 1 for update in caller.updates)
-    scored = Caller(service, asked((1, 2, 3), 0, sampling=SamplingParams(prompt_logprobs=0)))
+    scored = Caller(service, generation_of((1, 2, 3), 0, sampling=SamplingParams(prompt_logprobs=0)))
     assert scored.wait().finish_reason == "length" and not scored.tokens
     assert [len(update.prompt_logprobs) for update in scored.updates] == [2]
-    again = Caller(service, asked((1, 2, 3, 4, 5, 6, 7, 8, 9), 2))
+    again = Caller(service, generation_of((1, 2, 3, 4, 5, 6, 7, 8, 9), 2))
     again.wait()
     assert again.updates[0].num_cached_prompt == 8 and service.stats().cached_prompt_tokens == 8
 
@@ -127,7 +130,7 @@ def test_updates_have_scores_once_and_log_probabilities_per_token(serve: Callabl
 def test_collectives_are_counted(serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "_READ_S", 0.0)
     service = serve(tp=2, layout="all-reduce")
-    Caller(service, asked((1, 2, 3), 4)).wait()
+    Caller(service, generation_of((1, 2, 3), 4)).wait()
     eventually(lambda: sum(calls for calls, _, _ in service.stats().collectives.values()) == 4 * (2 * 3 + 2))
     calls, nbytes, seconds = service.stats().collectives["(-,P) -> (-,R)", "all_reduce"]
     # The embedding's sum and two per layer, over 3 + 1 + 1 + 1 rows of 32 floats; each rank gets half, twice.
@@ -141,10 +144,10 @@ def test_collectives_are_counted(serve: Callable[..., EngineService], monkeypatc
 def test_a_request_that_can_never_run_is_refused_at_once(serve: Callable[..., EngineService]) -> None:
     service = serve()
     for wrong, said in (
-        (asked(()), "empty"),
-        (asked((67,)), "outside the model's vocabulary"),
-        (asked((1,) * 64), "context"),
-        (asked((1,), priority=1000), "priority"),
+        (generation_of(()), "empty"),
+        (generation_of((67,)), "outside the model's vocabulary"),
+        (generation_of((1,) * 64), "context"),
+        (generation_of((1,), priority=1000), "priority"),
     ):
         with pytest.raises(ConfigError, match=said):
             service.submit(wrong, lambda update: None)
@@ -159,11 +162,11 @@ def test_a_full_queue_refuses_with_a_retry_time(serve: Callable[..., EngineServi
         first.set()
         held.wait(PATIENCE_S)
 
-    service.submit(asked((1, 2)), slow)  # the loop stands while its caller does
+    service.submit(generation_of((1, 2)), slow)  # the loop stands while its caller does
     assert first.wait(PATIENCE_S)
-    callers = [Caller(service, asked((3,))) for _ in range(3)]
+    callers = [Caller(service, generation_of((3,))) for _ in range(3)]
     with pytest.raises(QueueFull, match="3 generations wait already, and --max-queue is 3") as refused:
-        service.submit(asked((4,)), lambda update: None)
+        service.submit(generation_of((4,)), lambda update: None)
     assert refused.value.retry_after_s >= 1
     held.set()
     for caller in callers:
@@ -179,14 +182,14 @@ def test_a_client_that_fills_the_queue_does_not_block_others(serve: Callable[...
         first.set()
         held.wait(PATIENCE_S)
 
-    service.submit(asked((1, 2), client="flood"), slow)  # the loop stands while its caller does
+    service.submit(generation_of((1, 2), client="flood"), slow)  # the loop stands while its caller does
     assert first.wait(PATIENCE_S)
 
     def fill(client: str) -> list[Caller]:
         callers: list[Caller] = []
         with pytest.raises(QueueFull, match="generations wait already, and --max-queue is 6"):
             while True:
-                callers.append(Caller(service, asked((3,), client=client)))
+                callers.append(Caller(service, generation_of((3,), client=client)))
         return callers
 
     flood, second, third = fill("flood"), fill("second"), fill("third")
@@ -204,8 +207,8 @@ def test_a_caller_that_raises_does_not_stop_the_others(serve: Callable[..., Engi
     def broken(update: Update) -> None:
         raise RuntimeError("gone")
 
-    service.submit(asked((1, 2), 4), broken)
-    assert Caller(service, asked((3, 4), 4)).wait().finish_reason == "length"
+    service.submit(generation_of((1, 2), 4), broken)
+    assert Caller(service, generation_of((3, 4), 4)).wait().finish_reason == "length"
 
 
 def test_a_request_that_fails_on_admission_ends_alone(
@@ -220,7 +223,7 @@ def test_a_request_that_fails_on_admission_ends_alone(
         add(scheduler, request)
 
     monkeypatch.setattr(Scheduler, "add", odd)
-    bad, good = Caller(service, asked((BAD,))), Caller(service, asked((5,)))
+    bad, good = Caller(service, generation_of((BAD,))), Caller(service, generation_of((5,)))
     assert bad.wait().finish_reason == "error" and "how odd" in bad.wait().error
     assert good.wait().finish_reason == "length"
     assert service.health().ready and not service.health().num_restarts
@@ -229,10 +232,10 @@ def test_a_request_that_fails_on_admission_ends_alone(
 
 def test_a_drain_finishes_running_requests_and_refuses_new_ones(serve: Callable[..., EngineService]) -> None:
     service = serve(tp=2)
-    caller = Caller(service, asked((1, 2), 40))
+    caller = Caller(service, generation_of((1, 2), 40))
     assert service.drain(20) and caller.wait().finish_reason == "length"
     with pytest.raises(Draining):
-        service.submit(asked((1,)), lambda update: None)
+        service.submit(generation_of((1,)), lambda update: None)
     service.close()
     assert not service.health().ready
 
@@ -243,7 +246,7 @@ def test_a_close_ends_waiting_requests_with_an_error(
     real = Worker.step
     monkeypatch.setattr(Worker, "step", lambda self, *args: time.sleep(0.05) or real(self, *args))
     service = serve()
-    caller = Caller(service, asked((1, 2), 60))
+    caller = Caller(service, generation_of((1, 2), 60))
     assert not service.drain(0.1)
     service.close()
     assert caller.wait().finish_reason == "abort" and "ended" in caller.updates[-1].error
@@ -268,31 +271,31 @@ def test_failed_ranks_restart_once_and_waiting_requests_run(
     serve: Callable[..., EngineService], caplog: pytest.LogCaptureFixture
 ) -> None:
     service = serve(tp=2, page_size=4, kv_tokens=16, rows_per_step=4)
-    expected = Caller(service, asked((1, 2), 6))
+    expected = Caller(service, generation_of((1, 2), 6))
     expected.wait()
     steps = service.stats().steps
     held = threading.Event()
-    blocker = service.submit(asked((5,), 2), lambda update: held.wait(PATIENCE_S) and None)
-    bad = Caller(service, asked((1, BAD), 14))  # takes the whole cache
-    waits = Caller(service, asked((1, 2), 6))
+    blocker = service.submit(generation_of((5,), 2), lambda update: held.wait(PATIENCE_S) and None)
+    bad = Caller(service, generation_of((1, BAD), 14))  # takes the whole cache
+    waits = Caller(service, generation_of((1, 2), 6))
     held.set()
     assert bad.wait().finish_reason == "error" and "bad luck" in bad.updates[-1].error and blocker >= 0
     assert waits.wait().finish_reason == "length" and waits.tokens == expected.tokens
     assert service.health().ready and service.health().num_restarts == 1 and not service.failure
     assert service.stats().steps > steps, "totals go on over a restart"
     assert "started again" in caplog.text and "bad luck" in caplog.text
-    again = Caller(service, asked((BAD,), 6))
+    again = Caller(service, generation_of((BAD,), 6))
     assert again.wait().finish_reason == "error"
     eventually(lambda: bool(service.failure))
     assert "bad luck" in service.failure and not service.health().ready and service.health().num_restarts == 1
     with pytest.raises((Unavailable, Draining)):
-        service.submit(asked((1,)), lambda update: None)
+        service.submit(generation_of((1,)), lambda update: None)
 
 
 @pytest.mark.usefixtures("failing")
 def test_without_restart_a_failure_ends_everything(serve: Callable[..., EngineService]) -> None:
     service = serve(restart=False, page_size=4, kv_tokens=16)
-    callers = [Caller(service, asked((BAD,), 14)), Caller(service, asked((1, 2), 6))]
+    callers = [Caller(service, generation_of((BAD,), 14)), Caller(service, generation_of((1, 2), 6))]
     for caller in callers:
         assert caller.wait().finish_reason == "error"
     eventually(lambda: "bad luck" in service.failure)
@@ -306,7 +309,7 @@ def test_health_reports_a_step_that_does_not_end(
     service = serve(timeout_s=0.3, timing=Timing(slow_factor=0.0, slow_s=0.2))
     assert service.health().ready
     monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(PATIENCE_S) and real(self, *args))
-    caller = Caller(service, asked((1, 2), 6))
+    caller = Caller(service, generation_of((1, 2), 6))
     eventually(lambda: "a step runs" in service.health().detail)
     eventually(lambda: caller.over.is_set())
     held.set()
@@ -334,12 +337,12 @@ def test_an_idle_service_warms_up_and_serves_in_between(
     monkeypatch.setattr(Worker, "warm_up", warm_up)
     service = serve(warmup_rows=6)
     eventually(lambda: len(dummies) == 5)
-    caller = Caller(service, asked((1, 2, 3)))
+    caller = Caller(service, generation_of((1, 2, 3)))
     may_go_on.set()
     assert caller.wait().finish_reason == "length"
     eventually(lambda: len(dummies) == 12)
     assert dummies == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], "greedy and drawn, each once"
-    assert Caller(service, asked((1, 2, 3))).wait().finish_reason == "length"
+    assert Caller(service, generation_of((1, 2, 3))).wait().finish_reason == "length"
     assert len(dummies) == 12
     assert service.stats().steps == sum(service.stats().plans.values()), "warm-up steps are not counted"
 
@@ -370,7 +373,7 @@ def test_an_abort_frees_pages_within_one_step(
 
     monkeypatch.setattr(Worker, "step", step)
     service = serve()
-    caller = Caller(service, asked((1, 2), 60))
+    caller = Caller(service, generation_of((1, 2), 60))
     eventually(lambda: len(steps) == 2 and service.stats().kv_pages_used > 0)
     service.abort(caller.number)
     go_on.set()

@@ -228,7 +228,7 @@ def test_plans_are_made_while_ranks_load_and_steps_find_them(tiny_model: TinyMod
         assert engine.plans.evidence().startswith(said)
         assert Evidence.of(*before).unmeasured == 1.0
     with Engine(config(tiny_model)) as engine:
-        assert not engine.plans.items(), "nothing is planned ahead unless it is asked for"
+        assert not engine.plans.items(), "nothing is planned ahead unless it is requested"
 
 
 # -- a service ---------------------------------------------------------------------------------------------------------

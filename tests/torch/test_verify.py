@@ -35,7 +35,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 @pytest.fixture
-def asked(tiny_model: Callable[..., Path]) -> EngineConfig:
+def engine_config(tiny_model: Callable[..., Path]) -> EngineConfig:
     return EngineConfig(model=str(tiny_model("v3")), dp=2, tp=2, dtype="float32")
 
 
@@ -56,8 +56,8 @@ class Changed:
         return self._change(weight, rank, times, self._source.take(weight, span, expert))
 
 
-def changed(asked: EngineConfig, change: Change) -> Changed:
-    return Changed(SafetensorsFolder(Path(asked.model)), change)
+def changed(engine_config: EngineConfig, change: Change) -> Changed:
+    return Changed(SafetensorsFolder(Path(engine_config.model)), change)
 
 
 def without(is_one: Callable[[int, int | None, Op], bool]) -> Callable[[Plan], Plan]:
@@ -86,8 +86,8 @@ def completes(op: Op) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_layout_agrees_with_one_rank(asked: EngineConfig, dtype: str) -> None:
-    report = verify(replace(asked, dtype=dtype), prompts(23, 5, 40, 1, 9))
+def test_every_layout_agrees_with_one_rank(engine_config: EngineConfig, dtype: str) -> None:
+    report = verify(replace(engine_config, dtype=dtype), prompts(23, 5, 40, 1, 9))
     assert report.ok and [layout.layout for layout in report.layouts] == list(LAYOUTS)
     assert report.skipped == {} and report.tolerance == TOLERANCE[report.resolved.dtype]
     for layout in report.layouts:
@@ -100,23 +100,23 @@ def test_every_layout_agrees_with_one_rank(asked: EngineConfig, dtype: str) -> N
             assert layout.max_logit_difference < 0.2 and layout.agreement > 0.8
 
 
-def test_layouts_that_do_not_apply_are_listed_with_the_reason(asked: EngineConfig) -> None:
-    report = verify(replace(asked, dp=1), prompts(6, 3), num_decode=2)
+def test_layouts_that_do_not_apply_are_listed_with_the_reason(engine_config: EngineConfig) -> None:
+    report = verify(replace(engine_config, dp=1), prompts(6, 3), num_decode=2)
     assert "norm-before-gather" not in [layout.layout for layout in report.layouts]
     assert report.ok and "dp is 1" in report.skipped["norm-before-gather"]
 
 
-def test_one_layout_can_be_chosen_and_an_inapplicable_one_is_refused(asked: EngineConfig) -> None:
-    report = verify(asked, prompts(6, 3), num_decode=2, layouts=["sequence-parallel"])
+def test_one_layout_can_be_chosen_and_an_inapplicable_one_is_refused(engine_config: EngineConfig) -> None:
+    report = verify(engine_config, prompts(6, 3), num_decode=2, layouts=["sequence-parallel"])
     assert [layout.layout for layout in report.layouts] == ["sequence-parallel"]
     with pytest.raises(ConfigError, match="dp is 1"):
-        verify(replace(asked, dp=1), prompts(6, 3), layouts=["norm-before-gather"])
+        verify(replace(engine_config, dp=1), prompts(6, 3), layouts=["norm-before-gather"])
 
 
 @pytest.mark.parametrize("wrong", [[], [[]], [[1], []]])
-def test_without_a_prompt_there_is_nothing_to_verify(asked: EngineConfig, wrong: list[list[int]]) -> None:
+def test_without_a_prompt_there_is_nothing_to_verify(engine_config: EngineConfig, wrong: list[list[int]]) -> None:
     with pytest.raises(ConfigError, match="at least one prompt"):
-        verify(asked, wrong)
+        verify(engine_config, wrong)
 
 
 def test_the_batches_cover_every_kind_of_step() -> None:
@@ -165,20 +165,20 @@ def selects_in_a_layer(plan: Plan) -> bool:
     return any(layer is not None and op.kind is OpKind.SELECT for layer, op in plan.ops())
 
 
-def test_a_last_layer_on_the_rows_with_logits_agrees_stage_by_stage(asked: EngineConfig) -> None:
+def test_a_last_layer_on_the_rows_with_logits_agrees_stage_by_stage(engine_config: EngineConfig) -> None:
     seen: list[tuple[str, bool]] = []
 
     def tamper(plan: Plan) -> Plan:
         seen.append((plan.layout_name, selects_in_a_layer(early(plan))))
         return early(plan)
 
-    report = verify(asked, prompts(23, 5, 40, 1, 9), layouts=LAYOUTS, tamper=tamper)
+    report = verify(engine_config, prompts(23, 5, 40, 1, 9), layouts=LAYOUTS, tamper=tamper)
     assert report.ok, [layout.failure for layout in report.layouts]
     assert {name for name, _ in seen} == set(LAYOUTS) and all(selects for _, selects in seen)
     assert all(layout.worst < 1e-5 for layout in report.layouts)
 
 
-def test_a_field_with_unselected_rows_is_refused_and_detected(asked: EngineConfig) -> None:
+def test_a_field_with_unselected_rows_is_refused_and_detected(engine_config: EngineConfig) -> None:
     """The residual keeps all rows, or is selected as if it lay elsewhere than it does."""
 
     def spoil(change: Callable[[Op], Op]) -> Callable[[Plan], Plan]:
@@ -211,14 +211,14 @@ def test_a_field_with_unselected_rows_is_refused_and_detected(asked: EngineConfi
         (hidden_alone, "residual would keep all of them"),
         (elsewhere, "select_rows before post_attn_norm reads residual"),
     ):
-        report = verify(asked, prompts(23, 5), layouts=("sequence-parallel",), tamper=spoil(change))
+        report = verify(engine_config, prompts(23, 5), layouts=("sequence-parallel",), tamper=spoil(change))
         assert says in report.layouts[0].failure
 
 
 # -- a plan without one of its reductions ----------------------------------------------------------------------------
 
 
-def test_every_removed_reduction_is_named_by_plan_and_numbers(asked: EngineConfig) -> None:
+def test_every_removed_reduction_is_named_by_plan_and_numbers(engine_config: EngineConfig) -> None:
     """One after the other, every reduction of a layout: refused by name before it runs, and seen by name if it does."""
     plans: list[Plan] = []
 
@@ -226,14 +226,14 @@ def test_every_removed_reduction_is_named_by_plan_and_numbers(asked: EngineConfi
         plans.append(plan)
         return plan
 
-    verify(asked, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=keep)
+    verify(engine_config, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=keep)
     ops = [(segment.layers[0] if segment.layers else None, op) for segment in plans[0].segments for op in segment.ops]
     reductions = [(number, layer, op) for number, (layer, op) in enumerate(ops) if completes(op)]
     assert len(reductions) == 5  # into both norms of the dense layer and of the MoE layers, and the last
     for number, layer, op in reductions:
         tamper = without(lambda at, _layer, _step, number=number: at == number)  # type: ignore[misc]
         where = op.boundary if layer is None else f"layer {layer} {op.boundary}"
-        report = verify(asked, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=tamper)
+        report = verify(engine_config, prompts(6, 3), num_decode=1, layouts=["sequence-parallel"], tamper=tamper)
         (layout,) = report.layouts
         assert not report.ok and layout.failure.startswith("the plan is not valid: "), layout.failure
         assert where in layout.failure and "sum is still owed" in layout.failure
@@ -250,14 +250,16 @@ def test_every_removed_reduction_is_named_by_plan_and_numbers(asked: EngineConfi
     ],
 )
 def test_a_removed_reduction_that_still_runs_is_the_first_difference(
-    asked: EngineConfig, layout: str, layer: int | None, boundary: str
+    engine_config: EngineConfig, layout: str, layer: int | None, boundary: str
 ) -> None:
     """All-reduces only: without a reduce-scatter the rows would not fit what comes next."""
 
     def is_one(_number: int, at: int | None, op: Op) -> bool:
         return completes(op) and op.name == "all_reduce" and (at, op.boundary) == (layer, boundary)
 
-    report = verify(asked, prompts(6, 3), num_decode=1, layouts=[layout], tamper=without(is_one), validate=False)
+    report = verify(
+        engine_config, prompts(6, 3), num_decode=1, layouts=[layout], tamper=without(is_one), validate=False
+    )
     (result,) = report.layouts
     first = result.first_difference
     assert first is not None and result.failure == str(first)
@@ -280,13 +282,13 @@ def test_a_removed_reduction_that_still_runs_is_the_first_difference(
         pytest.param("post_attention_layernorm", 3, marks=pytest.mark.full),
     ],
 )
-def test_a_wrong_norm_on_one_rank_is_named_with_the_rank(asked: EngineConfig, norm: str, rank: int) -> None:
+def test_a_wrong_norm_on_one_rank_is_named_with_the_rank(engine_config: EngineConfig, norm: str, rank: int) -> None:
     """Both where the norm's rows are scattered, and where other ranks hold replicas of them."""
 
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
         return tensor * 1.01 if at == rank and weight.name == f"model.layers.1.{norm}.weight" else tensor
 
-    report = verify(asked, prompts(9, 7), num_decode=1, source=changed(asked, change))
+    report = verify(engine_config, prompts(9, 7), num_decode=1, source=changed(engine_config, change))
     stage = "input_norm" if norm == "input_layernorm" else "post_attn_norm"
     assert [layout.layout for layout in report.layouts if layout.ok] == []
     for layout in report.layouts:
@@ -296,27 +298,29 @@ def test_a_wrong_norm_on_one_rank_is_named_with_the_rank(asked: EngineConfig, no
         assert 1e-3 < first.relative < 2e-2
 
 
-def test_a_wrong_shard_is_named_at_its_sum(asked: EngineConfig) -> None:
+def test_a_wrong_shard_is_named_at_its_sum(engine_config: EngineConfig) -> None:
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
         return tensor * 1.05 if at == 3 and weight.name == "model.layers.2.self_attn.o_proj.weight" else tensor
 
-    for layout in verify(asked, prompts(9, 7), num_decode=1, source=changed(asked, change)).layouts:
+    for layout in verify(engine_config, prompts(9, 7), num_decode=1, source=changed(engine_config, change)).layouts:
         assert layout.first_difference is not None
         assert layout.first_difference.spot == Spot(2, "attention", "hidden")
 
 
-def test_nan_counts_as_a_difference(asked: EngineConfig) -> None:
+def test_nan_counts_as_a_difference(engine_config: EngineConfig) -> None:
     def change(weight: Weight, at: int, _times: int, tensor: Tensor) -> Tensor:
         return tensor * float("nan") if at == 1 and weight.name == "model.norm.weight" else tensor
 
-    for layout in verify(asked, prompts(9, 7), num_decode=1, source=changed(asked, change)).layouts:
+    for layout in verify(engine_config, prompts(9, 7), num_decode=1, source=changed(engine_config, change)).layouts:
         assert not layout.ok and layout.first_difference is not None
         assert layout.first_difference.spot.stage == "final_norm"
         assert {layout.worst, layout.max_logit_difference, layout.mean_logit_difference} == {float("inf")}
         assert layout.kl == float("inf")
 
 
-def test_the_last_gather_of_logits_is_compared_too(asked: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_gather_of_logits_is_compared_too(
+    engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No later stage's output would reveal it."""
     true_gather = Communicator.column_gather
 
@@ -325,7 +329,7 @@ def test_the_last_gather_of_logits_is_compared_too(asked: EngineConfig, monkeypa
         return gathered.roll(1, dims=1) if self.rank == 2 else gathered
 
     monkeypatch.setattr(Communicator, "column_gather", gather)
-    for layout in verify(asked, prompts(9, 7), num_decode=1).layouts:
+    for layout in verify(engine_config, prompts(9, 7), num_decode=1).layouts:
         assert layout.first_difference is not None and not layout.ok
         assert layout.first_difference.spot == Spot(None, "gathered", "logits") and layout.first_difference.rank == 2
 
@@ -351,8 +355,8 @@ def flips(layout: LayoutReport) -> set[tuple[int, int, int]]:
     return {(flip.step, flip.layer, flip.row) for flip in layout.flips}
 
 
-def test_expert_flips_are_reported_with_margin_but_are_no_difference(asked: EngineConfig) -> None:
-    report = verify(asked, prompts(23, 5, 40, 1, 9), source=changed(asked, nudged(3e-3)))
+def test_expert_flips_are_reported_with_margin_but_are_no_difference(engine_config: EngineConfig) -> None:
+    report = verify(engine_config, prompts(23, 5, 40, 1, 9), source=changed(engine_config, nudged(3e-3)))
     assert report.ok
     for layout in report.layouts:
         assert len(layout.flips) >= 3, "the change is meant to flip a few"
@@ -366,12 +370,12 @@ def test_expert_flips_are_reported_with_margin_but_are_no_difference(asked: Engi
         assert layout.max_logit_difference < 1e-5 and layout.agreement == 1.0
 
 
-def test_without_a_change_nothing_flips(asked: EngineConfig) -> None:
-    report = verify(asked, prompts(23, 5), source=changed(asked, nudged(0.0)))
+def test_without_a_change_nothing_flips(engine_config: EngineConfig) -> None:
+    report = verify(engine_config, prompts(23, 5), source=changed(engine_config, nudged(0.0)))
     assert report.ok and all(layout.flips == [] for layout in report.layouts)
 
 
-def test_a_router_with_other_weights_is_a_difference(asked: EngineConfig) -> None:
+def test_a_router_with_other_weights_is_a_difference(engine_config: EngineConfig) -> None:
     """Only the choice is replayed; the weights are each run's own."""
 
     def change(weight: Weight, at: int, times: int, tensor: Tensor) -> Tensor:
@@ -379,7 +383,7 @@ def test_a_router_with_other_weights_is_a_difference(asked: EngineConfig) -> Non
             return tensor
         return tensor * 1.01
 
-    report = verify(asked, prompts(23, 5), source=changed(asked, change))
+    report = verify(engine_config, prompts(23, 5), source=changed(engine_config, change))
     for layout in report.layouts:
         assert layout.first_difference is not None
         assert layout.first_difference.spot == Spot(1, "router", "topk_weights")

@@ -76,8 +76,8 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def against(model: str | Path, loaded: TransformersModel, *, dp: int = 2, tp: int = 2, **more: Any) -> VerifyReport:
-    asked = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=more.pop("dtype", "float32"))
-    return verify(asked, prompts(23, 5, 30, 1), num_decode=4, outside=lambda _config: loaded, **more)
+    engine_config = EngineConfig(model=str(model), dp=dp, tp=tp, dtype=more.pop("dtype", "float32"))
+    return verify(engine_config, prompts(23, 5, 30, 1), num_decode=4, outside=lambda _config: loaded, **more)
 
 
 class Changed:
@@ -152,8 +152,10 @@ def test_a_prompts_reference_does_not_depend_on_earlier_prompts(tmp_path: Path) 
 def test_a_misread_tensor_is_detected_only_by_the_reference(folder: Path, loaded: TransformersModel, name: str) -> None:
     source = Changed(folder, scaled(name, 1.01))
     layouts = ["sequence-parallel", "auto"]
-    asked = EngineConfig(model=str(folder), tp=2, dtype="float32")
-    assert verify(asked, prompts(9, 5), num_decode=2, source=source, layouts=layouts).ok, "layouts agree about it"
+    engine_config = EngineConfig(model=str(folder), tp=2, dtype="float32")
+    assert verify(engine_config, prompts(9, 5), num_decode=2, source=source, layouts=layouts).ok, (
+        "layouts agree about it"
+    )
     report = against(folder, loaded, dp=1, source=source, layouts=layouts)
     assert [layout.layout for layout in report.layouts if layout.ok] == []
     for layout in report.layouts:

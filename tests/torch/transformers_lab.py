@@ -136,10 +136,10 @@ def one_prompt(ids: list[int], dp: int) -> Batch:
 
 def run_logits(case: Case, dp: int, tp: int, ids: list[int], **options: Any) -> list[Tensor]:
     """Each rank's logits of every row of one prompt, which only the last attention group sees."""
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=str(case.folder), dp=dp, tp=tp, want_logits=True, checked=True, max_context=max(64, len(ids)), **options
     )
-    with Engine(resolve(asked)) as engine:
+    with Engine(resolve(engine_config)) as engine:
         results = engine.submit(one_prompt(ids, dp), keep_logits=True).result()
     assert all(result.logits is not None for result in results)
     return [result.logits.float() for result in results if result.logits is not None]
@@ -170,7 +170,7 @@ def run_text(
 ) -> list[list[int]]:
     """Prompts of different lengths at once, in chunks of at most 16 rows, decoding beside others' prefill."""
     longest = max(lengths) + NEW_TOKENS + 8
-    asked = EngineConfig(
+    engine_config = EngineConfig(
         model=str(case.folder),
         dp=dp,
         tp=tp,
@@ -182,7 +182,7 @@ def run_text(
         kv_tokens=4 * longest,
         **options,
     )
-    with Engine(resolve(asked)) as engine:
+    with Engine(resolve(engine_config)) as engine:
         requests = [engine.add(tuple(prompt(length, seed)), NEW_TOKENS) for length in lengths]
         for _ in engine.run():
             pass

@@ -35,7 +35,7 @@ _TRTLLM_CONFIG = "narrows-trtllm.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What a server is told beside its ways: rows of a step, requests at once, tokens of a sequence, the KV cache.
+    """What a server is given beside its ways: rows of a step, requests at once, tokens of a sequence, the KV cache.
 
     ``rows``: as the engine counts them: of each attention group in vLLM and TensorRT-LLM, of all groups together in
     SGLang. ``requests_per_group``: in each attention group.
@@ -88,7 +88,7 @@ def command_lines(
 
 
 def num_hosts(device: str, nodes: Topology) -> int:
-    """Hosts of so many nodes: each runs a command line of its own.
+    """Hosts of so many nodes: each runs its own command line.
 
     >>> num_hosts("h20", Topology(2, 8)), num_hosts("gb200", Topology(1, 16)), num_hosts("gb200", Topology(1, 2))
     (2, 4, 1)
@@ -156,7 +156,7 @@ def _host_flags(engine: str, way: Way, hosts: int, host: int) -> Flags:
 
 
 def weights_flags(engine: str, config: ModelConfig, dtype: str) -> Flags:
-    """What tells the server to hold weights as ``dtype``, where the checkpoint has them otherwise.
+    """The flags with which the server holds weights as ``dtype``, where the checkpoint has them otherwise.
 
     Raises:
         ConfigError: the engine does not, or no engine does.

@@ -64,13 +64,13 @@ def _flag_list(engine: str) -> FlagList:
     assert data is not None, f"data/{engine}.json is missing from the package"
     document: dict[str, Any] = json.loads(data)
     flags: dict[str, Flag] = {}
-    for name, said in document["flags"].items():
+    for name, entry in document["flags"].items():
         flag = Flag(
             name=name,
-            aliases=tuple(said.get("aliases", ())),
-            switch=said.get("switch", False),
-            choices=tuple(map(str, said.get("choices", ()))),
-            default=said.get("default"),
+            aliases=tuple(entry.get("aliases", ())),
+            switch=entry.get("switch", False),
+            choices=tuple(map(str, entry.get("choices", ()))),
+            default=entry.get("default"),
         )
         flags |= dict.fromkeys((name, *flag.aliases), flag)
     return FlagList(

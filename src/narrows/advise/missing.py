@@ -22,7 +22,7 @@ from narrows.plan.report.explain import into_words, layout_words, main_segment, 
 __all__ = ["Missing", "StepCosting", "missing"]
 
 _LEAST = 0.002
-"""Of a step: what is worth less is not told."""
+"""Of a step: what is worth less is not listed."""
 _FEATURES: Mapping[str, tuple[Role, ...]] = {
     "input of attention": (Role.ATTENTION_NORM, Role.LATENT_PROJ, Role.LATENT_NORM),
     "input of the MLP": (Role.MLP_NORM,),
@@ -93,10 +93,8 @@ def _costing(setting: Setting, trial: Trial, free: Trial, phase: str, shape: Ste
     if planner.deployment.nodes is not None and (worth := planner.plan_by(flat, shape).ps / best.ps - 1) >= _LEAST:
         found.append(Missing(feature="hosts", words="collectives done in the hosts and between them", worth=worth))
     if sharding != trial.sharding and (worth := held.plan(shape).ps / best.ps - 1) >= _LEAST:
-        said, other = (sharding_words(config, each).split(", ") for each in (sharding, trial.sharding))
-        words = "; ".join(
-            f"{mine}, not {its.split()[-1]}" for mine, its in zip(said, other, strict=True) if mine != its
-        )
+        own, other = (sharding_words(config, each).split(", ") for each in (sharding, trial.sharding))
+        words = "; ".join(f"{mine}, not {its.split()[-1]}" for mine, its in zip(own, other, strict=True) if mine != its)
         found.append(Missing(feature="weights", words=words, worth=worth))
     return StepCosting(
         shape=shape,
@@ -133,7 +131,7 @@ def _words(best: Plan, engine: Plan, roles: tuple[Role, ...]) -> str:
         if its_at.get(name, at) != at:
             parts.append(f"{name} on {at} rows, not {its_at[name]}")
     if Role.FINAL_NORM in roles and not parts:
-        parts.append("the last layer's MLP on the rows whose logits are asked for alone")
+        parts.append("the last layer's MLP only on the rows whose logits are needed")
     return "; ".join(parts)
 
 

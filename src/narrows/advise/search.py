@@ -23,17 +23,17 @@ from narrows.sim.search import Candidate, Target, meshes, ranked
 from narrows.sim.serving import DoesNotFit, serving
 from narrows.workload.arrivals import Ask
 
-__all__ = ["Advice", "Asked", "Setting", "Trial", "advise"]
+__all__ = ["Advice", "Setting", "Trial", "TrialSpec", "advise"]
 
 _AUTO = {"prefill": "auto", "decode": "auto"}
 
-Asked = Way | tuple[Mesh, str]
-"""What is simulated: a way of the engine, or `auto` on a mesh with experts held as said."""
+TrialSpec = Way | tuple[Mesh, str]
+"""What is simulated: a way of the engine, or `auto` on a mesh with experts held as given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What all trials share: the model, what it runs on, the load, and the latencies that are asked for."""
+    """What all trials share: the model, what it runs on, the load, and the target latencies."""
 
     config: ModelConfig
     device: Device
@@ -49,7 +49,7 @@ class Setting:
     between: Network | None = None
 
     def deployment(self, mesh: Mesh, experts: str) -> Deployment:
-        """The model on ``mesh``, with experts held as said."""
+        """The model on ``mesh``, with experts held as given."""
         return Deployment(
             config=self.config,
             mesh=mesh,
@@ -97,14 +97,14 @@ def advise(
     setting: Setting,
     found: Sequence[Way],
     num_ranks: int,
-    each: Callable[[Sequence[Asked]], Iterable[Asked]] = iter,
+    each: Callable[[Sequence[TrialSpec]], Iterable[TrialSpec]] = iter,
 ) -> Advice:
     """Simulate ``found``, and `auto` on every mesh of ``num_ranks``. ``each``: wraps what is gone through, to show
     progress."""
-    asked: list[Asked] = [*found, *_free(setting.config, num_ranks)]
+    specs: list[TrialSpec] = [*found, *_free(setting.config, num_ranks)]
     trials: list[Trial] = []
     own: list[Trial] = []
-    for what in each(asked):
+    for what in each(specs):
         if isinstance(what, Way):
             trials.append(_of_way(setting, what))
         else:

@@ -16,13 +16,13 @@ from narrows.arch.configs.mistral import Mistral
 from narrows.arch.configs.qwen import Qwen2, Qwen3, Qwen3Moe
 from narrows.arch.configs.schema import Schema
 from narrows.arch.configs.shown import shown
-from narrows.arch.model import GQA, MLA, ModelConfig, MoE, Quantization
+from narrows.arch.model import GQA, MLA, CheckpointQuantization, ModelConfig, MoE
 from narrows.errors import CheckpointError, ConfigError
 from narrows.files import read_json_object
 
-__all__ = ["FAMILIES", "GQA", "MLA", "MoE", "ModelConfig", "Quantization", "read_config"]
+__all__ = ["CONFIG_SCHEMAS", "GQA", "MLA", "CheckpointQuantization", "MoE", "ModelConfig", "read_config"]
 
-FAMILIES: Mapping[str, type[Schema]] = MappingProxyType(
+CONFIG_SCHEMAS: Mapping[str, type[Schema]] = MappingProxyType(
     {
         model_type: schema
         for schema in (DeepseekV2, DeepseekV3, Llama, Mistral, Qwen2, Qwen3, Qwen3Moe, Glm4Moe)
@@ -56,12 +56,12 @@ def _read(raw: Mapping[str, Any], where: str, name: str) -> ModelConfig:
 
 
 def _schema(raw: Mapping[str, Any]) -> type[Schema]:
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(sorted(CONFIG_SCHEMAS))
     given = raw.get("model_type")
     if given is None:
         raise ConfigError(f"model_type is missing, which names the architecture; supported are {known}")
     if not isinstance(given, str):
         raise CheckpointError(f"model_type is {shown(given)}, where a text is needed")
-    if given not in FAMILIES:
+    if given not in CONFIG_SCHEMAS:
         raise ConfigError(f"architecture {shown(given)} is not supported; supported are {known}")
-    return FAMILIES[given]
+    return CONFIG_SCHEMAS[given]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from narrows.arch.rope import Rope
 
-__all__ = ["GQA", "HIDDEN_ACTS", "MLA", "MoE", "ModelConfig", "Quantization"]
+__all__ = ["GQA", "HIDDEN_ACTS", "MLA", "CheckpointQuantization", "MoE", "ModelConfig"]
 
 HIDDEN_ACTS = frozenset(
     (
@@ -121,7 +121,7 @@ class MoE:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
+class CheckpointQuantization:
     """How the checkpoint stores its linear weights, from ``quantization_config``.
 
     ``weight_block_size``: rows and columns of the blocks that share one scale; None where scales are laid otherwise.
@@ -156,7 +156,7 @@ class ModelConfig:
     eos_token_id: tuple[int, ...] = ()
     bos_token_id: int | None = None
     mlp_bias: bool = False
-    quantization: Quantization | None = None
+    quantization: CheckpointQuantization | None = None
     notes: tuple[str, ...] = ()
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from narrows.arch.config import Quantization
+from narrows.arch.config import CheckpointQuantization
 from narrows.errors import ConfigError
 
 __all__ = ["check_loadable", "is_block_fp8"]
 
 
-def is_block_fp8(quantization: Quantization | None) -> bool:
+def is_block_fp8(quantization: CheckpointQuantization | None) -> bool:
     """FP8 values with one scale per block, as DeepSeek-V3 is published."""
     return (
         quantization is not None and quantization.quant_method == "fp8" and quantization.weight_block_size is not None
     )
 
 
-def check_loadable(quantization: Quantization | None, name: str) -> None:
+def check_loadable(quantization: CheckpointQuantization | None, name: str) -> None:
     """Refuse a quantisation that is not read here; ``name`` is the model's.
 
     Raises:

@@ -217,7 +217,7 @@ class Stage:
     ``reads`` are fields it needs, ``writes`` those it makes, ``frees`` those whose last reader it is. A sharded
     stage reads at ``accepts`` and leaves at ``leaves``; both are None for row stages. ``plain_work`` is what a norm
     costs when the residual was added before; ``work`` what it costs fused. ``any_rows``: it may also run on the rows
-    whose logits are asked for alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
+    whose logits are requested alone, because no stage from it on looks at other rows of a sequence. ``window``: rows of
     its context that a row sees at most, where that is not all. ``routed``: the experts that its first items of work
     are. ``absorbed``: the item of work that expands DeepSeek's latent to keys and values; in its place each head in
     decode multiplies its queries, and what it read, by its own part of those weights. ``role``: what it is to its
@@ -257,7 +257,7 @@ class Stage:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerType:
     """A kind of decoder layer and its stages in forward order: dense or MoE, with or without a window, and each once
-    more as the last layer, whose stages after attention may run on the rows whose logits are asked for alone."""
+    more as the last layer, whose stages after attention may run on the rows whose logits are requested alone."""
 
     name: str
     stages: tuple[Stage, ...]

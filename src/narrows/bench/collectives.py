@@ -13,7 +13,7 @@ import torch
 
 from narrows.bench.interleave import interleave
 from narrows.bench.results import Outcome, Series
-from narrows.calibrate.probe import COLLECTIVES, Probe
+from narrows.calibrate.probe import PROBED_COLLECTIVES, Probe
 from narrows.calibrate.rates import Calibrator
 from narrows.calibrate.statistics import ratios
 from narrows.engine.config import EngineConfig, resolve
@@ -52,7 +52,7 @@ def must_copy(op: str, nbytes: int, size: int) -> int:
 
 
 def collectives(
-    asked: EngineConfig,
+    config: EngineConfig,
     work: CollectivesWork,
     against: Sequence[str],
     *,
@@ -61,26 +61,26 @@ def collectives(
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Microseconds of every collective at every size, per transport; and how often a memcpy's time that is."""
-    mesh = resolve(asked).mesh
+    mesh = resolve(config).mesh
     if mesh.size < 2:
         raise ConfigError("one rank has no other to exchange with: give --tp 2, or --dp 2, or more")
     unknown = [name for name in against if name not in OTHERS]
     if unknown:
         raise ConfigError(f"--against {unknown[0]!r} is not known; transports: {', '.join(OTHERS)}")
-    if "gloo" in against and asked.ranks != "processes":
+    if "gloo" in against and config.ranks != "processes":
         raise ConfigError("gloo groups are among processes: compare with them under --ranks processes")
-    own = f"ranks as {asked.ranks}"
+    own = f"ranks as {config.ranks}"
     with ExitStack() as stack:
-        comms = {own: stack.enter_context(Calibrator(resolve(asked)))}
-        if "threads" in against and asked.ranks != "threads":
-            comms["ranks as threads"] = stack.enter_context(Calibrator(resolve(replace(asked, ranks="threads"))))
+        comms = {own: stack.enter_context(Calibrator(resolve(config)))}
+        if "threads" in against and config.ranks != "threads":
+            comms["ranks as threads"] = stack.enter_context(Calibrator(resolve(replace(config, ranks="threads"))))
         if "gloo" in against:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             comms[own].join_gloo(str(Path(folder) / "meeting"))
         series = []
         for nbytes in work.sizes:
             repeats = min(max(_AT_ONCE // nbytes, 1), _MOST_REPEATS)
-            for op in COLLECTIVES:
+            for op in PROBED_COLLECTIVES:
                 ways: dict[str, Callable[[], float]] = {
                     name: partial(comm.ask, Probe.collective, op, nbytes, work.dtype, repeats)
                     for name, comm in comms.items()

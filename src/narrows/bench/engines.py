@@ -30,7 +30,7 @@ class Variant:
     """One engine configuration under one layout."""
 
     name: str
-    asked: EngineConfig
+    config: EngineConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +50,20 @@ class RunningVariant:
         return self.shared.resolved
 
 
-def parse_variants(asked: EngineConfig, layouts: Sequence[str], against: Sequence[str]) -> tuple[Variant, ...]:
-    """Every layout under ``asked``, and then under ``asked`` with the changes of each of ``against``.
+def parse_variants(config: EngineConfig, layouts: Sequence[str], against: Sequence[str]) -> tuple[Variant, ...]:
+    """Every layout under ``config``, and then under ``config`` with the changes of each of ``against``.
 
     ``against``: for example ``tp=1,threads=2``.
 
     Raises:
         ConfigError: an option that is not known, or a value that it cannot have.
     """
-    names = tuple(dict.fromkeys(layouts)) or (asked.layout,)
-    out = [Variant(name=name, asked=replace(asked, layout=name)) for name in names]
+    names = tuple(dict.fromkeys(layouts)) or (config.layout,)
+    out = [Variant(name=name, config=replace(config, layout=name)) for name in names]
     for text in against:
-        changed = replace(asked, **_changes(text))
+        changed = replace(config, **_changes(text))
         out += [
-            Variant(name=f"{name}, {text}" if len(names) > 1 else text, asked=replace(changed, layout=name))
+            Variant(name=f"{name}, {text}" if len(names) > 1 else text, config=replace(changed, layout=name))
             for name in names
         ]
     return tuple(out)
@@ -102,7 +102,7 @@ def running_variants(
     """
     layouts: dict[EngineConfig, list[str]] = {}
     for variant in variants:
-        layouts.setdefault(replace(variant.asked, layout="auto"), []).append(variant.asked.layout)
+        layouts.setdefault(replace(variant.config, layout="auto"), []).append(variant.config.layout)
     with ExitStack() as stack:
         engines = {}
         for key, names in layouts.items():
@@ -112,12 +112,12 @@ def running_variants(
             )
         if trace is not None:
             for key, engine in engines.items():
-                trace.start(", ".join(v.name for v in variants if replace(v.asked, layout="auto") == key), engine)
+                trace.start(", ".join(v.name for v in variants if replace(v.config, layout="auto") == key), engine)
         yield tuple(
             RunningVariant(
                 name=variant.name,
-                shared=engines[replace(variant.asked, layout="auto")],
-                layout=variant.asked.layout,
+                shared=engines[replace(variant.config, layout="auto")],
+                layout=variant.config.layout,
             )
             for variant in variants
         )

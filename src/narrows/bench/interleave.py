@@ -24,7 +24,7 @@ def interleave(
     """The result of each way in each round, without the first ``warmup`` rounds.
 
     At least ``rounds`` rounds run, and more while another one of mean length fits into ``seconds``. Each round has an
-    order of its own (:func:`turn_order`).
+    its own order (:func:`turn_order`).
     """
     names = list(ways)
     given: dict[Name, list[T]] = {name: [] for name in names}

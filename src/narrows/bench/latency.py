@@ -40,19 +40,19 @@ class LatencyWork:
     steps: int
     seed: int = 0
 
-    def max_tokens(self, asked: EngineConfig, batch: int) -> int:
+    def max_tokens(self, engine_config: EngineConfig, batch: int) -> int:
         """Tokens per request, so that ``steps`` are left while all run: prompts are spread over several steps."""
-        return self.steps + _OVERLAP + -(-batch * self.context // max(1, asked.rows_per_step - batch))
+        return self.steps + _OVERLAP + -(-batch * self.context // max(1, engine_config.rows_per_step - batch))
 
-    def limits(self, asked: EngineConfig) -> EngineConfig:
-        """``asked`` with room for the works, where it does not say how much."""
+    def limits(self, engine_config: EngineConfig) -> EngineConfig:
+        """``engine_config`` with room for the works, where it does not say how much."""
         most = max(self.batches, default=0)
-        decoded = self.context + self.max_tokens(asked, most) + asked.page_size if most else 0
-        longest = max(self.prompt_lengths, default=0) + asked.page_size
+        decoded = self.context + self.max_tokens(engine_config, most) + engine_config.page_size if most else 0
+        longest = max(self.prompt_lengths, default=0) + engine_config.page_size
         return replace(
-            asked,
-            max_context=asked.max_context or max(longest, decoded),
-            kv_tokens=asked.kv_tokens or max(longest, -(-most // max(asked.dp, 1)) * decoded),
+            engine_config,
+            max_context=engine_config.max_context or max(longest, decoded),
+            kv_tokens=engine_config.kv_tokens or max(longest, -(-most // max(engine_config.dp, 1)) * decoded),
         )
 
 
@@ -82,9 +82,9 @@ def latency(
     trace: TraceFile | None = None,
 ) -> Outcome:
     """Seconds of every variant at every work, and the share it reaches of what the machine allowed in that round."""
-    roomy = [replace(one, asked=work.limits(one.asked)) for one in variants]
+    roomy = [replace(one, config=work.limits(one.config)) for one in variants]
     works: list[_Prefill | _Decode] = [*map(_Prefill, work.prompt_lengths), *map(_Decode, work.batches)]
-    with Calibrator(resolve(roomy[0].asked)) as calibrator, running_variants(roomy, trace) as running:
+    with Calibrator(resolve(roomy[0].config)) as calibrator, running_variants(roomy, trace) as running:
         hits = {(one, batch): _experts_hit(one, work, batch) for one in running for batch in work.batches}
         ways: dict[str, Callable[[], Any]] = {CALIBRATION: calibrator.measure}
         ways |= {f"{kind}, {one.name}": partial(_measure, one, work, kind) for kind in works for one in running}
@@ -127,7 +127,7 @@ def _measure(one: RunningVariant, work: LatencyWork, kind: _Prefill | _Decode) -
     if isinstance(kind, _Prefill):
         return timed(engine, random_prompts(1, kind.length, vocab_size, work.seed), 1).total
     prompts = random_prompts(kind.batch, work.context, vocab_size, work.seed)
-    seconds = timed(engine, prompts, work.max_tokens(one.resolved.asked, kind.batch)).step_seconds()
+    seconds = timed(engine, prompts, work.max_tokens(one.resolved.engine_config, kind.batch)).step_seconds()
     if not seconds:
         raise ConfigError(
             f"batch {kind.batch}: its requests never all ran at once; raise --max-rows or --steps, or lower --batches"
@@ -140,7 +140,7 @@ def _experts_hit(one: RunningVariant, work: LatencyWork, batch: int) -> float:
     config, engine = one.resolved.config, one.engine()
     engine.instrument(ExpertCounter)
     prompts = random_prompts(batch, work.context, config.vocab_size, work.seed)
-    timed(engine, prompts, work.max_tokens(one.resolved.asked, batch))
+    timed(engine, prompts, work.max_tokens(one.resolved.engine_config, batch))
     layers, hit = engine.readings()[0].get(batch, (0, 0))
     engine.instrument(None)
     num_moe = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
@@ -164,7 +164,7 @@ def _facts(
             "gflop": flops / 1e9,
             "share_of_roofline": quantile(shares, 0.5),
         }
-    int8 = resolved.asked.quantization != "none"
+    int8 = resolved.engine_config.quantization != "none"
     weights = decode_weight_bytes(config, itemsize, rows=kind.batch, experts_hit=experts, int8=int8)
     context = decode_kv_bytes(config, itemsize, rows=kind.batch, context=work.context)
     shares = [weights / s / rate["read_bytes_per_s"] for s, rate in zip(seconds, allowed, strict=True)]
@@ -175,7 +175,7 @@ def _facts(
         "kv_mb": context / 1e6,
         "share_of_roofline": quantile(shares, 0.5),
     }
-    if not int8:  # its products have a rate of their own, which is not measured
+    if not int8:  # its products have their own rate, which is not measured
         bound = partial(decode_bound, config, itemsize, rows=kind.batch, context=work.context, experts_hit=experts)
         bounds = [bound(bytes_per_s=rate["read_bytes_per_s"], flop_per_s=rate["gemm_flop_per_s"]) for rate in allowed]
         facts["share_of_bound"] = quantile([bound / s for bound, s in zip(bounds, seconds, strict=True)], 0.5)

@@ -42,7 +42,7 @@ def layer(
     """Milliseconds per part of the step: the mean over ranks, in which a collective holds the wait for the slowest."""
     if work.rows < 1 or (work.phase == "decode" and work.context < 2):
         raise ConfigError(f"--rows {work.rows} must be at least 1, and a decode step needs --context of 2 or more")
-    with running_variants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
+    with running_variants([replace(one, config=work.limits(one.config)) for one in variants], trace) as running:
         for engine in {id(one.shared): one.shared for one in running}.values():
             if work.phase == "decode":
                 fill_caches(engine)

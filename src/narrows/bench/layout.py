@@ -54,11 +54,11 @@ class LayoutWork:
             for rows in self.rows
         )
 
-    def limits(self, asked: EngineConfig, steps: Sequence[StepWork]) -> EngineConfig:
-        """``asked`` with room for the largest of ``steps``."""
-        each = [step.limits(asked) for step in steps]
+    def limits(self, engine_config: EngineConfig, steps: Sequence[StepWork]) -> EngineConfig:
+        """``engine_config`` with room for the largest of ``steps``."""
+        each = [step.limits(engine_config) for step in steps]
         return replace(
-            asked,
+            engine_config,
             max_context=max(2, self._longest()),
             kv_tokens=max(one.kv_tokens or 0 for one in each),
             rows_per_step=max(one.rows_per_step for one in each),
@@ -86,7 +86,7 @@ class LayoutWork:
 
 
 def layout(
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     work: LayoutWork,
     layouts: Sequence[str],
     *,
@@ -100,11 +100,11 @@ def layout(
     ``rounds`` at least, and as many more as fit into ``seconds`` per cell.
     """
     cells = []
-    asked = replace(asked, layout="auto", prefix_cache=False)
-    steps, left_out = _that_fit(work.steps(), resolve(asked))
+    engine_config = replace(engine_config, layout="auto", prefix_cache=False)
+    steps, left_out = _that_fit(work.steps(), resolve(engine_config))
     with (
-        Calibrator(resolve(asked)) as calibrator,
-        Engine(resolve(work.limits(asked, steps), WeightSharding())) as engine,
+        Calibrator(resolve(engine_config)) as calibrator,
+        Engine(resolve(work.limits(engine_config, steps), WeightSharding())) as engine,
     ):
         allowed = [calibrator.measure()]
         if any(step.phase == "decode" for step in steps):
@@ -122,7 +122,7 @@ def layout(
         notes=(
             *left_out,
             f"whole step: from a batch handed to the ranks to its tokens, {IN_FLIGHT} steps in flight as in service, "
-            "no clock around the steps of the plan; the classes are of rounds of their own, with clocks",
+            "no clock around the steps of the plan; the classes come from separate rounds, with clocks",
             f"predicted for the device {deployment.device.name} in {deployment.dtype}",
             *_pace(deployment, calibration),
             "regret: what auto's plan costs more than the fastest measured one; layouts with equal plans are one",
@@ -151,11 +151,11 @@ def _that_fit(steps: Sequence[StepWork], resolved: Resolved) -> tuple[list[StepW
         ConfigError: none fits.
     """
     available = available_memory()
-    if resolved.asked.run_on != "cpu" or available is None:
+    if resolved.engine_config.run_on != "cpu" or available is None:
         return list(steps), []
     mesh = resolved.mesh
     token = mesh.size * kv_token_bytes(resolved.config, mesh, resolved.dtype.itemsize)
-    needed = [token * (step.limits(resolved.asked).kv_tokens or 0) for step in steps]
+    needed = [token * (step.limits(resolved.engine_config).kv_tokens or 0) for step in steps]
     fit = [step for step, nbytes in zip(steps, needed, strict=True) if nbytes <= available / 2]
     notes = [
         f"left out: {step_title(step)}, whose cache of {nbytes / 1e9:.1f} GB on {mesh.size} rank(s) is more than half "

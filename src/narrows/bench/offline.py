@@ -26,13 +26,13 @@ class OfflineWork:
     output_length: int
     seed: int = 0
 
-    def limits(self, asked: EngineConfig) -> EngineConfig:
-        """``asked`` with room for all requests at once, where it does not say how much."""
-        each = self.input_length + self.output_length + asked.page_size
+    def limits(self, config: EngineConfig) -> EngineConfig:
+        """``config`` with room for all requests at once, where it does not say how much."""
+        each = self.input_length + self.output_length + config.page_size
         return replace(
-            asked,
-            max_context=asked.max_context or each,
-            kv_tokens=asked.kv_tokens or -(-self.num_requests // max(asked.dp, 1)) * each,
+            config,
+            max_context=config.max_context or each,
+            kv_tokens=config.kv_tokens or -(-self.num_requests // max(config.dp, 1)) * each,
         )
 
 
@@ -46,7 +46,7 @@ def offline(
     trace: TraceFile | None = None,
 ) -> Outcome:
     """Output and total tokens per second of every variant, and how long the first token of a request took."""
-    with running_variants([replace(one, asked=work.limits(one.asked)) for one in variants], trace) as running:
+    with running_variants([replace(one, config=work.limits(one.config)) for one in variants], trace) as running:
         memory: dict[str, int] = {}
         alone = len({id(one.shared) for one in running}) == 1
         ways = {one.name: partial(_run, one, work, memory) for one in running}

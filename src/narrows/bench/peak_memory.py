@@ -1,8 +1,9 @@
 """Peak memory of rank processes over one prefill step, beside what a plan says that it takes.
 
-Measured from outside: memory of the ranks' own (anonymous), and their parts of what they share with each other (PSS).
-Files that processes map, libraries above all, are left out, since other programs map them too. The kernel keeps each
-process's peak, so that none is missed. Where it refuses to start that figure anew, memory is sampled.
+Measured from outside: the ranks' anonymous memory, and their parts of the segments that they share with each other.
+What a rank still shares with the process that forked it counts in full, as if it were alone; the machine holds that
+once. Files that processes map, libraries above all, are left out, since other programs map them too. The kernel keeps
+each process's peak, so that none is missed. Where it refuses to reset that figure, memory is sampled.
 """
 
 from __future__ import annotations
@@ -45,29 +46,29 @@ class PeakMemory:
         return self.predicted_loaded + self.memory.workspace + self.tokens * self.memory.kv_per_token
 
 
-def peak_memory(asked: EngineConfig, *, rows: int, length: int) -> PeakMemory:
+def peak_memory(config: EngineConfig, *, rows: int, length: int) -> PeakMemory:
     """Run ``rows`` rows in prompts of ``length`` tokens as one step, and watch.
 
     Args:
-        asked: with ranks that are processes of this host.
+        config: with ranks that are processes of this host.
     """
     prompts = rows // length
-    asked = replace(
-        asked,
+    config = replace(
+        config,
         ranks="processes",
         rows_per_step=rows,
-        max_context=length + asked.page_size,
-        kv_tokens=-(-prompts // asked.dp) * (length + 2 * asked.page_size),
+        max_context=length + config.page_size,
+        kv_tokens=-(-prompts // config.dp) * (length + 2 * config.page_size),
     )
-    options = {name: getattr(asked, name) for name in asked.__dataclass_fields__ if name != "model"}
-    with LLM(asked.model, **options) as llm:
+    options = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "model"}
+    with LLM(config.model, **options) as llm:
         resolved, ranks = llm.resolved, llm.engine.ranks
         assert isinstance(ranks, ProcessRanks)
         pids = tuple(ranks.pids)
-        each = [rows // asked.dp] * asked.dp
+        each = [rows // config.dp] * config.dp
         shape = StepShape.of(resolved.mesh, tuple(each), phase="prefill", context=length)
         planner = Planner(resolved.deployment, resolved.sharding)
-        plan = planner.plan(shape, asked.layout)
+        plan = planner.plan(shape, config.layout)
         loaded = max(map(_own_bytes, pids))
         with _Watch(pids) as watch:
             most = resolved.config.vocab_size
@@ -97,7 +98,7 @@ class _Watch:
     def __enter__(self) -> _Watch:
         for pid in self._pids:
             with suppress(OSError):  # a kernel without the feature, or a container that forbids it
-                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew: man 5 proc
+                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # resets the peak: man 5 proc
                 self._before[pid] = _Memory.of(pid)
         self._thread.start()
         return self
@@ -139,7 +140,7 @@ def _own_bytes(pid: int) -> int:
     """Anonymous memory of a process, and its part of what several share."""
     with suppress(OSError):
         fields = _fields(Path(f"/proc/{pid}/smaps_rollup"))
-        return fields["Pss_Anon"] + fields["Pss_Shmem"]
+        return fields["Anonymous"] + fields["Pss_Shmem"]
     return 0
 
 

@@ -12,7 +12,7 @@ __all__ = ["check_plot", "plot"]
 
 
 def check_plot(file: str) -> Any:
-    """matplotlib's figure class, asked for before anything runs.
+    """matplotlib's figure class, imported before anything runs.
 
     Raises:
         ConfigError: it is not installed, or cannot write such a file.

@@ -21,7 +21,7 @@ __all__ = ["available_memory", "machine", "proportional_memory", "versions"]
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores that this process may use, memory, how busy it was when asked, and the GPUs, if there are any."""
+    """CPU, cores that this process may use, memory, how busy it is, and the GPUs, if there are any."""
     cpu, features = cpu_facts()
     memory = _pairs("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
     torch = sys.modules.get("torch")  # whatever runs on a GPU has imported it; a client of a server need not
@@ -40,8 +40,8 @@ def machine() -> dict[str, Any]:
 
 def available_memory() -> int | None:
     """Bytes that this host could give to new work now; None if it does not say."""
-    said = _pairs("/proc/meminfo").get("MemAvailable")
-    return int(said.split()[0]) << 10 if said else None
+    available = _pairs("/proc/meminfo").get("MemAvailable")
+    return int(available.split()[0]) << 10 if available else None
 
 
 def versions() -> dict[str, str]:

@@ -72,7 +72,7 @@ def meshes_of(num_ranks: int) -> tuple[Mesh, ...]:
 
 def calibrate(
     models: Sequence[str],
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     *,
     num_ranks: int,
     grid: Grid,
@@ -81,8 +81,8 @@ def calibrate(
 ) -> Calibration:
     """Measure ``num_ranks`` ranks of this machine on plans of ``models`` with random weights.
 
-    ``asked``: what ranks are, their threads, dtype and quantization. ``seconds``: what it should take at most; when
-    they are nearly over the largest steps are left out, and named.
+    ``engine_config``: what ranks are, their threads, dtype and quantization. ``seconds``: what it should take at most;
+    when they are nearly over the largest steps are left out, and named.
 
     Raises:
         ConfigError: models that do not exist, or that cannot be split over so many ranks.
@@ -92,9 +92,9 @@ def calibrate(
     jobs = [(mesh, model) for mesh in meshes_of(num_ranks) for model in models if _can_be(configs[model], mesh)]
     if not jobs:
         raise ConfigError(
-            f"{' and '.join(models)} cannot be split over {num_ranks} ranks; name another model, or fewer --ranks"
+            f"{' and '.join(models)} cannot be split over {num_ranks} ranks; name another model, or fewer --num-ranks"
         )
-    tables = Tables(1 if asked.launch is None else asked.launch.num_nodes)
+    tables = Tables(1 if engine_config.launch is None else engine_config.launch.num_nodes)
     until, seen = begin, set[Mesh]()
     meshes = [mesh for mesh, _ in jobs]
     shares = [4 if not i else 1 if mesh in meshes[:i] else 2 for i, mesh in enumerate(meshes)]
@@ -106,7 +106,7 @@ def calibrate(
         def say(what: str) -> None:
             progress(what, min((perf_counter() - begin) / seconds, 1.0))
 
-        _measure(tables, asked, mesh, model, grid, until=until, is_new=is_new, is_first=is_first, say=say)
+        _measure(tables, engine_config, mesh, model, grid, until=until, is_new=is_new, is_first=is_first, say=say)
     return tables.calibration(perf_counter() - begin)
 
 
@@ -120,7 +120,7 @@ def _can_be(config: ModelConfig, mesh: Mesh) -> bool:
 
 def _measure(
     tables: Tables,
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     mesh: Mesh,
     model: str,
     grid: Grid,
@@ -134,9 +134,9 @@ def _measure(
     that mesh collectives alone are measured too; of the others two layouts give the costs of their stages. The very
     first is also run with the sharding that differs in every part. Attention has one sharding only; other stages cost
     the same on all meshes of one size."""
-    asked = replace(asked, model=model, dp=mesh.sizes[0], tp=mesh.sizes[-1], load_format="dummy")
+    engine_config = replace(engine_config, model=model, dp=mesh.sizes[0], tp=mesh.sizes[-1], load_format="dummy")
     if is_new:
-        with Calibrator(resolve(asked, WeightSharding())) as alone:
+        with Calibrator(resolve(engine_config, WeightSharding())) as alone:
             say(f"{mesh}: collectives alone")
             _measure_alone(tables, alone, mesh, grid)
     config = load_model_config(model)
@@ -148,7 +148,7 @@ def _measure(
     for turn, (sharding, layouts) in enumerate(todo):
         left = until - perf_counter()
         deadline = until if turn == len(todo) - 1 else until - 0.25 * left
-        resolved = _small(resolve(asked, sharding), grid)
+        resolved = _small(resolve(engine_config, sharding), grid)
         tables.dtype = resolved.deployment.dtype
         with Engine(resolved, source=PooledWeights(resolved.dtype)) as engine:
             _measure_plans(tables, engine, list(dict.fromkeys(layouts)), grid, deadline=deadline, say=say)

@@ -22,9 +22,9 @@ from narrows.layout import split_evenly
 from narrows.ops.linear import linear
 from narrows.ops.packed import LinearWeight, empty_linear, fill
 
-__all__ = ["COLLECTIVES", "GEMM_SHAPE", "Probe"]
+__all__ = ["GEMM_SHAPE", "PROBED_COLLECTIVES", "Probe"]
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+PROBED_COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 GEMM_SHAPE = (2048, 4096, 2048)
 """Rows, outputs and inputs of the product that stands for the fastest one: 34 GFLOP per rank."""
 
@@ -65,7 +65,7 @@ class Probe:
         return self._fastest(lambda: linear(x, weight))
 
     def copy(self, nbytes: int, repeats: int) -> float:
-        """To copy ``nbytes``: the mean of ``repeats`` copies from different places to one, as results take one."""
+        """To copy ``nbytes``: the mean of ``repeats`` copies from different addresses to one, as results have one."""
         kept = self._keep(
             "copy",
             (nbytes, repeats),
@@ -79,7 +79,7 @@ class Probe:
         return self._mean([partial(to.copy_, source) for source in sources])
 
     def collective(self, op: str, nbytes: int, dtype: torch.dtype, repeats: int) -> float:
-        """Mean seconds of ``repeats`` calls of one of :data:`COLLECTIVES` over ``[T, W]`` of ``nbytes`` in all.
+        """Mean seconds of ``repeats`` calls of one of :data:`PROBED_COLLECTIVES` over ``[T, W]`` of ``nbytes`` in all.
 
         What is brought lies where this communicator sends from, and has just been written, as a stage leaves it.
         """
@@ -89,7 +89,7 @@ class Probe:
         self, op: str, axes: tuple[int, int], nbytes: int, dtype: torch.dtype, repeats: int, levels: bool = False
     ) -> float:
         """As :meth:`collective`, among the ranks along these axes of the mesh, all such groups at once, and also a
-        ``column_gather``; what is gathered lies in memory of its own, as a row stage leaves it. ``levels``: in hosts
+        ``column_gather``; what is gathered lies in its own memory, as a row stage leaves it. ``levels``: in hosts
         and between them."""
         ranks = self.comm.mesh.group(self.comm.rank, *axes)
         rows = max(1, round(nbytes / (_WIDTH * dtype.itemsize)))
@@ -152,7 +152,7 @@ class Probe:
         return size * max(1, round(nbytes / (size * _WIDTH * dtype.itemsize)))
 
     def _keep(self, what: str, size: object, make: Callable[[], Made]) -> Made:
-        """What was made for this size, made anew for another."""
+        """What was made for this size; another size makes it again."""
         if what not in self._kept or self._kept[what][0] != size:
             self._kept[what] = size, make()
         made: Made = self._kept[what][1]

@@ -1,4 +1,4 @@
-"""What this machine allows right now, measured on ranks of their own beside an engine: memory reads, products."""
+"""What this machine allows right now, measured on separate ranks beside an engine: memory reads, products."""
 
 from __future__ import annotations
 

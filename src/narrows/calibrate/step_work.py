@@ -1,4 +1,4 @@
-"""One step of the engine made by hand: a batch of exactly the rows asked for, run without a scheduler."""
+"""One step of the engine made by hand: a batch of exactly the given rows, run without a scheduler."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class StepWork:
     context: int
     seed: int = 0
 
-    def limits(self, asked: EngineConfig) -> EngineConfig:
-        """``asked`` with room for the step, whatever it says of limits."""
-        rows = split_evenly(self.rows, max(asked.dp, 1))[0]
+    def limits(self, config: EngineConfig) -> EngineConfig:
+        """``config`` with room for the step, whatever it says of limits."""
+        rows = split_evenly(self.rows, max(config.dp, 1))[0]
         longest = self.length(rows) + 1
-        held = len(self._spans(rows, self.length(rows))) * (longest + asked.page_size)
-        return replace(asked, max_context=longest, kv_tokens=max(asked.kv_tokens or 0, held), rows_per_step=self.rows)
+        held = len(self._spans(rows, self.length(rows))) * (longest + config.page_size)
+        return replace(config, max_context=longest, kv_tokens=max(config.kv_tokens or 0, held), rows_per_step=self.rows)
 
     def length(self, group_rows: int) -> int:
         return self.context or max(group_rows, 1)
@@ -130,9 +130,9 @@ def attributed_op_times(engine: Engine, plan: Plan) -> list[list[float]]:
     """Seconds that each op cost in every run of ``plan`` since the last call (see :func:`attribute_waits`).
 
     :class:`OpSeconds` has read the steps of all ranks, and they have run no other plan."""
-    asked, num = engine.resolved.asked, plan.num_ops
-    hosts = 1 if asked.launch is None else asked.launch.num_nodes
-    at_once = hosts * num_cores() / engine.resolved.threads if asked.run_on == "cpu" else engine.resolved.mesh.size
+    config, num = engine.resolved.engine_config, plan.num_ops
+    hosts = 1 if config.launch is None else config.launch.num_nodes
+    at_once = hosts * num_cores() / engine.resolved.threads if config.run_on == "cpu" else engine.resolved.mesh.size
     meets = [op.meets for _, op in plan.ops()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)

@@ -56,13 +56,13 @@ _TEXT = [
     "tiktoken.model",
     "tekken.json",
 ]
-_ROOM = "make room, or name another place with HF_HUB_CACHE"
+_ROOM = "make room, or name another folder with HF_HUB_CACHE"
 _RESERVE = 1 << 26
 """Bytes that stay free on the cache's disk."""
 
 
 class _Bar(tqdm):
-    """A progress bar where somebody sees it."""
+    """A progress bar, if a person sees it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"disable": not sys.stderr.isatty()})  # type: ignore[no-untyped-call]
@@ -78,7 +78,7 @@ class _NoBar(tqdm):
 def fetch(name: str, revision: str, needed: Needed) -> Path:
     """The folder, in the hub's cache, of the files of ``org/name`` that are ``needed``.
 
-    The hub is asked for the commit and the files of the revision; files that the cache has are not fetched again. If
+    The hub gives the commit and the files of the revision; files that the cache has are not fetched again. If
     the hub does not answer, or denies access, the cache's snapshot is used if it is complete.
 
     Raises:
@@ -218,7 +218,7 @@ def _in_one_line(name: str, revision: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full; {_ROOM}") from None
         raise ConfigError(
-            f"{name} cannot be fetched into {constants.HF_HUB_CACHE} ({_words(error)}); another place is set by "
+            f"{name} cannot be fetched into {constants.HF_HUB_CACHE} ({_words(error)}); another folder is set by "
             "HF_HUB_CACHE"
         ) from None
 

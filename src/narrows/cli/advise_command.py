@@ -18,7 +18,7 @@ from narrows.advise.command import ServerLimits, command_lines, num_hosts, weigh
 from narrows.advise.flags import FLAG_LISTS, flag_list
 from narrows.advise.measured import Comparison, Measured, compare, read_measured
 from narrows.advise.missing import StepCosting, missing
-from narrows.advise.search import Advice, Asked, Setting, Trial, advise
+from narrows.advise.search import Advice, Setting, Trial, TrialSpec, advise
 from narrows.advise.served import served_bands
 from narrows.advise.ways import ways
 from narrows.arch.presets import load_model_config
@@ -42,7 +42,7 @@ from narrows.sim.search import Target
 __all__ = ["add_parser", "run"]
 
 _ROWS = 8192
-"""Rows of a step, as SGLang, vLLM and TensorRT-LLM have it on H100 and H200 where nothing is said."""
+"""Rows of a step, as SGLang, vLLM and TensorRT-LLM have it on H100 and H200 by default."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +166,8 @@ def _take_load(args: argparse.Namespace, measured: Measured) -> None:
     )
 
 
-def _tracked(bar: Progress) -> Callable[[Sequence[Asked]], Iterable[Asked]]:
-    return lambda asked: bar.track(asked, description="simulations")
+def _tracked(bar: Progress) -> Callable[[Sequence[TrialSpec]], Iterable[TrialSpec]]:
+    return lambda specs: bar.track(specs, description="simulations")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -203,8 +203,8 @@ def _where(nodes: Topology) -> str:
 
 def _device(args: argparse.Namespace, num_ranks: int) -> Device:
     setting = partial(this_machine, ranks=num_ranks, threads=1, world="")
-    hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
-    for line in said:
+    hardware, notes = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
+    for line in notes:
         print(f"narrows: {line}", file=sys.stderr)
     if hardware.is_cpu:
         raise ConfigError(f"--device {args.device}: {flag_list(args.engine).title} is advised on for GPUs; name one")

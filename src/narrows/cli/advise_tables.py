@@ -37,8 +37,8 @@ def print_advice(
     print_unfit([trial.candidate for trial in advice.trials], out)
     out.print(Text(f"{known.title} {known.version}, {title}", "bold"))
     if setting.target.is_set and (misses := setting.target.misses(outcome)):
-        said = f"nothing that {known.title} can do here meets the target; the nearest {' and '.join(misses)}"
-        out.print(Text(said, "bold"))
+        line = f"nothing that {known.title} can do here meets the target; the nearest {' and '.join(misses)}"
+        out.print(Text(line, "bold"))
     out.print(Text(f"{best.candidate.mesh}: {best.candidate.layout}"))
     for host, line in enumerate(lines):
         out.print(Text(f"\nrun{f' on host {host}' if len(lines) > 1 else ''}:\n"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from narrows.cli.priced import add_requests_flag, add_revision_flag
+from narrows.cli.renamed import add_old_spelling
 from narrows.engine.config import LOAD_FORMATS, QUANTIZATIONS, RANKS, RUN_ON, EngineConfig
 from narrows.errors import ConfigError
 from narrows.instruments.trace_file import TraceFile
@@ -66,12 +67,13 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
         "--threads", type=number, default=number(default), help=f"threads per rank{what} (default {default})"
     )
     mesh.add_argument(
-        "--timeout",
+        "--rank-timeout",
         type=float,
         default=_DEFAULT["timeout_s"],
         metavar="S",
         help="seconds that a live rank may keep the others waiting (default %(default)g)",
     )
+    add_old_spelling(mesh, "--timeout", "--rank-timeout", type=float)
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--dtype", default=_DEFAULT["dtype"], help="bfloat16, float32 or auto, the checkpoint's (default %(default)s)"
@@ -82,7 +84,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
     engine.add_argument(
         "--device",
         default=_DEFAULT["device"],
-        help="device that plans are priced for (default: the one that ranks run on)",
+        help="device that plans are priced for, by name or a profile's file (default: the one that ranks run on)",
     )
     engine.add_argument(
         "--quantization",
@@ -131,8 +133,8 @@ def engine_options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     )
     launch = getattr(args, "launch", None)
     several = "processes" if launch is not None else _DEFAULT["ranks"]
-    ranks = {"ranks": args.ranks or several, "timeout_s": args.timeout, "launch": launch}
-    ranks["copies"] = getattr(args, "copies", False)  # `main` sets it in a process of its own
+    ranks = {"ranks": args.ranks or several, "timeout_s": args.rank_timeout, "launch": launch}
+    ranks["fork_self"] = getattr(args, "fork_self", False)  # `main` sets it in its own process
     return {name: getattr(args, name) for name in names} | ranks | more
 
 

@@ -175,8 +175,8 @@ def _run(args: argparse.Namespace) -> int:
         "model": args.model,
         "dtype": _dtype(resolved),
         "mesh": dict(zip(resolved.mesh.names, resolved.mesh.sizes, strict=True)),
-        "ranks": resolved.asked.ranks,
-        "threads": resolved.asked.threads,
+        "ranks": resolved.engine_config.ranks,
+        "threads": resolved.engine_config.threads,
         "command": shlex.join(["narrows", *sys.argv[1:]]),
         "machine": where,
         "versions": versions(),
@@ -192,10 +192,12 @@ def _layer(args: argparse.Namespace, progress: Progress, trace: TraceFile | None
 
 
 def _collectives(args: argparse.Namespace, progress: Progress, trace: TraceFile | None) -> tuple[Resolved, Outcome]:
-    asked = EngineConfig(model=args.model, **engine_options(args, seed=args.seed))
-    resolved = resolve(asked)
+    engine_config = EngineConfig(model=args.model, **engine_options(args, seed=args.seed))
+    resolved = resolve(engine_config)
     work = CollectivesWork(sizes=tuple(_bytes(text) for text in args.sizes.split(",")), dtype=resolved.dtype)
-    return resolved, collectives(asked, work, args.against, rounds=args.rounds, warmup=args.warmup, progress=progress)
+    return resolved, collectives(
+        engine_config, work, args.against, rounds=args.rounds, warmup=args.warmup, progress=progress
+    )
 
 
 def _offline(args: argparse.Namespace, progress: Progress, trace: TraceFile | None) -> tuple[Resolved, Outcome]:
@@ -221,19 +223,19 @@ def _latency(args: argparse.Namespace, progress: Progress, trace: TraceFile | No
 
 
 def _variants(args: argparse.Namespace) -> tuple[Resolved, tuple[Variant, ...]]:
-    asked = EngineConfig(model=args.model, **engine_options(args, seed=args.seed, **limit_options(args)))
-    resolved = resolve(asked)
+    engine_config = EngineConfig(model=args.model, **engine_options(args, seed=args.seed, **limit_options(args)))
+    resolved = resolve(engine_config)
     config, mesh = resolved.config, resolved.mesh
-    if asked.plan_file and (args.layout or args.every_layout):
+    if engine_config.plan_file and (args.layout or args.every_layout):
         raise ConfigError("--plan runs its own layout at every step: leave --layout and --every-layout out")
     if args.layout and args.every_layout:
         raise ConfigError("--every-layout runs all layouts: leave --layout out")
     for name in args.layout:
         named_layout(name, config, mesh)  # one that cannot apply is known before anything runs
     layouts = applicable_layouts(config, mesh) if args.every_layout else tuple(args.layout)
-    variants = parse_variants(asked, layouts, args.against)
+    variants = parse_variants(engine_config, layouts, args.against)
     for variant in variants:
-        resolve(variant.asked)
+        resolve(variant.config)
     return resolved, variants
 
 

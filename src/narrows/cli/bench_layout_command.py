@@ -70,8 +70,8 @@ def measure(
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(args, flag):g}; it must be at least 0")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise ConfigError(f"--html {args.html}: there is no folder {Path(args.html).absolute().parent}")
-    asked = EngineConfig(model=args.model, **engine_options(args, seed=args.seed))
-    resolved = resolve(asked)
+    engine_config = EngineConfig(model=args.model, **engine_options(args, seed=args.seed))
+    resolved = resolve(engine_config)
     config, mesh = resolved.config, resolved.mesh
     work = LayoutWork(
         rows=_rows(args.rows),
@@ -85,7 +85,7 @@ def measure(
         named_layout(name, config, mesh)  # one that cannot apply is known before anything runs
     names = tuple(dict.fromkeys(args.layout)) or applicable_layouts(config, mesh)
     grid = layout(
-        asked,
+        engine_config,
         work,
         (*(name for name in names if name != "auto"), "auto"),
         rounds=args.rounds,

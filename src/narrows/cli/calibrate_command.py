@@ -18,10 +18,11 @@ from narrows.calibrate.measure import Grid, calibrate, figures_of
 from narrows.calibrate.price_tables import Calibration
 from narrows.cli.arguments import add_host_flags, check_host_flags, nodes_of
 from narrows.cli.console import console
+from narrows.cli.renamed import add_old_spelling
 from narrows.cost.environment import MachineFingerprint
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
-from narrows.engine.prices import setting_of, world_name
+from narrows.engine.rank_environment import rank_fingerprint, transport_name
 from narrows.errors import ConfigError
 from narrows.ranks.affinity import num_cores
 from narrows.ranks.launch import Launch, Series, announce_end
@@ -29,7 +30,7 @@ from narrows.ranks.node import run_series
 
 __all__ = ["add_parser", "run"]
 
-WORLDS = ("shm", "threads", "gloo", "nccl")
+TRANSPORTS = ("shm", "threads", "gloo", "nccl")
 _MODELS = ("dsv3-mini", "dsv2-mini")
 _MOST_RANKS_PER_CORE = 8
 _QUICK = Grid(
@@ -51,15 +52,17 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"presets or folders whose stages are measured, with random weights (default: {' '.join(_MODELS)})",
     )
-    add("--ranks", type=int, metavar="N", help="ranks in all, dp x tp (default: one per core or GPU)")
+    add("--num-ranks", type=int, metavar="N", help="ranks in all, dp x tp (default: one per core or GPU)")
+    add_old_spelling(parser, "--ranks", "--num-ranks", type=int)
     add("--threads", type=int, default=1, help="threads per rank (default %(default)s)")
     add(
-        "--world",
-        choices=WORLDS,
+        "--transport",
+        choices=TRANSPORTS,
         default="shm",
         help="how ranks exchange: processes of one host through shared memory (shm), threads of one process, processes "
         "through gloo, or GPUs through nccl (default %(default)s)",
     )
+    add_old_spelling(parser, "--world", "--transport", choices=TRANSPORTS)
     add("--dtype", default="bfloat16", help="bfloat16 or float32, of activations and weights (default %(default)s)")
     add("--quantization", choices=QUANTIZATIONS, default="none", help="int8 linear and expert weights (default none)")
     add(
@@ -80,22 +83,26 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``narrows calibrate``."""
-    asked = _asked(args)
-    num_ranks = _num_ranks(args, asked.run_on)
+    config = _engine_config(args)
+    num_ranks = _num_ranks(args, config.run_on)
     launch = _launch(args, num_ranks)
     hosts = 1 if launch is None else launch.num_nodes
-    setting = setting_of(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads)
-    world = world_name(run_on=asked.run_on, ranks=asked.ranks, hosts=hosts)
-    if world not in (args.world, f"{args.world}+gloo"):
+    fingerprint = rank_fingerprint(
+        run_on=config.run_on, ranks=config.ranks, hosts=hosts, num_ranks=num_ranks, threads=args.threads
+    )
+    transport = transport_name(run_on=config.run_on, ranks=config.ranks, hosts=hosts)
+    if transport not in (args.transport, f"{args.transport}+gloo"):
         way_out = (
             "processes of one host share memory; run it, and the engine, with NARROWS_SHM=0"
-            if args.world == "gloo"
-            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --world {world}"
+            if args.transport == "gloo"
+            else f"NARROWS_SHM=0 or no compiled code (docs/kernels.md); mend that, or calibrate --transport {transport}"
         )
-        raise ConfigError(f"--world {args.world} is not available here: ranks exchange through {world}: {way_out}")
+        raise ConfigError(
+            f"--transport {args.transport} is not available here: ranks exchange through {transport}: {way_out}"
+        )
     if launch is not None and not launch.is_coordinator:
         return run_series(launch)
-    asked = replace(asked, launch=launch)
+    config = replace(config, launch=launch)
     where = machine()
     models = tuple(args.models) or _MODELS
     out = console(stderr=True)
@@ -107,20 +114,20 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("starting ranks", total=1.0)
         found = calibrate(
             models,
-            asked,
+            config,
             num_ranks=num_ranks,
             grid=_QUICK if args.quick else Grid(),
             seconds=args.seconds,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
-    profile = _profile(args, setting, found, models, where["memory_gib"] * (1 << 30), where["date"])
+    profile = _profile(args, fingerprint, found, models, where["memory_gib"] * (1 << 30), where["date"])
     path = Path(args.out) if args.out else profiles_folder() / f"{profile.name}.json"
     write_profile(path, profile)
     _print(profile, found, path)
     return 0
 
 
-def _asked(args: argparse.Namespace) -> EngineConfig:
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
     if not args.seconds > 0:
         raise ConfigError(f"--seconds is {args.seconds:g}; it must be more than 0")
     if args.threads < 1:
@@ -129,9 +136,9 @@ def _asked(args: argparse.Namespace) -> EngineConfig:
         model=_MODELS[0],
         layout="all-reduce",
         dtype=args.dtype,
-        run_on="cuda" if args.world == "nccl" else "cpu",
-        device="cpu-core" if args.world != "nccl" else "auto",
-        ranks="threads" if args.world == "threads" else "processes",
+        run_on="cuda" if args.transport == "nccl" else "cpu",
+        device="cpu-core" if args.transport != "nccl" else "auto",
+        ranks="threads" if args.transport == "threads" else "processes",
         threads=args.threads,
         quantization=args.quantization,
         load_format="dummy",
@@ -148,50 +155,52 @@ def _launch(args: argparse.Namespace, num_ranks: int) -> Launch | None:
     if args.nnodes is None:
         check_host_flags(args)
         return None
-    if args.ranks is None:
-        raise ConfigError("--nnodes needs --ranks: how many on all hosts together")
-    if args.world not in ("shm", "gloo"):
-        raise ConfigError(f"ranks on several hosts are processes on CPUs: leave out --world {args.world}")
+    if args.num_ranks is None:
+        raise ConfigError("--nnodes needs --num-ranks: how many on all hosts together")
+    if args.transport not in ("shm", "gloo"):
+        raise ConfigError(f"ranks on several hosts are processes on CPUs: leave out --transport {args.transport}")
     launch = nodes_of(args, num_ranks)
     if num_ranks % launch.num_nodes:
-        raise ConfigError(f"--ranks {num_ranks} cannot be dealt evenly to --nnodes {launch.num_nodes}")
+        raise ConfigError(f"--num-ranks {num_ranks} cannot be dealt evenly to --nnodes {launch.num_nodes}")
     return replace(launch, series=Series())
 
 
 def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
-    if args.ranks is None:
+    if args.num_ranks is None:
         return max(num_cores() // int(args.threads), 1)
-    if args.ranks < 1:
-        raise ConfigError(f"--ranks is {args.ranks}; it must be at least 1")
+    if args.num_ranks < 1:
+        raise ConfigError(f"--num-ranks is {args.num_ranks}; it must be at least 1")
     most = _MOST_RANKS_PER_CORE * num_cores() * (args.nnodes or 1)
-    if run_on == "cpu" and args.ranks > most:
+    if run_on == "cpu" and args.num_ranks > most:
         raise ConfigError(
-            f"--ranks {args.ranks} on {num_cores()} cores would measure how they wait for a core; at most {most} here"
+            f"--num-ranks {args.num_ranks} on {num_cores()} cores would measure how they wait for a core; "
+            f"at most {most} here"
         )
-    return int(args.ranks)
+    return int(args.num_ranks)
 
 
 def _profile(
     args: argparse.Namespace,
-    setting: MachineFingerprint,
+    fingerprint: MachineFingerprint,
     found: Calibration,
     models: tuple[str, ...],
     memory: float,
     date: str,
 ) -> Profile:
-    words = [f"{setting.ranks}x{setting.threads}", setting.world.replace("+", "-")]
-    words += [f"{setting.hosts}hosts"] if setting.hosts > 1 else []
+    words = [f"{fingerprint.ranks}x{fingerprint.threads}", fingerprint.world.replace("+", "-")]
+    words += [f"{fingerprint.hosts}hosts"] if fingerprint.hosts > 1 else []
     words += [args.quantization] if args.quantization != "none" else []
     words += ["fp32"] if args.dtype == "float32" else []
     words += [Path(model).name for model in models if models != _MODELS]
     dtype = "fp32" if args.dtype == "float32" else "bf16"
-    figures = figures_of(found, num_ranks=setting.ranks, memory_bytes=memory * setting.hosts, dtype=dtype)
-    if setting.card:
+    figures = figures_of(found, num_ranks=fingerprint.ranks, memory_bytes=memory * fingerprint.hosts, dtype=dtype)
+    if fingerprint.card:
         del figures["memory_bytes"]  # the host's, and not its GPUs'
     return Profile(
         name="-".join(words),
-        title=f"{setting.ranks} ranks of {setting.cpu}" + (f" on {setting.hosts} hosts" if setting.hosts > 1 else ""),
-        fits=setting,
+        title=f"{fingerprint.ranks} ranks of {fingerprint.cpu}"
+        + (f" on {fingerprint.hosts} hosts" if fingerprint.hosts > 1 else ""),
+        fits=fingerprint,
         made={
             "date": date or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "command": shlex.join(["narrows", *sys.argv[1:]]),
@@ -199,7 +208,7 @@ def _profile(
             "seconds": round(found.seconds, 1),
             "left_out": list(found.left_out),
         },
-        device=DeviceFigures(like=nearest_device(setting) or "h100", **figures),
+        device=DeviceFigures(like=nearest_device(fingerprint) or "h100", **figures),
         stages=list(found.measured.stages),
         collectives=list(found.measured.collectives),
         copies=[list(row) for row in found.measured.copies],

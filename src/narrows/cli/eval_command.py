@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
     if Launch.of_torchrun(os.environ, world_size=None) is not None:
         raise ConfigError("eval starts its ranks itself, on one host: run it without torchrun")
     options = engine_options(args, ranks=args.ranks or _RANKS, **limit_options(args))
-    asked = at_hand(EngineConfig(model=args.model, **options))
-    files = _files(args, asked.model)
-    layouts, skipped = _layouts(args, asked)
+    engine_config = at_hand(EngineConfig(model=args.model, **options))
+    files = _files(args, engine_config.model)
+    layouts, skipped = _layouts(args, engine_config)
     notes = console(stderr=True)
     evaluation = evaluate(
-        asked,
+        engine_config,
         files,
         layouts,
         setting=Setting(limit=args.limit, window=args.window, stride=args.stride, shots=args.shots, chat=args.chat),
@@ -118,26 +118,26 @@ def _files(args: argparse.Namespace, model: str) -> dict[str, Path]:
             raise ConfigError(f"--file {pair!r} must be TASK=PATH; tasks: {', '.join(FILES)}")
         given[task] = Path(path)
     known = default_files(model) | given
-    asked = args.task or [task for task in FILES if task in known]
-    for task in asked:
+    chosen = args.task or [task for task in FILES if task in known]
+    for task in chosen:
         if task not in FILES:
             raise ConfigError(f"--task {task!r} is not known; tasks: {', '.join(FILES)}")
         if task not in known:
             raise ConfigError(
                 f"{args.model} has no eval/{FILES[task]} of its own; give one with --file {task}=PATH (docs/eval.md)"
             )
-    if not asked:
+    if not chosen:
         raise ConfigError(f"{args.model} has no tasks of its own; give one with --file TASK=PATH (docs/eval.md)")
-    return {task: known[task] for task in FILES if task in asked}
+    return {task: known[task] for task in FILES if task in chosen}
 
 
-def _layouts(args: argparse.Namespace, asked: EngineConfig) -> tuple[tuple[str, ...], dict[str, str]]:
+def _layouts(args: argparse.Namespace, engine_config: EngineConfig) -> tuple[tuple[str, ...], dict[str, str]]:
     """The layouts to run, and for each named layout that does not apply, the reason."""
     if args.layout and args.every_layout:
         raise ConfigError("--every-layout runs all layouts: leave --layout out")
-    resolved = resolve(asked)
+    resolved = resolve(engine_config)
     config, mesh = resolved.config, resolved.mesh
-    if asked.plan_file and (args.layout or args.every_layout):
+    if engine_config.plan_file and (args.layout or args.every_layout):
         raise ConfigError("--plan runs its own layout at every step: leave --layout and --every-layout out")
     if not args.every_layout:
         for name in args.layout or ():

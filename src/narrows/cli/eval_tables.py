@@ -51,7 +51,7 @@ def _print_encodings(evaluation: Evaluation, out: Console) -> None:
             rounded.append(f"weights were held as {layout.quantization}")
         if rounded:
             out.print(f"{layout.layout}: {' and '.join(rounded)}; its distributions have no bound")
-        if evaluation.resolved.asked.encode_rows != "none" and not layout.encodings:
+        if evaluation.resolved.engine_config.encode_rows != "none" and not layout.encodings:
             out.print(
                 f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always encodes all it may"
             )
@@ -61,10 +61,10 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
     """All figures by name; NaN and infinity become null."""
     resolved = evaluation.resolved
     found = {
-        "model": resolved.asked.model,
-        "dp": resolved.asked.dp,
-        "tp": resolved.asked.tp,
-        "encode_rows": resolved.asked.encode_rows,
+        "model": resolved.engine_config.model,
+        "dp": resolved.engine_config.dp,
+        "tp": resolved.engine_config.tp,
+        "encode_rows": resolved.engine_config.encode_rows,
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "files": {task: str(file) for task, file in evaluation.files.items()},
         "one_rank": asdict(evaluation.one_rank),

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         resolved = llm.resolved
         layout = resolved.plan.layout_name if resolved.plan else args.layout
         notes.print(
-            f"{resolved.config.name}: {resolved.mesh}, {resolved.asked.threads} thread(s) per rank, layout {layout}, "
+            f"{resolved.config.name}: {resolved.mesh}, {resolved.threads} thread(s) per rank, layout {layout}, "
             f"{str(resolved.dtype).removeprefix('torch.')}, loaded in {perf_counter() - started:.1f} s"
         )
         notes.print(f"weight sharding: {sharding_words(resolved.config, resolved.sharding)}")

@@ -1,6 +1,6 @@
 """``narrows info``: versions, machine, compiled targets, profiles and transports, for reports and first looks.
 
-Imports no torch: what is said of it is read from its files.
+Imports no torch: what it prints of it is read from its files.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetLine:
-    """A target of the compiled code. ``why``: why it does not run, or that it was asked for; empty if it is the best
+    """A target of the compiled code. ``why``: why it does not run, or that it is forced; empty if it is the best
     one."""
 
     name: str
@@ -121,10 +121,10 @@ def gpus() -> list[dict[str, Any]]:
         return []
     ask = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=_DRIVER_S, check=True).stdout
+        output = subprocess.run(ask, capture_output=True, text=True, timeout=_DRIVER_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    lines = (line.rpartition(",") for line in said.splitlines() if "," in line)
+    lines = (line.rpartition(",") for line in output.splitlines() if "," in line)
     return [
         {"name": name.strip(), "memory_gib": round(int(mib) / 1024, 1) if mib.strip().isdigit() else None}
         for name, _, mib in lines
@@ -132,7 +132,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def profiles(card: str) -> list[dict[str, Any]]:
-    """This user's profiles, and whether each fits this machine for ranks of its own number, threads and world."""
+    """This user's profiles, and whether each fits this machine for ranks of its number, threads and world."""
     found = []
     for path in sorted(profiles_folder().glob("*.json")):
         try:
@@ -164,7 +164,7 @@ def profiles(card: str) -> list[dict[str, Any]]:
 
 
 def transports(torch: dict[str, Any] | None, num_gpus: int) -> list[dict[str, Any]]:
-    """How ranks can exchange here, by the names that ``narrows calibrate --world`` takes."""
+    """How ranks can exchange here, by the names that ``narrows calibrate --transport`` takes."""
     try:
         shm = no_shared_memory()
     except ConfigError as error:  # NARROWS_TARGET names what cannot run

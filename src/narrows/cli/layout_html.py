@@ -252,7 +252,7 @@ def _drawing(one: PlanTimes, kind: str, scale: float, widest: float) -> _Drawing
 
 
 def _joints(priced: _Line, measured: _Line) -> tuple[str, ...]:
-    """For each communication bar, the corners of a faint band from its predicted to its measured place."""
+    """For each communication bar, the corners of a faint band from its predicted to its measured position."""
     by_title = {bar.title: bar for bar in measured.bars}
     out = []
     for bar in priced.bars:

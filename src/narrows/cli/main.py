@@ -89,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse_own() -> tuple[ModuleType, argparse.Namespace]:
     """:func:`parse` of this process's own command line, with what a process that is ours alone may set."""
-    from narrows.imports import quick_imports  # noqa: PLC0415 - who calls main(argv) does without
+    from narrows.imports import quick_imports  # noqa: PLC0415 - callers of main(argv) do without
 
     with quick_imports():
         command, args = parse(sys.argv[1:])
-    args.copies = True
+    args.fork_self = True
     return command, args
 
 

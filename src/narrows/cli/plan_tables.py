@@ -235,9 +235,9 @@ def _sure(report: PlanReport) -> list[str]:
         f"auto takes {1e3 * plan.seconds:.2f} ms, give or take {plan.band:.0%} (docs/published.md): {SHARE:.0%} of the "
         "prices that could be compared with a measurement lie within their bands"
     ]
-    told = report.flips[:_MOST_FLIPS]
-    lines += [f"another plan is best if {flip} ({100 * flip.cost:.1f} % at x {_far(flip):g})" for flip in told]
-    rest = "no other error" if told else "no error"
+    shown = report.flips[:_MOST_FLIPS]
+    lines += [f"another plan is best if {flip} ({100 * flip.cost:.1f} % at x {_far(flip):g})" for flip in shown]
+    rest = "no other error" if shown else "no error"
     lines.append(
         f"{rest} of one kind of price up to a factor of {LARGEST_FACTOR:g} changes how rows travel in most layers"
         if len(report.flips) <= _MOST_FLIPS

@@ -32,6 +32,7 @@ from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
+from narrows.ranks.fork_server import fork_server
 from narrows.server.app import create_app, state_of
 from narrows.server.http.connection_limits import (
     MAX_CONNECTIONS,
@@ -125,7 +126,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--intake",
         choices=("process", "threads"),
         default="process",
-        help="read bodies of more than 16 KB in a process of their own, or (to debug) in threads (default %(default)s)",
+        help="read bodies of more than 16 KB in their own process, or (to debug) in threads (default %(default)s)",
     )
     text = parser.add_argument_group("parsers of the model's text (auto: by the format of its chat template)")
     text.add_argument(
@@ -177,19 +178,20 @@ def run(args: argparse.Namespace) -> int:
     life = {name: getattr(args, name) for name in ("warmup_rows", "prompt_rows")}
     life["ranks"] = args.ranks or _RANKS
     engine = engine_options(args, layout=args.layout, **limit_options(args)) | life
-    engine["copies"] = False  # they would hold the server's socket too
     if (launch := launch_of(args, os.environ)) is not None:
         engine["launch"] = launch
-    asked = EngineConfig(model=args.model, **engine)
+    config = EngineConfig(model=args.model, **engine)
     drift, trace = DriftRule(factor=args.drift_factor), ServiceTrace(args.trace, args.trace_steps)
     if launch is not None and not launch.is_coordinator:
-        return run_local_ranks(resolve(asked))
+        return run_local_ranks(resolve(config))
+    if config.ranks == "processes" and config.run_on == "cpu":
+        fork_server(fork_self=config.fork_self)  # before there is a socket, which it would hold too, and a thread
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():
         hosts = hosts_to_check(bound.getsockname()[0], args.host, args.allow_host, has_key=bool(options.api_keys))
         options = replace(options, hosts=hosts, connections=_connection_limits(args.max_connections))
-        resolved = resolve(asked)
+        resolved = resolve(config)
         for fact in resolved.facts:
             logging.getLogger("narrows.engine").warning("%s", fact)
         model = _served_model(args, resolved)
@@ -211,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
                 chats = model.tokenizer is not None and model.tokenizer.has_chat_template
                 curl = curl_line(url, model.names[0], has_key=bool(options.api_keys), chats=chats)
                 seconds = perf_counter() - started
-                where = f"{resolved.mesh}, {resolved.asked.threads} thread(s) per rank"
+                where = f"{resolved.mesh}, {resolved.threads} thread(s) per rank"
                 line = f"narrows: {model.names[0]} on {where} is ready at {url} ({seconds:.1f} s); try: {curl}"
                 with suppress(OSError):  # no reader, or a full disk
                     print(line, flush=True)
@@ -258,20 +260,20 @@ def _options(args: argparse.Namespace) -> ServerOptions:
     )
 
 
-def _connection_limits(asked: int | None) -> ConnectionLimits:
-    connections, told = connections_for(asked, raise_descriptor_limit())
-    if told:
-        logging.getLogger("narrows.server").warning("%s", told)
+def _connection_limits(given: int | None) -> ConnectionLimits:
+    connections, warning = connections_for(given, raise_descriptor_limit())
+    if warning:
+        logging.getLogger("narrows.server").warning("%s", warning)
     return ConnectionLimits(max_connections=connections, reserved_slots=RESERVED_SLOTS)
 
 
 def _served_model(args: argparse.Namespace, resolved: Resolved) -> ServedModel:
-    text = load_model_text(resolved.asked.model)
+    text = load_model_text(resolved.engine_config.model)
     if text.lack:
         logging.getLogger("narrows.engine").warning("%s; requests must send token ids", text.lack)
     more = text.tokenizer.eos_ids if text.tokenizer is not None else frozenset()
     return ServedModel(
-        names=tuple(args.served_model_name or [name_of(Path(resolved.asked.model))]),
+        names=tuple(args.served_model_name or [name_of(Path(resolved.engine_config.model))]),
         tokenizer=text.tokenizer,
         generation=text.generation,
         max_context=resolved.limits.max_context,

@@ -127,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     config = load_model_config(args.model, args.revision)
-    asked = _asked(args, config)
-    most = max((mesh.size for mesh, _ in asked), default=1)
+    deployments = _deployments(args, config)
+    most = max((mesh.size for mesh, _ in deployments), default=1)
     hosts = Topology.parse(args.nodes).num_nodes if args.nodes else 1
     setting = partial(this_machine, ranks=most, threads=1, world="", hosts=hosts)
-    hardware, said = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
-    for line in said:
+    hardware, price_notes = choose_device(args.device, setting, dtype=args.dtype or "", model=args.model, runs=False)
+    for line in price_notes:
         print(f"narrows: {line}", file=sys.stderr)
     max_context = longest_context(config, args.max_context)
     asks = with_flood(args, workload(args, max_context), max_context)
@@ -142,11 +142,11 @@ def run(args: argparse.Namespace) -> int:
         quantile=args.percentile,
     )
     dtype, because = _dtype(args, config, hardware)
-    quiet = len(asked) == 1 or not sys.stderr.isatty()
+    quiet = len(deployments) == 1 or not sys.stderr.isatty()
     with Progress(console=console(stderr=True), transient=True, disable=quiet) as bar:
         candidates = [
             _candidate(args, config, hardware, dtype, mesh, layout, asks, max_context)
-            for mesh, layout in bar.track(asked, description="simulations")
+            for mesh, layout in bar.track(deployments, description="simulations")
         ]
     if all(candidate.outcome is None for candidate in candidates):
         raise ConfigError("; ".join(dict.fromkeys(candidate.refusal for candidate in candidates)))
@@ -206,7 +206,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--search finds dp and tp for --num-gpus: leave --dp and --tp out")
 
 
-def _asked(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh, str]]:
+def _deployments(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh, str]]:
     """The meshes and layouts to simulate: those that were named, or all that are to be searched."""
     layouts = tuple(dict.fromkeys(args.layout))
     if not args.search:

@@ -67,18 +67,18 @@ def _clients(found: Fairness) -> Table:
 
 def _fairness_words(found: Fairness) -> str:
     if not found.clients:
-        return "places: no client waited while another ran"
+        return "running slots: no client waited while another ran"
     return (
-        f"places while texts waited: Jain's index {found.jain:.3f} over {found.clients} clients; the least that one "
-        f"had is {found.least:.0%} of its fair share"
+        f"running slots while texts waited: Jain's index {found.jain:.3f} over {found.clients} clients; "
+        f"the least that one had is {found.least:.0%} of its fair share"
     )
 
 
 def _target_words(target: Target, outcome: Outcome) -> str:
-    asked, reached = (target.ttft_s, target.tpot_s), target.reached(outcome)
+    targets, reached = (target.ttft_s, target.tpot_s), target.reached(outcome)
     parts = [
         f"{name} {1e3 * found:.1f} ms of {1e3 * most:g}"
-        for name, most, found in zip(("TTFT", "TPOT"), asked, reached, strict=True)
+        for name, most, found in zip(("TTFT", "TPOT"), targets, reached, strict=True)
         if most is not None
     ]
     verdict = "; ".join(target.misses(outcome)) or "met"
@@ -120,7 +120,7 @@ def _bound(stats: SchedulerStats) -> str:
         if count := stats.bound_steps[bound]:
             short = [f"{steps / stats.steps:.1%}" for steps in stats.short_steps] if bound is Bound.KV_PAGES else []
             parts.append(f"{name} in {count / stats.steps:.1%}{_by_group(short)}")
-    return f"limits that kept somebody waiting, of the steps: {', '.join(parts) or 'none'}"
+    return f"limits that kept a request waiting, of the steps: {', '.join(parts) or 'none'}"
 
 
 def _by_group(values: Sequence[object]) -> str:

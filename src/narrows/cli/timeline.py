@@ -118,9 +118,9 @@ def row_bytes(op: Op) -> float:
 
 def op_title(plan: Plan, op: Op, times: str) -> str:
     """An op in words: its name, its rows, its time (``times``), and its fields."""
-    places = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (op.layout, op.leaves)))
+    layouts = " to ".join(dict.fromkeys(layout_words(plan.mesh, at) for at in (op.layout, op.leaves)))
     fields = fields_words(plan.roles.bundle_of, op.reads, op.encoded)
-    title = f"{op.name} of {fields}: {places}, {op.rows} rows, {times}"
+    title = f"{op.name} of {fields}: {layouts}, {op.rows} rows, {times}"
     return f"{title}, {row_bytes(op):.0f} bytes per row" if op.kind is OpKind.MOVE else title
 
 

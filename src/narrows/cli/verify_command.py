@@ -65,16 +65,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--steps is {args.steps}; it must be at least 1")
     if Launch.of_torchrun(os.environ, world_size=None) is not None:
         raise ConfigError("verify starts its ranks itself, on one host: run it without torchrun")
-    asked = at_hand(EngineConfig(model=args.model, **engine_options(args)))
+    engine_config = at_hand(EngineConfig(model=args.model, **engine_options(args)))
     outside, reference = None, "one rank"
     if args.against is not None:
-        if asked.load_format == "dummy":
+        if engine_config.load_format == "dummy":
             raise ConfigError("--load-format dummy has no checkpoint that --against transformers could read")
         reference = f"transformers {transformers_version()}"
-        outside = partial(load_transformers, Path(asked.model))
-    prompts = _token_ids(args, asked.model)
-    report = verify(asked, prompts, num_decode=args.steps, layouts=args.layout or (), outside=outside)
-    served = verify_served(asked, prompts, num_decode=args.steps, layouts=args.layout or ())
+        outside = partial(load_transformers, Path(engine_config.model))
+    prompts = _token_ids(args, engine_config.model)
+    report = verify(engine_config, prompts, num_decode=args.steps, layouts=args.layout or (), outside=outside)
+    served = verify_served(engine_config, prompts, num_decode=args.steps, layouts=args.layout or ())
     out = console(quiet=args.json)
     _print(report, reference, out)
     _print_served(served, out)
@@ -125,7 +125,7 @@ def _print(report: VerifyReport, reference: str, out: Console) -> None:
         if layout.encodings:
             travelled = ", ".join(sorted(layout.encodings))
             out.print(f"{layout.layout}: rows travelled as {travelled} before gathers; tolerance {layout.tolerance:g}")
-        elif resolved.asked.encode_rows != "none":
+        elif resolved.engine_config.encode_rows != "none":
             out.print(
                 f"{layout.layout}: no plan of these steps encodes rows; --encode-rows int8-always encodes all it may"
             )
@@ -155,7 +155,7 @@ def _print_served(served: ServedReport, out: Console) -> None:
 def _document(report: VerifyReport, served: ServedReport, reference: str) -> dict[str, Any]:
     resolved = report.resolved
     return {
-        "model": resolved.asked.model,
+        "model": resolved.engine_config.model,
         "mesh": dict(zip(resolved.mesh.names, resolved.mesh.sizes, strict=True)),
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "reference": reference,

@@ -57,11 +57,11 @@ class Communicator:
     The rules that hold for every method and every transport:
 
     - Every member of ``ranks`` (world ranks, in rank order, this one among them) makes the same call with the same
-      ``ranks``, ``counts`` and ``label``, and as many addends. Nobody skips it: 0 rows for a member or for all of
+      ``ranks``, ``counts`` and ``label``, and as many addends. No member skips it: 0 rows for a member or for all of
       them, 1 row on 8 ranks and width 0 are ordinary.
     - ``ranks`` is a group along consecutive axes of the mesh. To ask for another one is an error in the plan.
     - A result is the caller's own: never a peer's memory, never a send buffer, never the input, except that a group
-      of one rank gets its input back (if that is not a send buffer) and meets nobody.
+      of one rank gets its input back (if that is not a send buffer) and waits for no other.
     - An input may be written again as soon as the call has returned.
     - On CPU a sum is taken in float32, ``((x_0 + x_1) + x_2) + ...`` in the order of ``ranks``, then this rank's
       addends in their order, and rounded once to ``x.dtype``: the same bits whichever collective takes it.
@@ -80,7 +80,7 @@ class Communicator:
     Errors:
         RankError: another rank failed first, or did not come in time; it is named.
         CollectiveMismatchError: members came with different calls, or with a tensor that does not fit the counts.
-            In checked mode it is raised before any data is read, and says who came with what.
+            In checked mode it is raised before any data is read, and names the calls that ranks came with.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Communicator:
     ) -> Tensor:
         """All rows of the sum: bit for bit :meth:`reduce_scatter` followed by :meth:`all_gather` with these counts.
 
-        The rows of piece i are summed by member i, who adds its own ``addends`` to them.
+        The rows of piece i are summed by member i, which adds its own ``addends`` to them.
 
         Args:
             x: ``[T, W]``, this rank's part of the owed sum.
@@ -236,7 +236,7 @@ class Communicator:
         """Uninitialised ``[rows, width]`` memory on this rank's device, from which collectives send without a copy.
 
         Valid until the collective that it is handed to (as ``x``, as one of ``xs``, or as an addend) returns. Two
-        buffers asked for before that are two different pieces of memory, whatever their shapes. A buffer that is
+        buffers taken before that are two different pieces of memory, whatever their shapes. A buffer that is
         never handed to a collective is never reused.
         """
         return self._buffers.lend(rows, width, dtype)
@@ -368,7 +368,7 @@ class Communicator:
     def replay(self, captured: CapturedCollectives) -> None:
         """Make all captured calls again, the collectives among them, with the same tensors.
 
-        Every member of each group makes them too, by replay or anew. Errors are those of the collectives.
+        Every member of each group makes them too, by replay or by calling them. Errors are those of the collectives.
         """
         captured.calls.rewind()
         self._replayed = captured

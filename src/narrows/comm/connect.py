@@ -57,7 +57,7 @@ def connect_process(
     Args:
         store: a ``torch.distributed`` store that all ranks have and nothing else uses.
         address: this host's address that the others can reach.
-        node: this host's number, as the user has said it: ranks of different nodes share no memory.
+        node: this host's number, as the user gave it: ranks of different nodes share no memory.
 
     Raises:
         PeersLostError: the ranks did not find each other.

@@ -1,7 +1,7 @@
 """The transport of a group that lies on several hosts: shared memory within each, gloo between them.
 
 Between two hosts each row travels once, whatever the number of ranks there. A host first sums its own members' rows;
-each member then exchanges the part that it holds with those who hold the same rows elsewhere; what came is gathered in
+each member then exchanges the part that it holds with those that hold the same rows elsewhere; what came is gathered in
 the host. So a host of s members sends 1/s of what it would send if every member met every other.
 
 A sum is taken host by host: float32 in rank order among a host's members, rounded to ``x.dtype`` to travel; then
@@ -215,13 +215,13 @@ def _way(sizes: tuple[int, ...], me: int, counts: tuple[int, ...]) -> _Way:
     """What member ``me`` does in a gather or reduce-scatter of ``counts`` rows on hosts of ``sizes`` members."""
     members, rows = starts(sizes), starts(counts)
     host = next(i for i, (first, stop) in enumerate(members) if first <= me < stop)
-    place = me - members[host][0]
+    index = me - members[host][0]
     here = rows[members[host][0]][0], rows[members[host][1] - 1][1]
     blocks, with_holders = [], []
     for other, (first, stop) in enumerate(members):
         start, end = rows[first][0], rows[stop - 1][1]
         split = counts[first:stop] if other == host else split_evenly(end - start, sizes[host])
-        held = _moved(starts(split)[place], start)
+        held = _moved(starts(split)[index], start)
         with_owners = () if other == host else tuple(_overlaps(held, rows[first:stop], first))
         blocks.append(_Block(start, end, split, held[1] - held[0], with_owners))
         shares = [_moved(span, here[0]) for span in starts(split_evenly(here[1] - here[0], sizes[other]))]

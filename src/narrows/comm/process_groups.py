@@ -251,6 +251,6 @@ def viewed(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
 
 
 def _text(error: RuntimeError) -> str:
-    """The first line of torch's message, without the place in its sources."""
+    """The first line of torch's message, without the line of its sources."""
     line = str(error).partition("\n")[0]
     return line.rpartition(".cc:")[2].partition("] ")[2] or line

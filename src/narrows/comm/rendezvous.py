@@ -138,7 +138,7 @@ class Rendezvous:
         return round_.results[me]
 
     def abandon(self) -> None:
-        """Releases all who wait for a member to come, without a result."""
+        """Releases all that wait for a member to come, without a result."""
         with self._lock:
             for waiting, gate in zip(self._waiting, self._gates, strict=True):
                 if waiting:
@@ -157,7 +157,7 @@ class Rendezvous:
                     gate.release()
 
     def _overdue(self, me: int) -> None:
-        """Raises if members are missing; else waits for the one who works, or who has opened the gate just now."""
+        """Raises if members are missing; else waits for the one that works, or that has opened the gate just now."""
         with self._lock:
             late = self._waiting[me]
             waiting = [rank for rank, waits in zip(self._ranks, self._waiting, strict=True) if waits]

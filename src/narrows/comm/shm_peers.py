@@ -1,6 +1,6 @@
 """The ranks that share memory: they find each other on one host, map each other's segments, and notice ended processes.
 
-Which ranks are on one host is what the user has said (the node number); they must be able to open each other's memory.
+Which ranks are on one host is what the user has given (the node number); they must be able to open each other's memory.
 Ranks of different nodes do not share memory even if they could, as they can among network namespaces of one machine.
 
 A segment has no name that could outlive its process. A peer opens it through /proc, as the same user in the same
@@ -33,20 +33,20 @@ _NONCE = 32
 class ShmPeers:
     """The ranks of a world, seen from one of them: whose memory each has mapped."""
 
-    def __init__(self, rank: int, functions: Functions, segment: Segment, places: dict[int, Any]) -> None:
+    def __init__(self, rank: int, functions: Functions, segment: Segment, addresses: dict[int, Any]) -> None:
         self.rank = rank
         self.functions = functions
         self.segment = segment
         self.maps: dict[int, mmap.mmap] = {rank: segment.map}
-        self._pids = {other: place["pid"] for other, place in places.items() if place}
-        self._nodes = {other: place["node"] for other, place in places.items() if place}
+        self._pids = {other: address["pid"] for other, address in addresses.items() if address}
+        self._nodes = {other: address["node"] for other, address in addresses.items() if address}
         self._pidfds: dict[int, int] = {}
         self._seen: dict[int, set[int]] = {}
         self._poll = select.poll()
-        for other, place in places.items():
-            if other == rank or not place or (place["node"], place["host"]) != (places[rank]["node"], _host()):
+        for other, address in addresses.items():
+            if other == rank or not address or (address["node"], address["host"]) != (addresses[rank]["node"], _host()):
                 continue
-            if (found := _opened(place)) is not None:
+            if (found := _opened(address)) is not None:
                 self.maps[other] = found
                 self._watch(other)
 
@@ -113,19 +113,19 @@ def share(store: Any, rank: int, size: int, node: int) -> tuple[ShmPeers | None,
             segment = Segment(compiled.limits.blocks_start)
         except OSError as error:
             why = f"no shared memory: {error}"
-    place: dict[str, Any] | None = None
+    address: dict[str, Any] | None = None
     if segment is not None:
         nonce = secrets.token_bytes(_NONCE)
         segment.map[:_NONCE] = nonce
-        place = {"node": node, "host": _host(), "pid": os.getpid(), "fd": segment.fd, "nonce": nonce.hex()}
-    store.set(f"rank {rank}", json.dumps(place))
-    places = {other: json.loads(store.get(f"rank {other}")) for other in range(size)}
+        address = {"node": node, "host": _host(), "pid": os.getpid(), "fd": segment.fd, "nonce": nonce.hex()}
+    store.set(f"rank {rank}", json.dumps(address))
+    addresses = {other: json.loads(store.get(f"rank {other}")) for other in range(size)}
     if segment is None or compiled is None:
         store.set(f"seen by {rank}", "[]")
         return None, why
-    found = ShmPeers(rank, compiled, segment, places)
+    found = ShmPeers(rank, compiled, segment, addresses)
     found.agree(store, size)
-    several = len({place["node"] for place in places.values() if place}) > 1
+    several = len({address["node"] for address in addresses.values() if address}) > 1
     return found, "they are on several hosts" if several else "these ranks cannot open each other's memory"
 
 
@@ -137,10 +137,10 @@ def _host() -> list[str]:
         return ["", str(os.getpid())]
 
 
-def _opened(place: dict[str, Any]) -> mmap.mmap | None:
+def _opened(address: dict[str, Any]) -> mmap.mmap | None:
     """A peer's segment; None if this process may not open it."""
     try:
-        fd = os.open(f"/proc/{place['pid']}/fd/{place['fd']}", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{address['pid']}/fd/{address['fd']}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -149,4 +149,4 @@ def _opened(place: dict[str, Any]) -> mmap.mmap | None:
         return None
     finally:
         os.close(fd)
-    return found if found[:_NONCE] == bytes.fromhex(place["nonce"]) else None
+    return found if found[:_NONCE] == bytes.fromhex(address["nonce"]) else None

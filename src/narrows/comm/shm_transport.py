@@ -49,7 +49,7 @@ _COPIED = 1 << 16
 
 _NORMED = frozenset((torch.float32, torch.bfloat16))
 _LINE = 64
-"""A copied input begins at a cache line of its own."""
+"""A copied input begins at its own cache line."""
 
 
 @cache
@@ -76,8 +76,8 @@ class ShmTransport(Transport):
         self._limits = peers.functions.limits
         assert slot < self._limits.max_groups, f"a rank in more than {self._limits.max_groups} groups"
         self._segments = numbers(*peers.starts(ranks))
-        place = (len(peers.segment.map), ctypes.addressof(self._segments))
-        self._endpoint = numbers(self.size, self.me, slot, *place, 0, 0)
+        address = (len(peers.segment.map), ctypes.addressof(self._segments))
+        self._endpoint = numbers(self.size, self.me, slot, *address, 0, 0)
         assert ctypes.sizeof(self._endpoint) == self._limits.endpoint_bytes, "the library is of other sources"
         self._args = numbers(*(0,) * (3 * self._limits.max_fields + 2))
         self._addresses = ctypes.addressof(self._endpoint), ctypes.addressof(self._args)

@@ -1,6 +1,6 @@
 """The transport among threads of one process: collectives hand references from thread to thread.
 
-Members bring their tensors to a rendezvous; the last to come makes every member's result, each in memory of its own.
+Members bring their tensors to a rendezvous; the last to come makes every member's result, each in its own memory.
 That is one core's work, however many ranks there are. It is made for tests and `verify`, where tensors are small or the
 stages between collectives take far longer.
 """

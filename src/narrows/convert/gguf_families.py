@@ -1,4 +1,4 @@
-"""The architectures of llama.cpp that narrows reads from GGUF, and what tells them apart.
+"""The architectures of llama.cpp that narrows reads from GGUF, and how they differ.
 
 ``general.architecture`` is llama.cpp's word: ``llama`` covers Mistral too, ``deepseek2`` every model with DeepSeek's
 attention, V2 and V3 alike. Which of the two a file holds is decided by how its experts are routed.
@@ -14,7 +14,7 @@ from narrows.convert.gguf_fields import Fields
 from narrows.convert.gguf_header import GgufHeader
 from narrows.errors import ConfigError
 
-__all__ = ["FAMILIES", "SIGMOID", "SOFTMAX", "Family", "gating", "gguf_family"]
+__all__ = ["GGUF_FAMILIES", "SIGMOID", "SOFTMAX", "Family", "gating", "gguf_family"]
 
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
 
@@ -37,7 +37,7 @@ class Family:
     latent: bool = False
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+GGUF_FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(hf_class="LlamaForCausalLM", model_type="llama", rows_reordered=True),
         "qwen2": Family(hf_class="Qwen2ForCausalLM", model_type="qwen2", biases=("q", "k", "v")),
@@ -55,11 +55,13 @@ GLM_LITE_VOCABULARY = 154880
 def gguf_family(file: GgufHeader) -> Family:
     """The architecture; `ConfigError` names those that are known."""
     name = file.need("general.architecture", str)
-    if name not in FAMILIES:
-        raise ConfigError(f"{file.path} is of the architecture {name!r}; supported: {', '.join(map(repr, FAMILIES))}")
+    if name not in GGUF_FAMILIES:
+        raise ConfigError(
+            f"{file.path} is of the architecture {name!r}; supported: {', '.join(map(repr, GGUF_FAMILIES))}"
+        )
     if name == "deepseek2" and _routes(Fields(file)) and gating(Fields(file)) == SIGMOID:
         return DEEPSEEK_V3
-    return FAMILIES[name]
+    return GGUF_FAMILIES[name]
 
 
 def _routes(fields: Fields) -> bool:
@@ -72,11 +74,11 @@ def gating(fields: Fields) -> int:
 
     Files older than the key hold DeepSeek V2 (softmax), but for GLM-4.7-Flash, which llama.cpp knows by its sizes.
     """
-    asked = fields.integer("expert_gating_func", 0)
-    if asked == 0:
+    given = fields.integer("expert_gating_func", 0)
+    if given == 0:
         vocab = fields.integer("vocab_size", len(fields.file.get("tokenizer.ggml.tokens", list[str], ())))
         layers = fields.integer("block_count") - fields.integer("nextn_predict_layers", 0)
         return SIGMOID if vocab == GLM_LITE_VOCABULARY and layers in (47, 48) else SOFTMAX
-    if asked not in (SOFTMAX, SIGMOID):
+    if given not in (SOFTMAX, SIGMOID):
         raise fields.refuse("expert_gating_func", f"supported: {SOFTMAX} (softmax) and {SIGMOID} (sigmoid)")
-    return asked
+    return given

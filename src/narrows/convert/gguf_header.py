@@ -122,10 +122,10 @@ class GgufHeader:
 
 
 def _read_parts(path: Path) -> tuple[GgufPart, ...]:
-    asked = GgufPart(path)
-    count = asked.metadata.get("split.count", 0)
+    first = GgufPart(path)
+    count = first.metadata.get("split.count", 0)
     if count in (0, 1):  # 0: an unsplit file written by a tool that splits
-        return (asked,)
+        return (first,)
     match = PART_NAME.fullmatch(path.name)
     if match is None or type(count) is not int or int(match["count"]) != count:
         raise CheckpointError(
@@ -137,10 +137,10 @@ def _read_parts(path: Path) -> tuple[GgufPart, ...]:
         raise CheckpointError(f"{path} needs {count} parts beside it; {len(missing)} are missing, first {missing[0]}")
     parts = tuple(GgufPart(part, number) for number, part in enumerate(paths))
     for part in parts:
-        said = tuple(part.metadata.get(key) for key in ("split.no", "split.count"))
-        if said != (part.number, count):
+        stated = tuple(part.metadata.get(key) for key in ("split.no", "split.count"))
+        if stated != (part.number, count):
             raise CheckpointError(
-                f"{part.path} is by its name part {part.number + 1} of {count}, but its split.no is {said[0]!r:.40} "
-                f"(from 0) and its split.count {said[1]!r:.40}; fetch it again"
+                f"{part.path} is by its name part {part.number + 1} of {count}, but its split.no is {stated[0]!r:.40} "
+                f"(from 0) and its split.count {stated[1]!r:.40}; fetch it again"
             )
     return parts

@@ -1,7 +1,7 @@
 """Writes one ``.safetensors`` file a piece of a tensor at a time.
 
 The format: eight bytes with the header's length (little-endian), a JSON header with each tensor's dtype, shape and
-place, then the tensors' bytes without gaps. The safetensors library wants all tensors in memory before it writes.
+position, then the tensors' bytes without gaps. The safetensors library wants all tensors in memory before it writes.
 """
 
 from __future__ import annotations

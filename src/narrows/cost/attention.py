@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from narrows.cost.devices import Device
 from narrows.cost.grids import Grid, grids
-from narrows.cost.kernels import attention_price as roofline_price
+from narrows.cost.kernels import attention_roofline
 from narrows.cost.price import ZERO, Price, Source
 
 __all__ = ["AttentionShape", "attention_price"]
@@ -47,7 +47,7 @@ def attention_price(device: Device, shape: AttentionShape, *, dtype: str, kv_dty
     """
     if not shape.flops and not shape.kv_bytes:
         return ZERO
-    limit = roofline_price(device, flops=shape.flops, kv_bytes=shape.kv_bytes, dtype=dtype)
+    limit = attention_roofline(device, flops=shape.flops, kv_bytes=shape.kv_bytes, dtype=dtype)
     kernel = f"{'mla' if shape.latent else 'gqa'}_{'decode' if shape.decode else 'prefill'}"
     tables = grids(device.kernels, kernel) if device.kernels is not None and dtype != "fp32" else {}
     own = device.kernels == device.name and (kv_dtype,) in tables

@@ -1,6 +1,6 @@
 """Measured GPU kernel times over several sizes, interpolated in log space.
 
-The tables are ``data/gpu.zip``, one member per device and kernel, read when it is first asked for
+The tables are ``data/gpu.zip``, one member per device and kernel, read when it is first needed
 (``benchmarks/price_tables/build.py`` makes them).
 """
 

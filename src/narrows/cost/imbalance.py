@@ -3,7 +3,7 @@
 Two causes. Experts are not equally popular: their loads are drawn from a power law, density ``x ** -skew`` between 1
 and 0.8 x 4096, which is what NVIDIA AIConfigurator draws synthetic DeepSeek loads from (exponent 1.01; 0.6 stands for
 balanced experts). And few rows fall unevenly even on equal experts, as balls do into bins. A step waits for its fullest
-rank, and a model's layers each draw anew, so what counts is the mean of the largest load over many draws.
+rank, and a model's layers each draw again, so what counts is the mean of the largest load over many draws.
 
 The draws are seeded and the same everywhere. Up to 32 rows each row's experts are drawn one by one, without putting
 back; beyond, a rank's load is its experts' popularity and a Gaussian of the variance that so many rows leave. Their

@@ -1,6 +1,6 @@
 """Prices what is not a GEMM and not a collective: norms, element-wise work, the attention core.
 
-Each is a roofline with an efficiency that was fitted or assumed, never measured on the device asked about, so every
+Each is a roofline with an efficiency that was fitted or assumed, never measured on that device, so every
 price here says ``roofline``. The norm efficiencies are fitted to the published H20 profile and taken over for the other
 devices; an attention efficiency is a stated assumption (see ``Device.sources``).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from narrows.cost.devices import Device
 from narrows.cost.price import ZERO, Price, Source
 
-__all__ = ["attention_price", "norm_price", "stream_price"]
+__all__ = ["attention_roofline", "norm_price", "stream_price"]
 
 
 def norm_price(device: Device, nbytes: float, *, fused: bool) -> Price:
@@ -32,7 +32,7 @@ def stream_price(device: Device, nbytes: float) -> Price:
     return _memory_price(device, nbytes, device.stream_efficiency)
 
 
-def attention_price(device: Device, *, flops: float, kv_bytes: float, dtype: str) -> Price:
+def attention_roofline(device: Device, *, flops: float, kv_bytes: float, dtype: str) -> Price:
     """The attention core of one layer: the larger of compute and the reading of keys and values, + launch.
 
     ``flops`` are the multiplies and adds of this rank (2 per multiply-accumulate, masked positions left out),

@@ -43,7 +43,7 @@ __all__ = [
     "WORKS",
     "CollectiveTable",
     "Measured",
-    "Part",
+    "ProfileObject",
     "SizeRow",
     "StageTable",
     "StepTable",
@@ -81,7 +81,7 @@ Point = tuple[float, float]
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-class Part(BaseModel):
+class ProfileObject(BaseModel):
     """A part of a profile. An unknown field is an error: a misspelt one would leave a price to the roofline unsaid."""
 
     model_config = ConfigDict(
@@ -112,7 +112,7 @@ def short(number: float) -> float:
 
 
 def _row(row: Sequence[float]) -> list[float]:
-    """A row as it is written: microseconds and spread to three places."""
+    """A row as it is written: microseconds and spread to three decimals."""
     return [short(row[0]), *(round(x, 3) for x in row[1:3]), *map(short, row[3:])]
 
 
@@ -132,7 +132,7 @@ def _item(name: str, kind: type[Work]) -> Any:
         is_size = hints[each.name] in (int, float)
         hint = Annotated[hints[each.name], Field(ge=0)] if is_size else hints[each.name]
         given[each.name] = (hint, ... if each.default is MISSING else each.default)
-    return create_model(name, __base__=Part, **given)
+    return create_model(name, __base__=ProfileObject, **given)
 
 
 _Item: Any = (
@@ -156,7 +156,7 @@ SizeRow = Annotated[list[_Number], Field(min_length=2, max_length=3), PlainSeria
 _SizeRows = Annotated[list[SizeRow], Field(min_length=2)]
 
 
-class StageTable(Part):
+class StageTable(ProfileObject):
     """Microseconds of one stage: what it computes on the largest rank, in which dtype, and the points.
 
     ``phase``: of which steps; None: of all. Steps of few rows cost less in decode, where they are replayed; attention
@@ -177,7 +177,7 @@ class StageTable(Part):
         return tuple(self.work)
 
 
-class CollectiveTable(Part):
+class CollectiveTable(ProfileObject):
     """Microseconds of one collective in groups of ``ranks``, over the bytes of the whole tensor. All groups of the
     world exchange at once. ``axis``: one of AXES; ``phase``: of which steps; None: of all. ``nodes``: that each group
     lies on; with one of its ranks on each where ``nodes`` is ``ranks``. ``algorithm``: how it is done there.
@@ -198,13 +198,13 @@ class CollectiveTable(Part):
         return self
 
     @model_serializer(mode="wrap")
-    def _said(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _given_fields(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = whole(self)
         usual = {"nodes": 1, "algorithm": Algorithm.FLAT}
         return {name: value for name, value in document.items() if value != usual.get(name, ...)}
 
 
-class StepTable(Part):
+class StepTable(ProfileObject):
     """Microseconds of a step outside of the run of its plan, over its rows: handing it out, its inputs, its result."""
 
     phase: _Phase

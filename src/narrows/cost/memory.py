@@ -15,12 +15,12 @@ __all__ = ["MemoryUse", "kv_token_bytes", "memory_use", "weight_bytes"]
 FP8_BLOCK = (128, 128)
 """Rows and columns that share one float32 scale in FP8, where the checkpoint does not say."""
 CPU_PROCESS = 210e6
-"""Of a rank process on a CPU before its weights: the interpreter and torch, memory of its own. 185 MB were measured on
+"""Of a rank process on a CPU before its weights: the interpreter and torch, private memory. 185 MB were measured on
 an AMD EPYC (Zen 4), 216 to 247 on a Xeon with AMX (benchmarks/memory.py). Libraries that all map are not counted."""
 GPU_PROCESS = 3.5e9
 """Of a rank on a GPU: the context, kernels, graphs and workspaces of libraries. NVIDIA AIConfigurator's figure."""
 GPU_COLLECTIVES = 0.4e9
-"""Of NCCL, where there are several ranks; from the same place."""
+"""Of NCCL, where there are several ranks; from the same source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

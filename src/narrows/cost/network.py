@@ -21,7 +21,7 @@ class Network:
     bytes_per_s: float
     """Of one network card, in each direction: nominal of InfiniBand and RoCE, what TCP leaves of Ethernet."""
     card_per_rank: bool = True
-    """Each rank has a card of its own (HGX and DGX boxes); else all ranks of a node share one."""
+    """Each rank has its own card (HGX and DGX boxes); else all ranks of a node share one."""
     latency_s: float
     """What a step from one node to another adds to a collective."""
     source: str

@@ -44,7 +44,7 @@ class Source(enum.IntEnum):
 class Price:
     """Predicted seconds of one op, and the weakest evidence behind them.
 
-    ``error``: how many seconds it may be off (:mod:`narrows.cost.bands`); 0 where nobody has said so yet.
+    ``error``: how many seconds it may be off (:mod:`narrows.cost.bands`); 0 where none is known yet.
     """
 
     seconds: float
@@ -72,7 +72,7 @@ ZERO = Price(0.0, Source.MEASURED)
 def read_rows(name: str, columns: tuple[str, ...]) -> list[list[str]]:
     """The rows of ``data/<name>``, one list of texts per line; the header must be exactly ``columns``.
 
-    Read when first asked for, never at import.
+    Read when first needed, never at import.
     """
     data = pkgutil.get_data(__package__, f"data/{name}")
     assert data is not None, f"data/{name} is missing from the package"

@@ -226,7 +226,7 @@ class Pricer:
         return Price(price.seconds - saved, price.source) if saved else price
 
     def _together(self, stage: Stage, work: tuple[Work, ...], rows: int, dtype: str) -> dict[int, Price]:
-        """What items cost, by place in ``work``, that a GPU's kernels do together or in another form."""
+        """What items cost, by index in ``work``, that a GPU's kernels do together or in another form."""
         found: dict[int, Price] = {}
         if stage.routed is not None:
             price = experts_price(self.device, stage.routed, rows, self._fp8(dtype), self.expert_skew)
@@ -321,7 +321,7 @@ class Pricer:
         return price
 
     def _axis(self, move: Move, among: Levels, levels: Levels) -> str:
-        """Whether the ranks of a group lie next to each other; those of equal place on their nodes do not."""
+        """Whether the ranks of a group lie next to each other; those of equal rank on their nodes do not."""
         adjacent = prod(self.mesh.sizes[move.last :]) == 1 and (among == levels or not among.spans)
         return AXES[0] if adjacent else AXES[1]
 
@@ -349,7 +349,7 @@ class Pricer:
         return price.plus(replace(normed, ps=(normed.ps - launch) // 2))
 
     def _rows(self, row_set: RowSet, layout: Layout) -> int:
-        """Rows of the largest rank; the same few layouts are asked for again and again."""
+        """Rows of the largest rank; the same few layouts come again and again."""
         rows = self._largest.get((row_set, layout))
         if rows is None:
             rows = self._largest[row_set, layout] = self.shape.split(row_set).largest(layout)
@@ -377,7 +377,7 @@ class Pricer:
         return self._streamed(self._rows(row_set, layout), row_bytes)
 
     def select(self, layout: Layout, row_bytes: int) -> OpPrice:
-        """Copying out the rows whose logits are asked for."""
+        """Copying out the rows whose logits are requested."""
         return self._streamed(self._rows(RowSet.LOGITS, layout), 2 * row_bytes)
 
     def _streamed(self, rows: int, row_bytes: int) -> OpPrice:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, field_seriali
 
 from narrows.cost.devices import DEVICES, Device, device, device_of_card
 from narrows.cost.environment import MachineFingerprint
-from narrows.cost.measured import WORKS, CollectiveTable, Measured, Part, SizeRow, StageTable, StepTable, short
+from narrows.cost.measured import WORKS, CollectiveTable, Measured, ProfileObject, SizeRow, StageTable, StepTable, short
 from narrows.cost.network import NETWORKS
 from narrows.errors import ConfigError
 from narrows.native import why_absent
@@ -27,6 +27,7 @@ __all__ = [
     "DeviceFigures",
     "Profile",
     "calibrate_command",
+    "check_device_name",
     "choose_device",
     "nearest_device",
     "profiles_folder",
@@ -39,6 +40,8 @@ _FOLDER_VARIABLE = "NARROWS_PROFILES"
 _PEAKS = ("tflops_bf16", "tflops_fp32", "tflops_int8", "tflops_fp8")
 _PLANNED = ("threads", "world", "card")
 """What may differ between a profile and ranks that are only planned."""
+_KINDS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+"""What users call a kind of device, with the value of ``--run-on``."""
 
 _Rate = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -50,7 +53,7 @@ _Seconds = Annotated[float, Field(ge=0)]
 _UNSAID: Any = None
 
 
-class DeviceFigures(Part):
+class DeviceFigures(ProfileObject):
     """Figures of a :class:`~narrows.cost.devices.Device`; what is left out is that of ``like``."""
 
     like: Literal[tuple(DEVICES)] = "cpu-core"  # type: ignore[valid-type]
@@ -84,14 +87,14 @@ class DeviceFigures(Part):
         }
 
     @model_serializer
-    def _said(self) -> dict[str, Any]:
+    def _given_fields(self) -> dict[str, Any]:
         return {
             "like": self.like,
             **{name: short(x) if isinstance(x, float) else x for name, x in self.given().items()},
         }
 
 
-class Profile(Part):
+class Profile(ProfileObject):
     """A machine's prices, and what they were made for. ``made``: date, command, models; for people."""
 
     narrows_profile: Literal[1] = 1
@@ -145,12 +148,12 @@ class Profile(Part):
             notes=f"profile for {self.fits.document() or 'any setting'}, made {date or 'at an unknown date'}",
         )
 
-    def said(self, file: str, dtype: str = "") -> str:
-        """What prices of weights of ``dtype`` are, in one line, where they are of this profile."""
-        line = f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
+    def line(self, file: str, dtype: str = "") -> str:
+        """One line for the log: which profile the prices come from, and whether it measured ``dtype``."""
+        text = f"prices: the profile {file}, made {self.made.get('date', 'at an unknown date')}"
         if self.knows(dtype):
-            return line
-        return f"{line}; it measured {', '.join(self.dtypes)}, by which {dtype} is scaled"
+            return text
+        return f"{text}; it measured {', '.join(self.dtypes)}, by which {dtype} is scaled"
 
     def knows(self, dtype: str) -> bool:
         """Whether stages were measured in ``dtype``, or none at all; empty: any will do."""
@@ -204,7 +207,7 @@ def read_profile(path: Path) -> Profile:
     if document["narrows_profile"] != VERSION:
         raise ConfigError(
             f"{path} is a profile of version {document['narrows_profile']!r}, and this narrows reads version "
-            f"{VERSION}; make it anew with: narrows calibrate"
+            f"{VERSION}; make a new one with: narrows calibrate"
         )
     try:
         profile = Profile.model_validate_json(text)
@@ -216,10 +219,10 @@ def read_profile(path: Path) -> Profile:
 def _other_rates(base: Device, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, and the peaks that it does not say: those of ``base``, as much faster or slower as the first that it
     does say."""
-    said = next((name for name in _PEAKS if given.get(name) and getattr(base, name)), None)
-    if said is None:
+    reference = next((name for name in _PEAKS if given.get(name) and getattr(base, name)), None)
+    if reference is None:
         return dict(given)
-    factor = given[said] / getattr(base, said)
+    factor = given[reference] / getattr(base, reference)
     others = {name: getattr(base, name) for name in _PEAKS if name not in given}
     return {**{name: peak and peak * factor for name, peak in others.items()}, **given}
 
@@ -249,14 +252,35 @@ def profiles_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "narrows" / "profiles"
 
 
+def check_device_name(name: str, *, runs: bool) -> None:
+    """Refuse a kind of device (``cpu``, ``cuda``, ``cuda:0``) as the name of the one that plans are priced for.
+
+    Args:
+        name: the value of ``--device``.
+        runs: whether ranks run here, so that the user may mean where they compute.
+
+    Raises:
+        ConfigError: it is a kind; the text has the way out.
+    """
+    kind = _KINDS.get(name.partition(":")[0])
+    if kind is None:
+        return
+    if runs:
+        raise ConfigError(
+            f"--device {name}: --device names the device that plans are priced for; to choose where ranks compute, "
+            f"say --run-on {kind}"
+        )
+    raise ConfigError(f"--device {name} is a kind of device; name the one that is priced: {', '.join(DEVICES)}")
+
+
 def choose_device(
-    asked: str, setting: Callable[[], MachineFingerprint], *, dtype: str = "", model: str = "", runs: bool
+    name: str, setting: Callable[[], MachineFingerprint], *, dtype: str = "", model: str = "", runs: bool
 ) -> tuple[Device, list[str]]:
     """The device that plans are priced for, and notes on what its prices rest on.
 
     Args:
-        asked: a device of the catalogue; the file of a profile; or ``auto``: the profile among this user's that fits.
-        setting: says this machine and its ranks; asked for only where a profile may be taken.
+        name: a device of the catalogue; the file of a profile; or ``auto``: the profile among this user's that fits.
+        setting: says this machine and its ranks; needed only where a profile may be taken.
         dtype: of weights, by the name that prices use. Empty: whatever the profile knows.
         model: that the steps are of: its name or folder.
         runs: ranks run here by these prices. They refuse a profile of another setting, and without a profile take the
@@ -266,21 +290,22 @@ def choose_device(
     Raises:
         ConfigError: no such device, no such profile, or one that does not hold here, with the way out.
     """
-    if asked == "auto":
+    check_device_name(name, runs=runs)
+    if name == "auto":
         return _kept(setting(), dtype, model, runs)
-    if not (asked.endswith(".json") or os.sep in asked):
-        return device(asked), []
-    profile, mine = read_profile(Path(asked)), setting()
+    if not (name.endswith(".json") or os.sep in name):
+        return device(name), []
+    profile, mine = read_profile(Path(name)), setting()
     misfit = profile.fits.misfit(mine, whatever=() if runs else ("ranks", *_PLANNED))
     if not runs:
-        other = [f"the profile {asked} is not of this machine: {misfit}"] if misfit else []
-        return profile.device, [profile.said(asked, dtype), *other]
+        other = [f"the profile {name} is not of this machine: {misfit}"] if misfit else []
+        return profile.device, [profile.line(name, dtype), *other]
     if misfit:
         raise ConfigError(
-            f"the profile {asked} was made for something else ({misfit}), so its prices do not hold for these "
-            f"ranks; make one with: {calibrate_command(mine, dtype)} --out {asked}"
+            f"the profile {name} was made for something else ({misfit}), so its prices do not hold for these "
+            f"ranks; make one with: {calibrate_command(mine, dtype)} --out {name}"
         )
-    return profile.device, [_said(profile, asked, mine, dtype)]
+    return profile.device, [_profile_line(profile, name, mine, dtype)]
 
 
 def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tuple[Device, list[str]]:
@@ -303,16 +328,16 @@ def _kept(setting: MachineFingerprint, dtype: str, model: str, runs: bool) -> tu
             refused.append(f"the profile {path.name} is not used: {misfit}")
     if fitting:
         (*_, file), best = max(fitting, key=lambda one: one[0])
-        return best.device, [_said(best, str(file), setting, dtype) if runs else best.said(str(file), dtype)]
+        return best.device, [_profile_line(best, str(file), setting, dtype) if runs else best.line(str(file), dtype)]
     if not runs:
         ranks = setting.ranks
         none = f"there is no profile of this machine for {ranks} rank(s) in {profiles_folder()}"
-        way_out = f"make one with: narrows calibrate --ranks {ranks}, or name a --device"
+        way_out = f"make one with: narrows calibrate --num-ranks {ranks}, or name a --device"
         raise ConfigError(f"{'; '.join(refused) or none}; {way_out}")
     nearest = nearest_device(setting)
     if nearest is None:
         raise ConfigError(f"there are no prices for {setting.card!r} here; name the most similar device with --device")
-    return device(nearest), [f"{line}; anew: {calibrate_command(setting, dtype)}" for line in refused]
+    return device(nearest), [f"{line}; make a new one with: {calibrate_command(setting, dtype)}" for line in refused]
 
 
 def nearest_device(setting: MachineFingerprint) -> str | None:
@@ -320,16 +345,16 @@ def nearest_device(setting: MachineFingerprint) -> str | None:
     return device_of_card(setting.card) if setting.card else "cpu-core"
 
 
-def _said(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) -> str:
-    line = profile.said(file, dtype)
+def _profile_line(profile: Profile, file: str, setting: MachineFingerprint, dtype: str) -> str:
+    line = profile.line(file, dtype)
     return line if profile.knows(dtype) else f"{line}; {calibrate_command(setting, dtype)} measures it"
 
 
 def calibrate_command(setting: MachineFingerprint, dtype: str) -> str:
     """What makes a profile for ``setting`` and weights of ``dtype``."""
     threads = f" --threads {setting.threads}" if setting.threads != 1 else ""
-    world = "" if setting.world in ("shm", "shm+gloo", "alone") else f" --world {setting.world}"
-    world += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
+    transport = "" if setting.world in ("shm", "shm+gloo", "alone") else f" --transport {setting.world}"
+    transport += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
     switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
     weights = {"bf16": "", "fp32": " --dtype float32"}.get(dtype, f" --quantization {dtype}")
-    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{weights}{world}"
+    return f"{switch}narrows calibrate --num-ranks {setting.ranks}{threads}{weights}{transport}"

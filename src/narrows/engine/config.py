@@ -17,10 +17,10 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.checkpoints import local_model
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.pricer import StepShape
-from narrows.cost.profile import choose_device
+from narrows.cost.profile import check_device_name, choose_device
 from narrows.engine.host import Host, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
-from narrows.engine.prices import setting_of
+from narrows.engine.rank_environment import rank_fingerprint
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Topology, split_evenly
 from narrows.models.registry import check_executable
@@ -101,13 +101,13 @@ class EngineConfig:
     threads: int | None = 1
     """torch threads per rank; None: the cores, divided among the ranks."""
     timeout_s: float = 60.0
-    copies: bool = False
-    """Rank processes may be copies of this process (`ranks/copies.py`): set by a process whose own main program is
+    fork_self: bool = False
+    """Ranks may come from a fork of this process (`ranks/fork_server.py`): set by a process whose own main program is
     narrows."""
     launch: Launch | None = None
     """This process's part, if ranks run on several hosts or were started by torchrun; then they are processes."""
     prefix_cache: bool = True
-    """KV of tokens that another request has in the same places is used again; never with ``batch_invariant``."""
+    """KV of tokens that another request has at the same positions is used again; never with ``batch_invariant``."""
     checked: bool = False
     batch_invariant: bool = False
     """Tokens do not depend on other requests: one plan for every step, and each row computed alone."""
@@ -123,7 +123,7 @@ class EngineConfig:
 class Resolved:
     """An engine's decisions, all of them made."""
 
-    asked: EngineConfig
+    engine_config: EngineConfig
     config: ModelConfig
     mesh: Mesh
     deployment: Deployment
@@ -139,8 +139,8 @@ class Resolved:
     @property
     def threads(self) -> int:
         """torch threads per rank."""
-        assert self.asked.threads is not None, "resolve() decides how many"
-        return self.asked.threads
+        assert self.engine_config.threads is not None, "resolve() decides how many"
+        return self.engine_config.threads
 
     @property
     def num_slots(self) -> int:
@@ -153,9 +153,9 @@ class Resolved:
         Raises:
             CheckpointError: the checkpoint is missing or incomplete.
         """
-        if self.asked.load_format == "dummy":
-            return DummyWeights(seed=self.asked.seed, dtype=self.dtype)
-        path = Path(self.asked.model)
+        if self.engine_config.load_format == "dummy":
+            return DummyWeights(seed=self.engine_config.seed, dtype=self.dtype)
+        path = Path(self.engine_config.model)
         if (file := find_gguf(path)) is not None:
             # Imported only for such files: the gguf package takes a tenth of a second.
             source: WeightSource = import_module("narrows.weights.gguf_source").GgufWeights(file, dtype=self.dtype)
@@ -165,84 +165,93 @@ class Resolved:
                 f"is a file: give its folder, {path.parent}" if path.is_file() else "is a preset, which has no weights"
             )
             raise ConfigError(
-                f"{self.asked.model} {what}; a checkpoint folder or a .gguf file is needed, or --load-format dummy to "
-                "run with random weights"
+                f"{self.engine_config.model} {what}; a checkpoint folder or a .gguf file is needed, or --load-format "
+                "dummy to run with random weights"
             )
         return SafetensorsFolder(path, quantization=self.config.quantization, dtype=self.dtype)
 
 
-def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: Host | None = None) -> Resolved:
-    """Decide everything that ``asked`` leaves open; ``sharding`` and ``host``: in place of its own.
+def resolve(engine_config: EngineConfig, sharding: WeightSharding | None = None, host: Host | None = None) -> Resolved:
+    """Decide everything that ``engine_config`` leaves open; ``sharding`` and ``host``: in place of its own.
 
     Raises:
         ConfigError: an impossible model, mesh, layout, device, dtype or size; the message has the alternative.
     """
-    asked = at_hand(asked)
-    config = load_model_config(asked.model)
+    engine_config = at_hand(engine_config)
+    config = load_model_config(engine_config.model)
     check_executable(config)
-    config, facts = _checkpoint(asked, config)
-    if asked.run_on not in RUN_ON:
-        raise ConfigError(f"--run-on {asked.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
-    tp, threads = fit(config, dp=asked.dp, tp=asked.tp, threads=asked.threads, run_on=asked.run_on, launch=asked.launch)
-    asked = replace(asked, tp=tp, threads=threads)
-    if asked.load_format not in LOAD_FORMATS:
-        raise ConfigError(f"load format {asked.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")
-    is_file = find_gguf(Path(asked.model)) is not None
-    if asked.load_format == ("safetensors" if is_file else "gguf"):
+    config, facts = _checkpoint(engine_config, config)
+    if engine_config.run_on not in RUN_ON:
+        raise ConfigError(f"--run-on {engine_config.run_on!r} is not known; ranks run on {' or '.join(RUN_ON)}")
+    tp, threads = fit(
+        config,
+        dp=engine_config.dp,
+        tp=engine_config.tp,
+        threads=engine_config.threads,
+        run_on=engine_config.run_on,
+        launch=engine_config.launch,
+    )
+    engine_config = replace(engine_config, tp=tp, threads=threads)
+    if engine_config.load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load format {engine_config.load_format!r} is not known; formats: {', '.join(LOAD_FORMATS)}")
+    is_file = find_gguf(Path(engine_config.model)) is not None
+    if engine_config.load_format == ("safetensors" if is_file else "gguf"):
         raise ConfigError(
-            f"load format {asked.load_format!r}, but {asked.model} is {'' if is_file else 'not '}a .gguf file; "
-            "leave --load-format out, and the path decides"
+            f"load format {engine_config.load_format!r}, but {engine_config.model} is {'' if is_file else 'not '}a "
+            ".gguf file; leave --load-format out, and the path decides"
         )
     for name, size, least in (
-        ("--max-rows", asked.rows_per_step, 1),
-        ("page size", asked.page_size, 1),
+        ("--max-rows", engine_config.rows_per_step, 1),
+        ("page size", engine_config.page_size, 1),
         ("--threads", threads, 1),
-        ("--warmup-rows", asked.warmup_rows, 0),
-        ("--prompt-rows", asked.prompt_rows, 0),
+        ("--warmup-rows", engine_config.warmup_rows, 0),
+        ("--prompt-rows", engine_config.prompt_rows, 0),
     ):
         if size < least:
             raise ConfigError(f"{name} is {size}; it must be at least {least}")
-    mesh = Mesh.of(dp=asked.dp, tp=tp)
-    _check_ranks(asked, mesh)
+    mesh = Mesh.of(dp=engine_config.dp, tp=tp)
+    _check_ranks(engine_config, mesh)
     notes = list(config.notes)
-    if asked.load_format != "dummy":
-        check_loadable(config.quantization, asked.model)
-    dtype, gemm_dtype = _dtype(asked, config, notes)
-    gemm_dtype = _quantized(asked, gemm_dtype, notes)
+    if engine_config.load_format != "dummy":
+        check_loadable(config.quantization, engine_config.model)
+    dtype, gemm_dtype = _dtype(engine_config, config, notes)
+    gemm_dtype = _quantized(engine_config, gemm_dtype, notes)
     setting = partial(
-        setting_of,
-        run_on=asked.run_on,
-        ranks=asked.ranks,
-        hosts=1 if asked.launch is None else asked.launch.num_nodes,
+        rank_fingerprint,
+        run_on=engine_config.run_on,
+        ranks=engine_config.ranks,
+        hosts=1 if engine_config.launch is None else engine_config.launch.num_nodes,
         num_ranks=mesh.size,
         threads=threads,
     )
-    device, said = choose_device(asked.device, setting, dtype=gemm_dtype, model=asked.model, runs=True)
-    notes += said
+    device, price_notes = choose_device(
+        engine_config.device, setting, dtype=gemm_dtype, model=engine_config.model, runs=True
+    )
+    notes += price_notes
     deployment = Deployment(
         config=config,
         mesh=mesh,
         device=device,
         dtype=gemm_dtype,
         graph=False,  # steps are launched one by one
-        want_logits=asked.want_logits,
-        encode_rows=asked.encode_rows,
-        nodes=_nodes(asked.launch),
+        want_logits=engine_config.want_logits,
+        encode_rows=engine_config.encode_rows,
+        nodes=_nodes(engine_config.launch),
     )
-    rules = named_layout(asked.layout, config, mesh)
-    limits = _limits(asked, config, mesh)
+    rules = named_layout(engine_config.layout, config, mesh)
+    limits = _limits(engine_config, config, mesh)
     plan = None
-    if asked.plan_file:
-        plan, sharding = read_plan(Path(asked.plan_file), config, mesh)
-        notes.append(f"the plan in {asked.plan_file} (layout {plan.layout_name}) runs at every step")
+    if engine_config.plan_file:
+        plan, sharding = read_plan(Path(engine_config.plan_file), config, mesh)
+        notes.append(f"the plan in {engine_config.plan_file} (layout {plan.layout_name}) runs at every step")
     elif sharding is None:
-        rows = DEFAULT_ROWS if asked.batch_invariant else limits.rows_per_step
+        rows = DEFAULT_ROWS if engine_config.batch_invariant else limits.rows_per_step
         sharding = rules.sharding or known_sharding(deployment, tuple(step_mix(mesh, rows, limits.max_context)))
-    if asked.batch_invariant and plan is None:
-        plan = _pinned_plan(deployment, sharding, asked.layout, limits)
-    facts = (*facts, *_fit_host(asked, deployment, sharding, plan, limits, dtype.itemsize, host or Host.here()))
+    if engine_config.batch_invariant and plan is None:
+        plan = _pinned_plan(deployment, sharding, engine_config.layout, limits)
+    facts = (*facts, *_fit_host(engine_config, deployment, sharding, plan, limits, dtype.itemsize, host or Host.here()))
     return Resolved(
-        asked=asked,
+        engine_config=engine_config,
         config=config,
         mesh=mesh,
         deployment=deployment,
@@ -255,36 +264,43 @@ def resolve(asked: EngineConfig, sharding: WeightSharding | None = None, host: H
     )
 
 
-def at_hand(asked: EngineConfig) -> EngineConfig:
+def at_hand(engine_config: EngineConfig) -> EngineConfig:
     """The same, its model a path on this machine: a built-in name becomes its folder, and a model of the hub is
     fetched. A config whose model is a path is not changed.
 
     Raises:
-        ConfigError: neither hub nor cache has it.
+        ConfigError: neither hub nor cache has it, or ``device`` is a kind of device, which is ``run_on``.
     """
-    needed: Literal["text", "weights"] = "text" if asked.load_format == "dummy" else "weights"
-    return replace(asked, model=local_model(asked.model, revision=asked.revision, needed=needed), revision="")
+    check_device_name(engine_config.device, runs=True)  # before anything is fetched
+    needed: Literal["text", "weights"] = "text" if engine_config.load_format == "dummy" else "weights"
+    return replace(
+        engine_config,
+        model=local_model(engine_config.model, revision=engine_config.revision, needed=needed),
+        revision="",
+    )
 
 
-def _checkpoint(asked: EngineConfig, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
+def _checkpoint(engine_config: EngineConfig, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
     """The config that agrees with a folder's tensors, and notes about them; raises for a broken folder."""
-    folder = Path(asked.model)
-    if asked.load_format == "dummy" or not folder.is_dir() or find_gguf(folder) is not None:
+    folder = Path(engine_config.model)
+    if engine_config.load_format == "dummy" or not folder.is_dir() or find_gguf(folder) is not None:
         return config, ()
     return fit_checkpoint(SafetensorsFolder(folder, quantization=config.quantization), config)
 
 
-def _check_ranks(asked: EngineConfig, mesh: Mesh) -> None:
-    if asked.ranks not in RANKS:
-        raise ConfigError(f"--ranks {asked.ranks!r} is not known; ranks are {' or '.join(RANKS)}")
-    if not asked.timeout_s > 0:
-        raise ConfigError(f"--timeout is {asked.timeout_s:g} s; it must be more than 0")
-    if asked.launch is None:
+def _check_ranks(engine_config: EngineConfig, mesh: Mesh) -> None:
+    if engine_config.ranks not in RANKS:
+        raise ConfigError(f"--ranks {engine_config.ranks!r} is not known; ranks are {' or '.join(RANKS)}")
+    if not engine_config.timeout_s > 0:
+        raise ConfigError(f"--rank-timeout is {engine_config.timeout_s:g} s; it must be more than 0")
+    if engine_config.launch is None:
         return
-    if asked.ranks != "processes":
+    if engine_config.ranks != "processes":
         raise ConfigError("ranks on several hosts, or started by torchrun, are processes: leave out --ranks threads")
-    if asked.launch.world_size != mesh.size:
-        raise ConfigError(f"the launch has {asked.launch.world_size} ranks, but the mesh {mesh} has {mesh.size}")
+    if engine_config.launch.world_size != mesh.size:
+        raise ConfigError(
+            f"the launch has {engine_config.launch.world_size} ranks, but the mesh {mesh} has {mesh.size}"
+        )
 
 
 def _nodes(launch: Launch | None) -> Topology | None:
@@ -294,55 +310,59 @@ def _nodes(launch: Launch | None) -> Topology | None:
     return Topology(launch.num_nodes, launch.world_size // launch.num_nodes)
 
 
-def _dtype(asked: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:
-    if asked.dtype == "auto":
+def _dtype(engine_config: EngineConfig, config: ModelConfig, notes: list[str]) -> tuple[torch.dtype, str]:
+    if engine_config.dtype == "auto":
         found, because = loaded_dtype(config)
         if config.quantization is not None or config.dtype not in _DTYPES:
             notes.append(f"dtype {found}: {because}")
         return next(both for both in _DTYPES.values() if both[1] == found)
-    if asked.dtype not in _DTYPES:
-        raise ConfigError(f"dtype {asked.dtype!r} is not known; dtypes: auto, {', '.join(_DTYPES)}")
-    return _DTYPES[asked.dtype]
+    if engine_config.dtype not in _DTYPES:
+        raise ConfigError(f"dtype {engine_config.dtype!r} is not known; dtypes: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[engine_config.dtype]
 
 
-def _quantized(asked: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
+def _quantized(engine_config: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
     """The type that GEMMs are priced in."""
-    if asked.quantization not in QUANTIZATIONS:
-        raise ConfigError(f"--quantization {asked.quantization!r} is not known; it is {', '.join(QUANTIZATIONS)}")
-    quantization = Quantization(asked.quantization)
+    if engine_config.quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"--quantization {engine_config.quantization!r} is not known; it is {', '.join(QUANTIZATIONS)}"
+        )
+    quantization = Quantization(engine_config.quantization)
     if quantization is Quantization.NONE:
         return gemm_dtype
-    if asked.run_on != "cpu":
-        raise ConfigError(f"--quantization {asked.quantization} is for CPU ranks; leave it out, or --run-on cuda")
+    if engine_config.run_on != "cpu":
+        raise ConfigError(
+            f"--quantization {engine_config.quantization} is for CPU ranks; leave it out, or --run-on cuda"
+        )
     rows = "rows are rounded to int8 too" if quantization is Quantization.INT8 else "rows stay as they are"
     notes.append(f"linear and expert weights are rounded to int8, a scale per output; {rows} (docs/kernels.md)")
     if kernels() is None or gemm_dtype == "fp32":
         why = "in float32" if gemm_dtype == "fp32" else "without compiled code"
         notes.append(f"int8 {why} is computed by plain torch, which is slower than no quantisation at all")
         return gemm_dtype
-    return asked.quantization
+    return engine_config.quantization
 
 
-def _limits(asked: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
-    context = longest_context(config, asked.max_context)
-    kv_tokens = 2 * context if asked.kv_tokens is None else asked.kv_tokens
+def _limits(engine_config: EngineConfig, config: ModelConfig, mesh: Mesh) -> Limits:
+    context = longest_context(config, engine_config.max_context)
+    kv_tokens = 2 * context if engine_config.kv_tokens is None else engine_config.kv_tokens
     return limits_of(
         config,
         mesh,
-        rows_per_step=asked.rows_per_step,
+        rows_per_step=engine_config.rows_per_step,
         max_context=context,
         kv_tokens=kv_tokens,
-        requests_per_group=asked.requests_per_group,
-        page_size=asked.page_size,
-        prompt_rows=asked.prompt_rows,
+        requests_per_group=engine_config.requests_per_group,
+        page_size=engine_config.page_size,
+        prompt_rows=engine_config.prompt_rows,
         # The same tokens computed in rows cut elsewhere, or one by one, may differ in their last bits.
-        prefix_cache=asked.prefix_cache and not asked.batch_invariant,
-        prefill_chunk=INVARIANT_CHUNK if asked.batch_invariant else 0,
+        prefix_cache=engine_config.prefix_cache and not engine_config.batch_invariant,
+        prefill_chunk=INVARIANT_CHUNK if engine_config.batch_invariant else 0,
     )
 
 
 def _fit_host(
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     deployment: Deployment,
     sharding: WeightSharding,
     plan: Plan | None,
@@ -351,29 +371,31 @@ def _fit_host(
     host: Host,
 ) -> list[str]:
     """Notes about CPU ranks on this host; raises if they need more memory than it has."""
-    if asked.run_on != "cpu" or (asked.load_format != "dummy" and not Path(asked.model).exists()):
+    if engine_config.run_on != "cpu" or (
+        engine_config.load_format != "dummy" and not Path(engine_config.model).exists()
+    ):
         return []  # a preset has no weights, which `Resolved.weights` says
     mesh = deployment.mesh
     planner = Planner(deployment, sharding)
     if plan is None:
-        rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a place in the cache
+        rows = min(limits.rows_per_step, limits.tokens_per_group * mesh.num_groups)  # each has a slot of the cache
         shape = StepShape.of(mesh, split_evenly(rows, mesh.num_groups), phase="prefill", context=limits.max_context)
-        plan = planner.plan(shape, asked.layout)
+        plan = planner.plan(shape, engine_config.layout)
     needs_of = partial(
         Needs.of,
         deployment,
         sharding,
-        ranks=range(mesh.size) if asked.launch is None else asked.launch.ranks,
-        in_threads=asked.ranks == "threads",
+        ranks=range(mesh.size) if engine_config.launch is None else engine_config.launch.ranks,
+        in_threads=engine_config.ranks == "threads",
         kv_tokens=limits.tokens_per_group,
     )
-    rounded = asked.quantization if asked.quantization != Quantization.NONE.value else ""
+    rounded = engine_config.quantization if engine_config.quantization != Quantization.NONE.value else ""
     step = planner.workspace(plan).total
     needs = needs_of(dtype=rounded or ("fp32" if itemsize == 4 else "bf16"), step=step)
-    said = [check_memory(needs, host, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
-    if asked.dtype == "auto" and itemsize == 2 and not rounded:
-        said.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), host))
-    return [line for line in said if line]
+    lines = [check_memory(needs, host, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
+    if engine_config.dtype == "auto" and itemsize == 2 and not rounded:
+        lines.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), host))
+    return [line for line in lines if line]
 
 
 def _pinned_plan(deployment: Deployment, sharding: WeightSharding, layout: str, limits: Limits) -> Plan:

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import TracebackType
@@ -103,7 +103,7 @@ class Engine:
         warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;
             :meth:`prepare` has the ranks bind them.
         timing: the durations by which ranks are judged.
-        clock: is told of the phases of the start.
+        clock: gets the phases of the start.
 
     Raises:
         CheckpointError, ConfigError: the weights cannot be loaded; ``wrap`` for ranks that are processes.
@@ -133,10 +133,10 @@ class Engine:
         self._warming_up: Future[list[Any]] | None = None
         self._observe: Callable[[Batch, Plan], None] | None = None
         drawn = resolved.plan is None or resolved.plan.gives_logits
-        self._warmup = WarmUp(resolved.limits, resolved.asked.warmup_rows, drawn=drawn)
-        if wrap is not None and resolved.asked.ranks != "threads":
+        self._warmup = WarmUp(resolved.limits, resolved.engine_config.warmup_rows, drawn=drawn)
+        if wrap is not None and resolved.engine_config.ranks != "threads":
             raise ConfigError("what is put around the steps of ranks shares memory with them: use --ranks threads")
-        if source is None and resolved.asked.ranks == "threads":
+        if source is None and resolved.engine_config.ranks == "threads":
             source = resolved.weights()  # one for all threads; a process opens its own
         make = partial(
             _make_worker,
@@ -205,29 +205,29 @@ class Engine:
         self.scheduler.add(request)
         return request
 
-    def request(self, asked: Generation) -> Request:
+    def request(self, generation: Generation) -> Request:
         """A request that can run here and waits for nothing yet. Any thread may ask for one.
 
-        Without a seed of its own, a request that draws gets one.
+        Without its own seed, a request that draws gets one.
 
         Raises:
             ConfigError: it can never run here (empty, or longer than the context or the cache, or not under the plan).
         """
-        self._check_ids(asked.prompt)
-        self._check_sampling(asked.sampling, asked.guide)
-        sampling = asked.sampling
+        self._check_ids(generation.prompt)
+        self._check_sampling(generation.sampling, generation.guide)
+        sampling = generation.sampling
         if sampling is not None and sampling.temperature > 0 and sampling.seed is None:
-            sampling = replace(sampling, seed=_SEEDS.getrandbits(63))
+            sampling = sampling.with_seed(_SEEDS.getrandbits(63))
         request = Request(
             id=next(self._ids),
-            prompt=asked.prompt,
-            max_tokens=asked.max_tokens,
-            eos_ids=asked.end_ids,
+            prompt=generation.prompt,
+            max_tokens=generation.max_tokens,
+            eos_ids=generation.end_ids,
             sampling=sampling,
-            priority=asked.priority,
-            guide=asked.guide,
-            client=asked.client,
-            cache_salt=cache_salt(self.resolved.config, len(asked.prompt)),
+            priority=generation.priority,
+            guide=generation.guide,
+            client=generation.client,
+            cache_salt=cache_salt(self.resolved.config, len(generation.prompt)),
         )
         self.scheduler.check(request)
         return request
@@ -240,9 +240,8 @@ class Engine:
 
     def _check_sampling(self, sampling: SamplingParams | None, guide: Guide | None) -> None:
         vocab_size = self.resolved.config.vocab_size
-        for token, _ in sampling.logit_bias if sampling is not None else ():
-            if token >= vocab_size:
-                raise ConfigError(f"logit_bias names token {token}, outside the model's vocabulary of {vocab_size}")
+        if sampling is not None and sampling.logit_bias and (token := max(sampling.logit_bias)[0]) >= vocab_size:
+            raise ConfigError(f"logit_bias names token {token}, outside the model's vocabulary of {vocab_size}")
         saved = self.resolved.plan
         if saved is None or (guide is None and (sampling is None or not sampling.needs_logits)):
             return
@@ -411,8 +410,8 @@ def _make_worker(
         device=comm.device,
         num_slots=resolved.num_slots,
         num_positions=resolved.limits.max_context,
-        batch_invariant=resolved.asked.batch_invariant,
-        quantization=Quantization(resolved.asked.quantization),
+        batch_invariant=resolved.engine_config.batch_invariant,
+        quantization=Quantization(resolved.engine_config.quantization),
     )
     return Worker(
         comm,

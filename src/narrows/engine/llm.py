@@ -31,8 +31,8 @@ class Completion:
 
     ``finish_reason``: ``stop`` at an end-of-sequence token or stop string, also at the last token allowed, else
     ``length``. ``token_ids`` are all that were generated, those of a stop string or end included. ``logprobs`` has one
-    entry per token if sampling asked for them: the token's log-probability, and the best (id, log-probability).
-    ``prompt_logprobs`` has one per token of the prompt from the second on, if sampling asked for them.
+    entry per token if sampling requests them: the token's log-probability, and the best (id, log-probability).
+    ``prompt_logprobs`` has one per token of the prompt from the second on, if sampling requests them.
     """
 
     text: str
@@ -59,7 +59,7 @@ class LLM:
         model: a checkpoint folder, a built-in one's name, or a ``.gguf`` file.
         options: the other fields of :class:`EngineConfig` (``dp``, ``tp``, ``layout``, ``dtype``, ...).
         wrap: put around every bound step of every rank (profiling).
-        clock: is told of the phases of the start.
+        clock: gets the phases of the start.
 
     Raises:
         ConfigError: an impossible option; the message has the reason and the alternative.
@@ -80,7 +80,7 @@ class LLM:
         self.resolved: Resolved = resolve(EngineConfig(model=str(model), **options))
         if clock is not None:
             clock.end("config, memory and plan")
-        text = load_model_text(self.resolved.asked.model)
+        text = load_model_text(self.resolved.engine_config.model)
         if clock is not None:
             clock.end("tokenizer")
         self.tokenizer: Tokenizer | None = text.tokenizer
@@ -101,7 +101,7 @@ class LLM:
         """Log-probabilities of the prompts' own tokens; nothing is generated.
 
         Returns, per prompt, a completion without text whose ``prompt_logprobs`` hold a :class:`TokenScore` for every
-        token from the second on, each with the ``num_best`` most likely tokens at its place.
+        token from the second on, each with the ``num_best`` most likely tokens at its position.
         Memory: the logits of a step's rows are never more than 64 MB per copy, however long the prompts.
 
         Raises:

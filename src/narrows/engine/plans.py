@@ -40,7 +40,7 @@ class EnginePlans:
         self._logits_prices = ContextPrices(self._logits_planner)
         self._caches: dict[str, tuple[PlanCache, PlanCache]] = {}
         self._expected = self._expected_keys()
-        self.select(resolved.asked.layout)
+        self.select(resolved.engine_config.layout)
 
     def select(self, layout: str) -> None:
         """Plan the steps from now on under another layout, for weights held as this engine's are.
@@ -48,7 +48,7 @@ class EnginePlans:
         Raises:
             ConfigError: the layout cannot apply, or one plan runs at every step.
         """
-        if layout != self._resolved.asked.layout and self._resolved.plan is not None:
+        if layout != self._resolved.engine_config.layout and self._resolved.plan is not None:
             raise ConfigError(f"one plan runs at every step of this engine, so {layout} cannot be used beside it")
         if layout not in self._caches:
             cache = self.cache_of(layout)

@@ -354,7 +354,7 @@ class _Binder:
     def _add(self, op: Op) -> Operation:
         hidden, addend = (self._register(name) for name in op.reads)
         if op.joins:
-            # The addend waits in a register of its own, since its field may be written again before the sum is taken.
+            # The addend waits in its own register, since its field may be written again before the sum is taken.
             waiting = self._register(f"{op.reads[1]} joining the sum before {op.boundary}")
             self._owed.append((waiting, op.reads_at[1]))
 

@@ -31,21 +31,21 @@ def start_ranks(
 ) -> Ranks[Worker]:
     """The ranks of ``resolved``, each with the worker that ``make`` builds there.
 
-    ``meanwhile``: called once, when it may start threads, before the ranks are ready. ``clock``: is told of the phases.
+    ``meanwhile``: called once, when it may start threads, before the ranks are ready. ``clock``: gets the phases.
 
     Raises:
         the first error of ``make``; RankError if a rank does not start.
     """
-    asked = resolved.asked
-    if asked.ranks == "threads":
+    config = resolved.engine_config
+    if config.ranks == "threads":
         meanwhile()
         threads = ThreadRanks(
             resolved.mesh,
             make,
-            checked=asked.checked,
-            timeout_s=asked.timeout_s,
+            checked=config.checked,
+            timeout_s=config.timeout_s,
             num_threads=resolved.threads,
-            device=asked.run_on,
+            device=config.run_on,
         )
         if clock is not None:
             clock.end("weights on the ranks")
@@ -53,14 +53,14 @@ def start_ranks(
     return ProcessRanks(
         resolved.mesh,
         make,
-        checked=asked.checked,
-        timeout_s=asked.timeout_s,
+        checked=config.checked,
+        timeout_s=config.timeout_s,
         num_threads=resolved.threads,
-        launch=asked.launch and asked.launch.world(),
+        launch=config.launch and config.launch.world(),
         once=(Plan,),
-        device=asked.run_on,
+        device=config.run_on,
         timing=timing,
-        copies=asked.copies,
+        fork_self=config.fork_self,
         meanwhile=meanwhile,
         clock=clock,
     )
@@ -72,7 +72,7 @@ def run_local_ranks(resolved: Resolved) -> int:
     Raises:
         RankError: the coordinator was not found, or is gone.
     """
-    launch = resolved.asked.launch
+    launch = resolved.engine_config.launch
     assert launch is not None and not launch.is_coordinator
     if launch.series is not None:
         return run_series(launch)

@@ -37,6 +37,7 @@ class Sampler:
         self.vocab_size, self.device = vocab_size, device
         self._histories: dict[int, _History] = {}
         self._biases: dict[int, tuple[Part, Part]] = {}  # by request: ids, and the bias of their logits
+        self._biases_of_batch: dict[int, tuple[Part, Part]] = {}  # by the identity of what they are made of
 
     def stage(self, batch: Batch, block: StepBlock) -> tuple[RowSampler | None, Callable[[Tensor], None]]:
         """Puts what the batch's rows need into the step's block.
@@ -48,9 +49,9 @@ class Sampler:
         for request in batch.ended:
             self._histories.pop(request, None)
             self._biases.pop(request, None)
-        held = len(self._biases)
+        self._biases_of_batch.clear()
         sampler = RowSampler(self, batch, block) if batch.needs_logits else None
-        new = [part for parts in list(self._biases.values())[held:] for part in parts]
+        new = [part for parts in self._biases_of_batch.values() for part in parts]
         seen: list[tuple[Chunk, slice, Part | None]] = []
         row = 0
         for group in batch.groups:
@@ -87,10 +88,14 @@ class Sampler:
         return self._histories[request]
 
     def bias(self, request: int, logit_bias: tuple[tuple[int, float], ...], block: StepBlock) -> tuple[Part, Part]:
-        """A request's ids and the bias of their logits; sent once, as there may be one for each token."""
+        """A request's ids and the bias of their logits. Sent once, as there may be one for each token; the texts of a
+        request share it, since they come in one batch and share the tuple."""
         if request not in self._biases:
-            ids, biases = zip(*logit_bias, strict=True)
-            self._biases[request] = block.put(ids), block.put(biases, np.float32)
+            made = self._biases_of_batch.get(id(logit_bias))
+            if made is None:
+                ids, biases = zip(*logit_bias, strict=True)
+                made = block.put(ids), block.put(biases, np.float32)
+            self._biases[request] = self._biases_of_batch[id(logit_bias)] = made
         return self._biases[request]
 
 

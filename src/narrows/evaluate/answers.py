@@ -32,7 +32,7 @@ def gsm8k_prompt(shots: Sequence[tuple[str, str]], question: str) -> str:
     >>> gsm8k_prompt([("1 + 1?", "Two. #### 2")], "2 + 3?")
     'Question: 1 + 1?\\nAnswer: Two. #### 2\\n\\nQuestion: 2 + 3?\\nAnswer:'
     """
-    worked = [f"Question: {asked}\nAnswer: {answer}" for asked, answer in shots]
+    worked = [f"Question: {question}\nAnswer: {answer}" for question, answer in shots]
     return "\n\n".join([*worked, f"Question: {question}\nAnswer:"])
 
 

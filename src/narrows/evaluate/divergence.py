@@ -11,7 +11,7 @@ What a right layout may differ by comes from the arithmetic, not from experience
   that fell the other way in the last bit; that is rare, and a wrong rank touches at least its share of the rows. So the
   verdict falls where more rows, of all or of decode steps, are beyond than half a rank's share.
 - In another dtype one rank itself rounds, and float32 says how much: it is ``KL(float32 || one rank)``. A layout
-  rounds in other places and once more for each addend of a sum, so its ``KL(float32 || layout)`` has the same size. The
+  rounds at other points and once more for each addend of a sum, so its ``KL(float32 || layout)`` has the same size. The
   verdict falls where the geometric mean of their ratio, over all rows, those of decode steps, or those that one rank
   holds where rows are scattered, is above NOISE_RATIO by more than SIGMAS standard errors (rows of one text count as
   dependent).
@@ -184,7 +184,7 @@ def _verdict(mesh: Mesh, baseline: Baseline, rows: _Rows, clear: int) -> str:
             if noise.value - SIGMAS * noise.error > math.log(NOISE_RATIO):
                 return (
                     f"{where}: the distance from float32 is x {math.exp(noise.value):.2f} that of one rank; by more "
-                    f"than {SIGMAS:g} standard errors above x {NOISE_RATIO:g}, which rounding in other places explains"
+                    f"than {SIGMAS:g} standard errors above x {NOISE_RATIO:g}, which rounding at other points explains"
                 )
     if clear > baseline.allowed_changes:
         return (

@@ -1,6 +1,6 @@
 """A model's tasks on one rank and under layouts, and whether they agree: the entry point of `evaluate`.
 
-One rank runs first, in the same dtype; if that is not float32, one rank in float32 too, since it tells how much the
+One rank runs first, in the same dtype; if that is not float32, one rank in float32 too, since it shows how much the
 dtype itself rounds. Every layout then runs the same items, batched and one at a time, and the same rows for its
 distributions, in its dtype and in float32, where a wrong layout has no rounding to hide in. Engines run one after the
 other, so memory holds one model.
@@ -100,7 +100,7 @@ def default_files(model: str) -> dict[str, Path]:
 
 
 def evaluate(
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     files: Mapping[str, Path],
     layouts: Sequence[str],
     *,
@@ -111,7 +111,7 @@ def evaluate(
     float32_tasks: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Run the tasks of ``files`` under ``layouts`` on the mesh of ``asked``, against one rank.
+    """Run the tasks of ``files`` under ``layouts`` on the mesh of ``engine_config``, against one rank.
 
     Args:
         files: file by task name.
@@ -126,21 +126,21 @@ def evaluate(
         ConfigError: a model without a tokenizer, a task or file that cannot be, a mesh or layout that cannot be.
     """
     # Rows are judged as they are computed, and rows of ours are written where the scheduler's cached pages would be.
-    asked = at_hand(replace(asked, prefix_cache=False))
-    resolved = resolve(asked)
+    engine_config = at_hand(replace(engine_config, prefix_cache=False))
+    resolved = resolve(engine_config)
     limits = resolved.limits
     if not files:
         raise ConfigError("nothing to evaluate: give at least one task with its file")
     if limits.max_context < _LEAST_CONTEXT:
         raise ConfigError(f"--max-context is {limits.max_context}; eval needs at least {_LEAST_CONTEXT}")
-    tokenizer = load_model_text(asked.model).tokenizer
+    tokenizer = load_model_text(engine_config.model).tokenizer
     if tokenizer is None:
-        raise ConfigError(f"{asked.model} has no tokenizer.json, and tasks are text")
+        raise ConfigError(f"{engine_config.model} has no tokenizer.json, and tasks are text")
     setting = setting or Setting()
     tasks = [make_task(name, file, tokenizer, limits.max_context, setting) for name, file in files.items()]
     rows = min(2048, _KL_LOGITS // resolved.config.vocab_size) if kl_rows is None else kl_rows
     steps = _steps(tasks, rows, limits)
-    one = _one_rank(asked, limits)
+    one = _one_rank(engine_config, limits)
     is_float32 = resolved.dtype is torch.float32
     runs = _Runs(tasks, num_alone, progress)
 
@@ -158,12 +158,12 @@ def evaluate(
         exact_result = LayoutResult(layout="one rank, float32", scores=_scores(exact_scores, outcomes))
     results = []
     for layout in layouts:
-        config = replace(asked, layout=layout)
+        config = replace(engine_config, layout=layout)
         with runs.engine(config, layout) as llm:
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
             encodings = tuple(sorted(llm.engine.plans.encodings))
-        if exact and asked.quantization == "none":
+        if exact and engine_config.quantization == "none":
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)
         results.append(
@@ -172,7 +172,7 @@ def evaluate(
                 scores=scores,
                 distances=distances,
                 encodings=encodings,
-                quantization=asked.quantization,
+                quantization=engine_config.quantization,
             )
         )
     return Evaluation(
@@ -215,17 +215,17 @@ class _Runs:
         return outcomes
 
 
-def _one_rank(asked: EngineConfig, limits: Limits) -> EngineConfig:
+def _one_rank(engine_config: EngineConfig, limits: Limits) -> EngineConfig:
     """The reference of the ranks: the same weights in the same dtype, without the other options."""
     return EngineConfig(
-        model=asked.model,
-        dtype=asked.dtype,
-        run_on=asked.run_on,
-        device=asked.device,
-        load_format=asked.load_format,
-        seed=asked.seed,
-        rows_per_step=asked.rows_per_step,
-        page_size=asked.page_size,
+        model=engine_config.model,
+        dtype=engine_config.dtype,
+        run_on=engine_config.run_on,
+        device=engine_config.device,
+        load_format=engine_config.load_format,
+        seed=engine_config.seed,
+        rows_per_step=engine_config.rows_per_step,
+        page_size=engine_config.page_size,
         max_context=limits.max_context,
         kv_tokens=limits.tokens_per_group * limits.num_groups,
     )

@@ -113,11 +113,11 @@ class BothWays:
 
 
 def _uncaptured(resolved: Resolved, transport: str) -> str:
-    if why := uncaptured(resolved.dtype, resolved.asked.run_on):
+    if why := uncaptured(resolved.dtype, resolved.engine_config.run_on):
         return why
-    if resolved.asked.checked:
+    if resolved.engine_config.checked:
         return "--checked compares every step between ranks, and captures none"
-    if resolved.mesh.size > 1 and resolved.asked.ranks == "threads":
+    if resolved.mesh.size > 1 and resolved.engine_config.ranks == "threads":
         return "rank threads capture no steps (--ranks processes)"
     if resolved.mesh.size > 1 and "shared memory" not in transport:
         return f"collectives travel by {transport}"
@@ -207,18 +207,18 @@ class ServedReport:
 
 
 def verify_served(
-    asked: EngineConfig,
+    config: EngineConfig,
     prompts: Sequence[Sequence[int]],
     *,
     num_decode: int = 8,
     layouts: Sequence[str] = (),
     plant: Callable[[Worker], Wrap] | None = None,
 ) -> ServedReport:
-    """Run ``prompts`` (token ids) under every layout that applies to ``asked``'s mesh, on ranks as a server has them
+    """Run ``prompts`` (token ids) under every layout that applies to ``config``'s mesh, on ranks as a server has them
     (processes), each decode step replayed and op by op.
 
     Args:
-        asked: model, mesh and dtype; its layout is not used. In float32, in which no step is captured, the model's own
+        config: model, mesh and dtype; its layout is not used. In float32, in which no step is captured, the model's own
             dtype is taken, since a server does so.
         num_decode: steps after the prompts.
         layouts: names to run instead of all that apply.
@@ -227,23 +227,23 @@ def verify_served(
     Raises:
         ConfigError: a model or mesh that cannot be, or a layout that cannot apply.
     """
-    dtype = "auto" if asked.dtype == "float32" else asked.dtype
+    dtype = "auto" if config.dtype == "float32" else config.dtype
     steps = max(num_decode, 2)  # the first of them is mixed where there are several prompts
-    verify_batches = VerifyBatches(prompts, num_groups=asked.dp, num_steps=steps, page_size=asked.page_size)
-    asked = replace(
-        asked,
+    verify_batches = VerifyBatches(prompts, num_groups=config.dp, num_steps=steps, page_size=config.page_size)
+    config = replace(
+        config,
         want_logits=True,
         layout="auto",
         dtype=dtype,
         max_context=verify_batches.max_context,
         kv_tokens=verify_batches.kv_tokens,
     )
-    resolved = resolve(asked)
+    resolved = resolve(config)
     if resolved.mesh.size > 1:
-        asked = replace(asked, ranks="processes")
+        config = replace(config, ranks="processes")
     report = ServedReport(dtype=str(resolved.dtype).removeprefix("torch."))
     names = tuple(layouts) or applicable_layouts(resolved.config, resolved.mesh)
-    if why := uncaptured(resolved.dtype, asked.run_on):
+    if why := uncaptured(resolved.dtype, config.run_on):
         report.paths.update({name: ServedPath(uncaptured=why) for name in names})
         return report
     by_sharding: dict[WeightSharding, list[str]] = {}
@@ -252,7 +252,7 @@ def verify_served(
         by_sharding.setdefault(rules.sharding or resolved.sharding, []).append(name)
     batches: list[Batch] = []
     for sharding, group in by_sharding.items():
-        with Engine(resolve(asked, sharding)) as engine:
+        with Engine(resolve(config, sharding)) as engine:
             for name in group:
                 engine.instrument(plant, "plant")
                 engine.instrument(_Emptied, "emptied")  # plans are bound again, and no capture is left

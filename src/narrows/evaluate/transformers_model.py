@@ -74,7 +74,7 @@ class TransformersModel:
                 parts.append((prompt, slice(first, stop), slice(stop - chunk.num_logits, stop)))
         layers = sorted({layer for part, _, _ in parts for layer in part.routing})
         return ReferenceStep(
-            torch.cat([part.logits[asked] for part, _, asked in parts]),
+            torch.cat([part.logits[wanted] for part, _, wanted in parts]),
             {layer: torch.cat([part.routing[layer][rows] for part, rows, _ in parts]) for layer in layers},
         )
 
@@ -162,8 +162,8 @@ def transformers_version() -> str:
 
 
 def _cannot(do: str, path: Path | str, error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return f"{path}: transformers {transformers_version()} cannot {do} it ({type(error).__name__}: {said[:300]})"
+    reason = " ".join(str(error).split())
+    return f"{path}: transformers {transformers_version()} cannot {do} it ({type(error).__name__}: {reason[:300]})"
 
 
 def _transformers() -> Any:

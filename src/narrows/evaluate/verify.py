@@ -5,7 +5,7 @@ One rank runs a fixed sequence of steps (prefill in chunks, prefill mixed with d
 without rows) and keeps every stage's output. Each layout then runs the same steps, fed the same tokens, and is
 compared: every stage's output, put together from all ranks by its layout (in as many copies as ranks hold the same
 rows), and at the end each rank's logits. The first stage whose output differs by more than the tolerance is named, and
-the rank where one rank holds the wrong row. A plan that encodes rows rounds on purpose: it has a tolerance of its own,
+the rank where one rank holds the wrong row. A plan that encodes rows rounds on purpose: it has its own tolerance,
 and what ranks hold in common must be the same bits. So do int8 weights, whose scales are those of the part that a rank
 holds.
 
@@ -122,7 +122,7 @@ class VerifyReport:
     @property
     def own_experts(self) -> bool:
         """Whether no stage was compared and no choice of experts replayed, since ranks were processes."""
-        return self.resolved.asked.ranks != "threads"
+        return self.resolved.engine_config.ranks != "threads"
 
     @property
     def ok(self) -> bool:
@@ -130,12 +130,12 @@ class VerifyReport:
 
 
 def _tolerance(resolved: Resolved) -> float:
-    rounded = ENCODED_TOLERANCE[Encoding.INT8] if resolved.asked.quantization != "none" else 0.0
+    rounded = ENCODED_TOLERANCE[Encoding.INT8] if resolved.engine_config.quantization != "none" else 0.0
     return max(TOLERANCE[resolved.dtype], rounded)
 
 
 def verify(
-    asked: EngineConfig,
+    engine_config: EngineConfig,
     prompts: Sequence[Sequence[int]],
     *,
     num_decode: int = 8,
@@ -145,25 +145,25 @@ def verify(
     tamper: Callable[[Plan], Plan] | None = None,
     validate: bool = True,
 ) -> VerifyReport:
-    """Run ``prompts`` (token ids) under every layout that applies to ``asked``'s mesh, against one rank.
+    """Run ``prompts`` (token ids) under every layout that applies to ``engine_config``'s mesh, against one rank.
 
     Args:
-        asked: model, mesh and dtype; its layout is not used.
+        engine_config: model, mesh and dtype; its layout is not used.
         num_decode: steps after the prompts.
         layouts: names to run instead of all that apply.
-        source: weights, if not those of ``asked.model``.
+        source: weights, if not those of ``engine_config.model``.
         outside: loads the model of transformers that takes the one rank's place; it is released before ranks load.
         tamper, validate: for tests that plant a fault: change each plan before it runs, and run it unchecked.
 
     Raises:
         ConfigError: a model or mesh that cannot be, or a layout that cannot apply.
     """
-    asked = replace(asked, want_logits=True, layout="auto")
+    engine_config = replace(engine_config, want_logits=True, layout="auto")
     verify_batches = VerifyBatches(
-        prompts, num_groups=asked.dp, num_steps=num_decode, page_size=asked.page_size, few_logits=True
+        prompts, num_groups=engine_config.dp, num_steps=num_decode, page_size=engine_config.page_size, few_logits=True
     )
-    asked = replace(asked, max_context=verify_batches.max_context, kv_tokens=verify_batches.kv_tokens)
-    sharded = resolve(asked)
+    engine_config = replace(engine_config, max_context=verify_batches.max_context, kv_tokens=verify_batches.kv_tokens)
+    sharded = resolve(engine_config)
     names = tuple(layouts) or applicable_layouts(sharded.config, sharded.mesh)
     by_sharding: dict[WeightSharding, list[str]] = {}
     for name in names:
@@ -171,14 +171,14 @@ def verify(
         by_sharding.setdefault(rules.sharding or sharded.sharding, []).append(name)
 
     if outside is None:
-        reference = _one_rank(asked, verify_batches, source)
+        reference = _one_rank(engine_config, verify_batches, source)
     else:
         reference = _outside(sharded.config, outside(sharded.config), prompts, verify_batches)
     reports: dict[str, LayoutReport] = {}
     for sharding, group in by_sharding.items():
-        recorder = Recorder(sharded.mesh.size, replay=reference.routing) if asked.ranks == "threads" else None
+        recorder = Recorder(sharded.mesh.size, replay=reference.routing) if engine_config.ranks == "threads" else None
         wrap = recorder.wrap if recorder else None
-        with Engine(resolve(asked, sharding), source=source, wrap=wrap, validate=validate) as engine:
+        with Engine(resolve(engine_config, sharding), source=source, wrap=wrap, validate=validate) as engine:
             for name in group:
                 reports[name] = _run_layout(engine, name, reference, recorder, tamper, validate)
     return VerifyReport(
@@ -203,10 +203,10 @@ class _Reference:
     outside: bool = False
 
 
-def _one_rank(asked: EngineConfig, verify_batches: VerifyBatches, source: WeightSource | None) -> _Reference:
-    kv_tokens = verify_batches.kv_tokens * asked.dp
+def _one_rank(engine_config: EngineConfig, verify_batches: VerifyBatches, source: WeightSource | None) -> _Reference:
+    kv_tokens = verify_batches.kv_tokens * engine_config.dp
     # Rows are selected before the head: up to there every layout's outputs can be compared, and replayed.
-    one = resolve(replace(asked, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
+    one = resolve(replace(engine_config, dp=1, tp=1, kv_tokens=kv_tokens, ranks="threads", layout="all-reduce"))
     recorder = Recorder(1)
     reference = _Reference(routing=recorder.routing)
     with Engine(one, source=source, wrap=recorder.wrap) as engine:
@@ -390,7 +390,7 @@ def _compare_logits(
         largest = difference.max().item()
         if report.largest_at is None or largest > report.max_logit_difference:
             report.max_logit_difference = largest
-            report.largest_at = _logit_places(batch)[int(difference.amax(-1).argmax())]
+            report.largest_at = _logit_positions(batch)[int(difference.amax(-1).argmax())]
         mean = max(mean, difference.mean(-1).sum().item())
         divergence = (log_p.exp() * (log_p - got.log_softmax(-1))).sum().nan_to_num(nan=float("inf"))
         kl = max(kl, divergence.item())
@@ -401,7 +401,7 @@ def _compare_logits(
     report.agreement += agreed
 
 
-def _logit_places(batch: Batch) -> list[tuple[int, int]]:
+def _logit_positions(batch: Batch) -> list[tuple[int, int]]:
     """(request, position) of every row with logits, in their order."""
     return [
         (chunk.request, chunk.start + row)

@@ -63,8 +63,8 @@ class VerifyBatches:
             for i, prompt in enumerate(prompts)
         ]
 
-    def _pages(self, place: int) -> tuple[int, ...]:
-        first = 1 + place * self.pages_each
+    def _pages(self, index: int) -> tuple[int, ...]:
+        first = 1 + index * self.pages_each
         return tuple(range(first, first + self.pages_each))
 
     def __iter__(self) -> Iterator[Batch]:

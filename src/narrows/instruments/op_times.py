@@ -27,7 +27,7 @@ BETWEEN = "between"
 
 
 class _Kind(NamedTuple):
-    """What tells ops apart."""
+    """What distinguishes ops."""
 
     phase: str
     price_class: str
@@ -58,7 +58,7 @@ Counts = dict[_Kind, _Count]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpTime:
     """One kind of op over a whole run. Seconds are the mean over ranks; rows are those of the busiest rank,
-    bytes what its ops wrote. ``predicted``: seconds that the plans which ran promised for it; 0: not asked."""
+    bytes what its ops wrote. ``predicted``: seconds that the plans which ran promised for it; 0: not predicted."""
 
     phase: str
     price_class: str

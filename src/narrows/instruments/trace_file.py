@@ -63,7 +63,7 @@ def trace_about(engine: Engine) -> dict[str, Any]:
         "mesh": str(resolved.mesh),
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "priced_for": resolved.deployment.device.name,
-        "ranks": f"{resolved.asked.ranks}, {resolved.asked.threads} thread(s) each",
+        "ranks": f"{resolved.engine_config.ranks}, {resolved.engine_config.threads} thread(s) each",
         "collectives": engine.ranks.transport,
     }
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_STEPS", "RankTracer", "Tracer"]
 
 DEFAULT_STEPS = 200
-"""Steps that are kept unless told otherwise: 10 MB per rank for 60 layers."""
+"""Steps that are kept by default: 10 MB per rank for 60 layers."""
 _INSTRUMENT = "trace"
 _SLACK_S = 0.005
-"""By how much a rank's times may lie outside the host's, who hears of them later, before its clock is another one."""
+"""By how much a rank's times may lie outside the host's, which gets them later, before its clock counts as another."""
 _SPANS_PER_STEP = 8
 
 
@@ -67,7 +67,7 @@ class RankTracer:
 
     @property
     def wants(self) -> Wants:
-        """Nothing once as many steps as were asked for have been kept."""
+        """Nothing once as many steps as were requested have been kept."""
         return Wants.EVERY_OP if self._left else Wants.NOTHING
 
     def readings(self) -> Recorded:
@@ -128,7 +128,7 @@ class Tracer:
 
     @property
     def full(self) -> bool:
-        """Whether as many steps as were asked for have been handed out."""
+        """Whether as many steps as were requested have been handed out."""
         return self._closed or len(self._steps) >= self.num_steps
 
     @property
@@ -159,7 +159,7 @@ class Tracer:
             self._host.append(HostSpan(name, start, end))
 
     def passed(self) -> None:
-        """A step was handed out that is not recorded, because as many as were asked for have been."""
+        """A step was handed out that is not recorded, because as many as were requested have been."""
         self._num_cut += 1
 
     def end(self) -> Future[list[Any]]:

@@ -90,7 +90,7 @@ class Layout:
 
     @property
     def owes_sum(self) -> bool:
-        """Whether ranks hold addends of a sum that nobody has taken yet."""
+        """Whether ranks hold addends of a sum that was not taken yet."""
         return "P" in self.placements
 
     @property

@@ -1,8 +1,8 @@
 """Moves: the single collectives and local operations that change a layout, and which layouts they connect.
 
 A move changes the layout along consecutive axes by ONE operation; several moves in a row are a path that the planner
-finds. Every layout of whole rows can be reached from every legal layout. A sum can be taken but not owed anew, and
-columns are only left by a stage whose weights are sharded by column, so a layout with ``P`` or ``C`` is reached only
+finds. Every layout of whole rows can be reached from every legal layout. A sum can be taken, but not become owed again.
+Columns are only left by a stage whose weights are sharded by column, so a layout with ``P`` or ``C`` is reached only
 where fewer axes owe the sum: (P,P) -> (S,P).
 
     slice           (S*,R) -> more S      local: each rank keeps its own rows
@@ -20,7 +20,7 @@ reduce_scatter over dp x tp: (P,P) -> (S,S)
 all_reduce over dp x tp: (P,P) -> (R,R)
 
 Among ranks on several nodes (:mod:`narrows.layout.topology`) a collective may also be done level by level: inside each
-node, and between the nodes by groups of one rank of each. It is a move of its own, so that a plan states which it is:
+node, and between the nodes by groups of one rank of each. It is a separate move, so that a plan states which it is:
 
 >>> nodes = Topology.parse("2x2")
 >>> [str(move) for move in moves_from(mesh, owed(mesh), nodes)][-1]
@@ -54,10 +54,10 @@ class Algorithm(StrEnum):
     """How the ranks of a group carry out a collective.
 
     ``HIERARCHICAL``, for a group with equally many ranks, several, on each of its nodes. ``peers`` are the ranks of
-    equal place on their nodes: one rank of each node. Every piece crosses the network once.
+    equal rank on their nodes: one rank of each node. Every piece crosses the network once.
 
         all_reduce      reduce-scatter in the node, all-reduce of that share among peers, all-gather in the node
-        reduce_scatter  reduce-scatter in the node, of shares that hold the pieces of each place; then among peers
+        reduce_scatter  reduce-scatter in the node, of the pieces of each rank of a node; then among peers
         all_gather      all-gather among peers, then in the node; column_gather alike
     """
 

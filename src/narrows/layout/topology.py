@@ -145,7 +145,7 @@ class Topology:
         return _levels(self, groups)
 
     def levels_along(self, mesh: Mesh, first: int, last: int) -> tuple[Levels, ...]:
-        """:meth:`levels` of the groups of ``mesh`` along axes ``first .. last - 1``; asked for twice, found once."""
+        """:meth:`levels` of the groups of ``mesh`` along axes ``first .. last - 1``; found once, and kept."""
         return _levels_along(self, mesh, first, last)
 
     def has_two_levels(self, groups: Groups) -> bool:

@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and a gated MLP, in the order of the forward pass.
 
-What tells these families apart is in the config: biases, windows, norms of each query and key head. Sources of the
+How these families differ is in the config: biases, windows, norms of each query and key head. Sources of the
 numbers: transformers' ``LlamaForCausalLM``, ``MistralForCausalLM``, ``Qwen2ForCausalLM`` and ``Qwen3ForCausalLM``.
 
 Letters: T rows, H hidden_size, N this rank's query heads, K its key-value heads, D head_dim, S cache slots.

@@ -157,8 +157,8 @@ def _open() -> tuple[Library | None, str]:
     if os.environ.get(_SWITCH, "1") == "0":
         return None, f"{_SWITCH}=0"
     opened, why = _find()
-    if opened is not None and (asked := os.environ.get(_TARGET)):
-        _use(opened, asked)
+    if opened is not None and (forced := os.environ.get(_TARGET)):
+        _use(opened, forced)
     return opened, why
 
 
@@ -182,10 +182,10 @@ def _check(file: Path) -> tuple[Library | None, str]:
     try:
         sources = opened.narrows_sources
     except AttributeError:
-        return None, f"{file.name} is none of this version's; install narrows anew"
+        return None, f"{file.name} is none of this version's; install narrows again"
     sources.restype = ctypes.c_char_p
     if sources().decode() != sources_digest():
-        return None, f"{file.name} was built from other sources than those beside it; install narrows anew"
+        return None, f"{file.name} was built from other sources than those beside it; install narrows again"
     return opened, ""
 
 

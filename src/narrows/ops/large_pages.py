@@ -1,8 +1,8 @@
 """Memory for weights in pages of 2 MB, where the system has them to give.
 
 A decode step reads each weight once, from front to back: with pages of 4 KB that is a walk through the page table for
-every 4 KB, and the CPU's own prefetching starts anew at each (docs/kernels.md has what it costs). Weights lie one after
-the other, so that small ones share a page.
+every 4 KB, and the CPU's own prefetching starts again at each (docs/kernels.md has what it costs). Weights lie one
+after the other, so that small ones share a page.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["LargePages"]
 
 _CHUNK = 64 << 20
-"""Bytes asked for at a time. What is never written takes no memory."""
+"""Bytes allocated at a time. What is never written takes no memory."""
 _PAGE = 2 << 20
 _LINE = 64
 

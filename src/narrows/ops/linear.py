@@ -26,8 +26,8 @@ AMX_ROWS = 32
 orders there, so no number of rows is enough: every product is one of this many."""
 
 AVX2_ROWS = 16
-"""float32 rows of one product on CPUs without AVX-512, where MKL does the same. In products of 16 rows all places are
-alike; in products of 8 or 32 they are not."""
+"""float32 rows of one product on CPUs without AVX-512, where MKL does the same. In products of 16 rows all positions
+are alike; in products of 8 or 32 they are not."""
 
 FEW_ROWS = 4
 """bf16 rows up to which a plain weight on CPU is read by the compiled product: at the speed of memory, torch at less

@@ -213,14 +213,14 @@ def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
         rows_XI = rows_XI.to(torch.bfloat16)
     else:
         rows_XI, scales_X = quantize_rows(rows_XI)
-        weight.int8.values[_places(first, num_rows, half)] = scales_X
+        weight.int8.values[_indices(first, num_rows, half)] = scales_X
         pack = compiled.gemm_pack_int8
     if rows_XI.stride(1) != 1:
         rows_XI = rows_XI.contiguous()
     pack(weight.panels.data_ptr(), rows_XI.data_ptr(), rows_XI.stride(0), first, num_rows, weight.num_inputs, half)
 
 
-def _places(first: int, num_rows: int, half: int) -> Tensor:
+def _indices(first: int, num_rows: int, half: int) -> Tensor:
     """Where outputs stand among those of the panels: in order, or 16 gates and 16 ups in turns."""
     outputs_X = torch.arange(first, first + num_rows)
     if half < 0:

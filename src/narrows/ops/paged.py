@@ -113,7 +113,7 @@ def build_paged_rows(
     A span is ``(start, num_rows, pages)``: ``num_rows`` tokens at positions start, start + 1, ... of a context that
     lives in ``pages``, in order. One row makes a decode row, more a prefill span, none nothing. A dead row is ``(0,
     1, (0,))``. ``decode_group_slots``: decode rows are grouped up to this many slots, padding counted (1024: best or
-    near it from 1 to 64 rows of 64 to 1024 tokens on one thread; a longer context is a group of its own).
+    near it from 1 to 64 rows of 64 to 1024 tokens on one thread; a longer context is its own group).
     """
     positions: list[Tensor] = []
     slots: list[Tensor] = []
@@ -224,7 +224,7 @@ def padded_pages(num_pages: int) -> int:
 
 
 class DecodeRows:
-    """The `PagedRows` of up to so many decode rows, in memory of its own that a step writes anew where it has changed:
+    """The `PagedRows` of up to so many decode rows, in its own memory, which a step writes again where it has changed:
     the tensors of fewer rows are the first rows of the same memory.
 
     ``most_tokens``: the longest context that a row may have. Of the slots of a row only those of its context are

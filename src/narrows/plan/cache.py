@@ -50,7 +50,7 @@ class PlanKey:
 
 
 class PlanCache:
-    """Plans of one deployment under one named layout, made when first asked for and kept.
+    """Plans of one deployment under one named layout, made when first needed and kept.
 
     ``context`` is the sequence length that attention is priced at.
     """

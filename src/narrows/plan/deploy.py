@@ -39,14 +39,14 @@ _SCORED_LOGITS = 1 << 24
 """Logits of scored prompts in one step: 64 MB in float32, whatever the vocabulary."""
 
 
-def longest_context(config: ModelConfig, asked: int | None) -> int:
-    """Most tokens of a sequence: as asked, or the model's positions, at most 8192.
+def longest_context(config: ModelConfig, requested: int | None) -> int:
+    """Most tokens of a sequence: as requested, or the model's positions, at most 8192.
 
     Raises:
         ConfigError: fewer than 2, or more than the model has positions.
     """
     longest = most_positions(config)
-    context = min(longest, _DEFAULT_CONTEXT) if asked is None else asked
+    context = min(longest, _DEFAULT_CONTEXT) if requested is None else requested
     if not 2 <= context <= longest:
         raise ConfigError(f"--max-context {context} must be between 2 and the model's {longest} positions")
     return context
@@ -113,11 +113,11 @@ def loaded_dtype(config: ModelConfig) -> tuple[str, str]:
 
 
 def planned_dtype(config: ModelConfig, device: Device, name: str) -> tuple[str, str]:
-    """What the checkpoint's weights are on ``device`` where no dtype is asked for, and why: FP8 in blocks as it is
+    """What the checkpoint's weights are on ``device`` where no dtype is given, and why: FP8 in blocks as it is
     where the device multiplies FP8, else as :func:`loaded_dtype`. ``name``: the model's, for an error.
 
     Raises:
-        ConfigError: weights stored in a way that nothing here loads, in the words of who would load them.
+        ConfigError: weights stored in a way that nothing here loads, in the words of the code that would load them.
     """
     check_loadable(config.quantization, name)
     if config.quantization is None:

@@ -123,7 +123,7 @@ class Graph:
         return tuple(state)
 
     def node(self, stage: Stage, state: State) -> Node:
-        """The node of ``state`` before ``stage``; stages are told apart by their keys."""
+        """The node of ``state`` before ``stage``; stages are distinguished by their keys."""
         node = self._nodes.get((stage.key, state))
         if node is None:
             node = self._nodes[stage.key, state] = Node(state)

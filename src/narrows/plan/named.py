@@ -71,7 +71,7 @@ AUTO = NamedLayout(name="auto", summary="the cheapest legal way, no edge removed
 _ORDER = ("all-reduce", "attn-tp-input-scattered", "norm-before-gather", "sequence-parallel")
 NAMED_LAYOUTS = (*_ORDER, "auto")
 ENGINE_LAYOUTS = ("sglang-dp", "vllm-dp", "trtllm-dp")
-"""What serving engines do with several attention groups; planned where they are asked for by name."""
+"""What serving engines do with several attention groups; planned where they are requested by name."""
 
 _PINNED = WeightSharding()
 _NORMS = (Role.ATTENTION_NORM, Role.MLP_NORM, Role.FINAL_NORM)

@@ -44,7 +44,7 @@ class Op:
     gather travels; such an op is encoding, gather and decoding in one, and its price is theirs. Empty: all plain.
     ``error_ps``: what its price may be off; None: what its source says.
 
-    A MOVE with a stage is a reduction and the norm after it in one op, with a price of its own: it reads the
+    A MOVE with a stage is a reduction and the norm after it in one op, with its own price: it reads the
     stream where its sum is owed and, ``fused``, the residual where the norm leaves both.
     """
 
@@ -266,7 +266,7 @@ class Plan:
 
 
 def _check_rows(where: str, op: Op, selected: bool, state: dict[str, Layout]) -> bool:
-    """Whether only the rows whose logits are asked for are left after ``op``; ``selected``: before it."""
+    """Whether only the rows whose logits are requested are left after ``op``; ``selected``: before it."""
     if op.kind is OpKind.SELECT:
         left = sorted(set(state) - set(op.reads))
         if selected or left:

@@ -264,7 +264,7 @@ def choose_sharding(
 
     To fit is to leave room for each of those steps and its KV cache. Ties go to the set nearest the published one. If
     nothing fits it is the published set: what such a plan says is then at least about layouts. ``planner_of``: planners
-    of this deployment that are there already, for who asks often.
+    of this deployment that exist already, for callers that ask often.
     """
     choices = deployment.sharding_choices()
     tokens = max((shape.kv_tokens for shape, _ in mix), default=0)
@@ -291,5 +291,5 @@ def choose_sharding(
 @lru_cache(maxsize=32)
 def known_sharding(deployment: Deployment, mix: tuple[tuple[StepShape, float], ...]) -> WeightSharding:
     """:func:`choose_sharding`, searched once per process: it takes most of the time in which a deployment is resolved,
-    and every engine, run and replay of one resolves it anew."""
+    and every engine, run and replay of one resolves it again."""
     return choose_sharding(deployment, mix)

@@ -229,7 +229,7 @@ class Search:
 
 
 def _alike(one: Segment, other: Segment) -> bool:
-    """Whether two kinds of layers do the same: the last one has stages of its own, and may use them like the others."""
+    """Whether two kinds of layers do the same: the last one has its own stages, and may use them like the others."""
     return (one.name, len(one.ops)) == (other.name, len(other.ops)) and all(
         replace(a, stage=None) == replace(b, stage=None) for a, b in zip(one.ops, other.ops, strict=True)
     )

@@ -28,8 +28,8 @@ SCORES = 1 << 22
 MASK_BYTES = 4
 """Per row and token of its context, where torch's 16-bit kernels on GPUs need a mask, for windows: the mask, its
 inverse, and the two bytes of the addend that torch makes of it (`ops/causal_attention.py`). Not measured on a GPU."""
-HEAP = 2.0
-"""What glibc's heap takes for tensors of many sizes over what they hold (benchmarks/memory.py)."""
+HEAP = 1.5
+"""What glibc's heap takes for tensors of many sizes over what they hold: at most 1.4 in benchmarks/memory.py."""
 POOL = 1.1
 """The same of a GPU's caching allocator, assumed."""
 SAMPLED_ROWS = 3

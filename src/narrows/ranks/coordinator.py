@@ -10,7 +10,7 @@ import pickle
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from narrows.ranks.messages import BEAT, CALL, DONE, END, FAILED, KEEP, SETUP, C
 from narrows.ranks.packing import Packer, pack
 from narrows.ranks.peers import Peer, Peers
 from narrows.ranks.pending import PendingCalls
-from narrows.ranks.spawn import Doors, Processes, end_processes, ending, start, tell
+from narrows.ranks.spawn import Doors, Processes, end_processes, ending, send_contact, start
 from narrows.ranks.timing import TIMING, Timing
 from narrows.ranks.verdicts import Verdicts
 
@@ -83,16 +83,24 @@ class Coordinator:
     # --- the start
 
     def start(
-        self, *, checked: bool, num_threads: int, device: str, copies: bool, meanwhile: Callable[[], None]
+        self,
+        *,
+        checked: bool,
+        num_threads: int,
+        device: str,
+        fork_self: bool,
+        modules: Sequence[str],
+        meanwhile: Callable[[], None],
     ) -> None:
         """Starts this host's ranks, waits until all have connected, and sends them their setup.
 
-        ``copies``: of this process, if it has a single thread, so this comes first. ``meanwhile``: called when the
-        processes are there; from then on this one may start threads.
+        ``fork_self``: ranks may come from a fork of this process, if it has a single thread, so this comes first.
+        ``modules``: what the ranks will import. ``meanwhile``: called when the processes are there; from then on this
+        one may start threads.
         """
         launch, self._checked = self._launch, checked
         own = launch.ranks if launch else tuple(range(self._mesh.size))
-        self._doors = start(own, self._processes, copies=copies)
+        self._doors = start(own, self._processes, forked=device == "cpu", fork_self=fork_self, modules=modules)
         meanwhile()
         self._store, store_address, store_port = open_store(launch, self._timing.join_s)
         address = launch.address if launch else "127.0.0.1"
@@ -102,7 +110,7 @@ class Coordinator:
             if launch is not None:
                 publish(launch, self._store, contact)
             self._start_thread(self._tick, "narrows watches its ranks")
-            tell(self._doors, 0, contact)
+            send_contact(self._doors, 0, contact)
             nodes = launch.num_nodes - 1 if launch and not launch.by_torchrun else 0
             self._accept_all(listener, contact.key, self._mesh.size + nodes)
         setup = Setup(

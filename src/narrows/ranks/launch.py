@@ -56,7 +56,7 @@ class Launch:
     """This process's part in a world whose processes were not all started by one narrows process.
 
     ``ranks``: the ranks that this process starts. Under torchrun (``by_torchrun``) this process is its one rank, except
-    that the coordinator starts rank 0 as a process of its own. ``node`` numbers the hosts.
+    that the coordinator starts rank 0 as its own process. ``node`` numbers the hosts.
     """
 
     address: str
@@ -73,7 +73,7 @@ class Launch:
     store_is_served: bool = False
     run: str = ""
     series: Series | None = None
-    """Set for a command that starts several worlds, one after the other or at once: each has a port of its own."""
+    """Set for a command that starts several worlds, one after the other or at once: each has its own port."""
 
     @property
     def num_local_ranks(self) -> int:
@@ -233,7 +233,7 @@ def announce_end(launch: Launch, wait_s: float = 10.0) -> None:
     mine = PrefixStore(f"narrows {last.run}", store)
     mine.set("coordinator", json.dumps({"is_over": True}))
     end = time.monotonic() + wait_s
-    while mine.add("told", 0) < last.num_nodes - 1 and time.monotonic() < end:
+    while mine.add("end seen", 0) < last.num_nodes - 1 and time.monotonic() < end:
         time.sleep(0.05)
 
 
@@ -253,7 +253,7 @@ def next_contact(launch: Launch) -> Contact | Literal[False] | None:
         return False
     if entry.get("is_over"):
         with contextlib.suppress(RuntimeError):  # the coordinator has not waited
-            store.add("told", 1)
+            store.add("end seen", 1)
         return None
     return _contact(entry)
 

@@ -13,7 +13,7 @@ from narrows.errors import RankError
 from narrows.ranks.channel import Channel
 from narrows.ranks.launch import Launch, find_coordinator, next_contact
 from narrows.ranks.messages import BEAT, END, FAILED, HELLO, Contact, Failure, hello
-from narrows.ranks.spawn import Processes, end_processes, ending, start, tell
+from narrows.ranks.spawn import Processes, end_processes, ending, send_contact, start
 from narrows.ranks.timing import TIMING
 
 __all__ = ["run_node", "run_series"]
@@ -78,7 +78,7 @@ def _run(launch: Launch, contact: Contact) -> int:
         raise RankError(f"node {launch.node} cannot reach its coordinator at {contact.address}: {error}") from None
     processes: Processes = {}
     try:
-        tell(start(launch.ranks, processes), launch.node, contact)
+        send_contact(start(launch.ranks, processes), launch.node, contact)
         code, why = _wait_for_end(channel, processes, contact.timing.beat_s)
     except EOFError:
         raise RankError(f"node {launch.node}: the coordinator at {contact.address} is gone") from None

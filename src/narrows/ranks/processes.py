@@ -12,8 +12,9 @@ import atexit
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
-from typing import Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from narrows.comm.communicator import Communicator
 from narrows.layout import Mesh
@@ -44,10 +45,10 @@ class ProcessRanks(Generic[Worker]):
         once: arguments of these types are sent to the ranks the first time only; they must not change.
         device: of the tensors in collectives.
         timing: the durations by which ranks are judged.
-        copies: ranks of this host are copies of this process where it has a single thread (`copies.py`), so they see
-            what it has imported and set; else they are new interpreters, as they are without it.
+        fork_self: the process that forks this host's ranks (`fork_server.py`) may be a fork of this one, so they see
+            what it has imported and set; else it is a new interpreter.
         meanwhile: called when this host's processes are there, before they are ready; it may start threads.
-        clock: is told of the phases of the start.
+        clock: gets the phases of the start.
 
     Raises:
         the first error of ``make`` on any rank; RankError if a rank does not start.
@@ -65,7 +66,7 @@ class ProcessRanks(Generic[Worker]):
         once: tuple[type, ...] = (),
         device: str = "cpu",
         timing: Timing = TIMING,
-        copies: bool = False,
+        fork_self: bool = False,
         meanwhile: Callable[[], None] = lambda: None,
         clock: StartClock | None = None,
     ) -> None:
@@ -79,7 +80,8 @@ class ProcessRanks(Generic[Worker]):
                 checked=checked,
                 num_threads=num_threads,
                 device=device,
-                copies=copies and device == "cpu",
+                fork_self=fork_self,
+                modules=_modules_of(make),
                 meanwhile=meanwhile,
             )
             if clock is not None:
@@ -136,6 +138,14 @@ class ProcessRanks(Generic[Worker]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._coordinator.end(error)
+
+
+def _modules_of(make: Callable[..., Any]) -> tuple[str, ...]:
+    """The module of narrows that ranks import to run ``make``. Others are theirs alone to import."""
+    while isinstance(make, partial):
+        make = make.func
+    name = getattr(make, "__module__", None) or ""
+    return (name,) if name.startswith("narrows.") else ()
 
 
 def _end_at_exit(coordinator: weakref.ref[Coordinator]) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
 import time
-from typing import IO, NoReturn, Protocol
+from collections.abc import Sequence
+from typing import IO, Protocol
 
-from narrows.ranks.copies import can_copy, copy
+from narrows.ranks.fork_server import UNKNOWN_CODE, fork_server, signals_blocked
 from narrows.ranks.messages import Contact
-from narrows.ranks.rank_process import PROGRAM, boot, boot_line
+from narrows.ranks.rank_process import PROGRAM, boot_line
 
-__all__ = ["Doors", "Process", "Processes", "end_processes", "ending", "start", "tell"]
+__all__ = ["Doors", "Process", "Processes", "end_processes", "ending", "send_contact", "start"]
 
 
 class Process(Protocol):
-    """A child of this process: a ``subprocess.Popen``, or a copy of this one."""
+    """A ``subprocess.Popen``, or a rank that a fork server has made."""
 
     pid: int
 
@@ -36,41 +36,49 @@ Doors = dict[int, IO[bytes]]
 """By rank, where its process waits for its arguments; one whose file is closed without any ends."""
 
 
-def start(ranks: tuple[int, ...], processes: Processes, *, copies: bool = False) -> Doors:
-    """Starts one process per rank and adds it to ``processes``; they wait for :func:`tell`.
-
-    Ctrl-C and SIGTERM are blocked in a new process until it ignores them: both may be sent to the whole process group.
+def start(
+    ranks: Sequence[int],
+    processes: Processes,
+    *,
+    forked: bool = False,
+    fork_self: bool = False,
+    modules: Sequence[str] = (),
+) -> Doors:
+    """Starts one process per rank and adds it to ``processes``; they wait for :func:`send_contact`.
 
     Args:
-        copies: as copies of this process, if it has a single thread; else new interpreters import what they need.
+        forked: by the fork server of this process, where the system has what it needs; else, and without it, each is a
+            new interpreter, which imports what it needs.
+        fork_self: the fork server may be a fork of this process.
+        modules: what the ranks will import.
+
+    Raises:
+        RankError: the fork server does not answer.
     """
-    doors: Doors = {}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        names = tuple(f"narrows rank {rank}" for rank in ranks)
-        if copies and can_copy():
-            for rank, (made, door) in zip(ranks, copy(names, _boot), strict=True):
-                processes[rank], doors[rank] = made, door
-            return doors
-        for rank, name in zip(ranks, names, strict=True):
+    names = tuple(f"narrows rank {rank}" for rank in ranks)
+    server = fork_server(fork_self=fork_self) if forked else None
+    made = _started(names) if server is None else server.fork(names, modules)
+    for rank, (process, _) in zip(ranks, made, strict=True):
+        processes[rank] = process
+    return {rank: door for rank, (_, door) in zip(ranks, made, strict=True)}
+
+
+def _started(names: Sequence[str]) -> list[tuple[Process, IO[bytes]]]:
+    made: list[tuple[Process, IO[bytes]]] = []
+    with signals_blocked():
+        for name in names:
             new = subprocess.Popen([sys.executable, "-P", "-c", PROGRAM, name], stdin=subprocess.PIPE)
             assert new.stdin is not None
-            processes[rank], doors[rank] = new, new.stdin
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return doors
+            made.append((new, new.stdin))
+    return made
 
 
-def tell(doors: Doors, node: int, contact: Contact) -> None:
+def send_contact(doors: Doors, node: int, contact: Contact) -> None:
     """Gives the processes of :func:`start` their arguments."""
     for local_rank, (rank, door) in enumerate(doors.items()):
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen elsewhere
             door.write(boot_line(contact, rank, node, (local_rank, len(doors))).encode())
             door.close()
-
-
-def _boot(line: bytes) -> NoReturn:
-    boot(json.loads(line))
 
 
 def end_processes(processes: Processes, grace_s: float) -> None:
@@ -89,6 +97,8 @@ def end_processes(processes: Processes, grace_s: float) -> None:
 def ending(process: Process) -> str:
     """How a process has ended, as the end of a sentence."""
     code = process.returncode
+    if code == UNKNOWN_CODE:
+        return "ended after the process that forks ranks, so its exit code is not known"
     if code is not None and code < 0:
         name = next((known.name for known in signal.Signals if known == -code), "no name")
         return f"was killed by signal {-code} ({name})"

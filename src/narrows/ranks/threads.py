@@ -1,6 +1,6 @@
 """Ranks as threads of one process, for tests, `verify` and examples.
 
-Each rank thread runs in inference mode and with one torch thread unless asked for more, since several per rank are slow
+Each rank thread runs in inference mode and with one torch thread unless more are given, since several per rank are slow
 on a busy core. ``torch.set_num_threads`` in a thread also becomes the default of threads started later in this process;
 threads that already run keep their number.
 """

@@ -16,24 +16,24 @@ from narrows.sched.limits import Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request
 
-__all__ = ["Place", "choose_hold", "choose_place", "choose_yielding", "pages_lacking"]
+__all__ = ["Placement", "choose_hold", "choose_placement", "choose_yielding", "pages_lacking"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Placement:
     """A group, and the cached pages there that the request's text begins with."""
 
     group: int
     found: tuple[int, ...]
 
 
-def choose_place(
+def choose_placement(
     request: Request,
     pools: Sequence[PagePool],
     running: Sequence[Sequence[Request]],
     limits: Limits,
     closed: Container[int] = (),
-) -> Place | None:
+) -> Placement | None:
     """The group that then has the least to compute: rows of prompts, the request's own that its cache does not hold
     among them, and ``limits.decode_weight`` for each running request.
 
@@ -41,7 +41,7 @@ def choose_place(
     room that are not ``closed`` count; None if no group does.
     """
     hashes = request.hashes_of(_most_found(request, limits), limits.page_size)
-    best: tuple[tuple[int, int, int], Place] | None = None
+    best: tuple[tuple[int, int, int], Placement] | None = None
     for group, pool in enumerate(pools):
         if group in closed or len(running[group]) >= limits.requests_per_group:
             continue
@@ -52,7 +52,7 @@ def choose_place(
         load = sum(other.num_tokens for other in running[group])
         key = rows + limits.decode_weight * len(running[group]), load, group
         if best is None or key < best[0]:
-            best = key, Place(group=group, found=found)
+            best = key, Placement(group=group, found=found)
     return best and best[1]
 
 

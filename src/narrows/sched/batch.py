@@ -32,7 +32,7 @@ class Chunk:
     ``start`` is the position of its first row, that is, how many tokens of the request are in the cache already.
     ``pages`` hold the cache of the request up to and including these rows. The last ``num_logits`` rows have logits.
     The first of those are scored: of ``targets``, the tokens that follow them in the prompt, the probability is
-    asked. If one is left over, it is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
+    computed. If one is left over, it is sampled, as ``sampling`` says (None: greedy). ``num_prompt`` is the number of
     tokens of the request's prompt: rows from there on are its own output. 0: the prompt ends with these rows.
 
     ``skipped``: of a request that penalises, the tokens right before ``start`` that no batch has had as rows, since

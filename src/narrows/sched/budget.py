@@ -10,7 +10,7 @@ PromptBudget = Callable[[Sequence[int], int], int]
 """(decode rows of each attention group, rows that the step has left) -> most rows of prompts in the step.
 
 A pure function, called once per step after its decode rows are known. It returns 1 or more where nothing decodes, and
-``prefill_chunk`` or more where prompts are cut at fixed places: else prompts would never run."""
+``prefill_chunk`` or more where prompts are cut at fixed positions: else prompts would never run."""
 
 
 def fixed_budget(prompt_rows: int) -> PromptBudget:

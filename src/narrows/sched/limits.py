@@ -19,9 +19,9 @@ class Limits:
     ``prefill_chunk``: if not 0, prompts are cut at its multiples and nowhere else, whatever else is in a step; tokens
     that were generated before a preemption run again one row at a time, as they did the first time.
     ``scored_rows_per_step``: most rows of scored prompts in a step, at least one such chunk; 0: as many as rows.
-    ``prompt_rows``: most rows of prompts in a step in which texts go on, so that long prompts do not hold up who reads
-    them; 0: as many as rows.
-    ``prefix_cache``: pages whose tokens another request has in the same places are used again.
+    ``prompt_rows``: most rows of prompts in a step in which texts go on, so that long prompts do not hold them
+    up; 0: as many as rows.
+    ``prefix_cache``: pages whose tokens another request has at the same positions are used again.
     ``aging_steps``: a request goes before one of the next more urgent priority that came so many steps after it.
     ``decode_weight``: rows of prompts that a running request counts for, beside those it has left, where the group with
     the least to compute is looked for.

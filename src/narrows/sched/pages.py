@@ -57,12 +57,12 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody holds."""
+        """Pages that requests hold."""
         return self.num_pages - 1 - self.num_free
 
     def take(self, count: int) -> tuple[int, ...]:
         """``count`` pages to write; the caller has checked that so many are free."""
-        assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        assert count <= self.num_free, f"{count} pages requested, {self.num_free} free"
         return tuple(self._take() for _ in range(count))
 
     def _take(self) -> int:

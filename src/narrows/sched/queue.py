@@ -1,33 +1,33 @@
-"""The queue of waiting requests: which one gets a place in the next step, and which running ones are preempted for it.
+"""The queue of waiting requests: which one runs in the next step, and which running ones are preempted for it.
 
-Places are given by turn while the step has a row for one more. A request for which no group has room reserves the group
-that lacks the fewest pages: until it runs, no request behind it gets a place there. So it waits no longer than if none
-passed it, and a group that is short of pages does not stall the others.
+Requests are admitted by turn while the step has a row for one more. A request for which no group has room reserves the
+group that lacks the fewest pages: until it runs, no request behind it is admitted there. So it waits no longer than if
+none passed it, and a group that is short of pages does not stall the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from narrows.sched.admission import choose_hold, choose_place, choose_yielding, pages_lacking
-from narrows.sched.places import Places
+from narrows.sched.admission import choose_hold, choose_placement, choose_yielding, pages_lacking
 from narrows.sched.prompt_rows import has_row_left
 from narrows.sched.request import Request
+from narrows.sched.request_table import RequestTable
 from narrows.sched.stats import Bound, Totals
 
 __all__ = ["WaitingQueue"]
 
 
 class WaitingQueue:
-    """The requests that wait for a place in a scheduler."""
+    """The requests that wait to run."""
 
-    def __init__(self, places: Places, totals: Totals) -> None:
-        self._places, self._totals, self._limits = places, totals, places.limits
+    def __init__(self, table: RequestTable, totals: Totals) -> None:
+        self._table, self._totals, self._limits = table, totals, table.limits
 
     def admit(self, budget: int) -> None:
-        """Places for as many as get a row of a step with so many rows for prompts."""
-        places, groups = self._places, range(self._limits.num_groups)
-        full, held = {group for group in groups if places.is_full(group)}, set[int]()
+        """Admit as many as get a row of a step with so many rows for prompts."""
+        table, groups = self._table, range(self._limits.num_groups)
+        full, held = {group for group in groups if table.is_full(group)}, set[int]()
         passed: list[Request] = []
         while len(passed) < len(groups):
             closed = full | held
@@ -35,17 +35,17 @@ class WaitingQueue:
             if found is None:
                 return
             request, _ = found
-            place = choose_place(request, places.pools, places.running, self._limits, closed)
-            if place is not None:
-                places.place(request, place)
-                if places.is_full(place.group):
-                    full.add(place.group)
+            placement = choose_placement(request, table.pools, table.running, self._limits, closed)
+            if placement is not None:
+                table.place(request, placement)
+                if table.is_full(placement.group):
+                    full.add(placement.group)
                 continue
             self._note_want(request)
             if len(closed) == len(groups):
                 return
             if request.holds < 0 or request.holds in held:
-                request.holds = choose_hold(request, places.pools, places.running, self._limits, closed)
+                request.holds = choose_hold(request, table.pools, table.running, self._limits, closed)
             held.add(request.holds)
             passed.append(request)
             if len(full | held) == len(groups):
@@ -54,9 +54,9 @@ class WaitingQueue:
     def _note_want(self, request: Request) -> None:
         """Count the limits that keep it waiting."""
         for group in range(self._limits.num_groups):
-            if pages_lacking(request, group, self._places.pools, self._places.running, self._limits) > 0:
+            if pages_lacking(request, group, self._table.pools, self._table.running, self._limits) > 0:
                 self._totals.short_of_pages(group)
-            elif self._places.is_full(group):
+            elif self._table.is_full(group):
                 self._totals.binds(Bound.REQUESTS)
 
     def make_room(self) -> None:
@@ -64,27 +64,27 @@ class WaitingQueue:
 
         Before any request has rows, so that one that is put back has none in this step.
         """
-        places, groups = self._places, range(self._limits.num_groups)
-        while places.shares.compete and (found := self._next(None, groups, ())) is not None:
+        table, groups = self._table, range(self._limits.num_groups)
+        while table.shares.compete and (found := self._next(None, groups, ())) is not None:
             request, order = found
             may_yield = [other for other in reversed(order) if self._yields(other, request)]
             if not may_yield:
                 return
-            place = choose_place(request, places.pools, places.running, self._limits)
-            if place is None:
-                for other in choose_yielding(request, may_yield, places.pools, places.running, self._limits):
-                    places.put_back(other)
-                place = choose_place(request, places.pools, places.running, self._limits)
-            if place is None:
+            placement = choose_placement(request, table.pools, table.running, self._limits)
+            if placement is None:
+                for other in choose_yielding(request, may_yield, table.pools, table.running, self._limits):
+                    table.put_back(other)
+                placement = choose_placement(request, table.pools, table.running, self._limits)
+            if placement is None:
                 return
-            places.place(request, place)
+            table.place(request, placement)
 
     def _yields(self, running: Request, waiting: Request) -> bool:
         """Whether it may be put back for the other: its client keeps as many as the other's client then has, or more.
 
         Never for one that is less urgent.
         """
-        fewest = self._places.shares.running(waiting.client) + 1
+        fewest = self._table.shares.running(waiting.client) + 1
         return running.rank >= fewest and running.priority >= waiting.priority and not running.is_through
 
     def _next(
@@ -94,17 +94,17 @@ class WaitingQueue:
 
         ``budget``: rows for prompts; None: the next step's, less fair shares. ``passed``: it is none of these.
         """
-        places, scored_rows = self._places, self._limits.scored_rows
+        table, scored_rows = self._table, self._limits.scored_rows
         scores_wait = False
         while True:
-            line = (each for each in places.waiting if each not in passed and not (scores_wait and each.scores_prompt))
-            request = places.shares.first(line)
+            line = (each for each in table.waiting if each not in passed and not (scores_wait and each.scores_prompt))
+            request = table.shares.first(line)
             if request is None:
                 return None
-            request.since = places.shares.since(request)
-            order = places.order(request)
+            request.since = table.shares.since(request)
+            order = table.order(request)
             plain, scored = _rows_ahead(order, request, self._limits.num_groups)
-            rows = places.shares.row_shares(order).for_prompts if budget is None else budget
+            rows = table.shares.row_shares(order).for_prompts if budget is None else budget
             ahead = [count + min(more, scored_rows) for count, more in zip(plain, scored, strict=True)]
             if not has_row_left(ahead, groups, rows):
                 if budget is not None:

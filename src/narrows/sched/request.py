@@ -20,7 +20,7 @@ class Request:
     """``finish_reason`` is empty until it is ``stop``, ``length``, or what it was aborted with.
 
     ``priority``: lower runs earlier, equal ones first come, first served. ``guide``: what may be generated.
-    ``client``: the client that it runs for; clients share places, pages and rows (:mod:`narrows.sched.shares`).
+    ``client``: the client that it runs for; clients share running slots, pages and rows (:mod:`narrows.sched.shares`).
     ``cache_salt``: only requests of one salt find each other's pages; not 16 bytes long, as hashes are.
     """
 
@@ -54,7 +54,7 @@ class Request:
     group: int = -1
     """Its attention group while it runs; -1 while it waits."""
     holds: int = -1
-    """The group that admits no later request until this one has a place; -1: none."""
+    """The group that admits no later request until this one runs; -1: none."""
     pages: list[int] = field(default_factory=list)
     num_found: int = 0
     """Tokens whose KV was found in the cache when it was admitted last."""

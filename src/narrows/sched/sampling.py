@@ -9,6 +9,7 @@ on the order of steps, or on the number of ranks.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,6 +95,12 @@ class SamplingParams:
                 )
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise ConfigError("logit_bias names a token twice; name each once")
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same but for the seed. The rest is not checked again: ``n`` texts may share a bias of every token."""
+        twin = copy(self)
+        object.__setattr__(twin, "seed", seed)
+        return twin
 
     @property
     def penalizes(self) -> bool:

@@ -27,10 +27,10 @@ from narrows.sched.budget import PromptBudget, fixed_budget
 from narrows.sched.chunks import next_chunk, next_rows
 from narrows.sched.integrity import check_integrity
 from narrows.sched.limits import Limits
-from narrows.sched.places import Places
 from narrows.sched.prompt_rows import share_rows
 from narrows.sched.queue import WaitingQueue
 from narrows.sched.request import Request
+from narrows.sched.request_table import RequestTable
 from narrows.sched.sampling import Logprobs, TokenScore
 from narrows.sched.stats import Bound, SchedulerStats, Totals
 
@@ -55,14 +55,14 @@ class Scheduler:
         self.limits = limits
         self._prompt_budget = prompt_budget or fixed_budget(limits.prompt_rows)
         self._totals = Totals(limits.num_groups)
-        self._places = places = Places(limits, self._totals)
+        self._table = table = RequestTable(limits, self._totals)
         self.waiting, self.running, self.pools, self.shares = (
-            places.waiting,
-            places.running,
-            places.pools,
-            places.shares,
+            table.waiting,
+            table.running,
+            table.pools,
+            table.shares,
         )
-        self._queue = WaitingQueue(places, self._totals)
+        self._queue = WaitingQueue(table, self._totals)
         self.late: list[Request] = []
         """Guided requests whose next mask is not there yet; :meth:`settle` looks again."""
         self._ended: list[int] = []
@@ -86,7 +86,7 @@ class Scheduler:
         request.arrival = self._num_added
         request.turn = (self._totals.steps + request.priority * self.limits.aging_steps, request.arrival)
         self._num_added += 1
-        self._places.wait(request)
+        self._table.wait(request)
         self._see_mask(request)
 
     def check(self, request: Request) -> None:
@@ -119,20 +119,20 @@ class Scheduler:
 
     def _decode(self, chunks: list[list[Chunk]], budget: int) -> int:
         """A row of every request that only has its newest sample to run; returns the rest of the budget."""
-        order = self._places.order()
+        order = self._table.order()
         rows, taken = self.shares.row_shares(order), Counter[str]()
         for request in [each for each in order if each.prefilled and each.wants_rows]:
             if budget <= (0 if taken[request.client] < rows.most else rows.kept):
                 self._totals.binds(Bound.ROWS)
                 continue
-            if request.group >= 0 and self._places.grow(request, order):  # else it has been put back
+            if request.group >= 0 and self._table.grow(request, order):  # else it has been put back
                 chunks[request.group].append(self._chunk(request, 1))
                 taken[request.client] += 1
                 budget -= 1
         return budget
 
     def _prefill(self, chunks: list[list[Chunk]], budget: int) -> None:
-        requests = [request for request in self._places.order() if request.rows_left and request.wants_rows]
+        requests = [request for request in self._table.order() if request.rows_left and request.wants_rows]
         if self._holds_back(requests, any(chunks)):
             return
         size = self.limits.page_size
@@ -177,7 +177,7 @@ class Scheduler:
             request.num_sampled += 1
             request.last_slot = slot
         for number in {chunk.request for group in batch.groups for chunk in group}:
-            self._places.register(by_id[number])
+            self._table.register(by_id[number])
         self._in_flight.append(flying)
         self._totals.stepped(batch.group_rows)
 
@@ -250,7 +250,7 @@ class Scheduler:
             self.late.remove(request)
         if request.num_fed:
             self._ended.append(request.id)
-        self._places.leave(request)
+        self._table.leave(request)
 
     # -- what it knows of itself ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
-"""Max-min fair shares of places, pages and rows among clients, by which turns are decided.
+"""Max-min fair shares of running slots, pages and rows among clients, by which turns are decided.
 
-If every request is from a client of its own, or all are from one client, turns alone decide. Else the second running
+If every request is from a different client, or all are from one client, turns alone decide. Else the second running
 request of a client comes after the first of every other, and so on. ``docs/scheduling.md`` has the rules.
 """
 
@@ -48,7 +48,7 @@ class Shares:
     # -- notifications -----------------------------------------------------------------------------------------------
 
     def came(self, request: Request) -> None:
-        """A text waits for its first place."""
+        """A text has come and waits."""
         self._num_texts += 1
         self._texts[request.client] += 1
         self._waiting[request.client] += 1
@@ -103,7 +103,7 @@ class Shares:
         return max(request.turn, (step + request.priority * self._limits.aging_steps, request.arrival))
 
     def first(self, waiting: Iterable[Request]) -> Request | None:
-        """The waiting request, by the order of turns, that gets the next place; None if none waits.
+        """The waiting request, by the order of turns, that runs next; None if none waits.
 
         Of those as urgent as the first in turn, or more: the first of the client that has the fewest texts running.
         """

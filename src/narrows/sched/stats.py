@@ -31,12 +31,12 @@ class SchedulerStats:
 
     ``kv_pages`` of all groups, the null pages not counted; ``kv_pages_used``: held by requests (pages that are only
     kept to be found again are not used). ``prompt_tokens`` of prompts that have begun to run, ``cached_prompt_tokens``
-    of them found in the prefix cache. ``bound_steps``: steps in which somebody got fewer rows than it wanted, or no
-    place, by what there was too little of.
+    of them found in the prefix cache. ``bound_steps``: steps in which a request got fewer rows than it wanted, or did
+    not run, by what there was too little of.
 
     By group: ``idle_rows``, summed over steps, the rows of the step's largest group less its own, since every group
     waits for the largest; ``short_steps``, steps in which it had too few pages for one of its requests, or for one that
-    found no place in any group.
+    found no room in any group.
     """
 
     running: int
@@ -62,7 +62,7 @@ class SchedulerStats:
 
 
 def _sum(first: Any, second: Any) -> Any:
-    """Of two numbers, or of each pair of numbers by place or by key."""
+    """Of two numbers, or of each pair of numbers by index or by key."""
     if isinstance(first, Mapping):
         return {key: first.get(key, 0) + second.get(key, 0) for key in {**second, **first}}
     return tuple(map(add, first, second)) if isinstance(first, tuple) else first + second
@@ -86,7 +86,7 @@ class Totals:
         self._short.clear()
 
     def binds(self, what: Bound) -> None:
-        """Somebody gets no row or place in this step for want of it."""
+        """A request gets no row, or does not run, in this step for want of it."""
         self._binds.add(what)
 
     def short_of_pages(self, group: int) -> None:

@@ -217,8 +217,8 @@ def _add_profile(app: FastAPI, state: ServerState) -> None:
     @app.post("/start_profile", response_model=None, responses=_responses(answers.TraceStarted))
     async def start_profile(body: Body[answers.StartProfileRequest] | None = None) -> Response:
         """Start a trace of the engine's next steps, on every rank."""
-        asked = answers.StartProfileRequest() if body is None else await body.read(_as_it_is)
-        steps = asked.steps if asked.steps is not None else asked.num_steps
+        request = answers.StartProfileRequest() if body is None else await body.read(_as_it_is)
+        steps = request.steps if request.steps is not None else request.num_steps
         return await operate(partial(state.backend.start_trace, steps))
 
     @app.post("/stop_profile", response_model=None, responses=_responses(answers.TraceWritten))

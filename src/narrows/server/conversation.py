@@ -284,7 +284,7 @@ def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, 
     if message.role == "developer":
         values["role"] = "system"
     if isinstance(message.content, list):
-        texts = [_text(part, f"messages.{at}.content.{place}") for place, part in enumerate(message.content)]
+        texts = [_text(part, f"messages.{at}.content.{index}") for index, part in enumerate(message.content)]
         values["content"] = "".join(texts)
         if thoughts := "".join(part.thinking or "" for part in message.content if part.type == "thinking"):
             values.setdefault("reasoning_content", thoughts)
@@ -297,7 +297,7 @@ def _plain(message: ChatMessage, at: int, arguments_as_text: bool) -> dict[str, 
         values["content"] = ""
     if message.tool_calls and not arguments_as_text:
         values["tool_calls"] = [
-            _with_object(call, f"messages.{at}.tool_calls.{place}") for place, call in enumerate(message.tool_calls)
+            _with_object(call, f"messages.{at}.tool_calls.{index}") for index, call in enumerate(message.tool_calls)
         ]
     return values
 

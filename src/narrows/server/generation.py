@@ -308,7 +308,7 @@ async def respond(
 
 
 def _client_of(state: ServerState, request: Request) -> str:
-    """The request's API key where the server has several; empty: the request is a client of its own."""
+    """The request's API key where the server has several; empty: the request is its own client."""
     key = key_of(request.scope)
     return "" if key is None or len(state.options.api_keys) < 2 else f"key {key}"
 

@@ -79,14 +79,14 @@ class _BackendNumbers(Collector):
 
 
 def _now(stats: Stats) -> Iterator[Metric]:
-    asked, cached = stats.prompt_tokens, stats.cached_prompt_tokens
+    prompt, cached = stats.prompt_tokens, stats.cached_prompt_tokens
     for name, what, value in (
         ("requests_running", "Texts being generated", stats.running),
         ("requests_waiting", "Texts that wait for pages", stats.waiting),
         ("kv_pages", "Pages of the KV cache, all groups", stats.kv_pages),
         ("kv_pages_used", "Pages in use", stats.kv_pages_used),
         ("kv_usage_ratio", "Pages in use, of all", stats.kv_pages_used / max(stats.kv_pages, 1)),
-        ("prefix_cache_hit_ratio", "Prompt tokens found in the prefix cache, of all", cached / max(asked, 1)),
+        ("prefix_cache_hit_ratio", "Prompt tokens found in the prefix cache, of all", cached / max(prompt, 1)),
     ):
         yield GaugeMetricFamily(f"narrows_{name}", what, value)
     yield _by_group(GaugeMetricFamily, "group_requests_running", "Texts being generated", stats.group_running)

@@ -68,7 +68,7 @@ class ServerOptions:
     ``max_generations``: most texts of a request, prompts times ``n``. ``allow_priority``: requests may be more urgent
     than normal (``priority`` below 0). ``hosts``: names that a request's Host may have beside this machine's own; None:
     any. ``origins``: web pages that may use the server; ``*``: all of them. ``body_process``: large bodies are
-    read in a process of their own.
+    read in their own process.
 
     Raises:
         ConfigError: a limit that would let nothing in, an empty key.

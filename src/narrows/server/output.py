@@ -52,11 +52,11 @@ class ChatOutput:
         if self.finish_reason is not None:
             return False  # came before the backend knew
         self.count.cached = max(self.count.cached, update.num_cached_prompt)
-        for place, token in enumerate(update.token_ids):
+        for index, token in enumerate(update.token_ids):
             self.count.generated += 1
             self.count.reasoning += self._parser.is_reasoning
             if self._wants_logprobs:
-                self._logprobs.append(chat_logprob(self._tokenizer, token, update.logprobs[place]))
+                self._logprobs.append(chat_logprob(self._tokenizer, token, update.logprobs[index]))
             if text := self._text.push(token):
                 self._add(self._parser.push(text))
             if self._text.stopped:

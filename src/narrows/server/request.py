@@ -6,7 +6,7 @@ import random
 import time
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from narrows.api import Generation
@@ -261,10 +261,10 @@ class ParsedRequest:
 
 
 def sampling_of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of the ``index``-th of ``n`` texts: a seed of its own, so that they differ."""
+    """The parameters of the ``index``-th of ``n`` texts: its own seed, so that they differ."""
     if sampling.seed is None or not index:
         return sampling
-    return replace(sampling, seed=(sampling.seed + index) & _MASK63)
+    return sampling.with_seed((sampling.seed + index) & _MASK63)
 
 
 class AllowedTokens(Guide):

@@ -101,10 +101,10 @@ def serve(
     except OSError as error:
         raise ConfigError(f"cannot listen on {url_of(bound)}: {error}; give another --port") from None
     limits = state_of(app).options.connections
-    places = ConnectionSlots(limits.max_connections, limits.reserved_slots)
+    slots = ConnectionSlots(limits.max_connections, limits.reserved_slots)
     config = uvicorn.Config(
         app,
-        http=partial(Connection, limits=limits, places=places, turns=state_of(app).turns),  # type: ignore[arg-type]
+        http=partial(Connection, limits=limits, slots=slots, turns=state_of(app).turns),  # type: ignore[arg-type]
         ws="none",
         log_level="error",
         access_log=False,
@@ -161,7 +161,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come; the first one starts to drain, on a thread of its own since that waits."""
+        """A signal has come; the first one starts to drain, on its own thread since that waits."""
         if self._drains is not None:
             self.exit_code = 1
             self.should_exit = self.force_exit = True

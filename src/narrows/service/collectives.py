@@ -28,7 +28,7 @@ class CollectiveReader:
     def __init__(self, engine: Engine, add: Callable[[list[Any]], None]) -> None:
         self._engine, self._add = engine, add
         resolved = engine.resolved
-        self._has_clocks = is_synchronous(resolved.asked.run_on) and resolved.mesh.size > 1
+        self._has_clocks = is_synchronous(resolved.engine_config.run_on) and resolved.mesh.size > 1
         if self._has_clocks:
             engine.instrument(CollectiveClock)
         self._num_unread, self._read_at = 0, -math.inf

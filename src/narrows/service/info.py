@@ -25,7 +25,7 @@ def describe(
 ) -> dict[str, Any]:
     """One document. ``steps``: number of steps by (phase, bucket of rows, layout); ``times``: measured times of a
     plan's steps, by its ``id``."""
-    asked, mesh, config = resolved.asked, resolved.mesh, resolved.config
+    engine_config, mesh, config = resolved.engine_config, resolved.mesh, resolved.config
     items = engine.plans.items() if engine is not None else ()
     plans = [{**_plan(key, plan), **times.get(id(plan), {"steps": 0})} for key, plan in items]
     return {
@@ -37,16 +37,16 @@ def describe(
             "max_position_embeddings": config.max_position_embeddings,
         },
         "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
-        "layout": resolved.plan.layout_name if resolved.plan else asked.layout,
+        "layout": resolved.plan.layout_name if resolved.plan else engine_config.layout,
         "weight_sharding": (sharding := sharding_words(config, resolved.sharding)),
         "forms": sharding,  # the old name, kept for one release
         "dtype": str(resolved.dtype).removeprefix("torch."),
-        "quantization": asked.quantization,
-        "encode_rows": asked.encode_rows,
-        "batch_invariant": asked.batch_invariant,
-        "run_on": asked.run_on,
-        "ranks": asked.ranks,
-        "threads_per_rank": asked.threads,
+        "quantization": engine_config.quantization,
+        "encode_rows": engine_config.encode_rows,
+        "batch_invariant": engine_config.batch_invariant,
+        "run_on": engine_config.run_on,
+        "ranks": engine_config.ranks,
+        "threads_per_rank": engine_config.threads,
         "collectives": engine.ranks.transport if engine is not None else "",
         "limits": asdict(resolved.limits),
         "kv_tokens_per_group": resolved.limits.tokens_per_group,

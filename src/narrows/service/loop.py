@@ -190,5 +190,5 @@ class Loop:
             return
         begun, expected_s = self.oldest
         age_s = monotonic() - begun
-        if age_s > engine.timing.step_is_stuck_after(expected_s) + engine.resolved.asked.timeout_s:
+        if age_s > engine.timing.step_is_stuck_after(expected_s) + engine.resolved.engine_config.timeout_s:
             raise RankError(f"a step has not ended in {age_s:.0f} s, and {expected_s:.2g} s were predicted")

@@ -17,14 +17,14 @@ from narrows.service.active_request import ActiveRequest
 __all__ = ["RequestQueue"]
 
 _RATE_OF = 64
-"""Generations whose ends tell how fast places become free."""
+"""Generations whose ends show how fast the queue moves."""
 
 
 class RequestQueue:
     """Requests that wait for the loop, and those whose clients wait for an answer.
 
     Args:
-        limit: generations that may wait for a place; more are refused, except those of a client that has fewer of them
+        limit: generations that may wait; more are refused, except those of a client that has fewer of them
             waiting than its even part.
         wake: called when something has come.
     """
@@ -109,7 +109,7 @@ class RequestQueue:
             if waiting >= self.limit and not self._has_fewer_than_its_part(client):
                 raise QueueFull(
                     f"{waiting} generations wait already, and --max-queue is {self.limit}; try again later",
-                    self._place_free_in_s(),
+                    self._slot_free_in_s(),
                 )
             return engine
 
@@ -119,8 +119,8 @@ class RequestQueue:
         waiting.update(active.generation.client for active in self._arrived)
         return waiting[client] < self.limit // len(waiting.keys() | {client})
 
-    def _place_free_in_s(self) -> float:
-        """Seconds until a place in the queue becomes free, by how often that has happened lately."""
+    def _slot_free_in_s(self) -> float:
+        """Seconds until a slot of the queue becomes free, by how often that has happened lately."""
         if len(self._ends) < 2:
             return 1.0
         return min(max((monotonic() - self._ends[0]) / len(self._ends), 1.0), 60.0)
@@ -165,12 +165,12 @@ class RequestQueue:
             self._arrived[:0] = requests
 
     def waits(self, count: int, by_client: Mapping[str, int]) -> None:
-        """How many wait for a place in the scheduler, in all and by client."""
+        """How many wait to run in the scheduler, in all and by client."""
         with self._changed:
             self._num_scheduled, self._scheduled = count, dict(by_client)
 
     def forget(self, *requests: ActiveRequest, ran: bool) -> None:
-        """These have ended. ``ran``: on the ranks, so that places become free as fast as that."""
+        """These have ended. ``ran``: on the ranks, so that slots become free as fast as that."""
         with self._changed:
             for active in requests:
                 self._active.pop(active.number, None)

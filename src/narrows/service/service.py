@@ -41,7 +41,7 @@ class EngineService:
     """A backend over planned ranks.
 
     Args:
-        max_queue: generations that may wait for a place; more are refused, except those of a client that has fewer
+        max_queue: generations that may wait; more are refused, except those of a client that has fewer
             of them waiting than its even part.
         restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
         drift: when to warn that steps are off their predicted time. trace: the writer of traces; by default
@@ -92,7 +92,7 @@ class EngineService:
         """Accept nothing new and finish the rest; returns whether all finished within ``timeout_s``."""
         done = self._queue.drain(timeout_s)
         if self._trace.is_on and not self._queue.is_over:
-            with suppress(ConfigError):  # said in the log
+            with suppress(ConfigError):  # it is in the log
                 self._trace.stop(self._wake, _LAST_TRACE_S)
         return done
 

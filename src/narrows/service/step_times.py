@@ -148,7 +148,7 @@ class StepTimes:
     def ended(self, batch: Batch, plan: Plan, predicted: float, times: list[float]) -> str:
         """A step of so many ``predicted`` seconds is done; a line for people if its bucket has just been found off its
         prediction, else empty."""
-        if len(times) < 2:  # its future was done before the callback that tells when
+        if len(times) < 2:  # its future was done before the callback that notes when
             times.append(perf_counter())
         begun, done = max(times[0], self._free), times[1]
         self._free = done

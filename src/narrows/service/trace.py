@@ -29,7 +29,7 @@ _END_S = 60.0
 
 class _State(StrEnum):
     NONE = "none"
-    ASKED = "asked"
+    REQUESTED = "requested"
     RUNNING = "running"
     ENDING = "ending"
 
@@ -48,8 +48,8 @@ class ServiceTrace:
         self.file, self._num_steps = file, num_steps
         self._changed = threading.Condition()
         self._state = _State.NONE
-        self._asked_steps = num_steps
-        self._end_asked = False
+        self._requested_steps = num_steps
+        self._end_requested = False
         self._written: dict[str, Any] | None = None
         self._failure = ""
         # The rest is the loop's own.
@@ -70,12 +70,12 @@ class ServiceTrace:
             self._check_has_file()
             if self._state is not _State.NONE:
                 raise ConfigError("a trace is already under way: POST /stop_profile ends it")
-            self._state, self._asked_steps, self._end_asked = _State.ASKED, steps, False
+            self._state, self._requested_steps, self._end_requested = _State.REQUESTED, steps, False
             self._written, self._failure = None, ""
         return {"file": self.file, "steps": steps}
 
     def stop(self, wake: Callable[[], None], within_s: float = _END_S) -> dict[str, Any]:
-        """End the trace and wait for its file, or for one that has ended by itself; returns its summary.
+        """End the trace and wait for its file, or for that of one that is complete; returns its summary.
 
         Raises:
             ConfigError: none is under way or was since the last call, or it could not be written.
@@ -84,7 +84,7 @@ class ServiceTrace:
             self._check_has_file()
             if self._state is _State.NONE and self._written is None and not self._failure:
                 raise ConfigError("no trace is under way: POST /start_profile begins one")
-            self._end_asked = True
+            self._end_requested = True
         wake()
         with self._changed:
             if not self._changed.wait_for(lambda: self._state is _State.NONE, within_s):
@@ -110,11 +110,11 @@ class ServiceTrace:
         """Begin, end or write, if it is time for it; never waits."""
         if self._state is _State.NONE:
             return
-        if self._state is _State.ASKED:
-            self._tracer = Tracer(engine, self._asked_steps)
+        if self._state is _State.REQUESTED:
+            self._tracer = Tracer(engine, self._requested_steps)
             self._state = _State.RUNNING
         tracer, recorded = self._tracer, self._recorded
-        if self._state is _State.RUNNING and tracer is not None and (self._end_asked or tracer.done):
+        if self._state is _State.RUNNING and tracer is not None and (self._end_requested or tracer.done):
             recorded = self._recorded = tracer.end()
             recorded.add_done_callback(wake)
             self._state = _State.ENDING
@@ -125,7 +125,7 @@ class ServiceTrace:
 
     def lost(self, reason: str) -> None:
         """The ranks have failed: their records are lost."""
-        if self._tracer is not None or self._state is _State.ASKED:
+        if self._tracer is not None or self._state is _State.REQUESTED:
             self._tracer = self._recorded = None
             self._over(None, reason)
 

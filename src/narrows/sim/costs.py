@@ -3,7 +3,7 @@
 The plan is chosen by the same bucket as at run time. Its price is then split: everything but the attention stages
 depends on row counts alone and is kept by them; attention is priced per step, from the context of every chunk, in the
 form in which chunks are computed (single rows as decode, longer ones as prefill, whatever the step is). Rows and
-contexts are rounded to 1 part in 128 where they are large, so that few prices are asked for twice.
+contexts are rounded to 1 part in 128 where they are large, so that few prices are computed twice.
 """
 
 from __future__ import annotations

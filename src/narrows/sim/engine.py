@@ -1,7 +1,7 @@
 """Simulates the engine: the real scheduler, one step ahead, on a clock that advances by predicted step times.
 
 It does what the loop of the service does (:mod:`narrows.service.loop`): take in new requests, commit the step that is
-done, hand out the next one, notify callers. At most two steps are with the ranks. A request is a client of its own,
+done, hand out the next one, notify callers. At most two steps are with the ranks. A request counts as a client,
 unless the load names its client. Tokens are dummies, and texts are as long as they may be. Requests are sent as by
 ``narrows bench serve``: each at its time, with at most so many at once. Equal loads give equal runs.
 """
@@ -23,7 +23,7 @@ from narrows.sched.request import Request
 from narrows.sched.scheduler import Scheduler
 from narrows.sched.stats import SchedulerStats
 from narrows.sim.costs import StepCost, StepCosts
-from narrows.sim.places import PlacesHeld
+from narrows.sim.running_slots import RunningSlots
 from narrows.workload.arrivals import Ask
 from narrows.workload.fairness import Fairness, by_client
 from narrows.workload.figures import Answer, Figures, figures
@@ -35,7 +35,7 @@ _AHEAD = 2
 _DUMMY = 0
 """The token that every row samples."""
 _OWN = 1 << 32
-"""Tokens of a prompt that are nobody else's: each request's begin at another multiple."""
+"""Tokens of a prompt that no other request has: each one's begin at another multiple."""
 _SHARED = 1 << 62
 """Where the tokens of shared blocks begin."""
 
@@ -128,8 +128,8 @@ class _Run:
         self._costs, self._asks, self._fair, self._watch = costs, asks, fair, watch
         self._arrival_s = arrival_s
         self._on_its_way: deque[_Sent] = deque()
-        self._places_held = PlacesHeld() if any(ask.client for ask in asks) else None
-        self._places = concurrency or len(asks)
+        self._running_slots = RunningSlots() if any(ask.client for ask in asks) else None
+        self._concurrency = concurrency or len(asks)
         self._scheduler = Scheduler(limits, prompt_budget)
         self._unsent = deque(sorted(range(len(asks)), key=lambda number: asks[number].at_s))
         self._sent: dict[int, _Sent] = {}
@@ -174,9 +174,9 @@ class _Run:
         return not (self._unsent or self._sent or self._in_flight)
 
     def _next_s(self) -> float:
-        """When the next thing happens: a step ends, a request arrives, or one is sent for which there is a place."""
+        """When the next thing happens: a step ends, a request arrives, or one is sent because another has ended."""
         ends = self._in_flight[0].ends_s if self._in_flight else math.inf
-        comes = self._asks[self._unsent[0]].at_s if self._unsent and len(self._sent) < self._places else math.inf
+        comes = self._asks[self._unsent[0]].at_s if self._unsent and len(self._sent) < self._concurrency else math.inf
         arrives = self._on_its_way[0].sent_s + self._arrival_s if self._on_its_way else math.inf
         soonest = min(ends, comes, arrives)
         assert self._now < soonest < math.inf, "there is work, but nothing to wait for"
@@ -185,9 +185,9 @@ class _Run:
     # -- whoever asks --------------------------------------------------------------------------------------------------
 
     def _send(self) -> bool:
-        """What comes now, as far as there are places."""
+        """What comes now, as far as the concurrency allows."""
         sent = False
-        while self._unsent and len(self._sent) < self._places and self._asks[self._unsent[0]].at_s <= self._now:
+        while self._unsent and len(self._sent) < self._concurrency and self._asks[self._unsent[0]].at_s <= self._now:
             number = self._unsent.popleft()
             ask, sent = self._asks[number], True
             request = Request(
@@ -257,10 +257,10 @@ class _Run:
         for part, seconds in cost.parts.items():
             self._seconds[part] += seconds
         self._kv_pages_most = max(self._kv_pages_most, sum(pool.num_used for pool in self._scheduler.pools))
-        if self._places_held is not None:
+        if self._running_slots is not None:
             running = Counter(self._client(each.id) for group in self._scheduler.running for each in group)
             waiting = Counter(self._client(each.id) for each in self._scheduler.waiting)
-            self._places_held.note(cost.seconds, running, waiting)
+            self._running_slots.note(cost.seconds, running, waiting)
         if cost.plan is not None:
             _, used = self._plans.setdefault((batch.phase, id(cost.plan)), (cost.plan, [0, 0.0]))
             used[0] += 1
@@ -269,11 +269,11 @@ class _Run:
             self._watch(batch, cost)
 
     def _fairness(self, answers: Sequence[Answer]) -> Fairness | None:
-        if self._places_held is None:
+        if self._running_slots is None:
             return None
-        parts = self._places_held.parts
+        parts = self._running_slots.parts
         return Fairness(
-            jain=self._places_held.jain,
+            jain=self._running_slots.jain,
             least=min(parts, default=1.0),
             clients=len(parts),
             by_client=by_client(self._asks, answers),

@@ -19,7 +19,7 @@ __all__ = ["Candidate", "Target", "meshes", "ranked"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Latencies that are asked for, in seconds (None: any). ``quantile``: the share of requests, in %, that must meet
+    """Target latencies, in seconds (None: any). ``quantile``: the share of requests, in %, that must meet
     each of them."""
 
     ttft_s: float | None = None

@@ -4,8 +4,8 @@ No torch, so that a server or a benchmark client can use it without the engine.
 """
 
 from narrows.text.generation_config import GenerationConfig
-from narrows.text.places import TokenPlaces
+from narrows.text.offsets import TokenOffsets
 from narrows.text.stream import GeneratedText, TextStream
 from narrows.text.tokenizer import Message, Tokenizer
 
-__all__ = ["GeneratedText", "GenerationConfig", "Message", "TextStream", "TokenPlaces", "Tokenizer"]
+__all__ = ["GeneratedText", "GenerationConfig", "Message", "TextStream", "TokenOffsets", "Tokenizer"]

@@ -183,8 +183,8 @@ class TextEnds:
         self._drop_eos = files.adds_eos is False and last[-1:] == [self._eos]
 
     @staticmethod
-    def _id(backend: tokenizers.Tokenizer, files: TokenizerFiles, role: str, asked: bool | None) -> int | None:
-        return None if asked is None or role not in files.named else backend.token_to_id(files.named[role].content)
+    def _id(backend: tokenizers.Tokenizer, files: TokenizerFiles, role: str, wanted: bool | None) -> int | None:
+        return None if wanted is None or role not in files.named else backend.token_to_id(files.named[role].content)
 
     def put(self, ids: list[int]) -> list[int]:
         """The ids with the bos and eos of the config. A text that begins with bos itself gets no second one."""

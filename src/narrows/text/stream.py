@@ -67,7 +67,7 @@ class TextStream:
         return piece
 
     def _forget(self) -> None:
-        """Keep the last id only, if it has text of its own: then no leading space is at stake any more."""
+        """Keep the last id only, if it has its own text: then no leading space is at stake any more."""
         last = self._ids[-1:]
         text = self._decode(last)
         if text:

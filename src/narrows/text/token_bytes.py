@@ -23,7 +23,7 @@ def _table() -> dict[str, int]:
     """Printable bytes of Latin-1 are themselves; the others are the characters from U+0100 on, in their order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 BYTE_OF = _table()

@@ -301,7 +301,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def plain(value: Any) -> Any:
-    """``value`` rebuilt of exact JSON types, so that a template meets no object with methods of its own.
+    """``value`` rebuilt of exact JSON types, so that a template meets no object with its own methods.
 
     Mappings become dicts and sequences lists; anything else becomes its type's name in angle brackets.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrows.arch.config import Quantization
+from narrows.arch.config import CheckpointQuantization
 from narrows.arch.quantization import check_loadable
 from narrows.arch.weights import Weight
 from narrows.errors import CheckpointError
@@ -55,7 +55,7 @@ class SafetensorsFolder:
     """
 
     def __init__(
-        self, folder: Path, *, quantization: Quantization | None = None, dtype: torch.dtype = torch.float32
+        self, folder: Path, *, quantization: CheckpointQuantization | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         check_loadable(quantization, str(folder))
         self.folder, self.dtype = folder, dtype
@@ -102,10 +102,12 @@ class SafetensorsFolder:
         if name in self._absent:
             file = self._absent[name].name
             return f"{self.folder}: the index puts {name} into {file}, which lacks it; download that file again"
-        said = f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
+        problem = (
+            f"{self.folder}: tensor {name} is missing ({len(self._where)} tensors in {len(self._files)} file(s)); "
+        )
         if full_name == "lm_head.weight" and not self._absent:
-            return said + 'a head that shares the embedding takes "tie_word_embeddings": true in config.json'
-        return f"{said}the checkpoint is incomplete, or not the architecture that config.json names"
+            return problem + 'a head that shares the embedding takes "tie_word_embeddings": true in config.json'
+        return f"{problem}the checkpoint is incomplete, or not the architecture that config.json names"
 
     def _view(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)
@@ -177,7 +179,7 @@ class SafetensorsFolder:
 
 
 def _cut(view: Any, stored: Stored, rows: Span, columns: Span) -> Tensor:
-    """Values of an unread tensor, in the place of the stack that ``stored`` says."""
-    place: tuple[Any, ...] = (slice(*rows), slice(*columns))[: len(stored.shape) - (stored.expert is not None)]
-    cut: Tensor = view[place if stored.expert is None else (stored.expert, *place)]
+    """Values of an unread tensor, at the index of the stack that ``stored`` says."""
+    index: tuple[Any, ...] = (slice(*rows), slice(*columns))[: len(stored.shape) - (stored.expert is not None)]
+    cut: Tensor = view[index if stored.expert is None else (stored.expert, *index)]
     return cut

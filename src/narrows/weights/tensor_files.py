@@ -108,13 +108,13 @@ def _nothing(folder: Path) -> str:
     def there(*patterns: str) -> Sequence[str]:
         return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
 
-    said = f"{folder}: holds neither {_SINGLE} nor {_INDEX}"
+    problem = f"{folder}: holds neither {_SINGLE} nor {_INDEX}"
     if shards := there("*.safetensors"):
-        return f"{said}, which says what {shards[0]} and others hold; download it from where they came from"
+        return f"{problem}, which says what {shards[0]} and others hold; download it from where they came from"
     if pickles := there(*_PICKLES):
         return (
-            f"{said}, but pickles ({pickles[0]}), which can run code when they are opened; write safetensors once with "
-            f"transformers, if you trust them: AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')"
+            f"{problem}, but pickles ({pickles[0]}), which can run code when they are opened; write safetensors once "
+            f"with transformers, if you trust them: AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')"
             f".save_pretrained({str(folder)!r})"
         )
-    return f"{said}; put the weights there, or use --load-format dummy to run with random ones"
+    return f"{problem}; put the weights there, or use --load-format dummy to run with random ones"

@@ -30,7 +30,7 @@ _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\{expert\}\.(?P<part>gate|up|do
 class Stored:
     """A matrix or vector within a stored tensor.
 
-    ``shape``: that of the whole tensor ``name``. ``expert``: its place in the first dimension of a stack.
+    ``shape``: that of the whole tensor ``name``. ``expert``: its index in the first dimension of a stack.
     ``first_row``: where its rows begin there.
     """
 

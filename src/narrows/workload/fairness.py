@@ -25,8 +25,8 @@ class ClientFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fairness:
-    """``jain``: Jain's index over clients of the part of its max-min fair share of places that each had while texts
-    waited; 1: all the same part, 1 / clients: one had everything. ``least``: the smallest of those parts.
+    """``jain``: Jain's index over clients of the part of its max-min fair share of running slots that each had
+    while texts waited; 1: all the same part, 1 / clients: one had everything. ``least``: the smallest of those parts.
     ``clients``: how many are in it."""
 
     jain: float
@@ -69,7 +69,7 @@ def jain(values: Sequence[float]) -> float:
 
 
 def max_min(total: float, wanted: Mapping[str, int]) -> dict[str, float]:
-    """The max-min fair shares of ``total``: nobody gets more than it wants, and what is left goes to the others evenly.
+    """The max-min fair shares of ``total``: no client gets more than it wants, and the rest goes to the others evenly.
 
     >>> max_min(10, {"a": 2, "b": 9, "c": 9})
     {'a': 2, 'b': 4.0, 'c': 4.0}

@@ -17,7 +17,7 @@ from narrows.errors import CheckpointError
 __all__ = ["DeepseekV2", "DeepseekV3"]
 
 _HARMLESS = {
-    "num_key_value_heads": "every head has keys and values of its own, made from one latent",
+    "num_key_value_heads": "every head has its own keys and values, made from one latent",
     "head_dim": "the class sets it to qk_rope_head_dim",
     "qk_head_dim": "the class sets it to qk_nope_head_dim + qk_rope_head_dim",
 }

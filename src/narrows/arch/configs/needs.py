@@ -16,6 +16,7 @@ from narrows.arch.configs.shown import shown
 from narrows.errors import CheckpointError
 
 __all__ = [
+    "ConfigObject",
     "Epsilon",
     "ExpertCount",
     "Experts",
@@ -26,7 +27,6 @@ __all__ = [
     "LayerCount",
     "Layers",
     "NotNegative",
-    "Part",
     "Positions",
     "Share",
     "Text",
@@ -64,7 +64,7 @@ Flag = Annotated[bool, Needs("true or false")]
 Text = Annotated[str, Needs("a text")]
 
 
-class Part(BaseModel):
+class ConfigObject(BaseModel):
     """A JSON object of a config: no value is turned into another type, and no number is NaN or infinite."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, defer_build=True)
@@ -78,7 +78,7 @@ def needed(field: FieldInfo) -> str:
     return ", or ".join(words)
 
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=ConfigObject)
 
 
 def validated(kind: type[P], raw: dict[str, Any], within: str = "") -> P:

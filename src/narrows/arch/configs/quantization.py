@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from narrows.arch.configs.shown import shown
-from narrows.arch.model import Quantization
+from narrows.arch.model import CheckpointQuantization
 from narrows.errors import CheckpointError
 
 __all__ = ["DTYPES", "OTHER_NAMES", "read_dtype", "read_quantization"]
@@ -25,9 +25,9 @@ def read_dtype(raw: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: no dtype, or ``dtype`` and ``torch_dtype`` name two.
     """
-    said = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    given = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
     names: dict[str, str] = {}
-    for key, value in said.items():
+    for key, value in given.items():
         names[key] = value.removeprefix("torch.") if isinstance(value, str) else ""
         if names[key] not in DTYPES:
             raise CheckpointError(f"{key} is {shown(value)}, where one of {', '.join(DTYPES)} is needed")
@@ -38,7 +38,7 @@ def read_dtype(raw: Mapping[str, Any]) -> str:
     return next(iter(names.values()), "bfloat16")
 
 
-def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
+def read_quantization(raw: Mapping[str, Any]) -> CheckpointQuantization | None:
     """The quantization of ``quantization_config``, or of one of its other names. The loader decides whether it can
     load such weights.
 
@@ -47,7 +47,7 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
     """
     for field, method in OTHER_NAMES.items():
         if raw.get(field) not in (None, {}):
-            return Quantization(quant_method=method)
+            return CheckpointQuantization(quant_method=method)
     given = raw.get("quantization_config")
     if given is None:
         return None
@@ -55,9 +55,9 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
         raise CheckpointError(f"quantization_config is {shown(given)}, which names no quant_method")
     block = given.get("weight_block_size")
     if block is None:
-        return Quantization(quant_method=given["quant_method"])
+        return CheckpointQuantization(quant_method=given["quant_method"])
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise CheckpointError(
             f"weight_block_size is {shown(block)}, where two whole numbers (rows, columns) are needed"
         )
-    return Quantization(quant_method=given["quant_method"], weight_block_size=(block[0], block[1]))
+    return CheckpointQuantization(quant_method=given["quant_method"], weight_block_size=(block[0], block[1]))

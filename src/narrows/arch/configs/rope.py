@@ -1,7 +1,7 @@
 """Rotary positions in ``config.json``: a schema for each ``rope_type``, wherever its parts stand.
 
 Transformers 5 writes ``rope_parameters`` with ``rope_theta`` in it; 4 wrote ``rope_theta`` beside ``rope_scaling``;
-some files mix the two. All places are read, and where two of them differ the file is refused: which one counts would
+some files mix the two. All of them are read, and where two of them differ the file is refused: which one counts would
 depend on the version that reads it.
 """
 
@@ -13,7 +13,17 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from narrows.arch.configs.foreign import is_foreign
-from narrows.arch.configs.needs import Factor, Flag, Needs, NotNegative, Part, Positions, Share, Theta, validated
+from narrows.arch.configs.needs import (
+    ConfigObject,
+    Factor,
+    Flag,
+    Needs,
+    NotNegative,
+    Positions,
+    Share,
+    Theta,
+    validated,
+)
 from narrows.arch.configs.shown import shown
 from narrows.arch.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, RopeScaling, YarnRope
 from narrows.errors import CheckpointError, ConfigError
@@ -45,7 +55,7 @@ class Head:
     latent: bool = False
 
 
-class _Scaling(Part):
+class _Scaling(ConfigObject):
     factor: Factor
 
     def scaling(self, head: Head, columns: int) -> RopeScaling:
@@ -127,14 +137,14 @@ ROPE_TYPES: Mapping[str, type[_Scaling]] = MappingProxyType(
 """Beside ``default``, the rope types that are read."""
 
 
-class _Latent(Part):
+class _Latent(ConfigObject):
     mscale_all_dim: NotNegative | None = None
 
 
 _NUMBERS = frozenset().union(*(kind.model_fields for kind in ROPE_TYPES.values()))
 
 
-class _Place(Part):
+class _SharedFields(ConfigObject):
     """Fields that may be beside the dictionaries as well as in them."""
 
     rope_theta: Theta = 10000.0
@@ -146,14 +156,14 @@ def read_rope(raw: Mapping[str, Any], head: Head) -> tuple[Rope, tuple[str, ...]
     """The rotary embedding of ``raw``, and the names of unused fields in its dictionary.
 
     Raises:
-        CheckpointError: invalid or missing numbers, or numbers that differ between two places.
+        CheckpointError: invalid or missing numbers, or numbers that differ between two objects.
         ConfigError: an unsupported type of scaling.
     """
     dictionaries = {name: _dictionary(name, raw[name]) for name in _DICTIONARIES if raw.get(name) not in (None, {})}
-    places = {"": raw} | dictionaries
-    theta = _shared("rope_theta", places)
-    partial = _shared("partial_rotary_factor", places)
-    original = _shared("original_max_position_embeddings", places)
+    objects = {"": raw} | dictionaries
+    theta = _shared("rope_theta", objects)
+    partial = _shared("partial_rotary_factor", objects)
+    original = _shared("original_max_position_embeddings", objects)
     if partial is None:
         partial = 1.0 if "partial_rotary_factor" in raw else head.partial or 1.0
     columns = _rotated_columns(head, partial)
@@ -180,31 +190,31 @@ def _dictionary(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _shared(field: str, places: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The value of ``field`` in all places that have it; None where none does."""
-    said: dict[str, Any] = {}
-    for place, fields in places.items():
+def _shared(field: str, objects: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The value of ``field`` in all objects that have it; None where none does."""
+    given: dict[str, Any] = {}
+    for name, fields in objects.items():
         if field in fields and (fields[field] is not None or field == "rope_theta"):
-            path = f"{place}.{field}".lstrip(".")
-            said[path] = getattr(validated(_Place, {field: fields[field]}, place), field)
-    if len(set(said.values())) > 1:
-        words = " and ".join(f"{path} is {shown(value)}" for path, value in said.items())
+            path = f"{name}.{field}".lstrip(".")
+            given[path] = getattr(validated(_SharedFields, {field: fields[field]}, name), field)
+    if len(set(given.values())) > 1:
+        words = " and ".join(f"{path} is {shown(value)}" for path, value in given.items())
         raise CheckpointError(f"{words}: readers disagree on which one counts; leave one of them out")
-    return next(iter(said.values()), None)
+    return next(iter(given.values()), None)
 
 
 def _typed(name: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The type that a dictionary says, and its numbers."""
-    said = {key: fields[key] for key in ("rope_type", "type") if key in fields}
-    for key, kind in said.items():
+    given = {key: fields[key] for key in ("rope_type", "type") if key in fields}
+    for key, kind in given.items():
         if not isinstance(kind, str):
             raise CheckpointError(f"{name}.{key} is {shown(kind)}, where a text is needed")
-    if len(set(said.values())) > 1:
-        raise CheckpointError(f"{name} has rope_type {shown(said['rope_type'])} and type {shown(said['type'])}")
-    kind = next(iter(said.values()), "default")
-    numbers = {key: each for key, each in fields.items() if key not in (*said, *_Place.model_fields)}
+    if len(set(given.values())) > 1:
+        raise CheckpointError(f"{name} has rope_type {shown(given['rope_type'])} and type {shown(given['type'])}")
+    kind = next(iter(given.values()), "default")
+    numbers = {key: each for key, each in fields.items() if key not in (*given, *_SharedFields.model_fields)}
     if kind == "default" and (scaled := sorted(_NUMBERS & numbers.keys())):
-        stated = f"says {shown('default')}" if said else "is missing"
+        stated = f"says {shown('default')}" if given else "is missing"
         raise CheckpointError(f"{name} has {', '.join(scaled)} while its rope_type {stated}")
     if kind != "default" and kind not in ROPE_TYPES:
         known = ", ".join(("default", *ROPE_TYPES))
@@ -239,7 +249,7 @@ def _scaling(
 ) -> tuple[RopeScaling | None, tuple[str, ...]]:
     """The scaling, and the names of the numbers that it does not use."""
     fields = ROPE_TYPES[kind].model_fields if kind in ROPE_TYPES else {}
-    unused = {key: each for key, each in numbers.items() if key not in fields and key not in _Place.model_fields}
+    unused = {key: each for key, each in numbers.items() if key not in fields and key not in _SharedFields.model_fields}
     scaling = None
     if kind in ROPE_TYPES:
         read = {key: each for key, each in numbers.items() if key in fields}

@@ -10,12 +10,12 @@ from typing import Annotated, Any, ClassVar
 from narrows.arch.configs.foreign import is_foreign
 from narrows.arch.configs.harmless import HARMLESS
 from narrows.arch.configs.needs import (
+    ConfigObject,
     Epsilon,
     Flag,
     Heads,
     Layers,
     Needs,
-    Part,
     Positions,
     Text,
     TokenId,
@@ -61,7 +61,7 @@ EVERYWHERE: Mapping[str, Only] = MappingProxyType(
 """Fields of any config of which one value is computed."""
 
 
-class Schema(Part):
+class Schema(ConfigObject):
     """The fields of ``config.json`` that shape a family's model. A subclass is a family; its fields' defaults are those
     of the family's class in transformers, and fields that size tensors have none, so that they must be there.
 

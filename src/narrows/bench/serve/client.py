@@ -1,7 +1,7 @@
 """Sends a workload to an OpenAI-compatible server and notes when the pieces of each answer came.
 
-Needs aiohttp (the extra ``bench``). Pieces are told apart by bytes and parsed only where a count or an error stands in
-them, so that the client takes little of the machine that it measures.
+Needs aiohttp (the extra ``bench``). Pieces are distinguished by bytes and parsed only where a count or an error stands
+in them, so that the client takes little of the machine that it measures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The server and how it is asked. ``vocab_size`` 0: prompts are words, whose number of tokens is the server's."""
+    """The server, and how requests are sent. ``vocab_size`` 0: prompts are words, which the server tokenizes."""
 
     url: str
     model: str
@@ -87,8 +87,8 @@ def look_at(url: str, api_key: str) -> tuple[str, dict[str, Any]]:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
             async with session.get(f"{url}/v1/models") as answer:
                 if answer.status != 200:
-                    said = (await answer.text())[:200]
-                    raise ConfigError(f"{url}/v1/models answers {answer.status}: {said}")
+                    body = (await answer.text())[:200]
+                    raise ConfigError(f"{url}/v1/models answers {answer.status}: {body}")
                 model = str((await answer.json())["data"][0]["id"])
             async with session.get(f"{url}/server_info") as answer:
                 info = await answer.json() if answer.status == 200 else {}
@@ -113,7 +113,7 @@ def send_all(
     done = itertools.count(1)
 
     async def run() -> None:
-        places = asyncio.Semaphore(concurrency or len(asks))
+        slots = asyncio.Semaphore(concurrency or len(asks))
         bodies = [json.dumps(target.body(ask, number, seed)).encode() for number, ask in enumerate(asks)]
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=target.timeout_s)
@@ -124,7 +124,7 @@ def send_all(
             async def one(number: int) -> None:
                 if (wait := begin + asks[number].at_s - perf_counter()) > 0:
                     await asyncio.sleep(wait)
-                async with places:
+                async with slots:
                     answers[number] = await _send(session, f"{target.url}{target.path}", bodies[number])
                 progress(next(done))
 

@@ -70,10 +70,10 @@ def _lines(mesh: Mesh, op: Op, indent: str, receiver: str, joined: list[str]) ->
             more = f", encode={{{travels}}}"
         code = f'{writes} = {op.name}({", ".join(op.reads)}, over="{op.move.axes}"{more})'
     rows = f"{op.rows} logit rows" if op.row_set is RowSet.LOGITS else f"{op.rows} rows"
-    yield f"{indent}{code}".ljust(_COMMENT_AT) + f"  # {_places(mesh, op)}, {rows}, {op.ps / 1e6:.1f} us"
+    yield f"{indent}{code}".ljust(_COMMENT_AT) + f"  # {_layouts(mesh, op)}, {rows}, {op.ps / 1e6:.1f} us"
 
 
-def _places(mesh: Mesh, op: Op) -> str:
+def _layouts(mesh: Mesh, op: Op) -> str:
     before, after = _name(mesh, op.layout), _name(mesh, op.leaves)
     return before if before == after else f"{before} -> {after}"
 

@@ -31,7 +31,7 @@ class RowRange:
 def row_ranges(best_at: Callable[[int], str], top: int) -> tuple[RowRange, ...]:
     """What is best from 1 to ``top`` rows.
 
-    ``best_at`` is asked at 1, 2, 4 ... and ``top``; between two that differ the count where it changes is found by
+    ``best_at`` is called at 1, 2, 4 ... and ``top``; between two that differ the count where it changes is found by
     bisection. A stretch that begins and ends between two of those counts is not seen. Where the best changes to and
     fro, as it does near a change because some rows do not divide the ranks, stretches that are shorter than a tenth of
     their first count are taken to belong to the one before.
@@ -87,7 +87,7 @@ def spread(rows: int, like: tuple[int, ...]) -> tuple[int, ...]:
 class Sweep:
     """The steps that are swept: those like ``shape`` in phase, context and spread over groups, up to ``top`` rows.
 
-    ``logit_rows`` is the number of rows with logits where it was asked for, at most all.
+    ``logit_rows`` is the number of rows with logits where it was given, at most all.
     """
 
     shape: StepShape

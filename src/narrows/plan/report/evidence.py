@@ -17,7 +17,7 @@ __all__ = ["Evidence", "evidence_line", "nodes_line", "ranks_line"]
 
 _WAY_OUT = "narrows calibrate measures such ranks"
 _LEAST = 0.01
-"""The share of unmeasured prices from which on it is said: less cannot have decided much."""
+"""The share of unmeasured prices from which on it is mentioned: less cannot have decided much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ def evidence_line(device: str, plans: Mapping[str, Plan], *, way_out: str = _WAY
     weak = {what: evidence for what, evidence in found.items() if evidence.unmeasured >= _LEAST}
     if not weak:
         return ""
-    told = "; ".join(f"{what} {_words(evidence)}" for what, evidence in weak.items())
-    line = f"predictions for {device} rest on unmeasured prices: {told}"
+    shares = "; ".join(f"{what} {_words(evidence)}" for what, evidence in weak.items())
+    line = f"predictions for {device} rest on unmeasured prices: {shares}"
     return f"{line}; {way_out}" if way_out else line
 
 
@@ -82,7 +82,7 @@ def ranks_line(device: Device, num_ranks: int) -> str:
         return ""
     return (
         f"the profile {device.name} is of {measured.num_ranks} rank(s), the mesh has {num_ranks}: what ranks share "
-        f"with each other is priced as if they did not; make one with: narrows calibrate --ranks {num_ranks}"
+        f"with each other is priced as if they did not; make one with: narrows calibrate --num-ranks {num_ranks}"
     )
 
 

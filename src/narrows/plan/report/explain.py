@@ -134,7 +134,7 @@ def _moves_words(plan: Plan, ops: Sequence[Op]) -> str:
 
 
 def op_words(plan: Plan, op: Op) -> str:
-    """An op in a few words, for saying how one layer differs from another."""
+    """An op in a few words, to describe how one layer differs from another."""
     fields = fields_words(plan.roles.bundle_of, op.reads, op.encoded)
     if op.move is not None:
         return f"{_kind_words(op)} of {fields} to {layout_words(plan.mesh, op.leaves)}"
@@ -145,8 +145,8 @@ def op_words(plan: Plan, op: Op) -> str:
 
 
 def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
-    """How the ops of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is said
-    by that op."""
+    """How the ops of ``odd`` differ from those of ``usual``. That those after ``select_rows`` have fewer rows is that
+    op's line."""
 
     def what(op: Op) -> tuple[object, ...]:
         return (
@@ -171,11 +171,11 @@ def segment_difference(plan: Plan, usual: Segment, odd: Segment) -> str:
 _WORTH_A_CLAUSE = 0.03
 """Share of all differences, added up without their signs, below which a price class is not mentioned."""
 _MOST_CAUSES = 2
-"""Causes told per price class, the largest ones."""
+"""Causes mentioned per price class, the largest ones."""
 _WORTH_A_CAUSE = 0.1
 """Share of the differences within a class below which a cause is not mentioned."""
 _SAME = 0.05
-"""A cause this near its class's difference is told as the whole of it."""
+"""A cause this near its class's difference is given as the whole of it."""
 
 
 def why(auto: Plan, other: Plan) -> str:
@@ -206,8 +206,8 @@ def _clauses(auto: Plan, other: Plan) -> list[str]:
             continue
         by_words = causes[price_class]
         size = sum(abs(ps) for ps in by_words.values())
-        told = {words: ps for words, ps in by_words.items() if abs(ps) >= _WORTH_A_CAUSE * size}
-        ordered = sorted(told.items(), key=lambda item: -abs(item[1]))[:_MOST_CAUSES]
+        large = {words: ps for words, ps in by_words.items() if abs(ps) >= _WORTH_A_CAUSE * size}
+        ordered = sorted(large.items(), key=lambda item: -abs(item[1]))[:_MOST_CAUSES]
         if len(ordered) == 1 and abs(ordered[0][1] - total) <= _SAME * abs(total):
             text = f"{ordered[0][0]} ({_ms(total)})"
         else:
@@ -221,16 +221,16 @@ def _clauses(auto: Plan, other: Plan) -> list[str]:
 def _causes(auto: Plan, other: Plan) -> dict[PriceClass, dict[str, int]]:
     """Picoseconds that ``other`` costs more, by price class and by words for what differs, over all layers."""
     causes: dict[PriceClass, dict[str, int]] = {}
-    places = {id(segment): _by_place(segment) for plan in (auto, other) for segment in plan.segments}
+    positions = {id(segment): _by_position(segment) for plan in (auto, other) for segment in plan.segments}
     # Few pairs of segments meet in 61 layers: each pair is compared once, and counted as often as it occurs.
     pairs = Counter((id(a), id(b)) for a, b in zip(_per_layer(auto), _per_layer(other), strict=True))
     for (mine_id, its_id), times in pairs.items():
-        ours, theirs = places[mine_id], places[its_id]
-        for place in {**theirs, **ours}:
-            mine, its = ours.get(place, []), theirs.get(place, [])
+        ours, theirs = positions[mine_id], positions[its_id]
+        for position in {**theirs, **ours}:
+            mine, its = ours.get(position, []), theirs.get(position, [])
             more = sum(op.ps for op in its) - sum(op.ps for op in mine)
             if more:
-                price_class, target = place
+                price_class, target = position
                 words = _difference(auto, mine, its, target)
                 by_words = causes.setdefault(price_class, {})
                 by_words[words] = by_words.get(words, 0) + more * times
@@ -242,26 +242,26 @@ def _per_layer(plan: Plan) -> Iterator[Segment]:
         yield from [segment] * segment.times
 
 
-Place = tuple[PriceClass, str]
+Position = tuple[PriceClass, str]
 """A price class, and the stage that an op is, or that it leads to."""
 
 
-def _by_place(segment: Segment) -> dict[Place, list[Op]]:
-    places: dict[Place, list[Op]] = {}
+def _by_position(segment: Segment) -> dict[Position, list[Op]]:
+    positions: dict[Position, list[Op]] = {}
     waiting: list[Op] = []
     for op in segment.ops:
         if op.move is not None:
             waiting.append(op)
             continue
-        places.setdefault((op.price_class, op.boundary), []).append(op)
+        positions.setdefault((op.price_class, op.boundary), []).append(op)
         if _is_target(op):
-            places.setdefault((PriceClass.COMMUNICATION, op.name), []).extend(waiting)
+            positions.setdefault((PriceClass.COMMUNICATION, op.name), []).extend(waiting)
             waiting = []
-    return places
+    return positions
 
 
 def _difference(plan: Plan, mine: Sequence[Op], its: Sequence[Op], target: str) -> str:
-    """What the other plan does at a place, and what auto does instead."""
+    """What the other plan does at a position, and what auto does instead."""
     some = (its or mine)[0]
     if some.stage is None:
         there = _moves_words(plan, [op for op in mine if op.move and not _is_free(op)])

@@ -1,7 +1,7 @@
 """At which error of which price another way of moving rows would be the cheapest.
 
 The prices of one group (all-reduces over tp, the products, the norms and other passes over rows ...) are multiplied by
-a factor, all others stay, and the step is searched anew: every legal plan is compared, not only the named ones. The
+a factor, all others stay, and the step is searched again: every legal plan is compared, not only the named ones. The
 cost of a plan is a straight line in the factor, so the least factor at which the choice changes is where two lines
 cross. The choice is how rows travel in most layers; weights stay held as they are.
 """
@@ -116,9 +116,9 @@ class _Step:
     def group(self, ask: int) -> str:
         found = self._groups.get(ask)
         if found is None:
-            asked = _Groups()
-            self._graph.asks[ask](asked)
-            found = self._groups[ask] = asked.group
+            groups = _Groups()
+            self._graph.asks[ask](groups)
+            found = self._groups[ask] = groups.group
         return found
 
     def part(self, ask: int, group: str) -> int:
@@ -129,7 +129,7 @@ class _Step:
         return price.ps if self.group(ask) == group else 0
 
     def groups(self) -> tuple[str, ...]:
-        """All that were asked for so far, and launches."""
+        """All that were looked up so far, and launches."""
         found = (group for group in map(self.group, self._known) if group)
         return (*sorted(dict.fromkeys(found)), _LAUNCH)
 

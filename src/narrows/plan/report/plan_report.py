@@ -24,7 +24,7 @@ from narrows.plan.workspace import Workspace
 __all__ = ["Entry", "PlanReport", "make_report"]
 
 _SWEEP_TOP = {"prefill": 65536, "decode": 4096}
-"""Row counts up to which the best layout is told, unless the step itself is larger."""
+"""Row counts up to which the best layout is listed, unless the step itself is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +39,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """``entries`` are the plans asked for, in that order; ``auto`` is there whether it was asked for or not.
+    """``entries`` are the requested plans, in that order; ``auto`` is there whether it was requested or not.
 
-    ``inapplicable`` has the reason for each named layout that was not asked for by name and cannot apply.
+    ``inapplicable`` has the reason for each named layout that was not requested by name and cannot apply.
     ``best_named`` and ``best_auto`` say what is best at how many rows. ``flips``: at which error of which price `auto`
     would be another plan, the smallest error first.
     """
@@ -193,7 +193,7 @@ def make_report(
     config, mesh = deployment.config, deployment.mesh
     for name in layouts:
         named_layout(name, config, mesh)
-    asked = tuple(dict.fromkeys(layouts)) or applicable_layouts(config, mesh)
+    requested = tuple(dict.fromkeys(layouts)) or applicable_layouts(config, mesh)
     sharding = choose_sharding(deployment, [(shape, 1.0)])
     published = Planner(deployment, deployment.published(WeightSharding()))
     planner = published if sharding == published.sharding else Planner(deployment, sharding)
@@ -206,8 +206,8 @@ def make_report(
         return Entry(plan=plan, sharding=by.sharding, memory=by.memory(plan), workspace=by.workspace(plan))
 
     auto = entry("auto", planner)
-    entries = tuple(auto if name == "auto" else entry(name, published) for name in asked)
-    named = tuple(name for name in asked if name != "auto")
+    entries = tuple(auto if name == "auto" else entry(name, published) for name in requested)
+    named = tuple(name for name in requested if name != "auto")
     others = [each.plan for each in entries if each is not auto]
     if planner is not published:
         others.append(replace(published.plan(shape), layout_name="auto with the published sharding"))
@@ -221,7 +221,9 @@ def make_report(
         entries=entries,
         auto=auto,
         inapplicable={
-            name: reason for name in NAMED_LAYOUTS if name not in asked and (reason := inapplicable(name, config, mesh))
+            name: reason
+            for name in NAMED_LAYOUTS
+            if name not in requested and (reason := inapplicable(name, config, mesh))
         },
         why=tuple(why(auto.plan, other) for other in others),
         best_named=sweep.named(published, named or applicable_layouts(config, mesh)[:-1]),

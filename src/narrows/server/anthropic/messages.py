@@ -70,8 +70,8 @@ def _why(job: ChatJob) -> tuple[str, str | None]:
     if turn.finish_reason == "tool_calls":
         return "tool_use", None
     if turn.finish_reason == "length":
-        asked = job.options.most_tokens
-        cut = asked is not None and job.generations[0].max_tokens < asked
+        requested = job.options.most_tokens
+        cut = requested is not None and job.generations[0].max_tokens < requested
         return "model_context_window_exceeded" if cut else "max_tokens", None
     return ("stop_sequence", turn.stop_string) if turn.stop_string else ("end_turn", None)
 

@@ -284,13 +284,13 @@ def _messages(body: CountRequest) -> list[ChatMessage]:
 
 
 def _pieces(messages: Sequence[PastMessage]) -> Iterator[tuple[str, Block, str]]:
-    """Whose it is, the block, and its place in the body."""
+    """Whose it is, the block, and its path in the body."""
     for at, message in enumerate(messages):
         if isinstance(message.content, str):
             yield message.role, Block(type="text", text=message.content), f"messages.{at}.content"
         else:
-            for place, block in enumerate(message.content):
-                yield message.role, block, f"messages.{at}.content.{place}"
+            for index, block in enumerate(message.content):
+                yield message.role, block, f"messages.{at}.content.{index}"
 
 
 def _add(history: History, block: Block, where: str) -> None:
@@ -317,5 +317,5 @@ def _result(block: Block, where: str) -> str:
 
 
 def _lines(blocks: Iterable[TextBlock | ResultBlock]) -> str:
-    """Blocks are paragraphs of their own."""
+    """Each block is a paragraph."""
     return "\n".join(block.text or "" for block in blocks)

@@ -126,10 +126,10 @@ class SlotHolder(Protocol):
 
 
 class ConnectionSlots:
-    """``num`` places, and ``num_reserved`` more for connections for /health and /metrics only.
+    """``num`` slots, and ``num_reserved`` more for connections for /health and /metrics only.
 
-    A connection that comes when all places are taken takes that of the oldest one without a request under way. Without
-    one, it gets a reserved place. The log says once that places have run out, and again only after some were
+    A connection that comes when all slots are taken takes that of the oldest one without a request under way. Without
+    one, it gets a reserved slot. The log says once that slots have run out, and again only after some were
     free for a minute of ``clock``.
     """
 
@@ -140,11 +140,11 @@ class ConnectionSlots:
         self._free_since = -math.inf  # inf: none is free
 
     def __len__(self) -> int:
-        """Connections that have a place."""
+        """Connections that have a slot."""
         return len(self._kept.members) + len(self._reserved.members)
 
     def take(self, holder: SlotHolder) -> bool:
-        """Give a new connection a place, at which it waits; False: all are taken, it must be closed."""
+        """Give a new connection a slot, at which it waits; False: all are taken, it must be closed."""
         self._notice()
         for room in (self._kept, self._reserved):
             if room.makes_room():
@@ -154,7 +154,7 @@ class ConnectionSlots:
         return False
 
     def works(self, holder: SlotHolder) -> bool:
-        """A request of it is under way. Returns whether it may ask for anything; False: its place is a reserved one."""
+        """A request of it is under way. Returns whether it may ask for anything; False: its slot is a reserved one."""
         if holder in self._reserved.members and self._kept.makes_room():
             self._reserved.remove(holder)
             self._kept.members.add(holder)
@@ -169,7 +169,7 @@ class ConnectionSlots:
                 room.waiting[holder] = None
 
     def leave(self, holder: SlotHolder) -> None:
-        """It is gone. One that has made room, or never had a place, may say so too."""
+        """It is gone. One that has made room, or never had a slot, may say so too."""
         for room in (self._kept, self._reserved):
             room.remove(holder)
         if self._kept.has_free and self._free_since == math.inf:
@@ -200,7 +200,7 @@ class _Room:
         return len(self.members) < self.num
 
     def makes_room(self) -> bool:
-        """Whether a place is free now; the oldest waiting member may have been closed for it."""
+        """Whether a slot is free now; the oldest waiting member may have been closed for it."""
         if not self.has_free and self.waiting:
             oldest = next(iter(self.waiting))
             self.remove(oldest)
@@ -251,7 +251,7 @@ def unread_bytes(transport: asyncio.Transport) -> int:
     held = transport.get_write_buffer_size()
     sock = transport.get_extra_info("socket")
     if sock is not None:
-        with suppress(OSError, RuntimeError):  # it does not tell, or the transport has closed
+        with suppress(OSError, RuntimeError):  # the system does not report it, or the transport has closed
             held += int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
     return held
 

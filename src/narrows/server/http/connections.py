@@ -30,7 +30,7 @@ _PROBES = tuple(f"GET {path}".encode() for path in PROBES)
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that has a place in ``places`` and keeps to ``limits``.
+    """A connection that has a slot in ``slots`` and keeps to ``limits``.
 
     It waits for its client, or works on the client's requests. While it waits, one deadline runs: for the first byte,
     then for the rest of a head. While it works, uvicorn and the routes have it, and only unread bytes are watched.
@@ -44,12 +44,12 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         limits: ConnectionLimits,
-        places: ConnectionSlots,
+        slots: ConnectionSlots,
         turns: RoundRobin,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
-        self._places = places
+        self._slots = slots
         self._turns = turns
         self._deadline: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
@@ -66,17 +66,17 @@ class Connection(HttpToolsProtocol):
         self._num_chunks = self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected: it waits at a place, or has to go at once."""
+        """A client has connected: it waits at a slot, or has to go at once."""
         super().connection_made(transport)
         self._reader = SlowReaderTimer(self.loop, transport, self._limits.send_timeout_s)
-        if self._places.take(self):
+        if self._slots.take(self):
             self._allow(self._limits.head_timeout_s)
         else:
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed, by either side."""
-        self._places.leave(self)
+        self._slots.leave(self)
         self._allow(None)
         self._reader.stop()
         self._arrived.clear()
@@ -85,7 +85,7 @@ class Connection(HttpToolsProtocol):
             _mark_disconnected(self._running)  # uvicorn notifies the last request only
 
     def make_room(self) -> None:
-        """Close at once: the place is another's."""
+        """Close at once: the slot is another's."""
         self.transport.abort()
 
     # Input from the client
@@ -158,7 +158,7 @@ class Connection(HttpToolsProtocol):
         self._in_body = True
         self._num_chunks = self._body_bytes = 0
         self._allow(None)
-        if not self._places.works(self):
+        if not self._slots.works(self):
             self.scope["state"][RESERVED] = True
         if self.pipeline:
             self.flow.resume_reading()  # uvicorn would not notice that the client leaves
@@ -217,7 +217,7 @@ class Connection(HttpToolsProtocol):
         if self._works or self.transport.is_closing():
             return
         if not self.flow.write_paused:
-            self._places.waits(self)
+            self._slots.waits(self)
         if self._in_head:
             self._unset_keepalive_if_required()
             self._allow(self._limits.head_timeout_s)
@@ -233,7 +233,7 @@ class Connection(HttpToolsProtocol):
         self._reader.stop()
         self._reader.start_if_closing()
         if not self._works and not self.transport.is_closing():
-            self._places.waits(self)
+            self._slots.waits(self)
 
     def timeout_keep_alive_handler(self) -> None:
         """It was idle for too long."""
@@ -314,7 +314,7 @@ class Connection(HttpToolsProtocol):
         """Close once the client, which may still send, has read the written bytes; or soon."""
         self._discards = True
         self.flow.resume_reading()
-        self._places.waits(self)
+        self._slots.waits(self)
         self._allow(_LINGER_S)
         with suppress(OSError, RuntimeError):  # it has gone already
             self.transport.write_eof()

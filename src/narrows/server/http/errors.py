@@ -73,7 +73,7 @@ class ApiError(Exception):
 
 
 def error_body(error: ApiError, path: str) -> dict[str, Any]:
-    """The error's body as the API at ``path`` spells it; Anthropic's has no place for the field but the message.
+    """The error's body as the API at ``path`` spells it; Anthropic's has no room for the field but the message.
 
     >>> error_body(invalid("is 0", "max_tokens"), "/v1/messages")["error"]
     {'type': 'invalid_request_error', 'message': 'max_tokens: is 0'}
@@ -145,8 +145,8 @@ def validation_as_api_error() -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise invalid(f"{place}: {first['msg']}", place) from error
+        path = ".".join(map(str, first["loc"]))
+        raise invalid(f"{path}: {first['msg']}", path) from error
 
 
 def backend_error(error: NarrowsError, param: str | None = None) -> ApiError:
@@ -171,23 +171,23 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError
     A field that may be of several types has an error for each of them. The error shown is that of the type that
     fitted furthest into the value: for a list of 33 stops, that they are too many, not that it is no text.
     """
-    places = [_path(error, body) for error in errors]
-    first = places[0]
-    tries = [at for at, place in enumerate(places) if place[: len(first)] == first]
+    paths = [_path(error, body) for error in errors]
+    first = paths[0]
+    tries = [at for at, path in enumerate(paths) if path[: len(first)] == first]
 
     def fit(at: int) -> tuple[tuple[int, ...], int, bool]:
-        return _reached(errors[at], places[at]), len(places[at]), not _is_type_error(errors[at])
+        return _reached(errors[at], paths[at]), len(paths[at]), not _is_type_error(errors[at])
 
     best = max(tries, key=fit)
-    error, param = errors[best], ".".join(map(str, places[best])) or None
-    what = _said(error)
+    error, param = errors[best], ".".join(map(str, paths[best])) or None
+    what = _explanation(error)
     if param is None:
         return invalid(f"the body must be a JSON object with this endpoint's fields: {what}")
     return invalid(f"{param}: {what}", param)
 
 
 def _path(error: Mapping[str, Any], body: Any) -> _Path:
-    """Where in the body the error is. Pydantic's place holds names of types too, which lead nowhere in the body."""
+    """Where in the body the error is. Pydantic's path holds names of types too, which lead nowhere in the body."""
     path: list[str | int] = []
     here = body
     for step in error["loc"]:
@@ -203,9 +203,9 @@ def _path(error: Mapping[str, Any], body: Any) -> _Path:
     return tuple(path)
 
 
-def _reached(error: Mapping[str, Any], place: _Path) -> tuple[int, ...]:
+def _reached(error: Mapping[str, Any], path: _Path) -> tuple[int, ...]:
     """How many items of the lists on the way were as they should be."""
-    items = tuple(step for step in place if isinstance(step, int))
+    items = tuple(step for step in path if isinstance(step, int))
     return (*items, error["ctx"]["max_length"]) if error["type"] == "too_long" else items
 
 
@@ -213,7 +213,7 @@ def _is_type_error(error: Mapping[str, Any]) -> bool:
     return str(error["type"]).endswith("_type")
 
 
-def _said(error: Mapping[str, Any]) -> str:
+def _explanation(error: Mapping[str, Any]) -> str:
     limits = error.get("ctx", {})
     if error["type"] == "missing":
         return "is missing"

@@ -132,5 +132,5 @@ class JsonAnswer(Response):
 
 
 def error_answer(error: ApiError, path: str = "") -> JsonAnswer:
-    """The error as an answer of its own, as the API at ``path`` spells errors."""
+    """The error as an answer, as the API at ``path`` spells errors."""
     return JsonAnswer(error_body(error, path), status_code=error.status, headers=error.headers)

@@ -39,14 +39,14 @@ OPEN_PATHS = frozenset({"/health"})
 """Routes that need no key: load balancers have none."""
 
 PROBES = OPEN_PATHS | {"/metrics"}
-"""Routes that answer when all other places for connections are taken."""
+"""Routes that answer when all other slots for connections are taken."""
 
 RESERVED = "narrows.reserved"
-"""In a scope's state: the connection has a reserved place, so it may ask for :data:`PROBES` only."""
+"""In a scope's state: the connection has a reserved slot, so it may ask for :data:`PROBES` only."""
 
 
 class ReservedSlots:
-    """Answers 503 to requests on reserved places, unless they are probes."""
+    """Answers 503 to requests on reserved slots, unless they are probes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -23,7 +23,7 @@ from narrows.server.schema.common import MAX_IDS, AtMost, GenerationFields, Text
 from narrows.server.state import ServerState
 from narrows.server.structured_output.constraints import Constraint, requested_grammar
 from narrows.server.structured_output.guide import GrammarGuide
-from narrows.text import GeneratedText, TokenPlaces
+from narrows.text import GeneratedText, TokenOffsets
 
 __all__ = ["CompletionRequest", "PromptIds", "begin", "completions", "read"]
 
@@ -193,7 +193,7 @@ class _Choice:
             self._columns = LogprobColumns(tokenizer, num_best=parsed.options.logprobs, as_ids=parsed.as_ids)
         adds = tokenizer is not None and echoed is not None and parsed.adds_special
         self._added = tokenizer.added_around if tokenizer is not None and adds else (0, 0)
-        self._prompt_places = TokenPlaces(tokenizer, skip_special_tokens=skips, text=echoed)
+        self._prompt_offsets = TokenOffsets(tokenizer, skip_special_tokens=skips, text=echoed)
         before = ""
         if parsed.echoes and echoed is not None:
             before = echoed
@@ -203,7 +203,7 @@ class _Choice:
         self._num_scored = 0  # of the prompt's tokens
         if parsed.echoes and self._columns is not None:
             self._add_prompt((None,))  # the first token has none before it
-        self._places = TokenPlaces(tokenizer, start=len(before), skip_special_tokens=skips, left_out=parsed.end_ids)
+        self._offsets = TokenOffsets(tokenizer, start=len(before), skip_special_tokens=skips, left_out=parsed.end_ids)
 
     def take(self, update: Update) -> bool:
         """Take an update in; whether a stop string has completed the text."""
@@ -212,11 +212,11 @@ class _Choice:
         if update.prompt_logprobs:
             self._add_prompt(update.prompt_logprobs)
         self.count.cached = max(self.count.cached, update.num_cached_prompt)
-        for place, token in enumerate(update.token_ids):
+        for index, token in enumerate(update.token_ids):
             self.count.generated += 1
             if self._columns is not None:
-                logprob, best = update.logprobs[place]
-                self._columns.add(token, self._places.push(token), logprob, best)
+                logprob, best = update.logprobs[index]
+                self._columns.add(token, self._offsets.push(token), logprob, best)
             self._pieces.append(self._text.push(token))
             if self._text.stopped:
                 self.finish_reason = "stop"
@@ -237,10 +237,10 @@ class _Choice:
         columns = self._columns
         assert columns is not None, "scores are requested with logprobs"
         for score in scores:
-            place, self._num_scored = self._num_scored, self._num_scored + 1
-            token = self._prompt[place]
-            added = place < self._added[0] or place >= len(self._prompt) - self._added[1]
-            offset = self._prompt_places.here if added else self._prompt_places.push(token)
+            index, self._num_scored = self._num_scored, self._num_scored + 1
+            token = self._prompt[index]
+            added = index < self._added[0] or index >= len(self._prompt) - self._added[1]
+            offset = self._prompt_offsets.here if added else self._prompt_offsets.push(token)
             columns.add(token, offset, score and score.logprob, score.best if score else ())
 
     def entry(self) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def _read(reader: RequestReader, body: ResponsesRequest) -> ParsedChat:
     with validation_as_api_error():
         chat = chat_of(body)
     with renaming_fields(CHAT_NAMES):
-        asked = parse_chat(reader, chat, {})
-    return replace(asked, head=_head(body, asked.sampling, name))
+        parsed = parse_chat(reader, chat, {})
+    return replace(parsed, head=_head(body, parsed.sampling, name))
 
 
 def _head(body: ResponsesRequest, sampling: SamplingParams, name: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class ResponseWriter:
         out = [self._event("response.output_item.added", output_index=item.index, item=item.value("in_progress"))]
         if kind != "function_call":
             part = item.part()
-            out.append(self._event("response.content_part.added", **item.place, content_index=0, part=part))
+            out.append(self._event("response.content_part.added", **item.address, content_index=0, part=part))
         return out
 
     def _more(self, text: str) -> dict[str, Any]:
@@ -150,13 +150,13 @@ class ResponseWriter:
         assert item is not None, "it was begun"
         item.pieces.append(text)
         if item.kind == "function_call":
-            return self._event("response.function_call_arguments.delta", **item.place, delta=text)
+            return self._event("response.function_call_arguments.delta", **item.address, delta=text)
         if item.kind == "reasoning":
-            return self._event("response.reasoning_text.delta", **item.place, content_index=0, delta=text)
+            return self._event("response.reasoning_text.delta", **item.address, content_index=0, delta=text)
         scores = self._logprobs if self._scored else []
         item.logprobs += scores
         name = "response.output_text.delta"
-        return self._event(name, **item.place, content_index=0, delta=text, logprobs=scores)
+        return self._event(name, **item.address, content_index=0, delta=text, logprobs=scores)
 
     def _close(self, status: str) -> list[dict[str, Any]]:
         item, self._open = self._open, None
@@ -166,17 +166,17 @@ class ResponseWriter:
             item.logprobs += self._logprobs
         value = item.value(status)
         self._items.append(value)
-        place = {**item.place, "content_index": 0}
+        address = {**item.address, "content_index": 0}
         out = []
         if item.kind == "function_call":
             done = {"name": item.name, "arguments": item.text}
-            out.append(self._event("response.function_call_arguments.done", **item.place, **done))
+            out.append(self._event("response.function_call_arguments.done", **item.address, **done))
         elif item.kind == "reasoning":
-            out.append(self._event("response.reasoning_text.done", **place, text=item.text))
+            out.append(self._event("response.reasoning_text.done", **address, text=item.text))
         else:
-            out.append(self._event("response.output_text.done", **place, text=item.text, logprobs=item.logprobs))
+            out.append(self._event("response.output_text.done", **address, text=item.text, logprobs=item.logprobs))
         if item.kind != "function_call":
-            out.append(self._event("response.content_part.done", **place, part=item.part()))
+            out.append(self._event("response.content_part.done", **address, part=item.part()))
         return [*out, self._event("response.output_item.done", output_index=item.index, item=value)]
 
 
@@ -198,7 +198,7 @@ class _Item:
         return "".join(self.pieces)
 
     @property
-    def place(self) -> dict[str, Any]:
+    def address(self) -> dict[str, Any]:
         """Where an event's text belongs."""
         return {"item_id": self._id, "output_index": self.index}
 

@@ -307,10 +307,10 @@ def _text(content: str | list[InputPart] | None, where: str) -> str:
         raise invalid(f"{where} is missing", where)
     if isinstance(content, str):
         return content
-    return "".join(_said(part, f"{where}.{at}") for at, part in enumerate(content))
+    return "".join(_text_of_part(part, f"{where}.{at}") for at, part in enumerate(content))
 
 
-def _said(part: InputPart, where: str) -> str:
+def _text_of_part(part: InputPart, where: str) -> str:
     text = part.refusal if part.type == "refusal" else part.text if part.type in _TEXT_PARTS else None
     if text is None:
         raise invalid(f"{where}: a part of type {part.type[:64]!r}; this server accepts text parts only", where)

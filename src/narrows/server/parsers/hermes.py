@@ -133,9 +133,9 @@ class CallObject:
 
     def push(self, text: str) -> tuple[str, str]:
         """``(arguments, rest)``: the new part of the arguments, and the text after the object ended or failed."""
-        for place, character in enumerate(text):
+        for index, character in enumerate(text):
             if self.state in ("done", "failed"):
-                return self._take(), text[place:]
+                return self._take(), text[index:]
             self._raw.append(character)
             self._read(character)
         return self._take(), ""

@@ -99,17 +99,19 @@ REFUSED: Mapping[str, Refused] = {
 """By name, for every route whose body does not have the field itself."""
 
 _ADDS = "adds parts to the answer, and does not change the text"
-_PLACES = "decides where or when a request runs, not its text"
+_SCHEDULING = "decides where or when a request runs, not its text"
 _SETS = "has no effect while its sampler is off"
 _KEEPS = "concerns the operator's records of a request"
 
 IGNORED: Mapping[str, str] = {
-    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank"), _PLACES),
-    **dict.fromkeys(("disagg_prefill_dp_rank", "ec_transfer_params", "kv_transfer_params", "routed_dp_rank"), _PLACES),
-    **dict.fromkeys(("cache_prompt", "cache_salt", "extra_key", "n_cache_reuse", "ngram_corpus_id"), _PLACES),
-    **dict.fromkeys(("prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), _PLACES),
-    **dict.fromkeys(("service_tier", "session_id", "sse_ping_interval", "stream_interval"), _PLACES),
-    **dict.fromkeys(("guided_decoding_backend",), _PLACES),
+    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank"), _SCHEDULING),
+    **dict.fromkeys(
+        ("disagg_prefill_dp_rank", "ec_transfer_params", "kv_transfer_params", "routed_dp_rank"), _SCHEDULING
+    ),
+    **dict.fromkeys(("cache_prompt", "cache_salt", "extra_key", "n_cache_reuse", "ngram_corpus_id"), _SCHEDULING),
+    **dict.fromkeys(("prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), _SCHEDULING),
+    **dict.fromkeys(("service_tier", "session_id", "sse_ping_interval", "stream_interval"), _SCHEDULING),
+    **dict.fromkeys(("guided_decoding_backend",), _SCHEDULING),
     **dict.fromkeys(("custom_labels", "metadata", "request_id", "rid", "safety_identifier", "store", "user"), _KEEPS),
     **dict.fromkeys(("logprob_token_ids", "n_probs", "post_sampling_probs", "return_cached_tokens_details"), _ADDS),
     **dict.fromkeys(("return_hidden_states", "return_meta_info", "return_mm_kwargs", "return_progress"), _ADDS),

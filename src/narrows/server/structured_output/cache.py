@@ -32,7 +32,7 @@ from narrows.server.structured_output.trial import Ended, GrammarLimits
 __all__ = ["GrammarPool", "Grammars", "Trial"]
 
 _RETRY_S = 2.0
-"""When a place among those that wait should be free."""
+"""When a slot of the queue should be free."""
 
 
 @dataclass(slots=True, eq=False)
@@ -191,11 +191,11 @@ async def _result(future: Future[Grammar]) -> Grammar:
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
-    def tell(_: Future[Grammar]) -> None:
+    def notify(_: Future[Grammar]) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(done.set)
 
-    future.add_done_callback(tell)
+    future.add_done_callback(notify)
     await done.wait()
     return future.result()
 
@@ -218,7 +218,7 @@ T = TypeVar("T")
 
 
 class Trial(Protocol):
-    """A place where a grammar can be tried out; one at a time."""
+    """A slot in which a grammar can be tried out; one at a time."""
 
     def try_out(self, text: str, wanted: Callable[[], bool]) -> int:
         """The bytes that the compiled grammar takes; raises its error, or :class:`Ended`."""
@@ -230,7 +230,7 @@ class Trial(Protocol):
 
 
 class GrammarPool(Generic[T]):
-    """One thread per place for trials; each starts with its first job.
+    """One thread per slot for trials; each starts with its first job.
 
     Args:
         compile_: makes the result of a grammar's text and size in bytes, after its trial has passed.

@@ -152,11 +152,11 @@ class GuideMaker:
         return startup_message(self._tokenizer.to_json(), self._vocab_size, self._end_ids, self.limits)
 
 
-Asked = tuple[Form, str]
+Requested = tuple[Form, str]
 """A form, and the field that demands it."""
 
 
-def requested_grammar(body: GenerationFields) -> Asked | None:
+def requested_grammar(body: GenerationFields) -> Requested | None:
     """The required form of the text and the field that demands it; None: any text.
 
     Raises:
@@ -222,7 +222,7 @@ _USED = {
 """By type of ``response_format``, the fields that constrain the text: one of them, if any."""
 
 
-def _of_response_format(body: GenerationFields) -> list[Asked]:
+def _of_response_format(body: GenerationFields) -> list[Requested]:
     response_format = body.response_format
     if response_format is None:
         return []
@@ -255,8 +255,8 @@ def _of_format(response_format: ResponseFormat, name: str) -> Any:
     return getattr(response_format, "schema_" if name == "schema" else name)
 
 
-def _of_others(body: GenerationFields) -> list[Asked]:
-    found: list[Asked] = []
+def _of_others(body: GenerationFields) -> list[Requested]:
+    found: list[Requested] = []
     for name in ("guided_regex", "regex"):
         if (pattern := getattr(body, name)) is not None:
             found.append((regex_form(pattern), name))
@@ -272,8 +272,8 @@ def _of_others(body: GenerationFields) -> list[Asked]:
     return [*found, *(_of_structured_outputs(body.structured_outputs) if body.structured_outputs is not None else ())]
 
 
-def _of_structured_outputs(out: StructuredOutputs) -> list[Asked]:
-    found: list[Asked] = []
+def _of_structured_outputs(out: StructuredOutputs) -> list[Requested]:
+    found: list[Requested] = []
     if out.regex is not None:
         found.append((regex_form(out.regex), "structured_outputs.regex"))
     if out.json_ is not None or out.json_object:

@@ -1,6 +1,6 @@
 """Grammars in GBNF (llama.cpp) and EBNF (xgrammar), ``root ::= ...``, to Lark rules.
 
-Each character becomes a terminal of its own. A lexer takes the longest terminal, so ``[a-z]+ "x"`` as two terminals
+Each character becomes its own terminal. A lexer takes the longest terminal, so ``[a-z]+ "x"`` as two terminals
 could never end in an x; character by character, the rules say exactly what the grammar says.
 """
 
@@ -38,7 +38,7 @@ def gbnf_to_lark(grammar: str) -> str:
     """Lark rules whose ``start`` is the ``root`` of ``grammar``.
 
     Raises:
-        ConfigError: it is no such grammar, or uses unsupported parts; the message has the place.
+        ConfigError: it is no such grammar, or uses unsupported parts; the message has the position.
 
     >>> print(gbnf_to_lark('root ::= "ab" digit+\\ndigit ::= [0-9]'))
     start: "a" "b" (rule1)+
@@ -60,7 +60,7 @@ class _Reader:
     def __init__(self, grammar: str) -> None:
         self._grammar = grammar
         self._pieces = self._split()
-        self._place = 0
+        self._position = 0
         self._depth = 0
         rules = [piece.text for piece in self._pieces if piece.kind == "rule"]
         twice = next((name for name, count in Counter(rules).items() if count > 1), None)
@@ -68,7 +68,7 @@ class _Reader:
             raise ConfigError(f"the rule {twice[:60]!r} is defined twice")
         if "root" not in rules:
             raise ConfigError("the grammar has no rule 'root', where it begins (root ::= ...)")
-        self._names = {name: "start" if name == "root" else f"rule{place}" for place, name in enumerate(rules)}
+        self._names = {name: "start" if name == "root" else f"rule{index}" for index, name in enumerate(rules)}
 
     def lark(self) -> str:
         """All rules."""
@@ -99,24 +99,24 @@ class _Reader:
         return ConfigError(f"line {line} of the grammar, at {here!r}: {what}" if here else f"the grammar ends: {what}")
 
     def _next(self) -> _Piece | None:
-        piece = self._pieces[self._place] if self._place < len(self._pieces) else None
-        self._place += 1
+        piece = self._pieces[self._position] if self._position < len(self._pieces) else None
+        self._position += 1
         return piece
 
     def _ahead(self) -> _Piece | None:
-        return self._pieces[self._place] if self._place < len(self._pieces) else None
+        return self._pieces[self._position] if self._position < len(self._pieces) else None
 
     def _alternatives(self) -> str:
         found = [self._sequence()]
         while (piece := self._ahead()) is not None and piece.text == "|":
-            self._place += 1
+            self._position += 1
             found.append(self._sequence())
         return " | ".join(found)
 
     def _sequence(self) -> str:
         terms: list[str] = []
         while (piece := self._ahead()) is not None and piece.kind != "rule" and piece.text not in ("|", ")"):
-            self._place += 1
+            self._position += 1
             terms.append(self._repeated(self._term(piece)))
         return " ".join(terms) or '""'
 
@@ -150,7 +150,7 @@ class _Reader:
 
     def _repeated(self, term: str) -> str:
         while (piece := self._ahead()) is not None and (piece.text in ("*", "+", "?") or piece.kind == "count"):
-            self._place += 1
+            self._position += 1
             term = f"({term}){self._count(piece)}"
         return term
 

@@ -90,7 +90,7 @@ class Grammar:
         self.is_broken = False
         """Whether its lexer has failed for a text, and so may fail for others."""
         self.renewed: Grammar | None = None
-        """The same grammar with a lexer of its own, if one was made."""
+        """The same grammar with its own lexer, if one was made."""
         self._renewing = threading.Lock()
         # Guides that wait for their turn; the lane's own.
         self.turn = threading.Lock()

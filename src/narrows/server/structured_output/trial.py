@@ -112,13 +112,13 @@ def in_words(problem: str, limits: GrammarLimits) -> str:
     if lines[0].startswith("NoExtension"):
         return "the constraint allows no first token, so no text fulfils it; change it"
     first = re.sub(r"^at \d+\(\d+\): ", "", lines[0])
-    said = " ".join([first[:500].rstrip(), *(reason[:500] for reason in reasons[:1])])
-    if any(size in said.lower() for size in _SIZES):
-        said += (
+    message = " ".join([first[:500].rstrip(), *(reason[:500] for reason in reasons[:1])])
+    if any(size in message.lower() for size in _SIZES):
+        message += (
             f"; the limits are {limits.lexer_fuel} steps to build the automaton, {limits.lexer_states} states, and "
             f"{limits.step_fuel} steps and {limits.step_items} items for one token's mask: make the constraint simpler"
         )
-    return said
+    return message
 
 
 _GROWN_BYTES = 32 << 20

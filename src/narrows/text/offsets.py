@@ -7,17 +7,17 @@ from collections.abc import Collection
 from narrows.text.stream import TextStream
 from narrows.text.tokenizer import Tokenizer
 
-__all__ = ["TokenPlaces"]
+__all__ = ["TokenOffsets"]
 
 _FAR = 64
 """Most characters of a client's text that the tokenizer's normalizer may drop between two tokens."""
 
 
-class TokenPlaces:
-    """Places of tokens in their order; never falling.
+class TokenOffsets:
+    """Offsets of tokens in their order, as `text_offset` of OpenAI and vLLM; they never fall.
 
-    A token whose text is whole characters begins at its place. One that is not in the text (a special token that is
-    left out, part of a character) has the place where it would be.
+    A token whose text is whole characters begins at its offset. One that is not in the text (a special token that is
+    left out, part of a character) has the offset that it would have.
 
     Args:
         tokenizer: None for a model that has none: then there is no text.
@@ -47,22 +47,22 @@ class TokenPlaces:
 
     @property
     def here(self) -> int:
-        """The place of the next token, which is not in the text."""
+        """The offset of the next token, which is not in the text."""
         held = self._stream.held if self._stream is not None else ""
         self._last = max(self._last, self._at + len(held))
         return self._last
 
     def push(self, token: int) -> int:
-        """The place of the next token, ``token``."""
+        """The offset of the next token, ``token``."""
         if self._stream is not None and self._tokenizer is not None:
             before = self._at + len(self._stream.held)
-            place = before
+            offset = before
             if not self._is_left_out(self._tokenizer, token, before):
                 piece = self._stream.push(token)
                 self._go_past(piece)
                 own = _whole(self._tokenizer.bytes_of(token))
-                place = self._at - len(own) if own and piece.endswith(own) else before
-            self._last = max(self._last, place)
+                offset = self._at - len(own) if own and piece.endswith(own) else before
+            self._last = max(self._last, offset)
         return self._last
 
     def _is_left_out(self, tokenizer: Tokenizer, token: int, before: int) -> bool:

@@ -1,6 +1,6 @@
 """The requests that wait and run, with their attention groups and pages.
 
-Requests come, are placed, grow, are put back to wait again, and leave. Pages, shares and turns stay consistent.
+Requests come, are admitted, grow, are put back to wait again, and leave. Pages, shares and turns stay consistent.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from bisect import insort
 from collections.abc import Sequence
 from operator import attrgetter
 
-from narrows.sched.admission import Place
+from narrows.sched.admission import Placement
 from narrows.sched.limits import Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request
 from narrows.sched.shares import Shares
 from narrows.sched.stats import Totals
 
-__all__ = ["Places"]
+__all__ = ["RequestTable"]
 
 _TURN = attrgetter("turn")
 
 
-class Places:
+class RequestTable:
     """``waiting`` and each group of ``running`` are in the order of turns; ``pools`` are the groups' pages."""
 
     def __init__(self, limits: Limits, totals: Totals) -> None:
@@ -44,17 +44,17 @@ class Places:
         insort(self.waiting, request, key=_TURN)
         self.shares.came(request)
 
-    def place(self, request: Request, place: Place) -> None:
+    def place(self, request: Request, placement: Placement) -> None:
         """One that waited runs from now on."""
         self.waiting.remove(request)
-        pool = self.pools[place.group]
-        pool.share(place.found)
-        count = num_pages_for(request.num_tokens, self.limits.page_size) - len(place.found)
-        request.group, request.pages = place.group, [*place.found, *pool.take(count)]
-        request.num_registered = len(place.found)
-        request.num_found = request.num_cached = len(place.found) * self.limits.page_size
+        pool = self.pools[placement.group]
+        pool.share(placement.found)
+        count = num_pages_for(request.num_tokens, self.limits.page_size) - len(placement.found)
+        request.group, request.pages = placement.group, [*placement.found, *pool.take(count)]
+        request.num_registered = len(placement.found)
+        request.num_found = request.num_cached = len(placement.found) * self.limits.page_size
         request.holds = -1
-        insort(self.running[place.group], request, key=_TURN)
+        insort(self.running[placement.group], request, key=_TURN)
         self.shares.placed(request)
 
     def put_back(self, request: Request) -> None:

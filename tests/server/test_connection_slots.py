@@ -31,57 +31,57 @@ def left(of: list[Guest]) -> list[int]:
 
 
 def test_the_one_that_has_waited_longest_makes_room() -> None:
-    places, here = ConnectionSlots(4, 1), guests(4)
-    assert all(places.take(guest) for guest in here)
-    places.works(here[0])
-    places.works(here[1])
-    places.waits(here[0])  # it has been busy meanwhile: it waits only since now
+    slots, here = ConnectionSlots(4, 1), guests(4)
+    assert all(slots.take(guest) for guest in here)
+    slots.works(here[0])
+    slots.works(here[1])
+    slots.waits(here[0])  # it has been busy meanwhile: it waits only since now
     for _ in range(2):
-        assert places.take(new := Guest()) and places.works(new)
+        assert slots.take(new := Guest()) and slots.works(new)
     assert left(here) == [2, 3]
-    assert places.take(new := Guest()) and places.works(new)
-    assert left(here) == [0, 2, 3] and len(places) == 4
+    assert slots.take(new := Guest()) and slots.works(new)
+    assert left(here) == [0, 2, 3] and len(slots) == 4
 
 
 def test_reserved_slots_are_used_when_none_is_idle() -> None:
-    places, here = ConnectionSlots(2, 2), guests(2)
+    slots, here = ConnectionSlots(2, 2), guests(2)
     for guest in here:
-        assert places.take(guest) and places.works(guest)
+        assert slots.take(guest) and slots.works(guest)
     first, second, third = guests(3)
     for guest in (first, second, third):
-        assert places.take(guest)
+        assert slots.take(guest)
     assert first.left == 1 and not second.left and left(here) == []
-    assert not places.works(second) and not places.works(third)
-    assert not places.take(Guest()) and len(places) == 4
-    places.leave(here[0])
-    assert places.works(second) and not places.works(third), "there is one place, so one may move"
-    places.leave(second)
-    places.waits(here[1])
-    assert places.works(third) and not here[1].left
-    assert places.take(Guest())
+    assert not slots.works(second) and not slots.works(third)
+    assert not slots.take(Guest()) and len(slots) == 4
+    slots.leave(here[0])
+    assert slots.works(second) and not slots.works(third), "there is one slot, so one may move"
+    slots.leave(second)
+    slots.waits(here[1])
+    assert slots.works(third) and not here[1].left
+    assert slots.take(Guest())
 
 
 def test_reserved_request_may_take_the_slot_of_an_idle_connection() -> None:
-    places, busy, late = ConnectionSlots(1, 1), Guest(), Guest()
-    assert places.take(busy) and places.works(busy)
-    assert places.take(late)
-    places.waits(busy)
-    assert places.works(late) and busy.left
+    slots, busy, late = ConnectionSlots(1, 1), Guest(), Guest()
+    assert slots.take(busy) and slots.works(busy)
+    assert slots.take(late)
+    slots.waits(busy)
+    assert slots.works(late) and busy.left
 
 
 def test_a_connection_that_left_takes_no_slot() -> None:
-    places, old, new = ConnectionSlots(1, 1), Guest(), Guest()
-    assert places.take(old) and places.take(new) and old.left
+    slots, old, new = ConnectionSlots(1, 1), Guest(), Guest()
+    assert slots.take(old) and slots.take(new) and old.left
     for _ in range(2):
-        places.leave(old)
-    places.waits(old)
-    assert len(places) == 1 and places.works(new)
-    assert places.take(Guest()) and old.left == 1
+        slots.leave(old)
+    slots.waits(old)
+    assert len(slots) == 1 and slots.works(new)
+    assert slots.take(Guest()) and old.left == 1
 
 
 def test_full_slots_are_logged_once_until_free_for_a_minute(said: list[str]) -> None:
     now = [100.0]
-    places = ConnectionSlots(1, 1, clock=lambda: now[0])
+    slots = ConnectionSlots(1, 1, clock=lambda: now[0])
     lines = []
 
     def come_and_go(after: float) -> None:
@@ -89,20 +89,20 @@ def test_full_slots_are_logged_once_until_free_for_a_minute(said: list[str]) -> 
         now[0] += after
         pair = guests(2)
         for guest in pair:
-            places.take(guest)
+            slots.take(guest)
         for guest in pair:
-            places.leave(guest)
+            slots.leave(guest)
         lines.append(len(said))
 
     for after in (0.0, 1.0, 59.0, 59.5, 60.0, 1.0, 3600.0):
         come_and_go(after)
     assert lines == [1, 1, 1, 1, 2, 2, 3]
     held = Guest()
-    places.take(held)
-    places.works(held)
+    slots.take(held)
+    slots.works(held)
     for _ in range(3):  # it is never free meanwhile
         now[0] += 1000.0
-        places.take(Guest())
+        slots.take(Guest())
     assert len(said) == 4
     assert "all 1 connections" in said[0] and "--max-connections" in said[0]
 

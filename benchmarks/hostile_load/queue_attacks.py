@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hostile_load.attacker import CHATS, COMPLETIONS, Attack, Attacker, chat, completion, together
 
-__all__ = ["PLACES"]
+__all__ = ["QUEUE_ATTACKS"]
 
 
 async def many_texts(on: Attacker) -> None:
@@ -90,7 +90,7 @@ async def vanishing_chats(on: Attacker) -> None:
     await together(client() for _ in range(50))
 
 
-PLACES: tuple[Attack, ...] = (
+QUEUE_ATTACKS: tuple[Attack, ...] = (
     many_texts,
     many_texts_first,
     thousand_requests,

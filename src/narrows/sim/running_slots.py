@@ -1,4 +1,4 @@
-"""How the running places were shared among clients while requests waited, step by step."""
+"""How the running slots were shared among clients while requests waited, step by step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from narrows.workload.fairness import jain, max_min
 
-__all__ = ["PlacesHeld"]
+__all__ = ["RunningSlots"]
 
 
-class PlacesHeld:
-    """Sums up, for every client, the places that it had and those that were its max-min fair share.
+class RunningSlots:
+    """Sums up, for every client, the slots that it had and those that were its max-min fair share.
 
-    Only steps count in which a text waits and more than one client has any: else everybody has what he asks for.
+    Only steps count in which a text waits and more than one client has any: else every client has what it wants.
     """
 
     def __init__(self) -> None:
@@ -37,5 +37,5 @@ class PlacesHeld:
 
     @property
     def jain(self) -> float:
-        """Jain's index over them; 1 if nobody ever competed."""
+        """Jain's index over them; 1 if no clients ever competed."""
         return jain(self.parts)
