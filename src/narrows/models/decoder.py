@@ -18,7 +18,7 @@ from narrows.arch.config import ModelConfig
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.layout import Mesh
-from narrows.ops.argmax import pick, shard_argmax
+from narrows.ops.argmax import argmax, pick, shard_argmax
 from narrows.ops.embedding import embedding
 from narrows.ops.int8 import Quantization
 from narrows.ops.large_pages import LargePages
@@ -27,7 +27,8 @@ from narrows.ops.mlp import mlp
 from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
 from narrows.ops.paged import PagedRows, windowed_rows
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
-from narrows.ops.rope_angles import RopeAngles
+from narrows.ops.rope_angles import Lengths, RopeAngles
+from narrows.ops.route import gate_dtype
 from narrows.weights.source import WeightSource
 
 __all__ = ["Decoder", "DecoderLayer", "Loader", "RankContext", "StepInputs"]
@@ -78,6 +79,13 @@ class Loader:
         return tensor.to(
             device=rank_context.device, dtype=torch.float32 if weight.float32 else rank_context.dtype, copy=True
         )
+
+    def gate(self, weight: Weight) -> Tensor:
+        """A router's weight, in the type that its products want (`gate_dtype`)."""
+        rank_context = self.rank_context
+        tensor = self.source.take(weight, weight.span(rank_context.mesh, rank_context.rank))
+        dtype = gate_dtype(tensor.dtype, rank_context.dtype, rank_context.device)
+        return tensor.to(device=rank_context.device, dtype=dtype, copy=True)
 
     def if_held(self, weight: Weight) -> Tensor | None:
         """As a call, where this rank holds any of it: an addend of a sum over ranks joins once."""
@@ -259,12 +267,12 @@ class Decoder:
         rows: PagedRows,
         sampler: Callable[[Tensor], Tensor] | None = None,
         *,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
         into: StepInputs | None = None,
     ) -> StepInputs:
         """What the stages need of a step in which this rank's group has these rows.
 
-        ``lengths``: tokens of each row's sequence, as ``angles`` takes them. ``into``: an earlier step's inputs of as
+        ``lengths``: of the rows' sequences, from ``angles.stage``. ``into``: an earlier step's inputs of as
         many rows, in whose memory the angles are put.
         """
         cos, sin = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
@@ -309,4 +317,4 @@ class Decoder:
         """A token for each whole row of logits: the step's sampler chooses, or the best does, ties to the lowest id."""
         if step.sampler is not None:
             return step.sampler(logits_TV)
-        return pick(shard_argmax(logits_TV, 0))
+        return argmax(logits_TV)

@@ -20,6 +20,8 @@ from narrows.ops.packed import ExpertStack, LinearWeight, PackedLinear, PackedSt
 
 __all__ = ["SharedMlp", "experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
 
+SUMMED = 1 << 26
+"""Values of rows' experts that `experts_mlp_grouped` weights and sums at once (256 MiB in float32)."""
 
 SharedMlp = tuple[LinearWeight, LinearWeight] | tuple[LinearWeight, LinearWeight, Tensor | None, Tensor | None]
 """Of an MLP that every row goes through: gate and up, down, and where it has biases theirs, in that order."""
@@ -123,32 +125,30 @@ def experts_mlp_grouped(
     """`experts_mlp` with no shape that depends on data: all T * K pairs are laid out, foreign ones at the end.
 
     The segments' ends stay on the device (``torch.nn.functional.grouped_mm``). Needs rows of 16-byte multiples: H and
-    F multiples of 8 in bf16, of 4 in float32. Each row's sum is by rising expert id too, as one more grouped pass:
-    the pairs of a row are gathered in that order and added one after the other in float32.
+    F multiples of 8 in bf16, of 4 in float32. The pairs of a row are gathered by rising expert id and summed in float32
+    at once, in an order that is torch's affair.
     """
     num_rows, top_k = topk_ids_TK.shape
     num_experts = gate_up_EF2H.shape[0]
     # By rising expert id within each row first, so that one order serves the products and the sums.
     expert_TK, order_TK = _local_expert(topk_ids_TK, first_expert, num_experts).sort(dim=-1, stable=True)
     weight_TK = topk_weights_TK.gather(1, order_TK)
-    pair_X = expert_TK.flatten().argsort(stable=True)
+    expert_X, pair_X = expert_TK.flatten().sort(stable=True)
     of_expert_E = torch.arange(num_experts, device=x_TH.device)
-    ends_E = torch.searchsorted(expert_TK.flatten()[pair_X], of_expert_E, right=True).to(torch.int32)
+    ends_E = torch.searchsorted(expert_X, of_expert_E, right=True, out_int32=True)
     x_XH = x_TH.index_select(0, pair_X // top_k)
     inner_XF = act_mul(functional.grouped_mm(x_XH, gate_up_EF2H.transpose(1, 2), offs=ends_E), hidden_act)
     y_XH = functional.grouped_mm(inner_XF, down_EHF.transpose(1, 2), offs=ends_E)
-    place_TK = (
-        torch.empty_like(pair_X)
-        .index_copy_(0, pair_X, torch.arange(pair_X.shape[0], device=x_TH.device))
-        .view(num_rows, top_k)
-    )
-    wide = torch.promote_types(x_TH.dtype, torch.float32)
-    sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
-    for choice in range(top_k):
-        y_TH = y_XH.index_select(0, place_TK[:, choice]).to(wide)
+    place_X = torch.empty_like(pair_X).index_copy_(0, pair_X, torch.arange(pair_X.shape[0], device=x_TH.device))
+    sum_TH = torch.empty(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
+    is_foreign_TK1 = (expert_TK == num_experts).unsqueeze(-1)
+    block = max(1, SUMMED // (top_k * x_TH.shape[1]))
+    for start in range(0, num_rows, block):
+        rows = slice(start, min(start + block, num_rows))
+        y_TKH = y_XH.index_select(0, place_X[start * top_k : rows.stop * top_k]).view(-1, top_k, x_TH.shape[1])
         # What lies behind the last segment was never written: it must not reach the sum even times 0.
-        y_TH.masked_fill_((expert_TK[:, choice] == num_experts).unsqueeze(-1), 0)
-        sum_TH += y_TH.mul_(weight_TK[:, choice : choice + 1])
+        y_TKH.masked_fill_(is_foreign_TK1[rows], 0)
+        torch.sum(y_TKH * weight_TK[rows].unsqueeze(-1), dim=1, out=sum_TH[rows])
     if shared is not None:
         sum_TH += mlp(x_TH, *shared, hidden_act=hidden_act)
     return _rounded(sum_TH, x_TH.dtype, out)
