@@ -332,4 +332,5 @@ def calibrate_command(setting: MachineFingerprint, dtype: str) -> str:
     world += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
     switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
     weights = {"bf16": "", "fp32": " --dtype float32"}.get(dtype, f" --quantization {dtype}")
-    return f"{switch}narrows calibrate --ranks {setting.ranks}{threads}{weights}{world}"
+    model = " MODEL.gguf" if dtype == "stored" else ""
+    return f"{switch}narrows calibrate{model} --ranks {setting.ranks}{threads}{weights}{world}"

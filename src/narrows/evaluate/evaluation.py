@@ -163,7 +163,7 @@ def evaluate(
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
             encodings = tuple(sorted(llm.engine.plans.encodings))
-        if exact and asked.quantization == "none":
+        if exact and resolved.asked.quantization == "none":
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)
         results.append(
@@ -172,7 +172,7 @@ def evaluate(
                 scores=scores,
                 distances=distances,
                 encodings=encodings,
-                quantization=asked.quantization,
+                quantization=resolved.asked.quantization,
             )
         )
     return Evaluation(
@@ -220,6 +220,7 @@ def _one_rank(asked: EngineConfig, limits: Limits) -> EngineConfig:
     return EngineConfig(
         model=asked.model,
         dtype=asked.dtype,
+        quantization="none",
         run_on=asked.run_on,
         device=asked.device,
         load_format=asked.load_format,
