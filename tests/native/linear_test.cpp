@@ -154,6 +154,16 @@ TEST_AT_EDGES(linear_with_blocks) {
             };
             product();
             check_replay(all, product);
+            Buffer<int64_t> ids(4);
+            ids[0] = 7, ids[1] = 7 + outputs - 1, ids[2] = 6, ids[3] = 7 + outputs;
+            Buffer<bf16> table(4 * inputs);
+            const auto lookup = [&, outputs = outputs] {
+                call::embedding_blocks(table.data(), inputs, ids.data(), 4, panels.data(), of.kind, 7, outputs, inputs);
+            };
+            lookup();
+            check_replay(table, lookup);
+            for (int64_t i = 0; i < 4 * inputs; ++i)
+                CHECK(i < 2 * inputs ? std::isfinite(to_float(table[i])) : table[i] == 0, of.kind, i);
             for (const int64_t rows : {0, 1, 4, 12}) {
                 Buffer<float> some(rows * outputs);
                 call::linear(some.data(), outputs, x.data(), inputs, of.kind, panels.data(), nullptr, bias.data(), rows,

@@ -19,6 +19,7 @@ from narrows import native
 from narrows.arch.block_formats import BLOCK_FORMATS, BlockFormat
 from narrows.ops.blocks import BlockLinear, block_kind, block_linear, block_values, round_groups
 from narrows.ops.compiled import kernels
+from narrows.ops.embedding import embedding, embedding_reference
 from narrows.ops.experts import experts_mlp, experts_mlp_reference
 from narrows.ops.int8 import Quantization
 from narrows.ops.linear import linear
@@ -248,6 +249,25 @@ def test_parts_that_are_not_held_alike_are_one_weight() -> None:
     out = torch.empty((6, 80), dtype=BF16)[:, 3:77]
     assert_close(linear(x_TI, parts, bias_O, out=out), want + bias_O.double(), rtol=2**-7)
     assert torch.equal(plain(parts)[:48], reference(found[Q4_K], Q4_K))
+
+
+@every_format
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_an_embedding_in_blocks(blocks: BlockFormat, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packed:
+        monkeypatch.setattr("narrows.ops.packed.kernels", lambda: None)
+    found = random_blocks(blocks, 75, 512)
+    table = held(found, blocks)
+    assert isinstance(table, PackedLinear | BlockLinear)
+    ids_T = torch.tensor([100, 174, 131, 132, 99, 175, -1, 115, 115])
+    want = reference(found, blocks).to(BF16)[(ids_T - 100).clamp(0, 74)]
+    want[4:7] = 0
+    got = embedding(ids_T, table, 100)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+    assert torch.equal(got, want) or blocks is Q6_K  # whose products of three numbers need 25 bits
+    assert torch.equal(embedding(ids_T, table, 100, out=torch.empty((9, 600), dtype=BF16)[:, 2:514]), got)
+    assert torch.equal(embedding_reference(ids_T, table, 100), want)
+    assert embedding(ids_T[:0], table, 100).shape == (0, 512)
 
 
 EXPERTS = {

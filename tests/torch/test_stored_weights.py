@@ -42,6 +42,7 @@ FILES: dict[str, tuple[str, Sequence[Kind]]] = {
     "Q5_K": ("llama", [Kind.Q5_K]),
     "Q8_0": ("llama", [Kind.Q8_0]),
     "Q4_0": ("llama", [Kind.Q4_0]),
+    "a head that is the embedding": ("llama", [Kind.Q6_K, Kind.Q4_K]),
     "of kinds that are multiplied and others": ("llama", [Kind.Q8_0, Kind.Q4_1, Kind.BF16, Kind.Q6_K, Kind.Q5_0]),
 }
 LAB = ("llama, biases", "qwen3, tied", "qwen3moe", "deepseek v2 lite", "deepseek v3")
@@ -69,7 +70,8 @@ def assert_near(got: Tensor, want: Tensor, most: float) -> None:
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny model of every kind of file."""
     if request.param in FILES:
-        return write(tmp_path / "m.gguf", *FILES[request.param])
+        drop = ["output.weight"] if request.param.startswith("a head") else []
+        return write(tmp_path / "m.gguf", *FILES[request.param], drop=drop)
     model = lab.model_of(lab.configs()[request.param])
     return lab.write_model(tmp_path / "m.gguf", model, kinds=(Kind.Q8_0, Kind.Q4_0))
 
@@ -117,6 +119,8 @@ def held_bytes(model: Decoder) -> int:
     def note(value: object) -> None:
         if isinstance(value, Tensor):
             found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, PackedLinear):
+            note(value.panels)
         elif isinstance(value, BlockLinear):
             note(value.bytes_ON)
         elif isinstance(value, BlockStack):
@@ -198,6 +202,20 @@ def test_a_gpu_and_other_dtypes_have_no_blocks(tmp_path: Path) -> None:
     assert plan_step(str(path), rows=8, device="h100").deployment.dtype == "bf16"
     with pytest.raises(ConfigError, match="are for CPU ranks, and this is h100; use bf16"):
         plan_step(str(path), rows=8, device="h100", dtype="stored")
+
+
+def test_a_head_that_is_the_embedding_is_held_once(tmp_path: Path) -> None:
+    """In blocks, where ranks split it as they split the embedding; beside a whole embedding packed apart."""
+    path = write(tmp_path / "m.gguf", "llama", [Kind.Q4_K], drop=["output.weight"])
+    resolved = resolve(EngineConfig(model=str(path), tp=2, max_context=64, quantization="stored"))
+    for embed, is_one in (("vocab", True), ("replicated", False)):
+        sharding = WeightSharding(embed=embed)
+        model = model_of(replace(resolved, sharding=sharding), 1)
+        assert (model.lm_head_VH is model.embed_VH) == is_one
+        assert held_bytes(model) >= weight_bytes(resolved.config, resolved.mesh, sharding, "stored", 1)
+    untied = load_model_config(str(write(tmp_path / "n.gguf", "llama", [Kind.Q4_K])))
+    assert untied.blocks.of_name("model.embed_tokens.weight") is None
+    assert untied.blocks.of_name("lm_head.weight") == Q4_K
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------

@@ -253,8 +253,9 @@ def _read_gguf(file: Path) -> ModelConfig:
 def _blocks(header: GgufHeader, targets: Mapping[str, Target]) -> StoredBlocks:
     """The weights of products that the file holds in blocks which are multiplied as they are."""
     found: dict[str, BlockFormat] = {}
+    in_products = _IN_PRODUCTS if "lm_head.weight" in targets else (*_IN_PRODUCTS, "embed_tokens.weight")
     for name, target in targets.items():
-        if name.endswith(_IN_PRODUCTS) and isinstance(target.source, str):
+        if name.endswith(in_products) and isinstance(target.source, str):
             known = block_format(header.tensors[target.source].encoding)
             if known is not None:
                 found[name] = known

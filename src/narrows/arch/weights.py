@@ -97,11 +97,10 @@ def embed_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> 
     shape = (config.vocab_size, config.hidden_size)
     names = (_EMBED, _HEAD) if config.tie_word_embeddings else ()
     if sharding.embed == "replicated":
-        return {"embed_tokens": Weight(name=_EMBED, shape=shape, stored_as=names)}
+        return _in_blocks(config, {"embed_tokens": Weight(name=_EMBED, shape=shape, stored_as=names)})
     spans = split_blocks(config.vocab_size, mesh.size)
-    return {
-        "embed_tokens": Weight(name=_EMBED, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names),
-    }
+    embed = Weight(name=_EMBED, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names)
+    return _in_blocks(config, {"embed_tokens": embed})
 
 
 def head_weights(config: ModelConfig, mesh: Mesh) -> dict[str, Weight]:

@@ -65,8 +65,8 @@ def weight_bytes(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, dtyp
 def _kinds_of_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> list[tuple[int, list[Weight]]]:
     """Weights that a model has so many times, which are the same question for every rank."""
     head = head_weights(config, mesh)
-    if config.tie_word_embeddings:
-        del head["lm_head"]  # a slice of the embedding, which is held already
+    if config.tie_word_embeddings and (head["lm_head"].blocks is None or sharding.embed == "vocab"):
+        del head["lm_head"]  # a slice of the embedding, which is held already; panels are not sliced
     found = [(1, [*embed_weights(config, mesh, sharding).values(), *head.values()])]
     blocks = _blocks_by_layer(config)
     kinds = [(config.is_moe_layer(layer), blocks.get(str(layer))) for layer in range(config.num_hidden_layers)]

@@ -15,12 +15,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from narrows.arch.block_formats import BlockFormat
 from narrows.arch.config import ModelConfig
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.layout import Mesh
 from narrows.ops.argmax import pick, shard_argmax
-from narrows.ops.embedding import embedding
+from narrows.ops.blocks import BlockLinear
+from narrows.ops.embedding import Table, embedding
 from narrows.ops.int8 import Quantization
 from narrows.ops.large_pages import LargePages
 from narrows.ops.linear import linear
@@ -30,6 +32,7 @@ from narrows.ops.packed import (
     Held,
     LinearParts,
     LinearWeight,
+    PackedLinear,
     empty_experts,
     empty_gate_up,
     empty_linear,
@@ -109,6 +112,14 @@ class Loader:
         self._fill(weight, weights, roles)
         return weight
 
+    def table(self, weight: Weight) -> Table:
+        """A table of rows by token, in blocks where it is the head too and the checkpoint has it in some."""
+        if not isinstance(self._held_as(weight), BlockFormat):
+            return self(weight)
+        found = self.linear({"table": weight}, "table")
+        assert isinstance(found, PackedLinear | BlockLinear)
+        return found
+
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
         if self._held_as(weights[gate]) != self._held_as(weights[up]):
@@ -136,7 +147,7 @@ class Loader:
     def _take(self, weight: Weight, expert: int | None = None) -> Tensor:
         """This rank's slice as :func:`fill` takes it."""
         span = weight.span(self.rank_context.mesh, self.rank_context.rank)
-        if isinstance(self._held_as(weight), Quantization):
+        if not isinstance(self._held_as(weight), BlockFormat):
             return self.source.take(weight, span, expert)
         assert isinstance(self.source, BlockSource), "a checkpoint without blocks"
         return self.source.take_blocks(weight, span, expert)
@@ -253,13 +264,15 @@ class Decoder:
         span = embed.span(rank_context.mesh, rank_context.rank)
         head_span = head["lm_head"].span(rank_context.mesh, rank_context.rank)
         assert head_span is not None
-        self.embed_VH = load(embed)
+        self.embed_VH = load.table(embed)
         self.first_embedded = span[0] if span else 0
         self.first_id = head_span[0]
         self.lm_head_VH: LinearWeight
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and isinstance(self.embed_VH, Tensor):
             offset = self.first_id - self.first_embedded
             self.lm_head_VH = self.embed_VH[offset : offset + head_span[1] - head_span[0]]
+        elif config.tie_word_embeddings and self._is_head(head_span):
+            self.lm_head_VH = self.embed_VH
         else:
             self.lm_head_VH = load.linear(head, "lm_head")
         self.norm_H = load(head["norm"])
@@ -274,6 +287,10 @@ class Decoder:
             dtype=rope_dtype or rank_context.dtype,
             device=rank_context.device,
         )
+
+    def _is_head(self, head_span: tuple[int, int]) -> bool:
+        """Whether the embedding's ids here are those of the head."""
+        return head_span == (self.first_embedded, self.first_embedded + self.embed_VH.shape[0])
 
     def begin_step(
         self,

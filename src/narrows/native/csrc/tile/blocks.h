@@ -28,7 +28,7 @@ namespace narrows::NARROWS_TARGET {
 constexpr int64_t GROUP = 32;        // inputs that share a scale of the row
 constexpr int64_t GROUP_WORDS = 12;  // of a packed row: 8 of numbers, its scale, then scale * sum of the numbers: of
                                      // the first half, the second, and both
-constexpr int64_t GROUPS = 8;  // of a piece
+constexpr int64_t GROUPS = 8;        // of a piece
 
 // A kind of block: INPUTS of it, which BYTES hold, and scales for every GROUP / PARTS inputs.
 //   scales   writes them for all 32 outputs, [INPUTS * PARTS / GROUP][32], and mins likewise (MINS: there are any)
@@ -202,6 +202,16 @@ template <typename Format, int ROWS, int VECTORS, typename CodeOf>
 struct InBlocks {
     static constexpr int64_t MOST_ROWS = STORED_ROWS;
 
+    // Calls `work(Format{})` for a kind of block by its number.
+    template <typename Work>
+    static void with_format(int kind, Work work) {
+        if (kind == Q4_0) return work(BlocksQ4_0{});
+        if (kind == Q8_0) return work(BlocksQ8_0{});
+        if (kind == Q4_K) return work(BlocksQ4_K{});
+        if (kind == Q5_K) return work(BlocksQ5_K{});
+        work(BlocksQ6_K{});
+    }
+
     static int64_t row_words(int64_t num_inputs) { return num_inputs / GROUP * GROUP_WORDS; }
     static int64_t panel_size(const Packed& weight, int64_t num_inputs) {
         int64_t words = 0;
@@ -243,15 +253,6 @@ struct InBlocks {
 
 private:
     static constexpr int64_t TOGETHER = 96 / MOST_ROWS;  // blocks that meet a piece
-
-    template <typename Work>
-    static void with_format(int kind, Work work) {
-        if (kind == Q4_0) return work(BlocksQ4_0{});
-        if (kind == Q8_0) return work(BlocksQ8_0{});
-        if (kind == Q4_K) return work(BlocksQ4_K{});
-        if (kind == Q5_K) return work(BlocksQ5_K{});
-        work(BlocksQ6_K{});
-    }
 
     // Rounds 32 numbers. Magnitudes are compared as integers, so that a NaN is the largest (round_row.h).
     static void pack_group(uint32_t* to, int64_t step, const bf16* x) {
