@@ -189,6 +189,16 @@ def _rounded(sum_TH: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return sum_TH.to(dtype) if out is None else out.copy_(sum_TH)
 
 
+def _held_alike(experts: PackedStack, *others: LinearWeight | PackedStack) -> bool:
+    """Whether one call multiplies all of them: in blocks of any kind, or of one kind, and gates beside their ups."""
+    for other in others:
+        if not isinstance(other, PackedLinear | PackedStack) or (experts.blocks is None) != (other.blocks is None):
+            return False
+        if experts.blocks is None and experts.given[0] != other.given[0]:
+            return False
+    return not isinstance(others[0], PackedLinear) or others[0].gated
+
+
 def _packed_experts(
     x_TH: Tensor,
     topk_ids_TK: Tensor,
@@ -204,13 +214,14 @@ def _packed_experts(
     num_rows, hidden = x_TH.shape
     assert compiled is not None and x_TH.dtype == torch.bfloat16 and topk_weights_TK.dtype == torch.float32
     assert hidden == gate_up.num_inputs and topk_ids_TK.dtype in (torch.int32, torch.int64)
+    assert _held_alike(gate_up, down), "kinds of weights"
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
     if out is not None and (out.stride(1) != 1 or out.dtype not in (torch.bfloat16, torch.float32)):
         y_TH = _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, shared, None, many)
         return out.copy_(y_TH)
-    if shared is not None and len(shared) == 4:
-        # The compiled call has no biases: that MLP is added to its unrounded sum.
+    if shared is not None and (len(shared) == 4 or not _held_alike(gate_up, *shared[:2])):
+        # The compiled call has no biases, and one kind of rows: that MLP is added to its unrounded sum.
         sum_TH = torch.empty((num_rows, hidden), dtype=torch.float32)
         _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, None, sum_TH, many)
         return _rounded(sum_TH.add_(mlp(x_TH, *shared, batch_invariant=many is None)), x_TH.dtype, out)
@@ -221,7 +232,6 @@ def _packed_experts(
     if shared is not None:
         shared_gate_up, shared_down = shared[0], shared[1]
         assert isinstance(shared_gate_up, PackedLinear) and isinstance(shared_down, PackedLinear)
-        assert shared_gate_up.given[0] == shared_down.given[0] == gate_up.given[0] == down.given[0], "kinds of weights"
         of_shared = (byref(shared_gate_up.address), byref(shared_down.address), shared_down.num_inputs)
     compiled.experts(
         y_TH.data_ptr(),

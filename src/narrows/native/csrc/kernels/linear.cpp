@@ -150,7 +150,7 @@ void linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int 
             int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
-    const Packed weight{panels, scales};
+    const Packed weight{panels, scales, kind};
     with_kind(kind, [&]<typename Kind>(Kind) {
         if (wide) {
             multiply_rows<Kind>(static_cast<float*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
@@ -263,7 +263,7 @@ void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
     with_kind(kind, [&]<typename Kind>(Kind) {
-        activate_rows<Kind>(out, out_stride, x, x_stride, {panels, scales}, bias, num_rows, num_inner, num_inputs,
+        activate_rows<Kind>(out, out_stride, x, x_stride, {panels, scales, kind}, bias, num_rows, num_inner, num_inputs,
                             num_threads, brgemm);
     });
 }
