@@ -282,7 +282,7 @@ def test_failed_ranks_restart_once_and_waiting_requests_run(
     assert bad.wait().finish_reason == "error" and "bad luck" in bad.updates[-1].error and blocker >= 0
     assert waits.wait().finish_reason == "length" and waits.tokens == expected.tokens
     assert service.health().ready and service.health().num_restarts == 1 and not service.failure
-    assert service.stats().steps > steps, "totals go on over a restart"
+    assert service.stats().steps > steps and service.stats().restarts == 1, "totals go on over a restart"
     assert "started again" in caplog.text and "bad luck" in caplog.text
     again = Caller(service, generation_of((BAD,), 6))
     assert again.wait().finish_reason == "error"

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from narrows.api import Generation, Health, Stats, Update
@@ -43,7 +44,7 @@ class EngineService:
     Args:
         max_queue: generations that may wait; more are refused, except those of a client that has fewer
             of them waiting than its even part.
-        restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
+        restart: start new ranks in place of failed ones, unless those have failed within a minute of being ready.
         drift: when to warn that steps are off their predicted time. trace: the writer of traces; by default
         nothing can.
         timing: the durations by which ranks are judged.
@@ -134,7 +135,8 @@ class EngineService:
 
     def stats(self) -> Stats:
         """Numbers of this moment, and totals since the start, over restarts."""
-        return self._numbers.stats(self._queue.num_arrived)
+        numbers = self._numbers.stats(self._queue.num_arrived)
+        return replace(numbers, restarts=self._recovery.num_restarts)
 
     def info(self) -> dict[str, Any]:
         """State, for JSON: config, mesh, ranks, limits, weight sharding, plan cache and sources of prices."""
