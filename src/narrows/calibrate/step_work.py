@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from narrows.calibrate.wait_attribution import attribute_waits
+from narrows.cost.environment import num_cores
 from narrows.cost.pricer import StepShape
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig
@@ -22,7 +23,6 @@ from narrows.engine.program import Operation
 from narrows.engine.worker import Worker
 from narrows.layout import split_evenly
 from narrows.plan.plan import Op, Plan
-from narrows.ranks.affinity import num_cores
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
