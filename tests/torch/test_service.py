@@ -306,11 +306,11 @@ def test_health_reports_a_step_that_does_not_end(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, held = Worker.step, threading.Event()
-    service = serve(timeout_s=0.3, timing=Timing(slow_factor=0.0, slow_s=0.2))
+    service = serve(timeout_s=0.3, timing=Timing(slow_factor=0.0, slow_s=0.2, first_s=0.0))
     assert service.health().ready
     monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(PATIENCE_S) and real(self, *args))
     caller = Caller(service, generation_of((1, 2), 6))
-    eventually(lambda: "a step runs" in service.health().detail)
+    eventually(lambda: "a step has not ended" in service.health().detail)
     eventually(lambda: caller.over.is_set())
     held.set()
     assert caller.wait().finish_reason == "error" and "has not ended" in caller.updates[-1].error

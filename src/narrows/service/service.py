@@ -130,7 +130,7 @@ class EngineService:
         if not detail and not self._thread.is_alive():
             detail = "the engine's loop has ended"
         if not detail and loop is not None:
-            detail = fault(loop.engine, loop.oldest)
+            detail = fault(loop.engine, loop.limits)
         return Health(ready=not detail, detail=detail, num_restarts=self._recovery.num_restarts)
 
     def stats(self) -> Stats:
