@@ -24,8 +24,7 @@ def test_ranks_of_other_processes_are_not_restarted_and_the_log_says_so(caplog: 
     assert not caplog.messages, "that was asked for"
     for launch, by in ((nodes, "--nnodes"), (by_torchrun, "torchrun")):
         assert not serve_command._may_restart(plain, launch)
-        assert caplog.messages.pop().startswith(
-            f"ranks started by {by} are not restarted: if one dies, the server ends"
-        )
+        said = f"ranks started by {by} are not restarted: if one dies, the server ends"
+        assert caplog.messages[-1].startswith(said)
         caplog.clear()
     assert "always so with --nnodes or torchrun" in " ".join(parser.format_help().split())

@@ -231,7 +231,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _may_restart(args: argparse.Namespace, launch: Launch | None) -> bool:
-    """Whether failed ranks are replaced. The part of other processes ends with them, and cannot be started from here."""
+    """Whether failed ranks are replaced. Those of other processes end with these, and cannot be started from here."""
     if args.no_restart or launch is None:
         return not args.no_restart
     by = "torchrun" if launch.by_torchrun else "--nnodes"
