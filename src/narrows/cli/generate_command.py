@@ -245,16 +245,16 @@ def _short(value: float) -> str:
 
 
 def _profile_table(rows: list[OpTime], phase: str, num_ranks: int) -> Table:
-    """Where the time of one phase went, step by step."""
+    """Where the time of one phase went, op by op."""
     total = sum(row.seconds for row in rows)
     between = sum(row.seconds for row in rows if row.price_class == BETWEEN)
     predicted = sum(row.predicted for row in rows)
-    title = f"{phase}: {total * 1e3:.1f} ms executing the plan, {between / total:.1%} of it between steps "
+    title = f"{phase}: {total * 1e3:.1f} ms executing the plan, {between / total:.1%} of it between ops "
     title += f"(Python), mean of {num_ranks} rank(s)"
     if predicted:
         title += f"; {predicted * 1e3:.1f} ms were predicted (x {total / predicted:.2f})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in ("class", "step", "before", "fields", "layout"):
+    for name in ("class", "op", "before", "fields", "layout"):
         table.add_column(name, no_wrap=True)
     for name in ("calls", "rows", "MB", "ms", "%", "pred.", "x"):
         table.add_column(name, justify="right", no_wrap=True)
