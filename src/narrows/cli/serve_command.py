@@ -164,7 +164,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DriftRule().factor,
         metavar="X",
-        help="say once per plan-cache bucket that its steps are off their prediction by more (default %(default)s)",
+        help="warn, once per plan-cache bucket, when its steps take more than X times, or less than 1/X of, the "
+        "predicted time (default %(default)s)",
     )
     life.add_argument(
         "--no-restart",
