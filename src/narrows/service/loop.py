@@ -16,8 +16,8 @@ from narrows.errors import ConfigError, RankError
 from narrows.sched.scheduler import Request
 from narrows.service.active_request import ActiveRequest, notify
 from narrows.service.collectives import CollectiveReader
-from narrows.service.numbers import Numbers
 from narrows.service.queue import RequestQueue
+from narrows.service.stats import ServiceStats
 from narrows.service.step_limit import StepLimits
 from narrows.service.step_times import StepTimes
 from narrows.service.trace import ServiceTrace
@@ -58,15 +58,17 @@ class Loop:
     ``limits``, for other threads to read: the oldest step in flight, and when it counts as stuck.
     """
 
-    def __init__(self, engine: Engine, queue: RequestQueue, numbers: Numbers, trace: ServiceTrace, wake: Wake) -> None:
+    def __init__(
+        self, engine: Engine, queue: RequestQueue, stats: ServiceStats, trace: ServiceTrace, wake: Wake
+    ) -> None:
         self.engine = engine
         self.limits = StepLimits(engine.timing)
-        self._queue, self._numbers, self._trace, self._wake = queue, numbers, trace, wake
+        self._queue, self._stats, self._trace, self._wake = queue, stats, trace, wake
         self._active: dict[int, ActiveRequest] = {}
         """Those that the scheduler has, by their request's id."""
         self._ends: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         engine.when_mask_comes = wake
-        self._collectives = CollectiveReader(engine, numbers.add_collectives)
+        self._collectives = CollectiveReader(engine, stats.add_collectives)
         engine.prepare(engine.plans.values())
         self._publish()
 
@@ -140,7 +142,7 @@ class Loop:
         step.future.add_done_callback(self._wake)
         if len(self.engine.in_flight) == 1:
             self.limits.begun(step)
-        self._numbers.handed_out(step)
+        self._stats.handed_out(step)
         self._collectives.handed_out()
 
     def _ended(self, step: StepInFlight) -> None:
@@ -149,13 +151,13 @@ class Loop:
         if self.engine.resolved.plan is not None:  # one plan for every step predicts none of them
             return
         predicted = self.engine.plans.predicted_seconds(step.plan, step.batch)
-        if off := self._numbers.ended(step, predicted, times):
+        if off := self._stats.ended(step, predicted, times):
             _LOG.warning("%s", off)
 
     def _publish(self) -> None:
         """The scheduler's numbers, for other threads to read."""
         now = self.engine.scheduler.stats()
-        self._numbers.scheduled(now)
+        self._stats.scheduled(now)
         self._queue.waits(now.waiting, self.engine.scheduler.shares.waiting)
 
     def _tell_news(self, request: Request) -> None:
