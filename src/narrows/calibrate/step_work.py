@@ -133,10 +133,12 @@ def attributed_op_times(engine: Engine, plan: Plan) -> list[list[float]]:
     config, num = engine.resolved.engine_config, plan.num_ops
     hosts = 1 if config.launch is None else config.launch.num_nodes
     at_once = hosts * num_cores() / engine.resolved.threads if config.run_on == "cpu" else engine.resolved.mesh.size
-    meets = [op.meets for _, op in plan.ops()]
+    is_collective = [op.is_collective for _, op in plan.ops()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)
-    return [attribute_waits([times[at : at + num] for times in ranks], meets, max(at_once, 1.0)) for at in starts]
+    return [
+        attribute_waits([times[at : at + num] for times in ranks], is_collective, max(at_once, 1.0)) for at in starts
+    ]
 
 
 def fill_caches(engine: Engine) -> None:
