@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from narrows.arch.presets import PRESETS
+from narrows.comm.device import DeviceGraph
 from narrows.comm.process_groups import NcclTransport
 from narrows.cost.devices import device_of_card
 from narrows.engine.config import EngineConfig
 from narrows.engine.llm import LLM, Completion
+from narrows.engine.worker import GRAPHS
 from narrows.errors import ConfigError
 from narrows.evaluate.verify import verify
 from narrows.sched.sampling import SamplingParams
@@ -44,6 +46,40 @@ def test_texts_equal_the_cpus(
 ) -> None:
     got = texts(sampling, dtype="float32", run_on="cuda", dp=dp, tp=tp)
     assert [one.token_ids for one in got] == [one.token_ids for one in on_cpu[sampling]]
+
+
+@pytest.mark.parametrize("sampling", [None, DRAWN, SamplingParams(temperature=0.8, seed=5, logprobs=2)])
+def test_texts_of_graphs_equal_walked_ones(
+    sampling: SamplingParams | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Contexts grow through several pages, so that most steps are replays at other lengths than the captured ones."""
+    options = {"dtype": "float32", "run_on": "cuda", "page_size": 4}
+    walked = texts(sampling, **options)
+    monkeypatch.setenv(GRAPHS, "1")
+    replays, replay = [], DeviceGraph.replay
+
+    def counted(self: DeviceGraph) -> None:
+        replays.append(id(self))
+        replay(self)
+
+    monkeypatch.setattr(DeviceGraph, "replay", counted)
+    got = texts(sampling, **options)
+    assert [one.token_ids for one in got] == [one.token_ids for one in walked]
+    assert not caplog.text, "no graph was dropped"
+    assert len(replays) > len(set(replays)) or sampling is DRAWN, "DRAWN penalises, so its steps are walked"
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v2-lite", "qwen3-30b-a3b", "llama-3.1-8b"])
+def test_graphs_of_published_widths_in_bf16(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Captured without an error, and right at their first replay."""
+    monkeypatch.setenv(GRAPHS, "1")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PRESETS[kind] | {"num_hidden_layers": 2}), encoding="utf-8")
+    with LLM(file, load_format="dummy", dtype="bfloat16", run_on="cuda", max_context=1024) as llm:
+        llm.generate([list(range(100, 400)), [7, 8, 9]], max_tokens=40)
+    assert not caplog.text
 
 
 def test_texts_of_a_rank_process_equal_the_cpus(on_cpu: dict[SamplingParams | None, list[Completion]]) -> None:

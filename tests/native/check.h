@@ -20,7 +20,8 @@
 namespace testing {
 
 namespace call = narrows::call;
-using narrows::BF16_WEIGHT, narrows::INT8, narrows::INT8_WEIGHT;
+using narrows::BF16_WEIGHT, narrows::INT8, narrows::INT8_WEIGHT, narrows::Q4_0, narrows::Q4_K, narrows::Q5_K,
+    narrows::Q6_K, narrows::Q8_0;
 
 struct Test {
     const char* name;

@@ -127,6 +127,54 @@ TEST_AT_EDGES(gates_and_ups) {
     }
 }
 
+// Weights in blocks of random bytes: rows of any number give each row's own bits, and nothing beyond a panel is read.
+TEST_AT_EDGES(linear_with_blocks) {
+    struct Blocks {
+        int kind;
+        int64_t inputs, bytes, halves;
+    };
+    for (const Blocks& of : {Blocks{Q4_0, 32, 18, 1}, {Q8_0, 32, 34, 1}, {Q4_K, 256, 144, 2}, {Q5_K, 256, 176, 2},
+                             {Q6_K, 256, 210, 1}}) {
+        for (const auto& [outputs, blocks] : {std::pair{1, 1}, {33, 3}, {64, 9}, {5, 0}}) {
+            Random random(of.kind + outputs);
+            const int64_t inputs = blocks * of.inputs, most = 29, num_blocks = panels_of(outputs) * blocks;
+            Buffer<uint32_t> panels(num_blocks * of.bytes * 8);
+            uint8_t* bytes = reinterpret_cast<uint8_t*>(panels.data());
+            for (int64_t i = 0; i < panels.size() * 4; ++i) bytes[i] = uint8_t(random.whole(127) + 127);
+            for (int64_t b = 0; b < num_blocks; ++b) {
+                uint16_t* halves = reinterpret_cast<uint16_t*>(bytes + b * of.bytes * 32);
+                for (int64_t i = 0; i < of.halves * 32; ++i) halves[i] = uint16_t(0x1c00 + i);  // about 0.004
+            }
+            Buffer<bf16> x(most * inputs), bias(outputs);
+            fill_uniform(x, random), fill_uniform(bias, random);
+            Buffer<float> all(most * outputs);
+            const auto product = [&, outputs = outputs] {
+                call::linear(all.data(), outputs, x.data(), inputs, of.kind, panels.data(), nullptr, bias.data(), most,
+                             outputs, inputs, 1, 2, nullptr);
+            };
+            product();
+            check_replay(all, product);
+            Buffer<int64_t> ids(4);
+            ids[0] = 7, ids[1] = 7 + outputs - 1, ids[2] = 6, ids[3] = 7 + outputs;
+            Buffer<bf16> table(4 * inputs);
+            const auto lookup = [&, outputs = outputs] {
+                call::embedding_blocks(table.data(), inputs, ids.data(), 4, panels.data(), of.kind, 7, outputs, inputs);
+            };
+            lookup();
+            check_replay(table, lookup);
+            for (int64_t i = 0; i < 4 * inputs; ++i)
+                CHECK(i < 2 * inputs ? std::isfinite(to_float(table[i])) : table[i] == 0, of.kind, i);
+            for (const int64_t rows : {0, 1, 4, 12}) {
+                Buffer<float> some(rows * outputs);
+                call::linear(some.data(), outputs, x.data(), inputs, of.kind, panels.data(), nullptr, bias.data(), rows,
+                             outputs, inputs, 1, 1, nullptr);
+                for (int64_t i = 0; i < rows * outputs; ++i)
+                    CHECK(some[i] == all[i] && std::isfinite(all[i]), of.kind, rows, outputs, inputs, i);
+            }
+        }
+    }
+}
+
 TEST(packing_is_not_replayed) {
     Buffer<uint32_t> panels(32);
     Buffer<bf16> row(2);

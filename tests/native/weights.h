@@ -52,7 +52,7 @@ class Weights {
     }
     const uint32_t* panels() { return panels_.data(); }
     const float* scales() { return scales_.data(); }
-    Packed packed() { return {panels(), scales()}; }
+    Packed packed() { return {panels(), scales(), kind_}; }
 
    private:
     int64_t words() const { return kind_ ? (num_inputs_ + 3) / 4 : (num_inputs_ + 1) / 2; }

@@ -63,7 +63,7 @@ def test_rates_by_dtype() -> None:
     assert device("h20").flops_per_s("bf16") == 148e12
     with pytest.raises(ConfigError, match=r"a100 .* no fp8 .*312.* h20, h20-3e, h100"):
         device("a100").flops_per_s("fp8")
-    with pytest.raises(ConfigError, match=r"'int4'.*bf16, fp8, int8, int8-weight-only, fp32"):
+    with pytest.raises(ConfigError, match=r"'int4'.*bf16, fp8, int8, int8-weight-only, stored, fp32"):
         device("h100").flops_per_s("int4")
 
 

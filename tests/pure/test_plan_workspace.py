@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from narrows.arch.config import GQA, ModelConfig
 from narrows.arch.presets import preset
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.cli.main import main
@@ -14,11 +16,14 @@ from narrows.cost.memory import GPU_COLLECTIVES, GPU_PROCESS
 from narrows.cost.pricer import StepShape
 from narrows.layout import Mesh, split_evenly
 from narrows.plan.planner import Deployment, Planner
-from narrows.plan.workspace import MASK_BYTES, POOL, Kernels, Workspace, workspace
+from narrows.plan.workspace import FUSED_VALUES, MASK_BYTES, POOL, Kernels, Workspace, workspace
 
 
-def planner(name: str = "deepseek-v3", on: str = "h200", dtype: str = "fp8", dp: int = 1, tp: int = 8) -> Planner:
-    deployment = Deployment(config=preset(name), mesh=Mesh.of(dp=dp, tp=tp), device=device(on), dtype=dtype)
+def planner(
+    of: str | ModelConfig = "deepseek-v3", on: str = "h200", dtype: str = "fp8", dp: int = 1, tp: int = 8
+) -> Planner:
+    config = preset(of) if isinstance(of, str) else of
+    deployment = Deployment(config=config, mesh=Mesh.of(dp=dp, tp=tp), device=device(on), dtype=dtype)
     return Planner(deployment, WeightSharding())
 
 
@@ -78,12 +83,24 @@ def test_scattered_rows_are_divided_by_the_ranks() -> None:
 
 
 def test_masks_on_gpus_grow_with_rows_and_context() -> None:
-    """sglang #35201. A chunk of a long prompt has a mask of its rows and context; a whole prompt is causal without."""
-    by, rows = planner(), 8192
-    whole, half, chunk = (of(by, rows, context).activations for context in (rows, 65536, 131072))
+    """sglang #35201. With windows a chunk of a long prompt has a mask of its rows and context; else it needs none."""
+    config = preset("llama-3.1-8b")
+    assert isinstance(config.attention, GQA)
+    windows = replace(config.attention, sliding_window=4096, sliding_layers=frozenset(range(config.num_hidden_layers)))
+    rows = 8192
+    by = planner(replace(config, attention=windows), "h200", "bf16", tp=1)
+    half, chunk = (of(by, rows, context).activations for context in (65536, 131072))
     assert chunk - half == pytest.approx(POOL * MASK_BYTES * rows * 65536, rel=1e-6)
-    assert whole < POOL * MASK_BYTES * rows * 131072 < chunk
     assert of(by, 1, 131072, phase="decode").total < 0.01 * chunk
+    half, chunk = (of(planner(config, "h200", "bf16", tp=1), rows, context).activations for context in (65536, 131072))
+    assert half == chunk
+
+
+def test_expanded_keys_on_gpus_have_a_bound() -> None:
+    by, rows = planner(tp=1), 512
+    short, long, longest = (of(by, rows, context).activations for context in (4096, 65536, 131072))
+    assert long - short == pytest.approx(POOL * 2 * 2 * (FUSED_VALUES - 4096 * 128 * 256), rel=0.01)
+    assert longest == long
 
 
 def test_scores_on_cpus_are_held_in_blocks() -> None:

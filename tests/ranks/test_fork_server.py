@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -245,8 +246,16 @@ def test_closing_ends_the_fork_server_and_again_does_nothing() -> None:
     assert not server.fits() and not is_alive(server.pid)
 
 
-def test_without_what_it_needs_ranks_are_new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "pidfd_open")
+def refused(pid: int, flags: int = 0) -> int:
+    raise PermissionError(errno.EPERM, "as a container may")
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_without_pidfd_ranks_are_new_interpreters(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has:
+        monkeypatch.setattr(os, "pidfd_open", refused)
+    else:
+        monkeypatch.delattr(os, "pidfd_open")
     assert fork_server() is None
     with one_rank() as ranks:
         assert parent_of(*ranks.pids) == os.getpid()

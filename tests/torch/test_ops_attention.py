@@ -21,8 +21,9 @@ from narrows.ops.compiled import kernels, torch_brgemm
 from narrows.ops.gqa_attention import gqa_attention, gqa_attention_reference, head_blocks
 from narrows.ops.kv_b import PackedKeys, plain_halves, split_kv_b
 from narrows.ops.mla_attention import mla_attention, mla_attention_reference
-from narrows.ops.paged import DecodeRows, build_paged_rows, windowed_rows, write_cache
+from narrows.ops.paged import DecodeRows, build_paged_rows, stage_paged_rows, windowed_rows, write_cache
 from narrows.ops.rope import mla_softmax_scale
+from narrows.ops.step_block import StepBlock
 
 
 @pytest.fixture(autouse=True)
@@ -239,6 +240,29 @@ class Gqa:
         return op(self.q, self.k, self.v, rows, self.kv_index, 0.4, **kwargs)
 
 
+def rows_for_a_device(spans, dtype, **options):
+    """The rows that a GPU gets, here on CPU: no length is a number of the host."""
+    block = StepBlock(torch.device("cpu"))
+    rows = stage_paged_rows(spans, PAGE, block, dtype, **options)
+    block.send()
+    return rows()
+
+
+@pytest.mark.parametrize("group_slots", [1 << 18, 40, 1])
+@STEP
+@DTYPES
+@torch.inference_mode()
+def test_decode_rows_without_lengths_of_the_host(step, dtype, group_slots):
+    """As on a GPU: padded pages, and a bias instead of lengths. What lies in the null page never shows."""
+    spans = STEPS[step]
+    rows = rows_for_a_device(spans, dtype, decode_group_slots=group_slots)
+    mla, gqa = Mla(num_rows(spans), dtype), Gqa(num_rows(spans), dtype, (0, 0, 0, 1))
+    if step != "dead rows":
+        mla.cache[:PAGE], gqa.k[:PAGE], gqa.v[:PAGE] = 50.0, 50.0, 50.0
+    torch.testing.assert_close(mla(mla_attention, rows), mla(mla_attention_reference, rows), **TOLERANCE[dtype])
+    torch.testing.assert_close(gqa(gqa_attention, rows), gqa(gqa_attention_reference, rows), **TOLERANCE[dtype])
+
+
 @STEP
 @DTYPES
 @pytest.mark.parametrize("kv_index", KV_INDICES, ids=str)
@@ -321,6 +345,40 @@ def test_a_rank_without_heads(step, dtype):
     rows = build_paged_rows(STEPS[step], PAGE)
     mla, gqa = Mla(num_rows(STEPS[step]), dtype, heads=0), Gqa(num_rows(STEPS[step]), dtype, ())
     assert mla(mla_attention, rows).shape == gqa(gqa_attention, rows).shape == (num_rows(STEPS[step]), 0)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """As on a GPU in 16 bits: torch's attention for all heads and rows of a span, and keys of its dtype."""
+    monkeypatch.setattr(gqa_module, "kernels", lambda: None)
+    monkeypatch.setattr(packed_module, "kernels", lambda: None)
+    for module in (causal_module, mla_module):
+        monkeypatch.setattr(module, "is_fused", lambda q: True)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 1, 7, 1000])
+@pytest.mark.parametrize(("rows", "context"), [(1, 1), (1, 9), (5, 5), (4, 9), (150, 150), (70, 200)])
+@torch.inference_mode()
+def test_fused_attention_agrees_with_the_torch_version(rows, context, window, dtype, fused):
+    q, k, v = (torch.randn(shape).to(dtype) for shape in ((2, 3, rows, 8), (2, context, 8), (2, context, 5)))
+    got = causal_attention(q, k, v, 0.35, window=window)
+    assert got.shape == (rows, 2, 3, 5) and got.dtype == dtype
+    torch.testing.assert_close(got, causal_attention_reference(q, k, v, 0.35, window=window), **TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("keys", [1 << 29, 23 * 15, 1])
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("step", ["prompt", "chunk", "two prompts", "mixed"])
+@torch.inference_mode()
+def test_fused_mla_prefill(step, absorb, keys, dtype, fused, monkeypatch):
+    """Keys of all heads at once, of some, and of one."""
+    monkeypatch.setattr(mla_module, "FUSED_KEYS", keys)
+    monkeypatch.setattr(mla_module, "_absorbing_is_cheaper", lambda *_: absorb)
+    mla, rows = Mla(num_rows(STEPS[step]), dtype), rows_for_a_device(STEPS[step], dtype)
+    assert isinstance(mla.w_uk, torch.Tensor)
+    torch.testing.assert_close(mla(mla_attention, rows), mla(mla_attention_reference, rows), **TOLERANCE[dtype])
 
 
 PAGE_OF_MODELS = 16

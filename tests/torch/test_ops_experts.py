@@ -5,6 +5,7 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
+from narrows.ops import experts as experts_module
 from narrows.ops.experts import experts_mlp, experts_mlp_grouped, experts_mlp_reference
 
 
@@ -41,6 +42,16 @@ def test_compiled_experts_agree_with_the_torch_version(path, dtype, num_rows):
     out = torch.full(args[0].shape, 9.0)  # a float32 buffer takes the unrounded sum
     assert path(*args, first_expert=0, out=out) is out
     torch.testing.assert_close(out.to(dtype), got, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_grouped_sums_in_blocks_of_rows(monkeypatch):
+    """As many rows at a time as fit, however many that are: the same sums."""
+    args = example(33, torch.float32)
+    whole = experts_mlp_grouped(*args, first_expert=0)
+    for summed in (1, 3 * 16 * 10, 3 * 16 * 33):
+        monkeypatch.setattr(experts_module, "SUMMED", summed)
+        torch.testing.assert_close(experts_mlp_grouped(*args, first_expert=0), whole, rtol=1e-6, atol=1e-6)
 
 
 @PATHS

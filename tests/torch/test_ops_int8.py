@@ -136,7 +136,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch(quantization: Quantization) -> N
 def test_experts_and_mlp_equal_the_torch_versions(num_rows: int, quantization: Quantization) -> None:
     num_experts, num_inner, hidden, top_k = 8, 24, 70, 3
     gate_up, down = drawn(num_experts, 2 * num_inner, hidden) / 8, drawn(num_experts, hidden, num_inner, seed=1) / 5
-    ours = empty_experts(num_experts, num_inner, hidden, BF16, CPU, quantization)
+    ours = empty_experts(num_experts, num_inner, hidden, BF16, CPU, (quantization, quantization))
     its = tuple(empty_int8(*weight.shape, CPU, quantization) for weight in (gate_up, down))
     for e in range(num_experts):
         for held in (ours, its):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from narrows.ops.paged import DecodeGroup, DecodeRows, build_paged_rows, write_cache
+from narrows.ops.paged import (
+    DecodeGroup,
+    DecodeRows,
+    build_paged_rows,
+    padded_pages,
+    stage_paged_rows,
+    windowed_rows,
+    write_cache,
+)
+from narrows.ops.step_block import StepBlock
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +104,52 @@ def test_persistent_decode_inputs_equal_rebuilt_ones():
         now = [x.data_ptr() for x in (found.positions_T, found.slots_T, found.decode_lens_B, found.decode_slots_BL)]
         assert addresses in (None, now)
         addresses = now
+
+
+def staged(spans, **options):
+    block = StepBlock(torch.device("cpu"))
+    rows = stage_paged_rows(spans, 4, block, torch.float32, **options)
+    block.send()
+    return rows()
+
+
+MIXED = [(5, 1, (4, 2)), (2, 3, (3, 1)), (0, 1, (5,)), (0, 0, ()), (0, 2, (6,)), (18, 1, (7, 9, 8, 10, 11, 12))]
+
+
+@pytest.mark.parametrize("window", [None, 3, 7])
+@pytest.mark.parametrize("spans", [MIXED, [], [(0, 5, (1, 2))], [(0, 1, (0,))]])
+def test_rows_for_a_device_are_those_of_the_host_in_padded_pages(spans, window):
+    host, device = build_paged_rows(spans, page_size=4), staged(spans)
+    if window is not None:
+        host, device = windowed_rows(host, window), windowed_rows(device, window)
+    assert torch.equal(device.positions_T, host.positions_T) and torch.equal(device.slots_T, host.slots_T)
+    assert device.slots_T.dtype == device.positions_T.dtype == device.decode_slots_BL.dtype == torch.int64
+    assert torch.equal(device.decode_rows_B, host.decode_rows_B)
+    assert torch.equal(device.decode_lens_B, host.decode_lens_B)
+    for one, other in zip(device.prefills, host.prefills, strict=True):
+        assert torch.equal(one.slots_L, other.slots_L) and one.window == other.window
+        assert (one.row_start, one.row_stop, one.context_len) == (other.row_start, other.row_stop, other.context_len)
+    for b, length in enumerate(host.decode_lens_B.tolist()):
+        assert torch.equal(device.decode_slots_BL[b, :length], host.decode_slots_BL[b, :length])
+        assert not device.decode_bias_BL[b, :length].any()
+        assert (device.decode_bias_BL[b, length:] == float("-inf")).all()
+    most = 4 * max((padded_pages(-(-(start + 1) // 4)) for start, rows, _ in spans if rows == 1), default=0)
+    most = most if window is None else min(most, window)
+    assert device.decode_slots_BL.shape == device.decode_bias_BL.shape == (host.decode_lens_B.shape[0], most)
+    assert [group.max_len for group in device.decode_groups] == [most] * len(device.decode_groups)
+
+
+def test_padding_of_a_device_is_in_the_null_page():
+    slots_BL = staged([(17, 1, (7, 9, 8, 10, 11)), (0, 1, (5,))]).decode_slots_BL
+    assert slots_BL.shape == (2, 6 * 4)
+    assert slots_BL[0, 20:].tolist() == [0, 1, 2, 3] and slots_BL[1, 4:].max() == 3
+
+
+def test_groups_of_a_device_depend_on_no_length_or_on_each_rows_own():
+    spans = [(length - 1, 1, tuple(range(1, 6))) for length in (20, 1, 5, 9, 17)]
+    groups = [(group.start, group.stop, group.max_len) for group in staged(spans, decode_group_slots=48).decode_groups]
+    assert groups == [(0, 2, 24), (2, 4, 24), (4, 5, 24)]
+    alone = [(group.start, group.stop, group.max_len) for group in staged(spans, decode_group_slots=1).decode_groups]
+    assert alone == [(0, 1, 24), (1, 2, 4), (2, 3, 8), (3, 4, 12), (4, 5, 24)]
+    with pytest.raises(AssertionError, match="5 tokens do not fit in 1 pages"):
+        staged([(3, 2, (7,))])

@@ -31,6 +31,7 @@ from narrows.ops.rope_cache import (
     rope_write_latents,
     rope_write_latents_reference,
 )
+from narrows.ops.step_block import StepBlock
 
 
 @pytest.fixture(autouse=True)
@@ -138,16 +139,18 @@ def test_angles_depend_only_on_each_rows_own_sequence(name):
         device=torch.device("cpu"),
     )
     assert angles.by_length == (name is not None)
+    block = StepBlock(torch.device("cpu"))
     positions = [0, 5, 40, 31, 32, 63, 7]
-    lengths = [6, 6, 50, 32, 33, 64, 60]
+    tokens = [6, 6, 50, 32, 33, 64, 60]
+    lengths = angles.stage(tokens, block)
     cos, sin = angles.rows(torch.tensor(positions), lengths)
-    for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):
+    for row, (position, length) in enumerate(zip(positions, tokens, strict=True)):
         inv_freq, factor = rope_inverse_frequencies(8, 1e4, scaling=scaling, max_position=most, length=length)
         want_cos, want_sin = rope_table(inv_freq, factor, position + 1, torch.float32)
         torch.testing.assert_close(cos[row], want_cos[-1], rtol=0, atol=1e-5)
         torch.testing.assert_close(sin[row], want_sin[-1], rtol=0, atol=1e-5)
     alone, _ = angles.rows(torch.tensor(positions))  # without lengths each is the last of its sequence
-    own, _ = angles.rows(torch.tensor(positions), [position + 1 for position in positions])
+    own, _ = angles.rows(torch.tensor(positions), angles.stage([position + 1 for position in positions], block))
     assert torch.equal(alone, own)
     room = torch.empty_like(cos), torch.empty_like(sin)
     into = angles.rows(torch.tensor(positions), lengths, cos=room[0], sin=room[1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import DeepseekV2Config, DeepseekV3Config, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -167,3 +168,26 @@ def test_a_group_that_is_out_stays_out_when_scores_underflow(router):
     routing = router(logits, **{**V2, "topk_group": 1, "top_k": 2})
     assert routing.topk_ids_TK.tolist() == [[0, 1]]
     assert routing.topk_weights_TK[0, 1] == 0
+
+
+@pytest.mark.parametrize("rule", [V3, GREEDY, V2], ids=["V3", "greedy", "V2"])
+@torch.inference_mode()
+def test_a_gate_of_16_bits_gives_the_same_choice(rule):
+    """As GPUs hold it where the checkpoint does: products of the same values, summed in float32."""
+    x, gate = torch.randn(40, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+    ids, weights = route_module.router(x, gate, **rule)
+    want_ids, want_weights = route_module.router_reference(x, gate.float(), **rule)
+    assert torch.equal(ids, want_ids) and ids.dtype == torch.int32
+    torch.testing.assert_close(weights, want_weights, rtol=1e-5, atol=1e-6)
+    rounded = functional.linear(x, gate)  # what it must not be
+    assert (route_module.router_logits(x, gate) - rounded.float()).abs().max() > 1e-3
+
+
+def test_a_gate_is_narrow_where_that_loses_nothing():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    wide, narrow = torch.float32, torch.bfloat16
+    assert route_module.gate_dtype(narrow, narrow, gpu) == narrow
+    assert route_module.gate_dtype(narrow, narrow, cpu) == wide
+    assert route_module.gate_dtype(wide, narrow, gpu) == wide
+    assert route_module.gate_dtype(narrow, wide, gpu) == wide
+    assert route_module.gate_dtype(torch.float16, narrow, gpu) == wide

@@ -9,10 +9,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from narrows.arch.model import HIDDEN_ACTS
 from narrows.ops.act_mul import ACTIVATIONS, act_mul
 from narrows.ops.add_rows import add_rows
-from narrows.ops.argmax import pick, pick_reference, shard_argmax
+from narrows.ops.argmax import argmax, pick, pick_reference, shard_argmax
 from narrows.ops.embedding import embedding, embedding_reference
 from narrows.ops.linear import linear, linear_reference
-from narrows.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from narrows.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_in_two, rms_norm_reference
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,25 @@ def test_rms_norm_in_bf16_rounds_before_the_weight():
     got = rms_norm(x, weight, 1e-6)
     assert (got != expected).float().mean() < 1e-3
     assert (functional.rms_norm(x, (512,), weight, 1e-6) != expected).float().mean() > 0.1  # why it is not used
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (7, 96), (64, 512), (5, 3, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_the_norm_of_gpus_rounds_before_the_weight_too(dtype, shape):
+    """torch's norm without a weight, then the product: as near to the reference as `rms_norm` is."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn((*shape[:-1], shape[-1] + 8), generator=generator) * 3).to(dtype)[..., : shape[-1]]
+    weight = (torch.rand(shape[-1], generator=generator) + 0.5).to(dtype)
+    expected, got = rms_norm_reference(x, weight, 1e-6), rms_norm_in_two(x, weight, 1e-6)
+    assert got.dtype == dtype and got.shape == x.shape
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    elif x.numel():
+        assert (got != expected).float().mean() < 1e-3
+    out = torch.empty_like(x)
+    assert rms_norm_in_two(x, weight, 1e-6, out=out) is out and torch.equal(out, got)
+    assert torch.equal(rms_norm_in_two(x, weight, 1e-6, out=x), got)  # in place
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,6 +184,7 @@ def test_argmax_over_shards_is_argmax(dtype, split, num_rows):
     expected = torch.tensor([row.index(max(row)) for row in logits.tolist()], dtype=torch.int64)
     assert torch.equal(pick(packed), expected)
     assert torch.equal(pick_reference(packed), expected)
+    assert torch.equal(argmax(logits), expected) and torch.equal(logits.argmax(dim=-1), expected)  # the latter on GPUs
 
 
 @torch.inference_mode()

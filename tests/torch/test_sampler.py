@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from narrows.engine.sampler import Sampler
+from narrows.ops.step_block import StepBlock
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.sampling import SamplingParams
 
@@ -20,9 +21,11 @@ def biased(bias: tuple[tuple[int, float], ...], *requests: int, ended: tuple[int
 
 
 def kept(sampler: Sampler, batch: Batch) -> list[Tensor]:
-    rows = sum(len(chunk.tokens) for group in batch.groups for chunk in group)
-    sampler.begin(batch, torch.ones(rows, dtype=torch.int64))
-    return [sampler.bias(chunk.request, ())[1] for group in batch.groups for chunk in group]
+    block = StepBlock(sampler.device)
+    _, see = sampler.stage(batch, block)
+    block.send()
+    see(torch.ones(batch.num_rows, dtype=torch.int64))
+    return [sampler.bias(chunk.request, (), block)[1].tensor for group in batch.groups for chunk in group]
 
 
 def test_texts_of_a_request_share_their_bias_and_later_ones_have_their_own() -> None:

@@ -22,6 +22,7 @@ AGAIN = (
     "test_features_against_transformers.py::test_bfloat16_stays_close",
     "test_ops_packed.py",
     "test_ops_int8.py",
+    "test_ops_blocks.py",
     "test_batch_invariance_ops.py",
 )
 LESSER = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -40,7 +40,18 @@ from narrows.arch.stages import (
     StageKind,
     Stream,
 )
-from narrows.arch.weight_sharding import WeightSharding, check_mesh, head_spans, kv_head_spans, split_blocks
+from narrows.arch.weight_sharding import (
+    DENSE_DOWN,
+    EXPERT_DOWN,
+    SHARED_DOWN,
+    WeightSharding,
+    check_mesh,
+    head_spans,
+    kv_head_spans,
+    split_blocks,
+    split_columns,
+)
+from narrows.arch.weights import head_weights
 from narrows.layout import Layout, Mesh, full, group, owed, split_evenly
 
 __all__ = ["build_chain"]
@@ -273,7 +284,7 @@ class _Builder:
         return (attention,)
 
     def mlp(self) -> Stage:
-        lo, hi = split_blocks(self.config.intermediate_size, self.mesh.size)[0]
+        lo, hi = split_columns(self.config, DENSE_DOWN, self.config.intermediate_size, self.mesh.size)[0]
         return Stage(
             name="mlp",
             kind=StageKind.SHARDED,
@@ -294,7 +305,7 @@ class _Builder:
         assert moe is not None
         hidden, size, top_k = config.hidden_size, self.itemsize, moe.num_experts_per_tok
         whole = self.sharding.experts == "whole"
-        lo, hi = split_blocks(moe.moe_intermediate_size, world)[0]
+        lo, hi = split_columns(config, EXPERT_DOWN, moe.moe_intermediate_size, world)[0]
         columns = moe.moe_intermediate_size if whole else hi - lo
         held = split_evenly(moe.n_routed_experts, world)[0] if whole else moe.n_routed_experts
         pairs = top_k * held / moe.n_routed_experts
@@ -316,7 +327,8 @@ class _Builder:
             Stream(hidden * size, sums) if whole else Stream(hidden * size + sums),
         )
         replicated = self.sharding.shared_expert == "replicated" and moe.n_shared_experts > 0
-        shared_columns = split_blocks(max(moe.shared_intermediate_size, 1), world)[0][1]
+        shared_size = moe.shared_intermediate_size
+        shared_columns = split_columns(config, SHARED_DOWN, shared_size, world)[0][1] if shared_size else 0
         experts = Stage(
             name="experts",
             kind=StageKind.SHARDED,
@@ -347,7 +359,7 @@ class _Builder:
         config, mesh = self.config, self.mesh
         lo, hi = split_blocks(config.vocab_size, mesh.size)[0]
         columns = Layout.on(mesh, "C" * mesh.num_axes)
-        one_rank = mesh.size == 1
+        one_rank, head = mesh.size == 1, head_weights(config, mesh)
         lm_head = Stage(
             name="lm_head",
             kind=StageKind.SHARDED,
@@ -355,7 +367,7 @@ class _Builder:
             reads=("hidden",),
             writes=("logits",),
             frees=("hidden",),
-            work=(Gemm(hi - lo, config.hidden_size, "activations"),),
+            work=(Gemm(hi - lo, config.hidden_size, "weights" if head["lm_head"].blocks else "activations"),),
             accepts=self.full,
             leaves=columns,
             row_set=RowSet.LOGITS,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from narrows.arch.block_formats import NO_BLOCKS, StoredBlocks
 from narrows.arch.rope import Rope
 
 __all__ = ["GQA", "HIDDEN_ACTS", "MLA", "CheckpointQuantization", "MoE", "ModelConfig"]
@@ -136,6 +137,7 @@ class ModelConfig:
     """A decoder-only model. ``notes`` names unused parts of the checkpoint, such as the MTP layer.
 
     ``mlp_bias``: of every MLP, the shared experts' among them. ``intermediate_size``: 0 where no layer is dense.
+    ``blocks``: weights that ranks may hold in the blocks in which the checkpoint has them.
     """
 
     name: str
@@ -157,6 +159,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     mlp_bias: bool = False
     quantization: CheckpointQuantization | None = None
+    blocks: StoredBlocks = NO_BLOCKS
     notes: tuple[str, ...] = ()
 
     def is_moe_layer(self, layer: int) -> bool:

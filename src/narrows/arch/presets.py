@@ -11,15 +11,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from narrows.arch.block_formats import BlockFormat, StoredBlocks, block_format
 from narrows.arch.config import ModelConfig, read_config
 from narrows.checkpoints import built_in, local_model, name_of
 from narrows.convert.gguf_config import gguf_config
 from narrows.convert.gguf_header import GgufHeader, find_gguf
 from narrows.convert.gguf_keys import gguf_notes
-from narrows.convert.gguf_tensors import gguf_targets
+from narrows.convert.gguf_tensors import Target, gguf_targets
 from narrows.errors import ConfigError
 
 __all__ = ["PRESETS", "load_model_config", "preset"]
+
+
+_IN_PRODUCTS = tuple(
+    f"{name}.weight"
+    for name in (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"),
+        *("gate_proj", "up_proj", "down_proj", "lm_head"),
+    )
+)
+"""Endings of the names of weights that only rows are multiplied with."""
 
 
 def _deepseek(version: int, **fields: Any) -> dict[str, Any]:
@@ -234,6 +245,26 @@ def _read_gguf(file: Path) -> ModelConfig:
     """The model of a GGUF file whose metadata and tensors agree: so every size is backed by the file."""
     header = GgufHeader(file)
     raw = gguf_config(header)
-    gguf_targets(header, raw)
+    targets = gguf_targets(header, raw)
     config = read_config(raw, header.path.stem)
-    return replace(config, notes=(*config.notes, *gguf_notes(header)))
+    return replace(config, blocks=_blocks(header, targets), notes=(*config.notes, *gguf_notes(header)))
+
+
+def _blocks(header: GgufHeader, targets: Mapping[str, Target]) -> StoredBlocks:
+    """The weights of products that the file holds in blocks which are multiplied as they are."""
+    found: dict[str, BlockFormat] = {}
+    in_products = _IN_PRODUCTS if "lm_head.weight" in targets else (*_IN_PRODUCTS, "embed_tokens.weight")
+    for name, target in targets.items():
+        if name.endswith(in_products) and isinstance(target.source, str):
+            known = block_format(header.tensors[target.source].encoding)
+            if known is not None:
+                found[name] = known
+    return StoredBlocks.of((name, known) for name, known in found.items() if _is_whole(name, found))
+
+
+def _is_whole(name: str, found: Mapping[str, BlockFormat]) -> bool:
+    """Whether of an expert's three weights, which one call multiplies, all are in blocks, its gate as its up."""
+    if "{expert}" not in name:
+        return True
+    gate, up, down = (found.get(f"{name.rsplit('.', 2)[0]}.{part}_proj.weight") for part in ("gate", "up", "down"))
+    return gate is not None and gate == up and down is not None

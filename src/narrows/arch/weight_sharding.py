@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from math import gcd, lcm
 
 from narrows.arch.config import GQA, MLA, ModelConfig
 from narrows.errors import ConfigError
 from narrows.layout import Mesh, Span, split_evenly, starts
 
 __all__ = [
+    "DENSE_DOWN",
+    "EXPERT_DOWN",
+    "SHARED_DOWN",
     "WeightSharding",
     "check_mesh",
     "head_spans",
@@ -23,9 +27,14 @@ __all__ = [
     "sharding_choices",
     "sharding_words",
     "split_blocks",
+    "split_columns",
 ]
 
 _BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
+DENSE_DOWN, SHARED_DOWN = ".mlp.down_proj.weight", ".shared_experts.down_proj.weight"
+EXPERT_DOWN = ".experts.{expert}.down_proj.weight"
+"""Endings of the names of weights whose inputs are split over the world."""
+_OUT = ".o_proj.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +101,33 @@ def split_blocks(columns: int, parts: int) -> tuple[Span, ...]:
     return best
 
 
+def split_columns(config: ModelConfig, ending: str, columns: int, parts: int) -> tuple[Span, ...]:
+    """As :func:`split_blocks`, in whole blocks of the weights whose names end so and whose inputs these columns are."""
+    together = config.blocks.columns_together(ending)
+    if together == 1:
+        return split_blocks(columns, parts)
+    assert columns % together == 0, f"{columns} columns in blocks of {together}"
+    return tuple((lo * together, hi * together) for lo, hi in starts(split_evenly(columns // together, parts)))
+
+
 def head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:
     """The query heads of each rank of an attention group of ``tp`` ranks.
 
-    Key-value groups stay whole on a rank while there are at least as many as ranks.
+    Key-value groups stay whole on a rank while there are at least as many as ranks. Heads whose columns share a block
+    of ``o_proj`` stay together.
     """
-    attention, heads = config.attention, config.num_attention_heads
-    if isinstance(attention, GQA) and attention.num_key_value_heads >= tp:
-        per_group = heads // attention.num_key_value_heads
-        return starts(tuple(n * per_group for n in split_evenly(attention.num_key_value_heads, tp)))
-    return starts(split_evenly(heads, tp))
+    attention, heads, together = config.attention, config.num_attention_heads, _heads_together(config)
+    if isinstance(attention, GQA):
+        whole = lcm(heads // attention.num_key_value_heads, together)
+        together = whole if heads // whole >= tp else together
+    return starts(tuple(n * together for n in split_evenly(heads // together, tp)))
+
+
+def _heads_together(config: ModelConfig) -> int:
+    """Heads that no split may part."""
+    attention, block = config.attention, config.blocks.columns_together(_OUT)
+    columns = attention.head_dim if isinstance(attention, GQA) else attention.v_head_dim
+    return block // gcd(block, columns)
 
 
 def kv_head_spans(config: ModelConfig, tp: int) -> tuple[Span, ...]:
@@ -118,22 +144,32 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     Raises:
         ConfigError: with the numbers, and meshes of the same size that work.
     """
-    heads, tp = config.num_attention_heads, mesh.group_size
-    if tp > heads:
+    heads, tp, together = config.num_attention_heads, mesh.group_size, _heads_together(config)
+    if tp > heads // together:
+        if together > 1:
+            raise ConfigError(
+                f"tp {tp}: o_proj is stored in blocks that {together} of the {heads} attention heads of {config.name} "
+                f"share, and a block is not split; use tp {heads // together} at most, or --quantization none"
+            )
         works = [f"dp {mesh.size // t} x tp {t}" for t in range(heads, 0, -1) if mesh.size % t == 0]
         raise ConfigError(
             f"tp {tp} is larger than the {heads} attention heads of {config.name}, and a head is not split; "
             f"on {mesh.size} ranks these work: {', '.join(works[:4])}"
         )
-    sizes = {"vocab_size": config.vocab_size}
+    sizes = {"vocab_size": (config.vocab_size, "")}
     is_moe = {config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)}
     if False in is_moe:
-        sizes["intermediate_size"] = config.intermediate_size
+        sizes["intermediate_size"] = config.intermediate_size, DENSE_DOWN
     if config.moe is not None and True in is_moe:
-        sizes["moe_intermediate_size"] = config.moe.moe_intermediate_size
-    for name, size in sizes.items():
-        if mesh.size > size:
+        sizes["moe_intermediate_size"] = config.moe.moe_intermediate_size, EXPERT_DOWN
+        if config.moe.n_shared_experts:
+            sizes["the shared experts' size"] = config.moe.shared_intermediate_size, SHARED_DOWN
+    for name, (size, ending) in sizes.items():
+        block = config.blocks.columns_together(ending) if ending else 1
+        if mesh.size > size // block:
+            stored = f", which is stored in blocks of {block}," if block > 1 else ""
+            other = ", or --quantization none" if block > 1 else ""
             raise ConfigError(
-                f"{mesh} has {mesh.size} ranks, more than {name} {size} of {config.name} can be split into; "
-                f"use at most {size} ranks"
+                f"{mesh} has {mesh.size} ranks, more than {name} {size} of {config.name}{stored} can be split into; "
+                f"use at most {size // block} ranks{other}"
             )

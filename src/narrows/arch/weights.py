@@ -5,12 +5,22 @@ Names are those of the checkpoint (Hugging Face's). A slice is a span along one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from narrows.arch.block_formats import BlockFormat
 from narrows.arch.config import GQA, MLA, ModelConfig
-from narrows.arch.weight_sharding import WeightSharding, head_spans, kv_head_spans, split_blocks
+from narrows.arch.weight_sharding import (
+    DENSE_DOWN,
+    EXPERT_DOWN,
+    SHARED_DOWN,
+    WeightSharding,
+    head_spans,
+    kv_head_spans,
+    split_blocks,
+    split_columns,
+)
 from narrows.layout import Mesh, Span, split_evenly, starts
 
 __all__ = ["Weight", "embed_weights", "head_weights", "layer_weights"]
@@ -25,9 +35,9 @@ class Weight:
     ``spans`` along ``dim`` are per rank of the attention group, or per rank of the world if ``over_world``; without
     ``dim`` every rank takes it whole. ``experts`` are the experts each rank of the world takes. ``quantized``: stored
     with one byte per value and block scales in an FP8 checkpoint. ``float32``: held in float32 whatever else runs.
-    ``once_in``: held by the first rank of each ``group`` or of the ``world`` alone, because it is an addend of a sum
-    over those ranks. ``stored_as``: names under which a checkpoint may hold it, of which the first that is there
-    counts; none: ``name``.
+    ``blocks``: held in blocks of this format. ``once_in``: held by the first rank of each ``group`` or of the ``world``
+    alone, because it is an addend of a sum over those ranks. ``stored_as``: names under which a checkpoint may hold it,
+    of which the first that is there counts; none: ``name``.
     """
 
     name: str
@@ -38,6 +48,7 @@ class Weight:
     experts: tuple[Span, ...] = ()
     quantized: bool = False
     float32: bool = False
+    blocks: BlockFormat | None = None
     once_in: Literal["", "group", "world"] = ""
     stored_as: tuple[str, ...] = ()
 
@@ -86,11 +97,10 @@ def embed_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> 
     shape = (config.vocab_size, config.hidden_size)
     names = (_EMBED, _HEAD) if config.tie_word_embeddings else ()
     if sharding.embed == "replicated":
-        return {"embed_tokens": Weight(name=_EMBED, shape=shape, stored_as=names)}
+        return _in_blocks(config, {"embed_tokens": Weight(name=_EMBED, shape=shape, stored_as=names)})
     spans = split_blocks(config.vocab_size, mesh.size)
-    return {
-        "embed_tokens": Weight(name=_EMBED, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names),
-    }
+    embed = Weight(name=_EMBED, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names)
+    return _in_blocks(config, {"embed_tokens": embed})
 
 
 def head_weights(config: ModelConfig, mesh: Mesh) -> dict[str, Weight]:
@@ -98,10 +108,11 @@ def head_weights(config: ModelConfig, mesh: Mesh) -> dict[str, Weight]:
     name, names = (_EMBED, (_EMBED, _HEAD)) if config.tie_word_embeddings else (_HEAD, ())
     spans = split_blocks(config.vocab_size, mesh.size)
     shape = (config.vocab_size, config.hidden_size)
-    return {
+    weights = {
         "norm": Weight(name="model.norm.weight", shape=(config.hidden_size,)),
         "lm_head": Weight(name=name, shape=shape, dim=0, spans=spans, over_world=True, stored_as=names),
     }
+    return _in_blocks(config, weights)
 
 
 def layer_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, layer: int) -> dict[str, Weight]:
@@ -118,8 +129,17 @@ def layer_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, lay
     else:
         weights |= _gqa_weights(config, config.attention, mesh, attention)
     if config.is_moe_layer(layer):
-        return weights | _moe_weights(config, mesh, sharding, prefix + "mlp.")
-    return weights | _mlp_weights(config.hidden_size, config.intermediate_size, mesh, prefix + "mlp.", config.mlp_bias)
+        return _in_blocks(config, weights | _moe_weights(config, mesh, sharding, prefix + "mlp."))
+    spans = split_columns(config, DENSE_DOWN, config.intermediate_size, mesh.size)
+    mlp = _mlp_weights(config.hidden_size, config.intermediate_size, spans, prefix + "mlp.", config.mlp_bias)
+    return _in_blocks(config, weights | mlp)
+
+
+def _in_blocks(config: ModelConfig, weights: dict[str, Weight]) -> dict[str, Weight]:
+    """The same, those that are held in blocks marked."""
+    if not config.blocks:
+        return weights
+    return {role: replace(weight, blocks=config.blocks.of_name(weight.name)) for role, weight in weights.items()}
 
 
 def _mla_weights(config: ModelConfig, mla: MLA, mesh: Mesh, sharding: WeightSharding, prefix: str) -> dict[str, Weight]:
@@ -196,8 +216,9 @@ def _gqa_weights(config: ModelConfig, gqa: GQA, mesh: Mesh, prefix: str) -> dict
     return weights
 
 
-def _mlp_weights(hidden: int, intermediate: int, mesh: Mesh, prefix: str, bias: bool = False) -> dict[str, Weight]:
-    spans = split_blocks(intermediate, mesh.size)
+def _mlp_weights(
+    hidden: int, intermediate: int, spans: tuple[Span, ...], prefix: str, bias: bool = False
+) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for name in ("gate_proj", "up_proj"):
         weights[name] = Weight(
@@ -236,7 +257,7 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, pref
         )
     whole = sharding.experts == "whole"
     held = starts(split_evenly(num_experts, mesh.size)) if whole else ((0, num_experts),) * mesh.size
-    spans = split_blocks(size, mesh.size)
+    spans = split_columns(config, EXPERT_DOWN, size, mesh.size)
     for name, shape, dim in (
         ("gate_proj", (size, hidden), 0),
         ("up_proj", (size, hidden), 0),
@@ -252,11 +273,11 @@ def _moe_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, pref
             quantized=True,
         )
     if moe.n_shared_experts:
-        one = Mesh.of(**dict.fromkeys(mesh.names, 1))
-        where = one if sharding.shared_expert == "replicated" else mesh
+        replicated = sharding.shared_expert == "replicated"
         size = moe.shared_intermediate_size
-        shared = _mlp_weights(hidden, size, where, prefix + "shared_experts.", config.mlp_bias)
+        spans = split_columns(config, SHARED_DOWN, size, 1 if replicated else mesh.size)
+        shared = _mlp_weights(hidden, size, spans, prefix + "shared_experts.", config.mlp_bias)
         for role, weight in shared.items():
             whole_copy = Weight(name=weight.name, shape=weight.shape, quantized=weight.quantized)
-            weights[f"shared_experts.{role}"] = whole_copy if where is one else weight
+            weights[f"shared_experts.{role}"] = whole_copy if replicated else weight
     return weights

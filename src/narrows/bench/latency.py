@@ -164,7 +164,8 @@ def _facts(
             "gflop": flops / 1e9,
             "share_of_roofline": quantile(shares, 0.5),
         }
-    int8 = resolved.engine_config.quantization != "none"
+    quantization = resolved.engine_config.quantization
+    int8 = quantization.startswith("int8")
     weights = decode_weight_bytes(config, itemsize, rows=kind.batch, experts_hit=experts, int8=int8)
     context = decode_kv_bytes(config, itemsize, rows=kind.batch, context=work.context)
     shares = [weights / s / rate["read_bytes_per_s"] for s, rate in zip(seconds, allowed, strict=True)]
@@ -175,7 +176,7 @@ def _facts(
         "kv_mb": context / 1e6,
         "share_of_roofline": quantile(shares, 0.5),
     }
-    if not int8:  # its products have their own rate, which is not measured
+    if quantization == "none":  # others' products have rates of their own, which are not measured
         bound = partial(decode_bound, config, itemsize, rows=kind.batch, context=work.context, experts_hit=experts)
         bounds = [bound(bytes_per_s=rate["read_bytes_per_s"], flop_per_s=rate["gemm_flop_per_s"]) for rate in allowed]
         facts["share_of_bound"] = quantile([bound / s for bound, s in zip(bounds, seconds, strict=True)], 0.5)

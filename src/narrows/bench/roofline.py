@@ -54,9 +54,12 @@ def decode_weight_bytes(
 
     ``experts_hit``: how many routed experts, all layers added up, at least one row was sent to. Of the embedding only
     the rows' own lines are read. ``int8``: what can be rounded is held in one byte, with a float32 scale per output.
+    What ``config`` has in blocks is held in these.
     """
 
     def nbytes(weight: Weight) -> float:
+        if weight.blocks is not None:
+            return weight.shape[0] * weight.blocks.row_bytes(weight.shape[1])
         if int8 and weight.int8:
             return prod(weight.shape) * (1 + 4 / weight.shape[1])
         return prod(weight.shape) * (4 if weight.float32 else itemsize)

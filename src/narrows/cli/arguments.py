@@ -90,7 +90,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, ranks: str = _DEFAULT["
         "--quantization",
         choices=QUANTIZATIONS,
         default=_DEFAULT["quantization"],
-        help="hold linear and expert weights as int8; int8 rounds rows too (docs/kernels.md; default none)",
+        help="how linear and expert weights are held: rounded to int8 (int8 rounds rows too), or stored: in the "
+        "blocks of a GGUF file, which is the default where they are (docs/kernels.md)",
     )
     engine.add_argument(
         "--encode-rows",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from narrows.errors import ConfigError
 
-__all__ = ["gpu_name", "is_synchronous", "num_gpus", "rank_device", "synchronize"]
+__all__ = ["DeviceGraph", "gpu_name", "graphs_of", "is_synchronous", "num_gpus", "rank_device", "synchronize"]
 
 
 def gpu_name() -> str:
@@ -45,6 +48,33 @@ def rank_device(run_on: str, local_rank: int) -> torch.device:
     found = torch.device(run_on, local_rank)
     torch.cuda.set_device(found)
     return found
+
+
+class DeviceGraph:
+    """Work of a GPU, captured once and then launched as one. Graphs of one ``pool`` share memory: none of them may run
+    beside another."""
+
+    def __init__(self, pool: Any) -> None:
+        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+
+    def capture(self, walk: Callable[[], None]) -> None:
+        """Captures what ``walk`` gives the GPU, without running it."""
+        torch.cuda.synchronize()
+        # Other threads of this process may use the GPU meanwhile.
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            walk()
+
+    def replay(self) -> None:
+        """Launches it, behind all work that the GPU was given before."""
+        self._graph.replay()
+
+
+def graphs_of(device: torch.device) -> Callable[[], DeviceGraph] | None:
+    """What makes graphs on this device, all of one pool; None where there are none."""
+    if device.type != "cuda":
+        return None
+    pool = torch.cuda.graph_pool_handle()
+    return lambda: DeviceGraph(pool)
 
 
 def is_synchronous(run_on: str) -> bool:

@@ -67,6 +67,13 @@ class GgufFile:
             values = quants.dequantize(np.ascontiguousarray(part).reshape(1, -1), kind).reshape(len(part), -1)
             yield values[:, lo - first * block : hi - first * block]
 
+    def blocks(self, name: str, rows: np.ndarray, columns: tuple[int, int]) -> np.ndarray:
+        """The bytes of the rows of tensor ``name`` with these numbers, of the blocks that ``columns`` are, as they
+        are: [rows, bytes]."""
+        block, block_bytes = GGML_QUANT_SIZES[self._kinds[name]]
+        assert columns[0] % block == columns[1] % block == 0, f"columns {columns} of blocks of {block}"
+        return self._rows[name][rows, columns[0] // block * block_bytes : columns[1] // block * block_bytes]
+
 
 def _kind(header: GgufHeader, info: TensorInfo) -> GGMLQuantizationType:
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from narrows.convert.gguf_file import GgufFile
 from narrows.convert.gguf_tensors import Latent, Target
 
-__all__ = ["target_pieces"]
+__all__ = ["target_blocks", "target_pieces"]
 
 Span = tuple[int, int]
 _ONE_ROW = np.zeros(1, np.int64)
@@ -36,6 +36,13 @@ def target_pieces(file: GgufFile, to: Target, rows: Span, columns: Span, expert:
     else:
         first = to.first_row + expert * to.stride
         yield from file.pieces(to.source, first + _row_order(to)[lo:hi], columns)
+
+
+def target_blocks(file: GgufFile, to: Target, rows: Span, columns: Span, expert: int = 0) -> np.ndarray:
+    """The stored bytes of a matrix of one source tensor, ``rows`` and of them ``columns``: [rows, bytes]."""
+    assert isinstance(to.source, str), f"{to.name} is made of several tensors"
+    first = to.first_row + expert * to.stride
+    return file.blocks(to.source, first + _row_order(to)[rows[0] : rows[1]], columns)
 
 
 def _row_order(to: Target) -> np.ndarray:

@@ -96,7 +96,8 @@ class Device:
         return hash(self.name)
 
     def flops_per_s(self, dtype: str) -> float:
-        """Peak rate for ``bf16`` (and ``int8-weight-only``, whose rows are bf16), ``fp8``, ``int8`` or ``fp32``.
+        """Peak rate for ``bf16`` (and ``int8-weight-only``, whose rows are bf16), ``fp8``, ``int8`` (and ``stored``,
+        whose rows are int8, at the rate of ``bf16`` where ``int8`` has none) or ``fp32``.
 
         Raises:
             ConfigError: another dtype, or ``fp8`` or ``int8`` on a device without it.
@@ -118,6 +119,8 @@ class Device:
         return self._peak(dtype) is not None
 
     def _peak(self, dtype: str) -> float | None:
+        if dtype == "stored":
+            return self.tflops_int8 or self.tflops_bf16
         peak: float | None = getattr(self, f"tflops_{'bf16' if dtype == 'int8-weight-only' else dtype}")
         return peak
 

@@ -30,10 +30,11 @@ _BYTES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
         "fp8-tensor": (1, 1, 2),
         "int8": (1, 1, 2),
         "int8-weight-only": (2, 1, 2),
+        "stored": (1, 1, 2),
         "fp32": (4, 4, 4),
     }
 )
-"""Of a value of x, of w and of the result."""
+"""Of a value of x, of w and of the result; of a ``stored`` w it is the caller's to say."""
 _TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "bf16": ("bfloat16",),
@@ -41,6 +42,7 @@ _TABLE_DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fp8-tensor": ("fp8",),
         "int8": (),
         "int8-weight-only": (),
+        "stored": (),
         "fp32": (),
     }
 )
@@ -51,20 +53,23 @@ _TILE_ROWS = 64
 _NUM_NEIGHBOURS = 3
 
 
-def gemm_price(device: Device, m: int, n: int, k: int, dtype: str) -> Price:
-    """Seconds of ``out[m, n] = x[m, k] @ w[n, k].T``, launch included.
+def gemm_price(device: Device, m: int, n: int, k: int, dtype: str, of_w: float | None = None) -> Price:
+    """Seconds of ``out[m, n] = x[m, k] @ w[n, k].T``, launch included. ``of_w``: bytes of a value of w; None: those of
+    ``dtype``.
 
     ``dtype`` (of x and w) is ``bf16``, ``fp8`` (block-scaled where the device's table has it; out in bf16), ``int8``
-    (out in bf16), ``int8-weight-only`` (w alone, at the rate of bf16) or ``fp32`` (always a roofline: the router of the
-    reference implementation). ``m == 0`` is ``ZERO``.
+    (out in bf16), ``int8-weight-only`` (w alone, at the rate of bf16), ``stored`` (w in blocks, x as int8) or ``fp32``
+    (always a roofline: the router of the reference implementation). ``m == 0`` is ``ZERO``.
 
     Raises:
         ConfigError: another dtype, or ``fp8`` on a device that has none.
     """
-    return _gemm_price(device, m, n, k, dtype)
+    return _gemm_price(device, m, n, k, dtype, of_w)
 
 
-def grouped_gemm_price(device: Device, pairs: int, experts: float, n: int, k: int, dtype: str) -> Price:
+def grouped_gemm_price(
+    device: Device, pairs: int, experts: float, n: int, k: int, dtype: str, of_w: float | None = None
+) -> Price:
     """Seconds of one grouped GEMM: ``pairs`` rows, spread over the ``experts`` that the rank holds, each with w[n, k].
 
     If every pair falls on any of the experts alike, the number of experts touched is
@@ -76,11 +81,11 @@ def grouped_gemm_price(device: Device, pairs: int, experts: float, n: int, k: in
     Raises:
         ConfigError: fewer than one expert on the rank, another dtype, or ``fp8`` on a device that has none.
     """
-    return _grouped_gemm_price(device, pairs, experts, n, k, dtype)
+    return _grouped_gemm_price(device, pairs, experts, n, k, dtype, of_w)
 
 
 @lru_cache(maxsize=1 << 16)
-def _gemm_price(on: Device, m: float, n: int, k: int, dtype: str) -> Price:
+def _gemm_price(on: Device, m: float, n: int, k: int, dtype: str, of_w: float | None) -> Price:
     assert m >= 0 and n >= 1 and k >= 1, f"a GEMM of m, n, k = {m}, {n}, {k}"
     peak = on.flops_per_s("fp8" if dtype == "fp8-tensor" else dtype)
     if m == 0:
@@ -91,7 +96,7 @@ def _gemm_price(on: Device, m: float, n: int, k: int, dtype: str) -> Price:
     if not shapes:
         compute = peak * (_FP32_EFFICIENCY if dtype == "fp32" else on.gemm_efficiency)
         memory = on.hbm_bytes_per_s * on.gemm_memory_efficiency
-        return Price(_bound(compute, memory, m, n, k, dtype) + on.gemm_launch_s, Source.ROOFLINE)
+        return Price(_bound(compute, memory, m, n, k, dtype, of_w) + on.gemm_launch_s, Source.ROOFLINE)
     assert on.gemm is not None
     bound = _bound(peak, on.hbm_bytes_per_s, m, n, k, dtype)
     if on.gemm == on.name and (n, k) in shapes:
@@ -102,7 +107,9 @@ def _gemm_price(on: Device, m: float, n: int, k: int, dtype: str) -> Price:
 
 
 @lru_cache(maxsize=1 << 16)
-def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, dtype: str) -> Price:
+def _grouped_gemm_price(
+    on: Device, pairs: int, experts: float, n: int, k: int, dtype: str, of_w: float | None
+) -> Price:
     assert pairs >= 0, f"{pairs} rows"
     if experts < 1:
         raise ConfigError(
@@ -114,15 +121,15 @@ def _grouped_gemm_price(on: Device, pairs: int, experts: float, n: int, k: int, 
     # In expectation a fraction of an expert fewer than one may come out of rounding.
     touched = max(1.0, -experts * math.expm1(pairs * math.log1p(-1 / experts))) if experts > 1 else 1.0
     m = pairs / touched
-    single = _gemm_price(on, m, n, k, dtype)
+    single = _gemm_price(on, m, n, k, dtype, of_w)
     launch = _floor(on, dtype)
     # However many experts follow each other, none beats the peak, or the bandwidth of a plain stream of weights.
-    limit = _bound(peak, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype)
+    limit = _bound(peak, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype, of_w)
     each = min(single.seconds, max(single.seconds - launch, limit))
     # A grouped kernel also fills the device with other experts' tiles where one expert's would leave it idle: then it
     # is one GEMM of all rows, each expert's rounded up to tiles, or the reading of all weights.
-    dense = _gemm_price(on, touched * math.ceil(m / _TILE_ROWS) * _TILE_ROWS, n, k, dtype)
-    read = touched * _bound(math.inf, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype)
+    dense = _gemm_price(on, touched * math.ceil(m / _TILE_ROWS) * _TILE_ROWS, n, k, dtype, of_w)
+    read = touched * _bound(math.inf, on.hbm_bytes_per_s * on.stream_efficiency, m, n, k, dtype, of_w)
     together = max(dense.seconds, read + launch)
     return Price(min(touched * each + launch, together), max(single.source, Source.SCALED))
 
@@ -155,9 +162,12 @@ def _of_grid(on: Device, peak: float, m: float, n: int, k: int, dtype: str) -> P
     return price if price.seconds >= bound else Price(bound, Source.ROOFLINE)
 
 
-def _bound(flops_per_s: float, bytes_per_s: float, m: float, n: int, k: int, dtype: str) -> float:
+def _bound(
+    flops_per_s: float, bytes_per_s: float, m: float, n: int, k: int, dtype: str, of_w: float | None = None
+) -> float:
     """The roofline: the larger of compute and memory traffic, seconds."""
-    of_x, of_w, of_result = _BYTES[dtype]
+    of_x, usual, of_result = _BYTES[dtype]
+    of_w = usual if of_w is None else of_w
     traffic = m * k * of_x + n * k * of_w + m * n * of_result
     return max(2.0 * m * n * k / flops_per_s, traffic / bytes_per_s)
 

@@ -49,7 +49,7 @@ __all__ = [
     "StepTable",
 ]
 
-DTYPES = ("bf16", "fp8", "int8", "int8-weight-only", "fp32")
+DTYPES = ("bf16", "fp8", "int8", "int8-weight-only", "stored", "fp32")
 """Types of the linear weights and their GEMMs; activations are 2 bytes wide, 4 with fp32."""
 
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from narrows.arch.block_formats import BlockFormat
 from narrows.arch.config import MLA, ModelConfig
 from narrows.arch.weight_sharding import WeightSharding, head_spans, kv_head_spans
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.cost.devices import Device
 from narrows.layout import Mesh
 
-__all__ = ["MemoryUse", "kv_token_bytes", "memory_use", "weight_bytes"]
+__all__ = ["MemoryUse", "kv_token_bytes", "memory_use", "stored_bytes", "weight_bytes"]
 
 FP8_BLOCK = (128, 128)
 """Rows and columns that share one float32 scale in FP8, where the checkpoint does not say."""
@@ -55,21 +57,46 @@ class MemoryUse:
 
 def weight_bytes(config: ModelConfig, mesh: Mesh, sharding: WeightSharding, dtype: str, rank: int) -> int:
     """Bytes of weights that ``rank`` holds; ``fp8`` stores linear weights in one byte with scales by block, ``int8`` in
-    one with a scale per output, ``bf16`` in two, ``fp32`` in four. What is not linear is as wide as the activations,
-    and the router's are float32 always."""
+    one with a scale per output, ``bf16`` in two, ``fp32`` in four, ``stored`` in the blocks of the checkpoint. What is
+    not linear is as wide as the activations, and the router's are float32 always."""
     return _rank_bytes(_kinds_of_weights(config, mesh, sharding), _scale_block(config), mesh, dtype, rank)
 
 
 def _kinds_of_weights(config: ModelConfig, mesh: Mesh, sharding: WeightSharding) -> list[tuple[int, list[Weight]]]:
     """Weights that a model has so many times, which are the same question for every rank."""
     head = head_weights(config, mesh)
-    if config.tie_word_embeddings:
-        del head["lm_head"]  # a slice of the embedding, which is held already
+    if config.tie_word_embeddings and (head["lm_head"].blocks is None or sharding.embed == "vocab"):
+        del head["lm_head"]  # a slice of the embedding, which is held already; panels are not sliced
     found = [(1, [*embed_weights(config, mesh, sharding).values(), *head.values()])]
-    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
-    for kind in set(kinds):  # all layers of a kind hold as much
+    blocks = _blocks_by_layer(config)
+    kinds = [(config.is_moe_layer(layer), blocks.get(str(layer))) for layer in range(config.num_hidden_layers)]
+    for kind in dict.fromkeys(kinds):  # all layers of a kind hold as much
         found.append((kinds.count(kind), list(layer_weights(config, mesh, sharding, kinds.index(kind)).values())))
     return found
+
+
+def _blocks_by_layer(config: ModelConfig) -> dict[str, frozenset[tuple[str, BlockFormat]]]:
+    """What of each layer is in which blocks, by names without the layer's."""
+    found: dict[str, set[tuple[str, BlockFormat]]] = {}
+    for name, blocks in config.blocks.formats:
+        if name.startswith("model.layers."):
+            _, _, layer, part = name.split(".", 3)
+            found.setdefault(layer, set()).add((part, blocks))
+    return {layer: frozenset(parts) for layer, parts in found.items()}
+
+
+@lru_cache(maxsize=16)
+def stored_bytes(config: ModelConfig) -> float:
+    """Bytes of a value of the weights that products read, on average, where they are held in the checkpoint's blocks;
+    those that are not in any count too."""
+    nbytes = values = 0
+    mesh = Mesh.of(dp=1, tp=1)
+    for times, weights in _kinds_of_weights(config, mesh, WeightSharding()):
+        for weight in weights:
+            if weight.int8 or weight.blocks:
+                nbytes += times * _held_bytes(weight, mesh, 0, "stored", FP8_BLOCK)
+                values += times * weight.num_values(mesh, 0)
+    return nbytes / values if values else 2.0
 
 
 def _scale_block(config: ModelConfig) -> tuple[int, int]:
@@ -93,6 +120,9 @@ def _held_bytes(weight: Weight, mesh: Mesh, rank: int, dtype: str, block: tuple[
     if dtype == "fp8" and weight.quantized:
         rows, columns = weight.local_shape(mesh, rank)
         return values + 4 * -(-rows // block[0]) * -(-columns // block[1]) * weight.num_experts(rank)
+    if dtype == "stored" and weight.blocks is not None:
+        rows, columns = weight.local_shape(mesh, rank)
+        return rows * weight.blocks.row_bytes(columns) * weight.num_experts(rank)
     if dtype in ("int8", "int8-weight-only") and weight.int8:
         return values + 4 * weight.local_shape(mesh, rank)[0] * weight.num_experts(rank)
     return 2 * values

@@ -140,9 +140,9 @@ class Pricer:
     from a CUDA graph rather than eagerly. ``window``: tokens that a row attends to at most. ``expert_skew``: how
     unequally experts are chosen (:mod:`narrows.cost.imbalance`), which decides what the fullest rank gets of whole
     experts. ``block_scales``: whether ``fp8`` weights have scales by block, or one per tensor. ``kv_dtype``: of the KV
-    cache, ``fp8`` or that of the activations. ``engine``: what an engine adds to its kernels, and saves of them.
-    ``topology``: how ranks lie on nodes (None: all on one); ``between``: the network that connects these (None: the
-    device's usual one).
+    cache, ``fp8`` or that of the activations. ``stored_bytes``: of a value of ``stored`` weights. ``engine``: what an
+    engine adds to its kernels, and saves of them. ``topology``: how ranks lie on nodes (None: all on one);
+    ``between``: the network that connects these (None: the device's usual one).
     """
 
     def __init__(
@@ -158,6 +158,7 @@ class Pricer:
         expert_skew: float = DEFAULT_SKEW,
         block_scales: bool = True,
         kv_dtype: str = "bf16",
+        stored_bytes: float = 1.0,
         engine: EngineStyle = KERNELS_ALONE,
         topology: Topology | None = None,
         between: Network | None = None,
@@ -165,6 +166,7 @@ class Pricer:
         self.device, self.mesh, self.shape, self.dtype = device, mesh, shape, dtype
         self.itemsize, self.graph, self.window, self.expert_skew = itemsize, graph, window, expert_skew
         self.block_scales, self.kv_dtype, self.engine = block_scales, kv_dtype, engine
+        self.stored_bytes = stored_bytes
         self.topology = topology or Topology.one_node(mesh.size)
         self.network = between or network(device.network)
         self._windowed: dict[int, Pricer] = {}
@@ -391,12 +393,14 @@ class Pricer:
         device, size = self.device, self._itemsize(dtype)
         if isinstance(item, Gemm):
             dtype = self._fp8(self._gemm_dtype(item.precision, dtype))
-            touched = rows * (item.k + item.n) * size + item.n * item.k * _WEIGHT_BYTES[dtype]
-            return gemm_price(device, rows, item.n, item.k, dtype), touched if rows else 0
+            touched = rows * (item.k + item.n) * size + item.n * item.k * self._weight_bytes(dtype)
+            of_w = self.stored_bytes if dtype == "stored" else None
+            return gemm_price(device, rows, item.n, item.k, dtype, of_w), touched if rows else 0
         if isinstance(item, GroupedGemm):
             pairs = ceil(rows * item.pairs_per_row * (uneven if item.ranks > 1 else 1.0))
-            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, self._fp8(dtype))
-            weights = min(item.experts, pairs) * item.n * item.k * _WEIGHT_BYTES[dtype]
+            of_w = self.stored_bytes if dtype == "stored" else None
+            price = grouped_gemm_price(device, pairs, item.experts, item.n, item.k, self._fp8(dtype), of_w)
+            weights = min(item.experts, pairs) * item.n * item.k * self._weight_bytes(dtype)
             return price, pairs * (item.n + item.k) * size + weights
         if isinstance(item, Norm):
             moved = rows * item.width * size * (4 if item.fused else 2)
@@ -405,6 +409,9 @@ class Pricer:
             streamed = rows * (item.row_bytes + item.uneven_bytes * uneven)
             return stream_price(device, streamed), streamed
         return self._attention(item, rows, size)
+
+    def _weight_bytes(self, dtype: str) -> float:
+        return self.stored_bytes if dtype == "stored" else _WEIGHT_BYTES[dtype]
 
     def _itemsize(self, dtype: str) -> int:
         """Of activations beside weights of ``dtype``."""

@@ -357,4 +357,5 @@ def calibrate_command(setting: MachineFingerprint, dtype: str) -> str:
     transport += f" --nnodes {setting.hosts} (on each host)" if setting.hosts > 1 else ""
     switch = "NARROWS_SHM=0 " if setting.world == "gloo" and not why_absent() else ""
     weights = {"bf16": "", "fp32": " --dtype float32"}.get(dtype, f" --quantization {dtype}")
-    return f"{switch}narrows calibrate --num-ranks {setting.ranks}{threads}{weights}{transport}"
+    model = " MODEL.gguf" if dtype == "stored" else ""
+    return f"{switch}narrows calibrate{model} --num-ranks {setting.ranks}{threads}{weights}{transport}"

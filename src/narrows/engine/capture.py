@@ -26,6 +26,8 @@ from narrows.models.decoder import Decoder
 from narrows.native import CapturedCalls
 from narrows.ops.compiled import kernels
 from narrows.ops.paged import DecodeRows, PagedRows
+from narrows.ops.rope_angles import Lengths
+from narrows.ops.step_block import StepBlock
 from narrows.sched.batch import Batch
 
 __all__ = ["CapturedSteps", "uncaptured"]
@@ -54,18 +56,18 @@ Span = tuple[int, int, tuple[int, ...]]
 Key = tuple[Program, RowSplit, tuple[int, ...], bool]
 """A program, the rows of each rank, the rows with logits, and whether they have a sampler."""
 Split = Callable[[RowSplit, tuple[int, ...]], RowSplit]
-Lengths = Sequence[int] | None
-"""Tokens of the sequence that each row of this rank's group belongs to, where angles depend on it."""
 Begin = Callable[[Tensor], RowSampler | None]
 
 
 class Ran(NamedTuple):
-    """A step that has run: its registers, its sampler, the contexts of its rows, and whether it was replayed."""
+    """A step that has run: its registers, its sampler, the contexts of its rows, and whether it was replayed. ``live``:
+    the rows that are requests', where others only pad."""
 
     registers: Registers
     sampler: RowSampler | None
-    rows: PagedRows
+    rows: PagedRows | None
     replayed: bool
+    live: tuple[int, ...] | None = None
 
 
 def uncaptured(dtype: torch.dtype, device: str) -> str:
@@ -106,14 +108,16 @@ class _Inputs:
     """The memory of inputs that change from step to step."""
 
     def __init__(
-        self, model: Decoder, num_rows: int, spans: Sequence[Span], rows: DecodeRows, lengths: Lengths
+        self, model: Decoder, num_rows: int, spans: Sequence[Span], rows: DecodeRows, lengths: Lengths | None
     ) -> None:
         self._model, self._rows = model, rows
         self.ids_T = torch.zeros(num_rows, dtype=torch.int64)
         self._ids = self.ids_T.numpy()
         self.step = model.begin_step(self._rows.set(spans), lengths=lengths)
 
-    def set(self, tokens: Sequence[int], spans: Sequence[Span], begin: Begin, lengths: Lengths) -> RowSampler | None:
+    def set(
+        self, tokens: Sequence[int], spans: Sequence[Span], begin: Begin, lengths: Lengths | None
+    ) -> RowSampler | None:
         self._ids[:] = tokens
         sampler = begin(self.ids_T)
         self.step = self._model.begin_step(self._rows.set(spans), sampler, lengths=lengths, into=self.step)
@@ -213,7 +217,7 @@ class CapturedSteps:
         spans: Sequence[Span],
         begin: Begin,
         *,
-        lengths: Lengths = None,
+        lengths: Lengths | None = None,
         warm_up: bool = False,
         record: StepRecord | None = None,
     ) -> Ran | None:
@@ -241,7 +245,7 @@ class CapturedSteps:
         tokens: Sequence[int],
         spans: Sequence[Span],
         begin: Begin,
-        lengths: Lengths,
+        lengths: Lengths | None,
         warm_up: bool,
         record: StepRecord | None,
     ) -> Ran:
@@ -249,7 +253,8 @@ class CapturedSteps:
         inputs = _Inputs(self._model, len(tokens), spans, self._rows_for(len(spans)), lengths)
         sampler = inputs.set(tokens, spans, begin, lengths)
         split = self._logit_split(rows, logit_rows)
-        frame = program.frame(inputs.step, rows, split, logit_rows)
+        selections = program.stage_selections(rows, logit_rows, StepBlock(self._model.rank_context.device))
+        frame = program.frame(inputs.step, rows, split, logit_rows, selections)
         step = CapturedStep(program, frame, inputs)
         whole = record or StepRecord(program.ops, "decode", Wants.EVERY_OP, self._model.rank_context.device)
         whole.wants = Wants.EVERY_OP

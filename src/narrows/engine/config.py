@@ -30,11 +30,13 @@ from narrows.plan.deploy import (
     DEFAULT_REQUESTS,
     DEFAULT_ROWS,
     PAGE_SIZE,
+    STORED,
     limits_of,
     loaded_dtype,
     longest_context,
     priced_context,
     step_mix,
+    stored_words,
 )
 from narrows.plan.named import named_layout
 from narrows.plan.plan import Plan
@@ -52,7 +54,8 @@ __all__ = ["LOAD_FORMATS", "QUANTIZATIONS", "RANKS", "RUN_ON", "EngineConfig", "
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 RANKS = ("threads", "processes")
 RUN_ON = ("cpu", "cuda")
-QUANTIZATIONS = tuple(kind.value for kind in Quantization)
+AUTO = "auto"
+QUANTIZATIONS = (AUTO, *(kind.value for kind in Quantization))
 _DTYPES = {"float32": (torch.float32, "fp32"), "bfloat16": (torch.bfloat16, "bf16")}
 
 INVARIANT_CHUNK = 256
@@ -113,8 +116,9 @@ class EngineConfig:
     """Tokens do not depend on other requests: one plan for every step, and each row computed alone."""
     want_logits: bool = False
     """Every rank gets whole rows of logits, and results carry them."""
-    quantization: str = "none"
-    """The encoding to which linear and expert weights are rounded at loading: one of QUANTIZATIONS."""
+    quantization: str = AUTO
+    """How linear and expert weights are held, one of QUANTIZATIONS: ``int8``: rounded at loading; ``stored``: in the
+    blocks of a GGUF file; ``auto``: so where such products are compiled and no dtype is asked for, else ``none``."""
     encode_rows: str = "none"
     """The encoding of rows before a gather: one of ``plan.planner.ENCODE_ROWS``."""
 
@@ -217,7 +221,8 @@ def resolve(
     if engine_config.load_format != "dummy":
         check_loadable(config.quantization, engine_config.model)
     dtype, gemm_dtype = _dtype(engine_config, config, notes)
-    gemm_dtype = _quantized(engine_config, gemm_dtype, notes)
+    engine_config = replace(engine_config, quantization=_quantization(engine_config, config))
+    gemm_dtype = _quantized(engine_config, config, gemm_dtype, notes)
     setting = partial(
         rank_fingerprint,
         run_on=engine_config.run_on,
@@ -240,6 +245,7 @@ def resolve(
         encode_rows=engine_config.encode_rows,
         nodes=_nodes(engine_config.launch),
     )
+    config = deployment.config
     rules = named_layout(engine_config.layout, config, mesh)
     limits = _limits(engine_config, config, mesh)
     plan = None
@@ -326,12 +332,21 @@ def _dtype(engine_config: EngineConfig, config: ModelConfig, notes: list[str]) -
     return _DTYPES[engine_config.dtype]
 
 
-def _quantized(engine_config: EngineConfig, gemm_dtype: str, notes: list[str]) -> str:
-    """The type that GEMMs are priced in."""
+def _quantization(engine_config: EngineConfig, config: ModelConfig) -> str:
+    """What ``auto`` means here."""
     if engine_config.quantization not in QUANTIZATIONS:
         raise ConfigError(
             f"--quantization {engine_config.quantization!r} is not known; it is {', '.join(QUANTIZATIONS)}"
         )
+    if engine_config.quantization != AUTO:
+        return engine_config.quantization
+    multiplied = bool(config.blocks) and engine_config.run_on == "cpu" and kernels() is not None
+    stored = multiplied and engine_config.dtype == "auto" and engine_config.load_format != "dummy"
+    return str(Quantization.STORED.value if stored else Quantization.NONE.value)
+
+
+def _quantized(engine_config: EngineConfig, config: ModelConfig, gemm_dtype: str, notes: list[str]) -> str:
+    """The type that GEMMs are priced in."""
     quantization = Quantization(engine_config.quantization)
     if quantization is Quantization.NONE:
         return gemm_dtype
@@ -339,6 +354,14 @@ def _quantized(engine_config: EngineConfig, gemm_dtype: str, notes: list[str]) -
         raise ConfigError(
             f"--quantization {engine_config.quantization} is for CPU ranks; leave it out, or --run-on cuda"
         )
+    if quantization is Quantization.STORED:
+        if gemm_dtype == "fp32":
+            raise ConfigError("--quantization stored is for bfloat16 activations; leave out --dtype float32, or it")
+        if config.blocks:
+            notes.append(stored_words(config))
+        if kernels() is None:
+            notes.append("products with blocks are not compiled here: plain torch makes numbers of them at every step")
+        return STORED
     rows = "rows are rounded to int8 too" if quantization is Quantization.INT8 else "rows stay as they are"
     notes.append(f"linear and expert weights are rounded to int8, a scale per output; {rows} (docs/kernels.md)")
     if kernels() is None or gemm_dtype == "fp32":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrows.arch.stages import Field, RowSet, StageKind
+from narrows.arch.stages import Field, Role, RowSet, StageKind
 from narrows.comm.communicator import Communicator
 from narrows.comm.movers import Geometry, Mover
 from narrows.comm.transport import RowNorm
@@ -26,6 +26,7 @@ from narrows.layout import Encoding, Layout, MoveKind, RowSplit
 from narrows.models.decoder import Decoder, StepInputs
 from narrows.ops.add_rows import add_rows
 from narrows.ops.encode_rows import decode_rows, encode_rows
+from narrows.ops.step_block import Part, StepBlock
 from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["Frame", "Operation", "Program", "Registers", "Wrap", "bind"]
@@ -34,6 +35,7 @@ Registers = list[Any]
 Operation = Callable[[Registers, "Frame"], None]
 Wrap = Callable[[int | None, Op, tuple[int, ...], tuple[int, ...], Operation], Operation]
 """Puts something around one bound step: (layer, step, registers read, registers written, operation) -> operation."""
+Selections = tuple[Part | None, ...]
 
 
 _REDUCES = (MoveKind.ALL_REDUCE, MoveKind.REDUCE_SCATTER)
@@ -52,6 +54,8 @@ class Frame:
     """The rows, of all, that ask for logits."""
     selections: tuple[Tensor | None, ...]
     """Which of the rows held in a layout ask for logits, one tensor per layout that rows are selected in; None: all."""
+    dead: tuple[Tensor | None, ...]
+    """Which of the rows held where a router runs are dead, [rows, 1] bool; None: none. Their choice is no expert."""
     out_rows: tuple[int, ...]
     """Rows that this rank leaves in each layout and row set that a stage writes into a send buffer."""
 
@@ -68,9 +72,19 @@ class Program:
         self._moves = tuple(binder.moves)
         self._selected = tuple(binder.selected)
         self._outs = tuple(binder.outs)
+        self._routed = tuple(binder.routed)
         self._num_registers = len(binder.registers)
-        self._rank, self._device = binder.comm.rank, binder.model.rank_context.device
+        self._rank = binder.comm.rank
         self.outputs = dict(binder.registers)
+
+    def stage_selections(self, rows: RowSplit, logit_rows: Sequence[int], block: StepBlock) -> Selections:
+        """Puts the numbers of the rows that are selected, in each layout that rows are selected in, into ``block``."""
+        selections: list[Part | None] = []
+        for layout in self._selected:
+            start, stop = rows.span(layout, self._rank)
+            picked = [row - start for row in logit_rows if start <= row < stop]
+            selections.append(None if len(picked) == stop - start else block.put(picked))
+        return tuple(selections)
 
     def frame(
         self,
@@ -78,24 +92,29 @@ class Program:
         rows: RowSplit,
         logits: RowSplit,
         logit_rows: Sequence[int],
+        selections: Selections,
+        dead_T: Tensor | None = None,
     ) -> Frame:
-        """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected."""
+        """The numbers of one step: ``rows`` and ``logits`` are its row splits, ``logit_rows`` the rows selected, and
+        ``selections`` what :meth:`stage_selections` put into the block, which has been sent. ``dead`` [T] bool: rows
+        that only pad, in a step whose rows all ask for logits."""
         splits = {RowSet.ALL: rows, RowSet.LOGITS: logits}
-        selections: list[Tensor | None] = []
-        for layout in self._selected:
-            start, stop = rows.span(layout, self._rank)
-            picked = [row - start for row in logit_rows if start <= row < stop]
-            all_rows = len(picked) == stop - start
-            selections.append(None if all_rows else torch.tensor(picked, dtype=torch.int64, device=self._device))
         return Frame(
             inputs=inputs,
             rows=rows,
             logits=logits,
             logit_rows=logit_rows,
             geometries=tuple(mover.geometry(splits[row_set]) for mover, row_set in self._moves),
-            selections=tuple(selections),
+            selections=tuple(None if part is None else part.tensor for part in selections),
+            dead=tuple(self._dead_in(layout, splits[row_set], dead_T) for layout, row_set in self._routed),
             out_rows=tuple(splits[row_set].num_rows(layout, self._rank) for layout, row_set in self._outs),
         )
+
+    def _dead_in(self, layout: Layout, split: RowSplit, dead_T: Tensor | None) -> Tensor | None:
+        if dead_T is None:
+            return None
+        start, stop = split.span(layout, self._rank)
+        return dead_T[start:stop].unsqueeze(-1)
 
     def run(self, frame: Frame, ids: Tensor, record: StepRecord | None = None) -> Registers:
         """Run the plan once; the registers then hold :attr:`outputs`. ``record``: keep times there."""
@@ -159,6 +178,7 @@ class _Binder:
         self.moves: list[tuple[Mover, RowSet]] = []
         self.selected: list[Layout] = []
         self.outs: list[tuple[Layout, RowSet]] = []
+        self.routed: list[tuple[Layout, RowSet]] = []
         self._owed: list[tuple[int, Layout]] = []  # registers of addends that wait for a sum to be completed
         self._geometry_of: dict[tuple[Layout, Layout, RowSet], int] = {}
         ops = list(plan.ops())
@@ -196,6 +216,8 @@ class _Binder:
         method = getattr(self.model if layer is None else self.model.layers[layer], op.name)
         reads = [self._register(name) for name in op.reads]
         writes = [self._register(name) for name in op.writes]
+        if op.stage is not None and op.stage.role is Role.ROUTER:
+            return self._router(op, method, reads, writes)
         if len(writes) == 2:
             first, second = writes
 
@@ -219,6 +241,19 @@ class _Binder:
             regs[write] = method(frame.inputs, *[regs[i] for i in reads])
 
         return write_one
+
+    def _router(self, op: Op, method: Callable[..., Any], reads: list[int], writes: list[int]) -> Operation:
+        """A router, whose choice for dead rows is no expert."""
+        at = self._index(self.routed, (op.layout, op.row_set))
+        ids, weights = writes
+
+        def choose(regs: Registers, frame: Frame) -> None:
+            regs[ids], regs[weights] = method(frame.inputs, *[regs[i] for i in reads])
+            dead = frame.dead[at]
+            if dead is not None:
+                regs[ids].masked_fill_(dead, -1)
+
+        return choose
 
     def _feeds(self, op: Op, following: Op) -> bool:
         """Whether the next step takes the sum that this stage leaves: then it writes where that move sends from."""

@@ -163,7 +163,7 @@ def evaluate(
             distances = _distances(llm, baselines)
             scores = _scores(runs.tasks(llm), outcomes)
             encodings = tuple(sorted(llm.engine.plans.encodings))
-        if exact and engine_config.quantization == "none":
+        if exact and resolved.engine_config.quantization == "none":
             with runs.engine(replace(config, dtype="float32"), f"{layout}, float32") as llm:
                 distances += _distances(llm, exact)
         results.append(
@@ -172,7 +172,7 @@ def evaluate(
                 scores=scores,
                 distances=distances,
                 encodings=encodings,
-                quantization=engine_config.quantization,
+                quantization=resolved.engine_config.quantization,
             )
         )
     return Evaluation(
@@ -220,6 +220,7 @@ def _one_rank(engine_config: EngineConfig, limits: Limits) -> EngineConfig:
     return EngineConfig(
         model=engine_config.model,
         dtype=engine_config.dtype,
+        quantization="none",
         run_on=engine_config.run_on,
         device=engine_config.device,
         load_format=engine_config.load_format,

@@ -10,25 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from narrows.arch.block_formats import BlockFormat
 from narrows.arch.config import ModelConfig
 from narrows.arch.weight_sharding import WeightSharding
 from narrows.arch.weights import Weight, embed_weights, head_weights, layer_weights
 from narrows.layout import Mesh
-from narrows.ops.argmax import pick, shard_argmax
-from narrows.ops.embedding import embedding
+from narrows.ops.argmax import argmax, pick, shard_argmax
+from narrows.ops.blocks import BlockLinear
+from narrows.ops.embedding import Table, embedding
 from narrows.ops.int8 import Quantization
 from narrows.ops.large_pages import LargePages
 from narrows.ops.linear import linear
 from narrows.ops.mlp import mlp
-from narrows.ops.packed import ExpertStack, LinearWeight, empty_experts, empty_gate_up, empty_linear, fill
+from narrows.ops.packed import (
+    ExpertStack,
+    Held,
+    LinearParts,
+    LinearWeight,
+    PackedLinear,
+    empty_experts,
+    empty_gate_up,
+    empty_linear,
+    fill,
+)
 from narrows.ops.paged import PagedRows, windowed_rows
 from narrows.ops.rms_norm import add_rms_norm, rms_norm
-from narrows.ops.rope_angles import RopeAngles
-from narrows.weights.source import WeightSource
+from narrows.ops.rope_angles import Lengths, RopeAngles
+from narrows.ops.route import gate_dtype
+from narrows.weights.source import BlockSource, WeightSource
 
 __all__ = ["Decoder", "DecoderLayer", "Loader", "RankContext", "StepInputs"]
 
@@ -79,6 +93,13 @@ class Loader:
             device=rank_context.device, dtype=torch.float32 if weight.float32 else rank_context.dtype, copy=True
         )
 
+    def gate(self, weight: Weight) -> Tensor:
+        """A router's weight, in the type that its products want (`gate_dtype`)."""
+        rank_context = self.rank_context
+        tensor = self.source.take(weight, weight.span(rank_context.mesh, rank_context.rank))
+        dtype = gate_dtype(tensor.dtype, rank_context.dtype, rank_context.device)
+        return tensor.to(device=rank_context.device, dtype=dtype, copy=True)
+
     def if_held(self, weight: Weight) -> Tensor | None:
         """As a call, where this rank holds any of it: an addend of a sum over ranks joins once."""
         return self(weight) if weight.is_held(self.rank_context.mesh, self.rank_context.rank) else None
@@ -89,20 +110,28 @@ class Loader:
 
     def linear(self, weights: Mapping[str, Weight], *roles: str) -> LinearWeight:
         """The rows of several matrices one after the other, ready for one product that computes them all."""
-        rank_context, shapes = self.rank_context, [self._shape(weights[role]) for role in roles]
-        ready = empty_linear(
-            sum(rows for rows, _ in shapes),
-            shapes[0][1],
-            rank_context.dtype,
-            rank_context.device,
-            self._held_as(weights[roles[0]]),
-            self.room,
-        )
-        self._fill(ready, weights, roles)
-        return ready
+        rank_context, parts = self.rank_context, []
+        for held, alike in groupby(roles, lambda role: self._held_as(weights[role])):
+            shapes = [self._shape(weights[role]) for role in alike]
+            num_outputs, num_inputs = sum(rows for rows, _ in shapes), shapes[0][1]
+            ready = empty_linear(num_outputs, num_inputs, rank_context.dtype, rank_context.device, held, self.room)
+            parts.append(ready)
+        weight = parts[0] if len(parts) == 1 else LinearParts(tuple(parts))
+        self._fill(weight, weights, roles)
+        return weight
+
+    def table(self, weight: Weight) -> Table:
+        """A table of rows by token, in blocks where it is the head too and the checkpoint has it in some."""
+        if not isinstance(self._held_as(weight), BlockFormat):
+            return self(weight)
+        found = self.linear({"table": weight}, "table")
+        assert isinstance(found, PackedLinear | BlockLinear)
+        return found
 
     def gate_up(self, weights: Mapping[str, Weight], gate: str, up: str) -> LinearWeight:
         """The gates' rows and the ups', ready for :func:`mlp`."""
+        if self._held_as(weights[gate]) != self._held_as(weights[up]):
+            return self.linear(weights, gate, up)
         rank_context, shape = self.rank_context, self._shape(weights[gate])
         ready = empty_gate_up(
             shape[0],
@@ -116,9 +145,20 @@ class Loader:
         self._fill(ready, weights, (gate, up))
         return ready
 
-    def _held_as(self, weight: Weight) -> Quantization:
-        """The head and whatever else is not rounded stay wide."""
-        return self.rank_context.quantization if weight.int8 else Quantization.NONE
+    def _held_as(self, weight: Weight) -> Held:
+        """In its own blocks, or rounded; the head and whatever else is not rounded stay wide."""
+        quantization = self.rank_context.quantization
+        if quantization is Quantization.STORED:
+            return weight.blocks or Quantization.NONE
+        return quantization if weight.int8 else Quantization.NONE
+
+    def _take(self, weight: Weight, expert: int | None = None) -> Tensor:
+        """This rank's slice as :func:`fill` takes it."""
+        span = weight.span(self.rank_context.mesh, self.rank_context.rank)
+        if not isinstance(self._held_as(weight), BlockFormat):
+            return self.source.take(weight, span, expert)
+        assert isinstance(self.source, BlockSource), "a checkpoint without blocks"
+        return self.source.take_blocks(weight, span, expert)
 
     def _shape(self, weight: Weight) -> tuple[int, int]:
         """Of this rank's slice of a matrix."""
@@ -132,7 +172,7 @@ class Loader:
         """One matrix at a time, so that beside the ready weight only one is held."""
         first = 0
         for role in roles:
-            rows = self.source.take(weights[role], weights[role].span(self.rank_context.mesh, self.rank_context.rank))
+            rows = self._take(weights[role])
             fill(ready, first, rows)
             first += rows.shape[0]
 
@@ -150,14 +190,14 @@ class Loader:
             hidden,
             rank_context.dtype,
             rank_context.device,
-            self._held_as(gate),
+            (self._held_as(gate), self._held_as(down)),
             self.room,
             gated=self._gated,
         )
         for i in range(stop - first):
-            fill(gate_up_EF2H[i], 0, self.source.take(gate, span, first + i))
-            fill(gate_up_EF2H[i], columns, self.source.take(up, span, first + i))
-            fill(down_EHF[i], 0, self.source.take(down, span, first + i))
+            fill(gate_up_EF2H[i], 0, self._take(gate, first + i))
+            fill(gate_up_EF2H[i], columns, self._take(up, first + i))
+            fill(down_EHF[i], 0, self._take(down, first + i))
         return gate_up_EF2H, down_EHF, first
 
 
@@ -232,13 +272,15 @@ class Decoder:
         span = embed.span(rank_context.mesh, rank_context.rank)
         head_span = head["lm_head"].span(rank_context.mesh, rank_context.rank)
         assert head_span is not None
-        self.embed_VH = load(embed)
+        self.embed_VH = load.table(embed)
         self.first_embedded = span[0] if span else 0
         self.first_id = head_span[0]
         self.lm_head_VH: LinearWeight
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and isinstance(self.embed_VH, Tensor):
             offset = self.first_id - self.first_embedded
             self.lm_head_VH = self.embed_VH[offset : offset + head_span[1] - head_span[0]]
+        elif config.tie_word_embeddings and self._is_head(head_span):
+            self.lm_head_VH = self.embed_VH
         else:
             self.lm_head_VH = load.linear(head, "lm_head")
         self.norm_H = load(head["norm"])
@@ -254,17 +296,21 @@ class Decoder:
             device=rank_context.device,
         )
 
+    def _is_head(self, head_span: tuple[int, int]) -> bool:
+        """Whether the embedding's ids here are those of the head."""
+        return head_span == (self.first_embedded, self.first_embedded + self.embed_VH.shape[0])
+
     def begin_step(
         self,
         rows: PagedRows,
         sampler: Callable[[Tensor], Tensor] | None = None,
         *,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
         into: StepInputs | None = None,
     ) -> StepInputs:
         """What the stages need of a step in which this rank's group has these rows.
 
-        ``lengths``: tokens of each row's sequence, as ``angles`` takes them. ``into``: an earlier step's inputs of as
+        ``lengths``: of the rows' sequences, from ``angles.stage``. ``into``: an earlier step's inputs of as
         many rows, in whose memory the angles are put.
         """
         cos, sin = (None, None) if into is None else (into.cos_TD2, into.sin_TD2)
@@ -309,4 +355,4 @@ class Decoder:
         """A token for each whole row of logits: the step's sampler chooses, or the best does, ties to the lowest id."""
         if step.sampler is not None:
             return step.sampler(logits_TV)
-        return pick(shard_argmax(logits_TV, 0))
+        return argmax(logits_TV)

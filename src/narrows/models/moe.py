@@ -14,8 +14,7 @@ from torch import Tensor
 from narrows.arch.config import ModelConfig
 from narrows.models.decoder import DecoderLayer, Loader, StepInputs
 from narrows.ops.experts import SharedMlp, experts_mlp
-from narrows.ops.linear import linear
-from narrows.ops.route import Routing, route, router
+from narrows.ops.route import Routing, route, router, router_logits
 
 __all__ = ["MoeLayer"]
 
@@ -30,7 +29,7 @@ class MoeLayer(DecoderLayer):
         self.adds_shared = False
         if self.moe is None:
             return
-        self.gate_EH = load(weights["gate"])
+        self.gate_EH = load.gate(weights["gate"])
         bias = weights.get("gate.e_score_correction_bias")
         self.rule: dict[str, Any] = {
             "top_k": self.moe.num_experts_per_tok,
@@ -58,7 +57,7 @@ class MoeLayer(DecoderLayer):
 
         ``forced_ids_TK`` replays a choice made elsewhere; the weights are still this run's.
         """
-        logits_TE = linear(hidden_TH.float(), self.gate_EH, batch_invariant=self.rank_context.batch_invariant)
+        logits_TE = router_logits(hidden_TH, self.gate_EH, batch_invariant=self.rank_context.batch_invariant)
         return route(logits_TE, **self.rule, forced_ids_TK=forced_ids_TK, with_margin=with_margin)
 
     def router(self, step: StepInputs, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from narrows.ops.compiled import kernels
 
-__all__ = ["pick", "pick_reference", "shard_argmax"]
+__all__ = ["argmax", "pick", "pick_reference", "shard_argmax"]
 
 NO_ID = float(2**53)
 """The id proposed by a shard without columns: larger than every real one, so that it also loses among equal values."""
@@ -54,6 +54,13 @@ def shard_argmax(logits_TV: Tensor, first_id: int, *, out: Tensor | None = None)
     out[:, 1] = column_T
     out[:, 1] += first_id
     return out
+
+
+def argmax(logits_TV: Tensor) -> Tensor:
+    """The id of the largest logit of each whole row, ties to the lower id: `pick` of one shard. [T, V] -> [T] int64."""
+    if logits_TV.is_cpu:
+        return pick(shard_argmax(logits_TV, 0))
+    return logits_TV.argmax(dim=-1)
 
 
 def pick(candidates_T2W: Tensor) -> Tensor:

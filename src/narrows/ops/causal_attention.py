@@ -7,8 +7,9 @@ query and key columns, V value columns, M rows of one block.
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
-__all__ = ["causal_attention", "causal_attention_reference"]
+__all__ = ["causal_attention", "causal_attention_reference", "is_fused"]
 
 BLOCK_ROWS = 64
 """Rows per block: a block's scores then stay near the cache, and causality skips nearly half of the products."""
@@ -43,7 +44,7 @@ def causal_attention(
     context_len, value_dim = v_KLV.shape[1:]
     if out is None:
         out = q_KGTD.new_empty((num_rows, num_kv, group, value_dim))
-    if q_KGTD.device.type != "cpu" and q_KGTD.dtype.itemsize == 2:
+    if is_fused(q_KGTD):
         return _fused(q_KGTD, k_KLD, v_KLV, scale, window, out)
     wide = torch.promote_types(q_KGTD.dtype, torch.float32)
     block_rows = max(1, min(BLOCK_ROWS, num_rows, BLOCK_SCORES // max(1, group * context_len)))
@@ -73,26 +74,37 @@ def causal_attention(
     return out
 
 
+def is_fused(q: Tensor) -> bool:
+    """Whether these queries are attended to by one kernel, which holds no scores."""
+    return q.device.type != "cpu" and q.dtype.itemsize == 2
+
+
 def _left_behind(num_rows: int, num_tokens: int, window: int, device: torch.device) -> Tensor:
     """Which tokens lie before the windows of the last ``num_rows`` of ``num_tokens`` tokens: [rows, tokens]."""
     return torch.ones((num_rows, num_tokens), dtype=torch.bool, device=device).tril_(num_tokens - num_rows - window)
 
 
 def _fused(q_KGTD: Tensor, k_KLD: Tensor, v_KLV: Tensor, scale: float, window: int | None, out: Tensor) -> Tensor:
-    """One kernel for all heads and rows. Keys may be wider than the queries' dtype: they came from it."""
+    """One kernel for all heads and rows, all of one dtype. A mask of rows x context is made for a window alone."""
     shape = (q_KGTD.shape[0], q_KGTD.shape[1])
-    k_KGLD, v_KGLV = (x.to(q_KGTD.dtype).unsqueeze(1).expand(*shape, *x.shape[1:]) for x in (k_KLD, v_KLV))
+    k_KGLD, v_KGLV = (x.unsqueeze(1).expand(*shape, *x.shape[1:]) for x in (k_KLD, v_KLV))
     num_rows, context_len = q_KGTD.shape[2], k_KLD.shape[1]
-    sees_TL: Tensor | None = None  # row t sees tokens 0 .. L - T + t
-    if num_rows < context_len or window is not None:
+    if window is not None:
         sees_TL = torch.ones((num_rows, context_len), dtype=torch.bool, device=q_KGTD.device)
         sees_TL = sees_TL.tril_(context_len - num_rows)
-    if window is not None and sees_TL is not None:
         sees_TL &= ~_left_behind(num_rows, context_len, window, q_KGTD.device)
-    o_KGTV = functional.scaled_dot_product_attention(
-        q_KGTD, k_KGLD, v_KGLV, attn_mask=sees_TL, is_causal=sees_TL is None, scale=scale
-    )
+        o_KGTV = functional.scaled_dot_product_attention(q_KGTD, k_KGLD, v_KGLV, attn_mask=sees_TL, scale=scale)
+    elif num_rows < context_len:
+        o_KGTV = _behind_a_prefix(q_KGTD, k_KGLD, v_KGLV, scale)
+    else:
+        o_KGTV = functional.scaled_dot_product_attention(q_KGTD, k_KGLD, v_KGLV, is_causal=True, scale=scale)
     return out.copy_(o_KGTV.permute(2, 0, 1, 3))
+
+
+def _behind_a_prefix(q_KGTD: Tensor, k_KGLD: Tensor, v_KGLV: Tensor, scale: float) -> Tensor:
+    """Row t sees tokens 0 .. L - T + t: torch's own description of that, with which its kernels need no mask."""
+    sees = causal_lower_right(q_KGTD.shape[2], k_KGLD.shape[2])
+    return functional.scaled_dot_product_attention(q_KGTD, k_KGLD, v_KGLV, attn_mask=sees, scale=scale)
 
 
 def causal_attention_reference(

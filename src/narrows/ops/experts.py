@@ -20,6 +20,8 @@ from narrows.ops.packed import ExpertStack, LinearWeight, PackedLinear, PackedSt
 
 __all__ = ["SharedMlp", "experts_mlp", "experts_mlp_grouped", "experts_mlp_reference"]
 
+SUMMED = 1 << 26
+"""Values of rows' experts that `experts_mlp_grouped` weights and sums at once (256 MiB in float32)."""
 
 SharedMlp = tuple[LinearWeight, LinearWeight] | tuple[LinearWeight, LinearWeight, Tensor | None, Tensor | None]
 """Of an MLP that every row goes through: gate and up, down, and where it has biases theirs, in that order."""
@@ -123,32 +125,30 @@ def experts_mlp_grouped(
     """`experts_mlp` with no shape that depends on data: all T * K pairs are laid out, foreign ones at the end.
 
     The segments' ends stay on the device (``torch.nn.functional.grouped_mm``). Needs rows of 16-byte multiples: H and
-    F multiples of 8 in bf16, of 4 in float32. Each row's sum is by rising expert id too, as one more grouped pass:
-    the pairs of a row are gathered in that order and added one after the other in float32.
+    F multiples of 8 in bf16, of 4 in float32. The pairs of a row are gathered by rising expert id and summed in float32
+    at once, in an order that is torch's affair.
     """
     num_rows, top_k = topk_ids_TK.shape
     num_experts = gate_up_EF2H.shape[0]
     # By rising expert id within each row first, so that one order serves the products and the sums.
     expert_TK, order_TK = _local_expert(topk_ids_TK, first_expert, num_experts).sort(dim=-1, stable=True)
     weight_TK = topk_weights_TK.gather(1, order_TK)
-    pair_X = expert_TK.flatten().argsort(stable=True)
+    expert_X, pair_X = expert_TK.flatten().sort(stable=True)
     of_expert_E = torch.arange(num_experts, device=x_TH.device)
-    ends_E = torch.searchsorted(expert_TK.flatten()[pair_X], of_expert_E, right=True).to(torch.int32)
+    ends_E = torch.searchsorted(expert_X, of_expert_E, right=True, out_int32=True)
     x_XH = x_TH.index_select(0, pair_X // top_k)
     inner_XF = act_mul(functional.grouped_mm(x_XH, gate_up_EF2H.transpose(1, 2), offs=ends_E), hidden_act)
     y_XH = functional.grouped_mm(inner_XF, down_EHF.transpose(1, 2), offs=ends_E)
-    place_TK = (
-        torch.empty_like(pair_X)
-        .index_copy_(0, pair_X, torch.arange(pair_X.shape[0], device=x_TH.device))
-        .view(num_rows, top_k)
-    )
-    wide = torch.promote_types(x_TH.dtype, torch.float32)
-    sum_TH = torch.zeros(x_TH.shape, dtype=wide, device=x_TH.device)
-    for choice in range(top_k):
-        y_TH = y_XH.index_select(0, place_TK[:, choice]).to(wide)
+    place_X = torch.empty_like(pair_X).index_copy_(0, pair_X, torch.arange(pair_X.shape[0], device=x_TH.device))
+    sum_TH = torch.empty(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
+    is_foreign_TK1 = (expert_TK == num_experts).unsqueeze(-1)
+    block = max(1, SUMMED // (top_k * x_TH.shape[1]))
+    for start in range(0, num_rows, block):
+        rows = slice(start, min(start + block, num_rows))
+        y_TKH = y_XH.index_select(0, place_X[start * top_k : rows.stop * top_k]).view(-1, top_k, x_TH.shape[1])
         # What lies behind the last segment was never written: it must not reach the sum even times 0.
-        y_TH.masked_fill_((expert_TK[:, choice] == num_experts).unsqueeze(-1), 0)
-        sum_TH += y_TH.mul_(weight_TK[:, choice : choice + 1])
+        y_TKH.masked_fill_(is_foreign_TK1[rows], 0)
+        torch.sum(y_TKH * weight_TK[rows].unsqueeze(-1), dim=1, out=sum_TH[rows])
     if shared is not None:
         sum_TH += mlp(x_TH, *shared, hidden_act=hidden_act)
     return _rounded(sum_TH, x_TH.dtype, out)
@@ -189,6 +189,16 @@ def _rounded(sum_TH: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return sum_TH.to(dtype) if out is None else out.copy_(sum_TH)
 
 
+def _held_alike(experts: PackedStack, *others: LinearWeight | PackedStack) -> bool:
+    """Whether one call multiplies all of them: in blocks of any kind, or of one kind, and gates beside their ups."""
+    for other in others:
+        if not isinstance(other, PackedLinear | PackedStack) or (experts.blocks is None) != (other.blocks is None):
+            return False
+        if experts.blocks is None and experts.given[0] != other.given[0]:
+            return False
+    return not isinstance(others[0], PackedLinear) or others[0].gated
+
+
 def _packed_experts(
     x_TH: Tensor,
     topk_ids_TK: Tensor,
@@ -204,13 +214,14 @@ def _packed_experts(
     num_rows, hidden = x_TH.shape
     assert compiled is not None and x_TH.dtype == torch.bfloat16 and topk_weights_TK.dtype == torch.float32
     assert hidden == gate_up.num_inputs and topk_ids_TK.dtype in (torch.int32, torch.int64)
+    assert _held_alike(gate_up, down), "kinds of weights"
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
     if out is not None and (out.stride(1) != 1 or out.dtype not in (torch.bfloat16, torch.float32)):
         y_TH = _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, shared, None, many)
         return out.copy_(y_TH)
-    if shared is not None and len(shared) == 4:
-        # The compiled call has no biases: that MLP is added to its unrounded sum.
+    if shared is not None and (len(shared) == 4 or not _held_alike(gate_up, *shared[:2])):
+        # The compiled call has no biases, and one kind of rows: that MLP is added to its unrounded sum.
         sum_TH = torch.empty((num_rows, hidden), dtype=torch.float32)
         _packed_experts(x_TH, topk_ids_TK, topk_weights_TK, gate_up, down, first_expert, None, sum_TH, many)
         return _rounded(sum_TH.add_(mlp(x_TH, *shared, batch_invariant=many is None)), x_TH.dtype, out)
@@ -221,7 +232,6 @@ def _packed_experts(
     if shared is not None:
         shared_gate_up, shared_down = shared[0], shared[1]
         assert isinstance(shared_gate_up, PackedLinear) and isinstance(shared_down, PackedLinear)
-        assert shared_gate_up.given[0] == shared_down.given[0] == gate_up.given[0] == down.given[0], "kinds of weights"
         of_shared = (byref(shared_gate_up.address), byref(shared_down.address), shared_down.num_inputs)
     compiled.experts(
         y_TH.data_ptr(),

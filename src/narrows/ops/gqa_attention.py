@@ -233,7 +233,9 @@ def _decode(
         of_group = slice(group.start, group.stop)
         slots_BL = rows.decode_slots_BL[of_group, : group.max_len]
         mask_B11L = None
-        if group.stop - group.start > 1:
+        if rows.decode_bias_BL is not None:
+            mask_B11L = rows.decode_bias_BL[of_group, None, None, : group.max_len]
+        elif group.stop - group.start > 1:
             tokens_L = torch.arange(group.max_len, device=q_BND.device)
             mask_B11L = (tokens_L < rows.decode_lens_B[of_group].unsqueeze(-1))[:, None, None]
         # functional.embedding, not cache[slots]: an eighth of the time on CPU.

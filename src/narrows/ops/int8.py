@@ -36,12 +36,15 @@ MAX_INPUTS = 1 << 16
 
 
 class Quantization(Enum):
-    """What linear weights are held as. The number is the ``Kind`` of csrc/kernels.h."""
+    """What linear weights are held as. The number is the ``Kind`` of csrc/kernels.h, less for `STORED`: there each
+    weight has the kind of its own blocks (`blocks.py`)."""
 
     NONE = "none"
     INT8 = "int8"
     """Weights and rows of int8."""
     INT8_WEIGHT_ONLY = "int8-weight-only"
+    STORED = "stored"
+    """As the checkpoint stores them, where that is in blocks that kernels multiply; else not quantised."""
 
     @property
     def kind(self) -> int:

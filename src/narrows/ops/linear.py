@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from narrows.ops.blocks import BlockLinear, block_linear
 from narrows.ops.compiled import Pair, brgemm, has_amx, has_avx512, kernels
 from narrows.ops.int8 import Int8Linear, int8_linear
-from narrows.ops.packed import LinearWeight, PackedLinear, plain
+from narrows.ops.packed import LinearParts, LinearWeight, PackedLinear, plain
 
 __all__ = ["linear", "linear_reference", "rows_alike"]
 
@@ -51,7 +52,8 @@ def linear(
 
     A packed weight: summed in float32, bias added there, rounded once. Few rows take the time of reading the weight
     (docs/kernels.md). The order of a row's sum does not depend on the rows, except on CPUs with AMX, where many rows
-    are left to torch's brgemm unless ``batch_invariant``. An int8 weight, packed or not: as `int8` says.
+    are left to torch's brgemm unless ``batch_invariant``. An int8 weight, packed or not: as `int8` says; one in blocks:
+    as `blocks` says. Parts that are not held alike are so many products.
 
     A plain one: on CPU ``mm`` into ``out`` and ``functional.linear`` take the same time and give the same bits
     (measured: 2048 x 1408, 1 to 256 rows), so ``out`` costs nothing and saves the copy into a collective's buffer.
@@ -66,8 +68,10 @@ def linear(
     """
     if isinstance(weight_OI, PackedLinear):
         return _packed_linear(x_TI, weight_OI, bias_O, out, None if batch_invariant else brgemm())
-    if isinstance(weight_OI, Int8Linear):
-        y_TO = int8_linear(x_TI, weight_OI, bias_O)
+    if isinstance(weight_OI, LinearParts):
+        return _of_parts(x_TI, weight_OI, bias_O, out, batch_invariant)
+    if isinstance(weight_OI, Int8Linear | BlockLinear):
+        y_TO = _twin(x_TI, weight_OI, bias_O)
         return y_TO if out is None else out.copy_(y_TO)
     if not batch_invariant and _few(x_TI, weight_OI, out):
         return _few_rows(x_TI, weight_OI, bias_O, out)
@@ -79,6 +83,23 @@ def linear(
     if bias_O is None:
         return torch.mm(x_TI, weight_OI.t(), out=out)
     return torch.addmm(bias_O, x_TI, weight_OI.t(), out=out)
+
+
+def _twin(x_TI: Tensor, weight: Int8Linear | BlockLinear, bias_O: Tensor | None) -> Tensor:
+    if isinstance(weight, Int8Linear):
+        return int8_linear(x_TI, weight, bias_O)
+    return block_linear(x_TI, weight, bias_O)
+
+
+def _of_parts(
+    x_TI: Tensor, weight: LinearParts, bias_O: Tensor | None, out: Tensor | None, batch_invariant: bool
+) -> Tensor:
+    y_TO = x_TI.new_empty((x_TI.shape[0], weight.shape[0])) if out is None else out
+    for first, part in weight.at():
+        stop = first + part.shape[0]
+        bias = None if bias_O is None else bias_O[first:stop]
+        linear(x_TI, part, bias, out=y_TO[:, first:stop], batch_invariant=batch_invariant)
+    return y_TO
 
 
 def rows_alike(product: Callable[[Tensor], Tensor], x_T: Tensor, num_inputs: int, num_outputs: int) -> Tensor:
@@ -123,7 +144,7 @@ def linear_reference(
     batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `linear`, which promises nothing about bits."""
-    y_TO = functional.linear(x_TI, plain(weight_OI), bias_O)
+    y_TO = functional.linear(x_TI, plain(weight_OI).to(x_TI.dtype), bias_O)
     return y_TO if out is None else out.copy_(y_TO)
 
 

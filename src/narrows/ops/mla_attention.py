@@ -11,21 +11,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrows.ops.causal_attention import causal_attention
+from narrows.ops.causal_attention import causal_attention, is_fused
 from narrows.ops.compiled import brgemm, kernels
 from narrows.ops.gqa_attention import causal_heads
 from narrows.ops.kv_b import KeyWeight, PackedKeys, ValueWeight, plain_halves
 from narrows.ops.linear import rows_alike
 from narrows.ops.packed import PackedStack
 from narrows.ops.paged import PagedRows, PrefillSpan, row_contexts
+from narrows.ops.wide_product import wide_bmm
 
 __all__ = ["mla_attention", "mla_attention_reference"]
 
 EXPANDED_KEYS = 1 << 24
 """Columns of expanded keys and values held at once, over heads and tokens (64 MiB in float32)."""
 
+FUSED_KEYS = 1 << 29
+"""The same where one kernel attends (1 GiB in 16 bits): there keys of all heads at once are one product and one kernel,
+but for contexts of more than 13,000 tokens of 128 heads."""
+
 WIDE_PRODUCT = 4
-"""A float32 product (scores) in bf16 products (all else in a bf16 model): 108 and 476 GFLOP/s on one AVX-512 thread."""
+"""On CPUs a float32 product (scores) in bf16 products (all else in a bf16 model): 108 and 476 GFLOP/s on one AVX-512
+thread."""
 
 
 def mla_attention(
@@ -218,7 +224,8 @@ def _absorbing_is_cheaper(span: PrefillSpan, w_uk: KeyWeight, w_uv: ValueWeight,
     value_dim, slot = w_uv.shape[1], cache_SC.shape[1]
     num_rows = span.row_stop - span.row_start
     num_pairs = num_rows * (span.context_len - num_rows // 2)
-    of_score = 1 if isinstance(w_uk, PackedKeys) or w_uk.dtype.itemsize >= 4 else WIDE_PRODUCT
+    is_even = isinstance(w_uk, PackedKeys) or w_uk.dtype.itemsize >= 4 or not w_uk.is_cpu
+    of_score = 1 if is_even else WIDE_PRODUCT
     through_weights = rank * (key_dim + value_dim)
     expanded = span.context_len * through_weights + num_pairs * ((key_dim + slot - rank) * of_score + value_dim)
     absorbed = num_rows * through_weights + num_pairs * (slot * of_score + rank)
@@ -234,6 +241,9 @@ def _expanded_span(
     scale: float,
     out_TNV: Tensor,
 ) -> None:
+    if is_fused(q_nope_TND):
+        _expanded_fused(q_nope_TND, q_pe_TNP, latents_LC, w_uk_NDR, w_uv_NVR, scale, out_TNV)
+        return
     num_heads, key_dim = q_nope_TND.shape[1:]
     value_dim, rank = w_uv_NVR.shape[1:]
     context_len, rope_dim = latents_LC.shape[0], q_pe_TNP.shape[2]
@@ -252,6 +262,36 @@ def _expanded_span(
         k_NLD[..., :key_dim] = k_LND.transpose(0, 1)
         q_N1TD = torch.cat((q_nope_TND[:, heads], q_pe_TNP[:, heads]), dim=-1).transpose(0, 1).unsqueeze(1)
         causal_attention(q_N1TD, k_NLD, v_LNV.transpose(0, 1), scale, out=out_TNV[:, heads].unsqueeze(2))
+
+
+def _expanded_fused(
+    q_nope_TND: Tensor,
+    q_pe_TNP: Tensor,
+    latents_LC: Tensor,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    scale: float,
+    out_TNV: Tensor,
+) -> None:
+    """As `_expanded_span`, all in the queries' dtype: two products and one kernel for as many heads as fit."""
+    num_heads, key_dim, rank = w_uk_NDR.shape
+    value_dim, context_len = w_uv_NVR.shape[1], latents_LC.shape[0]
+    c_LR, k_pe_LP = latents_LC.tensor_split((rank,), dim=-1)
+    q_TNC = torch.cat((q_nope_TND, q_pe_TNP), dim=-1)
+    block = max(1, FUSED_KEYS // (context_len * (q_TNC.shape[2] + value_dim)))
+    for head in range(0, num_heads, block):
+        heads = slice(head, min(head + block, num_heads))
+        num = heads.stop - heads.start
+        k_LND = (c_LR @ w_uk_NDR[heads].reshape(num * key_dim, rank).t()).view(context_len, num, key_dim)
+        v_LNV = (c_LR @ w_uv_NVR[heads].reshape(num * value_dim, rank).t()).view(context_len, num, value_dim)
+        k_LNC = torch.cat((k_LND, k_pe_LP.unsqueeze(1).expand(-1, num, -1)), dim=-1)
+        causal_attention(
+            q_TNC[:, heads].transpose(0, 1).unsqueeze(1),
+            k_LNC.transpose(0, 1),
+            v_LNV.transpose(0, 1),
+            scale,
+            out=out_TNV[:, heads].unsqueeze(2),
+        )
 
 
 def _absorbed_span(
@@ -283,8 +323,12 @@ def _decode(
     rank = w_uk_NDR.shape[2]
     dtype = q_nope_BND.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    q_BNC = _absorbed_queries(q_nope_BND, q_pe_BNP, w_uk_NDR, batch_invariant).to(wide).mul_(scale)
+    q_BNC = _absorbed_queries(q_nope_BND, q_pe_BNP, w_uk_NDR, batch_invariant)
     c_BNR = q_nope_BND.new_empty((*q_nope_BND.shape[:2], rank))
+    if rows.decode_bias_BL is not None:
+        _decode_biased(q_BNC, cache_SC, rows, rows.decode_bias_BL, scale, c_BNR)
+        return _expanded_values(c_BNR, w_uv_NVR, batch_invariant)
+    q_BNC = q_BNC.to(wide).mul_(scale)
     for group in rows.decode_groups:
         of_group = slice(group.start, group.stop)
         # functional.embedding, not cache[slots]: an eighth of the time on CPU.
@@ -297,6 +341,19 @@ def _decode(
         p_BNL = score_BNL.softmax(dim=-1).to(dtype)
         torch.bmm(p_BNL, latents_BLC[..., :rank], out=c_BNR[of_group])
     return _expanded_values(c_BNR, w_uv_NVR, batch_invariant)
+
+
+def _decode_biased(
+    q_BNC: Tensor, cache_SC: Tensor, rows: PagedRows, bias_BL: Tensor, scale: float, c_BNR: Tensor
+) -> None:
+    """Sums of latents, into ``c``; which tokens a row sees is on the device alone."""
+    for group in rows.decode_groups:
+        of_group, seen = slice(group.start, group.stop), slice(group.max_len)
+        latents_BLC = functional.embedding(rows.decode_slots_BL[of_group, seen], cache_SC)
+        score_BNL = wide_bmm(q_BNC[of_group], latents_BLC.transpose(1, 2))
+        torch.add(bias_BL[of_group, seen].unsqueeze(1), score_BNL, alpha=scale, out=score_BNL)
+        p_BNL = score_BNL.softmax(dim=-1).to(q_BNC.dtype)
+        torch.bmm(p_BNL, latents_BLC[..., : c_BNR.shape[2]], out=c_BNR[of_group])
 
 
 def _absorbed_queries(q_nope_TND: Tensor, q_pe_TNP: Tensor, w_uk_NDR: Tensor, batch_invariant: bool = False) -> Tensor:

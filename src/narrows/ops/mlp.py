@@ -55,8 +55,9 @@ def mlp_reference(
     batch_invariant: bool = False,
 ) -> Tensor:
     """Twin of `mlp`, each step rounded."""
-    inner_TF = act_mul(torch.nn.functional.linear(x_TH, plain(gate_up_F2H), gate_up_bias_F2), hidden_act)
-    y_TH = torch.nn.functional.linear(inner_TF, plain(down_HF), down_bias_H)
+    gate_up_TF2 = torch.nn.functional.linear(x_TH, plain(gate_up_F2H).to(x_TH.dtype), gate_up_bias_F2)
+    inner_TF = act_mul(gate_up_TF2, hidden_act)
+    y_TH = torch.nn.functional.linear(inner_TF, plain(down_HF).to(x_TH.dtype), down_bias_H)
     return y_TH if out is None else out.copy_(y_TH)
 
 

@@ -2,11 +2,11 @@
 
 A weight is filled piece by piece, so that a load never holds one twice.
 
-What int8 means is `int8.py`'s.
+What int8 means is `int8.py`'s, and what blocks are `blocks.py`'s.
 
 A packed bf16 weight is panels [P, K / 2, 32, 2]: 32 outputs side by side, two neighbouring inputs together
-(csrc/kernels/products.h); a packed int8 weight [P, K / 4, 32, 4]. A gate-and-up weight has 16 gates and 16 ups
-in each panel, so that a product leaves both in one place.
+(csrc/kernels/products.h); a packed int8 weight [P, K / 4, 32, 4]; one in blocks [P, B, bytes of 32 blocks]. A
+gate-and-up weight has 16 gates and 16 ups in each panel, so that a product leaves both in one place.
 
 Letters: E experts, O outputs, I inputs, F inner columns.
 """
@@ -14,13 +14,23 @@ Letters: E experts, O outputs, I inputs, F inner columns.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from narrows.arch.block_formats import BlockFormat
+from narrows.ops.blocks import (
+    BlockLinear,
+    BlockStack,
+    block_kind,
+    block_values,
+    empty_blocks,
+    from_panels,
+    into_panels,
+)
 from narrows.ops.compiled import kernels
 from narrows.ops.int8 import (
     MAX_INPUTS,
@@ -35,6 +45,8 @@ from narrows.ops.int8 import (
 
 __all__ = [
     "ExpertStack",
+    "Held",
+    "LinearParts",
     "LinearWeight",
     "PackedLinear",
     "PackedStack",
@@ -49,14 +61,16 @@ __all__ = [
 
 PANEL = 32
 
+Held = Quantization | BlockFormat
+"""What a weight is held as: rounded or not, or in the blocks in which the checkpoint has it."""
 Room = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """What gives memory for panels."""
 
 
 class PackedWeight(ctypes.Structure):
-    """``Packed`` of csrc/kernels.h: addresses of panels and scales."""
+    """``Packed`` of csrc/kernels.h: addresses of panels and scales, and the kind of weight."""
 
-    _fields_ = (("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p))
+    _fields_ = (("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("kind", ctypes.c_int))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +78,7 @@ class _Panels:
     """What one packed weight and a stack of them have in common.
 
     ``gated``: the first half of the outputs are gates, the second ups, and each panel holds some of both. ``int8``: the
-    scales, if the panels hold int8.
+    scales, if the panels hold int8. ``blocks``: their format, if they hold blocks.
     """
 
     panels: Tensor
@@ -72,10 +86,13 @@ class _Panels:
     num_inputs: int
     gated: bool = False
     int8: Scales | None = None
+    blocks: BlockFormat | None = None
 
     @cached_property
     def given(self) -> tuple[int, int, int | None]:
         """The kind of weight and the addresses of its parts, as compiled functions take them (a stack's: the first)."""
+        if self.blocks is not None:
+            return block_kind(self.blocks), self.panels.data_ptr(), None
         if self.int8 is None:
             return Quantization.NONE.kind, self.panels.data_ptr(), None
         return self.int8.quantization.kind, self.panels.data_ptr(), self.int8.values.data_ptr()
@@ -83,11 +100,12 @@ class _Panels:
     @cached_property
     def address(self) -> PackedWeight:
         """The same addresses as a structure, which compiled functions take by reference."""
-        return PackedWeight(*self.given[1:])
+        kind, panels, scales = self.given
+        return PackedWeight(panels, scales, kind)
 
 
 class PackedLinear(_Panels):
-    """A weight [num_outputs, num_inputs] in panels, of bf16 or int8."""
+    """A weight [num_outputs, num_inputs] in panels, of bf16, int8 or blocks."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,11 +123,31 @@ class PackedStack(_Panels):
 
     def __getitem__(self, expert: int) -> PackedLinear:
         scales = None if self.int8 is None else self.int8[expert]
-        return PackedLinear(self.panels[expert], self.num_outputs, self.num_inputs, self.gated, scales)
+        return PackedLinear(self.panels[expert], self.num_outputs, self.num_inputs, self.gated, scales, self.blocks)
 
 
-LinearWeight = Tensor | PackedLinear | Int8Linear
-ExpertStack = Tensor | PackedStack | Int8Stack
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearParts:
+    """The outputs of several weights one after the other, which are not held alike."""
+
+    parts: tuple[OneWeight, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of all together."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    def at(self) -> Iterator[tuple[int, OneWeight]]:
+        """Each with the number of its first output."""
+        first = 0
+        for part in self.parts:
+            yield first, part
+            first += part.shape[0]
+
+
+OneWeight = Tensor | PackedLinear | Int8Linear | BlockLinear
+LinearWeight = OneWeight | LinearParts
+ExpertStack = Tensor | PackedStack | Int8Stack | BlockStack
 
 
 def _anywhere(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -121,15 +159,11 @@ def empty_linear(
     num_inputs: int,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: Quantization = Quantization.NONE,
+    held: Held = Quantization.NONE,
     room: Room = _anywhere,
-) -> LinearWeight:
+) -> OneWeight:
     """Room for a weight [O, I], to be filled."""
-    if _packs(dtype, device):
-        return _stack(1, num_outputs, num_inputs, False, quantization, room)[0]
-    if quantization.kind:
-        return empty_int8(1, num_outputs, num_inputs, device, quantization)[0]
-    return torch.empty((num_outputs, num_inputs), dtype=dtype, device=device)
+    return _empty(1, num_outputs, num_inputs, dtype, device, held, room)[0]
 
 
 def empty_gate_up(
@@ -137,15 +171,13 @@ def empty_gate_up(
     num_inputs: int,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: Quantization = Quantization.NONE,
+    held: Held = Quantization.NONE,
     room: Room = _anywhere,
     *,
     gated: bool = True,
-) -> LinearWeight:
+) -> OneWeight:
     """Room for a weight [2F, I], gates first. ``gated``: packed for silu, which compiled products have in them."""
-    if not gated or not _packs(dtype, device):
-        return empty_linear(2 * num_inner, num_inputs, dtype, device, quantization, room)
-    return _stack(1, 2 * num_inner, num_inputs, True, quantization, room)[0]
+    return _empty(1, 2 * num_inner, num_inputs, dtype, device, held, room, gated=gated)[0]
 
 
 def empty_experts(
@@ -154,26 +186,38 @@ def empty_experts(
     hidden: int,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: Quantization = Quantization.NONE,
+    held: tuple[Held, Held] = (Quantization.NONE, Quantization.NONE),
     room: Room = _anywhere,
     *,
     gated: bool = True,
 ) -> tuple[ExpertStack, ExpertStack]:
-    """Room for gate and up [E, 2F, H], gates first, and down [E, H, F]. ``gated``: see :func:`empty_gate_up`."""
-    if _packs(dtype, device):
-        return (
-            _stack(num_experts, 2 * num_inner, hidden, gated, quantization, room),
-            _stack(num_experts, hidden, num_inner, False, quantization, room),
-        )
-    if quantization.kind:
-        return (
-            empty_int8(num_experts, 2 * num_inner, hidden, device, quantization),
-            empty_int8(num_experts, hidden, num_inner, device, quantization),
-        )
+    """Room for gate and up [E, 2F, H], gates first, and down [E, H, F], held so. ``gated``: see
+    :func:`empty_gate_up`."""
     return (
-        torch.empty((num_experts, 2 * num_inner, hidden), dtype=dtype, device=device),
-        torch.empty((num_experts, hidden, num_inner), dtype=dtype, device=device),
+        _empty(num_experts, 2 * num_inner, hidden, dtype, device, held[0], room, gated=gated),
+        _empty(num_experts, hidden, num_inner, dtype, device, held[1], room),
     )
+
+
+def _empty(
+    num_experts: int,
+    num_outputs: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    held: Held,
+    room: Room,
+    *,
+    gated: bool = False,
+) -> ExpertStack:
+    """Room for weights [E, O, I]: packed where products of them are compiled."""
+    if _packs(dtype, device):
+        return _stack(num_experts, num_outputs, num_inputs, gated, held, room)
+    if isinstance(held, BlockFormat):
+        return empty_blocks(num_experts, num_outputs, num_inputs, device, held)
+    if held.kind:
+        return empty_int8(num_experts, num_outputs, num_inputs, device, held)
+    return torch.empty((num_experts, num_outputs, num_inputs), dtype=dtype, device=device)
 
 
 def empty_heads(
@@ -191,23 +235,30 @@ def empty_heads(
 
 
 def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
-    """Outputs first, first + 1, ... of ``weight`` become these rows, rounded to what it holds.
+    """Outputs first, first + 1, ... of ``weight`` become these rows, rounded to what it holds; of a weight in blocks
+    they are its bytes.
 
-    Rows that are both gates and ups have to come in two calls.
+    Rows that are both gates and ups, or of two parts, have to come in two calls.
     """
+    if isinstance(weight, LinearParts):
+        for at, part in weight.at():
+            if at <= first < at + part.shape[0]:
+                fill(part, first - at, rows_XI)
+        return None
     if isinstance(weight, Tensor):
         weight[first : first + rows_XI.shape[0]] = rows_XI
-        return
-    if isinstance(weight, Int8Linear):
-        weight.fill(first, rows_XI)
-        return
-    compiled = kernels()
-    assert compiled is not None and rows_XI.shape[1] == weight.num_inputs
+        return None
+    if isinstance(weight, Int8Linear | BlockLinear):
+        return weight.fill(first, rows_XI)
     num_rows, half = rows_XI.shape[0], -1
     if weight.gated:
         num_inner = weight.num_outputs // 2
         half, first = divmod(first, num_inner) if num_inner else (0, 0)
         assert first + num_rows <= num_inner, "rows that are both gates and ups"
+    if weight.blocks is not None:
+        return into_panels(weight.panels, _indices(first, num_rows, half), rows_XI, weight.blocks)
+    compiled = kernels()
+    assert compiled is not None and rows_XI.shape[1] == weight.num_inputs
     pack = compiled.gemm_pack
     if weight.int8 is None:
         rows_XI = rows_XI.to(torch.bfloat16)
@@ -218,6 +269,7 @@ def fill(weight: LinearWeight, first: int, rows_XI: Tensor) -> None:
     if rows_XI.stride(1) != 1:
         rows_XI = rows_XI.contiguous()
     pack(weight.panels.data_ptr(), rows_XI.data_ptr(), rows_XI.stride(0), first, num_rows, weight.num_inputs, half)
+    return None
 
 
 def _indices(first: int, num_rows: int, half: int) -> Tensor:
@@ -230,12 +282,19 @@ def _indices(first: int, num_rows: int, half: int) -> Tensor:
 
 
 def plain(weight: LinearWeight) -> Tensor:
-    """The weight [O, I] as it was, or as int8 holds it: for tests and twins."""
+    """The weight [O, I] as it was, or as int8 or blocks hold it: for tests and twins."""
+    if isinstance(weight, LinearParts):
+        return torch.cat([plain(part) for part in weight.parts])
     if isinstance(weight, Tensor):
         return weight
     if isinstance(weight, Int8Linear):
         return weight_values(weight)
-    values = weight.panels.transpose(1, 2).flatten(2)[..., : weight.num_inputs]  # [P, 32, I]
+    if isinstance(weight, BlockLinear):
+        return block_values(weight.bytes_ON, weight.blocks)
+    if weight.blocks is not None:
+        values = torch.unflatten(block_values(from_panels(weight.panels, weight.blocks), weight.blocks), 0, (-1, PANEL))
+    else:
+        values = weight.panels.transpose(1, 2).flatten(2)[..., : weight.num_inputs]  # [P, 32, I]
     if weight.int8 is not None:  # 128 is added there
         values = (values.float() - 128) * weight.int8.values.view(-1, PANEL, 1)
     if not weight.gated:
@@ -249,16 +308,19 @@ def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and kernels() is not None
 
 
-def _stack(
-    num_experts: int, num_outputs: int, num_inputs: int, gated: bool, quantization: Quantization, room: Room
-) -> PackedStack:
+def _stack(num_experts: int, num_outputs: int, num_inputs: int, gated: bool, held: Held, room: Room) -> PackedStack:
     """Room for panels; what lies beyond the weight is 0 (of int8 anything: rows have zeros there, scales are 0)."""
-    assert num_inputs <= MAX_INPUTS or not quantization.kind, f"{num_inputs} inputs: their products may not fit 32 bits"
     num_panels = -(-num_outputs // PANEL)
-    together, dtype = (4, torch.uint8) if quantization.kind else (2, torch.bfloat16)
-    shape = (num_experts, num_panels, -(-num_inputs // together), PANEL, together)
-    panels = room(shape, dtype)
+    scales, blocks = None, None
+    if isinstance(held, BlockFormat):
+        blocks, num_blocks = held, num_inputs // held.columns
+        assert num_blocks * held.columns == num_inputs, f"{num_inputs} inputs in blocks of {held.columns}"
+        panels = room((num_experts, num_panels, num_blocks, PANEL * held.nbytes), torch.uint8)
+    else:
+        assert num_inputs <= MAX_INPUTS or not held.kind, f"{num_inputs} inputs: their products may not fit 32 bits"
+        together, dtype = (4, torch.uint8) if held.kind else (2, torch.bfloat16)
+        panels = room((num_experts, num_panels, -(-num_inputs // together), PANEL, together), dtype)
+        scales = Scales.empty(num_experts, num_panels * PANEL, held) if held.kind else None
     if num_outputs % PANEL:
         panels[:, -1] = 0
-    scales = Scales.empty(num_experts, num_panels * PANEL, quantization) if quantization.kind else None
-    return PackedStack(panels, num_outputs, num_inputs, gated, scales)
+    return PackedStack(panels, num_outputs, num_inputs, gated, scales, blocks)

@@ -8,15 +8,17 @@ Letters: T rows of the step, B decode rows, L tokens in a context, S slots.
 """
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from narrows.errors import ConfigError
+from narrows.ops.step_block import StepBlock
 
 __all__ = [
     "DecodeGroup",
@@ -25,13 +27,18 @@ __all__ = [
     "PrefillSpan",
     "build_paged_rows",
     "empty_cache",
+    "padded_pages",
     "row_contexts",
+    "stage_paged_rows",
     "windowed_rows",
     "write_cache",
 ]
 
 CPU_GROUP_SLOTS = 1024
 """Slots of the decode rows that are read together on CPU: see `build_paged_rows`."""
+
+GPU_GROUP_SLOTS = 1 << 18
+"""The same elsewhere, where a group is a dozen launches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +75,10 @@ class PagedRows:
 
     ``positions_T`` int64: each row's position in its context. ``slots_T`` int64: where the row's KV is written.
     ``decode_rows_B`` int64: the rows that stand alone; row ``decode_rows_B[b]`` reads the first ``decode_lens_B[b]``
-    (>= 1, itself included) of ``decode_slots_BL[b]``, which is padded with slot 0.
+    (>= 1, itself included) of ``decode_slots_BL[b]``, which is padded with slots of the null page.
+
+    ``decode_bias_BL``: to be added to scores, 0 where a row sees the token and -inf behind its context. It is there
+    where no length may be a number of the host (`stage_paged_rows`); then ``max_len`` is a bound for any such lengths.
     """
 
     positions_T: Tensor
@@ -78,6 +88,7 @@ class PagedRows:
     decode_slots_BL: Tensor
     decode_lens_B: Tensor
     decode_groups: tuple[DecodeGroup, ...]
+    decode_bias_BL: Tensor | None = None
 
 
 def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -95,23 +106,15 @@ def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
 
 
 def build_paged_rows(
-    spans: Sequence[tuple[int, int, Sequence[int]]],
-    page_size: int,
-    device: torch.device | str | None = None,
-    *,
-    decode_group_slots: int | None = None,
+    spans: Sequence[tuple[int, int, Sequence[int]]], page_size: int, *, decode_group_slots: int = CPU_GROUP_SLOTS
 ) -> PagedRows:
-    """The `PagedRows` of a step whose rows are these spans, one after the other.
+    """The `PagedRows` on CPU of a step whose rows are these spans, one after the other.
 
     A span is ``(start, num_rows, pages)``: ``num_rows`` tokens at positions start, start + 1, ... of a context that
     lives in ``pages``, in order. One row makes a decode row, more a prefill span, none nothing. A dead row is ``(0,
-    1, (0,))``. ``decode_group_slots``: decode rows are grouped up to this many slots, padding counted (on CPU
-    1024: best or near it from 1 to 64 rows of 64 to 1024 tokens on one thread; a longer context is its own group.
-    Elsewhere 2^18: a group is a dozen launches). All
-    arithmetic is on the host, then one copy per tensor to ``device``.
+    1, (0,))``. ``decode_group_slots``: decode rows are grouped up to this many slots, padding counted (1024: best or
+    near it from 1 to 64 rows of 64 to 1024 tokens on one thread; a longer context is its own group).
     """
-    if decode_group_slots is None:
-        decode_group_slots = CPU_GROUP_SLOTS if torch.device(device or "cpu").type == "cpu" else 1 << 18
     positions: list[Tensor] = []
     slots: list[Tensor] = []
     prefills: list[PrefillSpan] = []
@@ -133,21 +136,91 @@ def build_paged_rows(
         elif num_rows > 1:
             slots_L = (torch.tensor(pages)[:, None] * page_size + offsets).flatten()[:context_len]
             prefills.append(
-                PrefillSpan(row_start=row, row_stop=row + num_rows, context_len=context_len, slots_L=slots_L.to(device))
+                PrefillSpan(row_start=row, row_stop=row + num_rows, context_len=context_len, slots_L=slots_L)
             )
             positions.append(torch.arange(start, context_len))
             slots.append(slots_L[start:])
         row += num_rows
     no_rows = torch.empty(0, dtype=torch.int64)
     return PagedRows(
-        positions_T=torch.cat([no_rows, *positions]).to(device),
-        slots_T=torch.cat([no_rows, *slots]).to(device),
+        positions_T=torch.cat([no_rows, *positions]),
+        slots_T=torch.cat([no_rows, *slots]),
         prefills=tuple(prefills),
-        decode_rows_B=torch.tensor(decode_rows, dtype=torch.int64).to(device),
-        decode_slots_BL=_decode_slots(decode_pages, decode_lens, page_size).to(device),
-        decode_lens_B=torch.tensor(decode_lens, dtype=torch.int64).to(device),
+        decode_rows_B=torch.tensor(decode_rows, dtype=torch.int64),
+        decode_slots_BL=_decode_slots(decode_pages, decode_lens, page_size),
+        decode_lens_B=torch.tensor(decode_lens, dtype=torch.int64),
         decode_groups=_decode_groups(decode_lens, decode_group_slots),
     )
+
+
+def stage_paged_rows(
+    spans: Sequence[tuple[int, int, Sequence[int]]],
+    page_size: int,
+    block: StepBlock,
+    dtype: torch.dtype,
+    *,
+    decode_group_slots: int = GPU_GROUP_SLOTS,
+) -> Callable[[], PagedRows]:
+    """As `build_paged_rows`, for a device: the numbers go into ``block``; what is returned makes the rows of them once
+    the block is sent.
+
+    No shape and no number that an op of decode rows gets depends on a length or a page, but for the pages of the
+    longest context, rounded up (`padded_pages`). So steps of as many rows and padded pages are the same to the device,
+    as a graph of them wants. Lengths take effect through ``decode_bias_BL``, of ``dtype``. Only where
+    ``decode_group_slots`` is 1 is each row read by itself, in its own padded pages, so that no other's length pads it.
+    """
+    decodes = [(start + 1, pages) for start, num_rows, pages in spans if num_rows == 1]
+    row_starts = np.cumsum([0, *(num_rows for _, num_rows, _ in spans)]).tolist()
+    prefills: list[tuple[int, int, int]] = []
+    positions, slots, contexts = [], [], []
+    for (start, num_rows, pages), row in zip(spans, row_starts, strict=False):
+        assert start >= 0 and num_rows >= 0
+        stop = start + num_rows
+        assert stop <= len(pages) * page_size, f"{stop} tokens do not fit in {len(pages)} pages"
+        if num_rows > 1:
+            prefills.append((row, row + num_rows, stop))
+            contexts.append(block.put(_slots(pages, 0, stop, page_size)))
+        positions.append(np.arange(start, stop))
+        slots.append(_slots(pages, start, stop, page_size))
+    lens = [length for length, _ in decodes]
+    num_padded = [padded_pages(-(-length // page_size)) for length in lens]
+    most_pages = max(num_padded, default=0)
+    table = np.zeros((len(decodes), most_pages), dtype=np.int64)
+    for row, (length, pages) in enumerate(decodes):
+        held = -(-length // page_size)
+        table[row, :held] = pages[:held]
+    sent_positions, sent_slots = (block.put(np.concatenate([np.zeros(0), *each])) for each in (positions, slots))
+    sent_rows = block.put([row for (_, num_rows, _), row in zip(spans, row_starts, strict=False) if num_rows == 1])
+    sent_lens, sent_table = block.put(lens), block.put(table)
+
+    def rows() -> PagedRows:
+        offsets_L = torch.arange(page_size, device=block.device)
+        slots_BL = (sent_table.tensor.unsqueeze(-1) * page_size + offsets_L).flatten(1)
+        return PagedRows(
+            positions_T=sent_positions.tensor,
+            slots_T=sent_slots.tensor,
+            prefills=tuple(
+                PrefillSpan(row_start=first, row_stop=stop, context_len=length, slots_L=part.tensor)
+                for (first, stop, length), part in zip(prefills, contexts, strict=True)
+            ),
+            decode_rows_B=sent_rows.tensor,
+            decode_slots_BL=slots_BL,
+            decode_lens_B=sent_lens.tensor,
+            decode_groups=_padded_groups([pages * page_size for pages in num_padded], decode_group_slots),
+            decode_bias_BL=_bias(sent_lens.tensor, slots_BL.shape[1], dtype),
+        )
+
+    return rows
+
+
+def padded_pages(num_pages: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16 ... that is at least ``num_pages``: at most a third is padding.
+
+    >>> [padded_pages(n) for n in (1, 5, 6, 25, 563)]
+    [1, 6, 6, 32, 768]
+    """
+    whole = 1 << (num_pages - 1).bit_length()
+    return whole // 4 * 3 if whole >= 4 and num_pages <= whole // 4 * 3 else whole
 
 
 class DecodeRows:
@@ -220,8 +293,10 @@ def windowed_rows(rows: PagedRows, window: int, into: PagedRows | None = None) -
     decode_lens_B = torch.clamp(lens_B, max=window, out=lens)
     decode_slots_BL = torch.gather(slots_BL, 1, first_B1 + at_L, out=slots)
     decode_slots_BL.masked_fill_(at_L >= decode_lens_B.unsqueeze(-1), 0)
+    bias_BL = rows.decode_bias_BL
     return replace(
         rows,
+        decode_bias_BL=None if bias_BL is None else _bias(decode_lens_B, most, bias_BL.dtype),
         prefills=tuple(_windowed_span(span, window) for span in rows.prefills),
         decode_slots_BL=decode_slots_BL,
         decode_lens_B=decode_lens_B,
@@ -259,6 +334,30 @@ def row_contexts(rows: PagedRows) -> Iterator[tuple[int, Tensor]]:
     lens = zip(rows.decode_rows_B.tolist(), rows.decode_lens_B.tolist(), strict=True)
     for b, (row, length) in enumerate(lens):
         yield row, rows.decode_slots_BL[b, :length]
+
+
+def _slots(pages: Sequence[int], start: int, stop: int, page_size: int) -> np.ndarray[Any, Any]:
+    """The slots of tokens ``start`` .. ``stop`` - 1 of a context in ``pages``."""
+    first = start // page_size
+    held = np.asarray(pages[first : -(-stop // page_size)], dtype=np.int64)
+    return (held[:, None] * page_size + np.arange(page_size)).ravel()[start - first * page_size :][: stop - start]
+
+
+def _bias(lens_B: Tensor, most: int, dtype: torch.dtype) -> Tensor:
+    """[B, most]: 0 for the first ``lens_B[b]`` tokens, -inf behind."""
+    behind_BL = torch.arange(most, device=lens_B.device) >= lens_B.unsqueeze(-1)
+    return torch.zeros(behind_BL.shape, dtype=dtype, device=lens_B.device).masked_fill_(behind_BL, float("-inf"))
+
+
+def _padded_groups(padded_B: Sequence[int], group_slots: int) -> tuple[DecodeGroup, ...]:
+    """Decode rows in groups of as many as have ``group_slots`` slots when each is as long as the longest."""
+    if group_slots == 1:
+        return tuple(DecodeGroup(start=row, stop=row + 1, max_len=most) for row, most in enumerate(padded_B))
+    num_rows, most = len(padded_B), max(padded_B, default=1)
+    size = max(1, group_slots // most)
+    return tuple(
+        DecodeGroup(start=start, stop=min(start + size, num_rows), max_len=most) for start in range(0, num_rows, size)
+    )
 
 
 def _decode_slots(pages_B: list[Sequence[int]], lens_B: list[int], page_size: int) -> Tensor:

@@ -5,6 +5,7 @@ Letters: T rows, H columns.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from narrows.ops.compiled import kernels
 
@@ -54,6 +55,8 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, *, out: Tensor | None =
             torch.get_num_threads(),
         )
         return out
+    if not x_TH.is_cpu:
+        return rms_norm_in_two(x_TH, weight_H, eps, out=out)
     # The norm without a squared copy of x: 7 times faster than pow().mean() for 256 x 7168 float32 on one thread.
     wide_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
     norm_T1 = torch.linalg.vector_norm(wide_TH, dim=-1, keepdim=True)
@@ -65,6 +68,12 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, *, out: Tensor | None =
     else:
         out.copy_(wide_TH.mul_(scale_T1))
     return out.mul_(weight_H)
+
+
+def rms_norm_in_two(x_TH: Tensor, weight_H: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """`rms_norm` by two kernels of a GPU: torch's norm without a weight, which rounds as the reference does, then the
+    weight's product."""
+    return torch.mul(functional.rms_norm(x_TH, (x_TH.shape[-1],), None, eps), weight_H, out=out)
 
 
 def rms_norm_reference(x_TH: Tensor, weight_H: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:

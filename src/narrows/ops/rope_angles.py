@@ -10,13 +10,25 @@ Letters: T rows, P positions in the table, D rotated columns per head, ``D2`` = 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from narrows.ops.rope import dynamic_base, rope_inverse_frequencies, rope_table
+from narrows.ops.step_block import Part, StepBlock
 
-__all__ = ["RopeAngles"]
+__all__ = ["Lengths", "RopeAngles"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Tokens of the sequences that a step's rows belong to: by row, and for the rows of long prompts alone."""
+
+    lengths_T: Part
+    long_rows_X: Part | None
+    long_lengths_X: Part | None
 
 
 class RopeAngles:
@@ -54,21 +66,30 @@ class RopeAngles:
         """Whether :meth:`rows` needs the lengths of the rows' sequences."""
         self._cos_PD2, self._sin_PD2 = (torch.cat(parts).to(device) for parts in zip(*tables, strict=True))
 
+    def stage(self, lengths: Sequence[int], block: StepBlock) -> Lengths:
+        """Puts ``lengths``, of each row's sequence in tokens, into a step's block, for :meth:`rows`."""
+        long = [row for row, length in enumerate(lengths) if length > self._max_position] if self._is_dynamic else []
+        return Lengths(
+            lengths_T=block.put(lengths),
+            long_rows_X=block.put(long) if long else None,
+            long_lengths_X=block.put(np.asarray(lengths)[long]) if long else None,
+        )
+
     def rows(
         self,
         positions_T: Tensor,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
         *,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, D/2] of rows at ``positions_T`` (int64) in sequences of ``lengths`` tokens.
+        """cos and sin [T, D/2] of rows at ``positions_T`` (int64) in sequences of ``lengths``.
 
         ``lengths`` None: each row is the last of its sequence. ``cos`` and ``sin``: what to write to.
         """
         at_T = positions_T
         if self._is_long and self.by_length:
-            lengths_T = positions_T + 1 if lengths is None else torch.tensor(lengths, device=positions_T.device)
+            lengths_T = positions_T + 1 if lengths is None else lengths.lengths_T.tensor
             at_T = positions_T + (lengths_T > self._short_up_to) * self._num_positions
         cos_TD2 = torch.index_select(self._cos_PD2, 0, at_T, out=cos)
         sin_TD2 = torch.index_select(self._sin_PD2, 0, at_T, out=sin)
@@ -86,15 +107,14 @@ class RopeAngles:
         """Each position as the last of its sequence."""
         return self._dynamic(torch.arange(self._num_positions), torch.arange(1, self._num_positions + 1))
 
-    def _rotate_prompts(self, positions_T: Tensor, lengths: Sequence[int], cos_TD2: Tensor, sin_TD2: Tensor) -> None:
+    def _rotate_prompts(self, positions_T: Tensor, lengths: Lengths, cos_TD2: Tensor, sin_TD2: Tensor) -> None:
         """Rows of prompts that are longer than the model's positions: their prompt's angles in place of their own."""
-        lengths_T = torch.tensor(lengths, device=positions_T.device)
-        at = [row for row, length in enumerate(lengths) if length > self._max_position]
-        if at:
-            at_X = torch.tensor(at, device=positions_T.device)
-            cos_XD2, sin_XD2 = self._dynamic(positions_T[at_X], lengths_T[at_X])
-            cos_TD2.index_copy_(0, at_X, cos_XD2)
-            sin_TD2.index_copy_(0, at_X, sin_XD2)
+        if lengths.long_rows_X is None or lengths.long_lengths_X is None:
+            return
+        at_X = lengths.long_rows_X.tensor
+        cos_XD2, sin_XD2 = self._dynamic(positions_T[at_X], lengths.long_lengths_X.tensor)
+        cos_TD2.index_copy_(0, at_X, cos_XD2)
+        sin_TD2.index_copy_(0, at_X, sin_XD2)
 
     def _dynamic(self, positions_T: Tensor, lengths_T: Tensor) -> tuple[Tensor, Tensor]:
         assert self._scaling is not None

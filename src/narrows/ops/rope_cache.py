@@ -153,9 +153,8 @@ def rope_write_heads_reference(
     if q_norm_D is not None and k_norm_D is not None:
         q_TND.copy_(rms_norm(q_TND, q_norm_D, eps))
         k_TKD.copy_(rms_norm(k_TKD, k_norm_D, eps))
-    for x_TND in (q_TND, k_TKD):
-        rotated_TND = x_TND[..., : 2 * cos_TD2.shape[1]]
-        apply_rope(rotated_TND, cos_TD2, sin_TD2, interleaved=False, out=rotated_TND)
+    rotated_TND = qkv_TND[:, : qkv_TND.shape[1] - num_kv, : 2 * cos_TD2.shape[1]]
+    apply_rope(rotated_TND, cos_TD2, sin_TD2, interleaved=False, out=rotated_TND)
     write_cache(k_cache_SKD, k_TKD, slots_T)
     write_cache(v_cache_SKD, v_TKD, slots_T)
     return q_TND

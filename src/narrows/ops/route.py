@@ -15,8 +15,19 @@ from torch.nn import functional
 
 from narrows.ops.compiled import kernels
 from narrows.ops.linear import linear
+from narrows.ops.wide_product import wide_mm
 
-__all__ = ["Method", "Routing", "Scoring", "route", "route_reference", "router", "router_reference"]
+__all__ = [
+    "Method",
+    "Routing",
+    "Scoring",
+    "gate_dtype",
+    "route",
+    "route_reference",
+    "router",
+    "router_logits",
+    "router_reference",
+]
 
 Scoring = Literal["softmax", "sigmoid"]
 Method = Literal["greedy", "group_limited_greedy", "noaux_tc"]
@@ -144,19 +155,25 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """`route` of ``x @ gate^T`` in float32: ``(topk_ids int32, topk_weights float32)``, both [T, K].
 
-    Shapes: x [T, H] of any float dtype, gate [E, H] float32, correction_bias [E] float32.
+    Shapes: x [T, H] of any float dtype, gate [E, H] of `gate_dtype`, correction_bias [E] float32.
 
     Compiled on CPU: logits and choice of four rows at a time, in one call; then no row's bits depend on the others.
     Its logits differ from torch's by the order of their sums, and its sigmoid by a unit in the last place, so scores
     that close may be ranked otherwise; equal logits still go to the lower id.
     """
     compiled = kernels()
-    if compiled is None or not x_TH.is_cpu or x_TH.dtype not in (torch.bfloat16, torch.float32) or x_TH.stride(1) != 1:
+    if (
+        compiled is None
+        or not x_TH.is_cpu
+        or x_TH.dtype not in (torch.bfloat16, torch.float32)
+        or x_TH.stride(1) != 1
+        or gate_EH.dtype != torch.float32
+    ):
         return router_reference(
             x_TH, gate_EH, correction_bias_E=correction_bias_E, batch_invariant=batch_invariant, **rule
         )
     top_k, method, num_groups, topk_group = rule["top_k"], rule["method"], rule["num_groups"], rule["topk_group"]
-    assert gate_EH.dtype == torch.float32 and gate_EH.is_contiguous()
+    assert gate_EH.is_contiguous()
     assert correction_bias_E is None or method == "noaux_tc", f"{method} has no correction bias"
     num_rows, hidden = x_TH.shape
     num_experts = gate_EH.shape[0]
@@ -198,9 +215,23 @@ def router_reference(
     **rule: Unpack[Rule],
 ) -> tuple[Tensor, Tensor]:
     """Twin of `router`, and its path where nothing is compiled."""
-    logits_TE = linear(x_TH.float(), gate_EH, batch_invariant=batch_invariant)
+    logits_TE = router_logits(x_TH, gate_EH, batch_invariant=batch_invariant)
     routing = route(logits_TE, correction_bias_E=correction_bias_E, **rule)
     return routing.topk_ids_TK.to(torch.int32), routing.topk_weights_TK
+
+
+def gate_dtype(checkpoint: torch.dtype, activations: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what to hold a router's weight: float32, as the reference multiplies; or, on devices that multiply 16-bit
+    numbers with float32 sums, the checkpoint's own type where activations have it too: the products are the same."""
+    narrow = device.type != "cpu" and checkpoint == activations and checkpoint.itemsize == 2
+    return checkpoint if narrow else torch.float32
+
+
+def router_logits(x_TH: Tensor, gate_EH: Tensor, *, batch_invariant: bool = False) -> Tensor:
+    """``x @ gate^T`` in float32: products of the values as they are, sums in float32. [T, E]."""
+    if gate_EH.dtype == x_TH.dtype != torch.float32:
+        return wide_mm(x_TH, gate_EH.t())
+    return linear(x_TH.float(), gate_EH, batch_invariant=batch_invariant)
 
 
 def _route(

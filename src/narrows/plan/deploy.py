@@ -5,6 +5,7 @@ The engine and the simulation call the same functions, so that what is simulated
 
 from __future__ import annotations
 
+from narrows.arch.block_formats import BLOCK_FORMATS
 from narrows.arch.config import ModelConfig
 from narrows.arch.positions import most_positions
 from narrows.arch.quantization import check_loadable
@@ -18,12 +19,14 @@ __all__ = [
     "DEFAULT_REQUESTS",
     "DEFAULT_ROWS",
     "PAGE_SIZE",
+    "STORED",
     "limits_of",
     "loaded_dtype",
     "longest_context",
     "planned_dtype",
     "priced_context",
     "step_mix",
+    "stored_words",
 ]
 
 DEFAULT_ROWS = 2048
@@ -32,6 +35,8 @@ DEFAULT_REQUESTS = 256
 """Most requests that run at once in an attention group."""
 PAGE_SIZE = 16
 """Tokens of a page of the KV cache."""
+STORED = "stored"
+"""The dtype of weights in the blocks of their checkpoint."""
 _DEFAULT_CONTEXT = 8192
 _PRICED_CONTEXT = 1024
 
@@ -114,18 +119,28 @@ def loaded_dtype(config: ModelConfig) -> tuple[str, str]:
 
 def planned_dtype(config: ModelConfig, device: Device, name: str) -> tuple[str, str]:
     """What the checkpoint's weights are on ``device`` where no dtype is given, and why: FP8 in blocks as it is
-    where the device multiplies FP8, else as :func:`loaded_dtype`. ``name``: the model's, for an error.
+    where the device multiplies FP8, blocks as they are on a CPU, else as :func:`loaded_dtype`. ``name``: the model's,
+    for an error.
 
     Raises:
         ConfigError: weights stored in a way that nothing here loads, in the words of the code that would load them.
     """
     check_loadable(config.quantization, name)
+    if config.blocks and device.is_cpu:
+        return STORED, stored_words(config)
     if config.quantization is None:
         return loaded_dtype(config)
     if device.tflops_fp8 is not None:
         return "fp8", f"{_stored(config)}, which {device.name} multiplies as they are"
     dtype, because = loaded_dtype(config)
     return dtype, f"{because}: {device.name} has no fp8"
+
+
+def stored_words(config: ModelConfig) -> str:
+    """Which blocks a checkpoint's weights are in, and that rows are rounded where they meet these."""
+    found = {blocks for _, blocks in config.blocks.formats}
+    names = ", ".join(str(blocks) for blocks in BLOCK_FORMATS if blocks in found)
+    return f"weights stay in their blocks ({names}), rows are rounded to int8 by groups of 32"
 
 
 def _stored(config: ModelConfig) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from narrows.arch.block_formats import BLOCK_FORMATS, NO_BLOCKS
 from narrows.arch.chain import build_chain
 from narrows.arch.config import ModelConfig
 from narrows.arch.quantization import is_block_fp8
@@ -18,7 +19,7 @@ from narrows.arch.weight_sharding import WeightSharding, check_mesh, sharding_ch
 from narrows.cost.devices import DTYPES, Device
 from narrows.cost.engines import KERNELS_ALONE, EngineStyle
 from narrows.cost.imbalance import DEFAULT_SKEW, LARGEST_SKEW
-from narrows.cost.memory import MemoryUse, memory_use
+from narrows.cost.memory import MemoryUse, memory_use, stored_bytes
 from narrows.cost.network import Network, network
 from narrows.cost.pricer import Pricer, StepShape
 from narrows.errors import ConfigError
@@ -50,7 +51,8 @@ EXPERTS = ("split", "whole")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A model on a mesh of one kind of device. ``graph``: steps are launched from a CUDA graph.
+    """A model on a mesh of one kind of device. ``graph``: steps are launched from a CUDA graph. ``dtype``: of linear
+    weights; ``stored``: as the checkpoint has them in blocks, of which ``config`` keeps none with another dtype.
 
     ``want_logits``: every rank needs whole rows of logits, not only the chosen token. ``encode_rows``: one of
     ENCODE_ROWS. ``expert_skew``: how unequally experts are chosen (:mod:`narrows.cost.imbalance`). ``kv_dtype``: of the
@@ -78,6 +80,7 @@ class Deployment:
             raise ConfigError(f"--encode-rows {self.encode_rows!r} is not known; it is one of {', '.join(ENCODE_ROWS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known; dtypes: {', '.join(DTYPES)}")
+        self._check_blocks()
         self.device.flops_per_s(self.dtype)  # refuses fp8 on a device without it, naming those that have it
         if not 0 <= self.expert_skew <= LARGEST_SKEW:
             raise ConfigError(f"--expert-skew is {self.expert_skew:g}; it must be between 0 and {LARGEST_SKEW:g}")
@@ -90,6 +93,18 @@ class Deployment:
             )
         self._check_experts()
         self._check_gpu_options()
+
+    def _check_blocks(self) -> None:
+        """Refuse a checkpoint without blocks; forget blocks that ranks do not hold, so that no split respects them."""
+        if self.dtype != "stored":
+            object.__setattr__(self, "config", replace(self.config, blocks=NO_BLOCKS))
+        elif not self.config.blocks:
+            raise ConfigError(
+                f"--quantization stored: {self.config.name} has no weights in blocks that kernels multiply "
+                f"({', '.join(map(str, BLOCK_FORMATS))} of a GGUF file); leave it out"
+            )
+        elif not self.device.is_cpu:
+            raise ConfigError(f"weights as stored are for CPU ranks, and this is {self.device.name}; use bf16")
 
     def _check_experts(self) -> None:
         """Refuse a way to hold experts that this model or mesh cannot have."""
@@ -135,6 +150,11 @@ class Deployment:
         return self.config.moe is not None or is_block_fp8(self.config.quantization)
 
     @property
+    def stored_bytes(self) -> float:
+        """Bytes of a value of weights in blocks, on average."""
+        return stored_bytes(self.config) if self.dtype == "stored" else 1.0
+
+    @property
     def itemsize(self) -> int:
         """Bytes per value of the activations."""
         return 4 if self.dtype == "fp32" else 2
@@ -163,6 +183,7 @@ class Deployment:
             expert_skew=self.expert_skew,
             block_scales=self.block_scales,
             kv_dtype=self.kv_dtype,
+            stored_bytes=self.stored_bytes,
             engine=self.engine,
             topology=self.topology,
             between=self.network,

@@ -18,13 +18,16 @@ from narrows.plan.plan import Op, OpKind, Plan
 
 __all__ = ["MASK_BYTES", "POOL", "Kernels", "Workspace", "workspace"]
 
-EXPANDED_VALUES = 1 << 24
-"""Values of keys and values that plain latent attention expands at once (`ops/mla_attention.py`)."""
+EXPANDED_VALUES, FUSED_VALUES = 1 << 24, 1 << 29
+"""Values of keys and values that plain latent attention expands at once, and those where one kernel attends to them, on
+GPUs in 16 bits (`ops/mla_attention.py`)."""
+SUMMED_VALUES = 1 << 26
+"""Values of rows' experts that are weighted and summed at once on GPUs (`ops/experts.py`)."""
 SCORES = 1 << 22
 """Scores that plain attention on CPUs holds at once (`ops/causal_attention.py`)."""
 MASK_BYTES = 4
-"""Per row and token of its context, where torch's 16-bit kernels on GPUs need a mask: the mask, its inverse, and the
-two bytes of the addend that torch makes of it (`ops/causal_attention.py`). Not measured on a GPU."""
+"""Per row and token of its context, where torch's 16-bit kernels on GPUs need a mask, for windows: the mask, its
+inverse, and the two bytes of the addend that torch makes of it (`ops/causal_attention.py`). Not measured on a GPU."""
 HEAP = 1.5
 """What glibc's heap takes for tensors of many sizes over what they hold: at most 1.4 in benchmarks/memory.py."""
 POOL = 1.1
@@ -129,16 +132,17 @@ def _stage(stage: Stage, op: Op, shape: StepShape, kernels: Kernels) -> tuple[fl
 
 def _attention(stage: Stage, rows: int, shape: StepShape, kernels: Kernels) -> float:
     """Queries, what attends to them, and what plain torch needs beside: expanded keys and values, and scores in
-    blocks; on GPUs, in 16 bits, a mask of all rows and their context instead of scores, unless prompts run whole."""
+    blocks; on GPUs, in 16 bits, no scores, but for windows a mask of all rows and their context."""
     gemms = [item for item in stage.work if isinstance(item, Gemm)]
     size, context = kernels.itemsize, max(shape.context, 1)
     between = rows * (gemms[0].n + gemms[-1].k) * size
     if kernels.compiled or shape.phase == "decode":
         return between
-    expanded = sum(min(context * item.n, EXPANDED_VALUES) * (4 + size) for item in gemms[1:-1])
     if not kernels.cpu and size == 2:
-        masked = rows < context or stage.window is not None
-        return between + expanded + (MASK_BYTES * min(rows, context) * context if masked else 0)
+        fused = sum(min(context * item.n, FUSED_VALUES) for item in gemms[1:-1])  # each as a product, and beside others
+        mask = MASK_BYTES * min(rows, context) * context if stage.window is not None else 0
+        return between + 2 * size * fused + mask
+    expanded = sum(min(context * item.n, EXPANDED_VALUES) * (4 + size) for item in gemms[1:-1])
     heads = sum(item.heads for item in stage.work if isinstance(item, AttentionCore))
     return between + expanded + 4 * min(heads * min(rows, 64) * context, SCORES) * 2
 
@@ -165,5 +169,6 @@ def _products(stage: Stage, rows: int, kernels: Kernels) -> tuple[float, float]:
             inside += sums + pairs * hidden * size + pairs / max(first.experts, 1) * (1.5 * first.n + 2 * hidden) * size
         else:
             laid_out = rows * top_k  # all pairs, with those of other ranks' experts at the end
-            inside += sums + laid_out * size * (hidden + max(1.5 * first.n, last.k + hidden))
+            summed = min(laid_out * hidden, SUMMED_VALUES) * (size + 4)
+            inside += sums + laid_out * size * (hidden + max(1.5 * first.n, last.k + hidden)) + summed
     return inside, keeps

@@ -276,11 +276,11 @@ atexit.register(_current.close)  # as early as this, so that it comes after the 
 
 
 def fork_server(*, fork_self: bool = False) -> ForkServer | None:
-    """The fork server of this process; None on a system that lacks what it needs (Linux has had it since 5.3).
+    """The fork server of this process; None on a system without pidfd (Linux has had it since 5.3).
 
     ``fork_self``: if there is none yet, it may be a fork of this process.
     """
-    return _current.get(fork_self=fork_self) if hasattr(os, "pidfd_open") else None
+    return _current.get(fork_self=fork_self) if _has_pidfd() else None
 
 
 @contextlib.contextmanager
@@ -299,6 +299,15 @@ def has_one_thread() -> bool:
         return len(os.listdir("/proc/self/task")) == 1
     except OSError:
         return False
+
+
+def _has_pidfd() -> bool:
+    """Whether the system has it, and this process may use it: some containers refuse calls that they do not know."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def _read_once(environment: Mapping[str, str]) -> dict[str, str]:

@@ -105,9 +105,10 @@ def _be_a_rank(request: dict[str, Any], fds: list[int]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    if request["folder"]:
+    with contextlib.suppress(OSError):  # it has been removed
         os.chdir(request["folder"])
-    os.sched_setaffinity(0, request["cores"])
+    with contextlib.suppress(OSError):  # they have been taken away
+        os.sched_setaffinity(0, request["cores"])
     _set_name(request["name"])
     with open(0, "rb", closefd=False) as stdin:
         line = stdin.readline()

@@ -14,8 +14,8 @@ from narrows.arch.weights import Weight
 from narrows.convert.gguf_config import gguf_config
 from narrows.convert.gguf_file import GgufFile
 from narrows.convert.gguf_header import GgufHeader
-from narrows.convert.gguf_tensors import gguf_targets
-from narrows.convert.gguf_values import target_pieces
+from narrows.convert.gguf_tensors import Target, gguf_targets
+from narrows.convert.gguf_values import target_blocks, target_pieces
 from narrows.errors import CheckpointError
 
 __all__ = ["GgufWeights"]
@@ -39,6 +39,21 @@ class GgufWeights:
         self._file = GgufFile(header)
 
     def take(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        to, spans = self._target(weight, span)
+        out = torch.empty([hi - lo for lo, hi in spans], dtype=self.dtype)
+        rows = out if out.dim() == 2 else out[None]
+        row = 0
+        for piece in target_pieces(self._file, to, spans[0], spans[-1], expert or 0):
+            rows[row : row + len(piece)] = torch.from_numpy(piece)
+            row += len(piece)
+        return out
+
+    def take_blocks(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        to, spans = self._target(weight, span)
+        return torch.from_numpy(target_blocks(self._file, to, spans[0], spans[-1], expert or 0))
+
+    def _target(self, weight: Weight, span: tuple[int, int] | None) -> tuple[Target, list[tuple[int, int]]]:
+        """Where the weight is, and the span along each of its dimensions."""
         to = self._targets.get(weight.name)
         if to is None:
             raise CheckpointError(f"{self.path}: tensor {weight.name} is missing ({len(self._targets)} tensors)")
@@ -49,10 +64,4 @@ class GgufWeights:
         spans = [(0, size) for size in to.shape]
         if span is not None:
             spans[weight.dim or 0] = span
-        out = torch.empty([hi - lo for lo, hi in spans], dtype=self.dtype)
-        rows = out if out.dim() == 2 else out[None]
-        row = 0
-        for piece in target_pieces(self._file, to, spans[0], spans[-1], expert or 0):
-            rows[row : row + len(piece)] = torch.from_numpy(piece)
-            row += len(piece)
-        return out
+        return to, spans

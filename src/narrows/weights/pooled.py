@@ -7,12 +7,14 @@ hit.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from narrows.arch.weights import Weight
+from narrows.weights.dummy import block_span, random_blocks
 
 __all__ = ["PooledWeights"]
 
@@ -38,3 +40,8 @@ class PooledWeights:
         num, first = prod(shape), zlib.crc32(name.encode()) % (_POOL // 2)
         pool = self._pool[first:]
         return pool.repeat(-(-num // pool.numel()))[:num].mul_(scale).add_(middle).reshape(shape)
+
+    def take_blocks(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        """Random blocks, of one row as of the next."""
+        line = random_blocks(replace(weight, shape=(1, weight.shape[1])), torch.Generator().manual_seed(0))
+        return block_span(line.expand(weight.shape[0], -1), weight, span)

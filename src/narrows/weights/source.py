@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from narrows.arch.weights import Weight
 
-__all__ = ["WeightSource"]
+__all__ = ["BlockSource", "WeightSource"]
 
 
 class WeightSource(Protocol):
@@ -24,4 +24,14 @@ class WeightSource(Protocol):
         Raises:
             CheckpointError: the tensor is missing, or has another shape than the model's config implies.
         """
+        ...
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A source that hands out weights in blocks as they are stored."""
+
+    def take_blocks(self, weight: Weight, span: tuple[int, int] | None, expert: int | None = None) -> Tensor:
+        """The bytes of the blocks of ``weight.blocks`` that :meth:`WeightSource.take` would give the numbers of:
+        [rows, bytes]. A span of columns begins and ends where blocks do."""
         ...

@@ -8,12 +8,14 @@
 
 namespace narrows {
 
-enum Kind : int { BF16_WEIGHT = 0, INT8 = 1, INT8_WEIGHT = 2 };  // of weight: ops/int8.py
+// Of weight: ops/int8.py, and from Q4_0 on those that are held in blocks as checkpoints store them: ops/blocks.py.
+enum Kind : int { BF16_WEIGHT, INT8, INT8_WEIGHT, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K };
 
-// A packed weight: its panels, and of an int8 one the scale of each output.
+// A packed weight: its panels, of an int8 one the scale of each output, and its kind.
 struct Packed {
     const uint32_t* panels;
     const float* scales;
+    int kind;
 };
 
 // torch's `at::native::cpublas::brgemm` for bf16 (M, N, K, lda, ldb, ldc, add to C, A, B in pairs as here, C, pairs)

@@ -122,10 +122,10 @@ struct Stack {
 
     template <typename Kind>
     Packed of(int64_t expert) const {
-        const int64_t outputs = panels_of(num_outputs) * PANEL;
+        const int64_t panels = expert * panels_of(num_outputs);
         Packed at = first;
-        at.panels += expert * outputs * Kind::panel_words(num_inputs);
-        if (at.scales != nullptr) at.scales += expert * outputs;
+        at.panels += panels * Kind::panel_size(first, num_inputs);
+        if (at.scales != nullptr) at.scales += panels * PANEL;
         return at;
     }
 };

@@ -15,21 +15,26 @@ namespace {
 template <int INPUTS, typename Number>
 void pack_weight(uint32_t* panels, const Number* source, int64_t stride, int64_t first, int64_t num_rows,
                  int64_t num_inputs, int64_t half, uint32_t flip) {
-    const int64_t num_words = (num_inputs + INPUTS - 1) / INPUTS, width = half < 0 ? PANEL : PANEL / 2;
+    const int64_t num_whole = num_inputs / INPUTS, num_words = (num_inputs + INPUTS - 1) / INPUTS;
+    const int64_t width = half < 0 ? PANEL : PANEL / 2;
     const int64_t offset = half == 1 ? PANEL / 2 : 0;
     constexpr int64_t SPAN = 64;  // words at a time: what is written stays in the cache until its lines are full
     for (int64_t row = first; row < first + num_rows;) {
         const int64_t stop = std::min(first + num_rows, (row / width + 1) * width);
         uint32_t* panel = panels + row / width * num_words * PANEL + offset + row % width;
         for (int64_t from = 0; from < num_words; from += SPAN) {
-            const int64_t until = std::min(num_words, from + SPAN);
+            const int64_t until = std::min(num_whole, from + SPAN);
             for (int64_t r = row; r < stop; ++r) {
                 const Number* x = source + (r - first) * stride;
-                for (int64_t p = from; p < until; ++p) {
-                    uint32_t word = 0;
-                    std::memcpy(&word, x + INPUTS * p,
-                                std::min<int64_t>(INPUTS, num_inputs - INPUTS * p) * sizeof(Number));
+                for (int64_t p = from; p < until; ++p) {  // a copy of a size that is known is one instruction
+                    uint32_t word;
+                    std::memcpy(&word, x + INPUTS * p, sizeof word);
                     panel[p * PANEL + r - row] = word ^ flip;
+                }
+                if (from + SPAN >= num_words && num_whole < num_words) {
+                    uint32_t word = 0;
+                    std::memcpy(&word, x + INPUTS * num_whole, (num_inputs - INPUTS * num_whole) * sizeof(Number));
+                    panel[num_whole * PANEL + r - row] = word ^ flip;
                 }
             }
         }
@@ -145,7 +150,7 @@ void linear(void* out, int64_t out_stride, const bf16* x, int64_t x_stride, int 
             int num_threads, const Brgemm* brgemm) {
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
-    const Packed weight{panels, scales};
+    const Packed weight{panels, scales, kind};
     with_kind(kind, [&]<typename Kind>(Kind) {
         if (wide) {
             multiply_rows<Kind>(static_cast<float*>(out), out_stride, x, x_stride, weight, bias, num_rows, num_outputs,
@@ -258,7 +263,7 @@ void gate_up(bf16* out, int64_t out_stride, const bf16* x, int64_t x_stride, int
     if (num_rows == 0) return;
     if (num_rows < MANY || kind != BF16_WEIGHT || !TAKES_BRGEMM) brgemm = nullptr;
     with_kind(kind, [&]<typename Kind>(Kind) {
-        activate_rows<Kind>(out, out_stride, x, x_stride, {panels, scales}, bias, num_rows, num_inner, num_inputs,
+        activate_rows<Kind>(out, out_stride, x, x_stride, {panels, scales, kind}, bias, num_rows, num_inner, num_inputs,
                             num_threads, brgemm);
     });
 }

@@ -11,6 +11,9 @@
 // Weights are held with 128 added, as instructions want them that multiply unsigned numbers with signed ones, and 128
 // times the sum of the row is taken off. INT8_WEIGHT: rows stay bf16.
 //
+// A weight in blocks (Q4_0 and so on) is held in the bytes in which the checkpoint stores it (tile/blocks.h). The number
+// in `Packed` says which, so gates and ups may be of another kind of block than the way down.
+//
 // Each result is one chain of additions over K in a fixed order, whatever other rows and columns there are: a row's
 // bits never depend on its company. Many rows may go to another library's product instead (`Brgemm`), which is for CPUs
 // with AMX, and promises no such thing.
@@ -28,6 +31,7 @@ template <typename Work>
 inline void with_kind(int kind, Work work) {
     if (kind == INT8) return work(Int8{});
     if (kind == INT8_WEIGHT) return work(WeightInt8{});
+    if (kind >= Q4_0) return work(InBlocks{});
     work(Bf16{});
 }
 

@@ -239,6 +239,26 @@ inline I32x16 byte_of(I32x16 quads, int byte) {
 inline I32x16 mul_add_pairs(I32x16 x, I32x16 y, I32x16 z) {
     return {_mm256_add_epi32(_mm256_madd_epi16(x.a, y.a), z.a), _mm256_add_epi32(_mm256_madd_epi16(x.b, y.b), z.b)};
 }
+inline I32x16 operator&(I32x16 x, I32x16 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline I32x16 operator|(I32x16 x, I32x16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline I32x16 operator^(I32x16 x, I32x16 y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+inline I32x16 shift_right(I32x16 x, int bits) {
+    const __m128i by = _mm_cvtsi32_si128(bits);
+    return {_mm256_srl_epi32(x.a, by), _mm256_srl_epi32(x.b, by)};
+}
+inline I32x16 shift_left(I32x16 x, int bits) {
+    const __m128i by = _mm_cvtsi32_si128(bits);
+    return {_mm256_sll_epi32(x.a, by), _mm256_sll_epi32(x.b, by)};
+}
+constexpr bool DOTS_ANY_BYTE = false;
+inline I32x16 dot_bytes(I32x16 sum, I32x16 x, I32x16 y) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return mul_add_pairs({_mm256_maddubs_epi16(x.a, y.a), _mm256_maddubs_epi16(x.b, y.b)}, {one, one}, sum);
+}
+inline I32x16 dot_signed_bytes(I32x16 sum, I32x16 x, I32x16 y) {
+    return dot_bytes(sum, {_mm256_abs_epi8(x.a), _mm256_abs_epi8(x.b)},
+                     {_mm256_sign_epi8(y.a, x.a), _mm256_sign_epi8(y.b, x.b)});
+}
 
 // Four rows as columns: what belongs to column i of each half goes to `step` numbers after column i - 1.
 inline void store_four_rows(float* to, int64_t step, __m256 a, __m256 b, __m256 c, __m256 d) {

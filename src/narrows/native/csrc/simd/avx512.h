@@ -153,6 +153,24 @@ inline I32x16 byte_of(I32x16 quads, int byte) {
 inline I32x16 mul_add_pairs(I32x16 a, I32x16 b, I32x16 c) {
     return {_mm512_add_epi32(_mm512_madd_epi16(a.v, b.v), c.v)};
 }
+inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline I32x16 operator^(I32x16 a, I32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline I32x16 shift_right(I32x16 x, int bits) { return {_mm512_srl_epi32(x.v, _mm_cvtsi32_si128(bits))}; }
+inline I32x16 shift_left(I32x16 x, int bits) { return {_mm512_sll_epi32(x.v, _mm_cvtsi32_si128(bits))}; }
+#ifdef __AVX512VNNI__
+constexpr bool DOTS_ANY_BYTE = true;
+inline I32x16 dot_bytes(I32x16 sum, I32x16 a, I32x16 b) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }
+#else
+constexpr bool DOTS_ANY_BYTE = false;
+inline I32x16 dot_bytes(I32x16 sum, I32x16 a, I32x16 b) {
+    return mul_add_pairs({_mm512_maddubs_epi16(a.v, b.v)}, {_mm512_set1_epi16(1)}, sum);
+}
+#endif
+inline I32x16 dot_signed_bytes(I32x16 sum, I32x16 a, I32x16 b) {
+    const __m512i turned = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(a.v), _mm512_setzero_si512(), b.v);
+    return dot_bytes(sum, {_mm512_abs_epi8(a.v)}, {turned});
+}
 
 template <int ROWS>
 inline void store_columns(float* to, const F32x16 (&rows)[ROWS]) {

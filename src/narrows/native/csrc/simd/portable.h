@@ -222,6 +222,38 @@ inline I32x16 mul_add_pairs(const I32x16& a, const I32x16& b, const I32x16& c) {
     });
 }
 
+inline I32x16 operator&(const I32x16& a, const I32x16& b) {
+    return each<I32x16>([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline I32x16 operator|(const I32x16& a, const I32x16& b) {
+    return each<I32x16>([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline I32x16 operator^(const I32x16& a, const I32x16& b) {
+    return each<I32x16>([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+inline I32x16 shift_right(const I32x16& x, int bits) {
+    return each<I32x16>([&](int i) { return int32_t(uint32_t(x.v[i]) >> bits); });
+}
+inline I32x16 shift_left(const I32x16& x, int bits) {
+    return each<I32x16>([&](int i) { return int32_t(uint32_t(x.v[i]) << bits); });
+}
+constexpr bool DOTS_ANY_BYTE = true;
+template <typename Byte>
+inline I32x16 dot_bytes_of(const I32x16& sum, const I32x16& a, const I32x16& b) {
+    return each<I32x16>([&](int i) {
+        int32_t y = sum.v[i];
+        for (int byte = 0; byte < 32; byte += 8)
+            y += Byte(uint32_t(a.v[i]) >> byte) * int8_t(uint32_t(b.v[i]) >> byte);
+        return y;
+    });
+}
+inline I32x16 dot_bytes(const I32x16& sum, const I32x16& a, const I32x16& b) {
+    return dot_bytes_of<uint8_t>(sum, a, b);
+}
+inline I32x16 dot_signed_bytes(const I32x16& sum, const I32x16& a, const I32x16& b) {
+    return dot_bytes_of<int8_t>(sum, a, b);
+}
+
 template <int ROWS>
 inline void store_columns(float* to, const F32x16 (&rows)[ROWS]) {
     for (int r = 0; r < ROWS; ++r) {

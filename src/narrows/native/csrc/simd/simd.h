@@ -15,6 +15,9 @@
 //   load_pairs           sixteen pairs of neighbours: first members, and second ones
 //   low_half, high_half  the two bf16 of each word; even_bytes, odd_bytes: two bytes of each word as pairs of int16
 //   mul_add_pairs        c + the two products of int16 in each lane
+//   shift_right          of unsigned words, by as many bits in all lanes; shift_left
+//   dot_bytes            sum + the four products of a's unsigned bytes with b's signed ones in each lane; unless
+//                        DOTS_ANY_BYTE, a's are at most 127, and b's at least -127. dot_signed_bytes: a's are signed
 //
 // Products and sums are rounded one by one (-ffp-contract=off), so results are the same bits on all targets, but where
 // an instruction says otherwise: bf16 that is denormal (`store`), products of bf16 (tile/), and mul_add where a CPU has

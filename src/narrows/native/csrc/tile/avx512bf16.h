@@ -124,6 +124,7 @@ struct Bf16 {
     static constexpr int64_t MOST_ROWS = BLOCK;  // of a block
     static int64_t row_words(int64_t num_inputs) { return pairs_of(num_inputs); }
     static int64_t panel_words(int64_t num_inputs) { return pairs_of(num_inputs); }
+    static int64_t panel_size(const Packed&, int64_t num_inputs) { return panel_words(num_inputs) * PANEL; }
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool in_order) {
         pack_rows(block, row_of, num_rows, num_inputs, in_order);
@@ -145,6 +146,7 @@ struct Int8 {
     static constexpr int64_t MOST_ROWS = 8;  // with 12 the compiler runs out of registers: 1.9 times the time of 8
     static int64_t row_words(int64_t num_inputs) { return quads_of(num_inputs) + 2; }  // the last two: Rounded
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
+    static int64_t panel_size(const Packed&, int64_t num_inputs) { return panel_words(num_inputs) * PANEL; }
 
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
@@ -217,6 +219,7 @@ struct WeightInt8 {
     static constexpr int64_t MOST_ROWS = BLOCK;
     static int64_t row_words(int64_t num_inputs) { return 2 * quads_of(num_inputs); }
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
+    static int64_t panel_size(const Packed&, int64_t num_inputs) { return panel_words(num_inputs) * PANEL; }
 
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {

@@ -22,4 +22,11 @@ struct Blocks {
     int64_t start(int64_t i) const { return i * num_rows / count; }
 };
 
+// Calls `work.operator()<rows>()`.
+template <int MOST, typename Work>
+[[gnu::always_inline]] inline void with_rows(int64_t rows, Work work) {
+    if (rows == MOST) return work.template operator()<MOST>();
+    if constexpr (MOST > 1) with_rows<MOST - 1>(rows, work);
+}
+
 }  // namespace narrows::NARROWS_TARGET

@@ -17,13 +17,6 @@ namespace narrows::NARROWS_TARGET {
 constexpr bool TAKES_BRGEMM = false;
 constexpr int64_t BLOCK = TILE_ROWS;  // most rows of a block
 
-// Calls `work.operator()<rows>()`.
-template <int MOST, typename Work>
-[[gnu::always_inline]] inline void with_rows(int64_t rows, Work work) {
-    if (rows == MOST) return work.template operator()<MOST>();
-    if constexpr (MOST > 1) with_rows<MOST - 1>(rows, work);
-}
-
 // Calls `work.operator()<VECTORS>(first)` until both halves of a panel have had their turn: at once where the sums of
 // ROWS rows leave room for it, and for the weights.
 template <int ROWS, typename Work>
@@ -173,6 +166,7 @@ struct Bf16 {
     static constexpr int64_t MOST_ROWS = BLOCK;
     static int64_t row_words(int64_t num_inputs) { return 2 * pairs_of(num_inputs); }
     static int64_t panel_words(int64_t num_inputs) { return pairs_of(num_inputs); }
+    static int64_t panel_size(const Packed&, int64_t num_inputs) { return panel_words(num_inputs) * PANEL; }
 
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
@@ -206,6 +200,7 @@ struct WeightInt8 {
     static constexpr int64_t MOST_ROWS = BLOCK;
     static int64_t row_words(int64_t num_inputs) { return 4 * quads_of(num_inputs); }
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
+    static int64_t panel_size(const Packed&, int64_t num_inputs) { return panel_words(num_inputs) * PANEL; }
 
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
@@ -242,6 +237,7 @@ struct Int8 {
     static constexpr int64_t MOST_ROWS = BLOCK;
     static int64_t row_words(int64_t num_inputs) { return 2 * quads_of(num_inputs) + 2; }  // the last two: Rounded
     static int64_t panel_words(int64_t num_inputs) { return quads_of(num_inputs); }
+    static int64_t panel_size(const Packed&, int64_t num_inputs) { return panel_words(num_inputs) * PANEL; }
 
     template <typename RowOf>
     static void pack(uint32_t* block, RowOf row_of, int64_t num_rows, int64_t num_inputs, bool) {
