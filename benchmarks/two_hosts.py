@@ -205,7 +205,7 @@ def _measured_steps(args: argparse.Namespace, config: Any) -> list[str]:
             runs = attributed_op_times(engines[name], plans[name])[1:]
             each = [median(run[i] for run in runs) for i in range(plans[name].num_ops)]
             for took, (_, op) in zip(each, plans[name].ops(), strict=True):
-                if op.move is not None and op.meets:
+                if op.move is not None and op.is_collective:
                     lie = own.resolved.deployment.topology.levels(op.move.groups)[0]
                     where = LEVELS[lie.spans + (lie.per_node > 1 and lie.spans)]
                     where += f", {op.move.algorithm}" if lie.has_two_levels else ""

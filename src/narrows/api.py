@@ -81,10 +81,10 @@ class Health:
 class Stats:
     """Numbers of this moment (``running``, ``waiting``, ``kv_*``) and totals since the start (the rest).
 
-    ``plans``: steps run by (phase, bucket of rows, layout). ``plan_seconds``: of those that have ended, the seconds
-    predicted and taken; empty where one plan runs every step. ``collectives``: by (layout, collective): how many, bytes
-    that crossed ranks, seconds; empty when they are not measured. ``predicted_collectives``: seconds predicted for
-    them. The numbers of the scheduler are those of
+    ``restarts``: times that new ranks took the place of failed ones. ``plans``: steps run by (phase, bucket of rows,
+    layout). ``plan_seconds``: of those that have ended, the seconds predicted and taken; empty where one plan runs
+    every step. ``collectives``: by (layout, collective): how many, bytes that crossed ranks, seconds; empty when they
+    are not measured. ``predicted_collectives``: seconds predicted for them. The numbers of the scheduler are those of
     :class:`~narrows.sched.stats.SchedulerStats`.
     """
 
@@ -97,6 +97,7 @@ class Stats:
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
     steps: int = 0
+    restarts: int = 0
     idle_rows: tuple[int, ...] = ()
     group_running: tuple[int, ...] = ()
     group_kv_pages_used: tuple[int, ...] = ()

@@ -37,7 +37,7 @@ class LayoutError(NarrowsError, ValueError):
 
 
 class PlanError(NarrowsError):
-    """A plan whose steps do not fit together: a stage would read a field whose sum is owed, or in another layout."""
+    """A plan whose ops do not fit together: a stage would read a field whose sum is owed, or in another layout."""
 
 
 class RankError(NarrowsError):

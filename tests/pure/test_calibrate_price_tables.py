@@ -64,7 +64,7 @@ def test_plans_are_priced_at_their_measured_time() -> None:
         priced = plan_of(plan.shape.rows.total, measured)
         assert [op.name for _, op in priced.ops()] == [op.name for _, op in plan.ops()]
         for _, op in priced.ops():
-            if op.move is not None and op.meets:
+            if op.move is not None and op.is_collective:
                 assert op.seconds == pytest.approx(took(op), rel=0.1), "sizes near each other are one"
             elif op.kind is OpKind.STAGE and op.stage is not None and op.stage.work:
                 assert op.source is Source.MEASURED and op.seconds == pytest.approx(took(op)), op.name
@@ -108,7 +108,7 @@ def test_groups_on_several_hosts_have_tables_of_their_own() -> None:
 
     def slow(op: Op) -> float:
         """As `took`, and ten times that where ranks meet over both hosts."""
-        crosses = op.move is not None and op.meets and nodes.levels(op.move.groups)[0].spans
+        crosses = op.move is not None and op.is_collective and nodes.levels(op.move.groups)[0].spans
         factor = 10 if crosses else 1
         return took(op) * (factor / 2 if op.move and op.move.algorithm is Algorithm.HIERARCHICAL else factor)
 
@@ -132,7 +132,11 @@ def test_groups_on_several_hosts_have_tables_of_their_own() -> None:
     }
     ran = {(op.move, op.stage, op.nbytes) for plan in (flat, auto) for _, op in plan.ops()}
     for layout, ways in (("sequence-parallel", {Algorithm.FLAT}), ("auto", {*Algorithm})):
-        again = [op for _, op in planned(layout, measured).ops() if op.meets and (op.move, op.stage, op.nbytes) in ran]
+        again = [
+            op
+            for _, op in planned(layout, measured).ops()
+            if op.is_collective and (op.move, op.stage, op.nbytes) in ran
+        ]
         assert ways <= {op.move.algorithm for op in again if op.move}
         for op in again:
             assert op.seconds == pytest.approx(slow(op), rel=0.1)

@@ -104,7 +104,7 @@ def test_a_stage_has_the_error_of_its_parts() -> None:
     experts = next(op for _, op in plan.ops() if op.name == "experts")
     assert experts.error_ps is not None
     assert experts.error / experts.ps < band(PriceClass.EXPERTS, Source.SCALED)
-    moved = next(op for _, op in plan.ops() if op.meets)
+    moved = next(op for _, op in plan.ops() if op.is_collective)
     assert moved.error == moved.ps * band(PriceClass.COMMUNICATION, moved.source)
     assert work_band(GroupedGemm(experts=1, n=1, k=1, pairs_per_row=1.0), Source.MEASURED) == band(
         PriceClass.EXPERTS, Source.MEASURED

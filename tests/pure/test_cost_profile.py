@@ -187,8 +187,8 @@ def test_a_plan_has_the_cost_of_its_step_outside_the_plan() -> None:
     deployment = Deployment(config=CONFIG, mesh=MESH, device=device, graph=False)
     shape = StepShape.of(MESH, (64,), phase="prefill", context=64)
     plan = Planner(deployment, choose_sharding(deployment, [(shape, 1.0)])).plan(shape)
-    assert plan.host.ps == 3 * 10**9 and plan.totals()[PriceClass.HOST] == pytest.approx(3e-3)
-    assert plan.ps == plan.host.ps + sum(op.ps for _, op in plan.ops())
+    assert plan.host_overhead.ps == 3 * 10**9 and plan.totals()[PriceClass.HOST] == pytest.approx(3e-3)
+    assert plan.ps == plan.host_overhead.ps + sum(op.ps for _, op in plan.ops())
     assert sum(plan.totals().values()) == pytest.approx(plan.seconds)
 
 

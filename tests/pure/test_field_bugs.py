@@ -567,7 +567,7 @@ def _nothing_is_inapplicable(patch: pytest.MonkeyPatch) -> None:
 CANNOT = [
     ("attn-tp-input-scattered", "deepseek-v3", Mesh.of(dp=8, tp=1), "tp is 1"),
     ("attn-tp-input-scattered", "deepseek-v2-lite", Mesh.of(dp=1, tp=8), "q_lora_rank is null"),
-    ("attn-tp-input-scattered", "llama-3.1-8b", Mesh.of(dp=1, tp=8), "q_lora_rank is null"),
+    ("attn-tp-input-scattered", "llama-3.1-8b", Mesh.of(dp=1, tp=8), "no latent attention"),
     ("norm-before-gather", "deepseek-v3", Mesh.of(dp=1, tp=8), "dp is 1"),
     ("sequence-parallel", "deepseek-v3", Mesh.of(dp=1, tp=1), "one rank"),
 ]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from narrows.sched import queue, scheduler
-from narrows.sched.admission import Placement, choose_placement
 from narrows.sched.batch import Batch
 from narrows.sched.chunks import next_rows
+from narrows.sched.group_routing import Placement, choose_placement
 from narrows.sched.limits import Limits
 from narrows.sched.pages import PagePool
 from narrows.sched.queue import WaitingQueue

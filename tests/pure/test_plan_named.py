@@ -191,8 +191,8 @@ def test_named_layouts_pin_the_published_weight_sharding(mesh: Mesh) -> None:
 @pytest.mark.parametrize(
     ("layout", "model", "mesh", "words"),
     [
-        ("attn-tp-input-scattered", "llama-3.1-8b", TP8, "q_lora_rank is null: llama has no low-rank projection"),
-        ("attn-tp-input-scattered", "glm-4.5", TP8, "q_lora_rank is null: glm4_moe has no low-rank projection"),
+        ("attn-tp-input-scattered", "llama-3.1-8b", TP8, "llama has no latent attention"),
+        ("attn-tp-input-scattered", "glm-4.5", TP8, "glm4_moe has no latent attention"),
         ("attn-tp-input-scattered", "deepseek-v2-lite", TP8, "q_lora_rank is null: queries come from hidden itself"),
         ("attn-tp-input-scattered", "deepseek-v3", DP8, "tp is 1: attention has no ranks to scatter its input over"),
         ("norm-before-gather", "deepseek-v3", TP8, "dp is 1: one attention group already holds all rows"),

@@ -11,8 +11,8 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from narrows.sched.admission import choose_placement
 from narrows.sched.batch import Batch
+from narrows.sched.group_routing import choose_placement
 from narrows.sched.scheduler import Limits, Request, Scheduler
 
 ROOMY = 1000

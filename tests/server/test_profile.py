@@ -60,6 +60,7 @@ def test_keys_are_required(make_lab: Callable[..., Lab]) -> None:
 
 def test_predicted_and_measured_are_both_reported(plain: Lab) -> None:
     plain.backend.numbers = Stats(
+        restarts=2,
         plans={("decode", 8, "auto"): 5},
         plan_seconds={("decode", 8, "auto"): (0.25, 0.5)},
         collectives={("(S,P) -> (S,R)", "all_reduce"): (3, 4096, 0.125)},
@@ -72,6 +73,7 @@ def test_predicted_and_measured_are_both_reported(plain: Lab) -> None:
 
     lines = asyncio.run(metrics()).splitlines()
     plan, collective = '{layout="auto",phase="decode",rows="8"}', '{collective="all_reduce",layout="(S,P) -> (S,R)"}'
+    assert "narrows_restarts_total 2.0" in lines
     assert f"narrows_plan_predicted_seconds_total{plan} 0.25" in lines
     assert f"narrows_plan_measured_seconds_total{plan} 0.5" in lines
     assert f"narrows_collective_seconds_total{collective} 0.125" in lines

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from narrows.arch.stages import PriceClass
+from narrows.cli import calibrate_command
 from narrows.cli.main import main
 from narrows.cost.profile import DeviceFigures, read_profile, write_profile
 from narrows.engine.config import EngineConfig, resolve
 from narrows.errors import ConfigError
 from narrows.native import why_absent
+from narrows.ranks import affinity
 
 OPTIONS = ["--num-ranks", "2", "--transport", "threads", "--quick", "--dtype", "float32", "--seconds", "8"]
 
@@ -170,3 +172,21 @@ def test_impossible_calibrations_are_a_one_line_error(
     assert main(["calibrate", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("options", "num_ranks"),
+    [([], 6), (["--threads", "2"], 3), (["--transport", "nccl"], 4), (["--transport", "nccl", "--threads", "2"], 4)],
+)
+def test_the_default_is_a_rank_for_each_core_or_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], num_ranks: int
+) -> None:
+    def end_here(**found: object) -> None:
+        raise ConfigError(f"as far as {found['num_ranks']} ranks on {found['run_on']}")
+
+    monkeypatch.setattr(affinity, "num_gpus", lambda: 4)
+    monkeypatch.setattr(affinity, "num_cores", lambda: 6)
+    monkeypatch.setattr(calibrate_command, "rank_fingerprint", end_here)
+    assert main(["calibrate", *options]) == 2
+    where = "cuda" if "nccl" in options else "cpu"
+    assert f"as far as {num_ranks} ranks on {where}" in capsys.readouterr().err

@@ -10,11 +10,6 @@ import pytest
 
 from narrows.cli.main import COMMANDS, main, parse
 
-WITHOUT_HELP = {
-    f"--{name}" for name in ("temperature", "top-k", "top-p", "min-p", "seed", "min-tokens", "logprobs")
-} | {f"--{name}" for name in ("repetition-penalty", "presence-penalty", "frequency-penalty", "prompt-logprobs")}
-"""Of `narrows generate`: the field's names."""
-
 
 def parsers() -> Iterator[argparse.ArgumentParser]:
     """Of every command, and of every kind of benchmark."""
@@ -32,9 +27,8 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
 @pytest.mark.parametrize("parser", list(parsers()), ids=lambda parser: parser.prog)
 def test_each_flag_has_a_help_of_words(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
-        if not action.help:
-            assert parser.prog == "generate" and action.option_strings[0] in WITHOUT_HELP, action
-        elif action.help is not argparse.SUPPRESS:  # an old spelling
+        assert action.help, action
+        if action.help is not argparse.SUPPRESS:  # an old spelling
             assert action.help[0].isalnum() or action.help[0] == "'", f"{action.option_strings}: {action.help}"
     assert parser.format_help()
 

@@ -1187,7 +1187,7 @@ def _nothing_is_inapplicable(patch: pytest.MonkeyPatch) -> None:
         ("v3", 1, 2, "norm-before-gather", "dp is 1"),
         ("v3", 2, 1, "attn-tp-input-scattered", "tp is 1"),
         ("v2-lite", 1, 2, "attn-tp-input-scattered", "q_lora_rank is null"),
-        ("llama", 2, 2, "attn-tp-input-scattered", "q_lora_rank is null"),
+        ("llama", 2, 2, "attn-tp-input-scattered", "no latent attention"),
     ],
 )
 def test_an_engine_does_not_start_in_an_inapplicable_layout(

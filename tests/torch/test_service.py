@@ -282,7 +282,7 @@ def test_failed_ranks_restart_once_and_waiting_requests_run(
     assert bad.wait().finish_reason == "error" and "bad luck" in bad.updates[-1].error and blocker >= 0
     assert waits.wait().finish_reason == "length" and waits.tokens == expected.tokens
     assert service.health().ready and service.health().num_restarts == 1 and not service.failure
-    assert service.stats().steps > steps, "totals go on over a restart"
+    assert service.stats().steps > steps and service.stats().restarts == 1, "totals go on over a restart"
     assert "started again" in caplog.text and "bad luck" in caplog.text
     again = Caller(service, generation_of((BAD,), 6))
     assert again.wait().finish_reason == "error"
@@ -306,11 +306,11 @@ def test_health_reports_a_step_that_does_not_end(
     serve: Callable[..., EngineService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, held = Worker.step, threading.Event()
-    service = serve(timeout_s=0.3, timing=Timing(slow_factor=0.0, slow_s=0.2))
+    service = serve(timeout_s=0.3, timing=Timing(slow_factor=0.0, slow_s=0.2, first_s=0.0))
     assert service.health().ready
     monkeypatch.setattr(Worker, "step", lambda self, *args: held.wait(PATIENCE_S) and real(self, *args))
     caller = Caller(service, generation_of((1, 2), 6))
-    eventually(lambda: "a step runs" in service.health().detail)
+    eventually(lambda: "a step has not ended" in service.health().detail)
     eventually(lambda: caller.over.is_set())
     held.set()
     assert caller.wait().finish_reason == "error" and "has not ended" in caller.updates[-1].error

@@ -60,7 +60,7 @@ class PlanTimes:
     @property
     def execution_error(self) -> float:
         """Predicted over measured seconds of the plan's execution, less 1."""
-        return (self.plan.seconds - self.plan.host.seconds) / self.execution - 1
+        return (self.plan.seconds - self.plan.host_overhead.seconds) / self.execution - 1
 
     @property
     def error(self) -> float:

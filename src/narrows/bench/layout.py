@@ -31,7 +31,7 @@ _TURN_S, _MOST_STEPS, _LONG_S = 0.03, 8, 0.2
 """A turn is as many steps in a row as take this long, after one that wakes the ranks, unless steps are long. Turns are
 short, so that what slows the machine for a while meets all plans."""
 _CLOCKED_SHARE = 0.4
-"""Of the seconds of a cell, what is for its rounds with clocks around steps, which need no median within 3 %."""
+"""Of the seconds of a cell, what is for its rounds with clocks around ops, which need no median within 3 %."""
 _CLOCKED_ROUNDS = 3
 
 

@@ -83,7 +83,7 @@ class Tables:
             found.setdefault(id(op), (op, []))[1].append(taken)
         for op, taken_s in found.values():
             mean = sum(taken_s) / len(taken_s)
-            if op.move is not None and op.meets and op.nbytes:
+            if op.move is not None and op.is_collective and op.nbytes:
                 collective = OPS[op.move.kind] if op.stage is None else REDUCE_NORM
                 self._book_move(collective, op.move, plan.shape.phase, op.nbytes, mean)
             elif op.move is None and op.stage is not None and op.rows:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from narrows.calibrate.wait_attribution import attribute_waits
+from narrows.cost.environment import num_cores
 from narrows.cost.pricer import StepShape
 from narrows.engine.calls import RankWorker
 from narrows.engine.config import EngineConfig
@@ -22,7 +23,6 @@ from narrows.engine.program import Operation
 from narrows.engine.worker import Worker
 from narrows.layout import split_evenly
 from narrows.plan.plan import Op, Plan
-from narrows.ranks.affinity import num_cores
 from narrows.sched.batch import Batch, Chunk
 from narrows.sched.pages import num_pages_for
 
@@ -133,10 +133,12 @@ def attributed_op_times(engine: Engine, plan: Plan) -> list[list[float]]:
     config, num = engine.resolved.engine_config, plan.num_ops
     hosts = 1 if config.launch is None else config.launch.num_nodes
     at_once = hosts * num_cores() / engine.resolved.threads if config.run_on == "cpu" else engine.resolved.mesh.size
-    meets = [op.meets for _, op in plan.ops()]
+    is_collective = [op.is_collective for _, op in plan.ops()]
     ranks: list[list[float]] = engine.readings()
     starts = range(0, len(ranks[0]), num)
-    return [attribute_waits([times[at : at + num] for times in ranks], meets, max(at_once, 1.0)) for at in starts]
+    return [
+        attribute_waits([times[at : at + num] for times in ranks], is_collective, max(at_once, 1.0)) for at in starts
+    ]
 
 
 def fill_caches(engine: Engine) -> None:

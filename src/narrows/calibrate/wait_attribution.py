@@ -14,7 +14,7 @@ __all__ = ["attribute_waits"]
 _LEAST_SHARE = 0.1
 
 
-def attribute_waits(ranks: Sequence[Sequence[float]], meets: Sequence[bool], at_once: float) -> list[float]:
+def attribute_waits(ranks: Sequence[Sequence[float]], is_collective: Sequence[bool], at_once: float) -> list[float]:
     """Seconds that each operation of one execution of a plan costs.
 
     Their sum is the mean time of the ranks up to the last collective, and the longest rank's time after it. Between two
@@ -26,7 +26,7 @@ def attribute_waits(ranks: Sequence[Sequence[float]], meets: Sequence[bool], at_
 
     Args:
         ranks: seconds of every operation by each rank's clock; a collective's include its wait.
-        meets: which operations are collectives: no rank ends them before all have begun them.
+        is_collective: of each operation, whether it is one: no rank ends it before all have begun it.
 
     >>> attribute_waits([[4.0, 1.0], [0.0, 5.0]], [False, True], 2)  # one rank has the rows, the other waits for it
     [4.0, 1.0]
@@ -35,10 +35,10 @@ def attribute_waits(ranks: Sequence[Sequence[float]], meets: Sequence[bool], at_
     >>> attribute_waits([[9.0, 1.0], [9.0, 1.0]], [False, True], 1)  # they took turns within the operation
     [9.0, 1.0]
     """
-    out = [0.0] * len(meets)
+    out = [0.0] * len(is_collective)
     begin = 0
-    for end in (*(at + 1 for at, met in enumerate(meets) if met), len(meets)):
-        _attribute(ranks, range(begin, end), begin < end and meets[end - 1], at_once, out)
+    for end in (*(at + 1 for at, met in enumerate(is_collective) if met), len(is_collective)):
+        _attribute(ranks, range(begin, end), begin < end and is_collective[end - 1], at_once, out)
         begin = end
     return out
 

@@ -103,7 +103,7 @@ def _collectives_flags(parser: argparse.ArgumentParser) -> None:
         "--against",
         action="append",
         default=[],
-        metavar="WORLD",
+        metavar="TRANSPORT",
         help=f"also measure {' or '.join(OTHERS)}; repeatable",
     )
 

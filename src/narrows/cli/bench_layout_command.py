@@ -51,7 +51,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=4.0,
         metavar="S",
-        help="seconds that a step may get for more rounds than --rounds (default %(default)g)",
+        help="rounds go on beyond --rounds until a cell (one phase and row count) has taken S seconds (default "
+        "%(default)g)",
     )
     work.add_argument("--html", default="", metavar="FILE", help="write a page that draws each layout's layer")
     parser.set_defaults(rounds=3)

@@ -19,12 +19,12 @@ from narrows.calibrate.price_tables import Calibration
 from narrows.cli.arguments import add_host_flags, check_host_flags, nodes_of
 from narrows.cli.console import console
 from narrows.cli.renamed import add_old_spelling
-from narrows.cost.environment import MachineFingerprint
+from narrows.cost.environment import MachineFingerprint, num_cores
 from narrows.cost.profile import DeviceFigures, Profile, nearest_device, profiles_folder, write_profile
 from narrows.engine.config import QUANTIZATIONS, EngineConfig
 from narrows.engine.rank_environment import rank_fingerprint, transport_name
 from narrows.errors import ConfigError
-from narrows.ranks.affinity import num_cores
+from narrows.ranks.affinity import room
 from narrows.ranks.launch import Launch, Series, announce_end
 from narrows.ranks.node import run_series
 
@@ -167,7 +167,7 @@ def _launch(args: argparse.Namespace, num_ranks: int) -> Launch | None:
 
 def _num_ranks(args: argparse.Namespace, run_on: str) -> int:
     if args.num_ranks is None:
-        return max(num_cores() // int(args.threads), 1)
+        return max(room(run_on) // (int(args.threads) if run_on == "cpu" else 1), 1)
     if args.num_ranks < 1:
         raise ConfigError(f"--num-ranks is {args.num_ranks}; it must be at least 1")
     most = _MOST_RANKS_PER_CORE * num_cores() * (args.nnodes or 1)

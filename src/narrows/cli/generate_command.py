@@ -38,7 +38,21 @@ from narrows.sched.sampling import SamplingParams
 __all__ = ["add_parser", "run"]
 
 _DEFAULT = defaults(EngineConfig)
-_SAMPLING = {name: field for name, field in SamplingParams.__dataclass_fields__.items() if name != "logit_bias"}
+_GREEDY = defaults(SamplingParams)
+_SAMPLING = {
+    "temperature": ("T", "divide logits by T; 0: choose the most likely token"),
+    "top_k": ("K", "draw among the K most likely tokens; 0: among all"),
+    "top_p": ("P", "draw among the most likely tokens that together reach probability P"),
+    "min_p": ("P", "draw among tokens at least P times as likely as the best"),
+    "repetition_penalty": ("X", "divide positive logits of tokens in prompt or text by X, and multiply negative ones"),
+    "presence_penalty": ("X", "subtract X from the logit of each token in the text"),
+    "frequency_penalty": ("X", "subtract X from a token's logit for each time that it is in the text"),
+    "seed": ("N", "draw the same tokens in each run with seed N (default: another seed in each)"),
+    "min_tokens": ("N", "let no token end a text before it has N tokens"),
+    "logprobs": ("N", "print each token's log-probability, and those of the N most likely"),
+    "prompt_logprobs": ("N", "the same for each token of the prompt"),
+}
+"""Metavar and help of the flags that are fields of SamplingParams."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -66,9 +80,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: the checkpoint's generation config, else greedy)")
-    for name, field in _SAMPLING.items():
-        kind = float if isinstance(field.default, float) else int
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X")
+    for name, (metavar, what) in _SAMPLING.items():
+        kind = float if isinstance(_GREEDY[name], float) else int
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=what)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text at TEXT; repeatable")
     group.add_argument(
         "--stop-token-id",
@@ -231,16 +245,16 @@ def _short(value: float) -> str:
 
 
 def _profile_table(rows: list[OpTime], phase: str, num_ranks: int) -> Table:
-    """Where the time of one phase went, step by step."""
+    """Where the time of one phase went, op by op."""
     total = sum(row.seconds for row in rows)
     between = sum(row.seconds for row in rows if row.price_class == BETWEEN)
     predicted = sum(row.predicted for row in rows)
-    title = f"{phase}: {total * 1e3:.1f} ms executing the plan, {between / total:.1%} of it between steps "
+    title = f"{phase}: {total * 1e3:.1f} ms executing the plan, {between / total:.1%} of it between ops "
     title += f"(Python), mean of {num_ranks} rank(s)"
     if predicted:
         title += f"; {predicted * 1e3:.1f} ms were predicted (x {total / predicted:.2f})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in ("class", "step", "before", "fields", "layout"):
+    for name in ("class", "op", "before", "fields", "layout"):
         table.add_column(name, no_wrap=True)
     for name in ("calls", "rows", "MB", "ms", "%", "pred.", "x"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -47,7 +47,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     add("--context", type=int, default=4096, metavar="C", help="length of each sequence in tokens (default 4096)")
     add_priced_flags(parser, no_layout="all that apply")
-    add(f"--enable-{_SCATTERED}", dest="scattered", action="store_true", help=f"SGLang's switch: --layout {_SCATTERED}")
+    add(
+        f"--enable-{_SCATTERED}",
+        dest="scattered",
+        action="store_true",
+        help=f"SGLang's switch: add {_SCATTERED} to the layouts of --layout, and refuse a model or mesh that cannot "
+        "have it. Without --layout it is compared anyway",
+    )
     add(
         "--enable-dp-attention",
         dest="dp_attention",

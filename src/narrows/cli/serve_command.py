@@ -33,6 +33,7 @@ from narrows.engine.model_text import load_model_text
 from narrows.engine.ranks import run_local_ranks
 from narrows.errors import ConfigError
 from narrows.ranks.fork_server import fork_server
+from narrows.ranks.launch import Launch
 from narrows.server.app import create_app, state_of
 from narrows.server.http.connection_limits import (
     MAX_CONNECTIONS,
@@ -163,10 +164,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DriftRule().factor,
         metavar="X",
-        help="say once per plan-cache bucket that its steps are off their prediction by more (default %(default)s)",
+        help="warn, once per plan-cache bucket, when its steps take more than X times, or less than 1/X of, the "
+        "predicted time (default %(default)s)",
     )
     life.add_argument(
-        "--no-restart", action="store_true", help="end with an error when a rank dies, instead of restarting the ranks"
+        "--no-restart",
+        action="store_true",
+        help="end with an error when a rank dies, instead of restarting the ranks; always so with --nnodes or torchrun",
     )
 
 
@@ -195,8 +199,7 @@ def run(args: argparse.Namespace) -> int:
         for fact in resolved.facts:
             logging.getLogger("narrows.engine").warning("%s", fact)
         model = _served_model(args, resolved)
-        # The other hosts' part of the ranks ends with them, so those cannot be started again from here.
-        restart = not args.no_restart and launch is None
+        restart = _may_restart(args, launch)
         service = EngineService(resolved, max_queue=args.max_queue, restart=restart, drift=drift, trace=trace)
         app = create_app(service, model, options)
         state = state_of(app)
@@ -226,6 +229,17 @@ def run(args: argparse.Namespace) -> int:
         finally:
             state.close()
             service.close()
+
+
+def _may_restart(args: argparse.Namespace, launch: Launch | None) -> bool:
+    """Whether failed ranks are replaced. Those of other processes end with these, and cannot be started from here."""
+    if args.no_restart or launch is None:
+        return not args.no_restart
+    by = "torchrun" if launch.by_torchrun else "--nnodes"
+    logging.getLogger("narrows.engine").warning(
+        "ranks started by %s are not restarted: if one dies, the server ends with an error, as with --no-restart", by
+    )
+    return False
 
 
 def _say_to_stderr() -> None:

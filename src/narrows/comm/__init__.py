@@ -1,4 +1,4 @@
-"""Collectives: one communicator over five transports, and the moves of a plan bound to it.
+"""Collectives: one communicator over four transports (and one that joins two of them), and the moves of a plan on it.
 
 A communicator makes the collectives that a plan asks for, and decides nothing.
 """

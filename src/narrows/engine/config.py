@@ -18,7 +18,7 @@ from narrows.checkpoints import local_model
 from narrows.convert.gguf_header import find_gguf
 from narrows.cost.pricer import StepShape
 from narrows.cost.profile import check_device_name, choose_device
-from narrows.engine.host import Host, Needs, check_memory, slow_bf16
+from narrows.engine.machine import Machine, Needs, check_memory, slow_bf16
 from narrows.engine.machine_fit import fit
 from narrows.engine.rank_environment import rank_fingerprint
 from narrows.errors import ConfigError
@@ -175,8 +175,10 @@ class Resolved:
         return SafetensorsFolder(path, quantization=self.config.quantization, dtype=self.dtype)
 
 
-def resolve(engine_config: EngineConfig, sharding: WeightSharding | None = None, host: Host | None = None) -> Resolved:
-    """Decide everything that ``engine_config`` leaves open; ``sharding`` and ``host``: in place of its own.
+def resolve(
+    engine_config: EngineConfig, sharding: WeightSharding | None = None, machine: Machine | None = None
+) -> Resolved:
+    """Decide everything that ``engine_config`` leaves open; ``sharding`` and ``machine``: in place of its own.
 
     Raises:
         ConfigError: an impossible model, mesh, layout, device, dtype or size; the message has the alternative.
@@ -255,7 +257,10 @@ def resolve(engine_config: EngineConfig, sharding: WeightSharding | None = None,
         sharding = rules.sharding or known_sharding(deployment, tuple(step_mix(mesh, rows, limits.max_context)))
     if engine_config.batch_invariant and plan is None:
         plan = _pinned_plan(deployment, sharding, engine_config.layout, limits)
-    facts = (*facts, *_fit_host(engine_config, deployment, sharding, plan, limits, dtype.itemsize, host or Host.here()))
+    facts = (
+        *facts,
+        *_fit_machine(engine_config, deployment, sharding, plan, limits, dtype.itemsize, machine or Machine.here()),
+    )
     return Resolved(
         engine_config=engine_config,
         config=config,
@@ -384,16 +389,16 @@ def _limits(engine_config: EngineConfig, config: ModelConfig, mesh: Mesh) -> Lim
     )
 
 
-def _fit_host(
+def _fit_machine(
     engine_config: EngineConfig,
     deployment: Deployment,
     sharding: WeightSharding,
     plan: Plan | None,
     limits: Limits,
     itemsize: int,
-    host: Host,
+    machine: Machine,
 ) -> list[str]:
-    """Notes about CPU ranks on this host; raises if they need more memory than it has."""
+    """Notes about CPU ranks on this machine; raises if they need more memory than it has."""
     if engine_config.run_on != "cpu" or (
         engine_config.load_format != "dummy" and not Path(engine_config.model).exists()
     ):
@@ -415,9 +420,9 @@ def _fit_host(
     rounded = engine_config.quantization if engine_config.quantization != Quantization.NONE.value else ""
     step = planner.workspace(plan).total
     needs = needs_of(dtype=rounded or ("fp32" if itemsize == 4 else "bf16"), step=step)
-    lines = [check_memory(needs, host, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
+    lines = [check_memory(needs, machine, kv_tokens=limits.tokens_per_group, rows=plan.shape.rows.total)]
     if engine_config.dtype == "auto" and itemsize == 2 and not rounded:
-        lines.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), host))
+        lines.append(slow_bf16(needs, needs_of(dtype="fp32", step=2 * step), machine))
     return [line for line in lines if line]
 
 

@@ -97,7 +97,7 @@ class Engine:
     """Ranks loaded and ready. A context manager: closing ends them.
 
     Args:
-        wrap: put around every bound step of every rank, for verification; for rank threads only.
+        wrap: put around every bound op of every rank, for verification; for rank threads only.
         source: weights, if not those that ``resolved`` names; sent to rank processes.
         validate: check every plan before it runs; only a test that plants a fault switches that off.
         warm_s: seconds to make plans in while the ranks load, for the buckets that steps will ask for first;

@@ -58,7 +58,7 @@ class LLM:
     Args:
         model: a checkpoint folder, a built-in one's name, or a ``.gguf`` file.
         options: the other fields of :class:`EngineConfig` (``dp``, ``tp``, ``layout``, ``dtype``, ...).
-        wrap: put around every bound step of every rank (profiling).
+        wrap: put around every bound op of every rank (profiling).
         clock: gets the phases of the start.
 
     Raises:

@@ -4,8 +4,8 @@ Binding resolves every name: fields become numbered registers, stages bound meth
 up by name and checks no layout. What changes from step to step (row counts) comes as a :class:`Frame`, computed once
 per step for each distinct move.
 
-An addend that joins an owed sum is not added when its step comes: it is handed to the move that completes the sum,
-where it enters in float32, and rows selected in between are selected of it too.
+An addend that joins an owed sum is not added when its op comes. It is kept for the move that completes the sum, which
+adds it in float32. If rows are selected before that move, the addend's rows are selected too.
 """
 
 from __future__ import annotations

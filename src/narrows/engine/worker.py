@@ -103,7 +103,7 @@ class Worker:
     Args:
         fields: the fields of the chain that plans are made from.
         page_size: tokens per page of the KV cache.
-        wrap: put around every bound step (verification, faults); None for none.
+        wrap: put around every bound op (verification, faults); None for none.
         validate: check every plan before it is bound; only a test that plants a fault switches that off.
     """
 

@@ -121,7 +121,7 @@ class OpClock:
             count.rows += record.rows[i]
             count.nbytes += record.nbytes[i]
             if i and number >= record.num_replayed:
-                between = counts.setdefault(_Kind(record.phase, BETWEEN, "between steps", "", (), ""), _Count())
+                between = counts.setdefault(_Kind(record.phase, BETWEEN, "between ops", "", (), ""), _Count())
                 between.calls += 1
                 between.seconds += record.starts[i] - record.ends[i - 1]
 

@@ -273,7 +273,7 @@ def _title(op: Op) -> str:
 
 
 def _category(op: Op) -> str:
-    return "collective" if op.meets else str(op.kind)
+    return "collective" if op.is_collective else str(op.kind)
 
 
 def _args(
@@ -294,7 +294,7 @@ def _args(
         "measured_us": round(measured_us, 3),
         "source": op.source.label,
     }
-    if op.meets:
+    if op.is_collective:
         args["bytes_received"] = execution.received[i]
         args["bytes_all_ranks"] = sum(other.received[i] for other in traced.executions)
         if op.encoded:

@@ -45,6 +45,6 @@ class ContextPrices:
             if repricer is None:  # it keeps the plan, so that no other gets its identity
                 repricer = self._repricers[id(plan)] = Repricer(plan, self._planner.graph(plan.layout_name))
             longer = replace(plan.shape, context=context)
-            ps = sum(repricer.at(self._planner.deployment.pricer(longer)).values()) + plan.host.ps - plan.ps
+            ps = sum(repricer.at(self._planner.deployment.pricer(longer)).values()) + plan.host_overhead.ps - plan.ps
             self._further[key] = max(ps, 0) * 1e-12
         return self._further[key]

@@ -224,8 +224,8 @@ def inapplicable(name: str, config: ModelConfig, mesh: Mesh) -> str:
     if name == "attn-tp-input-scattered":
         if not isinstance(config.attention, MLA):
             return (
-                f"q_lora_rank is null: {config.model_type} has no low-rank projection whose narrow output could be "
-                "gathered instead of hidden; sequence-parallel is the nearest layout that applies"
+                f"{config.model_type} has no latent attention (MLA), so there is no narrow projection to gather; "
+                "use sequence-parallel"
             )
         if config.attention.q_lora_rank is None:
             return (

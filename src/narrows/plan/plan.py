@@ -98,7 +98,7 @@ class Op:
         return self.kind is OpKind.ADD and self.layout.owes_sum
 
     @property
-    def meets(self) -> bool:
+    def is_collective(self) -> bool:
         """Whether ranks exchange here, so that none ends the op before all have begun it."""
         return self.move is not None and self.move.kind is not MoveKind.SLICE
 
@@ -121,8 +121,8 @@ class Segment:
 class Plan:
     """Ops for a whole model on one mesh and one shape of step, under one named layout.
 
-    ``roles``: what the fields of its ops are to the model. ``host``: what a step costs beside its ops, the same
-    whatever the plan; nothing where that was never measured. ``nodes``: how ranks lie on nodes; None: all on one.
+    ``roles``: what the fields of its ops are to the model. ``host_overhead``: what a step costs beside its ops, the
+    same whatever the plan; nothing where that was never measured. ``nodes``: how ranks lie on nodes; None: all on one.
     """
 
     layout_name: str
@@ -130,13 +130,13 @@ class Plan:
     shape: StepShape
     segments: tuple[Segment, ...]
     roles: FieldRoles
-    host: OpPrice = NOTHING
+    host_overhead: OpPrice = NOTHING
     nodes: Topology | None = None
 
     @property
     def ps(self) -> int:
         """Predicted picoseconds of the whole step."""
-        return self.host.ps + sum(op.ps * segment.times for segment in self.segments for op in segment.ops)
+        return self.host_overhead.ps + sum(op.ps * segment.times for segment in self.segments for op in segment.ops)
 
     @property
     def seconds(self) -> float:
@@ -158,13 +158,13 @@ class Plan:
         """How far off the whole may be, as a share of it (:mod:`narrows.cost.bands`)."""
         ops = ((segment.times, op) for segment in self.segments for op in segment.ops)
         parts = [(op.price_class, op.ps * times, op.error * times) for times, op in ops]
-        host = PriceClass.HOST
-        return total_band([*parts, (host, self.host.ps, self.host.ps * band(host, self.host.source))])
+        host, overhead = PriceClass.HOST, self.host_overhead
+        return total_band([*parts, (host, overhead.ps, overhead.ps * band(host, overhead.source))])
 
     def totals(self) -> dict[PriceClass, float]:
         """Predicted seconds per price class, in the order of :class:`PriceClass`."""
         totals = dict.fromkeys(PriceClass, 0)
-        totals[PriceClass.HOST] = self.host.ps
+        totals[PriceClass.HOST] = self.host_overhead.ps
         for segment in self.segments:
             for op in segment.ops:
                 totals[op.price_class] += op.ps * segment.times
@@ -183,7 +183,7 @@ class Plan:
 
     def num_nodes(self, op: Op) -> int:
         """On how many nodes the ranks of a group lie that exchange in ``op``; 1 for local ops."""
-        if self.nodes is None or op.move is None or not op.meets:
+        if self.nodes is None or op.move is None or not op.is_collective:
             return 1
         return max(each.num_nodes for each in self.nodes.levels_along(self.mesh, op.move.first, op.move.last))
 

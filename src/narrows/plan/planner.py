@@ -262,7 +262,7 @@ class Planner:
             shape=shape,
             segments=segments,
             roles=graph.chain.roles,
-            host=prices.step(),
+            host_overhead=prices.step(),
             nodes=None if d.topology.is_one_node else d.topology,
         )
 

@@ -6,13 +6,9 @@ import os
 from collections.abc import Sequence
 
 from narrows.comm.device import num_gpus
+from narrows.cost.environment import num_cores
 
-__all__ = ["num_cores", "num_threads", "pin", "room", "share_of"]
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(_allowed())
+__all__ = ["num_threads", "pin", "room", "share_of"]
 
 
 def room(run_on: str) -> int:

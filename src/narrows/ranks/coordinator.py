@@ -19,6 +19,7 @@ from narrows.comm.fingerprint import rank_names
 from narrows.errors import NarrowsError, RankError
 from narrows.layout import Mesh
 from narrows.ranks.channel import listen
+from narrows.ranks.failure_detector import FailureDetector
 from narrows.ranks.launch import Launch, coordinator_key, open_store, publish
 from narrows.ranks.messages import BEAT, CALL, DONE, END, FAILED, KEEP, SETUP, Contact, Failure, Setup
 from narrows.ranks.packing import Packer, pack
@@ -26,7 +27,6 @@ from narrows.ranks.peers import Peer, Peers
 from narrows.ranks.pending import PendingCalls
 from narrows.ranks.spawn import Doors, Processes, end_processes, ending, send_contact, start
 from narrows.ranks.timing import TIMING, Timing
-from narrows.ranks.verdicts import Verdicts
 
 __all__ = ["Coordinator"]
 
@@ -34,7 +34,7 @@ __all__ = ["Coordinator"]
 class Coordinator:
     """One thread listens to each peer, one watches the clock.
 
-    ``timing``: the durations that `verdicts.py` judges by, in seconds of ``clock``.
+    ``timing``: the durations that `failure_detector.py` judges by, in seconds of ``clock``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Coordinator:
         self._peers = Peers(mesh.size)
         self._processes: Processes = {}
         self._doors: Doors = {}
-        self._verdicts = Verdicts(self._peers, self._processes, timing, mesh.size, timeout_s, clock())
+        self._detector = FailureDetector(self._peers, self._processes, timing, mesh.size, timeout_s, clock())
         self._pending = PendingCalls()
         self._ordering = threading.Lock()  # keeps calls in one order on all ranks
         self._over = threading.Event()
@@ -78,7 +78,7 @@ class Coordinator:
 
         As of the last tick: while this process was suspended, it could hear no rank.
         """
-        return self._peers.silence_s(self._verdicts.judged_at)
+        return self._peers.silence_s(self._detector.judged_at)
 
     # --- the start
 
@@ -188,11 +188,11 @@ class Coordinator:
                 elif kind == FAILED:
                     self._rank_failed(peer, pickle.loads(data))
                 elif kind == BEAT and peer.rank is not None:
-                    self._verdicts.heartbeat(peer.rank, pickle.loads(data), peer.heard)
+                    self._detector.heartbeat(peer.rank, pickle.loads(data), peer.heard)
         except EOFError:
             if not self._over.is_set():
                 at_work = bool(self._pending) and self.failure is None
-                error = self._verdicts.death(peer, at_work=at_work, checked=self._checked)
+                error = self._detector.death(peer, at_work=at_work, checked=self._checked)
                 self._pending.fail(error, 0, self._clock())
         except BaseException as error:  # for example a result of a class that this process lacks
             self._pending.fail(error, 0, self._clock())
@@ -202,7 +202,7 @@ class Coordinator:
     def _rank_failed(self, peer: Peer, failure: Failure) -> None:
         """A call raised on a rank, or a node reports that a rank has ended."""
         if failure.lost:
-            self._verdicts.peer_lost(peer, failure, self._clock())
+            self._detector.peer_lost(peer, failure, self._clock())
             return
         if peer.rank is None:
             self._pending.fail(RankError(failure.text), 0, self._clock())
@@ -229,7 +229,7 @@ class Coordinator:
                     self.end(None)
                     return
                 continue
-            error = self._verdicts.judge(self._pending.num_calls if self._pending else None, now)
+            error = self._detector.judge(self._pending.num_calls if self._pending else None, now)
             if error is not None:
                 self._pending.fail(error, 0, now)
 
@@ -241,7 +241,7 @@ class Coordinator:
             if self._over.is_set():
                 return
             self._over.set()
-            self._verdicts.close()
+            self._detector.close()
             error = self.failure or error
             code = 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
             code = 2 if isinstance(error, NarrowsError) else code

@@ -13,7 +13,7 @@ __all__ = ["TIMING", "Timing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds, and one factor."""
+    """Seconds, and two factors."""
 
     beat_s: float = 0.5
     """Interval of heartbeats from ranks and nodes."""
@@ -37,15 +37,19 @@ class Timing:
     """How long processes wait for each other at the start."""
     slow_factor: float = 20.0
     slow_s: float = 10.0
-    """A step is stuck after ``slow_factor`` times its predicted time plus ``slow_s``: no price is that far off."""
+    longest_factor: float = 5.0
+    first_s: float = 300.0
+    """A step is stuck after ``slow_s``, ``slow_factor`` times its predicted time, and ``longest_factor`` times the
+    longest step of its bucket so far, or ``first_s`` where there was none."""
 
-    def step_is_stuck_after(self, predicted_s: float) -> float:
-        """Seconds that a step may take before it counts as stuck.
+    def step_limit_s(self, predicted_s: float, longest_s: float | None) -> float:
+        """Seconds that a step may take before it counts as stuck. ``longest_s``: of its bucket's steps so far.
 
-        >>> Timing().step_is_stuck_after(0.5)
-        20.0
+        >>> Timing().step_limit_s(0.5, 2.0), Timing().step_limit_s(0.5, None)
+        (30.0, 320.0)
         """
-        return self.slow_factor * predicted_s + self.slow_s
+        learned_s = self.first_s if longest_s is None else self.longest_factor * longest_s
+        return self.slow_s + self.slow_factor * predicted_s + learned_s
 
 
 TIMING = Timing()

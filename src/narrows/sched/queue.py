@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from narrows.sched.admission import choose_hold, choose_placement, choose_yielding, pages_lacking
+from narrows.sched.group_routing import choose_hold, choose_placement, choose_yielding, pages_lacking
 from narrows.sched.prompt_rows import has_row_left
 from narrows.sched.request import Request
 from narrows.sched.request_table import RequestTable

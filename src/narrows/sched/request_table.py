@@ -9,7 +9,7 @@ from bisect import insort
 from collections.abc import Sequence
 from operator import attrgetter
 
-from narrows.sched.admission import Placement
+from narrows.sched.group_routing import Placement
 from narrows.sched.limits import Limits
 from narrows.sched.pages import PagePool, num_pages_for
 from narrows.sched.request import Request

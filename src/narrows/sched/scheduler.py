@@ -4,7 +4,7 @@ One scheduler sees all attention groups, so no rank decides anything. Each step 
 (its token may be a reference to the previous step's sample) and fills the rest of the row budget with chunks of
 prompts, shared over the groups that have any (:mod:`narrows.sched.prompt_rows`), by turn. A request is admitted when
 its turn comes within the budget (:mod:`narrows.sched.queue`), to the group that then has the least to compute, of those
-with room for its tokens (:mod:`narrows.sched.admission`). It takes more pages as it grows. When a group's pages run
+with room for its tokens (:mod:`narrows.sched.group_routing`). It takes more pages as it grows. When a group's pages run
 out, its request with the last turn is put back and begins again later, with what it has generated. Where several
 clients compete, turns are by fair shares (:mod:`narrows.sched.shares`), and requests beyond their client's share are
 put back for one of a client that runs fewer. ``docs/scheduling.md`` has the rules.

@@ -100,6 +100,7 @@ def _totals(stats: Stats) -> Iterator[Metric]:
         ("cached_prompt_tokens", "Tokens of prompts found in the prefix cache", stats.cached_prompt_tokens),
         ("output_tokens", "Tokens generated", stats.output_tokens),
         ("steps", "Steps run", stats.steps),
+        ("restarts", "Times that new ranks took the place of failed ones", stats.restarts),
     ):
         yield CounterMetricFamily(f"narrows_{name}", what, value)
     for name, what, values in (

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from narrows.api import Backend
 from narrows.errors import ConfigError
 from narrows.server.app import state_of
-from narrows.server.garbage import FullCollections
+from narrows.server.gc_policy import FullCollections
 from narrows.server.http.connection_limits import ConnectionSlots, Listener
 from narrows.server.http.connections import Connection
 

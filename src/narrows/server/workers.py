@@ -16,9 +16,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from starlette.requests import Request
 
 from narrows.server.child_process import give_back
+from narrows.server.cpu_priority import BODY_NICE, lower_thread_priority
 from narrows.server.http.errors import ClientGoneError
 from narrows.server.http.round_robin import RoundRobin, WorkKind
-from narrows.server.priority import BODY_NICE, lower_thread_priority
 
 __all__ = ["LARGE_BYTES", "LoopCalls", "Pools", "SharedCall", "disconnected"]
 

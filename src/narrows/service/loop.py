@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from time import monotonic
 
 from narrows.api import Update
 from narrows.engine.core import Engine, StepInFlight
@@ -17,8 +16,9 @@ from narrows.errors import ConfigError, RankError
 from narrows.sched.scheduler import Request
 from narrows.service.active_request import ActiveRequest, notify
 from narrows.service.collectives import CollectiveReader
-from narrows.service.numbers import Numbers
 from narrows.service.queue import RequestQueue
+from narrows.service.stats import ServiceStats
+from narrows.service.step_limit import StepLimits
 from narrows.service.step_times import StepTimes
 from narrows.service.trace import ServiceTrace
 
@@ -55,19 +55,20 @@ class Wake:
 class Loop:
     """An engine and the generations that it runs; all methods are called on one thread.
 
-    ``oldest``, for other threads to read: of the oldest step in flight, since when it is that, and its predicted
-    seconds.
+    ``limits``, for other threads to read: the oldest step in flight, and when it counts as stuck.
     """
 
-    def __init__(self, engine: Engine, queue: RequestQueue, numbers: Numbers, trace: ServiceTrace, wake: Wake) -> None:
+    def __init__(
+        self, engine: Engine, queue: RequestQueue, stats: ServiceStats, trace: ServiceTrace, wake: Wake
+    ) -> None:
         self.engine = engine
-        self.oldest: tuple[float, float] | None = None
-        self._queue, self._numbers, self._trace, self._wake = queue, numbers, trace, wake
+        self.limits = StepLimits(engine.timing)
+        self._queue, self._stats, self._trace, self._wake = queue, stats, trace, wake
         self._active: dict[int, ActiveRequest] = {}
         """Those that the scheduler has, by their request's id."""
         self._ends: deque[list[float]] = deque()  # of each step in flight, when it was handed out and when it ended
         engine.when_mask_comes = wake
-        self._collectives = CollectiveReader(engine, numbers.add_collectives)
+        self._collectives = CollectiveReader(engine, stats.add_collectives)
         engine.prepare(engine.plans.values())
         self._publish()
 
@@ -86,7 +87,9 @@ class Loop:
         if engine.in_flight and engine.in_flight[0].future.done():
             step = engine.in_flight[0]
             touched, worked = engine.take(), True
-            self._time_oldest()
+            self.limits.ended()
+            if engine.in_flight:
+                self.limits.begun(engine.in_flight[0])
             self._ended(step)
         touched += engine.settle()
         if handed := engine.push():
@@ -138,8 +141,8 @@ class Loop:
         self._ends.append(StepTimes.watch(step.future))
         step.future.add_done_callback(self._wake)
         if len(self.engine.in_flight) == 1:
-            self._time_oldest()
-        self._numbers.handed_out(step)
+            self.limits.begun(step)
+        self._stats.handed_out(step)
         self._collectives.handed_out()
 
     def _ended(self, step: StepInFlight) -> None:
@@ -148,17 +151,13 @@ class Loop:
         if self.engine.resolved.plan is not None:  # one plan for every step predicts none of them
             return
         predicted = self.engine.plans.predicted_seconds(step.plan, step.batch)
-        if off := self._numbers.ended(step, predicted, times):
+        if off := self._stats.ended(step, predicted, times):
             _LOG.warning("%s", off)
-
-    def _time_oldest(self) -> None:
-        oldest = self.engine.in_flight[0] if self.engine.in_flight else None
-        self.oldest = (monotonic(), oldest.expected_s) if oldest else None
 
     def _publish(self) -> None:
         """The scheduler's numbers, for other threads to read."""
         now = self.engine.scheduler.stats()
-        self._numbers.scheduled(now)
+        self._stats.scheduled(now)
         self._queue.waits(now.waiting, self.engine.scheduler.shares.waiting)
 
     def _tell_news(self, request: Request) -> None:
@@ -186,9 +185,5 @@ class Loop:
         self._wake.rest(_TICK_S)
         if (failure := engine.ranks.failure) is not None:
             raise failure
-        if self.oldest is None:
-            return
-        begun, expected_s = self.oldest
-        age_s = monotonic() - begun
-        if age_s > engine.timing.step_is_stuck_after(expected_s) + engine.resolved.engine_config.timeout_s:
-            raise RankError(f"a step has not ended in {age_s:.0f} s, and {expected_s:.2g} s were predicted")
+        if stuck := self.limits.overdue(engine.resolved.engine_config.timeout_s):
+            raise RankError(stuck)

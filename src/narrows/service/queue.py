@@ -142,8 +142,8 @@ class RequestQueue:
     def take(self, limit: int) -> tuple[list[ActiveRequest], list[ActiveRequest]]:
         """Those that have come, and those that are not wanted any more, which are forgotten.
 
-        At most ``limit`` of each, first come first; the others are left for later calls. None is unwanted before it
-        was taken as one that has come.
+        At most ``limit`` of each, first come first; the others are left for later calls. An aborted request is
+        returned only after it was returned as new.
         """
         with self._changed:
             arrived, self._arrived = self._arrived[:limit], self._arrived[limit:]

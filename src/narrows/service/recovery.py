@@ -19,21 +19,28 @@ __all__ = ["Recovery"]
 _LOG = logging.getLogger("narrows.engine")
 
 _RESTART_S = 60.0
-"""If replacement ranks fail within so many seconds of their start, the service ends."""
+"""If replacement ranks fail within so many seconds of being ready, the service ends."""
 
 
 class Recovery:
     """Starts new ranks in place of failed ones, or ends everything.
 
     ``start`` starts ranks and gives the loop on them. ``failure``: one line on why no ranks are left; empty while
-    they are replaced.
+    they are replaced. ``clock``: in seconds.
     """
 
-    def __init__(self, start: Callable[[], Loop], queue: RequestQueue, *, restart: bool) -> None:
+    def __init__(
+        self,
+        start: Callable[[], Loop],
+        queue: RequestQueue,
+        *,
+        restart: bool,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self.failure = ""
         self.num_restarts = 0
-        self._start, self._queue, self._restart = start, queue, restart
-        self._restarted_at = -math.inf
+        self._start, self._queue, self._restart, self._clock = start, queue, restart, clock
+        self._ready_again_at = -math.inf
 
     def after(self, loop: Loop, error: Exception, arrived: list[ActiveRequest]) -> Loop | None:
         """``error`` has ended the ranks of ``loop``; the loop on the new ranks, None without any.
@@ -41,7 +48,7 @@ class Recovery:
         The queue is closed; ``arrived`` are those that ``loop`` had not taken in, and are its again afterwards.
         """
         reason = one_line(error)
-        again = self._restart and not self._queue.is_draining and monotonic() - self._restarted_at > _RESTART_S
+        again = self._restart and not self._queue.is_draining and self._clock() - self._ready_again_at > _RESTART_S
         _LOG.error("the ranks have failed: %s", reason)
         if not isinstance(error, RankError):
             _LOG.error("where it was raised:", exc_info=error)
@@ -51,12 +58,12 @@ class Recovery:
             self._fail(reason, waiting)
             return None
         _LOG.warning("the ranks are started again; %d generations that waited will run there", len(waiting))
-        self._restarted_at = monotonic()
         try:
             started = self._start()
         except Exception as final:
             self._fail(one_line(final), waiting)
             return None
+        self._ready_again_at = self._clock()  # loading may take longer than the new ranks then live
         for active in list(waiting):
             try:
                 active.request = started.engine.request(active.generation)

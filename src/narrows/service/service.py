@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from narrows.api import Generation, Health, Stats, Update
@@ -21,9 +22,9 @@ from narrows.service.active_request import notify
 from narrows.service.health import fault
 from narrows.service.info import describe
 from narrows.service.loop import Loop, Wake
-from narrows.service.numbers import Numbers
 from narrows.service.queue import RequestQueue
 from narrows.service.recovery import Recovery, one_line
+from narrows.service.stats import ServiceStats
 from narrows.service.step_times import DriftRule
 from narrows.service.trace import ServiceTrace
 
@@ -43,7 +44,7 @@ class EngineService:
     Args:
         max_queue: generations that may wait; more are refused, except those of a client that has fewer
             of them waiting than its even part.
-        restart: start new ranks in place of failed ones, unless those have failed within a minute of being started so.
+        restart: start new ranks in place of failed ones, unless those have failed within a minute of being ready.
         drift: when to warn that steps are off their predicted time. trace: the writer of traces; by default
         nothing can.
         timing: the durations by which ranks are judged.
@@ -62,7 +63,7 @@ class EngineService:
         self._resolved, self._timing = resolved, timing
         self._wake = Wake()
         self._queue = RequestQueue(max_queue, self._wake)
-        self._numbers = Numbers(drift or DriftRule())
+        self._stats = ServiceStats(drift or DriftRule())
         self._trace = trace or ServiceTrace("")
         self._recovery = Recovery(self._begin, self._queue, restart=restart)
         self._loop: Loop | None = None
@@ -129,21 +130,21 @@ class EngineService:
         if not detail and not self._thread.is_alive():
             detail = "the engine's loop has ended"
         if not detail and loop is not None:
-            detail = fault(loop.engine, loop.oldest)
+            detail = fault(loop.engine, loop.limits)
         return Health(ready=not detail, detail=detail, num_restarts=self._recovery.num_restarts)
 
     def stats(self) -> Stats:
         """Numbers of this moment, and totals since the start, over restarts."""
-        return self._numbers.stats(self._queue.num_arrived)
+        return replace(self._stats.now(self._queue.num_arrived), restarts=self._recovery.num_restarts)
 
     def info(self) -> dict[str, Any]:
         """State, for JSON: config, mesh, ranks, limits, weight sharding, plan cache and sources of prices."""
         loop = self._loop
         engine = loop.engine if loop is not None else None
         return {
-            **describe(self._resolved, engine, self._numbers.steps_run(), self._numbers.times_of_plans()),
+            **describe(self._resolved, engine, self._stats.steps_run(), self._stats.times_of_plans()),
             "price_evidence": self._evidence,
-            "drift_factor": self._numbers.drift.factor,
+            "drift_factor": self._stats.drift.factor,
             "num_restarts": self._recovery.num_restarts,
             "max_queue": self._queue.limit,
         }
@@ -189,7 +190,7 @@ class EngineService:
         """Ranks that have loaded the model, and the loop on them."""
         engine = Engine(self._resolved, warm_s=_WARM_S, timing=self._timing)
         try:
-            loop = Loop(engine, self._queue, self._numbers, self._trace, self._wake)
+            loop = Loop(engine, self._queue, self._stats, self._trace, self._wake)
             self._evidence = engine.plans.evidence()
         except BaseException:
             engine.close()
@@ -202,7 +203,7 @@ class EngineService:
         arrived = self._queue.close(failed)
         self._loop = None
         self._trace.lost(failed)
-        self._numbers.engine_lost()
+        self._stats.engine_lost()
         self._loop = started = self._recovery.after(loop, error, arrived)
         if started is not None:
             self._queue.open(started.engine)

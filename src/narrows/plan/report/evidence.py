@@ -32,7 +32,7 @@ class Evidence:
         """All plans added up, each run once."""
         ps = dict.fromkeys(Source, 0)
         for plan in plans:
-            ps[plan.host.source] += plan.host.ps
+            ps[plan.host_overhead.source] += plan.host_overhead.ps
             for segment in plan.segments:
                 for op in segment.ops:
                     ps[op.source] += op.ps * segment.times

@@ -25,7 +25,7 @@ import llguidance
 
 from narrows.api import QueueFull
 from narrows.errors import ConfigError, NarrowsError
-from narrows.server.priority import GRAMMAR_NICE, lower_thread_priority
+from narrows.server.cpu_priority import GRAMMAR_NICE, lower_thread_priority
 from narrows.server.structured_output.guide import Grammar, Memory
 from narrows.server.structured_output.trial import Ended, GrammarLimits
 

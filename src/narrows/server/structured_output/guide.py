@@ -25,7 +25,7 @@ import llguidance
 
 from narrows.errors import ConfigError
 from narrows.sched.guide import Guide
-from narrows.server.priority import GRAMMAR_NICE, lower_thread_priority
+from narrows.server.cpu_priority import GRAMMAR_NICE, lower_thread_priority
 from narrows.server.structured_output.trial import GrammarLimits, in_words
 
 __all__ = ["Grammar", "GrammarGuide", "Lane", "MaskThreads", "Memory"]

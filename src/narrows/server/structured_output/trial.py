@@ -23,7 +23,7 @@ import llguidance
 from narrows.errors import ConfigError, NarrowsError
 from narrows.server import child_process
 from narrows.server.child_process import give_back
-from narrows.server.priority import GRAMMAR_NICE, lower_process_priority
+from narrows.server.cpu_priority import GRAMMAR_NICE, lower_process_priority
 
 __all__ = ["PROGRAM", "Ended", "GrammarLimits", "TrialProcess", "in_words", "run", "startup_message"]
 

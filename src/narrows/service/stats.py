@@ -18,10 +18,10 @@ from narrows.plan.cache import bucket
 from narrows.sched.stats import SchedulerStats
 from narrows.service.step_times import DriftRule, StepTimes
 
-__all__ = ["Numbers"]
+__all__ = ["ServiceStats"]
 
 
-class Numbers:
+class ServiceStats:
     """The numbers of one service. ``drift``: the watch for steps that are off their prediction."""
 
     def __init__(self, drift: DriftRule) -> None:
@@ -35,7 +35,7 @@ class Numbers:
 
     # --- for any thread
 
-    def stats(self, num_arrived: int) -> Stats:
+    def now(self, num_arrived: int) -> Stats:
         """Numbers of this moment, and totals since the start; ``num_arrived`` wait beside those in the scheduler."""
         with self._lock:
             now = self._now

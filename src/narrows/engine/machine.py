@@ -1,6 +1,6 @@
-"""Checks of this host for CPU ranks: memory for the plan, and a CPU with or without bf16 products.
+"""Checks of this machine for CPU ranks: memory for the plan, and a CPU with or without bf16 products.
 
-Takes numbers and returns texts; the numbers come from the machine in `Host.here` alone.
+Takes numbers and returns texts; the numbers come from the machine in `Machine.here` alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from narrows.errors import ConfigError
 from narrows.native import kernels
 from narrows.plan.planner import Deployment
 
-__all__ = ["Host", "Needs", "check_memory", "slow_bf16"]
+__all__ = ["Machine", "Needs", "check_memory", "slow_bf16"]
 
 _BF16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 """By the names in /proc/cpuinfo; the last is ARM's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class Machine:
     """``memory``: bytes of the machine, or of the container that this process is in; ``free``: of these, those in no
     use. ``cpu_features``: those of ``cost.environment.CPU_FEATURES`` that the CPU has; none where they are unknown.
     ``target``: the instruction set of the compiled kernels; empty where there are none."""
@@ -34,7 +34,7 @@ class Host:
     target: str = ""
 
     @classmethod
-    def here(cls) -> Host:
+    def here(cls) -> Machine:
         """This one, now."""
         running = kernels()
         target = running.target if running else ""
@@ -81,7 +81,7 @@ class Needs:
         )
 
 
-def check_memory(needs: Needs, host: Host, *, kv_tokens: int, rows: int) -> str:
+def check_memory(needs: Needs, machine: Machine, *, kv_tokens: int, rows: int) -> str:
     """A note about memory that is not free now; empty if it is free. ``kv_tokens``: per attention group.
 
     Raises:
@@ -93,36 +93,36 @@ def check_memory(needs: Needs, host: Host, *, kv_tokens: int, rows: int) -> str:
         f"{kv_tokens} tokens per attention group {needs.cache / 1e9:.1f}, steps of {rows} rows "
         f"{needs.step / 1e9:.1f}, processes {needs.processes / 1e9:.1f}"
     )
-    if needs.total <= host.memory:
-        if needs.total <= host.free:
+    if needs.total <= machine.memory:
+        if needs.total <= machine.free:
             return ""
-        return f"full use takes {takes}; {host.free / 1e9:.1f} GB are free now"
+        return f"full use takes {takes}; {machine.free / 1e9:.1f} GB are free now"
     way_out = (
         "the weights alone are too much: take a narrower --dtype or --quantization int8, or more hosts (--nnodes)"
-        if needs.weights > host.memory
+        if needs.weights > machine.memory
         else "lower --kv-tokens (or --max-context, whose double is the default), or --max-rows"
     )
-    raise ConfigError(f"this takes {takes}; this host has {host.memory / 1e9:.1f} GB: {way_out}")
+    raise ConfigError(f"this takes {takes}; this host has {machine.memory / 1e9:.1f} GB: {way_out}")
 
 
-def slow_bf16(bfloat16: Needs, float32: Needs, host: Host) -> str:
+def slow_bf16(bfloat16: Needs, float32: Needs, machine: Machine) -> str:
     """A note where the checkpoint's bfloat16 runs on a CPU without products for it, and without vectors wide
     enough for the compiled kernels to make up for that; empty elsewhere."""
-    if not host.cpu_features or _BF16_PRODUCTS & set(host.cpu_features) or host.target not in ("", "baseline"):
+    if not machine.cpu_features or _BF16_PRODUCTS & set(machine.cpu_features) or machine.target not in ("", "baseline"):
         return ""
-    faster = "prompts" if host.target else "prompts and batches"
+    faster = "prompts" if machine.target else "prompts and batches"
     line = (
-        f"this CPU has no bf16 products (neither AVX-512 BF16 nor AMX), and {_kernels(host)}, so {faster} are faster "
-        f"in float32: --dtype float32, for {_size(float32.weights)} of weights here "
+        f"this CPU has no bf16 products (neither AVX-512 BF16 nor AMX), and {_kernels(machine)}, so {faster} are "
+        f"faster in float32: --dtype float32, for {_size(float32.weights)} of weights here "
         f"in place of {_size(bfloat16.weights)}"
     )
-    if float32.total > host.free:
-        line += f"; it takes {float32.total / 1e9:.1f} GB in all, and {host.free / 1e9:.1f} are free now"
+    if float32.total > machine.free:
+        line += f"; it takes {float32.total / 1e9:.1f} GB in all, and {machine.free / 1e9:.1f} are free now"
     return line
 
 
-def _kernels(host: Host) -> str:
-    return "the compiled kernels run without AVX2" if host.target else "there are no compiled kernels for it"
+def _kernels(machine: Machine) -> str:
+    return "the compiled kernels run without AVX2" if machine.target else "there are no compiled kernels for it"
 
 
 def _size(nbytes: int) -> str:

@@ -1,4 +1,4 @@
-"""The verdicts on ranks by an injected clock. No process, no thread but the test's, and no waiting."""
+"""Failures of ranks are detected by an injected clock. No process, no thread but the test's, and no waiting."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from patience import PATIENCE_S
 from narrows.comm.fingerprint import Fingerprint
 from narrows.errors import ConfigError, RankError
 from narrows.ranks.channel import Channel, keepalive_options, listen
+from narrows.ranks.failure_detector import FailureDetector
 from narrows.ranks.messages import BEAT, HELLO, Failure, hello
 from narrows.ranks.peers import Peer, Peers
 from narrows.ranks.pending import PendingCalls
 from narrows.ranks.spawn import Processes
 from narrows.ranks.timing import Timing
-from narrows.ranks.verdicts import Verdicts
 from narrows.ranks.watchdog import Report
 
 TIMING = Timing(silence_s=600.0, suspended_s=200.0, blame_s=50.0, tell_s=0.0)
@@ -41,18 +41,18 @@ class Scene:
             there.send(HELLO, pickle.dumps(hello(rank, 0, os.getpid())))
             self.peers.admit(here, PATIENCE_S, self.now)
             self.channels += [here, there]
-        self.verdicts = Verdicts(self.peers, processes, TIMING, 2, 60.0, self.now)
+        self.detector = FailureDetector(self.peers, processes, TIMING, 2, 60.0, self.now)
 
     def after(self, seconds: float, *beating: int, num_calls: int | None = None) -> RankError | None:
         """Time passes, these ranks send a heartbeat, and the ranks are judged."""
         self.now += seconds
         for rank in beating:
             self.peers.ranks[rank].heard = self.now
-            self.verdicts.heartbeat(rank, Report(), self.now)
-        return self.verdicts.judge(num_calls, self.now)
+            self.detector.heartbeat(rank, Report(), self.now)
+        return self.detector.judge(num_calls, self.now)
 
     def silence_s(self) -> tuple[float, ...]:
-        return self.peers.silence_s(self.verdicts.judged_at)
+        return self.peers.silence_s(self.detector.judged_at)
 
 
 def pair() -> tuple[Channel, Channel]:
@@ -103,13 +103,13 @@ def test_an_error_names_the_calls_that_a_silent_rank_delays(scene: Scene) -> Non
     waits = Report(0, (((0, 1), 6),), (fingerprint, (0, 1)), True, 1.0)
     for _ in range(4):
         scene.after(150.0, 0)
-        scene.verdicts.heartbeat(0, waits, scene.now)
+        scene.detector.heartbeat(0, waits, scene.now)
     assert str(scene.after(1.0, num_calls=1)).endswith(' for 600 s; rank 0 waits at #5 all_reduce "layer 5"')
 
 
 def test_a_rank_that_lost_an_unknown_peer_is_named_after_a_while(scene: Scene) -> None:
     """Meanwhile the peer's own end may become known, which is a better error."""
-    scene.verdicts.peer_lost(scene.peers.ranks[0], LOST, scene.now)
+    scene.detector.peer_lost(scene.peers.ranks[0], LOST, scene.now)
     assert scene.after(50.0, 0, 1) is None
     error = scene.after(1.0, 0, 1)
     assert str(error).startswith("rank 0 (pid ")
@@ -134,14 +134,14 @@ def test_a_death_report_has_the_exit_code_or_signal(
 ) -> None:
     processes[1] = subprocess.Popen([sys.executable, "-S", "-c", program])
     processes[1].wait(PATIENCE_S)
-    scene.verdicts.peer_lost(scene.peers.ranks[0], LOST, scene.now)
-    error = scene.verdicts.death(scene.peers.ranks[1], at_work=True, checked=checked)
+    scene.detector.peer_lost(scene.peers.ranks[0], LOST, scene.now)
+    error = scene.detector.death(scene.peers.ranks[1], at_work=True, checked=checked)
     first = scene.peers.ranks[0]
     assert str(error) == f'{scene.peers.ranks[1]} {text}; {first} was at #3 all_reduce "sum"'
 
 
 def test_a_death_on_another_host_is_reported_as_a_closed_connection(scene: Scene) -> None:
-    error = scene.verdicts.death(scene.peers.ranks[1], at_work=False, checked=True)
+    error = scene.detector.death(scene.peers.ranks[1], at_work=False, checked=True)
     assert str(error) == f"{scene.peers.ranks[1]} is gone: its connection was closed"
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from narrows.server.priority import lower_thread_priority
+from narrows.server.cpu_priority import lower_thread_priority
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="nice values per thread are Linux's")
 
@@ -32,7 +32,7 @@ def test_one_thread_is_niced_and_others_are_not() -> None:
 @linux
 def test_a_process_does_not_add_to_its_inherited_priority() -> None:
     program = (
-        "import os, sys; from narrows.server.priority import lower_process_priority; os.nice(int(sys.argv[1]));"
+        "import os, sys; from narrows.server.cpu_priority import lower_process_priority; os.nice(int(sys.argv[1]));"
         "lower_process_priority(10); print(os.getpriority(os.PRIO_PROCESS, 0))"
     )
 

@@ -12,22 +12,22 @@ from narrows.arch.weight_sharding import WeightSharding
 from narrows.cost.memory import kv_token_bytes, weight_bytes
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.free_memory import total_memory
-from narrows.engine.host import Host
+from narrows.engine.machine import Machine
 from narrows.errors import ConfigError
 from narrows.plan.deploy import loaded_dtype
 from narrows.ranks.launch import Launch
 
-ROOMY = Host(memory=10**12, free=10**12, cpu_features=("avx2", "avx512f", "avx512_bf16"))
+ROOMY = Machine(memory=10**12, free=10**12, cpu_features=("avx2", "avx512f", "avx512_bf16"))
 SLOW = "no bf16 products"
 
 
-def start(host: Host = ROOMY, **options: object) -> Resolved:
+def start(machine: Machine = ROOMY, **options: object) -> Resolved:
     fields = {"model": "dsv3-mini", "load_format": "dummy", "max_context": 512} | options
-    return resolve(EngineConfig(**fields), WeightSharding(), host)  # type: ignore[arg-type]
+    return resolve(EngineConfig(**fields), WeightSharding(), machine)  # type: ignore[arg-type]
 
 
-def facts(host: Host = ROOMY, **options: object) -> str:
-    resolved = start(host, **options)
+def facts(machine: Machine = ROOMY, **options: object) -> str:
+    resolved = start(machine, **options)
     assert set(resolved.facts) <= set(resolved.notes)
     return "\n".join(resolved.facts)
 
@@ -75,9 +75,9 @@ def test_the_price_in_memory_is_named() -> None:
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
 def test_an_explicit_choice_gives_no_note(options: dict[str, str]) -> None:
-    host = replace(ROOMY, cpu_features=("avx2",))
-    assert SLOW not in facts(host, **options)
-    assert str(start(host, **options).dtype) == f"torch.{options.get('dtype', 'bfloat16')}"
+    machine = replace(ROOMY, cpu_features=("avx2",))
+    assert SLOW not in facts(machine, **options)
+    assert str(start(machine, **options).dtype) == f"torch.{options.get('dtype', 'bfloat16')}"
 
 
 def test_the_checkpoints_dtype_is_kept() -> None:
@@ -95,9 +95,9 @@ def total(resolved: Resolved, dtype: str = "bf16") -> float:
     return weights + mesh.size * resolved.limits.tokens_per_group * kv_token_bytes(config, mesh)
 
 
-def refused(host: Host, **options: object) -> str:
+def refused(machine: Machine, **options: object) -> str:
     with pytest.raises(ConfigError) as caught:
-        start(host, **options)
+        start(machine, **options)
     text = str(caught.value)
     assert "\n" not in text and "this host has" in text
     return text
@@ -134,15 +134,15 @@ def test_ranks_on_other_hosts_use_no_memory_here() -> None:
 
 def test_more_rows_take_more_memory() -> None:
     few = total(start(rows_per_step=64, kv_tokens=1 << 16)) + 0.5e9
-    host = replace(ROOMY, memory=int(few))
-    start(host, rows_per_step=64, kv_tokens=1 << 16)
-    assert "steps of 32768 rows" in refused(host, rows_per_step=1 << 15, kv_tokens=1 << 16)
+    machine = replace(ROOMY, memory=int(few))
+    start(machine, rows_per_step=64, kv_tokens=1 << 16)
+    assert "steps of 32768 rows" in refused(machine, rows_per_step=1 << 15, kv_tokens=1 << 16)
 
 
 def test_no_step_has_more_rows_than_the_cache_has_places() -> None:
     """Nothing is refused for a --max-rows that can never be."""
-    host = replace(ROOMY, memory=int(total(start(kv_tokens=512)) + 1e9))
-    start(host, rows_per_step=10**9, kv_tokens=512)
+    machine = replace(ROOMY, memory=int(total(start(kv_tokens=512)) + 1e9))
+    start(machine, rows_per_step=10**9, kv_tokens=512)
 
 
 def test_weights_that_exceed_memory_alone_are_refused() -> None:
@@ -156,7 +156,7 @@ def test_memory_that_is_not_free_now_is_named() -> None:
 
 
 def test_gpus_have_memory_of_their_own() -> None:
-    small = Host(memory=1, free=1, cpu_features=("avx2",))
+    small = Machine(memory=1, free=1, cpu_features=("avx2",))
     assert facts(small, run_on="cuda", device="h20") == ""
 
 

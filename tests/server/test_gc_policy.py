@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
-from narrows.server.garbage import FullCollections
+from narrows.server.gc_policy import FullCollections
 
 
 @dataclass

@@ -16,10 +16,10 @@ from narrows.ranks.spawn import Processes, ending
 from narrows.ranks.timing import Timing
 from narrows.ranks.watchdog import Report, Watchdog
 
-__all__ = ["Verdicts"]
+__all__ = ["FailureDetector"]
 
 
-class Verdicts:
+class FailureDetector:
     """Evidence about the ranks of one mesh. Times are any clock's, the same in every call; any thread may call.
 
     Args:
