@@ -210,7 +210,7 @@ def test_defaults_of_missing_fields() -> None:
         ({"intermediate_size": None}, CheckpointError, "the field 'intermediate_size' is missing"),
         ({"hidden_act": "prelu"}, ConfigError, 'hidden_act "prelu" is not known'),
         ({"topk_method": "magic"}, ConfigError, 'scoring_func "sigmoid" with topk_method "magic" is not known'),
-        ({"n_group": 5}, CheckpointError, "32 experts do not divide into n_group 5 groups"),
+        ({"n_group": 5}, CheckpointError, "n_routed_experts 32 does not divide into n_group 5 groups"),
         (
             {"num_experts_per_tok": 33},
             CheckpointError,

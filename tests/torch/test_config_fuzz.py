@@ -21,7 +21,8 @@ from narrows.weights.safetensors_folder import SafetensorsFolder
 
 NUM_LEGAL, NUM_DAMAGED = 500, 1000
 SAMPLE = range(20)
-DAMAGED_SAMPLE = range(40)
+DAMAGED_SAMPLE = (*range(40), 298, 447)
+"""Among the first ones, two whose lines did not name what was damaged."""
 
 REFUSED_AND_LEGAL = {
     "rope_type dynamic needs more than 2 rotated columns": "transformers divides by 0 once a text is long enough",

@@ -162,5 +162,6 @@ class Qwen3Moe(GroupedQuery):
                 routed_scaling_factor=1.0,
                 decoder_sparse_step=self.decoder_sparse_step,
                 mlp_only_layers=frozenset(self.mlp_only_layers or ()),
-            )
+            ),
+            experts_field="num_experts",
         )

@@ -62,6 +62,13 @@ class _Scaling(ConfigObject):
         raise NotImplementedError
 
 
+def _cut(head: Head, columns: int) -> str:
+    """How the number of rotated columns comes about, where it is not that of the head."""
+    if columns == head.head_dim:
+        return ""
+    return f", partial_rotary_factor {columns / head.head_dim:g} of a head's {head.head_dim}"
+
+
 class _Linear(_Scaling):
     def scaling(self, head: Head, columns: int) -> RopeScaling:
         return LinearRope(factor=self.factor)
@@ -70,7 +77,7 @@ class _Linear(_Scaling):
 class _Dynamic(_Scaling):
     def scaling(self, head: Head, columns: int) -> RopeScaling:
         if columns == 2:
-            raise CheckpointError("rope_type dynamic needs more than 2 rotated columns a head")
+            raise CheckpointError(f"rope_type dynamic needs more than 2 rotated columns a head{_cut(head, columns)}")
         return DynamicRope(factor=self.factor)
 
 
@@ -120,7 +127,7 @@ class _Long(_Scaling):
             if (num := len(getattr(self, name))) != columns // 2:
                 raise CheckpointError(
                     f"{name} of rope_type longrope has {num} numbers, where {columns // 2} are needed: one for each "
-                    f"pair of the {columns} rotated columns"
+                    f"pair of the {columns} rotated columns{_cut(head, columns)}"
                 )
         return LongRope(
             factor=self.factor or head.max_position_embeddings / self.original_max_position_embeddings,

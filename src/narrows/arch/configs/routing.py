@@ -57,8 +57,8 @@ def routed_experts(
     )
 
 
-def check_routing(moe: MoE) -> MoE:
-    """``moe``, if every row can choose its experts.
+def check_routing(moe: MoE, experts_field: str = "n_routed_experts") -> MoE:
+    """``moe``, if every row can choose its experts. ``experts_field``: the file's name for their number, for errors.
 
     Raises:
         ConfigError: an unsupported scoring or choice of experts.
@@ -72,16 +72,16 @@ def check_routing(moe: MoE) -> MoE:
     experts, top_k = moe.n_routed_experts, moe.num_experts_per_tok
     if moe.topk_method == "greedy":
         if top_k > experts:
-            raise CheckpointError(f"num_experts_per_tok is {top_k}, more than the {experts} experts")
+            raise CheckpointError(f"num_experts_per_tok is {top_k}, more than {experts_field}, which is {experts}")
         return moe
     if experts % moe.n_group:
-        raise CheckpointError(f"{experts} experts do not divide into n_group {moe.n_group} groups")
+        raise CheckpointError(f"{experts_field} {experts} does not divide into n_group {moe.n_group} groups")
     if moe.topk_group > moe.n_group:
         raise CheckpointError(f"topk_group is {moe.topk_group}, more than n_group {moe.n_group}")
     held = moe.topk_group * (experts // moe.n_group)
     if top_k > held:
         raise CheckpointError(
             f"num_experts_per_tok is {top_k}, more than the {held} experts of {moe.topk_group} groups "
-            f"(n_group {moe.n_group}, topk_group {moe.topk_group}, {experts} experts)"
+            f"(n_group {moe.n_group}, topk_group {moe.topk_group}, {experts_field} {experts})"
         )
     return moe
