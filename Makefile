@@ -78,16 +78,15 @@ $(CLIENTS)/.others $(CLIENTS)/.instructor:
 	$(CLIENTS)/$(@F:.%=venv-%)/bin/python -m pip install -qq --disable-pip-version-check -r $<
 	@touch $@
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev check-cpp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The C++ in the style of .clang-format, where clang-format is there.
-check-cpp:
-	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run --Werror $(CPP); \
-	else echo "skipped: no $(BIN)/clang-format (make check installs it)"; fi
+# The C++ in the style of .clang-format.
+check-cpp: $(VENV)/.dev
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # The quick checks at each commit; .pre-commit-config.yaml.
 hooks: $(VENV)/.dev

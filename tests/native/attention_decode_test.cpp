@@ -13,7 +13,7 @@ TEST_AT_EDGES(products_per_head) {
             fill_whole(x, random);
             const auto run = [&, outputs = outputs, inputs = inputs] {
                 call::per_head(out.data(), heads * outputs, outputs, x.data(), x_row, x_head, weights.panels(),
-                                 num_rows, heads, inputs, outputs, int(threads));
+                               num_rows, heads, inputs, outputs, int(threads));
             };
             run();
             for (int64_t t = 0; t < num_rows * heads; ++t) {
@@ -52,9 +52,9 @@ TEST_AT_EDGES(latent_decode_rows) {
             const auto run = [&, heads = heads, key_dim = key_dim, rope_dim = rope_dim, rank = rank,
                               value_dim = value_dim] {
                 call::mla_decode(out.data(), heads * value_dim, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
-                                   of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), most, held_lens.data(),
-                                   row_of.data(), num_rows, absorb.data(), of.w_uv.panels(), heads, key_dim, rope_dim,
-                                   rank, value_dim, 0.3f, scattered ? 3 : 1);
+                                 of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), most, held_lens.data(),
+                                 row_of.data(), num_rows, absorb.data(), of.w_uv.panels(), heads, key_dim, rope_dim,
+                                 rank, value_dim, 0.3f, scattered ? 3 : 1);
             };
             run();
             for (int64_t b = 0; b < num_rows; ++b) {
@@ -84,9 +84,9 @@ TEST_AT_EDGES(grouped_decode_rows) {
             Buffer<bf16> out(num_rows * out_row);
             const auto run = [&, key_dim = key_dim, value_dim = value_dim] {
                 call::gqa_decode(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim, of.keys.data(),
-                                   of.key_slot, key_dim, of.values.data(), of.value_slot, value_dim,
-                                   slots.data() + window, most, held_lens.data(), nullptr, num_rows, of.kv_of.data(),
-                                   of.num_heads, key_dim, value_dim, 0.5f, int(threads));
+                                 of.key_slot, key_dim, of.values.data(), of.value_slot, value_dim,
+                                 slots.data() + window, most, held_lens.data(), nullptr, num_rows, of.kv_of.data(),
+                                 of.num_heads, key_dim, value_dim, 0.5f, int(threads));
             };
             run();
             for (int64_t b = 0; b < num_rows; ++b)
@@ -101,9 +101,9 @@ TEST_AT_EDGES(grouped_decode_rows) {
 TEST(no_decode_rows_at_all) {
     Grouped of(1, {0, 1}, 2, 8, 8, 3);
     call::gqa_decode(nullptr, 16, 8, of.q.data(), of.q_row, 8, of.keys.data(), of.key_slot, 8, of.values.data(),
-                       of.value_slot, 8, nullptr, 0, nullptr, nullptr, 0, of.kv_of.data(), 2, 8, 8, 1.0f, 1);
+                     of.value_slot, 8, nullptr, 0, nullptr, nullptr, 0, of.kv_of.data(), 2, 8, 8, 1.0f, 1);
     Latent latent(1, 2, 8, 4, 8, 8, 3);
     call::mla_decode(nullptr, 16, latent.q_nope.data(), latent.q_row, 8, latent.q_pe.data(), latent.pe_row, 4,
-                       latent.cache.data(), latent.slot, nullptr, 0, nullptr, nullptr, 0, latent.w_uk.panels(),
-                       latent.w_uv.panels(), 2, 8, 4, 8, 8, 1.0f, 1);
+                     latent.cache.data(), latent.slot, nullptr, 0, nullptr, nullptr, 0, latent.w_uk.panels(),
+                     latent.w_uv.panels(), 2, 8, 4, 8, 8, 1.0f, 1);
 }

@@ -35,9 +35,18 @@ struct Latent {
     Weights w_uk, w_uv;
 
     Latent(int64_t num_rows, int64_t heads, int64_t key, int64_t rope, int64_t latent, int64_t value, int64_t slots)
-        : num_heads(heads), key_dim(key), rope_dim(rope), rank(latent), value_dim(value), num_slots(slots),
-          slot(latent + rope + 1), q_row(heads * key + 3), pe_row(heads * rope + 1), random(uint64_t(num_rows + heads)),
-          cache(span(slots, slot, latent + rope)), q_nope(heads ? span(num_rows, q_row, heads * key) : 0),
+        : num_heads(heads),
+          key_dim(key),
+          rope_dim(rope),
+          rank(latent),
+          value_dim(value),
+          num_slots(slots),
+          slot(latent + rope + 1),
+          q_row(heads * key + 3),
+          pe_row(heads * rope + 1),
+          random(uint64_t(num_rows + heads)),
+          cache(span(slots, slot, latent + rope)),
+          q_nope(heads ? span(num_rows, q_row, heads * key) : 0),
           q_pe(heads ? span(num_rows, pe_row, heads * rope) : 0),
           w_uk(heads, key, latent, BF16_WEIGHT, false, random, 0.0625f),
           w_uv(heads, value, latent, BF16_WEIGHT, false, random, 0.0625f) {
@@ -72,10 +81,18 @@ struct Grouped {
 
     Grouped(int64_t num_rows, const std::vector<int32_t>& kv, int64_t kv_heads, int64_t key, int64_t value,
             int64_t slots)
-        : num_heads(int64_t(kv.size())), num_kv(kv_heads), key_dim(key), value_dim(value), num_slots(slots),
-          key_slot(kv_heads * key + 2), value_slot(kv_heads * value + 1), q_row(num_heads * key + 1),
-          random(uint64_t(num_rows + key)), keys(span(slots, key_slot, kv_heads * key)),
-          values(span(slots, value_slot, kv_heads * value)), q(num_heads ? span(num_rows, q_row, num_heads * key) : 0),
+        : num_heads(int64_t(kv.size())),
+          num_kv(kv_heads),
+          key_dim(key),
+          value_dim(value),
+          num_slots(slots),
+          key_slot(kv_heads * key + 2),
+          value_slot(kv_heads * value + 1),
+          q_row(num_heads * key + 1),
+          random(uint64_t(num_rows + key)),
+          keys(span(slots, key_slot, kv_heads * key)),
+          values(span(slots, value_slot, kv_heads * value)),
+          q(num_heads ? span(num_rows, q_row, num_heads * key) : 0),
           kv_of(num_heads) {
         for (int64_t n = 0; n < num_heads; ++n) kv_of[n] = kv[size_t(n)];
         fill_uniform(keys, random), fill_uniform(values, random), fill_uniform(q, random);

@@ -18,9 +18,9 @@ TEST_AT_EDGES(latent_prefill_rows) {
                 const auto run = [&, heads = heads, key_dim = key_dim, rope_dim = rope_dim, rank = rank,
                                   value_dim = value_dim, num_rows = num_rows, len = len] {
                     call::mla_prefill(out.data(), out_row, of.q_nope.data(), of.q_row, key_dim, of.q_pe.data(),
-                                        of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), len, num_rows,
-                                        of.w_uk.panels(), of.w_uv.panels(), heads, key_dim, rope_dim, rank, value_dim,
-                                        0.3f, num_rows == 13 ? 2 : 1, brgemm);
+                                      of.pe_row, rope_dim, of.cache.data(), of.slot, slots.data(), len, num_rows,
+                                      of.w_uk.panels(), of.w_uv.panels(), heads, key_dim, rope_dim, rank, value_dim,
+                                      0.3f, num_rows == 13 ? 2 : 1, brgemm);
                 };
                 run();
                 for (int64_t t = 0; t < num_rows; t += num_rows > 20 ? 7 : 1)
@@ -48,10 +48,10 @@ TEST_AT_EDGES(grouped_prefill_rows) {
                     const int64_t out_head = value_dim + 1, out_row = of.num_heads * out_head;
                     Buffer<bf16> out(num_rows * out_row);
                     const auto run = [&, key_dim = key_dim, value_dim = value_dim, num_rows = num_rows, len = len] {
-                        call::gqa_prefill(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim,
-                                            of.keys.data(), of.key_slot, key_dim, of.values.data(), of.value_slot,
-                                            value_dim, slots.data(), len, num_rows, of.kv_of.data(), of.num_heads,
-                                            key_dim, value_dim, 0.5f, num_rows == 13 ? 2 : 1, brgemm);
+                        call::gqa_prefill(out.data(), out_row, out_head, of.q.data(), of.q_row, key_dim, of.keys.data(),
+                                          of.key_slot, key_dim, of.values.data(), of.value_slot, value_dim,
+                                          slots.data(), len, num_rows, of.kv_of.data(), of.num_heads, key_dim,
+                                          value_dim, 0.5f, num_rows == 13 ? 2 : 1, brgemm);
                     };
                     run();
                     for (int64_t t = 0; t < num_rows; t += num_rows > 20 ? 7 : 1)

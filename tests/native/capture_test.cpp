@@ -53,7 +53,8 @@ TEST(a_capture_keeps_the_first_calls_only) {
     append(&seen, 1), append(&seen, 2);
     narrows_capture_end(capture, 1);
     int64_t at = 0, times[2];
-    CHECK(narrows_capture_size(capture) == 1 && narrows_capture_run(capture, &at, times) == 0 && seen.back() == 1 && at == 1);
+    CHECK(narrows_capture_size(capture) == 1 && narrows_capture_run(capture, &at, times) == 0 && seen.back() == 1 &&
+          at == 1);
     narrows_capture_free(capture);
     check_not_replayed(never_repeated);
     CHECK(Capture([] {}).run() == 0);

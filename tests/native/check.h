@@ -46,7 +46,7 @@ extern Edge edge;
 // `count` numbers, zeros at first. Without any it has no address, as a tensor of torch has none.
 template <typename T>
 class Buffer {
-   public:
+ public:
     explicit Buffer(int64_t count) : count_(count) {
         if (count == 0) return;
         const int64_t bytes = count * int64_t(sizeof(T));
@@ -81,7 +81,7 @@ class Buffer {
     std::string bytes() const { return {reinterpret_cast<const char*>(data_), size_t(count_) * sizeof(T)}; }
     void clear() { std::fill(begin(), end(), T(0)); }
 
-   private:
+ private:
     int64_t count_, mapped_ = 0;
     void* memory_ = nullptr;
     T* data_ = nullptr;
@@ -89,7 +89,7 @@ class Buffer {
 
 // The same numbers in every run.
 class Random {
-   public:
+ public:
     explicit Random(uint64_t seed = 1) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
     uint64_t next() {
         state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
@@ -100,7 +100,7 @@ class Random {
     float whole(int64_t most) { return float(below(2 * most + 1) - most); }
     float uniform() { return float(below(1 << 20)) / float(1 << 19) - 1.0f; }
 
-   private:
+ private:
     uint64_t state_;
 };
 
@@ -190,7 +190,7 @@ namespace testing {
 
 // The calls that `work` makes, captured while it makes them.
 class Capture {
-   public:
+ public:
     template <typename Work>
     explicit Capture(Work work) : capture_(narrows_capture_begin()) {
         work();
@@ -208,7 +208,7 @@ class Capture {
     int64_t* position() { return &at_; }
     const std::vector<int64_t>& times() const { return times_; }
 
-   private:
+ private:
     narrows::Capture* capture_;
     int64_t size_ = 0, at_ = 0;
     std::vector<int64_t> times_;

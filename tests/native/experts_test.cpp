@@ -30,8 +30,8 @@ void check_experts(int kind, const Shape& of, int threads, const narrows::Brgemm
     const Packed packed[] = {gate_up.packed(), down.packed(), shared_gate_up.packed(), shared_down.packed()};
     const auto run = [&] {
         call::experts(out.data(), out_stride, sizeof(Out) == 4, x.data(), x_stride, ids.data(), sizeof(Id) == 8,
-                        weights.data(), num_rows, top_k, kind, packed, packed + 1, first, num_experts, hidden, inner,
-                        packed + 2, packed + 3, shared_inner, threads, brgemm);
+                      weights.data(), num_rows, top_k, kind, packed, packed + 1, first, num_experts, hidden, inner,
+                      packed + 2, packed + 3, shared_inner, threads, brgemm);
     };
     run();
     for (int64_t t = 0; t < num_rows; ++t) {

@@ -21,7 +21,7 @@ void check_linear(int kind, int64_t num_rows, int64_t num_outputs, int64_t num_i
     Weights weight(1, num_outputs, num_inputs, kind, false, random);
     const auto product = [&] {
         call::linear(out.data(), out_stride, x.data(), x_stride, kind, weight.panels(), weight.scales(), bias.data(),
-                       num_rows, num_outputs, num_inputs, sizeof(Out) == 4, threads, brgemm);
+                     num_rows, num_outputs, num_inputs, sizeof(Out) == 4, threads, brgemm);
     };
     product();
     for (int64_t t = 0; t < num_rows; ++t) {
@@ -29,8 +29,7 @@ void check_linear(int kind, int64_t num_rows, int64_t num_outputs, int64_t num_i
             float sum = with_bias ? to_float(bias[o]) : 0.0f;
             for (int64_t k = 0; k < num_inputs; ++k) sum += to_float(x[t * x_stride + k]) * weight.at(0, o, k);
             const float got = to_float(out[t * out_stride + o]), want = to_float(stored<Out>(sum));
-            CHECK(kind == INT8 ? near(got, want, 0.01) : got == want, kind, num_rows, num_outputs, num_inputs,
-                  t, o);
+            CHECK(kind == INT8 ? near(got, want, 0.01) : got == want, kind, num_rows, num_outputs, num_inputs, t, o);
         }
     }
     check_replay(out, product);
@@ -60,7 +59,7 @@ TEST(linear_on_threads_and_in_chunks) {
     for (const int kind : kinds()) {
         check_linear<bf16>(kind, 1, 3, 40, 3, true, nullptr);  // fewer panels than threads
         check_linear<bf16>(kind, 9, 100, 40, 3, true, nullptr);
-        check_linear<float>(kind, 60, 70, 1024, 3, false, nullptr);  // rows that all threads pack together
+        check_linear<float>(kind, 60, 70, 1024, 3, false, nullptr);   // rows that all threads pack together
         check_linear<float>(kind, 17, 33, 16400, 1, false, nullptr);  // several chunks
         check_linear<float>(kind, 17, 33, 16400, 2, false, nullptr);
     }
@@ -78,7 +77,7 @@ TEST_AT_EDGES(linear_of_few_rows_and_a_plain_weight) {
                 const bf16* given_bias = threads == 1 ? bias.data() : nullptr;
                 const auto product = [&, outputs = outputs, inputs = inputs] {
                     call::linear_few(out.data(), out_stride, x.data(), x_stride, weight.data(), given_bias, num_rows,
-                                       outputs, inputs, threads);
+                                     outputs, inputs, threads);
                 };
                 product();
                 for (int64_t t = 0; t < num_rows; ++t) {
@@ -107,7 +106,7 @@ TEST_AT_EDGES(gates_and_ups) {
                 const Brgemm* brgemm = num_rows == 18 ? &plain_brgemm : nullptr;
                 const auto product = [&, inner = inner, inputs = inputs] {
                     call::gate_up(out.data(), stride, x.data(), inputs, kind, weight.panels(), weight.scales(),
-                                    bias.data(), num_rows, inner, inputs, num_rows == 13 ? 2 : 1, brgemm);
+                                  bias.data(), num_rows, inner, inputs, num_rows == 13 ? 2 : 1, brgemm);
                 };
                 product();
                 for (int64_t t = 0; t < num_rows; ++t) {
@@ -117,8 +116,8 @@ TEST_AT_EDGES(gates_and_ups) {
                             gate += to_float(x[t * inputs + k]) * weight.at(0, o, k);
                             up += to_float(x[t * inputs + k]) * weight.at(0, inner + o, k);
                         }
-                        CHECK(near(to_float(out[t * stride + o]), silu(gate) * up, 0.04), kind, num_rows, inner,
-                              inputs, t, o);
+                        CHECK(near(to_float(out[t * stride + o]), silu(gate) * up, 0.04), kind, num_rows, inner, inputs,
+                              t, o);
                     }
                 }
                 check_replay(out, product);
@@ -133,8 +132,8 @@ TEST_AT_EDGES(linear_with_blocks) {
         int kind;
         int64_t inputs, bytes, halves;
     };
-    for (const Blocks& of : {Blocks{Q4_0, 32, 18, 1}, {Q8_0, 32, 34, 1}, {Q4_K, 256, 144, 2}, {Q5_K, 256, 176, 2},
-                             {Q6_K, 256, 210, 1}}) {
+    for (const Blocks& of :
+         {Blocks{Q4_0, 32, 18, 1}, {Q8_0, 32, 34, 1}, {Q4_K, 256, 144, 2}, {Q5_K, 256, 176, 2}, {Q6_K, 256, 210, 1}}) {
         for (const auto& [outputs, blocks] : {std::pair{1, 1}, {33, 3}, {64, 9}, {5, 0}}) {
             Random random(of.kind + outputs);
             const int64_t inputs = blocks * of.inputs, most = 29, num_blocks = panels_of(outputs) * blocks;
@@ -191,8 +190,8 @@ TEST(rows_of_int8_that_are_not_finite) {
     Buffer<float> out(3 * num_outputs);
     for (bf16& value : x) value = stored<bf16>(1.0f);
     for (int64_t k = 0; k < 4; ++k) x[k] = stored<bf16>(NAN), x[num_inputs + k] = stored<bf16>(INFINITY);
-    call::linear(out.data(), num_outputs, x.data(), num_inputs, INT8, weight.panels(), weight.scales(),
-                   nullptr, 3, num_outputs, num_inputs, 1, 1, nullptr);
+    call::linear(out.data(), num_outputs, x.data(), num_inputs, INT8, weight.panels(), weight.scales(), nullptr, 3,
+                 num_outputs, num_inputs, 1, 1, nullptr);
     for (int64_t o = 0; o < num_outputs; ++o)
         CHECK(std::isnan(out[o]) && !std::isfinite(out[num_outputs + o]) && std::isfinite(out[2 * num_outputs + o]), o);
 }

@@ -31,7 +31,8 @@ constexpr bool every_edge = true;
 int main(int count, char** names) {
     using testing::Edge;
     const auto wanted = [&](const testing::Test& test) {
-        return count <= 1 || std::any_of(names + 1, names + count, [&](const std::string name) { return name == test.name; });
+        return count <= 1 ||
+               std::any_of(names + 1, names + count, [&](const std::string name) { return name == test.name; });
     };
     int done = 0;
     std::istringstream targets(narrows_targets());

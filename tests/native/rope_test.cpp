@@ -46,9 +46,8 @@ void ropes() {
             fill_uniform(x, random);
             for (const bool interleaved : {false, true}) {
                 const auto rotate = [&] {
-                    call::rope_rows(out.data(), heads * 2 * half, 2 * half, x.data(), row, head, cos.data(),
-                                      sin.data(), num_rows, heads, half, interleaved, is_float, table_is_float,
-                                      int(threads));
+                    call::rope_rows(out.data(), heads * 2 * half, 2 * half, x.data(), row, head, cos.data(), sin.data(),
+                                    num_rows, heads, half, interleaved, is_float, table_is_float, int(threads));
                 };
                 rotate();
                 for (int64_t t = 0; t < num_rows * heads; ++t) {
@@ -65,16 +64,16 @@ void ropes() {
             const std::string before = x.bytes();
             const auto write = [&] {
                 call::rope_latents(x.data(), row, head, latents.data(), latent_row, cos.data(), sin.data(),
-                                     cache.data(), slot, slots.data(), num_rows, heads, rank, half, is_float,
-                                     table_is_float, int(threads));
+                                   cache.data(), slot, slots.data(), num_rows, heads, rank, half, is_float,
+                                   table_is_float, int(threads));
             };
             std::vector<double> plain = numbers(x.data(), x.size());
             write();
             for (int64_t t = 0; t < num_rows; ++t) {
                 for (int64_t h = 0; h < heads; ++h) {
                     const double* from = plain.data() + t * row + h * head;
-                    check_rotated(&x[t * row + h * head], {from, from + 2 * half}, &cos[t * half], &sin[t * half],
-                                  half, true);
+                    check_rotated(&x[t * row + h * head], {from, from + 2 * half}, &cos[t * half], &sin[t * half], half,
+                                  true);
                 }
                 for (int64_t i = 0; i < rank; ++i)
                     CHECK(cache[slots[t] * slot + i] == latents[t * latent_row + i], t, i);
@@ -103,8 +102,8 @@ void qkv_ropes() {
                 const std::string before = qkv.bytes();
                 const auto write = [&] {
                     call::rope_heads(qkv.data(), row, q_norm.data(), k_norm.data(), 1e-6f, cos.data(), sin.data(),
-                                       keys.data(), values.data(), slots.data(), num_rows, num_q, num_kv, dim,
-                                       sizeof(T) == 4, sizeof(Table) == 4, num_rows == 4 ? 2 : 1);
+                                     keys.data(), values.data(), slots.data(), num_rows, num_q, num_kv, dim,
+                                     sizeof(T) == 4, sizeof(Table) == 4, num_rows == 4 ? 2 : 1);
                 };
                 const std::vector<double> plain = numbers(qkv.data(), qkv.size());
                 write();
@@ -117,8 +116,8 @@ void qkv_ropes() {
                         Buffer<T>& weight = h < num_q ? q_norm : k_norm;
                         for (int64_t i = 0; with_norms && i < dim; ++i)
                             x[i] *= to_float(weight[i]) / std::sqrt(squares / double(dim) + 1e-6);
-                        const T* got = h < num_q ? &qkv[t * row + h * dim]
-                                                 : &keys[(slots[t] * num_kv + h - num_q) * dim];
+                        const T* got =
+                            h < num_q ? &qkv[t * row + h * dim] : &keys[(slots[t] * num_kv + h - num_q) * dim];
                         check_rotated(got, x, &cos[t * half], &sin[t * half], half, false);
                     }
                     for (int64_t i = 0; i < num_kv * dim; ++i)

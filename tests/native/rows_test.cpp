@@ -27,8 +27,8 @@ void norms() {
             Buffer<T> out(num_rows * heads * width);
             fill_uniform(x, random), fill_uniform(weight, random);
             const auto norm = [&] {
-                call::rms_norm(out.data(), heads * width, width, x.data(), stride, head, weight.data(), num_rows,
-                                 heads, width, 1e-6f, wide, 1);
+                call::rms_norm(out.data(), heads * width, width, x.data(), stride, head, weight.data(), num_rows, heads,
+                               width, 1e-6f, wide, 1);
             };
             norm();
             for (int64_t t = 0; t < num_rows * heads; ++t)
@@ -38,8 +38,8 @@ void norms() {
             Buffer<T> a(num_rows * width), b(num_rows * width), sum(num_rows * width), normed(num_rows * width);
             fill_whole(a, random), fill_whole(b, random);
             const auto add_norm = [&] {
-                call::add_rms_norm(normed.data(), sum.data(), a.data(), b.data(), weight.data(), num_rows, width,
-                                     1e-5f, wide, 1);
+                call::add_rms_norm(normed.data(), sum.data(), a.data(), b.data(), weight.data(), num_rows, width, 1e-5f,
+                                   wide, 1);
             };
             add_norm();
             for (int64_t i = 0; i < num_rows * width; ++i)
@@ -63,7 +63,7 @@ void latent_norms() {
             fill_uniform(x, random), fill_uniform(q_weight, random), fill_uniform(kv_weight, random);
             const auto norm = [&] {
                 call::latent_norm(out.data(), x.data(), stride, q_weight.data(), q_width, kv_weight.data(), kv_width,
-                                    width, num_rows, 1e-6f, sizeof(T) == 4, 1);
+                                  width, num_rows, 1e-6f, sizeof(T) == 4, 1);
             };
             norm();
             for (int64_t t = 0; t < num_rows; ++t) {
@@ -137,8 +137,8 @@ void routers() {
             Buffer<float> weights(num_rows * rule.top_k);
             const auto route = [&] {
                 call::router(ids.data(), weights.data(), x.data(), stride, gate.data(), bias.data(), num_rows,
-                               rule.num_experts, width, rule.top_k, rule.num_groups, rule.topk_group, rule.softmax,
-                               rule.two_best, rule.normalise, 2.5f, sizeof(T) == 4, 1);
+                             rule.num_experts, width, rule.top_k, rule.num_groups, rule.topk_group, rule.softmax,
+                             rule.two_best, rule.normalise, 2.5f, sizeof(T) == 4, 1);
             };
             route();
             for (int64_t t = 0; t < num_rows; ++t) {
@@ -261,10 +261,9 @@ TEST(rows_shared_out_to_threads) {
     fill_uniform(x, random), fill_uniform(weight, random), fill_uniform(gate, random, 0.1f);
     for (const int threads : {1, 3}) {
         Buffer<float>& out = threads == 1 ? one : two;
-        call::rms_norm(out.data(), width, 0, x.data(), width, 0, weight.data(), num_rows, 1, width, 1e-6f, 1,
-                         threads);
-        call::router((threads == 1 ? ids : ids_two).data(), (threads == 1 ? worth : worth_two).data(), x.data(),
-                       width, gate.data(), nullptr, num_rows, num_experts, width, 2, 1, 1, 1, 0, 1, 1.0f, 1, threads);
+        call::rms_norm(out.data(), width, 0, x.data(), width, 0, weight.data(), num_rows, 1, width, 1e-6f, 1, threads);
+        call::router((threads == 1 ? ids : ids_two).data(), (threads == 1 ? worth : worth_two).data(), x.data(), width,
+                     gate.data(), nullptr, num_rows, num_experts, width, 2, 1, 1, 1, 0, 1, 1.0f, 1, threads);
     }
     CHECK(one.bytes() == two.bytes() && ids.bytes() == ids_two.bytes() && worth.bytes() == worth_two.bytes());
 }

@@ -21,7 +21,7 @@ constexpr int64_t segment_bytes = blocks_start + 4 * block_bytes;
 
 // The segments of a group that has memory of its own, and what processes tell each other beside it.
 class Host {
-   public:
+ public:
     explicit Host(int64_t size) : size_(size) {
         bytes_ = size * segment_bytes + 4096;
         memory_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
@@ -39,7 +39,7 @@ class Host {
         return reinterpret_cast<std::atomic<int64_t>*>(memory_ + size_ * segment_bytes)[i];
     }
 
-   private:
+ private:
     int64_t size_, bytes_;
     char* memory_;
     std::vector<char*> segments_;
@@ -229,8 +229,7 @@ void reduce_rows(Rank& rank, int64_t round, const std::vector<int64_t>& counts, 
         int64_t bits;
         std::memcpy(&bits, &eps, 8);
         for (const int64_t x : {round % 4 ? address(residual.data()) : 0, address(weight.data()),
-                                address(normed.data()),
-                                total / width, width, bits})
+                                address(normed.data()), total / width, width, bits})
             args.push_back(x);
         CHECK(rank.meet(narrows_shm_reduce_norm, call, args) == done, me, round);
     } else {
@@ -266,11 +265,21 @@ void rounds(Host& host, int64_t me, int64_t count) {
         for (int64_t i = 0; i < host.size(); ++i) counts.push_back(std::max<int64_t>(0, random.below(9) - 2));
         if ((round * 7 + me * 3) % 11 == 0) sched_yield();
         switch (round % 5) {
-            case 0: gather_rows(rank, round, counts); break;
-            case 1: gather_columns(rank, round, counts); break;
-            case 2: reduce_rows(rank, round, counts, false, false); break;
-            case 3: reduce_rows(rank, round, counts, true, false); break;
-            default: reduce_rows(rank, round, counts, true, true); break;
+            case 0:
+                gather_rows(rank, round, counts);
+                break;
+            case 1:
+                gather_columns(rank, round, counts);
+                break;
+            case 2:
+                reduce_rows(rank, round, counts, false, false);
+                break;
+            case 3:
+                reduce_rows(rank, round, counts, true, false);
+                break;
+            default:
+                reduce_rows(rank, round, counts, true, true);
+                break;
         }
     }
     CHECK(rank.wire.number == uint64_t(count) && rank.wire.stage == outside);
@@ -322,8 +331,8 @@ void a_place_that_cannot_be_is_not_read(Host& host, int64_t me) {
         const int64_t bytes = me == 0 ? 4096 : 64;
         std::vector<int64_t> call{5, 1};
         for (int64_t i = 0, start = 0; i < host.size(); start += i++ ? 64 : 4096)
-            for (const int64_t x : {start, i ? int64_t(64) : int64_t(4096), int64_t(1),
-                                    i ? int64_t(64) : int64_t(4096)})
+            for (const int64_t x :
+                 {start, i ? int64_t(64) : int64_t(4096), int64_t(1), i ? int64_t(64) : int64_t(4096)})
                 call.push_back(x);
         Arrival arrival(rank.wire, uint64_t(call[0]));
         std::vector<char> own(bytes, char(me));

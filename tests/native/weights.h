@@ -3,7 +3,6 @@
 
 #include "check.h"
 
-
 namespace testing {
 
 using narrows::Brgemm, narrows::Packed;
@@ -12,19 +11,20 @@ constexpr int64_t PANEL = 32;  // outputs of a panel
 inline int64_t pairs_of(int64_t num_inputs) { return (num_inputs + 1) / 2; }
 inline int64_t panels_of(int64_t num_outputs) { return (num_outputs + PANEL - 1) / PANEL; }
 
-inline std::vector<int> kinds() {
-    return {BF16_WEIGHT, INT8, INT8_WEIGHT};
-}
+inline std::vector<int> kinds() { return {BF16_WEIGHT, INT8, INT8_WEIGHT}; }
 
 // `count` weights [num_outputs, num_inputs] of small whole numbers times `scale`, packed one after the other. `gated`:
 // the outputs are gates, then ups.
 class Weights {
-   public:
+ public:
     Weights(int64_t count, int64_t num_outputs, int64_t num_inputs, int kind, bool gated, Random& random,
             float scale = 1)
-        : num_outputs_(num_outputs), num_inputs_(num_inputs), kind_(kind),
+        : num_outputs_(num_outputs),
+          num_inputs_(num_inputs),
+          kind_(kind),
           padded_(panels_of(num_outputs) * PANEL),
-          values_(count * num_outputs * num_inputs), panels_(count * padded_ * words()),
+          values_(count * num_outputs * num_inputs),
+          panels_(count * padded_ * words()),
           scales_(kind ? count * padded_ : 0) {
         Buffer<bf16> rows(num_outputs * num_inputs);
         Buffer<int8_t> codes(num_outputs * num_inputs);
@@ -54,7 +54,7 @@ class Weights {
     const float* scales() { return scales_.data(); }
     Packed packed() { return {panels(), scales(), kind_}; }
 
-   private:
+ private:
     int64_t words() const { return kind_ ? (num_inputs_ + 3) / 4 : (num_inputs_ + 1) / 2; }
     int64_t place(int64_t output, bool gated) const {
         if (!gated) return output;

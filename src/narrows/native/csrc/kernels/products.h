@@ -11,8 +11,8 @@
 // Weights are held with 128 added, as instructions want them that multiply unsigned numbers with signed ones, and 128
 // times the sum of the row is taken off. INT8_WEIGHT: rows stay bf16.
 //
-// A weight in blocks (Q4_0 and so on) is held in the bytes in which the checkpoint stores it (tile/blocks.h). The number
-// in `Packed` says which, so gates and ups may be of another kind of block than the way down.
+// A weight in blocks (Q4_0 and so on) is held in the bytes in which the checkpoint stores it (tile/blocks.h). The
+// number in `Packed` says which, so gates and ups may be of another kind of block than the way down.
 //
 // Each result is one chain of additions over K in a fixed order, whatever other rows and columns there are: a row's
 // bits never depend on its company. Many rows may go to another library's product instead (`Brgemm`), which is for CPUs

@@ -9,7 +9,7 @@
 namespace narrows {
 
 class Capture {
-   public:
+ public:
     std::vector<std::function<int()>> calls;  // 0: done; anything else ends the run, which goes on with the same call
     bool whole = true;                        // no call was made that cannot be repeated
 };

@@ -51,7 +51,7 @@ void relax() {
 
 // Raises this rank's counter, and wakes the members that sleep. Either a sleeper sees the counter when it looks for the
 // last time, or it is seen to sleep here: both sides write first and then read, in one order for all.
-void raise(const Wire& w, Counter Slot::*which) {
+void raise(const Wire& w, Counter Slot::* which) {
     (slot(w, w.me).*which).value.store(w.number, std::memory_order_seq_cst);
     std::atomic_thread_fence(std::memory_order_seq_cst);
     for (int64_t i = 0; i < w.size; i++) {
@@ -63,7 +63,7 @@ void raise(const Wire& w, Counter Slot::*which) {
     }
 }
 
-bool have_all(const Wire& w, Counter Slot::*which) {
+bool have_all(const Wire& w, Counter Slot::* which) {
     for (int64_t i = 0; i < w.size; i++)
         if ((slot(w, i).*which).value.load(std::memory_order_acquire) < w.number) return false;
     return true;
@@ -71,7 +71,7 @@ bool have_all(const Wire& w, Counter Slot::*which) {
 
 // Whether every member's counter has come to this exchange before patience ends: looks, then looks and offers the core
 // to whoever else wants it, then sleeps until a member rings.
-bool wait(const Wire& w, Counter Slot::*which) {
+bool wait(const Wire& w, Counter Slot::* which) {
     for (int64_t i = 0; i < looks; i++) {
         if (have_all(w, which)) return true;
         relax();

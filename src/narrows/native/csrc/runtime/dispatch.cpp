@@ -91,7 +91,6 @@ NARROWS_EXPORT const void* narrows_kernels() {
     {#NAME, Call<&Kernels::NAME, CAPTURE>::letters, reinterpret_cast<void*>(Call<&Kernels::NAME, CAPTURE>::make)},
 #include "kernels.def"
 #undef KERNEL
-        {nullptr, nullptr, nullptr}
-    };
+        {nullptr, nullptr, nullptr}};
     return all;
 }

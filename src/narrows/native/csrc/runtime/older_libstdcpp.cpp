@@ -1,5 +1,5 @@
-// A function that headers of GCC 11 and later call, and that older libstdc++ do not have. Defined here, and seen nowhere
-// else, it lets a library that a new compiler has built open on older systems.
+// A function that headers of GCC 11 and later call, and that older libstdc++ do not have. Defined here, and seen
+// nowhere else, it lets a library that a new compiler has built open on older systems.
 #include <new>
 
 #if defined(__GLIBCXX__)

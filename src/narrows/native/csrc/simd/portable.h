@@ -242,8 +242,7 @@ template <typename Byte>
 inline I32x16 dot_bytes_of(const I32x16& sum, const I32x16& a, const I32x16& b) {
     return each<I32x16>([&](int i) {
         int32_t y = sum.v[i];
-        for (int byte = 0; byte < 32; byte += 8)
-            y += Byte(uint32_t(a.v[i]) >> byte) * int8_t(uint32_t(b.v[i]) >> byte);
+        for (int byte = 0; byte < 32; byte += 8) y += Byte(uint32_t(a.v[i]) >> byte) * int8_t(uint32_t(b.v[i]) >> byte);
         return y;
     });
 }

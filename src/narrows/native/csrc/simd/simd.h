@@ -57,8 +57,8 @@ inline F32x16 exp(F32x16 x) {
     const F32x16 n = round(x * set(1.44269504088896341f));
     F32x16 r = neg_mul_add(n, set(0.693145751953125f), x);
     r = neg_mul_add(n, set(1.42860682030941723e-6f), r);
-    constexpr float by_factorials[] = {1.9841269841e-4f, 1.3888888889e-3f, 8.3333333333e-3f, 4.1666666667e-2f,
-                                       1.6666666667e-1f, 0.5f, 1.0f, 1.0f};
+    constexpr float by_factorials[] = {
+        1.9841269841e-4f, 1.3888888889e-3f, 8.3333333333e-3f, 4.1666666667e-2f, 1.6666666667e-1f, 0.5f, 1.0f, 1.0f};
     const F32x16 y = times_power_of_2(polynomial(by_factorials, r), n);
     // x itself may be infinite: then r is a NaN.
     const F32x16 large = if_greater(x, set(88.8f), set(__builtin_inff()), y);
@@ -68,8 +68,13 @@ inline F32x16 exp(F32x16 x) {
 // 2^x to about 1 unit in the last place of float32, for x <= 0; 0 far below.
 inline F32x16 exp2(F32x16 x) {
     const F32x16 n = round(x);
-    constexpr float by_factorials[] = {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
-                                       2.40226507e-1f, 6.93147181e-1f, 1.0f};  // ln(2)^k / k!
+    constexpr float by_factorials[] = {1.54035304e-4f,
+                                       1.33335581e-3f,
+                                       9.61812911e-3f,
+                                       5.55041087e-2f,
+                                       2.40226507e-1f,
+                                       6.93147181e-1f,
+                                       1.0f};  // ln(2)^k / k!
     return times_power_of_2(polynomial(by_factorials, x - n), n);
 }
 

@@ -251,7 +251,7 @@ struct InBlocks {
         });
     }
 
-private:
+ private:
     static constexpr int64_t TOGETHER = 96 / MOST_ROWS;  // blocks that meet a piece
 
     // Rounds 32 numbers. Magnitudes are compared as integers, so that a NaN is the largest (round_row.h).
