@@ -1,6 +1,6 @@
 """Predicted beside measured memory of CPU ranks: small models at few and many rows.
 
-    python benchmarks/memory.py [ROWS,ROWS ...]        # 512 and 8192 by default
+    python benchmarks/memory.py [--rows 512,8192]
 
 Models of the shapes of dsv3-mini, dsv2-mini and a Llama with three layers and random weights: what a step takes beside
 weights does not depend on how many layers follow each other. Ranks are processes of one host, one thread each. Memory
@@ -9,8 +9,8 @@ can be measured on a busy machine.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -63,4 +63,6 @@ def main(rows_of: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main(tuple(int(part) for part in sys.argv[1].split(",")) if len(sys.argv) > 1 else (512, 8192))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=lambda text: tuple(map(int, text.split(","))), default=(512, 8192))
+    main(parser.parse_args().rows)

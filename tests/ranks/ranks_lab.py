@@ -150,8 +150,7 @@ def facts(comm: Communicator) -> tuple[int, int, int, bool, bool, bool, str]:
 
 
 def surroundings(comm: Communicator, names: tuple[str, ...]) -> tuple[str, tuple[str | None, ...], tuple[int, ...]]:
-    cores = tuple(sorted(os.sched_getaffinity(os.getppid())))
-    return os.getcwd(), tuple(os.environ.get(name) for name in names), cores
+    return os.getcwd(), tuple(os.environ.get(name) for name in names), tuple(sorted(os.sched_getaffinity(0)))
 
 
 # --- whose memory

@@ -8,9 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -23,24 +22,12 @@ __all__ = ["ServerProcess", "events"]
 class ServerProcess:
     """Started, and ready once the ready line is out; a context manager that leaves nothing."""
 
-    def __init__(
-        self,
-        *options: str,
-        model: str = "narrows-demo",
-        stderr: Any = None,
-        log: Path | None = None,
-        environment: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, *options: str, model: str = "narrows-demo", stderr: Any = None, log: Path | None = None) -> None:
         command = [sys.executable, "-m", "narrows", "serve", model, "--port", "0", *options]
         self._log = log
         with (log or Path(os.devnull)).open("w") as errors:
             self.process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=stderr or errors,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, **environment},
+                command, stdout=subprocess.PIPE, stderr=stderr or errors, text=True, start_new_session=True
             )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()

@@ -30,9 +30,8 @@ from narrows.cli.priced import add_prompt_rows_flag
 from narrows.cli.renamed import add_old_spelling
 from narrows.engine.config import EngineConfig, Resolved, resolve
 from narrows.engine.model_text import load_model_text
-from narrows.engine.ranks import run_local_ranks
+from narrows.engine.ranks import prepare_ranks, run_local_ranks
 from narrows.errors import ConfigError
-from narrows.ranks.fork_server import fork_server
 from narrows.ranks.launch import Launch
 from narrows.server.app import create_app, state_of
 from narrows.server.http.connection_limits import (
@@ -188,8 +187,7 @@ def run(args: argparse.Namespace) -> int:
     drift, trace = DriftRule(factor=args.drift_factor), ServiceTrace(args.trace, args.trace_steps)
     if launch is not None and not launch.is_coordinator:
         return run_local_ranks(resolve(config))
-    if config.ranks == "processes" and config.run_on == "cpu":
-        fork_server(fork_self=config.fork_self)  # before there is a socket, which it would hold too, and a thread
+    prepare_ranks(config)
     bound = bind(args.host, args.port)
     started = perf_counter()
     with bound, _sigterm_interrupts():

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from narrows.comm.communicator import Communicator
-from narrows.engine.config import Resolved
+from narrows.engine.config import EngineConfig, Resolved
 from narrows.plan.plan import Plan
 from narrows.ranks.calls import Ranks
+from narrows.ranks.fork_server import fork_server
 from narrows.ranks.node import run_node, run_series
 from narrows.ranks.processes import ProcessRanks
 from narrows.ranks.rank_process import run_torchrun_rank
@@ -16,9 +17,16 @@ from narrows.ranks.start_clock import StartClock
 from narrows.ranks.threads import ThreadRanks
 from narrows.ranks.timing import TIMING, Timing
 
-__all__ = ["run_local_ranks", "start_ranks"]
+__all__ = ["prepare_ranks", "run_local_ranks", "start_ranks"]
 
 Worker = TypeVar("Worker")
+
+
+def prepare_ranks(config: EngineConfig) -> None:
+    """Starts what forks the ranks of ``config``, if anything does, while this process has one thread and no socket that
+    ranks would hold too. Without it that is done when ranks are first started."""
+    if config.ranks == "processes" and config.run_on == "cpu":
+        fork_server(fork_self=config.fork_self)
 
 
 def start_ranks(

@@ -26,6 +26,7 @@ from narrows.ops.int8 import Quantization
 
 __all__ = [
     "GROUP",
+    "PANEL",
     "BlockLinear",
     "BlockStack",
     "block_kind",
@@ -39,6 +40,9 @@ __all__ = [
 
 GROUP = 32
 """Inputs of a row that share a scale."""
+
+PANEL = 32
+"""Outputs that a panel of compiled products holds (csrc/tile/panels.h)."""
 
 
 def block_kind(blocks: BlockFormat) -> int:
@@ -111,11 +115,11 @@ def block_values(bytes_XN: Tensor, blocks: BlockFormat) -> Tensor:
     return _VALUES[blocks.name](torch.unflatten(bytes_XN, -1, (-1, blocks.nbytes))).flatten(-2)
 
 
-def into_panels(panels_PBN: Tensor, places_X: Tensor, bytes_XN: Tensor, blocks: BlockFormat) -> None:
-    """Outputs' blocks [X, N] become those at ``places`` of panels [P, B, bytes of 32 blocks]."""
+def into_panels(panels_PBN: Tensor, outputs_X: Tensor, bytes_XN: Tensor, blocks: BlockFormat) -> None:
+    """Blocks [X, N] become those of ``outputs`` in panels [P, B, bytes of a panel's blocks]."""
     block_XBN = torch.unflatten(bytes_XN, -1, (-1, blocks.nbytes))
     for held, (start, size, unit) in zip(_held(panels_PBN, blocks), blocks.parts, strict=True):
-        held[places_X // 32, :, :, places_X % 32] = torch.unflatten(
+        held[outputs_X // PANEL, :, :, outputs_X % PANEL] = torch.unflatten(
             block_XBN[..., start : start + size], -1, (-1, unit)
         )
 
@@ -123,7 +127,7 @@ def into_panels(panels_PBN: Tensor, places_X: Tensor, bytes_XN: Tensor, blocks: 
 def from_panels(panels_PBN: Tensor, blocks: BlockFormat) -> Tensor:
     """All outputs' blocks of panels, [32 P, N], those beyond the weight too."""
     num_panels, num_blocks = panels_PBN.shape[:2]
-    block_PLBN = panels_PBN.new_empty((num_panels, 32, num_blocks, blocks.nbytes))
+    block_PLBN = panels_PBN.new_empty((num_panels, PANEL, num_blocks, blocks.nbytes))
     for held, (start, size, _) in zip(_held(panels_PBN, blocks), blocks.parts, strict=True):
         block_PLBN[..., start : start + size] = held.permute(0, 3, 1, 2, 4).flatten(-2)
     return block_PLBN.flatten(2).flatten(0, 1)
@@ -131,8 +135,10 @@ def from_panels(panels_PBN: Tensor, blocks: BlockFormat) -> Tensor:
 
 def _held(panels_PBN: Tensor, blocks: BlockFormat) -> list[Tensor]:
     """Views of panels, one for each part of a block: [P, B, units, 32, bytes of a unit]."""
-    parts = torch.split(panels_PBN, [32 * size for _, size, _ in blocks.parts], dim=-1)
-    return [torch.unflatten(part, -1, (-1, 32, unit)) for part, (_, _, unit) in zip(parts, blocks.parts, strict=True)]
+    parts = torch.split(panels_PBN, [PANEL * size for _, size, _ in blocks.parts], dim=-1)
+    return [
+        torch.unflatten(part, -1, (-1, PANEL, unit)) for part, (_, _, unit) in zip(parts, blocks.parts, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

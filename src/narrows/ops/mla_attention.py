@@ -256,12 +256,16 @@ def _expanded_span(
         heads = slice(head, min(head + block, num_heads))
         num = heads.stop - heads.start
         # Keys are rounded to the model's dtype by the product, as in the reference, and widened for the scores.
-        k_LND = (c_LR @ w_uk_NDR[heads].reshape(num * key_dim, rank).t()).view(context_len, num, key_dim)
-        v_LNV = (c_LR @ w_uv_NVR[heads].reshape(num * value_dim, rank).t()).view(context_len, num, value_dim)
+        k_LND, v_LNV = _expand(c_LR, w_uk_NDR[heads]), _expand(c_LR, w_uv_NVR[heads])
         k_NLD = k_buffer_NLD[:num]
         k_NLD[..., :key_dim] = k_LND.transpose(0, 1)
         q_N1TD = torch.cat((q_nope_TND[:, heads], q_pe_TNP[:, heads]), dim=-1).transpose(0, 1).unsqueeze(1)
         causal_attention(q_N1TD, k_NLD, v_LNV.transpose(0, 1), scale, out=out_TNV[:, heads].unsqueeze(2))
+
+
+def _expand(c_LR: Tensor, weight_NOR: Tensor) -> Tensor:
+    """What latents are for some heads: [L, R], [N, O, R] -> [L, N, O]."""
+    return torch.unflatten(c_LR @ weight_NOR.flatten(0, 1).t(), -1, weight_NOR.shape[:2])
 
 
 def _expanded_fused(
@@ -274,7 +278,7 @@ def _expanded_fused(
     out_TNV: Tensor,
 ) -> None:
     """As `_expanded_span`, all in the queries' dtype: two products and one kernel for as many heads as fit."""
-    num_heads, key_dim, rank = w_uk_NDR.shape
+    num_heads, _, rank = w_uk_NDR.shape
     value_dim, context_len = w_uv_NVR.shape[1], latents_LC.shape[0]
     c_LR, k_pe_LP = latents_LC.tensor_split((rank,), dim=-1)
     q_TNC = torch.cat((q_nope_TND, q_pe_TNP), dim=-1)
@@ -282,8 +286,7 @@ def _expanded_fused(
     for head in range(0, num_heads, block):
         heads = slice(head, min(head + block, num_heads))
         num = heads.stop - heads.start
-        k_LND = (c_LR @ w_uk_NDR[heads].reshape(num * key_dim, rank).t()).view(context_len, num, key_dim)
-        v_LNV = (c_LR @ w_uv_NVR[heads].reshape(num * value_dim, rank).t()).view(context_len, num, value_dim)
+        k_LND, v_LNV = _expand(c_LR, w_uk_NDR[heads]), _expand(c_LR, w_uv_NVR[heads])
         k_LNC = torch.cat((k_LND, k_pe_LP.unsqueeze(1).expand(-1, num, -1)), dim=-1)
         causal_attention(
             q_TNC[:, heads].transpose(0, 1).unsqueeze(1),

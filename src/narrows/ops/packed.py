@@ -23,6 +23,7 @@ from torch import Tensor
 
 from narrows.arch.block_formats import BlockFormat
 from narrows.ops.blocks import (
+    PANEL,
     BlockLinear,
     BlockStack,
     block_kind,
@@ -58,8 +59,6 @@ __all__ = [
     "fill",
     "plain",
 ]
-
-PANEL = 32
 
 Held = Quantization | BlockFormat
 """What a weight is held as: rounded or not, or in the blocks in which the checkpoint has it."""
