@@ -142,6 +142,42 @@ def test_forks_end_when_their_coordinator_is_killed(tmp_path: Path) -> None:
         assert at_work.stderr is not None and at_work.stderr.read() == ""
 
 
+def test_forks_end_in_silence_when_their_coordinator_had_not_read_of_an_end() -> None:
+    """The system resets a connection whose reader has ended with messages unread, which is no fault of the forks."""
+    with python("ranks = started(); print(*ranks.pids, flush=True); threading.Event().wait()") as coordinator:
+        first, second = pids_of(coordinator)
+        coordinator.send_signal(signal.SIGSTOP)
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{first}").exists())  # the fork server has met its end, and reports it
+        coordinator.kill()
+        wait_for_the_end_of([second])
+        assert coordinator.stderr is not None and coordinator.stderr.read() == ""
+
+
+def test_a_fork_server_that_ended_with_a_request_unread_is_replaced() -> None:
+    """The same from the other side."""
+    program = """
+        import fcntl, signal, termios
+        failed = []
+        def refused(server):
+            try:
+                server.fork(["narrows rank 0"])
+            except RankError as error:
+                failed.append(str(error))
+        one = fork_server()
+        os.kill(one.pid, signal.SIGSTOP)
+        asking = threading.Thread(target=refused, args=[one])
+        asking.start()
+        while not any(fcntl.ioctl(one._link, termios.TIOCOUTQ, bytes(4))):
+            pass  # the request is not under way yet
+        os.kill(one.pid, signal.SIGKILL)
+        asking.join()
+        assert f"(pid {one.pid}) does not answer: it has ended" in failed[0], failed
+        assert not one.fits() and fork_server() is not one
+    """
+    assert said(program) == ""
+
+
 def test_a_command_forks_itself_and_says_where_its_start_went() -> None:
     """It has no other way here: there is no interpreter to start."""
     code = "import sys; sys.executable = '/nowhere/python'; from narrows.cli.main import main; sys.exit(main())"

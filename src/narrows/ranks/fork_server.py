@@ -220,7 +220,9 @@ class ForkServer:
 
     def _receive(self) -> int | None:
         """Reads one message: the process id of a new rank, or None after noting that a rank has ended."""
-        message = self._link.recv(LARGEST_MESSAGE)
+        message = b""
+        with contextlib.suppress(ConnectionResetError):  # it ended with requests that it had not read
+            message = self._link.recv(LARGEST_MESSAGE)
         if not message:
             self._is_gone = True
             raise EOFError("it has ended")

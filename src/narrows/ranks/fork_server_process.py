@@ -54,10 +54,18 @@ def serve_forks(link_fd: int) -> NoReturn:
                 os.read(woken, 1 << 10)
                 _report_ended(link)
             if link.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(link, LARGEST_MESSAGE, _NUM_FDS)
-                if not data:
-                    os._exit(0)
-                _fork(link, json.loads(data), fds, not_theirs=(woken, wake))
+                request, fds = _receive(link)
+                _fork(link, request, fds, not_theirs=(woken, wake))
+
+
+def _receive(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    data, fds = b"", list[int]()
+    # The other end has been reset if it ended with answers that it had not read.
+    with contextlib.suppress(ConnectionResetError):
+        data, fds, _, _ = socket.recv_fds(link, LARGEST_MESSAGE, _NUM_FDS)
+    if not data:
+        os._exit(0)  # the process that uses the ranks is gone
+    return json.loads(data), fds
 
 
 def _report_ended(link: socket.socket) -> None:
