@@ -19,10 +19,9 @@ from typing import Any
 
 from narrows.checkpoints import model_path
 from narrows.engine.model_text import load_model_text
-from narrows.server.http.body import read_body
 from narrows.server.http.body_process import BodyProcess
 from narrows.server.http.errors import ApiError
-from narrows.server.http.json_io import JsonLimits
+from narrows.server.http.json_io import JsonLimits, read_body
 from narrows.server.openai import completions
 from narrows.server.openai.completions import CompletionRequest
 from narrows.server.options import ServedModel, ServerOptions

@@ -15,7 +15,8 @@ from patience import PATIENCE_S
 from server_lab import Lab, error_of
 
 from narrows.server import workers as pools_module
-from narrows.server.http import body as intake_module
+from narrows.server.http import body as body_module
+from narrows.server.http import json_io
 from narrows.server.http.errors import ApiError, validation_error
 from narrows.server.http.json_io import JsonLimits, check_json, parse_json
 
@@ -223,7 +224,7 @@ async def request_of_a_client_that_leaves(lab: Lab, content: bytes) -> None:
 
 
 def test_large_bodies_share_a_budget_and_small_ones_do_not(plain: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake_module, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(body_module, "LARGE_BYTES", 1000)
     bodies = plain.app.state.server.bodies
     bodies._max_held_bytes = 6000
 
@@ -315,7 +316,7 @@ def test_checking_stops_at_the_first_wrong_item(plain: Lab, monkeypatch: pytest.
         counts.append(len(errors))
         return validation_error(errors, body)
 
-    monkeypatch.setattr(intake_module, "validation_error", counted)
+    monkeypatch.setattr(json_io, "validation_error", counted)
     path, body = WRONG[name]
     answer = asyncio.run(plain.post(path, body))
     assert answer.status_code == 400 and len(counts) == 1 and counts[0] <= 4

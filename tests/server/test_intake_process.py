@@ -22,7 +22,7 @@ from server_lab import Lab, error_of
 from test_intake import request_of_a_client_that_leaves
 
 from narrows.server.conversation import parse_chat
-from narrows.server.http import body as intake_module
+from narrows.server.http import body as body_module
 from narrows.server.http.body_process import BodyProcess, BodyProcessLimits
 from narrows.server.http.errors import ApiError
 from narrows.server.http.json_io import JsonLimits
@@ -68,8 +68,8 @@ def apart(hermes_tokenizer: Tokenizer) -> Iterator[Lab]:
 
 @pytest.fixture
 def nothing_is_read_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake_module, "LARGE_BYTES", 0)
-    monkeypatch.setattr(intake_module, "read_body", lambda *given: pytest.fail("a body is read in the server"))
+    monkeypatch.setattr(body_module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(body_module, "read_body", lambda *given: pytest.fail("a body is read in the server"))
 
 
 def without_ids(text: str) -> str:
@@ -86,8 +86,8 @@ def test_answers_equal_those_of_threads(
     if stream:
         body = {**body, "stream": True}
     here = asyncio.run(hermes.post(path, body))
-    monkeypatch.setattr(intake_module, "LARGE_BYTES", 0)
-    monkeypatch.setattr(intake_module, "read_body", lambda *given: pytest.fail("a body is read in the server"))
+    monkeypatch.setattr(body_module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(body_module, "read_body", lambda *given: pytest.fail("a body is read in the server"))
     there = asyncio.run(apart.post(path, body))
     assert there.status_code == here.status_code
     if not stream or here.status_code != 200:

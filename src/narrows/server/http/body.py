@@ -10,40 +10,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, get_args, get_type_hints
 
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from narrows.server.http.errors import ApiError, ClientGoneError, invalid, validation_error
-from narrows.server.http.json_io import JsonLimits, parse_json
+from narrows.server.http.body_process import BodyProcess
+from narrows.server.http.errors import ApiError, ClientGoneError, invalid
+from narrows.server.http.json_io import JsonLimits, read_body
 from narrows.server.request import RequestReader
 from narrows.server.workers import LARGE_BYTES, Pools
 
-if TYPE_CHECKING:
-    from narrows.server.http.body_process import BodyProcess
-
-__all__ = ["Body", "BodyReader", "BoundedRoute", "read_body"]
+__all__ = ["Body", "BodyReader", "BoundedRoute"]
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
-
-
-def read_body(data: bytes, model: type[BodyT], limits: JsonLimits) -> BodyT:
-    """The body as ``model``.
-
-    Raises:
-        ApiError: 400, naming the first field that is wrong.
-    """
-    value = parse_json(data, limits)
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise validation_error(error.errors(include_url=False, include_input=False), value) from None
 
 
 class Body(Generic[BodyT]):

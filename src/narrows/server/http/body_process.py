@@ -24,9 +24,8 @@ from pydantic import BaseModel
 from narrows.server import child_process
 from narrows.server.child_process import give_back
 from narrows.server.cpu_priority import BODY_NICE, lower_process_priority
-from narrows.server.http.body import read_body
 from narrows.server.http.errors import ApiError, invalid
-from narrows.server.http.json_io import JsonLimits
+from narrows.server.http.json_io import JsonLimits, read_body
 from narrows.server.options import ServedModel, ServerOptions
 from narrows.server.request import RequestReader
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from narrows.server.http.errors import ApiError, error_body, invalid
+from narrows.server.http.errors import ApiError, error_body, invalid, validation_error
 
 __all__ = [
     "MAX_NESTING",
@@ -23,10 +24,13 @@ __all__ = [
     "check_json",
     "error_answer",
     "parse_json",
+    "read_body",
     "read_json",
     "to_json",
     "to_json_in_turns",
 ]
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 MAX_NESTING = 100
 """Lists and objects within each other, in a body or in JSON text that a body holds."""
@@ -59,6 +63,19 @@ def parse_json(data: bytes, limits: JsonLimits, what: str = "the body") -> Any:
         raise invalid(f"{what} cannot be read as JSON: it is no {error.encoding} text at byte {error.start}") from None
     except ValueError as error:  # a number of more digits than int() takes
         raise invalid(f"{what} cannot be read as JSON: {' '.join(str(error).split(';')[0].split())}") from None
+
+
+def read_body(data: bytes, model: type[BodyT], limits: JsonLimits) -> BodyT:
+    """The body as ``model``.
+
+    Raises:
+        ApiError: 400, naming the first field that is wrong.
+    """
+    value = parse_json(data, limits)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False, include_input=False), value) from None
 
 
 def read_json(text: str, limits: JsonLimits, what: str) -> Any:
