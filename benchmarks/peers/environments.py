@@ -43,8 +43,16 @@ PEERS = {
     "llama.cpp": Peer(
         script="llama_cpp_worker.py",
         packages=("llama-cpp-python==0.3.36",),
-        pip=("--no-binary", "llama-cpp-python"),
+        pip=("--no-binary", "llama-cpp-python", "--no-cache-dir"),
         build={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        run=_OPENMP,
+        gguf=True,
+    ),
+    "llama.cpp-avx2": Peer(
+        script="llama_cpp_worker.py",
+        packages=("llama-cpp-python==0.3.36",),
+        pip=("--no-binary", "llama-cpp-python", "--no-cache-dir"),  # a kept wheel may be that of another target
+        build={"CMAKE_ARGS": "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"},
         run=_OPENMP,
         gguf=True,
     ),

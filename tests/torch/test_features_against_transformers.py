@@ -178,7 +178,7 @@ FEATURES |= {
 
 ODD = {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "intermediate_size": 37}
 FEATURES |= {
-    "qwen3-without-head-dim": Feature(lambda: qwen3(head_dim=128)),  # the class's default, which is not saved
+    "qwen3-without-head-dim": Feature(lambda: qwen3(head_dim=128), seed=6),  # the class's default, which is not saved
     "llama-odd-heads": Feature(lambda: llama(**ODD, attention_bias=True, mlp_bias=True)),
     "qwen2-heads-of-32": Feature(lambda: qwen2(**ODD | {"head_dim": 32}), seed=4),
     "llama-one-key-head": Feature(lambda: llama(num_key_value_heads=1)),
