@@ -37,8 +37,6 @@ def arguments(run: Run, engine: str) -> list[str]:
     """The flags of `narrows simulate` for one run."""
     concurrency = int(run["concurrency"])
     length = MEAN_OF_NOMINAL if float(run["spread"]) else 1.0
-    long_answers = int(run["output_tokens"]) > 4 * int(run["input_tokens"])
-    requests = max(16, 2 * concurrency) if long_answers else max(32, 5 * concurrency if concurrency < 512 else 2048)
     flags = {
         "device": run["device"],
         "dp": run["dp"],
@@ -48,14 +46,16 @@ def arguments(run: Run, engine: str) -> list[str]:
         "engine": engine or run["engine"],
         "layout": "norm-before-gather" if run["dp"] != "1" else "all-reduce",
         "concurrency": str(concurrency),
-        "requests-per-group": str(max(256, concurrency)),
-        "num-requests": str(requests if concurrency >= 512 else min(requests, 700)),
+        "requests-per-group": run["max_requests"] or str(max(256, concurrency)),
+        "num-requests": str(max(32, 10 * concurrency)),
         "input-length": str(int(length * int(run["input_tokens"]))),
         "output-length": str(int(length * int(run["output_tokens"]))),
         "spread": run["spread"],
-        "max-rows": "8192",
+        "max-rows": run["max_rows"],
         "max-context": "10000",
-    } | {name: run[name] for name in ("experts", "nodes") if run[name]}
+    }
+    given = ("experts", "nodes", "recv_interval", "batch_wait")
+    flags |= {name.replace("_", "-"): run[name] for name in given if run[name]}
     return [
         "simulate",
         run["model"],

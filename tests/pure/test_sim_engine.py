@@ -16,6 +16,7 @@ from narrows.sched.batch import Batch
 from narrows.sched.limits import Limits
 from narrows.sim.costs import StepCost
 from narrows.sim.engine import Outcome, simulate
+from narrows.sim.intake import Intake
 from narrows.sim.search import Candidate, Target, meshes, ranked
 from narrows.workload.arrivals import Ask, Prefixes, arrive, random_lengths
 
@@ -59,12 +60,53 @@ def test_a_request_that_arrives_behind_two_steps_waits_for_both() -> None:
 def test_a_request_reaches_the_scheduler_after_its_arrival_delay() -> None:
     # Its way counts in its time to the first token, and it has its place meanwhile.
     asks = [ask(2.0, 10, 4), ask(2.0, 10, 2)]
-    found = simulate(Limits(), SIMPLE, asks, concurrency=1, arrival_s=0.25)
+    found = simulate(Limits(), SIMPLE, asks, concurrency=1, intake=Intake(arrival_s=0.25))
     first, second = found.answers
     assert first.sent_s == 2.0 and first.pieces_s == (3.25, 3.75, 4.25, 4.75)
     assert second.sent_s == 4.75 and second.pieces_s == (6.0, 6.5)
-    refused = simulate(Limits(max_context=16), SIMPLE, [ask(0.0, 16, 1)], arrival_s=0.25)
+    refused = simulate(Limits(max_context=16), SIMPLE, [ask(0.0, 16, 1)], intake=Intake(arrival_s=0.25))
     assert refused.answers[0].error and refused.answers[0].ended_s == 0.25
+
+
+def prompts_of(intake: Intake) -> list[tuple[float, int]]:
+    """When steps with prompts end, and their rows, beside a text that decodes: three prompts of 4 rows come apart."""
+    steps: list[tuple[str, int]] = []
+    watch = lambda batch, _: steps.append((batch.phase, batch.num_rows))  # noqa: E731
+    asks = [ask(0.0, 1, 100), *(ask(at, 4, 1) for at in (5.1, 6.1, 7.1))]
+    simulate(Limits(), SIMPLE, asks, intake=intake, watch=watch)
+    ends = itertools.accumulate(1.0 if phase == "prefill" else 0.5 for phase, _ in steps)
+    return [(end, rows) for end, (phase, rows) in zip(ends, steps, strict=True) if phase == "prefill"][1:]
+
+
+def test_requests_are_looked_for_once_in_so_many_decode_steps_and_after_prompts() -> None:
+    # The text's first step ends at 1, decode steps at 1.5, 2, ... One step ahead, what comes at 5.1 is in the step that
+    # begins at 6.
+    assert prompts_of(Intake()) == [(7.0, 5), (8.5, 5), (9.5, 5)]
+    # The 12th decode step begins at 6.5. The last prompt comes just after the look that follows the others' step.
+    assert prompts_of(Intake(recv_interval=12)) == [(8.0, 9), (8.0 + 12 * 0.5 + 1.0, 5)]
+    assert prompts_of(Intake(recv_interval=1000)) == [(51.5, 12)]  # the text's 99 decode steps are over
+
+
+def test_prompts_wait_for_others_but_not_for_ever() -> None:
+    assert prompts_of(Intake(wait_steps=100, wait_rows=13)) == [(9.0, 13)]  # the text's row and all three
+    assert prompts_of(Intake(wait_steps=100, wait_rows=9))[0][1] == 9
+    assert [rows for _, rows in prompts_of(Intake(wait_steps=1, wait_rows=1000))] == [5, 9]
+    late = prompts_of(Intake(wait_steps=30, wait_rows=1000))
+    assert [rows for _, rows in late] == [13] and late[0][0] > 5.1 + 30 * 0.5
+
+
+def test_nothing_waits_where_nothing_decodes() -> None:
+    intake = Intake(recv_interval=1000, wait_steps=1000, wait_rows=1000)
+    found = simulate(Limits(), SIMPLE, [ask(0.0, 4, 2), ask(10.0, 4, 2)], intake=intake)
+    assert [answer.ttft_s for answer in found.answers] == [1.0, 1.0]
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(interval=st.integers(1, 50), steps=st.integers(0, 50), rows=st.integers(0, 64), seed=st.integers(0, 99))
+def test_every_request_ends_however_they_are_taken_in(interval: int, steps: int, rows: int, seed: int) -> None:
+    asks = arrive(random_lengths(12, 8, 8, spread=0.5, seed=seed, prefixes=Prefixes()), rate=1.0, seed=seed)
+    found = simulate(Limits(), SIMPLE, asks, intake=Intake(recv_interval=interval, wait_steps=steps, wait_rows=rows))
+    assert [answer.output_tokens for answer in found.answers] == [ask.output_tokens for ask in asks]
 
 
 def test_concurrency_is_bounded_and_places_are_refilled_after_the_next_step() -> None:

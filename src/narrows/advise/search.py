@@ -19,6 +19,7 @@ from narrows.plan.planner import EXPERTS, Deployment, Planner
 from narrows.sched.batch import Batch
 from narrows.sim.costs import CostsByPhase, PlannedCosts, StepCost
 from narrows.sim.engine import simulate
+from narrows.sim.intake import Intake
 from narrows.sim.search import Candidate, Target, meshes, ranked
 from narrows.sim.serving import DoesNotFit, serving
 from narrows.workload.arrivals import Ask
@@ -173,7 +174,7 @@ def _trial(setting: Setting, mesh: Mesh, layouts: Mapping[str, str], experts: st
         CostsByPhase({phase: by_name[name] for phase, name in layouts.items()}),
         setting.asks,
         concurrency=setting.concurrency,
-        arrival_s=setting.engine.arrival_s,
+        intake=Intake(arrival_s=setting.engine.arrival_s),
         watch=watch,
     )
     longest = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ from narrows.plan.planner import Deployment
 from narrows.plan.report.evidence import nodes_line, ranks_line
 from narrows.sim.costs import StepCosts
 from narrows.sim.engine import simulate
+from narrows.sim.intake import Intake
 from narrows.sim.measured import read_step_times
 from narrows.sim.search import Candidate, Target, meshes, ranked
 from narrows.sim.serving import DoesNotFit, serving
@@ -80,6 +82,20 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add("--max-rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows per step (default %(default)s)")
     add_requests_flag(served)
     add_prompt_rows_flag(served)
+    add(
+        "--recv-interval",
+        type=int,
+        default=1,
+        metavar="STEPS",
+        help="look for new requests once in so many decode steps, as SGLang's --scheduler-recv-interval (default 1)",
+    )
+    add(
+        "--batch-wait",
+        default="",
+        metavar="STEPS:SHARE",
+        help="prompts wait so many decode steps, or until rows fill this share of --max-rows, as TensorRT-LLM's "
+        "batch_wait_timeout_iters and batch_wait_max_tokens_ratio (default: not at all)",
+    )
     add("--max-context", type=int, metavar="N", help="tokens per sequence (default: the model's, at most 8192)")
     add("--kv-tokens", type=int, metavar="N", help="KV cache per attention group (default: what the memory leaves)")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false", help="compute the whole of every prompt")
@@ -190,6 +206,8 @@ def _check(args: argparse.Namespace) -> None:
     check_flood(args)
     at_least(args, "max_rows", 1)
     at_least(args, "prompt_rows", 0)
+    at_least(args, "recv_interval", 1)
+    _intake(args, 0.0)
     for name in ("max_ttft", "max_tpot"):
         more_than_0(args, name)
     if args.network and not args.nodes:
@@ -204,6 +222,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--num-gpus needs --search; or give --dp and --tp instead")
     if args.num_gpus and (args.dp, args.tp) != (1, 1):
         raise ConfigError("--search finds dp and tp for --num-gpus: leave --dp and --tp out")
+
+
+def _intake(args: argparse.Namespace, arrival_s: float) -> Intake:
+    """When new requests come to the scheduler.
+
+    Raises:
+        ConfigError: ``--batch-wait`` is not a number of steps and a share.
+    """
+    found = re.fullmatch(r"(\d{1,6}):(0|1|0?\.\d+|1\.0*)", args.batch_wait) if args.batch_wait else None
+    if args.batch_wait and found is None:
+        raise ConfigError(f"--batch-wait {args.batch_wait}: steps and a share of --max-rows are needed, as in 20:0.9")
+    steps, share = (int(found[1]), float(found[2])) if found else (0, 0.0)
+    rows = math.ceil(share * args.max_rows)
+    return Intake(arrival_s=arrival_s, recv_interval=args.recv_interval, wait_steps=steps, wait_rows=rows)
 
 
 def _deployments(args: argparse.Namespace, config: ModelConfig) -> Sequence[tuple[Mesh, str]]:
@@ -314,7 +346,7 @@ def _candidate(
             asks,
             concurrency=args.concurrency,
             fair=args.fair_shares,
-            arrival_s=deployment.engine.arrival_s,
+            intake=_intake(args, deployment.engine.arrival_s),
         ),
     )
 
@@ -333,6 +365,7 @@ def _document(
         "device": args.device,
         "nodes": args.nodes,
         "network": (args.network or hardware.network) if args.nodes else "",
+        "intake": {"recv_interval": args.recv_interval, "batch_wait": args.batch_wait},
         "load": {name: plain(getattr(args, name)) for name in (*LOAD, *FLOOD)} | {"requests": count},
         "target": asdict(target),
         "command": shlex.join(["narrows", *sys.argv[1:]]),

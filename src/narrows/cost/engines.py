@@ -54,7 +54,7 @@ TRTLLM = EngineStyle(
     parallel_shared_expert=True,
     host_s=2.8e-3,
     host_row_s=20e-6,
-    arrival_s=235e-3,
+    arrival_s=10e-3,
     source=f"TensorRT-LLM 1.0 to 1.2, 25 runs, {_FITTED}",
 )
 VLLM = EngineStyle(

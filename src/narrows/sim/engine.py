@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from narrows.errors import ConfigError
 from narrows.plan.plan import Plan
@@ -23,6 +24,7 @@ from narrows.sched.request import Request
 from narrows.sched.scheduler import Scheduler
 from narrows.sched.stats import SchedulerStats
 from narrows.sim.costs import StepCost, StepCosts
+from narrows.sim.intake import AT_ONCE, Gate, Intake
 from narrows.sim.running_slots import RunningSlots
 from narrows.workload.arrivals import Ask
 from narrows.workload.fairness import Fairness, by_client
@@ -93,7 +95,7 @@ def simulate(
     *,
     concurrency: int = 0,
     fair: bool = True,
-    arrival_s: float = 0.0,
+    intake: Intake = AT_ONCE,
     watch: Callable[[Batch, StepCost], None] | None = None,
     prompt_budget: PromptBudget | None = None,
 ) -> Outcome:
@@ -104,11 +106,11 @@ def simulate(
     Args:
         concurrency: most requests at once (0: no limit).
         fair: False: the scheduler takes all requests for those of one client.
-        arrival_s: from when a request is sent until the scheduler has it (HTTP, tokenizing).
+        intake: when requests that have been sent come to the scheduler.
         watch: called with every step as it is handed to the ranks.
         prompt_budget: bounds the rows of prompts in a step, in place of ``limits.prompt_rows``.
     """
-    return _Run(limits, costs, asks, concurrency, fair, arrival_s, watch, prompt_budget).outcome()
+    return _Run(limits, costs, asks, concurrency, fair, intake, watch, prompt_budget).outcome()
 
 
 class _Run:
@@ -121,12 +123,12 @@ class _Run:
         asks: Sequence[Ask],
         concurrency: int,
         fair: bool,
-        arrival_s: float,
+        intake: Intake,
         watch: Callable[[Batch, StepCost], None] | None,
         prompt_budget: PromptBudget | None,
     ) -> None:
         self._costs, self._asks, self._fair, self._watch = costs, asks, fair, watch
-        self._arrival_s = arrival_s
+        self._arrival_s, self._gate = intake.arrival_s, Gate(intake)
         self._on_its_way: deque[_Sent] = deque()
         self._running_slots = RunningSlots() if any(ask.client for ask in asks) else None
         self._concurrency = concurrency or len(asks)
@@ -177,7 +179,7 @@ class _Run:
         """When the next thing happens: a step ends, a request arrives, or one is sent because another has ended."""
         ends = self._in_flight[0].ends_s if self._in_flight else math.inf
         comes = self._asks[self._unsent[0]].at_s if self._unsent and len(self._sent) < self._concurrency else math.inf
-        arrives = self._on_its_way[0].sent_s + self._arrival_s if self._on_its_way else math.inf
+        arrives = next((time for each in self._on_its_way if (time := self._arrives_s(each)) > self._now), math.inf)
         soonest = min(ends, comes, arrives)
         assert self._now < soonest < math.inf, "there is work, but nothing to wait for"
         return soonest
@@ -201,16 +203,28 @@ class _Run:
         return sent
 
     def _admit(self) -> bool:
-        """Requests that arrive at the scheduler now."""
-        admitted = False
-        while self._on_its_way and self._on_its_way[0].sent_s + self._arrival_s <= self._now:
-            sent, admitted = self._on_its_way.popleft(), True
+        """Hand the scheduler the requests that have arrived, if it takes any now."""
+        arrived = self._arrived()
+        rows = sum(len(each.request.prompt) for each in arrived)
+        if not arrived or not self._gate.is_open(rows, self._num_running()):
+            return False
+        for sent in arrived:
+            self._on_its_way.popleft()
             try:
                 self._scheduler.add(sent.request)
             except ConfigError as error:
                 del self._sent[sent.number]
                 self._answers[sent.number] = Answer(sent_s=sent.sent_s, ended_s=self._now, error=str(error))
-        return admitted
+        return True
+
+    def _arrives_s(self, sent: _Sent) -> float:
+        return sent.sent_s + self._arrival_s
+
+    def _arrived(self) -> list[_Sent]:
+        return list(takewhile(lambda sent: self._arrives_s(sent) <= self._now, self._on_its_way))
+
+    def _num_running(self) -> int:
+        return sum(len(group) for group in self._scheduler.running)
 
     def _client(self, number: int) -> str:
         return self._asks[number].client or f"request {number}"
@@ -242,6 +256,7 @@ class _Run:
         cost = self._costs.cost(batch)
         self._free_s = max(self._free_s, self._now) + cost.seconds
         self._in_flight.append(_InFlight(batch, self._free_s))
+        self._gate.begun(prompts=batch.phase == "prefill", waiting=bool(self._arrived()))
         self._note(batch, cost)
         return True
 
